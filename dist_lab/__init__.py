@@ -1,0 +1,48 @@
+"""dist_lab: distributed training, each strategy written by hand, on one laptop.
+
+    mesh = dist_lab.init_mesh(dp=4)
+    job = dist_lab.parallelize(model, mesh, strategy="dp")
+
+`import dist_lab` is instant: names are loaded when they are first used, torch with them. It also
+lets `import torchvision` succeed beside a CPU-only torch (see dist_lab/torchvision_import.py).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dist_lab import torchvision_import
+
+if TYPE_CHECKING:
+    from dist_lab.compose import parallelize
+    from dist_lab.errors import MachineError, TrainingDiverged, UserError
+    from dist_lab.job import Job
+    from dist_lab.loss import cross_entropy_sum
+    from dist_lab.mesh import Axis, Mesh, init_mesh
+    from dist_lab.parity import verify
+
+WHERE = {
+    "Axis": "mesh",
+    "Job": "job",
+    "MachineError": "errors",
+    "Mesh": "mesh",
+    "TrainingDiverged": "errors",
+    "UserError": "errors",
+    "cross_entropy_sum": "loss",
+    "init_mesh": "mesh",
+    "parallelize": "compose",
+    "verify": "parity",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Axis", "Job", "MachineError", "Mesh", "TrainingDiverged", "UserError", "cross_entropy_sum",
+    "init_mesh", "parallelize", "verify",
+]  # fmt: skip
+
+torchvision_import.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
+        raise AttributeError(f"module 'dist_lab' has no attribute {name!r}")
+    return getattr(import_module(f"dist_lab.{WHERE[name]}"), name)

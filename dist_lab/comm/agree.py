@@ -1,0 +1,57 @@
+"""Ranks that must hold the same thing, and an error that says who does not.
+
+Two ranks started with different settings, or from different weights, train without complaint and
+are wrong. A comparison before the first step costs a few bytes.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dist_lab.comm import ops
+from dist_lab.errors import UserError
+from dist_lab.mesh import Axis
+
+
+def check_settings_agree(settings: Mapping[str, object], axis: Axis) -> None:
+    """Raises UserError on every rank, naming the first key and the ranks that differ.
+
+    The majority is taken to be right; values must be JSON.
+    """
+    rows = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(settings).encode(), axis)]
+    for key in {key: None for row in rows for key in row}:
+        values = [json.dumps(row.get(key)) for row in rows]
+        usual = Counter(values).most_common(1)[0][0]
+        odd = [i for i, value in enumerate(values) if value != usual]
+        if odd:
+            raise UserError(
+                f"rank {axis.ranks[odd[0]]} was started with {key}={values[odd[0]]}, the others "
+                f"with {usual}; start every rank with the same settings"
+            )
+
+
+def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
+    """Raises UserError on every rank if a tensor is not the same to the bit on all of them."""
+    if axis.size == 1 or not tensors:
+        return
+    mine = torch.tensor([fingerprint(tensor) for tensor in tensors.values()])
+    rows = ops.all_gather(mine[None], axis)  # (size, tensors)
+    differs = (rows != rows[0]).any(0)
+    if differs.any():
+        first = int(differs.nonzero()[0])
+        odd = axis.ranks[int((rows[:, first] != rows[0, first]).nonzero()[0])]
+        raise UserError(
+            f"{int(differs.sum())} of {len(tensors)} tensors differ between ranks, first "
+            f"{list(tensors)[first]} (rank {odd} against rank {axis.ranks[0]}); build the model "
+            "from one seed on every rank, or let parallelize(broadcast=True) copy rank 0's"
+        )
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A 63-bit digest of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return int.from_bytes(hashlib.blake2b(data.numpy().data, digest_size=8).digest(), "little") >> 1

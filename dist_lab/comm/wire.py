@@ -1,0 +1,91 @@
+"""The wire: what all axes of one mesh share on their way to the network.
+
+One rank has one wire. It numbers the calls, keeps the ledger, knows in which phase of the step and
+for which unit of the model bytes travel, and turns a transport's error into a sentence that names
+the rank, the call and the line that made it. There is no other state behind the collectives.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from dist_lab.comm.ledger import Call, Ledger
+
+PACKAGE = str(Path(__file__).parent)
+
+
+class CollectiveError(RuntimeError):
+    """A collective that failed in the transport: a peer died, or did not arrive in time."""
+
+
+class CollectiveMismatch(CollectiveError):
+    """The ranks of an axis were about to run different collectives. Nothing was sent."""
+
+
+class Wire:
+    """Shared by every axis of a mesh on one rank.
+
+    Args:
+        rank, size: of the whole mesh.
+        check: before each collective the ranks compare what they are about to call, and a
+            difference is an error naming both calls instead of a hang or a wrong number.
+            Costs one small all_gather a call.
+    """
+
+    def __init__(self, rank: int, size: int, *, check: bool = False) -> None:
+        self.rank, self.size, self.check = rank, size, check
+        self.ledger = Ledger()
+        self.phase, self.unit = "start", ""
+        self._calls = 0
+
+    @contextmanager
+    def during(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
+        """Whatever is sent inside the block belongs to this phase and unit."""
+        before = self.phase, self.unit
+        self.phase = self.phase if phase is None else phase
+        self.unit = self.unit if unit is None else unit
+        try:
+            yield
+        finally:
+            self.phase, self.unit = before
+
+    def call(self, op: str, axis: str, size: int, about: str, payload: int, sent: int) -> Call:
+        """Name the collective that is about to start."""
+        self._calls += 1
+        return Call(
+            self._calls, op, axis, size, about, payload, sent, self.phase, self.unit, _caller()
+        )
+
+    def describe(self, call: Call) -> str:
+        unit = f" unit={call.unit}" if call.unit else ""
+        return (
+            f"rank {self.rank}/{self.size} phase={call.phase}{unit}: "
+            f"{call.op} #{call.number} on {call.axis} ({call.about}) at {call.where}"
+        )
+
+    def failure(self, call: Call, error: Exception) -> CollectiveError:
+        """The transport's error, with the rank, the call and the place put before it."""
+        return CollectiveError(f"{self.describe(call)}: {error}")
+
+    def log(self, write: Callable[[str], None]) -> None:
+        """Write one line for each collective as it fires: the answer to "when do ranks talk?"."""
+
+        def line(call: Call) -> None:
+            write(
+                f"rank {self.rank} | {call.phase:<10} | {call.op:<14} {call.axis:<4} "
+                f"{call.payload:>11,} B, {call.sent:>11,} B sent | {call.unit} {call.about}"
+            )
+
+        self.ledger.listeners.append(line)
+
+
+def _caller() -> str:
+    """file:line of the first frame outside this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

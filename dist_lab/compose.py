@@ -1,0 +1,134 @@
+"""parallelize(): the one place that knows all strategies, and refuses what cannot be.
+
+A strategy is a function `apply(model, axis) -> Applied` that changes the module in place and no
+parameter's name. To add one, write it in parallel/, and give it a row in STRATEGIES.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_lab.comm import ops
+from dist_lab.comm.agree import check_tensors_agree
+from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.mesh import Axis, Mesh
+from dist_lab.parallel import dp, single
+from dist_lab.parallel.sync import Applied, Chain
+from dist_lab.parallel.watch import FirstNonFinite
+from dist_lab.runner import Runner, compute_in
+
+Apply = Callable[[nn.Module, Axis], Applied]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One row of the table: the function, and the mesh axis that it runs along."""
+
+    apply: Apply
+    axis: str
+
+
+STRATEGIES: Mapping[tuple[str, str], Strategy] = {
+    ("single", "hand"): Strategy(single.apply, "dp"),
+    ("dp", "hand"): Strategy(dp.apply, "dp"),
+}
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    strategy: str | Apply = "dp",
+    impl: str = "hand",
+    *,
+    units: Iterable[type[nn.Module] | str] = (),
+    param_dtype: torch.dtype | None = None,
+    broadcast: bool = True,
+) -> Job:
+    """Make a model train on a mesh, in place.
+
+    Args:
+        strategy: a name from STRATEGIES, or a function `apply(model, axis)` of one's own, which
+            runs along dp.
+        units: module classes or names: what is borrowed, reduced and logged as one.
+        param_dtype: compute in this dtype, keeping the parameters as float32 masters.
+        broadcast: start from rank 0's weights and buffers. False: they must be equal already.
+
+    Raises:
+        UserError: an unknown strategy, a mesh it does not fit, a unit that matches nothing, an
+            optimizer that was built before, or weights that differ with broadcast=False.
+    """
+    row = _strategy(strategy, impl)
+    axis = mesh[row.axis]
+    if axis.size != mesh.size or (strategy == "single" and mesh.size > 1):
+        raise UserError(
+            f"strategy {strategy} runs along {row.axis} alone, the mesh is {mesh}; "
+            + ("start one process" if strategy == "single" else f"use {row.axis}={mesh.size}")
+        )
+    _refuse_earlier_optimizers(model)
+    state = {n: t.detach() for n, t in model.state_dict().items()}
+    if broadcast:
+        for tensor in state.values():
+            ops.broadcast_into(tensor, axis).wait()
+    else:
+        check_tensors_agree(state, axis)
+
+    named = _find_units(model, units)
+    names = [name for name, _ in model.named_parameters()]
+    applied = row.apply(model, axis)
+    assert names == [name for name, _ in model.named_parameters()] == list(applied.laid), (
+        "a strategy changes no parameter's name"
+    )
+    if param_dtype is not None:
+        compute_in(model, param_dtype)
+    watch = FirstNonFinite(model)
+    runner = Runner(model, Chain(watch, applied.sync), mesh.wire, named)
+    return Job(model, mesh, applied.laid, runner, watch)
+
+
+def _strategy(strategy: str | Apply, impl: str) -> Strategy:
+    if callable(strategy):
+        return Strategy(strategy, "dp")
+    if (strategy, impl) not in STRATEGIES:
+        known = ", ".join(f"{name}@{by}" for name, by in STRATEGIES)
+        raise UserError(f"no strategy {strategy}@{impl}; there is {known}")
+    return STRATEGIES[strategy, impl]
+
+
+def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:
+    """Modules by name. Each entry must match: a typo would silently make no unit at all."""
+    found: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for unit in units:
+        matches = {
+            name: module
+            for name, module in modules.items()
+            if (name == unit if isinstance(unit, str) else isinstance(module, unit))
+        }
+        if not matches:
+            label = unit if isinstance(unit, str) else unit.__name__
+            classes = sorted({type(module).__name__ for module in modules.values()})
+            raise UserError(f"unit {label} matches no module; classes here: {', '.join(classes)}")
+        found |= matches
+    return found
+
+
+def _refuse_earlier_optimizers(model: nn.Module) -> None:
+    """An optimizer built before holds the tensors of before, which a sharding strategy replaces.
+
+    It would go on stepping them and never train the model. Refused under every strategy, so that
+    changing the strategy is changing one word. The collector knows all live objects; asking it
+    takes a tenth of a second, once.
+    """
+    ours = {id(p) for p in model.parameters()}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.optim.Optimizer):
+            held = (p for group in thing.param_groups for p in group["params"])
+            if any(id(p) in ours for p in held):
+                raise UserError(
+                    f"{type(thing).__name__} was built before parallelize() and would step the "
+                    "wrong tensors; build it after: job.optimizer(torch.optim.AdamW, lr=...)"
+                )

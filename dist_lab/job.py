@@ -1,0 +1,216 @@
+"""A model in training: what `parallelize` returns. The same few verbs under every strategy.
+
+loss = job.run(microbatches, loss_fn)        or: with job.microbatch(last=True): loss.backward()
+job.finish()                                 every .grad is now the global gradient
+norm = job.clip_grad_norm(1.0)
+optimizer.step()
+job.after_step()
+optimizer.zero_grad()
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_lab.comm import ops
+from dist_lab.errors import TrainingDiverged, UserError
+from dist_lab.layout import Laid, clip, gather_full, global_norm, slice_local
+from dist_lab.mesh import ORDER, Axis, Mesh
+from dist_lab.parallel.watch import FirstNonFinite
+from dist_lab.runner import Runner
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+Groups = Callable[[str, torch.Size], Mapping[str, Any]]
+
+
+class Job:
+    """One model on one mesh under one strategy.
+
+    Attributes:
+        model: an ordinary module; its parameters keep their names.
+        mesh: where it runs.
+        laid: name -> how that parameter lies.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        laid: Mapping[str, Laid],
+        runner: Runner,
+        watch: FirstNonFinite,
+    ) -> None:
+        self.model, self.mesh, self.laid = model, mesh, laid
+        self._runner, self._watch = runner, watch
+        self._data: Axis = mesh.data
+        self._world: Axis = mesh.flatten(*ORDER)
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; outside, every backward is the last."""
+        return self._runner.microbatch(last=last)
+
+    def count(self, n: int) -> int:
+        """The sum of n over the ranks that see different rows: the denominator of the loss."""
+        with self.mesh.wire.during("count"):
+            return int(ops.all_reduce(torch.tensor(n, device=self.mesh.device), self._data))
+
+    def run(self, microbatches: Sequence[tuple[Tensor, Tensor]], loss_fn: LossFn) -> float:
+        """Forward and backward over this rank's micro-batches.
+
+        Args:
+            microbatches: (input, target) pairs.
+            loss_fn: (output, target) -> this micro-batch's share of the global loss, already
+                divided by the global count; see `count`.
+
+        Returns:
+            The loss of the global batch, the same number on every rank.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for i, (inputs, targets) in enumerate(microbatches):
+            with self.microbatch(last=i == len(microbatches) - 1):
+                share = loss_fn(self.model(inputs), targets)
+                share.backward()
+                total += share.detach()
+        return self._over_data(total)
+
+    def evaluate(self, microbatches: Sequence[tuple[Tensor, Tensor]], loss_fn: LossFn) -> float:
+        """The global loss by forward passes alone, in eval mode. Arguments and result as `run`."""
+        training = self.model.training
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        with torch.no_grad():
+            for inputs, targets in microbatches:
+                total += loss_fn(self.model(inputs), targets)
+        self.model.train(training)
+        return self._over_data(total)
+
+    def finish(self) -> None:
+        """Backward is over: every `.grad` becomes the global gradient of the local parameter.
+
+        Raises:
+            UserError: called twice without a backward between.
+        """
+        self._runner.finish()
+
+    def clip_grad_norm(self, max_norm: float | None) -> float:
+        """Clip the global gradient norm in place; None only measures. After `finish`.
+
+        Returns:
+            The norm before clipping, the same on every rank and in every layout.
+        """
+        if self._runner.has_gradients:
+            raise UserError("clip_grad_norm() before finish(): gradients are not summed yet")
+        with self.mesh.wire.during("clip"):
+            gradients = {name: p.grad for name, p in self.model.named_parameters()}
+            norm = global_norm(gradients, self.laid)
+            if max_norm is not None:
+                clip([g for g in gradients.values() if g is not None], norm, max_norm)
+        return float(norm)
+
+    def check_finite(self, step: int, loss: float, norm: float) -> None:
+        """Stop every rank in this step, before the update, if loss or gradient norm is not finite.
+
+        Raises:
+            TrainingDiverged: names step, parameter and rank, the same on every rank.
+        """
+        if all(map(torch.isfinite, map(torch.tensor, (loss, norm)))):
+            return
+        found = ops.all_gather_bytes(json.dumps(self._watch.found).encode(), self._world)
+        names = {r: json.loads(f) for r, f in zip(self._world.ranks, found, strict=True)}
+        first = next(((r, name) for r, name in names.items() if name is not None), None)
+        cause = (
+            f"first in the gradient of {first[1]} on rank {first[0]}"
+            if first
+            else "though each rank's own gradients are finite: their sum overflowed"
+        )
+        raise TrainingDiverged(
+            f"step {step}: loss {loss}, gradient norm {norm}, {cause}; no weight was updated; "
+            "lower the learning rate, lengthen the warm-up or look at that rank's batch"
+        )
+
+    def after_step(self) -> None:
+        """After `optimizer.step()`: pay what the new weights owe to other ranks."""
+        self._watch.after_step()
+        self._runner.after_step()
+
+    # --- parameters -------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer of one's own is given."""
+        return self.model.parameters()
+
+    def optimizer(
+        self, cls: type[torch.optim.Optimizer], *, groups: Groups | None = None, **options: Any
+    ) -> torch.optim.Optimizer:
+        """Build an optimizer over the trained parameters, under any strategy.
+
+        Args:
+            groups: (name, shape of the whole tensor) -> options of that parameter's group, for
+                instance no weight decay for vectors. Parameters with equal options share a group.
+            options: passed on to `cls`.
+        """
+        made: list[tuple[Mapping[str, Any], list[nn.Parameter]]] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                own = groups(name, self.laid[name].shape) if groups else {}
+                for known, members in made:
+                    if known == own:
+                        members.append(parameter)
+                        break
+                else:
+                    made.append((own, [parameter]))
+        return cls([{"params": members, **own} for own, members in made], **options)
+
+    def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Tensor]:
+        """Every tensor whole, under the names of `model.state_dict()`, equal on every rank.
+
+        Buffers are rank 0's. With `rank0_only` the other ranks get an empty dict. Collective.
+        """
+        canonical = {p: name for name, p in self.model.named_parameters()}
+        full: dict[str, Tensor] = {}
+        with self.mesh.wire.during("state_dict"):
+            for name, tensor in self.model.state_dict(keep_vars=True).items():
+                if isinstance(tensor, nn.Parameter):
+                    first = canonical[tensor]  # tied tensors have several names and one value
+                    known = full.get(first)
+                    if known is None:
+                        known = gather_full(tensor.detach(), self.laid[first]).clone()
+                    full[name] = known
+                else:
+                    full[name] = ops.broadcast(tensor.detach(), self._world).clone()
+        return {} if rank0_only and self.mesh.rank else full
+
+    def load_full_state_dict(self, full: Mapping[str, Tensor]) -> None:
+        """Take each rank's part of whole tensors, the inverse of `full_state_dict`.
+
+        Raises:
+            UserError: a name or a shape that does not fit; nothing has been changed then.
+        """
+        own = self.model.state_dict(keep_vars=True)
+        odd = sorted(own.keys() ^ full.keys())
+        if odd:
+            side = "missing from" if odd[0] in own else "not in the model but in"
+            raise UserError(f"{len(odd)} names do not match, first: {odd[0]} is {side} the weights")
+        canonical = {p: name for name, p in self.model.named_parameters()}
+        parts: list[tuple[Tensor, Tensor]] = []
+        for name, tensor in own.items():
+            where = self.laid[canonical[tensor]] if isinstance(tensor, nn.Parameter) else None
+            shape = where.shape if where else tensor.shape
+            if full[name].shape != shape:
+                raise UserError(
+                    f"{name} has shape {tuple(full[name].shape)}, the model {tuple(shape)}"
+                )
+            parts.append((tensor, slice_local(full[name], where) if where else full[name]))
+        with torch.no_grad():
+            for tensor, part in parts:
+                tensor.copy_(part)
+
+    def _over_data(self, total: Tensor) -> float:
+        with self.mesh.wire.during("loss"):
+            return float(ops.all_reduce(total, self._data))

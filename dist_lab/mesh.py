@@ -1,0 +1,289 @@
+"""The mesh: which rank stands where, and which ranks it can talk to along each axis.
+
+    pp=2 x dp=2 x tp=2, outer to inner:      ranks 0 1 | 2 3 || 4 5 | 6 7
+                                             tp joins 0-1, dp joins 0-2, pp joins 0-4
+
+Neighbours on the innermost axis have neighbouring ranks, because they talk most and machines put
+neighbouring ranks close together. This file is the only place that knows the order of ranks, the
+backend and the process groups; everything else is handed an `Axis`.
+"""
+
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]
+    FileStore,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dist_lab.comm.wire import Wire
+from dist_lab.errors import MachineError, UserError
+
+ORDER = ("pp", "dp", "fsdp", "cp", "tp")  # outer to inner
+DATA_AXES = ("dp", "fsdp")  # along these, ranks see different rows of the batch
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named line of the mesh, as this rank sees it.
+
+    `ranks` are the members' global ranks; this rank is `ranks[index]`. An axis of size 1 has no
+    group, and every collective over it is the identity.
+    """
+
+    name: str
+    size: int
+    index: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    wire: Wire
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Mesh:
+    """All axes of this rank. `mesh["tp"]` is an Axis; an axis that was not asked for has size 1.
+
+    Attributes:
+        rank, size: this process and the number of processes.
+        axes: name -> size, in `ORDER`.
+        device: where this rank computes.
+        timeout: seconds that any collective of any axis may take.
+        wire: the ledger and all that the axes share.
+    """
+
+    def __init__(self, axes: Mapping[str, int], wire: Wire, timeout: float, backend: str) -> None:
+        self.axes = {name: axes[name] for name in ORDER if name in axes}
+        self.wire, self.timeout = wire, timeout
+        self.rank, self.size = wire.rank, wire.size
+        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._torch: DeviceMesh | None = None
+        if self.size > 1:
+            self._torch = init_device_mesh(
+                self.device.type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
+            )
+        self._made: dict[str, Axis] = {}
+        for name in ORDER:
+            group = self._torch.get_group(name) if self._torch and self[name].size > 1 else None
+            self._made[name] = self._axis(name, self[name].ranks, group)
+
+    def __getitem__(self, name: str) -> Axis:
+        if name not in ORDER:
+            raise KeyError(f"no axis {name!r}; a mesh has {', '.join(ORDER)}")
+        if name in self._made:
+            return self._made[name]
+        return self._axis(name, line_through(self.rank, self.axes, (name,)), None)
+
+    def flatten(self, *names: str) -> Axis:
+        """One axis that runs over all positions of several: `flatten("dp", "fsdp")`.
+
+        Collective: every rank of the mesh calls it.
+        """
+        long = [name for name in ORDER if name in names and self[name].size > 1]
+        if len(long) < 2:
+            return self[long[0] if long else names[0]]
+        name = "_".join(long)
+        if name not in self._made:
+            assert self._torch is not None
+            group = self._torch[tuple(long)]._flatten(name).get_group()
+            self._made[name] = self._axis(name, line_through(self.rank, self.axes, long), group)
+        return self._made[name]
+
+    def sub(self, name: str, indices: Sequence[int]) -> Axis | None:
+        """The positions `indices` of an axis as an axis of their own; None for ranks elsewhere.
+
+        Collective: every rank of the mesh calls it. `sub("pp", [0, 3])` joins the first and last
+        stage, which is what a tied embedding needs.
+        """
+        key = f"{name}[{','.join(map(str, indices))}]"
+        bad = [i for i in indices if not 0 <= i < self[name].size]
+        if bad or len(set(indices)) != len(indices):
+            raise UserError(f"{key}: positions must be distinct and below {self[name].size}")
+        if key not in self._made:
+            mine = tuple(self[name].ranks[i] for i in indices)
+            group = None
+            if len(indices) > 1:
+                # new_group is collective over the world: every line's group, in the same order.
+                for line in lines(self.axes, (name,)):
+                    ranks = [line[i] for i in indices]
+                    made = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
+                    group = made if self.rank in ranks else group
+            if self.rank not in mine:
+                return None
+            self._made[key] = self._axis(key, mine, group)
+        return self._made[key]
+
+    @property
+    def data(self) -> Axis:
+        """The axis along which ranks see different rows of the batch: dp and fsdp together."""
+        return self.flatten(*DATA_AXES)
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name}={size}" for name, size in self.axes.items())
+
+    def _axis(self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Axis:
+        if group is not None:
+            # DeviceMesh gives its groups the library's default of 30 minutes, whatever the
+            # world's timeout is: a lost rank would hang everyone for that long.
+            group.set_timeout(timedelta(seconds=self.timeout))
+            assert group_timeout(group) == self.timeout, (name, group_timeout(group))
+            assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
+        index = ranks.index(self.rank)
+        return Axis(name, len(ranks), index, ranks, group, self.wire)
+
+
+def init_mesh(
+    *,
+    timeout: float | None = None,
+    backend: str | None = None,
+    check: bool = False,
+    **axes: int,
+) -> Mesh:
+    """Arrange the processes of this run in a mesh: `init_mesh(dp=2, tp=2)`.
+
+    Joins the process group that is already initialised, else torchrun's, else makes a mesh of this
+    one process. Without axes all processes stand along `dp`.
+
+    Args:
+        timeout: seconds for every collective; default the process group's own, else 60.
+        backend: gloo (CPU) or nccl (GPU); default nccl where there is a GPU to each process.
+        check: see `Wire`.
+
+    Raises:
+        UserError: an unknown axis, or sizes whose product is not the number of processes.
+    """
+    unknown = [name for name in axes if name not in ORDER]
+    if unknown:
+        raise UserError(f"no mesh axis {unknown[0]!r}; the axes are {', '.join(ORDER)}")
+    if not dist.is_initialized() and "RANK" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        seconds = 60.0 if timeout is None else timeout
+        store = environment_store(rank, size, seconds)
+        connect(store, rank, size, timeout=seconds, backend=backend or default_backend())
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        backend = backend or str(dist.get_backend())
+        world = dist.group.WORLD
+        assert world is not None
+        timeout = group_timeout(world) if timeout is None else timeout
+    else:
+        rank, size, backend = 0, 1, backend or "gloo"
+        timeout = 60.0 if timeout is None else timeout
+    axes = axes or {"dp": size}
+    wanted = math.prod(axes.values())
+    if wanted != size or min(axes.values()) < 1:
+        asked = " x ".join(f"{name}={n}" for name, n in axes.items())
+        raise UserError(
+            f"mesh {asked} needs {wanted} processes, {size} were started: "
+            f"torchrun --nproc_per_node={max(wanted, 1)} ..."
+        )
+    return Mesh(axes, Wire(rank, size, check=check), timeout, backend)
+
+
+# --- which rank stands where: pure arithmetic -----------------------------------------------------
+
+
+def lines(axes: Mapping[str, int], along: Sequence[str]) -> list[tuple[int, ...]]:
+    """All lines of ranks that run along some axes, the other coordinates fixed.
+
+    >>> lines({"dp": 2, "tp": 2}, ["tp"]), lines({"dp": 2, "tp": 2}, ["dp"])
+    ([(0, 1), (2, 3)], [(0, 2), (1, 3)])
+    >>> lines({"pp": 2, "dp": 1, "tp": 2}, ["pp", "tp"])
+    [(0, 1, 2, 3)]
+    """
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank, position in enumerate(product(*(range(size) for size in axes.values()))):
+        fixed = tuple(i for name, i in zip(axes, position, strict=True) if name not in along)
+        found.setdefault(fixed, []).append(rank)
+    return [tuple(line) for line in found.values()]
+
+
+def line_through(rank: int, axes: Mapping[str, int], along: Sequence[str]) -> tuple[int, ...]:
+    """The one line of `lines` that this rank is on.
+
+    >>> line_through(6, {"pp": 2, "dp": 2, "tp": 2}, ["dp"])
+    (4, 6)
+    """
+    if not any(name in axes for name in along):
+        return (rank,)
+    return next(line for line in lines(axes, along) if rank in line)
+
+
+# --- joining the process group --------------------------------------------------------------------
+
+
+def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> None:
+    """Join the process group that meets in `store`.
+
+    Raises:
+        MachineError: no GPU for nccl, or a transport that cannot be set up.
+    """
+    if backend == "nccl":
+        if not torch.cuda.is_available():
+            raise MachineError("backend nccl needs a GPU and torch sees none; use --backend gloo")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    elif _one_machine(store):
+        # Ranks of one machine talk over loopback. gloo would resolve the host's name instead,
+        # which binds a public address on one machine and an unreachable one on the next.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def file_store(path: str, size: int) -> Store:
+    """A meeting place in a file: no port, so none to clash and nothing that listens."""
+    return FileStore(path, size)
+
+
+def environment_store(rank: int, size: int, timeout: float) -> Store:
+    """torchrun's store, under a prefix of its own for each restart.
+
+    After a rank dies, torchrun starts all again on the same store, where the addresses of the dead
+    still stand; without the prefix the new ranks try to reach them.
+    """
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=limit))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt-{attempt}", store)
+
+
+def default_backend() -> str:
+    """nccl where every process of this machine can have a GPU of its own, else gloo."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "nccl" if dist.is_nccl_available() and torch.cuda.device_count() >= local else "gloo"
+
+
+def group_timeout(group: dist.ProcessGroup) -> float:
+    """Seconds that a collective of this group may take."""
+    device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
+    limit: timedelta = group._get_backend(device).options._timeout
+    return limit.total_seconds()
+
+
+def loopback() -> str:
+    """The name of the loopback interface: lo on Linux, lo0 on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _one_machine(store: Store) -> bool:
+    if isinstance(store, FileStore):
+        return True
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")

@@ -1,0 +1,55 @@
+"""Model FLOPs utilization against what this machine really does.
+
+    MFU = floating-point operations of the model per second / peak      Chowdhery et al. 2022,
+                                                                        arXiv:2204.02311, appendix B
+
+Both are measured here. The operations are counted as one step executes them. The peak is a plain
+matmul at the run's dtype and number of threads, on all ranks at the same time, because they share
+the cores: a peak copied from a data sheet would be another machine's.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def counter() -> FlopCounterMode:
+    """A context that counts this rank's operations: `.get_total_flops()` afterwards."""
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
+def calibrate(dtype: torch.dtype, device: torch.device, seconds: float = 0.25) -> float:
+    """Operations per second of a 768 x 768 matmul on this rank, while the others do the same."""
+    n = 768
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    out = torch.mm(a, b)
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(a, b, out=out)
+        done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return done * 2 * n**3 / (time.perf_counter() - began)
+
+
+# torch's counter knows the fused attention of GPUs and not that of CPUs. Forward is two matmuls of
+# T x T x Dh for each sample and head; backward five, one of them computing the scores again.
+
+
+def _attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    b, h, t, d = q  # shapes: (B, H, T, Dh)
+    return 2 * 2 * b * h * t * k[2] * d
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    b, h, t, d = q
+    return 5 * 2 * b * h * t * k[2] * d
+
+
+aten = torch.ops.aten
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

@@ -1,0 +1,135 @@
+"""Where the numbers of a run go: a file of JSON lines, TensorBoard, and the person watching.
+
+A sink takes one row a logged step, and the summary at the end. Rank 0 has all three, the others
+none.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Row = Mapping[str, Any]
+
+
+class Sink:
+    """What a sink is told. A moment it does not write is empty."""
+
+    def tick(self, step: int) -> None:
+        """A step is done."""
+
+    def row(self, row: Row) -> None:
+        """A logged step, as README describes the fields."""
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        """The run is over; None if it failed."""
+
+
+def open_sinks(folder: Path, steps: int) -> list[Sink]:
+    """All three, writing into `folder`, which exists."""
+    console = Console()
+    screen: Sink = Bar(console, steps) if console.is_terminal else Lines(console, steps)
+    return [JsonLines(folder), TensorBoard(folder), screen]
+
+
+class JsonLines(Sink):
+    """metrics.jsonl. Each line is written whole and at once: a killed run leaves no torn one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def row(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        self.file.close()
+        if summary is not None:
+            text = json.dumps(summary, indent=1) + "\n"
+            (self.folder / "summary.json").write_text(text, encoding="utf-8")
+
+
+class TensorBoard(Sink):
+    """Every number of a row as a scalar: `tensorboard --logdir runs`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 does
+
+        self.writer = SummaryWriter(str(folder))
+
+    def row(self, row: Row) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        self.writer.close()
+
+
+class Bar(Sink):
+    """For a person at a terminal: a bar, the loss, tokens a second and the time left."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task("", total=steps)
+        self.validation = ""
+        self.progress.start()
+
+    def tick(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def row(self, row: Row) -> None:
+        if "val_loss" in row:
+            self.validation = f"  val {row['val_loss']:.3f}"
+        text = f"loss {row['loss']:.3f}{self.validation}  {_rate(row)}"
+        self.progress.update(self.task, description=text)
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        self.progress.stop()
+        if summary is not None:
+            self.progress.console.print(closing_line(summary), highlight=False, soft_wrap=True)
+
+
+class Lines(Sink):
+    """For a log file: one plain line a row."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console, self.steps = console, steps
+
+    def row(self, row: Row) -> None:
+        validation = f"  val {row['val_loss']:.4f}" if "val_loss" in row else ""
+        self._print(
+            f"step {row['step']:>5}/{self.steps}  loss {row['loss']:.4f}{validation}  norm "
+            f"{row['grad_norm']:.3f}  {_rate(row)}  {row['step_ms']:.0f} ms "
+            f"({row['comm_ms']:.0f} waiting)"
+        )
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        if summary is not None:
+            self._print(closing_line(summary))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.file.flush()
+
+
+def closing_line(summary: Mapping[str, Any]) -> str:
+    median = summary["median"]
+    return (
+        f"{summary['steps']} steps, loss {summary['final_loss']:.4f}, validation "
+        f"{summary['final_val_loss']:.4f}; {_rate(median)}, MFU {summary['mfu']:.1%}, "
+        f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
+        f"in {summary['out']}"
+    )
+
+
+def _rate(row: Row) -> str:
+    if "tokens_per_s" in row:
+        return f"{row['tokens_per_s']:,.0f} tokens/s"
+    return f"{row['samples_per_s']:,.1f} samples/s"

@@ -1,0 +1,74 @@
+"""When gradients and borrowed parameters travel: the protocol that all strategies share.
+
+[Note: the gradient convention] There is one division in the project. The loss of a step is
+
+    loss = (sum over the tokens of the global batch) / (number of tokens in the global batch)
+
+and each micro-batch of each rank contributes its tokens' share, already divided by the global
+count. Shares add up: over micro-batches in `.grad`, over ranks by a plain SUM. Nothing is averaged
+anywhere, so ragged batches and unequal token counts are exact, where a mean of means would not be.
+
+A strategy never registers hooks and never calls backward. A runner does, and tells the strategy
+what has happened through the five verbs of `Sync`; so the same strategy runs under a plain loop and
+under a pipeline schedule. Strategies know parameters by name, never as objects, because another
+strategy may have replaced the object since.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dist_lab.layout import Laid
+
+
+class Sync:
+    """What a strategy does at each moment of a step. A moment it does not write is empty."""
+
+    def unshard(self, unit: str) -> None:
+        """The unit is about to be used: its parameters must be whole."""
+
+    def reshard(self, unit: str) -> None:
+        """The unit has been used: what was borrowed may go."""
+
+    def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        """These gradients hold this micro-batch. `last`: nothing will be added to them."""
+
+    def finish(self) -> None:
+        """Backward is over. On return every `.grad` is global, for the local parameter."""
+
+    def after_step(self) -> None:
+        """The optimizer has stepped: pay what the new weights owe to others."""
+
+
+class Chain(Sync):
+    """Several Syncs as one, told of everything in this order. An empty chain does nothing."""
+
+    def __init__(self, *links: Sync) -> None:
+        self.links = links
+
+    def unshard(self, unit: str) -> None:
+        for link in self.links:
+            link.unshard(unit)
+
+    def reshard(self, unit: str) -> None:
+        for link in self.links:
+            link.reshard(unit)
+
+    def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        for link in self.links:
+            link.grads_ready(names, last=last)
+
+    def finish(self) -> None:
+        for link in self.links:
+            link.finish()
+
+    def after_step(self) -> None:
+        for link in self.links:
+            link.after_step()
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a strategy did to a model: where its parameters now lie, and when they travel."""
+
+    laid: Mapping[str, Laid]
+    sync: Sync

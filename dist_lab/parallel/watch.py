@@ -1,0 +1,32 @@
+"""Remembers the first gradient of this rank that is not finite, before it travels.
+
+After a sum over ranks every rank holds the NaN and none knows whose it was. This link stands first
+in the chain and looks at each gradient while it is still the rank's own. Cost: one pass over a
+gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dist_lab.parallel.sync import Sync
+
+
+class FirstNonFinite(Sync):
+    """`found` is the name of the first such parameter of this step, in the order of backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.found: str | None = None
+
+    def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        for name in names:
+            gradient = self.model.get_parameter(name).grad
+            # A sum is the cheapest pass that any NaN or infinity survives. It may also overflow
+            # by itself, so it only accuses; isfinite convicts.
+            if self.found is None and gradient is not None and not gradient.sum().isfinite():
+                self.found = None if torch.isfinite(gradient).all() else name
+
+    def after_step(self) -> None:
+        self.found = None

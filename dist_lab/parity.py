@@ -1,0 +1,275 @@
+"""The comparison engine: is a parallel run equal to one process?
+
+Agreement among ranks is not enough, and a falling loss is not enough. The reference is a dozen
+lines of plain PyTorch on the whole batch, with nothing of ours in it. Every rank runs it, and
+compares with it what the job under test has after every step: the loss, every gradient (summed,
+before clipping), the global gradient norm and every weight after the update.
+
+    error = max|a - b| / max(max|b|, 1e-3 x the median over tensors of max|b|)
+
+The floor is for tensors that are nearly zero: relative to nothing, rounding is everything. A tensor
+whose true gradient is zero (the key bias of attention: softmax does not see it) holds only
+rounding, which Adam divides by itself and turns into a full step; such tensors are listed and not
+judged.
+
+In float64 a bug shows at 1e-10 and rounding does not; that is the dtype to verify in.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from dist_lab import zoo
+from dist_lab.comm import ops
+from dist_lab.compose import Apply, parallelize
+from dist_lab.config import Config
+from dist_lab.data import open_data
+from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.layout import gather_full
+from dist_lab.loss import cross_entropy_sum
+from dist_lab.mesh import ORDER, Mesh
+from dist_lab.parity_report import Comparison, Report
+from dist_lab.runner import compute_in
+
+# The largest error that rounding explains, by the dtype of compute: sums in another order, through
+# a few optimizer steps. A bug is larger than any of them by orders of magnitude in float64.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1}
+Batch = tuple[Tensor, Tensor]
+LossSum = Callable[[Tensor, Tensor], Tensor]
+
+
+def verify(
+    build_model: Callable[[], nn.Module],
+    build_batch: Callable[[int], Batch],
+    mesh: Mesh,
+    strategy: str | Apply = "dp",
+    impl: str = "hand",
+    *,
+    steps: int = 3,
+    microbatches: int = 1,
+    clip: float | None = 1.0,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    options: Mapping[str, Any] | None = None,
+    loss_sum: LossSum = cross_entropy_sum,
+    units: Iterable[type[nn.Module] | str] = (),
+    param_dtype: torch.dtype | None = None,
+    tolerance: float | None = None,
+) -> Report:
+    """Train a model twice, in parallel and in one process, and compare. Collective over the mesh.
+
+    Args:
+        build_model: gives the same weights at every call on every rank; its dtype is the dtype of
+            the comparison.
+        build_batch: step -> (inputs, targets), the whole global batch, rows first. The same on
+            every rank; each takes its rows, so any number of rows is right.
+        microbatches: in how many pieces a rank accumulates.
+        options: of the optimizer; default lr=1e-3.
+        loss_sum: (output, target) -> the sum over the rows; the engine divides by the number of
+            targets.
+        param_dtype: see `parallelize`; the reference then computes in it too.
+        tolerance: default by dtype, see TOLERANCE.
+
+    Raises:
+        UserError: rows that are all alike (a forgotten sum over ranks would go unseen), dropout.
+    """
+    reference = build_model()
+    _refuse_dropout(reference)
+    tested = build_model()
+    dtype = param_dtype or next(reference.parameters()).dtype
+    job = parallelize(
+        tested, mesh, strategy, impl, units=units, param_dtype=param_dtype, broadcast=False
+    )
+    if param_dtype is not None:
+        compute_in(reference, param_dtype)
+    options = {"lr": 1e-3} if options is None else options
+    adam_like = job.optimizer(optimizer, **options)
+    plain = optimizer([p for p in reference.parameters() if p.requires_grad], **options)
+
+    found: list[Comparison] = []
+    for step in range(steps):
+        inputs, targets = build_batch(step)
+        if step == 0 and job.mesh.data.size > 1 and (inputs == inputs[:1]).all():
+            raise UserError("every row of the batch is alike; ranks need different data to verify")
+        wanted = _reference_step(reference, plain, inputs, targets, clip, loss_sum)
+        loss, gradients, norm = _tested_step(
+            job, adam_like, inputs, targets, microbatches, clip, loss_sum
+        )
+        weights = job.full_state_dict()
+        theirs = {name: p.detach() for name, p in reference.named_parameters()}
+        noise = _only_rounding(wanted[1], dtype)
+        found += _compare_scalar(step, "loss", loss, wanted[0])
+        found += _compare(step, "gradient", gradients, wanted[1], noise)
+        found += _compare_scalar(step, "grad norm", norm, wanted[2])
+        found += _compare(step, "weight", weights, theirs, noise)
+    label = strategy if isinstance(strategy, str) else strategy.__module__
+    return Report(
+        f"{label}@{impl}", str(mesh), str(dtype).removeprefix("torch."),
+        TOLERANCE[dtype] if tolerance is None else tolerance, _worst_over_ranks(found, mesh),
+    )  # fmt: skip
+
+
+# --- the two steps that must be equal -------------------------------------------------------------
+
+Gradients = dict[str, Tensor | None]
+
+
+def _reference_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    clip: float | None,
+    loss_sum: LossSum,
+) -> tuple[float, Gradients, float]:
+    """One process, the whole batch at once, PyTorch alone."""
+    loss = loss_sum(model(inputs), targets) / targets.numel()
+    loss.backward()
+    gradients = {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss), gradients, float(norm)
+
+
+def _tested_step(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    microbatches: int,
+    clip: float | None,
+    loss_sum: LossSum,
+) -> tuple[float, Gradients, float]:
+    """The same step as a user of the library would write it."""
+    data = job.mesh.data
+    mine = slice_rows(inputs, targets, data.size)[data.index]
+    total = job.count(mine[1].numel())
+    loss = job.run(
+        slice_rows(*mine, microbatches),
+        lambda output, target: loss_sum(output, target) / total,
+    )
+    job.finish()
+    gradients = {
+        name: None if p.grad is None else gather_full(p.grad, job.laid[name]).clone()
+        for name, p in job.model.named_parameters()
+    }
+    norm = job.clip_grad_norm(clip)
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
+    return loss, gradients, norm
+
+
+def slice_rows(inputs: Tensor, targets: Tensor, parts: int) -> list[Batch]:
+    """A batch in consecutive parts that differ by a row at most."""
+    return list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def _compare_scalar(step: int, quantity: str, a: float, b: float) -> list[Comparison]:
+    return [Comparison(step, quantity, "", abs(a - b) / max(abs(b), 1e-300), 0, True)]
+
+
+def _compare(
+    step: int,
+    quantity: str,
+    ours: Mapping[str, Tensor | None],
+    theirs: Mapping[str, Tensor | None],
+    noise: set[str],
+) -> list[Comparison]:
+    sizes = [float(b.abs().max()) for b in theirs.values() if b is not None and b.numel()]
+    floor = 1e-3 * statistics.median(sizes) if sizes else 0.0
+    names = (
+        reversed(list(theirs)) if quantity == "gradient" else theirs
+    )  # backward ends at the first
+    return [
+        Comparison(step, quantity, n, _error(ours[n], theirs[n], floor), 0, n not in noise)
+        for n in names
+    ]
+
+
+def _error(a: Tensor | None, b: Tensor | None, floor: float) -> float:
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf  # one has a gradient where the other has none
+    if b.numel() == 0:
+        return 0.0
+    largest = float((a - b).abs().max())
+    return largest / max(float(b.abs().max()), floor) if largest else 0.0
+
+
+def _only_rounding(gradients: Gradients, dtype: torch.dtype) -> set[str]:
+    """Tensors whose gradient is so small beside the others' that it may be rounding alone."""
+    sizes = {n: float(g.abs().max()) for n, g in gradients.items() if g is not None and g.numel()}
+    below = min(64 * torch.finfo(dtype).eps, 1e-2) * statistics.median(sizes.values())
+    return {name for name, size in sizes.items() if 0 < size <= below}
+
+
+def _worst_over_ranks(found: list[Comparison], mesh: Mesh) -> list[Comparison]:
+    """One report for all: of each comparison, the rank that is furthest off."""
+    errors = torch.tensor([[c.error for c in found]], dtype=torch.float64)
+    errors = errors.nan_to_num(nan=math.inf, posinf=math.inf)
+    worst, rank = ops.all_gather(errors, mesh.flatten(*ORDER)).max(0)
+    return [
+        Comparison(c.step, c.quantity, c.tensor, float(e), int(r), c.judged)
+        for c, e, r in zip(found, worst, rank, strict=True)
+    ]
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise UserError(
+                f"{name} drops with p={module.p}: every layout draws other masks, so no two runs "
+                "are equal; set p=0 to verify"
+            )
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def run(config: Config, mesh: Mesh) -> int:
+    """`launch/verify.py`: a zoo model on its data. Exit status 0 only if equal."""
+    data = open_data(
+        config.data, batch=config.batch, seq=config.seq, seed=config.seed, cache_dir=config.cache
+    )
+    narrow = torch.bfloat16 if config.dtype == "bfloat16" else None
+    wide = torch.float64 if config.dtype == "float64" else torch.float32
+
+    def build() -> nn.Module:
+        return zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=wide)
+
+    report = verify(
+        build,
+        lambda step: data.batch(step, slice(0, config.batch)),
+        mesh,
+        config.strategy,
+        config.impl,
+        steps=config.steps,
+        microbatches=config.microbatches,
+        clip=config.clip or None,
+        optimizer={"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer],
+        options={"lr": config.lr, "weight_decay": config.weight_decay},
+        units=build().units,
+        param_dtype=narrow,
+    )
+    if mesh.rank == 0:
+        console = Console()
+        console.print(report.table())
+        console.print(report.sentence(), soft_wrap=True)
+        if config.out:
+            path = Path(config.out)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "verify.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    return 0 if report.equal else 1

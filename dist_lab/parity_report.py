@@ -1,0 +1,84 @@
+"""What a comparison with one process found: the numbers, and the sentence a person wants."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+QUANTITIES = ("loss", "gradient", "grad norm", "weight")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number compared: how far the worst rank is from the reference."""
+
+    step: int
+    quantity: str
+    tensor: str  # "" for loss and grad norm
+    error: float
+    rank: int  # the worst one
+    judged: bool  # False: holds rounding only
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        equal: every judged error is within the tolerance.
+        first: the first comparison that is not: earliest step, then loss, gradients in the order
+            of backward, norm, weights.
+    """
+
+    strategy: str
+    mesh: str
+    dtype: str
+    tolerance: float
+    comparisons: list[Comparison] = field(repr=False)
+
+    @property
+    def first(self) -> Comparison | None:
+        return next((c for c in self.comparisons if self._wrong(c)), None)
+
+    @property
+    def equal(self) -> bool:
+        return self.first is None
+
+    def worst(self, quantity: str) -> Comparison:
+        mine = [c for c in self.comparisons if c.quantity == quantity and c.judged]
+        return max(mine, key=lambda c: c.error)
+
+    def _wrong(self, c: Comparison) -> bool:
+        return c.judged and not c.error <= self.tolerance  # a NaN is wrong
+
+    def sentence(self) -> str:
+        if self.first is None:
+            return f"equal to one process within {self.tolerance:.0e} ({self.dtype})"
+        c = self.first
+        name = f" of {c.tensor}" if c.tensor else ""
+        return (
+            f"not equal: the first to diverge is the {c.quantity}{name} at step {c.step} on rank "
+            f"{c.rank}, by {c.error:.1e} (tolerance {self.tolerance:.0e})"
+        )
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.strategy} on {self.mesh} against one process, {self.dtype}")
+        for column in ("quantity", "compared", "bitwise equal", "worst error", "where", ""):
+            table.add_column(column)
+        for quantity in QUANTITIES:
+            rows = [c for c in self.comparisons if c.quantity == quantity and c.judged]
+            if rows:
+                worst = self.worst(quantity)
+                table.add_row(
+                    quantity, str(len(rows)), str(sum(c.error == 0 for c in rows)),
+                    f"{worst.error:.1e}", f"step {worst.step} {worst.tensor}",
+                    "[red]differs" if any(map(self._wrong, rows)) else "[green]equal",
+                )  # fmt: skip
+        noise = sorted({c.tensor for c in self.comparisons if not c.judged})
+        if noise:
+            table.caption = f"rounding only, not judged: {', '.join(noise)}"
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        first = asdict(self.first) if self.first else None
+        return {"equal": self.equal, "first": first} | asdict(self)

@@ -1,0 +1,239 @@
+"""The training loop: one, for every strategy. Read `train` first; the rest is what it calls."""
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lab import zoo
+from dist_lab.comm import ops
+from dist_lab.comm.agree import check_settings_agree
+from dist_lab.comm.ledger import Tally
+from dist_lab.compose import parallelize
+from dist_lab.config import Config
+from dist_lab.data import Data, open_data, prefetch
+from dist_lab.job import Job, LossFn
+from dist_lab.layout import piece
+from dist_lab.loss import cross_entropy_sum
+from dist_lab.mesh import ORDER, Mesh
+from dist_lab.observe import flops, memory, run_dir
+from dist_lab.observe.sinks import Sink, open_sinks
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+WARM_UP = 2  # steps that are measured for memory and FLOPs, and left out of the medians
+
+
+def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[str, Any]:
+    """Train, tell the sinks, and return the medians and final losses for summary.json."""
+    optimizer = job.optimizer(
+        OPTIMIZERS[config.optimizer], lr=config.lr, groups=decay_groups(config.weight_decay)
+    )
+    rows = own_rows(config.batch, job)
+    meter = Meter(job, optimizer)
+    validation = math.nan
+
+    for step, (inputs, targets) in enumerate(prefetch(data, rows, 0, config.steps), start=1):
+        with meter.step(step):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+
+            tokens = job.count(targets.numel())
+            loss = job.run(microbatches(inputs, targets, config, job), mean_over(tokens))
+            job.finish()
+            norm = job.clip_grad_norm(config.clip or None)
+            job.check_finite(step, loss, norm)
+            optimizer.step()
+            job.after_step()
+            optimizer.zero_grad()
+
+        last = step == config.steps
+        validate = last or (config.val_every > 0 and step % config.val_every == 0)
+        if validate:
+            validation = evaluate(job, data, config, rows)
+        for sink in sinks:
+            sink.tick(step)
+        if validate or step == 1 or step % config.log_every == 0:
+            row = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate(step, config)}
+            row |= {"val_loss": validation} if validate else {}
+            row |= meter.since_last_row(config.batch, config.batch * config.seq)
+            for sink in sinks:
+                sink.row(row)
+    return meter.summary(config) | {"final_loss": loss, "final_val_loss": validation}
+
+
+def evaluate(job: Job, data: Data, config: Config, rows: slice) -> float:
+    """The mean loss over all validation batches, the same number on every rank."""
+    batches = [data.validation(i, rows) for i in range(data.validation_batches)]
+    if not batches:
+        return math.nan
+    tokens = job.count(sum(targets.numel() for _, targets in batches))
+    pieces = [pair for batch in batches for pair in microbatches(*batch, config, job)]
+    return job.evaluate(pieces, mean_over(tokens))
+
+
+def mean_over(tokens: int) -> LossFn:
+    """A micro-batch's share of the mean loss over the `tokens` of the global batch."""
+    return lambda logits, targets: cross_entropy_sum(logits, targets) / tokens
+
+
+def microbatches(
+    inputs: Tensor, targets: Tensor, config: Config, job: Job
+) -> list[tuple[Tensor, Tensor]]:
+    """This rank's rows, in the order in which they are accumulated."""
+    parts = (t.to(job.mesh.device).chunk(config.microbatches) for t in (inputs, targets))
+    return list(zip(*parts, strict=True))
+
+
+def own_rows(batch: int, job: Job) -> slice:
+    """The rows of the global batch that this rank's data coordinate sees."""
+    return slice(*piece(batch, job.mesh.data.size, job.mesh.data.index))
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up, then a cosine down to a tenth (Loshchilov & Hutter, arXiv:1608.03983)."""
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    through = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * through)) / 2)
+
+
+def decay_groups(weight_decay: float) -> Any:
+    """Weight decay for matrices; none for biases and norms, which have no scale to be pulled to."""
+    return lambda name, shape: {"weight_decay": weight_decay if len(shape) > 1 else 0.0}
+
+
+class Meter:
+    """Times steps, and counts their bytes, memory and floating-point operations."""
+
+    def __init__(self, job: Job, optimizer: torch.optim.Optimizer) -> None:
+        self.job, self.optimizer = job, optimizer
+        self.world = job.mesh.flatten(*ORDER)
+        self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
+        self.reported = 0
+        self.peak_memory = 0
+        self.flops_per_step = self.peak_flops = 0.0  # of all ranks together
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        ledger = self.job.mesh.wire.ledger
+        before, began = ledger.total, time.perf_counter()
+        with ExitStack() as measuring:
+            if step <= WARM_UP:
+                held = memory.tensors_of(self.job.model, self.optimizer)
+                live = measuring.enter_context(memory.LiveBytes(held))
+            if step == 1:
+                count = measuring.enter_context(flops.counter())
+            yield
+        self.steps.append((time.perf_counter() - began, ledger.total - before))
+        if step <= WARM_UP:
+            self.peak_memory = max(self.peak_memory, live.peak)
+        if step == 1:
+            self.flops_per_step = self._all_ranks(count.get_total_flops())
+
+    def since_last_row(self, samples: int, tokens: int) -> dict[str, float]:
+        """The fields of a row, as means over the steps since the last one."""
+        window, self.reported = self.steps[self.reported :], len(self.steps)
+        seconds = statistics.fmean(s for s, _ in window)
+        return {
+            "step_ms": seconds * 1e3,
+            "samples_per_s": samples / seconds,
+            "tokens_per_s": tokens / seconds,
+            "comm_payload_bytes": window[-1][1].payload,
+            "comm_sent_bytes": window[-1][1].sent,
+            "comm_ms": statistics.fmean(t.blocked for _, t in window) * 1e3,
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+    def summary(self, config: Config) -> dict[str, Any]:
+        """Medians over the steps after the warm-up, and the MFU they amount to. Collective."""
+        steady = self.steps[WARM_UP:] or self.steps
+        seconds = statistics.median(s for s, _ in steady)
+        ops.all_reduce(torch.zeros(1), self.world)  # all ranks calibrate at the same time
+        peak = self._all_ranks(flops.calibrate(DTYPES[config.dtype], self.job.mesh.device))
+        return {
+            "steps": len(self.steps),
+            "median": {
+                "step_ms": seconds * 1e3,
+                "samples_per_s": config.batch / seconds,
+                "tokens_per_s": config.batch * config.seq / seconds,
+                "comm_ms": statistics.median(t.blocked for _, t in steady) * 1e3,
+                "comm_payload_bytes": steady[-1][1].payload,
+                "comm_sent_bytes": steady[-1][1].sent,
+            },
+            "peak_memory_bytes": self.peak_memory,
+            "flops_per_step": self.flops_per_step,
+            "peak_flops_per_s": peak,
+            "mfu": self.flops_per_step / seconds / peak,
+        }
+
+    def _all_ranks(self, number: float) -> float:
+        return float(ops.all_reduce(torch.tensor(number, dtype=torch.float64), self.world))
+
+
+def run(config: Config, mesh: Mesh) -> int:
+    """`launch/train.py` on one rank: build everything, train, write the summary."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    check_settings_agree(config.to_dict() | versions, mesh.flatten(*ORDER))
+    if config.log_collectives:
+        mesh.wire.log(lambda line: print(line, file=sys.stderr, flush=True))
+    data = open_data(
+        config.data,
+        batch=config.batch,
+        seq=config.seq,
+        seed=config.seed,
+        cache_dir=Path(config.cache),
+    )
+    dtype = DTYPES[config.dtype]
+    masters = torch.float32 if dtype == torch.bfloat16 else dtype
+    model = zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=masters)
+    job = parallelize(
+        model.to(mesh.device),
+        mesh,
+        config.strategy,
+        config.impl,
+        units=model.units,
+        param_dtype=None if dtype == masters else dtype,
+        broadcast=False,  # every rank has drawn the same numbers; this checks it
+    )
+    setting = {
+        "config": config.to_dict(),
+        "mesh": mesh.axes,
+        "world_size": mesh.size,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": {"name": data.name, "sha256": data.sha256},
+        "versions": versions,
+    }
+    if mesh.rank > 0:
+        train(job, data, config, [])
+        return 0
+    with run_dir.claimed(config) as folder:
+        print(opening_line(setting), flush=True)
+        sinks = open_sinks(folder, config.steps)
+        summary: Mapping[str, Any] | None = None
+        try:
+            summary = setting | train(job, data, config, sinks) | {"out": str(folder)}
+        finally:
+            for sink in sinks:
+                sink.close(summary)
+    return 0
+
+
+def opening_line(setting: Mapping[str, Any]) -> str:
+    config = setting["config"]
+    return (
+        f"{config['strategy']}@{config['impl']} on {setting['world_size']} ranks x "
+        f"{setting['threads']} threads ({setting['cores']} cores): {config['model']} "
+        f"{setting['parameters'] / 1e6:.1f}M in {config['dtype']}, {setting['data']['name']} "
+        f"sha256 {setting['data']['sha256'][:12]}, {config['batch']} x {config['seq']} a step"
+    )

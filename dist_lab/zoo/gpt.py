@@ -1,0 +1,196 @@
+"""The Llama architecture: a decoder-only language model with rotary positions.
+
+    x = embed(tokens);   per layer: x += attention(norm(x)), x += mlp(norm(x));   head(norm(x))
+
+RoPE arXiv:2104.09864, RMSNorm arXiv:1910.07467, SwiGLU arXiv:2002.05202, grouped-query attention
+arXiv:2305.13245. Parameter names and arithmetic are those of Hugging Face's LlamaForCausalLM, so
+its weights load with `load_state_dict` and give the same logits.
+
+Letters: B sequences, T tokens of each, S tokens seen so far (these T included), V vocabulary,
+D width, F hidden width of the MLP, H query heads, K key and value heads, Dh = D / H.
+
+[Note: where it may be cut]
+* Between layers. Each name in `GPT.stages` is a module from x to x, and running them in turn is
+  the whole forward. A pipeline stage deletes the layers it lacks, which renames no other because
+  they live in a ModuleDict, and puts nn.Identity for whatever else it lacks.
+* Across heads, and across F. The views take H and K from the width that came out of a projection,
+  never from the configuration, so a tensor-parallel rank with fewer heads runs this same code.
+  q, k and v read one input, and so do gate and up: the seams are `self_attn` and `mlp`, where the
+  gradient of that input is summed over ranks once instead of once per projection.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Past = list[Tensor]  # what decoding remembers of a layer: [], then [keys, values], (B, K, S, Dh)
+
+
+class Attention(nn.Module):
+    """Each token reads those up to itself; H / K neighboring query heads share keys and values."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, rope_base: float):
+        super().__init__()
+        self.head_dim, self.rope_base = width // heads, rope_base
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
+        by_head = (-1, self.head_dim)  # -1, not H or K: [Note: where it may be cut]
+        q = self.q_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
+        k = self.k_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, K, T, Dh)
+        v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, K, T, Dh)
+        new, seen = q.size(2), past[0].size(2) if past else 0
+        if positions is None:
+            positions = torch.arange(seen, seen + new, device=x.device)
+        cos, sin = rope_table(positions, self.head_dim, self.rope_base, q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # T -> S
+        if past is not None:
+            past[:] = k, v
+        sharing = q.size(1) // k.size(1)  # enable_gqa=True would sum their gradients in bfloat16
+        k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)  # K -> H
+        # is_causal pairs the first query with the first key, which is wrong as soon as T < S.
+        mask = torch.ones(new, seen + new, dtype=torch.bool, device=x.device).tril(seen)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask if seen else None, is_causal=not seen
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
+
+
+def rope_table(
+    positions: Tensor, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position x base^(-2i/Dh), each (T, Dh/2), from angles in float32 or more:
+    bfloat16 cannot tell position 257 from 256.
+
+    Every layer makes its own, at next to no cost, and so there is no buffer to materialize from
+    the meta device, to shard or to save.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    even = torch.arange(0, head_dim, 2, device=positions.device, dtype=precise)
+    angle = torch.outer(positions.to(precise), base ** (-even / head_dim))  # (T,) -> (T, Dh/2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + Dh/2]): Llama's pairing, where the paper takes neighbors."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, Dh) -> 2 of (B, H, T, Dh/2)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class SwiGLU(nn.Module):
+    """x (B, T, D) -> (B, T, D) through F gated hidden units."""
+
+    def __init__(self, width: int, ffn: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, ffn, bias=False)
+        self.up_proj = nn.Linear(width, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # D -> F -> D
+
+
+class Block(nn.Module):
+    """x (B, T, D) -> (B, T, D)."""
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, ffn: int, rope_base: float, eps: float
+    ):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(width, eps)
+        self.self_attn = Attention(width, heads, kv_heads, rope_base)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, ffn)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """All but the head: tokens (B, T) -> x (B, T, D)."""
+
+    def __init__(self, vocab: int, width: int, blocks: list[Block], eps: float):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab, width)
+        self.layers = nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
+        self.norm = nn.RMSNorm(width, eps)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Past] | None = None
+    ) -> Tensor:
+        x = self.embed_tokens(tokens)  # (B, T) -> (B, T, D)
+        pasts = [None] * len(self.layers) if cache is None else cache
+        for layer, past in zip(self.layers.values(), pasts, strict=True):
+            x = layer(x, positions, past)
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V).
+
+    `tied` makes the head's weight the embedding itself. `rope_base` and `eps` shape no parameter;
+    they are arguments because published Llama weights differ in them.
+
+    Raises ValueError if the width does not divide into heads, or the heads into groups.
+    """
+
+    units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
+    stages = ("model.embed_tokens", "model.layers.*", "model.norm", "lm_head")  # in forward order
+
+    def __init__(
+        self,
+        vocab: int,
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        ffn: int,
+        tied: bool = False,
+        rope_base: float = 10_000.0,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        if width % (2 * heads) or heads % kv_heads:
+            raise ValueError(
+                "gpt needs width divisible by 2 x heads (rotary pairs) and heads by kv_heads, "
+                f"not width={width} heads={heads} kv_heads={kv_heads}"
+            )
+        self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
+        blocks = [Block(width, heads, kv_heads, ffn, rope_base, eps) for _ in range(layers)]
+        self.model = Decoder(vocab, width, blocks, eps)
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Past] | None = None
+    ) -> Tensor:
+        """`positions` (T,) default to 0, 1, ..., or to what follows the tokens in the cache.
+
+        To decode, make `cache = [[] for _ in range(layers)]` and pass it along with each piece of
+        the text: it grows in place, and the logits are those of the whole text at once.
+        """
+        return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
+
+    def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Norms one; matrices keep the scale of their input, Normal(0, 1/sqrt(columns)), and the
+        2 x depth that add to one residual stream share it; logits start near 0, the loss at ln V.
+        """
+        if fqn.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        elif fqn.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensor.normal_(0.0, 0.02, generator=generator)
+        else:
+            sharers = 2 * self.depth if fqn.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            tensor.normal_(0.0, (tensor.size(1) * sharers) ** -0.5, generator=generator)

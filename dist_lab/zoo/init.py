@@ -1,0 +1,74 @@
+"""Initial weights: every tensor is a function of (seed, its name), and of nothing else.
+
+A layout must not change the numbers a run starts from, or no two layouts could ever be compared.
+So each parameter has a generator of its own, keyed by the seed and its fully qualified name (FQN):
+any rank may draw any subset in any order, from the meta device or in place, and nobody has to
+broadcast. Drawn whole, in float32 and on the CPU; then cut, cast and moved.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+InitFn = Callable[[str, Tensor, torch.Generator], None]  # fills the tensor of that FQN in place
+
+
+@runtime_checkable
+class InitializesItself(Protocol):
+    def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None: ...
+
+
+def initialize(
+    model: nn.Module,
+    seed: int,
+    device: torch.device | str = "cpu",
+    init_fn: InitFn | None = None,
+) -> None:
+    """Fills every parameter of `model` in place; those on meta come to life on `device`.
+
+    `init_fn(fqn, tensor, generator)` is the model's own `init_weight` unless given. A tied
+    parameter is drawn once, as the first of its names, and stays tied.
+
+    Raises ValueError if there is no `init_fn`, if it leaves a value unset, or if a buffer is on
+    meta, because the values of a buffer are known to the model alone.
+    """
+    if init_fn is None:
+        if not isinstance(model, InitializesItself):
+            raise ValueError(
+                f"{type(model).__name__} has no init_weight(fqn, tensor, generator): "
+                "pass init_fn=, a function of these three that fills the tensor in place"
+            )
+        init_fn = model.init_weight
+    absent = [fqn for fqn, buffer in model.named_buffers() if buffer.is_meta]
+    if absent:
+        raise ValueError(
+            f"{type(model).__name__} has {len(absent)} buffers on the meta device, {absent[0]} "
+            "first: their values cannot be drawn, so register them on a real device"
+        )
+    for fqn, parameter in model.named_parameters():  # each once, by the first of its names
+        value = draw(fqn, parameter.shape, seed, init_fn)
+        if parameter.is_meta:
+            value = value.to(device, parameter.dtype)
+            fresh = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            fresh.__dict__.update(parameter.__dict__)
+            # The Parameter stays the same object, so ties hold (module.to_empty would undo them)
+            # and an optimizer made before still points at it.
+            torch.utils.swap_tensors(parameter, fresh)
+        else:
+            with torch.no_grad():
+                parameter.copy_(value)
+
+
+def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
+    """One whole parameter, float32 on the CPU: the same on every rank, whatever else is drawn."""
+    key = hashlib.sha256(f"{seed} {fqn}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+    tensor = torch.full(tuple(shape), torch.nan)
+    with torch.no_grad():
+        init_fn(fqn, tensor, generator)
+    if tensor.isnan().any():
+        raise ValueError(f"init_fn left values of {fqn} unset: fill the whole tensor in place")
+    return tensor

@@ -1,0 +1,87 @@
+"""The neural probabilistic language model (Bengio, Ducharme, Vincent, Jauvin 2003, JMLR 3:1137).
+
+    x = project(the embeddings of the last C tokens, side by side);
+    per block: x += down(gelu(up(norm(x))));   head(norm(x))
+
+The plain counterpart of the gpt, on the same text: no attention, a fixed window instead, and
+biases and LayerNorm throughout. The paper has one hidden layer of tanh; a residual stack of GELU
+goes as deep as one likes.
+
+Letters: B sequences, T tokens of each, V vocabulary, E features of an embedding, C tokens of
+context, D width, F hidden width of a block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Window(nn.Module):
+    """Lays the features of the last C tokens side by side: (B, T, E) -> (B, T, C*E), oldest first.
+
+    Before the text begins there are zeros.
+    """
+
+    def __init__(self, context: int):
+        super().__init__()
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.size(1)
+        x = F.pad(x, (0, 0, self.context - 1, 0))  # (B, T, E) -> (B, C-1+T, E)
+        return torch.cat([x[:, age : age + tokens] for age in range(self.context)], dim=-1)
+
+
+class Block(nn.Module):
+    """x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, ffn: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, ffn)
+        self.down = nn.Linear(ffn, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))  # D -> F -> D
+
+
+class MLP(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V)."""
+
+    units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
+    stages = ("embed", "window", "project", "blocks.*", "norm", "head")  # in forward order
+
+    def __init__(
+        self, vocab: int, *, layers: int, width: int, ffn: int, context: int, features: int
+    ):
+        super().__init__()
+        self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
+        self.embed = nn.Embedding(vocab, features)
+        self.window = Window(context)
+        self.project = nn.Linear(context * features, width)
+        self.blocks = nn.ModuleDict({str(index): Block(width, ffn) for index in range(layers)})
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)  # (B, T) -> (B, T, E)
+        x = self.project(self.window(x))  # (B, T, E) -> (B, T, C*E) -> (B, T, D)
+        for block in self.blocks.values():
+            x = block(x)
+        return self.head(self.norm(x))  # (B, T, D) -> (B, T, V)
+
+    def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Biases zero, norms one; matrices keep the scale of their input, Normal(0, 1/sqrt(columns)),
+        and the blocks that add to one residual stream share it; the loss starts near ln V.
+        """
+        if fqn.endswith("bias"):
+            tensor.zero_()
+        elif fqn.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        elif fqn == "head.weight":
+            tensor.normal_(0.0, 0.02, generator=generator)
+        elif fqn == "embed.weight":
+            tensor.normal_(0.0, 1.0, generator=generator)
+        else:
+            sharers = self.depth if fqn.endswith("down.weight") else 1
+            tensor.normal_(0.0, (tensor.size(1) * sharers) ** -0.5, generator=generator)

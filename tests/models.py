@@ -1,0 +1,59 @@
+"""Small models for the tests: two of the zoo, and one with every oddity a parameter can have."""
+
+import torch
+from torch import Tensor, nn
+
+from dist_lab import zoo
+
+VOCAB = 61  # prime: nothing divides it
+
+
+def gpt(dtype: torch.dtype = torch.float64, *, tied: bool = False, seed: int = 0) -> nn.Module:
+    shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+    return zoo.build("gpt", "tiny", vocab=VOCAB, seed=seed, dtype=dtype, tied=tied, **shape)
+
+
+def mlp(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
+    shape = {"layers": 2, "width": 24, "ffn": 40, "context": 4, "features": 8}
+    return zoo.build("mlp", "tiny", vocab=VOCAB, seed=seed, dtype=dtype, **shape)
+
+
+class Odd(nn.Module):
+    """A tied head, a frozen layer, one that no forward uses, a scalar, a prime width, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 13)
+        self.frozen = nn.Linear(13, 13)
+        self.unused = nn.Linear(5, 7)
+        self.mix = nn.Linear(13, 13)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.head = nn.Linear(13, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+        for parameter in self.frozen.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)  # (B, T, 13)
+        return self.head(x + self.scale * torch.tanh(self.mix(self.frozen(x))))  # (B, T, V)
+
+
+def odd(dtype: torch.dtype = torch.float64) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Odd().to(dtype)
+
+
+def batch(step: int, rows: int = 8, seq: int = 6) -> tuple[Tensor, Tensor]:
+    """A global batch that differs in every row and every step."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB, (rows, seq + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+MODELS = {
+    "gpt": gpt,
+    "gpt tied": lambda dtype=torch.float64: gpt(dtype, tied=True),
+    "mlp": mlp,
+    "odd": odd,
+}

@@ -1,0 +1,286 @@
+"""The verbs of a job: what they do on any module, and what they refuse."""
+
+import copy
+
+import pytest
+import torch
+from models import Odd, batch, gpt, odd
+from torch import nn
+
+import dist_lab
+from dist_lab.errors import TrainingDiverged, UserError
+from dist_lab.loss import cross_entropy_sum
+
+
+def one_step(job, optimizer, pieces, total):
+    loss = job.run(pieces, lambda out, target: cross_entropy_sum(out, target) / total)
+    job.finish()
+    norm = job.clip_grad_norm(None)
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
+def single(model):
+    return dist_lab.parallelize(model, dist_lab.init_mesh(), "single")
+
+
+def backward(job):
+    inputs, targets = batch(0)
+    cross_entropy_sum(job.model(inputs), targets).backward()
+
+
+# --- sums do not forgive --------------------------------------------------------------------------
+
+
+def test_a_second_finish_is_refused():
+    job = single(gpt())
+    backward(job)
+    job.finish()
+    with pytest.raises(UserError, match=r"finish\(\) without a backward since the last one"):
+        job.finish()
+
+
+def test_finish_before_any_backward_is_refused():
+    with pytest.raises(UserError, match="without a backward"):
+        single(gpt()).finish()
+
+
+def test_a_backward_on_summed_gradients_is_refused_and_says_what_to_call():
+    job = single(gpt())
+    backward(job)
+    job.finish()
+    with pytest.raises(UserError, match=r"zero_grad\(\).*job.microbatch\(last=False\)"):
+        backward(job)
+
+
+def test_two_backwards_that_both_claim_to_be_the_last_are_refused():
+    job = single(gpt())
+    backward(job)
+    with pytest.raises(UserError, match="hold their last micro-batch"):
+        backward(job)
+
+
+def test_accumulating_with_microbatch_is_fine():
+    job = single(gpt())
+    with job.microbatch(last=False):
+        backward(job)
+        backward(job)
+    backward(job)
+    job.finish()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_clearing_the_gradients_opens_them_again(set_to_none):
+    job = single(gpt())
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for _ in range(2):
+        backward(job)
+        job.finish()
+        optimizer.step()
+        job.after_step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_clipping_before_finish_is_refused():
+    job = single(gpt())
+    backward(job)
+    with pytest.raises(UserError, match=r"clip_grad_norm\(\) before finish\(\)"):
+        job.clip_grad_norm(1.0)
+
+
+# --- dp on any module -----------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(3)
+def test_ranks_with_unequal_token_counts_give_the_mean_over_all_tokens(mesh):
+    inputs, targets = batch(0, rows=3)
+    targets = targets.clone()
+    targets[1, 2:] = -100  # the middle rank has fewer tokens
+    job = dist_lab.parallelize(gpt(), mesh, "dp")
+    mine = inputs[mesh.rank : mesh.rank + 1], targets[mesh.rank : mesh.rank + 1]
+    total = job.count(int((mine[1] != -100).sum()))
+    loss, _ = one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), [mine], total)
+    assert total == int((targets != -100).sum())
+    want = nn.functional.cross_entropy(gpt()(inputs).flatten(0, 1), targets.flatten())
+    assert loss == pytest.approx(float(want), rel=1e-12)
+
+
+@pytest.mark.ranks(3)
+def test_a_parameter_used_on_one_rank_only_gets_that_ranks_gradient_everywhere(mesh):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.common, self.rare = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.never = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.common(self.rare(x) if mesh.rank == 1 else x)
+
+    job = dist_lab.parallelize(Branch(), mesh, "dp")
+    job.model(torch.full((2, 4), 1.0 + mesh.rank)).sum().backward()
+    with mesh.wire.ledger.recording() as calls:
+        job.finish()
+    assert job.model.never.weight.grad is None, "a parameter that nobody uses has no gradient"
+    assert "never.weight" not in {call.unit for call in calls}, "and is not sent"
+    alone = Branch()
+    alone.common(alone.rare(torch.full((2, 4), 2.0))).sum().backward()
+    assert torch.allclose(job.model.rare.weight.grad, alone.rare.weight.grad)
+
+
+@pytest.mark.ranks(2)
+def test_a_frozen_parameter_is_never_sent_and_a_tied_one_once(mesh):
+    job = dist_lab.parallelize(odd(), mesh, "dp")
+    backward(job)
+    with mesh.wire.ledger.recording() as calls:
+        job.finish()
+    sent = [call.unit for call in calls if call.unit]
+    assert sent == ["scale", "embed.weight", "mix.weight", "mix.bias"]
+    elements = sum(job.model.get_parameter(name).numel() for name in sent)
+    assert sum(c.payload for c in calls if c.unit) == 8 * elements
+
+
+@pytest.mark.ranks(2)
+def test_gradients_travel_once_a_step_however_many_micro_batches(mesh):
+    job = dist_lab.parallelize(gpt(), mesh, "dp")
+    traffic = []
+    for k in (1, 4):
+        pieces = [batch(i, rows=2) for i in range(k)]
+        before = mesh.wire.ledger.by["finish", "all_reduce", "dp"]
+        one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), pieces, 12)
+        traffic.append((mesh.wire.ledger.by["finish", "all_reduce", "dp"] - before).payload)
+    parameters = list(job.model.parameters())
+    assert traffic == [8 * sum(p.numel() for p in parameters) + len(parameters)] * 2
+
+
+@pytest.mark.ranks(2)
+def test_everyone_starts_from_rank_zeros_weights_and_buffers(mesh):
+    torch.manual_seed(mesh.rank)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].running_mean += mesh.rank
+    job = dist_lab.parallelize(model, mesh, "dp")
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict()
+    state = job.model.state_dict()
+    assert all(torch.equal(state[name], first[name]) for name in first)
+
+
+@pytest.mark.ranks(2)
+def test_evaluate_is_the_global_loss_and_leaves_no_trace(mesh):
+    job = dist_lab.parallelize(gpt(), mesh, "dp")
+    inputs, targets = batch(0)
+    halves = list(zip(inputs.chunk(2), targets.chunk(2), strict=True))
+    total = job.count(halves[mesh.rank][1].numel())
+    loss = job.evaluate(
+        [halves[mesh.rank]], lambda out, target: cross_entropy_sum(out, target) / total
+    )
+    want = cross_entropy_sum(gpt()(inputs), targets) / targets.numel()
+    assert loss == pytest.approx(float(want), rel=1e-12)
+    assert job.model.training
+    assert all(p.grad is None for p in job.model.parameters())
+
+
+# --- weights in and out ---------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+def test_weights_go_out_and_in_whole_under_the_names_of_before(mesh):
+    before = odd().state_dict()
+    job = dist_lab.parallelize(odd(), mesh, "dp")
+    full = job.full_state_dict()
+    assert list(full) == list(before)
+    assert all(torch.equal(full[name], before[name]) for name in before)
+    changed = {name: tensor + 1 for name, tensor in full.items()}
+    job.load_full_state_dict(changed)
+    assert all(torch.equal(t, changed[n]) for n, t in job.full_state_dict().items())
+    assert job.model.head.weight is job.model.embed.weight
+    assert (job.full_state_dict(rank0_only=True) == {}) == (mesh.rank == 1)
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed():
+    job = single(odd())
+    full = job.full_state_dict()
+    with pytest.raises(UserError, match="1 names do not match, first: scale is missing from"):
+        job.load_full_state_dict({n: t for n, t in full.items() if n != "scale"})
+    with pytest.raises(UserError, match=r"first: more is not in the model but in the weights"):
+        job.load_full_state_dict(full | {"more": torch.ones(1)})
+    wrong = {name: t + 1 for name, t in full.items()} | {"mix.weight": torch.ones(2, 2)}
+    with pytest.raises(UserError, match=r"mix.weight has shape \(2, 2\), the model \(13, 13\)"):
+        job.load_full_state_dict(wrong)
+    assert all(torch.equal(t, full[n]) for n, t in job.full_state_dict().items())
+
+
+def test_decay_groups_are_made_by_name_and_whole_shape():
+    job = single(Odd())
+    optimizer = job.optimizer(
+        torch.optim.AdamW, lr=1.0,
+        groups=lambda name, shape: {"weight_decay": 0.1 if len(shape) > 1 else 0.0},
+    )  # fmt: skip
+    groups = {g["weight_decay"]: len(g["params"]) for g in optimizer.param_groups}
+    assert groups == {0.1: 3, 0.0: 3}  # the frozen layer is in neither
+
+
+# --- numbers that are none ------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(3)
+def test_a_nan_stops_every_rank_in_the_same_step_and_names_parameter_and_rank(mesh):
+    job = dist_lab.parallelize(gpt(), mesh, "dp")
+    before = copy.deepcopy(job.model.state_dict())
+
+    def loss_fn(out, target):
+        loss = cross_entropy_sum(out, target) / 100
+        return loss * float("nan") if mesh.rank == 2 else loss
+
+    loss = job.run([batch(mesh.rank)], loss_fn)
+    job.finish()
+    norm = job.clip_grad_norm(1.0)
+    with pytest.raises(TrainingDiverged) as caught:
+        job.check_finite(7, loss, norm)
+    message = str(caught.value)
+    assert message.startswith("step 7: loss nan")
+    assert "first in the gradient of lm_head.weight on rank 2" in message
+    assert all(torch.equal(t, before[n]) for n, t in job.model.state_dict().items())
+
+
+@pytest.mark.ranks(2)
+def test_an_infinite_gradient_under_a_finite_loss_is_found_where_it_arose(mesh):
+    job = dist_lab.parallelize(odd(), mesh, "dp")
+    job.check_finite(1, 0.5, 0.5)
+    if mesh.rank == 1:
+        job.model.mix.bias.register_hook(lambda g: g.fill_(float("inf")))
+    backward(job)
+    job.finish()
+    with pytest.raises(TrainingDiverged, match=r"gradient of mix.bias on rank 1"):
+        job.check_finite(3, 0.5, job.clip_grad_norm(1.0))
+
+
+# --- what parallelize refuses ---------------------------------------------------------------------
+
+
+def test_a_unit_that_matches_nothing_names_what_there_is():
+    with pytest.raises(UserError, match=r"unit Conv2d matches no module; classes here: .*Linear"):
+        dist_lab.parallelize(odd(), dist_lab.init_mesh(), "single", units=[nn.Conv2d])
+
+
+def test_an_unknown_strategy_lists_those_there_are():
+    with pytest.raises(UserError, match="no strategy dpp@hand; there is single@hand, dp@hand"):
+        dist_lab.parallelize(odd(), dist_lab.init_mesh(), "dpp")
+
+
+@pytest.mark.ranks(2)
+def test_single_on_two_processes_is_refused(mesh):
+    with pytest.raises(UserError, match="strategy single runs along dp alone, the mesh is dp=2"):
+        dist_lab.parallelize(odd(), mesh, "single")
+
+
+def test_names_do_not_change():
+    names = [name for name, _ in odd().named_parameters()]
+    job = dist_lab.parallelize(
+        odd(torch.float32), dist_lab.init_mesh(), "single", param_dtype=torch.bfloat16
+    )
+    backward(job)
+    assert [name for name, _ in job.model.named_parameters()] == names
+    assert all(p.dtype == torch.float32 for p in job.model.parameters())

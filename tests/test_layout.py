@@ -1,0 +1,93 @@
+"""Boxes, gathering, global norms and clipping, on layouts that later strategies use."""
+
+import pytest
+import torch
+
+from dist_lab.layout import Laid, Shard, clip, gather_full, global_norm, slice_local
+from dist_lab.mesh import init_mesh
+
+SHAPES = [(10, 6), (7, 5), (2, 3), (1, 1), (4,)]  # even, uneven, fewer rows than ranks
+
+
+def laid(shape, *splits):
+    return Laid(torch.Size(shape), torch.float64, splits=splits)
+
+
+def whole(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("world", [pytest.param(n, marks=pytest.mark.ranks(n)) for n in (2, 3, 4)])
+def test_gather_undoes_slice_however_unevenly_it_divides(world, shape, mesh):
+    where = laid(shape, (mesh["dp"], Shard(0)))
+    local = slice_local(whole(shape), where).clone()
+    assert torch.equal(gather_full(local, where), whole(shape))
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+@pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
+def test_two_axes_split_one_tensor_in_the_order_applied(dims, mesh):
+    where = laid((7, 5), (mesh["tp"], Shard(dims[0])), (mesh["fsdp"], Shard(dims[1])))
+    local = slice_local(whole((7, 5)), where).clone()
+    assert torch.equal(gather_full(local, where), whole((7, 5)))
+
+
+@pytest.mark.ranks(4)
+def test_boxes_tile_the_tensor_without_overlap(mesh):
+    where = laid((10, 6), (mesh["dp"], Shard(0)))
+    expected = [(0, 3), (3, 6), (6, 9), (9, 10)][mesh.rank]
+    assert where.box == (slice(*expected), slice(0, 6))
+
+
+def test_a_tensor_that_is_not_split_is_its_own_box():
+    assert laid((3, 2)).box == (slice(0, 3), slice(0, 2))
+
+
+@pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
+def test_the_global_norm_is_that_of_one_process_in_every_layout(mesh):
+    # Trap 5: low by sqrt(shards) when shards are not summed, high when copies are.
+    tp, fsdp = mesh["tp"], mesh["fsdp"]
+    layouts = {
+        "copied": laid((5, 4)),
+        "rows": laid((7, 4), (fsdp, Shard(0))),
+        "columns": laid((3, 5), (tp, Shard(1))),
+        "both": laid((6, 4), (tp, Shard(0)), (fsdp, Shard(0))),
+        "empty on some ranks": laid((1, 4), (fsdp, Shard(0))),
+        "unused": laid((2, 2), (tp, Shard(0))),
+    }
+    full = {n: whole(w.shape, i) for i, (n, w) in enumerate(layouts.items()) if n != "unused"}
+    local = {n: slice_local(g, layouts[n]).clone() for n, g in full.items()}
+    want = torch.cat([g.flatten() for g in full.values()]).norm()
+    assert float(global_norm(local, layouts)) == pytest.approx(float(want), rel=1e-14)
+
+
+def test_a_tied_tensor_counts_once():
+    layouts = {
+        "a": laid((3,)),
+        "b": Laid(torch.Size((3,)), torch.float64, alias_of="a"),
+    }
+    g = torch.tensor([3.0, 4.0, 0.0])
+    assert global_norm({"a": g, "b": g}, layouts) == 5
+
+
+def test_clipping_is_torchs_rule_to_the_last_digit():
+    for max_norm in (0.5, 100.0):
+        ours, theirs = ([torch.nn.Parameter(torch.zeros(4)) for _ in range(2)] for _ in range(2))
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = torch.arange(4.0) + i
+            b.grad = a.grad.clone()
+        norm = global_norm({str(i): p.grad for i, p in enumerate(ours)}, LAYOUTS_OF_TWO)
+        clip([p.grad for p in ours], norm, max_norm)
+        theirs_norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        assert float(norm) == pytest.approx(float(theirs_norm), rel=1e-6)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-6)
+
+
+LAYOUTS_OF_TWO = {str(i): Laid(torch.Size((4,)), torch.float32) for i in range(2)}
+
+
+def test_init_mesh_alone_needs_no_group():
+    where = laid((4, 2), (init_mesh()["dp"], Shard(0)))
+    assert torch.equal(gather_full(whole((4, 2)), where), whole((4, 2)))

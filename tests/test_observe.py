@@ -1,0 +1,85 @@
+"""What a run measures of itself: live bytes, floating-point operations, the learning rate."""
+
+import json
+
+import pytest
+import torch
+from models import VOCAB, batch, gpt
+from torch import nn
+
+from dist_lab.observe import flops
+from dist_lab.observe.memory import LiveBytes, tensors_of
+from dist_lab.observe.sinks import open_sinks
+
+
+def test_a_storage_counts_once_from_birth_to_death_however_many_views_it_has():
+    held = torch.zeros(10)
+    with LiveBytes([held, held.view(2, 5)]) as bytes_:
+        assert bytes_.live == 40
+        a = torch.ones(100)
+        b = a.view(10, 10).t()[:5]
+        a.add_(1)
+        assert bytes_.live == 440
+        del a
+        assert bytes_.live == 440, "a view keeps the storage alive"
+        del b
+        assert bytes_.live == 40
+        assert bytes_.peak == 440
+
+
+def test_what_autograd_keeps_for_backward_counts():
+    w = nn.Parameter(torch.ones(50, 50))
+    x = torch.ones(8, 50)
+    with LiveBytes([w, x]) as bytes_:
+        before = bytes_.live
+        y = torch.tanh(x @ w)  # tanh keeps its output, which is y
+        z = y.exp().sum()  # exp keeps its output, which has no name here
+        assert bytes_.live - before == 2 * 8 * 50 * 4 + 4
+        z.backward()
+        assert bytes_.live - before == 8 * 50 * 4 + 4 + w.nbytes  # y, z and the gradient
+
+
+def test_parameters_gradients_and_moments_are_alive_between_steps():
+    model = nn.Linear(10, 10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 10)).sum().backward()
+    optimizer.step()
+    held = sum(t.nbytes for t in tensors_of(model, optimizer))
+    assert held == 4 * 110 * 4 + 2 * 4  # weights, gradients, two moments; a step count for each
+
+
+def test_operations_are_those_of_the_formula():
+    # 2 a multiply-add, 3 passes over each matrix, 7 T x T x Dh matmuls of attention a head.
+    rows, seq, heads, width, head_dim, layers = 8, 6, 4, 32, 8, 2
+    model = gpt(torch.float32)
+    inputs, targets = batch(0, rows, seq)
+    with flops.counter() as counted:
+        nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    matrices -= VOCAB * width  # the embedding is a lookup
+    attention = 7 * 2 * rows * heads * seq * seq * head_dim * layers
+    assert counted.get_total_flops() == 6 * matrices * rows * seq + attention
+
+
+def test_rows_are_json_lines_and_tensorboard_scalars(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sinks = open_sinks(tmp_path, steps=2)
+    row = {"loss": 1.5, "grad_norm": 0.5, "tokens_per_s": 10.0, "step_ms": 3.0, "comm_ms": 1.0}
+    for step in (1, 2):
+        for sink in sinks:
+            sink.tick(step)
+            sink.row({"step": step} | row)
+    for sink in sinks:
+        sink.close(None)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1} | row, {"step": 2} | row]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 1.5)]
+    assert "step     2/2  loss 1.5000" in capsys.readouterr().out
+    assert not (tmp_path / "summary.json").exists(), "a run that failed has no summary"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_peak_is_calibrated_at_the_dtype_of_the_run(dtype):
+    assert flops.calibrate(dtype, torch.device("cpu"), seconds=0.02) > 1e8

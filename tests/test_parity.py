@@ -1,0 +1,138 @@
+"""The parity table: every strategy equals one process, on every model, in float64.
+
+The comparison engine itself is tested by what it must not let pass: tests/test_traps.py.
+"""
+
+import json
+
+import pytest
+import torch
+from models import MODELS, batch, gpt
+
+import dist_lab
+from dist_lab.compose import STRATEGIES
+from dist_lab.errors import UserError
+
+PARALLEL = [key for key in STRATEGIES if key[0] != "single"]
+
+
+def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options):
+    return dist_lab.verify(
+        lambda: MODELS[model](torch.float32 if dtype == torch.bfloat16 else dtype),
+        lambda step: batch(step, rows),
+        mesh,
+        strategy,
+        impl,
+        param_dtype=dtype if dtype == torch.bfloat16 else None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("strategy", "impl"), PARALLEL)
+@pytest.mark.ranks(4)
+def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
+    report = compare(mesh, strategy, impl, model, microbatches=2, clip=0.5)
+    assert report.equal, report.sentence()
+    assert len(report.comparisons) > 3 * len(list(MODELS[model]().parameters()))
+
+
+# Pairwise: each value of each column meets each value of every other at least once.
+PAIRWISE = [
+    # world, microbatches, clip, dtype, optimizer
+    (1, 1, 0.1, torch.float64, torch.optim.AdamW),
+    (1, 4, None, torch.float32, torch.optim.SGD),
+    (2, 4, 0.1, torch.float32, torch.optim.AdamW),
+    (2, 1, None, torch.float64, torch.optim.SGD),
+    (2, 1, 0.1, torch.bfloat16, torch.optim.SGD),
+    (3, 4, None, torch.float64, torch.optim.AdamW),
+    (3, 1, 0.1, torch.float32, torch.optim.SGD),
+    (3, 4, None, torch.bfloat16, torch.optim.AdamW),
+    (4, 4, 0.1, torch.float64, torch.optim.SGD),
+    (4, 1, None, torch.float32, torch.optim.AdamW),
+    (4, 4, None, torch.bfloat16, torch.optim.SGD),
+    (1, 1, None, torch.bfloat16, torch.optim.AdamW),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "microbatches", "clip", "dtype", "optimizer"),
+    [
+        pytest.param(*row, marks=pytest.mark.ranks(row[0]), id=f"{row[0]}-{i}")
+        for i, row in enumerate(PAIRWISE)
+    ],
+)
+@pytest.mark.parametrize(("strategy", "impl"), PARALLEL)
+def test_equality_holds_for_every_pair_of_settings(
+    strategy, impl, world, microbatches, clip, dtype, optimizer, mesh
+):
+    options = {"lr": 1e-2 if optimizer is torch.optim.SGD else 1e-3}
+    report = compare(
+        mesh, strategy, impl, "gpt", dtype,
+        microbatches=microbatches, clip=clip, optimizer=optimizer, options=options,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+def test_one_process_under_the_library_equals_one_process_without():
+    report = compare(dist_lab.init_mesh(), "single", "hand", "odd", microbatches=3)
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.parametrize("rows", [7, 5, 1])
+@pytest.mark.ranks(3)
+def test_a_batch_that_does_not_divide_is_exact(rows, mesh):
+    # Trap 21: a mean of means is not the mean. With one row, two of the ranks have nothing at all.
+    report = compare(mesh, "dp", "hand", "gpt", rows=rows, microbatches=2)
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(2)
+def test_rows_that_are_all_alike_prove_nothing_and_are_refused(mesh):
+    # Trap 6: with the same data on every rank a missing sum goes unseen.
+    def alike(step):
+        return tuple(t[:1].expand(8, -1) for t in batch(step))
+
+    with pytest.raises(UserError, match="every row of the batch is alike"):
+        dist_lab.verify(gpt, alike, mesh, "dp")
+
+
+def test_dropout_is_refused_by_name():
+    def build():
+        return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+
+    with pytest.raises(UserError, match=r"1 drops with p=0.1: .* set p=0 to verify"):
+        dist_lab.verify(build, batch, dist_lab.init_mesh(), "single")
+
+
+@pytest.mark.ranks(2)
+def test_the_report_is_the_same_on_every_rank_and_is_json(mesh):
+    report = compare(mesh, "dp", "hand", "mlp", steps=1)
+    said = json.loads(json.dumps(report.to_dict()))
+    assert said["equal"] is True
+    assert said["first"] is None
+    assert {c["quantity"] for c in said["comparisons"]} == {
+        "loss", "gradient", "grad norm", "weight",
+    }  # fmt: skip
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_listed_and_not_judged():
+    # The key bias: softmax does not see what is added to all its scores alike.
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = torch.nn.Embedding(61, 8)
+            self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+            self.head = torch.nn.Linear(8, 61)
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            scores = self.q(x) @ self.k(x).transpose(-1, -2)
+            return self.head(scores.softmax(-1) @ self.v(x))
+
+    report = dist_lab.verify(
+        lambda: Attention().double(), batch, dist_lab.init_mesh(), "single", microbatches=4
+    )
+    assert {c.tensor for c in report.comparisons if not c.judged} == {"k.bias"}
+    assert report.equal, report.sentence()

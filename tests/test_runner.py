@@ -1,0 +1,159 @@
+"""The order in which a strategy hears of a step, and compute in bfloat16 on float32 masters."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_lab.mesh import init_mesh
+from dist_lab.parallel.sync import Chain, Sync
+from dist_lab.runner import Runner, compute_in
+
+
+class Heard(Sync):
+    def __init__(self):
+        self.log = []
+
+    def unshard(self, unit):
+        self.log.append(f"unshard {unit}")
+
+    def reshard(self, unit):
+        self.log.append(f"reshard {unit}")
+
+    def grads_ready(self, names, *, last):
+        self.log.append(f"{','.join(names)}{' last' if last else ''}")
+
+    def finish(self):
+        self.log.append("finish")
+
+    def after_step(self):
+        self.log.append("after_step")
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 2, bias=False))
+
+
+def runner(model, heard, *units):
+    return Runner(model, Chain(heard), init_mesh().wire, {u: model.get_submodule(u) for u in units})
+
+
+def test_a_strategy_hears_each_moment_of_a_step_in_order():
+    model, heard = two_layers(), Heard()
+    run = runner(model, heard, "0", "2")
+    x = torch.randn(3, 2)
+    with run.microbatch(last=False):
+        model(x).sum().backward()
+    model(x).sum().backward()
+    run.finish()
+    run.after_step()
+    forward = ["unshard 0", "reshard 0", "unshard 2", "reshard 2"]
+    assert heard.log == [
+        *forward, "unshard 2", "2.weight", "reshard 2", "unshard 0", "0.weight", "reshard 0",
+        *forward, "unshard 2", "2.weight last", "reshard 2", "unshard 0", "0.weight last",
+        "reshard 0", "finish", "after_step",
+    ]  # fmt: skip
+
+
+def test_a_unit_with_an_unused_parameter_is_returned_all_the_same():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model, heard = nn.Sequential(Half()), Heard()
+    run = runner(model, heard, "0")
+    for _ in range(2):
+        model(torch.randn(3, 2)).sum().backward()
+        run.finish()
+        for parameter in model.parameters():
+            parameter.grad = None
+    assert heard.log.count("unshard 0") == heard.log.count("reshard 0") == 4
+
+
+def test_an_exception_in_forward_leaves_the_unit_returned():
+    model, heard = two_layers(), Heard()
+    runner(model, heard, "0", "2")
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5))
+    assert heard.log == ["unshard 0", "reshard 0"]
+
+
+def test_the_wire_knows_the_phase():
+    model, phases = two_layers(), []
+
+    class Listens(Sync):
+        def grads_ready(self, names, *, last):
+            phases.append(run.wire.phase)
+
+        def finish(self):
+            phases.append(run.wire.phase)
+
+        def after_step(self):
+            phases.append(run.wire.phase)
+
+    run = runner(model, Listens())
+    model.register_forward_hook(lambda *_: phases.append(run.wire.phase))
+    model(torch.randn(3, 2)).sum().backward()
+    run.finish()
+    run.after_step()
+    assert phases == ["forward", "backward", "backward", "finish", "after_step"]
+
+
+# --- bfloat16 on float32 masters ------------------------------------------------------------------
+
+
+def test_compute_is_in_bfloat16_and_everything_kept_is_float32():
+    model = two_layers()
+    compute_in(model, torch.bfloat16)
+    seen = []
+    model[0].register_forward_hook(lambda m, args, out: seen.extend([m.weight.dtype, out.dtype]))
+    out = model(torch.randn(3, 2))
+    out.float().sum().backward()
+    assert [*seen, out.dtype] == [torch.bfloat16] * 3
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert list(model.state_dict()) == ["0.weight", "2.weight"]
+    assert model[0].weight is model[0]._parameters["weight"], "the shadow stayed"
+
+
+def test_an_update_too_small_for_bfloat16_is_not_lost():
+    # 1 + 1/1024 is 1 in bfloat16: without masters a thousand such steps would change nothing.
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    compute_in(model, torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1 / 1024)
+    for _ in range(1024):
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(model.weight.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_micro_batches_add_up_in_float32():
+    model = nn.Linear(1, 1, bias=False)
+    compute_in(model, torch.bfloat16)
+    for _ in range(512):
+        model(torch.ones(1, 1)).sum().backward()
+    assert float(model.weight.grad) == 512  # in bfloat16 the sum sticks at 256
+
+
+def test_the_masters_come_back_after_an_exception():
+    model = two_layers()
+    compute_in(model, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5))
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_keyword_inputs_are_cast_and_tokens_are_not():
+    class Takes(nn.Module):
+        def forward(self, tokens, *, scale):
+            return tokens.dtype, scale.dtype
+
+    model = Takes()
+    compute_in(model, torch.bfloat16)
+    assert model(torch.ones(2, dtype=torch.int64), scale=torch.ones(2)) == (
+        torch.int64, torch.bfloat16,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""The shape of the house: who may import whom, and what appears nowhere."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dist_lab"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Each file may import from the layers below its own, and within its own where that is `SELF`.
+LAYERS = [
+    ["errors", "torchvision_import"],
+    ["config", "zoo", "data", "loss"],
+    ["comm.ledger", "comm.wire"],
+    ["mesh"],
+    ["comm.ops", "comm.autograd", "comm.agree"],
+    ["layout"],
+    ["parallel"],
+    ["runner"],
+    ["job"],
+    ["compose"],
+    ["parity_report", "observe"],
+    ["train", "parity", "launcher", "testing"],
+]
+TALK_TO_TORCH_DISTRIBUTED = {"mesh", "launcher", "testing"}
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def layer(module: str) -> int:
+    found = [
+        i
+        for i, names in enumerate(LAYERS)
+        for n in names
+        if module == n or module.startswith(n + ".")
+    ]
+    assert found, f"{module} is in no layer: give it a place in LAYERS"
+    return found[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours, and torch.distributed's, that a file imports at run time or for types."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py"], ids=module_of)
+def test_a_file_imports_only_what_lies_below_it(path):
+    mine = module_of(path)
+    for name in imports(path):
+        if name.startswith("dist_lab."):
+            theirs = name.removeprefix("dist_lab.")
+            same_family = theirs.split(".")[0] == mine.split(".")[0]
+            assert layer(theirs) < layer(mine) or (same_family and layer(theirs) == layer(mine)), (
+                f"{mine} imports {theirs}, which does not lie below it"
+            )
+
+
+def test_zoo_and_config_know_nothing_of_the_rest():
+    for path in [PACKAGE / "config.py", *(PACKAGE / "zoo").glob("*.py")]:
+        ours = {name for name in imports(path) if name.startswith("dist_lab")}
+        assert all(n.startswith(("dist_lab.zoo", "dist_lab.errors")) for n in ours), (path, ours)
+
+
+def test_strategies_do_not_know_each_other():
+    for path in (PACKAGE / "parallel").glob("*.py"):
+        ours = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.parallel.")}
+        assert ours <= {"sync"}, (path.name, ours)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_only_the_communication_code_talks_to_torch_distributed(path):
+    talks = any(name.startswith("torch.distributed") for name in imports(path))
+    allowed = module_of(path) in TALK_TO_TORCH_DISTRIBUTED or module_of(path).startswith("comm")
+    assert allowed or not talks
+
+
+def test_import_dist_lab_and_its_configuration_cost_no_torch():
+    code = (
+        "import sys, dist_lab, dist_lab.config, dist_lab.launcher, dist_lab.testing;"
+        "import dist_lab.data.corpus; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_torchvision_is_importable_after_dist_lab():
+    code = (
+        "import dist_lab, torchvision, torch;"
+        "print(torchvision.models.resnet18(num_classes=3)(torch.ones(1, 3, 32, 32)).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert done.stdout == "torch.Size([1, 3])\n", done.stderr
+
+
+def test_a_torchvision_that_imports_is_left_alone(tmp_path):
+    fake = tmp_path / "torchvision"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("loads = globals().get('loads', 0) + 1\n")
+    code = (
+        "import dist_lab, torchvision, sys; from dist_lab import torchvision_import as t;"
+        "sys.exit(torchvision.loads != 1 or bool(t.kept))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_the_top_level_holds_what_it_should_and_no_more():
+    allowed = {"dist_lab", "launch", "configs", "tests", "pyproject.toml", "README.md", "LICENSE"}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    tops = {name.split("/")[0] for name in tracked}
+    assert {top for top in tops if not top.startswith(".")} <= allowed
+
+
+def test_no_file_reads_pickles_or_switches_on_the_environment():
+    for path in FILES:
+        source = path.read_text()
+        for word in ("NotImplementedError", "torch.load(", "import pickle", "_object_list("):
+            assert word not in source, f"{path.name}: {word}"

@@ -1,0 +1,146 @@
+"""The main job, as a person starts it, and what it leaves behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_lab.config import parse
+from dist_lab.train import learning_rate
+
+ROOT = Path(__file__).parent.parent
+ROW = {
+    "step", "loss", "grad_norm", "lr", "step_ms", "samples_per_s", "tokens_per_s",
+    "comm_payload_bytes", "comm_sent_bytes", "comm_ms", "peak_memory_bytes",
+}  # fmt: skip
+SMALL = "--size tiny --batch 8 --seq 32 --log-every 1".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Something to learn: Python source, 60 kB of it."""
+    path = tmp_path_factory.mktemp("data") / "source.txt"
+    path.write_bytes(Path(subprocess.__file__).read_bytes()[:60_000])
+    return path
+
+
+def start(*arguments, text, tmp_path, by=(sys.executable, "launch/train.py")):
+    command = [*by, *SMALL, "--data", text, "--cache", tmp_path / "cache", *arguments]
+    return subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
+    out = tmp_path / "run"
+    done = start(
+        *"--nproc 2 --strategy dp --steps 6 --val-every 3 --out".split(), out,
+        text=text, tmp_path=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row.keys() - {"val_loss"} == ROW for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert rows[0]["loss"] == pytest.approx(math.log(256), abs=0.3)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    summary = json.loads((out / "summary.json").read_text())
+    parameters = summary["parameters"]
+    # Every gradient once, a byte a tensor for which were used, and a few numbers.
+    gradients = 4 * parameters
+    assert gradients < rows[-1]["comm_payload_bytes"] < gradients + 200
+    assert rows[-1]["comm_sent_bytes"] == rows[-1]["comm_payload_bytes"]  # 2 (N-1)/N at N = 2
+    # Weights, gradients and two moments at the least, and some activations.
+    assert 4 * gradients < rows[-1]["peak_memory_bytes"] < 12 * gradients
+    assert summary["world_size"] == 2
+    assert summary["mesh"] == {"dp": 2}
+    assert summary["final_loss"] == rows[-1]["loss"]
+    assert summary["final_val_loss"] == rows[-1]["val_loss"]
+    assert 0 < summary["mfu"] < 1.5
+    assert list(out.glob("events.out.tfevents.*"))
+    assert "dp@hand on 2 ranks" in done.stdout
+    assert done.stderr == ""
+
+
+def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text, tmp_path):
+    layouts = {
+        "single": "--strategy single",
+        "dp": "--nproc 4 --strategy dp",
+        "accumulate": "--nproc 2 --strategy dp --microbatches 4",
+    }
+    losses = {}
+    for name, flags in layouts.items():
+        out = tmp_path / name
+        done = start(
+            *flags.split(), *"--steps 4 --dtype float64 --out".split(), out,
+            text=text, tmp_path=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        losses[name] = [(row["loss"], row["grad_norm"]) for row in metrics(out)]
+    for name in layouts:
+        for a, b in zip(losses[name], losses["single"], strict=True):
+            assert a == pytest.approx(b, rel=1e-10), name
+
+
+def test_the_same_command_under_torchrun(text, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    done = start(
+        *"--strategy dp --steps 2 --log-collectives --out".split(), tmp_path / "run",
+        text=text, tmp_path=tmp_path, by=(*torchrun, "--nproc_per_node=2", "launch/train.py"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "run")) == 2
+    logged = [line for line in done.stderr.splitlines() if line.startswith("rank 1 | finish")]
+    assert any("all_reduce" in line and "lm_head.weight" in line for line in logged)
+
+
+def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
+    done = start(
+        *"--nproc 2 --strategy dp --steps 50 --warmup 0 --optimizer sgd --lr 1e30 --clip 0".split(),
+        "--out", tmp_path / "run", text=text, tmp_path=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("train.py: error: step ")
+    assert "first in the gradient of" in line
+    assert "on rank 0" in line
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_ranks_started_with_different_settings_are_told_which(text, tmp_path):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
+    with __import__("socket").socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place["MASTER_PORT"] = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable, "launch/train.py", *SMALL, "--strategy", "dp", "--lr", lr,
+                "--data", str(text), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "o"),
+            ],
+            cwd=ROOT, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank, lr in enumerate(["0.001", "0.002"])
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert all(rank.returncode != 0 for rank in ranks)
+    assert "was started with lr=" in said[0]
+    assert "Traceback" not in "".join(said)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_down_to_a_tenth():
+    config = parse("--lr 1 --warmup 10 --steps 110".split())
+    assert learning_rate(1, config) == pytest.approx(0.1)
+    assert learning_rate(10, config) == 1
+    assert learning_rate(60, config) == pytest.approx(0.55)
+    assert learning_rate(110, config) == pytest.approx(0.1)
