@@ -1,0 +1,211 @@
+"""What a run is asked to do: one frozen Config, from defaults < a TOML file < the command line.
+
+A setting is a field: its type, default, help and limits are data, from which `settings` derives its
+flag (`--val-every`), its TOML key (`val_every`), its checks and its line in --help. To add a
+setting is to add a field. What no field can know alone is checked in `check_together`, and what
+depends on the number of processes in `Config.axes`.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dist_lab.errors import UserError
+from dist_lab.settings import one_of, read, setting, shown
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What goes with a strategy: who has written it, and the axes of a mesh it can run along."""
+
+    impls: tuple[str, ...]
+    axes: tuple[str, ...]  # by default all ranks stand along the first; none: it takes one process
+
+
+STRATEGIES = {
+    "single": Strategy(impls=("hand",), axes=()),
+    "dp": Strategy(impls=("hand",), axes=("dp",)),
+}
+DATA_AXES = ("dp",)  # along these, ranks share out the rows of the batch
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. None: chosen when the run starts, as the help text says."""
+
+    # fmt: off
+    strategy: str = setting("single", "how the work is shared out over processes",
+        heading="how it is distributed", choices=tuple(STRATEGIES))
+    impl: str = setting("hand", "who wrote the strategy", metavar="hand")
+    mesh: str = setting("", "processes along each axis; default: all on the strategy's own",
+        metavar="dp=N", table=True)
+    nproc: int | None = setting(None, "start so many ranks on this machine; default: this process, "
+        "or those that torchrun started", low=1)
+    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks a core")
+    threads: int | None = setting(None, "of each rank; default: cores // ranks", low=1, high=1024)
+    backend: str = setting("gloo", "who carries the bytes: gloo (CPU) or nccl (GPU)",
+        choices=("gloo", "nccl"))
+    timeout: float = setting(60.0, "seconds that any collective may take", low=0.1, high=86400)
+
+    model: str = setting("gpt", "a transformer, or a neural n-gram of residual MLP blocks",
+        heading="what is trained", choices=("gpt", "mlp"))
+    size: str = setting("tiny", "about 1, 8, 25 or 124 million parameters",
+        choices=("tiny", "small", "25m", "124m"))
+    data: str = setting("stdlib", "text: stdlib (Python's own source), a file, a folder, or "
+        "module:function", metavar="SPEC")
+    cache: str = setting("~/.cache/dist_lab", "folder for the text as bytes", metavar="DIR")
+
+    steps: int = setting(300, "optimizer steps", heading="how it is trained", low=1)
+    batch: int = setting(32, "samples a step, over all ranks", low=1)
+    seq: int = setting(128, "tokens a sample", low=1)
+    microbatches: int = setting(1, "pieces whose gradients a rank adds up before a step", low=1)
+    dtype: str = setting("float32", "of compute; bfloat16 keeps float32 master weights",
+        choices=("float32", "bfloat16", "float64"))
+    optimizer: str = setting("adamw", "what updates the weights", choices=("adamw", "sgd"))
+    lr: float = setting(2e-3, "learning rate, after the warm-up", above=0)
+    weight_decay: float = setting(0.1, "on matrices; norms and biases have none", low=0)
+    warmup: int = setting(20, "steps over which the learning rate rises from 0", low=0)
+    clip: float = setting(1.0, "largest norm of the whole gradient; 0: any", low=0)
+    seed: int = setting(0, "of weights and data", low=0, high=2**63 - 1)
+
+    config: str = setting("", "a TOML file of these settings, keys with underscores; flags win",
+        heading="what is read and written", metavar="FILE")
+    out: str = setting("", "folder for logs; default: a fresh one, runs/N-STRATEGY-MODEL-SIZE",
+        metavar="DIR")
+    overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
+    about: str = setting("", "what this run is for; kept in its summary", metavar="TEXT")
+    val_every: int = setting(100, "steps between validations; 0: only at the end", low=0)
+    log_every: int = setting(10, "steps between logged rows", low=1)
+    log_collectives: bool = setting(False, "print every collective as it is called")
+    check_collectives: bool = setting(False, "before each collective, compare what the ranks are "
+        "about to call")
+    debug: bool = setting(False, "show the traceback of an error")
+    # fmt: on
+
+    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
+        """The mesh for so many processes, axis -> processes along it; {} for one process alone.
+
+        Args:
+            plain: this is one process that nobody started as a rank: no --nproc, no torchrun.
+
+        Raises:
+            UserError: the strategy, the mesh or the batch does not fit so many processes.
+        """
+        own = STRATEGIES[self.strategy].axes
+        asked = read_mesh(self.mesh)
+        wanted = math.prod(asked.values())
+        if not own and size > 1:
+            raise UserError(
+                f"strategy {self.strategy} is for 1 process, {size} were started (--strategy); "
+                "start 1, or give --strategy dp"
+            )
+        if own and plain:
+            ranks = wanted if asked else 2
+            raise UserError(
+                f"strategy {self.strategy} runs on several processes, this is one alone "
+                f"(--strategy); add --nproc {ranks}, or start it by torchrun "
+                f"--nproc_per_node={ranks}"
+            )
+        if asked and wanted != size:
+            by_axis = " x ".join(f"{name}={n}" for name, n in asked.items())
+            raise UserError(
+                f"mesh {by_axis} needs {wanted} processes, {size} were started (--mesh); type "
+                f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
+            )
+        axes = asked or dict.fromkeys(own[:1], size)
+        self._check_batch(math.prod(axes.get(name, 1) for name in DATA_AXES))
+        return axes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON values: for the summary, and to compare ranks by."""
+        return asdict(self)
+
+    def _check_batch(self, ranks: int) -> None:
+        parts = ranks * self.microbatches
+        if self.batch % parts:
+            fitting = max(1, round(self.batch / parts)) * parts
+            raise UserError(
+                f"batch {self.batch} does not divide into {ranks} data-parallel ranks x "
+                f"{self.microbatches} microbatches = {parts} (--batch); give --batch {fitting}"
+            )
+
+
+def parse(
+    argv: Sequence[str] | None = None,
+    *,
+    program: str = "train.py",
+    description: str | None = None,
+    defaults: Mapping[str, Any] = {},
+) -> Config:
+    """Read the command line and the file that its --config names.
+
+    Args:
+        argv: without the program's name; default this process's own.
+        description: opens --help.
+        defaults: this program's own, where they differ from the fields'.
+
+    Raises:
+        UserError: anything wrong in either.
+        SystemExit: 0, after --help or --version.
+    """
+    config, where = read(Config, argv, program, description, defaults)
+    check_together(config, where)
+    return config
+
+
+def check_together(config: Config, where: Mapping[str, str]) -> None:
+    """What no setting shows alone. `where` says who set each of them: a flag, a line of a file."""
+    strategy = STRATEGIES[config.strategy]
+    if config.impl not in strategy.impls:
+        raise UserError(
+            f"strategy {config.strategy} has no impl {shown(config.impl)} ({where['impl']}); "
+            f"give {one_of(strategy.impls, config.impl)}"
+        )
+    for axis in read_mesh(config.mesh, where["mesh"]):
+        if axis not in strategy.axes:
+            raise UserError(
+                f"strategy {config.strategy} does not run along {shown(axis)} ({where['mesh']}); "
+                + _axes_to_give(strategy, axis)
+            )
+    if config.nproc is not None:
+        most = 4 * cores()
+        if config.nproc > most and not config.oversubscribe:
+            raise UserError(
+                f"nproc {config.nproc} is more than 4 ranks for each of {cores()} cores "
+                f"({where['nproc']}); give {most} or less, or add --oversubscribe"
+            )
+        config.axes(config.nproc)
+
+
+def _axes_to_give(strategy: Strategy, axis: str) -> str:
+    others = [f"--strategy {name}" for name, other in STRATEGIES.items() if axis in other.axes]
+    own = f"its axes are {', '.join(strategy.axes)}" if strategy.axes else "it takes no mesh"
+    return f"{own}, or give {' or '.join(others)}" if others else own
+
+
+def read_mesh(text: str, where: str = "--mesh") -> dict[str, int]:
+    """The axes that "dp=2,tp=2" names, with their sizes.
+
+    >>> read_mesh("dp=2, tp=4"), read_mesh("")
+    ({'dp': 2, 'tp': 4}, {})
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(",") if text else []:
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name in axes or not (size.isdecimal() and len(size) < 10 and int(size) > 0):
+            raise UserError(
+                f"mesh cannot be {shown(text)} ({where}); give each axis once, with a size of 1 or "
+                "more: dp=2"
+            )
+        axes[name] = int(size)
+    return axes
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))  # knows of containers and taskset; Linux alone has it
+    except AttributeError:
+        return os.cpu_count() or 1

@@ -106,6 +106,7 @@ class Mesh:
         Collective: every rank of the mesh calls it. `sub("pp", [0, 3])` joins the first and last
         stage, which is what a tied embedding needs.
         """
+        indices = sorted(indices)
         key = f"{name}[{','.join(map(str, indices))}]"
         bad = [i for i in indices if not 0 <= i < self[name].size]
         if bad or len(set(indices)) != len(indices):

@@ -96,7 +96,7 @@ def verify(
     found: list[Comparison] = []
     for step in range(steps):
         inputs, targets = build_batch(step)
-        if step == 0 and job.mesh.data.size > 1 and (inputs == inputs[:1]).all():
+        if step == 0 and mesh.data.size > 1 and len(inputs) > 1 and (inputs == inputs[:1]).all():
             raise UserError("every row of the batch is alike; ranks need different data to verify")
         wanted = _reference_step(reference, plain, inputs, targets, clip, loss_sum)
         loss, gradients, norm = _tested_step(
@@ -138,7 +138,7 @@ def _reference_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss), gradients, float(norm)
+    return float(loss.detach()), gradients, float(norm)
 
 
 def _tested_step(
@@ -242,12 +242,16 @@ def _refuse_dropout(model: nn.Module) -> None:
 def run(config: Config, mesh: Mesh) -> int:
     """`launch/verify.py`: a zoo model on its data. Exit status 0 only if equal."""
     data = open_data(
-        config.data, batch=config.batch, seq=config.seq, seed=config.seed, cache_dir=config.cache
+        config.data,
+        batch=config.batch,
+        seq=config.seq,
+        seed=config.seed,
+        cache_dir=Path(config.cache),
     )
     narrow = torch.bfloat16 if config.dtype == "bfloat16" else None
     wide = torch.float64 if config.dtype == "float64" else torch.float32
 
-    def build() -> nn.Module:
+    def build() -> zoo.Model:
         return zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=wide)
 
     report = verify(

@@ -1,7 +1,6 @@
 """The training loop: one, for every strategy. Read `train` first; the rest is what it calls."""
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from dist_lab import zoo
 from dist_lab.comm import ops
-from dist_lab.comm.agree import check_settings_agree
+from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.comm.ledger import Tally
 from dist_lab.compose import parallelize
-from dist_lab.config import Config
+from dist_lab.config import Config, cores
 from dist_lab.data import Data, open_data, prefetch
 from dist_lab.job import Job, LossFn
 from dist_lab.layout import piece
@@ -181,52 +180,65 @@ class Meter:
 
 def run(config: Config, mesh: Mesh) -> int:
     """`launch/train.py` on one rank: build everything, train, write the summary."""
+    world = mesh.flatten(*ORDER)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    check_settings_agree(config.to_dict() | versions, mesh.flatten(*ORDER))
+    check_settings_agree(config.to_dict() | versions, world)
     if config.log_collectives:
         mesh.wire.log(lambda line: print(line, file=sys.stderr, flush=True))
-    data = open_data(
-        config.data,
-        batch=config.batch,
-        seq=config.seq,
-        seed=config.seed,
-        cache_dir=Path(config.cache),
-    )
+    with ExitStack() as held:
+        with together(world):
+            data = open_data(
+                config.data,
+                batch=config.batch,
+                seq=config.seq,
+                seed=config.seed,
+                cache_dir=Path(config.cache),
+            )
+            if mesh.rank == 0:
+                folder = held.enter_context(run_dir.claimed(config))
+        job = build(config, mesh, data)
+        sinks: list[Sink] = []
+        setting = describe(config, job, data) | {"versions": versions}
+        if mesh.rank == 0:
+            print(opening_line(setting), flush=True)
+            sinks = open_sinks(folder, config.steps)
+            setting["out"] = str(folder)
+        summary: Mapping[str, Any] | None = None
+        try:
+            summary = setting | train(job, data, config, sinks)
+        finally:
+            for sink in sinks:
+                sink.close(summary)
+    return 0
+
+
+def build(config: Config, mesh: Mesh, data: Data) -> Job:
+    """The model of the zoo, drawn from the seed on every rank alike, under the strategy."""
     dtype = DTYPES[config.dtype]
     masters = torch.float32 if dtype == torch.bfloat16 else dtype
     model = zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=masters)
-    job = parallelize(
+    return parallelize(
         model.to(mesh.device),
         mesh,
         config.strategy,
         config.impl,
         units=model.units,
         param_dtype=None if dtype == masters else dtype,
-        broadcast=False,  # every rank has drawn the same numbers; this checks it
+        broadcast=False,  # there is nothing to send; this checks that it is so
     )
-    setting = {
+
+
+def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
+    """What a number needs beside it to mean something."""
+    return {
         "config": config.to_dict(),
-        "mesh": mesh.axes,
-        "world_size": mesh.size,
+        "mesh": job.mesh.axes,
+        "world_size": job.mesh.size,
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "cores": cores(),
+        "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
         "data": {"name": data.name, "sha256": data.sha256},
-        "versions": versions,
     }
-    if mesh.rank > 0:
-        train(job, data, config, [])
-        return 0
-    with run_dir.claimed(config) as folder:
-        print(opening_line(setting), flush=True)
-        sinks = open_sinks(folder, config.steps)
-        summary: Mapping[str, Any] | None = None
-        try:
-            summary = setting | train(job, data, config, sinks) | {"out": str(folder)}
-        finally:
-            for sink in sinks:
-                sink.close(summary)
-    return 0
 
 
 def opening_line(setting: Mapping[str, Any]) -> str:

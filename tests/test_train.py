@@ -50,7 +50,7 @@ def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row.keys() - {"val_loss"} == ROW for row in rows)
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
-    assert rows[0]["loss"] == pytest.approx(math.log(256), abs=0.3)
+    assert rows[0]["loss"] == pytest.approx(math.log(256), abs=0.8)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
     summary = json.loads((out / "summary.json").read_text())

@@ -7,13 +7,14 @@ are wrong. A comparison before the first step costs a few bytes.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.errors import UserError
+from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh import Axis
 
 
@@ -32,6 +33,23 @@ def check_settings_agree(settings: Mapping[str, object], axis: Axis) -> None:
                 f"rank {axis.ranks[odd[0]]} was started with {key}={values[odd[0]]}, the others "
                 f"with {usual}; start every rank with the same settings"
             )
+
+
+@contextmanager
+def together(axis: Axis) -> Iterator[None]:
+    """What one rank refuses inside the block, all refuse, with the same message; none hangs.
+
+    For work that may fail on one rank alone, such as reading a file. Collective.
+    """
+    problem: UserError | MachineError | None = None
+    try:
+        yield
+    except (UserError, MachineError) as error:
+        problem = error
+    mine = [] if problem is None else [isinstance(problem, UserError), str(problem)]
+    for said in map(json.loads, ops.all_gather_bytes(json.dumps(mine).encode(), axis)):
+        if said:
+            raise (UserError if said[0] else MachineError)(said[1]) from problem
 
 
 def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:

@@ -8,15 +8,15 @@ cut it. `init_weight(fqn, tensor, generator)` fills one of its parameters.
 from typing import Any
 
 import torch
-from torch import nn
 
 from dist_lab.zoo.gpt import GPT
 from dist_lab.zoo.init import InitFn, draw, initialize
 from dist_lab.zoo.mlp import MLP
 
-__all__ = ["GPT", "MLP", "MODELS", "SIZES", "InitFn", "build", "draw", "initialize"]
+__all__ = ["GPT", "MLP", "MODELS", "SIZES", "InitFn", "Model", "build", "draw", "initialize"]
 
-MODELS: dict[str, type[nn.Module]] = {"gpt": GPT, "mlp": MLP}
+Model = GPT | MLP
+MODELS: dict[str, type[GPT] | type[MLP]] = {"gpt": GPT, "mlp": MLP}
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # parameters at a vocabulary of 256 on the right
     "gpt": {
@@ -43,7 +43,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **overrides: Any,
-) -> nn.Module:
+) -> Model:
     """A model of the zoo, initialized by (seed, parameter name) and by nothing else.
 
     `overrides` replace constructor arguments of SIZES: `layers=2`, `tied=True`. On the "meta"
@@ -56,7 +56,7 @@ def build(
     if size not in SIZES[name]:
         raise ValueError(f"{name} has no size {size!r}: choose from {', '.join(SIZES[name])}")
     with torch.device("meta"):
-        model = MODELS[name](vocab, **SIZES[name][size] | overrides).to(dtype)
+        model: Model = MODELS[name](vocab, **SIZES[name][size] | overrides).to(dtype)
     if torch.device(device).type != "meta":
         initialize(model, seed, device)
     return model

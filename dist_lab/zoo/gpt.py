@@ -184,13 +184,11 @@ class GPT(nn.Module):
         return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Norms one; matrices keep the scale of their input, Normal(0, 1/sqrt(columns)), and the
-        2 x depth that add to one residual stream share it; logits start near 0, the loss at ln V.
+        """Norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large as what went
+        in. The 2 x depth projections that add to one residual stream share that size.
         """
         if fqn.endswith("norm.weight"):
             tensor.fill_(1.0)
-        elif fqn.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor.normal_(0.0, 0.02, generator=generator)
-        else:
-            sharers = 2 * self.depth if fqn.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            tensor.normal_(0.0, (tensor.size(1) * sharers) ** -0.5, generator=generator)
+            return
+        sharers = 2 * self.depth if fqn.endswith(("o_proj.weight", "down_proj.weight")) else 1
+        tensor.normal_(0.0, (tensor.size(1) * sharers) ** -0.5, generator=generator)

@@ -45,8 +45,8 @@ def initialize(
     absent = [fqn for fqn, buffer in model.named_buffers() if buffer.is_meta]
     if absent:
         raise ValueError(
-            f"{type(model).__name__} has {len(absent)} buffers on the meta device, {absent[0]} "
-            "first: their values cannot be drawn, so register them on a real device"
+            f"{type(model).__name__} has buffers on the meta device ({absent[0]}, {len(absent)} in "
+            "all): their values cannot be drawn, so register them on a real device"
         )
     for fqn, parameter in model.named_parameters():  # each once, by the first of its names
         value = draw(fqn, parameter.shape, seed, init_fn)
@@ -65,8 +65,8 @@ def initialize(
 def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
     """One whole parameter, float32 on the CPU: the same on every rank, whatever else is drawn."""
     key = hashlib.sha256(f"{seed} {fqn}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-    tensor = torch.full(tuple(shape), torch.nan)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little"))
+    tensor = torch.full(tuple(shape), torch.nan, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         init_fn(fqn, tensor, generator)
     if tensor.isnan().any():

@@ -29,7 +29,7 @@ class Window(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.size(1)
         x = F.pad(x, (0, 0, self.context - 1, 0))  # (B, T, E) -> (B, C-1+T, E)
-        return torch.cat([x[:, age : age + tokens] for age in range(self.context)], dim=-1)
+        return torch.cat([x[:, first : first + tokens] for first in range(self.context)], dim=-1)
 
 
 class Block(nn.Module):
@@ -71,17 +71,13 @@ class MLP(nn.Module):
         return self.head(self.norm(x))  # (B, T, D) -> (B, T, V)
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Biases zero, norms one; matrices keep the scale of their input, Normal(0, 1/sqrt(columns)),
-        and the blocks that add to one residual stream share it; the loss starts near ln V.
+        """Biases zero, norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large
+        as what went in. The blocks that add to one residual stream share that size.
         """
         if fqn.endswith("bias"):
             tensor.zero_()
         elif fqn.endswith("norm.weight"):
             tensor.fill_(1.0)
-        elif fqn == "head.weight":
-            tensor.normal_(0.0, 0.02, generator=generator)
-        elif fqn == "embed.weight":
-            tensor.normal_(0.0, 1.0, generator=generator)
         else:
             sharers = self.depth if fqn.endswith("down.weight") else 1
             tensor.normal_(0.0, (tensor.size(1) * sharers) ** -0.5, generator=generator)

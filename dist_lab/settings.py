@@ -1,0 +1,298 @@
+"""Settings from defaults < a TOML file < the command line: a dataclass is all there is to write.
+
+Each field, made by `setting`, carries its help and its limits. Everything that can be wrong with a
+flag, a file, a line of it or a value is answered by one UserError of one line: what (where); what
+to give instead. No torch here: a misspelled flag should not take seconds to answer.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import stat
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+from dist_lab.errors import UserError
+
+C = TypeVar("C")
+Options = Mapping[str, Field[Any]]  # name -> the field it is of
+
+# Of numbers with no limit of their own. The libraries below us count in int32.
+LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
+LARGEST_FILE = 2**16  # bytes
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A field of a dataclass of settings, of type str, bool, int, float or one of them or None.
+
+    Limits, all optional: `choices`; `low` and `high`, which are allowed, and `above`, which is
+    not; `table=True`, for text that TOML may give as a table, too. `metavar` stands for the value
+    in --help, and `heading` opens a group there.
+    """
+    return field(default=default, metadata={"help": help} | limits)
+
+
+def read(
+    cls: type[C],
+    argv: Sequence[str] | None,
+    program: str,
+    description: str | None,
+    defaults: Mapping[str, Any],
+) -> tuple[C, dict[str, str]]:
+    """Settings of a dataclass, and who set each: a flag, or a line of the file.
+
+    The setting `config` names the file. A value in it is checked even if a flag overrides it.
+    """
+    options: Options = {option.name: option for option in fields(cls)}  # type: ignore[arg-type]
+    start: dict[str, Any] = {name: option.default for name, option in options.items()}
+    start |= defaults
+    parser = make_parser(program, description, options, start)
+    given = read_flags(parser, options, sys.argv[1:] if argv is None else argv)
+    if "config" in given:
+        given = read_file(given["config"].value, options) | given
+    where = {name: flag(name) for name in options}
+    where |= {name: entry.where for name, entry in given.items()}
+    return cls(**start | {name: entry.value for name, entry in given.items()}), where
+
+
+# --- one value ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that is what its field wants, and who gave it: "--steps", or "run.toml:3"."""
+
+    value: Any
+    where: str
+
+
+def check(option: Field[Any], value: Any, where: str) -> Given:
+    """Raise UserError unless the field takes this value."""
+    if kind(option) is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if not accepts(option, value):
+        what = f"{option.name} cannot be {shown(value)} ({where})"
+        raise UserError(f"{what}; give {wanted(option, value)}")
+    return Given(value, where)
+
+
+def accepts(option: Field[Any], value: Any) -> bool:
+    limits = option.metadata
+    if type(value) is not kind(option):  # not isinstance, to which True is an int
+        return False
+    if isinstance(value, str):
+        # No path holds a NUL; a surrogate is what Python makes of an argument that is not UTF-8.
+        listed: bool = value in limits.get("choices", (value,))
+        return listed and not re.search("[\0\ud800-\udfff]", value)
+    if isinstance(value, bool):
+        return True
+    low, high = limits.get("low", limits.get("above")), limits.get("high", LARGEST[type(value)])
+    within: bool = low <= value <= high  # a NaN is not
+    return within and value != limits.get("above")
+
+
+def wanted(option: Field[Any], value: Any) -> str:
+    """What to give instead of `value`."""
+    limits = option.metadata
+    if "choices" in limits:
+        return one_of(limits["choices"], value)
+    noun = {
+        int: "a whole number", float: "a finite number",
+        bool: "true or false", str: "UTF-8 text without NUL",
+    }[kind(option)]  # fmt: skip
+    high = limits.get("high", LARGEST.get(kind(option)))
+    if type(value) is kind(option) in LARGEST and high < value < math.inf:
+        return f"{noun}, {high} or less"
+    if "above" in limits:
+        return f"{noun} above {limits['above']}"
+    return f"{noun}, {limits['low']} or more" if "low" in limits else noun
+
+
+def kind(option: Field[Any]) -> Any:
+    """The type of a field's values: int for `int` and for `int | None`."""
+    return (get_args(option.type) or (option.type,))[0]
+
+
+def one_of(choices: Sequence[str], value: Any) -> str:
+    """
+    >>> one_of(["adamw", "sgd"], "adam")
+    'adamw or sgd (did you mean adamw?)'
+    """
+    near = nearest(str(value), choices) if len(choices) > 1 else None
+    listed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+    return f"{listed} (did you mean {near}?)" if near else listed
+
+
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.5) -> str | None:
+    found = difflib.get_close_matches(word[:99], list(words), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def shown(value: Any) -> str:
+    """A value as a short piece of one line, whatever is in it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "so large a number"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """One that leaves it to its caller to say what is wrong and to exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what each flag takes")
+
+
+def make_parser(
+    program: str, description: str | None, options: Options, defaults: Mapping[str, Any]
+) -> Parser:
+    """Flags that collect what they are given, as text, so that a flag given twice is seen."""
+    parser = Parser(
+        prog=program,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        description=description,
+        epilog="In brackets: the default. --no-FLAG takes back a switch that the file sets.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    version = sys.modules[__name__.partition(".")[0]].__version__
+    parser.add_argument("--version", action="version", version=f"dist_lab {version}")
+    for name, option in options.items():
+        if "heading" in option.metadata:
+            group = parser.add_argument_group(option.metadata["heading"])
+        text = option.metadata["help"].replace("%", "%%")
+        if kind(option) is bool:
+            group.add_argument(flag(name), action="append_const", const=True, help=text)
+            group.add_argument(
+                flag(f"no_{name}"),
+                action="append_const", const=False, dest=name, help=argparse.SUPPRESS,
+            )  # fmt: skip
+            continue
+        if defaults[name] not in (None, ""):
+            text += f" [{defaults[name]}]"
+        choices = "|".join(option.metadata.get("choices", ()))
+        meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
+        group.add_argument(flag(name), action="append", metavar=meta, help=text)
+    return parser
+
+
+def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> dict[str, Given]:
+    """The settings on a command line."""
+    known, rest = parser.parse_known_args(argv)
+    for stray in rest:
+        if not stray.startswith("-"):
+            raise UserError(f"stray argument {shown(stray)}; every setting is a flag: --steps 300")
+        near = nearest(stray.partition("=")[0].strip("-").replace("-", "_"), options)
+        hint = f"did you mean {flag(near)}? " if near else ""
+        raise UserError(f"no flag {shown(stray)}; {hint}--help lists them all")
+    given = {}
+    for name, values in vars(known).items():
+        if len(set(values)) > 1:
+            both = " and ".join(map(shown, dict.fromkeys(values)))
+            raise UserError(f"{name} cannot be both {both} ({flag(name)}); give it once")
+        given[name] = check(options[name], from_text(options[name], values[0]), flag(name))
+    return given
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def from_text(option: Field[Any], text: str) -> Any:
+    """What a flag's text means; the text itself if it means nothing, for `check` to refuse."""
+    try:
+        return kind(option)(text)
+    except ValueError:
+        return text
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def read_file(path: str, options: Options) -> dict[str, Given]:
+    """The settings in a TOML file.
+
+    Raises:
+        UserError: no such file, not TOML, an unknown key, a wrong value; with file and line.
+    """
+    text = read_text(path)
+    label = path if path.isprintable() else shown(path)
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"brackets nest too deep ({label}); settings are plain values") from None
+    except ValueError as error:  # tomllib's own error, or a number of thousands of digits
+        raise UserError(toml_mistake(str(error), label, text)) from None
+    if not table:
+        raise UserError(f"the file sets nothing ({label}); write settings such as steps = 300")
+
+    keys = [name for name in options if name != "config"]  # a file does not name another
+    given = {}
+    for key, value in table.items():
+        where = f"{label}:{line_of(key, text)}"
+        if key not in keys:
+            near = nearest(key, keys)
+            hint = f"did you mean {near}?" if near else "--help lists them, with dashes"
+            raise UserError(f"no setting {shown(key)} ({where}); {hint}")
+        if isinstance(value, dict) and "table" in options[key].metadata:
+            value = ",".join(f"{axis}={shown(size)}" for axis, size in value.items())
+        given[key] = check(options[key], value, where)
+    return given
+
+
+def read_text(path: str) -> str:
+    """The text of a file that somebody named, perhaps wrongly."""
+    try:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            first = min(Path(path).glob("*.toml"), default="a TOML file")
+            raise UserError(f"{shown(path)} is a folder (--config); give a file: {first}")
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
+            raise UserError(f"{shown(path)} is no settings file (--config); give a TOML file")
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        near = nearest(path, map(str, Path(path).parent.glob("*.toml")), cutoff=0.8)
+        hint = f"did you mean {near}?" if near else "give a TOML file, such as configs/02_dp.toml"
+        raise UserError(f"no file {shown(path)} (--config); {hint}") from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not UTF-8 ({shown(path)})"
+        raise UserError(f"{what}; save the file as UTF-8") from None
+    except OSError as error:
+        what = f"cannot read {shown(path)}: {error.strerror} (--config)"
+        raise UserError(f"{what}; give a file that you may read") from None
+
+
+def toml_mistake(message: str, label: str, text: str) -> str:
+    """tomllib's message, with the place as file:line:column.
+
+    >>> toml_mistake("Invalid value (at line 2, column 8)", "run.toml", "...")
+    'not TOML: Invalid value (run.toml:2:8); correct that'
+    """
+    what, _, at = message.partition(" (at ")
+    end = [str(text.count("\n") + 1), str(len(text) - text.rfind("\n"))]  # "at end of document"
+    place = ":".join([label, *(re.findall(r"\d+", at) or end)]) if at else label
+    twice = " (is the key set twice?)" if "overwrite" in what else ""
+    return f"not TOML: {what}{twice} ({place}); correct that"
+
+
+def line_of(key: str, text: str) -> int:
+    """Where a key is set. tomllib does not tell; a key is nearly always the first on its line."""
+    pattern = rf"^[ \t]*(\[+[ \t]*)?[\"']?{re.escape(key)}[\"']?[ \t]*[].=]"
+    found = re.search(pattern, text, re.MULTILINE)
+    return text.count("\n", 0, found.start() if found else 0) + 1

@@ -1,0 +1,380 @@
+"""The command line and the presets: what they mean, and the one line that refuses a bad one."""
+
+import dataclasses
+import json
+import random
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dist_lab.config import DATA_AXES, STRATEGIES, Config, cores, parse
+from dist_lab.errors import UserError
+from dist_lab.settings import kind
+
+PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+TOO_MANY = 4 * cores() + 1
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Writes run.toml in the current folder, so that messages show a short path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content: str | bytes) -> str:
+        data = content.encode() if isinstance(content, str) else content
+        (tmp_path / "run.toml").write_bytes(data)
+        return "run.toml"
+
+    return write
+
+
+# --- what is understood ---------------------------------------------------------------------------
+
+
+def test_nothing_given_means_the_defaults():
+    assert parse([]) == Config()
+
+
+def test_the_command_line_wins_over_the_file_which_wins_over_the_program(file):
+    path = file("steps = 20\nlr = 0.5\n")
+    config = parse(["--config", path, "--lr", "0.25"], defaults={"steps": 10, "seq": 16})
+    assert (config.steps, config.lr, config.seq, config.batch) == (20, 0.25, 16, 32)
+
+
+def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"], description="How to launch it.")
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.index("How to launch it.") < shown.index("--strategy single|dp")
+    for option in dataclasses.fields(Config):
+        flag = "--" + option.name.replace("_", "-")
+        assert f"  {flag} " in shown
+        if option.name == "config":
+            continue
+        given = option.default if option.default is not None else 1
+        word = json.dumps(given)
+        read = parse(["--config", file(f"{option.name} = {word}\n")], defaults={"batch": 1})
+        assert getattr(read, option.name) == given
+        text = [flag] if kind(option) is bool else [flag, str(given)]
+        assert getattr(parse(text), option.name) == (kind(option) is bool or given)
+
+
+def test_a_program_shows_its_own_defaults_in_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], program="verify.py", defaults={"steps": 3})
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: verify.py")
+    assert "optimizer steps [3]" in shown
+
+
+def test_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("dist_lab 0.")
+
+
+def test_a_switch_of_the_file_can_be_taken_back(file):
+    path = file("log_collectives = true\n")
+    assert parse(["--config", path]).log_collectives
+    assert not parse(["--config", path, "--no-log-collectives"]).log_collectives
+
+
+def test_the_same_value_twice_is_no_contradiction():
+    assert parse(["--lr", "0.1", "--lr", "0.1"]).lr == 0.1
+
+
+@pytest.mark.parametrize("text", ['mesh = "dp=2"', "mesh = { dp = 2 }", "[mesh]\ndp = 2"])
+def test_a_mesh_is_text_or_a_table(file, text):
+    config = parse(["--config", file(f'strategy = "dp"\n{text}\n')])
+    assert config.axes(2) == {"dp": 2}
+
+
+def test_a_whole_number_is_a_number(file):
+    value = parse(["--config", file("lr = 1\n")]).lr
+    assert (value, type(value)) == (1.0, float)
+
+
+def test_a_file_saved_by_notepad_is_read(file):
+    assert parse(["--config", file(b"\xef\xbb\xbfsteps = 5\r\n")]).steps == 5
+
+
+def test_a_config_is_frozen_and_json():
+    config = parse(["--strategy", "dp", "--mesh", "dp=2"])
+    assert Config(**json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 1
+
+
+# --- what is refused: each with the whole line ----------------------------------------------------
+
+BAD_FLAGS = [
+    ("--strategy zp", "strategy cannot be 'zp' (--strategy); give single or dp (did you mean dp?)"),
+    ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
+    ("--dtype fp8", "dtype cannot be 'fp8' (--dtype); give float32, bfloat16 or float64"),
+    ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m or 124m "
+        "(did you mean tiny?)"),
+    ("--backend mpi", "backend cannot be 'mpi' (--backend); give gloo or nccl"),
+    ("--optimizer adam", "optimizer cannot be 'adam' (--optimizer); give adamw or sgd "
+        "(did you mean adamw?)"),
+    ("--batchsize 32", "no flag '--batchsize'; did you mean --batch? --help lists them all"),
+    ("--batchsize=32", "no flag '--batchsize=32'; did you mean --batch? --help lists them all"),
+    ("--qqq", "no flag '--qqq'; --help lists them all"),
+    ("--stra dp", "no flag '--stra'; did you mean --strategy? --help lists them all"),
+    ("dp", "stray argument 'dp'; every setting is a flag: --steps 300"),
+    ("--steps 3 4", "stray argument '4'; every setting is a flag: --steps 300"),
+    ("--lr", "argument --lr: expected one argument; --help shows what each flag takes"),
+    ("--overwrite=1", "argument --overwrite: ignored explicit argument '1'; --help shows what each "
+        "flag takes"),
+    ("--lr fast", "lr cannot be 'fast' (--lr); give a finite number above 0"),
+    ("--lr 0", "lr cannot be 0.0 (--lr); give a finite number above 0"),
+    ("--lr=-1e-3", "lr cannot be -0.001 (--lr); give a finite number above 0"),
+    ("--lr nan", "lr cannot be nan (--lr); give a finite number above 0"),
+    ("--lr inf", "lr cannot be inf (--lr); give a finite number above 0"),
+    ("--lr 1e999", "lr cannot be inf (--lr); give a finite number above 0"),
+    ("--clip -1", "clip cannot be -1.0 (--clip); give a finite number, 0 or more"),
+    ("--weight-decay nan", "weight_decay cannot be nan (--weight-decay); give a finite number, 0 "
+        "or more"),
+    ("--steps 1.5", "steps cannot be '1.5' (--steps); give a whole number, 1 or more"),
+    ("--steps 0", "steps cannot be 0 (--steps); give a whole number, 1 or more"),
+    ("--steps -1", "steps cannot be -1 (--steps); give a whole number, 1 or more"),
+    ("--steps 3000000000", "steps cannot be 3000000000 (--steps); give a whole number, 2147483647 "
+        "or less"),
+    ("--batch 0", "batch cannot be 0 (--batch); give a whole number, 1 or more"),
+    ("--microbatches 0", "microbatches cannot be 0 (--microbatches); give a whole number, 1 or "
+        "more"),
+    ("--seed -1", "seed cannot be -1 (--seed); give a whole number, 0 or more"),
+    ("--timeout 0", "timeout cannot be 0.0 (--timeout); give a finite number, 0.1 or more"),
+    ("--timeout 1e9", "timeout cannot be 1000000000.0 (--timeout); give a finite number, 86400 or "
+        "less"),
+    ("--nproc 0", "nproc cannot be 0 (--nproc); give a whole number, 1 or more"),
+    ("--nproc -1", "nproc cannot be -1 (--nproc); give a whole number, 1 or more"),
+    ("--nproc abc", "nproc cannot be 'abc' (--nproc); give a whole number, 1 or more"),
+    (f"--strategy dp --nproc {TOO_MANY}", f"nproc {TOO_MANY} is more than 4 ranks for each of "
+        f"{cores()} cores (--nproc); give {TOO_MANY - 1} or less, or add --oversubscribe"),
+    ("--nproc 2", "strategy single is for 1 process, 2 were started (--strategy); start 1, or give "
+        "--strategy dp"),
+    ("--strategy dp --nproc 4 --batch 30", "batch 30 does not divide into 4 data-parallel ranks x "
+        "1 microbatches = 4 (--batch); give --batch 32"),
+    ("--strategy dp --nproc 4 --microbatches 4 --batch 3", "batch 3 does not divide into 4 "
+        "data-parallel ranks x 4 microbatches = 16 (--batch); give --batch 16"),
+    ("--nproc 1 --microbatches 3", "batch 32 does not divide into 1 data-parallel ranks x 3 "
+        "microbatches = 3 (--batch); give --batch 33"),
+    ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
+        "type torchrun --nproc_per_node=3 ... or --nproc 3"),
+    ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp"),
+    ("--mesh dp=2", "strategy single does not run along 'dp' (--mesh); it takes no mesh, or give "
+        "--strategy dp"),
+    ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
+    ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
+        "once"),
+    ("--out \udcff", r"out cannot be '\udcff' (--out); give UTF-8 text without NUL"),
+    ("--out a\0b", r"out cannot be 'a\x00b' (--out); give UTF-8 text without NUL"),
+    ("--config nope.toml", "no file 'nope.toml' (--config); give a TOML file, such as "
+        "configs/02_dp.toml"),
+    ("--config=", "no file '' (--config); give a TOML file, such as configs/02_dp.toml"),
+    ("--config /dev/zero", "'/dev/zero' is no settings file (--config); give a TOML file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_a_bad_command_line_is_refused_in_one_line(arguments, line):
+    assert refusal(*arguments.split(" ")) == line
+
+
+@pytest.mark.parametrize(
+    "mesh", ["dp", "dp=", "dp=0", "dp=x", "dp=2,dp=2", "dp=2,", f"dp={10**10}"]
+)
+def test_a_mesh_that_is_none_is_refused(mesh):
+    line = f"mesh cannot be '{mesh}' (--mesh); give each axis once, with a size of 1 or more: dp=2"
+    assert refusal("--strategy", "dp", "--mesh", mesh) == line
+
+
+BAD_FILES = [
+    ("", "the file sets nothing (run.toml); write settings such as steps = 300"),
+    ("# only a comment\n", "the file sets nothing (run.toml); write settings such as steps = 300"),
+    ("steps 3\n", "not TOML: Expected '=' after a key in a key/value pair (run.toml:1:7); correct "
+        "that"),
+    ("steps = 3\nlr = [1", "not TOML: Unclosed array (run.toml:2:8); correct that"),
+    ("steps = 3\nsteps = 4\n", "not TOML: Cannot overwrite a value (is the key set twice?) "
+        "(run.toml:2:10); correct that"),
+    ("[mesh]\n[mesh]\n", "not TOML: Cannot declare ('mesh',) twice (run.toml:2:6); correct that"),
+    ("a = " + 5000 * "[", "brackets nest too deep (run.toml); settings are plain values"),
+    (b"a = 1\n\xff", "byte 6 is not UTF-8 ('run.toml'); save the file as UTF-8"),
+    (70_000 * "#", "'run.toml' is no settings file (--config); give a TOML file"),
+    ("# lr\n\nbatchsize = 3\n", "no setting 'batchsize' (run.toml:3); did you mean batch?"),
+    ("qqq = 3\n", "no setting 'qqq' (run.toml:1); --help lists them, with dashes"),
+    ("[model]\nname = 'gpt'\n", "model cannot be a table (run.toml:1); give gpt or mlp"),
+    ("config = 'b.toml'\n", "no setting 'config' (run.toml:1); --help lists them, with dashes"),
+    ("lr = 'fast'\n", "lr cannot be 'fast' (run.toml:1); give a finite number above 0"),
+    ("lr = true\n", "lr cannot be true (run.toml:1); give a finite number above 0"),
+    ("lr = nan\n", "lr cannot be nan (run.toml:1); give a finite number above 0"),
+    ("steps = '3'\n", "steps cannot be '3' (run.toml:1); give a whole number, 1 or more"),
+    ("steps = 1.5\n", "steps cannot be 1.5 (run.toml:1); give a whole number, 1 or more"),
+    ("steps = true\n", "steps cannot be true (run.toml:1); give a whole number, 1 or more"),
+    ("steps = [3]\n", "steps cannot be a list (run.toml:1); give a whole number, 1 or more"),
+    ("steps = 1979-05-27\n", "steps cannot be 1979-05-27 (run.toml:1); give a whole number, 1 or "
+        "more"),
+    (f"steps = 0x{5000 * 'f'}\n", "steps cannot be so large a number (run.toml:1); give a whole "
+        "number, 2147483647 or less"),
+    ("overwrite = 1\n", "overwrite cannot be 1 (run.toml:1); give true or false"),
+    ("data = 3\n", "data cannot be 3 (run.toml:1); give UTF-8 text without NUL"),
+    ('out = "a\\u0000b"\n', r"out cannot be 'a\x00b' (run.toml:1); give UTF-8 text without NUL"),
+    ("strategy = 'ddpp'\n", "strategy cannot be 'ddpp' (run.toml:1); give single or dp (did you "
+        "mean dp?)"),
+    ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
+        "once, with a size of 1 or more: dp=2"),
+    ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp does not run along 'tp' (run.toml:3); its "
+        "axes are dp"),
+    (f"strategy = 'dp'\nnproc = {TOO_MANY}\n", f"nproc {TOO_MANY} is more than 4 ranks for each of "
+        f"{cores()} cores (run.toml:2); give {TOO_MANY - 1} or less, or add --oversubscribe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "line"), BAD_FILES, ids=[repr(c[:30]) for c, _ in BAD_FILES])
+def test_a_bad_file_is_refused_in_one_line_with_the_place(file, content, line):
+    assert refusal("--config", file(content)) == line
+
+
+def test_a_bad_value_in_the_file_is_refused_even_if_a_flag_overrides_it(file):
+    assert refusal("--config", file("steps = 0\n"), "--steps", "3").startswith("steps cannot be 0")
+
+
+def test_a_number_of_thousands_of_digits_is_refused(file):
+    assert "(run.toml); correct that" in refusal("--config", file(f"steps = {5000 * '9'}\n"))
+
+
+def test_a_misspelled_file_or_a_folder_is_answered_with_a_file_that_is_there(file, tmp_path):
+    file("steps = 3\n")
+    assert refusal("--config", "runs.toml").endswith("did you mean run.toml?")
+    assert refusal("--config", ".") == "'.' is a folder (--config); give a file: run.toml"
+    (tmp_path / "none").mkdir()
+    assert refusal("--config", "none").endswith("give a file: a TOML file")
+
+
+def test_a_file_that_cannot_be_read_is_refused(file, monkeypatch):
+    path = file("steps = 3\n")
+
+    def deny(self):  # tests may run as root, to whom nothing is unreadable
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    line = "cannot read 'run.toml': Permission denied (--config); give a file that you may read"
+    assert refusal("--config", path) == line
+
+
+def test_whatever_is_typed_the_answer_is_one_printable_line():
+    for nasty in ("\x1b[31m\n\r\t", "x\n" * 500, "\u2028", "%s %(x)d {0}"):
+        for arguments in ([nasty], ["--" + nasty], ["--strategy", nasty], ["--config", nasty]):
+            line = refusal(*arguments)
+            assert line.isprintable()
+            assert len(line) < 300
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
+    draw = random.Random(seed)
+    began, outcomes = time.perf_counter(), set()
+    for _ in range(50):
+        text = mutated(draw.choice(PRESETS).read_bytes(), draw)
+        try:
+            outcome = parse(["--config", file(text)])
+        except UserError as error:
+            outcome = str(error)
+        assert isinstance(outcome, Config) or (outcome.isprintable() and len(outcome) < 300), text
+        outcomes.add(type(outcome))
+    assert outcomes == {Config, str}
+    assert time.perf_counter() - began < 10  # takes half a second; a hang takes for ever
+
+
+def mutated(text: bytes, draw: random.Random) -> bytes:
+    """A file after one to three slips of the hand, or of the disk."""
+    tokens = b"true nan -inf 1e999 [[ ]] { } ''' ' = . # \n \0 \xff \\ 1979-05-27 _ 0x".split(b" ")
+    for _ in range(draw.randint(1, 3)):
+        a, b = sorted(draw.randrange(len(text) + 1) for _ in range(2))
+        a = draw.choice([a, max(a, b - 5)])  # long cuts and short ones
+        text = draw.choice([
+            text[:a] + text[b:],
+            text[:b] + text[a:],
+            text[:b] + draw.choice(tokens) + text[b:],
+            text[:b] + bytes([draw.randrange(256)]) + text[b + 1 :],
+            text[:b],
+        ])  # fmt: skip
+    return text
+
+
+# --- the mesh for so many processes ---------------------------------------------------------------
+
+
+def test_the_default_mesh_is_all_ranks_on_the_strategys_own_axis():
+    assert Config(strategy="dp").axes(4) == {"dp": 4}
+    assert Config(strategy="single").axes(1, plain=True) == {}
+
+
+def test_one_rank_on_purpose_is_allowed_and_one_by_accident_is_told_how_to_start():
+    assert Config(strategy="dp").axes(1) == {"dp": 1}
+    with pytest.raises(UserError) as caught:
+        Config(strategy="dp").axes(1, plain=True)
+    assert str(caught.value) == (
+        "strategy dp runs on several processes, this is one alone (--strategy); add --nproc 2, or "
+        "start it by torchrun --nproc_per_node=2"
+    )
+    with pytest.raises(UserError, match="add --nproc 3, or"):
+        Config(strategy="dp", mesh="dp=3").axes(1, plain=True)
+
+
+def test_an_oversubscribed_machine_is_a_choice():
+    arguments = ["--strategy", "dp", "--nproc", str(TOO_MANY), "--batch", str(TOO_MANY)]
+    assert parse([*arguments, "--oversubscribe"]).nproc == TOO_MANY
+
+
+@pytest.mark.parametrize("batch", range(1, 40))
+def test_the_batch_that_is_offered_works_and_none_is_nearer(batch):
+    config = Config(strategy="dp", batch=batch, microbatches=2)
+    try:
+        config.axes(3)
+    except UserError as error:
+        offered = int(str(error).rpartition(" ")[2])
+        dataclasses.replace(config, batch=offered).axes(3)
+        assert abs(offered - batch) <= 3 or offered == 6
+    else:
+        assert batch % 6 == 0
+
+
+# --- presets, and tables that others keep, too ----------------------------------------------------
+
+
+def test_presets_are_numbered_in_reading_order():
+    assert [int(path.name[:2]) for path in PRESETS] == list(range(1, len(PRESETS) + 1))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_what_it_is_about_and_sets_what_differs(path):
+    config = parse(["--config", str(path), "--oversubscribe"])
+    assert 20 < len(config.about) < 100
+    config.axes(config.nproc or 1, plain=config.nproc is None)
+    if path != PRESETS[0]:  # the first shows what there is to set
+        repeated = {k for k, v in config.to_dict().items() if v == getattr(Config(), k)}
+        assert not repeated & tomllib.loads(path.read_text()).keys()
+
+
+def test_the_command_line_offers_what_the_library_has():
+    from dist_lab import compose, mesh, train, zoo
+
+    offered = {(name, impl) for name, row in STRATEGIES.items() for impl in row.impls}
+    assert offered == set(compose.STRATEGIES)
+    assert set(DATA_AXES) <= set(mesh.DATA_AXES)
+    choices = {f.name: set(f.metadata.get("choices", ())) for f in dataclasses.fields(Config)}
+    assert choices["model"] == set(zoo.SIZES)
+    assert all(choices["size"] == set(sizes) for sizes in zoo.SIZES.values())
+    assert choices["dtype"] == set(train.DTYPES)
+    assert choices["optimizer"] == set(train.OPTIMIZERS)
