@@ -58,7 +58,9 @@ class Failure:
 
 def by_cause(failures: Sequence[Failure]) -> list[Failure]:
     """The nearest to the cause first, a defect before a refusal, then the earliest."""
-    return sorted(failures, key=lambda failure: (failure.second_hand, failure.refused, failure.when))
+    return sorted(
+        failures, key=lambda failure: (failure.second_hand, failure.refused, failure.when)
+    )
 
 
 def causes(failures: Sequence[Failure]) -> list[Failure]:

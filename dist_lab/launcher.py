@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from dist_lab import ranks
 from dist_lab.config import cores
 from dist_lab.errors import MachineError, UserError
-from dist_lab.failures import Failure, causes, named, tell
+from dist_lab.failures import Failure, causes, heading, named, tell
 
 if TYPE_CHECKING:
     from dist_lab.mesh import Mesh
@@ -97,9 +97,9 @@ def main(
     except Exception as error:
         rank, size = place or (0, 1)
         failure = Failure.of(rank, error)
-        if place is None and failure.line is None:
+        if place is None and not failure.refused:
             raise
-        if failure.second_hand or (failure.line is not None and rank > 0):
+        if failure.second_hand or (failure.refused and rank > 0):
             time.sleep(AFTER_TORCHRUN)  # the rank that says it better has ended, and so will this
         status = say(program, [failure], size, debug)
     if place is not None:
@@ -159,7 +159,7 @@ def on_new_ranks(program: str, config: C, body: Body[C], size: int) -> int:
             failures += [Failure.died(rank, code) for rank, code in dead.items()]
             if failures:
                 status = say(program, failures, size, config.debug)
-                if causes(failures)[0].line is None:
+                if not causes(failures)[0].refused:
                     show_stacks([r for r in started if r.number not in heard | dead])
                 return status
             ranks.join(started, AT_EXIT)
@@ -201,7 +201,8 @@ def threads_of_each(config: Launch, size: int) -> int:
 def show_stacks(silent: Sequence[ranks.Rank]) -> None:
     """Let ranks that have neither failed nor finished say where they are."""
     for rank in silent:
-        print(f"---- rank {rank.number} is still here ----", file=sys.stderr, flush=True)
+        here = heading(f"rank {rank.number}: still running")
+        print(here, end="", file=sys.stderr, flush=True)
         assert rank.process.pid is not None
         os.kill(rank.process.pid, signal.SIGUSR1)
         ranks.join([rank], 0.2)  # until it has written, or for good if it is stopped
@@ -250,8 +251,8 @@ def place_in_environment() -> tuple[int, int] | None:
     rank, size, port = (whole(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if not 0 <= rank < size:
         raise UserError(
-            f"RANK={rank} is not in 0..{size - 1} for WORLD_SIZE={size} (environment); start by "
-            "torchrun, or number the ranks from 0"
+            f"RANK={rank} is no rank of WORLD_SIZE={size} (environment); ranks are numbered from 0 "
+            "to WORLD_SIZE - 1, start by torchrun"
         )
     if not 0 < port < 1 << 16:
         raise MachineError(f"MASTER_PORT={port} is no port (environment); give one in 1..65535")
@@ -284,12 +285,12 @@ def check_interface(backend: str) -> None:
 def say(program: str, failures: Sequence[Failure], size: int, debug: bool) -> int:
     """Tell stderr what went wrong, once. Returns the exit status."""
     nearest = causes(failures)
-    refusals = [failure for failure in nearest if failure.line is not None]
-    told = tell([f for f in nearest if debug or f.line is None], size)
+    refusals = [failure for failure in nearest if failure.refused]
+    told = tell([failure for failure in nearest if debug or not failure.refused], size)
     others = [failure.rank for failure in failures if failure not in nearest]
     if told and others:
-        told += f"---- {named(others)} of {size} then waited in vain or lost the connection ----\n"
+        told += heading(f"{named(others)} of {size}: waited in vain, or lost the connection")
     if refusals:
-        told += f"{program}: error: {refusals[0].line}\n"
+        told += f"{program}: error: {refusals[0].what}\n"
     print(told, end="", file=sys.stderr, flush=True)
     return max(failure.status for failure in nearest)

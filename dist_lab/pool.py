@@ -1,8 +1,8 @@
 """A warm pool of rank processes, each of which runs the body of one test after another.
 
-The parent sends a Task down each rank's pipe and gets back how its body ended. Between tests a rank
-is made as good as new: it leaves the process group and joins the next one (about 70 ms, most of it
-in gloo), so that no message, timeout, group or thread of one test is there in the next.
+The parent sends a Task down the pipe of each rank and hears how its body ended. Before a body runs,
+its rank is made as good as new: it leaves the process group and joins another one (70 ms, most of
+it inside gloo), so that no message, timeout, group or thread of one test is there in the next.
 """
 
 import ast
@@ -61,7 +61,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ended:
-    """The word of a rank on which nothing failed. An outcome of pytest's: skip or xfail, or None."""
+    """The word of a rank on which nothing failed. `outcome`: pytest's class for skip or xfail."""
 
     outcome: type[BaseException] | None = None
     reason: str = ""
@@ -82,43 +82,202 @@ class Pool:
 
     def run(self, task: Task) -> None:
         """Run a test, print what its ranks printed, and fail or skip as they did."""
-        __tracebackhide__ = True
         try:
-            text, ended = self._run(task)
-        except BaseException:  # Ctrl-C, say
+            words = self._run(task)
+        except BaseException:  # a failed test, Ctrl-C, the time limit of another plugin
             self._end()
             raise
-        if text:
-            self._end()
-            pytest.fail(text, pytrace=False)
-        for word in ended:
+        for word in words:
             if word.outcome is not None:
                 raise word.outcome(word.reason)
 
     def close(self) -> list[str]:
-        """Let every rank end by itself; returns a complaint for each that did not do so well."""
+        """Let every rank end by itself. Returns a complaint for each that did not end well."""
         for rank in self._ranks:
             with contextlib.suppress(OSError):
                 rank.pipe.send(None)
         ranks.join(self._ranks, AT_EXIT)
         return [
-            f"rank {number} of the pool: {how_it_ended(code)}, after its last test had ended"
+            f"rank {number} of the pool: {how_it_ended(code)} after the last test"
             for number, code in enumerate(self._end())
             if code
         ]
 
-    def _run(self, task: Task) -> tuple[str, list[Ended]]:
+    def _run(self, task: Task) -> list[Ended]:
+        self._grow_to(task.size)
         self._tests += 1
-        text = self._ready(task.size)
-        if text:
-            return text, []
         working = self._ranks[: task.size]
         for rank in working:
-            os.truncate(self._file(rank, "printed"), 0)
-            with contextlib.suppress(OSError):  # if it has just died, gather will say so
-                rank.pipe.send((str(self._file(rank, "")), task))
-        text, ended = self._hear(working, task.timeout)
+            os.truncate(self._path("printed", rank.number), 0)
+            with contextlib.suppress(OSError):  # of one that has just died: it will not be heard
+                rank.pipe.send((str(self._path("rendezvous", self._tests)), task))
+        try:
+            return self._hear(working, task.timeout)
+        finally:
+            for rank in working:
+                if printed := self._path("printed", rank.number).read_text(errors="replace"):
+                    print(heading(f"rank {rank.number} printed") + printed, end="")
+
+    def _grow_to(self, size: int) -> None:
+        """Start the ranks that are missing. One that died between two tests is told of now."""
+        for rank in self._ranks:
+            if not rank.process.is_alive():
+                how = how_it_ended(rank.process.exitcode or 0)
+                text = f"rank {rank.number}: {how}, after the test before this one had passed"
+                pytest.fail(text, pytrace=False)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="dist_lab-")
+        new = [
+            ranks.start(n, serve, self._folder.name, threads=1, preload=self._preload)
+            for n in range(len(self._ranks), size)
+        ]
+        self._ranks += new
+        self._hear(new, AT_START)
+
+    def _hear(self, working: Sequence[ranks.Rank], timeout: float) -> list[Ended]:
+        """The word of every rank, or the failure of the test."""
+        heard: dict[int, Failure | Ended]
+        heard, dead = ranks.gather(
+            working, failed=lambda word: isinstance(word, Failure), timeout=timeout
+        )
+        ended = {n: word for n, word in heard.items() if isinstance(word, Ended)}
+        failures = [word for word in heard.values() if isinstance(word, Failure)]
+        for number, code in dead.items():
+            failures.append(Failure.died(number, code, self._path("stack", number).read_text()))
+        text, size = tell(by_cause(failures), len(working)), len(working)
+        why = "was still running" if failures else f"had not ended after {timeout:g} s"
         for rank in working:
-            if printed := self._file(rank, "printed").read_text(errors="replace"):
-                print(heading(f"rank {rank.number} printed") + printed, end="")
-        return text, ended
+            if rank.number not in heard | dead:
+                text += heading(f"rank {rank.number} of {size}: {why}") + self._stack_of(rank)
+        if text:
+            if ended:
+                text += heading(f"{named(list(ended))} of {size}: no failure")
+            pytest.fail(text, pytrace=False)
+        return list(ended.values())
+
+    def _stack_of(self, rank: ranks.Rank) -> str:
+        """Where a rank is that does not answer. Its handler of SIGUSR1 does not need the GIL."""
+        assert rank.process.pid is not None
+        os.kill(rank.process.pid, signal.SIGUSR1)
+        stack, before, deadline = "", None, time.monotonic() + 0.5
+        while stack != before or not stack:  # until it has written, and writes no more
+            if time.monotonic() > deadline:
+                return stack or "It does not even say where: it is stopped, or starting.\n"
+            time.sleep(0.05)
+            stack, before = self._path("stack", rank.number).read_text(), stack
+        return stack
+
+    def _path(self, kind: str, number: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name, f"{kind}-{number}")
+
+    def _end(self) -> list[int]:
+        codes = ranks.stop(self._ranks)
+        self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+        return codes
+
+
+# --- in a rank ------------------------------------------------------------------------------------
+
+
+def serve(pipe: Connection, rank: int, folder: str) -> None:
+    """Run one task after another, until told None."""
+    from dist_lab import mesh
+
+    write_into(f"{folder}/printed-{rank}")
+    stack = os.open(f"{folder}/stack-{rank}", os.O_WRONLY | os.O_CREAT)
+    faulthandler.register(signal.SIGUSR1, stack)
+    faulthandler.enable(stack)
+    gc.freeze()  # what is here now stays: a collection after a test then takes 1 ms, not 100
+    pipe.send(Ended())
+    while (order := pipe.recv()) is not None:
+        rendezvous, task = order
+        word = run_one(task, rank, rendezvous)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pipe.send(word)
+        if isinstance(word, Failure):
+            ranks.end_process(1)  # so that peers which wait for this rank fail now
+    mesh.disconnect()
+
+
+def write_into(path: str) -> None:
+    """Let everything that this process prints, in C++ too, go into a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True)
+    os.close(file)
+
+
+def run_one(task: Task, rank: int, rendezvous: str) -> Failure | Ended:
+    from dist_lab import mesh
+
+    __tracebackhide__ = True
+    try:
+        renew(task, rank, rendezvous)
+        with warnings.catch_warnings():
+            function = find(task)
+            arguments = {name: loads(value) for name, value in task.values.items()}
+            warnings.resetwarnings()
+            warnings.filters = loads(task.filters)
+            if task.axes is not None:
+                axes: dict[str, Any] = dict(task.axes)
+                arguments["mesh"] = mesh.init_mesh(**axes)
+            function(**arguments)
+    except (pytest.skip.Exception, pytest.xfail.Exception) as outcome:
+        return Ended(type(outcome), str(outcome))
+    except BaseException as error:
+        shown = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
+        return replace(Failure.of(rank, error), story=f"{shown}\n")
+    return Ended()
+
+
+def renew(task: Task, rank: int, rendezvous: str) -> None:
+    """Undo what the last test may have left in this process, and join the ranks of this one."""
+    import torch
+
+    from dist_lab import mesh
+
+    mesh.disconnect()
+    gc.collect()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True)
+    # Twice the test's time, so that the pool, which can say where each rank hangs, comes first.
+    store = mesh.file_store(rendezvous, task.size)
+    mesh.connect(store, rank, task.size, timeout=2 * task.timeout)
+
+
+def find(task: Task) -> Callable[..., Any]:
+    sys.path[:] = task.search
+    found: Any = sys.modules.get(task.module)
+    if found is None or found.__file__ != task.path:
+        found = import_test(task.module, task.path)
+    for name in task.name.split("."):
+        found = getattr(found() if isinstance(found, type) else found, name)
+    return found
+
+
+def import_test(name: str, path: str) -> ModuleType:
+    """Import a file as pytest does: its asserts show their values when they fail."""
+    from _pytest.assertion.rewrite import rewrite_asserts  # pytest's own hook needs a session
+
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, path
+    module = importlib.util.module_from_spec(spec)
+    source = Path(path).read_bytes()
+    tree = ast.parse(source, path)
+    rewrite_asserts(tree, source, path)
+    sys.modules[name] = module
+    try:
+        exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

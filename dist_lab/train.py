@@ -136,7 +136,8 @@ class Meter:
         if step <= WARM_UP:
             self.peak_memory = max(self.peak_memory, live.peak)
         if step == 1:
-            self.flops_per_step = self._all_ranks(count.get_total_flops())
+            mine = torch.tensor(count.get_total_flops(), device=self.job.mesh.device)
+            self.flops_per_step = float(ops.all_reduce(mine, self.world))
 
     def since_last_row(self, samples: int, tokens: int) -> dict[str, float]:
         """The fields of a row, as means over the steps since the last one."""
@@ -156,8 +157,10 @@ class Meter:
         """Medians over the steps after the warm-up, and the MFU they amount to. Collective."""
         steady = self.steps[WARM_UP:] or self.steps
         seconds = statistics.median(s for s, _ in steady)
-        ops.all_reduce(torch.zeros(1), self.world)  # all ranks calibrate at the same time
-        peak = self._all_ranks(flops.calibrate(DTYPES[config.dtype], self.job.mesh.device))
+        device = self.job.mesh.device
+        ops.all_reduce(torch.zeros(1, device=device), self.world)  # now all start together
+        rates = flops.calibrate(DTYPES[config.dtype], device).to(device)
+        peak = float(ops.all_reduce(rates, self.world).max())
         return {
             "steps": len(self.steps),
             "median": {
@@ -173,9 +176,6 @@ class Meter:
             "peak_flops_per_s": peak,
             "mfu": self.flops_per_step / seconds / peak,
         }
-
-    def _all_ranks(self, number: float) -> float:
-        return float(ops.all_reduce(torch.tensor(number, dtype=torch.float64), self.world))
 
 
 def run(config: Config, mesh: Mesh) -> int:

@@ -9,11 +9,21 @@ Logs go to runs/: metrics.jsonl, summary.json, and TensorBoard's (tensorboard --
 """
 
 import sys
-from functools import partial
+from collections.abc import Sequence
+from pathlib import Path
 
-from dist_lab import launcher
-from dist_lab.config import parse
+from dist_lab import data, launcher
+from dist_lab.config import Config, parse
+from dist_lab.observe import run_dir
+
+
+def read(argv: Sequence[str] | None) -> Config:
+    config = parse(argv, program="train.py", description=__doc__)
+    if config.nproc is not None:  # all that can be wrong is said before a rank starts
+        run_dir.look(config)
+        data.check(config.data, seq=config.seq, cache_dir=Path(config.cache))
+    return config
+
 
 if __name__ == "__main__":
-    read = partial(parse, program="train.py", description=__doc__)
     sys.exit(launcher.main("train.py", read, "dist_lab.train:run"))

@@ -7,14 +7,22 @@ The exit status is 0 if they are equal. With --out DIR the comparison is written
 """
 
 import sys
-from functools import partial
+from collections.abc import Sequence
+from pathlib import Path
 
-from dist_lab import launcher
-from dist_lab.config import parse
+from dist_lab import data, launcher
+from dist_lab.config import Config, parse
 
 # Little work, for a bug shows in the first steps; in float64, where rounding cannot hide it.
 DEFAULTS = {"steps": 3, "batch": 8, "seq": 32, "dtype": "float64", "warmup": 0}
 
+
+def read(argv: Sequence[str] | None) -> Config:
+    config = parse(argv, program="verify.py", description=__doc__, defaults=DEFAULTS)
+    if config.nproc is not None:  # all that can be wrong is said before a rank starts
+        data.check(config.data, seq=config.seq, cache_dir=Path(config.cache))
+    return config
+
+
 if __name__ == "__main__":
-    read = partial(parse, program="verify.py", description=__doc__, defaults=DEFAULTS)
     sys.exit(launcher.main("verify.py", read, "dist_lab.parity:run"))

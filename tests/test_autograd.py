@@ -31,7 +31,7 @@ def draw(kind: str, shape: torch.Size, axis, seed: int) -> torch.Tensor:
 
 def inner(a: torch.Tensor, b: torch.Tensor, kind: str, axis) -> float:
     product = (a * b).sum()
-    return float(product if kind == COPY else ops.all_reduce(product, axis))
+    return float((product if kind == COPY else ops.all_reduce(product, axis)).detach())
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -48,6 +48,7 @@ MISTAKES = {
     "dtype": ["--dtype", "fp8"],
     "twice": ["--lr", "1", "--lr", "2"],
     "stray": ["dp"],
+    "output": ["--strategy", "dp", "--nproc", "2", "--out", "."],
     "not UTF-8": [b"--out=\xff"],
     "even with --debug": ["--strategy", "zp", "--debug"],
 }

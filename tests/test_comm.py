@@ -72,8 +72,9 @@ def test_exchange_passes_messages_around_a_ring_without_an_order(mesh):
     axis = mesh["dp"]
     right, left = (axis.index + 1) % 3, (axis.index - 1) % 3
     buffer = torch.empty(5)
-    got, _ = ops.exchange([(torch.full((5,), float(axis.index)), right)], [(buffer, left)], axis)
-    assert got.wait().tolist() == [float(left)] * 5
+    mine = torch.full((5,), float(axis.index))
+    received, _ = [p.wait() for p in ops.exchange([(mine, right)], [(buffer, left)], axis)]
+    assert received.tolist() == [float(left)] * 5
 
 
 def test_on_one_process_every_collective_is_the_identity_and_nothing_is_counted():

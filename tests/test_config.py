@@ -280,6 +280,13 @@ def test_whatever_is_typed_the_answer_is_one_printable_line():
             assert len(line) < 300
 
 
+def test_a_file_may_be_named_anything_and_its_line_is_still_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\nb.toml").write_text("steps = 0\n")
+    line = r"steps cannot be 0 ('a\nb.toml':1); give a whole number, 1 or more"
+    assert refusal("--config", "a\nb.toml") == line
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
     draw = random.Random(seed)

@@ -9,7 +9,7 @@ import pytest
 
 from dist_lab.config import Config
 from dist_lab.errors import UserError
-from dist_lab.observe.run_dir import claimed
+from dist_lab.observe.run_dir import claimed, look
 
 HOLD = """
 import sys
@@ -29,8 +29,13 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def refusal(**settings) -> str:
+    """Of `claimed`, and of `look` before it, where there is a folder to look at."""
     with pytest.raises(UserError) as caught, claimed(Config(**settings)):
         pass
+    if os.path.exists(settings.get("out", "")):
+        with pytest.raises(UserError) as seen:
+            look(Config(**settings))
+        assert str(seen.value) == str(caught.value)
     return str(caught.value)
 
 
@@ -107,3 +112,10 @@ def test_a_run_that_fails_gives_its_folder_back(tmp_path):
         raise KeyError
     with claimed(Config(out="run")):
         pass
+
+
+def test_looking_changes_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("old")
+    for config in (Config(), Config(out="new"), Config(out=str(tmp_path), overwrite=True)):
+        look(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

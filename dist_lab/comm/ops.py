@@ -177,8 +177,9 @@ def exchange(
     messages arrive in the order they were sent; a receive must have its message's size and dtype.
 
     Returns:
-        One Pending for each receive, then one for each send (whose tensor must not be changed
-        before it). Payload and sent bytes are those of the sends.
+        One Pending for each receive, then one for each send. Wait for all of them: until then a
+        sent tensor must not change, and a send that nobody waits for may never leave. Payload and
+        sent bytes are those of the sends.
     """
     pendings = []
     for posts, post, verb in ((receives, dist.irecv, "recv"), (sends, dist.isend, "send")):

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -20,18 +21,27 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
-def calibrate(dtype: torch.dtype, device: torch.device, seconds: float = 0.25) -> float:
-    """Operations per second of a 768 x 768 matmul on this rank, while the others do the same."""
+def calibrate(
+    dtype: torch.dtype, device: torch.device, *, windows: int = 5, seconds: float = 0.1
+) -> Tensor:
+    """Operations per second of a 768 x 768 matmul on this rank, in each of some windows of time.
+
+    Start it on all ranks at once, add up over ranks, and take the best window: whatever else the
+    machine was doing meanwhile only takes away.
+    """
     n = 768
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.mm(a, b)
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        torch.mm(a, b, out=out)
-        done += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return done * 2 * n**3 / (time.perf_counter() - began)
+    rates = []
+    for _ in range(windows):
+        done, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            torch.mm(a, b, out=out)
+            done += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        rates.append(done * 2 * n**3 / (time.perf_counter() - began))
+    return torch.tensor(rates, dtype=torch.float64)
 
 
 # torch's counter knows the fused attention of GPUs and not that of CPUs. Forward is two matmuls of

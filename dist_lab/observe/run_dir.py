@@ -28,21 +28,26 @@ def claimed(config: Config) -> Iterator[Path]:
             it is a file, or it cannot be written to.
     """
     with ExitStack() as held:
-        try:
+        with explained(config.out or RUNS):
             folder = Path(config.out).expanduser() if config.out else fresh(RUNS, config)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, lock)
-            take(lock, folder)
-            make_room(folder, overwrite=config.overwrite)
+            reserve(folder, held, overwrite=config.overwrite)
+            for pattern in OURS:
+                for path in folder.glob(pattern):
+                    path.unlink()
             (folder / PID).write_text(f"{os.getpid()}\n", encoding="ascii")
-        except OSError as error:
-            why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-            raise UserError(
-                f"cannot write to folder {str(config.out or RUNS)!r}: {why} (--out); give another"
-            ) from None
         held.callback((folder / PID).unlink, missing_ok=True)
         yield folder
+
+
+def look(config: Config) -> None:
+    """Raise what `claimed` would raise of a folder that is there, and change nothing in it.
+
+    For the parent of ranks, so that a mistake is answered before they are started.
+    """
+    with explained(config.out), ExitStack() as held:
+        folder = Path(config.out).expanduser()
+        if config.out and folder.exists():
+            reserve(folder, held, overwrite=config.overwrite)
 
 
 def fresh(runs: Path, config: Config) -> Path:
@@ -59,6 +64,20 @@ def fresh(runs: Path, config: Config) -> Path:
         return folder
 
 
+def reserve(folder: Path, held: ExitStack, *, overwrite: bool) -> None:
+    """Make and lock the folder until `held` ends; refuse one that holds anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, lock)
+    take(lock, folder)
+    there = sorted(path.name for path in folder.iterdir() if path.name != PID)
+    if there and not overwrite:
+        raise UserError(
+            f"folder {str(folder)!r} is not empty: {len(there)} entries, first {there[0]!r} "
+            "(--out); give another, or add --overwrite to replace the logs in it"
+        )
+
+
 def take(lock: int, folder: Path) -> None:
     """Lock the open folder for as long as its descriptor is open, or say who has it."""
     try:
@@ -73,14 +92,13 @@ def take(lock: int, folder: Path) -> None:
         return  # some network file systems cannot lock a folder; then nothing guards it
 
 
-def make_room(folder: Path, *, overwrite: bool) -> None:
-    """Remove what an earlier run of ours has left, or refuse to write beside anything at all."""
-    there = sorted(path.name for path in folder.iterdir() if path.name != PID)
-    if there and not overwrite:
+@contextmanager
+def explained(out: str | Path) -> Iterator[None]:
+    """What the system refuses inside the block, in one line."""
+    try:
+        yield
+    except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(
-            f"folder {str(folder)!r} is not empty: {len(there)} entries, first {there[0]!r} "
-            "(--out); give another, or add --overwrite to replace the logs in it"
-        )
-    for pattern in OURS:
-        for path in folder.glob(pattern):
-            path.unlink()
+            f"cannot write to folder {str(out)!r}: {why} (--out); give another"
+        ) from None

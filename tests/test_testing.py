@@ -1,0 +1,423 @@
+"""The pytest plugin: what runs on the ranks, what each way to fail looks like, and what is left.
+
+A test of a failure runs a pytest of its own on a small test file, in this process, where the
+forkserver is warm; a test of what is left behind runs it as a program.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from processes import all_gone, with_mark
+
+from dist_lab.comm import ops
+
+pytest_plugins = ["pytester"]
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+HEAD = """
+import ctypes, multiprocessing.util, os, signal, threading, time, warnings
+import pytest, torch
+import torch.distributed as dist
+from dist_lab.comm import ops
+
+def meet(mesh):
+    return ops.all_reduce(torch.tensor(1.0), mesh["dp"])
+"""
+QUIET = ("-p", "no:cacheprovider", "-q")
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+
+
+@pytest.fixture
+def inner(pytester):
+    """Runs a test file in a pytest of its own; returns its result, with all of stdout as `text`."""
+
+    def run(body, *arguments):
+        pytester.makepyfile(HEAD + body)
+        result = pytester.runpytest_inprocess(*QUIET, *arguments)
+        result.text = result.stdout.str()
+        return result
+
+    return run
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(3)
+def test_the_body_runs_on_every_rank_at_once(mesh):
+    assert ops.all_gather(torch.tensor([mesh.rank]), mesh["dp"]).tolist() == [0, 1, 2]
+
+
+@pytest.mark.ranks(4, mesh={"dp": 2, "tp": 2})
+def test_the_mesh_has_the_axes_that_were_asked_for(mesh):
+    assert (mesh["dp"].size, mesh["tp"].ranks) == (2, (0, 1) if mesh.rank < 2 else (2, 3))
+
+
+@pytest.fixture
+def a_tensor():
+    return torch.arange(3)
+
+
+@pytest.mark.parametrize("point", [Point(3)])
+@pytest.mark.ranks(2)
+def test_values_of_fixtures_and_parameters_travel_each_rank_has_its_own(
+    mesh, tmp_path, a_tensor, point
+):
+    assert point == Point(3)
+    (tmp_path / str(mesh.rank)).touch()
+    ops.all_reduce(torch.zeros(1), mesh["dp"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    a_tensor += 1 + mesh.rank
+    ops.all_reduce(torch.zeros(1), mesh["dp"])
+    assert a_tensor.tolist() == [1 + mesh.rank, 2 + mesh.rank, 3 + mesh.rank]
+
+
+class TestClass:
+    @pytest.mark.ranks(2)
+    def test_methods_and_pytests_own_verbs_work(self, mesh):
+        with pytest.raises(KeyError, match="nobody"):
+            {}["nobody"]
+        with pytest.warns(UserWarning, match="look"):
+            __import__("warnings").warn("look", UserWarning, stacklevel=1)
+        assert torch.rand(1).item() == pytest.approx(0.4963, abs=1e-4), "not seeded alike"
+
+
+def test_the_ranks_are_warm_and_a_smaller_test_runs_on_the_first_of_them(inner):
+    result = inner(
+        """
+        @pytest.mark.ranks(3)
+        def test_a(mesh, request): print("A", os.getpid())
+        @pytest.mark.ranks(2)
+        def test_b(mesh): print("B", os.getpid())
+        """.replace("\n        ", "\n"),
+        "-rP",
+    )
+    a, b = ([line[2:] for line in result.outlines if line.startswith(x)] for x in "AB")
+    assert len(set(a)) == 3
+    assert b == a[:2]
+
+
+def test_nothing_of_a_test_is_there_in_the_next(inner):
+    # A message that nobody has received, groups that nobody has closed, a timeout of half a second:
+    # in a shared process group the first one alone would make the next test read wrong numbers.
+    result = inner("""
+FOUND = []
+
+@pytest.mark.parametrize("i", range(4))
+@pytest.mark.ranks(2)
+def test_leaves_things_behind(mesh, i):
+    FOUND.append(len(os.listdir("/proc/self/task")) if os.path.exists("/proc") else 0)
+    assert max(FOUND) == min(FOUND), "threads pile up"
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == 1
+    assert torch.is_grad_enabled()
+    assert torch.rand(1).item() == pytest.approx(0.4963, abs=1e-4)
+    assert mesh.timeout > 60
+    got = torch.zeros(1)
+    mine, other = torch.full((1,), 10.0 * i), 1 - mesh.rank
+    if mesh.rank == 0:
+        dist.send(mine, other)
+        dist.isend(mine + 1, other)
+    else:
+        dist.recv(got, other)
+        assert got == mine
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    dist.group.WORLD.set_timeout(__import__("datetime").timedelta(seconds=0.5))
+    for _ in range(3):
+        dist.new_group([0, 1])
+""")
+    result.assert_outcomes(passed=4)
+
+
+def test_a_test_of_four_ranks_costs_a_third_of_a_second_at_most_after_the_first(pytester):
+    pytester.makepyfile(
+        HEAD
+        + """
+@pytest.mark.parametrize("i", range(6))
+@pytest.mark.ranks(4)
+def test_sum(mesh, i): assert meet(mesh) == 4
+"""
+    )
+    reports = pytester.inline_run(*QUIET).getreports("pytest_runtest_logreport")
+    seconds = [report.duration for report in reports if report.when == "call"]
+    assert len(seconds) == 6
+    assert min(seconds[1:]) <= 0.3  # the best of five: a busy machine is not our doing
+
+
+def test_collecting_starts_no_process_and_imports_no_torch(pytester):
+    pytester.makepyfile(
+        """
+import sys, pytest
+@pytest.mark.ranks(2)
+def test_a(mesh): pass
+def test_b(): assert "torch" not in sys.modules
+"""
+    )
+    result = pytester.runpytest_subprocess(*QUIET, "-k", "test_b", "-W", "error")
+    result.assert_outcomes(passed=1, deselected=1)
+    assert pytester.runpytest_inprocess(*QUIET, "--collect-only").duration < 1
+
+
+# --- what a failure looks like --------------------------------------------------------------------
+
+
+def test_one_rank_that_fails_is_told_first_and_the_next_test_has_new_ranks(inner):
+    result = inner(
+        """
+@pytest.mark.ranks(3)
+def test_before(mesh): print("PID", os.getpid())
+
+@pytest.mark.ranks(3)
+def test_fails(mesh):
+    print("hello from", mesh.rank)
+    os.write(2, b"and from C++\\n")
+    if mesh.rank == 1:
+        time.sleep(0.05)
+        values = [1, 2]
+        assert sum(values) == mesh.size + 1
+    meet(mesh)
+
+@pytest.mark.ranks(3)
+def test_after(mesh):
+    assert meet(mesh) == 3
+    print("PID", os.getpid())
+""",
+        "-rP",
+    )
+    result.assert_outcomes(passed=2, failed=1)
+    told = result.text[result.text.index("---- rank 1 of 3") :]
+    assert told.startswith("---- rank 1 of 3: AssertionError: assert 3 == (3 + 1) ----\n")
+    assert "where 3 = sum([1, 2])" in told, "the assert does not show its values"
+    for rank in (0, 2):
+        assert f"---- rank {rank} of 3: CollectiveError: rank {rank}/3 " in told
+        assert "Connection closed by peer" in told
+    for rank in (0, 1, 2):
+        assert f"---- rank {rank} printed ----\nhello from {rank}\nand from C++\n" in told
+    assert len({line for line in result.outlines if line.startswith("PID")}) == 6
+
+
+def test_a_failure_of_all_ranks_is_told_once_and_a_warning_is_one_where_pytest_says_so(inner):
+    result = inner(
+        "@pytest.mark.ranks(3)\n"
+        "def test_warns(mesh): warnings.warn('old name', DeprecationWarning)\n",
+        "-W",
+        "error",
+    )
+    result.assert_outcomes(failed=1)
+    assert result.text.count("---- ranks 0, 1, 2 of 3: DeprecationWarning: old name ----\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "line", "stack"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL", ""),
+        ("os._exit(3)", "exited with status 3", ""),
+        ("ctypes.string_at(0)", "killed by SIGSEGV", "in test_dies\n"),
+        ("raise SystemExit(0)", "SystemExit: 0", "in test_dies\n"),
+    ],
+)
+def test_a_rank_that_dies_is_named_with_how(how, line, stack, inner):
+    result = inner(f"""
+@pytest.mark.ranks(2)
+def test_dies(mesh):
+    if mesh.rank == 1:
+        {how}
+    meet(mesh)
+""")
+    result.assert_outcomes(failed=1)
+    first = result.text[result.text.index("---- rank 1 of 2: ") :].partition("---- rank 0")[0]
+    assert line in first
+    assert stack in first
+
+
+def test_a_hang_is_ended_after_its_time_with_the_stack_of_every_rank_in_it(inner):
+    began = time.monotonic()
+    result = inner("""
+def forgotten(): time.sleep(600)
+def stopped(): os.kill(os.getpid(), signal.SIGSTOP)
+
+@pytest.mark.ranks(4, timeout=0.5)
+def test_hangs(mesh):
+    if mesh.rank == 0: return
+    if mesh.rank == 1: forgotten()
+    if mesh.rank == 2: stopped()
+    meet(mesh)
+
+@pytest.mark.ranks(4)
+def test_after(mesh): assert meet(mesh) == 4
+""")
+    assert time.monotonic() - began < 10
+    result.assert_outcomes(passed=1, failed=1)
+    parts = result.text.split("---- rank ")
+    assert [part.splitlines()[0] for part in parts[1:5]] == [
+        "1 of 4: had not ended after 0.5 s ----",
+        "2 of 4: had not ended after 0.5 s ----",
+        "3 of 4: had not ended after 0.5 s ----",
+        "0 of 4: no failure ----",
+    ]
+    assert "in forgotten\n" in parts[1]
+    assert "It does not even say where: it is stopped" in parts[2]
+    assert "in meet\n" in parts[3]
+
+
+def test_when_one_has_failed_the_others_have_two_seconds(inner):
+    began = time.monotonic()
+    result = inner("""
+@pytest.mark.ranks(2)
+def test_fails(mesh):
+    if mesh.rank == 0: raise KeyError("here")
+    time.sleep(600)
+""")
+    assert time.monotonic() - began < 6
+    result.assert_outcomes(failed=1)
+    assert "---- rank 0 of 2: KeyError: 'here' ----" in result.text
+    assert "---- rank 1 of 2: was still running ----" in result.text
+    assert "in test_fails" in result.text.partition("was still running")[2]
+
+
+def test_a_skip_is_a_skip_and_an_expected_failure_is_one(inner):
+    result = inner(
+        """
+@pytest.mark.ranks(2)
+def test_skips(mesh): pytest.skip("no GPU here")
+
+@pytest.mark.ranks(2)
+def test_expects(mesh): pytest.xfail("a known bug")
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.ranks(2)
+def test_marked(mesh): assert mesh.size == 1
+""",
+        "-rs",
+    )
+    result.assert_outcomes(skipped=1, xfailed=2)
+    assert "no GPU here" in result.text
+
+
+def test_misuse_is_answered_in_one_line(inner):
+    result = inner("""
+def test_a(mesh): pass
+@pytest.mark.ranks(2)
+def test_b(monkeypatch, request): pass
+@pytest.mark.ranks("two")
+def test_c(mesh): pass
+@pytest.mark.ranks(4, mesh={"dp": 3})
+def test_d(mesh): pass
+@pytest.mark.ranks(4, timout=3)
+def test_e(mesh): pass
+@pytest.fixture
+def size(mesh): return mesh.size
+@pytest.mark.ranks(2)
+def test_f(size): pass
+""")
+    result.assert_outcomes(failed=4, errors=2)
+    for line in (
+        "the fixture `mesh` is for tests marked @pytest.mark.ranks(n)",
+        "the fixture `request` cannot travel to the ranks: ",
+        "@pytest.mark.ranks: 'two' is no number of ranks",
+        "@pytest.mark.ranks: mesh {'dp': 3} is not for 4 ranks",
+        "unexpected keyword argument 'timout'",
+        "'OnEachRank' object has no attribute 'size'",
+    ):
+        assert line in result.text
+
+
+def test_a_rank_that_dies_between_two_tests_is_told_as_such(inner):
+    result = inner("""
+@pytest.mark.ranks(2)
+def test_before(mesh):
+    if mesh.rank == 1: threading.Timer(0.05, os._exit, [4]).start()
+def test_between(): time.sleep(0.3)
+@pytest.mark.ranks(2)
+def test_next(mesh): pass
+""")
+    result.assert_outcomes(passed=2, failed=1)
+    said = "rank 1: exited with status 4, after the test before this one had passed"
+    assert said in result.text
+
+
+def test_the_exit_code_of_every_rank_is_looked_at(inner):
+    result = inner("""
+@pytest.mark.ranks(2)
+def test_a(mesh):
+    if mesh.rank == 1: multiprocessing.util.Finalize(None, os._exit, [5], exitpriority=1)
+""")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "rank 1 of the pool: exited with status 5 after the last test" in result.outlines
+
+
+# --- what is left ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(pytester, monkeypatch):
+    """Starts a test file in a pytest that is a program of its own, with its own folder for files."""
+    folder = pytester.path / "tmp"
+    folder.mkdir()
+    mark = f"MARK={folder}"
+    environment = os.environ | {"TMPDIR": str(folder), "MARK": str(folder)}
+
+    def start(body):
+        pytester.makepyfile(test_it=HEAD + body)
+        command = [sys.executable, "-m", "pytest", *QUIET, f"--basetemp={pytester.path}/base"]
+        return subprocess.Popen(
+            [*command, "test_it.py"], cwd=pytester.path, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    return start, folder, mark
+
+
+HANGS = """
+@pytest.mark.ranks(2)
+def test_passes(mesh): assert meet(mesh) == 2
+
+@pytest.mark.ranks(2)
+def test_hangs(mesh, tmp_path):
+    (tmp_path.parent / f"there-{mesh.rank}").touch()
+    time.sleep(600)
+"""
+
+
+def hanging(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.parent.glob("base/there-*"))) < 2:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.02)
+
+
+@linux
+def test_ctrl_c_leaves_no_process_and_no_file(program):
+    start, folder, mark = program
+    running = start(HANGS)
+    hanging(folder)
+    running.send_signal(signal.SIGINT)
+    text, _ = running.communicate(timeout=10)
+    assert running.returncode == pytest.ExitCode.INTERRUPTED
+    assert "1 passed" in text
+    assert all_gone(mark)
+    assert not list(folder.iterdir())
+
+
+@linux
+def test_ranks_die_with_a_pytest_that_is_killed(program):
+    start, folder, mark = program
+    running = start(HANGS)
+    hanging(folder)
+    assert len(with_mark(mark)) >= 4
+    running.kill()
+    assert all_gone(mark, within=2)
+    running.communicate()
