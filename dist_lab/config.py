@@ -57,7 +57,7 @@ class Config:
         "module:function", metavar="SPEC")
     cache: str = setting("~/.cache/dist_lab", "folder for the text as bytes", metavar="DIR")
 
-    steps: int = setting(300, "optimizer steps", heading="how it is trained", low=1)
+    steps: int = setting(200, "optimizer steps", heading="how it is trained", low=1)
     batch: int = setting(32, "samples a step, over all ranks", low=1)
     seq: int = setting(128, "tokens a sample", low=1)
     microbatches: int = setting(1, "pieces whose gradients a rank adds up before a step", low=1)
@@ -72,7 +72,7 @@ class Config:
 
     config: str = setting("", "a TOML file of these settings, keys with underscores; flags win",
         heading="what is read and written", metavar="FILE")
-    out: str = setting("", "folder for logs; default: a fresh one, runs/N-STRATEGY-MODEL-SIZE",
+    out: str = setting("", "folder to write into; train.py's default is a fresh runs/N-STRATEGY-MODEL-SIZE",
         metavar="DIR")
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "what this run is for; kept in its summary", metavar="TEXT")
@@ -138,6 +138,7 @@ def parse(
     program: str = "train.py",
     description: str | None = None,
     defaults: Mapping[str, Any] = {},
+    without: Sequence[str] = (),
 ) -> Config:
     """Read the command line and the file that its --config names.
 
@@ -145,12 +146,13 @@ def parse(
         argv: without the program's name; default this process's own.
         description: opens --help.
         defaults: this program's own, where they differ from the fields'.
+        without: settings that mean nothing to this program and have no flag in it.
 
     Raises:
         UserError: anything wrong in either.
         SystemExit: 0, after --help or --version.
     """
-    config, where = read(Config, argv, program, description, defaults)
+    config, where = read(Config, argv, program, description, defaults, without)
     check_together(config, where)
     return config
 

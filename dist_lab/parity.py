@@ -18,6 +18,7 @@ In float64 a bug shows at 1e-10 and rounding does not; that is the dtype to veri
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,8 @@ def _refuse_dropout(model: nn.Module) -> None:
 
 def run(config: Config, mesh: Mesh) -> int:
     """`launch/verify.py`: a zoo model on its data. Exit status 0 only if equal."""
+    if config.log_collectives:
+        mesh.wire.log(lambda line: print(line, file=sys.stderr, flush=True))
     data = open_data(
         config.data,
         batch=config.batch,

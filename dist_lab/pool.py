@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from pickle import loads
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -61,9 +61,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Ended:
-    """The word of a rank on which nothing failed. `outcome`: pytest's class for skip or xfail."""
+    """The word of a rank on which nothing failed: its body returned, or called skip or xfail."""
 
-    outcome: type[BaseException] | None = None
+    how: Literal["passed", "skipped", "xfailed"] = "passed"
     reason: str = ""
 
 
@@ -88,8 +88,10 @@ class Pool:
             self._end()
             raise
         for word in words:
-            if word.outcome is not None:
-                raise word.outcome(word.reason)
+            if word.how == "skipped":
+                pytest.skip(word.reason)
+            if word.how == "xfailed":
+                pytest.xfail(word.reason)
 
     def close(self) -> list[str]:
         """Let every rank end by itself. Returns a complaint for each that did not end well."""
@@ -172,7 +174,7 @@ class Pool:
         return Path(self._folder.name, f"{kind}-{number}")
 
     def _end(self) -> list[int]:
-        codes = ranks.stop(self._ranks)
+        codes = ranks.stop(self._ranks, grace=0.5)  # they have nothing to save
         self._ranks = []
         if self._folder is not None:
             self._folder.cleanup()
@@ -229,8 +231,10 @@ def run_one(task: Task, rank: int, rendezvous: str) -> Failure | Ended:
                 axes: dict[str, Any] = dict(task.axes)
                 arguments["mesh"] = mesh.init_mesh(**axes)
             function(**arguments)
-    except (pytest.skip.Exception, pytest.xfail.Exception) as outcome:
-        return Ended(type(outcome), str(outcome))
+    except pytest.skip.Exception as outcome:
+        return Ended("skipped", str(outcome))
+    except pytest.xfail.Exception as outcome:
+        return Ended("xfailed", str(outcome))
     except BaseException as error:
         shown = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
         return replace(Failure.of(rank, error), story=f"{shown}\n")

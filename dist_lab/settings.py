@@ -44,16 +44,20 @@ def read(
     program: str,
     description: str | None,
     defaults: Mapping[str, Any],
+    without: Sequence[str] = (),
 ) -> tuple[C, dict[str, str]]:
     """Settings of a dataclass, and who set each: a flag, or a line of the file.
 
     The setting `config` names the file. A value in it is checked even if a flag overrides it.
+    Settings in `without` mean nothing to this program: they have no flag, and a file that it
+    shares with others may set them.
     """
     options: Options = {option.name: option for option in fields(cls)}  # type: ignore[arg-type]
     start: dict[str, Any] = {name: option.default for name, option in options.items()}
     start |= defaults
-    parser = make_parser(program, description, options, start)
-    given = read_flags(parser, options, sys.argv[1:] if argv is None else argv)
+    flags = {name: option for name, option in options.items() if name not in without}
+    parser = make_parser(program, description, flags, start)
+    given = read_flags(parser, flags, sys.argv[1:] if argv is None else argv)
     if "config" in given:
         given = read_file(given["config"].value, options) | given
     where = {name: flag(name) for name in options}

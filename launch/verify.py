@@ -14,11 +14,14 @@ from dist_lab import data, launcher
 from dist_lab.config import Config, parse
 
 # Little work, for a bug shows in the first steps; in float64, where rounding cannot hide it.
-DEFAULTS = {"steps": 3, "batch": 8, "seq": 32, "dtype": "float64", "warmup": 0}
+DEFAULTS = {"steps": 3, "batch": 8, "seq": 32, "dtype": "float64"}
+WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every"]
 
 
 def read(argv: Sequence[str] | None) -> Config:
-    config = parse(argv, program="verify.py", description=__doc__, defaults=DEFAULTS)
+    config = parse(
+        argv, program="verify.py", description=__doc__, defaults=DEFAULTS, without=WITHOUT
+    )
     if config.nproc is not None:  # all that can be wrong is said before a rank starts
         data.check(config.data, seq=config.seq, cache_dir=Path(config.cache))
     return config

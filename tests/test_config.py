@@ -385,3 +385,14 @@ def test_the_command_line_offers_what_the_library_has():
     assert all(choices["size"] == set(sizes) for sizes in zoo.SIZES.values())
     assert choices["dtype"] == set(train.DTYPES)
     assert choices["optimizer"] == set(train.OPTIMIZERS)
+
+
+def test_a_flag_that_means_nothing_to_a_program_is_unknown_there_but_a_shared_file_may_set_it(
+    tmp_path,
+):
+    preset = tmp_path / "run.toml"
+    preset.write_text("val_every = 7\nsteps = 5\n")
+    config = parse(["--config", str(preset)], without=["val_every"])
+    assert (config.val_every, config.steps) == (7, 5)
+    with pytest.raises(UserError, match="no flag '--val-every'"):
+        parse(["--val-every", "3"], without=["val_every"])

@@ -33,7 +33,7 @@ def start(*settings: object, by: Sequence[str] = (), **environment: str) -> "sub
     command = [sys.executable, *by, toy.__file__, *settings]
     return subprocess.Popen(
         [str(word) for word in command], env=os.environ | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("nproc", [1, 3])
 def test_a_body_that_returns_is_silent_and_leaves_no_process_and_no_file(nproc, capsys, tmp_path):
+    launch("nproc=1")  # starts the forkserver, whose socket stays
     before = set(multiprocessing.active_children())  # the ranks of other tests
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(tmp_path))
@@ -201,14 +202,23 @@ def test_ranks_listen_on_loopback_alone_and_die_with_a_launcher_that_is_killed(t
     assert {address.split(":")[0] for address in addresses} == {"0100007F"}
 
 
-def test_torchrun_starts_it_too(tmp_path):
+def test_ctrl_c_in_a_terminal_which_every_rank_feels_ends_it_without_a_word(tmp_path):
+    program = start("nproc=2", "do=wait", f"folder={tmp_path}")
+    pids = ready(tmp_path, 2)
+    os.killpg(program.pid, signal.SIGINT)
+    assert program.communicate(timeout=5) == ("", "")
+    assert program.returncode == 130
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_torchrun_starts_it_too():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = start("do=fine", by=by)
-    assert program.wait(60) == 0, program.stderr.read()
-    program.communicate()
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 0, said
 
 
-def test_under_torchrun_a_mistake_is_said_once_and_every_rank_ends(tmp_path):
+def test_under_torchrun_a_mistake_is_said_once_and_every_rank_ends():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     program = start("zap=1", by=by)
     _, said = program.communicate(timeout=60)
