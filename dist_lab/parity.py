@@ -243,7 +243,7 @@ def _refuse_dropout(model: nn.Module) -> None:
 def run(config: Config, mesh: Mesh) -> int:
     """`launch/verify.py`: a zoo model on its data. Exit status 0 only if equal."""
     if config.log_collectives:
-        mesh.wire.log(lambda line: print(line, file=sys.stderr, flush=True))
+        mesh.wire.log(sys.stderr.write)
     data = open_data(
         config.data,
         batch=config.batch,

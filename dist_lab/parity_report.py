@@ -63,15 +63,23 @@ class Report:
 
     def table(self) -> Table:
         table = Table(title=f"{self.strategy} on {self.mesh} against one process, {self.dtype}")
-        for column in ("quantity", "compared", "bitwise equal", "worst error", "where", ""):
-            table.add_column(column)
+        for column in (
+            "quantity",
+            "compared",
+            "bitwise equal",
+            "worst error",
+            "step",
+            "tensor",
+            "",
+        ):
+            table.add_column(column, overflow="fold")
         for quantity in QUANTITIES:
             rows = [c for c in self.comparisons if c.quantity == quantity and c.judged]
             if rows:
                 worst = self.worst(quantity)
                 table.add_row(
                     quantity, str(len(rows)), str(sum(c.error == 0 for c in rows)),
-                    f"{worst.error:.1e}", f"step {worst.step} {worst.tensor}",
+                    f"{worst.error:.1e}", str(worst.step), worst.tensor,
                     "[red]differs" if any(map(self._wrong, rows)) else "[green]equal",
                 )  # fmt: skip
         noise = sorted({c.tensor for c in self.comparisons if not c.judged})

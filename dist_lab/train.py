@@ -184,7 +184,7 @@ def run(config: Config, mesh: Mesh) -> int:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     check_settings_agree(config.to_dict() | versions, world)
     if config.log_collectives:
-        mesh.wire.log(lambda line: print(line, file=sys.stderr, flush=True))
+        mesh.wire.log(sys.stderr.write)
     with ExitStack() as held:
         with together(world):
             data = open_data(

@@ -77,6 +77,7 @@ def fail(config: Toy, mesh: "Mesh", last: bool) -> None:
 
 
 def fail_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    keep_a_thread(config, mesh, last)  # which must not keep the process, and so the connections
     if last:
         time.sleep(0.05)  # the others are waiting by now
         raise KeyError("only here")
@@ -101,7 +102,10 @@ def hang_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
 def wait(config: Toy, mesh: "Mesh", last: bool) -> None:
     (config.folder / f"{mesh.rank}.tmp").write_text(str(os.getpid()))
     (config.folder / f"{mesh.rank}.tmp").rename(config.folder / f"{mesh.rank}.ready")
-    time.sleep(600)
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        print(f"rank {mesh.rank} felt Ctrl-C", flush=True)
 
 
 def wait_stubbornly(config: Toy, mesh: "Mesh", last: bool) -> None:

@@ -69,13 +69,17 @@ class Wire:
         """The transport's error, with the rank, the call and the place put before it."""
         return CollectiveError(f"{self.describe(call)}: {error}")
 
-    def log(self, write: Callable[[str], None]) -> None:
-        """Write one line for each collective as it fires: the answer to "when do ranks talk?"."""
+    def log(self, write: Callable[[str], object]) -> None:
+        """Write one line for each collective as it fires: the answer to "when do ranks talk?".
+
+        `write` gets it whole, with its newline, so that lines of several ranks do not mix.
+        """
 
         def line(call: Call) -> None:
             write(
                 f"rank {self.rank} | {call.phase:<10} | {call.op:<14} {call.axis:<4} "
-                f"{call.payload:>11,} B, {call.sent:>11,} B sent | {call.unit} {call.about}"
+                f"{call.payload:>11,} B, {call.sent:>11,} B sent | "
+                f"{call.unit or '-'} {call.about}\n"
             )
 
         self.ledger.listeners.append(line)
