@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from dist_lab.comm import ops
-from dist_lab.comm.agree import check_tensors_agree
+from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
 from dist_lab.errors import UserError
+from dist_lab.hooks import ModuleHook
 from dist_lab.job import Job
 from dist_lab.mesh import Axis, Mesh
 from dist_lab.parallel import dp, single
 from dist_lab.parallel.sync import Applied, Chain
 from dist_lab.parallel.watch import FirstNonFinite
-from dist_lab.runner import Runner, compute_in
+from dist_lab.precision import compute_in
+from dist_lab.runner import Runner
 
 Apply = Callable[[nn.Module, Axis], Applied]
 
@@ -64,15 +66,16 @@ def parallelize(
     row = _strategy(strategy, impl)
     axis = mesh[row.axis]
     if axis.size != mesh.size or (strategy == "single" and mesh.size > 1):
-        raise UserError(
-            f"strategy {strategy} runs along {row.axis} alone, the mesh is {mesh}; "
-            + ("start one process" if strategy == "single" else f"use {row.axis}={mesh.size}")
-        )
+        if strategy == "single":
+            raise UserError(f"strategy single is for one process, the mesh is {mesh}")
+        raise UserError(f"the mesh is {mesh}, and this runs along {row.axis}={mesh.size} alone")
+    _refuse_what_cannot_train(model)
     _refuse_earlier_optimizers(model)
-    state = {n: t.detach() for n, t in model.state_dict().items()}
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    check_shapes_agree(state, axis)
     if broadcast:
         for tensor in state.values():
-            ops.broadcast_into(tensor, axis).wait()
+            ops.broadcast_into(tensor.detach(), axis).wait()
     else:
         check_tensors_agree(state, axis)
 
@@ -106,7 +109,7 @@ def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dic
         matches = {
             name: module
             for name, module in modules.items()
-            if (name == unit if isinstance(unit, str) else isinstance(module, unit))
+            if name and (name == unit if isinstance(unit, str) else isinstance(module, unit))
         }
         if not matches:
             label = unit if isinstance(unit, str) else unit.__name__
@@ -114,6 +117,18 @@ def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dic
             raise UserError(f"unit {label} matches no module; classes here: {', '.join(classes)}")
         found |= matches
     return found
+
+
+def _refuse_what_cannot_train(model: nn.Module) -> None:
+    for module in model.modules():
+        if any(isinstance(hook, ModuleHook) for hook in module._forward_pre_hooks.values()):
+            raise UserError("this model is parallelized already; build a fresh one")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{name} is on the meta device and has no values; initialize it first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise UserError(f"{name} makes sparse gradients, which are not summed; sparse=False")
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:

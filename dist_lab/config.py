@@ -72,7 +72,7 @@ class Config:
 
     config: str = setting("", "a TOML file of these settings, keys with underscores; flags win",
         heading="what is read and written", metavar="FILE")
-    out: str = setting("", "folder to write into; train.py's default is a fresh runs/N-STRATEGY-MODEL-SIZE",
+    out: str = setting("", "folder to write into; train.py's default: a fresh runs/N-STRATEGY-...",
         metavar="DIR")
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "what this run is for; kept in its summary", metavar="TEXT")

@@ -8,7 +8,7 @@ job.after_step()
 optimizer.zero_grad()
 """
 
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout import Laid, clip, gather_full, global_norm, slice_local
-from dist_lab.mesh import ORDER, Axis, Mesh
+from dist_lab.mesh import Axis, Mesh
 from dist_lab.parallel.watch import FirstNonFinite
 from dist_lab.runner import Runner
 
@@ -47,7 +47,7 @@ class Job:
         self.model, self.mesh, self.laid = model, mesh, laid
         self._runner, self._watch = runner, watch
         self._data: Axis = mesh.data
-        self._world: Axis = mesh.flatten(*ORDER)
+        self._world: Axis = mesh.world
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -81,20 +81,23 @@ class Job:
 
     def evaluate(self, microbatches: Sequence[tuple[Tensor, Tensor]], loss_fn: LossFn) -> float:
         """The global loss by forward passes alone, in eval mode. Arguments and result as `run`."""
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        with torch.no_grad():
-            for inputs, targets in microbatches:
-                total += loss_fn(self.model(inputs), targets)
-        self.model.train(training)
+        try:
+            with torch.no_grad():
+                for inputs, targets in microbatches:
+                    total += loss_fn(self.model(inputs), targets)
+        finally:
+            for module in training:
+                module.training = True
         return self._over_data(total)
 
     def finish(self) -> None:
         """Backward is over: every `.grad` becomes the global gradient of the local parameter.
 
         Raises:
-            UserError: called twice without a backward between.
+            UserError: called twice without a backward between; a parameter unfrozen too late.
         """
         self._runner.finish()
 
@@ -116,19 +119,24 @@ class Job:
     def check_finite(self, step: int, loss: float, norm: float) -> None:
         """Stop every rank in this step, before the update, if loss or gradient norm is not finite.
 
+        Args:
+            loss, norm: as `run` and `clip_grad_norm` return them, the same on every rank.
+
         Raises:
             TrainingDiverged: names step, parameter and rank, the same on every rank.
         """
-        if all(map(torch.isfinite, map(torch.tensor, (loss, norm)))):
+        if math.isfinite(loss) and math.isfinite(norm):
             return
-        found = ops.all_gather_bytes(json.dumps(self._watch.found).encode(), self._world)
-        names = {r: json.loads(f) for r, f in zip(self._world.ranks, found, strict=True)}
-        first = next(((r, name) for r, name in names.items() if name is not None), None)
-        cause = (
-            f"first in the gradient of {first[1]} on rank {first[0]}"
-            if first
-            else "though each rank's own gradients are finite: their sum overflowed"
-        )
+        with self.mesh.wire.during("check"):
+            found = ops.all_gather_bytes(self._watch.take().encode(), self._world)
+        culprits = [(name.decode(), r) for name, r in zip(found, self._world.ranks, strict=True)]
+        name, rank = next(((n, r) for n, r in culprits if n), ("", 0))
+        if name:
+            cause = f"first in the gradient of {name} on rank {rank}"
+        elif math.isfinite(norm):
+            cause = "though all gradients are finite"
+        else:
+            cause = "though each rank's own gradients are finite: their sum overflowed"
         raise TrainingDiverged(
             f"step {step}: loss {loss}, gradient norm {norm}, {cause}; no weight was updated; "
             "lower the learning rate, lengthen the warm-up or look at that rank's batch"
@@ -136,7 +144,6 @@ class Job:
 
     def after_step(self) -> None:
         """After `optimizer.step()`: pay what the new weights owe to other ranks."""
-        self._watch.after_step()
         self._runner.after_step()
 
     # --- parameters -------------------------------------------------------------------------------
@@ -167,13 +174,13 @@ class Job:
                     made.append((own, [parameter]))
         return cls([{"params": members, **own} for own, members in made], **options)
 
-    def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Tensor]:
+    def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """Every tensor whole, under the names of `model.state_dict()`, equal on every rank.
 
         Buffers are rank 0's. With `rank0_only` the other ranks get an empty dict. Collective.
         """
         canonical = {p: name for name, p in self.model.named_parameters()}
-        full: dict[str, Tensor] = {}
+        full: dict[str, Any] = {}
         with self.mesh.wire.during("state_dict"):
             for name, tensor in self.model.state_dict(keep_vars=True).items():
                 if isinstance(tensor, nn.Parameter):
@@ -182,11 +189,13 @@ class Job:
                     if known is None:
                         known = gather_full(tensor.detach(), self.laid[first]).clone()
                     full[name] = known
-                else:
+                elif isinstance(tensor, Tensor):
                     full[name] = ops.broadcast(tensor.detach(), self._world).clone()
+                else:
+                    full[name] = tensor  # a module's extra state, whatever that is: this rank's
         return {} if rank0_only and self.mesh.rank else full
 
-    def load_full_state_dict(self, full: Mapping[str, Tensor]) -> None:
+    def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
         """Take each rank's part of whole tensors, the inverse of `full_state_dict`.
 
         Raises:
@@ -198,18 +207,17 @@ class Job:
             side = "missing from" if odd[0] in own else "not in the model but in"
             raise UserError(f"{len(odd)} names do not match, first: {odd[0]} is {side} the weights")
         canonical = {p: name for name, p in self.model.named_parameters()}
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts = dict(full)
         for name, tensor in own.items():
             where = self.laid[canonical[tensor]] if isinstance(tensor, nn.Parameter) else None
-            shape = where.shape if where else tensor.shape
-            if full[name].shape != shape:
+            shape = where.shape if where else tensor.shape if isinstance(tensor, Tensor) else None
+            if shape is not None and full[name].shape != shape:
                 raise UserError(
                     f"{name} has shape {tuple(full[name].shape)}, the model {tuple(shape)}"
                 )
-            parts.append((tensor, slice_local(full[name], where) if where else full[name]))
-        with torch.no_grad():
-            for tensor, part in parts:
-                tensor.copy_(part)
+            if where:
+                parts[name] = slice_local(full[name], where)
+        self.model.load_state_dict(parts)
 
     def _over_data(self, total: Tensor) -> float:
         with self.mesh.wire.during("loss"):

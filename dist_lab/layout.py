@@ -9,7 +9,7 @@ A split takes pieces of ceil(length / size), as torch.chunk does: the last may b
 So a rank always holds a box of the whole tensor, which is what checkpoints and resharding need.
 """  # noqa: E501
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,21 +104,22 @@ def global_norm(gradients: Mapping[str, Tensor | None], laid: Mapping[str, Laid]
             group = squares.setdefault(tuple(dict.fromkeys(axis for axis, _ in where.splits)), [])
             gradient = gradients.get(name)
             if gradient is not None:
-                group.append(torch.linalg.vector_norm(gradient).square())
+                group.append(torch.linalg.vector_norm(gradient).double().square())
     device = next((g.device for g in gradients.values() if g is not None), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for axes, parts in squares.items():
-        part = torch.stack(parts).sum().to(total) if parts else torch.zeros_like(total)
+        part = torch.stack(parts).sum() if parts else torch.zeros_like(total)
         for axis in axes:
             part = ops.all_reduce(part, axis)
         total = total + part
     return total.sqrt()
 
 
-def clip(gradients: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their global norm is at most `max_norm`.
 
     torch's rule, to the last digit: factor = min(1, max_norm / (norm + 1e-6)).
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

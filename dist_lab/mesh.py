@@ -63,17 +63,18 @@ class Mesh:
         wire: the ledger and all that the axes share.
     """
 
-    def __init__(self, axes: Mapping[str, int], wire: Wire, timeout: float, backend: str) -> None:
+    def __init__(self, axes: Mapping[str, int], wire: Wire, timeout: float) -> None:
         self.axes = {name: axes[name] for name in ORDER if name in axes}
         self.wire, self.timeout = wire, timeout
         self.rank, self.size = wire.rank, wire.size
-        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self.device = wire.device
         self._torch: DeviceMesh | None = None
         if self.size > 1:
             self._torch = init_device_mesh(
                 self.device.type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
             )
         self._made: dict[str, Axis] = {}
+        self._subs: dict[str, Axis | None] = {}
         for name in ORDER:
             group = self._torch.get_group(name) if self._torch and self[name].size > 1 else None
             self._made[name] = self._axis(name, self[name].ranks, group)
@@ -111,7 +112,7 @@ class Mesh:
         bad = [i for i in indices if not 0 <= i < self[name].size]
         if bad or len(set(indices)) != len(indices):
             raise UserError(f"{key}: positions must be distinct and below {self[name].size}")
-        if key not in self._made:
+        if key not in self._subs:
             mine = tuple(self[name].ranks[i] for i in indices)
             group = None
             if len(indices) > 1:
@@ -120,10 +121,14 @@ class Mesh:
                     ranks = [line[i] for i in indices]
                     made = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
                     group = made if self.rank in ranks else group
-            if self.rank not in mine:
-                return None
-            self._made[key] = self._axis(key, mine, group)
-        return self._made[key]
+            member = self.rank in mine
+            self._subs[key] = self._axis(key, mine, group) if member else None
+        return self._subs[key]
+
+    @property
+    def world(self) -> Axis:
+        """All ranks of the mesh."""
+        return self.flatten(*ORDER)
 
     @property
     def data(self) -> Axis:
@@ -157,7 +162,8 @@ def init_mesh(
     one process. Without axes all processes stand along `dp`.
 
     Args:
-        timeout: seconds for every collective; default the process group's own, else 60.
+        timeout: seconds for every collective; default the process group's own, else 60. A mesh
+            of one axis uses the world's group, and sets it there.
         backend: gloo (CPU) or nccl (GPU); default nccl where there is a GPU to each process.
         check: see `Wire`.
 
@@ -167,7 +173,7 @@ def init_mesh(
     unknown = [name for name in axes if name not in ORDER]
     if unknown:
         raise UserError(f"no mesh axis {unknown[0]!r}; the axes are {', '.join(ORDER)}")
-    if not dist.is_initialized() and "RANK" in os.environ:
+    if not dist.is_initialized() and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         seconds = 60.0 if timeout is None else timeout
         store = environment_store(rank, size, seconds)
@@ -189,7 +195,7 @@ def init_mesh(
             f"mesh {asked} needs {wanted} processes, {size} were started: "
             f"torchrun --nproc_per_node={max(wanted, 1)} ..."
         )
-    return Mesh(axes, Wire(rank, size, check=check), timeout, backend)
+    return Mesh(axes, Wire(rank, size, backend=backend, check=check), timeout)
 
 
 # --- which rank stands where: pure arithmetic -----------------------------------------------------

@@ -10,20 +10,23 @@ step is read off here:
     after_step()    what the new weights owe                                phase "after_step"
 
 [Note: sums do not forgive] Gradients of micro-batches and ranks add up (see parallel/sync.py). A
-backward onto gradients that were already summed over ranks would count the others' share again, and
-an average would have hidden it. So each gradient is closed once the last micro-batch is in, and
-opens again when it is cleared; a backward on a closed one is refused.
+backward onto gradients that were already summed over ranks would count the others' share again,
+where an average would have hidden it. So each gradient is closed once its last micro-batch is in,
+and opens again when it is cleared; a backward that adds to a closed one is refused.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
+from dist_lab.hooks import ModuleHook
 from dist_lab.parallel.sync import Sync
 
 
@@ -37,53 +40,74 @@ class Runner:
     def __init__(
         self, model: nn.Module, sync: Sync, wire: Wire, units: Mapping[str, nn.Module]
     ) -> None:
-        self.model, self.sync, self.wire, self.units = model, sync, wire, units
-        self.last = True  # outside microbatch(), every backward is the last one
-        self.has_gradients = False  # since the last finish()
+        self.model, self.sync, self.wire = model, sync, wire
+        self.has_gradients = False  # that finish() has not seen
+        self._last = True  # outside microbatch(), every backward is the last one
+        self._in_block = False
+        self._touched: set[str] = set()  # gradients of the micro-batch that is under way
         self._closed: set[str] = set()  # gradients that hold their last micro-batch
-        model.register_forward_pre_hook(self._enter_forward)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._before_gradient(name, parameter))
-                parameter.register_post_accumulate_grad_hook(self._after_gradient(name))
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Kept here because a parameter does not keep the node that adds to its gradient alive.
+        self._accumulators = [get_gradient_edge(p).node for p in self._trained.values()]
+        for name, node in zip(self._trained, self._accumulators, strict=True):
+            node.register_prehook(self._before_accumulation(name))
+            self._trained[name].register_post_accumulate_grad_hook(self._after_gradient(name))
+        model.register_forward_pre_hook(ModuleHook(self._enter_forward))
         # After the gradients' own hooks: a unit is returned when its last gradient has been told.
-        self._hooks = [_UnitHooks(name, module, sync, wire) for name, module in units.items()]
+        self._units = [_Unit(name, module, sync, wire) for name, module in units.items()]
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Backwards inside the block belong to one micro-batch; `last` says whether more follow."""
-        before, self.last = self.last, last
+        before = self._last, self._in_block
+        self._last, self._in_block = last, True
         try:
             yield
         finally:
-            self.last = before
+            self._last, self._in_block = before
+            if last:
+                self._closed |= self._touched
+            self._touched = set()
 
     def finish(self) -> None:
-        """Raises UserError if there was no backward since the last finish()."""
-        if not self.has_gradients:
+        """Raises UserError on gradients that were summed already, or that no strategy knows."""
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        late = [name for name in gradients if name not in self._trained]
+        if late:
+            raise UserError(
+                f"{late[0]} has a gradient but was frozen when parallelize() was called; unfreeze "
+                "it before, or freeze it again"
+            )
+        # A rank that had no rows to compute on has nothing left over, and joins in the sum.
+        if not self.has_gradients and any(g.any() for g in gradients.values()):
             raise UserError(
                 "finish() without a backward since the last one: the gradients are summed over "
-                "the ranks already, a second sum would multiply them; call finish() once a step"
+                "the ranks already, a second sum would multiply them; call finish() once a step, "
+                "and zero_grad() after it"
             )
-        self.has_gradients = False
-        for hooks in self._hooks:
-            hooks.end_backward()
-        with self.wire.during("finish"):
+        for unit in self._units:
+            unit.close()
+        with self.wire.during("finish", unit=""):
             self.sync.finish()
-        self._closed = set(dict(self.model.named_parameters()))
+        self.has_gradients = False
+        self._closed = set(self._trained)
 
     def after_step(self) -> None:
-        with self.wire.during("after_step"):
+        with self.wire.during("after_step", unit=""):
             self.sync.after_step()
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
-        self.wire.phase = "forward"
+        if not _in_backward():
+            self.wire.phase, self.wire.unit = "forward", ""
+            for unit in self._units:  # left open by an exception in the last backward
+                unit.close()
 
-    def _before_gradient(self, name: str, parameter: nn.Parameter) -> Any:
-        def check(gradient: Tensor) -> None:
+    def _before_accumulation(self, name: str) -> Any:
+        def check(gradients: tuple[Tensor, ...]) -> None:
             self.wire.phase = "backward"
             if name in self._closed:
-                if parameter.grad is not None and parameter.grad.any():
+                held = self._trained[name].grad
+                if held is not None and held.any():
                     raise UserError(
                         f"backward on gradients that hold their last micro-batch ({name}): call "
                         "optimizer.zero_grad() after the step, or wrap all micro-batches but the "
@@ -96,53 +120,82 @@ class Runner:
     def _after_gradient(self, name: str) -> Any:
         def ready(parameter: Tensor) -> None:
             self.has_gradients = True
-            if self.last:
-                self._closed.add(name)
-            self.sync.grads_ready([name], last=self.last)
+            (self._touched if self._in_block else self._closed).add(name)
+            self.sync.grads_ready([name], last=self._last)
 
         return ready
 
 
-class _UnitHooks:
-    """Tells a strategy when one unit is about to be used and has been used, in both directions."""
+class _Unit:
+    """Tells a strategy when one unit is about to be used and has been used, in both directions.
+
+    [Note: when a unit is open] It is unsharded when a forward or backward reaches it and finds it
+    closed. It is resharded when a forward leaves it, unless backward is recomputing that forward;
+    when the last of its gradients is in; and at the end of a backward in any case, because a frozen
+    unit has no last gradient and an unused parameter never gets one.
+    """
 
     def __init__(self, name: str, module: nn.Module, sync: Sync, wire: Wire) -> None:
         self.name, self.sync, self.wire = name, sync, wire
-        self.trained = [p for p in module.parameters() if p.requires_grad]
-        self.missing = 0  # gradients that this backward still has to bring
-        module.register_forward_pre_hook(self._enter_forward)
-        module.register_forward_hook(self._leave_forward, always_call=True)
-        for parameter in self.trained:
-            parameter.register_post_accumulate_grad_hook(self._gradient)
+        self.trained = {id(p) for p in module.parameters() if p.requires_grad}
+        self.is_open = False
+        self.missing: set[int] = set()  # gradients that this backward still has to bring
+        self.outer = ""  # the unit that this one was called from
+        self.backward = -1  # the backward whose end will be told
+        module.register_forward_pre_hook(ModuleHook(self._enter_forward))
+        module.register_forward_hook(ModuleHook(self._leave_forward), always_call=True)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._gradient)
+
+    def open(self) -> None:
+        if not self.is_open:
+            self.is_open = True
+            self.sync.unshard(self.name)
+
+    def close(self) -> None:
+        self.missing = set()
+        if self.is_open:
+            self.is_open = False
+            self.sync.reshard(self.name)
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
-        self.wire.unit = self.name
-        self.sync.unshard(self.name)
+        self.outer, self.wire.unit = self.wire.unit, self.name
+        self.open()
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.sync.reshard(self.name)
-        self.wire.unit = ""
+        self.wire.unit = self.outer
+        if not _in_backward():
+            self.close()
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._enter_backward)
 
     def _enter_backward(self, gradient: Tensor) -> None:
         self.wire.phase, self.wire.unit = "backward", self.name
-        if self.missing == 0:
-            self.missing = len(self.trained)
-            self.sync.unshard(self.name)
+        if self.backward != _backward_number():
+            self.backward, self.missing = _backward_number(), set(self.trained)
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self.open()
 
     def _gradient(self, parameter: Tensor) -> None:
-        self.missing -= 1
-        if self.missing == 0:
-            self.sync.reshard(self.name)
-            self.wire.unit = ""
+        self.missing.discard(id(parameter))
+        if not self.missing:
+            self.close()
 
-    def end_backward(self) -> None:
-        """Return a unit of which some parameters got no gradient."""
-        if self.missing > 0:
-            self.missing = 0
-            self.sync.reshard(self.name)
+    def _end_backward(self) -> None:
+        self.wire.unit = ""
+        self.backward = -1
+        self.close()
+
+
+def _backward_number() -> int:
+    """Which backward this thread is in the middle of; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def _in_backward() -> bool:
+    return _backward_number() != -1
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -155,44 +208,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, list | tuple):
         for value in output:
             yield from _tensors(value)
-
-
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute in a narrower dtype, on parameters that stay as they are.
-
-    [Note: master weights] The parameters in the module are the float32 masters. While the root's
-    forward runs, each is shadowed by a copy in `dtype`, made by a differentiable cast: compute
-    reads the copy, and backward casts the gradient back and adds it up in float32. So every
-    strategy, norm and optimizer sees float32 and needs to know nothing. Floating-point inputs are
-    cast too; outputs stay in `dtype`. Micikevicius et al. 2018 (arXiv:1710.03740).
-
-    A submodule called on its own, outside the root's forward, computes on the masters.
-    """
-
-    def shadow(
-        root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        copies: dict[nn.Parameter, Tensor] = {}  # a tied parameter is cast once
-        for module in root.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    if parameter not in copies:
-                        copies[parameter] = parameter.to(dtype)
-                    module.__dict__[name] = copies[parameter]  # found before _parameters is
-        return (
-            tuple(_cast(arg, dtype) for arg in args),
-            {name: _cast(arg, dtype) for name, arg in kwargs.items()},
-        )
-
-    def reveal(root: nn.Module, args: Any, output: Any) -> None:
-        for module in root.modules():
-            for name in module._parameters:
-                module.__dict__.pop(name, None)
-
-    model.register_forward_pre_hook(shadow, with_kwargs=True)
-    model.register_forward_hook(reveal, always_call=True)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floating else value
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))

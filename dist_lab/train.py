@@ -2,29 +2,23 @@
 
 import math
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_lab import zoo
 from dist_lab.comm import ops
-from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.comm.ledger import Tally
-from dist_lab.compose import parallelize
-from dist_lab.config import Config, cores
-from dist_lab.data import Data, open_data, prefetch
+from dist_lab.config import Config
+from dist_lab.data import Data, prefetch
 from dist_lab.job import Job, LossFn
 from dist_lab.layout import piece
 from dist_lab.loss import cross_entropy_sum
-from dist_lab.mesh import ORDER, Mesh
-from dist_lab.observe import flops, memory, run_dir
-from dist_lab.observe.sinks import Sink, open_sinks
+from dist_lab.observe import flops, memory
+from dist_lab.observe.sinks import Sink
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -37,11 +31,13 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
         OPTIMIZERS[config.optimizer], lr=config.lr, groups=decay_groups(config.weight_decay)
     )
     rows = own_rows(config.batch, job)
+    batches = prefetch(data, rows, 0, config.steps)
     meter = Meter(job, optimizer)
-    validation = math.nan
+    validation: float | None = None
 
-    for step, (inputs, targets) in enumerate(prefetch(data, rows, 0, config.steps), start=1):
+    for step in range(1, config.steps + 1):
         with meter.step(step):
+            inputs, targets = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
 
@@ -55,13 +51,15 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
             optimizer.zero_grad()
 
         last = step == config.steps
-        validate = last or (config.val_every > 0 and step % config.val_every == 0)
+        due = last or (config.val_every > 0 and step % config.val_every == 0)
+        validate = due and data.validation_batches > 0
         if validate:
             validation = evaluate(job, data, config, rows)
         for sink in sinks:
             sink.tick(step)
-        if validate or step == 1 or step % config.log_every == 0:
-            row = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate(step, config)}
+        if due or step == 1 or step % config.log_every == 0:
+            lr = optimizer.param_groups[0]["lr"]
+            row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
             row |= {"val_loss": validation} if validate else {}
             row |= meter.since_last_row(config.batch, config.batch * config.seq)
             for sink in sinks:
@@ -72,8 +70,6 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
 def evaluate(job: Job, data: Data, config: Config, rows: slice) -> float:
     """The mean loss over all validation batches, the same number on every rank."""
     batches = [data.validation(i, rows) for i in range(data.validation_batches)]
-    if not batches:
-        return math.nan
     tokens = job.count(sum(targets.numel() for _, targets in batches))
     pieces = [pair for batch in batches for pair in microbatches(*batch, config, job)]
     return job.evaluate(pieces, mean_over(tokens))
@@ -115,7 +111,6 @@ class Meter:
 
     def __init__(self, job: Job, optimizer: torch.optim.Optimizer) -> None:
         self.job, self.optimizer = job, optimizer
-        self.world = job.mesh.flatten(*ORDER)
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
         self.reported = 0
         self.peak_memory = 0
@@ -137,11 +132,15 @@ class Meter:
             self.peak_memory = max(self.peak_memory, live.peak)
         if step == 1:
             mine = torch.tensor(count.get_total_flops(), device=self.job.mesh.device)
-            self.flops_per_step = float(ops.all_reduce(mine, self.world))
+            self.flops_per_step = float(self._sum(mine))
 
     def since_last_row(self, samples: int, tokens: int) -> dict[str, float]:
-        """The fields of a row, as means over the steps since the last one."""
-        window, self.reported = self.steps[self.reported :], len(self.steps)
+        """The fields of a row, as means over the steps since the last one.
+
+        Of steps that are slow because they are measured only a row of nothing else is made.
+        """
+        begin, self.reported = self.reported, len(self.steps)
+        window = self.steps[max(begin, WARM_UP) :] or self.steps[begin:]
         seconds = statistics.fmean(s for s, _ in window)
         return {
             "step_ms": seconds * 1e3,
@@ -158,9 +157,9 @@ class Meter:
         steady = self.steps[WARM_UP:] or self.steps
         seconds = statistics.median(s for s, _ in steady)
         device = self.job.mesh.device
-        ops.all_reduce(torch.zeros(1, device=device), self.world)  # now all start together
+        self._sum(torch.zeros(1, device=device))  # now all start together
         rates = flops.calibrate(DTYPES[config.dtype], device).to(device)
-        peak = float(ops.all_reduce(rates, self.world).max())
+        peak = float(self._sum(rates).max())
         return {
             "steps": len(self.steps),
             "median": {
@@ -177,75 +176,6 @@ class Meter:
             "mfu": self.flops_per_step / seconds / peak,
         }
 
-
-def run(config: Config, mesh: Mesh) -> int:
-    """`launch/train.py` on one rank: build everything, train, write the summary."""
-    world = mesh.flatten(*ORDER)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    check_settings_agree(config.to_dict() | versions, world)
-    if config.log_collectives:
-        mesh.wire.log(sys.stderr.write)
-    with ExitStack() as held:
-        with together(world):
-            data = open_data(
-                config.data,
-                batch=config.batch,
-                seq=config.seq,
-                seed=config.seed,
-                cache_dir=Path(config.cache),
-            )
-            if mesh.rank == 0:
-                folder = held.enter_context(run_dir.claimed(config))
-        job = build(config, mesh, data)
-        sinks: list[Sink] = []
-        setting = describe(config, job, data) | {"versions": versions}
-        if mesh.rank == 0:
-            print(opening_line(setting), flush=True)
-            sinks = open_sinks(folder, config.steps)
-            setting["out"] = str(folder)
-        summary: Mapping[str, Any] | None = None
-        try:
-            summary = setting | train(job, data, config, sinks)
-        finally:
-            for sink in sinks:
-                sink.close(summary)
-    return 0
-
-
-def build(config: Config, mesh: Mesh, data: Data) -> Job:
-    """The model of the zoo, drawn from the seed on every rank alike, under the strategy."""
-    dtype = DTYPES[config.dtype]
-    masters = torch.float32 if dtype == torch.bfloat16 else dtype
-    model = zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=masters)
-    return parallelize(
-        model.to(mesh.device),
-        mesh,
-        config.strategy,
-        config.impl,
-        units=model.units,
-        param_dtype=None if dtype == masters else dtype,
-        broadcast=False,  # there is nothing to send; this checks that it is so
-    )
-
-
-def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
-    return {
-        "config": config.to_dict(),
-        "mesh": job.mesh.axes,
-        "world_size": job.mesh.size,
-        "threads": torch.get_num_threads(),
-        "cores": cores(),
-        "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
-        "data": {"name": data.name, "sha256": data.sha256},
-    }
-
-
-def opening_line(setting: Mapping[str, Any]) -> str:
-    config = setting["config"]
-    return (
-        f"{config['strategy']}@{config['impl']} on {setting['world_size']} ranks x "
-        f"{setting['threads']} threads ({setting['cores']} cores): {config['model']} "
-        f"{setting['parameters'] / 1e6:.1f}M in {config['dtype']}, {setting['data']['name']} "
-        f"sha256 {setting['data']['sha256'][:12]}, {config['batch']} x {config['seq']} a step"
-    )
+    def _sum(self, numbers: Tensor) -> Tensor:
+        with self.job.mesh.wire.during("measure"):
+            return ops.all_reduce(numbers, self.job.mesh.world)

@@ -26,4 +26,4 @@ def read(argv: Sequence[str] | None) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("train.py", read, "dist_lab.train:run"))
+    sys.exit(launcher.main("train.py", read, "dist_lab.commands:train"))

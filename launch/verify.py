@@ -28,4 +28,4 @@ def read(argv: Sequence[str] | None) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("verify.py", read, "dist_lab.parity:run"))
+    sys.exit(launcher.main("verify.py", read, "dist_lab.commands:verify"))

@@ -1,6 +1,7 @@
 """The verbs of a job: what they do on any module, and what they refuse."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from models import Odd, batch, gpt, odd
 from torch import nn
 
 import dist_lab
+from dist_lab.comm.agree import check_tensors_agree
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.loss import cross_entropy_sum
 
@@ -40,11 +42,6 @@ def test_a_second_finish_is_refused():
     job.finish()
     with pytest.raises(UserError, match=r"finish\(\) without a backward since the last one"):
         job.finish()
-
-
-def test_finish_before_any_backward_is_refused():
-    with pytest.raises(UserError, match="without a backward"):
-        single(gpt()).finish()
 
 
 def test_a_backward_on_summed_gradients_is_refused_and_says_what_to_call():
@@ -81,6 +78,30 @@ def test_clearing_the_gradients_opens_them_again(set_to_none):
         optimizer.step()
         job.after_step()
         optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_several_backwards_may_make_up_the_last_micro_batch():
+    job = single(gpt())
+    with job.microbatch(last=True):
+        backward(job)
+        backward(job)
+    job.finish()
+
+
+def test_gradients_that_are_only_asked_for_accumulate_nothing_and_are_no_misuse():
+    job = single(gpt())
+    backward(job)
+    job.finish()
+    inputs, targets = batch(0)
+    torch.autograd.grad(cross_entropy_sum(job.model(inputs), targets), job.model.parameters())
+
+
+def test_a_parameter_unfrozen_too_late_is_refused_by_name():
+    job = single(odd())
+    job.model.frozen.weight.requires_grad_(True)
+    backward(job)
+    with pytest.raises(UserError, match=r"frozen.weight has a gradient but was frozen when"):
+        job.finish()
 
 
 def test_clipping_before_finish_is_refused():
@@ -160,11 +181,13 @@ def test_everyone_starts_from_rank_zeros_weights_and_buffers(mesh):
     torch.manual_seed(mesh.rank)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[1].running_mean += mesh.rank
+    model.register_buffer("unsaved", torch.full((4, 4), mesh.rank)[:, :2], persistent=False)
     job = dist_lab.parallelize(model, mesh, "dp")
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict()
     state = job.model.state_dict()
     assert all(torch.equal(state[name], first[name]) for name in first)
+    assert job.model.unsaved.eq(0).all()
 
 
 @pytest.mark.ranks(2)
@@ -180,6 +203,44 @@ def test_evaluate_is_the_global_loss_and_leaves_no_trace(mesh):
     assert loss == pytest.approx(float(want.detach()), rel=1e-12)
     assert job.model.training
     assert all(p.grad is None for p in job.model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_without_rows_joins_in_the_sum(mesh):
+    job = dist_lab.parallelize(gpt(), mesh, "dp")
+    pieces = [batch(0)] if mesh.rank == 0 else []
+    for _ in range(2):
+        one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), pieces, 48)
+    check = [p.detach() for p in job.model.parameters()]
+    check_tensors_agree({str(i): p for i, p in enumerate(check)}, mesh["dp"])
+
+
+@pytest.mark.ranks(2)
+def test_a_copy_or_a_pickle_of_the_model_is_the_plain_model(mesh):
+    job = dist_lab.parallelize(gpt(), mesh, "dp", param_dtype=torch.bfloat16)
+    average = torch.optim.swa_utils.AveragedModel(job.model)
+    average.update_parameters(job.model)
+    again = pickle.loads(pickle.dumps(job.model))
+    for plain in (average.module, again):
+        before = mesh.wire.ledger.total.calls
+        assert plain(batch(0)[0]).dtype == torch.float64
+        plain(batch(0)[0]).sum().backward()
+        assert mesh.wire.ledger.total.calls == before
+
+
+def test_a_model_is_parallelized_once():
+    job = single(odd())
+    with pytest.raises(UserError, match="parallelized already"):
+        single(job.model)
+
+
+def test_evaluating_keeps_each_modules_own_mode_even_through_an_exception():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[1].eval()  # frozen statistics
+    job = single(model)
+    with pytest.raises(ZeroDivisionError):
+        job.evaluate([(torch.ones(2, 2), torch.ones(2))], lambda out, target: 1 / 0)
+    assert [m.training for m in model] == [True, False, True]
 
 
 # --- weights in and out ---------------------------------------------------------------------------
@@ -210,6 +271,30 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed():
     with pytest.raises(UserError, match=r"mix.weight has shape \(2, 2\), the model \(13, 13\)"):
         job.load_full_state_dict(wrong)
     assert all(torch.equal(t, full[n]) for n, t in job.full_state_dict().items())
+
+
+def test_buffers_and_extra_state_travel_too():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("seen", torch.zeros(3))
+            self.note = {"a": 1}
+
+        def get_extra_state(self):
+            return self.note
+
+        def set_extra_state(self, state):
+            self.note = state
+
+    job = single(Counts())
+    full = job.full_state_dict()
+    assert list(full) == list(Counts().state_dict())
+    full["seen"] += 1
+    full["_extra_state"] = {"a": 2}
+    job.load_full_state_dict(full)
+    assert job.model.seen.tolist() == [1, 1, 1]
+    assert job.model.note == {"a": 2}
 
 
 def test_decay_groups_are_made_by_name_and_whole_shape():
@@ -265,6 +350,15 @@ def test_a_unit_that_matches_nothing_names_what_there_is():
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), "single", units=[nn.Conv2d])
 
 
+def test_a_model_without_values_and_a_sparse_gradient_are_refused():
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="weight is on the meta device"):
+        single(empty)
+    with pytest.raises(UserError, match="0 makes sparse gradients"):
+        single(nn.Sequential(nn.Embedding(3, 2, sparse=True)))
+
+
 def test_an_unknown_strategy_lists_those_there_are():
     with pytest.raises(UserError, match="no strategy dpp@hand; there is single@hand, dp@hand"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), "dpp")
@@ -272,7 +366,7 @@ def test_an_unknown_strategy_lists_those_there_are():
 
 @pytest.mark.ranks(2)
 def test_single_on_two_processes_is_refused(mesh):
-    with pytest.raises(UserError, match="strategy single runs along dp alone, the mesh is dp=2"):
+    with pytest.raises(UserError, match="strategy single is for one process, the mesh is dp=2"):
         dist_lab.parallelize(odd(), mesh, "single")
 
 

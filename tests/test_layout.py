@@ -62,6 +62,13 @@ def test_the_global_norm_is_that_of_one_process_in_every_layout(mesh):
     assert float(global_norm(local, layouts)) == pytest.approx(float(want), rel=1e-14)
 
 
+def test_a_half_precision_norm_does_not_overflow_and_no_gradient_is_no_norm():
+    g = torch.full((4096,), 10.0, dtype=torch.float16)  # the norm is 640, its square 409,600
+    assert global_norm({"a": g}, {"a": laid((4096,))}) == 640
+    assert global_norm({}, {"a": laid((3,))}) == 0
+    clip([], torch.zeros(()), 1.0)
+
+
 def test_a_tied_tensor_counts_once():
     layouts = {
         "a": laid((3,)),

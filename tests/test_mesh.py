@@ -1,10 +1,7 @@
 """The mesh: pure arithmetic without processes, and the groups on real ranks."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
@@ -55,8 +52,6 @@ def test_every_group_has_the_configured_timeout(mesh):
     mesh = init_mesh(timeout=17, dp=2, tp=2)
     axes = [mesh["dp"], mesh["tp"], mesh.flatten("dp", "tp"), mesh.sub("tp", [1, 0])]
     assert [group_timeout(axis.group) for axis in axes] == [17.0] * 4
-    default = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    assert default != timedelta(minutes=30)
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
@@ -74,5 +69,9 @@ def test_sub_joins_some_positions_of_each_line(mesh):
     assert (ends is None) == (mesh.rank in (1, 2))
     if ends is not None:
         assert ops.all_gather(torch.tensor([mesh.rank]), ends).tolist() == [0, 3]
+    assert mesh.sub("dp", [3, 0]) is ends, "asked again, it made another group"
+    pair = mesh.sub("dp", [0, 1])
+    if pair is not None:
+        assert ops.all_reduce(torch.tensor(1), pair) == 2
     with pytest.raises(UserError, match="positions must be distinct and below 4"):
         mesh.sub("dp", [0, 4])

@@ -10,10 +10,17 @@ import torch
 from models import MODELS, batch, gpt
 
 import dist_lab
+from dist_lab import config
 from dist_lab.compose import STRATEGIES
 from dist_lab.errors import UserError
 
 PARALLEL = [key for key in STRATEGIES if key[0] != "single"]
+assert PARALLEL, "a table without rows would pass by testing nothing"
+
+
+def test_the_command_line_offers_just_the_strategies_that_there_are():
+    offered = {(name, impl) for name, row in config.STRATEGIES.items() for impl in row.impls}
+    assert offered == set(STRATEGIES)
 
 
 def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options):
@@ -116,7 +123,7 @@ def test_the_report_is_the_same_on_every_rank_and_is_json(mesh):
     }  # fmt: skip
 
 
-def test_a_gradient_that_is_zero_but_for_rounding_is_listed_and_not_judged():
+def test_a_weight_whose_gradient_is_rounding_alone_is_listed_and_not_judged():
     # The key bias: softmax does not see what is added to all its scores alike.
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -134,5 +141,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_listed_and_not_judged():
     report = dist_lab.verify(
         lambda: Attention().double(), batch, dist_lab.init_mesh(), "single", microbatches=4
     )
-    assert {c.tensor for c in report.comparisons if not c.judged} == {"k.bias"}
+    assert {(c.quantity, c.tensor) for c in report.comparisons if not c.judged} == {
+        ("weight", "k.bias")
+    }
     assert report.equal, report.sentence()

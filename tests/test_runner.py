@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from dist_lab.errors import UserError
 from dist_lab.mesh import init_mesh
 from dist_lab.parallel.sync import Chain, Sync
-from dist_lab.runner import Runner, compute_in
+from dist_lab.precision import compute_in
+from dist_lab.runner import Runner
 
 
 class Heard(Sync):
@@ -54,23 +56,56 @@ def test_a_strategy_hears_each_moment_of_a_step_in_order():
     ]  # fmt: skip
 
 
-def test_a_unit_with_an_unused_parameter_is_returned_all_the_same():
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
 
-        def forward(self, x):
-            return self.used(x)
+    def forward(self, x):
+        return self.used(x)
 
+
+FORWARD, BACKWARD = ["unshard 0", "reshard 0"], ["unshard 0", "0.used.weight", "reshard 0"]
+
+
+def test_a_unit_with_an_unused_parameter_is_returned_at_the_end_of_each_backward():
     model, heard = nn.Sequential(Half()), Heard()
     run = runner(model, heard, "0")
-    for _ in range(2):
+    with run.microbatch(last=False):
+        for _ in range(2):
+            model(torch.randn(3, 2)).sum().backward()
+    assert heard.log == (FORWARD + BACKWARD) * 2
+
+
+def test_a_frozen_unit_is_opened_and_returned_in_backward_too():
+    model, heard = nn.Sequential(nn.Linear(2, 2, bias=False), Half()), Heard()
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)
+    runner(model, heard, "1")
+    model(torch.randn(3, 2)).sum().backward()
+    assert heard.log == ["unshard 1", "reshard 1", "unshard 1", "0.weight last", "reshard 1"]
+
+
+def test_a_unit_stays_open_while_backward_recomputes_its_forward():
+    from torch.utils.checkpoint import checkpoint
+
+    model, heard = nn.Sequential(Half()), Heard()
+    runner(model, heard, "0")
+    x = torch.randn(3, 2, requires_grad=True)
+    checkpoint(model[0], x, use_reentrant=False).sum().backward()
+    assert heard.log == [*FORWARD, "unshard 0", "0.used.weight last", "reshard 0"]
+
+
+def test_an_exception_in_backward_leaves_the_next_step_whole():
+    model, heard = nn.Sequential(Half()), Heard()
+    runner(model, heard, "0")
+    broken = model[0].used.weight.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         model(torch.randn(3, 2)).sum().backward()
-        run.finish()
-        for parameter in model.parameters():
-            parameter.grad = None
-    assert heard.log.count("unshard 0") == heard.log.count("reshard 0") == 4
+    broken.remove()
+    heard.log.clear()
+    model(torch.randn(3, 2)).sum().backward()
+    assert heard.log == ["reshard 0", *FORWARD, "unshard 0", "0.used.weight last", "reshard 0"]
 
 
 def test_an_exception_in_forward_leaves_the_unit_returned():
@@ -145,6 +180,38 @@ def test_the_masters_come_back_after_an_exception():
     with pytest.raises(RuntimeError):
         model(torch.randn(3, 5))
     assert model[0].weight.dtype == torch.float32
+
+
+def test_recomputation_computes_in_bfloat16_again():
+    from torch.utils.checkpoint import checkpoint
+
+    class Recomputes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = two_layers()
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model = Recomputes()
+    compute_in(model, torch.bfloat16)
+    model(torch.randn(3, 2)).float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_batch_normalization_keeps_its_float32_weights():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    compute_in(model, torch.bfloat16)
+    out = model(torch.randn(8, 2))
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert model[1].running_mean.dtype == torch.float32
+    assert model[1].weight.grad is not None
+
+
+def test_a_recurrent_layer_is_refused():
+    with pytest.raises(UserError, match="0 is recurrent"):
+        compute_in(nn.Sequential(nn.LSTM(2, 2)), torch.bfloat16)
 
 
 def test_keyword_inputs_are_cast_and_tokens_are_not():

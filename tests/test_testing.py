@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ pytest_plugins = ["pytester"]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 HEAD = """
-import ctypes, multiprocessing.util, os, signal, threading, time, warnings
+import ctypes, datetime, multiprocessing.util, os, signal, threading, time, warnings
 import pytest, torch
 import torch.distributed as dist
 from dist_lab.comm import ops
@@ -101,7 +102,7 @@ class TestClass:
         with pytest.raises(KeyError, match="nobody"):
             {}["nobody"]
         with pytest.warns(UserWarning, match="look"):
-            __import__("warnings").warn("look", UserWarning, stacklevel=1)
+            warnings.warn("look", UserWarning, stacklevel=1)
         assert torch.rand(1).item() == pytest.approx(0.4963, abs=1e-4), "not seeded alike"
 
 
@@ -147,7 +148,7 @@ def test_leaves_things_behind(mesh, i):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(2)
     torch.set_grad_enabled(False)
-    dist.group.WORLD.set_timeout(__import__("datetime").timedelta(seconds=0.5))
+    dist.group.WORLD.set_timeout(datetime.timedelta(seconds=0.5))
     for _ in range(3):
         dist.new_group([0, 1])
 """)

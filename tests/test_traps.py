@@ -138,6 +138,35 @@ def test_without_accumulation_the_second_bug_goes_unseen(mesh):
 
 
 @pytest.mark.ranks(2)
+def test_a_wrong_gradient_is_seen_where_the_right_one_is_zero(mesh):
+    # Nothing to be relative to: the error is infinite, on the rank that has it, and nobody hangs.
+    class Breaks(dp.AfterBackward):
+        def finish(self):
+            super().finish()
+            if self.axis.index == 1:
+                self.model.b.grad += 1e-3
+
+    class Low(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.b = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x):
+            return x.double() * (0 * self.a * self.b).sum()
+
+    def apply(model, axis):
+        laid = dp.apply(model, axis).laid
+        return Applied(laid, Breaks(model, laid, axis))
+
+    report = dist_lab.verify(
+        Low, batch, mesh, apply, steps=1, clip=None, loss_sum=lambda out, target: out.sum()
+    )
+    first = report.first
+    assert (first.quantity, first.tensor, first.rank) == ("gradient", "b", 1)
+
+
+@pytest.mark.ranks(2)
 def test_the_rank_that_is_wrong_is_named(mesh):
     report = dist_lab.verify(gpt, batch, mesh, strategy(ForgetsOneRank), steps=1)
     assert report.first.rank == 1

@@ -102,10 +102,7 @@ def hang_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
 def wait(config: Toy, mesh: "Mesh", last: bool) -> None:
     (config.folder / f"{mesh.rank}.tmp").write_text(str(os.getpid()))
     (config.folder / f"{mesh.rank}.tmp").rename(config.folder / f"{mesh.rank}.ready")
-    try:
-        time.sleep(600)
-    except KeyboardInterrupt:
-        print(f"rank {mesh.rank} felt Ctrl-C", flush=True)
+    time.sleep(600)
 
 
 def wait_stubbornly(config: Toy, mesh: "Mesh", last: bool) -> None:

@@ -19,20 +19,41 @@ from dist_lab.mesh import Axis
 
 
 def check_settings_agree(settings: Mapping[str, object], axis: Axis) -> None:
-    """Raises UserError on every rank, naming the first key and the ranks that differ.
+    """Raises UserError on every rank, naming the first key and the rank that differ.
 
     The majority is taken to be right; values must be JSON.
     """
-    rows = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(settings).encode(), axis)]
+    if odd := _odd_one_out(settings, axis):
+        rank, key, value, usual = odd
+        raise UserError(
+            f"rank {rank} was started with {key}={value}, the others with {usual}; start every "
+            "rank with the same settings"
+        )
+
+
+def check_shapes_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
+    """Raises UserError on every rank if names, shapes or dtypes are not the same on all."""
+    shapes = {
+        name: f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for name, t in tensors.items()
+    }
+    if odd := _odd_one_out(shapes, axis):
+        rank, name, value, usual = odd
+        raise UserError(
+            f"rank {rank} has {name} as {value}, the others as {usual}; build the same model on "
+            "every rank"
+        )
+
+
+def _odd_one_out(mine: Mapping[str, object], axis: Axis) -> tuple[int, str, str, str] | None:
+    """(rank, key, its value, the usual value) of the first key that differs; null: it has none."""
+    rows = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(mine).encode(), axis)]
     for key in {key: None for row in rows for key in row}:
         values = [json.dumps(row.get(key)) for row in rows]
         usual = Counter(values).most_common(1)[0][0]
-        odd = [i for i, value in enumerate(values) if value != usual]
-        if odd:
-            raise UserError(
-                f"rank {axis.ranks[odd[0]]} was started with {key}={values[odd[0]]}, the others "
-                f"with {usual}; start every rank with the same settings"
-            )
+        for rank, value in zip(axis.ranks, values, strict=True):
+            if value != usual:
+                return rank, key, value, usual
+    return None
 
 
 @contextmanager
@@ -56,7 +77,8 @@ def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
     """Raises UserError on every rank if a tensor is not the same to the bit on all of them."""
     if axis.size == 1 or not tensors:
         return
-    mine = torch.tensor([fingerprint(tensor) for tensor in tensors.values()])
+    marks = [fingerprint(tensor) for tensor in tensors.values()]
+    mine = torch.tensor(marks, device=axis.wire.device)
     rows = ops.all_gather(mine[None], axis)  # (size, tensors)
     differs = (rows != rows[0]).any(0)
     if differs.any():

@@ -4,7 +4,9 @@ Two numbers are kept apart because they answer different questions. S is `payloa
 
     payload   the size of the tensor that the collective is about: what all_reduce reduces, what
               all_gather ends up with, what reduce_scatter starts from, what broadcast spreads
-    sent      the bytes this rank really handed to the transport for it
+    sent      the bytes this rank really hands to the transport for it: counted at the send where
+              the algorithm is ours, and by the backend's own algorithm where it is the backend's
+              (`ops.backend_bytes`), which a test holds against the network interface's counters
 
 The published cost formulas relate the two (N ranks, bandwidth-optimal, per rank; Chan et al. 2007,
 "Collective communication: theory, practice, and experience", section 6):
@@ -18,7 +20,7 @@ whole all_reduce and so sends twice what it needs.
 """
 
 import operator
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -76,22 +78,15 @@ class Tally:
 
 
 class Ledger:
-    """Counts every call. Keeps the last 256 in full, for error messages, and totals of all.
-
-    total    everything so far
-    by       totals by (phase, op, axis)
-    recent   the last calls, oldest first
-    """
+    """Counts every call, in `total` and `by` (phase, op, axis), and tells listeners of each."""
 
     def __init__(self) -> None:
         self.total = Tally()
         self.by: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
-        self.recent: deque[Call] = deque(maxlen=256)
         self.listeners: list[Callable[[Call], None]] = []
 
     def enter(self, call: Call) -> None:
         """Count a call at the moment its bytes are handed over; listeners hear of it then."""
-        self.recent.append(call)
         self._add(call, Tally(1, call.payload, call.sent, 0.0))
         for listen in self.listeners:
             listen(call)

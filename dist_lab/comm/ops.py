@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lab.comm.ledger import Call
+from dist_lab.comm.ledger import Call, formula_bytes
 from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
 from dist_lab.mesh import Axis
 
@@ -36,9 +36,10 @@ class Pending:
 
     def __init__(
         self, result: Tensor, works: Sequence[dist.Work] = (), call: Call | None = None,
-        axis: Axis | None = None,
+        axis: Axis | None = None, staging: Tensor | None = None,
     ) -> None:  # fmt: skip
         self._result, self._works, self._call, self._axis = result, works, call, axis
+        self._staging = staging  # where the result arrives, if not in place
 
     def wait(self) -> Tensor:
         """Raises CollectiveError, naming rank, call and line, if a peer died or did not arrive."""
@@ -50,6 +51,8 @@ class Pending:
             except RuntimeError as error:
                 raise wire.failure(call, error) from error
             wire.ledger.waited(call, time.perf_counter() - began)
+            if self._staging is not None:
+                self._result.copy_(self._staging)
             self._call = None  # a second wait() neither blocks nor counts
         return self._result
 
@@ -106,9 +109,10 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
     """The bytes of every rank, in order of position. For small things of unequal length."""
     if axis.size == 1:
         return [data]
-    lengths = all_gather(torch.tensor([len(data)]), axis).tolist()
-    padded = data.ljust(max(*lengths, 1), b"\0")
-    rows = all_gather(torch.frombuffer(bytearray(padded), dtype=torch.uint8)[None], axis)
+    device = axis.wire.device
+    lengths = all_gather(torch.tensor([len(data)], device=device), axis).tolist()
+    padded = bytearray(data.ljust(max(*lengths, 1), b"\0"))
+    rows = all_gather(torch.frombuffer(padded, dtype=torch.uint8)[None].to(device), axis)
     return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
 
 
@@ -117,9 +121,10 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
 
 def all_reduce_into(buffer: Tensor, axis: Axis, reduce: Reduce = "sum") -> Pending:
     """buffer{U_X} -> buffer, in place."""
+    flat = buffer.contiguous()  # the transport reads memory in order, whatever the strides say
     return _start(
-        "all_reduce", axis, buffer, (buffer,), reduce,
-        lambda: [dist.all_reduce(buffer, REDUCE[reduce], axis.group, async_op=True)],
+        "all_reduce", axis, buffer, flat, reduce,
+        lambda: dist.all_reduce(flat, REDUCE[reduce], axis.group, async_op=True),
     )  # fmt: skip
 
 
@@ -129,8 +134,8 @@ def all_gather_into(out: Tensor, x: Tensor, axis: Axis) -> Pending:
         return Pending(out.copy_(x.view_as(out)))
     x = x.contiguous()
     return _start(
-        "all_gather", axis, out, (x,), "",
-        lambda: [dist.all_gather_single(out.view(-1), x.view(-1), axis.group, async_op=True)],
+        "all_gather", axis, out, x, "",
+        lambda: dist.all_gather_single(out.view(-1), x.view(-1), axis.group, async_op=True),
     )  # fmt: skip
 
 
@@ -140,10 +145,10 @@ def reduce_scatter_into(out: Tensor, x: Tensor, axis: Axis) -> Pending:
         return Pending(out.copy_(x.view_as(out)))
     x = x.contiguous()
     return _start(
-        "reduce_scatter", axis, out, (x,), "sum",
-        lambda: [
-            dist.reduce_scatter_single(out.view(-1), x.view(-1), group=axis.group, async_op=True)
-        ],
+        "reduce_scatter", axis, out, x, "sum",
+        lambda: dist.reduce_scatter_single(
+            out.view(-1), x.view(-1), group=axis.group, async_op=True
+        ),
         payload=x.nbytes,
     )  # fmt: skip
 
@@ -154,16 +159,17 @@ def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Pending:
         return Pending(out.copy_(x))
     x = x.contiguous()
     return _start(
-        "all_to_all", axis, out, (x,), "",
-        lambda: [dist.all_to_all_single(out, x, group=axis.group, async_op=True)],
+        "all_to_all", axis, out, x, "",
+        lambda: dist.all_to_all_single(out, x, group=axis.group, async_op=True),
     )  # fmt: skip
 
 
 def broadcast_into(buffer: Tensor, axis: Axis, source: int = 0) -> Pending:
     """buffer of the rank at position `source` overwrites everyone's."""
+    flat = buffer.contiguous()
     return _start(
-        "broadcast", axis, buffer, (buffer,), f"from {source}",
-        lambda: [dist.broadcast(buffer, axis.ranks[source], axis.group, async_op=True)],
+        "broadcast", axis, buffer, flat, f"from {source}",
+        lambda: dist.broadcast(flat, axis.ranks[source], axis.group, async_op=True),
         source=source,
     )  # fmt: skip
 
@@ -182,6 +188,7 @@ def exchange(
         sent bytes are those of the sends.
     """
     pendings = []
+    sends = [(x.contiguous(), to) for x, to in sends]
     for posts, post, verb in ((receives, dist.irecv, "recv"), (sends, dist.isend, "send")):
         for x, peer in posts:
             assert peer != axis.index, f"rank {axis.ranks[peer]} cannot {verb} to itself"
@@ -206,9 +213,9 @@ def _start(
     op: str,
     axis: Axis,
     out: Tensor,
-    inputs: Sequence[Tensor],
+    given: Tensor,
     detail: str,
-    begin: Callable[[], list[dist.Work | None]],
+    begin: Callable[[], dist.Work | None],
     *,
     payload: int | None = None,
     source: int = 0,
@@ -216,34 +223,40 @@ def _start(
     if axis.size == 1:
         return Pending(out)
     payload = out.nbytes if payload is None else payload
-    about = ", ".join(filter(None, [_about(inputs[0]), detail]))
-    sent = backend_bytes(op, axis.size, (axis.index - source) % axis.size, payload)
+    about = ", ".join(filter(None, [_about(given), detail]))
+    position = (axis.index - source) % axis.size
+    sent = backend_bytes(op, axis.size, position, payload, axis.wire.backend)
     call = axis.wire.call(op, axis.name, axis.size, about, payload, sent)
     if axis.wire.check:
         _compare(call, axis)
     axis.wire.ledger.enter(call)
     try:
-        works = [work for work in begin() if work is not None]
+        work = begin()
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
-    return Pending(out, works, call, axis)
+    in_place = op in ("all_reduce", "broadcast")
+    staging = given if in_place and given is not out else None
+    return Pending(out, [work] if work is not None else [], call, axis, staging)
 
 
-def backend_bytes(op: str, size: int, position: int, payload: int) -> int:
-    """Bytes that gloo's own algorithm makes one rank send; nccl's ring differs only in broadcast.
+def backend_bytes(op: str, size: int, position: int, payload: int, backend: str = "gloo") -> int:
+    """Bytes that the backend's own algorithm makes one rank send.
 
-    all_reduce is a ring, all_gather a ring, all_to_all direct. reduce_scatter is an all_reduce of
-    which most is thrown away. broadcast is a binomial tree rooted at position 0: in round i every
-    rank below 2^i hands the whole on to the rank 2^i after it.
+    all_reduce and all_gather are rings, all_to_all is direct. gloo's reduce_scatter is an
+    all_reduce of which most is thrown away, and its broadcast a binomial tree rooted at position
+    0: in round i every rank below 2^i hands the whole on to the rank 2^i after it. nccl's are
+    rings: the broadcast goes from each rank to the next.
 
     >>> [backend_bytes("broadcast", 4, i, 100) for i in range(4)]
     [200, 100, 0, 0]
     """
+    if op == "broadcast" and backend == "nccl":
+        return payload if position < size - 1 else 0
     if op == "broadcast":
         rounds = (1 << i for i in range((size - 1).bit_length()))
         return payload * sum(position < step and position + step < size for step in rounds)
-    copies = {"all_reduce": 2, "reduce_scatter": 2, "all_gather": 1, "all_to_all": 1}
-    return copies[op] * payload * (size - 1) // size
+    wasted = 2 if op == "reduce_scatter" and backend == "gloo" else 1
+    return int(wasted * formula_bytes(op, size, payload))
 
 
 def _compare(call: Call, axis: Axis) -> None:
@@ -256,8 +269,12 @@ def _compare(call: Call, axis: Axis) -> None:
     """
     width = 256
     mine = f"{call.op}({call.about}) at {call.where}, phase {call.phase}, {call.unit}"
-    row = torch.frombuffer(bytearray(mine.encode()[:width].ljust(width)), dtype=torch.uint8)
-    rows = torch.empty(axis.size, width, dtype=torch.uint8)
+    text = bytearray(mine.encode()[:width].ljust(width))
+    row = torch.frombuffer(text, dtype=torch.uint8).to(axis.wire.device)
+    rows = row.new_empty(axis.size, width)
+    size, wire = axis.size, axis.wire
+    sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, wire.backend)
+    wire.ledger.enter(wire.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
     try:
         dist.all_gather_single(rows.view(-1), row, axis.group)
     except RuntimeError as error:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from dist_lab.comm.ledger import Call, Ledger
 
 PACKAGE = str(Path(__file__).parent)
@@ -29,13 +31,15 @@ class Wire:
 
     Args:
         rank, size: of the whole mesh.
+        backend: gloo or nccl; it decides on which device tensors must be to be sent.
         check: before each collective the ranks compare what they are about to call, and a
             difference is an error naming both calls instead of a hang or a wrong number.
             Costs one small all_gather a call.
     """
 
-    def __init__(self, rank: int, size: int, *, check: bool = False) -> None:
-        self.rank, self.size, self.check = rank, size, check
+    def __init__(self, rank: int, size: int, *, backend: str = "gloo", check: bool = False) -> None:
+        self.rank, self.size, self.backend, self.check = rank, size, backend, check
+        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.ledger = Ledger()
         self.phase, self.unit = "start", ""
         self._calls = 0

@@ -43,12 +43,12 @@ class JsonLines(Sink):
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def row(self, row: Row) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.file.close()
         if summary is not None:
-            text = json.dumps(summary, indent=1) + "\n"
+            text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
             (self.folder / "summary.json").write_text(text, encoding="utf-8")
 
 
@@ -120,10 +120,11 @@ class Lines(Sink):
 
 
 def closing_line(summary: Mapping[str, Any]) -> str:
-    median = summary["median"]
+    median, validation = summary["median"], summary["final_val_loss"]
+    validated = "" if validation is None else f", validation {validation:.4f}"
     return (
-        f"{summary['steps']} steps, loss {summary['final_loss']:.4f}, validation "
-        f"{summary['final_val_loss']:.4f}; {_rate(median)}, MFU {summary['mfu']:.1%}, "
+        f"{summary['steps']} steps, loss {summary['final_loss']:.4f}{validated}; "
+        f"{_rate(median)}, MFU {summary['mfu']:.1%}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
         f"in {summary['out']}"
     )

@@ -8,7 +8,8 @@ computes, and each parameter pays the network's latency by itself. ddp mends bot
 
 Cost per step, for P parameters of which none is idle: one all_reduce each, 2 (N-1)/N P elements
 sent, however many micro-batches there were; and one all_reduce of a byte per parameter, to agree on
-which were used. Memory per rank: all of everything. Bulk-synchronous SGD: Valiant 1990 (BSP),
+which were used. Memory per rank: all of everything. Buffers (the statistics of BatchNorm) stay each
+rank's own. Bulk-synchronous SGD: Valiant 1990 (BSP),
 Zinkevich et al. 2010, "Parallelized stochastic gradient descent".
 """
 
@@ -50,5 +51,6 @@ class AfterBackward(Sync):
         if not self.owed:
             return []
         grads = [self.model.get_parameter(name).grad is not None for name in self.owed]
-        used = all_reduce(torch.tensor(grads, dtype=torch.uint8), self.axis, "max")
+        flags = torch.tensor(grads, dtype=torch.uint8, device=self.axis.wire.device)
+        used = all_reduce(flags, self.axis, "max")
         return [name for name, yes in zip(self.owed, used.tolist(), strict=True) if yes]

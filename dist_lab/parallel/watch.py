@@ -14,19 +14,23 @@ from dist_lab.parallel.sync import Sync
 
 
 class FirstNonFinite(Sync):
-    """`found` is the name of the first such parameter of this step, in the order of backward."""
+    """Holds the name of the first such parameter of this step, in the order of backward."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.found: str | None = None
+        self.model, self.found = model, ""
+
+    def take(self) -> str:
+        """The name, or "" if there is none; forgotten from now on."""
+        found, self.found = self.found, ""
+        return found
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             gradient = self.model.get_parameter(name).grad
             # A sum is the cheapest pass that any NaN or infinity survives. It may also overflow
             # by itself, so it only accuses; isfinite convicts.
-            if self.found is None and gradient is not None and not gradient.sum().isfinite():
-                self.found = None if torch.isfinite(gradient).all() else name
+            if not self.found and gradient is not None and not gradient.sum().isfinite():
+                self.found = "" if torch.isfinite(gradient).all() else name
 
     def after_step(self) -> None:
-        self.found = None
+        self.found = ""

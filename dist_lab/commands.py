@@ -1,0 +1,156 @@
+"""The commands, on one rank: from settings to a model, its data and the work.
+
+`launch/train.py` runs `train` here, and `launch/verify.py` runs `verify`. This is where a name on
+the command line becomes a thing in torch.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dist_lab import parity, zoo
+from dist_lab import train as loop
+from dist_lab.comm.agree import check_settings_agree, together
+from dist_lab.compose import parallelize
+from dist_lab.config import Config, cores
+from dist_lab.data import Data, open_data
+from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.mesh import Mesh
+from dist_lab.observe import run_dir
+from dist_lab.observe.sinks import Sink, open_sinks
+
+
+def train(config: Config, mesh: Mesh) -> int:
+    """Train a model of the zoo; rank 0 writes what README describes."""
+    with ExitStack() as held:
+        data = meet(config, mesh)
+        with together(mesh.world):
+            if mesh.rank == 0:
+                folder = held.enter_context(run_dir.claimed(config))
+        job = build(config, mesh, data)
+        setting = describe(config, job, data)
+        sinks: list[Sink] = []
+        if mesh.rank == 0:
+            print(opening_line(setting), flush=True)
+            sinks = open_sinks(folder, config.steps)
+            setting["out"] = str(folder)
+        summary: Mapping[str, Any] | None = None
+        try:
+            summary = setting | loop.train(job, data, config, sinks)
+        finally:
+            for sink in sinks:
+                sink.close(summary)
+    return 0
+
+
+def verify(config: Config, mesh: Mesh) -> int:
+    """Compare a model of the zoo with one process. Exit status 0 only if equal."""
+    data = meet(config, mesh)
+    with together(mesh.world):
+        if mesh.rank == 0 and config.out:
+            make_folder(Path(config.out))
+    report = parity.verify(
+        lambda: draw(config, data),
+        lambda step: data.batch(step, slice(0, config.batch)),
+        mesh,
+        config.strategy,
+        config.impl,
+        steps=config.steps,
+        microbatches=config.microbatches,
+        clip=config.clip or None,
+        optimizer=loop.OPTIMIZERS[config.optimizer],
+        options={"lr": config.lr, "weight_decay": config.weight_decay},
+        units=zoo.MODELS[config.model].units,
+        param_dtype=compute_dtype(config),
+    )
+    if mesh.rank == 0:
+        console = Console()
+        console.print(report.table())
+        console.print(report.sentence(), soft_wrap=True)
+        if config.out:
+            text = json.dumps(report.to_dict(), indent=1) + "\n"
+            Path(config.out, "verify.json").write_text(text, encoding="utf-8")
+    return 0 if report.equal else 1
+
+
+def meet(config: Config, mesh: Mesh) -> Data:
+    """What every command begins with: ranks of one mind, told or not of the wire, with data."""
+    check_settings_agree(config.to_dict() | versions(), mesh.world)
+    if config.log_collectives:
+        mesh.wire.log(sys.stderr.write)
+    with together(mesh.world):
+        return open_data(
+            config.data,
+            batch=config.batch,
+            seq=config.seq,
+            seed=config.seed,
+            cache_dir=Path(config.cache),
+        )
+
+
+def draw(config: Config, data: Data) -> zoo.Model:
+    """The model of the zoo in the dtype of its parameters, drawn from the seed alone."""
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    return zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=dtype)
+
+
+def compute_dtype(config: Config) -> torch.dtype | None:
+    """The dtype of compute, where it is not that of the parameters."""
+    return torch.bfloat16 if config.dtype == "bfloat16" else None
+
+
+def build(config: Config, mesh: Mesh, data: Data) -> Job:
+    model = draw(config, data)
+    return parallelize(
+        model.to(mesh.device),
+        mesh,
+        config.strategy,
+        config.impl,
+        units=model.units,
+        param_dtype=compute_dtype(config),
+        broadcast=False,  # there is nothing to send; this checks that it is so
+    )
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "verify.json").touch()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror} (--out)") from None
+
+
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], "torch": torch.__version__}
+
+
+def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
+    """What a number needs beside it to mean something."""
+    return {
+        "config": config.to_dict(),
+        "mesh": job.mesh.axes,
+        "world_size": job.mesh.size,
+        "threads": torch.get_num_threads(),
+        "cores": cores(),
+        "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
+        "data": {"name": data.name, "sha256": data.sha256},
+        "versions": versions(),
+    }
+
+
+def opening_line(setting: Mapping[str, Any]) -> str:
+    config = setting["config"]
+    return (
+        f"{config['strategy']}@{config['impl']} on {setting['world_size']} ranks x "
+        f"{setting['threads']} threads ({setting['cores']} cores): {config['model']} "
+        f"{setting['parameters'] / 1e6:.1f}M in {config['dtype']}, {setting['data']['name']} "
+        f"sha256 {setting['data']['sha256'][:12]}, {config['batch']} x {config['seq']} a step"
+    )

@@ -1,0 +1,33 @@
+"""Hooks on a module that a copy of the module leaves behind.
+
+`job.model` stays an ordinary module: copied for an average of its weights, or pickled, it is the
+plain model, without the strategy that trains the original.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class ModuleHook:
+    """A forward hook. In a deep copy or a pickle it is replaced by one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return leave_behind, ()
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """The hook of a copy."""
+
+
+def leave_behind() -> Callable[..., None]:
+    """What a pickled hook is rebuilt by."""
+    return nothing
