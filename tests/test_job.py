@@ -85,6 +85,8 @@ def test_several_backwards_may_make_up_the_last_micro_batch():
     with job.microbatch(last=True):
         backward(job)
         backward(job)
+    with pytest.raises(UserError, match="hold their last micro-batch"):
+        backward(job)
     job.finish()
 
 

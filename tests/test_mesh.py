@@ -1,11 +1,13 @@
 """The mesh: pure arithmetic without processes, and the groups on real ranks."""
 
+import socket
+
 import pytest
 import torch
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.mesh import ORDER, group_timeout, init_mesh, line_through, lines
+from dist_lab.mesh import ORDER, environment_store, group_timeout, init_mesh, line_through, lines
 
 
 def test_a_single_process_is_a_mesh_of_size_one_on_every_axis():
@@ -75,3 +77,15 @@ def test_sub_joins_some_positions_of_each_line(mesh):
         assert ops.all_reduce(torch.tensor(1), pair) == 2
     with pytest.raises(UserError, match="positions must be distinct and below 4"):
         mesh.sub("dp", [0, 4])
+
+
+def test_each_restart_of_torchrun_meets_under_a_name_of_its_own(monkeypatch):
+    # The addresses of dead ranks stay in the store; new ranks that read them never connect.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    store = environment_store(0, 1, timeout=20)
+    store.set("address", "here")
+    assert store.underlying_store.get("attempt-3/address") == b"here"

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.nn.functional import cross_entropy
 
+from dist_lab import commands
 from dist_lab.config import parse
-from dist_lab.train import learning_rate
+from dist_lab.data import open_data
+from dist_lab.mesh import init_mesh
+from dist_lab.train import evaluate, learning_rate
 
 ROOT = Path(__file__).parent.parent
 ROW = {
@@ -138,6 +142,20 @@ def test_ranks_started_with_different_settings_are_told_which(text, tmp_path):
     assert all(rank.returncode != 0 for rank in ranks)
     assert "was started with lr=" in said[0]
     assert "Traceback" not in "".join(said)
+
+
+def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
+    config = parse([*SMALL, "--dtype", "float64"])
+    data = open_data(str(text), batch=8, seq=32, seed=0, cache_dir=tmp_path)
+    job = commands.build(config, init_mesh(), data)
+    batches = [data.validation(i, slice(0, 8)) for i in range(data.validation_batches)]
+    assert len(batches) > 1
+    losses = [
+        cross_entropy(job.model(inputs).flatten(0, 1), targets.flatten()).item()
+        for inputs, targets in batches
+    ]
+    found = evaluate(job, data, config, slice(0, 8))
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-12)
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_down_to_a_tenth():
