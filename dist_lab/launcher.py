@@ -26,10 +26,10 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from dist_lab import ranks
 from dist_lab.config import cores
 from dist_lab.errors import MachineError, UserError
-from dist_lab.failures import Failure, causes, heading, named, tell
+from dist_lab.processes import ranks
+from dist_lab.processes.failures import Failure, causes, heading, named, tell
 
 if TYPE_CHECKING:
     from dist_lab.mesh import Mesh

@@ -32,8 +32,8 @@ from pickle import dumps
 
 import pytest
 
-from dist_lab.pool import Pool, Task
-from dist_lab.ranks import PRELOAD
+from dist_lab.processes.pool import Pool, Task
+from dist_lab.processes.ranks import PRELOAD
 
 POOL = pytest.StashKey[Pool]()
 COMPLAINTS = pytest.StashKey[list[str]]()

@@ -16,7 +16,7 @@ def with_mark(mark: str) -> list[int]:
     return found
 
 
-def all_gone(mark: str, within: float = 2.0) -> bool:
+def all_gone(mark: str, within: float = 15.0) -> bool:
     """Whether they all end in so many seconds."""
     deadline = time.monotonic() + within
     while with_mark(mark):

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each file may import from the layers below its own, and within its own where that is `SELF`.
 LAYERS = [
-    ["errors", "hooks", "torchvision_import", "ranks"],
-    ["settings", "failures"],
+    ["errors", "hooks", "torchvision_import", "processes.ranks"],
+    ["settings", "processes.failures"],
     ["config", "zoo", "data", "loss"],
     ["comm.ledger", "comm.wire"],
     ["mesh"],
@@ -27,10 +27,10 @@ LAYERS = [
     ["compose"],
     ["parity_report", "observe"],
     ["train", "parity"],
-    ["commands", "pool", "launcher"],
+    ["commands", "processes.pool", "launcher"],
     ["testing"],
 ]
-TALK_TO_TORCH_DISTRIBUTED = {"mesh", "launcher", "pool"}
+TALK_TO_TORCH_DISTRIBUTED = {"mesh", "launcher"}
 
 
 def module_of(path: Path) -> str:

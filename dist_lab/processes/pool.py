@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 import pytest
 
-from dist_lab import ranks
-from dist_lab.failures import Failure, by_cause, heading, how_it_ended, named, tell
+from dist_lab.processes import ranks
+from dist_lab.processes.failures import Failure, by_cause, heading, how_it_ended, named, tell
 
 AT_START = 120.0  # seconds for ranks to import torch and say that they are there
 AT_EXIT = 10.0  # seconds for ranks to end after the last test
