@@ -40,7 +40,7 @@ def train(config: Config, mesh: Mesh) -> int:
         sinks: list[Sink] = []
         if mesh.rank == 0:
             print(opening_line(setting), flush=True)
-            sinks = open_sinks(folder, config.steps)
+            sinks = open_sinks(folder, config.steps, plain=config.log_collectives)
             setting["out"] = str(folder)
         summary: Mapping[str, Any] | None = None
         try:

@@ -63,6 +63,8 @@ def parallelize(
         UserError: an unknown strategy, a mesh it does not fit, a unit that matches nothing, an
             optimizer that was built before, or weights that differ with broadcast=False.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"parallelize takes a module that has been built, not {model!r:.60}")
     row = _strategy(strategy, impl)
     axis = mesh[row.axis]
     if axis.size != mesh.size or (strategy == "single" and mesh.size > 1):
@@ -82,6 +84,8 @@ def parallelize(
     named = _find_units(model, units)
     names = [name for name, _ in model.named_parameters()]
     applied = row.apply(model, axis)
+    if not isinstance(applied, Applied):
+        raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
     assert names == [name for name, _ in model.named_parameters()] == list(applied.laid), (
         "a strategy changes no parameter's name"
     )

@@ -72,9 +72,12 @@ class Job:
             The loss of the global batch, the same number on every rank.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        _check_pairs(microbatches)
         for i, (inputs, targets) in enumerate(microbatches):
             with self.microbatch(last=i == len(microbatches) - 1):
                 share = loss_fn(self.model(inputs), targets)
+                if not isinstance(share, Tensor) or share.numel() != 1:
+                    raise UserError("loss_fn returns one number as a tensor: a sum / job.count(n)")
                 share.backward()
                 total += share.detach()
         return self._over_data(total)
@@ -84,6 +87,7 @@ class Job:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        _check_pairs(microbatches)
         try:
             with torch.no_grad():
                 for inputs, targets in microbatches:
@@ -222,3 +226,8 @@ class Job:
     def _over_data(self, total: Tensor) -> float:
         with self.mesh.wire.during("loss"):
             return float(ops.all_reduce(total, self._data))
+
+
+def _check_pairs(microbatches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in microbatches):
+        raise UserError("microbatches are a list of (input, target) pairs: job.run([(x, y)], ...)")

@@ -26,6 +26,8 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from rich.console import Console
+
 from dist_lab.config import cores
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
@@ -166,6 +168,7 @@ def on_new_ranks(program: str, config: C, body: Body[C], size: int) -> int:
             show_stacks([r for r in started if r.process.is_alive()])
         finally:
             codes = ranks.stop(started)
+            restore_terminal()
     if any(codes):
         failures = [Failure.died(rank, code) for rank, code in enumerate(codes) if code]
         return say(program, failures, size, config.debug)
@@ -192,6 +195,13 @@ def new_rank(
     except BaseException as error:
         pipe.send(Failure.of(rank, error))
         ranks.end_process(1)
+
+
+def restore_terminal() -> None:
+    """The rank with the progress bar may have been ended before it showed the cursor again."""
+    console = Console()
+    if console.is_terminal:
+        console.show_cursor()
 
 
 def threads_of_each(config: Launch, size: int) -> int:

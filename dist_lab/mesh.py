@@ -8,9 +8,11 @@ neighbouring ranks close together. This file is the only place that knows the or
 backend and the process groups; everything else is handed an `Axis`.
 """
 
+import atexit
 import math
 import os
 import socket
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,7 @@ from itertools import product
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # see [Note: who holds the group]
 from torch.distributed import (  # type: ignore[attr-defined]
     FileStore,
     PrefixStore,
@@ -73,6 +76,7 @@ class Mesh:
             self._torch = init_device_mesh(
                 self.device.type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
             )
+            atexit.register(_release, weakref.ref(self), "_torch")
         self._made: dict[str, Axis] = {}
         self._subs: dict[str, Axis | None] = {}
         for name in ORDER:
@@ -145,8 +149,23 @@ class Mesh:
             group.set_timeout(timedelta(seconds=self.timeout))
             assert group_timeout(group) == self.timeout, (name, group_timeout(group))
             assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
-        index = ranks.index(self.rank)
-        return Axis(name, len(ranks), index, ranks, group, self.wire)
+        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire)
+        if group is not None:
+            atexit.register(_release, weakref.ref(axis), "group")
+        return axis
+
+
+def _release(reference: "weakref.ref[Axis | Mesh]", name: str) -> None:
+    """Let go of a group before the interpreter is taken apart.
+
+    [Note: who holds the group] A gloo group that is still held when the interpreter ends has its
+    threads running, and the process aborts after having done all it should. The functions of
+    torch.distributed.nn.functional hold the world's group, as the default of an argument, if they
+    are first imported once there is one; any optimizer imports them. Hence the import above.
+    """
+    holder = reference()
+    if holder is not None:
+        object.__setattr__(holder, name, None)
 
 
 def init_mesh(
@@ -178,6 +197,7 @@ def init_mesh(
         seconds = 60.0 if timeout is None else timeout
         store = environment_store(rank, size, seconds)
         connect(store, rank, size, timeout=seconds, backend=backend or default_backend())
+        atexit.register(disconnect)  # who joins leaves
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         backend = backend or str(dist.get_backend())

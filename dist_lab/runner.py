@@ -93,6 +93,12 @@ class Runner:
         self._closed = set(self._trained)
 
     def after_step(self) -> None:
+        """Raises UserError if the gradients that were stepped on had not been summed."""
+        if self.has_gradients:
+            raise UserError(
+                "after_step() without finish(): each rank has stepped on its own gradients and the "
+                "weights now differ; call job.finish() after backward, before optimizer.step()"
+            )
         with self.wire.during("after_step", unit=""):
             self.sync.after_step()
 

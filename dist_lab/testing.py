@@ -89,10 +89,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
     marker = pyfuncitem.get_closest_marker("ranks")
     if marker is None:
         return None
+    problem = "" if marker.args or "size" in marker.kwargs else "give a number: ranks(4)"
+    marked: Marked | None = None
     try:
-        marked = Marked(*marker.args, **marker.kwargs)
+        marked = None if problem else Marked(*marker.args, **marker.kwargs)
     except (TypeError, ValueError) as error:
-        pytest.fail(f"@pytest.mark.ranks: {error}", pytrace=False)
+        problem = str(error)
+    if marked is None or problem:
+        pytest.fail(f"@pytest.mark.ranks: {problem}", pytrace=False)
     pyfuncitem.config.stash[POOL].run(task_of(pyfuncitem, marked))
     return True
 

@@ -106,6 +106,27 @@ def test_a_parameter_unfrozen_too_late_is_refused_by_name():
         job.finish()
 
 
+def test_a_forgotten_finish_is_refused_before_weights_drift_apart():
+    job = single(gpt())
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    backward(job)
+    optimizer.step()
+    with pytest.raises(UserError, match=r"after_step\(\) without finish\(\)"):
+        job.after_step()
+
+
+def test_calls_of_the_wrong_shape_are_told_the_right_one():
+    with pytest.raises(UserError, match="a module that has been built"):
+        single(Odd)
+    with pytest.raises(UserError, match=r"returns Applied\(laid, sync\), this one None"):
+        dist_lab.parallelize(odd(), dist_lab.init_mesh(), lambda model, axis: None)
+    job = single(odd())
+    with pytest.raises(UserError, match=r"list of \(input, target\) pairs"):
+        job.run(batch(0), cross_entropy_sum)
+    with pytest.raises(UserError, match="one number as a tensor"):
+        job.run([batch(0)], lambda out, target: 1.0)
+
+
 def test_clipping_before_finish_is_refused():
     job = single(gpt())
     backward(job)

@@ -28,10 +28,11 @@ class Sink:
         """The run is over; None if it failed."""
 
 
-def open_sinks(folder: Path, steps: int) -> list[Sink]:
-    """All three, writing into `folder`, which exists."""
+def open_sinks(folder: Path, steps: int, *, plain: bool = False) -> list[Sink]:
+    """All three, writing into `folder`, which exists. `plain`: no bar, as others print too."""
     console = Console()
-    screen: Sink = Bar(console, steps) if console.is_terminal else Lines(console, steps)
+    watched = console.is_terminal and not plain
+    screen: Sink = Bar(console, steps) if watched else Lines(console, steps)
     return [JsonLines(folder), TensorBoard(folder), screen]
 
 
