@@ -7,6 +7,8 @@ parameter's name. To add one, write it in parallel/, and give it a row in STRATE
 import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +18,15 @@ from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook
 from dist_lab.job import Job
-from dist_lab.mesh import Axis, Mesh
-from dist_lab.parallel import dp, single
+from dist_lab.mesh import Mesh
+from dist_lab.parallel import ddp, ddp_accelerate, ddp_torch, dp, single
 from dist_lab.parallel.sync import Applied, Chain
+from dist_lab.parallel.sync_batchnorm import convert_batchnorm
 from dist_lab.parallel.watch import FirstNonFinite
 from dist_lab.precision import compute_in
 from dist_lab.runner import Runner
 
-Apply = Callable[[nn.Module, Axis], Applied]
+Apply = Callable[..., Applied]  # (model, axis, **options of its own)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Strategy:
 STRATEGIES: Mapping[tuple[str, str], Strategy] = {
     ("single", "hand"): Strategy(single.apply, "dp"),
     ("dp", "hand"): Strategy(dp.apply, "dp"),
+    ("ddp", "hand"): Strategy(ddp.apply, "dp"),
+    ("ddp", "torch"): Strategy(ddp_torch.apply, "dp"),
+    ("ddp", "accelerate"): Strategy(ddp_accelerate.apply, "dp"),
 }
 
 
@@ -49,6 +55,8 @@ def parallelize(
     units: Iterable[type[nn.Module] | str] = (),
     param_dtype: torch.dtype | None = None,
     broadcast: bool = True,
+    sync_batchnorm: bool = False,
+    **options: Any,
 ) -> Job:
     """Make a model train on a mesh, in place.
 
@@ -58,10 +66,13 @@ def parallelize(
         units: module classes or names: what is borrowed, reduced and logged as one.
         param_dtype: compute in this dtype, keeping the parameters as float32 masters.
         broadcast: start from rank 0's weights and buffers. False: they must be equal already.
+        sync_batchnorm: BatchNorm takes its statistics over the rows of all ranks.
+        options: the strategy's own, as its `apply` lists them: ddp's bucket_mb.
 
     Raises:
-        UserError: an unknown strategy, a mesh it does not fit, a unit that matches nothing, an
-            optimizer that was built before, or weights that differ with broadcast=False.
+        UserError: an unknown strategy or option, a mesh it does not fit, a unit that matches
+            nothing, an optimizer that was built before, or weights that differ with
+            broadcast=False.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"parallelize takes a module that has been built, not {model!r:.60}")
@@ -81,9 +92,14 @@ def parallelize(
     else:
         check_tensors_agree(state, axis)
 
+    if sync_batchnorm:
+        everyone = mesh.sub(row.axis, range(axis.size))  # with a process group of its own
+        assert everyone is not None, axis
+        convert_batchnorm(model, everyone)
     named = _find_units(model, units)
     names = [name for name, _ in model.named_parameters()]
-    applied = row.apply(model, axis)
+    _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
+    applied = row.apply(model, axis, **options)
     if not isinstance(applied, Applied):
         raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
     assert names == [name for name, _ in model.named_parameters()] == list(applied.laid), (
@@ -93,7 +109,7 @@ def parallelize(
         compute_in(model, param_dtype)
     watch = FirstNonFinite(model)
     runner = Runner(model, Chain(watch, applied.sync), mesh.wire, named)
-    return Job(model, mesh, applied.laid, runner, watch)
+    return Job(model, mesh, applied.laid, runner, watch, about=applied.about)
 
 
 def _strategy(strategy: str | Apply, impl: str) -> Strategy:
@@ -103,6 +119,14 @@ def _strategy(strategy: str | Apply, impl: str) -> Strategy:
         known = ", ".join(f"{name}@{by}" for name, by in STRATEGIES)
         raise UserError(f"no strategy {strategy}@{impl}; there is {known}")
     return STRATEGIES[strategy, impl]
+
+
+def _refuse_unknown_options(apply: Apply, options: Mapping[str, Any], label: str) -> None:
+    own = [p.name for p in signature(apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in own:
+            takes = f"it takes {', '.join(own)}" if own else "it takes none"
+            raise UserError(f"{label} has no option {name}; {takes}")
 
 
 def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:

@@ -8,9 +8,9 @@ depends on the number of processes in `Config.axes`.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_lab.errors import UserError
 from dist_lab.settings import one_of, read, setting, shown
@@ -27,8 +27,10 @@ class Strategy:
 STRATEGIES = {
     "single": Strategy(impls=("hand",), axes=()),
     "dp": Strategy(impls=("hand",), axes=("dp",)),
+    "ddp": Strategy(impls=("hand", "torch", "accelerate"), axes=("dp",)),
 }
 DATA_AXES = ("dp",)  # along these, ranks share out the rows of the batch
+C = TypeVar("C", bound="Config")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Config:
     # fmt: off
     strategy: str = setting("single", "how the work is shared out over processes",
         heading="how it is distributed", choices=tuple(STRATEGIES))
-    impl: str = setting("hand", "who wrote the strategy", metavar="hand")
+    impl: str = setting("hand", "who wrote the strategy: this project, PyTorch or accelerate",
+        choices=("hand", "torch", "accelerate"))
     mesh: str = setting("", "processes along each axis; default: all on the strategy's own",
         metavar="dp=N", table=True)
     nproc: int | None = setting(None, "start so many ranks on this machine; default: this process, "
@@ -152,8 +155,25 @@ def parse(
         UserError: anything wrong in either.
         SystemExit: 0, after --help or --version.
     """
-    config, where = read(Config, argv, program, description, defaults, without)
-    check_together(config, where)
+    return parse_as(
+        Config, check_together, argv,
+        program=program, description=description, defaults=defaults, without=without,
+    )  # fmt: skip
+
+
+def parse_as(
+    cls: type[C],
+    check: Callable[[C, Mapping[str, str]], None],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    description: str | None,
+    defaults: Mapping[str, Any],
+    without: Sequence[str],
+) -> C:
+    """`parse` for a program that has settings of its own beside these, and its own `check`."""
+    config, where = read(cls, argv, program, description, defaults, without)
+    check(config, where)
     return config
 
 
@@ -171,6 +191,11 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
                 f"strategy {config.strategy} does not run along {shown(axis)} ({where['mesh']}); "
                 + _axes_to_give(strategy, axis)
             )
+    check_nproc(config, where)
+
+
+def check_nproc(config: Config, where: Mapping[str, str]) -> None:
+    """If this program starts ranks itself: so many, and what they are to do."""
     if config.nproc is not None:
         most = 4 * cores()
         if config.nproc > most and not config.oversubscribe:

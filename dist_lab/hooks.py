@@ -1,11 +1,14 @@
-"""Hooks on a module that a copy of the module leaves behind.
+"""Hooks on a module that a copy of the module leaves behind, and the tensors that they see.
 
 `job.model` stays an ordinary module: copied for an average of its weights, or pickled, it is the
 plain model, without the strategy that trains the original.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 class ModuleHook:
@@ -31,3 +34,18 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 def leave_behind() -> Callable[..., None]:
     """What a pickled hook is rebuilt by."""
     return nothing
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in a module's output, whatever it is made of."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from tensors_in(getattr(output, field.name))

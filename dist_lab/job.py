@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout import Laid, clip, gather_full, global_norm, slice_local
@@ -34,6 +35,7 @@ class Job:
         model: an ordinary module; its parameters keep their names.
         mesh: where it runs.
         laid: name -> how that parameter lies.
+        about: the configuration that a library's strategy runs in; "" for ours.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class Job:
         laid: Mapping[str, Laid],
         runner: Runner,
         watch: FirstNonFinite,
+        *,
+        about: str = "",
     ) -> None:
-        self.model, self.mesh, self.laid = model, mesh, laid
+        self.model, self.mesh, self.laid, self.about = model, mesh, laid, about
         self._runner, self._watch = runner, watch
         self._data: Axis = mesh.data
         self._world: Axis = mesh.world
@@ -83,7 +87,12 @@ class Job:
         return self._over_data(total)
 
     def evaluate(self, microbatches: Sequence[tuple[Tensor, Tensor]], loss_fn: LossFn) -> float:
-        """The global loss by forward passes alone, in eval mode. Arguments and result as `run`."""
+        """The global loss by forward passes alone, in eval mode. Arguments and result as `run`.
+
+        Running statistics are first made those of all ranks: see [Note: buffers]. Collective.
+        """
+        with self.mesh.wire.during("buffers"):
+            merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -181,11 +190,13 @@ class Job:
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """Every tensor whole, under the names of `model.state_dict()`, equal on every rank.
 
-        Buffers are rank 0's. With `rank0_only` the other ranks get an empty dict. Collective.
+        Running statistics are those of all ranks, other buffers rank 0's: see [Note: buffers].
+        With `rank0_only` the other ranks get an empty dict. Collective.
         """
         canonical = {p: name for name, p in self.model.named_parameters()}
         full: dict[str, Any] = {}
         with self.mesh.wire.during("state_dict"):
+            merge_statistics(self.model, self._data)
             for name, tensor in self.model.state_dict(keep_vars=True).items():
                 if isinstance(tensor, nn.Parameter):
                     first = canonical[tensor]  # tied tensors have several names and one value

@@ -13,7 +13,8 @@ import math
 import os
 import socket
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
@@ -290,6 +291,31 @@ def environment_store(rank: int, size: int, timeout: float) -> Store:
     store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=limit))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"attempt-{attempt}", store)
+
+
+@contextmanager
+def as_under_torchrun(axis: Axis) -> Iterator[None]:
+    """The environment that torchrun gives its processes, for libraries that read it to find them.
+
+    Ranks may have been started in other ways, which leave nothing there.
+    """
+    given = {
+        "RANK": str(axis.index),
+        "WORLD_SIZE": str(axis.size),
+        "LOCAL_RANK": str(axis.index),
+        "LOCAL_WORLD_SIZE": str(axis.size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",  # not used: the processes have met
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update({name: before[name] or value for name, value in given.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
 
 
 def default_backend() -> str:

@@ -13,15 +13,21 @@ rounding, which Adam divides by itself and turns into a full step; the weights o
 listed and not judged.
 
 In float64 a bug shows at 1e-10 and rounding does not; that is the dtype to verify in.
+
+[Note: BatchNorm] It makes the gradient depend on which rows are normalized together. So the one
+process then takes the batch in the same pieces: each rank's micro-batches one by one, or, where
+SyncBatchNorm is asked for, the micro-batches of all ranks together. In the second case the buffers
+are compared as well; in the first there is nothing to compare them with.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_lab.comm import ops
 from dist_lab.compose import Apply, parallelize
@@ -56,6 +62,8 @@ def verify(
     units: Iterable[type[nn.Module] | str] = (),
     param_dtype: torch.dtype | None = None,
     tolerance: float | None = None,
+    sync_batchnorm: bool = False,
+    **strategy_options: Any,
 ) -> Report:
     """Train a model twice, in parallel and in one process, and compare. Collective over the mesh.
 
@@ -70,6 +78,7 @@ def verify(
             targets.
         param_dtype: see `parallelize`; the reference then computes in it too.
         tolerance: default by dtype, see TOLERANCE.
+        sync_batchnorm, strategy_options: see `parallelize`.
 
     Raises:
         UserError: rows that are all alike (a forgotten sum over ranks would go unseen), dropout.
@@ -78,30 +87,36 @@ def verify(
     _refuse_dropout(reference)
     dtype = param_dtype or next(reference.parameters()).dtype
     job = parallelize(
-        tested, mesh, strategy, impl, units=units, param_dtype=param_dtype, broadcast=False
-    )
+        tested, mesh, strategy, impl, units=units, param_dtype=param_dtype, broadcast=False,
+        sync_batchnorm=sync_batchnorm, **strategy_options,
+    )  # fmt: skip
     if param_dtype is not None:
         compute_in(reference, param_dtype)
     options = {"lr": 1e-3} if options is None else options
     ours = job.optimizer(optimizer, **options)
     plain = optimizer([p for p in reference.parameters() if p.requires_grad], **options)
 
+    kind = _normalization(reference, sync_batchnorm)
     found: list[Comparison] = []
     for step in range(steps):
         inputs, targets = (tensor.to(mesh.device) for tensor in build_batch(step))
         if step == 0 and mesh.data.size > 1 and len(inputs) > 1 and (inputs == inputs[:1]).all():
             raise UserError("every row of the batch is alike; ranks need different data to verify")
-        wanted = _reference_step(reference, plain, inputs, targets, clip, loss_sum)
+        pieces = _normalized_together(inputs, targets, mesh.data.size, microbatches, kind)
+        wanted = _reference_step(reference, plain, pieces, clip, loss_sum)
         loss, gradients, norm = _tested_step(
             job, ours, inputs, targets, microbatches, clip, loss_sum
         )
         weights = job.full_state_dict()
         theirs = {name: p.detach() for name, p in reference.named_parameters()}
+        buffers = {name: b for name, b in reference.named_buffers() if name in weights}
         noise = _only_rounding(wanted[1], dtype)
         found += _compare_scalar(step, "loss", loss, wanted[0])
         found += _compare(step, "gradient", gradients, wanted[1], set())
         found += _compare_scalar(step, "grad norm", norm, wanted[2])
         found += _compare(step, "weight", weights, theirs, noise)
+        if kind != "by rank":
+            found += _compare(step, "buffer", weights, buffers, set())
     label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
     return Report(
         label, str(mesh), str(dtype).removeprefix("torch."),
@@ -117,21 +132,23 @@ Gradients = dict[str, Tensor | None]
 def _reference_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
+    pieces: Sequence[Batch],
     clip: float | None,
     loss_sum: LossSum,
 ) -> tuple[float, Gradients, float]:
-    """One process, the whole batch at once, PyTorch alone."""
-    loss = loss_sum(model(inputs), targets) / targets.numel()
-    loss.backward()
+    """One process, PyTorch alone, the whole batch at once or in the pieces given."""
+    total, loss = sum(targets.numel() for _, targets in pieces), 0.0
+    for inputs, targets in pieces:
+        share = loss_sum(model(inputs), targets) / total
+        share.backward()
+        loss += float(share.detach())
     gradients = {
         name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
     }
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach()), gradients, float(norm)
+    return loss, gradients, float(norm)
 
 
 def _tested_step(
@@ -161,6 +178,28 @@ def _tested_step(
     job.after_step()
     optimizer.zero_grad()
     return loss, gradients, norm
+
+
+def _normalization(model: nn.Module, synchronized: bool) -> str:
+    """Which rows a layer of the model normalizes together: see [Note: BatchNorm]."""
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return "none"
+    return "over ranks" if synchronized else "by rank"
+
+
+def _normalized_together(
+    inputs: Tensor, targets: Tensor, ranks: int, microbatches: int, kind: str
+) -> list[Batch]:
+    """The global batch in the pieces whose rows depend on each other."""
+    if kind == "none":
+        return [(inputs, targets)]
+    by_rank = [slice_rows(*rows, microbatches) for rows in slice_rows(inputs, targets, ranks)]
+    if kind == "by rank":
+        return [pair for pairs in by_rank for pair in pairs if len(pair[0])]
+    return [
+        (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+        for pairs in zip(*by_rank, strict=True)
+    ]
 
 
 def slice_rows(inputs: Tensor, targets: Tensor, parts: int) -> list[Batch]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-QUANTITIES = ("loss", "gradient", "grad norm", "weight")
+QUANTITIES = ("loss", "gradient", "grad norm", "weight", "buffer")
 
 
 @dataclass(frozen=True)

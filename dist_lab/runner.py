@@ -15,7 +15,6 @@ where an average would have hidden it. So each gradient is closed once its last 
 and opens again when it is cleared; a backward that adds to a closed one is refused.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
-from dist_lab.hooks import ModuleHook
+from dist_lab.hooks import ModuleHook, tensors_in
 from dist_lab.parallel.sync import Sync
 
 
@@ -61,10 +60,12 @@ class Runner:
         """Backwards inside the block belong to one micro-batch; `last` says whether more follow."""
         before = self._last, self._in_block
         self._last, self._in_block = last, True
+        self.sync.microbatch(last=last)
         try:
             yield
         finally:
             self._last, self._in_block = before
+            self.sync.microbatch(last=self._last)
             if last:
                 self._closed |= self._touched
             self._touched = set()
@@ -173,7 +174,7 @@ class _Unit:
         self.wire.unit = self.outer
         if not _in_backward():
             self.close()
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._enter_backward)
 
@@ -202,18 +203,3 @@ def _backward_number() -> int:
 
 def _in_backward() -> bool:
     return _backward_number() != -1
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a module's output, whatever it is made of."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))

@@ -118,7 +118,8 @@ def test_a_config_is_frozen_and_json():
 # --- what is refused: each with the whole line ----------------------------------------------------
 
 BAD_FLAGS = [
-    ("--strategy zp", "strategy cannot be 'zp' (--strategy); give single or dp (did you mean dp?)"),
+    ("--strategy zp", "strategy cannot be 'zp' (--strategy); give single, dp or ddp "
+        "(did you mean dp?)"),
     ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
     ("--dtype fp8", "dtype cannot be 'fp8' (--dtype); give float32, bfloat16 or float64"),
     ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m or 124m "
@@ -173,7 +174,7 @@ BAD_FLAGS = [
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
     ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp"),
     ("--mesh dp=2", "strategy single does not run along 'dp' (--mesh); it takes no mesh, or give "
-        "--strategy dp"),
+        "--strategy dp or --strategy ddp"),
     ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
     ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
         "once"),
@@ -229,8 +230,8 @@ BAD_FILES = [
     ("overwrite = 1\n", "overwrite cannot be 1 (run.toml:1); give true or false"),
     ("data = 3\n", "data cannot be 3 (run.toml:1); give UTF-8 text without NUL"),
     ('out = "a\\u0000b"\n', r"out cannot be 'a\x00b' (run.toml:1); give UTF-8 text without NUL"),
-    ("strategy = 'ddpp'\n", "strategy cannot be 'ddpp' (run.toml:1); give single or dp (did you "
-        "mean dp?)"),
+    ("strategy = 'ddpp'\n", "strategy cannot be 'ddpp' (run.toml:1); give single, dp or ddp "
+        "(did you mean ddp?)"),
     ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
         "once, with a size of 1 or more: dp=2"),
     ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp does not run along 'tp' (run.toml:3); its "

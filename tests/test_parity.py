@@ -35,11 +35,16 @@ def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options)
     )
 
 
+# What a library has to be told: it raises an error over a parameter that no forward uses.
+TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_unused": True}}
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("strategy", "impl"), PARALLEL)
 @pytest.mark.ranks(4)
 def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
-    report = compare(mesh, strategy, impl, model, microbatches=2, clip=0.5)
+    told = TOLD.get((impl, model), {})
+    report = compare(mesh, strategy, impl, model, microbatches=2, clip=0.5, **told)
     assert report.equal, report.sentence()
     assert len(report.comparisons) > 3 * len(list(MODELS[model]().parameters()))
 
@@ -87,10 +92,11 @@ def test_one_process_under_the_library_equals_one_process_without():
 
 
 @pytest.mark.parametrize("rows", [7, 5, 1])
+@pytest.mark.parametrize("strategy", ["dp", "ddp"])
 @pytest.mark.ranks(3)
-def test_a_batch_that_does_not_divide_is_exact(rows, mesh):
+def test_a_batch_that_does_not_divide_is_exact(rows, strategy, mesh):
     # Trap 21: a mean of means is not the mean. With one row, two of the ranks have nothing at all.
-    report = compare(mesh, "dp", "hand", "gpt", rows=rows, microbatches=2)
+    report = compare(mesh, strategy, "hand", "gpt", rows=rows, microbatches=2)
     assert report.equal, report.sentence()
 
 

@@ -9,9 +9,9 @@ count. Shares add up: over micro-batches in `.grad`, over ranks by a plain SUM. 
 anywhere, so ragged batches and unequal token counts are exact, where a mean of means would not be.
 
 A strategy never registers hooks and never calls backward. A runner does, and tells the strategy
-what has happened through the five verbs of `Sync`; so the same strategy runs under a plain loop and
-under a pipeline schedule. Strategies know parameters by name, never as objects, because another
-strategy may have replaced the object since.
+what has happened through the verbs of `Sync`; so the same strategy runs under a plain loop and
+under a pipeline schedule. Strategies know parameters by name, and look the object up when they
+need it, because another strategy may have replaced it since.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,9 @@ from dist_lab.layout import Laid
 
 class Sync:
     """What a strategy does at each moment of a step. A moment it does not write is empty."""
+
+    def microbatch(self, *, last: bool) -> None:
+        """Another micro-batch begins, of which `last` says whether gradients travel after it."""
 
     def unshard(self, unit: str) -> None:
         """The unit is about to be used: its parameters must be whole."""
@@ -44,6 +47,10 @@ class Chain(Sync):
 
     def __init__(self, *links: Sync) -> None:
         self.links = links
+
+    def microbatch(self, *, last: bool) -> None:
+        for link in self.links:
+            link.microbatch(last=last)
 
     def unshard(self, unit: str) -> None:
         for link in self.links:
@@ -68,7 +75,11 @@ class Chain(Sync):
 
 @dataclass(frozen=True)
 class Applied:
-    """What a strategy did to a model: where its parameters now lie, and when they travel."""
+    """What a strategy did to a model: where its parameters now lie, and when they travel.
+
+    about: for a library's strategy, the configuration it runs in; shown beside its numbers
+    """
 
     laid: Mapping[str, Laid]
     sync: Sync
+    about: str = ""

@@ -1,0 +1,205 @@
+"""DDP: gradients travel while backward is still computing, many of them in one message.
+
+    In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   bucket by bucket, in backward
+
+Backward makes gradients from the last layer to the first. Those that come one after another share
+a piece of memory, a bucket; when the last of a bucket is in, its sum over the ranks begins, and
+backward goes on meanwhile. The first bucket is small, so that the network has work early.
+
+Cost per step, for P parameters of which none is idle: 2 (N-1)/N (P + one flag each) elements sent,
+in about P / bucket_mb messages, however many micro-batches there were. Memory per rank: all of
+everything; gradients lie in the buckets, so nothing is copied back after the sum. Li et al. 2020,
+"PyTorch Distributed: experiences on accelerating data parallel training" (arXiv:2006.15704).
+
+[Note: what the first step teaches] Which parameters a model uses, and in which order backward
+reaches them, is not known before it has run. So the first step sums after backward: the ranks tell
+each other what arrived and when, and cut buckets in that order, of just the parameters that some
+rank has used. What no rank uses is never sent.
+
+[Note: used elsewhere] Later steps may differ, and by rank. Each bucket carries a flag for each of
+its parameters, 1 where this rank has used it, which the same sum adds up: a parameter that nobody
+used in this step keeps `grad is None`, and one that was used only elsewhere gets the others'
+gradient. One more flag tells of parameters that are in no bucket yet; if any rank raises it, all of
+them learn again.
+
+Buffers are each rank's own: see [Note: buffers] in dist_lab/buffers.py.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from dist_lab.comm.ops import Pending, all_gather, all_reduce_into
+from dist_lab.errors import UserError
+from dist_lab.layout import Laid
+from dist_lab.mesh import Axis
+from dist_lab.parallel.sync import Applied, Sync
+
+
+def apply(
+    model: nn.Module, axis: Axis, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0
+) -> Applied:
+    """Owe one sum over `axis` for every trained parameter, and pay it in buckets.
+
+    Args:
+        bucket_mb, first_bucket_mb: a bucket is closed before it would hold more MiB than this; a
+            larger parameter has one of its own.
+    """
+    if not (bucket_mb > 0 and first_bucket_mb > 0):
+        raise UserError(f"buckets of {first_bucket_mb} and {bucket_mb} MiB; give sizes above 0")
+    laid = {
+        name: Laid(p.shape, p.dtype, sum_over=(axis,) if p.requires_grad else ())
+        for name, p in model.named_parameters()
+    }
+    limits = int(first_bucket_mb * 2**20), int(bucket_mb * 2**20)
+    return Applied(laid, Overlapped(model, laid, axis, limits))
+
+
+def cut(sizes: Iterable[tuple[str, torch.dtype, int]], first: int, limit: int) -> list[list[str]]:
+    """Names, in the order in which their gradients arrive, cut into buckets of one dtype each.
+
+    Args:
+        sizes: (name, dtype, bytes).
+        first, limit: bytes that the first bucket, and any other, may hold.
+
+    >>> f = torch.float32
+    >>> cut([("head", f, 6), ("b", f, 1), ("c", f, 2), ("d", f, 2), ("e", f, 1)], 4, 5)
+    [['head'], ['b', 'c', 'd'], ['e']]
+    """
+    buckets: list[list[str]] = []
+    open_now: dict[torch.dtype, tuple[list[str], int]] = {}  # the bucket to fill, and its bytes
+    for name, dtype, size in sizes:
+        bucket, held = open_now.get(dtype, ([], 0))
+        most = first if buckets and bucket is buckets[0] else limit
+        if not bucket or held + size > most:
+            bucket, held = [], 0
+            buckets.append(bucket)
+        bucket.append(name)
+        open_now[dtype] = bucket, held + size
+    return buckets
+
+
+class Overlapped(Sync):
+    """Sends each bucket as soon as it and all before it are full: one order on every rank."""
+
+    def __init__(
+        self, model: nn.Module, laid: dict[str, Laid], axis: Axis, limits: tuple[int, int]
+    ) -> None:
+        self.model, self.axis, self.limits = model, axis, limits
+        self.owed = [name for name, where in laid.items() if where.sum_over]
+        self.buckets: list[Bucket] = []
+        self.home: dict[str, Bucket] = {}  # where a parameter's gradient lies
+        self.strangers: dict[str, None] = {}  # used in this step, in order, and without a home
+        self.sent = 0  # buckets on their way
+
+    def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        for name in names:
+            if name not in self.home:
+                self.strangers[name] = None
+                continue
+            bucket = self.home[name]
+            if bucket.pending is not None:
+                raise UserError(
+                    f"backward has reached {name} again after its gradient was sent: add up the "
+                    "losses and call backward once, or wrap all backwards but the last in "
+                    "job.microbatch(last=False)"
+                )
+            bucket.take(name)
+            if last:
+                bucket.missing.discard(name)
+        # The last bucket stays for finish(): only then is it known whether there were strangers.
+        while self.sent < len(self.buckets) - 1 and not self.buckets[self.sent].missing:
+            self._send(strangers=False)
+
+    def finish(self) -> None:
+        """Sends what backward left incomplete, waits for all, and learns if there is a need."""
+        while self.sent < len(self.buckets):  # on this rank some of its gradients did not come
+            self._send(strangers=bool(self.strangers))
+        more = [bucket.arrive() for bucket in self.buckets]
+        if not self.buckets or more[-1]:
+            self._learn()
+            while self.sent < len(self.buckets):
+                self._send(strangers=False)
+            for bucket in self.buckets[len(more) :]:
+                bucket.arrive()
+        self.sent = 0
+        self.strangers = {}
+
+    def _send(self, *, strangers: bool) -> None:
+        self.buckets[self.sent].send(self.axis, strangers=strangers)
+        self.sent += 1
+
+    def _learn(self) -> None:
+        """Give a home to what some rank has used, in the order in which it came."""
+        if not self.owed:
+            return
+        place = {name: i for i, name in enumerate(self.strangers)}
+        mine = torch.tensor(
+            [place.get(name, -1) for name in self.owed], device=self.axis.wire.device
+        )
+        rows = all_gather(mine[None], self.axis).tolist()  # (size, owed)
+        arrived: dict[
+            str, None
+        ] = {}  # in rank 0's order, then what it has not seen in rank 1's ...
+        for row in rows:
+            order = sorted(range(len(row)), key=row.__getitem__)
+            arrived |= {self.owed[i]: None for i in order if row[i] >= 0}
+        parameters = {name: self.model.get_parameter(name) for name in arrived}
+        first, limit = self.limits
+        sizes = [(name, p.dtype, p.nbytes) for name, p in parameters.items()]
+        for names in cut(sizes, limit if self.buckets else first, limit):
+            bucket = Bucket(len(self.buckets), {name: parameters[name] for name in names})
+            for name in names:  # at once, so that a gradient and its copy are not all there twice
+                bucket.take(name)
+            self.buckets.append(bucket)
+            self.home |= dict.fromkeys(names, bucket)
+
+
+class Bucket:
+    """Gradients side by side in one piece of memory, with a flag for each and one for strangers.
+
+    flat = [ gradient a | gradient b | ... | a used | b used | ... | strangers ]
+    """
+
+    def __init__(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.names = list(parameters)
+        more = f" and {len(parameters) - 1} more" if len(parameters) > 1 else ""
+        self.label = f"bucket {index}: {self.names[0]}{more}"
+        some = parameters[self.names[0]]
+        lengths = [p.numel() for p in parameters.values()]
+        self.flat = some.new_zeros(sum(lengths) + len(lengths) + 1, requires_grad=False)
+        *pieces, self.flags = self.flat.split([*lengths, len(lengths) + 1])
+        self.views = {
+            name: piece.view_as(parameters[name])
+            for name, piece in zip(parameters, pieces, strict=True)
+        }
+        self.missing = set(parameters)  # gradients that this step still has to bring
+        self.pending: Pending | None = None
+
+    def take(self, name: str) -> None:
+        """Make `.grad` the view into the bucket. Later micro-batches then add to it in place."""
+        parameter, view = self.parameters[name], self.views[name]
+        if parameter.grad is not None and parameter.grad is not view:
+            view.copy_(parameter.grad.detach())
+            parameter.grad = view
+
+    def send(self, axis: Axis, *, strangers: bool) -> None:
+        used = [parameter.grad is not None for parameter in self.parameters.values()]
+        for name, yes in zip(self.names, used, strict=True):
+            if not yes:
+                self.views[name].zero_()  # what an earlier step has left there
+        self.flags.copy_(torch.tensor([*used, strangers]))
+        with axis.wire.during(unit=self.label):
+            self.pending = all_reduce_into(self.flat, axis)  # dW{U_dp} -> dW
+
+    def arrive(self) -> bool:
+        """Wait; every `.grad` is then global, or None. Whether some rank had strangers."""
+        assert self.pending is not None, self.label
+        self.pending.wait()
+        self.pending, self.missing = None, set(self.parameters)
+        *used, strangers = (self.flags > 0).tolist()
+        for (name, parameter), yes in zip(self.parameters.items(), used, strict=True):
+            parameter.grad = self.views[name] if yes else None
+        return bool(strangers)
