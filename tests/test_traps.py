@@ -9,7 +9,14 @@ import torch
 from models import batch, gpt
 
 import dist_lab
-from dist_lab.comm.ops import all_reduce, all_reduce_into
+from dist_lab.comm.ops import (
+    all_gather,
+    all_reduce,
+    all_reduce_into,
+    broadcast_into,
+    reduce_scatter,
+)
+from dist_lab.compose import STRATEGIES
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid
 from dist_lab.parallel import dp
@@ -200,7 +207,7 @@ def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh)
         dist_lab.parallelize(gpt(seed=mesh.rank), mesh, "dp", broadcast=False)
 
 
-@pytest.mark.parametrize("name", ["single", "dp"])
+@pytest.mark.parametrize("name", ["single", "dp", "ddp"])
 def test_an_optimizer_built_before_parallelize_is_refused(name):
     # Trap 22, under every strategy, so that changing the strategy is changing one word.
     model = gpt()
@@ -222,3 +229,62 @@ def test_the_machines_peak_is_measured_and_not_looked_up(monkeypatch):
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: (time.sleep(0.05), real(*a, **k))[1])
     assert flops.calibrate(torch.float32, cpu, windows=2, seconds=0.02).max() < honest / 2
+
+
+@pytest.mark.ranks(2)
+def test_a_length_that_does_not_divide_is_right_or_refused_with_the_numbers(mesh):
+    # Trap 8: elsewhere a vocabulary that 2 ranks do not divide cost half the loss, silently.
+    axis = mesh["dp"]
+    uneven = torch.arange(61.0)
+    with pytest.raises(ValueError, match=r"dim 0 of \(61,\) does not divide by 2 ranks of dp"):
+        reduce_scatter(uneven, axis)
+    assert torch.equal(all_reduce(uneven, axis), 2 * uneven)
+    assert gpt().lm_head.weight.shape[0] == 61  # so the whole parity table is about such a length
+
+
+@pytest.mark.ranks(2)
+def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(mesh):
+    # Trap 12. Libraries do this by default, in every forward.
+    class BroadcastsBuffers(dp.AfterBackward):
+        def after_step(self):
+            for buffer in self.model.buffers():
+                broadcast_into(buffer, self.axis).wait()
+
+    def broadcasting(model, axis):
+        laid = dp.apply(model, axis).laid
+        return Applied(laid, BroadcastsBuffers(model, laid, axis))
+
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(mesh.rank)) + 5 * mesh.rank
+    everyone = 0.1 * all_gather(x[None], mesh["dp"]).mean(1)  # (rank, 3): after one step from 0
+
+    def running_mean(strategy):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+        job = dist_lab.parallelize(model, mesh, strategy)
+        job.run([(x, x)], lambda out, _: out.sum())
+        job.finish()
+        job.after_step()
+        return job.full_state_dict()["0.running_mean"]
+
+    torch.testing.assert_close(running_mean(broadcasting), everyone[0])
+    for name in ("dp", "ddp"):
+        torch.testing.assert_close(running_mean(name), everyone.mean(0))
+
+
+@pytest.mark.parametrize(("strategy", "impl"), [key for key in STRATEGIES if key[0] != "single"])
+@pytest.mark.ranks(2)
+def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh, monkeypatch):
+    # Trap 16: a CPU mode that nobody had run, with a torch.cuda.synchronize() after each message.
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a call to CUDA on a machine without it")
+
+    for name in (
+        "synchronize",
+        "current_device",
+        "current_stream",
+        "Stream",
+        "Event",
+        "_lazy_init",
+    ):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+    report = dist_lab.verify(gpt, batch, mesh, strategy, impl, steps=1, microbatches=2)
+    assert report.equal, report.sentence()

@@ -165,7 +165,7 @@ class Bucket:
     def __init__(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
         self.names = list(parameters)
-        more = f" and {len(parameters) - 1} more" if len(parameters) > 1 else ""
+        more = f" .. {self.names[-1]} ({len(parameters)})" if len(parameters) > 1 else ""
         self.label = f"bucket {index}: {self.names[0]}{more}"
         some = parameters[self.names[0]]
         lengths = [p.numel() for p in parameters.values()]

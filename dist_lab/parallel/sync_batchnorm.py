@@ -58,9 +58,10 @@ class SyncBatchNorm(_BatchNorm):
         wide = x if x.dtype.itemsize >= 4 else x.float()
         rows = x.numel() // self.num_features
         over = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(wide, over, correction=0)  # (C,) each, of this rank's rows
-        if rows == 0:
-            mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
+        if rows:
+            variance, mean = torch.var_mean(wide, over, correction=0)  # (C,), of this rank's rows
+        else:
+            variance = mean = wide.sum(over)  # zeros, through which backward still comes by
         mine = torch.cat([mean, variance * rows, mean.new_full((1,), rows)])
         everyone = spread(mine[None], self.axis, 0)  # (N, 2C + 1)
         means, squares, counts = everyone.split([self.num_features, self.num_features, 1], 1)
