@@ -7,7 +7,7 @@ the command line becomes a thing in torch.
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.compose import parallelize
 from dist_lab.config import Config, cores
 from dist_lab.data import Data, open_data
+from dist_lab.data.cast import Cast
 from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.mesh import Mesh
@@ -70,9 +71,14 @@ def verify(config: Config, mesh: Mesh) -> int:
         options={"lr": config.lr, "weight_decay": config.weight_decay},
         units=zoo.MODELS[config.model].units,
         param_dtype=compute_dtype(config),
+        sync_batchnorm=config.sync_batchnorm,
+        **config.options(),
     )
     if mesh.rank == 0:
         console = Console()
+        if data.image is not None:
+            what = batch_in_words(config.to_dict(), data.image)
+            console.print(f"{data.name}, {what} a step", highlight=False, soft_wrap=True)
         console.print(report.table())
         console.print(report.sentence(), soft_wrap=True)
         if config.out:
@@ -87,19 +93,28 @@ def meet(config: Config, mesh: Mesh) -> Data:
     if config.log_collectives:
         mesh.wire.log(sys.stderr.write)
     with together(mesh.world):
-        return open_data(
+        data = open_data(
             config.data,
             batch=config.batch,
             seq=config.seq,
             seed=config.seed,
             cache_dir=Path(config.cache),
+            download=config.download,
+            fits=config.check_fits,
         )
+    return Cast(data, image=data.image, dtype=parameter_dtype(config))
 
 
 def draw(config: Config, data: Data) -> zoo.Model:
     """The model of the zoo in the dtype of its parameters, drawn from the seed alone."""
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    return zoo.build(config.model, config.size, vocab=data.vocab, seed=config.seed, dtype=dtype)
+    return zoo.build(
+        config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
+        dtype=parameter_dtype(config),
+    )  # fmt: skip
+
+
+def parameter_dtype(config: Config) -> torch.dtype:
+    return torch.float64 if config.dtype == "float64" else torch.float32
 
 
 def compute_dtype(config: Config) -> torch.dtype | None:
@@ -117,6 +132,8 @@ def build(config: Config, mesh: Mesh, data: Data) -> Job:
         units=model.units,
         param_dtype=compute_dtype(config),
         broadcast=False,  # there is nothing to send; this checks that it is so
+        sync_batchnorm=config.sync_batchnorm,
+        **config.options(),
     )
 
 
@@ -141,16 +158,23 @@ def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": cores(),
         "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
-        "data": {"name": data.name, "sha256": data.sha256},
+        "data": {"name": data.name, "sha256": data.sha256, "image": data.image},
         "versions": versions(),
     }
 
 
 def opening_line(setting: Mapping[str, Any]) -> str:
-    config = setting["config"]
+    config, data = setting["config"], setting["data"]
     return (
         f"{config['strategy']}@{config['impl']} on {setting['world_size']} ranks x "
         f"{setting['threads']} threads ({setting['cores']} cores): {config['model']} "
-        f"{setting['parameters'] / 1e6:.1f}M in {config['dtype']}, {setting['data']['name']} "
-        f"sha256 {setting['data']['sha256'][:12]}, {config['batch']} x {config['seq']} a step"
+        f"{setting['parameters'] / 1e6:.1f}M in {config['dtype']}, {data['name']}"
+        + (f" sha256 {data['sha256'][:12]}" if data["sha256"] else "")
+        + f", {batch_in_words(config, data['image'])} a step"
     )
+
+
+def batch_in_words(config: Mapping[str, Any], image: Sequence[int] | None) -> str:
+    if image is None:
+        return f"{config['batch']} x {config['seq']}"
+    return f"{config['batch']} images of {' x '.join(map(str, image))} (which have no --seq)"

@@ -12,24 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from dist_lab.choices import (
+    COLLECTIVES,
+    DATA_AXES,
+    MODELS,
+    SIZES,
+    STRATEGIES,
+    Strategy,
+    check_fits,
+)
 from dist_lab.errors import UserError
 from dist_lab.settings import one_of, read, setting, shown
 
-
-@dataclass(frozen=True)
-class Strategy:
-    """What goes with a strategy: who has written it, and the axes of a mesh it can run along."""
-
-    impls: tuple[str, ...]
-    axes: tuple[str, ...]  # by default all ranks stand along the first; none: it takes one process
-
-
-STRATEGIES = {
-    "single": Strategy(impls=("hand",), axes=()),
-    "dp": Strategy(impls=("hand",), axes=("dp",)),
-    "ddp": Strategy(impls=("hand", "torch", "accelerate"), axes=("dp",)),
-}
-DATA_AXES = ("dp",)  # along these, ranks share out the rows of the batch
 C = TypeVar("C", bound="Config")
 
 
@@ -50,19 +44,28 @@ class Config:
     threads: int | None = setting(None, "of each rank; default: cores // ranks", low=1, high=1024)
     backend: str = setting("gloo", "who carries the bytes: gloo (CPU) or nccl (GPU)",
         choices=("gloo", "nccl"))
+    collectives: str = setting("auto", "whose algorithms: the fastest as measured, the backend's "
+        "own, or one family by hand where it has the operation", choices=COLLECTIVES)
+    bucket_mb: float | None = setting(None, "ddp: MiB of gradients that travel as one; default: 25",
+        above=0)
+    sync_batchnorm: bool = setting(False, "BatchNorm over the rows of all ranks (resnet18)")
     timeout: float = setting(60.0, "seconds that any collective may take", low=0.1, high=86400)
 
-    model: str = setting("gpt", "a transformer, or a neural n-gram of residual MLP blocks",
-        heading="what is trained", choices=("gpt", "mlp"))
-    size: str = setting("tiny", "about 1, 8, 25 or 124 million parameters",
-        choices=("tiny", "small", "25m", "124m"))
-    data: str = setting("stdlib", "text: stdlib (Python's own source), a file, a folder, or "
-        "module:function", metavar="SPEC")
-    cache: str = setting("~/.cache/dist_lab", "folder for the text as bytes", metavar="DIR")
+    model: str = setting("gpt", "of text: a transformer, or a neural n-gram of residual MLP "
+        "blocks; of images: a vision transformer, or a ResNet",
+        heading="what is trained", choices=tuple(MODELS))
+    size: str = setting("tiny", "about 1, 8, 25 or 124 million parameters; resnet18 has 11 million "
+        "and one size, tiny", choices=SIZES)
+    data: str = setting("", "text: stdlib (Python's own source), a file, a folder; images: glyphs "
+        "(characters drawn at random), mnist, cifar10, fake (noise) or fake:3x64x64; or "
+        "module:function; default: stdlib or glyphs, as the model reads", metavar="SPEC")
+    download: bool = setting(False, "fetch mnist or cifar10 into --cache, if it is not there")
+    cache: str = setting("~/.cache/dist_lab", "folder for text as bytes, and for mnist and cifar10",
+        metavar="DIR")
 
     steps: int = setting(200, "optimizer steps", heading="how it is trained", low=1)
     batch: int = setting(32, "samples a step, over all ranks", low=1)
-    seq: int = setting(128, "tokens a sample", low=1)
+    seq: int = setting(128, "tokens a sample of text; images have none", low=1)
     microbatches: int = setting(1, "pieces whose gradients a rank adds up before a step", low=1)
     dtype: str = setting("float32", "of compute; bfloat16 keeps float32 master weights",
         choices=("float32", "bfloat16", "float64"))
@@ -86,6 +89,10 @@ class Config:
         "about to call")
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            object.__setattr__(self, "data", MODELS[self.model].data)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The mesh for so many processes, axis -> processes along it; {} for one process alone.
@@ -118,14 +125,25 @@ class Config:
                 f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
             )
         axes = asked or dict.fromkeys(own[:1], size)
-        self._check_batch(math.prod(axes.get(name, 1) for name in DATA_AXES))
+        self.check_batch(axes)
         return axes
+
+    def check_fits(self, image: tuple[int, int, int] | None) -> None:
+        """Raise UserError unless the model takes such data: images of that shape, or None, text."""
+        check_fits(self.model, self.data, image)
+
+    def options(self) -> dict[str, Any]:
+        """The strategy's own settings, as `parallelize` takes them. None: its default."""
+        own = {name: getattr(self, name) for name in STRATEGIES[self.strategy].options}
+        return {name: value for name, value in own.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values: for the summary, and to compare ranks by."""
         return asdict(self)
 
-    def _check_batch(self, ranks: int) -> None:
+    def check_batch(self, axes: Mapping[str, int]) -> None:
+        """Raises UserError if the ranks of this mesh cannot share out the rows."""
+        ranks = math.prod(axes.get(name, 1) for name in DATA_AXES)
         parts = ranks * self.microbatches
         if self.batch % parts:
             fitting = max(1, round(self.batch / parts)) * parts
@@ -179,6 +197,18 @@ def parse_as(
 
 def check_together(config: Config, where: Mapping[str, str]) -> None:
     """What no setting shows alone. `where` says who set each of them: a flag, a line of a file."""
+    check_strategy(config, where)
+    check_model(config, where)
+    if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
+        raise UserError(
+            f"collectives {config.collectives} are by hand, for gloo alone, and the backend is "
+            f"nccl ({where['collectives']}); give auto or backend"
+        )
+    check_nproc(config, where)
+
+
+def check_strategy(config: Config, where: Mapping[str, str]) -> None:
+    """Who has written it, where it runs, and the settings that are its own."""
     strategy = STRATEGIES[config.strategy]
     if config.impl not in strategy.impls:
         raise UserError(
@@ -191,7 +221,28 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
                 f"strategy {config.strategy} does not run along {shown(axis)} ({where['mesh']}); "
                 + _axes_to_give(strategy, axis)
             )
-    check_nproc(config, where)
+    for name in {option for other in STRATEGIES.values() for option in other.options}:
+        if getattr(config, name) is not None and name not in strategy.options:
+            takers = [f"--strategy {n}" for n, s in STRATEGIES.items() if name in s.options]
+            raise UserError(
+                f"strategy {config.strategy} has no {name} ({where[name]}); leave it out, or give "
+                + " or ".join(takers)
+            )
+
+
+def check_model(config: Config, where: Mapping[str, str]) -> None:
+    """Its sizes, and what it is made of."""
+    sizes = MODELS[config.model].sizes
+    if config.size not in sizes:
+        raise UserError(
+            f"model {config.model} has no size {config.size} ({where['size']}); give "
+            f"{one_of(sizes, config.size)}, its only one"
+        )
+    if config.sync_batchnorm and config.model != "resnet18":
+        raise UserError(
+            f"model {config.model} has no BatchNorm to synchronize ({where['sync_batchnorm']}); "
+            "leave it out, or give --model resnet18"
+        )
 
 
 def check_nproc(config: Config, where: Mapping[str, str]) -> None:

@@ -52,6 +52,8 @@ class Launch(Protocol):
     @property
     def timeout(self) -> float: ...
     @property
+    def collectives(self) -> str: ...
+    @property
     def check_collectives(self) -> bool: ...
     @property
     def debug(self) -> bool: ...
@@ -120,13 +122,14 @@ def alone(config: C, body: Body[C]) -> int:
 
 def work(config: C, body: Body[C], axes: dict[str, int]) -> int:
     """What every rank does once it has joined the others."""
-    from dist_lab import mesh
+    from dist_lab import mesh, process_group
 
     made = mesh.init_mesh(
-        timeout=config.timeout, backend=config.backend, check=config.check_collectives, **axes
-    )
+        timeout=config.timeout, backend=config.backend, check=config.check_collectives,
+        collectives=config.collectives, **axes,
+    )  # fmt: skip
     status = found(body)(config, made)
-    mesh.disconnect()
+    process_group.disconnect()
     return status
 
 
@@ -185,12 +188,12 @@ def new_rank(
     axes: dict[str, int],
 ) -> None:
     """One rank, in its own process. Sends the body's status, or a Failure."""
-    from dist_lab import mesh
+    from dist_lab import process_group
 
     faulthandler.register(signal.SIGUSR1)
     try:
-        store = mesh.file_store(rendezvous, size)
-        mesh.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
+        store = process_group.file_store(rendezvous, size)
+        process_group.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
         pipe.send(work(config, body, axes))
     except BaseException as error:
         pipe.send(Failure.of(rank, error))
@@ -231,16 +234,16 @@ def on_this_rank(config: C, body: Body[C], rank: int, size: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from dist_lab import mesh
+    from dist_lab import process_group
 
     torch.set_num_threads(threads_of_each(config, int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     try:
-        store = mesh.environment_store(rank, size, config.timeout)
+        store = process_group.environment_store(rank, size, config.timeout)
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         said = str(error).splitlines()[0]
         raise MachineError(f"rank {rank} cannot meet the others at {where}: {said}") from error
-    mesh.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
+    process_group.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
     return work(config, body, axes)
 
 

@@ -11,7 +11,6 @@ backend and the process groups; everything else is handed an `Axis`.
 import atexit
 import math
 import os
-import socket
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +18,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 
-import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # see [Note: who holds the group]
-from torch.distributed import (  # type: ignore[attr-defined]
-    FileStore,
-    PrefixStore,
-    Store,
-    rendezvous,
-)
+import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend "fake"
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_lab.comm.wire import Wire
-from dist_lab.errors import MachineError, UserError
+from dist_lab.errors import UserError
+from dist_lab.process_group import (
+    connect,
+    default_backend,
+    disconnect,
+    environment_store,
+    group_timeout,
+)
 
 ORDER = ("pp", "dp", "fsdp", "cp", "tp")  # outer to inner
 DATA_AXES = ("dp", "fsdp")  # along these, ranks see different rows of the batch
@@ -70,6 +71,7 @@ class Mesh:
     def __init__(self, axes: Mapping[str, int], wire: Wire, timeout: float) -> None:
         self.axes = {name: axes[name] for name in ORDER if name in axes}
         self.wire, self.timeout = wire, timeout
+        wire.timeout = timeout
         self.rank, self.size = wire.rank, wire.size
         self.device = wire.device
         self._torch: DeviceMesh | None = None
@@ -145,10 +147,11 @@ class Mesh:
 
     def _axis(self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Axis:
         if group is not None:
-            # DeviceMesh gives its groups the library's default of 30 minutes, whatever the
-            # world's timeout is: a lost rank would hang everyone for that long.
-            group.set_timeout(timedelta(seconds=self.timeout))
-            assert group_timeout(group) == self.timeout, (name, group_timeout(group))
+            if dist.get_backend(group) != "fake":
+                # DeviceMesh gives its groups the library's default of 30 minutes, whatever the
+                # world's timeout is: a lost rank would hang everyone for that long.
+                group.set_timeout(timedelta(seconds=self.timeout))
+                assert group_timeout(group) == self.timeout, (name, group_timeout(group))
             assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
         axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire)
         if group is not None:
@@ -174,6 +177,7 @@ def init_mesh(
     timeout: float | None = None,
     backend: str | None = None,
     check: bool = False,
+    collectives: str = "auto",
     **axes: int,
 ) -> Mesh:
     """Arrange the processes of this run in a mesh: `init_mesh(dp=2, tp=2)`.
@@ -185,7 +189,7 @@ def init_mesh(
         timeout: seconds for every collective; default the process group's own, else 60. A mesh
             of one axis uses the world's group, and sets it there.
         backend: gloo (CPU) or nccl (GPU); default nccl where there is a GPU to each process.
-        check: see `Wire`.
+        check, collectives: see `Wire`.
 
     Raises:
         UserError: an unknown axis, or sizes whose product is not the number of processes.
@@ -216,7 +220,25 @@ def init_mesh(
             f"mesh {asked} needs {wanted} processes, {size} were started: "
             f"torchrun --nproc_per_node={max(wanted, 1)} ..."
         )
-    return Mesh(axes, Wire(rank, size, backend=backend, check=check), timeout)
+    wire = Wire(rank, size, backend=backend, check=check, collectives=collectives)
+    return Mesh(axes, wire, timeout)
+
+
+@contextmanager
+def pretended(
+    axes: Mapping[str, int], *, backend: str = "gloo", collectives: str = "auto"
+) -> Iterator[Mesh]:
+    """Rank 0 of a mesh whose other ranks are not there: to see what a step would send.
+
+    Everything runs as it does on a real mesh, through torch's fake process group, which sends
+    nothing and returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
+    """
+    dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))
+    try:
+        wire = Wire(0, dist.get_world_size(), backend=backend, collectives=collectives)
+        yield Mesh(axes, wire, timeout=60.0)
+    finally:
+        dist.destroy_process_group()
 
 
 # --- which rank stands where: pure arithmetic -----------------------------------------------------
@@ -246,97 +268,3 @@ def line_through(rank: int, axes: Mapping[str, int], along: Sequence[str]) -> tu
     if not any(name in axes for name in along):
         return (rank,)
     return next(line for line in lines(axes, along) if rank in line)
-
-
-# --- joining the process group --------------------------------------------------------------------
-
-
-def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> None:
-    """Join the process group that meets in `store`.
-
-    Raises:
-        MachineError: no GPU for nccl, or a transport that cannot be set up.
-    """
-    if backend == "nccl":
-        if not torch.cuda.is_available():
-            raise MachineError("backend nccl needs a GPU and torch sees none; use --backend gloo")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    elif _one_machine(store):
-        # Ranks of one machine talk over loopback. gloo would resolve the host's name instead,
-        # which binds a public address on one machine and an unreachable one on the next.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
-
-
-def disconnect() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def file_store(path: str, size: int) -> Store:
-    """A meeting place in a file: no port, so none to clash and nothing that listens."""
-    return FileStore(path, size)
-
-
-def environment_store(rank: int, size: int, timeout: float) -> Store:
-    """torchrun's store, under a prefix of its own for each restart.
-
-    After a rank dies, torchrun starts all again on the same store, where the addresses of the dead
-    still stand; without the prefix the new ranks try to reach them.
-    """
-    limit = timedelta(seconds=timeout)
-    store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=limit))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"attempt-{attempt}", store)
-
-
-@contextmanager
-def as_under_torchrun(axis: Axis) -> Iterator[None]:
-    """The environment that torchrun gives its processes, for libraries that read it to find them.
-
-    Ranks may have been started in other ways, which leave nothing there.
-    """
-    given = {
-        "RANK": str(axis.index),
-        "WORLD_SIZE": str(axis.size),
-        "LOCAL_RANK": str(axis.index),
-        "LOCAL_WORLD_SIZE": str(axis.size),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29500",  # not used: the processes have met
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update({name: before[name] or value for name, value in given.items()})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-
-
-def default_backend() -> str:
-    """nccl where every process of this machine can have a GPU of its own, else gloo."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return "nccl" if dist.is_nccl_available() and torch.cuda.device_count() >= local else "gloo"
-
-
-def group_timeout(group: dist.ProcessGroup) -> float:
-    """Seconds that a collective of this group may take."""
-    device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
-    limit: timedelta = group._get_backend(device).options._timeout
-    return limit.total_seconds()
-
-
-def loopback() -> str:
-    """The name of the loopback interface: lo on Linux, lo0 on macOS."""
-    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-
-
-def _one_machine(store: Store) -> bool:
-    if isinstance(store, FileStore):
-        return True
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")

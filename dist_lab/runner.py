@@ -15,7 +15,8 @@ where an average would have hidden it. So each gradient is closed once its last 
 and opens again when it is cleared; a backward that adds to a closed one is refused.
 """
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +50,9 @@ class Runner:
         # Kept here because a parameter does not keep the node that adds to its gradient alive.
         self._accumulators = [get_gradient_edge(p).node for p in self._trained.values()]
         for name, node in zip(self._trained, self._accumulators, strict=True):
-            node.register_prehook(self._before_accumulation(name))
-            self._trained[name].register_post_accumulate_grad_hook(self._after_gradient(name))
+            node.register_prehook(_weakly(self._before_accumulation, name))
+            after = _weakly(self._after_gradient, name)
+            self._trained[name].register_post_accumulate_grad_hook(after)
         model.register_forward_pre_hook(ModuleHook(self._enter_forward))
         # After the gradients' own hooks: a unit is returned when its last gradient has been told.
         self._units = [_Unit(name, module, sync, wire) for name, module in units.items()]
@@ -109,28 +111,22 @@ class Runner:
             for unit in self._units:  # left open by an exception in the last backward
                 unit.close()
 
-    def _before_accumulation(self, name: str) -> Any:
-        def check(gradients: tuple[Tensor, ...]) -> None:
-            self.wire.phase = "backward"
-            if name in self._closed:
-                held = self._trained[name].grad
-                if held is not None and held.any():
-                    raise UserError(
-                        f"backward on gradients that hold their last micro-batch ({name}): call "
-                        "optimizer.zero_grad() after the step, or wrap all micro-batches but the "
-                        "last in job.microbatch(last=False)"
-                    )
-                self._closed.discard(name)
+    def _before_accumulation(self, name: str, gradients: tuple[Tensor, ...]) -> None:
+        self.wire.phase = "backward"
+        if name in self._closed:
+            held = self._trained[name].grad
+            if held is not None and held.any():
+                raise UserError(
+                    f"backward on gradients that hold their last micro-batch ({name}): call "
+                    "optimizer.zero_grad() after the step, or wrap all micro-batches but the "
+                    "last in job.microbatch(last=False)"
+                )
+            self._closed.discard(name)
 
-        return check
-
-    def _after_gradient(self, name: str) -> Any:
-        def ready(parameter: Tensor) -> None:
-            self.has_gradients = True
-            (self._touched if self._in_block else self._closed).add(name)
-            self.sync.grads_ready([name], last=self._last)
-
-        return ready
+    def _after_gradient(self, name: str, parameter: Tensor) -> None:
+        self.has_gradients = True
+        (self._touched if self._in_block else self._closed).add(name)
+        self.sync.grads_ready([name], last=self._last)
 
 
 class _Unit:
@@ -153,7 +149,7 @@ class _Unit:
         module.register_forward_hook(ModuleHook(self._leave_forward), always_call=True)
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._gradient)
+                parameter.register_post_accumulate_grad_hook(_weakly(self._gradient))
 
     def open(self) -> None:
         if not self.is_open:
@@ -194,6 +190,22 @@ class _Unit:
         self.wire.unit = ""
         self.backward = -1
         self.close()
+
+
+def _weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
+    """A hook for a parameter or its autograd node, which does not keep the hook's owner alive.
+
+    They hold hooks where the garbage collector cannot see it. A hook that held its owner, which
+    holds the model, would keep all of them for ever.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*first, *arguments)
+
+    return hook
 
 
 def _backward_number() -> int:

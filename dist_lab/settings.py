@@ -56,7 +56,7 @@ def read(
     start: dict[str, Any] = {name: option.default for name, option in options.items()}
     start |= defaults
     flags = {name: option for name, option in options.items() if name not in without}
-    parser = make_parser(program, description, flags, start)
+    parser = make_parser(program, description, options, start, without)
     given = read_flags(parser, flags, sys.argv[1:] if argv is None else argv)
     if "config" in given:
         given = read_file(given["config"].value, options) | given
@@ -163,7 +163,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    program: str, description: str | None, options: Options, defaults: Mapping[str, Any]
+    program: str,
+    description: str | None,
+    options: Options,
+    defaults: Mapping[str, Any],
+    without: Sequence[str],
 ) -> Parser:
     """Flags that collect what they are given, as text, so that a flag given twice is seen."""
     parser = Parser(
@@ -180,6 +184,8 @@ def make_parser(
     for name, option in options.items():
         if "heading" in option.metadata:
             group = parser.add_argument_group(option.metadata["heading"])
+        if name in without:
+            continue
         text = option.metadata["help"].replace("%", "%%")
         if kind(option) is bool:
             group.add_argument(flag(name), action="append_const", const=True, help=text)

@@ -21,7 +21,10 @@ def read(argv: Sequence[str] | None) -> Config:
     config = parse(argv, program="train.py", description=__doc__)
     if config.nproc is not None:  # all that can be wrong is said before a rank starts
         run_dir.look(config)
-        data.check(config.data, seq=config.seq, cache_dir=Path(config.cache))
+        data.check(
+            config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
+            fits=config.check_fits,
+        )  # fmt: skip
     return config
 
 

@@ -23,7 +23,10 @@ def read(argv: Sequence[str] | None) -> Config:
         argv, program="verify.py", description=__doc__, defaults=DEFAULTS, without=WITHOUT
     )
     if config.nproc is not None:  # all that can be wrong is said before a rank starts
-        data.check(config.data, seq=config.seq, cache_dir=Path(config.cache))
+        data.check(
+            config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
+            fits=config.check_fits,
+        )  # fmt: skip
     return config
 
 

@@ -1,4 +1,4 @@
-"""Small models for the tests: two of the zoo, and one with every oddity a parameter can have."""
+"""Small models for the tests: of the zoo, and one with every oddity a parameter can have."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from dist_lab import zoo
 
 VOCAB = 61  # prime: nothing divides it
+IMAGE = (2, 12, 8)
 
 
 def gpt(dtype: torch.dtype = torch.float64, *, tied: bool = False, seed: int = 0) -> nn.Module:
@@ -16,6 +17,33 @@ def gpt(dtype: torch.dtype = torch.float64, *, tied: bool = False, seed: int = 0
 def mlp(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
     shape = {"layers": 2, "width": 24, "ffn": 40, "context": 4, "features": 8}
     return zoo.build("mlp", "tiny", vocab=VOCAB, seed=seed, dtype=dtype, **shape)
+
+
+def vit(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
+    shape = {"patch": 4, "layers": 2, "width": 24, "heads": 4, "ffn": 40}
+    return zoo.build("vit", "tiny", vocab=VOCAB, image=IMAGE, seed=seed, dtype=dtype, **shape)
+
+
+def resnet(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Two of resnet18's blocks, one that halves: the whole of it is too much for a table of tests.
+
+    No bias stands before a BatchNorm, where its true gradient would be zero.
+    """
+    from torchvision.models.resnet import BasicBlock
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shortcut = nn.Sequential(nn.Conv2d(6, 10, 1, stride=2, bias=False), nn.BatchNorm2d(10))
+        return nn.Sequential(
+            nn.Conv2d(IMAGE[0], 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            BasicBlock(6, 6),
+            BasicBlock(6, 10, stride=2, downsample=shortcut),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(10, VOCAB),
+        ).to(dtype)
 
 
 class Odd(nn.Module):
@@ -51,9 +79,26 @@ def batch(step: int, rows: int = 8, seq: int = 6) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def images(step: int, rows: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """A global batch of images and classes that differs in every row and every step."""
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randn(rows, *IMAGE, generator=generator, dtype=dtype)
+    return pixels, torch.randint(VOCAB, (rows,), generator=generator)
+
+
+def batch_of(
+    model: str, step: int, rows: int = 8, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """What the model of that name in MODELS reads; images in `dtype`."""
+    return images(step, rows, dtype) if model in READS_IMAGES else batch(step, rows)
+
+
+READS_IMAGES = {"vit", "resnet"}
 MODELS = {
     "gpt": gpt,
     "gpt tied": lambda dtype=torch.float64: gpt(dtype, tied=True),
     "mlp": mlp,
     "odd": odd,
+    "vit": vit,
+    "resnet": resnet,
 }

@@ -50,6 +50,13 @@ MISTAKES = {
     "stray": ["dp"],
     "output": ["--strategy", "dp", "--nproc", "2", "--out", "."],
     "not UTF-8": [b"--out=\xff"],
+    "text for a model of images": ["--nproc", "1", "--model", "vit", "--data", "stdlib"],
+    "images for a model of text": ["--nproc", "1", "--data", "fake"],
+    "size of an image": ["--nproc", "1", "--model", "vit", "--data", "fake:3x30x30"],
+    "no dataset": ["--nproc", "1", "--model", "vit", "--data", "mnist", "--cache", "."],
+    "half a dataset": ["--nproc", "1", "--model", "vit", "--data", "cifar10", "--cache", "half"],
+    "nothing to download": ["--nproc", "1", "--download"],
+    "size of the model": ["--model", "resnet18", "--size", "25m"],
     "even with --debug": ["--strategy", "zp", "--debug"],
 }
 
@@ -57,6 +64,7 @@ MISTAKES = {
 @pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_answered_by_one_line_and_status_2(start, tmp_path, arguments):
     (tmp_path / "broken.toml").write_text("steps = \n")
+    (tmp_path / "half" / "cifar-10-batches-py").mkdir(parents=True)
     done = start(*arguments)
     [line] = done.stderr.splitlines()
     assert line.startswith("train.py: error: ")

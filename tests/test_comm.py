@@ -16,6 +16,8 @@ from dist_lab.comm.agree import (
     check_tensors_agree,
     together,
 )
+from dist_lab.comm.choice import effective
+from dist_lab.comm.costs import ALGORITHMS
 from dist_lab.comm.ledger import formula_bytes
 from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh import init_mesh
@@ -115,12 +117,15 @@ def test_bytes_of_unequal_length_are_gathered(mesh):
 # --- the ledger -----------------------------------------------------------------------------------
 
 OPS = {
-    "all_reduce": lambda x, axis: ops.all_reduce(x, axis),
-    "all_gather": lambda x, axis: ops.all_gather(x.chunk(axis.size)[axis.index], axis),
-    "reduce_scatter": lambda x, axis: ops.reduce_scatter(x, axis),
-    "all_to_all": lambda x, axis: ops.all_to_all(x, axis, 0, 0),
-    "broadcast": lambda x, axis: ops.broadcast(x, axis, 1),
+    "all_reduce": lambda x, axis, by: ops.all_reduce(x, axis, algorithm=by),
+    "all_gather": lambda x, axis, by: ops.all_gather(
+        x.chunk(axis.size)[axis.index], axis, algorithm=by
+    ),
+    "reduce_scatter": lambda x, axis, by: ops.reduce_scatter(x, axis, algorithm=by),
+    "all_to_all": lambda x, axis, by: ops.all_to_all(x, axis, 0, 0, algorithm=by),
+    "broadcast": lambda x, axis, by: ops.broadcast(x, axis, 1, algorithm=by),
 }
+PAIRS = [(op, name) for op, table in ALGORITHMS.items() for name in ("backend", *table)]
 
 
 def loopback_bytes() -> int:
@@ -145,20 +150,20 @@ def socket_bytes() -> int:
     return total
 
 
-def one_round(op, axis, x, world) -> tuple[int, int, int]:
+def one_round(op, axis, x, by) -> tuple[int, int, int]:
     """(interface, this rank's sockets, this rank's ledger): bytes for three calls of op."""
 
     def read() -> tuple[int, int, int]:
         sent = axis.wire.ledger.total.sent
-        ops.all_reduce(torch.zeros(1), world)
+        ops.all_reduce(torch.zeros(1), axis)
         time.sleep(0.02)  # what was handed over has arrived
         now = loopback_bytes(), socket_bytes(), sent
-        ops.all_reduce(torch.zeros(1), world)  # nobody goes on before all have read
+        ops.all_reduce(torch.zeros(1), axis)  # nobody goes on before all have read
         return now
 
     before = read()
     for _ in range(3):
-        OPS[op](x, axis)
+        OPS[op](x, axis, by)
     return tuple(b - a for a, b in zip(before, read(), strict=True))
 
 
@@ -168,32 +173,32 @@ needs_linux = pytest.mark.skipif(
 
 
 @needs_linux
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "by"), PAIRS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
-def test_each_rank_sends_what_its_ledger_says_to_the_kernels_own_count(op, world, mesh):
+def test_each_rank_sends_what_its_ledger_says_to_the_kernels_own_count(op, by, world, mesh):
     # Within 2%: the sockets also carry gloo's headers.
     axis, x = mesh.sub("dp", range(world)), torch.ones(3 << 18)
     if axis is not None:
-        OPS[op](x, axis)  # connects
-        _, sockets, ledger = one_round(op, axis, x, axis)
+        OPS[op](x, axis, by)  # connects
+        _, sockets, ledger = one_round(op, axis, x, by)
         assert ledger == pytest.approx(sockets, rel=0.02, abs=5_000)
 
 
 @needs_linux
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "by"), PAIRS)
 @pytest.mark.ranks(4)
-def test_sent_bytes_agree_with_the_loopback_interface(op, mesh):
+def test_sent_bytes_agree_with_the_loopback_interface(op, by, mesh):
     # Within 2%: the interface also counts headers, acknowledgements and the barriers. Whatever else
     # uses it only adds, so the quietest round is the one to believe, if any was quiet.
     axis, x = mesh["dp"], torch.ones(1 << 20)
-    OPS[op](x, axis)  # connects
+    OPS[op](x, axis, by)  # connects
     idle = loopback_bytes()
     time.sleep(0.1)
     idle = loopback_bytes() - idle
     if ops.all_reduce(torch.tensor(idle), axis, "max") > 10_000:
         pytest.skip("another program is using the loopback interface")
-    moved, _, sent = min(one_round(op, axis, x, axis) for _ in range(5))
+    moved, _, sent = min(one_round(op, axis, x, by) for _ in range(5))
     everyone = int(ops.all_reduce(torch.tensor(sent), axis))
     assert everyone == pytest.approx(moved, rel=0.02)
 
@@ -201,13 +206,13 @@ def test_sent_bytes_agree_with_the_loopback_interface(op, mesh):
 @pytest.mark.ranks(4)
 def test_sent_bytes_are_the_published_formula_but_for_gloos_reduce_scatter(mesh):
     axis, x = mesh["dp"], torch.ones(1024)
-    for op, call in OPS.items():
+    for op, by in PAIRS:
         with mesh.wire.ledger.recording() as calls:
-            call(x, axis)
+            OPS[op](x, axis, by)
         assert calls[0].payload == x.nbytes
         sent = int(ops.all_reduce(torch.tensor(calls[0].sent), axis))
-        wasted = 2 if op == "reduce_scatter" else 1
-        assert sent == 4 * wasted * formula_bytes(op, 4, calls[0].payload), op
+        wasted = 2 if (op, by) == ("reduce_scatter", "backend") else 1
+        assert sent == 4 * wasted * formula_bytes(op, 4, calls[0].payload), (op, by)
 
 
 @pytest.mark.ranks(2)
@@ -245,9 +250,19 @@ def test_log_collectives_prints_each_one_as_it_fires(mesh):
     mesh.wire.log(said.append)
     with mesh.wire.during("finish", "head.weight"):
         ops.all_reduce(torch.ones(256), mesh["dp"])
-    [line] = said
+    line = said.pop()
     for part in (f"rank {mesh.rank}", "finish", "head.weight", "all_reduce", "dp", "1,024 B"):
         assert part in line
+    assert said == ([] if mesh.rank else [f"collectives auto: {effective('auto', 'gloo')}\n"])
+
+
+@pytest.mark.ranks(4)
+def test_a_logged_line_has_the_algorithm_and_what_it_is_going_to_send(mesh):
+    said = []
+    mesh.wire.log(said.append)
+    ops.all_reduce(torch.ones(256), mesh["dp"], algorithm="ring")
+    assert "all_reduce     ring" in said[-1]
+    assert "1,024 B,       1,536 B sent" in said[-1]
 
 
 # --- wrong calls ----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lab.config import DATA_AXES, STRATEGIES, Config, cores, parse
+from dist_lab.choices import DATA_AXES, STRATEGIES
+from dist_lab.config import Config, cores, parse
 from dist_lab.errors import UserError
 from dist_lab.settings import kind
 
@@ -49,6 +50,10 @@ def test_the_command_line_wins_over_the_file_which_wins_over_the_program(file):
     assert (config.steps, config.lr, config.seq, config.batch) == (20, 0.25, 16, 32)
 
 
+# Settings that only go with another.
+ONLY_WITH = {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
+
+
 def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
     with pytest.raises(SystemExit) as left:
         parse(["--help"], description="How to launch it.")
@@ -61,11 +66,14 @@ def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
         if option.name == "config":
             continue
         given = option.default if option.default is not None else 1
-        word = json.dumps(given)
-        read = parse(["--config", file(f"{option.name} = {word}\n")], defaults={"batch": 1})
+        if option.name == "data":  # where nothing means what the model reads
+            given = "words.txt"
+        word, around = json.dumps(given), {"batch": 1} | ONLY_WITH.get(option.name, {})
+        read = parse(["--config", file(f"{option.name} = {word}\n")], defaults=around)
         assert getattr(read, option.name) == given
         text = [flag] if kind(option) is bool else [flag, str(given)]
-        assert getattr(parse(text), option.name) == (kind(option) is bool or given)
+        read = parse(text, defaults=around)
+        assert getattr(read, option.name) == (kind(option) is bool or given)
 
 
 def test_a_program_shows_its_own_defaults_in_help(capsys):
@@ -121,9 +129,19 @@ BAD_FLAGS = [
     ("--strategy zp", "strategy cannot be 'zp' (--strategy); give single, dp or ddp "
         "(did you mean dp?)"),
     ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
+    ("--strategy dp --bucket-mb 5", "strategy dp has no bucket_mb (--bucket-mb); leave it out, or "
+        "give --strategy ddp"),
+    ("--strategy ddp --bucket-mb 0", "bucket_mb cannot be 0.0 (--bucket-mb); give a finite number "
+        "above 0"),
+    ("--sync-batchnorm", "model gpt has no BatchNorm to synchronize (--sync-batchnorm); leave it "
+        "out, or give --model resnet18"),
     ("--dtype fp8", "dtype cannot be 'fp8' (--dtype); give float32, bfloat16 or float64"),
     ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m or 124m "
         "(did you mean tiny?)"),
+    ("--size small --model resnet18", "model resnet18 has no size small (--size); give tiny, its "
+        "only one"),
+    ("--model resnet", "model cannot be 'resnet' (--model); give gpt, mlp, vit or resnet18 (did "
+        "you mean resnet18?)"),
     ("--backend mpi", "backend cannot be 'mpi' (--backend); give gloo or nccl"),
     ("--optimizer adam", "optimizer cannot be 'adam' (--optimizer); give adamw or sgd "
         "(did you mean adamw?)"),
@@ -214,7 +232,8 @@ BAD_FILES = [
     (70_000 * "#", "'run.toml' is no settings file (--config); give a TOML file"),
     ("# lr\n\nbatchsize = 3\n", "no setting 'batchsize' (run.toml:3); did you mean batch?"),
     ("qqq = 3\n", "no setting 'qqq' (run.toml:1); --help lists them, with dashes"),
-    ("[model]\nname = 'gpt'\n", "model cannot be a table (run.toml:1); give gpt or mlp"),
+    ("[model]\nname = 'gpt'\n", "model cannot be a table (run.toml:1); give gpt, mlp, vit or "
+        "resnet18"),
     ("config = 'b.toml'\n", "no setting 'config' (run.toml:1); --help lists them, with dashes"),
     ("lr = 'fast'\n", "lr cannot be 'fast' (run.toml:1); give a finite number above 0"),
     ("lr = true\n", "lr cannot be true (run.toml:1); give a finite number above 0"),
@@ -358,6 +377,37 @@ def test_the_batch_that_is_offered_works_and_none_is_nearer(batch):
         assert batch % 6 == 0
 
 
+# --- the data that a model can take --------------------------------------------------------------
+
+MISFITS = [
+    ("vit", "stdlib", None, "model vit reads images, and --data 'stdlib' is text (--model); give "
+        "--data glyphs, mnist, cifar10, fake or module:function"),
+    ("resnet18", "glyfs", None, "model resnet18 reads images, and --data 'glyfs' is text "
+        "(--model); give --data glyphs, mnist, cifar10, fake or module:function (did you mean "
+        "glyphs?)"),
+    ("gpt", "mnist", (1, 28, 28), "model gpt reads text, and --data 'mnist' is images of 28 x 28 "
+        "(--model); give --data stdlib, or --model vit or --model resnet18"),
+    ("vit", "fake:3x30x45", (3, 30, 45), "model vit cuts an image into patches of 4 x 4, which 30 "
+        "x 45 does not divide into (--data 'fake:3x30x45'); give images of 32 x 44"),
+    ("vit", "my:own", (3, 1, 4), "model vit cuts an image into patches of 4 x 4, which 1 x 4 does "
+        "not divide into (--data 'my:own'); give images of 4 x 4"),
+    ("resnet18", "fake:3x64x8", (3, 64, 8), "model resnet18 halves an image three times, which 64 "
+        "x 8 is too small for (--data 'fake:3x64x8'); give images of 9 x 9 or more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "data", "image", "line"), MISFITS)
+def test_data_that_a_model_cannot_take_is_refused_in_one_line(model, data, image, line):
+    with pytest.raises(UserError) as caught:
+        Config(model=model, data=data).check_fits(image)
+    assert str(caught.value) == line
+
+
+def test_data_that_fits_is_taken_without_a_word():
+    for model, image in [("gpt", None), ("vit", (1, 28, 28)), ("resnet18", (3, 9, 30))]:
+        Config(model=model).check_fits(image)
+
+
 # --- presets, and tables that others keep, too ----------------------------------------------------
 
 
@@ -383,7 +433,7 @@ def test_the_command_line_offers_what_the_library_has():
     assert set(DATA_AXES) <= set(mesh.DATA_AXES)
     choices = {f.name: set(f.metadata.get("choices", ())) for f in dataclasses.fields(Config)}
     assert choices["model"] == set(zoo.SIZES)
-    assert all(choices["size"] == set(sizes) for sizes in zoo.SIZES.values())
+    assert choices["size"] == set().union(*zoo.SIZES.values())
     assert choices["dtype"] == set(train.DTYPES)
     assert choices["optimizer"] == set(train.OPTIMIZERS)
 

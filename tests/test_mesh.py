@@ -7,7 +7,8 @@ import torch
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.mesh import ORDER, environment_store, group_timeout, init_mesh, line_through, lines
+from dist_lab.mesh import ORDER, init_mesh, line_through, lines
+from dist_lab.process_group import environment_store, group_timeout
 
 
 def test_a_single_process_is_a_mesh_of_size_one_on_every_axis():

@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
-from models import MODELS, batch, gpt
+from models import MODELS, batch, batch_of, gpt
 
 import dist_lab
-from dist_lab import config
+from dist_lab import choices
 from dist_lab.compose import STRATEGIES
 from dist_lab.errors import UserError
 
@@ -19,14 +19,15 @@ assert PARALLEL, "a table without rows would pass by testing nothing"
 
 
 def test_the_command_line_offers_just_the_strategies_that_there_are():
-    offered = {(name, impl) for name, row in config.STRATEGIES.items() for impl in row.impls}
+    offered = {(name, impl) for name, row in choices.STRATEGIES.items() for impl in row.impls}
     assert offered == set(STRATEGIES)
 
 
 def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options):
+    held = torch.float32 if dtype == torch.bfloat16 else dtype  # of parameters and images
     return dist_lab.verify(
-        lambda: MODELS[model](torch.float32 if dtype == torch.bfloat16 else dtype),
-        lambda step: batch(step, rows),
+        lambda: MODELS[model](held),
+        lambda step: batch_of(model, step, rows, held),
         mesh,
         strategy,
         impl,

@@ -1,9 +1,14 @@
 """The order in which a strategy hears of a step, and compute in bfloat16 on float32 masters."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from models import batch, gpt
 from torch import nn
 
+import dist_lab
 from dist_lab.errors import UserError
 from dist_lab.mesh import init_mesh
 from dist_lab.parallel.sync import Chain, Sync
@@ -224,3 +229,17 @@ def test_keyword_inputs_are_cast_and_tokens_are_not():
     assert model(torch.ones(2, dtype=torch.int64), scale=torch.ones(2)) == (
         torch.int64, torch.bfloat16,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["dp", "ddp"])
+@pytest.mark.ranks(2)
+def test_a_model_that_nobody_holds_is_freed_with_all_that_trained_it(strategy, mesh):
+    model = gpt()
+    job = dist_lab.parallelize(model, mesh, strategy, units=model.units)
+    x, y = batch(mesh.rank)
+    job.run([(x, y)], lambda out, target: dist_lab.cross_entropy_sum(out, target) / 96)
+    job.finish()
+    seen = [weakref.ref(thing) for thing in (model, job, next(model.parameters()))]
+    del model, job
+    gc.collect()
+    assert [thing() for thing in seen] == [None, None, None]

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.nn.functional import cross_entropy
 
 from dist_lab import commands
 from dist_lab.config import parse
 from dist_lab.data import open_data
 from dist_lab.mesh import init_mesh
-from dist_lab.train import evaluate, learning_rate
+from dist_lab.train import OPTIMIZERS, OPTIONS, evaluate, learning_rate, train
 
 ROOT = Path(__file__).parent.parent
 ROW = {
@@ -155,7 +156,70 @@ def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
         for inputs, targets in batches
     ]
     found = evaluate(job, data, config, slice(0, 8))
-    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+    assert found == {"val_loss": pytest.approx(sum(losses) / len(losses), rel=1e-12)}
+
+
+def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
+    flags = "--nproc 2 --strategy dp --model vit --batch 8 --steps 3 --log-every 1 --out"
+    command = [sys.executable, "launch/train.py", *flags.split(), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "run")
+    assert all(row.keys() - {"val_loss", "val_accuracy"} == ROW - {"tokens_per_s"} for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(34), abs=1)
+    assert 0 <= rows[-1]["val_accuracy"] <= 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["final_val_accuracy"] == rows[-1]["val_accuracy"]
+    assert summary["config"]["data"] == summary["data"]["name"] == "glyphs"
+    assert "8 images of 1 x 28 x 28 (which have no --seq) a step" in done.stdout
+    accuracy = rows[-1]["val_accuracy"]
+    assert f"({accuracy:.1%} right)" in done.stdout.splitlines()[-1]
+    assert "samples/s" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("model", ["vit", "resnet18"])
+def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(model):
+    config = parse(["--model", model, "--batch", "4", "--dtype", "float64"])
+    data = commands.meet(config, init_mesh())
+    job = commands.build(config, init_mesh(), data)
+    job.model.eval()
+    batches = [data.validation(i, slice(0, 4)) for i in range(data.validation_batches)]
+    logits = torch.cat([job.model(inputs) for inputs, _ in batches])
+    targets = torch.cat([targets for _, targets in batches])
+    found = evaluate(job, data, config, slice(0, 4))
+    assert found["val_loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-12)
+    assert found["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("model", ["vit", "resnet18"])
+def test_a_model_of_images_trains_in_every_dtype(model, dtype):
+    steps = ["--data", "fake:2x12x12", "--batch", "2", "--steps", "2", "--clip", "0"]
+    config = parse(["--model", model, "--dtype", dtype, *steps])
+    data = commands.meet(config, init_mesh())
+    assert data.batch(0, slice(0, 1))[0].dtype == commands.parameter_dtype(config)
+    job = commands.build(config, init_mesh(), data)
+    before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
+    summary = train(job, data, config, [])
+    assert math.isfinite(summary["final_val_loss"])
+    changed = [name for name, p in job.model.named_parameters() if not torch.equal(p, before[name])]
+    assert set(changed) >= {name for name in before if name.endswith("weight")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_fused_optimizer_makes_the_same_steps(dtype):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(50, 50, dtype=dtype), torch.randn(50, 50, dtype=dtype)
+    ends = []
+    for options in (OPTIONS["adamw"], {}):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = OPTIMIZERS["adamw"]([weight], lr=1e-2, weight_decay=0.1, **options)
+        for step in range(5):
+            weight.grad = gradient * (step + 1)
+            optimizer.step()
+        ends.append(weight.detach())
+    eps = torch.finfo(dtype).eps  # a weight is off by the rounding of steps as large as itself
+    torch.testing.assert_close(*ends, rtol=16 * eps, atol=eps)
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_down_to_a_tenth():

@@ -1,4 +1,4 @@
-"""The models against references written another way, and what the strategies rely on in them."""
+"""Models of text against references written another way, and what strategies rely on in them."""
 
 import re
 

@@ -28,6 +28,7 @@ class Toy:
     timeout: float = 10.0
     threads: int | None = None
     backend: str = "gloo"
+    collectives: str = "auto"
     check_collectives: bool = False
     debug: bool = False
 

@@ -6,7 +6,7 @@ Two numbers are kept apart because they answer different questions. S is `payloa
               all_gather ends up with, what reduce_scatter starts from, what broadcast spreads
     sent      the bytes this rank really hands to the transport for it: counted at the send where
               the algorithm is ours, and by the backend's own algorithm where it is the backend's
-              (`ops.backend_bytes`), which a test holds against the network interface's counters
+              (`backend_bytes`), which a test holds against the network interface's counters
 
 The published cost formulas relate the two (N ranks, bandwidth-optimal, per rank; Chan et al. 2007,
 "Collective communication: theory, practice, and experience", section 6):
@@ -19,11 +19,10 @@ The published cost formulas relate the two (N ranks, bandwidth-optimal, per rank
 whole all_reduce and so sends twice what it needs.
 """
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 
 SHARE_SENT = {
@@ -44,6 +43,26 @@ def formula_bytes(op: str, size: int, payload: int) -> Fraction:
     return SHARE_SENT[op] * Fraction(size - 1, size) * payload
 
 
+def backend_bytes(op: str, size: int, position: int, payload: int, backend: str = "gloo") -> int:
+    """Bytes that the backend's own algorithm makes one rank send.
+
+    all_reduce and all_gather are rings, all_to_all is direct. gloo's reduce_scatter is an
+    all_reduce of which most is thrown away, and its broadcast a binomial tree rooted at position
+    0: in round i every rank below 2^i hands the whole on to the rank 2^i after it. nccl's are
+    rings: the broadcast goes from each rank to the next.
+
+    >>> [backend_bytes("broadcast", 4, i, 100) for i in range(4)]
+    [200, 100, 0, 0]
+    """
+    if op == "broadcast" and backend == "nccl":
+        return payload if position < size - 1 else 0
+    if op == "broadcast":
+        rounds = (1 << i for i in range((size - 1).bit_length()))
+        return payload * sum(position < step and position + step < size for step in rounds)
+    wasted = 2 if op == "reduce_scatter" and backend == "gloo" else 1
+    return int(wasted * formula_bytes(op, size, payload))
+
+
 @dataclass
 class Call:
     """One collective as one rank saw it. Bytes; `blocked` is seconds spent waiting for it."""
@@ -54,10 +73,12 @@ class Call:
     size: int  # ranks on that axis
     about: str  # dtype, shape and what else the ranks must agree on
     payload: int
-    sent: int
+    due: int  # what its algorithm makes this rank send, by formula
     phase: str
     unit: str
     where: str  # file:line of the caller
+    algorithm: str  # "backend": the backend's own
+    sent: int = 0  # so far
     blocked: float = 0.0
 
 
@@ -71,10 +92,15 @@ class Tally:
     blocked: float = 0.0
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(*map(operator.add, astuple(self), astuple(other)))
+        return Tally(
+            self.calls + other.calls,
+            self.payload + other.payload,
+            self.sent + other.sent,
+            self.blocked + other.blocked,
+        )
 
     def __sub__(self, before: "Tally") -> "Tally":
-        return Tally(*map(operator.sub, astuple(self), astuple(before)))
+        return self + Tally(-before.calls, -before.payload, -before.sent, -before.blocked)
 
 
 class Ledger:
@@ -86,10 +112,18 @@ class Ledger:
         self.listeners: list[Callable[[Call], None]] = []
 
     def enter(self, call: Call) -> None:
-        """Count a call at the moment its bytes are handed over; listeners hear of it then."""
+        """Count a call at the moment it starts; listeners hear of it then.
+
+        What the backend sends is counted here by formula, what is sent by hand as it is.
+        """
         self._add(call, Tally(1, call.payload, call.sent, 0.0))
         for listen in self.listeners:
             listen(call)
+
+    def handed_over(self, call: Call, sent: int) -> None:
+        """Count bytes of a collective by hand, as the transport gets them."""
+        call.sent += sent
+        self._add(call, Tally(sent=sent))
 
     def waited(self, call: Call, seconds: float) -> None:
         """Charge time that this rank spent blocked on a call."""

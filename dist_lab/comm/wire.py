@@ -13,8 +13,10 @@ from types import FrameType
 
 import torch
 
+from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
 
+LAST_TAG = 2**31 - 1  # they are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
 
 
@@ -35,14 +37,28 @@ class Wire:
         check: before each collective the ranks compare what they are about to call, and a
             difference is an error naming both calls instead of a hang or a wrong number.
             Costs one small all_gather a call.
+        collectives: whose algorithms: auto, backend, or a family by hand, which is then used by
+            the operations that have it. See `choice`.
+
+    Attributes:
+        timeout: seconds that a message may take; the mesh sets it.
+
+    Raises:
+        UserError: no such setting of `collectives`, or not on this backend.
     """
 
-    def __init__(self, rank: int, size: int, *, backend: str = "gloo", check: bool = False) -> None:
+    def __init__(
+        self, rank: int, size: int, *, backend: str = "gloo", check: bool = False,
+        collectives: str = "auto",
+    ) -> None:  # fmt: skip
+        check_setting(collectives, backend)
         self.rank, self.size, self.backend, self.check = rank, size, backend, check
+        self.collectives, self.timeout = collectives, 60.0
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.ledger = Ledger()
         self.phase, self.unit = "start", ""
         self._calls = 0
+        self._tags: dict[str, int] = {}
 
     @contextmanager
     def during(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
@@ -55,12 +71,21 @@ class Wire:
         finally:
             self.phase, self.unit = before
 
-    def call(self, op: str, axis: str, size: int, about: str, payload: int, sent: int) -> Call:
+    def call(
+        self, op: str, axis: str, size: int, about: str, payload: int, due: int,
+        algorithm: str = "backend",
+    ) -> Call:  # fmt: skip
         """Name the collective that is about to start."""
         self._calls += 1
         return Call(
-            self._calls, op, axis, size, about, payload, sent, self.phase, self.unit, _caller()
-        )
+            self._calls, op, axis, size, about, payload, due, self.phase, self.unit, _caller(),
+            algorithm, sent=due if algorithm == "backend" else 0,
+        )  # fmt: skip
+
+    def tag(self, axis: str) -> int:
+        """For the messages of the next collective by hand on an axis; see [Note: tags]."""
+        self._tags[axis] = self._tags.get(axis, 0) % LAST_TAG + 1
+        return self._tags[axis]
 
     def describe(self, call: Call) -> str:
         unit = f" unit={call.unit}" if call.unit else ""
@@ -76,13 +101,17 @@ class Wire:
     def log(self, write: Callable[[str], object]) -> None:
         """Write one line for each collective as it fires: the answer to "when do ranks talk?".
 
-        `write` gets it whole, with its newline, so that lines of several ranks do not mix.
+        `write` gets it whole, with its newline, so that lines of several ranks do not mix. Rank 0
+        first says which algorithms are used.
         """
+        if self.rank == 0:
+            means = effective(self.collectives, self.backend)
+            write(f"collectives {self.collectives}: {means}\n")
 
         def line(call: Call) -> None:
             write(
-                f"rank {self.rank} | {call.phase:<10} | {call.op:<14} {call.axis:<4} "
-                f"{call.payload:>11,} B, {call.sent:>11,} B sent | "
+                f"rank {self.rank} | {call.phase:<10} | {call.op:<14} {call.algorithm:<7} "
+                f"{call.axis:<4} {call.payload:>11,} B, {call.due:>11,} B sent | "
                 f"{call.unit or '-'} {call.about}\n"
             )
 

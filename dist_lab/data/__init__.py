@@ -5,38 +5,56 @@ owns, so a run sees the same samples in the same order in every layout, and afte
 
     corpus.py    bytes from the standard library, a text file or a folder, cached as a memory map
     text.py      windows of those bytes, each exactly once an epoch
+    glyphs.py    characters of Pillow's font, distorted at random
+    datasets.py  MNIST and CIFAR-10 on disk, or fetched by one process
+    images.py    their images, each exactly once an epoch; and noise
+    order.py     which sample comes when
     custom.py    your own `module:function`, judged before the first step
     prefetch.py  the next batch, made while this one is used
 
-This file and corpus.py import no torch: the launcher calls `check` before it starts a rank.
+This file, corpus.py and datasets.py import no torch: the launcher calls `check` before it starts a
+rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dist_lab.data import corpus, custom
+from dist_lab.data import corpus, custom, datasets
 from dist_lab.data.corpus import DEFAULT_CACHE
+from dist_lab.data.datasets import DATASETS, image_of
 from dist_lab.data.prefetch import prefetch
+from dist_lab.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["DEFAULT_CACHE", "Data", "check", "open_data", "prefetch"]
 
+Shape = tuple[int, int, int]  # of an image: channels, height, width
+
 
 class Data(Protocol):
-    """Batches of text, as the training loop reads them.
+    """Batches of text or images, as the training loop reads them.
 
     `rows` picks rows of the GLOBAL batch, as in `range(batch)[rows]`. Both methods return
-    (inputs, targets): int64 token ids below `vocab`, each (rows, seq); targets[r, t] is what a
-    model should say after inputs[r, : t + 1]. They are pure: the same arguments give the same
-    tensors in every process, and slices laid end to end give the whole batch.
+    (inputs, targets).
+
+        text    int64 token ids below `vocab`, each (rows, seq); targets[r, t] is what a model
+                should say after inputs[r, : t + 1]
+        images  float32 (rows, channels, height, width), of mean 0 and deviation 1 or about that;
+                int64 classes below `vocab`, (rows,)
+
+    They are pure: the same arguments give the same tensors in every process, and slices laid end
+    to end give the whole batch.
     """
 
     name: str  # for the log
-    vocab: int  # token ids are 0 .. vocab - 1
+    vocab: int  # token ids, or classes, are 0 .. vocab - 1
+    image: tuple[int, int, int] | None  # channels, height, width; None: text. Data of your own that
+    # has no such attribute is text
     sha256: str  # of everything there is to read, for the log; "" if there is no such hash
     validation_batches: int  # how many different ones `validation` has; 0 means no validation
 
@@ -47,15 +65,32 @@ class Data(Protocol):
         """Rows of global validation batch `index`, 0 <= index < validation_batches."""
 
 
-def check(spec: str, *, seq: int, cache_dir: Path = DEFAULT_CACHE) -> None:
+def check(
+    spec: str,
+    *,
+    seq: int,
+    cache_dir: Path = DEFAULT_CACHE,
+    download: bool = False,
+    fits: Callable[[Shape | None], None] = lambda image: None,
+) -> None:
     """Answer for `--data spec` before a rank starts: the errors of `open_data`, without torch.
 
-    The cached corpus is built on the way. Of a `module:function` only the module is looked for;
-    what the function returns is judged by `open_data`, because running it may well take torch.
+    The cached corpus is built on the way, or the dataset fetched. Of a `module:function` only the
+    module is looked for; what the function returns is judged by `open_data`, because running it may
+    well take torch.
+
+    Args:
+        download: fetch a dataset that is not in the cache folder.
+        fits: told the shape of an image, None for text; raises if the model cannot take such data.
     """
+    refuse_download(spec, download)
     if custom.is_custom(spec):
         custom.locate(spec)
-    else:
+        return
+    fits(image_of(spec))
+    if spec in DATASETS:
+        datasets.require(spec, cache_dir, download=download)
+    elif image_of(spec) is None:
         corpus.require(corpus.find(spec, cache_dir), seq)
 
 
@@ -66,21 +101,54 @@ def open_data(
     seq: int,
     seed: int,
     cache_dir: Path = DEFAULT_CACHE,
+    download: bool = False,
+    fits: Callable[[Shape | None], None] = lambda image: None,
     validation_batches: int = 8,
 ) -> Data:
-    """Open what `--data` names (`corpus.ACCEPTED`): `batch` sequences a step, all ranks together.
+    """Open what `--data` names: `batch` samples a step, all ranks together.
 
-    At most `validation_batches` batches are held ready for validation, fewer if the held-out text
-    has no more; a custom `module:function` decides for itself.
+    That is the name of images (`datasets.image_of`), a `module:function`, or else text
+    (`corpus.ACCEPTED`), which comes in sequences of `seq`. At most `validation_batches` batches are
+    held ready for validation, fewer if there is no more to hold out; a custom `module:function`
+    decides for itself. `download` and `fits` as in `check`.
 
     Raises UserError when there is nothing of that name, not one sequence in it, or the function
-    does not keep the protocol of Data; MachineError when the cache folder cannot be written.
+    does not keep the protocol of Data; MachineError when the cache folder cannot be written, or a
+    dataset not be fetched.
     """
+    refuse_download(spec, download)
     if custom.is_custom(spec):
-        return custom.open_custom(spec, batch=batch, seq=seq, seed=seed)
+        data = custom.open_custom(spec, batch=batch, seq=seq, seed=seed)
+        fits(data.image)
+        return data
+    fits(image_of(spec))
+    # What follows is imported here and not above, because it imports torch.
+    if spec in DATASETS:
+        datasets.require(spec, cache_dir, download=download)
+        from dist_lab.data.images import Stored
+
+        return Stored(
+            spec, cache_dir, batch=batch, seed=seed, validation_batches=validation_batches
+        )
+    if spec == "glyphs":
+        from dist_lab.data.glyphs import Glyphs
+
+        return Glyphs(batch=batch, seed=seed, validation_batches=validation_batches)
+    if image_of(spec) is not None:
+        from dist_lab.data.images import Fake
+
+        return Fake(spec, batch=batch, seed=seed, validation_batches=validation_batches)
     found = corpus.find(spec, cache_dir)
     corpus.require(found, seq)
 
-    from dist_lab.data.text import Text  # here and not above, because it imports torch
+    from dist_lab.data.text import Text
 
     return Text(found, batch=batch, seq=seq, seed=seed, validation_batches=validation_batches)
+
+
+def refuse_download(spec: str, download: bool) -> None:
+    if download and spec not in DATASETS:
+        raise UserError(
+            f"--download fetches --data {' or '.join(DATASETS)}, and --data {spec!r} is neither; "
+            "drop it"
+        )

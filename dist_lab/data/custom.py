@@ -2,9 +2,10 @@
 
     def function(*, batch: int, seq: int, seed: int) -> dist_lab.data.Data: ...
 
-The module is found as `python -m` would find it, the current folder first. What the function
-returns is asked for its first batch at once: here a wrong shape has a name, while in the first
-step it would be a traceback out of the model from every rank.
+What it returns is text, unless its `image` is the shape of one; `seq` then means nothing to it. The
+module is found as `python -m` would find it, the current folder first. What the function returns is
+asked for its first batch at once: here a wrong shape has a name, while in the first step it would
+be a traceback out of the model from every rank.
 """
 
 from __future__ import annotations
@@ -81,22 +82,33 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Data:
             f"--data {spec!r}: {name}() returned a {type(data).__name__} that lacks "
             f"{', '.join(lacking)}; see the protocol dist_lab.data.Data"
         )
+    image = getattr(data, "image", None)
+    if image is not None and not is_shape(image):
+        raise UserError(
+            f"--data {spec!r}: {name}() returned a {type(data).__name__} whose image is "
+            f"{image!r:.60}; make it (channels, height, width), three ints, or None for text"
+        )
+    sample = image or seq
     for method in METHODS if data.validation_batches > 0 else METHODS[:1]:
-        whole, first = fetch(spec, data, method, batch, seq), fetch(spec, data, method, 1, seq)
+        whole, first = (fetch(spec, data, method, rows, sample) for rows in (batch, 1))
         if any((a[:1] != b).any() for a, b in zip(whole, first, strict=True)):
             raise UserError(
                 f"--data {spec!r}: the first row of {method}(0, slice(0, {batch})) is not that of "
                 f"{method}(0, slice(0, 1)); let nothing but the step and the row decide it"
             )
-    return data
+    from dist_lab.data.cast import Cast  # here and not above, because it imports torch
+
+    return Cast(data, image=image)
 
 
-def fetch(spec: str, data: Data, method: str, rows: int, seq: int) -> tuple[Tensor, Tensor]:
+def fetch(
+    spec: str, data: Data, method: str, rows: int, sample: tuple[int, int, int] | int
+) -> tuple[Tensor, Tensor]:
     """Rows 0 .. rows - 1 of the first batch; UserError unless they are what Data promises."""
     call = f"{method}(0, slice(0, {rows}))"
     with blaming(spec, call):
         pair: tuple[Tensor, Tensor] = getattr(data, method)(0, slice(0, rows))
-    wrong = fault(pair, (rows, seq), data.vocab)
+    wrong = fault(pair, rows, sample, data.vocab)
     if wrong is not None:
         raise UserError(
             f"--data {spec!r}: {call} returned {wrong}; see the protocol dist_lab.data.Data"
@@ -104,17 +116,36 @@ def fetch(spec: str, data: Data, method: str, rows: int, seq: int) -> tuple[Tens
     return pair
 
 
-def fault(pair: object, shape: tuple[int, int], vocab: int) -> str | None:
-    """What keeps `pair` from being inputs and targets of that shape, or None."""
+def is_shape(image: object) -> bool:
+    return (
+        isinstance(image, tuple)
+        and len(image) == 3
+        and all(type(side) is int and side > 0 for side in image)
+    )
+
+
+def fault(pair: object, rows: int, sample: tuple[int, int, int] | int, vocab: int) -> str | None:
+    """What keeps `pair` from being inputs and targets of so many rows, or None.
+
+    `sample` is the shape of an image, or the length of a sequence of text.
+    """
     import torch  # here and not above: the launcher calls locate(), and is free of torch
 
     if not isinstance(pair, tuple) or [isinstance(x, torch.Tensor) for x in pair] != [True, True]:
         return f"a {type(pair).__name__} that is not (inputs, targets), two tensors"
-    for role, ids in zip(("inputs", "targets"), pair, strict=True):
-        if ids.shape != shape or ids.dtype != torch.int64:
-            return f"{role} {tuple(ids.shape)} of {ids.dtype}, not {shape} of torch.int64"
-        if ids.min() < 0 or ids.max() >= vocab:
-            return f"{role} from {ids.min()} to {ids.max()}, although vocab is {vocab}"
+    tokens = isinstance(sample, int)
+    of_one = (sample,) if isinstance(sample, int) else sample
+    wanted = {
+        "inputs": ((rows, *of_one), torch.int64 if tokens else torch.float32),
+        "targets": ((rows, *of_one) if tokens else (rows,), torch.int64),
+    }
+    for (role, (shape, dtype)), tensor in zip(wanted.items(), pair, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            return f"{role} {tuple(tensor.shape)} of {tensor.dtype}, not {shape} of {dtype}"
+        if dtype == torch.float32 and not tensor.isfinite().all():
+            return f"{role} that are not finite"
+        if dtype == torch.int64 and (tensor.min() < 0 or tensor.max() >= vocab):
+            return f"{role} from {tensor.min()} to {tensor.max()}, although vocab is {vocab}"
     return None
 
 

@@ -16,12 +16,17 @@ from dist_lab.errors import UserError
 
 RUNS = Path("runs")
 PID = ".pid"
-OURS = ("metrics.jsonl", "summary.json", "events.out.tfevents.*", PID)  # what a run leaves: globs
+OURS = (  # what a run leaves: globs
+    "metrics.jsonl", "summary.json", "events.out.tfevents.*", PID,
+    "compare.json", "compare.csv", "compare.png",
+)  # fmt: skip
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[Path]:
+def claimed(config: Config, what: str = "") -> Iterator[Path]:
     """The folder `config.out`, or a fresh one in runs/, this process's own meanwhile. Rank 0 only.
+
+    `what` stands for the strategy in the name of a fresh one.
 
     Raises:
         UserError: another run is at work in it, it is not empty and `config.overwrite` is not set,
@@ -29,7 +34,7 @@ def claimed(config: Config) -> Iterator[Path]:
     """
     with ExitStack() as held:
         with explained(config.out or RUNS):
-            folder = Path(config.out).expanduser() if config.out else fresh(RUNS, config)
+            folder = Path(config.out).expanduser() if config.out else fresh(RUNS, config, what)
             reserve(folder, held, overwrite=config.overwrite)
             for pattern in OURS:
                 for path in folder.glob(pattern):
@@ -50,12 +55,12 @@ def look(config: Config) -> None:
             reserve(folder, held, overwrite=config.overwrite)
 
 
-def fresh(runs: Path, config: Config) -> Path:
+def fresh(runs: Path, config: Config, what: str = "") -> Path:
     """A new folder with the next number: runs/003-dp-gpt-tiny."""
     runs.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(at[0]) for path in runs.iterdir() if (at := re.match(r"\d+", path.name))]
-        name = f"{config.strategy}-{config.model}-{config.size}"
+        name = f"{what or config.strategy}-{config.model}-{config.size}"
         folder = runs / f"{max(numbers, default=0) + 1:03}-{name}"
         try:
             folder.mkdir()

@@ -71,7 +71,7 @@ class TensorBoard(Sink):
 
 
 class Bar(Sink):
-    """For a person at a terminal: a bar, the loss, tokens a second and the time left."""
+    """For a person at a terminal: a bar, the loss, tokens or images a second and the time left."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.progress = Progress(
@@ -87,7 +87,7 @@ class Bar(Sink):
 
     def row(self, row: Row) -> None:
         if "val_loss" in row:
-            self.validation = f"  val {row['val_loss']:.3f}"
+            self.validation = f"  val {row['val_loss']:.3f}{_accuracy(row, 'val_accuracy')}"
         text = f"loss {row['loss']:.3f}{self.validation}  {_rate(row)}"
         self.progress.update(self.task, description=text)
 
@@ -104,7 +104,9 @@ class Lines(Sink):
         self.console, self.steps = console, steps
 
     def row(self, row: Row) -> None:
-        validation = f"  val {row['val_loss']:.4f}" if "val_loss" in row else ""
+        validation = ""
+        if "val_loss" in row:
+            validation = f"  val {row['val_loss']:.4f}{_accuracy(row, 'val_accuracy')}"
         self._print(
             f"step {row['step']:>5}/{self.steps}  loss {row['loss']:.4f}{validation}  norm "
             f"{row['grad_norm']:.3f}  {_rate(row)}  {row['step_ms']:.0f} ms "
@@ -122,13 +124,19 @@ class Lines(Sink):
 
 def closing_line(summary: Mapping[str, Any]) -> str:
     median, validation = summary["median"], summary["final_val_loss"]
-    validated = "" if validation is None else f", validation {validation:.4f}"
+    validated = ""
+    if validation is not None:
+        validated = f", validation {validation:.4f}{_accuracy(summary, 'final_val_accuracy')}"
     return (
         f"{summary['steps']} steps, loss {summary['final_loss']:.4f}{validated}; "
         f"{_rate(median)}, MFU {summary['mfu']:.1%}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
         f"in {summary['out']}"
     )
+
+
+def _accuracy(row: Row, field: str) -> str:
+    return f" ({row[field]:.1%} right)" if field in row else ""
 
 
 def _rate(row: Row) -> str:

@@ -11,9 +11,10 @@ import warnings
 from torch import nn
 
 from dist_lab.errors import UserError
-from dist_lab.mesh import Axis, as_under_torchrun
+from dist_lab.mesh import Axis
 from dist_lab.parallel.sync import Applied, Chain
 from dist_lab.parallel.wrapped import ThroughDDP, whole
+from dist_lab.process_group import as_under_torchrun
 
 
 def apply(
@@ -48,7 +49,7 @@ def apply(
     # Its state is the process's, and is kept for ever; this may be another mesh than the last.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    with as_under_torchrun(axis), warnings.catch_warnings():
+    with as_under_torchrun(axis.index, axis.size), warnings.catch_warnings():
         # It says broadcast_buffers to a torch that has begun to say forward_sync_buffers.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         accelerator = Accelerator(cpu=axis.wire.device.type == "cpu", kwargs_handlers=[options])

@@ -187,7 +187,7 @@ class Pool:
 
 def serve(pipe: Connection, rank: int, folder: str) -> None:
     """Run one task after another, until told None."""
-    from dist_lab import mesh
+    from dist_lab import process_group
 
     write_into(f"{folder}/printed-{rank}")
     stack = os.open(f"{folder}/stack-{rank}", os.O_WRONLY | os.O_CREAT)
@@ -203,7 +203,7 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
         pipe.send(word)
         if isinstance(word, Failure):
             ranks.end_process(1)  # so that peers which wait for this rank fail now
-    mesh.disconnect()
+    process_group.disconnect()
 
 
 def write_into(path: str) -> None:
@@ -245,17 +245,17 @@ def renew(task: Task, rank: int, rendezvous: str) -> None:
     """Undo what the last test may have left in this process, and join the ranks of this one."""
     import torch
 
-    from dist_lab import mesh
+    from dist_lab import process_group
 
-    mesh.disconnect()
+    process_group.disconnect()
     gc.collect()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
     # Twice the test's time, so that the pool, which can say where each rank hangs, comes first.
-    store = mesh.file_store(rendezvous, task.size)
-    mesh.connect(store, rank, task.size, timeout=2 * task.timeout)
+    store = process_group.file_store(rendezvous, task.size)
+    process_group.connect(store, rank, task.size, timeout=2 * task.timeout)
 
 
 def find(task: Task) -> Callable[..., Any]:

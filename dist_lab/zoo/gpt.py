@@ -144,6 +144,7 @@ class GPT(nn.Module):
     Raises ValueError if the width does not divide into heads, or the heads into groups.
     """
 
+    reads = "text"
     units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
     stages = ("model.embed_tokens", "model.layers.*", "model.norm", "lm_head")  # in forward order
 

@@ -3,7 +3,8 @@
 A layout must not change the numbers a run starts from, or no two layouts could ever be compared.
 So each parameter has a generator of its own, keyed by the seed and its fully qualified name (FQN):
 any rank may draw any subset in any order, from the meta device or in place, and nobody has to
-broadcast. Drawn whole, in float32 and on the CPU; then cut, cast and moved.
+broadcast. Drawn whole, in float32 and on the CPU; then cut, cast and moved. Buffers are not drawn:
+what they begin with is no chance, and a model that has any fills them by `init_buffer`.
 """
 
 import hashlib
@@ -21,6 +22,11 @@ class InitializesItself(Protocol):
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None: ...
 
 
+@runtime_checkable
+class InitializesItsBuffers(Protocol):
+    def init_buffer(self, fqn: str, buffer: Tensor) -> None: ...
+
+
 def initialize(
     model: nn.Module,
     seed: int,
@@ -30,10 +36,11 @@ def initialize(
     """Fills every parameter of `model` in place; those on meta come to life on `device`.
 
     `init_fn(fqn, tensor, generator)` is the model's own `init_weight` unless given. A tied
-    parameter is drawn once, as the first of its names, and stays tied.
+    parameter is drawn once, as the first of its names, and stays tied. Buffers are filled by the
+    model's own `init_buffer(fqn, buffer)`; without one they stay as they are.
 
     Raises ValueError if there is no `init_fn`, if it leaves a value unset, or if a buffer is on
-    meta, because the values of a buffer are known to the model alone.
+    meta and no `init_buffer` there, because its values are known to the model alone.
     """
     if init_fn is None:
         if not isinstance(model, InitializesItself):
@@ -43,10 +50,18 @@ def initialize(
             )
         init_fn = model.init_weight
     absent = [fqn for fqn, buffer in model.named_buffers() if buffer.is_meta]
-    if absent:
+    if isinstance(model, InitializesItsBuffers):
+        for fqn, buffer in list(model.named_buffers()):
+            if buffer.is_meta:
+                buffer = torch.empty_like(buffer, device=device)
+                module, _, leaf = fqn.rpartition(".")
+                setattr(model.get_submodule(module), leaf, buffer)
+            model.init_buffer(fqn, buffer)
+    elif absent:
         raise ValueError(
             f"{type(model).__name__} has buffers on the meta device ({absent[0]}, {len(absent)} in "
-            "all): their values cannot be drawn, so register them on a real device"
+            "all): their values cannot be drawn, so register them on a real device, or give the "
+            "model an init_buffer(fqn, buffer)"
         )
     for fqn, parameter in model.named_parameters():  # each once, by the first of its names
         value = draw(fqn, parameter.shape, seed, init_fn)

@@ -48,6 +48,7 @@ class Block(nn.Module):
 class MLP(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V)."""
 
+    reads = "text"
     units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
     stages = ("embed", "window", "project", "blocks.*", "norm", "head")  # in forward order
 

@@ -1,0 +1,83 @@
+"""What there is to choose from: strategies and models, as data that costs no torch to read.
+
+The code behind the names is in compose.py and zoo/; tests hold the two against each other.
+"""
+
+from dataclasses import dataclass
+
+from dist_lab.errors import UserError
+from dist_lab.settings import one_of, shown
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What goes with a strategy: who has written it, and the axes of a mesh it can run along."""
+
+    impls: tuple[str, ...]
+    axes: tuple[str, ...]  # by default all ranks stand along the first; none: it takes one process
+    options: tuple[str, ...] = ()  # settings that are its own
+
+
+STRATEGIES = {
+    "single": Strategy(impls=("hand",), axes=()),
+    "dp": Strategy(impls=("hand",), axes=("dp",)),
+    "ddp": Strategy(("hand", "torch", "accelerate"), axes=("dp",), options=("bucket_mb",)),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What goes with a model: the sizes there are, the data it reads, the images it can take."""
+
+    sizes: tuple[str, ...]
+    reads: str  # text or images
+    data: str  # that it learns from unless told otherwise
+    patch: int = 1  # sides of an image divide by it
+    smallest: int = 1  # side of an image
+
+
+SIZES = ("tiny", "small", "25m", "124m")
+MODELS = {
+    "gpt": Model(SIZES, reads="text", data="stdlib"),
+    "mlp": Model(SIZES, reads="text", data="stdlib"),
+    "vit": Model(SIZES, reads="images", data="glyphs", patch=4),
+    "resnet18": Model(SIZES[:1], reads="images", data="glyphs", smallest=9),
+}
+IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
+DATA_AXES = ("dp",)  # along these, ranks share out the rows of the batch
+COLLECTIVES = ("auto", "backend", "ring", "direct", "tree")
+
+
+def check_fits(name: str, data: str, image: tuple[int, int, int] | None) -> None:
+    """Raise UserError unless the model of this name takes images of this shape, or None, text.
+
+    Args:
+        data: what --data said.
+    """
+    model, what = MODELS[name], f"--data {shown(data)}"
+    if image is None:
+        if model.reads != "text":
+            raise UserError(
+                f"model {name} reads images, and {what} is text (--model); give --data "
+                f"{one_of(IMAGES, data)}"
+            )
+        return
+    _, height, width = image
+    if model.reads != "images":
+        others = [f"--model {other}" for other, m in MODELS.items() if m.reads == "images"]
+        raise UserError(
+            f"model {name} reads text, and {what} is images of {height} x {width} "
+            f"(--model); give --data {model.data}, or {' or '.join(others)}"
+        )
+    if height % model.patch or width % model.patch:
+        near = [max(1, round(side / model.patch)) * model.patch for side in (height, width)]
+        raise UserError(
+            f"model {name} cuts an image into patches of {model.patch} x {model.patch}, "
+            f"which {height} x {width} does not divide into ({what}); give images of "
+            f"{near[0]} x {near[1]}"
+        )
+    if min(height, width) < model.smallest:
+        raise UserError(
+            f"model {name} halves an image three times, which {height} x {width} is too "
+            f"small for ({what}); give images of {model.smallest} x {model.smallest} or more"
+        )

@@ -1,0 +1,140 @@
+"""What every collective goes through: it is named, compared, counted, started and waited for."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_lab.comm.algorithms import Steps, Work
+from dist_lab.comm.choice import check_algorithm, choose
+from dist_lab.comm.costs import ALGORITHMS
+from dist_lab.comm.ledger import Call, backend_bytes
+from dist_lab.comm.messages import Messages
+from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
+from dist_lab.mesh import Axis
+
+
+class Pending:
+    """A collective on its way. `wait()` blocks until its result may be read, and returns it.
+
+    Args:
+        steps: what is to be waited for, one step after another. Of a collective by hand, coming
+            to the next step posts its messages.
+        staging: where the result arrives, if not in place.
+    """
+
+    def __init__(
+        self, result: Tensor, steps: Iterable[Sequence[Work]] = (), call: Call | None = None,
+        axis: Axis | None = None, staging: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self._result, self._steps, self._call, self._axis = result, steps, call, axis
+        self._staging = staging
+        self._failure: CollectiveError | None = None
+
+    def wait(self) -> Tensor:
+        """Raises CollectiveError, naming rank, call and line, if a peer died or did not arrive."""
+        if self._failure is not None:
+            raise self._failure
+        if self._call is not None and self._axis is not None:
+            wire, call, began = self._axis.wire, self._call, time.perf_counter()
+            try:
+                for works in self._steps:
+                    for work in works:
+                        work.wait()
+            except RuntimeError as error:
+                self._failure = wire.failure(call, error)
+                raise self._failure from error
+            wire.ledger.waited(call, time.perf_counter() - began)
+            if self._staging is not None:
+                self._result.copy_(self._staging)
+            self._call = None  # a second wait() neither blocks nor counts
+        return self._result
+
+
+def start(
+    op: str,
+    axis: Axis,
+    out: Tensor,
+    given: Tensor,
+    detail: str,
+    algorithm: str | None,
+    by_backend: Callable[[], dist.Work | None],
+    by_hand: Callable[[Callable[..., Steps], Messages], Steps],
+    *,
+    payload: Tensor | None = None,
+    source: int = 0,
+) -> Pending:
+    """Begin a collective by the algorithm that was chosen for it.
+
+    Args:
+        out, given: what the caller gets back, and what the transport reads; where the operation is
+            in place and they differ, `out` is filled from `given` in the end.
+        detail: what the ranks must agree on besides dtype and shape.
+        algorithm: for this call alone; None: what the wire was set to.
+        payload: the tensor that the collective is about; default `out`.
+    """
+    if axis.size == 1:
+        return Pending(out)
+    wire, payload = axis.wire, out if payload is None else payload
+    if algorithm is not None:
+        check_algorithm(op, algorithm, wire.backend)
+    chosen = choose(op, algorithm or wire.collectives, payload.nbytes, wire.backend)
+    position = (axis.index - source) % axis.size
+    if chosen == "backend":
+        due = backend_bytes(op, axis.size, position, payload.nbytes, wire.backend)
+    else:
+        elements = ALGORITHMS[op][chosen].sent(axis.size, position, payload.numel())
+        due = elements * payload.element_size()
+    about = ", ".join(filter(None, [describe(given), detail]))
+    call = wire.call(op, axis.name, axis.size, about, payload.nbytes, due, chosen)
+    if wire.check:
+        _compare(call, axis)
+    wire.ledger.enter(call)
+    try:
+        if chosen == "backend":
+            work = by_backend()
+            steps: Iterable[Sequence[Work]] = [[work]] if work is not None else []
+        else:
+            messages = Messages(call, axis, wire.tag(axis.name))
+            rest = by_hand(ALGORITHMS[op][chosen].steps, messages)
+            steps = chain([next(rest, ())], rest)  # the first messages leave now
+    except RuntimeError as error:
+        raise wire.failure(call, error) from error
+    in_place = op in ("all_reduce", "broadcast")
+    return Pending(out, steps, call, axis, given if in_place and given is not out else None)
+
+
+def _compare(call: Call, axis: Axis) -> None:
+    """Refuse a collective that the other ranks of the axis are not about to call as well.
+
+    [Note: the order check] Collectives have no names on the network: ranks that call different
+    ones hang, or read each other's bytes as something else. With `check` every rank first sends a
+    description of fixed length, which is the same collective whatever the ranks were about to do.
+    A rank that calls nothing at all is still a time-out, which names the line that waited.
+    """
+    width = 256
+    how = "" if call.algorithm == "backend" else f" by {call.algorithm}"
+    mine = f"{call.op}({call.about}){how} at {call.where}, phase {call.phase}, {call.unit}"
+    text = bytearray(mine.encode()[:width].ljust(width))
+    row = torch.frombuffer(text, dtype=torch.uint8).to(axis.wire.device)
+    rows = row.new_empty(axis.size, width)
+    size, wire = axis.size, axis.wire
+    sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, wire.backend)
+    wire.ledger.enter(wire.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
+    try:
+        dist.all_gather_single(rows.view(-1), row, axis.group)
+    except RuntimeError as error:
+        raise axis.wire.failure(call, error) from error
+    said = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
+    if len({text.split(" at ")[0] for text in said}) > 1:
+        each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, said, strict=True))
+        raise CollectiveMismatch(
+            f"call #{call.number}: the ranks of {axis.name} disagree, and would have hung: {each}"
+        )
+
+
+def describe(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"

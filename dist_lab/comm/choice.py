@@ -1,0 +1,77 @@
+"""Which algorithm carries a collective: what was asked for, or the fastest as measured."""
+
+from dist_lab.comm.costs import ALGORITHMS
+from dist_lab.errors import UserError
+from dist_lab.settings import one_of, shown
+
+FAMILIES = ("ring", "direct", "tree")
+SETTINGS = ("auto", "backend", *FAMILIES)
+
+# op -> (payload in bytes, the fastest algorithm from there on). Measured by launch/bench_comm.py,
+# 4 ranks of one thread on 2 cores over loopback, 4 KiB to 16 MiB, while the machine was busy.
+# gloo's reduce_scatter is a whole all_reduce, and lost to one round at every size. Its all_gather
+# takes N-1 rounds, and lost or was level. No all_reduce by hand was clearly faster than gloo's, and
+# one would advance only while somebody waits for it.
+AUTO: dict[str, tuple[tuple[int, str], ...]] = {
+    "all_reduce": ((0, "backend"),),
+    "all_gather": ((0, "direct"),),
+    "reduce_scatter": ((0, "direct"),),
+    "all_to_all": ((0, "backend"),),
+    "broadcast": ((0, "backend"),),
+}
+
+
+def check_setting(setting: str, backend: str) -> None:
+    """Raises UserError for a setting that is none, or that this backend does not take."""
+    if setting not in SETTINGS:
+        raise UserError(
+            f"collectives cannot be {shown(setting)} (collectives=); give "
+            f"{one_of(SETTINGS, setting)}"
+        )
+    if setting in FAMILIES and backend != "gloo":
+        raise UserError(
+            f"collectives {setting} are by hand, for gloo alone, and the backend is {backend} "
+            "(collectives=); give auto or backend"
+        )
+
+
+def check_algorithm(op: str, algorithm: str, backend: str) -> None:
+    """Raises UserError for an algorithm that an operation was asked to use, and does not have."""
+    have = ("auto", "backend", *ALGORITHMS[op]) if backend == "gloo" else ("auto", "backend")
+    if algorithm not in have:
+        raise UserError(
+            f"{op} on {backend} has no algorithm {shown(algorithm)} (algorithm=); give "
+            f"{one_of(have, algorithm)}"
+        )
+
+
+def choose(op: str, setting: str, payload: int, backend: str) -> str:
+    """The algorithm for one call, "backend" for the backend's own.
+
+    A family is used by the operations that have it; all others are the backend's.
+
+    >>> choose("broadcast", "ring", 1 << 20, "gloo"), choose("broadcast", "tree", 1 << 20, "gloo")
+    ('backend', 'tree')
+    """
+    if backend != "gloo":
+        return "backend"
+    if setting == "auto":
+        return [name for start, name in AUTO[op] if start <= payload][-1]
+    return setting if setting in ALGORITHMS[op] else "backend"
+
+
+def effective(setting: str, backend: str) -> str:
+    """What a setting means for each operation, in one line.
+
+    >>> effective("ring", "gloo").split("; ")[:3]
+    ['all_reduce ring', 'all_gather ring', 'reduce_scatter ring']
+    """
+    said = []
+    for op, rows in AUTO.items():
+        varies = setting == "auto" and backend == "gloo"
+        names = [
+            choose(op, setting, start, backend) + (f" from {start:,} B" if start else "")
+            for start, _ in (rows if varies else rows[:1])
+        ]
+        said.append(f"{op} {', '.join(names)}")
+    return "; ".join(said)

@@ -1,0 +1,260 @@
+"""The alternating rounds, on every rank. Read `measure` first; the rest is what it calls.
+
+All strategies live side by side in the same processes, each with a model, an optimizer and batches
+of its own, drawn from the same seed; so they take the same steps, and differ in when bytes travel.
+In each round every strategy runs a few steps, in an order that ratios.py makes fair.
+
+[Note: the time of a step] A step is done when the last rank has done it. Every rank notes when it
+has done each, counted from where all met before the first; the maximum over ranks is taken after
+the last, so that nothing is sent or waited for, while the clock runs, that the strategy itself does
+not send. Ranks may drift apart inside a block as they do in a real run.
+"""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from dist_lab import commands
+from dist_lab.comm import ops
+from dist_lab.comm.agree import together
+from dist_lab.comm.ledger import Call
+from dist_lab.comm.wire import Wire
+from dist_lab.compare import files, tables
+from dist_lab.compare.progress import Progress
+from dist_lab.compare.ratios import orders
+from dist_lab.compare.report import Report, Row, by_collective, mean_of_ranks
+from dist_lab.compare.settings import Entry, Settings
+from dist_lab.config import Config
+from dist_lab.data import Data, prefetch
+from dist_lab.errors import UserError
+from dist_lab.mesh import Mesh, init_mesh
+from dist_lab.observe import flops, run_dir, sockets
+from dist_lab.train import DTYPES, Meter, make_optimizer, own_rows, take_step
+
+WARM_UP = 4  # steps: two that are measured for memory and FLOPs, one to settle, one for its bytes
+
+
+def run(config: Settings, mesh: Mesh) -> int:
+    """Compare, show, and write the files that README describes."""
+    with ExitStack() as held:
+        data = commands.meet(config, mesh)
+        with together(mesh.world):
+            if mesh.rank == 0:
+                folder = held.enter_context(run_dir.claimed(config, "compare"))
+        report = measure(config, mesh, data, config.entries())
+        if report is not None:
+            files.write(report, folder)
+            tables.show(report, folder)
+    return 0
+
+
+def measure(config: Settings, mesh: Mesh, data: Data, entries: Sequence[Entry]) -> Report | None:
+    """Run all entries in alternating rounds, those that can; the report is rank 0's. Collective.
+
+    Raises:
+        UserError: none of the entries can run, or not the one to measure against.
+    """
+    with ExitStack() as held:
+        progress = held.enter_context(Progress(config, mesh))
+        running: list[Contender] = []
+        refused: dict[str, str] = {}
+        for entry in entries:
+            progress.begins(entry.label)
+            try:
+                running.append(warmed_up(Contender(entry, config, mesh), data, held))
+            except UserError as error:
+                refused[entry.label] = str(error)
+            gc.collect()  # what a refused one leaves: its model and hooks refer to each other
+        reference = find_reference(config, running, refused)
+        for order in orders(len(running), config.rounds, config.seed):
+            for place in order:
+                running[place].rounds.append(block(running[place], config.steps))
+            progress.round_done({one.entry.label: one.rounds[-1] for one in running})
+        rows, peak = [row_of(one) for one in running], peak_rate(config, mesh)
+    if mesh.rank > 0:
+        return None
+    first = running[0]
+    setting = commands.describe(first.config, first.job, data)
+    setting |= {"config": config.to_dict(), "mesh": mesh.axes, "world_size": mesh.size}
+    text = data.image is None
+    unit = "tokens/s" if text else "samples/s"
+    batch = config.batch * config.seq if text else config.batch
+    return Report(setting, reference, unit, batch, peak, rows, refused)
+
+
+class Contender:
+    """One strategy on this rank, with all that it trains. Where it sits out, its steps are empty.
+
+    Attributes:
+        rounds: seconds of each step of each round, by the slowest rank.
+        losses: of every step, warm-up included.
+    """
+
+    def __init__(self, entry: Entry, settings: Settings, mesh: Mesh) -> None:
+        self.entry, self.mesh = entry, mesh
+        self.steps = WARM_UP + settings.rounds * settings.steps
+        self.config = replace(settings.of(entry), steps=self.steps)
+        self.misfit = settings.misfit(entry)
+        self.takes_part = mesh.rank == 0 or not entry.alone
+        self.taken = 0
+        self.rounds: list[list[float]] = []
+        self.losses: list[float] = []
+        self.calls: list[Call] = []  # of one step
+        self.kernel_bytes: int | None = None  # of the same step
+
+    def build(self, data: Data, held: ExitStack) -> None:
+        if self.takes_part:
+            config = self.config
+            self.job = commands.build(config, own_mesh(self.entry, config, self.mesh), data)
+            self.optimizer = make_optimizer(self.job, config)
+            rows = own_rows(config.batch, self.job)
+            self.batches = held.enter_context(closing(prefetch(data, rows, 0, self.steps)))
+            self.meter = Meter(self.job, self.optimizer)
+
+    def step(self) -> None:
+        """The step of train.py, with nothing left out."""
+        if not self.takes_part:
+            return
+        self.taken += 1
+        with self.meter.step(self.taken):
+            loss, _ = take_step(
+                self.job, self.optimizer, *next(self.batches), self.taken, self.config
+            )
+        self.losses.append(loss)
+
+    def counted_step(self) -> None:
+        """A step of which the bytes are counted, by the ledger and by the kernel."""
+        with ExitStack() as counting:
+            if self.takes_part:
+                ledger = self.job.mesh.wire.ledger
+                self.calls = counting.enter_context(ledger.recording())
+            self.kernel_bytes = sent_during(self.step, self.mesh)
+
+    def own_facts(self) -> dict[str, Any]:
+        """What this rank knows, as JSON; nothing if it sat out."""
+        if not self.takes_part:
+            return {}
+        counted = self.entry.impl == "hand"  # a library's calls do not pass through our ledger
+        steps = self.meter.steps[WARM_UP:]
+        return {
+            "about": self.job.about,
+            "blocked": [traffic.blocked for _, traffic in steps] if counted else None,
+            "peak_memory": self.meter.peak_memory,
+            "flops_per_step": self.meter.flops_per_step,
+            "traffic": by_collective(self.calls) if counted else None,
+            "kernel_bytes": self.kernel_bytes,
+        }
+
+
+def own_mesh(entry: Entry, config: Config, mesh: Mesh) -> Mesh:
+    """A mesh for one strategy: on the same processes, with a ledger of its own."""
+    if entry.alone:
+        return Mesh({"dp": 1}, Wire(0, 1, backend=config.backend), config.timeout)
+    axes = config.axes(mesh.size)
+    return init_mesh(
+        timeout=config.timeout, backend=config.backend, check=False,
+        collectives=config.collectives, **axes,
+    )  # fmt: skip
+
+
+def warmed_up(one: Contender, data: Data, held: ExitStack) -> Contender:
+    """Build it and take the steps that do not count. What one rank refuses, all refuse."""
+    with together(one.mesh.world):
+        if why := one.misfit:
+            raise UserError(why)
+        one.build(data, held)
+    for _ in range(WARM_UP - 1):
+        with together(one.mesh.world):
+            one.step()
+    with together(one.mesh.world):
+        one.counted_step()
+    return one
+
+
+def find_reference(
+    config: Settings, running: Sequence[Contender], refused: Mapping[str, str]
+) -> str:
+    labels = [one.entry.label for one in running]
+    asked = config.reference.removesuffix("@hand")
+    if asked in refused:
+        raise UserError(f"reference {asked} cannot run: {refused[asked]}; give another --reference")
+    if not labels:
+        why = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
+        raise UserError(f"none of the strategies can run; {why}")
+    return asked or labels[0]
+
+
+def block(one: Contender, steps: int) -> list[float]:
+    """Seconds of each of some steps; see [Note: the time of a step]."""
+    ends, elapsed = [], 0.0
+    meet(one.mesh)
+    for _ in range(steps):
+        began = time.perf_counter()
+        one.step()
+        elapsed += time.perf_counter() - began
+        ends.append(elapsed)
+        if one.entry.alone:
+            meet(one.mesh)  # while no clock runs: who sits out must not wait until he times out
+    with one.mesh.wire.during("measure"):
+        last = ops.all_reduce(
+            torch.tensor(ends, dtype=torch.float64, device=one.mesh.device), one.mesh.world, "max"
+        )
+    return [after - before for before, after in pairwise([0.0, *last.tolist()])]
+
+
+def meet(mesh: Mesh) -> None:
+    """Nobody goes on before all are here."""
+    with mesh.wire.during("measure"):
+        ops.all_reduce(torch.zeros(1, device=mesh.device), mesh.world)
+
+
+def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
+    """Bytes that this rank's sockets send for some work, by the kernel's count."""
+    marks = []
+    meet(mesh)
+    for action in (lambda: None, work):  # the first to know what it costs to meet
+        marks.append(sockets.sent_bytes())
+        action()
+        meet(mesh)  # now all that was sent has arrived
+    start, middle, end = [*marks, sockets.sent_bytes()]
+    if start is None or middle is None or end is None:
+        return None
+    return max(0, (end - middle) - (middle - start))
+
+
+def peak_rate(config: Settings, mesh: Mesh) -> float:
+    """Floating-point operations a second of all ranks together: see observe/flops.py."""
+    meet(mesh)
+    rates = flops.calibrate(DTYPES[config.dtype], mesh.device).to(mesh.device)
+    with mesh.wire.during("measure"):
+        return float(ops.all_reduce(rates, mesh.world).max())
+
+
+def row_of(one: Contender) -> Row:
+    """What all ranks know of one strategy together. Collective; whole on rank 0."""
+    mine = json.dumps(one.own_facts()).encode()
+    everyone = [json.loads(facts) for facts in ops.all_gather_bytes(mine, one.mesh.world)]
+    facts = [fact for fact in everyone if fact]
+    kernel = [fact["kernel_bytes"] for fact in facts]
+    return Row(
+        label=one.entry.label,
+        strategy=one.entry.strategy,
+        impl=one.entry.impl,
+        about=facts[0]["about"],
+        processes=len(facts),
+        rounds=one.rounds,
+        losses=one.losses,
+        blocked=facts[0]["blocked"],
+        peak_memory_bytes=max(fact["peak_memory"] for fact in facts),
+        flops_per_step=facts[0]["flops_per_step"],
+        traffic=mean_of_ranks([fact["traffic"] for fact in facts]),
+        kernel_bytes=None if None in kernel else statistics.fmean(kernel),
+    )

@@ -1,0 +1,129 @@
+"""A report for a person: a table of speed, one of what it cost, and what they need beside them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dist_lab.compare.ratios import Ratio
+from dist_lab.compare.report import Report, Row
+
+COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
+WIDTH = 120  # of a log file, which has none of its own
+
+
+def show(report: Report, folder: Path) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(speed(report))
+    console.print(cost(report))
+    for line in notes(report):
+        console.print(line, highlight=False, soft_wrap=not console.is_terminal, markup=False)
+    console.print(f"in {folder}", highlight=False, soft_wrap=True)
+
+
+def speed(report: Report) -> Table:
+    """Which is faster."""
+    config = report.setting["config"]
+    table = Table(
+        title=f"{config['model']} {report.setting['parameters'] / 1e6:.1f}M in {config['dtype']}, "
+        f"{report.batch:,} {report.unit.removesuffix('/s')} a step, on "
+        f"{report.setting['world_size']} ranks x {report.setting['threads']} threads "
+        f"({report.setting['cores']} cores)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("strategy", overflow="fold")
+    table.add_column("step ms (quartiles)", overflow="fold")
+    table.add_column(f"x {report.reference} (99% interval)", overflow="fold")
+    table.add_column("verdict", overflow="fold")
+    for name in (report.unit, "MFU", "waiting ms"):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in report.rows:
+        found, blocked = report.ratio(row), row.blocked_seconds
+        table.add_row(
+            row.label,
+            f"{ms(row.seconds.median)} ({ms(row.seconds.low)} - {ms(row.seconds.high)})",
+            as_text(found) if found else "1",
+            f"[{COLOR[found.verdict]}]{found.verdict}" if found else "reference",
+            f"{report.throughput(row).median:,.0f}",
+            f"{report.mfu(row):.1%}",
+            "-" if blocked is None else ms(blocked),
+        )
+    for label in report.refused:
+        table.add_row(label, "refused")
+    return table
+
+
+def cost(report: Report) -> Table:
+    """What each sent and held, and where it ended."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("strategy", overflow="fold")
+    table.add_column("a step of a rank", overflow="fold")
+    names = ("calls", "payload MB", "sent MB", "formula MB", "kernel MB", "peak MB", "final loss")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in report.rows:
+        kernel = "-" if row.kernel_bytes is None else mb(row.kernel_bytes)
+        first, *others = traffic_lines(row)
+        table.add_row(row.label, *first, kernel, mb(row.peak_memory_bytes), loss(report, row))
+        for line in others:
+            table.add_row("", *line)
+    return table
+
+
+def traffic_lines(row: Row) -> Iterator[list[str]]:
+    if row.traffic is None:
+        yield ["not counted here", "-", "-", "-", "-"]
+    elif not row.traffic:
+        yield ["nothing", "0", "0", "0", "0"]
+    for found in row.traffic or []:
+        numbers = [mb(found.payload), mb(found.sent), mb(found.formula)]
+        yield [found.collective, f"{found.calls:g}", *numbers]
+
+
+def notes(report: Report) -> Iterator[str]:
+    """What the tables cannot say."""
+    config, rounds = report.setting["config"], len(report.rows[0].rounds)
+    yield (
+        f"{rounds} rounds of {config['steps']} steps each, in changing order; step ms: the median "
+        f"over rounds; x {report.reference}: throughput over {report.reference}'s, by round"
+    )
+    for row in report.rows:
+        if row.processes < report.setting["world_size"]:
+            yield f"{row.label}: the whole batch on rank 0 alone, with its threads; the others wait"
+        if row.about:
+            yield f"{row.label}: {row.about}"
+    for label, reason in report.refused.items():
+        yield f"{label}: refused: {reason}"
+    if any(row.traffic is None for row in report.rows):
+        yield "not counted here: a library's own calls pass by our ledger, and not by the kernel"
+    worst = max(report.rows, key=report.loss_error)
+    if len(report.rows) > 1:
+        equal = report.loss_error(worst) <= report.tolerance
+        yield (
+            f"final losses after {len(worst.losses)} steps each "
+            f"{'are equal' if equal else 'differ'}: the furthest from {report.reference}'s is "
+            f"{worst.label}'s, by {report.loss_error(worst):.1e} of it "
+            f"(tolerance {report.tolerance:.0e}, {config['dtype']})"
+        )
+
+
+def loss(report: Report, row: Row) -> str:
+    equal = report.loss_error(row) <= report.tolerance
+    return f"{row.losses[-1]:.5g} {'[green]equal' if equal else '[red]differs'}"
+
+
+def as_text(found: Ratio) -> str:
+    return f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"  # a space to break a line at
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def mb(number: float) -> str:
+    return f"{number / 1e6:.2f}" if number >= 1e4 or not number else f"{number / 1e6:.6f}"

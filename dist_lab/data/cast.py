@@ -1,0 +1,33 @@
+"""The same data in another dtype: images in that of a model's parameters, where they are made."""
+
+import torch
+from torch import Tensor
+
+from dist_lab.data import Data
+
+
+class Cast:
+    """Any `Data`, its images in `dtype`. Token ids and classes stay as they are.
+
+    `image` is the data's own, which data of somebody's own need not have.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        image: tuple[int, int, int] | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name, self.vocab, self.image = data.name, data.vocab, image
+        self.sha256, self.validation_batches = data.sha256, data.validation_batches
+        self._data, self._dtype = data, dtype
+
+    def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
+        return self._cast(*self._data.batch(step, rows))
+
+    def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
+        return self._cast(*self._data.validation(index, rows))
+
+    def _cast(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs.to(self._dtype) if inputs.is_floating_point() else inputs, targets

@@ -1,0 +1,175 @@
+"""What a strategy will do, before any rank is started: who stands where, what lies where, what is sent.
+
+The step is not described, it is run: rank 0's real model, strategy and loop, on a mesh whose other
+ranks are pretended (`mesh.pretended`). So what is shown cannot differ from what a run does, and
+costs one step of one rank in time and memory.
+"""  # noqa: E501
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby, product
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dist_lab import train as loop
+from dist_lab.choices import STRATEGIES
+from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
+from dist_lab.commands import build, meet
+from dist_lab.config import Config, read_mesh
+from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.mesh import ORDER, Mesh, pretended
+
+RANKS = 4  # where --mesh does not say
+
+
+def explain(config: Config, mesh: Mesh) -> int:
+    """Print rank grid, layout and one step's traffic of `config` on its --mesh."""
+    if config.impl != "hand":
+        raise UserError(
+            f"explain runs what is written here, {config.strategy}@{config.impl} is a library's "
+            "(--impl); give --impl hand, or measure both by launch/compare.py"
+        )
+    own = STRATEGIES[config.strategy].axes
+    axes = read_mesh(config.mesh) or dict.fromkeys(own[:1], RANKS)
+    config.check_batch(axes)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own
+    if math.prod(axes.values()) == 1:
+        show(console, *observe(config, mesh))
+    else:
+        console.print(rank_grid(axes))
+        with pretended(axes, backend=config.backend, collectives=config.collectives) as other:
+            show(console, *observe(config, other))
+    return 0
+
+
+def observe(config: Config, mesh: Mesh) -> tuple[Job, list[Call], list[Call]]:
+    """Two steps of rank 0: the first, in which a strategy may learn, and one like all others."""
+    data = meet(replace(config, log_collectives=False), mesh)
+    job = build(config, mesh, data)
+    optimizer = loop.make_optimizer(job, config)
+    steps = []
+    for number in range(2):
+        with mesh.wire.ledger.recording() as calls:
+            rows = data.batch(number, loop.own_rows(config.batch, job))
+            loop.take_step(job, optimizer, *rows, 1, config)
+        steps.append(calls)
+    return job, steps[0], steps[1]
+
+
+def show(console: Console, job: Job, first: Sequence[Call], steady: Sequence[Call]) -> None:
+    console.print(layout_table(job))
+    if not steady:
+        console.print("nothing is sent")
+        return
+    console.print(calls_table("collectives of a step, in order; bytes", steady))
+    console.print(totals_table(steady))
+    if [(c.op, c.payload) for c in first] != [(c.op, c.payload) for c in steady]:
+        console.print(calls_table("the first step, which differs; bytes", first))
+
+
+def rank_grid(axes: dict[str, int]) -> Table:
+    """Each rank's coordinates, outer axis first; neighbors on the last are neighbors in number."""
+    long = {name: axes[name] for name in ORDER if name in axes}
+    title = f"ranks of {' x '.join(f'{a}={n}' for a, n in long.items())}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    *outer, inner = long
+    table.add_column(" ".join(outer))
+    for i in range(long[inner]):
+        table.add_column(f"{inner}={i}", justify="right")
+    rank = 0
+    for position in product(*(range(long[name]) for name in outer)):
+        row = [str(rank + i) for i in range(long[inner])]
+        table.add_row(" ".join(f"{a}={i}" for a, i in zip(outer, position, strict=True)), *row)
+        rank += long[inner]
+    return table
+
+
+def layout_table(job: Job) -> Table:
+    """Where each parameter lies. Blocks that are alike share a row: layers.0-7."""
+    table = Table(title="where parameters lie, on rank 0", box=SIMPLE_HEAD)
+    for column in ("parameter", "shape", "dtype", "here", "gradient summed over"):
+        table.add_column(column, overflow="fold")
+    table.add_column("bytes here", justify="right")
+    rows: dict[tuple[str, ...], list[int]] = {}
+    sizes: dict[tuple[str, ...], int] = {}
+    own = dict(job.model.named_parameters())
+    for name, laid in job.laid.items():
+        number = re.search(r"\.(\d+)\.", name)
+        split = ", ".join(f"dim {shard.dim} over {axis}" for axis, shard in laid.splits)
+        key: tuple[str, ...] = (
+            re.sub(r"\.\d+\.", ".{}.", name, count=1), str(list(laid.shape)),
+            str(laid.dtype).removeprefix("torch."), split or "whole",
+            ", ".join(map(str, laid.sum_over)) or "-",
+        )  # fmt: skip
+        rows.setdefault(key, []).append(int(number[1]) if number else 0)
+        sizes[key] = sizes.get(key, 0) + own[name].nbytes
+    for key, numbers in rows.items():
+        label = key[0].format(_ranges(numbers))
+        table.add_row(label, *key[1:], f"{sizes[key]:,}")
+    total = sum(sizes.values())
+    count = sum(p.numel() for p in own.values())
+    table.add_section()
+    table.add_row(f"{count:,} parameters", "", "", "", "", f"{total:,}")
+    return table
+
+
+def calls_table(title: str, calls: Sequence[Call]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("phase", "collective", "axis", "for"):
+        table.add_column(column, overflow="fold")
+    for column in ("payload", "sent"):
+        table.add_column(column, justify="right")
+    for call in shortened(calls):
+        if isinstance(call, int):
+            table.add_row("", f"... {call} more", "", "", "", "")
+        else:
+            what = call.unit or call.about
+            table.add_row(
+                call.phase, call.op, call.axis, what, f"{call.payload:,}", f"{call.sent:,}"
+            )
+    return table
+
+
+def shortened(calls: Sequence[Call], most: int = 24) -> Iterator[Call | int]:
+    """The calls; of a long run of one kind its beginning, how many more, and its end."""
+    for _, run in groupby(calls, key=lambda call: (call.phase, call.op, call.axis)):
+        alike = list(run)
+        if len(alike) <= most:
+            yield from alike
+        else:
+            yield from alike[:3]
+            yield len(alike) - 4
+            yield alike[-1]
+
+
+def totals_table(calls: Sequence[Call]) -> Table:
+    """By collective, beside the published formula's bytes."""
+    table = Table(title="in all, bytes a step on rank 0", box=SIMPLE_HEAD)
+    table.add_column("collective")
+    table.add_column("axis")
+    for column in ("calls", "payload S", "formula", "by formula", "sent"):
+        table.add_column(column, justify="right")
+    for (op, axis, size), run in groupby(
+        sorted(calls, key=lambda c: (c.op, c.axis)), key=lambda c: (c.op, c.axis, c.size)
+    ):
+        mine = list(run)
+        payload = sum(call.payload for call in mine)
+        share = SHARE_SENT.get(op)
+        formula = f"{share if share != 1 else ''} (N-1)/N S".strip() if share else "S"
+        wanted = formula_bytes(op, size, payload) if share else payload
+        table.add_row(
+            op, axis, str(len(mine)), f"{payload:,}", formula, f"{float(wanted):,.0f}",
+            f"{sum(call.sent for call in mine):,}",
+        )  # fmt: skip
+    return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{min(numbers)}-{max(numbers)}"

@@ -1,0 +1,113 @@
+"""Where processes meet, and how they join and leave the process group.
+
+Ranks find each other in a store: a file, for those that are started here, or torchrun's. This file
+knows the environment that torchrun leaves, and the network interface.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]
+    FileStore,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
+
+from dist_lab.errors import MachineError
+
+
+def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> None:
+    """Join the process group that meets in `store`.
+
+    Raises:
+        MachineError: no GPU for nccl, or a transport that cannot be set up.
+    """
+    if backend == "nccl":
+        if not torch.cuda.is_available():
+            raise MachineError("backend nccl needs a GPU and torch sees none; use --backend gloo")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    elif _one_machine(store):
+        # Ranks of one machine talk over loopback. gloo would resolve the host's name instead,
+        # which binds a public address on one machine and an unreachable one on the next.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def file_store(path: str, size: int) -> Store:
+    """A meeting place in a file: no port, so none to clash and nothing that listens."""
+    return FileStore(path, size)
+
+
+def environment_store(rank: int, size: int, timeout: float) -> Store:
+    """torchrun's store, under a prefix of its own for each restart.
+
+    After a rank dies, torchrun starts all again on the same store, where the addresses of the dead
+    still stand; without the prefix the new ranks try to reach them.
+    """
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=limit))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt-{attempt}", store)
+
+
+@contextmanager
+def as_under_torchrun(rank: int, size: int) -> Iterator[None]:
+    """The environment that torchrun gives its processes, for libraries that read it to find them.
+
+    Ranks may have been started in other ways, which leave nothing there.
+    """
+    given = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",  # not used: the processes have met
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update({name: before[name] or value for name, value in given.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+
+
+def default_backend() -> str:
+    """nccl where every process of this machine can have a GPU of its own, else gloo."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "nccl" if dist.is_nccl_available() and torch.cuda.device_count() >= local else "gloo"
+
+
+def group_timeout(group: dist.ProcessGroup) -> float:
+    """Seconds that a collective of this group may take."""
+    device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
+    limit: timedelta = group._get_backend(device).options._timeout
+    return limit.total_seconds()
+
+
+def loopback() -> str:
+    """The name of the loopback interface: lo on Linux, lo0 on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _one_machine(store: Store) -> bool:
+    if isinstance(store, FileStore):
+        return True
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")

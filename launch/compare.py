@@ -1,0 +1,32 @@
+"""Which strategy is faster here, by how much, and is it certain?
+
+    torchrun --nproc_per_node=4 launch/compare.py --strategies single,dp,ddp,ddp@torch --batch 4
+    python launch/compare.py --nproc 4 --size 25m --batch 4 --seq 64       every strategy there is
+    python launch/compare.py --nproc 4 --strategies dp,dp                  how large is the noise?
+
+All strategies train the same model on the same batches in the same processes, and take turns in
+rounds. Tables are printed; compare.json, .csv, .png and TensorBoard events go to runs/.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_lab import data, launcher
+from dist_lab.compare import settings
+from dist_lab.observe import run_dir
+
+
+def read(argv: Sequence[str] | None) -> settings.Settings:
+    config = settings.read(argv, __doc__)
+    if config.nproc is not None:  # all that can be wrong is said before a rank starts
+        run_dir.look(config)
+        data.check(
+            config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
+            fits=config.check_fits,
+        )  # fmt: skip
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(launcher.main("compare.py", read, "dist_lab.compare.measure:run"))

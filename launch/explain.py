@@ -1,0 +1,49 @@
+"""What would a run do? Ranks, layout, buckets and bytes of a strategy, with no rank started:
+
+    python launch/explain.py --strategy ddp --mesh dp=8 --size 25m
+    python launch/explain.py --strategy dp --microbatches 2
+
+One step of rank 0 is run, against ranks that are only pretended; what it sends is what is shown.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_lab import data, launcher
+from dist_lab.config import Config, check_together, parse_as
+from dist_lab.errors import UserError
+
+WITHOUT = [
+    "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
+    "out", "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
+]  # fmt: skip
+
+
+class Explain(Config):
+    """The settings of a run that is only looked at."""
+
+    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
+        """This process alone, whatever mesh is asked about."""
+        if size > 1:
+            raise UserError(
+                f"explain starts no ranks and needs none, {size} were started; type python "
+                "launch/explain.py --mesh dp=4 ..."
+            )
+        return {}
+
+
+def read(argv: Sequence[str] | None) -> Explain:
+    config = parse_as(
+        Explain, check_together, argv,
+        program="explain.py", description=__doc__, defaults={}, without=WITHOUT,
+    )  # fmt: skip
+    data.check(
+        config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
+        fits=config.check_fits,
+    )  # fmt: skip
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(launcher.main("explain.py", read, "dist_lab.explain:explain"))
