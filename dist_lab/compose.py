@@ -93,13 +93,11 @@ def parallelize(
         check_tensors_agree(state, axis)
 
     if sync_batchnorm:
-        everyone = mesh.sub(row.axis, range(axis.size))  # with a process group of its own
-        assert everyone is not None, axis
-        convert_batchnorm(model, everyone)
+        convert_batchnorm(model, mesh.lane(row.axis, "statistics"))
     named = _find_units(model, units)
     names = [name for name, _ in model.named_parameters()]
     _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
-    applied = row.apply(model, axis, **options)
+    applied = row.apply(model, mesh.lane(row.axis, "gradients"), **options)
     if not isinstance(applied, Applied):
         raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
     assert names == [name for name, _ in model.named_parameters()] == list(applied.laid), (

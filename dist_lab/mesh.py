@@ -44,6 +44,10 @@ class Axis:
 
     `ranks` are the members' global ranks; this rank is `ranks[index]`. An axis of size 1 has no
     group, and every collective over it is the identity.
+
+    All ranks of an axis start its collectives in one order. What has no order in common with the
+    rest, such as gradients that leave when they are ready, goes by a `lane` of its own: the same
+    ranks, and another process group.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     wire: Wire
+    lane: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -121,16 +126,18 @@ class Mesh:
             raise UserError(f"{key}: positions must be distinct and below {self[name].size}")
         if key not in self._subs:
             mine = tuple(self[name].ranks[i] for i in indices)
-            group = None
-            if len(indices) > 1:
-                # new_group is collective over the world: every line's group, in the same order.
-                for line in lines(self.axes, (name,)):
-                    ranks = [line[i] for i in indices]
-                    made = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
-                    group = made if self.rank in ranks else group
+            group = self._new_group(name, indices)
             member = self.rank in mine
             self._subs[key] = self._axis(key, mine, group) if member else None
         return self._subs[key]
+
+    def lane(self, name: str, lane: str) -> Axis:
+        """The same axis with a process group of its own: see `Axis`. Collective over the mesh."""
+        key = f"{name}/{lane}"
+        if key not in self._made:
+            group = self._new_group(name, range(self[name].size))
+            self._made[key] = self._axis(name, self[name].ranks, group, lane)
+        return self._made[key]
 
     @property
     def world(self) -> Axis:
@@ -145,7 +152,21 @@ class Mesh:
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.axes.items())
 
-    def _axis(self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Axis:
+    def _new_group(self, name: str, indices: Sequence[int]) -> dist.ProcessGroup | None:
+        """A group of these positions of the axis, on every line of it; this rank's own, if any."""
+        if len(indices) < 2:
+            return None
+        own = None
+        # new_group is collective over the world: every line's group, in the same order.
+        for line in lines(self.axes, (name,)):
+            ranks = [line[i] for i in indices]
+            made = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
+            own = made if self.rank in ranks else own
+        return own
+
+    def _axis(
+        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, lane: str = ""
+    ) -> Axis:
         if group is not None:
             if dist.get_backend(group) != "fake":
                 # DeviceMesh gives its groups the library's default of 30 minutes, whatever the
@@ -153,7 +174,7 @@ class Mesh:
                 group.set_timeout(timedelta(seconds=self.timeout))
                 assert group_timeout(group) == self.timeout, (name, group_timeout(group))
             assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
-        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire)
+        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire, lane)
         if group is not None:
             atexit.register(_release, weakref.ref(axis), "group")
         return axis

@@ -171,12 +171,16 @@ class Experts(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.parametrize("bucket_mb", [0.001, 0.02])
 @pytest.mark.parametrize("rows", [3, 8])
-@pytest.mark.ranks(3)
-def test_parameters_that_ranks_use_at_different_times_are_right_from_the_first_step(rows, mesh):
+@pytest.mark.ranks(3, timeout=20)
+def test_ranks_that_use_different_parameters_are_right_from_the_first_step(rows, bucket_mb, mesh):
+    # With a bucket for each expert, a rank sends some before the loss and others after it, and the
+    # ranks differ in which. Once all went through one group, and loss met gradient.
     report = dist_lab.verify(
         lambda: Experts().double(), lambda step: batch(step, rows), mesh, "ddp", steps=6,
-        microbatches=2, optimizer=torch.optim.SGD, options={"lr": 0.1, "momentum": 0.9}, **TINY,
+        microbatches=2, optimizer=torch.optim.SGD, options={"lr": 0.1, "momentum": 0.9},
+        bucket_mb=bucket_mb, first_bucket_mb=0.001,
     )  # fmt: skip
     assert report.equal, report.sentence()
 

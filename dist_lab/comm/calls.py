@@ -98,7 +98,7 @@ def start(
             work = by_backend()
             steps: Iterable[Sequence[Work]] = [[work]] if work is not None else []
         else:
-            messages = Messages(call, axis, wire.tag(axis.name))
+            messages = Messages(call, axis, wire.tag(f"{axis.name}/{axis.lane}"))
             rest = by_hand(ALGORITHMS[op][chosen].steps, messages)
             steps = chain([next(rest, ())], rest)  # the first messages leave now
     except RuntimeError as error:

@@ -20,7 +20,9 @@ rank has used. What no rank uses is never sent.
 its parameters, 1 where this rank has used it, which the same sum adds up: a parameter that nobody
 used in this step keeps `grad is None`, and one that was used only elsewhere gets the others'
 gradient. One more flag tells of parameters that are in no bucket yet; if any rank raises it, all of
-them learn again.
+them learn again. So a rank may send a bucket in backward that another sends in `finish`, after
+whatever lies between: the buckets have an order in common with each other alone, and their axis
+must be a lane of its own (`mesh.lane`).
 
 Buffers are each rank's own: see [Note: buffers] in dist_lab/buffers.py.
 """

@@ -23,8 +23,8 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
     """Put a SyncBatchNorm in the place of every BatchNorm, with its parameters and buffers.
 
     Args:
-        axis: best one with a process group of its own (`mesh.sub`): statistics and gradient
-            buckets then need no common order.
+        axis: a lane of its own (`mesh.lane`), as statistics and gradient buckets have no common
+            order.
 
     Raises:
         UserError: there is none, or it is the model itself.
