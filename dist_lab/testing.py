@@ -123,6 +123,12 @@ def task_of(item: pytest.Function, marked: Marked) -> Task:
         if isinstance(value, OnEachRank):
             axes = marked.mesh or {"dp": marked.size}
             continue
+        if isinstance(value, pytest.MonkeyPatch):
+            # A copy of it would patch the rank, and nobody would take that back after the test.
+            pytest.fail(
+                "the fixture `monkeypatch` changes pytest's own process; on a rank, use "
+                "pytest.MonkeyPatch.context() in the body of the test", pytrace=False,
+            )  # fmt: skip
         try:
             values[name] = dumps(value)
         except Exception as error:

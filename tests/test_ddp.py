@@ -202,7 +202,7 @@ def test_a_parameter_that_first_appears_late_is_learned_and_then_overlaps_too(me
         with mesh.wire.ledger.recording() as calls:
             job.model(torch.ones(1, 3) * (mesh.rank + 1), late).sum().backward()
             job.finish()
-        seen.append([c.op for c in calls])
+        seen.append([c.op for c in calls if c.unit != "shared memory"])
         gradients = [p.grad.clone() for p in job.model.late.parameters() if p.grad is not None]
         assert len(gradients) == (0 if not seen[1:] else 2)
         for gradient in gradients:  # the same on both ranks

@@ -18,7 +18,7 @@ LAYERS = [
     ["settings", "processes.failures"],
     ["choices", "zoo", "data", "loss"],
     ["config"],
-    ["comm.algorithms", "comm.costs"],
+    ["comm.algorithms", "comm.costs", "comm.shared"],
     ["comm.ledger", "comm.choice", "comm.wire"],
     ["process_group"],
     ["mesh"],

@@ -326,7 +326,9 @@ def test_misuse_is_answered_in_one_line(inner):
     result = inner("""
 def test_a(mesh): pass
 @pytest.mark.ranks(2)
-def test_b(monkeypatch, request): pass
+def test_b(request): pass
+@pytest.mark.ranks(2)
+def test_g(monkeypatch): pass
 @pytest.mark.ranks("two")
 def test_c(mesh): pass
 @pytest.mark.ranks(4, mesh={"dp": 3})
@@ -338,8 +340,9 @@ def size(mesh): return mesh.size
 @pytest.mark.ranks(2)
 def test_f(size): pass
 """)
-    result.assert_outcomes(failed=4, errors=2)
+    result.assert_outcomes(failed=5, errors=2)
     for line in (
+        "on a rank, use pytest.MonkeyPatch.context() in the body of the test",
         "the fixture `mesh` is for tests marked @pytest.mark.ranks(n)",
         "the fixture `request` cannot travel to the ranks: ",
         "@pytest.mark.ranks: 'two' is no number of ranks",

@@ -272,7 +272,7 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
 
 @pytest.mark.parametrize(("strategy", "impl"), [key for key in STRATEGIES if key[0] != "single"])
 @pytest.mark.ranks(2)
-def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh, monkeypatch):
+def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
     # Trap 16: a CPU mode that nobody had run, with a torch.cuda.synchronize() after each message.
     def forbidden(*args, **kwargs):
         raise AssertionError("a call to CUDA on a machine without it")

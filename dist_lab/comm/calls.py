@@ -13,6 +13,7 @@ from dist_lab.comm.choice import check_algorithm, choose
 from dist_lab.comm.costs import ALGORITHMS
 from dist_lab.comm.ledger import Call, backend_bytes
 from dist_lab.comm.messages import Messages
+from dist_lab.comm.shared import Array, shared_all_reduce, shared_sent
 from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
 from dist_lab.mesh import Axis
 
@@ -90,21 +91,47 @@ def start(
         due = elements * payload.element_size()
     about = ", ".join(filter(None, [describe(given), detail]))
     call = wire.call(op, axis.name, axis.size, about, payload.nbytes, due, chosen)
-    if wire.check:
-        _compare(call, axis)
-    wire.ledger.enter(call)
+    _enter(call, axis)
     try:
         if chosen == "backend":
             work = by_backend()
             steps: Iterable[Sequence[Work]] = [[work]] if work is not None else []
         else:
-            messages = Messages(call, axis, wire.tag(f"{axis.name}/{axis.lane}"))
-            rest = by_hand(ALGORITHMS[op][chosen].steps, messages)
-            steps = chain([next(rest, ())], rest)  # the first messages leave now
+            steps = _begun(by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis)))
     except RuntimeError as error:
         raise wire.failure(call, error) from error
     in_place = op in ("all_reduce", "broadcast")
     return Pending(out, steps, call, axis, given if in_place and given is not out else None)
+
+
+def start_shared(
+    op: str, axis: Axis, buffer: Tensor, detail: str, everyone: Sequence[Array]
+) -> Pending:
+    """Begin a collective on memory that all ranks see."""
+    due = shared_sent(axis.size, axis.index, buffer.numel()) * buffer.element_size()
+    about = f"{describe(buffer)}, {detail}"
+    call = axis.wire.call(op, axis.name, axis.size, about, buffer.nbytes, due, "shared")
+    _enter(call, axis)
+    try:
+        steps = _begun(shared_all_reduce(_messages(call, axis), everyone))
+    except RuntimeError as error:
+        raise axis.wire.failure(call, error) from error
+    return Pending(buffer, steps, call, axis)
+
+
+def _enter(call: Call, axis: Axis) -> None:
+    if axis.wire.check:
+        _compare(call, axis)
+    axis.wire.ledger.enter(call)
+
+
+def _messages(call: Call, axis: Axis) -> Messages:
+    return Messages(call, axis, axis.wire.tag(f"{axis.name}/{axis.lane}"))
+
+
+def _begun(steps: Steps) -> Iterable[Sequence[Work]]:
+    """The steps, of which the first has posted its messages."""
+    return chain([next(steps, ())], steps)
 
 
 def _compare(call: Call, axis: Axis) -> None:

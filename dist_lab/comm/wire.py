@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
@@ -42,6 +43,7 @@ class Wire:
 
     Attributes:
         timeout: seconds that a message may take; the mesh sets it.
+        shared: a buffer in shared memory -> those of all ranks; see `ops.shared_buffer`.
 
     Raises:
         UserError: no such setting of `collectives`, or not on this backend.
@@ -57,6 +59,7 @@ class Wire:
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.ledger = Ledger()
         self.phase, self.unit = "start", ""
+        self.shared = WeakTensorKeyDictionary()
         self._calls = 0
         self._tags: dict[str, int] = {}
 

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from dist_lab.comm.ops import Pending, all_gather, all_reduce_into
+from dist_lab.comm.ops import Pending, all_gather, all_reduce_into, shared_buffer
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
@@ -129,7 +129,7 @@ class Overlapped(Sync):
         self.strangers = {}
 
     def _send(self, *, strangers: bool) -> None:
-        self.buckets[self.sent].send(self.axis, strangers=strangers)
+        self.buckets[self.sent].send(strangers=strangers)
         self.sent += 1
 
     def _learn(self) -> None:
@@ -151,7 +151,8 @@ class Overlapped(Sync):
         first, limit = self.limits
         sizes = [(name, p.dtype, p.nbytes) for name, p in parameters.items()]
         for names in cut(sizes, limit if self.buckets else first, limit):
-            bucket = Bucket(len(self.buckets), {name: parameters[name] for name in names})
+            held = {name: parameters[name] for name in names}
+            bucket = Bucket(len(self.buckets), held, self.axis)
             for name in names:  # at once, so that a gradient and its copy are not all there twice
                 bucket.take(name)
             self.buckets.append(bucket)
@@ -164,14 +165,14 @@ class Bucket:
     flat = [ gradient a | gradient b | ... | a used | b used | ... | strangers ]
     """
 
-    def __init__(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, index: int, parameters: dict[str, nn.Parameter], axis: Axis) -> None:
+        self.parameters, self.axis = parameters, axis
         self.names = list(parameters)
         more = f" .. {self.names[-1]} ({len(parameters)})" if len(parameters) > 1 else ""
         self.label = f"bucket {index}: {self.names[0]}{more}"
-        some = parameters[self.names[0]]
         lengths = [p.numel() for p in parameters.values()]
-        self.flat = some.new_zeros(sum(lengths) + len(lengths) + 1, requires_grad=False)
+        dtype = parameters[self.names[0]].dtype
+        self.flat = shared_buffer(sum(lengths) + len(lengths) + 1, dtype, axis)
         *pieces, self.flags = self.flat.split([*lengths, len(lengths) + 1])
         self.views = {
             name: piece.view_as(parameters[name])
@@ -187,14 +188,14 @@ class Bucket:
             view.copy_(parameter.grad.detach())
             parameter.grad = view
 
-    def send(self, axis: Axis, *, strangers: bool) -> None:
+    def send(self, *, strangers: bool) -> None:
         used = [parameter.grad is not None for parameter in self.parameters.values()]
         for name, yes in zip(self.names, used, strict=True):
             if not yes:
                 self.views[name].zero_()  # what an earlier step has left there
         self.flags.copy_(torch.tensor([*used, strangers]))
-        with axis.wire.during(unit=self.label):
-            self.pending = all_reduce_into(self.flat, axis)  # dW{U_dp} -> dW
+        with self.axis.wire.during(unit=self.label):
+            self.pending = all_reduce_into(self.flat, self.axis)  # dW{U_dp} -> dW
 
     def arrive(self) -> bool:
         """Wait; every `.grad` is then global, or None. Whether some rank had strangers."""
