@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from dist_lab import parity, zoo
 from dist_lab import train as loop
@@ -26,7 +25,7 @@ from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.mesh import Mesh
 from dist_lab.observe import run_dir
-from dist_lab.observe.sinks import Sink, open_sinks
+from dist_lab.observe.sinks import Sink, open_sinks, wide_console
 
 
 def train(config: Config, mesh: Mesh) -> int:
@@ -75,7 +74,7 @@ def verify(config: Config, mesh: Mesh) -> int:
         **config.options(),
     )
     if mesh.rank == 0:
-        console = Console()
+        console = wide_console()
         if data.image is not None:
             what = batch_in_words(config.to_dict(), data.image)
             console.print(f"{data.name}, {what} a step", highlight=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from dist_lab.config import Config, read_mesh
 from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.mesh import ORDER, Mesh, pretended
+from dist_lab.observe.sinks import wide_console
 
 RANKS = 4  # where --mesh does not say
 
@@ -37,9 +38,7 @@ def explain(config: Config, mesh: Mesh) -> int:
     own = STRATEGIES[config.strategy].axes
     axes = read_mesh(config.mesh) or dict.fromkeys(own[:1], RANKS)
     config.check_batch(axes)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a file has no width of its own
+    console = wide_console()
     if math.prod(axes.values()) == 1:
         show(console, *observe(config, mesh))
     else:

@@ -11,10 +11,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from rich.console import Console
 from rich.table import Table
 
 from dist_lab.comm.choice import AUTO
+from dist_lab.observe.sinks import wide_console
 
 CLEARLY = 1.05  # an algorithm by hand is chosen over the backend's own if so many times as fast
 
@@ -141,7 +141,7 @@ def report(rows: Sequence[Row], setting: Mapping[str, Any], folder: Path) -> Non
         by_algorithm.setdefault((row.op, row.algorithm), []).append(row)
     fits = [fit(group) for group in by_algorithm.values() if len(group) > 1]
     chosen = choices(rows)
-    console = Console()
+    console = wide_console()
     title = (
         f"{setting['world_size']} ranks x {setting['threads']} threads ({setting['cores']} cores)"
     )

@@ -73,5 +73,6 @@ def effective(setting: str, backend: str) -> str:
             choose(op, setting, start, backend) + (f" from {start:,} B" if start else "")
             for start, _ in (rows if varies else rows[:1])
         ]
-        said.append(f"{op} {', '.join(names)}")
+        shared = ", shared in memory that all ranks see" if varies and op == "all_reduce" else ""
+        said.append(f"{op} {', '.join(names)}{shared}")
     return "; ".join(said)

@@ -172,6 +172,9 @@ class Report:
         }
 
 
+IN_MEMORY = "in memory"  # that all ranks see: comm/shared.py
+
+
 def by_collective(calls: Iterable[Call]) -> list[list[Any]]:
     """Calls of one rank, added up: [collective, calls, payload, sent, formula] of each."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
@@ -179,8 +182,9 @@ def by_collective(calls: Iterable[Call]) -> list[list[Any]]:
         formula = float(call.payload)  # of a message from one rank to another
         if call.op in SHARE_SENT:
             formula = float(formula_bytes(call.op, call.size, call.payload))
+        place = f", {IN_MEMORY}" if call.algorithm == "shared" else ""
         for i, part in enumerate((1, call.payload, call.sent, formula)):
-            sums[f"{call.op} {call.axis}"][i] += part
+            sums[f"{call.op} {call.axis}{place}"][i] += part
     return [[name, *numbers] for name, numbers in sums.items()]
 
 

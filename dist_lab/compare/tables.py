@@ -4,20 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from dist_lab.compare.ratios import Ratio
-from dist_lab.compare.report import Report, Row
+from dist_lab.compare.report import IN_MEMORY, Report, Row
+from dist_lab.observe.sinks import wide_console
 
 COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
-WIDTH = 120  # of a log file, which has none of its own
 
 
 def show(report: Report, folder: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = wide_console()
     console.print(speed(report))
     console.print(cost(report))
     for line in notes(report):
@@ -99,6 +96,8 @@ def notes(report: Report) -> Iterator[str]:
             yield f"{row.label}: {row.about}"
     for label, reason in report.refused.items():
         yield f"{label}: refused: {reason}"
+    if any(IN_MEMORY in traffic.collective for row in report.rows for traffic in row.traffic or []):
+        yield f"{IN_MEMORY}: read from and written to memory that ranks share, unseen by the kernel"
     if any(row.traffic is None for row in report.rows):
         yield "not counted here: a library's own calls pass by our ledger, and not by the kernel"
     worst = max(report.rows, key=report.loss_error)

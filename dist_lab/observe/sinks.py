@@ -28,6 +28,12 @@ class Sink:
         """The run is over; None if it failed."""
 
 
+def wide_console() -> Console:
+    """The terminal as wide as it is, or a log file, which has no width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def open_sinks(folder: Path, steps: int, *, plain: bool = False) -> list[Sink]:
     """All three, writing into `folder`, which exists. `plain`: no bar, as others print too."""
     console = Console()
