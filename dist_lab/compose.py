@@ -82,6 +82,7 @@ def parallelize(
         if strategy == "single":
             raise UserError(f"strategy single is for one process, the mesh is {mesh}")
         raise UserError(f"the mesh is {mesh}, and this runs along {row.axis}={mesh.size} alone")
+    _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
     _refuse_what_cannot_train(model)
     _refuse_earlier_optimizers(model)
     state = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -93,11 +94,10 @@ def parallelize(
         check_tensors_agree(state, axis)
 
     if sync_batchnorm:
-        convert_batchnorm(model, mesh.lane(row.axis, "statistics"))
+        convert_batchnorm(model, mesh.lane(row.axis))
     named = _find_units(model, units)
     names = [name for name, _ in model.named_parameters()]
-    _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
-    applied = row.apply(model, mesh.lane(row.axis, "gradients"), **options)
+    applied = row.apply(model, mesh.lane(row.axis), **options)
     if not isinstance(applied, Applied):
         raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
     assert names == [name for name, _ in model.named_parameters()] == list(applied.laid), (
@@ -150,6 +150,8 @@ def _refuse_what_cannot_train(model: nn.Module) -> None:
         if any(isinstance(hook, ModuleHook) for hook in module._forward_pre_hooks.values()):
             raise UserError("this model is parallelized already; build a fresh one")
     for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UserError(f"{name} is complex, and sums of its gradient are not; use real parts")
         if parameter.is_meta:
             raise UserError(f"{name} is on the meta device and has no values; initialize it first")
     for name, module in model.named_modules():

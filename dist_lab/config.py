@@ -45,9 +45,10 @@ class Config:
     backend: str = setting("gloo", "who carries the bytes: gloo (CPU) or nccl (GPU)",
         choices=("gloo", "nccl"))
     collectives: str = setting("auto", "whose algorithms: the fastest as measured, the backend's "
-        "own, or one family by hand where it has the operation", choices=COLLECTIVES)
+        "own, or one family by hand where it has the operation; a library's strategy uses the "
+        "backend's", choices=COLLECTIVES)
     bucket_mb: float | None = setting(None, "ddp: MiB of gradients that travel as one; default: 25",
-        above=0)
+        above=0, high=2**20)
     sync_batchnorm: bool = setting(False, "BatchNorm over the rows of all ranks (resnet18)")
     timeout: float = setting(60.0, "seconds that any collective may take", low=0.1, high=86400)
 

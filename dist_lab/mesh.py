@@ -47,7 +47,7 @@ class Axis:
 
     All ranks of an axis start its collectives in one order. What has no order in common with the
     rest, such as gradients that leave when they are ready, goes by a `lane` of its own: the same
-    ranks, and another process group.
+    ranks, and another process group. 0 is the lane of all the rest.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     wire: Wire
-    lane: str = ""
+    lane: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -87,6 +87,7 @@ class Mesh:
             atexit.register(_release, weakref.ref(self), "_torch")
         self._made: dict[str, Axis] = {}
         self._subs: dict[str, Axis | None] = {}
+        self._lanes = 0
         for name in ORDER:
             group = self._torch.get_group(name) if self._torch and self[name].size > 1 else None
             self._made[name] = self._axis(name, self[name].ranks, group)
@@ -131,13 +132,14 @@ class Mesh:
             self._subs[key] = self._axis(key, mine, group) if member else None
         return self._subs[key]
 
-    def lane(self, name: str, lane: str) -> Axis:
-        """The same axis with a process group of its own: see `Axis`. Collective over the mesh."""
-        key = f"{name}/{lane}"
-        if key not in self._made:
-            group = self._new_group(name, range(self[name].size))
-            self._made[key] = self._axis(name, self[name].ranks, group, lane)
-        return self._made[key]
+    def lane(self, name: str) -> Axis:
+        """The same axis with a process group of its own, a new one at each call: see `Axis`.
+
+        Collective: every rank of the mesh calls it.
+        """
+        self._lanes += 1
+        group = self._new_group(name, range(self[name].size))
+        return self._axis(name, self[name].ranks, group, lane=self._lanes)
 
     @property
     def world(self) -> Axis:
@@ -165,7 +167,7 @@ class Mesh:
         return own
 
     def _axis(
-        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, lane: str = ""
+        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, lane: int = 0
     ) -> Axis:
         if group is not None:
             if dist.get_backend(group) != "fake":
@@ -257,6 +259,7 @@ def pretended(
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))
     try:
         wire = Wire(0, dist.get_world_size(), backend=backend, collectives=collectives)
+        wire.pretended = True
         yield Mesh(axes, wire, timeout=60.0)
     finally:
         dist.destroy_process_group()

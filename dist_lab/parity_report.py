@@ -59,6 +59,7 @@ class Report:
         return (
             f"not equal: the first to diverge is the {c.quantity}{name} at step {c.step} on rank "
             f"{c.rank}, by {c.error:.1e} (tolerance {self.tolerance:.0e})"
+            + ("" if self.dtype == "float64" else f"; {self.dtype} rounds: repeat in float64")
         )
 
     def table(self) -> Table:

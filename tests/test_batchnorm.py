@@ -1,5 +1,8 @@
 """BatchNorm under data parallelism: over all rows if asked to, with statistics of all ranks."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +67,7 @@ def test_synchronized_batchnorm_is_exact_for_ranks_with_unequal_rows_and_none(me
         total = dist_lab.comm.ops.all_reduce(p.grad, mesh["dp"])
         torch.testing.assert_close(total, q.grad, rtol=1e-10, atol=1e-12, msg=name)
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert not a.requires_grad, "it would keep the graph of every step"
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0, msg=name)
 
 
@@ -100,6 +104,39 @@ def test_names_weights_and_eval_are_those_of_batchnorm(mesh):
     with mesh.wire.ledger.recording() as calls:
         assert torch.equal(model.eval()(x), plain.eval()(x))
     assert calls == []
+
+
+@pytest.mark.ranks(2)
+def test_a_copy_and_a_pickle_are_plain_batchnorm(mesh):
+    job = dist_lab.parallelize(Normalized(), mesh, "ddp", sync_batchnorm=True)
+    x, _ = images(0)
+    job.model(x)
+    for copied in (copy.deepcopy(job.model), pickle.loads(pickle.dumps(job.model))):
+        assert [type(m) for m in copied.modules()] == [type(m) for m in Normalized().modules()]
+        torch.testing.assert_close(copied.state_dict(), job.model.state_dict())
+        assert copied.norm.weight is not job.model.norm.weight
+        with mesh.wire.ledger.recording() as calls:
+            copied(x)
+        assert calls == []
+
+
+@pytest.mark.ranks(2)
+def test_a_layer_in_two_places_stays_one(mesh):
+    norm = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)})
+    convert_batchnorm(model, mesh["dp"])
+    assert isinstance(model["a"], SyncBatchNorm)
+    assert model["a"] is model["b"][0]
+
+
+@pytest.mark.ranks(2)
+def test_one_value_in_all_has_no_variance_and_is_refused_on_every_rank(mesh):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    convert_batchnorm(model, mesh["dp"])
+    with pytest.raises(
+        UserError, match=r"needs 2 values a channel or more, .* have 1; give a larg"
+    ):
+        model(torch.ones(1 - mesh.rank, 3))
 
 
 @pytest.mark.ranks(2)

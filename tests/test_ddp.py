@@ -243,6 +243,62 @@ def test_gradients_set_to_zero_instead_of_none_stay_in_their_buckets(mesh):
     assert kept == {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
 
 
+@pytest.mark.parametrize("collectives", ["auto", "backend", "ring"])
+@pytest.mark.ranks(2, timeout=20)
+def test_two_jobs_on_one_mesh_do_not_meet(collectives, mesh):
+    # On rank 1 a bucket of the first is incomplete, and leaves after those of the second.
+    mesh = dist_lab.init_mesh(dp=2, collectives=collectives)
+
+    def build(seed):
+        torch.manual_seed(seed)
+        parts = [nn.Linear(6, 6) for _ in range(4)]
+        return nn.ModuleList(parts).double()
+
+    def backward(job, skip):
+        x = torch.ones(2, 6, dtype=torch.float64) * (mesh.rank + 1)
+        for i, layer in enumerate(job.model):
+            x = x if i == skip else torch.tanh(layer(x))
+        x.sum().backward()
+
+    small = {"bucket_mb": 1e-4, "first_bucket_mb": 1e-4}
+    jobs = [dist_lab.parallelize(build(i), mesh, "ddp", **small) for i in range(2)]
+    plain = [dist_lab.parallelize(build(i), mesh, "dp") for i in range(2)]
+    for step in range(4):
+        for job in (*jobs, *plain):
+            job.model.zero_grad()
+        skip = 2 if mesh.rank and step else None
+        for pair in (jobs, plain):
+            backward(pair[0], skip)
+            backward(pair[1], None)
+            pair[0].finish()
+            pair[1].finish()
+        for job, other in zip(jobs, plain, strict=True):
+            for p, q in zip(job.model.parameters(), other.model.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.ranks(3, timeout=30)
+def test_the_order_check_does_not_wait_for_who_sends_later(mesh):
+    mesh = dist_lab.init_mesh(dp=3, check=True)
+    report = dist_lab.verify(
+        lambda: Experts().double(), lambda step: batch(step, 3), mesh, "ddp", steps=3,
+        bucket_mb=0.001, first_bucket_mb=0.001,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(2)
+def test_an_exception_in_the_first_forward_leaves_nothing_to_send(mesh):
+    job = dist_lab.parallelize(Experts(), mesh, "ddp")
+    tokens = torch.tensor([[0, 5], [1, 5]])
+    with job.microbatch(last=False):
+        job.model(tokens).sum().backward()  # uses experts 0 and 1
+    job.model.zero_grad()  # ... and is given up
+    job.model(tokens[:1]).sum().backward()
+    job.finish()
+    assert [e.weight.grad is not None for e in job.model.experts] == [True, False, False, False]
+
+
 # --- wrong use ------------------------------------------------------------------------------------
 
 
@@ -255,6 +311,21 @@ def test_a_second_backward_after_the_gradients_have_left_is_refused(mesh):
         loss = dist_lab.cross_entropy_sum(job.model(x), y) / 48
         with pytest.raises(UserError, match=r"lm_head.weight again after its gradient was sent"):
             loss.backward()
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(mesh):
+    job, _ = ready(mesh)
+    backward(job)
+    job.model.zero_grad()
+    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also after"):
+        backward(job)
+
+
+def test_a_complex_parameter_is_refused():
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(UserError, match="weight is complex"):
+        dist_lab.parallelize(model, dist_lab.init_mesh(), "ddp")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,14 @@ def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted():
     assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest pieces
 
 
+@pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
+def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives):
+    text = shown("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
+    row = next(line.split() for line in text.splitlines() if line.lstrip().startswith("all_reduce"))
+    by_formula, sent = (int(row[i].replace(",", "")) for i in (-2, -1))
+    assert sent == pytest.approx(by_formula, rel=1e-2)
+
+
 def test_one_process_sends_nothing():
     assert shown("--seq", "8", "--batch", "2").endswith("nothing is sent\n")
 

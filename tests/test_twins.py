@@ -67,6 +67,29 @@ def test_a_twin_does_not_send_before_the_last_microbatch(impl, mesh):
     assert not torch.equal(everyone[0], everyone[1])
 
 
+@pytest.mark.parametrize("impl", ["torch", "accelerate"])
+@pytest.mark.ranks(2)
+def test_outputs_that_depend_on_each_other_are_not_scaled_twice(impl, mesh):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            hidden = self.body(x)
+            return {"logits": self.head(hidden), "hidden": [hidden, hidden]}
+
+    gradients = []
+    for who in ("hand", impl):
+        job = dist_lab.parallelize(Two().double(), mesh, "ddp", who)
+        out = job.model(torch.ones(2, 3, dtype=torch.float64) * (1 + mesh.rank))
+        (out["logits"].sum() + out["hidden"][0].square().sum() + out["hidden"][1].sum()).backward()
+        job.finish()
+        gradients.append([p.grad for p in job.model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.ranks(4)
 def test_accelerate_refuses_an_axis_that_is_not_the_world(mesh):
     half = mesh.sub("dp", [0, 1]) or mesh["dp"]

@@ -91,15 +91,18 @@ def start(
         due = elements * payload.element_size()
     about = ", ".join(filter(None, [describe(given), detail]))
     call = wire.call(op, axis.name, axis.size, about, payload.nbytes, due, chosen)
-    _enter(call, axis)
+    check = _enter(call, axis)
     try:
-        if chosen == "backend":
+        if chosen == "backend" or wire.pretended:
             work = by_backend()
             steps: Iterable[Sequence[Work]] = [[work]] if work is not None else []
         else:
             steps = _begun(by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis)))
     except RuntimeError as error:
         raise wire.failure(call, error) from error
+    if chosen != "backend" and wire.pretended:  # nobody is there to exchange messages with
+        wire.ledger.handed_over(call, due)
+    steps = chain(check, steps)
     in_place = op in ("all_reduce", "broadcast")
     return Pending(out, steps, call, axis, given if in_place and given is not out else None)
 
@@ -111,18 +114,29 @@ def start_shared(
     due = shared_sent(axis.size, axis.index, buffer.numel()) * buffer.element_size()
     about = f"{describe(buffer)}, {detail}"
     call = axis.wire.call(op, axis.name, axis.size, about, buffer.nbytes, due, "shared")
-    _enter(call, axis)
+    check = _enter(call, axis)
     try:
         steps = _begun(shared_all_reduce(_messages(call, axis), everyone))
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
-    return Pending(buffer, steps, call, axis)
+    return Pending(buffer, chain(check, steps), call, axis)
 
 
-def _enter(call: Call, axis: Axis) -> None:
+def _enter(call: Call, axis: Axis) -> Iterable[Sequence[Work]]:
+    """Count the call, and check it if that is asked for. What is left of the check comes first."""
+    left: Iterable[Sequence[Work]] = []
     if axis.wire.check:
-        _compare(call, axis)
+        left = _begun(_compare(call, axis))
+        if axis.lane == 0:  # on other lanes a rank may come much later, and must not be waited for
+            left = [works for works in left if _waited(works)]
     axis.wire.ledger.enter(call)
+    return left
+
+
+def _waited(works: Sequence[Work]) -> bool:
+    for work in works:
+        work.wait()
+    return False
 
 
 def _messages(call: Call, axis: Axis) -> Messages:
@@ -134,7 +148,7 @@ def _begun(steps: Steps) -> Iterable[Sequence[Work]]:
     return chain([next(steps, ())], steps)
 
 
-def _compare(call: Call, axis: Axis) -> None:
+def _compare(call: Call, axis: Axis) -> Steps:
     """Refuse a collective that the other ranks of the axis are not about to call as well.
 
     [Note: the order check] Collectives have no names on the network: ranks that call different
@@ -152,7 +166,8 @@ def _compare(call: Call, axis: Axis) -> None:
     sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, wire.backend)
     wire.ledger.enter(wire.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
     try:
-        dist.all_gather_single(rows.view(-1), row, axis.group)
+        work = dist.all_gather_single(rows.view(-1), row, axis.group, async_op=True)
+        yield [work] if work is not None else []
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
     said = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]

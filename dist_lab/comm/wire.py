@@ -43,6 +43,7 @@ class Wire:
 
     Attributes:
         timeout: seconds that a message may take; the mesh sets it.
+        pretended: the other ranks are not there; see `mesh.pretended`.
         shared: a buffer in shared memory -> those of all ranks; see `ops.shared_buffer`.
 
     Raises:
@@ -59,6 +60,7 @@ class Wire:
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.ledger = Ledger()
         self.phase, self.unit = "start", ""
+        self.pretended = False
         self.shared = WeakTensorKeyDictionary()
         self._calls = 0
         self._tags: dict[str, int] = {}

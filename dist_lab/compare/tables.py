@@ -100,6 +100,9 @@ def notes(report: Report) -> Iterator[str]:
         yield f"{IN_MEMORY}: read from and written to memory that ranks share, unseen by the kernel"
     if any(row.traffic is None for row in report.rows):
         yield "not counted here: a library's own calls pass by our ledger, and not by the kernel"
+    if config["model"] == "resnet18" and not config["sync_batchnorm"]:
+        yield "resnet18 normalizes by each rank's rows: losses depend on how many ranks there are"
+    yield "MFU: of the peak of all ranks together"
     worst = max(report.rows, key=report.loss_error)
     if len(report.rows) > 1:
         equal = report.loss_error(worst) <= report.tolerance

@@ -6,10 +6,12 @@ Backward makes gradients from the last layer to the first. Those that come one a
 a piece of memory, a bucket; when the last of a bucket is in, its sum over the ranks begins, and
 backward goes on meanwhile. The first bucket is small, so that the network has work early.
 
-Cost per step, for P parameters of which none is idle: 2 (N-1)/N (P + one flag each) elements sent,
-in about P / bucket_mb messages, however many micro-batches there were. Memory per rank: all of
-everything; gradients lie in the buckets, so nothing is copied back after the sum. Li et al. 2020,
-"PyTorch Distributed: experiences on accelerating data parallel training" (arXiv:2006.15704).
+Cost per step, for P parameters of which none is idle: 2 (N-1)/N (P + a flag for each and for each
+bucket) elements sent, in about P / bucket_mb messages, however many micro-batches there were.
+Memory per rank: all of everything. Gradients lie in the buckets: autograd's first of a step is
+copied in, later micro-batches add to it in place, and nothing is copied back after the sum.
+Li et al. 2020, "PyTorch Distributed: experiences on accelerating data parallel training"
+(arXiv:2006.15704).
 
 [Note: what the first step teaches] Which parameters a model uses, and in which order backward
 reaches them, is not known before it has run. So the first step sums after backward: the ranks tell
@@ -91,60 +93,58 @@ class Overlapped(Sync):
         self.model, self.axis, self.limits = model, axis, limits
         self.owed = [name for name, where in laid.items() if where.sum_over]
         self.buckets: list[Bucket] = []
-        self.home: dict[str, Bucket] = {}  # where a parameter's gradient lies
-        self.strangers: dict[str, None] = {}  # used in this step, in order, and without a home
+        self.bucket_of: dict[str, Bucket] = {}  # where a parameter's gradient lies
+        self.unassigned: dict[str, None] = {}  # used in this step, in order, and in no bucket
         self.sent = 0  # buckets on their way
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
-            if name not in self.home:
-                self.strangers[name] = None
+            if name not in self.bucket_of:
+                self.unassigned[name] = None
                 continue
-            bucket = self.home[name]
+            bucket = self.bucket_of[name]
             if bucket.pending is not None:
                 raise UserError(
-                    f"backward has reached {name} again after its gradient was sent: add up the "
-                    "losses and call backward once, or wrap all backwards but the last in "
-                    "job.microbatch(last=False)"
+                    f"backward has reached {name} again after its gradient was sent: "
+                    + bucket.advice(name)
                 )
             bucket.take(name)
             if last:
                 bucket.missing.discard(name)
-        # The last bucket stays for finish(): only then is it known whether there were strangers.
+        # The last bucket stays for finish(): only then is it known that no other came.
         while self.sent < len(self.buckets) - 1 and not self.buckets[self.sent].missing:
-            self._send(strangers=False)
+            self._send(unassigned=False)
 
     def finish(self) -> None:
         """Sends what backward left incomplete, waits for all, and learns if there is a need."""
         while self.sent < len(self.buckets):  # on this rank some of its gradients did not come
-            self._send(strangers=bool(self.strangers))
+            self._send(unassigned=bool(self.unassigned))
         more = [bucket.arrive() for bucket in self.buckets]
         if not self.buckets or more[-1]:
             self._learn()
             while self.sent < len(self.buckets):
-                self._send(strangers=False)
+                self._send(unassigned=False)
             for bucket in self.buckets[len(more) :]:
                 bucket.arrive()
         self.sent = 0
-        self.strangers = {}
+        self.unassigned = {}
 
-    def _send(self, *, strangers: bool) -> None:
-        self.buckets[self.sent].send(strangers=strangers)
+    def _send(self, *, unassigned: bool) -> None:
+        self.buckets[self.sent].send(unassigned=unassigned)
         self.sent += 1
 
     def _learn(self) -> None:
-        """Give a home to what some rank has used, in the order in which it came."""
+        """Make buckets for what some rank has used, in the order in which it came."""
         if not self.owed:
             return
-        place = {name: i for i, name in enumerate(self.strangers)}
+        used = [n for n in self.unassigned if self.model.get_parameter(n).grad is not None]
+        place = {name: i for i, name in enumerate(used)}
         mine = torch.tensor(
             [place.get(name, -1) for name in self.owed], device=self.axis.wire.device
         )
         rows = all_gather(mine[None], self.axis).tolist()  # (size, owed)
-        arrived: dict[
-            str, None
-        ] = {}  # in rank 0's order, then what it has not seen in rank 1's ...
-        for row in rows:
+        arrived: dict[str, None] = {}
+        for row in rows:  # in rank 0's order; then what it has not seen, in rank 1's; and so on
             order = sorted(range(len(row)), key=row.__getitem__)
             arrived |= {self.owed[i]: None for i in order if row[i] >= 0}
         parameters = {name: self.model.get_parameter(name) for name in arrived}
@@ -156,13 +156,13 @@ class Overlapped(Sync):
             for name in names:  # at once, so that a gradient and its copy are not all there twice
                 bucket.take(name)
             self.buckets.append(bucket)
-            self.home |= dict.fromkeys(names, bucket)
+            self.bucket_of |= dict.fromkeys(names, bucket)
 
 
 class Bucket:
-    """Gradients side by side in one piece of memory, with a flag for each and one for strangers.
+    """Gradients side by side in one piece of memory, with a flag for each, and one for all others.
 
-    flat = [ gradient a | gradient b | ... | a used | b used | ... | strangers ]
+    flat = [ gradient a | gradient b | ... | a used | b used | ... | one used that has no bucket ]
     """
 
     def __init__(self, index: int, parameters: dict[str, nn.Parameter], axis: Axis) -> None:
@@ -188,21 +188,30 @@ class Bucket:
             view.copy_(parameter.grad.detach())
             parameter.grad = view
 
-    def send(self, *, strangers: bool) -> None:
+    def advice(self, name: str) -> str:
+        """What to do about a second gradient while the first is on its way."""
+        if self.parameters[name].grad is not self.views[name]:  # it was cleared meanwhile
+            return "call job.finish() before zero_grad(), also after a step that is not taken"
+        return (
+            "add up the losses and call backward once, or wrap all backwards but the last in "
+            "job.microbatch(last=False)"
+        )
+
+    def send(self, *, unassigned: bool) -> None:
         used = [parameter.grad is not None for parameter in self.parameters.values()]
         for name, yes in zip(self.names, used, strict=True):
             if not yes:
                 self.views[name].zero_()  # what an earlier step has left there
-        self.flags.copy_(torch.tensor([*used, strangers]))
+        self.flags.copy_(torch.tensor([*used, unassigned]))
         with self.axis.wire.during(unit=self.label):
             self.pending = all_reduce_into(self.flat, self.axis)  # dW{U_dp} -> dW
 
     def arrive(self) -> bool:
-        """Wait; every `.grad` is then global, or None. Whether some rank had strangers."""
+        """Wait; every `.grad` is then global, or None. Whether a rank used one without a bucket."""
         assert self.pending is not None, self.label
         self.pending.wait()
         self.pending, self.missing = None, set(self.parameters)
-        *used, strangers = (self.flags > 0).tolist()
+        *used, unassigned = (self.flags > 0).tolist()
         for (name, parameter), yes in zip(self.parameters.items(), used, strict=True):
             parameter.grad = self.views[name] if yes else None
-        return bool(strangers)
+        return bool(unassigned)

@@ -2,8 +2,9 @@
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   bucket by bucket, in backward
 
-On CPU that is torch's DistributedDataParallel, set up by accelerate: the same sums as ddp_torch.py
-by another way in. Cost as there.
+It uses the world's process group, and begins by forgetting any Accelerator that the process has
+made before. On CPU that is torch's DistributedDataParallel, set up by accelerate: the same sums as
+ddp_torch.py by another way in. Cost as there.
 """  # noqa: E501
 
 import warnings
@@ -55,8 +56,9 @@ def apply(
         accelerator = Accelerator(cpu=axis.wire.device.type == "cpu", kwargs_handlers=[options])
         ddp = accelerator.prepare_model(model)
     assert accelerator.num_processes == axis.size, (accelerator.num_processes, axis.size)
+    on_cpu = axis.wire.device.type == "cpu"
     about = (
-        f"accelerate Accelerator(cpu=True).prepare, {type(ddp).__name__}(bucket_cap_mb="
+        f"accelerate Accelerator(cpu={on_cpu}).prepare, {type(ddp).__name__}(bucket_cap_mb="
         f"{bucket_mb:g}, gradient_as_bucket_view=True, find_unused_parameters={find_unused}, "
         "broadcast_buffers=False)"
     )

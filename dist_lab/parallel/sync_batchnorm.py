@@ -10,6 +10,9 @@ comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers a rank in for
 reduce_scatter of as many in backward. Ioffe & Szegedy 2015 (arXiv:1502.03167).
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,25 +32,30 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
     Raises:
         UserError: there is none, or it is the model itself.
     """
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    modules = model.named_modules(remove_duplicate=False)  # one may have two places
+    found = [(n, m) for n, m in modules if isinstance(m, _BatchNorm)]
+    made: dict[_BatchNorm, SyncBatchNorm] = {}
     if not found:
         raise UserError("there is no BatchNorm in this model to synchronize")
     for name, module in found:
         parent, _, child = name.rpartition(".")
         if not name:
             raise UserError("a BatchNorm alone cannot be replaced in place; put it in a module")
-        setattr(model.get_submodule(parent), child, SyncBatchNorm(module, axis))
+        if module not in made:
+            made[module] = SyncBatchNorm(module, axis)
+        setattr(model.get_submodule(parent), child, made[module])
 
 
 class SyncBatchNorm(_BatchNorm):
     """x (B, C, ...) -> (B, C, ...). Every rank calls it, with any number of rows, even none.
 
-    In eval mode it is BatchNorm: running statistics, and nothing is sent.
+    In eval mode it is BatchNorm: running statistics, if it has any, and then nothing is sent. A
+    copy, or what is read back from a pickle, is the BatchNorm that it has taken the place of.
     """
 
     def __init__(self, local: _BatchNorm, axis: Axis) -> None:
         super().__init__(local.num_features, local.eps, local.momentum, affine=False)
-        self.axis, self.affine = axis, local.affine
+        self.axis, self.affine, self.kind = axis, local.affine, type(local)
         self.track_running_stats = local.track_running_stats
         self._parameters, self._buffers = local._parameters, local._buffers
         self.training = local.training
@@ -65,7 +73,13 @@ class SyncBatchNorm(_BatchNorm):
         mine = torch.cat([mean, variance * rows, mean.new_full((1,), rows)])
         everyone = spread(mine[None], self.axis, 0)  # (N, 2C + 1)
         means, squares, counts = everyone.split([self.num_features, self.num_features, 1], 1)
+        counts = counts.detach()  # numbers of rows have no gradient
         total = counts.sum()
+        if self.training and total < 2:
+            raise UserError(
+                f"BatchNorm in training needs 2 values a channel or more, all ranks together have "
+                f"{int(total)}; give a larger batch"
+            )
         mean = (counts * means).sum(0) / total
         square = (squares + counts * (means - mean).square()).sum(0)  # sum of (x - mean)^2
         if self.training and self.track_running_stats:
@@ -78,6 +92,19 @@ class SyncBatchNorm(_BatchNorm):
         if self.affine:
             y = y + self.bias.view(shape)
         return y.to(x.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BatchNorm:
+        return copy.deepcopy(self._local(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._local().__reduce_ex__(protocol)
+
+    def _local(self) -> _BatchNorm:
+        """The BatchNorm that this one was, with the same parameters and buffers."""
+        made = self.kind(self.num_features, self.eps, self.momentum, affine=False)
+        made.affine, made.track_running_stats = self.affine, self.track_running_stats
+        made._parameters, made._buffers = self._parameters, self._buffers
+        return made.train(self.training)
 
     def _update(self, mean: Tensor, variance: Tensor, rows: int) -> None:
         assert self.running_mean is not None, self

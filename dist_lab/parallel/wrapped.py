@@ -8,9 +8,12 @@ nothing of ours comes between the library and its collectives.
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
+from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook, tensors_in
 from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
@@ -47,7 +50,32 @@ class ThroughDDP(Sync):
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         output = self.ddp._post_forward(output)
-        for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: gradient * self.axis.size)
+        scaled: dict[int, Tensor] = {}  # a tensor that is returned twice is one
+
+        def scale(tensor: Tensor) -> Tensor:
+            if id(tensor) not in scaled and tensor.requires_grad:
+                scaled[id(tensor)] = Times.apply(tensor, self.axis.size)
+            return scaled.get(id(tensor), tensor)
+
+        # Each gets a node of its own, so that one which depends on another is not scaled with it.
+        output = tree_map_only(Tensor, scale, output)
+        ours = {id(tensor) for tensor in scaled.values()}
+        if any(t.requires_grad and id(t) not in ours for t in tensors_in(output)):
+            raise UserError(
+                f"the model returns a {type(output).__name__}, into which torch's pytree does not "
+                "look; register it there, or return a tuple or a dict"
+            )
         return output
+
+
+class Times(torch.autograd.Function):
+    """The identity, with a gradient that is so many times as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None]:
+        return dy[0] * ctx.factor, None
