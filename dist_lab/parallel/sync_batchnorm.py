@@ -83,7 +83,7 @@ class SyncBatchNorm(_BatchNorm):
         mean = (counts * means).sum(0) / total
         square = (squares + counts * (means - mean).square()).sum(0)  # sum of (x - mean)^2
         if self.training and self.track_running_stats:
-            self._update(mean.detach(), square.detach() / (total - 1), rows)
+            self._update(mean.detach(), square.detach() / (total - 1))
         shape = [1, -1] + [1] * (x.dim() - 2)
         scale = torch.rsqrt(square / total + self.eps)
         if self.affine:
@@ -97,7 +97,7 @@ class SyncBatchNorm(_BatchNorm):
         return copy.deepcopy(self._local(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._local().__reduce_ex__(protocol)
+        return _itself, (self._local(),)
 
     def _local(self) -> _BatchNorm:
         """The BatchNorm that this one was, with the same parameters and buffers."""
@@ -106,7 +106,7 @@ class SyncBatchNorm(_BatchNorm):
         made._parameters, made._buffers = self._parameters, self._buffers
         return made.train(self.training)
 
-    def _update(self, mean: Tensor, variance: Tensor, rows: int) -> None:
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None, self
         assert self.running_var is not None, self
         assert self.num_batches_tracked is not None, self
@@ -117,3 +117,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dims: what is replaced may be of 1d, 2d or 3d."""
+
+
+def _itself(module: _BatchNorm) -> _BatchNorm:
+    """What a pickle rebuilds by: it holds the plain layer."""
+    return module
