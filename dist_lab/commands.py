@@ -92,15 +92,7 @@ def meet(config: Config, mesh: Mesh) -> Data:
     if config.log_collectives:
         mesh.wire.log(sys.stderr.write)
     with together(mesh.world):
-        data = open_data(
-            config.data,
-            batch=config.batch,
-            seq=config.seq,
-            seed=config.seed,
-            cache_dir=Path(config.cache),
-            download=config.download,
-            fits=config.check_fits,
-        )
+        data = open_data(batch=config.batch, seed=config.seed, **config.data_wanted())
     return Cast(data, image=data.image, dtype=parameter_dtype(config))
 
 

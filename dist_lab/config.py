@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_lab.choices import (
@@ -128,6 +129,16 @@ class Config:
         axes = asked or dict.fromkeys(own[:1], size)
         self.check_batch(axes)
         return axes
+
+    def data_wanted(self) -> dict[str, Any]:
+        """What `data.check` and `data.open_data` are asked for."""
+        return {
+            "spec": self.data,
+            "seq": self.seq,
+            "cache_dir": Path(self.cache),
+            "download": self.download,
+            "fits": self.check_fits,
+        }
 
     def check_fits(self, image: tuple[int, int, int] | None) -> None:
         """Raise UserError unless the model takes such data: images of that shape, or None, text."""

@@ -10,7 +10,6 @@ rounds. Tables are printed; compare.json, .csv, .png and TensorBoard events go t
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dist_lab import data, launcher
 from dist_lab.compare import settings
@@ -21,10 +20,7 @@ def read(argv: Sequence[str] | None) -> settings.Settings:
     config = settings.read(argv, __doc__)
     if config.nproc is not None:  # all that can be wrong is said before a rank starts
         run_dir.look(config)
-        data.check(
-            config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
-            fits=config.check_fits,
-        )  # fmt: skip
+        data.check(**config.data_wanted())
     return config
 
 

@@ -8,7 +8,6 @@ One step of rank 0 is run, against ranks that are only pretended; what it sends 
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dist_lab import data, launcher
 from dist_lab.config import Config, check_together, parse_as
@@ -38,10 +37,7 @@ def read(argv: Sequence[str] | None) -> Explain:
         Explain, check_together, argv,
         program="explain.py", description=__doc__, defaults={}, without=WITHOUT,
     )  # fmt: skip
-    data.check(
-        config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
-        fits=config.check_fits,
-    )  # fmt: skip
+    data.check(**config.data_wanted())
     return config
 
 

@@ -10,7 +10,6 @@ Logs go to runs/: metrics.jsonl, summary.json, and TensorBoard's (tensorboard --
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dist_lab import data, launcher
 from dist_lab.config import Config, parse
@@ -21,10 +20,7 @@ def read(argv: Sequence[str] | None) -> Config:
     config = parse(argv, program="train.py", description=__doc__)
     if config.nproc is not None:  # all that can be wrong is said before a rank starts
         run_dir.look(config)
-        data.check(
-            config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
-            fits=config.check_fits,
-        )  # fmt: skip
+        data.check(**config.data_wanted())
     return config
 
 

@@ -8,7 +8,6 @@ The exit status is 0 if they are equal. With --out DIR the comparison is written
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dist_lab import data, launcher
 from dist_lab.config import Config, parse
@@ -23,10 +22,7 @@ def read(argv: Sequence[str] | None) -> Config:
         argv, program="verify.py", description=__doc__, defaults=DEFAULTS, without=WITHOUT
     )
     if config.nproc is not None:  # all that can be wrong is said before a rank starts
-        data.check(
-            config.data, seq=config.seq, cache_dir=Path(config.cache), download=config.download,
-            fits=config.check_fits,
-        )  # fmt: skip
+        data.check(**config.data_wanted())
     return config
 
 

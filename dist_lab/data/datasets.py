@@ -87,11 +87,6 @@ def require(spec: str, cache_dir: Path, *, download: bool) -> None:
             f"{len(dataset.files)} files, first {lacking[0]!r}; fetch {dataset.megabytes} MB by "
             "--download, or name the folder that torchvision was given: --cache DIR"
         )
-    if folder.exists():
-        raise UserError(
-            f"--data {spec}: {str(folder)!r} is there, but lacks {lacking[0]!r}; move it out of "
-            "the way for --download"
-        )
     fetch(spec, Path(os.path.expanduser(cache_dir)))
 
 
@@ -107,7 +102,13 @@ def fetch(spec: str, cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / f".{spec}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
-            if missing(cache / dataset.folder, dataset):
+            lacking = missing(cache / dataset.folder, dataset)
+            if lacking and (cache / top).exists():
+                raise UserError(
+                    f"--data {spec}: {str(cache / top)!r} is there, but lacks {lacking[0]!r}; move "
+                    "it out of the way for --download"
+                )
+            if lacking:
                 with tempfile.TemporaryDirectory(prefix=f".{spec}-", dir=cache) as partial:
                     import torchvision
 
