@@ -1,5 +1,7 @@
 """Small models for the tests: of the zoo, and one with every oddity a parameter can have."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +93,17 @@ def batch_of(
 ) -> tuple[Tensor, Tensor]:
     """What the model of that name in MODELS reads; images in `dtype`."""
     return images(step, rows, dtype) if model in READS_IMAGES else batch(step, rows)
+
+
+def in_stage_order(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `stages` names, by name, in that order."""
+    found = {}
+    for glob in model.stages:
+        pattern = re.escape(glob).replace(r"\*", r"[^.]+")
+        matched = {fqn: m for fqn, m in model.named_modules() if re.fullmatch(pattern, fqn)}
+        assert matched, f"{glob} names no module"
+        found |= matched
+    return found
 
 
 READS_IMAGES = {"vit", "resnet"}

@@ -1,10 +1,9 @@
 """Models of text against references written another way, and what strategies rely on in them."""
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
+from models import in_stage_order
 from torch import Tensor, nn
 
 from dist_lab import zoo
@@ -187,16 +186,6 @@ def test_a_tied_head_is_the_embedding() -> None:
     model = make("gpt-tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
-
-
-def in_stage_order(model: nn.Module) -> dict[str, nn.Module]:
-    found = {}
-    for glob in model.stages:
-        pattern = re.escape(glob).replace(r"\*", r"[^.]+")
-        matched = {fqn: m for fqn, m in model.named_modules() if re.fullmatch(pattern, fqn)}
-        assert matched, f"{glob} names no module"
-        found |= matched
-    return found
 
 
 @every_model

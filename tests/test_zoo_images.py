@@ -1,11 +1,11 @@
 """The models of images against torchvision's, and what the strategies rely on in them."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import in_stage_order
 from torch import Tensor, nn
 
 from dist_lab import config, zoo
@@ -126,16 +126,6 @@ def test_the_first_loss_is_that_of_guessing(name: str) -> None:
 
 
 # ---- what they are called, and where they may be cut
-
-
-def in_stage_order(model: nn.Module) -> dict[str, nn.Module]:
-    found = {}
-    for glob in model.stages:
-        pattern = re.escape(glob).replace(r"\*", r"[^.]+")
-        matched = {fqn: m for fqn, m in model.named_modules() if re.fullmatch(pattern, fqn)}
-        assert matched, f"{glob} names no module"
-        found |= matched
-    return found
 
 
 @every_model

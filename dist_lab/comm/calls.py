@@ -40,15 +40,13 @@ class Pending:
         if self._failure is not None:
             raise self._failure
         if self._call is not None and self._axis is not None:
-            wire, call, began = self._axis.wire, self._call, time.perf_counter()
+            call, began = self._call, time.perf_counter()
             try:
-                for works in self._steps:
-                    for work in works:
-                        work.wait()
-            except RuntimeError as error:
-                self._failure = wire.failure(call, error)
-                raise self._failure from error
-            wire.ledger.waited(call, time.perf_counter() - began)
+                _go_through(self._steps, call, self._axis)
+            except CollectiveError as error:
+                self._failure = error
+                raise
+            self._axis.wire.ledger.waited(call, time.perf_counter() - began)
             if self._staging is not None:
                 self._result.copy_(self._staging)
             self._call = None  # a second wait() neither blocks nor counts
@@ -91,20 +89,17 @@ def start(
         due = elements * payload.element_size()
     about = ", ".join(filter(None, [describe(given), detail]))
     call = wire.call(op, axis.name, axis.size, about, payload.nbytes, due, chosen)
-    check = _enter(call, axis)
-    try:
+
+    def begin() -> Iterable[Sequence[Work]]:
         if chosen == "backend" or wire.pretended:
             work = by_backend()
-            steps: Iterable[Sequence[Work]] = [[work]] if work is not None else []
-        else:
-            steps = _begun(by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis)))
-    except RuntimeError as error:
-        raise wire.failure(call, error) from error
-    if chosen != "backend" and wire.pretended:  # nobody is there to exchange messages with
-        wire.ledger.handed_over(call, due)
-    steps = chain(check, steps)
+            if chosen != "backend":  # nobody is there to exchange messages with
+                wire.ledger.handed_over(call, due)
+            return [[work]] if work is not None else []
+        return _begun(by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis)))
+
     in_place = op in ("all_reduce", "broadcast")
-    return Pending(out, steps, call, axis, given if in_place and given is not out else None)
+    return _launched(call, axis, begin, out, given if in_place and given is not out else None)
 
 
 def start_shared(
@@ -114,29 +109,42 @@ def start_shared(
     due = shared_sent(axis.size, axis.index, buffer.numel()) * buffer.element_size()
     about = f"{describe(buffer)}, {detail}"
     call = axis.wire.call(op, axis.name, axis.size, about, buffer.nbytes, due, "shared")
-    check = _enter(call, axis)
+    return _launched(
+        call, axis, lambda: _begun(shared_all_reduce(_messages(call, axis), everyone)), buffer
+    )
+
+
+def _launched(
+    call: Call,
+    axis: Axis,
+    begin: Callable[[], Iterable[Sequence[Work]]],
+    out: Tensor,
+    staging: Tensor | None = None,
+) -> Pending:
+    """Check the call if that is asked for, count it, and begin."""
+    check: Iterable[Sequence[Work]] = []
+    if axis.wire.check:
+        check = _begun(_compare(call, axis))
+        if axis.lane == 0:  # on other lanes a rank may come much later, and must not be waited for
+            _go_through(check, call, axis)
+            check = []
+    axis.wire.ledger.enter(call)
     try:
-        steps = _begun(shared_all_reduce(_messages(call, axis), everyone))
+        return Pending(out, chain(check, begin()), call, axis, staging)
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
-    return Pending(buffer, chain(check, steps), call, axis)
 
 
-def _enter(call: Call, axis: Axis) -> Iterable[Sequence[Work]]:
-    """Count the call, and check it if that is asked for. What is left of the check comes first."""
-    left: Iterable[Sequence[Work]] = []
-    if axis.wire.check:
-        left = _begun(_compare(call, axis))
-        if axis.lane == 0:  # on other lanes a rank may come much later, and must not be waited for
-            left = [works for works in left if _waited(works)]
-    axis.wire.ledger.enter(call)
-    return left
-
-
-def _waited(works: Sequence[Work]) -> bool:
-    for work in works:
-        work.wait()
-    return False
+def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
+    """Wait for one step after another; what the transport says gets the name of the call."""
+    try:
+        for works in steps:
+            for work in works:
+                work.wait()
+    except CollectiveMismatch:
+        raise
+    except RuntimeError as error:
+        raise axis.wire.failure(call, error) from error
 
 
 def _messages(call: Call, axis: Axis) -> Messages:
@@ -167,9 +175,9 @@ def _compare(call: Call, axis: Axis) -> Steps:
     wire.ledger.enter(wire.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
     try:
         work = dist.all_gather_single(rows.view(-1), row, axis.group, async_op=True)
-        yield [work] if work is not None else []
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
+    yield [work] if work is not None else []
     said = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
     if len({text.split(" at ")[0] for text in said}) > 1:
         each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, said, strict=True))

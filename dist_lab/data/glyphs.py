@@ -36,10 +36,7 @@ SHEAR = 0.25  # columns a row
 SHIFT = 0.2  # of half a side, along each
 WORDS = 8  # of 64 bits, that a sample takes; 7 are used
 
-MEAN, STD = (
-    0.123,
-    0.279,
-)  # of the pixels, in [0, 1]: a model is fed mean 0, deviation 1
+MEAN, STD = 0.123, 0.279  # of the pixels, in [0, 1]: a model is fed mean 0, deviation 1
 TRAINING, VALIDATION = 0, 1  # streams of random numbers
 
 

@@ -38,7 +38,7 @@ from dist_lab.comm.ops import Pending, all_gather, all_reduce_into, shared_buffe
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Sync
+from dist_lab.parallel.sync import Applied, Sync, whole
 
 
 def apply(
@@ -52,10 +52,7 @@ def apply(
     """
     if not (bucket_mb > 0 and first_bucket_mb > 0):
         raise UserError(f"buckets of {first_bucket_mb} and {bucket_mb} MiB; give sizes above 0")
-    laid = {
-        name: Laid(p.shape, p.dtype, sum_over=(axis,) if p.requires_grad else ())
-        for name, p in model.named_parameters()
-    }
+    laid = whole(model, axis)
     limits = int(first_bucket_mb * 2**20), int(bucket_mb * 2**20)
     return Applied(laid, Overlapped(model, laid, axis, limits))
 

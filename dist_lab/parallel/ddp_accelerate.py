@@ -13,8 +13,8 @@ from torch import nn
 
 from dist_lab.errors import UserError
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Chain
-from dist_lab.parallel.wrapped import ThroughDDP, whole
+from dist_lab.parallel.sync import Applied, Chain, whole
+from dist_lab.parallel.wrapped import ThroughDDP
 from dist_lab.process_group import as_under_torchrun
 
 
@@ -41,6 +41,7 @@ def apply(
             f"ddp@accelerate runs over all {axis.wire.size} processes, and {axis.name} has "
             f"{axis.size}; give --impl hand or torch"
         )
+    on_cpu = axis.wire.device.type == "cpu"
     options = DistributedDataParallelKwargs(
         bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,
@@ -53,10 +54,9 @@ def apply(
     with as_under_torchrun(axis.index, axis.size), warnings.catch_warnings():
         # It says broadcast_buffers to a torch that has begun to say forward_sync_buffers.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        accelerator = Accelerator(cpu=axis.wire.device.type == "cpu", kwargs_handlers=[options])
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[options])
         ddp = accelerator.prepare_model(model)
     assert accelerator.num_processes == axis.size, (accelerator.num_processes, axis.size)
-    on_cpu = axis.wire.device.type == "cpu"
     about = (
         f"accelerate Accelerator(cpu={on_cpu}).prepare, {type(ddp).__name__}(bucket_cap_mb="
         f"{bucket_mb:g}, gradient_as_bucket_view=True, find_unused_parameters={find_unused}, "

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Chain
-from dist_lab.parallel.wrapped import ThroughDDP, whole
+from dist_lab.parallel.sync import Applied, Chain, whole
+from dist_lab.parallel.wrapped import ThroughDDP
 
 
 def apply(

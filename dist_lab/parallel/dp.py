@@ -19,15 +19,12 @@ from torch import nn
 from dist_lab.comm.ops import all_reduce, all_reduce_into
 from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Sync
+from dist_lab.parallel.sync import Applied, Sync, whole
 
 
 def apply(model: nn.Module, axis: Axis) -> Applied:
     """Owe one sum over `axis` for the gradient of every parameter that is trained."""
-    laid = {
-        name: Laid(p.shape, p.dtype, sum_over=(axis,) if p.requires_grad else ())
-        for name, p in model.named_parameters()
-    }
+    laid = whole(model, axis)
     return Applied(laid, AfterBackward(model, laid, axis))
 
 

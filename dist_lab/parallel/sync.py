@@ -17,7 +17,10 @@ need it, because another strategy may have replaced it since.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from dist_lab.layout import Laid
+from dist_lab.mesh import Axis
 
 
 class Sync:
@@ -83,3 +86,11 @@ class Applied:
     laid: Mapping[str, Laid]
     sync: Sync
     about: str = ""
+
+
+def whole(model: nn.Module, axis: Axis) -> dict[str, Laid]:
+    """Every parameter on every rank, its gradient owed a sum over the axis."""
+    return {
+        name: Laid(p.shape, p.dtype, sum_over=(axis,) if p.requires_grad else ())
+        for name, p in model.named_parameters()
+    }

@@ -15,17 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook, tensors_in
-from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
 from dist_lab.parallel.sync import Sync
-
-
-def whole(model: nn.Module, axis: Axis) -> dict[str, Laid]:
-    """Every parameter on every rank, its gradient owed a sum over the axis."""
-    return {
-        name: Laid(p.shape, p.dtype, sum_over=(axis,) if p.requires_grad else ())
-        for name, p in model.named_parameters()
-    }
 
 
 class ThroughDDP(Sync):
