@@ -19,7 +19,6 @@ from datetime import timedelta
 from itertools import product
 
 import torch.distributed as dist
-import torch.distributed.nn.functional  # see [Note: who holds the group]
 import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend "fake"
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -188,7 +187,8 @@ def _release(reference: "weakref.ref[Axis | Mesh]", name: str) -> None:
     [Note: who holds the group] A gloo group that is still held when the interpreter ends has its
     threads running, and the process aborts after having done all it should. The functions of
     torch.distributed.nn.functional hold the world's group, as the default of an argument, if they
-    are first imported once there is one; any optimizer imports them. Hence the import above.
+    are first imported once there is one; any optimizer imports them. Hence the import in
+    process_group.py, without which no group is made.
     """
     holder = reference()
     if holder is not None:

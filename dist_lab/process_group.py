@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any group: see [Note: who holds the group], mesh.py
 from torch.distributed import (  # type: ignore[attr-defined]
     FileStore,
     PrefixStore,

@@ -87,7 +87,7 @@ def test_a_rank_without_room_keeps_all_ranks_to_ordinary_memory(mesh):
 @pytest.mark.ranks(2)
 def test_ranks_that_cannot_open_each_others_files_are_kept_to_it_too(mesh):
     real = shared.attach  # as on two machines: only its own is there
-    mine = f"-{os.getpid()}-"
+    mine = f"-{os.getpid():010}-"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "attach", lambda p, n, d: real(p, n, d) if mine in p else None)
         buffer, wanted = filled(1000, torch.float32, mesh["dp"])
@@ -125,13 +125,13 @@ def test_other_dtypes_and_the_maximum_are_sent(mesh):
 def test_nothing_is_left_behind(mesh):
     before = len(mesh.wire.shared)
     buffer, _ = filled(1000, torch.float32, mesh["dp"])
-    assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid()}-*")), "a name that stays"
+    assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid():010}-*")), "a name that stays"
     assert len(mesh.wire.shared) == before + 1
     del buffer
     gc.collect()
     assert len(mesh.wire.shared) == before
     maps = Path("/proc/self/maps").read_text()
-    assert f"dist_lab-{os.getpid()}-" not in maps, "memory that stays"
+    assert f"dist_lab-{os.getpid():010}-" not in maps, "memory that stays"
 
 
 @pytest.mark.ranks(2)

@@ -80,7 +80,7 @@ def create(length: int, dtype: torch.dtype) -> Path | None:
     """A new file in memory with room for so many elements; None if there cannot be one."""
     if dtype not in TYPES or not FOLDER.is_dir():
         return None
-    path = FOLDER / f"dist_lab-{os.getpid()}-{secrets.token_hex(8)}"
+    path = FOLDER / f"dist_lab-{os.getpid():010}-{secrets.token_hex(8)}"  # all names are as long
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError:
