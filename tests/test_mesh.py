@@ -1,6 +1,8 @@
 """The mesh: pure arithmetic without processes, and the groups on real ranks."""
 
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,3 +92,12 @@ def test_each_restart_of_torchrun_meets_under_a_name_of_its_own(monkeypatch):
     store = environment_store(0, 1, timeout=20)
     store.set("address", "here")
     assert store.underlying_store.get("attempt-3/address") == b"here"
+
+
+def test_what_would_hold_the_group_is_imported_before_there_can_be_one():
+    # Once it came with mesh.py alone, after torchrun's ranks had joined, and they aborted at exit.
+    code = (
+        "import sys, dist_lab.process_group;"
+        "sys.exit('torch.distributed.nn.functional' not in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
