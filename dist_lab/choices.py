@@ -3,6 +3,7 @@
 The code behind the names is in compose.py and zoo/; tests hold the two against each other.
 """
 
+import math
 from dataclasses import dataclass
 
 from dist_lab.errors import UserError
@@ -14,14 +15,32 @@ class Strategy:
     """What goes with a strategy: who has written it, and the axes of a mesh it can run along."""
 
     impls: tuple[str, ...]
-    axes: tuple[str, ...]  # by default all ranks stand along the first; none: it takes one process
+    axes: tuple[str, ...]  # outer first; none: it takes one process
     options: tuple[str, ...] = ()  # settings that are its own
 
+    def default_axes(self, size: int) -> dict[str, int]:
+        """The mesh for so many processes: all along the first axis, or, of two, 2 along it.
 
+        >>> STRATEGIES["fsdp"].default_axes(4), STRATEGIES["hsdp"].default_axes(6)
+        ({'fsdp': 4}, {'dp': 2, 'fsdp': 3})
+        """
+        if len(self.axes) < 2:
+            return dict.fromkeys(self.axes, size)
+        outer = math.gcd(2, size)
+        return {self.axes[0]: outer, self.axes[1]: size // outer}
+
+
+SHARDING = (
+    "reduce_dtype", "reshard_after_forward", "keep_gathered", "defer_reduce", "prefetch", "offload",
+)  # fmt: skip
 STRATEGIES = {
     "single": Strategy(impls=("hand",), axes=()),
     "dp": Strategy(impls=("hand",), axes=("dp",)),
     "ddp": Strategy(("hand", "torch", "accelerate"), axes=("dp",), options=("bucket_mb",)),
+    "zero1": Strategy(("hand", "torch"), axes=("dp",), options=("bucket_mb",)),
+    "zero2": Strategy(("hand",), axes=("dp",), options=("bucket_mb",)),
+    "fsdp": Strategy(("hand", "torch"), axes=("fsdp",), options=SHARDING),
+    "hsdp": Strategy(("hand", "torch"), axes=("dp", "fsdp"), options=SHARDING),
 }
 
 
@@ -44,7 +63,7 @@ MODELS = {
     "resnet18": Model(SIZES[:1], reads="images", data="glyphs", smallest=9),
 }
 IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
-DATA_AXES = ("dp",)  # along these, ranks share out the rows of the batch
+DATA_AXES = ("dp", "fsdp")  # along these, ranks share out the rows of the batch
 COLLECTIVES = ("auto", "backend", "ring", "direct", "tree")
 
 

@@ -68,10 +68,11 @@ def verify(config: Config, mesh: Mesh) -> int:
         clip=config.clip or None,
         optimizer=loop.OPTIMIZERS[config.optimizer],
         options={"lr": config.lr, "weight_decay": config.weight_decay},
-        units=zoo.MODELS[config.model].units,
+        units=units(config),
         param_dtype=compute_dtype(config),
+        recompute=config.recompute,
         sync_batchnorm=config.sync_batchnorm,
-        **config.options(),
+        **options(config),
     )
     if mesh.rank == 0:
         console = wide_console()
@@ -96,12 +97,23 @@ def meet(config: Config, mesh: Mesh) -> Data:
     return Cast(data, image=data.image, dtype=parameter_dtype(config))
 
 
-def draw(config: Config, data: Data) -> zoo.Model:
+def draw(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
     """The model of the zoo in the dtype of its parameters, drawn from the seed alone."""
     return zoo.build(
         config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
-        dtype=parameter_dtype(config),
+        dtype=parameter_dtype(config), device=device,
     )  # fmt: skip
+
+
+def units(config: Config) -> Sequence[type[torch.nn.Module] | str]:
+    model = zoo.MODELS[config.model]
+    return (*model.units, *model.ends)
+
+
+def options(config: Config) -> dict[str, Any]:
+    """The strategy's own settings, as `parallelize` takes them."""
+    own = config.options()
+    return {n: getattr(torch, v) if n.endswith("dtype") else v for n, v in own.items()}
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
@@ -114,17 +126,18 @@ def compute_dtype(config: Config) -> torch.dtype | None:
 
 
 def build(config: Config, mesh: Mesh, data: Data) -> Job:
-    model = draw(config, data)
+    """From the meta device: a rank makes what it keeps of a parameter, one after another."""
     return parallelize(
-        model.to(mesh.device),
+        draw(config, data, "meta"),
         mesh,
         config.strategy,
         config.impl,
-        units=model.units,
+        units=units(config),
         param_dtype=compute_dtype(config),
-        broadcast=False,  # there is nothing to send; this checks that it is so
+        recompute=config.recompute,
+        seed=config.seed,
         sync_batchnorm=config.sync_batchnorm,
-        **config.options(),
+        **options(config),
     )
 
 

@@ -1,19 +1,21 @@
-"""What a strategy will do, before any rank is started: who stands where, what lies where, what is sent.
+"""What a strategy will do, before any rank is started: who stands where, what lies where, what is
+sent, and how much memory it takes.
 
 The step is not described, it is run: rank 0's real model, strategy and loop, on a mesh whose other
 ranks are pretended (`mesh.pretended`). So what is shown cannot differ from what a run does, and
-costs one step of one rank in time and memory.
-"""  # noqa: E501
+costs two steps of one rank in time and memory.
+"""
 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch.optim import Optimizer
 
 from dist_lab import train as loop
 from dist_lab.choices import STRATEGIES
@@ -22,48 +24,62 @@ from dist_lab.commands import build, meet
 from dist_lab.config import Config, read_mesh
 from dist_lab.errors import UserError
 from dist_lab.job import Job
+from dist_lab.layout import Shard
 from dist_lab.mesh import ORDER, Mesh, pretended
+from dist_lab.observe import memory
 from dist_lab.observe.sinks import wide_console
 
 RANKS = 4  # where --mesh does not say
 
 
 def explain(config: Config, mesh: Mesh) -> int:
-    """Print rank grid, layout and one step's traffic of `config` on its --mesh."""
+    """Print rank grid, layout, memory and one step's traffic of `config` on its --mesh."""
     if config.impl != "hand":
         raise UserError(
             f"explain runs what is written here, {config.strategy}@{config.impl} is a library's "
             "(--impl); give --impl hand, or measure both by launch/compare.py"
         )
-    own = STRATEGIES[config.strategy].axes
-    axes = read_mesh(config.mesh) or dict.fromkeys(own[:1], RANKS)
-    config.check_batch(axes)
+    ranks = RANKS if STRATEGIES[config.strategy].axes else 1
+    ranks = math.prod(read_mesh(config.mesh).values()) if config.mesh else ranks
+    axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
     console = wide_console()
     if math.prod(axes.values()) == 1:
-        show(console, *observe(config, mesh))
+        show(console, observe(config, mesh))
     else:
         console.print(rank_grid(axes))
         with pretended(axes, backend=config.backend, collectives=config.collectives) as other:
-            show(console, *observe(config, other))
+            show(console, observe(config, other))
     return 0
 
 
-def observe(config: Config, mesh: Mesh) -> tuple[Job, list[Call], list[Call]]:
+@dataclass(frozen=True)
+class Seen:
     """Two steps of rank 0: the first, in which a strategy may learn, and one like all others."""
+
+    job: Job
+    optimizer: Optimizer
+    first: list[Call]
+    steady: list[Call]
+    peak: memory.Peak
+
+
+def observe(config: Config, mesh: Mesh) -> Seen:
     data = meet(replace(config, log_collectives=False), mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
-    steps = []
+    steps, meter = [], loop.Meter(job, optimizer)
     for number in range(2):
-        with mesh.wire.ledger.recording() as calls:
-            rows = data.batch(number, loop.own_rows(config.batch, job))
-            loop.take_step(job, optimizer, *rows, 1, config)
+        rows = data.batch(number, loop.own_rows(config.batch, job))
+        with meter.step(number + 1), mesh.wire.ledger.recording() as calls:
+            loop.take_step(job, optimizer, *rows, number + 1, config)
         steps.append(calls)
-    return job, steps[0], steps[1]
+    return Seen(job, optimizer, steps[0], steps[1], meter.memory)
 
 
-def show(console: Console, job: Job, first: Sequence[Call], steady: Sequence[Call]) -> None:
-    console.print(layout_table(job))
+def show(console: Console, seen: Seen) -> None:
+    console.print(layout_table(seen.job))
+    console.print(memory_table(seen))
+    first, steady = seen.first, seen.steady
     if not steady:
         console.print("nothing is sent")
         return
@@ -101,7 +117,10 @@ def layout_table(job: Job) -> Table:
     own = dict(job.model.named_parameters())
     for name, laid in job.laid.items():
         number = re.search(r"\.(\d+)\.", name)
-        split = ", ".join(f"dim {shard.dim} over {axis}" for axis, shard in laid.splits)
+        split = ", ".join(
+            f"dim {how.dim} over {axis}" if isinstance(how, Shard) else f"elements over {axis}"
+            for axis, how in laid.splits
+        )
         key: tuple[str, ...] = (
             re.sub(r"\.\d+\.", ".{}.", name, count=1), str(list(laid.shape)),
             str(laid.dtype).removeprefix("torch."), split or "whole",
@@ -116,6 +135,27 @@ def layout_table(job: Job) -> Table:
     count = sum(p.numel() for p in own.values())
     table.add_section()
     table.add_row(f"{count:,} parameters", "", "", "", "", f"{total:,}")
+    return table
+
+
+def memory_table(seen: Seen) -> Table:
+    """Measured in those two steps, beside what the layout says of what stays here."""
+    job, peak = seen.job, seen.peak
+    of_formula = memory.by_layout(job, seen.optimizer)
+    count = sum(laid.shape.numel() for laid in job.laid.values() if laid.alias_of is None)
+    table = Table(title="memory of rank 0 in a step, bytes", box=SIMPLE_HEAD)
+    table.add_column("kind")
+    for column in ("at the peak", "at its own peak", "per parameter", "by layout"):
+        table.add_column(column, justify="right")
+    for kind in memory.KINDS:
+        own, wanted = peak.own[kind], of_formula.get(kind)
+        if own:
+            table.add_row(
+                kind.replace("_", " "), f"{peak.at_peak[kind]:,}", f"{own:,}", f"{own / count:.2f}",
+                "" if wanted is None else f"{wanted:,}",
+            )  # fmt: skip
+    table.add_section()
+    table.add_row("together", f"{peak.total:,}", "", f"{peak.total / count:.2f}", "")
     return table
 
 

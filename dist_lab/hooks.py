@@ -11,29 +11,31 @@ from typing import Any
 from torch import Tensor
 
 
-class ModuleHook:
-    """A forward hook. In a deep copy or a pickle it is replaced by one that does nothing."""
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """The hook of a copy."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+
+class ModuleHook:
+    """A forward hook. In a deep copy or a pickle `of_copy` takes its place, which does nothing."""
+
+    def __init__(
+        self, function: Callable[..., Any], of_copy: Callable[..., None] = nothing
+    ) -> None:
+        self.function, self.of_copy = function, of_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return nothing
+        return self.of_copy
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return leave_behind, ()
-
-
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """The hook of a copy."""
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., None]]]:
+        return leave_behind, (self.of_copy,)
 
 
-def leave_behind() -> Callable[..., None]:
+def leave_behind(of_copy: Callable[..., None]) -> Callable[..., None]:
     """What a pickled hook is rebuilt by."""
-    return nothing
+    return of_copy
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ optimizer.zero_grad()
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
-from dist_lab.layout import Laid, clip, gather_full, global_norm, slice_local
+from dist_lab.layout import clip, gather_full, global_norm, local_part, slice_local
 from dist_lab.mesh import Axis, Mesh
+from dist_lab.parallel.sync import Applied, Chain, Sync
 from dist_lab.parallel.watch import FirstNonFinite
 from dist_lab.runner import Runner
 
@@ -35,6 +36,7 @@ class Job:
         model: an ordinary module; its parameters keep their names.
         mesh: where it runs.
         laid: name -> how that parameter lies.
+        leaves: name -> the tensor whose `.grad` backward fills, where it is not the parameter.
         about: the configuration that a library's strategy runs in; "" for ours.
     """
 
@@ -42,13 +44,13 @@ class Job:
         self,
         model: nn.Module,
         mesh: Mesh,
-        laid: Mapping[str, Laid],
+        applied: Applied,
         runner: Runner,
         watch: FirstNonFinite,
-        *,
-        about: str = "",
     ) -> None:
-        self.model, self.mesh, self.laid, self.about = model, mesh, laid, about
+        self.model, self.mesh = model, mesh
+        self.laid, self.leaves, self.about = applied.laid, applied.leaves, applied.about
+        self._make_optimizer = applied.make_optimizer
         self._runner, self._watch = runner, watch
         self._data: Axis = mesh.data
         self._world: Axis = mesh.world
@@ -123,7 +125,10 @@ class Job:
         if self._runner.has_gradients:
             raise UserError("clip_grad_norm() before finish(): gradients are not summed yet")
         with self.mesh.wire.during("clip"):
-            gradients = {name: p.grad for name, p in self.model.named_parameters()}
+            gradients = {
+                name: None if p.grad is None else local_part(p.grad)
+                for name, p in self.model.named_parameters()
+            }
             norm = global_norm(gradients, self.laid)
             if max_norm is not None:
                 clip([g for g in gradients.values() if g is not None], norm, max_norm)
@@ -185,7 +190,10 @@ class Job:
                         break
                 else:
                     made.append((own, [parameter]))
-        return cls([{"params": members, **own} for own, members in made], **options)
+        each = [{"params": members, **own} for own, members in made]
+        if self._make_optimizer is not None:
+            return self._make_optimizer(cls, each, options)
+        return cls(each, **options)
 
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """Every tensor whole, under the names of `model.state_dict()`, equal on every rank.
@@ -232,7 +240,27 @@ class Job:
                 )
             if where:
                 parts[name] = slice_local(full[name], where)
+        for name, tensor in own.items():
+            if isinstance(tensor, nn.Parameter):  # here, as a library's may claim the whole shape
+                local_part(tensor.detach()).copy_(parts[name])
+                parts[name] = tensor
         self.model.load_state_dict(parts)
+        self._runner.weights_changed()
+
+    @property
+    def sync(self) -> Chain:
+        """The strategy, as what hears of every moment of a step."""
+        return self._runner.sync
+
+    @contextmanager
+    def listening(self, link: Sync) -> Iterator[None]:
+        """Inside the block `link` is told of every moment, too, after the strategy has been."""
+        chain = self._runner.sync
+        before, chain.links = chain.links, (*chain.links, link)
+        try:
+            yield
+        finally:
+            chain.links = before
 
     def _over_data(self, total: Tensor) -> float:
         with self.mesh.wire.during("loss"):

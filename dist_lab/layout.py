@@ -3,12 +3,15 @@
     W[D, F]                           every rank holds all of it           Laid(shape, dtype)
     W[D_fsdp, F]                      rows are split over an axis          splits=((fsdp, Shard(0)),)
     W[(D_tp)_fsdp, F]                 tp splits first, then fsdp           splits=((tp, Shard(0)), (fsdp, Shard(0)))
+    a range of a bucket's elements    where zero1 and zero2 step           splits=((dp, Flat(offset, piece)),)
     dW{U_tp}                          each rank has a part of the gradient sum_over=(tp,)
 
 A split takes pieces of ceil(length / size), as torch.chunk does: the last may be short, or empty.
-So a rank always holds a box of the whole tensor, which is what checkpoints and resharding need.
+So under Shard a rank always holds a box of the whole tensor, which is what checkpoints and
+resharding need. Under Flat it holds a range of elements, as a vector.
 """  # noqa: E501
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,18 +30,42 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """A range of the elements, because many tensors lie side by side and are cut as one.
+
+    Element 0 of this tensor is element `offset` of all of them; rank i has [i piece, (i+1) piece).
+    """
+
+    offset: int
+    piece: int
+
+    def range(self, numel: int, index: int) -> tuple[int, int]:
+        """Start and stop of the elements of this tensor that the rank at `index` has.
+
+        >>> [Flat(3, 4).range(6, i) for i in range(4)]
+        [(0, 1), (1, 5), (5, 6), (6, 6)]
+        """
+        start, stop = (min(max(k * self.piece - self.offset, 0), numel) for k in (index, index + 1))
+        return start, stop
+
+
+Placement = Shard | Flat
+
+
+@dataclass(frozen=True)
 class Laid:
     """How one parameter lies.
 
     shape, dtype   of the whole tensor
-    splits         in the order they were applied; an axis that is not named holds copies
+    splits         in the order they were applied; an axis that is not named holds copies; Flat is
+                   the last, if it is there
     sum_over       axes over which its gradient is partial and owed a sum
     alias_of       tied: the name under which the tensor is counted
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    splits: tuple[tuple[Axis, Shard], ...] = ()
+    splits: tuple[tuple[Axis, Placement], ...] = ()
     sum_over: tuple[Axis, ...] = ()
     alias_of: str | None = None
 
@@ -50,6 +77,7 @@ class Laid:
     def _box(self, applied: int) -> tuple[slice, ...]:
         box = [slice(0, length) for length in self.shape]
         for axis, shard in self.splits[:applied]:
+            assert isinstance(shard, Shard), f"a range of elements is no box: {shard}"
             whole = box[shard.dim]
             start, stop = piece(whole.stop - whole.start, axis.size, axis.index)
             box[shard.dim] = slice(whole.start + start, whole.start + stop)
@@ -66,8 +94,25 @@ def piece(length: int, size: int, index: int) -> tuple[int, int]:
     return min(index * step, length), min((index + 1) * step, length)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What of it lies on this rank: all of a plain tensor, the inside of one that a library splits.
+
+    PyTorch's own shards are DTensors, which speak of the whole and communicate when asked for it.
+    """
+    to_local = getattr(tensor, "to_local", None)  # no isinstance: importing DTensor takes a second
+    if to_local is None:
+        return tensor
+    with torch.no_grad():
+        inside: Tensor = to_local()
+    return inside
+
+
 def slice_local(whole: Tensor, laid: Laid) -> Tensor:
-    """This rank's part of a whole tensor; a view. Undone by `gather_full`."""
+    """This rank's part of a whole tensor; a view if it is contiguous. Undone by `gather_full`."""
+    if laid.splits and isinstance(flat := laid.splits[-1][1], Flat):
+        box = whole[laid._box(len(laid.splits) - 1)].flatten()
+        start, stop = flat.range(len(box), laid.splits[-1][0].index)
+        return box[start:stop]
     return whole[laid.box]
 
 
@@ -76,8 +121,12 @@ def gather_full(local: Tensor, laid: Laid) -> Tensor:
 
     Collective over the axes of the splits. Padding never appears in the result.
     """
+    local = local_part(local)
     for applied in reversed(range(len(laid.splits))):
         axis, shard = laid.splits[applied]
+        if isinstance(shard, Flat):
+            local = _gather_flat(local, [b.stop - b.start for b in laid._box(applied)], axis, shard)
+            continue
         before = laid._box(applied)[shard.dim]
         length = before.stop - before.start
         longest, _ = piece(length, axis.size, 1) if axis.size > 1 else (length, 0)
@@ -90,6 +139,16 @@ def gather_full(local: Tensor, laid: Laid) -> Tensor:
             shard.dim,
         )
     return local
+
+
+def _gather_flat(local: Tensor, shape: list[int], axis: Axis, flat: Flat) -> Tensor:
+    """The whole tensor from everyone's range of its elements."""
+    ranges = [flat.range(math.prod(shape), i) for i in range(axis.size)]
+    padded = local.new_zeros(max(stop - start for start, stop in ranges))
+    padded[: local.numel()] = local
+    parts = ops.all_gather(padded[None], axis)  # (size, longest)
+    own = [part[: b - a] for part, (a, b) in zip(parts, ranges, strict=True)]
+    return torch.cat(own).view(shape)
 
 
 def global_norm(gradients: Mapping[str, Tensor | None], laid: Mapping[str, Laid]) -> Tensor:

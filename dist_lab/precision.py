@@ -10,7 +10,8 @@ Normalization with running statistics keeps its float32 weights, as its statisti
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +20,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook
+from dist_lab.recompute import Recomputed
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def compute_in(model: nn.Module, dtype: torch.dtype, *, parameters: bool = True) -> None:
     """Make every forward of the model, or of a module in it, compute in `dtype`.
+
+    Args:
+        parameters: False where the strategy lends them in that dtype already: inputs alone.
 
     Raises:
         UserError: a recurrent layer, which keeps its weights where no shadow reaches.
@@ -30,44 +35,73 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise UserError(f"{name} is recurrent and computes in its own dtype alone: use float32")
-    shadows = Shadows(dtype)
+    shadows = Shadows(dtype, parameters)
     for module in model.modules():
         module.register_forward_pre_hook(ModuleHook(shadows.enter), with_kwargs=True)
         module.register_forward_hook(ModuleHook(shadows.leave), always_call=True)
+        if isinstance(module.forward, Recomputed):  # without its hooks, in backward
+            module.forward.around.append(shadows.around)
 
 
 class Shadows:
     """Puts the copies in place for the outermost forward, whichever module's that is.
 
-    Usually it is the root's. Under activation recomputation it is a block's, in the middle of
-    backward; called by itself, a submodule's.
+    Usually it is the root's. In backward it is that of a unit which recomputes; called by itself, a
+    submodule's.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.depth = dtype, 0
+    def __init__(self, dtype: torch.dtype, parameters: bool) -> None:
+        self.dtype, self.parameters = dtype, parameters
+        self.inside: list[nn.Module] = []  # whose forwards are under way, outermost first
+        self.shadowed: list[tuple[nn.Module, str, Tensor | None]] = []  # and what was there
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        self.depth += 1
-        if self.depth > 1:
+        self.inside.append(module)
+        if len(self.inside) > 1:
             return None
-        copies: dict[nn.Parameter, Tensor] = {}  # a tied parameter is cast once
-        for part in module.modules():
-            if not isinstance(part, _NormBase):
-                for name, parameter in part._parameters.items():
-                    if parameter is not None and parameter.is_floating_point():
-                        if parameter not in copies:
-                            copies[parameter] = parameter.to(self.dtype)
-                        part.__dict__[name] = copies[parameter]  # found before _parameters is
+        self._put(module)
         return self._cast(args), self._cast(kwargs)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.depth -= 1
-        if self.depth == 0:
-            for part in module.modules():
+        # It is told of every exception, also one of a hook that came before `enter`.
+        if self.inside and self.inside[-1] is module:
+            self.inside.pop()
+            if not self.inside:
+                self._take_away()
+
+    @contextmanager
+    def around(self, unit: nn.Module) -> Iterator[None]:
+        """The second forward of a unit. Its inputs are what the first one had, cast or not."""
+        self.inside.append(unit)
+        if len(self.inside) == 1:
+            self._put(unit)
+        try:
+            yield
+        finally:
+            self.leave(unit, (), None)
+
+    def _put(self, module: nn.Module) -> None:
+        if not self.parameters:
+            return
+        copies: dict[Tensor, Tensor] = {}  # a tied parameter is cast once
+        for part in module.modules():
+            if not isinstance(part, _NormBase):
                 for name in part._parameters:
-                    part.__dict__.pop(name, None)
+                    parameter = getattr(part, name)  # a strategy may have put a whole before a part
+                    if parameter is not None and parameter.is_floating_point():
+                        if parameter not in copies:
+                            copies[parameter] = parameter.to(self.dtype)
+                        self.shadowed.append((part, name, part.__dict__.get(name)))
+                        part.__dict__[name] = copies[parameter]  # found before _parameters is
+
+    def _take_away(self) -> None:
+        while self.shadowed:
+            part, name, before = self.shadowed.pop()
+            part.__dict__.pop(name, None)
+            if before is not None:
+                part.__dict__[name] = before
 
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor):

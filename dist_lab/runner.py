@@ -6,6 +6,10 @@ step is read off here:
     model(x)        for each unit in turn: unshard, compute, reshard        phase "forward"
     loss.backward() for each unit, last first: unshard, gradients ready     phase "backward"
                     (each told to the strategy), reshard
+
+The model itself is a unit, too: named "", open from the first moment of a forward or backward to
+the last.
+
     finish()        whatever is still owed                                  phase "finish"
     after_step()    what the new weights owe                                phase "after_step"
 
@@ -16,8 +20,9 @@ and opens again when it is cleared; a backward that adds to a closed one is refu
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,18 +32,29 @@ from torch.autograd.graph import get_gradient_edge
 from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook, tensors_in
-from dist_lab.parallel.sync import Sync
+from dist_lab.layout import local_part
+from dist_lab.parallel.sync import Chain
 
 
 class Runner:
     """Drives one model's forward and backward under one Sync.
 
     Args:
-        units: name -> module: what is borrowed and returned together. The root is not a unit.
+        units: name -> module: what is borrowed and returned together; an outer one before those
+            within it.
+        leaves: name -> the tensor that backward reaches, where it is not the parameter itself.
+        in_parts: outside of units the model holds this rank's parts alone, and computes nothing.
     """
 
     def __init__(
-        self, model: nn.Module, sync: Sync, wire: Wire, units: Mapping[str, nn.Module]
+        self,
+        model: nn.Module,
+        sync: Chain,
+        wire: Wire,
+        units: Mapping[str, nn.Module],
+        leaves: Mapping[str, Tensor] = {},
+        *,
+        in_parts: bool = False,
     ) -> None:
         self.model, self.sync, self.wire = model, sync, wire
         self.has_gradients = False  # that finish() has not seen
@@ -46,7 +62,9 @@ class Runner:
         self._in_block = False
         self._touched: set[str] = set()  # gradients of the micro-batch that is under way
         self._closed: set[str] = set()  # gradients that hold their last micro-batch
-        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Kept, because a name may mean the whole of it while backward runs.
+        trained = self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._trained: dict[str, Tensor] = {n: leaves.get(n, p) for n, p in trained.items()}
         # Kept here because a parameter does not keep the node that adds to its gradient alive.
         self._accumulators = [get_gradient_edge(p).node for p in self._trained.values()]
         for name, node in zip(self._trained, self._accumulators, strict=True):
@@ -55,7 +73,22 @@ class Runner:
             self._trained[name].register_post_accumulate_grad_hook(after)
         model.register_forward_pre_hook(ModuleHook(self._enter_forward))
         # After the gradients' own hooks: a unit is returned when its last gradient has been told.
-        self._units = [_Unit(name, module, sync, wire) for name, module in units.items()]
+        leaf_of = {p: self._trained[name] for name, p in trained.items()}
+        self._units = [
+            _Unit(name, module, [leaf_of[p] for p in module.parameters() if p in leaf_of], self)
+            for name, module in units.items()
+        ]
+        if in_parts:
+            self._refuse_parts(units)
+
+    def _refuse_parts(self, units: Mapping[str, nn.Module]) -> None:
+        """See that whatever computes with parameters lies in a unit that is open."""
+        inside = {unit.name: set(units[unit.name].modules()) for unit in self._units}
+        for name, module in self.model.named_modules():
+            if any(p is not None for p in module._parameters.values()):
+                around = [unit for unit in self._units if module in inside[unit.name]]
+                check = partial(_refuse_outside, name, around)
+                module.register_forward_pre_hook(ModuleHook(check, of_copy=_refuse_copy))
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -65,6 +98,9 @@ class Runner:
         self.sync.microbatch(last=last)
         try:
             yield
+        except BaseException:
+            self._forget()
+            raise
         finally:
             self._last, self._in_block = before
             self.sync.microbatch(last=self._last)
@@ -82,7 +118,7 @@ class Runner:
                 "it before, or freeze it again"
             )
         # A rank that had no rows to compute on has nothing left over, and joins in the sum.
-        if not self.has_gradients and any(g.any() for g in gradients.values()):
+        if not self.has_gradients and any(local_part(g).any() for g in gradients.values()):
             raise UserError(
                 "finish() without a backward since the last one: the gradients are summed over "
                 "the ranks already, a second sum would multiply them; call finish() once a step, "
@@ -105,23 +141,38 @@ class Runner:
         with self.wire.during("after_step", unit=""):
             self.sync.after_step()
 
+    def weights_changed(self) -> None:
+        """The parameters were given new values, by no optimizer."""
+        with self.wire.during("load", unit=""):
+            self.sync.after_step()
+
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
-        if not _in_backward():
+        if not in_backward():
             self.wire.phase, self.wire.unit = "forward", ""
-            for unit in self._units:  # left open by an exception in the last backward
-                unit.close()
+            if any(unit.is_open for unit in self._units):  # by an exception in the last backward
+                self._forget()
+
+    def _forget(self) -> None:
+        for unit in self._units:
+            unit.close()
+        self.sync.forget()
 
     def _before_accumulation(self, name: str, gradients: tuple[Tensor, ...]) -> None:
         self.wire.phase = "backward"
+        if not self.has_gradients:  # what has been cleared since finish() is open, used here or not
+            self._closed = {closed for closed in self._closed if self._holds_gradient(closed)}
         if name in self._closed:
-            held = self._trained[name].grad
-            if held is not None and held.any():
+            if self._holds_gradient(name):
                 raise UserError(
                     f"backward on gradients that hold their last micro-batch ({name}): call "
                     "optimizer.zero_grad() after the step, or wrap all micro-batches but the "
                     "last in job.microbatch(last=False)"
                 )
             self._closed.discard(name)
+
+    def _holds_gradient(self, name: str) -> bool:
+        gradient = self._parameters[name].grad
+        return gradient is not None and bool(local_part(gradient).any())
 
     def _after_gradient(self, name: str, parameter: Tensor) -> None:
         self.has_gradients = True
@@ -134,22 +185,27 @@ class _Unit:
 
     [Note: when a unit is open] It is unsharded when a forward or backward reaches it and finds it
     closed. It is resharded when a forward leaves it, unless backward is recomputing that forward;
-    when the last of its gradients is in; and at the end of a backward in any case, because a frozen
-    unit has no last gradient and an unused parameter never gets one.
+    when the last of its gradients is in, and nothing frozen is needed on the way to its inputs;
+    when backward has left it by the inputs of its forward, because a frozen unit has no last
+    gradient and an unused parameter never gets one; and at the end of a backward in any case.
     """
 
-    def __init__(self, name: str, module: nn.Module, sync: Sync, wire: Wire) -> None:
-        self.name, self.sync, self.wire = name, sync, wire
-        self.trained = {id(p) for p in module.parameters() if p.requires_grad}
+    def __init__(
+        self, name: str, module: nn.Module, leaves: Sequence[Tensor], runner: Runner
+    ) -> None:
+        self.name, self.sync, self.wire = name, runner.sync, runner.wire
+        self.trained = {id(leaf) for leaf in leaves}
+        self.partly_frozen = any(not p.requires_grad for p in module.parameters())
         self.is_open = False
         self.missing: set[int] = set()  # gradients that this backward still has to bring
         self.outer = ""  # the unit that this one was called from
         self.backward = -1  # the backward whose end will be told
-        module.register_forward_pre_hook(ModuleHook(self._enter_forward))
+        self.entered: set[_Visit] = set()  # forwards that this backward is in the middle of
+        self.visit = _Visit()
+        module.register_forward_pre_hook(ModuleHook(self._enter_forward), with_kwargs=True)
         module.register_forward_hook(ModuleHook(self._leave_forward), always_call=True)
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_weakly(self._gradient))
+        for leaf in leaves:
+            leaf.register_post_accumulate_grad_hook(_weakly(self._gradient))
 
     def open(self) -> None:
         if not self.is_open:
@@ -157,39 +213,82 @@ class _Unit:
             self.sync.unshard(self.name)
 
     def close(self) -> None:
-        self.missing = set()
+        self.entered.clear()
         if self.is_open:
             self.is_open = False
             self.sync.reshard(self.name)
 
-    def _enter_forward(self, module: nn.Module, args: Any) -> None:
+    def _enter_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.outer, self.wire.unit = self.wire.unit, self.name
+        if not in_backward():
+            self.wire.phase = "forward"  # also if the unit is called by itself
         self.open()
+        if torch.is_grad_enabled():
+            self.visit = visit = _Visit()
+            for tensor in tensors_in([args, kwargs]):
+                if tensor.requires_grad:
+                    visit.inputs += 1
+                    if tensor.grad_fn is not None:  # a leaf would keep the hook for ever
+                        tensor.register_hook(lambda gradient: self._leave_backward(visit))
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.wire.unit = self.outer
-        if not _in_backward():
+        if not in_backward():
             self.close()
+        visit = self.visit
         for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                tensor.register_hook(self._enter_backward)
+            if tensor.grad_fn is not None:
+                # Of the node, whose hooks run after the tensor's own: who leaves goes first.
+                tensor.grad_fn.register_prehook(lambda gradients: self._enter_backward(visit))
 
-    def _enter_backward(self, gradient: Tensor) -> None:
-        self.wire.phase, self.wire.unit = "backward", self.name
+    def _enter_backward(self, visit: "_Visit") -> None:
+        self.wire.phase = "backward"
+        self.wire.unit = self.name or self.wire.unit  # the model's output is often a unit's, too
         if self.backward != _backward_number():
             self.backward, self.missing = _backward_number(), set(self.trained)
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            self.open()
+        if visit.inputs > 0:
+            self.entered.add(visit)
+        self.open()
+
+    def _leave_backward(self, visit: "_Visit") -> None:
+        visit.inputs -= 1
+        if visit.inputs == 0 and visit in self.entered:
+            self.entered.discard(visit)
+            if not self.entered:
+                self.close()
 
     def _gradient(self, parameter: Tensor) -> None:
         self.missing.discard(id(parameter))
-        if not self.missing:
+        # On its way to an input, backward may still need what is frozen.
+        if not self.missing and not (self.partly_frozen and self.entered):
             self.close()
 
     def _end_backward(self) -> None:
         self.wire.unit = ""
         self.backward = -1
         self.close()
+
+
+def _refuse_outside(name: str, around: Sequence[_Unit], module: nn.Module, args: Any) -> None:
+    if not any(unit.is_open for unit in around):
+        raise UserError(
+            f"{name} was called by itself, and holds this rank's part of its parameters; call the "
+            f"model, or parallelize it with units=[{name!r}]"
+        )
+
+
+def _refuse_copy(module: nn.Module, args: Any) -> None:
+    raise UserError(
+        f"a copy of a model that is split holds this rank's part of {type(module).__name__}; load "
+        "job.full_state_dict() into a fresh model"
+    )
+
+
+class _Visit:
+    """One forward of one unit: how many of its inputs backward has still to reach."""
+
+    inputs = 0
 
 
 def _weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
@@ -213,5 +312,5 @@ def _backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return _backward_number() != -1

@@ -150,7 +150,7 @@ class Meter:
         self.job, self.optimizer = job, optimizer
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
         self.reported = 0
-        self.peak_memory = 0
+        self.memory = memory.NOTHING  # at the worst of the steps that are measured
         self.flops_per_step = self.peak_flops = 0.0  # of all ranks together
 
     @contextmanager
@@ -159,14 +159,13 @@ class Meter:
         before, began = ledger.total, time.perf_counter()
         with ExitStack() as measuring:
             if step <= WARM_UP:
-                held = memory.tensors_of(self.job.model, self.optimizer)
-                live = measuring.enter_context(memory.LiveBytes(held))
+                live = measuring.enter_context(memory.measured(self.job, self.optimizer))
             if step == 1:
                 count = measuring.enter_context(flops.counter())
             yield
         self.steps.append((time.perf_counter() - began, ledger.total - before))
         if step <= WARM_UP:
-            self.peak_memory = max(self.peak_memory, live.peak)
+            self.memory = self.memory.worst(live.by_kind())
         if step == 1:
             mine = torch.tensor(count.get_total_flops(), device=self.job.mesh.device)
             self.flops_per_step = float(self._sum(mine))
@@ -185,7 +184,7 @@ class Meter:
             "comm_payload_bytes": window[-1][1].payload,
             "comm_sent_bytes": window[-1][1].sent,
             "comm_ms": statistics.fmean(t.blocked for _, t in window) * 1e3,
-            "peak_memory_bytes": self.peak_memory,
+            "peak_memory_bytes": self.memory.total,
         }
 
     def summary(self, config: Config, tokens: int | None) -> dict[str, Any]:
@@ -205,7 +204,8 @@ class Meter:
                 "comm_payload_bytes": steady[-1][1].payload,
                 "comm_sent_bytes": steady[-1][1].sent,
             },
-            "peak_memory_bytes": self.peak_memory,
+            "peak_memory_bytes": self.memory.total,
+            "peak_memory": self.memory.to_dict(),
             "flops_per_step": self.flops_per_step,
             "peak_flops_per_s": peak,
             "mfu": self.flops_per_step / seconds / peak,

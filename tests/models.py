@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from dist_lab import zoo
+from dist_lab import choices, zoo
 
 VOCAB = 61  # prime: nothing divides it
 IMAGE = (2, 12, 8)
@@ -95,6 +95,11 @@ def batch_of(
     return images(step, rows, dtype) if model in READS_IMAGES else batch(step, rows)
 
 
+def axes_of(strategy: str, size: int) -> dict[str, int]:
+    """The mesh on which a strategy runs, unless told otherwise."""
+    return choices.STRATEGIES[strategy].default_axes(size) or {"dp": size}
+
+
 def in_stage_order(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that `stages` names, by name, in that order."""
     found = {}
@@ -106,6 +111,19 @@ def in_stage_order(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def units_of(model: str) -> tuple[str, ...]:
+    """What FSDP gathers as one: blocks, and layers of which one is frozen and one never used."""
+    return UNITS[model]
+
+
+UNITS = {
+    "gpt": ("model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"),
+    "gpt tied": ("model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"),
+    "mlp": ("embed", "blocks.0", "blocks.1"),
+    "odd": ("frozen", "unused", "mix"),
+    "vit": ("layers.0", "layers.1"),
+    "resnet": ("3", "4"),
+}
 READS_IMAGES = {"vit", "resnet"}
 MODELS = {
     "gpt": gpt,

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from dist_lab import compose
+from dist_lab.choices import STRATEGIES
 from dist_lab.compare import files, measure, tables
 from dist_lab.compare.ratios import depth, fewest_rounds, missed, orders, ratio, spread
 from dist_lab.compare.report import Report, Row, Traffic
@@ -29,10 +30,14 @@ from dist_lab.data import open_data
 from dist_lab.errors import UserError
 from dist_lab.mesh import Axis, init_mesh
 from dist_lab.observe import sockets
+from dist_lab.observe.memory import KINDS
 from dist_lab.parallel import dp
 from dist_lab.parallel.sync import Applied
 
 ROOT = Path(__file__).parent.parent
+IN_BUCKETS = " or ".join(
+    f"--strategy {name}" for name, row in STRATEGIES.items() if "bucket_mb" in row.options
+)
 TOO_MANY = 4 * cores() + 1
 
 
@@ -178,7 +183,7 @@ BAD_FLAGS = [
     (f"--strategies single --nproc {TOO_MANY}", f"nproc {TOO_MANY} is more than 4 ranks for each "
         f"of {cores()} cores (--nproc); give {TOO_MANY - 1} or less, or add --oversubscribe"),
     ("--strategies single,dp --nproc 2 --bucket-mb 3", "strategy single has no bucket_mb "
-        "(--bucket-mb); leave it out, or give --strategy ddp"),
+        f"(--bucket-mb); leave it out, or give {IN_BUCKETS}"),
     ("--strategy dp", "no flag '--strategy'; did you mean --strategies? --help lists them all"),
 ]  # fmt: skip
 
@@ -210,12 +215,16 @@ def test_the_program_answers_a_mistake_without_torch(tmp_path):
 # --- what is found --------------------------------------------------------------------------------
 
 
+AT_PEAK = dict.fromkeys(KINDS, 0) | {"parameters": 4_000_000, "activations": 36_000_000}
+
+
 def row(label: str, times: list[float], loss: float = 2.0, **changes) -> Row:
     strategy, _, impl = label.partition("@")
     made = Row(
         label=label, strategy=strategy, impl=impl or "hand", about="", processes=4,
         rounds=[[t, t, 9 * t] for t in times],  # one step in three is interrupted
         losses=[5.0, loss], blocked=[0.25, 0.25], peak_memory_bytes=40_000_000,
+        peak_memory={"at_peak": AT_PEAK, "own_peak": AT_PEAK},
         flops_per_step=1e9, kernel_bytes=6_010_000.0,
         traffic=[Traffic("all_reduce dp", 4, 4e6, 6e6, 6e6), Traffic("send pp", 1, 8, 8, 8)],
     )  # fmt: skip
@@ -251,6 +260,7 @@ def shown(found: Report, width: int = 120) -> str:
     with console.capture() as capture:
         console.print(tables.speed(found))
         console.print(tables.cost(found))
+        console.print(tables.memory(found))
         for line in tables.notes(found):
             console.print(line, highlight=False, markup=False)
     return capture.get()

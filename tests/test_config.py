@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from dist_lab import choices
 from dist_lab.choices import DATA_AXES, STRATEGIES
 from dist_lab.config import Config, cores, parse
 from dist_lab.errors import UserError
-from dist_lab.settings import kind
+from dist_lab.settings import kind, one_of
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 TOO_MANY = 4 * cores() + 1
+ALL = one_of(list(STRATEGIES), "")
+ALONG_DP = " or ".join(f"--strategy {name}" for name, row in STRATEGIES.items() if "dp" in row.axes)
+IN_BUCKETS = " or ".join(
+    f"--strategy {name}" for name, row in STRATEGIES.items() if "bucket_mb" in row.options
+)
 
 
 def refusal(*arguments: str) -> str:
@@ -51,7 +57,9 @@ def test_the_command_line_wins_over_the_file_which_wins_over_the_program(file):
 
 
 # Settings that only go with another.
-ONLY_WITH = {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
+ONLY_WITH = {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}} | {
+    name: {"strategy": "fsdp"} for name in choices.SHARDING
+}
 
 
 def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
@@ -62,10 +70,11 @@ def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
     assert shown.index("How to launch it.") < shown.index("--strategy single|dp")
     for option in dataclasses.fields(Config):
         flag = "--" + option.name.replace("_", "-")
-        assert f"  {flag} " in shown
+        assert f"  {flag} " in shown.replace("\n", " \n")
         if option.name == "config":
             continue
-        given = option.default if option.default is not None else 1
+        listed = option.metadata.get("choices", ("1",))[0]
+        given = option.default if option.default is not None else kind(option)(listed)
         if option.name == "data":  # where nothing means what the model reads
             given = "words.txt"
         word, around = json.dumps(given), {"batch": 1} | ONLY_WITH.get(option.name, {})
@@ -126,11 +135,11 @@ def test_a_config_is_frozen_and_json():
 # --- what is refused: each with the whole line ----------------------------------------------------
 
 BAD_FLAGS = [
-    ("--strategy zp", "strategy cannot be 'zp' (--strategy); give single, dp or ddp "
+    ("--strategy zp", f"strategy cannot be 'zp' (--strategy); give {ALL} "
         "(did you mean dp?)"),
     ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
     ("--strategy dp --bucket-mb 5", "strategy dp has no bucket_mb (--bucket-mb); leave it out, or "
-        "give --strategy ddp"),
+        f"give {IN_BUCKETS}"),
     ("--strategy ddp --bucket-mb 0", "bucket_mb cannot be 0.0 (--bucket-mb); give a finite number "
         "above 0"),
     ("--sync-batchnorm", "model gpt has no BatchNorm to synchronize (--sync-batchnorm); leave it "
@@ -192,7 +201,7 @@ BAD_FLAGS = [
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
     ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp"),
     ("--mesh dp=2", "strategy single does not run along 'dp' (--mesh); it takes no mesh, or give "
-        "--strategy dp or --strategy ddp"),
+        + ALONG_DP),
     ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
     ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
         "once"),
@@ -249,7 +258,7 @@ BAD_FILES = [
     ("overwrite = 1\n", "overwrite cannot be 1 (run.toml:1); give true or false"),
     ("data = 3\n", "data cannot be 3 (run.toml:1); give UTF-8 text without NUL"),
     ('out = "a\\u0000b"\n', r"out cannot be 'a\x00b' (run.toml:1); give UTF-8 text without NUL"),
-    ("strategy = 'ddpp'\n", "strategy cannot be 'ddpp' (run.toml:1); give single, dp or ddp "
+    ("strategy = 'ddpp'\n", f"strategy cannot be 'ddpp' (run.toml:1); give {ALL} "
         "(did you mean ddp?)"),
     ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
         "once, with a size of 1 or more: dp=2"),

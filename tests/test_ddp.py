@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import dist_lab
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.parallel.ddp import cut
+from dist_lab.parallel.buckets import cut
 
 TINY = {"bucket_mb": 0.02, "first_bucket_mb": 0.002}  # several buckets even in a tiny model
 

@@ -9,10 +9,13 @@ import pytest
 
 from dist_lab import train as loop
 from dist_lab.commands import build, meet
+from dist_lab.compose import STRATEGIES
 from dist_lab.config import Config
+from dist_lab.mesh import init_mesh
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"batch": 4, "seq": 16, "microbatches": 2}
+BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name != "single"]
+SMALL = {"batch": 8, "seq": 16, "microbatches": 2}
 
 OBSERVED = """
 import json, sys
@@ -20,10 +23,11 @@ from dist_lab.config import Config
 from dist_lab.explain import observe
 from dist_lab.mesh import pretended
 config = Config(**json.loads(sys.argv[1]))
-with pretended({"dp": 2}) as mesh:
-    _, first, steady = observe(config, mesh)
-print(json.dumps([[(c.phase, c.op, c.unit, c.payload, c.sent) for c in calls] for calls in (first, steady)]))
-"""  # noqa: E501
+with pretended(config.axes(4)) as mesh:
+    seen = observe(config, mesh)
+calls = [[(c.phase, c.op, c.unit, c.payload, c.sent) for c in s] for s in (seen.first, seen.steady)]
+print(json.dumps([calls, seen.peak.total, seen.peak.to_dict()]))
+"""
 
 
 def shown(*arguments):
@@ -34,33 +38,33 @@ def shown(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("strategy", ["dp", "ddp"])
-@pytest.mark.ranks(2, timeout=120)
-def test_what_is_shown_is_what_a_run_sends_to_the_byte(strategy, mesh, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", BY_HAND)
+@pytest.mark.ranks(4, timeout=120)
+def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype, mesh, tmp_path):
     own = {"bucket_mb": 0.5} if strategy == "ddp" else {}
-    settings = {"strategy": strategy, **SMALL, **own}
+    settings = {"strategy": strategy, "dtype": dtype, **SMALL, **own}
     config = Config(**settings)
-    data = meet(config, mesh)
-    job = build(config, mesh, data)
-    optimizer = job.optimizer(loop.OPTIMIZERS["sgd"], lr=1e-3)
-    steps = []
+    real = init_mesh(timeout=mesh.timeout, **config.axes(4))
+    data = meet(config, real)
+    job = build(config, real, data)
+    optimizer = loop.make_optimizer(job, config)
+    steps, meter = [], loop.Meter(job, optimizer)
     for step in range(2):
-        inputs, targets = data.batch(step, loop.own_rows(config.batch, job))
-        with mesh.wire.ledger.recording() as calls:
-            total = job.count(targets.numel())
-            job.run(loop.microbatches(inputs, targets, config, job), loop.mean_over(total))
-            job.finish()
-            job.clip_grad_norm(1.0)
-            optimizer.step()
-            job.after_step()
-        optimizer.zero_grad()
+        rows = data.batch(step, loop.own_rows(config.batch, job))
+        with meter.step(step + 1), real.wire.ledger.recording() as calls:
+            loop.take_step(job, optimizer, *rows, step + 1, config)
         steps.append([[c.phase, c.op, c.unit, c.payload, c.sent] for c in calls])
     if mesh.rank == 0:
         done = subprocess.run(
             [sys.executable, "-c", OBSERVED, json.dumps(settings)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == steps
+        sent, peak, kinds = json.loads(done.stdout)
+        assert sent == steps
+        for moment, found in meter.memory.to_dict().items():
+            assert (moment, kinds[moment]) == (moment, found)
+        assert peak == meter.memory.total == sum(kinds["at_peak"].values())
 
 
 def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted():
@@ -74,6 +78,17 @@ def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted():
     assert payload > 4 * 1_000_576  # all parameters, and the flags
     assert by_formula == pytest.approx(2 * 63 / 64 * payload, abs=1)
     assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest pieces
+
+
+def test_memory_stands_beside_what_the_layout_says():
+    text = shown("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
+    table = text[text.index("memory of rank 0") :]
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.split()}
+    assert rows["parameters"] == ["4,002,304", "4,002,304", "4.00", "4,002,304"]
+    assert rows["gradients"][1:] == ["4,002,304", "4.00", "4,002,304"]
+    assert rows["optimizer"] == ["8,004,764", "8,004,764", "8.00", "8,004,764"]
+    assert "gathered" not in rows
+    assert len(rows["activations"]) == 3  # of which no layout knows
 
 
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])

@@ -1,4 +1,4 @@
-"""What a run measures of itself: live bytes, floating-point operations, the learning rate."""
+"""What a run measures of itself: floating-point operations; and where it writes that."""
 
 import json
 
@@ -8,44 +8,7 @@ from models import VOCAB, batch, gpt
 from torch import nn
 
 from dist_lab.observe import flops
-from dist_lab.observe.memory import LiveBytes, tensors_of
 from dist_lab.observe.sinks import open_sinks
-
-
-def test_a_storage_counts_once_from_birth_to_death_however_many_views_it_has():
-    held = torch.zeros(10)
-    with LiveBytes([held, held.view(2, 5)]) as bytes_:
-        assert bytes_.live == 40
-        a = torch.ones(100)
-        b = a.view(10, 10).t()[:5]
-        a.add_(1)
-        assert bytes_.live == 440
-        del a
-        assert bytes_.live == 440, "a view keeps the storage alive"
-        del b
-        assert bytes_.live == 40
-        assert bytes_.peak == 440
-
-
-def test_what_autograd_keeps_for_backward_counts():
-    w = nn.Parameter(torch.ones(50, 50))
-    x = torch.ones(8, 50)
-    with LiveBytes([w, x]) as bytes_:
-        before = bytes_.live
-        y = torch.tanh(x @ w)  # tanh keeps its output, which is y
-        z = y.exp().sum()  # exp keeps its output, which has no name here
-        assert bytes_.live - before == 2 * 8 * 50 * 4 + 4
-        z.backward()
-        assert bytes_.live - before == 8 * 50 * 4 + 4 + w.nbytes  # y, z and the gradient
-
-
-def test_parameters_gradients_and_moments_are_alive_between_steps():
-    model = nn.Linear(10, 10)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 10)).sum().backward()
-    optimizer.step()
-    held = sum(t.nbytes for t in tensors_of(model, optimizer))
-    assert held == 4 * 110 * 4 + 2 * 4  # weights, gradients, two moments; a step count for each
 
 
 def test_operations_are_those_of_the_formula():

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from models import MODELS, batch, batch_of, gpt
+from models import MODELS, axes_of, batch, batch_of, gpt, units_of
 
 import dist_lab
 from dist_lab import choices
@@ -32,6 +32,7 @@ def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options)
         strategy,
         impl,
         param_dtype=dtype if dtype == torch.bfloat16 else None,
+        units=units_of(model),
         **options,
     )
 
@@ -41,8 +42,13 @@ TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_u
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("strategy", "impl"), PARALLEL)
-@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("strategy", "impl"),
+    [
+        pytest.param(s, i, marks=pytest.mark.ranks(4, mesh=axes_of(s, 4)), id=f"{s}-{i}")
+        for s, i in PARALLEL
+    ],
+)
 def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
     told = TOLD.get((impl, model), {})
     report = compare(mesh, strategy, impl, model, microbatches=2, clip=0.5, **told)
@@ -69,13 +75,16 @@ PAIRWISE = [
 
 
 @pytest.mark.parametrize(
-    ("world", "microbatches", "clip", "dtype", "optimizer"),
+    ("strategy", "impl", "world", "microbatches", "clip", "dtype", "optimizer"),
     [
-        pytest.param(*row, marks=pytest.mark.ranks(row[0]), id=f"{row[0]}-{i}")
+        pytest.param(
+            strategy, impl, *row, id=f"{strategy}-{impl}-{row[0]}-{i}",
+            marks=pytest.mark.ranks(row[0], mesh=axes_of(strategy, row[0])),
+        )
+        for strategy, impl in PARALLEL
         for i, row in enumerate(PAIRWISE)
     ],
-)
-@pytest.mark.parametrize(("strategy", "impl"), PARALLEL)
+)  # fmt: skip
 def test_equality_holds_for_every_pair_of_settings(
     strategy, impl, world, microbatches, clip, dtype, optimizer, mesh
 ):

@@ -73,7 +73,26 @@ class Half(nn.Module):
 FORWARD, BACKWARD = ["unshard 0", "reshard 0"], ["unshard 0", "0.used.weight", "reshard 0"]
 
 
-def test_a_unit_with_an_unused_parameter_is_returned_at_the_end_of_each_backward():
+def test_a_unit_with_an_unused_parameter_is_returned_when_backward_leaves_it():
+    model, heard = nn.Sequential(nn.Linear(2, 2, bias=False), Half(), Half()), Heard()
+    runner(model, heard, "1", "2")
+    model(torch.randn(3, 2)).sum().backward()
+    assert heard.log[4:] == [
+        "unshard 2", "2.used.weight last", "reshard 2",
+        "unshard 1", "1.used.weight last", "reshard 1", "0.weight last",
+    ]  # fmt: skip
+
+
+def test_a_unit_that_is_called_twice_is_returned_each_time_and_its_gradient_comes_once():
+    model, heard = two_layers(), Heard()
+    runner(model, heard, "2")
+    model[2](model[2](model[0](torch.randn(3, 2)))).sum().backward()
+    assert heard.log[4:] == [
+        "unshard 2", "reshard 2", "unshard 2", "2.weight last", "reshard 2", "0.weight last",
+    ]  # fmt: skip
+
+
+def test_without_inputs_to_reach_a_unit_is_returned_at_the_end_of_each_backward():
     model, heard = nn.Sequential(Half()), Heard()
     run = runner(model, heard, "0")
     with run.microbatch(last=False):
@@ -88,7 +107,7 @@ def test_a_frozen_unit_is_opened_and_returned_in_backward_too():
         parameter.requires_grad_(False)
     runner(model, heard, "1")
     model(torch.randn(3, 2)).sum().backward()
-    assert heard.log == ["unshard 1", "reshard 1", "unshard 1", "0.weight last", "reshard 1"]
+    assert heard.log == ["unshard 1", "reshard 1", "unshard 1", "reshard 1", "0.weight last"]
 
 
 def test_a_unit_stays_open_while_backward_recomputes_its_forward():

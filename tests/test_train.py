@@ -66,6 +66,10 @@ def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     assert rows[-1]["comm_sent_bytes"] == rows[-1]["comm_payload_bytes"]  # 2 (N-1)/N at N = 2
     # Weights, gradients and two moments at the least, and some activations.
     assert 4 * gradients < rows[-1]["peak_memory_bytes"] < 12 * gradients
+    by_kind = summary["peak_memory"]
+    assert sum(by_kind["at_peak"].values()) == summary["peak_memory_bytes"]
+    assert by_kind["own_peak"]["parameters"] == by_kind["own_peak"]["gradients"] == gradients
+    assert "peak memory " in done.stdout
     assert summary["world_size"] == 2
     assert summary["mesh"] == {"dp": 2}
     assert summary["final_loss"] == rows[-1]["loss"]

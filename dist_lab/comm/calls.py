@@ -13,7 +13,7 @@ from dist_lab.comm.choice import check_algorithm, choose
 from dist_lab.comm.costs import ALGORITHMS
 from dist_lab.comm.ledger import Call, backend_bytes
 from dist_lab.comm.messages import Messages
-from dist_lab.comm.shared import Array, shared_all_reduce, shared_sent
+from dist_lab.comm.shared import DONE, Until, Window
 from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
 from dist_lab.mesh import Axis
 
@@ -33,6 +33,7 @@ class Pending:
     ) -> None:  # fmt: skip
         self._result, self._steps, self._call, self._axis = result, steps, call, axis
         self._staging = staging
+        self._then: Callable[[Tensor], Tensor] | None = None
         self._failure: CollectiveError | None = None
 
     def wait(self) -> Tensor:
@@ -49,8 +50,15 @@ class Pending:
             self._axis.wire.ledger.waited(call, time.perf_counter() - began)
             if self._staging is not None:
                 self._result.copy_(self._staging)
-            self._call = None  # a second wait() neither blocks nor counts
+            self._call, self._steps = None, ()  # a second wait() neither blocks nor counts
+        if self._then is not None:
+            self._result, self._then = self._then(self._result), None
         return self._result
+
+    def then(self, make: Callable[[Tensor], Tensor]) -> "Pending":
+        """Let `wait()` return what this makes of the result, which is then let go of."""
+        self._then = make
+        return self
 
 
 def start(
@@ -103,15 +111,39 @@ def start(
 
 
 def start_shared(
-    op: str, axis: Axis, buffer: Tensor, detail: str, everyone: Sequence[Array]
+    op: str,
+    axis: Axis,
+    out: Tensor,
+    buffer: Tensor,
+    detail: str,
+    window: Window,
+    payload: int,
+    due: int,
+    steps: Callable[[Window, float, Callable[[int], None]], Steps],
 ) -> Pending:
     """Begin a collective on memory that all ranks see."""
-    due = shared_sent(axis.size, axis.index, buffer.numel()) * buffer.element_size()
-    about = f"{describe(buffer)}, {detail}"
-    call = axis.wire.call(op, axis.name, axis.size, about, buffer.nbytes, due, "shared")
-    return _launched(
-        call, axis, lambda: _begun(shared_all_reduce(_messages(call, axis), everyone)), buffer
-    )
+    wire, about = axis.wire, ", ".join(filter(None, [describe(buffer), detail]))
+    call = wire.call(op, axis.name, axis.size, about, payload, due, "shared")
+
+    def moved(count: int) -> None:
+        wire.ledger.handed_over(call, count)
+
+    window.call = call
+    return _launched(call, axis, lambda: _begun(steps(window, wire.timeout, moved)), out)
+
+
+def until_all_have_read(window: Window, axis: Axis) -> None:
+    """Wait until the last collective on this memory does not need it any more, on any rank.
+
+    The wait counts as that collective's.
+    """
+    call: Call | None = window.call
+    if call is None:
+        return
+    assert not window.in_use, f"{axis.wire.describe(call)} was not waited for"
+    began = time.perf_counter()
+    _go_through([[Until(window, DONE, window.last(), axis.wire.timeout)]], call, axis)
+    axis.wire.ledger.waited(call, time.perf_counter() - began)
 
 
 def _launched(

@@ -19,6 +19,12 @@ AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_to_all": ((0, "backend"),),
     "broadcast": ((0, "backend"),),
 }
+# What is said of those that need no message where ranks share memory: see `shared`.
+SHARED = {
+    "all_reduce": ", shared in memory that all ranks see",
+    "all_gather": ", coalesced shared",
+    "reduce_scatter": ", coalesced shared",
+}
 
 
 def check_setting(setting: str, backend: str) -> None:
@@ -73,6 +79,5 @@ def effective(setting: str, backend: str) -> str:
             choose(op, setting, start, backend) + (f" from {start:,} B" if start else "")
             for start, _ in (rows if varies else rows[:1])
         ]
-        shared = ", shared in memory that all ranks see" if varies and op == "all_reduce" else ""
-        said.append(f"{op} {', '.join(names)}{shared}")
+        said.append(f"{op} {', '.join(names)}{SHARED[op] if varies and op in SHARED else ''}")
     return "; ".join(said)

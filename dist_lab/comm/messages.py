@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -73,12 +72,3 @@ class Messages:
         arrivals = [(j, self.receive(into[j], j)) for j in others]
         arrivals[-1][1].extend(sends)
         return arrivals
-
-    def meet(self) -> list[Work]:
-        here = torch.zeros(1, dtype=torch.uint8)
-        work = dist.all_reduce(here, group=self.group, async_op=True)
-        assert work is not None
-        return [Message(work, self.limit)]
-
-    def moved(self, count: int) -> None:
-        self.axis.wire.ledger.handed_over(self.call, count)

@@ -147,7 +147,8 @@ class Contender:
         return {
             "about": self.job.about,
             "blocked": [traffic.blocked for _, traffic in steps] if counted else None,
-            "peak_memory": self.meter.peak_memory,
+            "peak_memory_bytes": self.meter.memory.total,
+            "peak_memory": self.meter.memory.to_dict(),
             "flops_per_step": self.meter.flops_per_step,
             "traffic": by_collective(self.calls) if counted else None,
             "kernel_bytes": self.kernel_bytes,
@@ -244,6 +245,7 @@ def row_of(one: Contender) -> Row:
     everyone = [json.loads(facts) for facts in ops.all_gather_bytes(mine, one.mesh.world)]
     facts = [fact for fact in everyone if fact]
     kernel = [fact["kernel_bytes"] for fact in facts]
+    fullest = max(facts, key=lambda fact: fact["peak_memory_bytes"])
     return Row(
         label=one.entry.label,
         strategy=one.entry.strategy,
@@ -253,7 +255,8 @@ def row_of(one: Contender) -> Row:
         rounds=one.rounds,
         losses=one.losses,
         blocked=facts[0]["blocked"],
-        peak_memory_bytes=max(fact["peak_memory"] for fact in facts),
+        peak_memory_bytes=fullest["peak_memory_bytes"],
+        peak_memory=fullest["peak_memory"],
         flops_per_step=facts[0]["flops_per_step"],
         traffic=mean_of_ranks([fact["traffic"] for fact in facts]),
         kernel_bytes=None if None in kernel else statistics.fmean(kernel),

@@ -41,6 +41,7 @@ class Row:
         losses: of every step since the first, warm-up included.
         blocked: seconds that rank 0 waited for others, of each step of the rounds; None: a
             library's own waiting is not counted.
+        peak_memory: of the rank that needs most, by kind: at that peak, and at each kind's own.
         traffic: of one step; None, as for `blocked`.
         kernel_bytes: sent in that step by the kernel's count, on the mean over ranks; None where
             nobody counts.
@@ -55,6 +56,7 @@ class Row:
     losses: list[float]
     blocked: list[float] | None
     peak_memory_bytes: int
+    peak_memory: dict[str, dict[str, int]]
     flops_per_step: float
     traffic: list[Traffic] | None
     kernel_bytes: float | None

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dist_lab.compare.ratios import Ratio
 from dist_lab.compare.report import IN_MEMORY, Report, Row
+from dist_lab.observe.memory import KINDS
 from dist_lab.observe.sinks import wide_console
 
 COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
@@ -17,6 +18,7 @@ def show(report: Report, folder: Path) -> None:
     console = wide_console()
     console.print(speed(report))
     console.print(cost(report))
+    console.print(memory(report))
     for line in notes(report):
         console.print(line, highlight=False, soft_wrap=not console.is_terminal, markup=False)
     console.print(f"in {folder}", highlight=False, soft_wrap=True)
@@ -60,15 +62,28 @@ def cost(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("strategy", overflow="fold")
     table.add_column("a step of a rank", overflow="fold")
-    names = ("calls", "payload MB", "sent MB", "formula MB", "kernel MB", "peak MB", "final loss")
+    names = ("calls", "payload MB", "sent MB", "formula MB", "kernel MB", "final loss")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for row in report.rows:
         kernel = "-" if row.kernel_bytes is None else mb(row.kernel_bytes)
         first, *others = traffic_lines(row)
-        table.add_row(row.label, *first, kernel, mb(row.peak_memory_bytes), loss(report, row))
+        table.add_row(row.label, *first, kernel, loss(report, row))
         for line in others:
             table.add_row("", *line)
+    return table
+
+
+def memory(report: Report) -> Table:
+    """Of the rank that needs most, at that moment of a step, by what it is for."""
+    kinds = [kind for kind in KINDS if any(row.peak_memory["at_peak"][kind] for row in report.rows)]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("strategy", overflow="fold")
+    for name in ("peak MB", *(kind.replace("_", " ") for kind in kinds)):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in report.rows:
+        parts = [mb(row.peak_memory["at_peak"][kind]) for kind in kinds]
+        table.add_row(row.label, mb(row.peak_memory_bytes), *parts)
     return table
 
 

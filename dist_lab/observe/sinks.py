@@ -137,8 +137,16 @@ def closing_line(summary: Mapping[str, Any]) -> str:
         f"{summary['steps']} steps, loss {summary['final_loss']:.4f}{validated}; "
         f"{_rate(median)}, MFU {summary['mfu']:.1%}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
-        f"in {summary['out']}"
+        f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}; in {summary['out']}"
     )
+
+
+def memory_in_words(kinds: Mapping[str, int]) -> str:
+    """Bytes by kind as one phrase, the largest first; what is less than a hundredth is left out."""
+    total = sum(kinds.values())
+    large = sorted((n, kind) for kind, n in kinds.items() if 100 * n > total)
+    parts = ", ".join(f"{kind.replace('_', ' ')} {n / 1e6:,.1f}" for n, kind in reversed(large))
+    return f"{total / 1e6:,.1f} MB ({parts})"
 
 
 def _accuracy(row: Row, field: str) -> str:

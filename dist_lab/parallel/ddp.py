@@ -29,7 +29,7 @@ must be a lane of its own (`mesh.lane`).
 Buffers are each rank's own: see [Note: buffers] in dist_lab/buffers.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from dist_lab.comm.ops import Pending, all_gather, all_reduce_into, shared_buffe
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
+from dist_lab.parallel.buckets import cut, label
 from dist_lab.parallel.sync import Applied, Sync, whole
 
 
@@ -55,30 +56,6 @@ def apply(
     laid = whole(model, axis)
     limits = int(first_bucket_mb * 2**20), int(bucket_mb * 2**20)
     return Applied(laid, Overlapped(model, laid, axis, limits))
-
-
-def cut(sizes: Iterable[tuple[str, torch.dtype, int]], first: int, limit: int) -> list[list[str]]:
-    """Names, in the order in which their gradients arrive, cut into buckets of one dtype each.
-
-    Args:
-        sizes: (name, dtype, bytes).
-        first, limit: bytes that the first bucket, and any other, may hold.
-
-    >>> f = torch.float32
-    >>> cut([("head", f, 6), ("b", f, 1), ("c", f, 2), ("d", f, 2), ("e", f, 1)], 4, 5)
-    [['head'], ['b', 'c', 'd'], ['e']]
-    """
-    buckets: list[list[str]] = []
-    open_now: dict[torch.dtype, tuple[list[str], int]] = {}  # the bucket to fill, and its bytes
-    for name, dtype, size in sizes:
-        bucket, held = open_now.get(dtype, ([], 0))
-        most = first if buckets and bucket is buckets[0] else limit
-        if not bucket or held + size > most:
-            bucket, held = [], 0
-            buckets.append(bucket)
-        bucket.append(name)
-        open_now[dtype] = bucket, held + size
-    return buckets
 
 
 class Overlapped(Sync):
@@ -165,8 +142,7 @@ class Bucket:
     def __init__(self, index: int, parameters: dict[str, nn.Parameter], axis: Axis) -> None:
         self.parameters, self.axis = parameters, axis
         self.names = list(parameters)
-        more = f" .. {self.names[-1]} ({len(parameters)})" if len(parameters) > 1 else ""
-        self.label = f"bucket {index}: {self.names[0]}{more}"
+        self.label = label(index, self.names)
         lengths = [p.numel() for p in parameters.values()]
         dtype = parameters[self.names[0]].dtype
         self.flat = shared_buffer(sum(lengths) + len(lengths) + 1, dtype, axis)

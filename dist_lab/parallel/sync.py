@@ -14,10 +14,12 @@ under a pipeline schedule. Strategies know parameters by name, and look the obje
 need it, because another strategy may have replaced it since.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
@@ -30,7 +32,7 @@ class Sync:
         """Another micro-batch begins, of which `last` says whether gradients travel after it."""
 
     def unshard(self, unit: str) -> None:
-        """The unit is about to be used: its parameters must be whole."""
+        """The unit is about to be used: its parameters must be whole. The model itself is "". """
 
     def reshard(self, unit: str) -> None:
         """The unit has been used: what was borrowed may go."""
@@ -43,6 +45,15 @@ class Sync:
 
     def after_step(self) -> None:
         """The optimizer has stepped: pay what the new weights owe to others."""
+
+    def forget(self) -> None:
+        """The step was broken off: gradients that have not reached a parameter's `.grad` go."""
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """What is kept besides parameters and their `.grad`, as (kind, tensor): "gathered",
+        "gradients" or "buffers". A tensor whose storage is empty at the moment may be among it.
+        """
+        yield from ()
 
 
 class Chain(Sync):
@@ -75,17 +86,36 @@ class Chain(Sync):
         for link in self.links:
             link.after_step()
 
+    def forget(self) -> None:
+        for link in self.links:
+            link.forget()
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for link in self.links:
+            yield from link.held()
+
 
 @dataclass(frozen=True)
 class Applied:
     """What a strategy did to a model: where its parameters now lie, and when they travel.
 
     about: for a library's strategy, the configuration it runs in; shown beside its numbers
+    leaves: name -> the tensor that backward reaches, where it is not the parameter in the model:
+        see [Note: two tensors of one name] in shards.py
+    make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
+        shards its state by itself
     """
 
     laid: Mapping[str, Laid]
     sync: Sync
     about: str = ""
+    leaves: Mapping[str, Tensor] = field(default_factory=dict)
+    make_optimizer: "MakeOptimizer | None" = None
+
+
+MakeOptimizer = Callable[
+    [type[torch.optim.Optimizer], list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer
+]
 
 
 def whole(model: nn.Module, axis: Axis) -> dict[str, Laid]:

@@ -5,19 +5,22 @@ in the chain and looks at each gradient while it is still the rank's own. Cost: 
 gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from dist_lab.parallel.sync import Sync
 
 
 class FirstNonFinite(Sync):
-    """Holds the name of the first such parameter of this step, in the order of backward."""
+    """Holds the name of the first such parameter of this step, in the order of backward.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.found = model, ""
+    leaves: name -> the tensor whose `.grad` is this rank's own.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        self.leaves, self.found = leaves, ""
 
     def take(self) -> str:
         """The name, or "" if there is none; forgotten from now on."""
@@ -26,7 +29,7 @@ class FirstNonFinite(Sync):
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
-            gradient = self.model.get_parameter(name).grad
+            gradient = self.leaves[name].grad
             # A sum is the cheapest pass that any NaN or infinity survives. It may also overflow
             # by itself, so it only accuses; isfinite convicts.
             if not self.found and gradient is not None and not gradient.sum().isfinite():

@@ -1,8 +1,9 @@
 """The models: plain nn.Modules that know nothing of the rest, and the table of their sizes.
 
 A model class carries, as data, what it `reads`, "text" or "images", and what a strategy has to know
-of it: `units`, the classes or names of its blocks, and `stages`, globs on module names (a `*` is
-one name between dots) where a pipeline may cut it. `init_weight(fqn, tensor, generator)` fills one
+of it: `units`, the classes or names of its blocks, `ends`, the names of large layers before and
+after them, and `stages`, globs on module names (a `*` is one name between dots) where a pipeline
+may cut it. `init_weight(fqn, tensor, generator)` fills one
 of its parameters, and `init_buffer(fqn, buffer)` one of its buffers, if it has any.
 """
 

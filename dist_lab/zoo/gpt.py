@@ -145,7 +145,8 @@ class GPT(nn.Module):
     """
 
     reads = "text"
-    units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
+    units = (Block,)  # what FSDP and recomputation handle as one
+    ends = ("model.embed_tokens", "lm_head")  # what else FSDP does: as large as the vocabulary
     stages = ("model.embed_tokens", "model.layers.*", "model.norm", "lm_head")  # in forward order
 
     def __init__(

@@ -49,7 +49,8 @@ class MLP(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V)."""
 
     reads = "text"
-    units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
+    units = (Block,)  # what FSDP and recomputation handle as one
+    ends = ("embed", "project", "head")  # what else FSDP does
     stages = ("embed", "window", "project", "blocks.*", "norm", "head")  # in forward order
 
     def __init__(

@@ -24,6 +24,7 @@ class ResNet18(nn.Module):
 
     reads = "images"
     units = tuple(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))  # its BasicBlocks
+    ends = ("conv1", "fc")
     stages = (
         "conv1", "bn1", "relu", "layer1.*", "layer2.*", "layer3.*", "layer4.*", "avgpool",
         "flatten", "fc",

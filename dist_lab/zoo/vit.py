@@ -111,7 +111,8 @@ class ViT(nn.Module):
     """
 
     reads = "images"
-    units = (Block,)  # what data-parallel buckets, FSDP and recomputation handle as one
+    units = (Block,)  # what FSDP and recomputation handle as one
+    ends = ("embed", "head")  # what else FSDP does
     stages = ("embed", "layers.*", "pool", "norm", "head")  # in forward order
 
     def __init__(
