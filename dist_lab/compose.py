@@ -162,7 +162,8 @@ def parallelize(
         compute_in(model, param_dtype, parameters="param_dtype" not in takes)
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves)
-    in_parts = any(isinstance(how, Shard) for laid in applied.laid.values() for _, how in laid.splits)
+    placements = [how for laid in applied.laid.values() for _, how in laid.splits]
+    in_parts = any(isinstance(how, Shard) for how in placements)
     chain = Chain(watch, applied.sync)
     runner = Runner(model, chain, mesh.wire, named, leaves, in_parts=in_parts)
     return Job(model, mesh, applied, runner, watch)

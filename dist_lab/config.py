@@ -50,8 +50,8 @@ class Config:
         "backend's", choices=COLLECTIVES)
     bucket_mb: float | None = setting(None, "ddp: MiB of gradients that travel as one; default: 25",
         above=0, high=2**20)
-    reduce_dtype: str | None = setting(None, "fsdp, hsdp: gradients travel, and are summed, in this; "
-        "default: as they are kept", choices=("float32", "bfloat16", "float16"))
+    reduce_dtype: str | None = setting(None, "fsdp, hsdp: gradients travel, and are summed, in "
+        "this; default: as they are kept", choices=("float32", "bfloat16", "float16"))
     reshard_after_forward: bool | None = setting(None, "fsdp, hsdp: let a unit go after its "
         "forward and gather it again for its backward; on unless --no-reshard-after-forward")
     keep_gathered: bool | None = setting(None, "fsdp, hsdp: units stay whole from the first "
@@ -60,10 +60,10 @@ class Config:
         "after the last micro-batch alone")
     prefetch: bool | None = setting(None, "fsdp, hsdp: gather the next unit while one computes; on "
         "unless --no-prefetch")
-    offload: str | None = setting(None, "fsdp, hsdp: keep parameters and optimizer state in files in "
-        "this folder; or, of an accelerator, in the memory of the host: cpu", metavar="DIR")
-    recompute: int = setting(0, "forget the activations of each so-manyth block, and compute them "
-        "again in backward; 1: of all; 0: of none", low=0)
+    offload: str | None = setting(None, "fsdp, hsdp: keep parameters and optimizer state in files "
+        "in this folder; or, of an accelerator, in the memory of the host: cpu", metavar="DIR")
+    recompute: int = setting(0, "each k-th block forgets its activations, and computes them again "
+        "in backward; 1: all; 0: none", low=0)
     sync_batchnorm: bool = setting(False, "BatchNorm over the rows of all ranks (resnet18)")
     timeout: float = setting(60.0, "seconds that any collective may take", low=0.1, high=86400)
 

@@ -82,12 +82,17 @@ class Runner:
             self._refuse_parts(units)
 
     def _refuse_parts(self, units: Mapping[str, nn.Module]) -> None:
-        """See that whatever computes with parameters lies in a unit that is open."""
+        """See that whatever computes with parameters lies in a unit that is open, the innermost."""
+        for name, parameter in self._parameters.items():
+            if parameter is not self._trained[name]:
+                parameter.register_hook(partial(_refuse_gradient, name))
         inside = {unit.name: set(units[unit.name].modules()) for unit in self._units}
         for name, module in self.model.named_modules():
             if any(p is not None for p in module._parameters.values()):
                 around = [unit for unit in self._units if module in inside[unit.name]]
-                check = partial(_refuse_outside, name, around)
+                known = {units[unit.name] for unit in around}
+                innermost = [u for u in around if inside[u.name] & known == {units[u.name]}]
+                check = partial(_refuse_outside, name, innermost)
                 module.register_forward_pre_hook(ModuleHook(check, of_copy=_refuse_copy))
 
     @contextmanager
@@ -153,9 +158,10 @@ class Runner:
                 self._forget()
 
     def _forget(self) -> None:
-        for unit in self._units:
-            unit.close()
-        self.sync.forget()
+        with self.wire.during("forget", unit=""):  # nothing is summed any more
+            for unit in self._units:
+                unit.close()
+            self.sync.forget()
 
     def _before_accumulation(self, name: str, gradients: tuple[Tensor, ...]) -> None:
         self.wire.phase = "backward"
@@ -276,6 +282,13 @@ def _refuse_outside(name: str, around: Sequence[_Unit], module: nn.Module, args:
             f"{name} was called by itself, and holds this rank's part of its parameters; call the "
             f"model, or parallelize it with units=[{name!r}]"
         )
+
+
+def _refuse_gradient(name: str, gradient: Tensor) -> None:
+    raise UserError(
+        f"{name} was used outside of its unit, where it is this rank's part alone: the gradient "
+        "would be lost; use it in the forward of what holds it"
+    )
 
 
 def _refuse_copy(module: nn.Module, args: Any) -> None:

@@ -376,7 +376,7 @@ def test_a_unit_that_matches_nothing_names_what_there_is():
 def test_a_model_without_values_and_a_sparse_gradient_are_refused():
     with torch.device("meta"):
         empty = nn.Linear(2, 2)
-    with pytest.raises(UserError, match="meta device, without values, and Linear has no init_weight"):
+    with pytest.raises(UserError, match="without values, and Linear has no init_weight"):
         single(empty)
     with pytest.raises(UserError, match="0 makes sparse gradients"):
         single(nn.Sequential(nn.Embedding(3, 2, sparse=True)))

@@ -3,14 +3,17 @@
 import copy
 import io
 import pickle
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
-from models import MODELS, axes_of, batch_of, units_of
+from models import MODELS, axes_of, units_of
 from torch import nn
 
 import dist_lab
+from dist_lab.comm.ops import CollectiveError
 from dist_lab.errors import UserError
 from dist_lab.layout import Flat, Shard, gather_full
 from dist_lab.parallel.shards import owners, piece_length, places
@@ -250,43 +253,463 @@ def parts(names, kind=Layer):
 
 
 ABC = parts("abc")
+
+
+def twice_nested():
+    return Nested(Nested)
+
+
+def pair():
+    return Takes(lambda *both: both)
+
+
 USES = {
     # name: (how to build it, units)
-    "tied within a unit": (build(in_turn("a", "b"), tie("a.before", "a.after"), a=Nested, b=Layer), "ab"),
+    "tied within a unit": (
+        build(in_turn("a", "b"), tie("a.before", "a.after"), a=Nested, b=Layer), "ab",
+    ),
     "tied across units": (build(in_turn(*"abc"), tie("a", "c"), **ABC), "abc"),
     "tied to the root": (build(in_turn(*"abc"), tie("a", "c"), **ABC), "bc"),
     "tied across nested units": (
-        build(in_turn("a", "b"), tie("a.before", "a.inner.inner"), a=lambda: Nested(Nested), b=Layer),
+        build(in_turn("a", "b"), tie("a.before", "a.inner.inner"), a=twice_nested, b=Layer),
         ["a", "a.inner", "a.inner.inner", "b"],
     ),
     "nested": (build(in_turn("a", "b"), a=Nested, b=Nested), ["a", "a.inner", "b", "b.inner"]),
     "called twice": (build(in_turn(*"abba"), **ABC), "abc"),
     "called twice side by side": (build(side_by_side, **ABC), "abc"),
-    "a layer in it called twice": (build(in_turn(*"abc", "b.inner"), **ABC | {"b": Nested}), ["a", "b", "b.inner"]),
+    "a layer in it called twice": (
+        build(in_turn(*"abc", "b.inner"), **ABC | {"b": Nested}), ["a", "b", "b.inner"],
+    ),
     "out of order": (build(in_turn(*"cab"), **ABC), "abc"),
     "never called": (build(in_turn(*"ac"), **ABC), "abc"),
     "all of the model": (build(in_turn(*"abc"), **ABC), ""),
     "another order in another step": (build(by_step, **ABC), "abc"),
     "others in other micro-batches": (build(by_row, **ABC), "abc"),
-    "outputs in a tuple": (build(tuples, **ABC | {"b": lambda: Takes(lambda *both: both)}), "abc"),
+    "outputs in a tuple": (build(tuples, **ABC | {"b": pair}), "abc"),
     "outputs in a dataclass": (
         build(dataclasses, **ABC | {"b": lambda: Takes(lambda a, b: Both(a, {"x": b}))}), "abc",
     ),
-    "an output that is not used": (build(half_of_it, **ABC | {"b": lambda: Takes(lambda *both: both)}), "abc"),
+    "an output that is not used": (build(half_of_it, **ABC | {"b": pair}), "abc"),
     "frozen in the middle": (build(in_turn(*"abc"), freeze("b"), **ABC), "abc"),
     "frozen in the beginning": (build(in_turn(*"abc"), freeze("a"), **ABC), "abc"),
     "partly frozen": (build(in_turn(*"abc"), freeze("a.linear", "c.linear"), **ABC), "abc"),
     "used in part by some ranks": (build(deep, **parts("abcdefgh", Mixed)), "abcdefgh"),
-    "not used by some ranks": (build(deep, **parts("abcdefgh", OnFirstHalf) | parts("a")), "abcdefgh"),
+    "not used by some ranks": (
+        build(deep, **parts("abcdefgh", OnFirstHalf) | parts("a")), "abcdefgh",
+    ),
     "recomputed": (build(recomputed, **ABC), "abc"),
     "without gradients for a while": (build(without_gradients, **ABC), "abc"),
     "written to in place": (build(in_place, **ABC), "abc"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.ranks(2, mesh={"fsdp": 2}, timeout=20)
+# Every use under the defaults, and those that are most unlike each other under every option.
+SOME = (
+    "tied across units", "nested", "called twice", "another order in another step",
+    "others in other micro-batches", "partly frozen", "not used by some ranks",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("use", "options"),
+    [(use, options) for use in USES for options in OPTIONS if options == "plain" or use in SOME],
+)
+@pytest.mark.ranks(2, mesh={"fsdp": 2}, timeout=30)
 def test_units_may_be(use, options, mesh):
     made, units = USES[use]
     check(mesh, made, units, **OPTIONS[options])
+
+
+def trained(mesh, made=None, units="abc", strategy="fsdp", **options):
+    """A job and its optimizer."""
+    model = (made or build(in_turn(*"abc"), **ABC))()
+    job = dist_lab.parallelize(model, mesh, strategy, units=units, **options)
+    return job, job.optimizer(torch.optim.SGD, lr=0.1)
+
+
+def loss_of(job, step=0):
+    index, size = job.mesh.data.index, job.mesh.data.size
+    x, y = (t.tensor_split(size)[index] for t in rows(step))
+    return squares(job.model(x), y) / 48
+
+
+def gradients(job):
+    return {
+        name: None if p.grad is None else gather_full(p.grad, job.laid[name]).clone()
+        for name, p in job.model.named_parameters()
+    }
+
+
+def assert_equal(found, wanted, factor=1.0):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(found[name], factor * value, rtol=1e-12, atol=1e-14)
+
+
+def of_one_step(mesh, step=0, **given):
+    """The gradients of a fresh job."""
+    job, _ = trained(mesh, **given)
+    loss_of(job, step).backward()
+    job.finish()
+    return gradients(job)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_one_backward_may_go_through_two_forwards_and_two_through_one(options, mesh):
+    wanted = of_one_step(mesh)
+    job, _ = trained(mesh, **OPTIONS[options])
+    for _ in range(2):
+        (loss_of(job) + loss_of(job)).backward()
+        job.finish()
+        assert_equal(gradients(job), wanted, 2)
+        job.model.zero_grad()
+        with job.microbatch(last=True):
+            loss = loss_of(job)
+            with mesh.wire.ledger.recording() as first:
+                loss.backward(retain_graph=True)
+            with mesh.wire.ledger.recording() as second:
+                loss.backward()
+        job.finish()
+        assert_equal(gradients(job), wanted, 2)
+        reduced = [sum(c.op == "reduce_scatter" for c in calls) for calls in (first, second)]
+        assert reduced == [4, 4]  # each unit once, and not each of its parameters
+        job.model.zero_grad()
+        one, other = loss_of(job), loss_of(job)
+        with job.microbatch(last=False):
+            one.backward()
+        other.backward()
+        job.finish()
+        assert_equal(gradients(job), wanted, 2)
+        job.model.zero_grad()
+
+
+# Outside of a block deferred gradients have nobody who would tell that they were given up.
+BROKEN = [
+    (options, fails, wrapped)
+    for options in OPTIONS
+    for fails in ("forward", "backward")
+    for wrapped in ("in a block", "alone")
+    if options in ("plain", "kept gathered") or wrapped == "in a block"
+]
+
+
+@pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrapped, mesh):
+    job, optimizer = trained(mesh, **OPTIONS[options])
+    failing = []
+
+    def fail(*_):
+        if failing:
+            raise ZeroDivisionError
+
+    def hook(module, args, out):
+        fail()
+        if out.requires_grad:
+            out.register_hook(fail)
+
+    job.model.a.register_forward_hook(hook)
+    for steps in (1, 2):  # in the first step, and in one that has a step before it
+        with job.microbatch(last=False):
+            loss_of(job, 7).backward()
+        block = job.microbatch(last=True) if wrapped == "in a block" else nullcontext()
+        with pytest.raises(ZeroDivisionError), block:
+            loss = loss_of(job, 8) if fails == "backward" else None
+            failing.append(True)
+            (loss_of(job, 8) if loss is None else loss).backward()
+        failing.clear()
+        optimizer.zero_grad(set_to_none=steps == 1)
+        loss_of(job, 3).backward()
+        job.finish()
+        assert_equal(gradients(job), of_one_step(mesh, 3))
+        optimizer.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
+    mesh = dist_lab.init_mesh(fsdp=2, timeout=3)
+    job, _ = trained(mesh)
+    if mesh.rank:
+        job.leaves["b.gain"].register_hook(lambda *_: 1 / 0)
+        began = time.monotonic()
+        with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
+            loss_of(job).backward()
+        assert time.monotonic() - began < 2
+        time.sleep(4)  # this process stays, so nobody hears of its end
+    else:
+        with pytest.raises(CollectiveError), job.microbatch(last=True):
+            loss_of(job).backward()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_gradients_set_to_zero_stay_zeros_where_nothing_comes(mesh):
+    # As in one process, where an optimizer with momentum then goes on stepping.
+    report = []
+    for strategy in ("dp", "fsdp"):
+        axes = {"dp": 2} if strategy == "dp" else {"fsdp": 2}
+        job, optimizer = trained(dist_lab.init_mesh(**axes), build(by_step, **ABC), "abc", strategy)
+        for step in range(3):
+            loss_of(job, step).backward()
+            job.finish()
+            report.append(gradients(job))
+            optimizer.zero_grad(set_to_none=False)
+    assert report[1]["a.gain"] is not None
+    for one, other in zip(report[:3], report[3:], strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
+    made = build(in_turn(*"abc"), tie("a", "c"), **ABC)
+    job, _ = trained(mesh, made)
+    plain = made()
+    x = rows(0)[0].tensor_split(2)[mesh.rank]
+    loss_of(job).backward()
+    job.finish()
+    job.model.zero_grad()
+    for name in "bc":  # c holds a tied weight, which is the root's
+        with mesh.wire.ledger.recording() as calls:
+            job.model.get_submodule(name)(x).sum().backward()
+            job.finish()
+        assert sum(c.op == "reduce_scatter" for c in calls) == (1 if name == "b" else 2)
+        plain.get_submodule(name)(rows(0)[0]).sum().backward()
+        assert_equal(gradients(job), {n: p.grad for n, p in plain.named_parameters()})
+        job.model.zero_grad()
+        plain.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
+    job, _ = trained(mesh)
+    wanted = of_one_step(mesh)
+    x, y = (t.tensor_split(2)[mesh.rank] for t in rows(5))
+    plain = build(in_turn(*"abc"), **ABC)()
+    expected = float(squares(plain(rows(5)[0]), rows(5)[1]).detach() / 48)
+    for around in (torch.no_grad, torch.inference_mode):
+        with mesh.wire.ledger.recording() as calls:
+            with around():
+                job.model(x)
+            job.model.eval()
+            evaluated = job.evaluate([(x, y)], lambda out, target: squares(out, target) / 48)
+            job.model.train()
+        assert evaluated == pytest.approx(expected, rel=1e-12)
+        assert not any(c.op == "reduce_scatter" for c in calls)
+        loss = loss_of(job)
+        with around():
+            job.model(x)  # between forward and backward
+        loss.backward()
+        job.finish()
+        assert_equal(gradients(job), wanted)
+        job.model.zero_grad()
+
+
+# --- what lies where ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("model", [*MODELS, "empty"])
+@pytest.mark.ranks(4)
+def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, mesh):
+    mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
+    make = MODELS.get(
+        model, lambda: nn.ParameterDict({"a": torch.zeros(0, 5), "b": torch.ones(5, 0)})
+    )
+    plain, other = make(), make()
+    names = [name for name, _ in plain.named_parameters()]
+    job = dist_lab.parallelize(
+        make(), mesh, strategy, units=units_of(model) if model in MODELS else ()
+    )
+    assert [name for name, _ in job.model.named_parameters()] == names
+    n, i = mesh["fsdp"].size, mesh["fsdp"].index
+    for name, p in job.model.named_parameters():
+        whole = plain.get_parameter(name).detach()
+        if whole.dim():
+            step = -(-len(whole) // n)
+            wanted = whole[i * step : (i + 1) * step]
+        else:
+            wanted = whole.view(1)[: i == 0]
+        assert torch.equal(p.detach(), wanted), name
+        assert p.requires_grad == plain.get_parameter(name).requires_grad
+    full = job.full_state_dict()
+    assert list(full) == list(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(full[name], value), name
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(1))
+    job.load_full_state_dict(other.state_dict())
+    for name, value in job.full_state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert (mesh.rank == 0) == bool(job.full_state_dict(rank0_only=True))
+
+
+def test_a_piece_is_as_long_as_the_longest():
+    lengths = [
+        piece_length(torch.Size(s), 4) for s in [(8, 3), (7, 3), (2, 3), (0, 3), (5, 0), (), (1,)]
+    ]
+    assert lengths == [6, 6, 3, 0, 0, 1, 1]
+
+
+def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
+    made, _ = USES["tied across nested units"]
+    net = made()
+    units = {"": net} | {name: net.get_submodule(name) for name in ("a", "a.inner", "b")}
+    owner = owners(places(net), units)
+    assert owner["a.before.linear.weight"] == "a"  # and it stands in a.inner as well
+    assert owner["a.inner.before.linear.weight"] == "a.inner"
+    assert owner["b.linear.weight"] == "b"
+    assert owner["last"] == ""
+    assert "a.inner.inner.linear.weight" not in owner
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_copy_holds_the_parts_and_cannot_compute(kept, mesh):
+    job, _ = trained(mesh, reshard_after_forward=not kept)
+    before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
+    wanted, loss = of_one_step(mesh), loss_of(job)
+    saved = io.BytesIO()
+    torch.save(job.model.state_dict(), saved)  # the parts, and not what is gathered
+    model = job.model
+    how, model.how = model.how, None  # a function of a function, which pickle does not know
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {name: p.shape for name, p in other.named_parameters()} == {
+            name: p.shape for name, p in before.items()
+        }
+        for name, p in other.named_parameters():
+            assert torch.equal(p.detach(), before[name]), name
+            assert (
+                p.untyped_storage().data_ptr()
+                != model.get_parameter(name).untyped_storage().data_ptr()
+            )
+        other.how = how
+        with pytest.raises(
+            UserError, match=r"a copy of a model that is split holds this rank's part"
+        ):
+            other(rows(0)[0])
+    model.how = how
+    loss.backward()
+    job.finish()
+    assert_equal(gradients(job), wanted)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def cast(job):
+    job.model.float()
+
+
+def cast_and_back(job):
+    job.model.float().double()
+
+
+def replace(job):
+    job.model.b.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+
+def replace_the_second_of_two(job):
+    job.model.c.linear.weight = nn.Parameter(torch.ones(WIDTH, WIDTH, dtype=torch.float64))
+
+
+def unfreeze(job):
+    job.model.b.requires_grad_(True)
+
+
+MOVED = r"was moved, cast or replaced after parallelize\(\) \(it was float64 on cpu, it is"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cast, f"last {MOVED} float32 on cpu"),
+        (cast_and_back, f"last {MOVED}"),
+        (replace, f"b.gain {MOVED}"),
+        (replace_the_second_of_two, f"a.linear.weight {MOVED}"),
+        (
+            unfreeze,
+            r"b.scales was frozen when parallelize\(\) was called; unfreeze it before",
+        ),
+    ],
+)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, message, mesh):
+    def prepare(net):
+        tie("a", "c")(net)
+        if change is unfreeze:
+            net.b.requires_grad_(False)
+
+    job, _ = trained(mesh, build(in_turn(*"abc"), prepare, **ABC))
+    change(job)
+    with mesh.wire.ledger.recording() as calls, pytest.raises(UserError, match=message):
+        loss_of(job)
+    assert calls == []
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_is_frozen_later_gets_no_gradient_and_does_again_when_it_is_not(mesh):
+    wanted = of_one_step(mesh)
+    job, _ = trained(mesh)
+    for trains in (False, True):
+        job.model.b.requires_grad_(trains)
+        loss_of(job).backward()
+        job.finish()
+        of_b = {name for name in wanted if name.startswith("b.")}
+        assert_equal(gradients(job), wanted if trains else wanted | dict.fromkeys(of_b))
+        job.model.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_parts_cannot_be_computed_with(mesh):
+    job, _ = trained(mesh, build(in_turn("a", "b"), a=Nested, b=Layer), ["a"])
+    x = rows(0)[0]
+    with pytest.raises(
+        UserError, match=r"a\.inner\.linear was called by itself, and holds this rank's"
+    ):
+        job.model.a.inner.linear(x)
+    with pytest.raises(UserError, match=r"b\.linear was called by itself.*units=\['b.linear'\]"):
+        job.model.b.linear(x)
+
+    # In the forward of the model, which is open, but past the unit that holds it.
+    past = build(lambda net, x: net.b(net.a.inner(x)) * net.last, a=Nested, b=Layer)
+    job, _ = trained(mesh, past, ["a"])
+    with pytest.raises(UserError, match=r"a\.inner was called by itself"):
+        loss_of(job)
+
+    # A penalty on the weights, which would be on the parts, and lost when the sums come in.
+    job, _ = trained(mesh)
+    loss = loss_of(job) + sum(p.square().sum() for p in job.model.parameters())
+    with pytest.raises(UserError, match="used outside of its unit, where it is this rank's part"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "message"),
+    [
+        (None, {"units": ["d"]}, "unit d matches no module; classes here: Layer, Linear, Net"),
+        (None, {"param_dtype": torch.int32}, "and gradients cannot be torch.int32; give a floating"),
+        (None, {"reduce_dtype": torch.int8}, "and gradients cannot be torch.int8; give a floating"),
+        (None, {"bucket_mb": 1}, "fsdp@hand has no option bucket_mb; it takes reduce_dtype, resh"),
+        (lambda net: setattr(net, "d", nn.LSTM(2, 2)), {}, "d is recurrent and holds its weights"),
+        (
+            lambda net: setattr(net, "optimizer", torch.optim.SGD(net.parameters(), lr=1)), {},
+            r"SGD was built before parallelize\(\) and would step the wrong tensors",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(change, given, message):
+    model = build(in_turn(*"abc"), **ABC)()
+    if change is not None:
+        change(model)
+    with pytest.raises(UserError, match=message) as refused:
+        dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp", **{"units": "abc"} | given)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_scalar_lies_on_one_rank():
+    job = dist_lab.parallelize(Layer(), dist_lab.init_mesh(fsdp=1), "fsdp")
+    kinds = {name: type(laid.splits[0][1]) for name, laid in job.laid.items()}
+    assert kinds == {"gain": Flat, "scales": Shard, "linear.weight": Shard, "linear.bias": Shard}

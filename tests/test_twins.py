@@ -9,6 +9,7 @@ import torch
 from models import MODELS, VOCAB, axes_of, batch, batch_of, units_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dist_lab
 from dist_lab.comm import ops
@@ -208,11 +209,13 @@ class Sent(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.dtypes = Counter(), {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            self.calls[func._schema.name.removeprefix("c10d::").strip("_")] += 1
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            self.calls[name] += 1
+            self.dtypes[name] = tree_leaves(args)[0].dtype
         return func(*args, **(kwargs or {}))
 
 
@@ -244,6 +247,25 @@ def test_under_each_option_the_library_sends_as_often_as_what_is_written_here(
     assert sent.calls["reduce_scatter_base"] == here["reduce_scatter"] > 0
     if strategy == "hsdp":  # ours, besides: the loss, and which group was used
         assert sent.calls["allreduce"] - 1 == here["all_reduce"] - 2 == 4
+
+
+@pytest.mark.parametrize("told", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
+def test_parameters_travel_as_they_compute_and_gradients_as_they_are_kept_or_told(
+    strategy, told, mesh
+):
+    narrow = torch.bfloat16
+    job = build(
+        mesh, "mlp", strategy, "torch", torch.float32, param_dtype=narrow, reduce_dtype=told
+    )
+    with Sent() as sent:
+        job.model(batch(0)[0]).sum().backward()
+    wanted = told or torch.float32
+    if strategy == "fsdp":
+        assert sent.dtypes == {"allgather_base": narrow, "reduce_scatter_base": wanted}
+    else:  # of 2 replicas with all of it
+        assert sent.dtypes == {"allreduce": wanted}
+    assert {local_part(p.grad).dtype for p in job.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("option", ["reshard_after_forward", "keep_gathered", "defer_reduce"])

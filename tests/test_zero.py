@@ -351,6 +351,25 @@ def test_what_was_cleared_in_the_middle_of_a_step_is_not_in_the_sum(strategy, se
 
 @BOTH
 @pytest.mark.ranks(2)
+def test_one_gradient_alone_can_be_cleared_in_the_middle_of_a_step(strategy, mesh):
+    job, _ = ready(mesh, strategy, bucket_mb=25)
+    plain, _ = ready(mesh, strategy, bucket_mb=25)
+    norm = "model.norm.weight"
+    backward(plain, slice(4), 7)
+    plain.finish()
+    once = gradients(plain)
+    plain.model.zero_grad()
+    backward(job, slice(4), 7, last=False)
+    job.model.get_parameter(norm).grad = None
+    for each in (job, plain):
+        backward(each)
+        each.finish()
+    wanted = {n: g if n == norm else g + once[n] for n, g in gradients(plain).items()}
+    assert_same(gradients(job), wanted)
+
+
+@BOTH
+@pytest.mark.ranks(2)
 def test_zeros_that_a_user_keeps_stay_zeros_and_do_not_become_none(strategy, mesh):
     job = dist_lab.parallelize(Experts(), mesh, strategy)
     tokens = torch.tensor([[0, 5], [1, 5]])
@@ -391,6 +410,22 @@ def test_after_an_exception_the_next_step_is_right(strategy, last, set_to_none, 
     for each in (job, plain):
         backward(each, backward_rows, 3, last=False)
         backward(each, backward_rows, 4)
+        each.finish()
+    assert_same(gradients(job), gradients(plain))
+
+
+@BOTH
+@pytest.mark.ranks(2)
+def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy, mesh):
+    job, plain = (dist_lab.parallelize(Experts(), mesh, strategy) for _ in range(2))
+    tokens = torch.tensor([[0, 5], [1, 5]])
+    hook = job.leaves["embed.weight"].register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError), job.microbatch(last=False):
+        job.model.head(job.model.embed(tokens)).sum().backward()
+    hook.remove()
+    job.model.zero_grad()
+    for each in (job, plain):
+        each.model(tokens).sum().backward()
         each.finish()
     assert_same(gradients(job), gradients(plain))
 

@@ -152,8 +152,9 @@ class FullySharded(Sync):
             group.sum_in = reduce_dtype or group.flat.dtype
         self.last = True  # nothing follows the micro-batch that is under way
         self.staying = False  # units stay whole until the last micro-batch's backward
-        self.order: list[str] = []  # of units in the last forward
-        self.trail: list[str] = []  # of units in this one
+        # Forward, and backward: of units the last time, and this time.
+        self.order: dict[bool, list[str]] = {False: [], True: []}
+        self.trail: dict[bool, list[str]] = {False: [], True: []}
         self.ahead: str | None = None  # the unit that is on its way before it was asked for
         self.queue: list[Group] = []  # what owes a reduction, in the order in which it will be paid
         self.flying: Group | None = None  # whose gradient is on its way
@@ -165,12 +166,9 @@ class FullySharded(Sync):
 
     def unshard(self, unit: str) -> None:
         backward = self._in_backward()
-        if not backward:
-            if unit == ROOT:
-                for group in self.groups:
-                    group.check()
-                self.order, self.trail = self.trail, []
-            self.trail.append(unit)
+        if unit == ROOT:
+            self._begin(backward)
+        self.trail[backward].append(unit)
         if self.ahead not in (None, unit):
             self._let_go_ahead()
         self.ahead = None
@@ -181,7 +179,18 @@ class FullySharded(Sync):
         if not backward and torch.is_grad_enabled():
             self._will_owe(unit)
         if self.prefetch:
-            self._look_ahead(unit, backward)
+            self._look_ahead(backward)
+
+    def _begin(self, backward: bool) -> None:
+        self.order[backward], self.trail[backward] = self.trail[backward], []
+        if not backward:
+            for group in self.groups:
+                group.check()
+                if not self.staying:  # else whole since a forward without backward, if it is
+                    group.free()
+        elif not self.queue:  # a second backward through one forward
+            for unit in self.trail[False]:
+                self._will_owe(unit)
 
     def reshard(self, unit: str) -> None:
         backward = self._in_backward()
@@ -199,9 +208,9 @@ class FullySharded(Sync):
             self._let_go_ahead()
             if backward:
                 self._pay_all()
-            if backward or not torch.is_grad_enabled():
+            if self.axis.wire.phase in ("forward", "backward"):  # and nothing was broken off
                 for group in self.groups:
-                    group.until_read()
+                    group.until_read()  # whoever has left the model may write to it
 
     def _stays(self, backward: bool) -> bool:
         """Whether a unit that was used is kept whole."""
@@ -210,17 +219,14 @@ class FullySharded(Sync):
             return self.staying
         return torch.is_grad_enabled() and (self.staying or not self.reshard_after_forward)
 
-    def _look_ahead(self, unit: str, backward: bool) -> None:
-        """Start to gather the unit that comes next, as far as the last forward shows."""
-        if backward:
-            place = len(self.trail) - 1 - self.trail[::-1].index(unit) if unit in self.trail else 0
-            following = self.trail[place - 1] if place > 0 else None
-        else:
-            place = len(self.trail)
-            known = self.order[:place] == self.trail and place < len(self.order)
-            following = self.order[place] if known else None
+    def _look_ahead(self, backward: bool) -> None:
+        """Start to gather the unit that comes next, if this time is like the last."""
+        order, trail = self.order[backward], self.trail[backward]
+        known = order[: len(trail)] == trail and len(trail) < len(order)
+        following = order[len(trail)] if known else None
         groups = self.used_by[following] if following is not None else ()
-        if any([group.start_gather() for group in groups]):  # of each, not up to the first
+        started = [group.start_gather() for group in groups]
+        if any(started):
             self.ahead = following
 
     def _let_go_ahead(self) -> None:
@@ -239,7 +245,7 @@ class FullySharded(Sync):
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             group = self.group_of[name]
-            if group not in self.queue:  # a second backward through one forward
+            if group not in self.queue:  # of a unit that this forward had not shown
                 self.queue.append(group)
             group.missing.discard(name)
             group.complete = group.complete or not group.missing
@@ -272,7 +278,9 @@ class FullySharded(Sync):
     def _pay_all(self) -> None:
         """Backward is over: what has not come will not."""
         for group in self.queue:
-            group.complete, group.visits = True, 0
+            group.complete = True
+        for group in self.groups:
+            group.visits = 0
         self._pay()
         self._land()
 
@@ -293,6 +301,8 @@ class FullySharded(Sync):
     def _sum_over_replicas(self) -> None:
         """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used."""
         groups = [group for group in self.groups if group.trained]
+        for group in groups:
+            group.drop_cleared()
         if self.replicate.size == 1 or not groups:
             return
         have = torch.tensor([g.total is not None for g in groups], dtype=torch.uint8)
@@ -309,7 +319,6 @@ class FullySharded(Sync):
             group.free()
 
     def forget(self) -> None:
-        self._land()
         self.queue.clear()
         self.ahead, self.staying = None, False
         for group in self.groups:

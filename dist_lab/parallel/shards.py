@@ -55,6 +55,7 @@ class Split:
         local: this rank's part; in the module from now on.
         whole: the leaf that forwards use, in the dtype of compute.
         rows: the memory of `whole` as (size, elements of a piece); the last may be padding.
+        trained: when it was split. One that is frozen since gets no gradient.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Split:
     local: nn.Parameter
     whole: nn.Parameter
     rows: Tensor
+    trained: bool
 
     def show(self) -> None:
         for module, attribute in self.places:
@@ -79,10 +81,15 @@ class Split:
 
     def check(self, memory: Tensor) -> None:
         """Raises UserError if the local part is not in `memory` any more, where others read it."""
-        local, (module, attribute) = self.local, self.places[0]
-        inside = local.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
-        if module._parameters[attribute] is not local or local.dtype != memory.dtype or not inside:
-            now = module._parameters[attribute]
+        if self.local.requires_grad and not self.trained:
+            raise UserError(
+                f"{self.name} was frozen when parallelize() was called; unfreeze it before, or "
+                "freeze it again"
+            )
+        here = [module._parameters[attribute] for module, attribute in self.places]
+        now = next((found for found in here if found is not self.local), self.local)
+        inside = self.local.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+        if now is not self.local or self.local.dtype != memory.dtype or not inside:
             raise UserError(
                 f"{self.name} was moved, cast or replaced after parallelize() (it was "
                 f"{describe(memory)}, it is {describe(now)}); do that before, and load values by "
@@ -106,7 +113,8 @@ def split(name: str, own: list[Place], local: Tensor, whole: Tensor, rows: Tenso
     parameter.__dict__.update(before.__dict__)  # what a user has written on it
     for module, attribute in own:
         module._parameters[attribute] = parameter
-    return Split(name, own, parameter, nn.Parameter(whole, before.requires_grad), rows)
+    trained = before.requires_grad
+    return Split(name, own, parameter, nn.Parameter(whole, trained), rows, trained)
 
 
 def describe(tensor: Tensor | None) -> str:
@@ -221,6 +229,7 @@ class Group:
     def check(self) -> None:
         for part in self.parts:
             part.check(self.flat)
+            part.whole.requires_grad_(part.local.requires_grad)
 
     # --- parameters: W[D_X, F] -> W[D, F] ---------------------------------------------------------
 
@@ -245,8 +254,9 @@ class Group:
 
     def finish_gather(self) -> None:
         if self.gathering is not None:
-            self.gathering.wait()
-            self.gathering, self.is_whole = None, True
+            pending, self.gathering = self.gathering, None
+            pending.wait()
+            self.is_whole = True
             for part in self.parts:
                 part.show()
 
@@ -286,19 +296,24 @@ class Group:
     def finish_reduce(self) -> None:
         """Add them to those of the micro-batches before."""
         assert self.reducing is not None, self.unit
-        assert self.incoming is not None, self.unit
         self.reducing.wait()
-        if self.total is not None and any(p.local.grad is not None for p in self.trained):
+        incoming, self.reducing, self.incoming = self.incoming, None, None
+        if incoming is None:  # given up since
+            return
+        self.drop_cleared()
+        self.total = incoming if self.total is None else self.total.add_(incoming)
+        self.hand_out()
+
+    def drop_cleared(self) -> None:
+        """What `zero_grad()` has made None since is not part of the total any more."""
+        if all(part.local.grad is None for part in self.trained):
+            self.total = None
+        if self.total is not None:
             *pieces, flags = self._pieces(self.total)
             for part, piece, flag in zip(self.trained, pieces, flags, strict=True):
-                if part.local.grad is None:  # cleared since, or not used yet
+                if part.local.grad is None:  # cleared, or not used yet
                     piece.zero_()
                     flag.zero_()
-            self.total += self.incoming
-        else:
-            self.total = self.incoming
-        self.reducing = self.incoming = None
-        self.hand_out()
 
     def start_sum(self, replicate: Axis) -> ops.Pending:
         """dW[D_X, F]{U_Y} -> dW[D_X, F]"""
@@ -308,12 +323,16 @@ class Group:
             return ops.all_reduce_into(self.total, replicate)
 
     def hand_out(self) -> None:
-        """Make `.grad` of each local part its piece of the total, or None if no rank used it."""
+        """Make `.grad` of each local part its piece of the total.
+
+        If no rank used it, it stays as it was: None, or zeros.
+        """
         assert self.total is not None, self.unit
         *pieces, flags = self._pieces(self.total)
         for part, piece, used in zip(self.trained, pieces, (flags > 0).tolist(), strict=True):
             own = piece[: part.local.numel()].view_as(part.local)
-            part.local.grad = own.to(part.local.device) if used else None
+            if used or part.local.grad is not None:
+                part.local.grad = own.to(part.local.device)
 
     def _pieces(self, total: Tensor) -> Sequence[Tensor]:
         return total.split([*self.reduced_lengths, len(self.trained)])
@@ -322,6 +341,7 @@ class Group:
         for part in self.trained:
             part.whole.grad = None
         self.missing, self.complete, self.visits = set(), False, 0
+        self.incoming = None  # and who is still at work on it is waited for before the next
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for part in self.parts:
