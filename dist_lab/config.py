@@ -48,8 +48,8 @@ class Config:
     collectives: str = setting("auto", "whose algorithms: the fastest as measured, the backend's "
         "own, or one family by hand where it has the operation; a library's strategy uses the "
         "backend's", choices=COLLECTIVES)
-    bucket_mb: float | None = setting(None, "ddp: MiB of gradients that travel as one; default: 25",
-        above=0, high=2**20)
+    bucket_mb: float | None = setting(None, "ddp, zero1, zero2: MiB of gradients that "
+        "travel as one; default: 25", above=0, high=2**20)
     reduce_dtype: str | None = setting(None, "fsdp, hsdp: gradients travel, and are summed, in "
         "this; default: as they are kept", choices=("float32", "bfloat16", "float16"))
     reshard_after_forward: bool | None = setting(None, "fsdp, hsdp: let a unit go after its "

@@ -78,6 +78,8 @@ class Runner:
             _Unit(name, module, [leaf_of[p] for p in module.parameters() if p in leaf_of], self)
             for name, module in units.items()
         ]
+        for unit in self._units:
+            unit.in_parts = in_parts
         if in_parts:
             self._refuse_parts(units)
 
@@ -129,6 +131,7 @@ class Runner:
                 "the ranks already, a second sum would multiply them; call finish() once a step, "
                 "and zero_grad() after it"
             )
+        del gradients  # or they would be there still when the strategy has let them go
         for unit in self._units:
             unit.close()
         with self.wire.during("finish", unit=""):
@@ -202,7 +205,7 @@ class _Unit:
         self.name, self.sync, self.wire = name, runner.sync, runner.wire
         self.trained = {id(leaf) for leaf in leaves}
         self.partly_frozen = any(not p.requires_grad for p in module.parameters())
-        self.is_open = False
+        self.is_open = self.in_parts = False
         self.missing: set[int] = set()  # gradients that this backward still has to bring
         self.outer = ""  # the unit that this one was called from
         self.backward = -1  # the backward whose end will be told
@@ -241,8 +244,13 @@ class _Unit:
         self.wire.unit = self.outer
         if not in_backward():
             self.close()
-        visit = self.visit
-        for tensor in tensors_in(output):
+        visit, found = self.visit, list(tensors_in(output))
+        if self.in_parts and not found and output is not None and torch.is_grad_enabled():
+            raise UserError(
+                f"{self.name or 'the model'} returns a {type(output).__name__}, and backward could "
+                "not be seen to reach it; return tensors, or tuples, dicts or dataclasses of them"
+            )
+        for tensor in found:
             if tensor.grad_fn is not None:
                 # Of the node, whose hooks run after the tensor's own: who leaves goes first.
                 tensor.grad_fn.register_prehook(lambda gradients: self._enter_backward(visit))

@@ -1,8 +1,8 @@
 """Train a model on this machine, by any strategy:
 
     python launch/train.py                                           one process
-    python launch/train.py --strategy ddp --nproc 4                  4 ranks, started here
-    torchrun --nproc_per_node=4 launch/train.py --strategy ddp       4 ranks, started by torchrun
+    python launch/train.py --strategy fsdp --nproc 4                 4 ranks, started here
+    torchrun --nproc_per_node=4 launch/train.py --strategy fsdp      4 ranks, started by torchrun
     python launch/train.py --config configs/02_dp.toml --steps 50    a preset; flags win over it
 
 Logs go to runs/: metrics.jsonl, summary.json, and TensorBoard's (tensorboard --logdir runs).

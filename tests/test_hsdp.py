@@ -5,17 +5,16 @@ import torch
 from models import MODELS, batch_of, units_of
 from test_shards import (
     ABC,
+    USES,
     assert_equal,
     build,
-    by_row,
-    by_step,
     check,
     gradients,
-    in_turn,
     loss_of,
     of_one_step,
+    rows,
     trained,
-)  # fmt: skip
+)
 
 import dist_lab
 from dist_lab.comm import ops
@@ -37,10 +36,12 @@ def test_it_equals_one_process_however_the_ranks_are_laid(model, shape, mesh):
     assert report.equal, report.sentence()
 
 
-@pytest.mark.parametrize("forward", [by_step, by_row, in_turn(*"ac")])
+@pytest.mark.parametrize(
+    "use", ["another order in another step", "others in other micro-batches", "never called"]
+)
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_units_that_are_not_always_used_are_right(forward, mesh):
-    check(mesh, build(forward, **ABC), "abc", "hsdp", lambda step: rows(step, 16))
+def test_units_that_are_not_always_used_are_right(use, mesh):
+    check(mesh, *USES[use], "hsdp", lambda step: rows(step, 16))
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])

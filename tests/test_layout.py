@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_lab.layout import Laid, Shard, clip, gather_full, global_norm, slice_local
+from dist_lab.layout import Flat, Laid, Shard, clip, gather_full, global_norm, slice_local
 from dist_lab.mesh import init_mesh
 
 SHAPES = [(10, 6), (7, 5), (2, 3), (1, 1), (4,)]  # even, uneven, fewer rows than ranks
@@ -23,6 +23,32 @@ def test_gather_undoes_slice_however_unevenly_it_divides(world, shape, mesh):
     where = laid(shape, (mesh["dp"], Shard(0)))
     local = slice_local(whole(shape), where).clone()
     assert torch.equal(gather_full(local, where), whole(shape))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (), (0, 3)], ids=str)
+@pytest.mark.parametrize("offset", [0, 3, 11])
+@pytest.mark.ranks(3)
+def test_gather_undoes_slice_wherever_the_elements_lie_among_others(offset, shape, mesh):
+    # Three ranks have 25 elements each; this tensor begins at `offset`, and may end before.
+    where = laid(shape, (mesh["dp"], Flat(offset, 25)))
+    local = slice_local(whole(shape), where).clone()
+    first, last = 25 * mesh.rank - offset, 25 * (mesh.rank + 1) - offset
+    everything = whole(shape).flatten()
+    assert torch.equal(local, everything[max(first, 0) : max(last, 0)])
+    assert torch.equal(gather_full(local, where), whole(shape))
+
+
+@pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
+def test_a_range_of_elements_may_be_of_rows_that_were_split_before(mesh):
+    where = laid((7, 5), (mesh["tp"], Shard(0)), (mesh["fsdp"], Flat(2, 11)))
+    local = slice_local(whole((7, 5)), where).clone()
+    assert (
+        len(local)
+        == {(0, 0): 9, (0, 1): 11, (1, 0): 9, (1, 1): 6}[mesh["tp"].index, mesh["fsdp"].index]
+    )
+    assert torch.equal(gather_full(local, where), whole((7, 5)))
+    with pytest.raises(AssertionError, match="a range of elements is no box"):
+        _ = where.box
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
@@ -54,6 +80,9 @@ def test_the_global_norm_is_that_of_one_process_in_every_layout(mesh):
         "columns": laid((3, 5), (tp, Shard(1))),
         "both": laid((6, 4), (tp, Shard(0)), (fsdp, Shard(0))),
         "empty on some ranks": laid((1, 4), (fsdp, Shard(0))),
+        "elements": laid((3, 5), (fsdp, Flat(4, 10))),
+        "elements of rows": laid((6, 4), (tp, Shard(0)), (fsdp, Flat(0, 12))),
+        "a scalar": laid((), (fsdp, Flat(0, 1))),
         "unused": laid((2, 2), (tp, Shard(0))),
     }
     full = {n: whole(w.shape, i) for i, (n, w) in enumerate(layouts.items()) if n != "unused"}

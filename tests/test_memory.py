@@ -220,14 +220,16 @@ def test_measured_steps_take_less_than_twice_the_time_of_others():
     job = build(config, mesh, data)
     optimizer, rows = loop.make_optimizer(job, config), data.batch(0, slice(0, 8))
     seconds = {measured: [], nullcontext: []}
-    for _ in range(4):  # in turns, of processor time, and the least: machines are noisy
+    for _ in range(10):  # in turns, of processor time, and the least: machines are noisy
         for around, times in seconds.items():
             arguments = (job, optimizer) if around is measured else ()
             began = time.process_time()
             with around(*arguments):
                 loop.take_step(job, optimizer, *rows, 1, config)
             times.append(time.process_time() - began)
-    assert min(seconds[measured]) < 2 * min(seconds[nullcontext])
+        if min(seconds[measured]) < 2 * min(seconds[nullcontext]):
+            return
+    pytest.fail(f"{min(seconds[measured])} s measured, {min(seconds[nullcontext])} s else")
 
 
 # --- the published formulas -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from models import batch, gpt
+from models import axes_of, batch, gpt
 from torch import nn
 
 import dist_lab
@@ -108,6 +108,69 @@ def test_a_frozen_unit_is_opened_and_returned_in_backward_too():
     runner(model, heard, "1")
     model(torch.randn(3, 2)).sum().backward()
     assert heard.log == ["unshard 1", "reshard 1", "unshard 1", "reshard 1", "0.weight last"]
+
+
+def test_a_unit_called_twice_stays_open_until_all_its_gradients_are_in():
+    # Once the first visit forgot what was missing, and the next gradient closed it: too early.
+    model, heard = nn.Sequential(nn.Linear(2, 2)), Heard()
+    runner(model, heard, "0")
+    model[0](torch.tanh(model[0](torch.randn(3, 2)))).sum().backward()
+    assert heard.log[4:] == [
+        "unshard 0", "reshard 0", "unshard 0", "0.bias last", "0.weight last", "reshard 0",
+    ]  # fmt: skip
+
+
+class Frozen(nn.Module):
+    """A frozen layer, and a trained one after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.below.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.above(self.below(x))
+
+
+def test_a_unit_stays_open_while_backward_needs_what_is_frozen_in_it():
+    # The last of its gradients is in before backward has come through the frozen layer.
+    model, heard = nn.Sequential(nn.Linear(2, 2, bias=False), Frozen()), Heard()
+    runner(model, heard, "1")
+    model(torch.randn(3, 2)).sum().backward()
+    late = ["unshard 1", "1.above.weight last", "reshard 1", "0.weight last"]
+    assert heard.log[2:] == late
+    heard.log.clear()
+    x = torch.randn(3, 2, requires_grad=True)
+    x.register_post_accumulate_grad_hook(lambda x: heard.log.append("x"))
+    model.zero_grad()
+    model[1](x).sum().backward()
+    assert heard.log[2:] == ["unshard 1", "1.above.weight last", "x", "reshard 1"]
+
+
+def test_a_unit_called_by_itself_is_in_forward_also_after_a_backward():
+    model = two_layers()
+    run = runner(model, Heard(), "2")
+    model(torch.randn(3, 2)).sum().backward()
+    phases = []
+    model[2].register_forward_pre_hook(lambda *_: phases.append(run.wire.phase))
+    model[2](torch.randn(3, 2))
+    assert phases == ["forward"]
+
+
+def test_what_is_given_up_is_not_summed():
+    class Listens(Heard):
+        def reshard(self, unit):
+            self.log.append(f"reshard {unit} in {run.wire.phase}")
+
+        def forget(self):
+            self.log.append(f"forget in {run.wire.phase}")
+
+    model, heard = nn.Sequential(Half()), Listens()
+    run = runner(model, heard, "0")
+    model[0].used.weight.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError), run.microbatch(last=True):
+        model(torch.randn(3, 2)).sum().backward()
+    assert heard.log[-2:] == ["reshard 0 in forget", "forget in forget"]
 
 
 def test_a_unit_stays_open_while_backward_recomputes_its_forward():
@@ -250,10 +313,10 @@ def test_keyword_inputs_are_cast_and_tokens_are_not():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["dp", "ddp"])
+@pytest.mark.parametrize("strategy", ["dp", "ddp", "fsdp", "hsdp"])
 @pytest.mark.ranks(2)
 def test_a_model_that_nobody_holds_is_freed_with_all_that_trained_it(strategy, mesh):
-    model = gpt()
+    mesh, model = dist_lab.init_mesh(**axes_of(strategy, 2)), gpt()
     job = dist_lab.parallelize(model, mesh, strategy, units=model.units)
     x, y = batch(mesh.rank)
     job.run([(x, y)], lambda out, target: dist_lab.cross_entropy_sum(out, target) / 96)

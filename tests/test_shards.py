@@ -686,11 +686,32 @@ def test_parts_cannot_be_computed_with(mesh):
         loss.backward()
 
 
+class Hidden:
+    def __init__(self, x):
+        self.x = x
+
+
+class Hides(Layer):
+    def forward(self, x):
+        return Hidden(super().forward(x))
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_that_backward_could_not_be_seen_to_reach_is_refused(mesh):
+    # It would compute with memory that was given back, which ends the process.
+    made = build(lambda net, x: net.b(net.a(x).x) * net.last, a=Hides, b=Layer)
+    job, _ = trained(mesh, made, "ab")
+    with pytest.raises(UserError, match="a returns a Hidden, and backward could not be seen to"):
+        loss_of(job)
+    with torch.no_grad():
+        job.model(rows(0)[0])
+
+
 @pytest.mark.parametrize(
     ("change", "given", "message"),
     [
         (None, {"units": ["d"]}, "unit d matches no module; classes here: Layer, Linear, Net"),
-        (None, {"param_dtype": torch.int32}, "and gradients cannot be torch.int32; give a floating"),
+        (None, {"param_dtype": torch.int32}, "and gradients cannot be torch.int32; give a"),
         (None, {"reduce_dtype": torch.int8}, "and gradients cannot be torch.int8; give a floating"),
         (None, {"bucket_mb": 1}, "fsdp@hand has no option bucket_mb; it takes reduce_dtype, resh"),
         (lambda net: setattr(net, "d", nn.LSTM(2, 2)), {}, "d is recurrent and holds its weights"),

@@ -4,11 +4,14 @@ Each exhibit is a strategy with the bug in it. The parity table is only worth as
 a test that cannot fail proves nothing.
 """
 
+import inspect
+
 import pytest
 import torch
-from models import batch, gpt
+from models import MODELS, axes_of, batch, gpt, units_of
 
 import dist_lab
+from dist_lab import job, layout
 from dist_lab.comm.ops import (
     all_gather,
     all_reduce,
@@ -16,10 +19,10 @@ from dist_lab.comm.ops import (
     broadcast_into,
     reduce_scatter,
 )
-from dist_lab.compose import STRATEGIES
+from dist_lab.compose import STRATEGIES, Strategy
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid
-from dist_lab.parallel import dp
+from dist_lab.parallel import dp, fsdp
 from dist_lab.parallel.sync import Applied, Sync
 
 
@@ -207,15 +210,118 @@ def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh)
         dist_lab.parallelize(gpt(seed=mesh.rank), mesh, "dp", broadcast=False)
 
 
-@pytest.mark.parametrize("name", ["single", "dp", "ddp"])
+@pytest.mark.parametrize("name", [name for name, impl in STRATEGIES if impl == "hand"])
 def test_an_optimizer_built_before_parallelize_is_refused(name):
     # Trap 22, under every strategy, so that changing the strategy is changing one word.
-    model = gpt()
+    model, mesh = gpt(), dist_lab.init_mesh(**axes_of(name, 1))
     early = torch.optim.AdamW(model.parameters())
     with pytest.raises(UserError, match=r"AdamW was built before parallelize\(\)"):
-        dist_lab.parallelize(model, dist_lab.init_mesh(), name)
+        dist_lab.parallelize(model, mesh, name)
     del early
-    dist_lab.parallelize(model, dist_lab.init_mesh(), name)
+    dist_lab.parallelize(model, mesh, name)
+
+
+# --- what is split --------------------------------------------------------------------------------
+
+
+def report_of(mesh, spoil, model="gpt", steps=2):
+    """fsdp, with a bug put in: `spoil(group)` of each group that is gathered as one."""
+    real = fsdp.apply
+
+    def apply(*args, **given):
+        applied = real(*args, **given)
+        for group in applied.sync.groups:
+            spoil(group)
+        return applied
+
+    with pytest.MonkeyPatch.context() as patch:
+        row = Strategy(with_signature_of(real, apply), ("fsdp", "dp"))
+        patch.setitem(STRATEGIES, ("fsdp", "hand"), row)
+        return dist_lab.verify(
+            MODELS[model], batch, mesh, "fsdp", units=units_of(model), microbatches=2, steps=steps
+        )
+
+
+def with_signature_of(real, function):
+    function.__signature__ = inspect.signature(real)
+    return function
+
+
+@pytest.mark.ranks(4, mesh={"fsdp": 4})
+def test_a_norm_of_parts_is_low_by_the_root_of_the_ranks_and_is_seen(mesh):
+    # Trap 5. Clipping then lets too much through, and nobody sees that in the loss.
+    real = layout.global_norm
+
+    def of_parts(gradients, laid):
+        return real(gradients, {n: Laid(where.shape, where.dtype) for n, where in laid.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "global_norm", of_parts)
+        report = report_of(mesh, lambda group: None)
+    assert report.first.quantity == "grad norm"
+    assert report.first.error == pytest.approx(0.5, abs=0.25)  # the ranks' parts are not alike
+    assert report_of(mesh, lambda group: None).equal
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_tied_weight_that_became_two_is_seen(mesh):
+    # Trap 9: each place has its own, and the gradient of the second is nobody's.
+    def untie(group):
+        real = group.finish_gather
+
+        def in_two():
+            real()
+            for part in group.parts:
+                for module, attribute in part.places[1:] if group.is_whole else ():
+                    module.__dict__[attribute] = part.whole.detach().clone().requires_grad_()
+
+        group.finish_gather = in_two
+
+    report = report_of(mesh, untie, "gpt tied")
+    assert (report.first.step, report.first.quantity) == (0, "gradient")
+    assert report_of(mesh, lambda group: None, "gpt tied").equal
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_weights_of_the_step_before_are_seen(mesh):
+    # Trap 13: what is let go is not given back, and the next gather finds it there.
+    def keep(group):
+        real, times = group.start_gather, []
+
+        def stale():
+            if times and times[0] is not None:
+                for part in group.parts:
+                    part.grow()
+                    part.rows.copy_(times[0][part.name])
+                group.is_whole = True
+                for part in group.parts:
+                    part.show()
+                return False
+            began = real()
+            group.finish_gather()
+            times.append({part.name: part.rows.clone() for part in group.parts})
+            return began
+
+        group.start_gather = stale
+
+    report = report_of(mesh, keep, steps=3)
+    assert (report.first.step, report.first.quantity) == (1, "loss")
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_an_optimizer_that_slipped_through_would_step_what_nobody_computes_with(mesh):
+    # Trap 22: what refusing is for.
+    model = gpt()
+    before = list(model.parameters())
+    job = dist_lab.parallelize(model, mesh, "fsdp", units=units_of("gpt"))
+    late = torch.optim.SGD(before, lr=1.0)
+    x, y = batch(mesh.rank)
+    start = job.full_state_dict()
+    dist_lab.cross_entropy_sum(job.model(x), y).backward()
+    job.finish()
+    late.step()
+    job.after_step()
+    assert all(torch.equal(value, start[name]) for name, value in job.full_state_dict().items())
 
 
 def test_the_machines_peak_is_measured_and_not_looked_up(monkeypatch):

@@ -1,7 +1,7 @@
 """What every collective goes through: it is named, compared, counted, started and waited for."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -98,13 +98,17 @@ def start(
     about = ", ".join(filter(None, [describe(given), detail]))
     call = wire.call(op, axis.name, axis.size, about, payload.nbytes, due, chosen)
 
+    def backends() -> Steps:
+        work = by_backend()
+        yield [work] if work is not None else []
+
     def begin() -> Iterable[Sequence[Work]]:
-        if chosen == "backend" or wire.pretended:
-            work = by_backend()
-            if chosen != "backend":  # nobody is there to exchange messages with
-                wire.ledger.handed_over(call, due)
-            return [[work]] if work is not None else []
-        return _begun(by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis)))
+        if chosen == "backend":
+            return _begun(backends())
+        steps = by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis))
+        # On a pretended mesh it takes its memory and counts its bytes, but hears nothing; the fake
+        # backend then answers as if all ranks were like this one, which those who compare need.
+        return _begun(chain(steps, backends()) if wire.pretended else steps)
 
     in_place = op in ("all_reduce", "broadcast")
     return _launched(call, axis, begin, out, given if in_place and given is not out else None)
@@ -183,7 +187,7 @@ def _messages(call: Call, axis: Axis) -> Messages:
     return Messages(call, axis, axis.wire.tag(f"{axis.name}/{axis.lane}"))
 
 
-def _begun(steps: Steps) -> Iterable[Sequence[Work]]:
+def _begun(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
     """The steps, of which the first has posted its messages."""
     return chain([next(steps, ())], steps)
 

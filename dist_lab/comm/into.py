@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import torch
@@ -39,9 +40,19 @@ def all_reduce_into(
 
 
 def all_gather_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None = None) -> Pending:
-    """out, of `size` times the elements of x, gets the pieces one after another."""
+    """out, of `size` times the elements of x, gets the pieces one after another.
+
+    If out is a `shared_buffer` and x this rank's piece of it, that is all the memory there need be;
+    nobody may write to x before `until_read`.
+    """
     if axis.size == 1:
         return Pending(out.copy_(x.view_as(out)))
+    window = window_of(out, axis) if algorithm is None else None
+    if window is not None and x.data_ptr() == out.data_ptr() + axis.index * x.nbytes:
+        return start_shared(
+            "all_gather", axis, out, x, "", window, out.nbytes, (axis.size - 1) * x.nbytes,
+            shared.shared_all_gather_in_place,
+        )  # fmt: skip
     x = x.contiguous()
     whole, piece = out.detach().view(-1), x.detach().view(-1)
     return start(
@@ -52,11 +63,25 @@ def all_gather_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None
 
 
 def reduce_scatter_into(
-    out: Tensor, x: Tensor, axis: Axis, reduce: Reduce = "sum", *, algorithm: str | None = None
-) -> Pending:
-    """out gets piece `index` of the sum of x, which has `size` times its elements."""
+    out: Tensor, x: Tensor, axis: Axis, reduce: Reduce = "sum", *, algorithm: str | None = None,
+    memory: Tensor | None = None,
+) -> Pending:  # fmt: skip
+    """out gets piece `index` of the sum of x, which has `size` times its elements.
+
+    If x is a `shared_buffer`, or the beginning of one, `memory`, the ranks add up without a
+    message, and nobody may write to it before `until_read`.
+    """
     if axis.size == 1:
         return Pending(out.copy_(x.view_as(out)))
+    buffer = x if memory is None else memory
+    window = window_of(buffer, axis) if reduce == "sum" and algorithm is None else None
+    if window is not None and x.dtype in shared.SUMMED:
+        assert x.data_ptr() == buffer.data_ptr(), "x is not the beginning of that memory"
+        due = (axis.size - 1) * out.numel() * x.element_size()
+        return start_shared(
+            "reduce_scatter", axis, out, x, reduce, window, x.nbytes, due,
+            partial(shared.shared_reduce_scatter, out.detach().view(-1)),
+        )  # fmt: skip
     x = x.contiguous()
     piece, whole = out.detach().view(-1), x.detach().view(-1)
     return start(

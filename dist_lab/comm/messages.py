@@ -34,6 +34,9 @@ class Messages:
     [Note: tags] Two collectives may be on their way at once, and the later steps of the first then
     mix with the second's. So every call of an axis has a tag of its own, counted alike on all
     ranks. The tag 0 is left to `exchange`.
+
+    [Note: silence] On a mesh that is pretended, what is sent is counted and goes nowhere, and what
+    is received is zero.
     """
 
     def __init__(self, call: Call, axis: Axis, tag: int) -> None:
@@ -49,10 +52,15 @@ class Messages:
         if x.numel() == 0:
             return []
         self.axis.wire.ledger.handed_over(self.call, x.nbytes)
+        if self.axis.wire.pretended:
+            return []
         return [Message(self.group.send([x], to % self.size, self.tag), self.limit)]
 
     def receive(self, into: Tensor, source: int) -> list[Work]:
         if into.numel() == 0:
+            return []
+        if self.axis.wire.pretended:  # see [Note: silence]
+            into.zero_()
             return []
         return [Message(self.group.recv([into], source % self.size, self.tag), self.limit)]
 
@@ -60,7 +68,7 @@ class Messages:
         self, into: Tensor, give: Sequence[Tensor], whole: Tensor
     ) -> list[tuple[int, list[Work]]]:
         others = [(self.index - distance) % self.size for distance in range(1, self.size)]
-        if 0 < whole.nbytes <= SWAP_IN_ONE_CALL:
+        if 0 < whole.nbytes <= SWAP_IN_ONE_CALL and not self.axis.wire.pretended:
             self.axis.wire.ledger.handed_over(self.call, sum(give[j].nbytes for j in others))
             work = dist.all_to_all_single(
                 into.view(-1), whole.contiguous().view(-1), [into.shape[1]] * self.size,

@@ -206,6 +206,20 @@ def shared_all_gather(
     window.done(number)
 
 
+def shared_all_gather_in_place(
+    window: Window, limit: float, moved: Callable[[int], None]
+) -> Steps:
+    """Row j of this rank's buffer, of `size` rows, gets row j of rank j's."""
+    number = window.come()
+    yield [Until(window, CAME, number, limit)]
+    rows = [array.reshape(window.size, -1) for array in window.arrays]
+    for j, theirs in enumerate(rows):
+        if j != window.index:
+            rows[window.index][j] = theirs[j]
+    moved((window.size - 1) * rows[0][0].nbytes)
+    window.done(number)
+
+
 def shared_reduce_scatter(
     out: Tensor, window: Window, limit: float, moved: Callable[[int], None]
 ) -> Steps:
@@ -215,6 +229,8 @@ def shared_reduce_scatter(
     first = window.index * len(out)
     parts = [array[first : first + len(out)] for array in window.arrays]
     into = as_array(out) if SUMMED.get(out.dtype) == parts[0].dtype else None
+    if into is not None and np.may_share_memory(into, parts[window.index]):
+        into = None  # in place: a part must not be overwritten before it has been added
     spare = np.empty(min(BLOCK, len(out)) if into is None else 0, parts[0].dtype)
     cast = torch.from_numpy(spare)
     for start in range(0, len(out), BLOCK):

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lab.job import Job
-from dist_lab.layout import Flat, Laid
+from dist_lab.layout import Flat, Laid, local_part
 from dist_lab.parallel.sync import Sync
 
 KINDS = (
@@ -150,7 +150,7 @@ class LiveBytes(TorchDispatchMode):
         """This tensor is alive and of that kind; its storage may have been resized."""
         if tensor.is_meta:  # it has a size, and no memory
             return
-        storage = tensor.untyped_storage()
+        storage = local_part(tensor).untyped_storage()
         key = storage._cdata
         if key not in self._known:  # views and in-place results share what is counted already
             self._known[key] = weakref.ref(storage, partial(self._gone, key)), _Storage()

@@ -182,14 +182,13 @@ class FullySharded(Sync):
             self._look_ahead(backward)
 
     def _begin(self, backward: bool) -> None:
-        self.order[backward], self.trail[backward] = self.trail[backward], []
         if not backward:
             for group in self.groups:
                 group.check()
                 if not self.staying:  # else whole since a forward without backward, if it is
                     group.free()
         elif not self.queue:  # a second backward through one forward
-            for unit in self.trail[False]:
+            for unit in self.order[False]:
                 self._will_owe(unit)
 
     def reshard(self, unit: str) -> None:
@@ -209,6 +208,7 @@ class FullySharded(Sync):
             if backward:
                 self._pay_all()
             if self.axis.wire.phase in ("forward", "backward"):  # and nothing was broken off
+                self.order[backward], self.trail[backward] = self.trail[backward], []
                 for group in self.groups:
                     group.until_read()  # whoever has left the model may write to it
 
@@ -320,6 +320,7 @@ class FullySharded(Sync):
 
     def forget(self) -> None:
         self.queue.clear()
+        self.trail = {False: [], True: []}
         self.ahead, self.staying = None, False
         for group in self.groups:
             group.users.clear()

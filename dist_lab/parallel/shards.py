@@ -3,7 +3,7 @@
 [Note: two tensors of one name]
 
     module._parameters["weight"]    the local part: what optimizers, norms and checkpoints see
-    module.__dict__["weight"]       the whole: what a forward computes with, as Python finds it first
+    module.__dict__["weight"]       the whole: what a forward computes with; Python finds it first
 
 The whole is a leaf, so backward leaves its gradient in `whole.grad`; a strategy sums that over the
 ranks into `local.grad`. No name changes, and when the whole is hidden the module is what it was.
@@ -262,10 +262,11 @@ class Group:
 
     def free(self) -> None:
         self.finish_gather()  # who is still writing must not write into what is somebody else's
-        self.is_whole = False
-        for part in self.parts:
-            part.hide()
-            part.shrink()
+        if self.is_whole:
+            self.is_whole = False
+            for part in self.parts:
+                part.hide()
+                part.shrink()
 
     def until_read(self) -> None:
         """Wait until no rank reads what is about to be written."""

@@ -16,14 +16,20 @@ ddp is summed once here, and gathered once, so stage 1 sends no byte more.
     each micro-batch's at once                                            buckets
 
 that is, for parameters, gradients and moments. P counts the padding of each bucket to N equal
-pieces. Besides, a number for each parameter is summed once in a step: which were used. While
-gradients of a bucket travel by messages, those that arrive take as much memory as the bucket.
+pieces. Besides, a number for each parameter is summed once in a step: which were used. Gradients
+that travel by messages need as much memory again where they arrive: stage 2 one bucket's, stage 1
+that of all buckets on their way; in memory that ranks share they need none.
 
 Gradients of stage 1 lie in buckets, as ddp's: the first of a step is copied in, later micro-batches
 add to it in place, and the sum of a piece comes to lie where this rank's own part of it was. The
 rest of the bucket is of no use after `finish`, but stays for the next step: there would be nothing
 to gain from giving back what the next backward takes again. Stage 2 lets go of a gradient as soon
-as its bucket has been copied out to be sent, and keeps the sums.
+as its bucket has been copied out to be sent, and keeps the sums. So it saves only where a model has
+many buckets: of two, it needs more than stage 1, and a smaller `bucket_mb` is the remedy. Ranks
+wait for each other in its backward, and all go through the same number of micro-batches.
+
+`module.weight` is the whole, for good, and `named_parameters()` has the part that is stepped on,
+with its `.grad`.
 
 An optimizer sees ranges of elements, as vectors. So it must be one that treats each element by
 itself, as SGD and Adam do; one that looks at rows or norms of a matrix is for fsdp, or ddp.
@@ -406,9 +412,9 @@ class SummedGradients(Bucket):
     def start_sum(self, staging: Tensor) -> None:
         self.used &= self.present()
         ops.until_read(staging, self.axis)
-        staging = staging[: len(self.flat)]
+        bucket = staging[: len(self.flat)]
         for name, part in self.parts.items():
-            view = staging[self.at[name][0]]
+            view = bucket[self.at[name][0]]
             if part.whole.grad is None:
                 view.zero_()
             else:
@@ -416,7 +422,7 @@ class SummedGradients(Bucket):
                 part.whole.grad = None
                 self.used.add(name)
         self.incoming = torch.empty_like(self.own)
-        self.pending = ops.reduce_scatter_into(self.incoming, staging, self.axis)
+        self.pending = ops.reduce_scatter_into(self.incoming, bucket, self.axis, memory=staging)
 
     def finish_sum(self) -> None:
         assert self.pending is not None, self.label
