@@ -28,9 +28,7 @@ def is_meta(model: nn.Module) -> bool:
     return True in where
 
 
-def come_to_life(
-    model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None
-) -> None:
+def come_to_life(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
     """All of it, in place. Raises UserError if its values are not to be known."""
     with _explained():
         initialize(model, seed, device, init_fn)

@@ -193,6 +193,7 @@ def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, m
     job, optimizer = job_of(mesh, **TRAFFIC[options][0])
     take_step(job, optimizer, 0, 2)
     assert [storage.nbytes() for storage in storages(job, "gathered")] == [0] * len(job.laid)
+    assert storages(job, "gradients") == []
     for module in job.model.modules():
         assert not module._parameters.keys() & module.__dict__.keys()
     for name, leaf in job.leaves.items():
@@ -206,6 +207,9 @@ def test_what_is_to_be_kept_is_kept_and_no_more(mesh):
         everything = sum(sizes(job, 2, BLOCKS).values())
         x, y = batch(mesh.rank)
         seen = []
+        with torch.no_grad():
+            job.model(x)
+        assert bytes_whole(job) == 0
         for last in (False, True):
             with job.microbatch(last=last):
                 loss = dist_lab.cross_entropy_sum(job.model(x), y) / 96
@@ -255,14 +259,16 @@ def test_a_forward_computes_with_the_weights_there_are_and_not_with_those_of_bef
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_who_is_ahead_does_not_overwrite_what_another_still_reads(mesh):
-    job, _ = trained(mesh)
+    made = build(in_turn(*"abc"), **ABC)
+    zeros = {name: torch.zeros_like(value) for name, value in made().state_dict().items()}
+    job, _ = trained(mesh, made)
     x = rows(0)[0]
     job.model(x)  # from now on units are fetched ahead
     if mesh.rank:
         job.model.b.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     out = job.model(x)
-    job.load_full_state_dict({n: torch.zeros_like(v) for n, v in job.full_state_dict().items()})
-    torch.testing.assert_close(out, build(in_turn(*"abc"), **ABC)()(x), rtol=1e-12, atol=1e-12)
+    job.load_full_state_dict(zeros)
+    torch.testing.assert_close(out, made()(x), rtol=1e-12, atol=1e-12)
 
 
 # --- when it travels ------------------------------------------------------------------------------

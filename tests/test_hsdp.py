@@ -44,6 +44,15 @@ def test_units_that_are_not_always_used_are_right(use, mesh):
     check(mesh, *USES[use], "hsdp", lambda step: rows(step, 16))
 
 
+@pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
+def test_what_nobody_has_used_is_not_summed(mesh):
+    job, _ = trained(mesh, *USES["never called"], strategy="hsdp")
+    loss_of(job).backward()
+    with mesh.wire.ledger.recording() as calls:
+        job.finish()
+    assert [c.unit for c in calls if c.axis == "dp"] == ["", "root", "a", "c"]
+
+
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
 def test_the_pieces_are_summed_over_the_copies_once_whatever_the_number_of_microbatches(

@@ -313,7 +313,7 @@ def test_keyword_inputs_are_cast_and_tokens_are_not():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["dp", "ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("strategy", ["dp", "ddp", "zero1", "zero2", "fsdp", "hsdp"])
 @pytest.mark.ranks(2)
 def test_a_model_that_nobody_holds_is_freed_with_all_that_trained_it(strategy, mesh):
     mesh, model = dist_lab.init_mesh(**axes_of(strategy, 2)), gpt()

@@ -145,6 +145,17 @@ class Nested(nn.Module):
         return self.after(self.inner(self.before(x)))
 
 
+class Differently(nn.Module):
+    """In each of two visits another layer, of which some ranks use the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Layer(), OnFirstHalf()
+
+    def forward(self, x, again=False):
+        return self.second(x) if again else self.first(x)
+
+
 def signs(x):
     """x with its signs as they were, for who looks at them after a layer."""
     return x[:, :3]
@@ -182,10 +193,9 @@ def in_turn(*names):
     return forward
 
 
-def by_step(net, x):
-    even = bool(x[0, 1] > 0)
+def by_step(net, x, even="abc", odd="cb"):
     like = x
-    for name in "abc" if even else "cb":
+    for name in even if x[0, 1] > 0 else odd:
         x = keep(net.get_submodule(name)(x), like)
     return x * net.last
 
@@ -210,6 +220,14 @@ def deep(net, x):
 def side_by_side(net, x):
     x = net.a(x)
     return (net.b(x) + net.b(torch.tanh(x))) * net.last
+
+
+def each_twice(net, x):
+    like = x
+    for name in "abcdef":
+        part = net.get_submodule(name)
+        x = keep(part(keep(part(x), like), again=True), like)
+    return x * net.last
 
 
 def tuples(net, x):
@@ -284,6 +302,9 @@ USES = {
     "never called": (build(in_turn(*"ac"), **ABC), "abc"),
     "all of the model": (build(in_turn(*"abc"), **ABC), ""),
     "another order in another step": (build(by_step, **ABC), "abc"),
+    "tied, and left out in another step": (
+        build(lambda net, x: by_step(net, x, "acb", "ab"), tie("a", "c"), **ABC), "abc",
+    ),
     "others in other micro-batches": (build(by_row, **ABC), "abc"),
     "outputs in a tuple": (build(tuples, **ABC | {"b": pair}), "abc"),
     "outputs in a dataclass": (
@@ -294,6 +315,9 @@ USES = {
     "frozen in the beginning": (build(in_turn(*"abc"), freeze("a"), **ABC), "abc"),
     "partly frozen": (build(in_turn(*"abc"), freeze("a.linear", "c.linear"), **ABC), "abc"),
     "used in part by some ranks": (build(deep, **parts("abcdefgh", Mixed)), "abcdefgh"),
+    "used in part by some ranks in one of two visits": (
+        build(each_twice, **parts("abcdef", Differently)), "abcdef",
+    ),
     "not used by some ranks": (
         build(deep, **parts("abcdefgh", OnFirstHalf) | parts("a")), "abcdefgh",
     ),
@@ -426,6 +450,17 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrappe
         job.finish()
         assert_equal(gradients(job), of_one_step(mesh, 3))
         optimizer.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_step_that_was_broken_off_owes_nothing(mesh):
+    job, _ = trained(mesh, build(by_step, **ABC))
+    with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
+        loss_of(job, 0) / (1 // 0)  # went through a, b and c
+    with mesh.wire.ledger.recording() as calls:
+        loss_of(job, 1).backward()
+        job.finish()
+    assert [c.unit for c in calls if c.op == "reduce_scatter"] == ["b", "c", "root"]
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
@@ -728,6 +763,13 @@ def test_what_cannot_be_is_refused_in_one_line(change, given, message):
     with pytest.raises(UserError, match=message) as refused:
         dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp", **{"units": "abc"} | given)
     assert "\n" not in str(refused.value)
+
+
+def test_what_a_user_has_written_on_a_parameter_stays_there():
+    model = Layer()
+    model.gain.decay = False
+    dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp")
+    assert model.gain.decay is False
 
 
 def test_a_scalar_lies_on_one_rank():

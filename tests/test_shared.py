@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import time
 from pathlib import Path
 
@@ -121,17 +122,21 @@ def test_other_dtypes_and_the_maximum_are_sent(mesh):
     assert torch.equal(buffer, highest)
 
 
+def own_maps() -> set[str]:
+    """The names of this process's shared files that it still maps; of a test before, too."""
+    return set(re.findall(rf"dist_lab-{os.getpid():010}-\w+", Path("/proc/self/maps").read_text()))
+
+
 @pytest.mark.ranks(2)
 def test_nothing_is_left_behind(mesh):
-    before = len(mesh.wire.shared)
+    before, mapped = len(mesh.wire.shared), own_maps()
     buffer, _ = filled(1000, torch.float32, mesh["dp"])
     assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid():010}-*")), "a name that stays"
     assert len(mesh.wire.shared) == before + 1
     del buffer
     gc.collect()
     assert len(mesh.wire.shared) == before
-    maps = Path("/proc/self/maps").read_text()
-    assert f"dist_lab-{os.getpid():010}-" not in maps, "memory that stays"
+    assert own_maps() <= mapped, "memory that stays"
 
 
 @pytest.mark.ranks(2)

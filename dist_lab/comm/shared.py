@@ -206,9 +206,7 @@ def shared_all_gather(
     window.done(number)
 
 
-def shared_all_gather_in_place(
-    window: Window, limit: float, moved: Callable[[int], None]
-) -> Steps:
+def shared_all_gather_in_place(window: Window, limit: float, moved: Callable[[int], None]) -> Steps:
     """Row j of this rank's buffer, of `size` rows, gets row j of rank j's."""
     number = window.come()
     yield [Until(window, CAME, number, limit)]

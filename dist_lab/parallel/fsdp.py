@@ -201,7 +201,7 @@ class FullySharded(Sync):
             for group in self.groups:
                 if group.unit == unit:
                     group.visits -= 1  # with the last, what this rank has not used will not come
-                    group.complete |= group.visits <= 0 or group.has_gradients()
+                    group.complete |= group.visits <= 0
             self._pay()
         if unit == ROOT:
             self._let_go_ahead()

@@ -137,9 +137,7 @@ def owners(found: Mapping[str, list[Place]], units: Mapping[str, nn.Module]) -> 
     return owner
 
 
-def used_by(
-    groups: Sequence["Group"], units: Mapping[str, nn.Module]
-) -> dict[str, list["Group"]]:
+def used_by(groups: Sequence["Group"], units: Mapping[str, nn.Module]) -> dict[str, list["Group"]]:
     """Unit -> the groups that must be whole while it is used: its own, and of the units around it
     those that stand somewhere in it.
     """
@@ -274,9 +272,6 @@ class Group:
             ops.until_read(self.sent, self.borrow)
 
     # --- gradients: dW[D, F]{U_X} -> dW[D_X, F] ---------------------------------------------------
-
-    def has_gradients(self) -> bool:
-        return any(part.whole.grad is not None for part in self.trained)
 
     def start_reduce(self, staging: Tensor) -> None:
         """Give away this micro-batch's gradients."""

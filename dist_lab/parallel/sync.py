@@ -32,7 +32,7 @@ class Sync:
         """Another micro-batch begins, of which `last` says whether gradients travel after it."""
 
     def unshard(self, unit: str) -> None:
-        """The unit is about to be used: its parameters must be whole. The model itself is "". """
+        """The unit is about to be used: its parameters must be whole. "" is the model itself."""
 
     def reshard(self, unit: str) -> None:
         """The unit has been used: what was borrowed may go."""
