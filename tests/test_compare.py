@@ -33,8 +33,14 @@ from dist_lab.observe import sockets
 from dist_lab.observe.memory import KINDS
 from dist_lab.parallel import dp
 from dist_lab.parallel.sync import Applied
+from dist_lab.settings import one_of
 
 ROOT = Path(__file__).parent.parent
+LABELS = [
+    name if impl == "hand" else f"{name}@{impl}"
+    for name, row in STRATEGIES.items()
+    for impl in row.impls
+]
 IN_BUCKETS = " or ".join(
     f"--strategy {name}" for name, row in STRATEGIES.items() if "bucket_mb" in row.options
 )
@@ -128,7 +134,8 @@ def test_no_place_in_a_round_is_favoured(contenders):
 
 def test_every_strategy_is_compared_unless_some_are_named():
     every = [entry.label for entry in read([]).entries()]
-    assert every == ["single", "dp", "ddp", "ddp@torch", "ddp@accelerate"]
+    assert every == LABELS
+    assert {"single", "ddp@accelerate", "fsdp@torch"} <= set(every)
     some = read(["--strategies", "dp, ddp@torch,dp@hand"]).entries()
     assert some == [
         Entry("dp", "dp", "hand"), Entry("ddp@torch", "ddp", "torch"), Entry("dp#2", "dp", "hand"),
@@ -161,7 +168,7 @@ def refusal(*arguments: str) -> str:
     return str(caught.value)
 
 
-ALL = "single, dp, ddp, ddp@torch or ddp@accelerate"
+ALL = one_of(LABELS, "")
 BAD_FLAGS = [
     ("--strategies ddpp", f"no strategy 'ddpp' (--strategies); give, by commas, {ALL} (did you "
         "mean ddp?)"),
@@ -384,8 +391,8 @@ def test_what_cannot_run_is_refused_on_all_ranks_leaves_nothing_and_the_others_r
     settings = small(text)
     with pytest.MonkeyPatch.context() as patch:
         table = {
-            ("ddp", "hand"): compose.Strategy(refuse, "dp"),
-            ("ddp", "torch"): compose.Strategy(refuse_on_rank_1, "dp"),
+            ("ddp", "hand"): compose.Strategy(refuse, ("dp",)),
+            ("ddp", "torch"): compose.Strategy(refuse_on_rank_1, ("dp",)),
         }
         patch.setattr(compose, "STRATEGIES", compose.STRATEGIES | table)
         listed = entries(["ddp", "dp", "ddp@torch"])
