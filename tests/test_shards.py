@@ -145,6 +145,15 @@ class Nested(nn.Module):
         return self.after(self.inner(self.before(x)))
 
 
+class OnEvenSteps(Layer):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return super().forward(self.more(x) if x[0, 1] > 0 else x)
+
+
 class Differently(nn.Module):
     """In each of two visits another layer, of which some ranks use the second."""
 
@@ -485,15 +494,32 @@ def test_gradients_set_to_zero_stay_zeros_where_nothing_comes(mesh):
     report = []
     for strategy in ("dp", "fsdp"):
         axes = {"dp": 2} if strategy == "dp" else {"fsdp": 2}
-        job, optimizer = trained(dist_lab.init_mesh(**axes), build(by_step, **ABC), "abc", strategy)
+        made = build(by_step, **ABC | {"c": OnEvenSteps})
+        job, optimizer = trained(dist_lab.init_mesh(**axes), made, "abc", strategy)
         for step in range(3):
             loss_of(job, step).backward()
             job.finish()
             report.append(gradients(job))
             optimizer.zero_grad(set_to_none=False)
-    assert report[1]["a.gain"] is not None
+    for name in ("a.gain", "c.more.weight"):  # of a unit not used, and not used in a unit
+        assert report[1][name] is not None
     for one, other in zip(report[:3], report[3:], strict=True):
         assert_equal(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+@pytest.mark.ranks(2)
+def test_one_gradient_may_be_given_up_between_micro_batches(strategy, mesh):
+    mesh = dist_lab.init_mesh(**axes_of(strategy, 2))
+    first, second = (of_one_step(mesh, step, strategy=strategy) for step in (0, 1))
+    job, _ = trained(mesh, strategy=strategy)
+    with job.microbatch(last=False):
+        loss_of(job, 0).backward()
+    job.model.b.gain.grad = None
+    loss_of(job, 1).backward()
+    job.finish()
+    wanted = {name: first[name] + second[name] for name in first}
+    assert_equal(gradients(job), wanted | {"b.gain": second["b.gain"]})
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})

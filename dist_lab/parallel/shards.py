@@ -327,7 +327,7 @@ class Group:
         *pieces, flags = self._pieces(self.total)
         for part, piece, used in zip(self.trained, pieces, (flags > 0).tolist(), strict=True):
             own = piece[: part.local.numel()].view_as(part.local)
-            if used or part.local.grad is not None:
+            if used:
                 part.local.grad = own.to(part.local.device)
 
     def _pieces(self, total: Tensor) -> Sequence[Tensor]:
