@@ -1,73 +1,83 @@
 """explain shows what a run does, because it runs it."""
 
-import json
+import gc
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dist_lab import process_group
 from dist_lab import train as loop
 from dist_lab.commands import build, meet
 from dist_lab.compose import STRATEGIES
 from dist_lab.config import Config
-from dist_lab.mesh import init_mesh
+from dist_lab.explain import explain, observe
+from dist_lab.mesh import init_mesh, pretended
 
 ROOT = Path(__file__).parent.parent
 BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name != "single"]
 SMALL = {"batch": 8, "seq": 16, "microbatches": 2}
 
-OBSERVED = """
-import json, sys
-from dist_lab.config import Config
-from dist_lab.explain import observe
-from dist_lab.mesh import pretended
-config = Config(**json.loads(sys.argv[1]))
-with pretended(config.axes(4)) as mesh:
-    seen = observe(config, mesh)
-calls = [[(c.phase, c.op, c.unit, c.payload, c.sent) for c in s] for s in (seen.first, seen.steady)]
-print(json.dumps([calls, seen.peak.total, seen.peak.to_dict()]))
-"""
+
+def program(*arguments):
+    command = [sys.executable, ROOT / "launch/explain.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def shown(*arguments):
-    done = subprocess.run(
-        [sys.executable, ROOT / "launch/explain.py", *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def shown(capsys):
+    """What the program prints, without starting it: that takes a second or more."""
+    read = runpy.run_path(str(ROOT / "launch/explain.py"))["read"]
+
+    def show(*arguments):
+        assert explain(read(arguments), init_mesh()) == 0
+        said = capsys.readouterr()
+        assert said.err == ""
+        return said.out
+
+    return show
+
+
+def told(calls):
+    return [(c.phase, c.op, c.unit, c.payload, c.sent) for c in calls]
+
+
+def measured(config, mesh):
+    """What two steps of a run send, and the memory that they take."""
+    data = meet(config, mesh)
+    job = build(config, mesh, data)
+    optimizer = loop.make_optimizer(job, config)
+    steps, meter = [], loop.Meter(job, optimizer)
+    for step in range(2):
+        rows = data.batch(step, loop.own_rows(config.batch, job))
+        with meter.step(step + 1), mesh.wire.ledger.recording() as calls:
+            loop.take_step(job, optimizer, *rows, step + 1, config)
+        steps.append(told(calls))
+    return steps, meter.memory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4, timeout=120)
-def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype, mesh, tmp_path):
+def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype, mesh):
     own = {"bucket_mb": 0.5} if strategy == "ddp" else {}
-    settings = {"strategy": strategy, "dtype": dtype, **SMALL, **own}
-    config = Config(**settings)
-    real = init_mesh(timeout=mesh.timeout, **config.axes(4))
-    data = meet(config, real)
-    job = build(config, real, data)
-    optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], loop.Meter(job, optimizer)
-    for step in range(2):
-        rows = data.batch(step, loop.own_rows(config.batch, job))
-        with meter.step(step + 1), real.wire.ledger.recording() as calls:
-            loop.take_step(job, optimizer, *rows, step + 1, config)
-        steps.append([[c.phase, c.op, c.unit, c.payload, c.sent] for c in calls])
+    config = Config(strategy=strategy, dtype=dtype, **SMALL, **own)
+    steps, memory = measured(config, init_mesh(timeout=mesh.timeout, **config.axes(4)))
     if mesh.rank == 0:
-        done = subprocess.run(
-            [sys.executable, "-c", OBSERVED, json.dumps(settings)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        sent, peak, kinds = json.loads(done.stdout)
-        assert sent == steps
-        for moment, found in meter.memory.to_dict().items():
+        process_group.disconnect()  # from here on it is alone, as whoever asks for an explanation
+        gc.collect()
+        with pretended(config.axes(4)) as other:
+            seen = observe(config, other)
+        assert [told(seen.first), told(seen.steady)] == steps
+        kinds = seen.peak.to_dict()
+        for moment, found in memory.to_dict().items():
             assert (moment, kinds[moment]) == (moment, found)
-        assert peak == meter.memory.total == sum(kinds["at_peak"].values())
+        assert seen.peak.total == memory.total == sum(kinds["at_peak"].values())
 
 
-def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted():
+def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted(shown):
     text = shown("--strategy", "ddp", "--mesh", "dp=64", "--batch", "64", "--seq", "8")
     assert "ranks of dp=64" in text
     assert "model.layers.0-3.self_attn.q_proj.weight" in text
@@ -80,7 +90,7 @@ def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted():
     assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest pieces
 
 
-def test_memory_stands_beside_what_the_layout_says():
+def test_memory_stands_beside_what_the_layout_says(shown):
     text = shown("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
     table = text[text.index("memory of rank 0") :]
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.split()}
@@ -92,7 +102,7 @@ def test_memory_stands_beside_what_the_layout_says():
 
 
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
-def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives):
+def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives, shown):
     text = shown("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
     row = next(line.split() for line in text.splitlines() if line.lstrip().startswith("all_reduce"))
     by_formula, sent = (int(row[i].replace(",", "")) for i in (-2, -1))
@@ -100,7 +110,9 @@ def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives)
 
 
 def test_one_process_sends_nothing():
-    assert shown("--seq", "8", "--batch", "2").endswith("nothing is sent\n")
+    done = program("--seq", "8", "--batch", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("nothing is sent\n")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +125,7 @@ def test_one_process_sends_nothing():
     ],
 )
 def test_what_cannot_be_explained_is_refused_in_one_line(arguments, line):
-    done = subprocess.run(
-        [sys.executable, ROOT / "launch/explain.py", *arguments], capture_output=True, text=True
-    )
+    done = program(*arguments)
     [said] = done.stderr.splitlines()
     assert said.startswith("explain.py: error: ")
     assert line in said

@@ -27,7 +27,8 @@ pytest_plugins = ["pytester"]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 HEAD = """
-import ctypes, datetime, multiprocessing.util, os, signal, threading, time, warnings
+import ctypes, datetime, multiprocessing.util, os, signal, socket, threading, time
+import warnings
 import pytest, torch
 import torch.distributed as dist
 from dist_lab.comm import ops
@@ -153,6 +154,30 @@ def test_leaves_things_behind(mesh, i):
         dist.new_group([0, 1])
 """)
     result.assert_outcomes(passed=4)
+
+
+def test_tcp_connections_that_a_test_leaves_are_ended_and_nothing_else(inner):
+    result = inner("""
+LEFT = []
+
+@pytest.mark.parametrize("i", range(2))
+@pytest.mark.ranks(2)
+def test_leaves_sockets_open(mesh, i):
+    if i == 0:
+        server = socket.create_server(("127.0.0.1", 0))
+        LEFT.extend([server, socket.create_connection(server.getsockname()), *socket.socketpair()])
+    server, connected, mine, other = LEFT
+    connected.setblocking(False)
+    if i == 0:
+        with pytest.raises(BlockingIOError): connected.recv(1)
+    else:
+        assert connected.recv(1) == b""
+    other.send(b"x")
+    assert mine.recv(1) == b"x"
+    with socket.create_connection(server.getsockname(), timeout=5): pass
+    assert meet(mesh) == 2
+""")
+    result.assert_outcomes(passed=2)
 
 
 def test_a_test_of_four_ranks_costs_a_third_of_a_second_at_most_after_the_first(pytester):

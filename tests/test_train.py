@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dist_lab import commands
+from dist_lab import commands, process_group
 from dist_lab.config import parse
 from dist_lab.data import open_data
 from dist_lab.mesh import init_mesh
@@ -81,24 +81,34 @@ def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     assert done.stderr == ""
 
 
-def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text, tmp_path):
-    layouts = {
-        "single": "--strategy single",
-        "dp": "--nproc 4 --strategy dp",
-        "accumulate": "--nproc 2 --strategy dp --microbatches 4",
-    }
-    losses = {}
-    for name, flags in layouts.items():
-        out = tmp_path / name
-        done = start(
-            *flags.split(), *"--steps 4 --dtype float64 --out".split(), out,
-            text=text, tmp_path=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        losses[name] = [(row["loss"], row["grad_norm"]) for row in metrics(out)]
-    for name in layouts:
-        for a, b in zip(losses[name], losses["single"], strict=True):
-            assert a == pytest.approx(b, rel=1e-10), name
+LAYOUTS = {
+    "single": (1, "--strategy single"),
+    "dp": (4, "--strategy dp"),
+    "accumulate": (2, "--strategy dp --microbatches 4"),
+}
+
+
+@pytest.mark.ranks(4)
+def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text, tmp_path, mesh):
+    for name, (size, flags) in LAYOUTS.items():
+        process_group.disconnect()
+        if mesh.rank >= size:
+            continue
+        if size > 1:
+            store = process_group.file_store(str(tmp_path / f"{name}.store"), size)
+            process_group.connect(store, mesh.rank, size, timeout=mesh.timeout)
+        own = [*flags.split(), "--data", str(text), "--cache", str(tmp_path / "cache")]
+        place = ["--steps", "4", "--dtype", "float64", "--out", str(tmp_path / name)]
+        config = parse([*SMALL, *own, *place])
+        assert commands.train(config, init_mesh(**config.axes(size))) == 0
+    if mesh.rank == 0:
+        losses = {
+            name: [(row["loss"], row["grad_norm"]) for row in metrics(tmp_path / name)]
+            for name in LAYOUTS
+        }
+        for name in LAYOUTS:
+            for a, b in zip(losses[name], losses["single"], strict=True):
+                assert a == pytest.approx(b, rel=1e-10), name
 
 
 def test_the_same_command_under_torchrun(text, tmp_path):

@@ -1,8 +1,13 @@
 """A warm pool of rank processes, each of which runs the body of one test after another.
 
 The parent sends a Task down the pipe of each rank and hears how its body ended. Before a body runs,
-its rank is made as good as new: it leaves the process group and joins another one (70 ms, most of
+its rank is made as good as new: it leaves the process group and joins another one (30 ms, most of
 it inside gloo), so that no message, timeout, group or thread of one test is there in the next.
+
+[Note: hanging up] Before gloo closes a connection it waits until its own thread, which looks up
+every 10 ms, has let go of it: one after another, of every group. A connection that has ended wakes
+that thread, which then lets go of it by itself. So the ranks end all of them before they leave,
+which halves what a test costs. No peer misses anything: the body has ended on all ranks by then.
 """
 
 import ast
@@ -13,6 +18,8 @@ import importlib.util
 import io
 import os
 import signal
+import socket
+import stat
 import sys
 import tempfile
 import time
@@ -193,10 +200,12 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
     stack = os.open(f"{folder}/stack-{rank}", os.O_WRONLY | os.O_CREAT)
     faulthandler.register(signal.SIGUSR1, stack)
     faulthandler.enable(stack)
+    kept = open_sockets()
     gc.freeze()  # what is here now stays: a collection after a test then takes 1 ms, not 100
     pipe.send(Ended())
     while (order := pipe.recv()) is not None:
         rendezvous, task = order
+        hang_up(open_sockets() - kept)
         word = run_one(task, rank, rendezvous)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -204,6 +213,27 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
         if isinstance(word, Failure):
             ranks.end_process(1)  # so that peers which wait for this rank fail now
     process_group.disconnect()
+
+
+def open_sockets() -> set[int]:
+    """The file descriptors of this process that are sockets."""
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # the one that listed them
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.add(int(name))
+    return found
+
+
+def hang_up(numbers: set[int]) -> None:
+    """End every connection to another process by TCP among them. See [Note: hanging up]."""
+    for number in numbers:
+        # A duplicate: closing it leaves the descriptor to its owner. One that only listens, or is
+        # not connected any more, cannot be shut down.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as found:
+            tcp = found.family in (socket.AF_INET, socket.AF_INET6)
+            if tcp and not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.shutdown(socket.SHUT_RDWR)
 
 
 def write_into(path: str) -> None:
