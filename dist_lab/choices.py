@@ -4,7 +4,8 @@ The code behind the names is in compose.py and zoo/; tests hold the two against 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dist_lab.errors import UserError
 from dist_lab.settings import one_of, shown
@@ -41,6 +42,7 @@ STRATEGIES = {
     "zero2": Strategy(("hand",), axes=("dp",), options=("bucket_mb",)),
     "fsdp": Strategy(("hand", "torch"), axes=("fsdp",), options=SHARDING),
     "hsdp": Strategy(("hand", "torch"), axes=("dp", "fsdp"), options=SHARDING),
+    "tp": Strategy(("hand", "torch"), axes=("tp",), options=("sequence_parallel", "regather")),
 }
 
 
@@ -53,18 +55,61 @@ class Model:
     data: str  # that it learns from unless told otherwise
     patch: int = 1  # sides of an image divide by it
     smallest: int = 1  # side of an image
+    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of a size: queries, keys
+    whole: str = ""  # why tp cannot split it
 
 
 SIZES = ("tiny", "small", "25m", "124m")
 MODELS = {
-    "gpt": Model(SIZES, reads="text", data="stdlib"),
+    "gpt": Model(
+        SIZES,
+        reads="text",
+        data="stdlib",
+        heads={"tiny": (4, 2), "small": (8, 4), "25m": (8, 4), "124m": (16, 4)},
+    ),
     "mlp": Model(SIZES, reads="text", data="stdlib"),
-    "vit": Model(SIZES, reads="images", data="glyphs", patch=4),
-    "resnet18": Model(SIZES[:1], reads="images", data="glyphs", smallest=9),
+    "vit": Model(
+        SIZES,
+        reads="images",
+        data="glyphs",
+        patch=4,
+        heads={"tiny": (4, 4), "small": (8, 8), "25m": (8, 8), "124m": (16, 16)},
+    ),
+    "resnet18": Model(
+        SIZES[:1],
+        reads="images",
+        data="glyphs",
+        smallest=9,
+        whole="tp splits matrices, and all but 17,442 of its parameters are convolutions and norms",
+    ),
 }
 IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
 DATA_AXES = ("dp", "fsdp")  # along these, ranks share out the rows of the batch
 COLLECTIVES = ("auto", "backend", "ring", "direct", "tree")
+
+
+def check_split(name: str, size: str, impl: str, ranks: int) -> None:
+    """Raise UserError unless so many ranks can share the heads of a model of this size."""
+    model = MODELS[name]
+    if model.whole:
+        able = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
+        raise UserError(f"no tp of {name}: {model.whole} (--model); give {' or '.join(able)}")
+    if size not in model.heads:
+        return
+    queries, keys = model.heads[size]
+
+    def fits(n: int) -> bool:
+        shared = impl == "hand" and n % keys == 0  # a key head may lie on several ranks
+        return queries % n == 0 and (keys % n == 0 or shared)
+
+    if not fits(ranks):
+        degrees = [n for n in range(1, queries + 1) if fits(n)]
+        near = min(degrees, key=lambda n: (abs(n - ranks), n))
+        raise UserError(
+            f"{name} {size} has {queries} heads and {keys} of keys and values, which {ranks} ranks "
+            f"of tp@{impl} cannot share out (--mesh); degrees that work: "
+            f"{', '.join(map(str, degrees))}; give --mesh tp={near}"
+        )
 
 
 def check_fits(name: str, data: str, image: tuple[int, int, int] | None) -> None:

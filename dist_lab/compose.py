@@ -8,6 +8,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -30,6 +31,8 @@ from dist_lab.parallel import (
     fsdp,
     fsdp_torch,
     single,
+    tp,
+    tp_torch,
     zero,
     zero_torch,
 )
@@ -65,6 +68,8 @@ STRATEGIES: Mapping[tuple[str, str], Strategy] = {
     ("fsdp", "torch"): Strategy(fsdp_torch.apply, ("fsdp", "dp")),
     ("hsdp", "hand"): Strategy(fsdp.apply, ("fsdp", "dp")),
     ("hsdp", "torch"): Strategy(fsdp_torch.apply, ("fsdp", "dp")),
+    ("tp", "hand"): Strategy(tp.apply, ("tp",)),
+    ("tp", "torch"): Strategy(tp_torch.apply, ("tp",)),
 }
 
 
@@ -79,7 +84,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
 }
 
 # What parallelize() hands to a strategy that takes it, beside the options that a user gives.
-GIVEN = ("units", "value_of", "borrow", "param_dtype")
+GIVEN = ("units", "value_of", "borrow", "sub", "param_dtype")
 
 
 def parallelize(
@@ -150,6 +155,7 @@ def parallelize(
         "units": named,
         "value_of": value_of,
         "borrow": mesh.lane(row.axes[0]) if "borrow" in takes else None,
+        "sub": partial(mesh.sub, row.axes[0]),
         "param_dtype": param_dtype,
     }
     applied = row.apply(model, *lanes, **{k: v for k, v in given.items() if k in takes}, **options)
@@ -162,7 +168,7 @@ def parallelize(
         compute_in(model, param_dtype, parameters="param_dtype" not in takes)
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves)
-    placements = [how for laid in applied.laid.values() for _, how in laid.splits]
+    placements = [how for name in applied.leaves for _, how in applied.laid[name].splits]
     in_parts = any(isinstance(how, Shard) for how in placements)
     chain = Chain(watch, applied.sync)
     runner = Runner(model, chain, mesh.wire, named, leaves, in_parts=in_parts)

@@ -21,6 +21,7 @@ from dist_lab.choices import (
     STRATEGIES,
     Strategy,
     check_fits,
+    check_split,
 )
 from dist_lab.errors import UserError
 from dist_lab.settings import one_of, read, setting, shown
@@ -62,6 +63,10 @@ class Config:
         "unless --no-prefetch")
     offload: str | None = setting(None, "fsdp, hsdp: keep parameters and optimizer state in files "
         "in this folder; or, of an accelerator, in the memory of the host: cpu", metavar="DIR")
+    sequence_parallel: bool | None = setting(None, "tp: what flows between the blocks is cut along "
+        "the sequence, so that norms and residuals are shared out as well")
+    regather: bool | None = setting(None, "tp: with --sequence-parallel, what a block reads is not "
+        "kept whole for backward but gathered again: less memory, 1.25 times the bytes")
     recompute: int = setting(0, "each k-th block forgets its activations, and computes them again "
         "in backward; 1: all; 0: none", low=0)
     sync_batchnorm: bool = setting(False, "BatchNorm over the rows of all ranks (resnet18)")
@@ -142,6 +147,7 @@ class Config:
             )
         axes = asked or STRATEGIES[self.strategy].default_axes(size)
         self.check_batch(axes)
+        self.check_split(axes.get("tp", 1))
         return axes
 
     def data_wanted(self) -> dict[str, Any]:
@@ -166,6 +172,18 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values: for the summary, and to compare ranks by."""
         return asdict(self)
+
+    def check_split(self, ranks: int) -> None:
+        """Raises UserError if so many ranks cannot share the model, or its sequence, out."""
+        if self.strategy != "tp":
+            return
+        check_split(self.model, self.size, self.impl, ranks)
+        if self.sequence_parallel and MODELS[self.model].reads == "text" and self.seq % ranks:
+            fitting = max(1, round(self.seq / ranks)) * ranks
+            raise UserError(
+                f"seq {self.seq} does not divide over {ranks} ranks of tp (--seq, "
+                f"--sequence-parallel); give --seq {fitting}"
+            )
 
     def check_batch(self, axes: Mapping[str, int]) -> None:
         """Raises UserError if the ranks of this mesh cannot share out the rows."""
@@ -247,6 +265,11 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
                 f"strategy {config.strategy} does not run along {shown(axis)} ({where['mesh']}); "
                 + _axes_to_give(strategy, axis)
             )
+    if config.regather and not config.sequence_parallel:
+        raise UserError(
+            f"regather gathers again what --sequence-parallel has cut ({where['regather']}); give "
+            "both"
+        )
     for name in {option for other in STRATEGIES.values() for option in other.options}:
         if getattr(config, name) is not None and name not in strategy.options:
             takers = [f"--strategy {n}" for n, s in STRATEGIES.items() if name in s.options]

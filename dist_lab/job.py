@@ -20,6 +20,7 @@ from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout import clip, gather_full, global_norm, local_part, slice_local
+from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh import Axis, Mesh
 from dist_lab.parallel.sync import Applied, Chain, Sync
 from dist_lab.parallel.watch import FirstNonFinite
@@ -60,6 +61,13 @@ class Job:
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro-batch; outside, every backward is the last."""
         return self._runner.microbatch(last=last)
+
+    def cross_entropy_sum(self, output: Any, target: Tensor) -> Tensor:
+        """The loss of a language model or classifier, also where its logits are split over ranks.
+
+        The same as `dist_lab.cross_entropy_sum`.
+        """
+        return cross_entropy_sum(output, target)
 
     def count(self, n: int) -> int:
         """The sum of n over the ranks that see different rows: the denominator of the loss."""

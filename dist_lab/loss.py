@@ -1,17 +1,28 @@
 """The loss of language models and classifiers, as the sum that the one division expects."""
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+class Split(Protocol):
+    """Logits that no rank has whole, and that know their own loss."""
+
+    def cross_entropy_sum(self, targets: Tensor) -> Tensor: ...
+
+
+def cross_entropy_sum(logits: Tensor | Split, targets: Tensor) -> Tensor:
     """Sum over all positions of -log softmax(logits)[target], in nats.
 
     Args:
-        logits: (..., V), of any floating dtype; narrower than float32 is computed in float32.
+        logits: (..., V), of any floating dtype; narrower than float32 is computed in float32. Or
+            what a model gives whose head is split by vocabulary.
         targets: (...) of int64; -100 is left out.
 
     Divide by `job.count(number of targets)`: see [Note: the gradient convention].
     """
+    if not isinstance(logits, Tensor):
+        return logits.cross_entropy_sum(targets)
     wide = logits if logits.dtype.itemsize >= 4 else logits.float()
     return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="sum")

@@ -125,6 +125,28 @@ UNITS = {
     "resnet": ("3", "4"),
 }
 READS_IMAGES = {"vit", "resnet"}
+PLANS = {  # of tp, for what brings none
+    "odd": {
+        "embed": "vocabulary", "frozen": "column", "unused": "column", "mix": "row",
+        "head": "vocabulary",
+    },
+}  # fmt: skip
+
+
+def plan_of(strategy: str, model: str) -> dict[str, dict[str, str]]:
+    """What `parallelize` has to be told besides, under this strategy."""
+    return {"plan": PLANS[model]} if strategy == "tp" and model in PLANS else {}
+
+
+def refused(strategy: str, impl: str, model: str, size: int) -> bool:
+    """Whether it is, on so many ranks; tests/test_tp.py sees that it is, and why."""
+    few_keys = impl == "torch" and model.startswith("gpt") and size > 2
+    uneven = impl == "torch" and model == "odd" and size > 1
+    return strategy == "tp" and (
+        model == "resnet" or few_keys or uneven or (size == 3 and model == "gpt")
+    )
+
+
 MODELS = {
     "gpt": gpt,
     "gpt tied": lambda dtype=torch.float64: gpt(dtype, tied=True),

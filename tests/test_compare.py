@@ -205,7 +205,8 @@ def test_one_that_does_not_run_along_the_mesh_is_no_reason_to_stop_the_others():
     single, dp = settings.entries()
     assert settings.misfit(single) == ""
     assert settings.misfit(dp) == "does not run along tp=2 (--mesh); its axes are dp"
-    assert [entry.label for entry in read("--nproc 2 --mesh tp=2".split()).entries()] == ["single"]
+    every = read("--nproc 2 --mesh tp=2".split()).entries()
+    assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
 
 
 def test_the_program_answers_a_mistake_without_torch(tmp_path):

@@ -57,9 +57,14 @@ def test_the_command_line_wins_over_the_file_which_wins_over_the_program(file):
 
 
 # Settings that only go with another.
-ONLY_WITH = {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}} | {
-    name: {"strategy": "fsdp"} for name in choices.SHARDING
-}
+ONLY_WITH = (
+    {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
+    | {name: {"strategy": "fsdp"} for name in choices.SHARDING}
+    | {
+        "sequence_parallel": {"strategy": "tp"},
+        "regather": {"strategy": "tp", "sequence_parallel": True},
+    }
+)
 
 
 def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
@@ -136,7 +141,7 @@ def test_a_config_is_frozen_and_json():
 
 BAD_FLAGS = [
     ("--strategy zp", f"strategy cannot be 'zp' (--strategy); give {ALL} "
-        "(did you mean dp?)"),
+        "(did you mean tp?)"),
     ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
     ("--strategy dp --bucket-mb 5", "strategy dp has no bucket_mb (--bucket-mb); leave it out, or "
         f"give {IN_BUCKETS}"),
@@ -199,7 +204,21 @@ BAD_FLAGS = [
         "microbatches = 3 (--batch); give --batch 33"),
     ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
-    ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp"),
+    ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp, "
+        "or give --strategy tp"),
+    ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
+        "it out, or give --strategy tp"),
+    ("--strategy tp --regather", "regather gathers again what --sequence-parallel has cut "
+        "(--regather); give both"),
+    ("--strategy tp --nproc 3", "gpt tiny has 4 heads and 2 of keys and values, which 3 ranks of "
+        "tp@hand cannot share out (--mesh); degrees that work: 1, 2, 4; give --mesh tp=2"),
+    ("--strategy tp --impl torch --nproc 4", "gpt tiny has 4 heads and 2 of keys and values, which "
+        "4 ranks of tp@torch cannot share out (--mesh); degrees that work: 1, 2; give --mesh tp=2"),
+    ("--strategy tp --model resnet18 --nproc 2", "no tp of resnet18: tp splits matrices, and all "
+        "but 17,442 of its parameters are convolutions and norms (--model); give --model gpt or "
+        "--model mlp or --model vit"),
+    ("--strategy tp --sequence-parallel --seq 30 --nproc 4", "seq 30 does not divide over 4 ranks "
+        "of tp (--seq, --sequence-parallel); give --seq 32"),
     ("--mesh dp=2", "strategy single does not run along 'dp' (--mesh); it takes no mesh, or give "
         + ALONG_DP),
     ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
@@ -263,7 +282,7 @@ BAD_FILES = [
     ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
         "once, with a size of 1 or more: dp=2"),
     ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp does not run along 'tp' (run.toml:3); its "
-        "axes are dp"),
+        "axes are dp, or give --strategy tp"),
     (f"strategy = 'dp'\nnproc = {TOO_MANY}\n", f"nproc {TOO_MANY} is more than 4 ranks for each of "
         f"{cores()} cores (run.toml:2); give {TOO_MANY - 1} or less, or add --oversubscribe"),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from models import MODELS, axes_of, batch, batch_of, gpt, units_of
+from models import MODELS, axes_of, batch, batch_of, gpt, plan_of, refused, units_of
 
 import dist_lab
 from dist_lab import choices
@@ -33,6 +33,7 @@ def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options)
         impl,
         param_dtype=dtype if dtype == torch.bfloat16 else None,
         units=units_of(model),
+        **plan_of(strategy, model),
         **options,
     )
 
@@ -41,16 +42,17 @@ def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options)
 TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_unused": True}}
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    ("strategy", "impl"),
+    ("strategy", "impl", "model"),
     [
-        pytest.param(s, i, marks=pytest.mark.ranks(4, mesh=axes_of(s, 4)), id=f"{s}-{i}")
+        pytest.param(s, i, m, marks=pytest.mark.ranks(4, mesh=axes_of(s, 4)), id=f"{s}-{i}-{m}")
         for s, i in PARALLEL
+        for m in MODELS
+        if not refused(s, i, m, 4)
     ],
 )
 def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
-    told = TOLD.get((impl, model), {})
+    told = TOLD.get((impl, model), {}) if strategy != "tp" else {}
     report = compare(mesh, strategy, impl, model, microbatches=2, clip=0.5, **told)
     assert report.equal, report.sentence()
     assert len(report.comparisons) > 3 * len(list(MODELS[model]().parameters()))
@@ -83,6 +85,7 @@ PAIRWISE = [
         )
         for strategy, impl in PARALLEL
         for i, row in enumerate(PAIRWISE)
+        if not refused(strategy, impl, "gpt", row[0])
     ],
 )  # fmt: skip
 def test_equality_holds_for_every_pair_of_settings(

@@ -376,8 +376,14 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
         torch.testing.assert_close(running_mean(name), everyone.mean(0))
 
 
-@pytest.mark.parametrize(("strategy", "impl"), [key for key in STRATEGIES if key[0] != "single"])
-@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("strategy", "impl"),
+    [
+        pytest.param(s, i, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2)), id=f"{s}-{i}")
+        for s, i in STRATEGIES
+        if s != "single"
+    ],
+)
 def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
     # Trap 16: a CPU mode that nobody had run, with a torch.cuda.synchronize() after each message.
     def forbidden(*args, **kwargs):

@@ -177,7 +177,7 @@ def shared_all_reduce(window: Window, limit: float, moved: Callable[[int], None]
     first = sum(own[:i])
     for start in range(first, first + own[i], BLOCK):
         blocks = [array[start : min(start + BLOCK, first + own[i])] for array in arrays]
-        total = _sum(blocks)
+        total = add_up(blocks)
         for block in blocks:
             block[:] = total
     moved(shared_sent(n, i, len(arrays[i])) * arrays[i].itemsize)
@@ -234,16 +234,16 @@ def shared_reduce_scatter(
     for start in range(0, len(out), BLOCK):
         blocks = [part[start : start + BLOCK] for part in parts]
         if into is not None:
-            _sum(blocks, into[start : start + BLOCK])
+            add_up(blocks, into[start : start + BLOCK])
         else:
             count = len(blocks[0])
-            _sum(blocks, spare[:count])
+            add_up(blocks, spare[:count])
             out.data[start : start + count].copy_(cast[:count])
     moved((window.size - 1) * parts[0].nbytes)
     window.done(number)
 
 
-def _sum(blocks: Sequence[Array], into: Array | None = None) -> Array:
+def add_up(blocks: Sequence[Array], into: Array | None = None) -> Array:
     total: Array = np.add(blocks[0], blocks[1], out=into)
     for block in blocks[2:]:
         total += block

@@ -102,8 +102,15 @@ class Settings(Config):
                 "a comparison runs on several processes, this is one alone (--strategies); add "
                 "--nproc 4, or start it by torchrun --nproc_per_node=4"
             )
+        unfit = {}
         for entry in fitting:
-            self.of(entry).axes(1 if entry.alone else size)
+            try:
+                self.of(entry).axes(1 if entry.alone else size)
+            except UserError as error:
+                unfit[entry.label] = error
+        # Of all there are, those that fit run, and the others are listed with what they said.
+        if unfit and (self.strategies != ALL or len(unfit) == len(fitting)):
+            raise next(iter(unfit.values()))
         return {DATA_AXES[0]: size}
 
 

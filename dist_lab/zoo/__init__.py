@@ -3,8 +3,8 @@
 A model class carries, as data, what it `reads`, "text" or "images", and what a strategy has to know
 of it: `units`, the classes or names of its blocks, `ends`, the names of large layers before and
 after them, and `stages`, globs on module names (a `*` is one name between dots) where a pipeline
-may cut it. `init_weight(fqn, tensor, generator)` fills one
-of its parameters, and `init_buffer(fqn, buffer)` one of its buffers, if it has any.
+may cut it; `tp_plan()` says what tensor parallelism splits. `init_weight(fqn, tensor, generator)`
+fills one of its parameters, and `init_buffer(fqn, buffer)` one of its buffers, if it has any.
 """
 
 from typing import Any

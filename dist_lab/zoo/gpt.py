@@ -168,6 +168,7 @@ class GPT(nn.Module):
                 "gpt needs width divisible by 2 x heads (rotary pairs) and heads by kv_heads, "
                 f"not width={width} heads={heads} kv_heads={kv_heads}"
             )
+        self.head_dim = width // heads
         self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
         blocks = [Block(width, heads, kv_heads, ffn, rope_base, eps) for _ in range(layers)]
         self.model = Decoder(vocab, width, blocks, eps)
@@ -184,6 +185,27 @@ class GPT(nn.Module):
         the text: it grows in place, and the logits are those of the whole text at once.
         """
         return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
+
+    def tp_plan(self) -> dict[str, str | tuple[str, int]]:
+        """What tensor parallelism makes of each module: globs on names, to roles (parallel/tp.py).
+
+        q, k and v are split by heads; there may be fewer keys and values than ranks.
+        """
+        head = self.head_dim
+        return {
+            "model.embed_tokens": "vocabulary",
+            "model.layers.*.input_layernorm": "sequence",
+            "model.layers.*.self_attn.q_proj": ("column", head),
+            "model.layers.*.self_attn.k_proj": ("grouped", head),
+            "model.layers.*.self_attn.v_proj": ("grouped", head),
+            "model.layers.*.self_attn.o_proj": "row",
+            "model.layers.*.post_attention_layernorm": "sequence",
+            "model.layers.*.mlp.gate_proj": "column",
+            "model.layers.*.mlp.up_proj": "column",
+            "model.layers.*.mlp.down_proj": "row",
+            "model.norm": "sequence",
+            "lm_head": "vocabulary",
+        }
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large as what went

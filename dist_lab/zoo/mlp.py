@@ -72,6 +72,20 @@ class MLP(nn.Module):
             x = block(x)
         return self.head(self.norm(x))  # (B, T, D) -> (B, T, V)
 
+    def tp_plan(self) -> dict[str, str | tuple[str, int]]:
+        """What tensor parallelism makes of each module; the window looks across the sequence, which
+        can be cut only after it.
+        """
+        return {
+            "embed": "whole",
+            "project": "cut",
+            "blocks.*.norm": "sequence",
+            "blocks.*.up": "column",
+            "blocks.*.down": "row",
+            "norm": "sequence",
+            "head": "vocabulary",
+        }
+
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Biases zero, norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large
         as what went in. The blocks that add to one residual stream share that size.

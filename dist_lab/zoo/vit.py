@@ -132,6 +132,7 @@ class ViT(nn.Module):
                 "vit needs images whose sides divide by patch, and width by heads, not "
                 f"{image[1]} x {image[2]} by patch={patch} and width={width} by heads={heads}"
             )
+        self.head_dim = width // heads
         self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
         self.embed = Patches(image, patch, width)
         self.layers = nn.ModuleDict({str(i): Block(width, heads, ffn) for i in range(layers)})
@@ -144,6 +145,24 @@ class ViT(nn.Module):
         for layer in self.layers.values():
             x = layer(x)
         return self.head(self.norm(self.pool(x)))  # (B, T, D) -> (B, D) -> (B, V)
+
+    def tp_plan(self) -> dict[str, str | tuple[str, int]]:
+        """What tensor parallelism makes of each module. Classes are few: the head stays whole."""
+        head = self.head_dim
+        return {
+            "embed": "cut",
+            "layers.*.input_layernorm": "sequence",
+            "layers.*.self_attn.q_proj": ("column", head),
+            "layers.*.self_attn.k_proj": ("column", head),
+            "layers.*.self_attn.v_proj": ("column", head),
+            "layers.*.self_attn.o_proj": "row",
+            "layers.*.post_attention_layernorm": "sequence",
+            "layers.*.mlp.up_proj": "column",
+            "layers.*.mlp.down_proj": "row",
+            "pool": "joined",
+            "norm": "whole",
+            "head": "whole",
+        }
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Biases zero, norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large
