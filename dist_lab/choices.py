@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, nearest
 from dist_lab.settings import one_of, shown
 
 
@@ -104,11 +104,10 @@ def check_split(name: str, size: str, impl: str, ranks: int) -> None:
 
     if not fits(ranks):
         degrees = [n for n in range(1, queries + 1) if fits(n)]
-        near = min(degrees, key=lambda n: (abs(n - ranks), n))
         raise UserError(
             f"{name} {size} has {queries} heads and {keys} of keys and values, which {ranks} ranks "
             f"of tp@{impl} cannot share out (--mesh); degrees that work: "
-            f"{', '.join(map(str, degrees))}; give --mesh tp={near}"
+            f"{', '.join(map(str, degrees))}; give --mesh tp={nearest(degrees, ranks)}"
         )
 
 

@@ -5,6 +5,8 @@ once, without a traceback; library users catch them as the ValueError and Runtim
 Everything else that is raised is a defect of ours and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """What was asked for cannot be: a wrong flag, a batch that does not divide, a misused call."""
@@ -20,3 +22,12 @@ class MachineError(RuntimeError):
 
 class TrainingDiverged(MachineError):
     """The loss or a gradient is no longer a number. The weights are those of the step before."""
+
+
+def nearest(degrees: Sequence[int], wanted: int) -> int:
+    """Of degrees that work the one to try instead.
+
+    >>> nearest([1, 2, 4], 3)
+    2
+    """
+    return min(degrees, key=lambda n: (abs(n - wanted), n))

@@ -1,15 +1,14 @@
 """Sums and gathers of activations, by way of memory that all ranks see.
 
     scratch = Scratch(axis)
-    x = torch.mm(a, b, out=scratch.empty(shape, dtype))     a partial sum, made where it is needed
-    y = scratch.all_reduce(x).wait()                        x{U_X} -> y
-    y = scratch.reduce_scatter(x, dim).wait()               x[D]{U_X} -> y[D_X]
-    x = scratch.all_gather(y, dim).wait()                   y[D_X] -> x[D]
+    y = scratch.all_reduce(x).wait()              x{U_X} -> y
+    y = scratch.reduce_scatter(x, dim).wait()     x[D]{U_X} -> y[D_X]
+    x = scratch.all_gather(y, dim).wait()         y[D_X] -> x[D]
 
 Gradients and parameters have a buffer each, for good, in which they are summed and gathered. An
 activation is new each time, and what a collective makes of it stays until backward has read it. So
-here the result is a fresh tensor, and the memory that ranks share is only passed through. A tensor
-that does not lie there yet is copied in.
+here the result is a fresh tensor, and the memory that ranks share is only passed through: what is
+given is copied in.
 
 There are two buffers, used in turn: while the slowest rank still reads from one, others fill the
 other. Where ranks cannot share memory, and for sums of 16-bit numbers, messages do the same.
@@ -37,13 +36,6 @@ class Scratch:
         self.axis = axis
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._turn = 0
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Where to put what is then given to a collective of this scratch, the next one."""
-        length = math.prod(shape)
-        if self.axis.size == 1:
-            return torch.empty(shape, dtype=dtype, device=self.axis.wire.device)
-        return self._next(length, dtype)[:length].view(shape)
 
     def all_reduce(self, x: Tensor) -> Pending:
         """x{U_X} -> x, in a new tensor. Every rank gets the same bits."""
@@ -106,19 +98,11 @@ class Scratch:
 
     def _shared(self, x: Tensor, *, summed: bool) -> tuple[Tensor, Window | None]:
         """x where all ranks see it, and their memory; None: it will have to be sent."""
-        buffer = self._holding(x)
-        if buffer is None:
-            buffer = self._next(x.numel(), x.dtype)
-            if window_of(buffer, self.axis) is not None:
-                x = buffer[: x.numel()].view(x.shape).copy_(x)
+        if summed and x.dtype not in SUMMED:
+            return x, None
+        buffer = self._next(x.numel(), x.dtype)
         window = window_of(buffer, self.axis)
-        return x, None if summed and x.dtype not in SUMMED else window
-
-    def _holding(self, x: Tensor) -> Tensor | None:
-        for buffer in self._buffers.get(x.dtype, ()):
-            if buffer.data_ptr() == x.data_ptr() and x.is_contiguous():
-                return buffer
-        return None
+        return x if window is None else buffer[: x.numel()].view(x.shape).copy_(x), window
 
     def _next(self, length: int, dtype: torch.dtype) -> Tensor:
         """The buffer whose turn it is, when nobody reads from it any more."""

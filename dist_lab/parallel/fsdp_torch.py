@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid, Shard
 from dist_lab.mesh import Axis
-from dist_lab.parallel.shards import Place, owners, places
+from dist_lab.parallel.shards import Place, owners, places, put
 from dist_lab.parallel.sync import Applied
 from dist_lab.parallel.wrapped import ROOT, ThroughFSDP
 
@@ -183,12 +183,8 @@ def _come_to_life(
 ) -> None:
     """Give parameters on the meta device their values."""
     for name in names:
-        before = model.get_parameter(name)
-        if before.is_meta:
-            fresh = nn.Parameter(value_of(name).to(device), before.requires_grad)
-            fresh.__dict__.update(before.__dict__)
-            for module, attribute in found[name]:
-                module._parameters[attribute] = fresh
+        if model.get_parameter(name).is_meta:
+            put(found[name], value_of(name).to(device))
 
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:

@@ -1,6 +1,6 @@
 """The residual stream of a tensor-parallel model, and the ways out of it into a block and back.
 
-x  -> Entry  -> columns ... rows -> summed -> x + ...       see the table in tp.py
+x -> Entry -> columns ... rows -> summed -> x + ...       see the table in tp.py
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from dist_lab.comm import autograd
 from dist_lab.comm.ops import Pending
 from dist_lab.comm.scratch import Scratch
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, nearest
 from dist_lab.mesh import Axis
 from dist_lab.parallel.split_linear import Owe, split_linear, weight_gradient
-from dist_lab.parallel.tp_plan import nearest
+from dist_lab.parallel.tp_plan import divisors
 
 T = -2  # the dim of a sequence, in (..., T, D)
 
@@ -62,11 +62,10 @@ class Residual:
     def _check(self, x: Tensor) -> None:
         length, size = x.shape[T] if x.dim() > 1 else 1, self.axis.size
         if length % size:
-            fits = [n for n in range(1, length + 1) if length % n == 0]
+            near = nearest(divisors(length), size)
             raise UserError(
                 f"a sequence of {length} does not divide over {size} ranks of {self.axis.name}; "
-                f"give a multiple of {size}, a degree of {nearest(fits, size)}, or leave out "
-                "sequence_parallel"
+                f"give a multiple of {size}, a degree of {near}, or leave out sequence_parallel"
             )
 
 

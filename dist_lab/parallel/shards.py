@@ -106,15 +106,21 @@ def beginning(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def split(name: str, own: list[Place], local: Tensor, whole: Tensor, rows: Tensor) -> Split:
     """Put the local part into the model."""
+    parameter = put(own, local)
+    trained = parameter.requires_grad
+    return Split(name, own, parameter, nn.Parameter(whole, trained), rows, trained)
+
+
+def put(own: Sequence[Place], tensor: Tensor) -> nn.Parameter:
+    """Make it the parameter wherever that stands, trained as before."""
     module, attribute = own[0]
     before = module._parameters[attribute]
-    assert before is not None, name
-    parameter = nn.Parameter(local, before.requires_grad)
+    assert before is not None, attribute
+    parameter = nn.Parameter(tensor, before.requires_grad)
     parameter.__dict__.update(before.__dict__)  # what a user has written on it
     for module, attribute in own:
         module._parameters[attribute] = parameter
-    trained = before.requires_grad
-    return Split(name, own, parameter, nn.Parameter(whole, trained), rows, trained)
+    return parameter
 
 
 def describe(tensor: Tensor | None) -> str:

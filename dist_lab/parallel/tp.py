@@ -62,17 +62,9 @@ from dist_lab.hooks import ModuleHook
 from dist_lab.layout import Laid, slice_local
 from dist_lab.mesh import Axis
 from dist_lab.parallel.residual import Entry, Residual
-from dist_lab.parallel.shards import Place, places
+from dist_lab.parallel.shards import put
 from dist_lab.parallel.sync import Applied, Sync
-from dist_lab.parallel.tp_plan import (
-    Plan,
-    Planned,
-    Sub,
-    check_all_named,
-    lay_out,
-    own_plan,
-    read_plan,
-)
+from dist_lab.parallel.tp_plan import Plan, Planned, Sub, arrange
 from dist_lab.parallel.vocabulary import SplitLogits, check_embedding, look_up
 
 
@@ -100,31 +92,15 @@ def apply(
     """
     if regather and not sequence_parallel:
         raise UserError("regather gathers again what sequence_parallel has cut; give both")
-    named = read_plan(model, own_plan(model) if plan is None else plan)
-    found = places(model)
+    named, found, laid = arrange(model, axis, sub, plan, cut=sequence_parallel)
     residual = Residual(axis, cut=sequence_parallel, regather=regather)
-    laid = lay_out(model, axis, sub, named, found, cut=sequence_parallel)
-    if sequence_parallel:
-        trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
-        check_all_named(trained, model, named)
     for name, own in found.items():
-        put(own, slice_local(value_of(name), laid[name]), axis.wire.device)
+        put(own, slice_local(value_of(name), laid[name]).to(axis.wire.device, copy=True))
     entries = split_forwards(model, named, residual)
     return Applied(laid, TensorParallel(model, laid, residual, entries))
 
 
 # --- what a rank keeps, and what it does with it --------------------------------------------------
-
-
-def put(own: Sequence[Place], part: Tensor, device: torch.device) -> None:
-    """Give a parameter this rank's part of its value, wherever it stands."""
-    module, attribute = own[0]
-    before = module._parameters[attribute]
-    assert before is not None, attribute
-    parameter = nn.Parameter(part.to(device, copy=True), before.requires_grad)
-    parameter.__dict__.update(before.__dict__)  # what a user has written on it
-    for module, attribute in own:
-        module._parameters[attribute] = parameter
 
 
 def split_forwards(

@@ -10,10 +10,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, nearest
 from dist_lab.layout import Laid, Shard
 from dist_lab.mesh import Axis
-from dist_lab.parallel.shards import Place
+from dist_lab.parallel.shards import Place, places
 
 Role = str | tuple[str, int]
 Plan = Mapping[str, Role]
@@ -41,6 +41,26 @@ class Planned:
 
     role: str
     block: int = 1
+
+
+def arrange(
+    model: nn.Module, axis: Axis, sub: Sub, plan: Plan | None, *, cut: bool
+) -> tuple[dict[str, Planned], dict[str, list[Place]], dict[str, Laid]]:
+    """What each named module is to do, where each parameter stands, and how it is to lie.
+
+    Args:
+        plan: None: the model's own.
+        cut: along the sequence.
+
+    Raises:
+        UserError: no plan, or one that does not fit.
+    """
+    named, found = read_plan(model, own_plan(model) if plan is None else plan), places(model)
+    laid = lay_out(model, axis, sub, named, found, cut=cut)
+    if cut:
+        trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
+        check_all_named(trained, model, named)
+    return named, found, laid
 
 
 def own_plan(model: nn.Module) -> Plan:
@@ -197,7 +217,7 @@ def _lies(
         (same,), (other,) = (list(filter(None, axes)) for axes in (each, across))
         return ((other, Shard(0)),), (same,)
     if even and blocks % axis.size:
-        degrees = [n for n in range(1, blocks + 1) if blocks % n == 0]
+        degrees = divisors(blocks)
         what = f"{blocks} blocks of {block} outputs (heads)" if block > 1 else f"{blocks} outputs"
         raise UserError(
             f"{name} has {what}, which do not divide over {axis.size} ranks of {axis.name}; "
@@ -207,10 +227,9 @@ def _lies(
     return ((axis, Shard(0)),), ()
 
 
-def nearest(degrees: Sequence[int], wanted: int) -> int:
-    """Of degrees that work the one to try instead.
-
-    >>> nearest([1, 2, 4], 3)
-    2
+def divisors(length: int) -> list[int]:
     """
-    return min(degrees, key=lambda n: (abs(n - wanted), n))
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [n for n in range(1, length + 1) if length % n == 0]

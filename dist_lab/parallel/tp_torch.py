@@ -22,21 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, nearest
 from dist_lab.hooks import ModuleHook
 from dist_lab.mesh import Axis
-from dist_lab.parallel.shards import places
 from dist_lab.parallel.sync import Applied, Sync
-from dist_lab.parallel.tp_plan import (
-    Plan,
-    Planned,
-    Sub,
-    check_all_named,
-    lay_out,
-    nearest,
-    own_plan,
-    read_plan,
-)
+from dist_lab.parallel.tp_plan import Plan, Planned, Sub, arrange, divisors
 
 
 def apply(
@@ -57,12 +47,7 @@ def apply(
 
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
-    named = read_plan(model, own_plan(model) if plan is None else plan)
-    found = places(model)
-    laid = lay_out(model, axis, sub, named, found, cut=sequence_parallel)
-    if sequence_parallel:
-        trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
-        check_all_named(trained, model, named)
+    named, found, laid = arrange(model, axis, sub, plan, cut=sequence_parallel)
     for name, where in laid.items():
         if any(part.size != axis.size for part, _ in where.splits):
             raise UserError(
@@ -105,7 +90,7 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
                 raise UserError(
                     f"DTensor splits in equal pieces alone, and {name} has {width} for "
                     f"{axis.size} ranks of {axis.name}; the nearest that divides is "
-                    f"{nearest([n for n in range(1, width + 1) if width % n == 0], axis.size)}, "
+                    f"{nearest(divisors(width), axis.size)}, "
                     "or give --impl hand"
                 )
 

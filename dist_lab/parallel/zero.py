@@ -57,7 +57,7 @@ from dist_lab.errors import UserError
 from dist_lab.layout import Flat, Laid
 from dist_lab.mesh import Axis
 from dist_lab.parallel.buckets import cut, label
-from dist_lab.parallel.shards import Place, Split, places, split
+from dist_lab.parallel.shards import Place, Split, places, put, split
 from dist_lab.parallel.sync import Applied, Sync, whole
 
 
@@ -123,10 +123,7 @@ def _replace(own: Sequence[Place], value: Tensor) -> None:
     before = module._parameters[attribute]
     assert before is not None, attribute
     if before.is_meta:
-        fresh = nn.Parameter(value, requires_grad=False)
-        fresh.__dict__.update(before.__dict__)
-        for module, attribute in own:
-            module._parameters[attribute] = fresh
+        put(own, value)
 
 
 def _flat(laid: Laid) -> Flat:
