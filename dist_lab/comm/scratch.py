@@ -41,9 +41,12 @@ class Scratch:
         """x{U_X} -> x, in a new tensor. Every rank gets the same bits."""
         if self.axis.size == 1:
             return Pending(x)
-        x, window = self._shared(x, summed=True)
-        if window is None:
-            return ops.all_reduce_into(x.clone(), self.axis)
+        buffer = self._next(x.numel(), x.dtype)
+        x, window = buffer[: x.numel()].view(x.shape).copy_(x), window_of(buffer, self.axis)
+        if window is None or x.dtype not in SUMMED:
+            # Here too by way of the buffer: a backend's thread may hold on to what it has summed
+            # for a moment after it is done, and with a result of our own its memory.
+            return ops.all_reduce_into(x, self.axis).then(torch.clone)
         n, i, out = self.axis.size, self.axis.index, torch.empty_like(x)
         own = lengths(x.numel(), n)[i]
         due = ((n - 2) * own + x.numel()) * x.element_size()

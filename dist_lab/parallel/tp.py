@@ -141,7 +141,7 @@ def _gathered(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) ->
 
 
 def _logits(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> SplitLogits:
-    return SplitLogits(entry(x, linear), linear.out_features, residual.axis)
+    return SplitLogits(entry(x, linear), linear.out_features, residual.scratch)
 
 
 def _row(residual: Residual, entry: None, linear: nn.Linear, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_lab.comm import ops
+from dist_lab.comm.scratch import Scratch
 from dist_lab.errors import UserError
 from dist_lab.layout import piece
 from dist_lab.mesh import Axis
@@ -37,18 +37,20 @@ class SplitLogits:
     Attributes:
         here: (..., V_tp).
         size: of the whole vocabulary.
+        scratch: what the loss is put together through.
     """
 
     here: Tensor
     size: int
-    axis: Axis
+    scratch: Scratch
 
     def cross_entropy_sum(self, targets: Tensor) -> Tensor:
         """What `dist_lab.cross_entropy_sum` gives of the whole logits, on every rank."""
         wide = self.here if self.here.dtype.itemsize >= 4 else self.here.float()
         rows, wanted = wide.flatten(0, -2), targets.flatten()  # (N, V_tp), (N,)
-        first, _ = piece(self.size, self.axis.size, self.axis.index)
-        return _CrossEntropy.apply(rows, wanted, first, self.size, self.axis)
+        axis = self.scratch.axis
+        first, _ = piece(self.size, axis.size, axis.index)
+        return _CrossEntropy.apply(rows, wanted, first, self.size, self.scratch)
 
     @classmethod
     def __torch_function__(
@@ -71,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, wanted: Tensor, first: int, size: int, axis: Axis
+        ctx: Any, rows: Tensor, wanted: Tensor, first: int, size: int, scratch: Scratch
     ) -> Tensor:
         counted = wanted != IGNORED
         if bool(((wanted < 0) | (wanted >= size))[counted].any()):
@@ -87,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
             top = rows.new_full((len(rows),), -torch.inf)
             total = chosen = rows.new_zeros(len(rows))
         mine = torch.stack([top, total, chosen])[None]  # (1, 3, N)
-        tops, totals, chosens = ops.all_gather(mine, axis).unbind(1)  # each (tp, N)
+        tops, totals, chosens = scratch.all_gather(mine, 0).wait().unbind(1)  # each (tp, N)
         top = tops.amax(0)
         log_total = top + (totals * torch.exp(tops - top)).sum(0).log()
         ctx.save_for_backward(rows, log_total, column, is_here, counted)
