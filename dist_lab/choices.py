@@ -43,6 +43,11 @@ STRATEGIES = {
     "fsdp": Strategy(("hand", "torch"), axes=("fsdp",), options=SHARDING),
     "hsdp": Strategy(("hand", "torch"), axes=("dp", "fsdp"), options=SHARDING),
     "tp": Strategy(("hand", "torch"), axes=("tp",), options=("sequence_parallel", "regather")),
+    "pp": Strategy(
+        ("hand", "torch"),
+        axes=("pp",),
+        options=("schedule", "chunks", "pp_balance", "emulate_compute"),
+    ),
 }
 
 
@@ -51,6 +56,7 @@ class Model:
     """What goes with a model: the sizes there are, the data it reads, the images it can take."""
 
     sizes: tuple[str, ...]
+    blocks: Mapping[str, int]  # of a size: what a pipeline may cut between
     reads: str  # text or images
     data: str  # that it learns from unless told otherwise
     patch: int = 1  # sides of an image divide by it
@@ -60,16 +66,19 @@ class Model:
 
 
 SIZES = ("tiny", "small", "25m", "124m")
+LAYERS = {"tiny": 4, "small": 8, "25m": 8, "124m": 12}
 MODELS = {
     "gpt": Model(
         SIZES,
+        LAYERS,
         reads="text",
         data="stdlib",
         heads={"tiny": (4, 2), "small": (8, 4), "25m": (8, 4), "124m": (16, 4)},
     ),
-    "mlp": Model(SIZES, reads="text", data="stdlib"),
+    "mlp": Model(SIZES, LAYERS, reads="text", data="stdlib"),
     "vit": Model(
         SIZES,
+        LAYERS,
         reads="images",
         data="glyphs",
         patch=4,
@@ -77,6 +86,7 @@ MODELS = {
     ),
     "resnet18": Model(
         SIZES[:1],
+        {"tiny": 8},
         reads="images",
         data="glyphs",
         smallest=9,

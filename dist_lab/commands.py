@@ -26,6 +26,7 @@ from dist_lab.job import Job
 from dist_lab.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks, wide_console
+from dist_lab.parallel.pp_schedules import Schedule, make
 
 
 def train(config: Config, mesh: Mesh) -> int:
@@ -45,6 +46,10 @@ def train(config: Config, mesh: Mesh) -> int:
         summary: Mapping[str, Any] | None = None
         try:
             summary = setting | loop.train(job, data, config, sinks)
+            rows = job.timeline()  # of the last step
+            if any(rows):
+                for sink in sinks:
+                    sink.pipeline(rows, ideal_of(config, mesh))
         finally:
             for sink in sinks:
                 sink.close(summary)
@@ -72,7 +77,7 @@ def verify(config: Config, mesh: Mesh) -> int:
         param_dtype=compute_dtype(config),
         recompute=config.recompute,
         sync_batchnorm=config.sync_batchnorm,
-        **options(config),
+        **options(config, data),
     )
     if mesh.rank == 0:
         console = wide_console()
@@ -85,6 +90,12 @@ def verify(config: Config, mesh: Mesh) -> int:
             text = json.dumps(report.to_dict(), indent=1) + "\n"
             Path(config.out, "verify.json").write_text(text, encoding="utf-8")
     return 0 if report.equal else 1
+
+
+def ideal_of(config: Config, mesh: Mesh) -> Schedule:
+    """The schedule of a run under pp."""
+    ranks = mesh["pp"].size
+    return make(config.schedule or "1f1b", ranks, config.microbatches, config.chunks)
 
 
 def meet(config: Config, mesh: Mesh) -> Data:
@@ -102,6 +113,7 @@ def draw(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
     return zoo.build(
         config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
         dtype=parameter_dtype(config), device=device,
+        **({} if config.layers is None else {"layers": config.layers}),
     )  # fmt: skip
 
 
@@ -110,10 +122,14 @@ def units(config: Config) -> Sequence[type[torch.nn.Module] | str]:
     return (*model.units, *model.ends)
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config, data: Data) -> dict[str, Any]:
     """The strategy's own settings, as `parallelize` takes them."""
     own = config.options()
-    return {n: getattr(torch, v) if n.endswith("dtype") else v for n, v in own.items()}
+    own = {n: getattr(torch, v) if n.endswith("dtype") else v for n, v in own.items()}
+    if config.strategy == "pp":
+        own = {("balance" if n == "pp_balance" else n): v for n, v in own.items()}
+        own["example_inputs"] = data.batch(0, slice(0, config.batch // config.microbatches))[0]
+    return own
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
@@ -137,7 +153,7 @@ def build(config: Config, mesh: Mesh, data: Data) -> Job:
         recompute=config.recompute,
         seed=config.seed,
         sync_batchnorm=config.sync_batchnorm,
-        **options(config),
+        **options(config, data),
     )
 
 
@@ -161,7 +177,9 @@ def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
         "world_size": job.mesh.size,
         "threads": torch.get_num_threads(),
         "cores": cores(),
-        "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
+        "parameters": sum(
+            math.prod(laid.shape) for laid in job.laid.values() if laid.alias_of is None
+        ),
         "data": {"name": data.name, "sha256": data.sha256, "image": data.image},
         "versions": versions(),
     }

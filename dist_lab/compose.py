@@ -30,6 +30,8 @@ from dist_lab.parallel import (
     dp,
     fsdp,
     fsdp_torch,
+    pp,
+    pp_torch,
     single,
     tp,
     tp_torch,
@@ -39,9 +41,11 @@ from dist_lab.parallel import (
 from dist_lab.parallel.sync import Applied, Chain
 from dist_lab.parallel.sync_batchnorm import convert_batchnorm
 from dist_lab.parallel.watch import FirstNonFinite
+from dist_lab.pipeline_runner import PipelineRunner
 from dist_lab.precision import compute_in
 from dist_lab.recompute import recompute as recompute_units
 from dist_lab.runner import Runner
+from dist_lab.step import Step
 from dist_lab.zoo.init import InitFn
 
 Apply = Callable[..., Applied]  # (model, axis, **options of its own)
@@ -70,6 +74,8 @@ STRATEGIES: Mapping[tuple[str, str], Strategy] = {
     ("hsdp", "torch"): Strategy(fsdp_torch.apply, ("fsdp", "dp")),
     ("tp", "hand"): Strategy(tp.apply, ("tp",)),
     ("tp", "torch"): Strategy(tp_torch.apply, ("tp",)),
+    ("pp", "hand"): Strategy(pp.apply, ("pp",)),
+    ("pp", "torch"): Strategy(pp_torch.apply, ("pp",)),
 }
 
 
@@ -84,7 +90,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
 }
 
 # What parallelize() hands to a strategy that takes it, beside the options that a user gives.
-GIVEN = ("units", "value_of", "borrow", "sub", "param_dtype")
+GIVEN = ("units", "value_of", "borrow", "sub", "param_dtype", "compute_dtype")
 
 
 def parallelize(
@@ -151,28 +157,37 @@ def parallelize(
     if recompute:
         recompute_units(model, {name: m for name, m in named.items() if name}, recompute)
     names = [name for name, _ in model.named_parameters()]
+    first_of = {id(p): name for name, p in model.named_parameters()}
+    state = {n: first_of.get(id(t), n) for n, t in model.state_dict(keep_vars=True).items()}
     given: dict[str, Any] = {
         "units": named,
         "value_of": value_of,
         "borrow": mesh.lane(row.axes[0]) if "borrow" in takes else None,
         "sub": partial(mesh.sub, row.axes[0]),
         "param_dtype": param_dtype,
+        "compute_dtype": param_dtype,
     }
     applied = row.apply(model, *lanes, **{k: v for k, v in given.items() if k in takes}, **options)
     if not isinstance(applied, Applied):
         raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
-    assert names == [name for name, _ in model.named_parameters()] == list(applied.laid), (
-        "a strategy changes no parameter's name"
-    )
+    here = [name for name, _ in model.named_parameters()]
+    counted = [name for name, laid in applied.laid.items() if laid.alias_of is None]
+    known = counted if applied.pipeline is not None else here  # of a pipeline some are elsewhere
+    assert names == known == counted, "a strategy changes no parameter's name"
     if param_dtype is not None:
-        compute_in(model, param_dtype, parameters="param_dtype" not in takes)
+        for part in applied.pipeline.parts.values() if applied.pipeline else [model]:
+            compute_in(part, param_dtype, parameters="param_dtype" not in takes)
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves)
-    placements = [how for name in applied.leaves for _, how in applied.laid[name].splits]
-    in_parts = any(isinstance(how, Shard) for how in placements)
     chain = Chain(watch, applied.sync)
-    runner = Runner(model, chain, mesh.wire, named, leaves, in_parts=in_parts)
-    return Job(model, mesh, applied, runner, watch)
+    runner: Step
+    if applied.pipeline is not None:
+        runner = PipelineRunner(model, chain, mesh.wire, applied.pipeline)
+    else:
+        placements = [how for name in applied.leaves for _, how in applied.laid[name].splits]
+        in_parts = any(isinstance(how, Shard) for how in placements)
+        runner = Runner(model, chain, mesh.wire, named, leaves, in_parts=in_parts)
+    return Job(model, mesh, applied, runner, watch, state)
 
 
 def _agree(model: nn.Module, mesh: Mesh, broadcast: bool) -> None:

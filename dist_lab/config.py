@@ -24,6 +24,7 @@ from dist_lab.choices import (
     check_split,
 )
 from dist_lab.errors import UserError
+from dist_lab.parallel.pp_schedules import check, make
 from dist_lab.settings import one_of, read, setting, shown
 
 C = TypeVar("C", bound="Config")
@@ -67,6 +68,15 @@ class Config:
         "the sequence, so that norms and residuals are shared out as well")
     regather: bool | None = setting(None, "tp: with --sequence-parallel, what a block reads is not "
         "kept whole for backward but gathered again: less memory, 1.25 times the bytes")
+    schedule: str | None = setting(None, "pp: who computes what when: gpipe, 1f1b, interleaved, "
+        "zb, zbv, or a file, one row a rank, cells such as 2F0; default: 1f1b",
+        metavar="NAME|FILE")
+    chunks: int | None = setting(None, "pp: stages a rank, of interleaved; default: 2", low=1)
+    pp_balance: str | None = setting(None, "pp: cut the model so that the slowest stage is as fast "
+        "as can be, or has as few blocks; default: cost", choices=("cost", "count"))
+    emulate_compute: float | None = setting(None, "pp: each forward is made to take so many "
+        "milliseconds at least, each backward twice as many, without holding a core", above=0,
+        high=1e5, metavar="MS")
     recompute: int = setting(0, "each k-th block forgets its activations, and computes them again "
         "in backward; 1: all; 0: none", low=0)
     sync_batchnorm: bool = setting(False, "BatchNorm over the rows of all ranks (resnet18)")
@@ -77,6 +87,8 @@ class Config:
         heading="what is trained", choices=tuple(MODELS))
     size: str = setting("tiny", "about 1, 8, 25 or 124 million parameters; resnet18 has 11 million "
         "and one size, tiny", choices=SIZES)
+    layers: int | None = setting(None, "blocks of the model; default: as its size has", low=1,
+        high=10_000)
     data: str = setting("", "text: stdlib (Python's own source), a file, a folder; images: glyphs "
         "(characters drawn at random), mnist, cifar10, fake (noise) or fake:3x64x64; or "
         "module:function; default: stdlib or glyphs, as the model reads", metavar="SPEC")
@@ -87,7 +99,8 @@ class Config:
     steps: int = setting(200, "optimizer steps", heading="how it is trained", low=1)
     batch: int = setting(32, "samples a step, over all ranks", low=1)
     seq: int = setting(128, "tokens a sample of text; images have none", low=1)
-    microbatches: int = setting(1, "pieces whose gradients a rank adds up before a step", low=1)
+    microbatches: int = setting(None, "pieces whose gradients a rank adds up before a step, and "
+        "which under pp follow each other through the stages; default: 1, under pp 8", low=1)
     dtype: str = setting("float32", "of compute; bfloat16 keeps float32 master weights",
         choices=("float32", "bfloat16", "float64"))
     optimizer: str = setting("adamw", "what updates the weights", choices=("adamw", "sgd"))
@@ -114,6 +127,16 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data:
             object.__setattr__(self, "data", MODELS[self.model].data)
+        if self.microbatches is None:
+            object.__setattr__(self, "microbatches", self.default_microbatches())
+
+    def default_microbatches(self) -> int | None:
+        return 8 if self.strategy == "pp" else 1
+
+    @property
+    def blocks(self) -> int:
+        """Of the model, between which a pipeline may cut it."""
+        return self.layers or MODELS[self.model].blocks[self.size]
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The mesh for so many processes, axis -> processes along it; {} for one process alone.
@@ -148,6 +171,7 @@ class Config:
         axes = asked or STRATEGIES[self.strategy].default_axes(size)
         self.check_batch(axes)
         self.check_split(axes.get("tp", 1))
+        self.check_pipeline(axes.get("pp", 1))
         return axes
 
     def data_wanted(self) -> dict[str, Any]:
@@ -183,6 +207,29 @@ class Config:
             raise UserError(
                 f"seq {self.seq} does not divide over {ranks} ranks of tp (--seq, "
                 f"--sequence-parallel); give --seq {fitting}"
+            )
+
+    def check_pipeline(self, ranks: int) -> None:
+        """Raises UserError if there is no such schedule for so many ranks, or too few blocks."""
+        if self.strategy != "pp":
+            return
+        schedule = make(self.schedule or "1f1b", ranks, self.microbatches, self.chunks)
+        check(schedule)
+        if schedule.stages > self.blocks:
+            raise UserError(
+                f"{schedule.stages} stages ({ranks} ranks of pp x {schedule.stages // ranks}) are "
+                f"more than the {self.blocks} blocks of {self.model} {self.size} (--mesh); give "
+                + (
+                    "a smaller pp"
+                    if self.model == "resnet18"
+                    else f"--layers {schedule.stages}, or a smaller pp"
+                )
+            )
+        if schedule.splits_backward and self.recompute:
+            raise UserError(
+                f"recompute computes a block again for the whole of its backward, which schedule "
+                f"{self.schedule} does in two halves (--recompute); leave it out, or give "
+                "--schedule 1f1b"
             )
 
     def check_batch(self, axes: Mapping[str, int]) -> None:
@@ -286,6 +333,10 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"model {config.model} has no size {config.size} ({where['size']}); give "
             f"{one_of(sizes, config.size)}, its only one"
+        )
+    if config.layers is not None and config.model == "resnet18":
+        raise UserError(
+            f"model resnet18 has 8 blocks, no more and no fewer ({where['layers']}); leave it out"
         )
     if config.sync_batchnorm and config.model != "resnet18":
         raise UserError(

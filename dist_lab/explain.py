@@ -24,10 +24,11 @@ from dist_lab.commands import build, meet
 from dist_lab.config import Config, read_mesh
 from dist_lab.errors import UserError
 from dist_lab.job import Job
-from dist_lab.layout import Shard
-from dist_lab.mesh import ORDER, Mesh, pretended
+from dist_lab.layout import On, Placement, Shard
+from dist_lab.mesh import ORDER, Axis, Mesh, pretended
 from dist_lab.observe import memory
 from dist_lab.observe.sinks import wide_console
+from dist_lab.parallel.pp_schedules import bubble, make, peak_activations, render
 
 RANKS = 4  # where --mesh does not say
 
@@ -43,6 +44,8 @@ def explain(config: Config, mesh: Mesh) -> int:
     ranks = math.prod(read_mesh(config.mesh).values()) if config.mesh else ranks
     axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
     console = wide_console()
+    if config.strategy == "pp":
+        show_schedule(console, config, axes["pp"])
     if math.prod(axes.values()) == 1:
         show(console, observe(config, mesh))
     else:
@@ -50,6 +53,23 @@ def explain(config: Config, mesh: Mesh) -> int:
         with pretended(axes, backend=config.backend, collectives=config.collectives) as other:
             show(console, observe(config, other))
     return 0
+
+
+def show_schedule(console: Console, config: Config, ranks: int) -> None:
+    """The grid, idle time and activations of a schedule; drawn, too, if `svg` names a file."""
+    schedule = make(config.schedule or "1f1b", ranks, config.microbatches, config.chunks)
+    console.print(
+        f"{schedule.name}, one column a unit: F 1, B 2, or I 1 and W 1; {bubble(schedule):.1%} idle"
+    )
+    console.print(render(schedule), soft_wrap=True, highlight=False)
+    held = ", ".join(map(str, peak_activations(schedule)))
+    console.print(f"forwards that each rank holds at once, at most: {held}", highlight=False)
+    path = getattr(config, "svg", "")
+    if path:
+        from dist_lab.observe import grid  # here: matplotlib is slow to import
+
+        grid.write(grid.ideal(schedule), path)
+        console.print(f"drawn in {path}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -115,12 +135,10 @@ def layout_table(job: Job) -> Table:
     rows: dict[tuple[str, ...], list[int]] = {}
     sizes: dict[tuple[str, ...], int] = {}
     own = dict(job.model.named_parameters())
-    for name, laid in job.laid.items():
+    for name in own:
+        laid = job.laid[name]
         number = re.search(r"\.(\d+)\.", name)
-        split = ", ".join(
-            f"dim {how.dim} over {axis}" if isinstance(how, Shard) else f"elements over {axis}"
-            for axis, how in laid.splits
-        )
+        split = ", ".join(_how(axis, how) for axis, how in laid.splits)
         key: tuple[str, ...] = (
             re.sub(r"\.\d+\.", ".{}.", name, count=1), str(list(laid.shape)),
             str(laid.dtype).removeprefix("torch."), split or "whole",
@@ -208,6 +226,12 @@ def totals_table(calls: Sequence[Call]) -> Table:
             f"{sum(call.sent for call in mine):,}",
         )  # fmt: skip
     return table
+
+
+def _how(axis: Axis, how: Placement) -> str:
+    if isinstance(how, On):
+        return f"whole, as one stage of {axis} alone"
+    return f"dim {how.dim} over {axis}" if isinstance(how, Shard) else f"elements over {axis}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

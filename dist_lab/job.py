@@ -8,7 +8,9 @@ job.after_step()
 optimizer.zero_grad()
 """
 
+import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -20,13 +22,13 @@ from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout import clip, gather_full, global_norm, local_part, slice_local
-from dist_lab.loss import cross_entropy_sum
-from dist_lab.mesh import Axis, Mesh
+from dist_lab.loss import LossFn, Pair, cross_entropy_sum
+from dist_lab.mesh import DATA_AXES, Axis, Mesh
+from dist_lab.parallel.pp_schedules import Action, Slot
 from dist_lab.parallel.sync import Applied, Chain, Sync
 from dist_lab.parallel.watch import FirstNonFinite
-from dist_lab.runner import Runner
+from dist_lab.step import Step
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
 
 
@@ -46,14 +48,18 @@ class Job:
         model: nn.Module,
         mesh: Mesh,
         applied: Applied,
-        runner: Runner,
+        runner: Step,
         watch: FirstNonFinite,
+        names: Mapping[str, str],
     ) -> None:
         self.model, self.mesh = model, mesh
         self.laid, self.leaves, self.about = applied.laid, applied.leaves, applied.about
         self._make_optimizer = applied.make_optimizer
         self._runner, self._watch = runner, watch
+        self._names = names  # of the whole model's state; of a parameter, the first of its names
+        self._buffers, self._pipeline = applied.buffers, applied.pipeline
         self._data: Axis = mesh.data
+        self._shares: Axis = mesh.flatten("pp", *DATA_AXES)  # along which a loss is in parts
         self._world: Axis = mesh.world
 
     # --- one step ---------------------------------------------------------------------------------
@@ -74,7 +80,7 @@ class Job:
         with self.mesh.wire.during("count"):
             return int(ops.all_reduce(torch.tensor(n, device=self.mesh.device), self._data))
 
-    def run(self, microbatches: Sequence[tuple[Tensor, Tensor]], loss_fn: LossFn) -> float:
+    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """Forward and backward over this rank's micro-batches.
 
         Args:
@@ -85,18 +91,10 @@ class Job:
         Returns:
             The loss of the global batch, the same number on every rank.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         _check_pairs(microbatches)
-        for i, (inputs, targets) in enumerate(microbatches):
-            with self.microbatch(last=i == len(microbatches) - 1):
-                share = loss_fn(self.model(inputs), targets)
-                if not isinstance(share, Tensor) or share.numel() != 1:
-                    raise UserError("loss_fn returns one number as a tensor: a sum / job.count(n)")
-                share.backward()
-                total += share.detach()
-        return self._over_data(total)
+        return self._over_ranks(self._runner.run(microbatches, loss_fn))
 
-    def evaluate(self, microbatches: Sequence[tuple[Tensor, Tensor]], loss_fn: LossFn) -> float:
+    def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """The global loss by forward passes alone, in eval mode. Arguments and result as `run`.
 
         Running statistics are first made those of all ranks: see [Note: buffers]. Collective.
@@ -105,16 +103,14 @@ class Job:
             merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         _check_pairs(microbatches)
         try:
             with torch.no_grad():
-                for inputs, targets in microbatches:
-                    total += loss_fn(self.model(inputs), targets)
+                total = self._runner.evaluate(microbatches, loss_fn)
         finally:
             for module in training:
                 module.training = True
-        return self._over_data(total)
+        return self._over_ranks(total)
 
     def finish(self) -> None:
         """Backward is over: every `.grad` becomes the global gradient of the local parameter.
@@ -199,6 +195,7 @@ class Job:
                 else:
                     made.append((own, [parameter]))
         each = [{"params": members, **own} for own, members in made]
+        each = each or [{"params": [nn.Parameter(torch.empty(0))]}]  # a stage without a weight
         if self._make_optimizer is not None:
             return self._make_optimizer(cls, each, options)
         return cls(each, **options)
@@ -209,21 +206,24 @@ class Job:
         Running statistics are those of all ranks, other buffers rank 0's: see [Note: buffers].
         With `rank0_only` the other ranks get an empty dict. Collective.
         """
-        canonical = {p: name for name, p in self.model.named_parameters()}
+        own = self.model.state_dict(keep_vars=True)
         full: dict[str, Any] = {}
         with self.mesh.wire.during("state_dict"):
             merge_statistics(self.model, self._data)
-            for name, tensor in self.model.state_dict(keep_vars=True).items():
-                if isinstance(tensor, nn.Parameter):
-                    first = canonical[tensor]  # tied tensors have several names and one value
-                    known = full.get(first)
-                    if known is None:
-                        known = gather_full(tensor.detach(), self.laid[first]).clone()
-                    full[name] = known
+            for name, first in self._names.items():
+                tensor = own.get(name)
+                if first in self.laid:  # tied tensors have several names and one value
+                    if first not in full:
+                        part = own[first].detach() if first in own else None
+                        full[first] = gather_full(part, self.laid[first]).clone()
+                    full[name] = full[first]
+                elif name in self._buffers:
+                    full[name] = gather_full(tensor, self._buffers[name]).clone()
                 elif isinstance(tensor, Tensor):
                     full[name] = ops.broadcast(tensor.detach(), self._world).clone()
                 else:
                     full[name] = tensor  # a module's extra state, whatever that is: this rank's
+        full = {name: full[name] for name in self._names}  # in the order of the model's own
         return {} if rank0_only and self.mesh.rank else full
 
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
@@ -233,27 +233,45 @@ class Job:
             UserError: a name or a shape that does not fit; nothing has been changed then.
         """
         own = self.model.state_dict(keep_vars=True)
-        odd = sorted(own.keys() ^ full.keys())
+        odd = sorted(self._names.keys() ^ full.keys())
         if odd:
-            side = "missing from" if odd[0] in own else "not in the model but in"
+            side = "missing from" if odd[0] in self._names else "not in the model but in"
             raise UserError(f"{len(odd)} names do not match, first: {odd[0]} is {side} the weights")
-        canonical = {p: name for name, p in self.model.named_parameters()}
-        parts = dict(full)
-        for name, tensor in own.items():
-            where = self.laid[canonical[tensor]] if isinstance(tensor, nn.Parameter) else None
+        for name, first in self._names.items():
+            where, tensor = self.laid.get(first) or self._buffers.get(name), own.get(name)
             shape = where.shape if where else tensor.shape if isinstance(tensor, Tensor) else None
             if shape is not None and full[name].shape != shape:
                 raise UserError(
                     f"{name} has shape {tuple(full[name].shape)}, the model {tuple(shape)}"
                 )
-            if where:
-                parts[name] = slice_local(full[name], where)
+        parts = {name: full[name] for name in own}
+        canonical = {p: name for name, p in self.model.named_parameters()}
         for name, tensor in own.items():
             if isinstance(tensor, nn.Parameter):  # here, as a library's may claim the whole shape
-                local_part(tensor.detach()).copy_(parts[name])
+                part = slice_local(full[name], self.laid[canonical[tensor]])
+                local_part(tensor.detach()).copy_(part)
                 parts[name] = tensor
         self.model.load_state_dict(parts)
         self._runner.weights_changed()
+
+    def timeline(self) -> list[list[Slot]]:
+        """When each rank of a pipeline computed what, in the last `run`: a row of each, in ms.
+
+        Counted from the first action of all, by clocks that are taken to agree: on one machine they
+        are one. Empty under any other strategy, and of a library's. Collective.
+        """
+        if self._pipeline is None:
+            return []
+        to_wall = time.time() - time.perf_counter()
+        mine = [[str(s.action), s.start + to_wall, s.end + to_wall] for s in self._pipeline.slots]
+        with self.mesh.wire.during("timeline"):
+            said = ops.all_gather_bytes(json.dumps(mine).encode(), self.mesh["pp"])
+        rows = [json.loads(row) for row in said]
+        first = min((start for row in rows for _, start, _ in row), default=0.0)
+        return [
+            [Slot(_action(a), (start - first) * 1e3, (end - first) * 1e3) for a, start, end in r]
+            for r in rows
+        ]
 
     @property
     def sync(self) -> Chain:
@@ -270,11 +288,17 @@ class Job:
         finally:
             chain.links = before
 
-    def _over_data(self, total: Tensor) -> float:
+    def _over_ranks(self, total: Tensor) -> float:
         with self.mesh.wire.during("loss"):
-            return float(ops.all_reduce(total, self._data))
+            return float(ops.all_reduce(total, self._shares))
 
 
-def _check_pairs(microbatches: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _action(text: str) -> Action:
+    action = Action.parse(text)
+    assert action is not None, text
+    return action
+
+
+def _check_pairs(microbatches: Sequence[Pair]) -> None:
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in microbatches):
         raise UserError("microbatches are a list of (input, target) pairs: job.run([(x, y)], ...)")

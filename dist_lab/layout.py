@@ -4,6 +4,7 @@
     W[D_fsdp, F]                      rows are split over an axis          splits=((fsdp, Shard(0)),)
     W[(D_tp)_fsdp, F]                 tp splits first, then fsdp           splits=((tp, Shard(0)), (fsdp, Shard(0)))
     a range of a bucket's elements    where zero1 and zero2 step           splits=((dp, Flat(offset, piece)),)
+    on one stage of a pipeline alone  the others have nothing of it        splits=((pp, On(2)),)
     dW{U_tp}                          each rank has a part of the gradient sum_over=(tp,)
 
 A split takes pieces of ceil(length / size), as torch.chunk does: the last may be short, or empty.
@@ -49,7 +50,14 @@ class Flat:
         return start, stop
 
 
-Placement = Shard | Flat
+@dataclass(frozen=True)
+class On:
+    """Whole, at this position of the axis; what others have of it, if anything, is a copy."""
+
+    index: int
+
+
+Placement = Shard | Flat | On
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,8 @@ class Laid:
     """How one parameter lies.
 
     shape, dtype   of the whole tensor
-    splits         in the order they were applied; an axis that is not named holds copies; Flat is
-                   the last, if it is there
+    splits         in the order they were applied; an axis that is not named holds copies; On is the
+                   first, if it is there, and Flat the last
     sum_over       axes over which its gradient is partial and owed a sum
     alias_of       tied: the name under which the tensor is counted
     """
@@ -70,6 +78,11 @@ class Laid:
     alias_of: str | None = None
 
     @property
+    def here(self) -> bool:
+        """Whether this rank holds it, or a part of it, and not just a copy."""
+        return all(not isinstance(how, On) or axis.index == how.index for axis, how in self.splits)
+
+    @property
     def box(self) -> tuple[slice, ...]:
         """The part of the whole tensor that this rank holds, one slice for each dim."""
         return self._box(len(self.splits))
@@ -77,6 +90,8 @@ class Laid:
     def _box(self, applied: int) -> tuple[slice, ...]:
         box = [slice(0, length) for length in self.shape]
         for axis, shard in self.splits[:applied]:
+            if isinstance(shard, On):
+                continue
             assert isinstance(shard, Shard), f"a range of elements is no box: {shard}"
             whole = box[shard.dim]
             start, stop = piece(whole.stop - whole.start, axis.size, axis.index)
@@ -116,14 +131,22 @@ def slice_local(whole: Tensor, laid: Laid) -> Tensor:
     return whole[laid.box]
 
 
-def gather_full(local: Tensor, laid: Laid) -> Tensor:
+def gather_full(local: Tensor | None, laid: Laid) -> Tensor:
     """The whole tensor from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
 
-    Collective over the axes of the splits. Padding never appears in the result.
+    None is for a rank that is `laid.here` for nothing of it. Collective over the axes of the
+    splits. Padding never appears in the result.
     """
-    local = local_part(local)
+    local = None if local is None or not laid.here else local_part(local)
     for applied in reversed(range(len(laid.splits))):
         axis, shard = laid.splits[applied]
+        if isinstance(shard, On):
+            if local is None:
+                local = torch.empty(laid.shape, dtype=laid.dtype, device=axis.wire.device)
+            local = ops.broadcast(local, axis, shard.index)
+            continue
+        if local is None:
+            continue  # all of this axis are at that other position
         if isinstance(shard, Flat):
             local = _gather_flat(local, [b.stop - b.start for b in laid._box(applied)], axis, shard)
             continue
@@ -138,6 +161,7 @@ def gather_full(local: Tensor, laid: Laid) -> Tensor:
             [part.narrow(shard.dim, 0, b - a) for part, (a, b) in zip(parts, bounds, strict=True)],
             shard.dim,
         )
+    assert local is not None, laid
     return local
 
 
@@ -155,14 +179,15 @@ def global_norm(gradients: Mapping[str, Tensor | None], laid: Mapping[str, Laid]
     """The 2-norm of the gradient of the whole model, the same 0-dim number on every rank.
 
     Copies count once, shards are added up over the axes that split them, a tied tensor counts
-    under one name. Gradients must be complete; a name without one counts as zero.
+    under one name, and what is On one position there alone. Gradients must be complete; a name
+    without one counts as zero.
     """
     squares: dict[tuple[Axis, ...], list[Tensor]] = {}
     for name, where in laid.items():  # the same order, hence the same collectives, on every rank
         if where.alias_of is None:
             group = squares.setdefault(tuple(dict.fromkeys(axis for axis, _ in where.splits)), [])
             gradient = gradients.get(name)
-            if gradient is not None:
+            if gradient is not None and where.here:
                 group.append(torch.linalg.vector_norm(gradient).double().square())
     device = next((g.device for g in gradients.values() if g is not None), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)

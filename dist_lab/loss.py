@@ -1,9 +1,15 @@
 """The loss of language models and classifiers, as the sum that the one division expects."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from dist_lab.errors import UserError
+
+Pair = tuple[Tensor, Tensor]  # input, target
+LossFn = Callable[[Any, Tensor], Tensor]  # output, target -> a share of the loss: see job.run
 
 
 class Split(Protocol):
@@ -26,3 +32,10 @@ def cross_entropy_sum(logits: Tensor | Split, targets: Tensor) -> Tensor:
         return logits.cross_entropy_sum(targets)
     wide = logits if logits.dtype.itemsize >= 4 else logits.float()
     return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def one_number(share: Any) -> Tensor:
+    """Raises UserError unless it is what a loss_fn returns."""
+    if not isinstance(share, Tensor) or share.numel() != 1:
+        raise UserError("loss_fn returns one number as a tensor: a sum / job.count(n)")
+    return share

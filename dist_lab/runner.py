@@ -9,14 +9,6 @@ step is read off here:
 
 The model itself is a unit, too: named "", open from the first moment of a forward or backward to
 the last.
-
-    finish()        whatever is still owed                                  phase "finish"
-    after_step()    what the new weights owe                                phase "after_step"
-
-[Note: sums do not forgive] Gradients of micro-batches and ranks add up (see parallel/sync.py). A
-backward onto gradients that were already summed over ranks would count the others' share again,
-where an average would have hidden it. So each gradient is closed once its last micro-batch is in,
-and opens again when it is cleared; a backward that adds to a closed one is refused.
 """
 
 import weakref
@@ -32,11 +24,12 @@ from torch.autograd.graph import get_gradient_edge
 from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook, tensors_in
-from dist_lab.layout import local_part
+from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.parallel.sync import Chain
+from dist_lab.step import Step
 
 
-class Runner:
+class Runner(Step):
     """Drives one model's forward and backward under one Sync.
 
     Args:
@@ -56,14 +49,11 @@ class Runner:
         *,
         in_parts: bool = False,
     ) -> None:
-        self.model, self.sync, self.wire = model, sync, wire
-        self.has_gradients = False  # that finish() has not seen
+        super().__init__(model, sync, wire)
         self._last = True  # outside microbatch(), every backward is the last one
         self._in_block = False
         self._touched: set[str] = set()  # gradients of the micro-batch that is under way
-        self._closed: set[str] = set()  # gradients that hold their last micro-batch
-        # Kept, because a name may mean the whole of it while backward runs.
-        trained = self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trained = self._parameters
         self._trained: dict[str, Tensor] = {n: leaves.get(n, p) for n, p in trained.items()}
         # Kept here because a parameter does not keep the node that adds to its gradient alive.
         self._accumulators = [get_gradient_edge(p).node for p in self._trained.values()]
@@ -115,44 +105,26 @@ class Runner:
                 self._closed |= self._touched
             self._touched = set()
 
-    def finish(self) -> None:
-        """Raises UserError on gradients that were summed already, or that no strategy knows."""
-        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        late = [name for name in gradients if name not in self._trained]
-        if late:
-            raise UserError(
-                f"{late[0]} has a gradient but was frozen when parallelize() was called; unfreeze "
-                "it before, or freeze it again"
-            )
-        # A rank that had no rows to compute on has nothing left over, and joins in the sum.
-        if not self.has_gradients and any(local_part(g).any() for g in gradients.values()):
-            raise UserError(
-                "finish() without a backward since the last one: the gradients are summed over "
-                "the ranks already, a second sum would multiply them; call finish() once a step, "
-                "and zero_grad() after it"
-            )
-        del gradients  # or they would be there still when the strategy has let them go
+    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
+        """Forward and backward of one after another. Returns the sum of their shares."""
+        total = torch.zeros((), dtype=torch.float64, device=self.wire.device)
+        for i, (inputs, targets) in enumerate(microbatches):
+            with self.microbatch(last=self._last and i == len(microbatches) - 1):
+                share = one_number(loss_fn(self.model(inputs), targets))
+                share.backward()
+                total += share.detach()
+        return total
+
+    def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
+        """The same by forward alone."""
+        total = torch.zeros((), dtype=torch.float64, device=self.wire.device)
+        for inputs, targets in microbatches:
+            total += loss_fn(self.model(inputs), targets)
+        return total
+
+    def _before_finish(self) -> None:
         for unit in self._units:
             unit.close()
-        with self.wire.during("finish", unit=""):
-            self.sync.finish()
-        self.has_gradients = False
-        self._closed = set(self._trained)
-
-    def after_step(self) -> None:
-        """Raises UserError if the gradients that were stepped on had not been summed."""
-        if self.has_gradients:
-            raise UserError(
-                "after_step() without finish(): each rank has stepped on its own gradients and the "
-                "weights now differ; call job.finish() after backward, before optimizer.step()"
-            )
-        with self.wire.during("after_step", unit=""):
-            self.sync.after_step()
-
-    def weights_changed(self) -> None:
-        """The parameters were given new values, by no optimizer."""
-        with self.wire.during("load", unit=""):
-            self.sync.after_step()
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
@@ -170,18 +142,7 @@ class Runner:
         self.wire.phase = "backward"
         if not self.has_gradients:  # what has been cleared since finish() is open, used here or not
             self._closed = {closed for closed in self._closed if self._holds_gradient(closed)}
-        if name in self._closed:
-            if self._holds_gradient(name):
-                raise UserError(
-                    f"backward on gradients that hold their last micro-batch ({name}): call "
-                    "optimizer.zero_grad() after the step, or wrap all micro-batches but the "
-                    "last in job.microbatch(last=False)"
-                )
-            self._closed.discard(name)
-
-    def _holds_gradient(self, name: str) -> bool:
-        gradient = self._parameters[name].grad
-        return gradient is not None and bool(local_part(gradient).any())
+        self._refuse_closed(name)
 
     def _after_gradient(self, name: str, parameter: Tensor) -> None:
         self.has_gradients = True

@@ -14,9 +14,9 @@ from dist_lab.comm import ops
 from dist_lab.comm.ledger import Tally
 from dist_lab.config import Config
 from dist_lab.data import Data, prefetch
-from dist_lab.job import Job, LossFn
+from dist_lab.job import Job
 from dist_lab.layout import piece
-from dist_lab.loss import cross_entropy_sum
+from dist_lab.loss import LossFn, cross_entropy_sum
 from dist_lab.observe import flops, memory
 from dist_lab.observe.sinks import Sink
 

@@ -1,6 +1,8 @@
 """Small models for the tests: of the zoo, and one with every oddity a parameter can have."""
 
 import re
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +13,20 @@ VOCAB = 61  # prime: nothing divides it
 IMAGE = (2, 12, 8)
 
 
-def gpt(dtype: torch.dtype = torch.float64, *, tied: bool = False, seed: int = 0) -> nn.Module:
-    shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+def gpt(
+    dtype: torch.dtype = torch.float64, *, tied: bool = False, seed: int = 0, layers: int = 2
+) -> nn.Module:
+    shape = {"layers": layers, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
     return zoo.build("gpt", "tiny", vocab=VOCAB, seed=seed, dtype=dtype, tied=tied, **shape)
 
 
-def mlp(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
-    shape = {"layers": 2, "width": 24, "ffn": 40, "context": 4, "features": 8}
+def mlp(dtype: torch.dtype = torch.float64, *, seed: int = 0, layers: int = 2) -> nn.Module:
+    shape = {"layers": layers, "width": 24, "ffn": 40, "context": 4, "features": 8}
     return zoo.build("mlp", "tiny", vocab=VOCAB, seed=seed, dtype=dtype, **shape)
 
 
-def vit(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
-    shape = {"patch": 4, "layers": 2, "width": 24, "heads": 4, "ffn": 40}
+def vit(dtype: torch.dtype = torch.float64, *, seed: int = 0, layers: int = 2) -> nn.Module:
+    shape = {"patch": 4, "layers": layers, "width": 24, "heads": 4, "ffn": 40}
     return zoo.build("vit", "tiny", vocab=VOCAB, image=IMAGE, seed=seed, dtype=dtype, **shape)
 
 
@@ -133,9 +137,19 @@ PLANS = {  # of tp, for what brings none
 }  # fmt: skip
 
 
-def plan_of(strategy: str, model: str) -> dict[str, dict[str, str]]:
+def plan_of(strategy: str, model: str, impl: str = "hand") -> dict[str, Any]:
     """What `parallelize` has to be told besides, under this strategy."""
+    if strategy == "pp":  # torch's 1f1b takes no fewer micro-batches than ranks
+        told = {"schedule": "1f1b" if impl == "hand" else "gpipe"}
+        return told if model in BLOCKS else told | {"example_inputs": batch_of(model, 0, rows=2)[0]}
     return {"plan": PLANS[model]} if strategy == "tp" and model in PLANS else {}
+
+
+def build(strategy: str, model: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model of that name, deep enough for four stages where that is wanted."""
+    if strategy != "pp" or model not in BLOCKS:
+        return MODELS[model](dtype)
+    return BLOCKS[model](dtype, layers=4)
 
 
 def refused(strategy: str, impl: str, model: str, size: int) -> bool:
@@ -147,6 +161,7 @@ def refused(strategy: str, impl: str, model: str, size: int) -> bool:
     )
 
 
+BLOCKS = {"gpt": gpt, "gpt tied": partial(gpt, tied=True), "mlp": mlp, "vit": vit}
 MODELS = {
     "gpt": gpt,
     "gpt tied": lambda dtype=torch.float64: gpt(dtype, tied=True),

@@ -64,6 +64,7 @@ ONLY_WITH = (
         "sequence_parallel": {"strategy": "tp"},
         "regather": {"strategy": "tp", "sequence_parallel": True},
     }
+    | {name: {"strategy": "pp"} for name in STRATEGIES["pp"].options}
 )
 
 

@@ -471,7 +471,7 @@ def on_meta(size="tiny", **shape):
 @pytest.mark.ranks(4)
 def test_a_model_that_comes_to_life_in_parts_is_the_same_to_the_bit(strategy, tied, mesh):
     mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
-    shape = {"tied": tied, "layers": 2, "width": 32, "ffn": 48}
+    shape = {"tied": tied, "layers": 4, "width": 32, "ffn": 48}
     model = on_meta(**shape)
     job = dist_lab.parallelize(model, mesh, strategy, units=model.units, seed=3)
     wanted = zoo.build("gpt", "tiny", vocab=VOCAB, seed=3, **shape).state_dict()

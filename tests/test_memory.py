@@ -22,7 +22,9 @@ from dist_lab.parallel.sync import Applied, Sync
 
 BFLOAT16 = torch.bfloat16
 # tp has formulas of its own: tests/test_tp.py.
-BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name not in ("single", "tp")]
+BY_HAND = [
+    name for name, impl in STRATEGIES if impl == "hand" and name not in ("single", "tp", "pp")
+]
 
 
 def step(job, optimizer, x, of=torch.sum) -> Peak:

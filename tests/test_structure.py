@@ -16,7 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "hooks", "torchvision_import", "processes.ranks"],
     ["settings", "processes.failures"],
-    ["choices", "zoo", "data", "loss"],
+    ["choices", "zoo", "data", "loss", "parallel.pp_actions"],
+    ["parallel.pp_timeline"],
+    ["parallel.pp_schedules"],
     ["config"],
     ["comm.algorithms", "comm.costs", "comm.shared"],
     ["comm.ledger", "comm.choice", "comm.wire"],
@@ -26,8 +28,8 @@ LAYERS = [
     ["comm.ops", "comm.autograd", "comm.agree", "comm.scratch"],
     ["layout", "offload"],
     ["parallel"],
-    ["buffers", "recompute"],
-    ["meta", "runner", "precision"],
+    ["buffers", "recompute", "step"],
+    ["meta", "runner", "pipeline_runner", "precision"],
     ["job"],
     ["compose"],
     ["parity_report", "observe"],
@@ -85,7 +87,8 @@ def test_the_models_know_nothing_of_the_rest():
 
 
 SHARED_PARTS = {
-    "buckets", "residual", "shards", "split_linear", "sync", "tp_plan", "vocabulary", "wrapped",
+    "buckets", "pp_actions", "pp_cut", "pp_schedules", "pp_stages", "pp_timeline", "residual",
+    "shards", "split_backward", "split_linear", "sync", "tp_plan", "vocabulary", "wrapped",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from models import MODELS, axes_of, batch, gpt, units_of
+from models import MODELS, axes_of, batch, build, gpt, plan_of, units_of
 
 import dist_lab
 from dist_lab import job, layout
@@ -392,5 +392,15 @@ def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("synchronize", "current_device", "current_stream", "Stream", "_lazy_init"):
             patch.setattr(torch.cuda, name, forbidden)
-        report = dist_lab.verify(gpt, batch, mesh, strategy, impl, steps=1, microbatches=2)
+        told = plan_of(strategy, "gpt", impl)
+        report = dist_lab.verify(
+            lambda: build(strategy, "gpt"),
+            batch,
+            mesh,
+            strategy,
+            impl,
+            steps=1,
+            microbatches=2,
+            **told,
+        )
     assert report.equal, report.sentence()

@@ -18,7 +18,7 @@ from dist_lab.errors import UserError
 from dist_lab.layout import gather_full, local_part
 
 # Of those that share out the rows. tp's shares out the model: tests/test_tp.py.
-TWINS = [(name, impl) for name, impl in STRATEGIES if impl != "hand" and name != "tp"]
+TWINS = [(name, impl) for name, impl in STRATEGIES if impl != "hand" and name not in ("tp", "pp")]
 BY_DDP = [pair for pair in TWINS if pair[0] in ("ddp", "zero1")]
 SPLIT = [(name,) for name, impl in TWINS if name in ("fsdp", "hsdp")]
 

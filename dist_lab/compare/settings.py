@@ -54,6 +54,9 @@ class Settings(Config):
         + ", ".join(f"{name} {value}" for name, value in SMOKE.items()))
     # fmt: on
 
+    def default_microbatches(self) -> None:
+        """Each strategy has its own."""
+
     def entries(self) -> list[Entry]:
         """All that are listed.
 

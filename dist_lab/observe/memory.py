@@ -93,7 +93,7 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     element, tensor = bytes_of_state(optimizer)
     found = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for name, laid in job.laid.items():
-        if laid.alias_of is None:
+        if name in parameters:
             here = elements_here(laid)
             leaf, stays = job.leaves.get(name), here
             if leaf is not None and same_storage(leaf, parameters[name]):

@@ -5,14 +5,17 @@ none.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_lab.parallel.pp_schedules import Schedule, Slot
+
 Row = Mapping[str, Any]
+LAST_STEP = "the last step, measured"
 
 
 class Sink:
@@ -23,6 +26,9 @@ class Sink:
 
     def row(self, row: Row) -> None:
         """A logged step, as README describes the fields."""
+
+    def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
+        """When each rank of a pipeline computed what in the last step, in ms."""
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """The run is over; None if it failed."""
@@ -52,6 +58,14 @@ class JsonLines(Sink):
     def row(self, row: Row) -> None:
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
+        """pipeline.json, and a picture of it beside the ideal."""
+        from dist_lab.observe import grid  # here: matplotlib is slow to import
+
+        text = json.dumps(grid.to_json(rows, schedule.name), indent=1) + "\n"
+        (self.folder / "pipeline.json").write_text(text, encoding="utf-8")
+        grid.write(grid.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg")
+
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.file.close()
         if summary is not None:
@@ -71,6 +85,15 @@ class TensorBoard(Sink):
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, row["step"])
+
+    def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
+        from dist_lab.observe import grid
+
+        for name, figure in (
+            ("pipeline/the last step", grid.draw(rows, title=schedule.name, unit="ms")),
+            ("pipeline/beside the ideal", grid.side_by_side(rows, schedule, LAST_STEP)),
+        ):
+            self.writer.add_image(name, grid.image(figure), dataformats="HWC")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.writer.close()

@@ -16,13 +16,16 @@ need it, because another strategy may have replaced it since.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_lab.layout import Laid
+from dist_lab.loss import LossFn, Pair
 from dist_lab.mesh import Axis
+from dist_lab.parallel.pp_actions import Schedule
+from dist_lab.parallel.pp_timeline import Slot
 
 
 class Sync:
@@ -104,6 +107,9 @@ class Applied:
         see [Note: two tensors of one name] in shards.py
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
         shards its state by itself
+    pipeline: what runs the micro-batches, of a strategy that splits time. Then `laid` is of the
+        whole model, of which this rank has only some parameters.
+    buffers: likewise, name -> how a buffer lies
     """
 
     laid: Mapping[str, Laid]
@@ -111,6 +117,39 @@ class Applied:
     about: str = ""
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
     make_optimizer: "MakeOptimizer | None" = None
+    pipeline: "Pipeline | None" = None
+    buffers: Mapping[str, Laid] = field(default_factory=dict)
+
+
+class Pipeline(Protocol):
+    """Runs micro-batches through the stages of all ranks.
+
+    Attributes:
+        parts: this rank's stages, by number.
+        slots: when each action of the last run began and ended, by this rank's clock, in seconds;
+            none of a library's.
+        schedule_for: number of micro-batches -> the schedule.
+    """
+
+    parts: Mapping[int, nn.Module]
+    slots: list[Slot]
+    schedule_for: Callable[[int], Schedule]
+
+    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: "Tell") -> Tensor:
+        """Forward and backward; the sum of the shares of the loss, 0 where that is not computed."""
+
+    def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: "Tell") -> Tensor:
+        """The same by forward alone."""
+
+
+class Tell(Protocol):
+    """Who runs a pipeline is told what it does."""
+
+    def begins(self, phase: str, what: str) -> None:
+        """Something of this phase, "forward" or "backward"."""
+
+    def gradients(self, stage: int, *, last: bool) -> None:
+        """Those of the stage hold one more micro-batch. `last`: nothing will be added to them."""
 
 
 MakeOptimizer = Callable[

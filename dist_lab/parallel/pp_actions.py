@@ -1,0 +1,97 @@
+"""The nouns of a pipeline: actions, and a schedule, which is every rank's actions in order.
+
+A schedule is a value. It can be printed, drawn, checked, written to a file and edited there, and
+only then executed; nothing in it knows of tensors or networks.
+
+    2F0   forward of micro-batch 0 through stage 2
+    2B0   its backward, whole; or in two:
+    2I0   the gradient of what the stage was given, for which the stage before waits
+    2W0   the gradients of the stage's weights, for which nobody waits before the step ends
+
+and, written by `add_communication`, what travels between ranks: 2SEND_F0 sends on what 2F0 made,
+3RECV_F0 receives what 3F0 is to be given; 3SEND_B0 sends back what 3B0 or 3I0 made, to 2RECV_B0.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+
+
+class Op(Enum):
+    F = "F"
+    B = "B"
+    I = "I"  # noqa: E741  Qi et al. call it B, and others so what they do whole
+    W = "W"
+    SEND_F = "SEND_F"
+    RECV_F = "RECV_F"
+    SEND_B = "SEND_B"
+    RECV_B = "RECV_B"
+
+
+COMPUTE = (Op.F, Op.B, Op.I, Op.W)
+# In units of a forward: backward is two matrix products where forward is one.
+COSTS: Mapping[Op, int] = {Op.F: 1, Op.B: 2, Op.I: 1, Op.W: 1}
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a rank does next. `last`: it completes the gradients of its stage."""
+
+    stage: int
+    op: Op
+    microbatch: int
+    last: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op.value}{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Action | None":
+        """
+        >>> Action.parse("2F0"), Action.parse("F2")
+        (Action(stage=2, op=<Op.F: 'F'>, microbatch=0, last=False), None)
+        """
+        found = re.fullmatch(r"(\d{1,4})([A-Z_]+)(\d{1,6})", text, re.ASCII)
+        if found is None or found[2] not in Op.__members__:
+            return None
+        return cls(int(found[1]), Op[found[2]], int(found[3]))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who does what in which order: one tuple of actions a rank."""
+
+    name: str
+    ranks: tuple[tuple[Action, ...], ...]
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """stage -> the rank that has it."""
+        return {a.stage: rank for rank, actions in enumerate(self.ranks) for a in actions}
+
+    @cached_property
+    def stages(self) -> int:
+        return 1 + max(self.rank_of, default=-1)
+
+    @cached_property
+    def microbatches(self) -> int:
+        return 1 + max((a.microbatch for actions in self.ranks for a in actions), default=-1)
+
+    @cached_property
+    def sends(self) -> bool:
+        """Whether what travels is written in it, by `add_communication`."""
+        return any(action.op not in COMPUTE for actions in self.ranks for action in actions)
+
+    @property
+    def forward_only(self) -> bool:
+        return not any(a.op in (Op.B, Op.I, Op.W) for actions in self.ranks for a in actions)
+
+    @property
+    def splits_backward(self) -> bool:
+        return any(action.op is Op.I for actions in self.ranks for action in actions)
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that a rank has, in the order of forward."""
+        return sorted(stage for stage, owner in self.rank_of.items() if owner == rank)
