@@ -1,5 +1,7 @@
 """Pipeline schedules: the table in pp_schedules.py, what `check` refuses, messages, and files."""
 
+# ruff: noqa: E501  grids, and messages whose first line is long
+
 import re
 import time
 from collections import deque
@@ -12,7 +14,6 @@ import pytest
 import torch.distributed.pipelining.schedules as torchs
 
 from dist_lab.errors import UserError
-from dist_lab.parallel import pp_timeline
 from dist_lab.parallel.pp_schedules import (
     COMPUTE,
     SCHEDULES,
@@ -36,13 +37,14 @@ from dist_lab.parallel.pp_schedules import (
 )
 
 PS = range(1, 9)
-MS = (*range(1, 18), 20, 24, 25, 31, 32)  # past 2p for each p, and both ends
+MS = (*range(1, 11), 12, 16, 17, 32)  # around p and 2p of most p, and both ends
 CASES = [
     (name, p, m, v)
     for name, p, m in product(SCHEDULES, PS, MS)
     if name != "interleaved" or m % p == 0
-    for v in ((1, 2, 3) if name == "interleaved" else (None,))
+    for v in ((2, 3) if name == "interleaved" else (None,))
 ]
+SOME = [case for case in CASES if case[2] in (1, 2, 3, 4, 5, 7, 8, 9, 16)]  # where each is slow
 made = cache(make)
 with_messages = cache(lambda *case: add_communication(made(*case)))
 
@@ -77,12 +79,12 @@ def test_interleaved_gives_each_rank_stages_far_apart():
     assert render(made("interleaved", 2, 4)) == drawn("""
         rank 0  0F0 0F1 2F0 2F1 0F2 .   2B0 -   0F3 2B1 -   2F2 0B0 -   2F3 0B1 -   .   2B2 -   .   2B3 -   0B2 -   0B3 -
         rank 1  .   1F0 1F1 3F0 3B0 -   3F1 3B1 -   1F2 1B0 -   1F3 1B1 -   3F2 3B2 -   3F3 3B3 -   1B2 -   1B3 -   .   .
-    """)  # noqa: E501  a grid
+    """)
 
 
 def test_zbv_turns_round_on_the_last_rank_and_has_the_loss_on_the_first():
     assert render(made("zbv", 2, 2)) == drawn("""
-        rank 0  0F0 0F1 .   3F0 3I0 3F1 3I1 3W0 0I0 0W0 0I1 3W1 0W1
+        rank 0  0F0 0F1 .   3F0 3I0 3F1 3I1 0I0 0W0 3W0 0I1 0W1 3W1
         rank 1  .   1F0 2F0 1F1 2F1 2I0 1I0 1W0 2I1 1I1 1W1 2W0 2W1
     """)
 
@@ -147,9 +149,9 @@ def test_stages_lie_where_the_table_says():
 
 
 def test_every_schedule_is_right_with_messages_and_without_and_so_are_its_forwards():
-    for case in CASES:
+    for case in SOME:
         check(with_messages(*case))  # `make` has checked the schedule itself
-        forwards = forward_only(made(*case))
+        forwards = forward_only(made(*case).rank_of, case[2])
         check(forwards)
         check(add_communication(forwards))
         assert {a.op for row in forwards.ranks for a in row} == {Op.F}
@@ -157,7 +159,7 @@ def test_every_schedule_is_right_with_messages_and_without_and_so_are_its_forwar
 
 
 def test_one_action_of_each_stage_completes_its_gradients_and_it_is_the_last_that_adds_to_them():
-    for case in CASES:
+    for case in SOME:
         marked = mark_gradients_complete(with_messages(*case))
         last = [a for row in marked.ranks for a in row if a.last]
         assert sorted(a.stage for a in last) == list(range(marked.stages))
@@ -171,7 +173,7 @@ def test_one_action_of_each_stage_completes_its_gradients_and_it_is_the_last_tha
 
 
 def test_what_is_received_is_awaited_later_and_what_is_made_is_sent_at_once():
-    for case in CASES:
+    for case in SOME:
         plain, schedule = made(*case), with_messages(*case)
         assert [tuple(a for a in row if a.op in COMPUTE) for row in schedule.ranks] == list(
             plain.ranks
@@ -210,14 +212,14 @@ def channels(schedule):
 
 
 def test_between_two_ranks_messages_arrive_in_the_order_in_which_they_are_sent():
-    for case in CASES:
+    for case in SOME:
         sent, received = channels(with_messages(*case))
         assert sent == received
 
 
 def test_no_schedule_needs_a_message_to_leave_before_its_receive_is_posted():
     """Not even with no room on the way: each send waits for the other end."""
-    for case in CASES:
+    for case in SOME:
         schedule = with_messages(*case)
         posted, done, queues = set(), set(), [deque(row) for row in schedule.ranks]
         moved = True
@@ -246,15 +248,16 @@ def test_no_schedule_needs_a_message_to_leave_before_its_receive_is_posted():
 
 
 def test_messages_cost_no_time_and_are_written_in_once():
-    for case in CASES:
+    for case in SOME:
         assert timeline(with_messages(*case)) == timeline(made(*case))
     schedule = with_messages("zb", 4, 8, None)
     assert add_communication(schedule) is schedule
 
 
 def test_a_rank_receives_while_it_computes():
+    # 1RECV_F1 while 1F0 is computed, and no later than 0F1, which makes it, begins.
     assert [" ".join(map(str, row)) for row in with_messages("1f1b", 2, 2, None).ranks] == [
-        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1",
         "1RECV_F0 1RECV_F1 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
     ]
 
@@ -278,11 +281,14 @@ def drawn_grid(text):
 
 
 def test_a_missing_backward():
-    says(rows("0F0 0F1 0B0 0B1", "1F0 1B0 1F1"), """
+    says(
+        rows("0F0 0F1 0B0 0B1", "1F0 1B0 1F1"),
+        """
         schedule mine: rank 1, which has stage 1, lacks 1B1, or 1I1 and 1W1; add it to the rank's row
         rank 0: 0F0 0F1 0B0 0B1
         rank 1: 1F0 1B0 [1F1]   <-- lacks 1B1, or 1I1 and 1W1
-    """)  # fmt: skip
+    """,
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,7 +334,7 @@ def test_a_stage_on_two_ranks():
         rank 0: [0F0] 0B0   <-- and here
         rank 1: [0F1] 1F0 1B0   <-- here
     """,
-    )  # noqa: E501
+    )
 
 
 def test_a_stage_that_nobody_has_and_a_microbatch_that_is_left_out():
@@ -339,7 +345,7 @@ def test_a_stage_that_nobody_has_and_a_microbatch_that_is_left_out():
         rank 0: 0F0 0B0
         rank 1: [2F0] 2B0   <-- stage 2, of 2
     """,
-    )  # noqa: E501
+    )
     assert "0F7 on rank 0, and there is no micro-batch 1; number micro-batches from 0" in refused(
         rows("0F0 0F7 0B0 0B7")
     )
@@ -368,7 +374,7 @@ def test_ranks_that_wait_for_each_other():
         rank 0: 0F0 [0B0] 0F1 0B1   <-- waits for 1B0
         rank 1: 1F0 [1F1] 1B0 1B1   <-- waits for 0F1
     """,
-    )  # noqa: E501
+    )
 
 
 def test_a_rank_that_waits_for_itself():
@@ -416,10 +422,10 @@ def test_a_message_that_would_overtake_another():
         edited((1, "1RECV_F0 1F0 1RECV_F1", "1RECV_F1 1RECV_F0 1F0")),
         f"""
         schedule mine: messages from rank 0 to rank 1 would be taken for each other: rank 1 does 1RECV_F1 first, and what 1RECV_F0 is for is sent first; on rank 1 move 1RECV_F0 before 1RECV_F1
-        rank 0: {MESSAGES[0]}
+        rank 0: {MESSAGES[0].replace("0B1", "...")}
         rank 1: [1RECV_F1] 1RECV_F0 1F0 1B0 1SEND_B0 1F1 1B1 ...   <-- before 1RECV_F0
     """,
-    )  # noqa: E501
+    )
 
 
 def test_a_message_to_no_other_rank():
@@ -439,22 +445,22 @@ def test_a_receive_after_its_use_and_a_send_before_its_making():
     )
 
 
-def test_more_messages_on_their_way_than_there_is_room_for():
-    """Rank 0 gets no further before its first message leaves, and rank 1 waits for its third."""
-    sends = "0F0 0SEND_F0 0F1 0SEND_F1 0F2 0SEND_F2 {} 0RECV_B0 0B0 0RECV_B1 0B1 0RECV_B2 0B2"
-    turned = [  # stage 2 is on rank 0, which gives rank 1 something to wait for
-        "0F0 0SEND_F0 0F1 0SEND_F1 0F2 0SEND_F2 2RECV_F0 2F0",
-        "1RECV_F0 1F0 1SEND_F0 1RECV_F1 1F1 1RECV_F2 1F2",
-    ]
-    assert sends and turned
-    both = rows(
-        "0F0 0SEND_F0 0F1 0SEND_F1 0F2 0SEND_F2 0RECV_B0 0B0 0RECV_B1 0B1 0RECV_B2 0B2",
-        "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1 1RECV_F2 1F2 1B2 1SEND_B2",
+def forwards_first(m):
+    """All forwards, then all backwards, on rank 0; each receive right before its use."""
+    return rows(
+        " ".join([f"0F{k} 0SEND_F{k}" for k in range(m)] + [f"0RECV_B{k} 0B{k}" for k in range(m)]),
+        " ".join(f"1RECV_F{k} 1F{k} 1B{k} 1SEND_B{k}" for k in range(m)),
     )
-    check(both)  # two are on their way, and the first leaves at once
-    # Rank 0 posts no receive before its last send; rank 1, with all of its sends ahead, waits.
-    gone = [Action.parse(f"{s}SEND_F{m}") for s in (0,) for m in range(4)]
-    assert pp_timeline._left_before(gone) == {3: [(Op.RECV_F, 1, 0)], 4: [(Op.RECV_F, 1, 1)]}
+
+
+def test_more_messages_on_their_way_than_there_is_room_for():
+    """Rank 1 stops with three sent of which none has left; so does rank 0, three later."""
+    check(forwards_first(5))
+    assert (
+        "rank 0 waits in 0RECV_B0 for 1RECV_F3, rank 1 waits in 1RECV_F3 for 0RECV_B0; receive "
+        "before sending so much\n"
+    ) in refused(forwards_first(6))
+    assert "; on rank 0 move 0RECV_B0 before 0F6\n" in refused(forwards_first(7))
 
 
 def test_more_held_than_memory_allows():
@@ -465,7 +471,7 @@ def test_more_held_than_memory_allows():
         rank 0: 0F0 0F1 [0F2] 0B0 0B1 0B2   <-- one more than 2
     """,
         most=2,
-    )  # noqa: E501
+    )
     check(rows("0F0 0F1 0F2 0B0 0B1 0B2"), most=3)
 
 
@@ -571,7 +577,7 @@ def test_a_blank_line_between_ranks_is_a_rank_without_work(tmp_path):
         (b"PK\0\0", "binary"),
         (b"", "is empty"),
         (b" , ,\n\n", "is empty"),
-        (b"0F0,0B0\n1F0,F1\n", "'F1' is no action (PATH, row 2, column 2); write stage, F, B, I, W"),
+        (b"0F0,0B0\n1F0,F1\n", "'F1' is no action (PATH, row 2, column 2); write stage, F"),
         (b"\n0F0,-1F0\n", "'-1F0' is no action (PATH, row 2, column 2)"),
         (b"0F0,0F9999999\n", "'0F9999999' is no action"),
         (b'"' + b"9" * 200_000, "not a text file"),
@@ -592,7 +598,7 @@ def test_what_is_no_schedule_is_refused_in_one_line(content, text, tmp_path):
 
 
 def test_a_file_without_end_and_a_name_that_none_can_have():
-    with pytest.raises(UserError, match="binary, or more than"):
+    with pytest.raises(UserError, match="not a text file"):
         load("/dev/zero")
     with pytest.raises(UserError, match="not a text file"):
         load("a\0b")
@@ -614,7 +620,7 @@ def test_a_file_for_something_else_says_for_what(args, text, tmp_path):
 
 
 def test_where_no_file_can_be_written_one_line_says_so(tmp_path):
-    with pytest.raises(UserError, match="no schedule can be written to .*: Is a directory"):
+    with pytest.raises(UserError, match=r"^no schedule can be written to .*: Is a directory$"):
         save(zero_bubble(2, 2), tmp_path)
 
 

@@ -42,6 +42,7 @@ from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.mesh import Axis
 from dist_lab.parallel.pp_schedules import (
     COSTS,
+    IN_FLIGHT,
     Action,
     Op,
     Schedule,
@@ -88,12 +89,15 @@ def apply(
         UserError: more stages than blocks, a model that cannot be cut, a schedule that is not
             right or not for so many ranks.
     """
+    rank_of = placement(schedule, axis.size, chunks)
     kept = keep_stages(
-        model, axis, placement(schedule, axis.size, chunks), value_of=value_of, sub=sub,
-        balance=balance, example=example_inputs, compute_dtype=compute_dtype,
+        model, axis, rank_of, value_of=value_of, sub=sub, balance=balance,
+        example=example_inputs, compute_dtype=compute_dtype,
     )  # fmt: skip
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
-    executor = Executor(axis, kept.parts, kept.shapes, schedule_for, emulate_compute / 1000)
+    executor = Executor(
+        axis, kept.parts, kept.shapes, rank_of, schedule_for, emulate_compute / 1000
+    )
     return Applied(kept.laid, Tied(model, kept.tied), pipeline=executor, buffers=kept.buffers)
 
 
@@ -119,10 +123,11 @@ class Executor:
         axis: Axis,
         parts: Mapping[int, nn.Module],
         shapes: Shapes,
+        rank_of: Mapping[int, int],
         schedule_for: Callable[[int], Schedule],
         seconds_per_unit: float = 0.0,
     ) -> None:
-        self.axis, self.parts, self.shapes = axis, parts, shapes
+        self.axis, self.parts, self.shapes, self.rank_of = axis, parts, shapes, rank_of
         self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
         self.splitter = SplitBackward()
         self.slots: list[Slot] = []
@@ -136,8 +141,8 @@ class Executor:
         return self._play(schedule, microbatches, loss_fn, tell)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
-        whole = self.schedule_for(len(microbatches))
-        return self._play(add_communication(forward_only(whole)), microbatches, loss_fn, tell)
+        schedule = add_communication(forward_only(self.rank_of, len(microbatches)))
+        return self._play(schedule, microbatches, loss_fn, tell)
 
     def _play(
         self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell
@@ -187,6 +192,7 @@ class Flight:
         self.leaving: deque[list[ops.Pending]] = deque()
         self.held: dict[tuple[int, int], Held] = {}
         self.slots: list[Slot] = []
+        self.waited = True  # for what the action to come is given
         self.peak = 0
         self.training = torch.is_grad_enabled()
         self.total = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
@@ -266,12 +272,19 @@ class Flight:
 
     @contextmanager
     def timed(self, action: Action) -> Iterator[None]:
-        """Note when it began and ended; and have it take as long as is emulated."""
-        began = time.perf_counter()
+        """Note when it began and ended; and have it take as long as is emulated.
+
+        An emulated device is like a real one that has its work queued: an action that has waited
+        for nobody begins where the one before has ended, whatever this process did in between.
+        """
+        least = COSTS[action.op] * self.executor.seconds_per_unit
+        queued = least and self.slots and not self.waited
+        began = self.slots[-1].end if queued else time.perf_counter()
         yield
-        least = began + COSTS[action.op] * self.executor.seconds_per_unit
-        time.sleep(max(0.0, least - time.perf_counter()))
-        self.slots.append(Slot(action, began, time.perf_counter()))
+        ended = max(began + least, time.perf_counter())
+        time.sleep(max(0.0, ended - time.perf_counter()))
+        self.slots.append(Slot(action, began, ended))
+        self.waited = False
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -279,7 +292,10 @@ class Flight:
         """What a neighboring stage has made: here, or on another rank."""
         if (made, by, m) in self.made:
             return self.made.pop((made, by, m))
-        return tuple(pending.wait() for pending in self.coming.pop((made, by, m)))
+        began = time.perf_counter()
+        values = tuple(pending.wait() for pending in self.coming.pop((made, by, m)))
+        self.waited = time.perf_counter() - began > 1e-4  # what has come takes no time
+        return values
 
     def receive(self, made: Op, by: int, m: int, shapes: Sequence[Shape]) -> None:
         """Post the receives of what a stage on another rank is making, or about to make."""
@@ -292,7 +308,7 @@ class Flight:
     def send(self, values: Values, to: int) -> None:
         peer = self.schedule.rank_of[to]
         self.leaving.append(ops.exchange([(x, peer) for x in values], [], self.axis))
-        while len(self.leaving) > 2:
+        while len(self.leaving) > IN_FLIGHT:
             self.until_left()
 
     def until_left(self) -> None:

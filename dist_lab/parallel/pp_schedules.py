@@ -39,6 +39,7 @@ from pathlib import Path
 from dist_lab.errors import UserError
 from dist_lab.parallel.pp_actions import COMPUTE, COSTS, Action, Op, Schedule
 from dist_lab.parallel.pp_timeline import (
+    IN_FLIGHT,
     Slot,
     bubble,
     check,
@@ -50,7 +51,7 @@ from dist_lab.parallel.pp_timeline import (
 from dist_lab.settings import one_of, shown
 
 __all__ = [
-    "COMPUTE", "COSTS", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
+    "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
     "add_communication", "bubble", "check", "forward_only", "gpipe", "interleaved", "length",
     "load", "make", "mark_gradients_complete", "one_f_one_b", "peak_activations", "placement",
     "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
@@ -185,6 +186,18 @@ def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
     return Schedule("zbv", tuple(map(tuple, rows)))
 
 
+def forward_only(rank_of: Mapping[int, int], microbatches: int) -> Schedule:
+    """Of evaluation: as many micro-batches as there are ranks through one stage of a rank after the
+    other, then the next so many. Any number of them.
+    """
+    ranks = 1 + max(rank_of.values())
+    order = sorted((m // ranks, s, m) for s in rank_of for m in range(microbatches))
+    actions = [Action(s, Op.F, m) for _, s, m in order]
+    return Schedule(
+        "forward", tuple(tuple(a for a in actions if rank_of[a.stage] == r) for r in range(ranks))
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A schedule by name.
@@ -293,13 +306,6 @@ def mark_gradients_complete(schedule: Schedule) -> Schedule:
     )
 
 
-def forward_only(schedule: Schedule) -> Schedule:
-    """Its forwards alone, in their order: for evaluation."""
-    return replace(
-        schedule, ranks=tuple(tuple(a for a in row if a.op is Op.F) for row in schedule.ranks)
-    )
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -369,7 +375,6 @@ def _from_file(path: str, ranks: int, microbatches: int, chunks: int | None) -> 
     schedule = load(path)
     check(schedule)
     has_ranks, has_microbatches = len(schedule.ranks), schedule.microbatches
-    counts = {len(schedule.stages_of(rank)) for rank in range(has_ranks)}
     for what, has, asked, fix in (
         ("ranks", has_ranks, ranks, f"give --mesh pp={has_ranks}"),
         (
@@ -381,6 +386,7 @@ def _from_file(path: str, ranks: int, microbatches: int, chunks: int | None) -> 
     ):
         if has != asked:
             raise UserError(f"schedule {path} is for {has} {what}, not {asked} (--schedule); {fix}")
+    counts = {len(schedule.stages_of(rank)) for rank in range(ranks)}
     if chunks is not None and counts != {chunks}:
         own = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
         raise UserError(

@@ -301,14 +301,15 @@ def _refuse_deadlock(
 
     stuck = {rank: schedule.ranks[rank][position[rank]] for rank in waits}
     marks = {rank: (position[rank], f"waits for {name(waits[rank])}") for rank in waits}
-    path, rank = list[int](), min(waits)
+    path: dict[int, None] = {}  # in order, and quick to look up
+    rank = min(waits)
     while rank not in path:
-        path.append(rank)
+        path[rank] = None
         if waits[rank] not in where:
             lone = f"rank {rank} waits in {stuck[rank]} for {name(waits[rank])}, which nobody does"
             _refuse(schedule, f"{lone}; add it", marks)
         rank = where[waits[rank]][0]
-    circle = path[path.index(rank) :]
+    circle = list(path)[list(path).index(rank) :]
     says = [f"rank {r} waits in {stuck[r]} for {name(waits[r])}" for r in circle]
     if len(says) > 4:
         says[3:] = [f"and so on round {len(circle)} ranks"]

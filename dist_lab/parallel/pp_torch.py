@@ -1,8 +1,11 @@
 """PyTorch's own pipelining, the twin of pp.py: the same stages, run by the library's schedules.
 
-    gpipe        ScheduleGPipe                  interleaved  ScheduleInterleaved1F1B
-    1f1b         Schedule1F1B                   zbv          ScheduleZBVZeroBubble
-    zb           ScheduleInterleavedZeroBubble of one stage a rank: it has no ZB-H1
+    gpipe    ScheduleGPipe        interleaved    ScheduleInterleaved1F1B
+    1f1b     Schedule1F1B         zbv            ScheduleZBVZeroBubble
+    zb       ScheduleInterleavedZeroBubble, which with one stage a rank is ZB-H1
+
+Each does what ours of that name does in the same order, but for zbv: there the library follows the
+paper's pattern, which was made for many micro-batches, and ours is made anew for each number.
 
 What the library is told besides: the shapes that stages give each other, or it would send objects
 about and learn them from a forward of its own, which BatchNorm counts; and not to divide gradients,
@@ -10,10 +13,11 @@ as the shares of the loss are divided already.
 
 It is given a whole batch and cuts it by itself, so micro-batches are of one shape. A stage and its
 schedule are for one number of them and one shape; for another, both are made anew. It evaluates by
-forwards alone, a schedule of one stage a rank as gpipe, from which it then does not differ.
+forwards alone, with one stage a rank as gpipe, from which nothing differs then.
 
 Cost per step: as pp.py. Memory per rank: as pp.py, and for each cut at its sides room for all that
-is received there in a step, kept from step to step, whatever the schedule. Wu et al. 2024, PiPPy.
+is received there in a step, kept from step to step, whatever the schedule. Its zero bubble does the
+backward of the first stage, for which nobody waits, in one piece where others do their second half.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +98,9 @@ class TorchPipeline:
     def __init__(
         self, axis: Axis, parts: Mapping[int, nn.Module], shapes: Shapes, stages: int, name: str
     ) -> None:
+        from torch.distributed import pipelining  # here: it takes seconds
+
+        self.library: Any = pipelining
         self.axis, self.parts, self.shapes = axis, parts, shapes
         self.stages, self.name = stages, name
         self.slots: list[Slot] = []
@@ -107,7 +114,7 @@ class TorchPipeline:
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
         self._refuse_number(len(microbatches))
         tell.begins("forward", LIBRARYS[self.name])  # and backward: it does not say which
-        total = self._play(microbatches, loss_fn)
+        total = self._play(microbatches, loss_fn, training=True)
         tell.begins("backward", LIBRARYS[self.name])
         for stage in self.parts:
             tell.gradients(stage, last=True)
@@ -120,12 +127,12 @@ class TorchPipeline:
         # In turns, as the library holds on to every output, logits too, until a run has ended.
         few = 2 * self.axis.size
         turns = [microbatches[i : i + few] for i in range(0, len(microbatches), few)]
-        return sum((self._play(turn, loss_fn) for turn in turns), self._zero())
+        played = (self._play(turn, loss_fn, training=False) for turn in turns)
+        return sum(played, self._zero())
 
-    def _play(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
+    def _play(self, microbatches: Sequence[Pair], loss_fn: LossFn, *, training: bool) -> Tensor:
         _refuse_unlike(microbatches)
         first, _ = microbatches[0]
-        training = torch.is_grad_enabled()
         schedule, stages = self.prepared(len(microbatches), first.shape, first.dtype, training)
         inputs = [torch.cat([x for x, _ in microbatches])] if 0 in self.parts else []
         last = self.stages - 1 in self.parts
@@ -175,16 +182,14 @@ class TorchPipeline:
         ends: Mapping[int, Mapping[str, Any]],
         training: bool,
     ) -> tuple[Any, list[Any]]:
-        from torch.distributed import pipelining  # here: it takes seconds
-
         stages = [
-            pipelining.PipelineStage(
+            self.library.PipelineStage(
                 part, s, self.stages, self.axis.wire.device, group=self.group, **ends.get(s, {})
             )
             for s, part in parts.items()
         ]
         several = self.name in SEVERAL_STAGES
-        make_one = getattr(pipelining, LIBRARYS[self.name if training or several else "gpipe"])
+        make_one = getattr(self.library, LIBRARYS[self.name if training or several else "gpipe"])
         schedule = make_one(
             stages if several or make_one.__name__ == LIBRARYS["zb"] else stages[0],
             microbatches,
@@ -238,7 +243,9 @@ class Part(nn.Module):
         super().__init__()
         self.stage, self.part, self.gives = stage, part, gives
 
-    def forward(self, *given: Tensor) -> Any:
+    # Not `forward`, so that no hook sees it: torch's FlopCounterMode has hooks for the gradients of
+    # what any module is given, and cannot have them for leaves, which the library gives to this.
+    def __call__(self, *given: Tensor) -> Any:
         output = self.part(*(self._received(x) for x in given))
         if self.gives is None:
             return output
