@@ -90,7 +90,9 @@ REFUSED: Mapping[tuple[str, str], str] = {
 }
 
 # What parallelize() hands to a strategy that takes it, beside the options that a user gives.
-GIVEN = ("units", "value_of", "borrow", "sub", "param_dtype", "compute_dtype")
+GIVEN = (
+    "units", "value_of", "borrow", "sub", "param_dtype", "compute_dtype", "recompute",
+)  # fmt: skip
 
 
 def parallelize(
@@ -166,6 +168,7 @@ def parallelize(
         "sub": partial(mesh.sub, row.axes[0]),
         "param_dtype": param_dtype,
         "compute_dtype": param_dtype,
+        "recompute": recompute,
     }
     applied = row.apply(model, *lanes, **{k: v for k, v in given.items() if k in takes}, **options)
     if not isinstance(applied, Applied):
@@ -178,7 +181,7 @@ def parallelize(
         for part in applied.pipeline.parts.values() if applied.pipeline else [model]:
             compute_in(part, param_dtype, parameters="param_dtype" not in takes)
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
-    watch = FirstNonFinite(leaves)
+    watch = FirstNonFinite(leaves, kept=applied.pipeline is not None)
     chain = Chain(watch, applied.sync)
     runner: Step
     if applied.pipeline is not None:

@@ -344,6 +344,9 @@ def test_what_a_pipeline_cannot_do_is_refused_in_one_line(mesh):
         dist_lab.parallelize(gpt(layers=4), mesh, "pp", bucket_mb=1)
     with pytest.raises(UserError, match="has no `stages`, and to cut its graph takes an input"):
         dist_lab.parallelize(odd(), mesh, "pp")
+    with pytest.raises(UserError, match="recompute computes a block again for the whole of its"):
+        model = gpt(layers=4)
+        dist_lab.parallelize(model, mesh, "pp", schedule="zb", units=model.units, recompute=1)
     with pytest.raises(UserError, match="3 do not divide by 2 ranks of pp"):
         job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule="interleaved")
         job.run(pairs_of(3), cross_entropy(48))

@@ -114,7 +114,8 @@ def test_every_strategy_that_recomputes_equals_one_process_that_does_not(
 ):
     report = dist_lab.verify(
         lambda: build(strategy, name), lambda step: batch_of(name, step), mesh, strategy, impl,
-        microbatches=2, clip=0.5, units=model_units(name), recompute=1, **plan_of(strategy, name, impl),
+        microbatches=2, clip=0.5, units=model_units(name), recompute=1,
+        **plan_of(strategy, name, impl),
         steps=2,  # in which a strategy learns, and one like all others
     )  # fmt: skip
     assert report.equal, report.sentence()

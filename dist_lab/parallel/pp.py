@@ -52,6 +52,7 @@ from dist_lab.parallel.pp_schedules import (
     make,
     mark_gradients_complete,
     placement,
+    splits_backward,
 )
 from dist_lab.parallel.pp_stages import Shape, Shapes, Sub, Tied, keep_stages
 from dist_lab.parallel.split_backward import Debts, SplitBackward
@@ -70,6 +71,7 @@ def apply(
     balance: str = "cost",
     example_inputs: Tensor | None = None,
     emulate_compute: float = 0.0,
+    recompute: int = 0,
 ) -> Applied:
     """Keep this rank's stages of a model, and make the pipeline that runs them.
 
@@ -84,16 +86,24 @@ def apply(
             that has `stages` costs its parameters, and any other model cannot be cut.
         emulate_compute: milliseconds that a unit of compute is made to take at least, asleep:
             to see what a schedule is worth with fewer cores than ranks.
+        recompute: whether blocks compute again in backward, which then must be in one piece.
 
     Raises:
         UserError: more stages than blocks, a model that cannot be cut, a schedule that is not
             right or not for so many ranks.
     """
     rank_of = placement(schedule, axis.size, chunks)
+    if recompute and splits_backward(schedule):
+        raise UserError(
+            "recompute computes a block again for the whole of its backward, which schedule "
+            f"{schedule} does in two halves; leave it out, or take schedule 1f1b"
+        )
     kept = keep_stages(
         model, axis, rank_of, value_of=value_of, sub=sub, balance=balance,
         example=example_inputs, compute_dtype=compute_dtype,
     )  # fmt: skip
+    if example_inputs is not None:
+        kept.shapes.of(example_inputs)  # now, and not in a step that is measured
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
     executor = Executor(
         axis, kept.parts, kept.shapes, rank_of, schedule_for, emulate_compute / 1000
@@ -192,7 +202,7 @@ class Flight:
         self.leaving: deque[list[ops.Pending]] = deque()
         self.held: dict[tuple[int, int], Held] = {}
         self.slots: list[Slot] = []
-        self.waited = True  # for what the action to come is given
+        self.made_at = 0.0  # when, of what the next action is given: [Note: an emulated device]
         self.peak = 0
         self.training = torch.is_grad_enabled()
         self.total = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
@@ -274,17 +284,21 @@ class Flight:
     def timed(self, action: Action) -> Iterator[None]:
         """Note when it began and ended; and have it take as long as is emulated.
 
-        An emulated device is like a real one that has its work queued: an action that has waited
-        for nobody begins where the one before has ended, whatever this process did in between.
+        [Note: an emulated device] It is like a real one that has its work queued, and a network
+        that is fast: an action begins when the one before it has ended and what it is given has
+        been made, by the clock, and ends so much later. That a process woke up late, or a message
+        took its time, does not count, unless it takes longer than the action. For that a message
+        carries when it was made; the ranks are taken to be on one machine, and to have one clock.
         """
         least = COSTS[action.op] * self.executor.seconds_per_unit
-        queued = least and self.slots and not self.waited
-        began = self.slots[-1].end if queued else time.perf_counter()
+        began = time.perf_counter()
+        if least and (self.slots or self.made_at):
+            began = max(self.slots[-1].end if self.slots else 0.0, self.made_at)
         yield
         ended = max(began + least, time.perf_counter())
         time.sleep(max(0.0, ended - time.perf_counter()))
         self.slots.append(Slot(action, began, ended))
-        self.waited = False
+        self.made_at = 0.0
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -292,10 +306,10 @@ class Flight:
         """What a neighboring stage has made: here, or on another rank."""
         if (made, by, m) in self.made:
             return self.made.pop((made, by, m))
-        began = time.perf_counter()
-        values = tuple(pending.wait() for pending in self.coming.pop((made, by, m)))
-        self.waited = time.perf_counter() - began > 1e-4  # what has come takes no time
-        return values
+        values = [pending.wait() for pending in self.coming.pop((made, by, m))]
+        if self.executor.seconds_per_unit:
+            self.made_at = float(values.pop())
+        return tuple(values)
 
     def receive(self, made: Op, by: int, m: int, shapes: Sequence[Shape]) -> None:
         """Post the receives of what a stage on another rank is making, or about to make."""
@@ -303,10 +317,14 @@ class Flight:
         new = torch.zeros if self.axis.wire.pretended else torch.empty
         device, peer = self.axis.wire.device, self.schedule.rank_of[by]
         buffers = [new(s.shape, dtype=s.dtype, device=device) for s in shapes]
+        if self.executor.seconds_per_unit:
+            buffers.append(torch.zeros(1, dtype=torch.float64, device=device))
         self.coming[made, by, m] = ops.exchange([], [(b, peer) for b in buffers], self.axis)
 
     def send(self, values: Values, to: int) -> None:
         peer = self.schedule.rank_of[to]
+        if self.executor.seconds_per_unit:
+            values = (*values, torch.tensor([self.slots[-1].end], dtype=torch.float64))
         self.leaving.append(ops.exchange([(x, peer) for x in values], [], self.axis))
         while len(self.leaving) > IN_FLIGHT:
             self.until_left()

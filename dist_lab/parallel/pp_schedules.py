@@ -54,7 +54,7 @@ __all__ = [
     "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
     "add_communication", "bubble", "check", "forward_only", "gpipe", "interleaved", "length",
     "load", "make", "mark_gradients_complete", "one_f_one_b", "peak_activations", "placement",
-    "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
+    "render", "save", "splits_backward", "timeline", "zero_bubble", "zero_bubble_v",
 ]  # fmt: skip
 
 
@@ -247,6 +247,12 @@ def placement(name: str, ranks: int, chunks: int | None = None) -> dict[int, int
     if name in SCHEDULES:
         return make(name, ranks, ranks, chunks).rank_of
     return make(name, ranks, load(name).microbatches, chunks).rank_of
+
+
+def splits_backward(name: str) -> bool:
+    """Whether a schedule, by name or from a file, does backward in two halves."""
+    known = SCHEDULES.get(name)
+    return (load(name) if known is None else known.make(1, 1)).splits_backward
 
 
 # --- passes: from a schedule to a schedule --------------------------------------------------------

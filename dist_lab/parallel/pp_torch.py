@@ -61,8 +61,9 @@ def apply(
     """Keep this rank's stages of a model, and hand each to `PipelineStage`. Arguments as in pp.py.
 
     Raises:
-        UserError: what pp.py refuses, and a schedule from a file. In a step, before anything is
-            sent: micro-batches of several shapes, or of a number that the library does not take.
+        UserError: what pp.py refuses, a schedule from a file, a gradient that would be lost. In a
+            step, before anything is sent: micro-batches of several shapes, or of a number that the
+            library does not take.
     """
     if schedule not in LIBRARYS:
         raise UserError(
@@ -79,6 +80,8 @@ def apply(
         compute_dtype=compute_dtype,
     )  # fmt: skip
     pipeline = TorchPipeline(axis, kept.parts, kept.shapes, len(rank_of), schedule)
+    if example_inputs is not None:
+        pipeline.learn(example_inputs)  # now, so that what is refused is, and no step pays for it
     own = "one stage" if len(kept.parts) == 1 else f"{len(kept.parts)} stages"
     about = f"torch {LIBRARYS[schedule]}, {own} a rank, shapes known, scale_grads=False"
     return Applied(
@@ -110,6 +113,7 @@ class TorchPipeline:
         # No more than a few, as each has room for what it receives: to train and to evaluate.
         self.prepared = lru_cache(maxsize=4)(self._prepare)
         self.loss_fn: LossFn | None = None  # of the run that is under way
+        self.safe = name not in SPLIT_BACKWARD  # no stage loses a gradient
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
         self._refuse_number(len(microbatches))
@@ -161,13 +165,19 @@ class TorchPipeline:
 
     # --- the library's objects --------------------------------------------------------------------
 
+    def learn(self, x: Tensor) -> list[list[Shape]]:
+        """What stages are given of a micro-batch like x."""
+        given = self.shapes.of(x)
+        if not self.safe:
+            _refuse_lost_gradients(self.shapes, given)
+            self.safe = True
+        return given
+
     def _prepare(
         self, microbatches: int, shape: torch.Size, dtype: torch.dtype, training: bool
     ) -> tuple[Any, list[Any]]:
         """A schedule, and its stages."""
-        given = self.shapes.of(torch.empty(shape, dtype=dtype, device="meta"))
-        if training and self.name in SPLIT_BACKWARD:
-            _refuse_lost_gradients(self.shapes, given)
+        given = self.learn(torch.empty(shape, dtype=dtype, device="meta"))
         # What the last one gives is not sent, and may be said to be anything.
         metas = [tuple(map(_meta, shapes)) for shapes in given] + [(torch.empty(0, device="meta"),)]
         ends = {s: {"input_args": metas[s], "output_args": metas[s + 1]} for s in self.parts}
@@ -297,12 +307,13 @@ def _refuse_lost_gradients(shapes: Shapes, given: Sequence[Sequence[Shape]]) -> 
     for stage, ghost in list(enumerate(shapes.ghosts))[1:-1]:
         inputs = [_meta(shape) for shape in given[stage]]
         trained = [p for p in ghost.parameters() if p.requires_grad]
-        whole = [x.requires_grad for x in ghost(*inputs)]
-        for p in trained:
-            p.requires_grad_(False)
-        by_inputs = [x.requires_grad for x in ghost(*inputs)]
-        for p in trained:
-            p.requires_grad_(True)
+        with torch.enable_grad():
+            whole = [x.requires_grad for x in ghost(*inputs)]
+            for p in trained:
+                p.requires_grad_(False)
+            by_inputs = [x.requires_grad for x in ghost(*inputs)]
+            for p in trained:
+                p.requires_grad_(True)
         if whole != by_inputs:
             raise UserError(
                 f"stage {stage} gives what depends on its weights alone, and PyTorch's zero bubble "

@@ -17,10 +17,12 @@ class FirstNonFinite(Sync):
     """Holds the name of the first such parameter of this step, in the order of backward.
 
     leaves: name -> the tensor whose `.grad` is this rank's own.
+    kept: gradients stay there from the first micro-batch to the last, which is then the time to
+        look: a NaN does not go away by being added to.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
-        self.leaves, self.found = leaves, ""
+    def __init__(self, leaves: Mapping[str, Tensor], *, kept: bool = False) -> None:
+        self.leaves, self.kept, self.found = leaves, kept, ""
 
     def take(self) -> str:
         """The name, or "" if there is none; forgotten from now on."""
@@ -28,6 +30,8 @@ class FirstNonFinite(Sync):
         return found
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        if self.kept and not last:
+            return
         for name in names:
             gradient = self.leaves[name].grad
             # A sum is the cheapest pass that any NaN or infinity survives. It may also overflow
