@@ -317,6 +317,11 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
             f"regather gathers again what --sequence-parallel has cut ({where['regather']}); give "
             "both"
         )
+    if config.emulate_compute is not None and config.impl != "hand":
+        raise UserError(
+            f"emulate_compute is of what is written here, {config.strategy}@{config.impl} is a "
+            f"library's ({where['emulate_compute']}); leave it out, or give --impl hand"
+        )
     for name in {option for other in STRATEGIES.values() for option in other.options}:
         if getattr(config, name) is not None and name not in strategy.options:
             takers = [f"--strategy {n}" for n, s in STRATEGIES.items() if name in s.options]

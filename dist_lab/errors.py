@@ -14,6 +14,10 @@ class UserError(ValueError):
     exit_status = 2
 
 
+class Drawn(UserError):
+    """One whose line is followed by a drawing of the place, line by line."""
+
+
 class MachineError(RuntimeError):
     """What was asked for is fine; the machine, its files or its network refuse."""
 

@@ -211,6 +211,29 @@ BAD_FLAGS = [
         "it out, or give --strategy tp"),
     ("--strategy tp --regather", "regather gathers again what --sequence-parallel has cut "
         "(--regather); give both"),
+    ("--strategy pp --nproc 8 --oversubscribe", "8 stages (8 ranks of pp x 1) are more than the 4 "
+        "blocks of gpt tiny (--mesh); give --layers 8, or a smaller pp"),
+    ("--strategy pp --nproc 2 --microbatches 5", "batch 32 does not divide into 1 data-parallel "
+        "ranks x 5 microbatches = 5 (--batch); give --batch 30"),
+    ("--strategy pp --nproc 4 --layers 8 --schedule interleaved --microbatches 2", "interleaved "
+        "takes micro-batches in groups of one a rank, and 2 do not divide by 4 ranks of pp "
+        "(--microbatches); give --microbatches 4"),
+    ("--schedule zb", "strategy single has no schedule (--schedule); leave it out, or give "
+        "--strategy pp"),
+    ("--strategy pp --nproc 2 --schedule zbb", "no schedule 'zbb', and no such file (No such file "
+        "or directory) (--schedule); give gpipe, 1f1b, interleaved, zb or zbv (did you mean zb?), "
+        "or a file of one row a rank: 0F0,0F1,0B0,0B1"),
+    ("--strategy pp --nproc 2 --schedule zb --chunks 2", "schedule zb has 1 stage a rank, not 2 "
+        "(--chunks); leave it out, or give --schedule interleaved"),
+    ("--strategy pp --nproc 2 --schedule zb --recompute 1", "recompute computes a block again for "
+        "the whole of its backward, which schedule zb does in two halves (--recompute); leave it "
+        "out, or give --schedule 1f1b"),
+    ("--strategy pp --impl torch --emulate-compute 20", "emulate_compute is of what is written "
+        "here, pp@torch is a library's (--emulate-compute); leave it out, or give --impl hand"),
+    ("--strategy pp --emulate-compute 0", "emulate_compute cannot be 0.0 (--emulate-compute); give "
+        "a finite number above 0"),
+    ("--model resnet18 --layers 3", "model resnet18 has 8 blocks, no more and no fewer (--layers); "
+        "leave it out"),
     ("--strategy tp --nproc 3", "gpt tiny has 4 heads and 2 of keys and values, which 3 ranks of "
         "tp@hand cannot share out (--mesh); degrees that work: 1, 2, 4; give --mesh tp=2"),
     ("--strategy tp --impl torch --nproc 4", "gpt tiny has 4 heads and 2 of keys and values, which "
@@ -455,7 +478,7 @@ def test_a_preset_says_what_it_is_about_and_sets_what_differs(path):
 
 
 def test_the_command_line_offers_what_the_library_has():
-    from dist_lab import compose, mesh, train, zoo
+    from dist_lab import compose, config, mesh, train, zoo
 
     offered = {(name, impl) for name, row in STRATEGIES.items() for impl in row.impls}
     assert offered == set(compose.STRATEGIES)
@@ -463,6 +486,9 @@ def test_the_command_line_offers_what_the_library_has():
     choices = {f.name: set(f.metadata.get("choices", ())) for f in dataclasses.fields(Config)}
     assert choices["model"] == set(zoo.SIZES)
     assert choices["size"] == set().union(*zoo.SIZES.values())
+    for name, model in zoo.MODELS.items():
+        for size, shape in zoo.SIZES[name].items():
+            assert config.MODELS[name].blocks[size] == shape.get("layers", len(model.units))
     assert choices["dtype"] == set(train.DTYPES)
     assert choices["optimizer"] == set(train.OPTIMIZERS)
 
@@ -476,3 +502,14 @@ def test_a_flag_that_means_nothing_to_a_program_is_unknown_there_but_a_shared_fi
     assert (config.val_every, config.steps) == (7, 5)
     with pytest.raises(UserError, match="no flag '--val-every'"):
         parse(["--val-every", "3"], without=["val_every"])
+
+
+def test_a_schedule_that_deadlocks_is_shown_with_the_place_before_a_rank_starts(file):
+    path = file("0F0,0B0,0F1,0B1\n1F1,1F0,1B0,1B1\n")
+    said = refusal("--strategy", "pp", "--nproc", "2", "--microbatches", "2", "--schedule", path)
+    assert said.splitlines() == [
+        "schedule run.toml: deadlock: rank 0 waits in 0B0 for 1B0, rank 1 waits in 1F1 for 0F1; on "
+        "rank 0 move 0F1 before 0B0",
+        "  rank 0: 0F0 [0B0] 0F1 0B1   <-- waits for 1B0",
+        "  rank 1: [1F1] 1F0 1B0 1B1   <-- waits for 0F1",
+    ]

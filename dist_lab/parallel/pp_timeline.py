@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dist_lab.errors import UserError
+from dist_lab.errors import Drawn
 from dist_lab.parallel.pp_actions import COMPUTE, COSTS, Action, Op, Schedule
 
 Costs = Mapping[Op, float]
@@ -341,7 +341,7 @@ def _refuse(schedule: Schedule, why: str, marks: Marks) -> NoReturn:
         lines.append(f"  rank {rank}: {row}" + (f"   <-- {remark}" if remark else ""))
     if len(schedule.ranks) > ROWS:
         lines.append(f"  and {len(schedule.ranks) - ROWS} more ranks")
-    raise UserError("\n".join(lines))
+    raise Drawn("\n".join(lines))
 
 
 # --- what it costs, and what it looks like --------------------------------------------------------

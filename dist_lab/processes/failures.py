@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dist_lab.errors import MachineError, UserError
+from dist_lab.errors import Drawn, MachineError, UserError
 
 # What gloo says on a rank that is fine when another one is not, and how far that is from the cause.
 SECOND_HAND = {
@@ -26,7 +26,7 @@ class Failure:
     """How a rank failed, in plain text, so that it travels from any process.
 
     Attributes:
-        what: the failure in one line.
+        what: the failure in one line; of one that is Drawn, in several.
         story: the traceback, or how the process died; ends in a newline.
         refused: it is a UserError or MachineError, and `what` is all that its reader needs.
         second_hand: 0 for a failure of the rank itself, above for a trace of another's.
@@ -45,7 +45,7 @@ class Failure:
     def of(rank: int, error: BaseException) -> "Failure":
         story = "".join(traceback.format_exception(error))
         if isinstance(error, UserError | MachineError):
-            what = " ".join(str(error).split())
+            what = str(error) if isinstance(error, Drawn) else " ".join(str(error).split())
             return Failure(rank, what, story, refused=True, status=error.exit_status)
         what = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         return Failure(rank, what, story, second_hand=second_hand(error))
