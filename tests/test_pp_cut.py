@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_lab import zoo
 from dist_lab.errors import UserError
-from dist_lab.parallel import pp_cut
+from dist_lab.parallel import pp_cut, pp_trace
 
 INF = float("inf")
 IMAGE = (2, 12, 8)
@@ -369,11 +369,11 @@ def as_processes(stages, x):
 
 
 def stages_of(model, x, n):
-    traced = pp_cut.trace(model, x)
-    nodes, costs, carried = pp_cut.node_costs(traced, x)
+    traced = pp_trace.trace(model, x)
+    nodes, costs, carried = pp_trace.node_costs(traced, x)
     starts = pp_cut.cut(costs, n, carried)
     assert len(nodes) == len(costs) == len(carried)
-    return pp_cut.split(traced, starts)
+    return pp_trace.split(traced, starts)
 
 
 def assert_same(a, b):
@@ -405,11 +405,11 @@ def test_wherever_a_cut_is_allowed_two_stages_are_the_model(name):
     build, example, _ = GRAPHS[name]
     reference = build()
     expected = whole(reference, example())
-    _, _, carried = pp_cut.node_costs(pp_cut.trace(build(), example()), example())
+    _, _, carried = pp_trace.node_costs(pp_trace.trace(build(), example()), example())
     for i in range(1, len(carried)):
         if carried[i] < INF:
             model = build()
-            stages = pp_cut.split(pp_cut.trace(model, example()), [0, i])
+            stages = pp_trace.split(pp_trace.trace(model, example()), [0, i])
             assert_same(as_processes(stages, example()), expected)
             for its, mine in zip(reference.parameters(), model.parameters(), strict=True):
                 same = its.grad is mine.grad is None or torch.equal(its.grad, mine.grad)
@@ -438,21 +438,21 @@ def test_a_stage_holds_the_model_s_own_parameters_under_their_names(name):
 
 def test_a_value_that_skips_stages_is_passed_through_and_counted_once_at_each_cut():
     model, x = seeded(UNet), pixels()
-    traced = pp_cut.trace(model, x)
-    nodes, costs, carried = pp_cut.node_costs(traced, x)
+    traced = pp_trace.trace(model, x)
+    nodes, costs, carried = pp_trace.node_costs(traced, x)
     for i in range(1, len(nodes)):
-        first, _ = pp_cut.split(traced, [0, i])
+        first, _ = pp_trace.split(traced, [0, i])
         assert carried[i] == sum(v.numel() for v in first(x))
     starts = pp_cut.cut(costs, len(nodes), carried)
     assert starts == list(range(len(nodes)))
-    widest = max(len(s.graph.find_nodes(op="placeholder")) for s in pp_cut.split(traced, starts))
+    widest = max(len(s.graph.find_nodes(op="placeholder")) for s in pp_trace.split(traced, starts))
     assert widest == 3
 
 
 def test_a_node_costs_its_operations_and_what_it_puts_out():
     x = torch.empty(5, 6, device="meta")
-    traced = pp_cut.trace(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), x)
-    nodes, costs, carried = pp_cut.node_costs(traced, x)
+    traced = pp_trace.trace(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), x)
+    nodes, costs, carried = pp_trace.node_costs(traced, x)
     assert [n.target for n in nodes] == ["0", "1"]
     assert costs == [2 * 5 * 6 * 4 + 20, 20]
     assert carried[1] == 20
@@ -460,7 +460,7 @@ def test_a_node_costs_its_operations_and_what_it_puts_out():
 
 def forbidden(name):
     build, example, _ = GRAPHS[name]
-    nodes, _, carried = pp_cut.node_costs(pp_cut.trace(build(), example()), example())
+    nodes, _, carried = pp_trace.node_costs(pp_trace.trace(build(), example()), example())
     return " ".join(n.name for n, sent in zip(nodes, carried, strict=True) if sent == INF)
 
 
@@ -547,7 +547,7 @@ def test_what_cannot_be_traced_is_refused_in_a_line_that_says_what_to_do(build, 
     model = build()
     chance = torch.get_rng_state()
     with pytest.raises(UserError, match=why) as refused:
-        pp_cut.trace(model, rows())
+        pp_trace.trace(model, rows())
     assert "; give the model `stages`, globs" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert torch.equal(chance, torch.get_rng_state())

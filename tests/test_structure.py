@@ -87,7 +87,8 @@ def test_the_models_know_nothing_of_the_rest():
 
 
 SHARED_PARTS = {
-    "buckets", "pp_actions", "pp_cut", "pp_schedules", "pp_stages", "pp_timeline", "residual",
+    "buckets", "pp_actions", "pp_cut", "pp_schedules", "pp_stages", "pp_timeline", "pp_trace",
+    "residual",
     "shards", "split_backward", "split_linear", "sync", "tp_plan", "vocabulary", "wrapped",
 }  # fmt: skip
 

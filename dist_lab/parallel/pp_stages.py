@@ -17,16 +17,8 @@ from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid, On
 from dist_lab.mesh import Axis
-from dist_lab.parallel.pp_cut import (
-    cut,
-    meta_copy,
-    node_costs,
-    pieces_by_seams,
-    seam_costs,
-    seams,
-    split,
-    trace,
-)
+from dist_lab.parallel.pp_cut import cut, meta_copy, pieces_by_seams, seam_costs, seams
+from dist_lab.parallel.pp_trace import node_costs, split, trace
 from dist_lab.parallel.sync import Sync
 
 Sub = Callable[[Sequence[int]], Axis | None]
