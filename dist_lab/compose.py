@@ -21,7 +21,7 @@ from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook
 from dist_lab.job import Job
 from dist_lab.layout import Shard
-from dist_lab.mesh import Mesh
+from dist_lab.mesh import DATA_AXES, Mesh
 from dist_lab.meta import come_to_life, is_meta, piece_by_piece
 from dist_lab.parallel import (
     ddp,
@@ -91,7 +91,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
 
 # What parallelize() hands to a strategy that takes it, beside the options that a user gives.
 GIVEN = (
-    "units", "value_of", "borrow", "sub", "param_dtype", "compute_dtype", "recompute",
+    "units", "value_of", "borrow", "sub", "param_dtype", "compute_in", "recompute",
 )  # fmt: skip
 
 
@@ -143,6 +143,10 @@ def parallelize(
     _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
     _refuse_what_cannot_train(model)
     _refuse_earlier_optimizers(model)
+    if sync_batchnorm and not set(row.axes) & set(DATA_AXES):
+        raise UserError(
+            f"{strategy} shares out no rows for sync_batchnorm to put together; leave it out"
+        )
     lanes = [mesh.lane(name) for name in row.axes]
     takes = signature(row.apply).parameters
     value_of = _own(model)
@@ -167,7 +171,7 @@ def parallelize(
         "borrow": mesh.lane(row.axes[0]) if "borrow" in takes else None,
         "sub": partial(mesh.sub, row.axes[0]),
         "param_dtype": param_dtype,
-        "compute_dtype": param_dtype,
+        "compute_in": partial(_narrow, param_dtype) if param_dtype is not None else None,
         "recompute": recompute,
     }
     applied = row.apply(model, *lanes, **{k: v for k, v in given.items() if k in takes}, **options)
@@ -177,9 +181,8 @@ def parallelize(
     counted = [name for name, laid in applied.laid.items() if laid.alias_of is None]
     known = counted if applied.pipeline is not None else here  # of a pipeline some are elsewhere
     assert names == known == counted, "a strategy changes no parameter's name"
-    if param_dtype is not None:
-        for part in applied.pipeline.parts.values() if applied.pipeline else [model]:
-            compute_in(part, param_dtype, parameters="param_dtype" not in takes)
+    if param_dtype is not None and "compute_in" not in takes:
+        compute_in(model, param_dtype, parameters="param_dtype" not in takes)
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.pipeline is not None)
     chain = Chain(watch, applied.sync)
@@ -202,6 +205,10 @@ def _agree(model: nn.Module, mesh: Mesh, broadcast: bool) -> None:
             ops.broadcast_into(tensor.detach(), mesh.world).wait()
     elif not is_meta(model):  # what has no values yet will be drawn by the same seed
         check_tensors_agree(state, mesh.world)
+
+
+def _narrow(dtype: torch.dtype, part: nn.Module, inputs: bool) -> None:
+    compute_in(part, dtype, inputs=inputs)
 
 
 def _own(model: nn.Module) -> Callable[[str], Tensor]:

@@ -24,7 +24,7 @@ from dist_lab.choices import (
     check_split,
 )
 from dist_lab.errors import UserError
-from dist_lab.parallel.pp_schedules import check, make
+from dist_lab.parallel.pp_schedules import make
 from dist_lab.settings import one_of, read, setting, shown
 
 C = TypeVar("C", bound="Config")
@@ -169,9 +169,9 @@ class Config:
                 f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
             )
         axes = asked or STRATEGIES[self.strategy].default_axes(size)
+        self.check_pipeline(axes.get("pp", 1))
         self.check_batch(axes)
         self.check_split(axes.get("tp", 1))
-        self.check_pipeline(axes.get("pp", 1))
         return axes
 
     def data_wanted(self) -> dict[str, Any]:
@@ -214,7 +214,6 @@ class Config:
         if self.strategy != "pp":
             return
         schedule = make(self.schedule or "1f1b", ranks, self.microbatches, self.chunks)
-        check(schedule)
         if schedule.stages > self.blocks:
             raise UserError(
                 f"{schedule.stages} stages ({ranks} ranks of pp x {schedule.stages // ranks}) are "
@@ -342,6 +341,11 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
     if config.layers is not None and config.model == "resnet18":
         raise UserError(
             f"model resnet18 has 8 blocks, no more and no fewer ({where['layers']}); leave it out"
+        )
+    if config.sync_batchnorm and config.strategy == "pp":
+        raise UserError(
+            f"pp shares out no rows, which BatchNorm could put together ({where['sync_batchnorm']}"
+            "); leave it out"
         )
     if config.sync_batchnorm and config.model != "resnet18":
         raise UserError(

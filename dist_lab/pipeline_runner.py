@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_lab.comm.wire import Wire
@@ -47,6 +48,8 @@ class PipelineRunner(Step):
             self.sync.microbatch(last=before)
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         for name in self._parameters:
             self._refuse_closed(name)
         self._open = set(self._names)

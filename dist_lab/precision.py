@@ -23,11 +23,14 @@ from dist_lab.hooks import ModuleHook
 from dist_lab.recompute import Recomputed
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype, *, parameters: bool = True) -> None:
+def compute_in(
+    model: nn.Module, dtype: torch.dtype, *, parameters: bool = True, inputs: bool = True
+) -> None:
     """Make every forward of the model, or of a module in it, compute in `dtype`.
 
     Args:
         parameters: False where the strategy lends them in that dtype already: inputs alone.
+        inputs: False where they come from within the model, in the dtype that they have there.
 
     Raises:
         UserError: a recurrent layer, which keeps its weights where no shadow reaches.
@@ -35,7 +38,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, parameters: bool = True)
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise UserError(f"{name} is recurrent and computes in its own dtype alone: use float32")
-    shadows = Shadows(dtype, parameters)
+    shadows = Shadows(dtype, parameters, inputs)
     for module in model.modules():
         module.register_forward_pre_hook(ModuleHook(shadows.enter), with_kwargs=True)
         module.register_forward_hook(ModuleHook(shadows.leave), always_call=True)
@@ -50,8 +53,8 @@ class Shadows:
     submodule's.
     """
 
-    def __init__(self, dtype: torch.dtype, parameters: bool) -> None:
-        self.dtype, self.parameters = dtype, parameters
+    def __init__(self, dtype: torch.dtype, parameters: bool, inputs: bool) -> None:
+        self.dtype, self.parameters, self.inputs = dtype, parameters, inputs
         self.inside: list[nn.Module] = []  # whose forwards are under way, outermost first
         self.shadowed: list[tuple[nn.Module, str, Tensor | None]] = []  # and what was there
 
@@ -62,7 +65,7 @@ class Shadows:
         if len(self.inside) > 1:
             return None
         self._put(module)
-        return self._cast(args), self._cast(kwargs)
+        return (self._cast(args), self._cast(kwargs)) if self.inputs else None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         # It is told of every exception, also one of a hook that came before `enter`.

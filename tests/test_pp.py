@@ -326,6 +326,117 @@ def test_a_run_can_be_seen_as_it_was(mesh):
     assert rows[1][0].start >= rows[0][0].end  # what is given must have been made
 
 
+# --- models with oddities -------------------------------------------------------------------------
+
+
+def width_six():
+    return nn.Linear(6, 6)
+
+
+def one_relu_twice():
+    relu = nn.ReLU()
+    return nn.Sequential(width_six(), relu, width_six(), relu)
+
+
+def one_linear_twice():
+    linear = width_six()
+    return nn.Sequential(linear, nn.Tanh(), linear, nn.Tanh())
+
+
+def in_place_across_the_cut():
+    return nn.Sequential(width_six(), nn.BatchNorm1d(6), nn.ReLU(inplace=True), width_six())
+
+
+class Scaled(nn.Module):
+    """Holds a parameter itself, and around a layer that others hold, too."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(())), inner
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+def a_layer_within_one_that_is_split():
+    linear = width_six()
+    return nn.Sequential(width_six(), nn.Tanh(), nn.Sequential(linear, Scaled(linear)), nn.Tanh())
+
+
+class Aliased(nn.Module):
+    """A block that has a second name, which no forward uses."""
+
+    stages = ("blocks.*",)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(width_six(), nn.BatchNorm1d(6)) for _ in range(2))
+        self.final = self.blocks[1]
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def rows_of_six(step, rows=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(rows, 6, generator=generator, dtype=dtype)
+    return x, x.roll(1, -1)
+
+
+def squares(out, y):
+    return (out - y).square().sum()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        one_relu_twice, one_linear_twice, in_place_across_the_cut,
+        a_layer_within_one_that_is_split, Aliased,
+    ],
+)  # fmt: skip
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_models_with_oddities_equal_one_process(build, schedule, mesh):
+    if build is Aliased and schedule == "zbv":
+        pytest.skip("it has two blocks, zbv four stages")
+
+    def made():
+        torch.manual_seed(0)
+        return build().double()
+
+    report = dist_lab.verify(
+        made, rows_of_six, mesh, "pp", schedule=schedule, microbatches=2, loss_sum=squares,
+        balance="count",
+    )  # fmt: skip
+    assert report.equal, report.sentence()  # buffers, too, under each of their names
+
+
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_a_block_with_two_names_lies_on_its_stage_alone(mesh):
+    job = dist_lab.parallelize(Aliased(), mesh, "pp")
+    assert sum(p.numel() for p in job.parameters()) == 6 * 6 + 6 + 6 + 6
+
+
+class ToFloat(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_what_a_model_computes_in_float32_stays_that_across_a_cut(mesh):
+    # One process casts what the model is given, and nothing after that.
+    model = nn.Sequential(width_six(), ToFloat(), nn.Identity(), nn.Tanh())
+    job = dist_lab.parallelize(model, mesh, "pp", param_dtype=torch.bfloat16, balance="count")
+    seen = []
+
+    def loss(out, y):
+        seen.append(out.dtype)
+        return squares(out, y)
+
+    job.run([rows_of_six(0, dtype=torch.float32)], loss)
+    assert seen == [torch.float32] * mesh.rank  # the last stage alone sees it
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -385,3 +496,46 @@ def test_the_whole_of_it_runs_without_a_process_group():
     job = dist_lab.parallelize(vit(layers=4), init_mesh(pp=1), "pp")
     x, y = batch_of("vit", 0)
     assert job.run([(x, y)], cross_entropy(8)) > 0
+
+
+class Forgets(nn.Module):
+    stages = ("a", "b")
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = width_six(), width_six()
+
+    def forward(self, x):
+        return self.b(self.a(x)) * 2
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = width_six(), width_six()
+
+    def forward(self, x):
+        return self.b(self.a(x)) if self.training else self.a(x)
+
+
+class Complex(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x)
+
+
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_what_would_be_another_model_is_refused(mesh):
+    x, _ = rows_of_six(0, dtype=torch.float32)
+    with pytest.raises(UserError, match="do not do what its forward does: that would be another"):
+        dist_lab.parallelize(Forgets(), mesh, "pp", example_inputs=x)
+    with pytest.raises(UserError, match="its forward asks whether it is in training"):
+        dist_lab.parallelize(Asks(), mesh, "pp", example_inputs=x)
+    with pytest.raises(UserError, match="one of complex numbers, which is not sent"):
+        model = nn.Sequential(width_six(), Complex(), nn.Identity(), nn.Identity())
+        dist_lab.parallelize(model, mesh, "pp", example_inputs=x, balance="count")
+    with pytest.raises(UserError, match="shares out no rows for sync_batchnorm"):
+        model = in_place_across_the_cut()
+        dist_lab.parallelize(model, mesh, "pp", sync_batchnorm=True)
+    job = dist_lab.parallelize(gpt(layers=4), mesh, "pp")
+    with torch.no_grad(), pytest.raises(UserError, match=r"gradients, which are off here; call"):
+        job.run(pairs_of(2), cross_entropy(48))

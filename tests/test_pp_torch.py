@@ -19,7 +19,7 @@ from dist_lab.parallel.pp_schedules import check, make
 from dist_lab.parallel.pp_stages import Shape
 from dist_lab.parallel.sync import Sync
 
-SCHEDULES = tuple(pp_torch.LIBRARYS)
+SCHEDULES = tuple(pp_torch.LIBRARY_NAMES)
 MICROBATCHES = {1: 2, 2: 4, 3: 6, 4: 4}  # by ranks
 
 

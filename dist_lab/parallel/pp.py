@@ -54,8 +54,16 @@ from dist_lab.parallel.pp_schedules import (
     placement,
     splits_backward,
 )
-from dist_lab.parallel.pp_stages import Shape, Shapes, Sub, Tied, keep_stages
-from dist_lab.parallel.split_backward import Debts, SplitBackward
+from dist_lab.parallel.pp_stages import (
+    ComputeIn,
+    Shape,
+    Shapes,
+    Sub,
+    Tied,
+    check_shapes,
+    keep_stages,
+)
+from dist_lab.parallel.split_backward import Debts, SplitBackward, fresh
 from dist_lab.parallel.sync import Applied, Tell
 
 
@@ -65,7 +73,7 @@ def apply(
     *,
     value_of: Callable[[str], Tensor],
     sub: Sub,
-    compute_dtype: torch.dtype | None = None,
+    compute_in: ComputeIn | None = None,
     schedule: str = "1f1b",
     chunks: int | None = None,
     balance: str = "cost",
@@ -78,6 +86,7 @@ def apply(
     Args:
         value_of: name -> the whole value of a parameter, asked for once each.
         sub: some positions of `axis` -> an axis of theirs; None on other ranks. Collective.
+        compute_in: makes a stage compute in another dtype: see keep_stages.
         schedule: a name in SCHEDULES, or a file: see `load`.
         chunks: stages a rank, where the schedule leaves it open; default 2.
         balance: "cost": cut so that the slowest stage is as fast as can be; "count": so that it
@@ -86,7 +95,7 @@ def apply(
             that has `stages` costs its parameters, and any other model cannot be cut.
         emulate_compute: milliseconds that a unit of compute is made to take at least, asleep:
             to see what a schedule is worth with fewer cores than ranks.
-        recompute: whether blocks compute again in backward, which then must be in one piece.
+        recompute: not 0: blocks compute again in backward, which then must be in one piece.
 
     Raises:
         UserError: more stages than blocks, a model that cannot be cut, a schedule that is not
@@ -100,10 +109,10 @@ def apply(
         )
     kept = keep_stages(
         model, axis, rank_of, value_of=value_of, sub=sub, balance=balance,
-        example=example_inputs, compute_dtype=compute_dtype,
+        example=example_inputs, compute_in=compute_in,
     )  # fmt: skip
     if example_inputs is not None:
-        kept.shapes.of(example_inputs)  # now, and not in a step that is measured
+        kept.shapes.of(example_inputs, training=True)  # now, and not in a step that is measured
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
     executor = Executor(
         axis, kept.parts, kept.shapes, rank_of, schedule_for, emulate_compute / 1000
@@ -137,8 +146,9 @@ class Executor:
         schedule_for: Callable[[int], Schedule],
         seconds_per_unit: float = 0.0,
     ) -> None:
-        self.axis, self.parts, self.shapes, self.rank_of = axis, parts, shapes, rank_of
+        self.axis, self.parts, self.shapes = axis, parts, shapes
         self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
+        self.forwards = cache(lambda m: add_communication(forward_only(rank_of, m)))
         self.splitter = SplitBackward()
         self.slots: list[Slot] = []
         self.peak = 0
@@ -151,8 +161,7 @@ class Executor:
         return self._play(schedule, microbatches, loss_fn, tell)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
-        schedule = add_communication(forward_only(self.rank_of, len(microbatches)))
-        return self._play(schedule, microbatches, loss_fn, tell)
+        return self._play(self.forwards(len(microbatches)), microbatches, loss_fn, tell)
 
     def _play(
         self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell
@@ -196,7 +205,6 @@ class Flight:
     ) -> None:
         self.executor, self.schedule, self.axis = executor, schedule, executor.axis
         self.microbatches, self.loss_fn = microbatches, loss_fn
-        self.shapes = [executor.shapes.of(inputs) for inputs, _ in microbatches]
         self.made: dict[tuple[Op, int, int], Values] = {}  # outputs (F), gradients of inputs (I)
         self.coming: dict[tuple[Op, int, int], list[ops.Pending]] = {}
         self.leaving: deque[list[ops.Pending]] = deque()
@@ -205,6 +213,7 @@ class Flight:
         self.made_at = 0.0  # when, of what the next action is given: [Note: an emulated device]
         self.peak = 0
         self.training = torch.is_grad_enabled()
+        self.shapes = [executor.shapes.of(x, training=self.training) for x, _ in microbatches]
         self.total = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
 
     def do(self, action: Action) -> None:
@@ -243,7 +252,7 @@ class Flight:
                 given = (inputs,)
             elif self.training:
                 given = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in given)
-            output = self.executor.parts[stage](*given)
+            output = self.executor.parts[stage](*map(fresh, given))
             if stage == self.schedule.stages - 1:
                 share = one_number(self.loss_fn(output, targets))
                 self.total += share.detach()
@@ -251,7 +260,7 @@ class Flight:
                 if self.training:  # as if a stage after the last had sent it back
                     self.made[Op.I, stage + 1, m] = (torch.ones_like(share),)
             else:
-                _check_shapes(stage, output, self.shapes[m][stage + 1])
+                check_shapes(stage, output, self.shapes[m][stage + 1])
                 results = tuple(x for x in output if x.is_floating_point())
                 self.made[Op.F, stage, m] = tuple(x.detach() for x in output)
         if self.training:
@@ -332,13 +341,3 @@ class Flight:
     def until_left(self) -> None:
         for pending in self.leaving.popleft():
             pending.wait()
-
-
-def _check_shapes(stage: int, output: object, wanted: Sequence[Shape]) -> None:
-    values = output if isinstance(output, tuple) else (output,)
-    found = [Shape(x.shape, x.dtype) for x in values]
-    if found != list(wanted):
-        raise UserError(
-            f"stage {stage} gives {', '.join(map(str, found))}, and on the meta device it gave "
-            f"{', '.join(map(str, wanted))}; a pipeline needs shapes that do not depend on values"
-        )

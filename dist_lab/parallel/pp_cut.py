@@ -11,7 +11,7 @@ found on the meta device, where a model runs without values, in no time and in n
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import accumulate, pairwise
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,7 +146,8 @@ def pieces_by_seams(model: nn.Module) -> list[list[str]]:
     globs = seams(model)
     if globs is None:
         raise UserError(f"{type(model).__name__} has no `stages`: {BRING_STAGES}")
-    modules = {name: module for name, module in model.named_modules() if name}
+    every = model.named_modules(remove_duplicate=False)  # one that is used twice is there twice
+    modules = {name: module for name, module in every if name}
     is_block: dict[str, bool] = {}
     for glob in globs:
         pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
@@ -199,6 +201,43 @@ def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Tensor | None) -
                 put_out += elements(x)
             costs.append(float(operations() - began + put_out))
     return costs
+
+
+def check_whole(model: nn.Module, modules: Iterable[nn.Module], example: Tensor) -> None:
+    """See that modules run in turn do what the model does, operation for operation.
+
+    Args:
+        model, modules, example: on the meta device.
+
+    Raises:
+        UserError: they do something else.
+    """
+    with on_meta(), explained("the modules in `stages`, run in turn, fail"):
+        with _Operations() as wanted:
+            model(example)
+        with _Operations() as found:
+            x = example
+            for module in modules:
+                x = module(x)
+    if found.names != wanted.names:
+        raise UserError(
+            f"the modules in `stages` of {type(model).__name__}, run in turn, do not do what its "
+            "forward does: that would be another model; have `stages` name all that it calls"
+        )
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the operations of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 # --- the meta device ------------------------------------------------------------------------------

@@ -12,16 +12,18 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout import Laid, On
 from dist_lab.mesh import Axis
-from dist_lab.parallel.pp_cut import cut, meta_copy, pieces_by_seams, seam_costs, seams
+from dist_lab.parallel.pp_cut import check_whole, cut, meta_copy, pieces_by_seams, seam_costs, seams
 from dist_lab.parallel.pp_trace import node_costs, split, trace
 from dist_lab.parallel.sync import Sync
 
 Sub = Callable[[Sequence[int]], Axis | None]
+ComputeIn = Callable[[nn.Module, bool], None]
 BALANCES = ("cost", "count")
 
 
@@ -51,56 +53,53 @@ def keep_stages(
     sub: Sub,
     balance: str = "cost",
     example: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
+    compute_in: ComputeIn | None = None,
 ) -> Kept:
     """Cut a model into stages and keep, in place, those of this rank. See `pp.apply`.
 
     Args:
         rank_of: stage -> position on `axis`.
+        compute_in: (stage, whether its floating-point inputs are cast) makes it compute in another
+            dtype, in place.
     """
     if balance not in BALANCES:
         raise UserError(f"balance cannot be {balance!r}; give {' or '.join(BALANCES)}")
     if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
         raise UserError("a module here has extra state, of which a stage would lose the others'")
     parts, uses = _in_stages(model, len(rank_of), balance, example)
-    shapes = Shapes(meta_copy(nn.ModuleList(parts)), compute_dtype)
+    shapes = Shapes(meta_copy(nn.ModuleList(parts)), compute_in)
+    used = [_objects(model, paths) for paths in uses]
 
-    def users(name: str) -> list[int]:
-        """The stages that use a tensor; what none does lies on the first."""
-        return [s for s, used in enumerate(uses) if _within(name, used)] or [0]
+    def ranks_of(tensor: Tensor) -> list[int]:
+        """Those that use it, in the order of stages; what none does lies with the first."""
+        stages = [s for s, (_, tensors) in enumerate(used) if id(tensor) in tensors]
+        return list(dict.fromkeys(rank_of[s] for s in stages or [0]))
 
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
     laid: dict[str, Laid] = {}
     tied: dict[str, Axis] = {}
     values: dict[nn.Parameter, str] = {}  # of what is kept, the name that it is drawn by
-    for parameter, (first, *_) in names.items():
-        on: dict[int, str] = {}  # rank -> the first of the names it has there
-        for name in names[parameter]:
-            for stage in users(name):
-                on.setdefault(rank_of[stage], name)
-        together = sub(sorted(on)) if len(on) > 1 and parameter.requires_grad else None
+    kept = {id(b) for b in model.buffers() if axis.index in ranks_of(b)}
+    for name, parameter in model.named_parameters():
+        on = ranks_of(parameter)
+        together = sub(on) if len(on) > 1 and parameter.requires_grad else None
         owed = (together,) if together is not None else ()
-        home = rank_of[users(first)[0]]
-        about = parameter.shape, parameter.dtype
-        laid[first] = Laid(*about, ((axis, On(home)),), owed)
-        for rank, name in on.items():
-            if name not in laid:
-                laid[name] = Laid(*about, ((axis, On(rank)),), owed, alias_of=first)
+        laid[name] = Laid(parameter.shape, parameter.dtype, ((axis, On(on[0])),), owed)
         if axis.index in on:
-            values[parameter] = first
-            if together is not None:
-                tied[on[axis.index]] = together
+            values[parameter] = name
+            kept.add(id(parameter))
+        if together is not None:
+            tied[name] = together
     buffers = {
-        name: Laid(buffer.shape, buffer.dtype, ((axis, On(rank_of[users(name)[0]])),))
+        name: Laid(buffer.shape, buffer.dtype, ((axis, On(ranks_of(buffer)[0])),))
         for name, buffer in model.named_buffers(remove_duplicate=False)
         if name in model.state_dict()
     }
     here = {stage: part for stage, part in enumerate(parts) if rank_of[stage] == axis.index}
-    kept = {n for n in names_of(model) if any(rank_of[s] == axis.index for s in users(n))}
-    _leave(model, "", kept | {name for stage in here for name in uses[stage]})
+    _leave(model, {m for stage in here for m in used[stage][0]}, kept)
     _come_to_life([model, *here.values()], values, value_of, axis.wire.device)
+    if compute_in is not None:
+        for stage, part in here.items():
+            compute_in(part, stage == 0)
     return Kept(here, shapes, laid, buffers, tied)
 
 
@@ -130,10 +129,15 @@ def _in_stages(
         costs = [1.0] * len(pieces)
         if balance == "cost":
             ghosts = meta_copy(nn.ModuleList(nn.ModuleList(piece) for piece in modules))
+            assert isinstance(ghosts, nn.ModuleList)
             costs = seam_costs(
-                [list(piece.children()) for piece in ghosts.children()],
+                [list(piece) for piece in ghosts],  # type: ignore[call-overload]
                 None if example is None else example.to("meta"),
             )
+        if example is not None:
+            ghost = meta_copy(model)
+            names = [name for piece in pieces for name in piece]
+            check_whole(ghost, map(ghost.get_submodule, names), example.to("meta"))
         _check_enough(stages, len(pieces), f"blocks of {type(model).__name__}")
         ends = [*cut(costs, stages), len(pieces)]
         parts: list[nn.Module] = [
@@ -188,38 +192,59 @@ class Shape:
 class Shapes:
     """What each stage is given, by the shape of a micro-batch: [Note: what travels] in pp.py."""
 
-    def __init__(self, ghosts: nn.Module, compute_dtype: torch.dtype | None) -> None:
-        self.ghosts = list(ghosts.to(compute_dtype).children())
-        self.dtype = compute_dtype
-        self.known: dict[tuple[torch.Size, torch.dtype], list[list[Shape]]] = {}
+    def __init__(self, ghosts: nn.Module, compute_in: ComputeIn | None) -> None:
+        self.ghosts = list(ghosts.children())
+        self.trains = {module for module in ghosts.modules() if module.training}
+        self.known: dict[tuple[torch.Size, torch.dtype, bool], list[list[Shape]]] = {}
+        for stage, ghost in enumerate(self.ghosts):
+            if compute_in is not None:
+                compute_in(ghost, stage == 0)
 
-    def of(self, x: Tensor) -> list[list[Shape]]:
+    def of(self, x: Tensor, *, training: bool) -> list[list[Shape]]:
         """For each stage the shapes of what it is given; the first is given x itself."""
-        key = (x.shape, x.dtype)
+        key = (x.shape, x.dtype, training)
         if key not in self.known:
-            self.known[key] = list(self._pass_through(x))
+            for module in self.trains:
+                module.training = training
+            with (
+                _disable_current_modes(),
+                torch.no_grad(),
+            ):  # who counts operations counts real ones
+                self.known[key] = list(self._pass_through(x))
         return self.known[key]
 
     def _pass_through(self, x: Tensor) -> Iterable[list[Shape]]:
-        dtype = self.dtype if x.is_floating_point() and self.dtype else x.dtype
-        values: tuple[Tensor, ...] = (torch.empty(x.shape, dtype=dtype, device="meta"),)
+        values: tuple[Tensor, ...] = (torch.empty_like(x, device="meta"),)
         yield [Shape(x.shape, x.dtype)]
         for stage, ghost in enumerate(self.ghosts[:-1]):
             try:
-                with torch.no_grad():
-                    values = ghost(*values)
+                values = ghost(*values)
             except Exception as error:
                 why = next(iter(str(error).splitlines()), type(error).__name__)
                 raise UserError(
                     f"stage {stage} cannot be run on the meta device, to learn the shapes of what "
                     f"it gives ({why}); a pipeline needs shapes that do not depend on values"
                 ) from None
-            if not all(isinstance(value, Tensor) for value in values):
-                raise UserError(f"stage {stage} gives what is no tensor, and cannot be sent")
+            if not all(isinstance(v, Tensor) and not v.is_complex() for v in values):
+                raise UserError(
+                    f"stage {stage} gives what is no tensor, or one of complex numbers, which is "
+                    "not sent; cut elsewhere, by another number of stages"
+                )
             yield [Shape(value.shape, value.dtype) for value in values]
 
 
-# --- tensors of several stages --------------------------------------------------------------------
+def check_shapes(stage: int, output: object, wanted: Sequence[Shape]) -> None:
+    """Raise UserError unless a stage gives what `Shapes` has said."""
+    values = output if isinstance(output, tuple) else (output,)
+    found = [Shape(x.shape, x.dtype) for x in values]
+    if found != list(wanted):
+        raise UserError(
+            f"stage {stage} gives {', '.join(map(str, found))}, and on the meta device it gave "
+            f"{', '.join(map(str, wanted))}; a pipeline needs shapes that do not depend on values"
+        )
+
+
+# --- what stages hold together --------------------------------------------------------------------
 
 
 class Tied(Sync):
@@ -251,29 +276,35 @@ class Elsewhere(nn.Module):
         raise UserError("this layer is on another stage; under pp call job.run or job.evaluate")
 
 
-def names_of(model: nn.Module) -> Iterable[str]:
-    """Of all its tensors, each name of those that have several."""
-    yield from (name for name, _ in model.named_parameters(remove_duplicate=False))
-    yield from (name for name, _ in model.named_buffers(remove_duplicate=False))
+def _objects(model: nn.Module, paths: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
+    """The modules and tensors at these names, which may have other names as well."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    alone = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    found = [modules[path] for path in paths if path in modules]
+    tensors = [alone[path] for path in paths if path in alone]
+    for module in found:
+        tensors += [*module.parameters(), *module.buffers()]
+    return found, {id(tensor) for tensor in tensors}
 
 
-def _within(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
+def _leave(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> None:
+    """Put stand-ins for the modules, and None for the tensors, that are not among those kept.
 
-
-def _leave(module: nn.Module, prefix: str, kept: set[str]) -> None:
-    """Put stand-ins for the modules, and None for the tensors, that are not among those kept."""
-    for name, child in list(module._modules.items()):
-        path = f"{prefix}{name}"
-        if child is None or path in kept:
+    By identity, as one module or tensor may stand in several places.
+    """
+    for name, child in module._modules.items():
+        if child is None or child in modules:
             continue
-        if any(other.startswith(f"{path}.") for other in kept):
-            _leave(child, f"{path}.", kept)
+        state = (*child.parameters(), *child.buffers())
+        if any(m in modules for m in child.modules()) or any(id(t) in tensors for t in state):
+            _leave(child, modules, tensors)
         else:
             module._modules[name] = Elsewhere()
     for held in (module._parameters, module._buffers):
-        for name in held:
-            if f"{prefix}{name}" not in kept:
+        for name, tensor in held.items():
+            if id(tensor) not in tensors:
                 held[name] = None
 
 

@@ -32,10 +32,18 @@ from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.mesh import Axis
 from dist_lab.parallel.pp_schedules import COMPUTE, Action, Op, Schedule, Slot, make, placement
-from dist_lab.parallel.pp_stages import Shape, Shapes, Sub, Tied, keep_stages
+from dist_lab.parallel.pp_stages import (
+    ComputeIn,
+    Shape,
+    Shapes,
+    Sub,
+    Tied,
+    check_shapes,
+    keep_stages,
+)
 from dist_lab.parallel.sync import Applied, Tell
 
-LIBRARYS = {
+LIBRARY_NAMES = {
     "gpipe": "ScheduleGPipe",
     "1f1b": "Schedule1F1B",
     "interleaved": "ScheduleInterleaved1F1B",
@@ -52,7 +60,7 @@ def apply(
     *,
     value_of: Callable[[str], Tensor],
     sub: Sub,
-    compute_dtype: torch.dtype | None = None,
+    compute_in: ComputeIn | None = None,
     schedule: str = "1f1b",
     chunks: int | None = None,
     balance: str = "cost",
@@ -65,10 +73,10 @@ def apply(
             step, before anything is sent: micro-batches of several shapes, or of a number that the
             library does not take.
     """
-    if schedule not in LIBRARYS:
+    if schedule not in LIBRARY_NAMES:
         raise UserError(
             f"PyTorch's pipelining runs schedules by name, not {schedule!r:.40} (--schedule); give "
-            f"{', '.join(LIBRARYS)}, or --impl hand"
+            f"{', '.join(LIBRARY_NAMES)}, or --impl hand"
         )
     if not dist.is_initialized():
         raise UserError(
@@ -77,13 +85,13 @@ def apply(
     rank_of = placement(schedule, axis.size, chunks)
     kept = keep_stages(
         model, axis, rank_of, value_of=value_of, sub=sub, balance=balance, example=example_inputs,
-        compute_dtype=compute_dtype,
+        compute_in=compute_in,
     )  # fmt: skip
     pipeline = TorchPipeline(axis, kept.parts, kept.shapes, len(rank_of), schedule)
     if example_inputs is not None:
         pipeline.learn(example_inputs)  # now, so that what is refused is, and no step pays for it
     own = "one stage" if len(kept.parts) == 1 else f"{len(kept.parts)} stages"
-    about = f"torch {LIBRARYS[schedule]}, {own} a rank, shapes known, scale_grads=False"
+    about = f"torch {LIBRARY_NAMES[schedule]}, {own} a rank, shapes known, scale_grads=False"
     return Applied(
         kept.laid, Tied(model, kept.tied), about, pipeline=pipeline, buffers=kept.buffers
     )
@@ -117,9 +125,9 @@ class TorchPipeline:
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
         self._refuse_number(len(microbatches))
-        tell.begins("forward", LIBRARYS[self.name])  # and backward: it does not say which
+        tell.begins("forward", LIBRARY_NAMES[self.name])  # and backward: it does not say which
         total = self._play(microbatches, loss_fn, training=True)
-        tell.begins("backward", LIBRARYS[self.name])
+        tell.begins("backward", LIBRARY_NAMES[self.name])
         for stage in self.parts:
             tell.gradients(stage, last=True)
         return total
@@ -127,7 +135,7 @@ class TorchPipeline:
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
         if self.name == "interleaved":
             self._refuse_number(len(microbatches))
-        tell.begins("forward", LIBRARYS[self.name])
+        tell.begins("forward", LIBRARY_NAMES[self.name])
         # In turns, as the library holds on to every output, logits too, until a run has ended.
         few = 2 * self.axis.size
         turns = [microbatches[i : i + few] for i in range(0, len(microbatches), few)]
@@ -167,7 +175,7 @@ class TorchPipeline:
 
     def learn(self, x: Tensor) -> list[list[Shape]]:
         """What stages are given of a micro-batch like x."""
-        given = self.shapes.of(x)
+        given = self.shapes.of(x, training=torch.is_grad_enabled())
         if not self.safe:
             _refuse_lost_gradients(self.shapes, given)
             self.safe = True
@@ -199,9 +207,9 @@ class TorchPipeline:
             for s, part in parts.items()
         ]
         several = self.name in SEVERAL_STAGES
-        make_one = getattr(self.library, LIBRARYS[self.name if training or several else "gpipe"])
-        schedule = make_one(
-            stages if several or make_one.__name__ == LIBRARYS["zb"] else stages[0],
+        theirs = LIBRARY_NAMES[self.name if training or several else "gpipe"]
+        schedule = getattr(self.library, theirs)(
+            stages if several or theirs == LIBRARY_NAMES["zb"] else stages[0],
             microbatches,
             loss_fn=self._share,
             scale_grads=False,
@@ -259,13 +267,7 @@ class Part(nn.Module):
         output = self.part(*(self._received(x) for x in given))
         if self.gives is None:
             return output
-        found = [Shape(x.shape, x.dtype) for x in output]
-        if found != list(self.gives):
-            raise UserError(
-                f"stage {self.stage} gives {', '.join(map(str, found))}, and on the meta device it "
-                f"gave {', '.join(map(str, self.gives))}; a pipeline needs shapes that do not "
-                "depend on values"
-            )
+        check_shapes(self.stage, output, self.gives)
         return tuple(
             x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
             for x in output

@@ -17,8 +17,8 @@ them uses it more than once, that is another order than the whole model's, and r
 A trace records what is done to the input, once. A decision that depends on it cannot be traced; and
 three things would be lost without a word: that gradients are off (`torch.no_grad()`), that autocast
 is on, and chance: a number drawn while tracing would be drawn for good. The innermost module that
-does any of these is not traced into, it is called as a whole, as torch.nn's are. If that is the
-model itself it is refused. `self.training` is read while tracing: set the mode before.
+does any of these is not traced into, it is called as a whole, as torch.nn's are; and so is one that
+asks whether it is in training. If that is the model itself it is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dist_lab.parallel.pp_cut import elements, explained, meta_copy, on_meta
+from dist_lab.errors import UserError
+from dist_lab.parallel.pp_cut import BRING_STAGES, elements, explained, meta_copy, on_meta
 
 
 def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -45,6 +46,11 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         UserError: it cannot be traced, or not run on the meta device.
     """
     name = type(model).__name__
+    if "training" in type(model).forward.__code__.co_names:
+        raise UserError(
+            f"{name} cannot be traced for a cut (its forward asks whether it is in training); "
+            + BRING_STAGES
+        )
     held, tracer = set(vars(model)), _Tracer()
     with explained(f"{name} cannot be traced for a cut"), torch.random.fork_rng(devices=[]):
         chance = torch.get_rng_state()
@@ -79,6 +85,11 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = True  # or what is computed from a buffer is computed once
         self.modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        replaced = "forward" in vars(m)  # by what runs it in another way: recomputation
+        asks = "training" in getattr(m.forward, "__code__", type(m).forward.__code__).co_names
+        return replaced or asks or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

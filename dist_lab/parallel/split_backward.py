@@ -1,13 +1,13 @@
 """Backward of a module in two halves: the gradient of its inputs now, those of its weights later.
 
-    I    dx        for which the stage before waits
-    W    dW, db    for which nobody waits before the step ends
+    I    dx    for which the stage before waits
+    W    dW    for which nobody waits before the step ends
 
 A zero-bubble schedule does W where a rank would be idle (Qi et al. 2023, arXiv:2401.10241). So each
 module that holds parameters itself, the outermost of them, has its forward replaced: what it
 computes is a graph of its own, from detached inputs, which autograd sees from outside as one
 operation. Its backward walks that graph to the inputs alone, and notes as a debt that there are
-weights to walk to. A Linear needs no graph for that: see split_linear.py.
+weights to walk to. A Linear needs no graph for that (split_linear.py); its bias comes with I.
 
 Nothing is computed twice as long as such a module is one operation: a convolution, a norm, an
 embedding. In one that is many, what lies between its inputs and a weight inside is walked twice.
@@ -46,15 +46,15 @@ class SplitBackward:
             self.split(child)
 
     @contextmanager
-    def owing(self, debts: Debts) -> Iterator[None]:
+    def owing(self, debts: Debts | None) -> Iterator[None]:
         """Inside, weights of what is computed are owed their gradient: each debt, when called in
-        any order after backward, adds it to `.grad`.
+        any order after backward, adds it to `.grad`. None: it comes in backward.
         """
-        self.debts = debts
+        before, self.debts = self.debts, debts
         try:
             yield
         finally:
-            self.debts = None
+            self.debts = before
 
 
 class SplitForward:
@@ -71,7 +71,11 @@ class SplitForward:
             return self.forward(*args, **kwargs)
         if self.linear is not None and len(args) == 1 and not kwargs:
             return _linear(self.linear, args[0], debts)
-        return _by_graph(self.module, self.forward, args, kwargs, debts)
+        return _by_graph(self.module, self._whole, args, kwargs, debts)
+
+    def _whole(self, *args: Any, **kwargs: Any) -> Any:
+        with self.splitter.owing(None):  # one that lies inside owes nothing of its own
+            return self.forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return copy.deepcopy(self.forward, memo)
@@ -124,6 +128,22 @@ def _by_graph(
     return tree_unflatten(whole, form[0])
 
 
+def fresh(x: Tensor) -> Tensor:
+    """The same memory, as a tensor that may be changed in place, which a leaf may not."""
+    made: Tensor = _Fresh.apply(x) if x.requires_grad else x
+    return made
+
+
+class _Fresh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class _Graph(torch.autograd.Function):
     """(run, debts, weights, *inputs, *weights) -> what `run` makes of the inputs.
 
@@ -139,7 +159,7 @@ class _Graph(torch.autograd.Function):
         given = tensors[: len(tensors) - len(weights)]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(x.requires_grad) for x in given]
-            outputs = run(inputs)
+            outputs = run([fresh(x) for x in inputs])
         ctx.inputs, ctx.outputs, ctx.debts, ctx.weights = inputs, outputs, debts, weights
         ctx.set_materialize_grads(False)
         made = tuple(y.detach() for y in outputs)
