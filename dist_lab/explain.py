@@ -23,6 +23,7 @@ from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.commands import build, meet
 from dist_lab.config import Config, read_mesh
 from dist_lab.errors import UserError
+from dist_lab.explain_settings import Explain
 from dist_lab.job import Job
 from dist_lab.layout import On, Placement, Shard
 from dist_lab.mesh import ORDER, Axis, Mesh, pretended
@@ -33,14 +34,15 @@ from dist_lab.parallel.pp_schedules import bubble, make, peak_activations, rende
 RANKS = 4  # where --mesh does not say
 
 
-def explain(config: Config, mesh: Mesh) -> int:
-    """Print rank grid, layout, memory and one step's traffic of `config` on its --mesh."""
+def explain(config: Explain, mesh: Mesh) -> int:
+    """Print rank grid, layout, memory and one step's traffic of `config` on its mesh."""
     if config.impl != "hand":
         raise UserError(
             f"explain runs what is written here, {config.strategy}@{config.impl} is a library's "
             "(--impl); give --impl hand, or measure both by launch/compare.py"
         )
     ranks = RANKS if STRATEGIES[config.strategy].axes else 1
+    config = replace(config, mesh=config.asked_mesh, stages=None)
     ranks = math.prod(read_mesh(config.mesh).values()) if config.mesh else ranks
     axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
     console = wide_console()
@@ -55,7 +57,7 @@ def explain(config: Config, mesh: Mesh) -> int:
     return 0
 
 
-def show_schedule(console: Console, config: Config, ranks: int) -> None:
+def show_schedule(console: Console, config: Explain, ranks: int) -> None:
     """The grid, idle time and activations of a schedule; drawn, too, if `svg` names a file."""
     schedule = make(config.schedule or "1f1b", ranks, config.microbatches, config.chunks)
     console.print(
@@ -64,12 +66,11 @@ def show_schedule(console: Console, config: Config, ranks: int) -> None:
     console.print(render(schedule), soft_wrap=True, highlight=False)
     held = ", ".join(map(str, peak_activations(schedule)))
     console.print(f"forwards that each rank holds at once, at most: {held}", highlight=False)
-    path = getattr(config, "svg", "")
-    if path:
+    if config.svg:
         from dist_lab.observe import grid  # here: matplotlib is slow to import
 
-        grid.write(grid.ideal(schedule), path)
-        console.print(f"drawn in {path}", highlight=False, soft_wrap=True)
+        grid.write(grid.ideal(schedule), config.svg)
+        console.print(f"drawn in {config.svg}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

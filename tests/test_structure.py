@@ -20,6 +20,7 @@ LAYERS = [
     ["parallel.pp_timeline"],
     ["parallel.pp_schedules"],
     ["config"],
+    ["explain_settings"],
     ["comm.algorithms", "comm.costs", "comm.shared"],
     ["comm.ledger", "comm.choice", "comm.wire"],
     ["process_group"],

@@ -70,6 +70,8 @@ class Settings(Config):
 
     def misfit(self, entry: Entry) -> str:
         """Why it cannot run on the mesh that was asked for; "" if it can."""
+        if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
+            return "computes for real, and the others are emulated (--emulate-compute)"
         asked, own = read_mesh(self.mesh), STRATEGIES[entry.strategy].axes
         if entry.alone or set(asked) <= set(own):
             return ""
