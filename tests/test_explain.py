@@ -1,6 +1,7 @@
 """explain shows what a run does, because it runs it."""
 
 import gc
+import re
 import runpy
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from dist_lab import train as loop
 from dist_lab.commands import build, meet
 from dist_lab.compose import STRATEGIES
 from dist_lab.config import Config
+from dist_lab.errors import UserError
 from dist_lab.explain import explain, observe
 from dist_lab.mesh import init_mesh, pretended
+from dist_lab.parallel.pp_schedules import bubble, make, render
 
 ROOT = Path(__file__).parent.parent
 BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name != "single"]
@@ -130,3 +133,29 @@ def test_what_cannot_be_explained_is_refused_in_one_line(arguments, line):
     assert said.startswith("explain.py: error: ")
     assert line in said
     assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--strategy dp --stages 2", "strategy dp has no stages (--stages); leave it out"),
+        ("--strategy ddp --svg a.svg", "strategy ddp has no svg (--svg); leave it out"),
+        ("--strategy pp --stages 2 --mesh pp=4", "and there is --mesh pp=4 (--stages); give one"),
+        ("--strategy pp --svg a.txt", "svg cannot be 'a.txt' (--svg); end it .svg, .png or .pdf"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused_before_anything_is_run(arguments, said, shown):
+    with pytest.raises(UserError, match=re.escape(said)):
+        shown(*arguments.split())
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb", "zbv"])
+def test_a_schedule_is_drawn_and_said_in_numbers(schedule, shown, tmp_path):
+    path = tmp_path / "grid.svg"
+    few = "--strategy pp --stages 2 --microbatches 4 --batch 4 --seq 8".split()
+    said = shown(*few, "--schedule", schedule, "--svg", str(path))
+    drawn = make(schedule, 2, 4)
+    assert said.startswith(f"{schedule}, one column a unit")
+    assert f"{bubble(drawn):.1%} idle" in said
+    assert render(drawn).splitlines()[1] in said
+    assert path.read_text().startswith("<?xml")

@@ -22,7 +22,8 @@ what is sent is held until it has left: of sends to others two at most are on th
 global count; shares and gradients add up (see parallel/sync.py), however many micro-batches and
 in whatever order. A tensor that several stages hold, such as an embedding that is tied to the head,
 has on each a part of its gradient: it is `sum_over` their ranks, and the sum is paid in `finish`.
-Both start from one value and are updated by one gradient, so they stay equal.
+Both start from one value and are updated by one gradient, so they stay equal. What comes back to a
+stage is a tensor in any case: zeros where one process would have no gradient at all.
 """
 
 import time

@@ -6,7 +6,8 @@ only then executed; nothing in it knows of tensors or networks.
     2F0   forward of micro-batch 0 through stage 2
     2B0   its backward, whole; or in two:
     2I0   the gradient of what the stage was given, for which the stage before waits
-    2W0   the gradients of the stage's weights, for which nobody waits before the step ends
+    2W0   the gradients of its weights, for which nobody waits before the step ends; what is cheap
+          comes with 2I0: biases of linear layers
 
 and, written by `add_communication`, what travels between ranks: 2SEND_F0 sends on what 2F0 made,
 3RECV_F0 receives what 3F0 is to be given; 3SEND_B0 sends back what 3B0 or 3I0 made, to 2RECV_B0.

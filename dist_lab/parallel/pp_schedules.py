@@ -17,8 +17,8 @@ says.
 
 gpipe: Huang et al. 2018 (arXiv:1811.06965). 1f1b: Narayanan et al. 2020 (arXiv:2006.09503),
 interleaved: 2021 (arXiv:2104.04473), section 2.2. zb is ZB-H1, zbv ZB-V: Qi et al. 2023
-(arXiv:2401.10241), 2024 (arXiv:2405.15362). Up to 8 ranks and 32 micro-batches the table is a test;
-for zbv, whose order is found by a rule, there is no proof beyond.
+(arXiv:2401.10241), 2024 (arXiv:2405.15362). A test holds the table for up to 8 ranks and 32
+micro-batches; for zbv, whose order is found by a rule, there is no proof beyond.
 
     >>> print(render(one_f_one_b(ranks=3, microbatches=4)))
     rank 0  F0 F1 F2 .  .  .  .  B0 -  F3 B1 -  .  B2 -  .  B3 -

@@ -22,9 +22,8 @@ from dist_lab.parallel.pp_actions import COMPUTE, COSTS, Action, Op, Schedule
 
 Costs = Mapping[Op, float]
 Thing = tuple[Op, int, int]  # op, stage, micro-batch: what is there once it has been done
-IN_FLIGHT = (
-    2  # so many messages a rank may have sent that have not left, see `Flight.send` in pp.py
-)
+# So many messages a rank may have sent that have not left: see `Flight.send` in pp.py.
+IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
