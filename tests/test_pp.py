@@ -417,6 +417,19 @@ def test_a_block_with_two_names_lies_on_its_stage_alone(mesh):
     assert sum(p.numel() for p in job.parameters()) == 6 * 6 + 6 + 6 + 6
 
 
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_one_row_can_be_evaluated_which_batchnorm_would_not_train_on(mesh):
+    # The shapes that stages give each other are found in the mode of the run.
+    torch.manual_seed(0)
+    model = nn.Sequential(width_six(), nn.BatchNorm1d(6), nn.Tanh(), width_six()).double()
+    plain = copy.deepcopy(model).eval()
+    job = dist_lab.parallelize(model, mesh, "pp", balance="count")
+    x, y = rows_of_six(0, rows=1)
+    with torch.no_grad():
+        wanted = float(squares(plain(x), y))
+    assert job.evaluate([(x, y)], squares) == pytest.approx(wanted, rel=1e-12)
+
+
 class ToFloat(nn.Module):
     def forward(self, x):
         return x.float()
