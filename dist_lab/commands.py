@@ -26,7 +26,6 @@ from dist_lab.job import Job
 from dist_lab.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks, wide_console
-from dist_lab.parallel.pp_schedules import Schedule, make
 
 
 def train(config: Config, mesh: Mesh) -> int:
@@ -49,7 +48,7 @@ def train(config: Config, mesh: Mesh) -> int:
             rows = job.timeline()  # of the last step
             if any(rows):
                 for sink in sinks:
-                    sink.pipeline(rows, ideal_of(config, mesh))
+                    sink.pipeline(rows, config.pipeline(mesh["pp"].size))
         finally:
             for sink in sinks:
                 sink.close(summary)
@@ -90,12 +89,6 @@ def verify(config: Config, mesh: Mesh) -> int:
             text = json.dumps(report.to_dict(), indent=1) + "\n"
             Path(config.out, "verify.json").write_text(text, encoding="utf-8")
     return 0 if report.equal else 1
-
-
-def ideal_of(config: Config, mesh: Mesh) -> Schedule:
-    """The schedule of a run under pp."""
-    ranks = mesh["pp"].size
-    return make(config.schedule or "1f1b", ranks, config.microbatches, config.chunks)
 
 
 def meet(config: Config, mesh: Mesh) -> Data:
@@ -177,9 +170,7 @@ def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
         "world_size": job.mesh.size,
         "threads": torch.get_num_threads(),
         "cores": cores(),
-        "parameters": sum(
-            math.prod(laid.shape) for laid in job.laid.values() if laid.alias_of is None
-        ),
+        "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
         "data": {"name": data.name, "sha256": data.sha256, "image": data.image},
         "versions": versions(),
     }

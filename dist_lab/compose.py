@@ -178,9 +178,8 @@ def parallelize(
     if not isinstance(applied, Applied):
         raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
     here = [name for name, _ in model.named_parameters()]
-    counted = [name for name, laid in applied.laid.items() if laid.alias_of is None]
-    known = counted if applied.pipeline is not None else here  # of a pipeline some are elsewhere
-    assert names == known == counted, "a strategy changes no parameter's name"
+    known = names if applied.pipeline is not None else here  # of a pipeline some are elsewhere
+    assert names == known == list(applied.laid), "a strategy changes no parameter's name"
     if param_dtype is not None and "compute_in" not in takes:
         compute_in(model, param_dtype, parameters="param_dtype" not in takes)
     leaves = dict(model.named_parameters()) | dict(applied.leaves)

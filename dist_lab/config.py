@@ -24,7 +24,7 @@ from dist_lab.choices import (
     check_split,
 )
 from dist_lab.errors import UserError
-from dist_lab.parallel.pp_schedules import make
+from dist_lab.parallel.pp_schedules import Schedule, make
 from dist_lab.settings import one_of, read, setting, shown
 
 C = TypeVar("C", bound="Config")
@@ -209,11 +209,15 @@ class Config:
                 f"--sequence-parallel); give --seq {fitting}"
             )
 
+    def pipeline(self, ranks: int) -> Schedule:
+        """The schedule of a run under pp. Raises UserError if there is none for so many ranks."""
+        return make(self.schedule or "1f1b", ranks, self.microbatches, self.chunks)
+
     def check_pipeline(self, ranks: int) -> None:
         """Raises UserError if there is no such schedule for so many ranks, or too few blocks."""
         if self.strategy != "pp":
             return
-        schedule = make(self.schedule or "1f1b", ranks, self.microbatches, self.chunks)
+        schedule = self.pipeline(ranks)
         if schedule.stages > self.blocks:
             raise UserError(
                 f"{schedule.stages} stages ({ranks} ranks of pp x {schedule.stages // ranks}) are "

@@ -29,7 +29,7 @@ from dist_lab.layout import On, Placement, Shard
 from dist_lab.mesh import ORDER, Axis, Mesh, pretended
 from dist_lab.observe import memory
 from dist_lab.observe.sinks import wide_console
-from dist_lab.parallel.pp_schedules import bubble, make, peak_activations, render
+from dist_lab.parallel.pp_schedules import bubble, peak_activations, render
 
 RANKS = 4  # where --mesh does not say
 
@@ -59,7 +59,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
 
 def show_schedule(console: Console, config: Explain, ranks: int) -> None:
     """The grid, idle time and activations of a schedule; drawn, too, if `svg` names a file."""
-    schedule = make(config.schedule or "1f1b", ranks, config.microbatches, config.chunks)
+    schedule = config.pipeline(ranks)
     console.print(
         f"{schedule.name}, one column a unit: F 1, B 2, or I 1 and W 1; {bubble(schedule):.1%} idle"
     )

@@ -4,6 +4,7 @@
 plain model, without the strategy that trains the original.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,6 +32,26 @@ class ModuleHook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., None]]]:
         return leave_behind, (self.of_copy,)
+
+
+class Replaced:
+    """What stands for the `forward` of a module in training. A copy of the module, or what a pickle
+    holds, has the forward of before.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return copy.deepcopy(self.forward, memo)  # a bound method's copy is bound to the copy
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
+        return itself, (self.forward,)
+
+
+def itself(thing: Any) -> Any:
+    """What a pickle rebuilds by, where it holds what was there before."""
+    return thing
 
 
 def leave_behind(of_copy: Callable[..., None]) -> Callable[..., None]:

@@ -24,7 +24,7 @@ from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout import clip, gather_full, global_norm, local_part, slice_local
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh import DATA_AXES, Axis, Mesh
-from dist_lab.parallel.pp_schedules import Action, Slot
+from dist_lab.parallel.pp_schedules import Action, Op, Slot
 from dist_lab.parallel.sync import Applied, Chain, Sync
 from dist_lab.parallel.watch import FirstNonFinite
 from dist_lab.step import Step
@@ -263,14 +263,18 @@ class Job:
         if self._pipeline is None:
             return []
         to_wall = time.time() - time.perf_counter()
-        mine = [[str(s.action), s.start + to_wall, s.end + to_wall] for s in self._pipeline.slots]
+        moments = [(s.action, s.start + to_wall, s.end + to_wall) for s in self._pipeline.slots]
+        mine = [(a.stage, a.op.value, a.microbatch, *between) for a, *between in moments]
         with self.mesh.wire.during("timeline"):
             said = ops.all_gather_bytes(json.dumps(mine).encode(), self.mesh["pp"])
         rows = [json.loads(row) for row in said]
-        first = min((start for row in rows for _, start, _ in row), default=0.0)
+        first = min((start for row in rows for *_, start, _ in row), default=0.0)
         return [
-            [Slot(_action(a), (start - first) * 1e3, (end - first) * 1e3) for a, start, end in r]
-            for r in rows
+            [
+                Slot(Action(stage, Op(op), m), (start - first) * 1e3, (end - first) * 1e3)
+                for stage, op, m, start, end in row
+            ]
+            for row in rows
         ]
 
     @property
@@ -291,12 +295,6 @@ class Job:
     def _over_ranks(self, total: Tensor) -> float:
         with self.mesh.wire.during("loss"):
             return float(ops.all_reduce(total, self._shares))
-
-
-def _action(text: str) -> Action:
-    action = Action.parse(text)
-    assert action is not None, text
-    return action
 
 
 def _check_pairs(microbatches: Sequence[Pair]) -> None:

@@ -179,7 +179,7 @@ def _tested_step(
 
 def _whole_gradients(job: Job) -> Gradients:
     """Of every parameter of the model, wherever it lies; None where no rank has a gradient."""
-    names = [name for name, laid in job.laid.items() if laid.alias_of is None]
+    names = list(job.laid)
     own = {n: p.grad for n, p in job.model.named_parameters() if p.grad is not None}
     here = torch.tensor([name in own for name in names], device=job.mesh.device).byte()
     anywhere = ops.all_reduce(here, job.mesh["pp"], "max").tolist()

@@ -22,7 +22,6 @@ lies inside are called again.
 Anything else that a forward changes, such as a list that it was given, it would change twice.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lab.errors import UserError
+from dist_lab.hooks import Replaced
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:
@@ -71,16 +71,16 @@ def _outermost(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, nn
     return {name: unit for name, unit in proper.items() if unit not in inside}
 
 
-class Recomputed:
-    """The `forward` of a unit that recomputes. A copy of the unit, or what a pickle holds, has the
-    forward of before: like all hooks of training, this one is left behind.
+class Recomputed(Replaced):
+    """The `forward` of a unit that recomputes. Like all hooks of training, a copy leaves it behind.
 
     Attributes:
         around: unit -> a context to run the second forward in.
     """
 
     def __init__(self, unit: nn.Module) -> None:
-        self.unit, self.forward = unit, unit.forward
+        super().__init__(unit.forward)
+        self.unit = unit
         self.around: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,12 +98,6 @@ class Recomputed:
             forward, *args, *kwargs.values(),
             use_reentrant=False, preserve_rng_state=True, context_fn=lambda: (nullcontext(), again),
         )  # fmt: skip
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return copy.deepcopy(self.forward, memo)  # a bound method's copy is bound to the copy
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
-        return _itself, (self.forward,)
 
 
 class Again:
@@ -140,8 +134,3 @@ class Again:
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
     return None if buffer is None else buffer.detach().clone()
-
-
-def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What a pickle rebuilds by: it holds the forward of before."""
-    return forward

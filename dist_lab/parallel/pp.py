@@ -49,11 +49,10 @@ from dist_lab.parallel.pp_schedules import (
     Schedule,
     Slot,
     add_communication,
+    example,
     forward_only,
     make,
     mark_gradients_complete,
-    placement,
-    splits_backward,
 )
 from dist_lab.parallel.pp_stages import (
     ComputeIn,
@@ -102,21 +101,21 @@ def apply(
         UserError: more stages than blocks, a model that cannot be cut, a schedule that is not
             right or not for so many ranks.
     """
-    rank_of = placement(schedule, axis.size, chunks)
-    if recompute and splits_backward(schedule):
+    one = example(schedule, axis.size, chunks)
+    if recompute and one.splits_backward:
         raise UserError(
             "recompute computes a block again for the whole of its backward, which schedule "
             f"{schedule} does in two halves; leave it out, or take schedule 1f1b"
         )
     kept = keep_stages(
-        model, axis, rank_of, value_of=value_of, sub=sub, balance=balance,
+        model, axis, one.rank_of, value_of=value_of, sub=sub, balance=balance,
         example=example_inputs, compute_in=compute_in,
     )  # fmt: skip
     if example_inputs is not None:
         kept.shapes.of(example_inputs, training=True)  # now, and not in a step that is measured
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
     executor = Executor(
-        axis, kept.parts, kept.shapes, rank_of, schedule_for, emulate_compute / 1000
+        axis, kept.parts, kept.shapes, one.rank_of, schedule_for, emulate_compute / 1000
     )
     return Applied(kept.laid, Tied(model, kept.tied), pipeline=executor, buffers=kept.buffers)
 

@@ -52,9 +52,9 @@ from dist_lab.settings import one_of, shown
 
 __all__ = [
     "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
-    "add_communication", "bubble", "check", "forward_only", "gpipe", "interleaved", "length",
-    "load", "make", "mark_gradients_complete", "one_f_one_b", "peak_activations", "placement",
-    "render", "save", "splits_backward", "timeline", "zero_bubble", "zero_bubble_v",
+    "add_communication", "bubble", "check", "example", "forward_only", "gpipe", "interleaved",
+    "length", "load", "make", "mark_gradients_complete", "one_f_one_b", "peak_activations",
+    "placement", "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
 ]  # fmt: skip
 
 
@@ -243,16 +243,15 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
 
 
 def placement(name: str, ranks: int, chunks: int | None = None) -> dict[int, int]:
-    """stage -> rank, which does not depend on the number of micro-batches. Raises as `make`."""
-    if name in SCHEDULES:
-        return make(name, ranks, ranks, chunks).rank_of
-    return make(name, ranks, load(name).microbatches, chunks).rank_of
+    """stage -> rank. Raises as `make`."""
+    return example(name, ranks, chunks).rank_of
 
 
-def splits_backward(name: str) -> bool:
-    """Whether a schedule, by name or from a file, does backward in two halves."""
-    known = SCHEDULES.get(name)
-    return (load(name) if known is None else known.make(1, 1)).splits_backward
+def example(name: str, ranks: int, chunks: int | None = None) -> Schedule:
+    """For some number of micro-batches, on which neither the stages' places nor whether backward is
+    in two halves depend. Raises as `make`.
+    """
+    return make(name, ranks, ranks if name in SCHEDULES else load(name).microbatches, chunks)
 
 
 # --- passes: from a schedule to a schedule --------------------------------------------------------

@@ -13,7 +13,6 @@ Nothing is computed twice as long as such a module is one operation: a convoluti
 embedding. In one that is many, what lies between its inputs and a weight inside is walked twice.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dist_lab.hooks import Replaced
 from dist_lab.parallel.split_linear import split_linear, weight_gradient
 
 Debts = list[Callable[[], None]]
@@ -57,11 +57,12 @@ class SplitBackward:
             self.debts = before
 
 
-class SplitForward:
-    """The `forward` of one such module. A copy of the module has the forward of before."""
+class SplitForward(Replaced):
+    """The `forward` of one such module."""
 
     def __init__(self, module: nn.Module, splitter: SplitBackward) -> None:
-        self.module, self.splitter, self.forward = module, splitter, module.forward
+        super().__init__(module.forward)
+        self.module, self.splitter = module, splitter
         plain = type(module) is nn.Linear and module.weight.requires_grad
         self.linear: nn.Linear | None = module if plain else None  # type: ignore[assignment]
 
@@ -76,17 +77,6 @@ class SplitForward:
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
         with self.splitter.owing(None):  # one that lies inside owes nothing of its own
             return self.forward(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return copy.deepcopy(self.forward, memo)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
-        return _itself, (self.forward,)
-
-
-def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What a pickle rebuilds by."""
-    return forward
 
 
 def _linear(linear: nn.Linear, x: Tensor, debts: Debts) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_lab.comm.autograd import spread
 from dist_lab.errors import UserError
+from dist_lab.hooks import itself
 from dist_lab.mesh import Axis
 
 
@@ -97,7 +98,7 @@ class SyncBatchNorm(_BatchNorm):
         return copy.deepcopy(self._local(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _itself, (self._local(),)
+        return itself, (self._local(),)
 
     def _local(self) -> _BatchNorm:
         """The BatchNorm that this one was, with the same parameters and buffers."""
@@ -117,8 +118,3 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dims: what is replaced may be of 1d, 2d or 3d."""
-
-
-def _itself(module: _BatchNorm) -> _BatchNorm:
-    """What a pickle rebuilds by: it holds the plain layer."""
-    return module
