@@ -8,9 +8,7 @@ job.after_step()
 optimizer.zero_grad()
 """
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -24,9 +22,10 @@ from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout import clip, gather_full, global_norm, local_part, slice_local
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh import DATA_AXES, Axis, Mesh
-from dist_lab.parallel.pp_schedules import Action, Op, Slot
+from dist_lab.parallel.pp_schedules import Slot
 from dist_lab.parallel.sync import Applied, Chain, Sync
 from dist_lab.parallel.watch import FirstNonFinite
+from dist_lab.pipeline_runner import on_one_clock
 from dist_lab.step import Step
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
@@ -257,25 +256,13 @@ class Job:
     def timeline(self) -> list[list[Slot]]:
         """When each rank of a pipeline computed what, in the last `run`: a row of each, in ms.
 
-        Counted from the first action of all, by clocks that are taken to agree: on one machine they
-        are one. Empty under any other strategy, and of a library's. Collective.
+        Counted from the first action of all. Ranks of one machine have one clock; those of several
+        are taken to agree. Empty under any other strategy, and of a library's. Collective.
         """
         if self._pipeline is None:
             return []
-        to_wall = time.time() - time.perf_counter()
-        moments = [(s.action, s.start + to_wall, s.end + to_wall) for s in self._pipeline.slots]
-        mine = [(a.stage, a.op.value, a.microbatch, *between) for a, *between in moments]
         with self.mesh.wire.during("timeline"):
-            said = ops.all_gather_bytes(json.dumps(mine).encode(), self.mesh["pp"])
-        rows = [json.loads(row) for row in said]
-        first = min((start for row in rows for *_, start, _ in row), default=0.0)
-        return [
-            [
-                Slot(Action(stage, Op(op), m), (start - first) * 1e3, (end - first) * 1e3)
-                for stage, op, m, start, end in row
-            ]
-            for row in rows
-        ]
+            return on_one_clock(self._pipeline.slots, self.mesh["pp"])
 
     @property
     def sync(self) -> Chain:

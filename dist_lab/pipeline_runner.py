@@ -6,6 +6,9 @@ Strategies that waited for hooks would wait in vain there: nothing fires when a 
 outside of backward.
 """
 
+import json
+import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_lab.comm import ops
 from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook
 from dist_lab.loss import LossFn, Pair
+from dist_lab.mesh import Axis
+from dist_lab.parallel.pp_schedules import Action, Op, Slot
 from dist_lab.parallel.sync import Chain, Pipeline
 from dist_lab.step import Step
 
@@ -91,3 +97,31 @@ def _refuse_forward(module: nn.Module, args: Any) -> None:
         "under pp this rank has only some of the layers, and a forward passes through all ranks: "
         "call job.run(microbatches, loss_fn), or job.evaluate"
     )
+
+
+def on_one_clock(slots: Sequence[Slot], axis: Axis) -> list[list[Slot]]:
+    """The slots of all ranks, in milliseconds from the first of all. Collective.
+
+    Args:
+        slots: this rank's, in seconds by time.perf_counter, which is one clock to the processes of
+            a machine; several machines are put together by their wall clocks.
+    """
+    mine = [(s.action.stage, s.action.op.value, s.action.microbatch, s.start, s.end) for s in slots]
+    to_wall = time.time() - time.perf_counter()
+    told = json.dumps([platform.node(), to_wall, mine]).encode()
+    said = [json.loads(row) for row in ops.all_gather_bytes(told, axis)]
+    # One `to_wall` for a machine: two readings of it differ a little, and effects that follow at
+    # once on their causes would come before them.
+    offsets = {machine: to_wall for machine, to_wall, _ in said}
+    first = min((row[0][3] + offsets[machine] for machine, _, row in said if row), default=0.0)
+
+    def since(machine: str, moment: float) -> float:
+        return (moment + offsets[machine] - first) * 1e3
+
+    return [
+        [
+            Slot(Action(stage, Op(op), m), since(machine, start), since(machine, end))
+            for stage, op, m, start, end in row
+        ]
+        for machine, _, row in said
+    ]
