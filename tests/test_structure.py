@@ -17,7 +17,9 @@ LAYERS = [
     ["errors", "hooks", "torchvision_import", "processes.ranks"],
     ["settings", "processes.failures"],
     ["choices", "zoo", "data", "loss", "parallel.pp_actions"],
+    ["parallel.pp_refuse", "parallel.pp_file"],
     ["parallel.pp_timeline"],
+    ["parallel.pp_check"],
     ["parallel.pp_schedules"],
     ["config"],
     ["explain_settings"],
@@ -88,9 +90,9 @@ def test_the_models_know_nothing_of_the_rest():
 
 
 SHARED_PARTS = {
-    "buckets", "pp_actions", "pp_cut", "pp_schedules", "pp_stages", "pp_timeline", "pp_trace",
-    "residual",
-    "shards", "split_backward", "split_linear", "sync", "tp_plan", "vocabulary", "wrapped",
+    "buckets", "pp_actions", "pp_check", "pp_cut", "pp_file", "pp_refuse", "pp_schedules",
+    "pp_stages", "pp_timeline", "pp_trace", "residual", "shards",
+    "split_backward", "split_linear", "sync", "tp_plan", "vocabulary", "wrapped",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ and, written by `add_communication`, what travels between ranks: 2SEND_F0 sends 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -96,3 +96,60 @@ class Schedule:
     def stages_of(self, rank: int) -> list[int]:
         """The stages that a rank has, in the order of forward."""
         return sorted(stage for stage, owner in self.rank_of.items() if owner == rank)
+
+
+# --- what an action needs, and what is there once it has been done -------------------------------
+
+
+Thing = tuple[Op, int, int]  # op, stage, micro-batch: what is there once it has been done
+
+
+def received(send: Action) -> Thing:
+    """The other end of a send."""
+    if send.op is Op.SEND_F:
+        return Op.RECV_F, send.stage + 1, send.microbatch
+    return Op.RECV_B, send.stage - 1, send.microbatch
+
+
+def needs(action: Action, schedule: Schedule) -> Iterator[Thing]:
+    """What must be there before an action can begin.
+
+        F(s, m)  needs F(s-1, m)      B(s, m), I(s, m)  need F(s, m), and B or I of (s+1, m)
+                                      W(s, m)           needs I(s, m)
+
+    Once sends and receives are written in, what a stage is given has been sent and received.
+    """
+    op, stage, m = action.op, action.stage, action.microbatch
+    if op is Op.SEND_F:
+        yield Op.F, stage, m
+    elif op is Op.SEND_B or op is Op.W:
+        yield Op.I, stage, m
+    elif op is Op.F and stage > 0:
+        yield from _given(schedule, stage - 1, stage, m, Op.F, Op.SEND_F, Op.RECV_F)
+    elif op in (Op.B, Op.I):
+        yield Op.F, stage, m
+        if stage < schedule.stages - 1:
+            yield from _given(schedule, stage + 1, stage, m, Op.I, Op.SEND_B, Op.RECV_B)
+
+
+def _given(
+    schedule: Schedule, by: int, to: int, m: int, made: Op, send: Op, receive: Op
+) -> Iterator[Thing]:
+    """What a stage gets from its neighbor: made on this very rank, or sent and received."""
+    if schedule.sends and schedule.rank_of.get(by) != schedule.rank_of[to]:
+        yield send, by, m
+        yield receive, to, m
+    else:
+        yield made, by, m
+
+
+def made_by(action: Action) -> Thing:
+    """B makes what I makes, and the gradients of the weights besides."""
+    return Op.I if action.op is Op.B else action.op, action.stage, action.microbatch
+
+
+def places(schedule: Schedule) -> dict[Thing, tuple[int, int]]:
+    """Where each thing is made: rank and position."""
+    return {
+        made_by(a): (rank, i) for rank, row in enumerate(schedule.ranks) for i, a in enumerate(row)
+    }

@@ -30,25 +30,23 @@ micro-batches; for zbv, whose order is found by a rule, there is no proof beyond
     rank 2  .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 """
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dist_lab.errors import UserError
 from dist_lab.parallel.pp_actions import COMPUTE, COSTS, Action, Op, Schedule
+from dist_lab.parallel.pp_check import check
+from dist_lab.parallel.pp_file import check_fits, load, save
 from dist_lab.parallel.pp_timeline import (
     IN_FLIGHT,
     Slot,
     bubble,
-    check,
     length,
     peak_activations,
     render,
     timeline,
 )
-from dist_lab.settings import one_of, shown
 
 __all__ = [
     "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
@@ -229,7 +227,10 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
         if number is not None and number < 1:
             raise UserError(f"{number} {what} of a pipeline; give 1 or more")
     if name not in SCHEDULES:
-        return _from_file(name, ranks, microbatches, chunks)
+        schedule = load(name, list(SCHEDULES))
+        check(schedule)
+        check_fits(schedule, ranks, microbatches, chunks)
+        return schedule
     kind = SCHEDULES[name]
     if chunks is not None and kind.chunks not in (None, chunks):
         raise UserError(
@@ -251,7 +252,8 @@ def example(name: str, ranks: int, chunks: int | None = None) -> Schedule:
     """For some number of micro-batches, on which neither the stages' places nor whether backward is
     in two halves depend. Raises as `make`.
     """
-    return make(name, ranks, ranks if name in SCHEDULES else load(name).microbatches, chunks)
+    microbatches = ranks if name in SCHEDULES else load(name, list(SCHEDULES)).microbatches
+    return make(name, ranks, microbatches, chunks)
 
 
 # --- passes: from a schedule to a schedule --------------------------------------------------------
@@ -309,92 +311,3 @@ def mark_gradients_complete(schedule: Schedule) -> Schedule:
             for actions in schedule.ranks
         ),
     )
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def save(schedule: Schedule, path: str | Path) -> None:
-    """One row a rank, one cell an action; PyTorch's pipelining reads the same format.
-
-    Raises:
-        UserError: no file can be written there.
-    """
-    try:
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            rows = ([str(a) for a in actions] for actions in schedule.ranks)
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    except OSError as error:
-        raise UserError(f"no schedule can be written to {path}: {error.strerror}") from None
-
-
-LONGEST = 10_000_000  # characters of a file; 64 ranks and 1024 micro-batches are a tenth of it
-
-
-def load(path: str | Path) -> Schedule:
-    """A schedule as `save` writes it. Empty cells are idle, as in a grid, and mean nothing.
-
-    It is not checked. Without SEND and RECV in it they are added when it is run.
-
-    Raises:
-        UserError: no such file, or a cell that is no action; with row and column.
-    """
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            text = file.read(LONGEST + 1)
-        rows = list(csv.reader(text.splitlines()))
-    except OSError as error:
-        raise _no_file(path, error.strerror or "cannot be read") from None
-    except (ValueError, csv.Error):  # bytes that are not UTF-8, a name with a NUL, a cell too long
-        raise _no_file(path, "not a text file") from None
-    if len(text) > LONGEST or "\0" in text:
-        raise _no_file(path, f"binary, or more than {LONGEST:,} characters")
-    while rows and not any(cell.strip() for cell in rows[-1]):
-        rows.pop()  # lines after the last rank; before it a blank one is a rank without work
-    if not rows:
-        raise UserError(f"schedule {str(path)!r} is empty (--schedule); write one row a rank")
-    ranks = []
-    for r, row in enumerate(rows):
-        actions = []
-        for column, cell in enumerate(map(str.strip, row)):
-            action = Action.parse(cell)
-            if action is not None:
-                actions.append(action)
-            elif cell:
-                raise UserError(
-                    f"{shown(cell[:40])} is no action ({path}, row {r + 1}, column {column + 1}); "
-                    f"write stage, {', '.join(op.value for op in COMPUTE)}, micro-batch: 2F0"
-                )
-        ranks.append(tuple(actions))
-    return Schedule(str(path), tuple(ranks))
-
-
-def _no_file(path: str | Path, why: str) -> UserError:
-    return UserError(
-        f"no schedule {shown(str(path))}, and no such file ({why}) (--schedule); give "
-        f"{one_of(list(SCHEDULES), str(path))}, or a file of one row a rank: 0F0,0F1,0B0,0B1"
-    )
-
-
-def _from_file(path: str, ranks: int, microbatches: int, chunks: int | None) -> Schedule:
-    schedule = load(path)
-    check(schedule)
-    has_ranks, has_microbatches = len(schedule.ranks), schedule.microbatches
-    for what, has, asked, fix in (
-        ("ranks", has_ranks, ranks, f"give --mesh pp={has_ranks}"),
-        (
-            "micro-batches",
-            has_microbatches,
-            microbatches,
-            f"give --microbatches {has_microbatches}",
-        ),
-    ):
-        if has != asked:
-            raise UserError(f"schedule {path} is for {has} {what}, not {asked} (--schedule); {fix}")
-    counts = {len(schedule.stages_of(rank)) for rank in range(ranks)}
-    if chunks is not None and counts != {chunks}:
-        own = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-        raise UserError(
-            f"schedule {path} has {own} stages a rank, not {chunks} (--chunks); leave it out"
-        )
-    return schedule
