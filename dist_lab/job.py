@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
-from dist_lab.layout import clip, gather_full, global_norm, local_part, slice_local
+from dist_lab.layout import (
+    Laid,
+    On,
+    clip,
+    gather_all,
+    global_norm,
+    local_part,
+    slice_local,
+)
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh import DATA_AXES, Axis, Mesh
 from dist_lab.parallel.pp_schedules import Slot
@@ -206,23 +214,16 @@ class Job:
         With `rank0_only` the other ranks get an empty dict. Collective.
         """
         own = self.model.state_dict(keep_vars=True)
-        full: dict[str, Any] = {}
+        tensors = {name: t.detach() for name, t in own.items() if isinstance(t, Tensor)}
+        rank0 = ((self._world, On(0)),)
+        laid = {name: Laid(t.shape, t.dtype, rank0) for name, t in tensors.items()}
+        laid |= {**self.laid, **self._buffers}
         with self.mesh.wire.during("state_dict"):
             merge_statistics(self.model, self._data)
-            for name, first in self._names.items():
-                tensor = own.get(name)
-                if first in self.laid:  # tied tensors have several names and one value
-                    if first not in full:
-                        part = own[first].detach() if first in own else None
-                        full[first] = gather_full(part, self.laid[first]).clone()
-                    full[name] = full[first]
-                elif name in self._buffers:
-                    full[name] = gather_full(tensor, self._buffers[name]).clone()
-                elif isinstance(tensor, Tensor):
-                    full[name] = ops.broadcast(tensor.detach(), self._world).clone()
-                else:
-                    full[name] = tensor  # a module's extra state, whatever that is: this rank's
-        full = {name: full[name] for name in self._names}  # in the order of the model's own
+            held = [name for name in dict.fromkeys(self._names.values()) if name in laid]
+            whole = gather_all({name: tensors.get(name) for name in held}, laid)
+        # Tied tensors have several names and one value; a module's extra state is this rank's.
+        full = {name: whole[n] if n in whole else own[n] for name, n in self._names.items()}
         return {} if rank0_only and self.mesh.rank else full
 
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:

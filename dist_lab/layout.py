@@ -13,7 +13,7 @@ resharding need. Under Flat it holds a range of elements, as a vector.
 """  # noqa: E501
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class On:
 
 
 Placement = Shard | Flat | On
+TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
 
 
 @dataclass(frozen=True)
@@ -132,47 +133,129 @@ def slice_local(whole: Tensor, laid: Laid) -> Tensor:
 
 
 def gather_full(local: Tensor | None, laid: Laid) -> Tensor:
-    """The whole tensor from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
+    """The whole of one tensor: see gather_all."""
+    return gather_all({"": local}, {"": laid})[""]
 
-    None is for a rank that is `laid.here` for nothing of it. Collective over the axes of the
-    splits. Padding never appears in the result.
+
+def gather_all(
+    parts: Mapping[str, Tensor | None], laid: Mapping[str, Laid], together: int = TOGETHER
+) -> dict[str, Tensor]:
+    """Whole tensors from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
+
+    What is split alike travels as one: of a thousand small tensors each alone would cost as much
+    as a large one. Results have memory of their own, in which there is no padding. Collective over
+    the axes of the splits.
+
+    Args:
+        parts: by name, the same names in one order on every rank. None is for a rank that is
+            `laid.here` for nothing of it.
+        together: bytes of whole tensors that travel as one; a larger tensor goes alone.
     """
-    local = None if local is None or not laid.here else local_part(local)
-    for applied in reversed(range(len(laid.splits))):
-        axis, shard = laid.splits[applied]
-        if isinstance(shard, On):
-            if local is None:
-                local = torch.empty(laid.shape, dtype=laid.dtype, device=axis.wire.device)
-            local = ops.broadcast(local, axis, shard.index)
-            continue
-        if local is None:
-            continue  # all of this axis are at that other position
-        if isinstance(shard, Flat):
-            local = _gather_flat(local, [b.stop - b.start for b in laid._box(applied)], axis, shard)
-            continue
-        before = laid._box(applied)[shard.dim]
-        length = before.stop - before.start
-        longest, _ = piece(length, axis.size, 1) if axis.size > 1 else (length, 0)
-        padded = local.new_zeros(*local.shape[: shard.dim], longest, *local.shape[shard.dim + 1 :])
-        padded.narrow(shard.dim, 0, local.shape[shard.dim]).copy_(local)
-        parts = ops.all_gather(padded[None], axis)  # (size, ..., longest, ...)
-        bounds = [piece(length, axis.size, i) for i in range(axis.size)]
-        local = torch.cat(
-            [part.narrow(shard.dim, 0, b - a) for part, (a, b) in zip(parts, bounds, strict=True)],
-            shard.dim,
-        )
-    assert local is not None, laid
-    return local
+    now = {
+        name: local_part(part) if part is not None and laid[name].here else None
+        for name, part in parts.items()
+    }
+    for applied in reversed(range(max((len(laid[name].splits) for name in now), default=0))):
+        for names in _alike(now, laid, applied, together):
+            axis, how = laid[names[0]].splits[applied]
+            if isinstance(how, On):
+                now |= _from_one(names, now, laid, axis, how.index)
+            elif laid[names[0]].here:  # otherwise all of this axis are at that other position
+                now |= _from_all(names, now, laid, axis, applied)
+    return {
+        name: _known(whole) if laid[name].splits else _known(whole).clone()
+        for name, whole in now.items()
+    }
 
 
-def _gather_flat(local: Tensor, shape: list[int], axis: Axis, flat: Flat) -> Tensor:
-    """The whole tensor from everyone's range of its elements."""
-    ranges = [flat.range(math.prod(shape), i) for i in range(axis.size)]
-    padded = local.new_zeros(max(stop - start for start, stop in ranges))
-    padded[: local.numel()] = local
-    parts = ops.all_gather(padded[None], axis)  # (size, longest)
-    own = [part[: b - a] for part, (a, b) in zip(parts, ranges, strict=True)]
-    return torch.cat(own).view(shape)
+def _known(part: Tensor | None) -> Tensor:
+    assert part is not None, "a rank that has a part of it has given None"
+    return part
+
+
+def _alike(
+    names: Iterable[str], laid: Mapping[str, Laid], applied: int, together: int
+) -> Iterator[list[str]]:
+    """Names whose tensors come over one axis, from one rank or from all, in one dtype."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        where = laid[name]
+        if applied < len(where.splits):
+            axis, how = where.splits[applied]
+            whose = how.index if isinstance(how, On) else None
+            groups.setdefault((axis, whose, where.dtype, where.here), []).append(name)
+    for group in groups.values():
+        sizes = [laid[name].shape.numel() * laid[name].dtype.itemsize for name in group]
+        first, total = 0, 0
+        for i, size in enumerate(sizes):
+            if total + size > together and i > first:
+                yield group[first:i]
+                first, total = i, 0
+            total += size
+        yield group[first:]
+
+
+def _from_one(
+    names: Sequence[str],
+    now: Mapping[str, Tensor | None],
+    laid: Mapping[str, Laid],
+    axis: Axis,
+    index: int,
+) -> dict[str, Tensor]:
+    """Tensors that lie whole on one rank of the axis."""
+    lengths = [laid[name].shape.numel() for name in names]
+    if axis.index == index:
+        flat = torch.cat([_known(now[name]).flatten() for name in names])
+    else:
+        flat = torch.empty(sum(lengths), dtype=laid[names[0]].dtype, device=axis.wire.device)
+    whole = ops.broadcast_into(flat, axis, index).wait().split(lengths)
+    return {name: x.view(laid[name].shape).clone() for name, x in zip(names, whole, strict=True)}
+
+
+def _from_all(
+    names: Sequence[str],
+    now: Mapping[str, Tensor | None],
+    laid: Mapping[str, Laid],
+    axis: Axis,
+    applied: int,
+) -> dict[str, Tensor]:
+    """Tensors of which each rank of the axis has a piece."""
+    padded = [_padded(_known(now[name]), laid[name], applied) for name in names]
+    rows = ops.all_gather(torch.cat([x.flatten() for x in padded])[None], axis)  # (size, L)
+    pieces = rows.split([x.numel() for x in padded], 1)
+    return {
+        name: _joined(each.unflatten(1, x.shape), laid[name], applied)
+        for name, x, each in zip(names, padded, pieces, strict=True)
+    }
+
+
+def _padded(local: Tensor, laid: Laid, applied: int) -> Tensor:
+    """This rank's piece, as long as the longest of any rank."""
+    dim, _, bounds = _cut(laid, applied)
+    shape = list(local.shape)
+    shape[dim] = max(stop - start for start, stop in bounds)
+    padded = local.new_zeros(shape)
+    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+    return padded
+
+
+def _joined(pieces: Tensor, laid: Laid, applied: int) -> Tensor:
+    """(size, ...) with everyone's padded piece -> what the tensor was before this split."""
+    dim, shape, bounds = _cut(laid, applied)
+    own = [x.narrow(dim, 0, b - a) for x, (a, b) in zip(pieces, bounds, strict=True)]
+    return torch.cat(own, dim).view(shape)
+
+
+def _cut(laid: Laid, applied: int) -> tuple[int, list[int], list[tuple[int, int]]]:
+    """Along which dim a split cuts, the shape before it, and where each rank's piece begins and
+    ends. Under Flat it cuts the tensor as a vector.
+    """
+    axis, how = laid.splits[applied]
+    shape = [box.stop - box.start for box in laid._box(applied)]
+    if isinstance(how, Flat):
+        return 0, shape, [how.range(math.prod(shape), i) for i in range(axis.size)]
+    assert isinstance(how, Shard)
+    return how.dim, shape, [piece(shape[how.dim], axis.size, i) for i in range(axis.size)]
 
 
 def global_norm(gradients: Mapping[str, Tensor | None], laid: Mapping[str, Laid]) -> Tensor:

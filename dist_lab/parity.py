@@ -33,7 +33,7 @@ from dist_lab.comm import ops
 from dist_lab.compose import Apply, parallelize
 from dist_lab.errors import UserError
 from dist_lab.job import Job
-from dist_lab.layout import gather_full
+from dist_lab.layout import gather_all
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh import Mesh
 from dist_lab.parity_report import Comparison, Report
@@ -183,10 +183,9 @@ def _whole_gradients(job: Job) -> Gradients:
     own = {n: p.grad for n, p in job.model.named_parameters() if p.grad is not None}
     here = torch.tensor([name in own for name in names], device=job.mesh.device).byte()
     anywhere = ops.all_reduce(here, job.mesh["pp"], "max").tolist()
-    return {
-        name: gather_full(own.get(name), job.laid[name]).clone() if known else None
-        for name, known in zip(names, anywhere, strict=True)
-    }
+    known = [name for name, is_somewhere in zip(names, anywhere, strict=True) if is_somewhere]
+    whole = gather_all({name: own.get(name) for name in known}, job.laid)
+    return {name: whole.get(name) for name in names}
 
 
 def _normalization(model: nn.Module, synchronized: bool) -> str:
