@@ -66,7 +66,8 @@ def measured(config, mesh):
 @pytest.mark.ranks(4, timeout=120)
 def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype, mesh):
     own = {"bucket_mb": 0.5} if strategy == "ddp" else {}
-    config = Config(strategy=strategy, dtype=dtype, **SMALL, **own)
+    layers = 4 if strategy == "pp" else 2
+    config = Config(strategy=strategy, dtype=dtype, layers=layers, **SMALL, **own)
     steps, memory = measured(config, init_mesh(timeout=mesh.timeout, **config.axes(4)))
     if mesh.rank == 0:
         process_group.disconnect()  # from here on it is alone, as whoever asks for an explanation

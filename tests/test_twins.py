@@ -54,7 +54,7 @@ def step_of(job, model, optimizer, step, dtype=torch.float64, microbatches=2):
     return [loss, norm]
 
 
-def trained(mesh, model, strategy, impl, steps=4, dtype=torch.float64, **options):
+def trained(mesh, model, strategy, impl, steps=3, dtype=torch.float64, **options):
     job = build(mesh, model, strategy, impl, dtype, **options)
     optimizer = job.optimizer(torch.optim.AdamW, lr=1e-2)
     return job, [n for step in range(steps) for n in step_of(job, model, optimizer, step, dtype)]
