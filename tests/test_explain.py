@@ -21,7 +21,7 @@ from dist_lab.parallel.pp_schedules import bubble, make, render
 
 ROOT = Path(__file__).parent.parent
 BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name != "single"]
-SMALL = {"batch": 8, "seq": 16, "microbatches": 2}
+SMALL = {"batch": 8, "seq": 16, "microbatches": 2, "data": str(ROOT / "README.md")}
 
 
 def program(*arguments):
