@@ -1,9 +1,21 @@
 """Boxes, gathering, global norms and clipping, on layouts that later strategies use."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dist_lab.layout import Flat, Laid, Shard, clip, gather_full, global_norm, slice_local
+from dist_lab.layout import (
+    Flat,
+    Laid,
+    On,
+    Shard,
+    clip,
+    gather_all,
+    gather_full,
+    global_norm,
+    slice_local,
+)
 from dist_lab.mesh import init_mesh
 
 SHAPES = [(10, 6), (7, 5), (2, 3), (1, 1), (4,)]  # even, uneven, fewer rows than ranks
@@ -57,6 +69,37 @@ def test_two_axes_split_one_tensor_in_the_order_applied(dims, mesh):
     where = laid((7, 5), (mesh["tp"], Shard(dims[0])), (mesh["fsdp"], Shard(dims[1])))
     local = slice_local(whole((7, 5)), where).clone()
     assert torch.equal(gather_full(local, where), whole((7, 5)))
+
+
+@pytest.mark.parametrize(("together", "calls"), [(10**6, 5), (0, 12)])
+@pytest.mark.ranks(4, mesh={"pp": 2, "fsdp": 2})
+def test_many_are_gathered_in_as_few_calls_as_there_are_ways_to_be_split(together, calls, mesh):
+    pp, fsdp = mesh["pp"], mesh["fsdp"]
+    layouts = {
+        "copied": laid((5, 4)),
+        "rows": laid((7, 4), (fsdp, Shard(0))),
+        "columns": laid((3, 5), (fsdp, Shard(1))),
+        "among others": laid((4, 4), (fsdp, Flat(3, 11))),
+        "on the first": laid((2, 3), (pp, On(0))),
+        "on the last": laid((4,), (pp, On(1))),
+        "too": laid((), (pp, On(1))),
+        "rows on the last": laid((5, 2), (pp, On(1)), (fsdp, Shard(0))),
+        "rows on the first": laid((3, 2), (pp, On(0)), (fsdp, Shard(0))),
+        "so are these": laid((1, 2), (pp, On(0)), (fsdp, Shard(0))),
+    }
+    layouts["narrow"] = replace(layouts["rows"], dtype=torch.float32)
+    wholes = {n: whole(w.shape, i).to(w.dtype) for i, (n, w) in enumerate(layouts.items())}
+    parts = {n: slice_local(wholes[n], w) if w.here else None for n, w in layouts.items()}
+    with mesh.wire.ledger.recording() as recorded:
+        found = gather_all(parts, layouts, together)
+    assert list(found) == list(layouts)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, wholes[name]), name
+        tensor.fill_(9)  # it is nobody else's memory, of which what follows would be full
+    here = [name for name, where in layouts.items() if where.here]
+    assert all(torch.equal(parts[n], slice_local(wholes[n], layouts[n])) for n in here)
+    # Once for each way, axis, rank that has it, and dtype; on their own, each tensor and split.
+    assert len(recorded) == calls - (together == 0 and pp.index == 1)
 
 
 @pytest.mark.ranks(4)
