@@ -201,12 +201,12 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
     faulthandler.register(signal.SIGUSR1, stack)
     faulthandler.enable(stack)
     kept = open_sockets()
-    gc.freeze()  # what is here now stays: a collection after a test then takes 1 ms, not 100
+    settled: set[str] = set()
     pipe.send(Ended())
     while (order := pipe.recv()) is not None:
         rendezvous, task = order
         hang_up(open_sockets() - kept)
-        word = run_one(task, rank, rendezvous)
+        word = run_one(task, rank, rendezvous, settled)
         sys.stdout.flush()
         sys.stderr.flush()
         pipe.send(word)
@@ -246,12 +246,12 @@ def write_into(path: str) -> None:
     os.close(file)
 
 
-def run_one(task: Task, rank: int, rendezvous: str) -> Failure | Ended:
+def run_one(task: Task, rank: int, rendezvous: str, settled: set[str]) -> Failure | Ended:
     from dist_lab import mesh
 
     __tracebackhide__ = True
     try:
-        renew(task, rank, rendezvous)
+        renew(task, rank, rendezvous, settled)
         with warnings.catch_warnings():
             function = find(task)
             arguments = {name: loads(value) for name, value in task.values.items()}
@@ -271,14 +271,21 @@ def run_one(task: Task, rank: int, rendezvous: str) -> Failure | Ended:
     return Ended()
 
 
-def renew(task: Task, rank: int, rendezvous: str) -> None:
-    """Undo what the last test may have left in this process, and join the ranks of this one."""
+def renew(task: Task, rank: int, rendezvous: str, settled: set[str]) -> None:
+    """Undo what the last test may have left in this process, and join the ranks of this one.
+
+    Args:
+        settled: the modules that collections do not look through any more.
+    """
     import torch
 
     from dist_lab import process_group
 
     process_group.disconnect()
     gc.collect()
+    if new := sys.modules.keys() - settled:
+        gc.freeze()  # they stay: the collection after the next test then takes 1 ms, not 100
+        settled |= new
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
