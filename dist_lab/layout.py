@@ -163,13 +163,13 @@ def gather_all(
             elif laid[names[0]].here:  # otherwise all of this axis are at that other position
                 now |= _from_all(names, now, laid, axis, applied)
     return {
-        name: _known(whole) if laid[name].splits else _known(whole).clone()
-        for name, whole in now.items()
+        name: _known(name, now) if laid[name].splits else _known(name, now).clone() for name in now
     }
 
 
-def _known(part: Tensor | None) -> Tensor:
-    assert part is not None, "a rank that has a part of it has given None"
+def _known(name: str, now: Mapping[str, Tensor | None]) -> Tensor:
+    part = now[name]
+    assert part is not None, f"a rank that has {name}, or a part of it, has given None"
     return part
 
 
@@ -205,7 +205,8 @@ def _from_one(
     """Tensors that lie whole on one rank of the axis."""
     lengths = [laid[name].shape.numel() for name in names]
     if axis.index == index:
-        flat = torch.cat([_known(now[name]).flatten() for name in names])
+        flat = torch.cat([_known(name, now).flatten() for name in names])
+        assert flat.dtype == laid[names[0]].dtype, f"{names} come in {flat.dtype}"
     else:
         flat = torch.empty(sum(lengths), dtype=laid[names[0]].dtype, device=axis.wire.device)
     whole = ops.broadcast_into(flat, axis, index).wait().split(lengths)
@@ -220,8 +221,10 @@ def _from_all(
     applied: int,
 ) -> dict[str, Tensor]:
     """Tensors of which each rank of the axis has a piece."""
-    padded = [_padded(_known(now[name]), laid[name], applied) for name in names]
-    rows = ops.all_gather(torch.cat([x.flatten() for x in padded])[None], axis)  # (size, L)
+    padded = [_padded(_known(name, now), laid[name], applied) for name in names]
+    flat = torch.cat([x.flatten() for x in padded])
+    assert flat.dtype == laid[names[0]].dtype, f"{names} come in {flat.dtype}"
+    rows = ops.all_gather(flat[None], axis)  # (size, L)
     pieces = rows.split([x.numel() for x in padded], 1)
     return {
         name: _joined(each.unflatten(1, x.shape), laid[name], applied)

@@ -13,7 +13,8 @@ from dist_lab import zoo
 from dist_lab.errors import UserError
 from dist_lab.mesh import init_mesh
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.parallel.pp_schedules import SCHEDULES, make, peak_activations
+from dist_lab.parallel.pp import Flight
+from dist_lab.parallel.pp_schedules import IN_FLIGHT, SCHEDULES, make, peak_activations
 from dist_lab.parallel.sync import Sync
 
 
@@ -164,6 +165,21 @@ def test_a_rank_holds_as_many_forwards_as_the_schedule_says(schedule, m, mesh):
     assert job._pipeline.peak == wanted[rank]
     if schedule == "1f1b":
         assert wanted[rank] == min(m, 4 - rank)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zbv"])
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_no_more_messages_than_two_wait_to_leave(schedule, mesh):
+    # What has been sent is held until it has left, so of a gpipe that waits for it at the end alone
+    # every micro-batch's output would be.
+    job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule)
+    left, land, do = [], Flight.land, Flight.do
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flight, "do", lambda self, a: (do(self, a), left.append(len(self.leaving))))
+        patch.setattr(Flight, "land", lambda self: (land(self), left.append(len(self.leaving))))
+        job.run(pairs_of(8), cross_entropy(48))
+    assert max(left) == IN_FLIGHT
+    assert left[-1] == 0
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
