@@ -89,17 +89,26 @@ def test_many_are_gathered_in_as_few_calls_as_there_are_ways_to_be_split(togethe
     }
     layouts["narrow"] = replace(layouts["rows"], dtype=torch.float32)
     wholes = {n: whole(w.shape, i).to(w.dtype) for i, (n, w) in enumerate(layouts.items())}
-    parts = {n: slice_local(wholes[n], w) if w.here else None for n, w in layouts.items()}
+    parts = {n: slice_local(wholes[n], w).clone() if w.here else None for n, w in layouts.items()}
     with mesh.wire.ledger.recording() as recorded:
         found = gather_all(parts, layouts, together)
     assert list(found) == list(layouts)
     for name, tensor in found.items():
         assert torch.equal(tensor, wholes[name]), name
-        tensor.fill_(9)  # it is nobody else's memory, of which what follows would be full
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} lies in a larger memory"
+        tensor.fill_(9)  # and in none of what is given, of which the rest would be full
     here = [name for name, where in layouts.items() if where.here]
     assert all(torch.equal(parts[n], slice_local(wholes[n], layouts[n])) for n in here)
     # Once for each way, axis, rank that has it, and dtype; on their own, each tensor and split.
     assert len(recorded) == calls - (together == 0 and pp.index == 1)
+
+
+@pytest.mark.ranks(3, mesh={"pp": 3})
+def test_what_lies_on_one_rank_comes_from_that_one(mesh):
+    layouts = {str(i): laid((2, i + 1), (mesh["pp"], On(i))) for i in range(3)}
+    parts = {name: whole(w.shape) if w.here else None for name, w in layouts.items()}
+    for name, found in gather_all(parts, layouts).items():
+        assert torch.equal(found, whole(layouts[name].shape)), name
 
 
 @pytest.mark.ranks(4)
