@@ -139,7 +139,10 @@ def parallelize(
         if strategy == "single":
             raise UserError(f"strategy single is for one process, the mesh is {mesh}")
         along = " and ".join(row.axes)
-        raise UserError(f"the mesh is {mesh}, and {strategy} runs along {along} alone")
+        wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in row.axes)
+        raise UserError(
+            f"the mesh is {mesh}, and {strategy} runs along {along} alone; make it by {wanted}"
+        )
     _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
     _refuse_what_cannot_train(model)
     _refuse_earlier_optimizers(model)

@@ -66,9 +66,14 @@ class PipelineRunner(Step):
             with self.wire.during("forget", unit=""):
                 self.sync.forget()
             raise
+        finally:
+            self.wire.unit = ""  # what follows is of no action
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        return self.pipeline.evaluate(microbatches, loss_fn, self)
+        try:
+            return self.pipeline.evaluate(microbatches, loss_fn, self)
+        finally:
+            self.wire.unit = ""
 
     def begins(self, phase: str, what: str) -> None:
         self.wire.phase, self.wire.unit = phase, what

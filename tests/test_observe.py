@@ -8,7 +8,9 @@ from models import VOCAB, batch, gpt
 from torch import nn
 
 from dist_lab.observe import flops
+from dist_lab.observe.memory import LiveBytes
 from dist_lab.observe.sinks import open_sinks
+from dist_lab.recompute import recompute
 
 
 def test_operations_are_those_of_the_formula():
@@ -22,6 +24,23 @@ def test_operations_are_those_of_the_formula():
     matrices -= VOCAB * width  # the embedding is a lookup
     attention = 7 * 2 * rows * heads * seq * seq * head_dim * layers
     assert counted.get_total_flops() == 6 * matrices * rows * seq + attention
+
+
+def test_counting_operations_keeps_nothing_alive_that_is_measured_beside_it():
+    # torch's own tracker of modules holds on to what blocks that recompute have computed again.
+    model = gpt(torch.float32)
+    recompute(model, {f"layers.{n}": block for n, block in model.model.layers.items()}, 1)
+    peaks = []
+    for microbatches in (1, 8):
+        model.zero_grad()
+        with LiveBytes(model.parameters()) as live, flops.counter():
+            for step in range(microbatches):
+                inputs, targets = batch(step, 4)
+                nn.functional.cross_entropy(
+                    model(inputs).flatten(0, 1), targets.flatten()
+                ).backward()
+        peaks.append(live.by_kind().own["activations"])
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_rows_are_json_lines_and_tensorboard_scalars(tmp_path, capsys):
