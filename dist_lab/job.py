@@ -19,15 +19,7 @@ from torch import Tensor, nn
 from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
-from dist_lab.layout import (
-    Laid,
-    On,
-    clip,
-    gather_all,
-    global_norm,
-    local_part,
-    slice_local,
-)
+from dist_lab.layout import Laid, On, clip, gather_all, global_norm, local_part, slice_local
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh import DATA_AXES, Axis, Mesh
 from dist_lab.parallel.pp_schedules import Slot

@@ -60,20 +60,17 @@ class PipelineRunner(Step):
             self._refuse_closed(name)
         self._open = set(self._names)
         self.sync.microbatch(last=self._last)
-        try:
-            return self.pipeline.run(microbatches, loss_fn, self)
-        except BaseException:
-            with self.wire.during("forget", unit=""):
-                self.sync.forget()
-            raise
-        finally:
-            self.wire.unit = ""  # what follows is of no action
+        with self.wire.during():  # what follows is of no action
+            try:
+                return self.pipeline.run(microbatches, loss_fn, self)
+            except BaseException:
+                with self.wire.during("forget", unit=""):
+                    self.sync.forget()
+                raise
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        try:
+        with self.wire.during():
             return self.pipeline.evaluate(microbatches, loss_fn, self)
-        finally:
-            self.wire.unit = ""
 
     def begins(self, phase: str, what: str) -> None:
         self.wire.phase, self.wire.unit = phase, what
