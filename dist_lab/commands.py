@@ -60,7 +60,7 @@ def verify(config: Config, mesh: Mesh) -> int:
     data = meet(config, mesh)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
-            make_folder(Path(config.out))
+            make_folder(Path(config.out), "verify.json")
     report = parity.verify(
         lambda: draw(config, data),
         lambda step: data.batch(step, slice(0, config.batch)),
@@ -150,10 +150,11 @@ def build(config: Config, mesh: Mesh, data: Data) -> Job:
     )
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, file: str) -> None:
+    """Raises UserError unless the file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "verify.json").touch()
+        (folder / file).touch()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror} (--out)") from None
 

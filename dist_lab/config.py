@@ -291,6 +291,12 @@ def parse_as(
 
 def check_together(config: Config, where: Mapping[str, str]) -> None:
     """What no setting shows alone. `where` says who set each of them: a flag, a line of a file."""
+    check_settings(config, where)
+    check_nproc(config, where)
+
+
+def check_settings(config: Config, where: Mapping[str, str]) -> None:
+    """The same, but for the number of ranks."""
     check_strategy(config, where)
     check_model(config, where)
     if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
@@ -298,7 +304,6 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
             f"collectives {config.collectives} are by hand, for gloo alone, and the backend is "
             f"nccl ({where['collectives']}); give auto or backend"
         )
-    check_nproc(config, where)
 
 
 def check_strategy(config: Config, where: Mapping[str, str]) -> None:

@@ -9,8 +9,10 @@ costs two steps of one rank in time and memory.
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby, product
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,9 +22,10 @@ from torch.optim import Optimizer
 from dist_lab import train as loop
 from dist_lab.choices import STRATEGIES
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
-from dist_lab.commands import build, meet
+from dist_lab.commands import build, make_folder, meet
 from dist_lab.config import Config, read_mesh
 from dist_lab.errors import UserError
+from dist_lab.explain_file import write
 from dist_lab.explain_settings import Explain
 from dist_lab.job import Job
 from dist_lab.layout import On, Placement, Shard
@@ -45,15 +48,22 @@ def explain(config: Explain, mesh: Mesh) -> int:
     config = replace(config, mesh=config.asked_mesh, stages=None)
     ranks = math.prod(read_mesh(config.mesh).values()) if config.mesh else ranks
     axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
+    if config.out:
+        make_folder(Path(config.out), "explain.json")
     console = wide_console()
     if config.strategy == "pp":
         show_schedule(console, config, axes["pp"])
-    if math.prod(axes.values()) == 1:
-        show(console, observe(config, mesh))
-    else:
-        console.print(rank_grid(axes))
-        with pretended(axes, backend=config.backend, collectives=config.collectives) as other:
-            show(console, observe(config, other))
+    with ExitStack() as held:
+        if math.prod(axes.values()) > 1:
+            console.print(rank_grid(axes))
+            mesh = held.enter_context(
+                pretended(axes, backend=config.backend, collectives=config.collectives)
+            )
+        seen = observe(config, mesh)
+        show(console, seen)
+        if config.out:
+            path = write(Path(config.out), f"{config.strategy}@{config.impl}", seen)
+            console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
 
 

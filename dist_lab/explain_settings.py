@@ -1,17 +1,18 @@
 """The settings of explain.py: those of a run that is only looked at, and what to draw of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_lab import data
-from dist_lab.config import Config, check_together, parse_as
+from dist_lab.choices import STRATEGIES
+from dist_lab.config import Config, check_settings, parse_as
 from dist_lab.errors import UserError
 from dist_lab.settings import setting, shown
 
 WITHOUT = [
     "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
-    "out", "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
+    "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
 ]  # fmt: skip
 PICTURES = (".svg", ".png", ".pdf")
 
@@ -44,7 +45,7 @@ class Explain(Config):
 def read(argv: Sequence[str] | None, description: str | None) -> Explain:
     """Raises UserError, for everything that can be wrong before the step is run."""
     config = parse_as(
-        Explain, check_together, argv,
+        Explain, check_settings, argv,
         program="explain.py", description=description, defaults={}, without=WITHOUT,
     )  # fmt: skip
     for name, value in (("stages", config.stages), ("svg", config.svg)):
@@ -60,5 +61,9 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
         )
     if config.svg and Path(config.svg).suffix.lower() not in PICTURES:
         raise UserError(f"svg cannot be {shown(config.svg)} (--svg); end it .svg, .png or .pdf")
+    if config.nproc is not None:  # a preset's ranks: they are explained, and none is started
+        axes = STRATEGIES[config.strategy].default_axes(config.nproc)
+        mesh = config.mesh or ",".join(f"{name}={size}" for name, size in axes.items())
+        config = replace(config, nproc=None, mesh=mesh)
     data.check(**config.data_wanted())
     return config

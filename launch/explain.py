@@ -3,6 +3,7 @@
     python launch/explain.py --strategy ddp --mesh dp=8 --size 25m
     python launch/explain.py --strategy dp --microbatches 2
     python launch/explain.py --strategy pp --schedule zb --stages 4 --svg zb.svg
+    python launch/explain.py --strategy fsdp --out runs/fsdp                 writes explain.json
 
 One step of rank 0 is run, against ranks that are only pretended; what it sends is what is shown.
 """

@@ -1,6 +1,7 @@
 """explain shows what a run does, because it runs it."""
 
 import gc
+import json
 import re
 import runpy
 import subprocess
@@ -163,3 +164,33 @@ def test_a_schedule_is_drawn_and_said_in_numbers(schedule, shown, tmp_path):
     assert f"{bubble(drawn):.1%} idle" in said
     assert render(drawn).splitlines()[1] in said
     assert path.read_text().startswith("<?xml")
+
+
+def test_the_file_holds_layouts_memory_and_calls(shown, tmp_path):
+    out = tmp_path / "made"
+    said = shown("--strategy", "fsdp", "--batch", "4", "--seq", "8", "--out", str(out))
+    assert f"written to {out / 'explain.json'}" in said
+    found = json.loads((out / "explain.json").read_text())
+    assert (found["strategy"], found["mesh"]) == ("fsdp@hand", {"fsdp": 4})
+    assert found["layouts"]["lm_head.weight"] == {
+        "shape": [256, 128],
+        "dtype": "float32",
+        "splits": [["fsdp", {"shard": 0, "copies": 1}]],
+        "partial": [{"axis": "fsdp"}],
+    }
+    kinds = found["memory"]["kinds"]
+    assert sum(kind["at_peak"] for kind in kinds.values()) == found["memory"]["peak"]
+    assert {call["op"] for call in found["calls"]} >= {"all_gather", "reduce_scatter"}
+    assert {call["step"] for call in found["calls"]} == {1, 2}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, shown):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file.*\(--out\)"):
+        shown("--strategy", "dp", "--out", str(tmp_path / "file"))
+
+
+def test_a_presets_ranks_are_explained_and_not_started(shown):
+    assert "ranks of dp=2 x fsdp=2" in shown(
+        "--config", str(ROOT / "configs/08_hsdp.toml"), "--batch", "4", "--seq", "8"
+    )

@@ -38,6 +38,7 @@ LAYERS = [
     ["parity_report", "observe"],
     ["train", "parity"],
     ["commands", "bench", "processes.pool", "launcher"],
+    ["explain_file"],
     ["explain"],
     ["testing", "compare"],
 ]
