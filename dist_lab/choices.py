@@ -1,23 +1,54 @@
-"""What there is to choose from: strategies and models, as data that costs no torch to read.
+"""The table of strategies, and that of models: what there is to choose from, as data without torch.
 
-The code behind the names is in compose.py and zoo/; tests hold the two against each other.
+A strategy's row says what it does and where its code is; compose.py reads it. The code behind the
+models is in zoo/; tests hold the two against each other.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
 from dist_lab.errors import UserError, nearest
 from dist_lab.settings import one_of, shown
 
 
+class Casts(Enum):
+    """What a strategy casts to the dtype of compute by itself."""
+
+    NOTHING = "nothing"
+    PARAMETERS = "parameters"  # what it gathers; inputs are cast for it
+    ALL = "parameters and inputs"
+
+
+@dataclass(frozen=True)
+class Impl:
+    """Who has written a strategy.
+
+    apply: "module:function"
+    draws: it asks for the value of each parameter and keeps what it needs, so that no rank has to
+        hold a whole model from the meta device
+    """
+
+    apply: str
+    draws: bool = False
+    casts: Casts = Casts.NOTHING
+
+
 @dataclass(frozen=True)
 class Strategy:
-    """What goes with a strategy: who has written it, and the axes of a mesh it can run along."""
+    """What goes with a strategy.
 
-    impls: tuple[str, ...]
-    axes: tuple[str, ...]  # outer first; none: it takes one process
-    options: tuple[str, ...] = ()  # settings that are its own
+    impls: "hand", "torch" or "accelerate" -> who has written it
+    axes: of a mesh, along which it can run, outer first; none: it takes one process
+    default: those of them that a mesh has by default
+    options: settings that are its own
+    """
+
+    impls: Mapping[str, Impl]
+    axes: tuple[str, ...]
+    default: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def default_axes(self, size: int) -> dict[str, int]:
         """The mesh for so many processes: all along the first axis, or, of two, 2 along it.
@@ -25,29 +56,72 @@ class Strategy:
         >>> STRATEGIES["fsdp"].default_axes(4), STRATEGIES["hsdp"].default_axes(6)
         ({'fsdp': 4}, {'dp': 2, 'fsdp': 3})
         """
-        if len(self.axes) < 2:
-            return dict.fromkeys(self.axes, size)
+        axes = self.default or self.axes
+        if len(axes) < 2:
+            return dict.fromkeys(axes, size)
         outer = math.gcd(2, size)
-        return {self.axes[0]: outer, self.axes[1]: size // outer}
+        return {axes[0]: outer, axes[1]: size // outer}
 
 
 SHARDING = (
     "reduce_dtype", "reshard_after_forward", "keep_gathered", "defer_reduce", "prefetch", "offload",
 )  # fmt: skip
-STRATEGIES = {
-    "single": Strategy(impls=("hand",), axes=()),
-    "dp": Strategy(impls=("hand",), axes=("dp",)),
-    "ddp": Strategy(("hand", "torch", "accelerate"), axes=("dp",), options=("bucket_mb",)),
-    "zero1": Strategy(("hand", "torch"), axes=("dp",), options=("bucket_mb",)),
-    "zero2": Strategy(("hand",), axes=("dp",), options=("bucket_mb",)),
-    "fsdp": Strategy(("hand", "torch"), axes=("fsdp",), options=SHARDING),
-    "hsdp": Strategy(("hand", "torch"), axes=("dp", "fsdp"), options=SHARDING),
-    "tp": Strategy(("hand", "torch"), axes=("tp",), options=("sequence_parallel", "regather")),
+DDP = {
+    "hand": Impl("dist_lab.parallel.ddp:apply"),
+    "torch": Impl("dist_lab.parallel.ddp_torch:apply"),
+    "accelerate": Impl("dist_lab.parallel.ddp_accelerate:apply"),
+}
+FSDP = {
+    "hand": Impl("dist_lab.parallel.fsdp:apply", draws=True, casts=Casts.PARAMETERS),
+    "torch": Impl("dist_lab.parallel.fsdp_torch:apply", draws=True, casts=Casts.PARAMETERS),
+}
+PP = {
+    "hand": Impl("dist_lab.parallel.pp:apply", draws=True, casts=Casts.ALL),
+    "torch": Impl("dist_lab.parallel.pp_torch:apply", draws=True, casts=Casts.ALL),
+}
+ZERO1 = {
+    "hand": Impl("dist_lab.parallel.zero:stage1", draws=True),
+    "torch": Impl("dist_lab.parallel.zero_torch:apply"),
+}
+ZERO2 = {"hand": Impl("dist_lab.parallel.zero:stage2", draws=True)}
+TP = {
+    "hand": Impl("dist_lab.parallel.tp:apply", draws=True),
+    "torch": Impl("dist_lab.parallel.tp_torch:apply"),
+}
+STRATEGIES: Mapping[str, Strategy] = {
+    "single": Strategy({"hand": Impl("dist_lab.parallel.single:apply")}, axes=()),
+    "dp": Strategy({"hand": Impl("dist_lab.parallel.dp:apply")}, axes=("dp",)),
+    "ddp": Strategy(DDP, axes=("dp",), options=("bucket_mb",)),
+    "zero1": Strategy(ZERO1, axes=("dp",), options=("bucket_mb",)),
+    "zero2": Strategy(ZERO2, axes=("dp",), options=("bucket_mb",)),
+    "fsdp": Strategy(FSDP, axes=("dp", "fsdp"), default=("fsdp",), options=SHARDING),
+    "hsdp": Strategy(FSDP, axes=("dp", "fsdp"), options=SHARDING),
+    "tp": Strategy(TP, axes=("tp",), options=("sequence_parallel", "regather")),
     "pp": Strategy(
-        ("hand", "torch"),
-        axes=("pp",),
-        options=("schedule", "chunks", "pp_balance", "emulate_compute"),
+        PP, axes=("pp",), options=("schedule", "chunks", "pp_balance", "emulate_compute")
     ),
+}
+# Every strategy by everyone who has written it.
+IMPLEMENTATIONS = tuple((name, by) for name, row in STRATEGIES.items() for by in row.impls)
+
+# Strategies are applied in this order, outermost first, each along the axes that it has here.
+ORDER_OF_APPLICATION = (("pp",), ("tp",), ("dp", "fsdp"))
+# Axes that may have more than one position at once.
+MIXES = (
+    frozenset({"pp"}),
+    frozenset({"tp"}),
+    frozenset({"dp", "fsdp"}),
+    frozenset({"dp"}),
+)
+
+IGNORED = (
+    "accelerate leaves its FSDP plugin unused on CPU: it takes the processes for MULTI_CPU, and "
+    "what it prepares is DistributedDataParallel; give --impl torch, or strategy ddp"
+)
+# Library implementations that we do not offer, and the reason we give.
+REFUSED: Mapping[tuple[str, str], str] = {
+    ("fsdp", "accelerate"): IGNORED,
+    ("hsdp", "accelerate"): IGNORED,
 }
 
 

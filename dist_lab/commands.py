@@ -171,7 +171,7 @@ def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
         "world_size": job.mesh.size,
         "threads": torch.get_num_threads(),
         "cores": cores(),
-        "parameters": sum(math.prod(laid.shape) for laid in job.laid.values()),
+        "parameters": sum(math.prod(layout.shape) for layout in job.layouts.values()),
         "data": {"name": data.name, "sha256": data.sha256, "image": data.image},
         "versions": versions(),
     }

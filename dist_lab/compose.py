@@ -1,98 +1,54 @@
-"""parallelize(): the one place that knows all strategies, and refuses what cannot be.
+"""parallelize(): the one place that puts strategies together, and refuses what cannot be.
 
-A strategy is a function `apply(model, axis) -> Applied` that changes the module in place and no
-parameter's name. To add one, write it in parallel/, and give it a row in STRATEGIES.
+A strategy is a function `apply(setup) -> Applied` that changes the module in place and no
+parameter's name. To add one, write it in parallel/, and give it a row in choices.STRATEGIES.
 """
 
 import gc
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_lab.choices import (
+    MIXES,
+    ORDER_OF_APPLICATION,
+    REFUSED,
+    STRATEGIES,
+    Casts,
+    Impl,
+)
 from dist_lab.comm import ops
 from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook
 from dist_lab.job import Job
-from dist_lab.layout import Shard
-from dist_lab.mesh import DATA_AXES, Mesh
+from dist_lab.layout import Layout, holds
+from dist_lab.mesh import Mesh
 from dist_lab.meta import come_to_life, is_meta, piece_by_piece
-from dist_lab.parallel import (
-    ddp,
-    ddp_accelerate,
-    ddp_torch,
-    dp,
-    fsdp,
-    fsdp_torch,
-    pp,
-    pp_torch,
-    single,
-    tp,
-    tp_torch,
-    zero,
-    zero_torch,
-)
-from dist_lab.parallel.sync import Applied, Chain
+from dist_lab.parallel.sync import Applied, Apply, Chain, Setup
 from dist_lab.parallel.sync_batchnorm import convert_batchnorm
 from dist_lab.parallel.watch import FirstNonFinite
-from dist_lab.pipeline_runner import PipelineRunner
 from dist_lab.precision import compute_in
 from dist_lab.recompute import recompute as recompute_units
 from dist_lab.runner import Runner
 from dist_lab.step import Step
+from dist_lab.topology import DATA_AXES
 from dist_lab.zoo.init import InitFn
-
-Apply = Callable[..., Applied]  # (model, axis, **options of its own)
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """One row of the table: the function, and the mesh axes that it runs along."""
+class Part:
+    """One strategy of those that are applied: what it does, and the axes that it runs along."""
 
+    label: str
     apply: Apply
     axes: tuple[str, ...]
-
-
-STRATEGIES: Mapping[tuple[str, str], Strategy] = {
-    ("single", "hand"): Strategy(single.apply, ("dp",)),
-    ("dp", "hand"): Strategy(dp.apply, ("dp",)),
-    ("ddp", "hand"): Strategy(ddp.apply, ("dp",)),
-    ("ddp", "torch"): Strategy(ddp_torch.apply, ("dp",)),
-    ("ddp", "accelerate"): Strategy(ddp_accelerate.apply, ("dp",)),
-    ("zero1", "hand"): Strategy(zero.stage1, ("dp",)),
-    ("zero1", "torch"): Strategy(zero_torch.apply, ("dp",)),
-    ("zero2", "hand"): Strategy(zero.stage2, ("dp",)),
-    ("fsdp", "hand"): Strategy(fsdp.apply, ("fsdp", "dp")),
-    ("fsdp", "torch"): Strategy(fsdp_torch.apply, ("fsdp", "dp")),
-    ("hsdp", "hand"): Strategy(fsdp.apply, ("fsdp", "dp")),
-    ("hsdp", "torch"): Strategy(fsdp_torch.apply, ("fsdp", "dp")),
-    ("tp", "hand"): Strategy(tp.apply, ("tp",)),
-    ("tp", "torch"): Strategy(tp_torch.apply, ("tp",)),
-    ("pp", "hand"): Strategy(pp.apply, ("pp",)),
-    ("pp", "torch"): Strategy(pp_torch.apply, ("pp",)),
-}
-
-
-IGNORED = (
-    "accelerate leaves its FSDP plugin unused on CPU: it takes the processes for MULTI_CPU, and "
-    "what it prepares is DistributedDataParallel; give --impl torch, or strategy ddp"
-)
-# Somebody else's that one would look for here in vain, and why.
-REFUSED: Mapping[tuple[str, str], str] = {
-    ("fsdp", "accelerate"): IGNORED,
-    ("hsdp", "accelerate"): IGNORED,
-}
-
-# What parallelize() hands to a strategy that takes it, beside the options that a user gives.
-GIVEN = (
-    "units", "value_of", "borrow", "sub", "param_dtype", "compute_in", "recompute",
-)  # fmt: skip
+    impl: Impl
 
 
 def parallelize(
@@ -113,16 +69,15 @@ def parallelize(
     """Make a model train on a mesh, in place.
 
     Args:
-        strategy: a name from STRATEGIES, or a function `apply(model, axis)` of one's own, which
-            runs along dp.
-        units: module classes or names: what is borrowed, reduced, recomputed and logged as one.
+        strategy: a name from STRATEGIES, or a function `apply(setup)` of one's own, which runs
+            along dp.
+        units: module classes or names: what is unsharded, reduced, recomputed and logged as one.
         param_dtype: compute in this dtype, keeping the parameters as float32 masters.
-        recompute: every so-manyth unit forgets its activations, and computes them again in
-            backward; 1: each of them. 0: none.
+        recompute: recompute every k-th unit in backward: 1 all, 0 none.
         broadcast: start from rank 0's weights and buffers. False: they must be equal already.
-        seed, init_fn: for a model on the meta device, whose parameters come to life here, each
-            rank drawing what it keeps: `init_fn(name, tensor, generator)` fills a whole parameter,
-            and the generator is that of (seed, name). Default: the model's own `init_weight`.
+        seed, init_fn: for a model on the meta device, whose parameters are drawn here, each rank
+            drawing what it keeps: `init_fn(name, tensor, generator)` fills a whole parameter, and
+            the generator is that of (seed, name). Default: the model's own `init_weight`.
         sync_batchnorm: BatchNorm takes its statistics over the rows of all ranks.
         options: the strategy's own, as its `apply` lists them: ddp's bucket_mb.
 
@@ -133,69 +88,124 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"parallelize takes a module that has been built, not {model!r:.60}")
-    row = _strategy(strategy, impl)
-    size = math.prod(mesh[name].size for name in row.axes)
-    if size != mesh.size or (strategy == "single" and mesh.size > 1):
-        if strategy == "single":
-            raise UserError(f"strategy single is for one process, the mesh is {mesh}")
-        along = " and ".join(row.axes)
-        wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in row.axes)
-        raise UserError(
-            f"the mesh is {mesh}, and {strategy} runs along {along} alone; make it by {wanted}"
-        )
-    _refuse_unknown_options(row.apply, options, f"{strategy}@{impl}")
+    part = _part(strategy, impl)
+    _refuse_other_axes(part, strategy, mesh)
+    _refuse_unknown_options(part, options)
     _refuse_what_cannot_train(model)
     _refuse_earlier_optimizers(model)
-    if sync_batchnorm and not set(row.axes) & set(DATA_AXES):
+    if sync_batchnorm and not set(part.axes) & set(DATA_AXES):
         raise UserError(
             f"{strategy} shares out no rows for sync_batchnorm to put together; leave it out"
         )
-    lanes = [mesh.lane(name) for name in row.axes]
-    takes = signature(row.apply).parameters
-    value_of = _own(model)
     drawn = is_meta(model)
-    if drawn and "value_of" in takes:
-        value_of = piece_by_piece(model, seed, mesh.device, init_fn)
+    full_value = _own_value(model)
+    if drawn and part.impl.draws:
+        full_value = piece_by_piece(model, seed, mesh.device, init_fn)
     elif drawn:
         come_to_life(model, seed, mesh.device, init_fn)
     _agree(model, mesh, broadcast and not drawn)
-
     if sync_batchnorm:
-        convert_batchnorm(model, mesh.lane(row.axes[0]))
+        convert_batchnorm(model, mesh.channel(part.axes[-1]))
     named = {"": model, **_find_units(model, units)}
     if recompute:
         recompute_units(model, {name: m for name, m in named.items() if name}, recompute)
     names = [name for name, _ in model.named_parameters()]
     first_of = {id(p): name for name, p in model.named_parameters()}
     state = {n: first_of.get(id(t), n) for n, t in model.state_dict(keep_vars=True).items()}
-    given: dict[str, Any] = {
-        "units": named,
-        "value_of": value_of,
-        "borrow": mesh.lane(row.axes[0]) if "borrow" in takes else None,
-        "sub": partial(mesh.sub, row.axes[0]),
-        "param_dtype": param_dtype,
-        "compute_in": partial(_narrow, param_dtype) if param_dtype is not None else None,
-        "recompute": recompute,
-    }
-    applied = row.apply(model, *lanes, **{k: v for k, v in given.items() if k in takes}, **options)
-    if not isinstance(applied, Applied):
-        raise UserError(f"a strategy returns Applied(laid, sync), this one {applied!r:.60}")
+
+    applied = _fold(model, mesh, [(part, options)], named, full_value, param_dtype, recompute)
     here = [name for name, _ in model.named_parameters()]
-    known = names if applied.pipeline is not None else here  # of a pipeline some are elsewhere
-    assert names == known == list(applied.laid), "a strategy changes no parameter's name"
-    if param_dtype is not None and "compute_in" not in takes:
-        compute_in(model, param_dtype, parameters="param_dtype" not in takes)
+    held = [n for n, where in applied.layouts.items() if holds(where, mesh.coordinates)]
+    assert names == list(applied.layouts), "a strategy changes no parameter's name"
+    assert here == held, "a model has the parameters that its layouts put on this rank"
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
-    watch = FirstNonFinite(leaves, kept=applied.pipeline is not None)
+    watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     chain = Chain(watch, applied.sync)
     runner: Step
-    if applied.pipeline is not None:
-        runner = PipelineRunner(model, chain, mesh.wire, applied.pipeline)
+    if applied.make_runner is not None:
+        runner = applied.make_runner(model, chain, mesh.wire, named)
     else:
-        placements = [how for name in applied.leaves for _, how in applied.laid[name].splits]
-        in_parts = any(isinstance(how, Shard) for how in placements)
-        runner = Runner(model, chain, mesh.wire, named, leaves, in_parts=in_parts)
+        apart = applied.sharded_between_units
+        runner = Runner(model, chain, mesh.wire, named, leaves, sharded_between_units=apart)
     return Job(model, mesh, applied, runner, watch, state)
+
+
+def _fold(
+    model: nn.Module,
+    mesh: Mesh,
+    parts: Sequence[tuple[Part, Mapping[str, Any]]],
+    units: Mapping[str, nn.Module],
+    full_value: Callable[[str], Tensor],
+    param_dtype: torch.dtype | None,
+    recompute: int,
+) -> Applied:
+    """Apply strategies one after another, in their order; then cast what none of them does.
+
+    Args:
+        parts: each strategy with its options.
+    """
+    layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
+    whole = Applied(layouts, Chain())
+    for part, options in sorted(parts, key=_place_in_order):
+        axes = {name: mesh.channel(name) for name in part.axes}
+        setup = Setup(model, mesh, axes, layouts, full_value, units, param_dtype, recompute)
+        applied = part.apply(setup, **options)
+        if not isinstance(applied, Applied):
+            raise UserError(f"a strategy returns Applied(layouts, sync), this one {applied!r:.60}")
+        assert all(applied.layouts[n].extends(where) for n, where in layouts.items()), part.label
+        whole, layouts = _together(whole, applied), dict(applied.layouts)
+        full_value = _own_value(model)
+    casts = {part.impl.casts for part, _ in parts}
+    if param_dtype is not None and Casts.ALL not in casts:
+        compute_in(model, param_dtype, parameters=Casts.PARAMETERS not in casts)
+    return whole
+
+
+def _place_in_order(part: tuple[Part, Any]) -> int:
+    axes = set(part[0].axes)
+    return next(i for i, family in enumerate(ORDER_OF_APPLICATION) if axes & set(family))
+
+
+def _together(outer: Applied, inner: Applied) -> Applied:
+    """What two strategies did, one after the other. Gradients travel inner to outer."""
+    return replace(
+        inner,
+        sync=Chain(inner.sync, outer.sync),
+        about=", ".join(filter(None, [outer.about, inner.about])),
+        leaves={**outer.leaves, **inner.leaves},
+        sharded_between_units=outer.sharded_between_units or inner.sharded_between_units,
+        make_optimizer=inner.make_optimizer or outer.make_optimizer,
+        make_runner=inner.make_runner or outer.make_runner,
+        buffers={**outer.buffers, **inner.buffers},
+    )
+
+
+def _part(strategy: str | Apply, impl: str) -> Part:
+    if callable(strategy):
+        return Part(strategy.__qualname__, strategy, ("dp",), Impl(""))
+    if (strategy, impl) in REFUSED:
+        raise UserError(f"no strategy {strategy}@{impl}: {REFUSED[strategy, impl]}")
+    row = STRATEGIES.get(strategy)
+    if row is None or impl not in row.impls:
+        known = ", ".join(f"{name}@{by}" for name, row in STRATEGIES.items() for by in row.impls)
+        raise UserError(f"no strategy {strategy}@{impl}; there is {known}")
+    module, _, function = row.impls[impl].apply.partition(":")
+    apply = getattr(import_module(module), function)
+    return Part(f"{strategy}@{impl}", apply, row.axes or ("dp",), row.impls[impl])
+
+
+def _refuse_other_axes(part: Part, strategy: str | Apply, mesh: Mesh) -> None:
+    """Raise UserError unless the mesh is one of the legal MIXES of the strategy's axes."""
+    if strategy == "single" and mesh.size > 1:
+        raise UserError(f"strategy single is for one process, the mesh is {mesh}")
+    long = {name for name, size in mesh.axes.items() if size > 1}
+    if not any(long <= mix <= set(part.axes) for mix in MIXES):
+        inner_first = part.axes[::-1]
+        along = " and ".join(inner_first)
+        wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in inner_first)
+        raise UserError(
+            f"the mesh is {mesh}, and {strategy} runs along {along} alone; make it by {wanted}"
+        )
 
 
 def _agree(model: nn.Module, mesh: Mesh, broadcast: bool) -> None:
@@ -209,32 +219,17 @@ def _agree(model: nn.Module, mesh: Mesh, broadcast: bool) -> None:
         check_tensors_agree(state, mesh.world)
 
 
-def _narrow(dtype: torch.dtype, part: nn.Module, inputs: bool) -> None:
-    compute_in(part, dtype, inputs=inputs)
-
-
-def _own(model: nn.Module) -> Callable[[str], Tensor]:
+def _own_value(model: nn.Module) -> Callable[[str], Tensor]:
     return lambda name: model.get_parameter(name).detach()
 
 
-def _strategy(strategy: str | Apply, impl: str) -> Strategy:
-    if callable(strategy):
-        return Strategy(strategy, ("dp",))
-    if (strategy, impl) in REFUSED:
-        raise UserError(f"no strategy {strategy}@{impl}: {REFUSED[strategy, impl]}")
-    if (strategy, impl) not in STRATEGIES:
-        known = ", ".join(f"{name}@{by}" for name, by in STRATEGIES)
-        raise UserError(f"no strategy {strategy}@{impl}; there is {known}")
-    return STRATEGIES[strategy, impl]
-
-
-def _refuse_unknown_options(apply: Apply, options: Mapping[str, Any], label: str) -> None:
-    parameters = signature(apply).parameters.values()
-    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN]
+def _refuse_unknown_options(part: Part, options: Mapping[str, Any]) -> None:
+    parameters = signature(part.apply).parameters.values()
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in own:
             takes = f"it takes {', '.join(own)}" if own else "it takes none"
-            raise UserError(f"{label} has no option {name}; {takes}")
+            raise UserError(f"{part.label} has no option {name}; {takes}")
 
 
 def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:

@@ -312,7 +312,7 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
     if config.impl not in strategy.impls:
         raise UserError(
             f"strategy {config.strategy} has no impl {shown(config.impl)} ({where['impl']}); "
-            f"give {one_of(strategy.impls, config.impl)}"
+            f"give {one_of(list(strategy.impls), config.impl)}"
         )
     for axis in read_mesh(config.mesh, where["mesh"]):
         if axis not in strategy.axes:

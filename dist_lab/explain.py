@@ -28,11 +28,12 @@ from dist_lab.errors import UserError
 from dist_lab.explain_file import write
 from dist_lab.explain_settings import Explain
 from dist_lab.job import Job
-from dist_lab.layout import On, Placement, Shard
-from dist_lab.mesh import ORDER, Axis, Mesh, pretended
+from dist_lab.layout import OnlyOn, Placement, Shard
+from dist_lab.mesh import Mesh, pretended
 from dist_lab.observe import memory
 from dist_lab.observe.sinks import wide_console
 from dist_lab.parallel.pp_schedules import bubble, peak_activations, render
+from dist_lab.topology import ORDER
 
 RANKS = 4  # where --mesh does not say
 
@@ -147,13 +148,13 @@ def layout_table(job: Job) -> Table:
     sizes: dict[tuple[str, ...], int] = {}
     own = dict(job.model.named_parameters())
     for name in own:
-        laid = job.laid[name]
+        layout = job.layouts[name]
         number = re.search(r"\.(\d+)\.", name)
-        split = ", ".join(_how(axis, how) for axis, how in laid.splits)
+        split = ", ".join(_how(axis, how) for axis, how in layout.splits)
         key: tuple[str, ...] = (
-            re.sub(r"\.\d+\.", ".{}.", name, count=1), str(list(laid.shape)),
-            str(laid.dtype).removeprefix("torch."), split or "whole",
-            ", ".join(map(str, laid.sum_over)) or "-",
+            re.sub(r"\.\d+\.", ".{}.", name, count=1), str(list(layout.shape)),
+            str(layout.dtype).removeprefix("torch."), split or "whole",
+            ", ".join(owed.axis for owed in layout.partial) or "-",
         )  # fmt: skip
         rows.setdefault(key, []).append(int(number[1]) if number else 0)
         sizes[key] = sizes.get(key, 0) + own[name].nbytes
@@ -171,7 +172,7 @@ def memory_table(seen: Seen) -> Table:
     """Measured in those two steps, beside what the layout says of what stays here."""
     job, peak = seen.job, seen.peak
     of_formula = memory.by_layout(job, seen.optimizer)
-    count = sum(laid.shape.numel() for laid in job.laid.values() if laid.alias_of is None)
+    count = sum(layout.shape.numel() for layout in job.layouts.values())
     table = Table(title="memory of rank 0 in a step, bytes", box=SIMPLE_HEAD)
     table.add_column("kind")
     for column in ("at the peak", "at its own peak", "per parameter", "by layout"):
@@ -239,8 +240,8 @@ def totals_table(calls: Sequence[Call]) -> Table:
     return table
 
 
-def _how(axis: Axis, how: Placement) -> str:
-    if isinstance(how, On):
+def _how(axis: str, how: Placement) -> str:
+    if isinstance(how, OnlyOn):
         return f"whole, as one stage of {axis} alone"
     return f"dim {how.dim} over {axis}" if isinstance(how, Shard) else f"elements over {axis}"
 

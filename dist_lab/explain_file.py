@@ -11,14 +11,12 @@ Nothing in it depends on the moment, the machine or the place in the code.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_lab.comm.ledger import Call
 from dist_lab.job import Job
-from dist_lab.layout import Flat, Laid, On, Placement, Shard
-from dist_lab.mesh import Axis, Mesh
+from dist_lab.layout import to_json
 from dist_lab.observe import memory
 
 
@@ -45,13 +43,13 @@ def described(strategy: str, seen: Any) -> dict[str, Any]:
     return {
         "strategy": strategy,
         "mesh": dict(job.mesh.axes),
-        "layouts": {name: layout(laid, job.mesh) for name, laid in job.laid.items()},
+        "layouts": {name: to_json(layout) for name, layout in job.layouts.items()},
         "memory": {"peak": seen.peak.total, "kinds": kinds},
         "calls": [{"step": step} | call(each) for step, calls in steps for each in calls],
     }
 
 
-def call(call: Call) -> Mapping[str, Any]:
+def call(call: Call) -> dict[str, Any]:
     """One collective."""
     return {
         "phase": call.phase,
@@ -65,39 +63,3 @@ def call(call: Call) -> Mapping[str, Any]:
         "sent": call.sent,
         "algorithm": call.algorithm,
     }
-
-
-def layout(laid: Laid, mesh: Mesh) -> dict[str, Any]:
-    """How one parameter lies, by axis name."""
-    together = [_owed(axis, mesh) for axis in laid.sum_over]
-    tied = next((each["positions"] for each in together if "positions" in each), None)
-    return {
-        "shape": list(laid.shape),
-        "dtype": str(laid.dtype).removeprefix("torch."),
-        "splits": [[_base(axis), _placement(axis, how, mesh, tied)] for axis, how in laid.splits],
-        "partial": together,
-    }
-
-
-def _base(axis: Axis) -> str:
-    return axis.name.partition("[")[0]
-
-
-def _placement(axis: Axis, how: Placement, mesh: Mesh, tied: Any) -> dict[str, Any]:
-    if isinstance(how, Shard):
-        return {"shard": how.dim, "copies": mesh[_base(axis)].size // axis.size}
-    if isinstance(how, Flat):
-        return {"flat_shard": [how.offset, how.piece]}
-    assert isinstance(how, On)
-    return {"only_on": tied or [how.index]}
-
-
-def _owed(axis: Axis, mesh: Mesh) -> dict[str, Any]:
-    """The axis of a sum; which positions of it take part, or that so many neighbours do."""
-    base = mesh[_base(axis)]
-    if axis.size == base.size:
-        return {"axis": base.name}
-    positions = [base.ranks.index(rank) for rank in axis.ranks]
-    if base.name == "tp":
-        return {"axis": base.name, "neighbours": axis.size}
-    return {"axis": base.name, "positions": positions}

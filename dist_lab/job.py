@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from dist_lab.buffers import merge_statistics
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
-from dist_lab.layout import Laid, On, clip, gather_all, global_norm, local_part, slice_local
+from dist_lab.gather import axis_of_parts, clip, gather_all, global_norm, local_part
+from dist_lab.layout import Layout, OnlyOn, slice_local
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
-from dist_lab.mesh import DATA_AXES, Axis, Mesh
-from dist_lab.parallel.pp_schedules import Slot
+from dist_lab.mesh import Axis, Mesh
 from dist_lab.parallel.sync import Applied, Chain, Sync
 from dist_lab.parallel.watch import FirstNonFinite
-from dist_lab.pipeline_runner import on_one_clock
 from dist_lab.step import Step
+from dist_lab.topology import DATA_AXES
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
 
@@ -37,7 +37,7 @@ class Job:
     Attributes:
         model: an ordinary module; its parameters keep their names.
         mesh: where it runs.
-        laid: name -> how that parameter lies.
+        layouts: name -> how that parameter lies.
         leaves: name -> the tensor whose `.grad` backward fills, where it is not the parameter.
         about: the configuration that a library's strategy runs in; "" for ours.
     """
@@ -52,14 +52,17 @@ class Job:
         names: Mapping[str, str],
     ) -> None:
         self.model, self.mesh = model, mesh
-        self.laid, self.leaves, self.about = applied.laid, applied.leaves, applied.about
+        self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self._make_optimizer = applied.make_optimizer
         self._runner, self._watch = runner, watch
         self._names = names  # of the whole model's state; of a parameter, the first of its names
-        self._buffers, self._pipeline = applied.buffers, applied.pipeline
+        self._buffers = applied.buffers
         self._data: Axis = mesh.data
         self._shares: Axis = mesh.flatten("pp", *DATA_AXES)  # along which a loss is in parts
         self._world: Axis = mesh.world
+        for layout in self.layouts.values():  # now, as making a process group takes a while
+            for axis, how in layout.splits:
+                axis_of_parts(mesh, axis, how)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ class Job:
                 name: None if p.grad is None else local_part(p.grad)
                 for name, p in self.model.named_parameters()
             }
-            norm = global_norm(gradients, self.laid)
+            norm = global_norm(gradients, self.layouts, self.mesh)
             if max_norm is not None:
                 clip([g for g in gradients.values() if g is not None], norm, max_norm)
         return float(norm)
@@ -186,7 +189,7 @@ class Job:
         made: list[tuple[Mapping[str, Any], list[nn.Parameter]]] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                own = groups(name, self.laid[name].shape) if groups else {}
+                own = groups(name, self.layouts[name].shape) if groups else {}
                 for known, members in made:
                     if known == own:
                         members.append(parameter)
@@ -207,13 +210,13 @@ class Job:
         """
         own = self.model.state_dict(keep_vars=True)
         tensors = {name: t.detach() for name, t in own.items() if isinstance(t, Tensor)}
-        rank0 = ((self._world, On(0)),)
-        laid = {name: Laid(t.shape, t.dtype, rank0) for name, t in tensors.items()}
-        laid |= {**self.laid, **self._buffers}
+        rank0 = tuple((axis, OnlyOn((0,))) for axis in self.mesh.axes)
+        layouts = {name: Layout(t.shape, t.dtype, rank0) for name, t in tensors.items()}
+        layouts |= {**self.layouts, **self._buffers}
         with self.mesh.wire.during("state_dict"):
             merge_statistics(self.model, self._data)
-            held = [name for name in dict.fromkeys(self._names.values()) if name in laid]
-            whole = gather_all({name: tensors.get(name) for name in held}, laid)
+            held = [name for name in dict.fromkeys(self._names.values()) if name in layouts]
+            whole = gather_all({name: tensors.get(name) for name in held}, layouts, self.mesh)
         # Tied tensors have several names and one value; a module's extra state is this rank's.
         full = {name: whole[n] if n in whole else own[n] for name, n in self._names.items()}
         return {} if rank0_only and self.mesh.rank else full
@@ -230,7 +233,7 @@ class Job:
             side = "missing from" if odd[0] in self._names else "not in the model but in"
             raise UserError(f"{len(odd)} names do not match, first: {odd[0]} is {side} the weights")
         for name, first in self._names.items():
-            where, tensor = self.laid.get(first) or self._buffers.get(name), own.get(name)
+            where, tensor = self.layouts.get(first) or self._buffers.get(name), own.get(name)
             shape = where.shape if where else tensor.shape if isinstance(tensor, Tensor) else None
             if shape is not None and full[name].shape != shape:
                 raise UserError(
@@ -240,22 +243,35 @@ class Job:
         canonical = {p: name for name, p in self.model.named_parameters()}
         for name, tensor in own.items():
             if isinstance(tensor, nn.Parameter):  # here, as a library's may claim the whole shape
-                part = slice_local(full[name], self.laid[canonical[tensor]])
+                where = self.layouts[canonical[tensor]]
+                part = slice_local(full[name], where, self.mesh.axes, self.mesh.coordinates)
                 local_part(tensor.detach()).copy_(part)
                 parts[name] = tensor
         self.model.load_state_dict(parts)
         self._runner.weights_changed()
 
-    def timeline(self) -> list[list[Slot]]:
+    def full_gradients(self) -> dict[str, Tensor | None]:
+        """The whole gradient of every parameter, equal on every rank; None where no rank has one.
+
+        After `finish`. Collective.
+        """
+        own = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        names = list(self.layouts)
+        with self.mesh.wire.during("gradients"):
+            here = torch.tensor([name in own for name in names], device=self.mesh.device).byte()
+            anywhere = ops.all_reduce(here, self.mesh["pp"], "max").tolist()
+            known = [name for name, yes in zip(names, anywhere, strict=True) if yes]
+            whole = gather_all({n: own.get(n) for n in known}, self.layouts, self.mesh)
+        return {name: whole.get(name) for name in names}
+
+    def timeline(self) -> list[list[Any]]:
         """When each rank of a pipeline computed what, in the last `run`: a row of each, in ms.
 
         Counted from the first action of all. Ranks of one machine have one clock; those of several
         are taken to agree. Empty under any other strategy, and of a library's. Collective.
         """
-        if self._pipeline is None:
-            return []
         with self.mesh.wire.during("timeline"):
-            return on_one_clock(self._pipeline.slots, self.mesh["pp"])
+            return self._runner.timeline()
 
     @property
     def sync(self) -> Chain:

@@ -1,295 +1,327 @@
-"""Where a parameter lies, by its name. Initialisation, norms, clipping and checkpoints read only this.
+"""Layout: where a parameter lies, by its name and by the names of mesh axes.
 
-    W[D, F]                           every rank holds all of it           Laid(shape, dtype)
-    W[D_fsdp, F]                      rows are split over an axis          splits=((fsdp, Shard(0)),)
-    W[(D_tp)_fsdp, F]                 tp splits first, then fsdp           splits=((tp, Shard(0)), (fsdp, Shard(0)))
-    a range of a bucket's elements    where zero1 and zero2 step           splits=((dp, Flat(offset, piece)),)
-    on one stage of a pipeline alone  the others have nothing of it        splits=((pp, On(2)),)
-    dW{U_tp}                          each rank has a part of the gradient sum_over=(tp,)
+    W[D, F]                           every rank holds all of it           Layout(shape, dtype)
+    W[D_fsdp, F]                      rows are split over an axis          splits=(("fsdp", Shard(0)),)
+    W[(D_tp)_fsdp, F]                 tp splits first, then fsdp           splits=(("tp", Shard(0)), ("fsdp", Shard(0)))
+    a range of a bucket's elements    where zero1 and zero2 step           splits=(("dp", FlatShard(offset, length)),)
+    on one stage of a pipeline alone  the others have nothing of it        splits=(("pp", OnlyOn((2,))),)
+    dW{U_tp}                          each rank has a part of the gradient partial=(Owed("tp"),)
 
-A split takes pieces of ceil(length / size), as torch.chunk does: the last may be short, or empty.
-So under Shard a rank always holds a box of the whole tensor, which is what checkpoints and
-resharding need. Under Flat it holds a range of elements, as a vector.
+A layout is plain data: it holds no process group, and says of any rank of any mesh what that rank
+holds. `sizes` are the sizes of the mesh's axes by name, `coordinates` a rank's position along each
+(topology.coordinates); an axis that is not in them has one position. Initialisation, norms,
+clipping, gathering and checkpoints read layouts and nothing else.
+
+Shards have ceil(length / size) rows, as torch.chunk gives: the last may be short, or empty. So
+under Shard a rank always holds a box of the whole tensor. Under FlatShard it holds a range of
+elements, as a vector.
 """  # noqa: E501
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_lab.comm import ops
-from dist_lab.mesh import Axis
+Sizes = Mapping[str, int]  # axis -> number of positions
+Coordinates = Mapping[str, int]  # axis -> a rank's position
+Box = tuple[slice, ...]  # a slice for each dim of the whole tensor
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Split along this dim of the tensor."""
+    """Split along this dim of the tensor into size / copies shards.
+
+    Each lies on `copies` neighbouring positions of the axis: keys and values of which there are
+    fewer heads than ranks.
+    """
 
     dim: int
+    copies: int = 1
 
 
 @dataclass(frozen=True)
-class Flat:
-    """A range of the elements, because many tensors lie side by side and are cut as one.
+class FlatShard:
+    """A range of the elements, because many tensors lie side by side and are split as one.
 
-    Element 0 of this tensor is element `offset` of all of them; rank i has [i piece, (i+1) piece).
+    Element 0 of this tensor is element `offset` of the bucket; the rank at position i has the
+    bucket's elements [i length, (i+1) length).
     """
 
     offset: int
-    piece: int
+    length: int
 
     def range(self, numel: int, index: int) -> tuple[int, int]:
-        """Start and stop of the elements of this tensor that the rank at `index` has.
+        """Start and stop of the elements of this tensor that position `index` has.
 
-        >>> [Flat(3, 4).range(6, i) for i in range(4)]
+        >>> [FlatShard(3, 4).range(6, i) for i in range(4)]
         [(0, 1), (1, 5), (5, 6), (6, 6)]
         """
-        start, stop = (min(max(k * self.piece - self.offset, 0), numel) for k in (index, index + 1))
+        ends = (index * self.length, (index + 1) * self.length)
+        start, stop = (min(max(end - self.offset, 0), numel) for end in ends)
         return start, stop
 
 
 @dataclass(frozen=True)
-class On:
-    """Whole, at this position of the axis; what others have of it, if anything, is a copy."""
+class OnlyOn:
+    """Whole, at these positions of the axis alone; the first counts, the others are copies."""
 
-    index: int
+    positions: tuple[int, ...]
 
 
-Placement = Shard | Flat | On
-TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
+Placement = Shard | FlatShard | OnlyOn
 
 
 @dataclass(frozen=True)
-class Laid:
+class Owed:
+    """A sum that a gradient is owed: over all positions of an axis, over `neighbours` next to each
+    other, or over the `positions` listed.
+    """
+
+    axis: str
+    neighbours: int | None = None
+    positions: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
     """How one parameter lies.
 
     shape, dtype   of the whole tensor
-    splits         in the order they were applied; an axis that is not named holds copies; On is the
-                   first, if it is there, and Flat the last
-    sum_over       axes over which its gradient is partial and owed a sum
-    alias_of       tied: the name under which the tensor is counted
+    splits         in the order applied; an axis that is not named holds copies; FlatShard is last
+    partial        over which its gradient is partial, and owed a sum
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    splits: tuple[tuple[Axis, Placement], ...] = ()
-    sum_over: tuple[Axis, ...] = ()
-    alias_of: str | None = None
+    splits: tuple[tuple[str, Placement], ...] = ()
+    partial: tuple[Owed, ...] = ()
 
-    @property
-    def here(self) -> bool:
-        """Whether this rank holds it, or a part of it, and not just a copy."""
-        return all(not isinstance(how, On) or axis.index == how.index for axis, how in self.splits)
+    def split(self, axis: str, how: Placement) -> "Layout":
+        """The same, split once more."""
+        return replace(self, splits=(*self.splits, (axis, how)))
 
-    @property
-    def box(self) -> tuple[slice, ...]:
-        """The part of the whole tensor that this rank holds, one slice for each dim."""
-        return self._box(len(self.splits))
+    def owing(self, *sums: Owed) -> "Layout":
+        """The same, its gradient owed these sums besides."""
+        return replace(self, partial=(*self.partial, *sums))
 
-    def _box(self, applied: int) -> tuple[slice, ...]:
-        box = [slice(0, length) for length in self.shape]
-        for axis, shard in self.splits[:applied]:
-            if isinstance(shard, On):
-                continue
-            assert isinstance(shard, Shard), f"a range of elements is no box: {shard}"
-            whole = box[shard.dim]
-            start, stop = piece(whole.stop - whole.start, axis.size, axis.index)
-            box[shard.dim] = slice(whole.start + start, whole.start + stop)
-        return tuple(box)
+    def extends(self, before: "Layout") -> bool:
+        """Whether this is `before` with more splits and sums, as a strategy may make it."""
+        return (
+            (self.shape, self.dtype) == (before.shape, before.dtype)
+            and self.splits[: len(before.splits)] == before.splits
+            and self.partial[: len(before.partial)] == before.partial
+        )
 
 
-def piece(length: int, size: int, index: int) -> tuple[int, int]:
-    """Start and stop of the index-th of `size` pieces.
+def shard_bounds(length: int, size: int, index: int) -> tuple[int, int]:
+    """Start and stop of the index-th of `size` shards.
 
-    >>> [piece(10, 4, i) for i in range(4)], piece(2, 4, 3)
+    >>> [shard_bounds(10, 4, i) for i in range(4)], shard_bounds(2, 4, 3)
     ([(0, 3), (3, 6), (6, 9), (9, 10)], (2, 2))
     """
     step = -(-length // size)
     return min(index * step, length), min((index + 1) * step, length)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What of it lies on this rank: all of a plain tensor, the inside of one that a library splits.
+# --- what any rank of any mesh holds --------------------------------------------------------------
 
-    PyTorch's own shards are DTensors, which speak of the whole and communicate when asked for it.
+
+def holds(layout: Layout, coordinates: Coordinates) -> bool:
+    """Whether a rank holds the tensor, or a shard of it that may be empty."""
+    return all(
+        not isinstance(how, OnlyOn) or coordinates.get(axis, 0) in how.positions
+        for axis, how in layout.splits
+    )
+
+
+def is_counted(layout: Layout, coordinates: Coordinates) -> bool:
+    """Whether what a rank holds is more than a copy of what another position of OnlyOn has."""
+    return all(
+        not isinstance(how, OnlyOn) or coordinates.get(axis, 0) == how.positions[0]
+        for axis, how in layout.splits
+    )
+
+
+def boxes(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> list[Box]:
+    """The boxes of the whole tensor that a rank holds: one for a shard, none for an empty one, a
+    few, in order, for a range of elements.
+
+    >>> w = Layout(torch.Size([5, 4]), torch.float32, (("tp", Shard(1)), ("fsdp", Shard(0))))
+    >>> boxes(w, {"fsdp": 2, "tp": 2}, {"fsdp": 1, "tp": 0})
+    [(slice(3, 5, None), slice(0, 2, None))]
+    >>> flat = Layout(torch.Size([5, 4]), torch.float32, (("dp", FlatShard(0, 6)),))
+    >>> boxes(flat, {"dp": 4}, {"dp": 1})
+    [(slice(1, 2, None), slice(2, 4, None)), (slice(2, 3, None), slice(0, 4, None))]
     """
-    to_local = getattr(tensor, "to_local", None)  # no isinstance: importing DTensor takes a second
-    if to_local is None:
-        return tensor
-    with torch.no_grad():
-        inside: Tensor = to_local()
-    return inside
+    if not holds(layout, coordinates):
+        return []
+    box = _box(layout, sizes, coordinates)
+    lengths = [side.stop - side.start for side in box]
+    found = [box] if math.prod(lengths) else []
+    if layout.splits and isinstance(flat := layout.splits[-1][1], FlatShard):
+        start, stop = _range(layout, lengths, flat, coordinates)
+        found = [
+            tuple(
+                slice(outer.start + inner.start, outer.start + inner.stop)
+                for outer, inner in zip(box, part, strict=True)
+            )
+            for part in _boxes_of_range(lengths, start, stop)
+        ]
+    return found
 
 
-def slice_local(whole: Tensor, laid: Laid) -> Tensor:
-    """This rank's part of a whole tensor; a view if it is contiguous. Undone by `gather_full`."""
-    if laid.splits and isinstance(flat := laid.splits[-1][1], Flat):
-        box = whole[laid._box(len(laid.splits) - 1)].flatten()
-        start, stop = flat.range(len(box), laid.splits[-1][0].index)
-        return box[start:stop]
-    return whole[laid.box]
+def is_first_holder(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> bool:
+    """Whether a rank is the first of those that hold the same: who writes it to a checkpoint.
 
-
-def gather_full(local: Tensor | None, laid: Laid) -> Tensor:
-    """The whole of one tensor: see gather_all."""
-    return gather_all({"": local}, {"": laid})[""]
-
-
-def gather_all(
-    parts: Mapping[str, Tensor | None], laid: Mapping[str, Laid], together: int = TOGETHER
-) -> dict[str, Tensor]:
-    """Whole tensors from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
-
-    What is split alike travels as one: of a thousand small tensors each alone would cost as much
-    as a large one. Results have memory of their own, in which there is no padding. Collective over
-    the axes of the splits.
-
-    Args:
-        parts: by name, the same names in one order on every rank. None is for a rank that is
-            `laid.here` for nothing of it.
-        together: bytes of whole tensors that travel as one; a larger tensor goes alone.
+    Over all ranks of a mesh, the boxes of first holders cover the tensor once.
     """
-    now = {
-        name: local_part(part) if part is not None and laid[name].here else None
-        for name, part in parts.items()
-    }
-    for applied in reversed(range(max((len(laid[name].splits) for name in now), default=0))):
-        for names in _alike(now, laid, applied, together):
-            axis, how = laid[names[0]].splits[applied]
-            if isinstance(how, On):
-                now |= _from_one(names, now, laid, axis, how.index)
-            elif laid[names[0]].here:  # otherwise all of this axis are at that other position
-                now |= _from_all(names, now, laid, axis, applied)
-    return {
-        name: _known(name, now) if laid[name].splits else _known(name, now).clone() for name in now
-    }
+    split = dict(layout.splits)
+    for axis in sizes:
+        position, how = coordinates.get(axis, 0), split.get(axis)
+        if isinstance(how, OnlyOn):
+            first = position == how.positions[0]
+        elif isinstance(how, Shard):
+            first = position % how.copies == 0
+        else:
+            first = how is not None or position == 0
+        if not first:
+            return False
+    return True
 
 
-def _known(name: str, now: Mapping[str, Tensor | None]) -> Tensor:
-    part = now[name]
-    assert part is not None, f"a rank that has {name}, or a part of it, has given None"
+def local_numel(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> int:
+    """How many elements of the tensor a rank holds."""
+    held = boxes(layout, sizes, coordinates)
+    return sum(math.prod(side.stop - side.start for side in box) for box in held)
+
+
+def slice_local(whole: Tensor, layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Tensor:
+    """A rank's part of a whole tensor, as its parameter has it; a view if it is contiguous."""
+    part = whole[_box(layout, sizes, coordinates)]
+    if layout.splits and isinstance(flat := layout.splits[-1][1], FlatShard):
+        start, stop = _range(layout, part.shape, flat, coordinates)
+        part = part.flatten()[start:stop]
     return part
 
 
-def _alike(
-    names: Iterable[str], laid: Mapping[str, Laid], applied: int, together: int
-) -> Iterator[list[str]]:
-    """Names whose tensors come over one axis, from one rank or from all, in one dtype."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name in names:
-        where = laid[name]
-        if applied < len(where.splits):
-            axis, how = where.splits[applied]
-            whose = how.index if isinstance(how, On) else None
-            groups.setdefault((axis, whose, where.dtype, where.here), []).append(name)
-    for group in groups.values():
-        sizes = [laid[name].shape.numel() * laid[name].dtype.itemsize for name in group]
-        first, total = 0, 0
-        for i, size in enumerate(sizes):
-            if total + size > together and i > first:
-                yield group[first:i]
-                first, total = i, 0
-            total += size
-        yield group[first:]
+def shard_of(value: Tensor, how: Shard, size: int, index: int) -> Tensor:
+    """The shard at one position of an axis of a value as it lies so far; a view."""
+    start, stop = shard_bounds(value.shape[how.dim], size // how.copies, index // how.copies)
+    return value.narrow(how.dim, start, stop - start)
 
 
-def _from_one(
-    names: Sequence[str],
-    now: Mapping[str, Tensor | None],
-    laid: Mapping[str, Laid],
-    axis: Axis,
-    index: int,
-) -> dict[str, Tensor]:
-    """Tensors that lie whole on one rank of the axis."""
-    lengths = [laid[name].shape.numel() for name in names]
-    if axis.index == index:
-        flat = torch.cat([_known(name, now).flatten() for name in names])
-        assert flat.dtype == laid[names[0]].dtype, f"{names} come in {flat.dtype}"
-    else:
-        flat = torch.empty(sum(lengths), dtype=laid[names[0]].dtype, device=axis.wire.device)
-    whole = ops.broadcast_into(flat, axis, index).wait().split(lengths)
-    return {name: x.view(laid[name].shape).clone() for name, x in zip(names, whole, strict=True)}
+def shape_before(layout: Layout, applied: int, sizes: Sizes, coordinates: Coordinates) -> list[int]:
+    """The shape of what a rank holds when only so many of the splits have been applied."""
+    box = _box(replace(layout, splits=layout.splits[:applied]), sizes, coordinates)
+    return [side.stop - side.start for side in box]
 
 
-def _from_all(
-    names: Sequence[str],
-    now: Mapping[str, Tensor | None],
-    laid: Mapping[str, Laid],
-    axis: Axis,
-    applied: int,
-) -> dict[str, Tensor]:
-    """Tensors of which each rank of the axis has a piece."""
-    padded = [_padded(_known(name, now), laid[name], applied) for name in names]
-    flat = torch.cat([x.flatten() for x in padded])
-    assert flat.dtype == laid[names[0]].dtype, f"{names} come in {flat.dtype}"
-    rows = ops.all_gather(flat[None], axis)  # (size, L)
-    pieces = rows.split([x.numel() for x in padded], 1)
+def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:
+    """What the Shards leave; a FlatShard is a range of the elements of that."""
+    box = [slice(0, length) for length in layout.shape]
+    for axis, how in layout.splits:
+        if isinstance(how, Shard):
+            outer, size = box[how.dim], sizes.get(axis, 1) // how.copies
+            index = coordinates.get(axis, 0) // how.copies
+            start, stop = shard_bounds(outer.stop - outer.start, size, index)
+            box[how.dim] = slice(outer.start + start, outer.start + stop)
+    return tuple(box)
+
+
+def _range(
+    layout: Layout, shape: Sequence[int], flat: FlatShard, coordinates: Coordinates
+) -> tuple[int, int]:
+    return flat.range(math.prod(shape), coordinates.get(layout.splits[-1][0], 0))
+
+
+def _boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The elements from start to stop, in row-major order: a part of a row, rows, a part of a row.
+
+    >>> list(_boxes_of_range([], 0, 1)), list(_boxes_of_range([2, 3], 4, 5))
+    ([()], [(slice(1, 2, None), slice(1, 2, None))])
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:
+        yield from _boxes_within_row(shape, last, start, stop)
+        return
+    if start < first * row:
+        yield from _boxes_within_row(shape, first - 1, start, first * row)
+    if first < last:
+        yield (slice(first, last), *(slice(0, length) for length in shape[1:]))
+    if last * row < stop:
+        yield from _boxes_within_row(shape, last, last * row, stop)
+
+
+def _boxes_within_row(shape: Sequence[int], r: int, start: int, stop: int) -> Iterator[Box]:
+    row = math.prod(shape[1:])
+    for inner in _boxes_of_range(shape[1:], start - r * row, stop - r * row):
+        yield (slice(r, r + 1), *inner)
+
+
+# --- as JSON --------------------------------------------------------------------------------------
+
+
+def to_json(layout: Layout) -> dict[str, Any]:
+    """A layout as plain data. Read back by `from_json`."""
     return {
-        name: _joined(each.unflatten(1, x.shape), laid[name], applied)
-        for name, x, each in zip(names, padded, pieces, strict=True)
+        "shape": list(layout.shape),
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "splits": [[axis, _placement_to_json(how)] for axis, how in layout.splits],
+        "partial": [_owed_to_json(owed) for owed in layout.partial],
     }
 
 
-def _padded(local: Tensor, laid: Laid, applied: int) -> Tensor:
-    """This rank's piece, as long as the longest of any rank."""
-    dim, _, bounds = _cut(laid, applied)
-    shape = list(local.shape)
-    shape[dim] = max(stop - start for start, stop in bounds)
-    padded = local.new_zeros(shape)
-    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
-    return padded
+def from_json(data: Mapping[str, Any]) -> Layout:
+    """The layout that `to_json` has written."""
+    return Layout(
+        torch.Size(data["shape"]),
+        getattr(torch, data["dtype"]),
+        tuple((axis, _placement_from_json(how)) for axis, how in data["splits"]),
+        tuple(_owed_from_json(owed) for owed in data["partial"]),
+    )
 
 
-def _joined(pieces: Tensor, laid: Laid, applied: int) -> Tensor:
-    """(size, ...) with everyone's padded piece -> what the tensor was before this split."""
-    dim, shape, bounds = _cut(laid, applied)
-    own = [x.narrow(dim, 0, b - a) for x, (a, b) in zip(pieces, bounds, strict=True)]
-    return torch.cat(own, dim).view(shape)
+def _placement_to_json(how: Placement) -> dict[str, Any]:
+    match how:
+        case Shard(dim, copies):
+            return {"shard": dim, "copies": copies}
+        case FlatShard(offset, length):
+            return {"flat_shard": [offset, length]}
+        case OnlyOn(positions):
+            return {"only_on": list(positions)}
 
 
-def _cut(laid: Laid, applied: int) -> tuple[int, list[int], list[tuple[int, int]]]:
-    """Along which dim a split cuts, the shape before it, and where each rank's piece begins and
-    ends. Under Flat it cuts the tensor as a vector.
-    """
-    axis, how = laid.splits[applied]
-    shape = [box.stop - box.start for box in laid._box(applied)]
-    if isinstance(how, Flat):
-        return 0, shape, [how.range(math.prod(shape), i) for i in range(axis.size)]
-    assert isinstance(how, Shard)
-    return how.dim, shape, [piece(shape[how.dim], axis.size, i) for i in range(axis.size)]
+def _placement_from_json(data: Mapping[str, Any]) -> Placement:
+    match dict(data):
+        case {"shard": dim, "copies": copies}:
+            return Shard(dim, copies)
+        case {"flat_shard": [offset, length]}:
+            return FlatShard(offset, length)
+        case {"only_on": positions}:
+            return OnlyOn(tuple(positions))
+    raise ValueError(f"not a placement: {data}")
 
 
-def global_norm(gradients: Mapping[str, Tensor | None], laid: Mapping[str, Laid]) -> Tensor:
-    """The 2-norm of the gradient of the whole model, the same 0-dim number on every rank.
-
-    Copies count once, shards are added up over the axes that split them, a tied tensor counts
-    under one name, and what is On one position there alone. Gradients must be complete; a name
-    without one counts as zero.
-    """
-    squares: dict[tuple[Axis, ...], list[Tensor]] = {}
-    for name, where in laid.items():  # the same order, hence the same collectives, on every rank
-        if where.alias_of is None:
-            group = squares.setdefault(tuple(dict.fromkeys(axis for axis, _ in where.splits)), [])
-            gradient = gradients.get(name)
-            if gradient is not None and where.here:
-                group.append(torch.linalg.vector_norm(gradient).double().square())
-    device = next((g.device for g in gradients.values() if g is not None), torch.device("cpu"))
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for axes, parts in squares.items():
-        part = torch.stack(parts).sum() if parts else torch.zeros_like(total)
-        for axis in axes:
-            part = ops.all_reduce(part, axis)
-        total = total + part
-    return total.sqrt()
+def _owed_to_json(owed: Owed) -> dict[str, Any]:
+    data: dict[str, Any] = {"axis": owed.axis}
+    if owed.neighbours is not None:
+        data["neighbours"] = owed.neighbours
+    if owed.positions is not None:
+        data["positions"] = list(owed.positions)
+    return data
 
 
-def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place so that their global norm is at most `max_norm`.
-
-    torch's rule, to the last digit: factor = min(1, max_norm / (norm + 1e-6)).
-    """
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
+def _owed_from_json(data: Mapping[str, Any]) -> Owed:
+    positions = data.get("positions")
+    return Owed(
+        data["axis"], data.get("neighbours"), None if positions is None else tuple(positions)
+    )

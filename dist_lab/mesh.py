@@ -1,11 +1,7 @@
 """The mesh: which rank stands where, and which ranks it can talk to along each axis.
 
-    pp=2 x dp=2 x tp=2, outer to inner:      ranks 0 1 | 2 3 || 4 5 | 6 7
-                                             tp joins 0-1, dp joins 0-2, pp joins 0-4
-
-Neighbours on the innermost axis have neighbouring ranks, because they talk most and machines put
-neighbouring ranks close together. This file is the only place that knows the order of ranks, the
-backend and the process groups; everything else is handed an `Axis`.
+topology.py says which rank stands where. This file knows the backend and the process groups;
+everything else is handed an `Axis`.
 """
 
 import atexit
@@ -16,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
 
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend "fake"
@@ -32,9 +27,7 @@ from dist_lab.process_group import (
     environment_store,
     group_timeout,
 )
-
-ORDER = ("pp", "dp", "fsdp", "cp", "tp")  # outer to inner
-DATA_AXES = ("dp", "fsdp")  # along these, ranks see different rows of the batch
+from dist_lab.topology import DATA_AXES, ORDER, coordinates, line_through, lines
 
 
 @dataclass(frozen=True)
@@ -45,8 +38,8 @@ class Axis:
     group, and every collective over it is the identity.
 
     All ranks of an axis start its collectives in one order. What has no order in common with the
-    rest, such as gradients that leave when they are ready, goes by a `lane` of its own: the same
-    ranks, and another process group. 0 is the lane of all the rest.
+    rest, such as gradients that leave when they are ready, goes by a `channel` of its own: the
+    same ranks, and another process group. 0 is the channel of all the rest.
     """
 
     name: str
@@ -55,7 +48,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     wire: Wire
-    lane: int = 0
+    channel: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -67,6 +60,7 @@ class Mesh:
     Attributes:
         rank, size: this process and the number of processes.
         axes: name -> size, in `ORDER`.
+        coordinates: name -> this rank's position along each of them.
         device: where this rank computes.
         timeout: seconds that any collective of any axis may take.
         wire: the ledger and all that the axes share.
@@ -77,6 +71,7 @@ class Mesh:
         self.wire, self.timeout = wire, timeout
         wire.timeout = timeout
         self.rank, self.size = wire.rank, wire.size
+        self.coordinates = coordinates(self.rank, self.axes)
         self.device = wire.device
         self._torch: DeviceMesh | None = None
         if self.size > 1:
@@ -86,7 +81,7 @@ class Mesh:
             atexit.register(_release, weakref.ref(self), "_torch")
         self._made: dict[str, Axis] = {}
         self._subs: dict[str, Axis | None] = {}
-        self._lanes = 0
+        self._channels = 0
         for name in ORDER:
             group = self._torch.get_group(name) if self._torch and self[name].size > 1 else None
             self._made[name] = self._axis(name, self[name].ranks, group)
@@ -131,14 +126,26 @@ class Mesh:
             self._subs[key] = self._axis(key, mine, group) if member else None
         return self._subs[key]
 
-    def lane(self, name: str) -> Axis:
+    def neighbours(self, name: str, count: int) -> Axis:
+        """This rank and those next to it along an axis, in groups of `count`. Collective."""
+        return self._one_of(name, [range(i, i + count) for i in range(0, self[name].size, count)])
+
+    def strided(self, name: str, step: int) -> Axis:
+        """Every `step`-th position of an axis, from this rank's on and back. Collective."""
+        return self._one_of(name, [range(i, self[name].size, step) for i in range(step)])
+
+    def _one_of(self, name: str, parts: Sequence[Sequence[int]]) -> Axis:
+        (own,) = filter(None, [self.sub(name, indices) for indices in parts])
+        return own
+
+    def channel(self, name: str) -> Axis:
         """The same axis with a process group of its own, a new one at each call: see `Axis`.
 
         Collective: every rank of the mesh calls it.
         """
-        self._lanes += 1
+        self._channels += 1
         group = self._new_group(name, range(self[name].size))
-        return self._axis(name, self[name].ranks, group, lane=self._lanes)
+        return self._axis(name, self[name].ranks, group, channel=self._channels)
 
     @property
     def world(self) -> Axis:
@@ -166,7 +173,7 @@ class Mesh:
         return own
 
     def _axis(
-        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, lane: int = 0
+        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, channel: int = 0
     ) -> Axis:
         if group is not None:
             if dist.get_backend(group) != "fake":
@@ -175,7 +182,7 @@ class Mesh:
                 group.set_timeout(timedelta(seconds=self.timeout))
                 assert group_timeout(group) == self.timeout, (name, group_timeout(group))
             assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
-        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire, lane)
+        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire, channel)
         if group is not None:
             atexit.register(_release, weakref.ref(axis), "group")
         return axis
@@ -263,32 +270,3 @@ def pretended(
         yield Mesh(axes, wire, timeout=60.0)
     finally:
         dist.destroy_process_group()
-
-
-# --- which rank stands where: pure arithmetic -----------------------------------------------------
-
-
-def lines(axes: Mapping[str, int], along: Sequence[str]) -> list[tuple[int, ...]]:
-    """All lines of ranks that run along some axes, the other coordinates fixed.
-
-    >>> lines({"dp": 2, "tp": 2}, ["tp"]), lines({"dp": 2, "tp": 2}, ["dp"])
-    ([(0, 1), (2, 3)], [(0, 2), (1, 3)])
-    >>> lines({"pp": 2, "dp": 1, "tp": 2}, ["pp", "tp"])
-    [(0, 1, 2, 3)]
-    """
-    found: dict[tuple[int, ...], list[int]] = {}
-    for rank, position in enumerate(product(*(range(size) for size in axes.values()))):
-        fixed = tuple(i for name, i in zip(axes, position, strict=True) if name not in along)
-        found.setdefault(fixed, []).append(rank)
-    return [tuple(line) for line in found.values()]
-
-
-def line_through(rank: int, axes: Mapping[str, int], along: Sequence[str]) -> tuple[int, ...]:
-    """The one line of `lines` that this rank is on.
-
-    >>> line_through(6, {"pp": 2, "dp": 2, "tp": 2}, ["dp"])
-    (4, 6)
-    """
-    if not any(name in axes for name in along):
-        return (rank,)
-    return next(line for line in lines(axes, along) if rank in line)

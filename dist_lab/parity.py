@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_lab.comm import ops
-from dist_lab.compose import Apply, parallelize
+from dist_lab.compose import parallelize
 from dist_lab.errors import UserError
 from dist_lab.job import Job
-from dist_lab.layout import gather_all
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh import Mesh
+from dist_lab.parallel.sync import Apply
 from dist_lab.parity_report import Comparison, Report
 from dist_lab.precision import compute_in
 
@@ -169,23 +169,12 @@ def _tested_step(
         lambda output, target: loss_sum(output, target) / total,
     )
     job.finish()
-    gradients = _whole_gradients(job)
+    gradients = job.full_gradients()
     norm = job.clip_grad_norm(clip)
     optimizer.step()
     job.after_step()
     optimizer.zero_grad()
     return loss, gradients, norm
-
-
-def _whole_gradients(job: Job) -> Gradients:
-    """Of every parameter of the model, wherever it lies; None where no rank has a gradient."""
-    names = list(job.laid)
-    own = {n: p.grad for n, p in job.model.named_parameters() if p.grad is not None}
-    here = torch.tensor([name in own for name in names], device=job.mesh.device).byte()
-    anywhere = ops.all_reduce(here, job.mesh["pp"], "max").tolist()
-    known = [name for name, is_somewhere in zip(names, anywhere, strict=True) if is_somewhere]
-    whole = gather_all({name: own.get(name) for name in known}, job.laid)
-    return {name: whole.get(name) for name in names}
 
 
 def _normalization(model: nn.Module, synchronized: bool) -> str:

@@ -25,7 +25,7 @@ from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook, tensors_in
 from dist_lab.loss import LossFn, Pair, one_number
-from dist_lab.parallel.sync import Chain
+from dist_lab.parallel.sync import Chain, Phase
 from dist_lab.step import Step
 
 
@@ -36,7 +36,7 @@ class Runner(Step):
         units: name -> module: what is borrowed and returned together; an outer one before those
             within it.
         leaves: name -> the tensor that backward reaches, where it is not the parameter itself.
-        in_parts: outside of units the model holds this rank's parts alone, and computes nothing.
+        sharded_between_units: outside of units the model holds shards alone, and computes nothing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Runner(Step):
         units: Mapping[str, nn.Module],
         leaves: Mapping[str, Tensor] = {},
         *,
-        in_parts: bool = False,
+        sharded_between_units: bool = False,
     ) -> None:
         super().__init__(model, sync, wire)
         self._last = True  # outside microbatch(), every backward is the last one
@@ -68,9 +68,7 @@ class Runner(Step):
             _Unit(name, module, [leaf_of[p] for p in module.parameters() if p in leaf_of], self)
             for name, module in units.items()
         ]
-        for unit in self._units:
-            unit.in_parts = in_parts
-        if in_parts:
+        if sharded_between_units:
             self._refuse_parts(units)
 
     def _refuse_parts(self, units: Mapping[str, nn.Module]) -> None:
@@ -78,6 +76,8 @@ class Runner(Step):
         for name, parameter in self._parameters.items():
             if parameter is not self._trained[name]:
                 parameter.register_hook(partial(_refuse_gradient, name))
+        for unit in self._units:
+            unit.must_see_outputs = True
         inside = {unit.name: set(units[unit.name].modules()) for unit in self._units}
         for name, module in self.model.named_modules():
             if any(p is not None for p in module._parameters.values()):
@@ -122,9 +122,12 @@ class Runner(Step):
             total += loss_fn(self.model(inputs), targets)
         return total
 
+    def timeline(self) -> list[list[Any]]:
+        return []
+
     def _before_finish(self) -> None:
         for unit in self._units:
-            unit.close()
+            unit.close(Phase.BACKWARD)
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
@@ -135,7 +138,7 @@ class Runner(Step):
     def _forget(self) -> None:
         with self.wire.during("forget", unit=""):  # nothing is summed any more
             for unit in self._units:
-                unit.close()
+                unit.close(Phase.ABORT)
             self.sync.forget()
 
     def _before_accumulation(self, name: str, gradients: tuple[Tensor, ...]) -> None:
@@ -166,7 +169,7 @@ class _Unit:
         self.name, self.sync, self.wire = name, runner.sync, runner.wire
         self.trained = {id(leaf) for leaf in leaves}
         self.partly_frozen = any(not p.requires_grad for p in module.parameters())
-        self.is_open = self.in_parts = False
+        self.is_open = self.must_see_outputs = False
         self.missing: set[int] = set()  # gradients that this backward still has to bring
         self.outer = ""  # the unit that this one was called from
         self.backward = -1  # the backward whose end will be told
@@ -177,22 +180,23 @@ class _Unit:
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(_weakly(self._gradient))
 
-    def open(self) -> None:
+    def open(self, phase: Phase) -> None:
         if not self.is_open:
             self.is_open = True
-            self.sync.unshard(self.name)
+            self.sync.unshard(self.name, phase)
 
-    def close(self) -> None:
+    def close(self, phase: Phase) -> None:
         self.entered.clear()
         if self.is_open:
             self.is_open = False
-            self.sync.reshard(self.name)
+            self.sync.reshard(self.name, phase)
 
     def _enter_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.outer, self.wire.unit = self.wire.unit, self.name
-        if not in_backward():
-            self.wire.phase = "forward"  # also if the unit is called by itself
-        self.open()
+        # A forward within backward computes again what backward is about to need.
+        phase = Phase.BACKWARD if in_backward() else Phase.FORWARD
+        self.wire.phase = phase.value  # also if the unit is called by itself
+        self.open(phase)
         if torch.is_grad_enabled():
             self.visit = visit = _Visit()
             for tensor in tensors_in([args, kwargs]):
@@ -204,9 +208,9 @@ class _Unit:
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.wire.unit = self.outer
         if not in_backward():
-            self.close()
+            self.close(Phase.FORWARD)
         visit, found = self.visit, list(tensors_in(output))
-        if self.in_parts and not found and output is not None and torch.is_grad_enabled():
+        if self.must_see_outputs and not found and output is not None and torch.is_grad_enabled():
             raise UserError(
                 f"{self.name or 'the model'} returns a {type(output).__name__}, and backward could "
                 "not be seen to reach it; return tensors, or tuples, dicts or dataclasses of them"
@@ -224,25 +228,25 @@ class _Unit:
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         if visit.inputs > 0:
             self.entered.add(visit)
-        self.open()
+        self.open(Phase.BACKWARD)
 
     def _leave_backward(self, visit: "_Visit") -> None:
         visit.inputs -= 1
         if visit.inputs == 0 and visit in self.entered:
             self.entered.discard(visit)
             if not self.entered:
-                self.close()
+                self.close(Phase.BACKWARD)
 
     def _gradient(self, parameter: Tensor) -> None:
         self.missing.discard(id(parameter))
         # On its way to an input, backward may still need what is frozen.
         if not self.missing and not (self.partly_frozen and self.entered):
-            self.close()
+            self.close(Phase.BACKWARD)
 
     def _end_backward(self) -> None:
         self.wire.unit = ""
         self.backward = -1
-        self.close()
+        self.close(Phase.BACKWARD)
 
 
 def _refuse_outside(name: str, around: Sequence[_Unit], module: nn.Module, args: Any) -> None:

@@ -13,12 +13,13 @@ and opens again when it is cleared; a backward that adds to a closed one is refu
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 
 from dist_lab.comm.wire import Wire
 from dist_lab.errors import UserError
-from dist_lab.layout import local_part
+from dist_lab.gather import local_part
 from dist_lab.loss import LossFn, Pair
 from dist_lab.parallel.sync import Chain
 
@@ -48,6 +49,10 @@ class Step(ABC):
     @abstractmethod
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
         """The same by forward alone."""
+
+    @abstractmethod
+    def timeline(self) -> list[list[Any]]:
+        """When each rank did which action of the last run; empty where there are none."""
 
     @abstractmethod
     def _before_finish(self) -> None:

@@ -15,7 +15,7 @@ from dist_lab.comm.ledger import Tally
 from dist_lab.config import Config
 from dist_lab.data import Data, prefetch
 from dist_lab.job import Job
-from dist_lab.layout import piece
+from dist_lab.layout import shard_bounds
 from dist_lab.loss import LossFn, cross_entropy_sum
 from dist_lab.observe import flops, memory
 from dist_lab.observe.sinks import Sink
@@ -127,7 +127,7 @@ def microbatches(
 
 def own_rows(batch: int, job: Job) -> slice:
     """The rows of the global batch that this rank's data coordinate sees."""
-    return slice(*piece(batch, job.mesh.data.size, job.mesh.data.index))
+    return slice(*shard_bounds(batch, job.mesh.data.size, job.mesh.data.index))
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -124,7 +124,7 @@ def test_only_the_buffer_itself_on_its_own_axis_is_read_where_it_lies(mesh):
     x, out = filled(numbers(mesh.rank, 6), mesh["dp"]), torch.empty(2, 6)
     for given, axis, algorithm in [
         (x, mesh["dp"], "shared"),
-        (x, mesh.lane("dp"), "shared"),
+        (x, mesh.channel("dp"), "shared"),
         (x[:], mesh["dp"], "direct"),
         (x, mesh["tp"], "direct"),
     ]:
@@ -166,7 +166,7 @@ def test_what_was_filled_can_give_its_memory_back_and_be_filled_again(setting, m
 @pytest.mark.ranks(3)
 def test_several_are_on_their_way_at_once_and_staging_is_used_again_and_again(setting, mesh):
     mesh = init_mesh(dp=3, collectives=setting)
-    axis, lane, n = mesh["dp"], mesh.lane("dp"), 3
+    axis, lane, n = mesh["dp"], mesh.channel("dp"), 3
     xs = [filled(numbers(10 * axis.index + k, 8), axis) for k in range(2)]
     stagings = [ops.shared_buffer(n * 4, F32, lane) for _ in range(2)]
     for turn in range(20):

@@ -17,9 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from torch import nn
 
-from dist_lab import compose
 from dist_lab.choices import STRATEGIES
 from dist_lab.compare import files, measure, tables
 from dist_lab.compare.ratios import depth, fewest_rounds, missed, orders, ratio, spread
@@ -28,11 +26,11 @@ from dist_lab.compare.settings import Entry, Settings, entries, read
 from dist_lab.config import Config, cores
 from dist_lab.data import open_data
 from dist_lab.errors import UserError
-from dist_lab.mesh import Axis, init_mesh
+from dist_lab.mesh import init_mesh
 from dist_lab.observe import sockets
 from dist_lab.observe.memory import KINDS
-from dist_lab.parallel import dp
-from dist_lab.parallel.sync import Applied
+from dist_lab.parallel import ddp, ddp_torch, dp
+from dist_lab.parallel.sync import Applied, Setup
 from dist_lab.settings import one_of
 
 ROOT = Path(__file__).parent.parent
@@ -380,22 +378,19 @@ def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
 def test_what_cannot_run_is_refused_on_all_ranks_leaves_nothing_and_the_others_run(text, mesh):
     models = []
 
-    def refuse(model: nn.Module, axis: Axis) -> Applied:
-        models.append(weakref.ref(model))
+    def refuse(setup: Setup) -> Applied:
+        models.append(weakref.ref(setup.model))
         raise UserError("not today")
 
-    def refuse_on_rank_1(model: nn.Module, axis: Axis) -> Applied:
-        if axis.index == 1:
+    def refuse_on_rank_1(setup: Setup) -> Applied:
+        if setup.axis.index == 1:
             raise UserError("not here")
-        return dp.apply(model, axis)
+        return dp.apply(setup)
 
     settings = small(text)
     with pytest.MonkeyPatch.context() as patch:
-        table = {
-            ("ddp", "hand"): compose.Strategy(refuse, ("dp",)),
-            ("ddp", "torch"): compose.Strategy(refuse_on_rank_1, ("dp",)),
-        }
-        patch.setattr(compose, "STRATEGIES", compose.STRATEGIES | table)
+        patch.setattr(ddp, "apply", refuse)
+        patch.setattr(ddp_torch, "apply", refuse_on_rank_1)
         listed = entries(["ddp", "dp", "ddp@torch"])
         found = measure.measure(settings, mesh, opened(settings), listed)
         with pytest.raises(UserError, match=r"^reference ddp cannot run: not today; give another"):

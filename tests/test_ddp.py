@@ -290,7 +290,7 @@ def test_the_order_check_does_not_wait_for_who_sends_later(mesh):
 @pytest.mark.ranks(2)
 def test_on_a_lane_the_order_check_says_what_it_says_elsewhere(mesh):
     mesh = dist_lab.init_mesh(dp=2, check=True)
-    lane = mesh.lane("dp")
+    lane = mesh.channel("dp")
     pending = ops.all_reduce_into(torch.ones(4), lane, ("sum", "max")[mesh.rank])
     with pytest.raises(ops.CollectiveMismatch, match="the ranks of dp disagree"):
         pending.wait()

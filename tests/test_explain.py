@@ -12,8 +12,8 @@ import pytest
 
 from dist_lab import process_group
 from dist_lab import train as loop
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.commands import build, meet
-from dist_lab.compose import STRATEGIES
 from dist_lab.config import Config
 from dist_lab.errors import UserError
 from dist_lab.explain import explain, observe
@@ -21,7 +21,7 @@ from dist_lab.mesh import init_mesh, pretended
 from dist_lab.parallel.pp_schedules import bubble, make, render
 
 ROOT = Path(__file__).parent.parent
-BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name != "single"]
+BY_HAND = [name for name, impl in IMPLEMENTATIONS if impl == "hand" and name != "single"]
 SMALL = {"batch": 8, "seq": 16, "microbatches": 2, "data": str(ROOT / "README.md")}
 
 

@@ -22,8 +22,8 @@ from torch import nn
 
 import dist_lab
 from dist_lab import zoo
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.comm import ops
-from dist_lab.compose import STRATEGIES
 from dist_lab.errors import UserError
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.parallel.shards import piece_length
@@ -71,7 +71,7 @@ TRAFFIC = {
 
 def elements(job, ranks, n=None):
     """Of so many ranks' pieces of n, each padded to the longest."""
-    return ranks * sum(piece_length(laid.shape, n or ranks) for laid in job.laid.values())
+    return ranks * sum(piece_length(laid.shape, n or ranks) for laid in job.layouts.values())
 
 
 def flags(job, n):
@@ -111,8 +111,10 @@ def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, me
 def test_padding_and_flags_are_all_that_it_sends_beyond_the_published_formula(mesh):
     job, optimizer = job_of(mesh)
     take_step(job, optimizer)
-    whole = sum(laid.shape.numel() for laid in job.laid.values())
-    rest = sum(4 * piece_length(laid.shape, 4) - laid.shape.numel() for laid in job.laid.values())
+    whole = sum(laid.shape.numel() for laid in job.layouts.values())
+    rest = sum(
+        4 * piece_length(laid.shape, 4) - laid.shape.numel() for laid in job.layouts.values()
+    )
     assert 0 < rest < whole / 20
     payload = sum(c.payload for c in recorded(job, optimizer))
     assert payload == 8 * (3 * whole + 3 * rest + flags(job, 4))
@@ -127,8 +129,8 @@ def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
     assert [c.unit for c in reduced] == ["mix", "root"]
     assert sum(c.unit == "frozen" for c in calls) == 2
     assert not any(c.unit == "unused" for c in calls)
-    trained = [n for n in job.laid if n.startswith(("mix", "embed", "scale"))]
-    pieces = sum(piece_length(job.laid[name].shape, 2) for name in trained)
+    trained = [n for n in job.layouts if n.startswith(("mix", "embed", "scale"))]
+    pieces = sum(piece_length(job.layouts[name].shape, 2) for name in trained)
     assert sum(c.payload for c in reduced) == 2 * 8 * (pieces + len(trained))
 
 
@@ -161,18 +163,20 @@ class Watches(Sync):
         self.whole.append(bytes_whole(self.job))
         self.unreduced.append(sum(p.grad.nbytes for p in leaves if p.grad is not None))
 
-    def unshard(self, unit):
+    def unshard(self, unit, phase):
         self.look()
 
-    def reshard(self, unit):
+    def reshard(self, unit, phase):
         self.look()
 
 
 def sizes(job, n, units):
     """Bytes of each unit while it is whole, and of the root's own."""
-    inside = {u: [m for m in job.laid if m.startswith(u + ".")] for u in units}
-    own = {"": [m for m in job.laid if not any(m in names for names in inside.values())]} | inside
-    return {u: 8 * n * sum(piece_length(job.laid[m].shape, n) for m in own[u]) for u in own}
+    inside = {u: [m for m in job.layouts if m.startswith(u + ".")] for u in units}
+    own = {
+        "": [m for m in job.layouts if not any(m in names for names in inside.values())]
+    } | inside
+    return {u: 8 * n * sum(piece_length(job.layouts[m].shape, n) for m in own[u]) for u in own}
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -195,7 +199,7 @@ def test_at_no_moment_more_is_whole_than_the_roots_own_and_the_two_largest_units
 def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, mesh):
     job, optimizer = job_of(mesh, **TRAFFIC[options][0])
     take_step(job, optimizer, 0, 2)
-    assert [storage.nbytes() for storage in storages(job, "gathered")] == [0] * len(job.laid)
+    assert [storage.nbytes() for storage in storages(job, "gathered")] == [0] * len(job.layouts)
     assert storages(job, "gradients") == []
     for module in job.model.modules():
         assert not module._parameters.keys() & module.__dict__.keys()
@@ -283,7 +287,7 @@ def events(job):
     said = []
 
     class Hears(Sync):
-        def unshard(self, unit):
+        def unshard(self, unit, phase):
             said.append(f"use {unit or 'root'}")
 
     def listen(call):
@@ -459,7 +463,7 @@ def test_whole_numbers_are_borrowed_as_they_are(mesh):
 
 # --- from the meta device -------------------------------------------------------------------------
 
-BY_HAND = [name for name, impl in STRATEGIES if impl == "hand" and name != "single"]
+BY_HAND = [name for name, impl in IMPLEMENTATIONS if impl == "hand" and name != "single"]
 
 
 def on_meta(size="tiny", **shape):
@@ -490,7 +494,7 @@ def test_a_rank_draws_one_parameter_at_a_time_and_keeps_its_part(mesh):
         job = dist_lab.parallelize(model, mesh, "fsdp", units=model.units)
     own = 4 * elements(job, 1, n=4)
     assert own + largest <= live.peak <= own + largest + 64 * 1024  # what the ranks ask each other
-    assert own < 4.01 * sum(laid.shape.numel() for laid in job.laid.values()) / 4
+    assert own < 4.01 * sum(laid.shape.numel() for laid in job.layouts.values()) / 4
     assert live.live <= own + 64 * 1024
 
 

@@ -73,7 +73,7 @@ def test_the_pieces_are_summed_over_the_copies_once_whatever_the_number_of_micro
     used, *sums = along["dp"]
     assert used.payload == 4  # a byte for each unit and the root: who was used at all
     assert [c.unit for c in sums] == ["root", *"abc"]
-    pieces = sum(piece_length(laid.shape, 2) for laid in job.laid.values()) + len(job.laid)
+    pieces = sum(piece_length(laid.shape, 2) for laid in job.layouts.values()) + len(job.layouts)
     assert sum(c.payload for c in sums) == 8 * pieces
     everyone = ops.all_reduce(torch.tensor(sum(c.sent for c in sums)), mesh.world)
     assert int(everyone) == 4 * formula_bytes("all_reduce", 2, 8 * pieces)

@@ -118,8 +118,8 @@ def test_a_forgotten_finish_is_refused_before_weights_drift_apart():
 def test_calls_of_the_wrong_shape_are_told_the_right_one():
     with pytest.raises(UserError, match="a module that has been built"):
         single(Odd)
-    with pytest.raises(UserError, match=r"returns Applied\(laid, sync\), this one None"):
-        dist_lab.parallelize(odd(), dist_lab.init_mesh(), lambda model, axis: None)
+    with pytest.raises(UserError, match=r"returns Applied\(layouts, sync\), this one None"):
+        dist_lab.parallelize(odd(), dist_lab.init_mesh(), lambda setup: None)
     job = single(odd())
     with pytest.raises(UserError, match=r"list of \(input, target\) pairs"):
         job.run(batch(0), cross_entropy_sum)

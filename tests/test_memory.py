@@ -11,19 +11,20 @@ from torch import nn
 
 from dist_lab import train as loop
 from dist_lab import zoo
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.comm import ops
 from dist_lab.commands import build, meet
-from dist_lab.compose import STRATEGIES, parallelize
+from dist_lab.compose import parallelize
 from dist_lab.config import Config
-from dist_lab.layout import Flat, Laid
+from dist_lab.layout import FlatShard, Layout, local_numel
 from dist_lab.mesh import init_mesh
-from dist_lab.observe.memory import KINDS, LiveBytes, Peak, by_layout, elements_here, measured
+from dist_lab.observe.memory import KINDS, LiveBytes, Peak, by_layout, measured
 from dist_lab.parallel.sync import Applied, Sync
 
 BFLOAT16 = torch.bfloat16
 # tp has formulas of its own: tests/test_tp.py.
 BY_HAND = [
-    name for name, impl in STRATEGIES if impl == "hand" and name not in ("single", "tp", "pp")
+    name for name, impl in IMPLEMENTATIONS if impl == "hand" and name not in ("single", "tp", "pp")
 ]
 
 
@@ -169,10 +170,10 @@ class Borrowing(Sync):
         self.whole = torch.ones(1000)
         self.whole.untyped_storage().resize_(0)
 
-    def unshard(self, unit):
+    def unshard(self, unit, phase):
         self.whole.untyped_storage().resize_(4000)
 
-    def reshard(self, unit):
+    def reshard(self, unit, phase):
         self.whole.untyped_storage().resize_(0)
 
     def grads_ready(self, names, *, last):
@@ -186,9 +187,8 @@ class Borrowing(Sync):
 
 
 def test_what_a_strategy_declares_counts_as_that_also_if_it_comes_and_goes():
-    def borrow(model, axis):
-        laid = {name: Laid(p.shape, p.dtype) for name, p in model.named_parameters()}
-        return Applied(laid, Borrowing(model))
+    def borrow(setup):
+        return Applied(setup.layouts, Borrowing(setup.model))
 
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 20, bias=False))
     job = parallelize(model, init_mesh(), borrow)
@@ -263,12 +263,12 @@ def test_a_rank_holds_what_the_published_formula_says(strategy, mesh):
     optimizer.register_step_pre_hook(lambda *_: kept.append(bytes_of_gradients(job)))
     for _ in range(2):  # the second is like all others
         found = step(job, optimizer, batch(0, rows=1)[0], of_logits)
-    n, whole = axes.get("fsdp", 4), sum(laid.shape.numel() for laid in job.laid.values())
+    n, whole = axes.get("fsdp", 4), sum(laid.shape.numel() for laid in job.layouts.values())
     parameters, gradients, state = (round(size * whole) for size in PUBLISHED[strategy](n))
 
     # Pieces are not of one length: together they are what is published. Some are padded.
-    here, pieces = by_layout(job, optimizer), sum(map(padded, job.laid.values()))
-    counts = 4 * len(job.laid)  # of Adam's steps, one for each parameter
+    here, pieces = by_layout(job, optimizer), padded(job, job.layouts.values())
+    counts = 4 * len(job.layouts)  # of Adam's steps, one for each parameter
     assert found.own["optimizer"] == here["optimizer"]
     assert total(here["optimizer"] - counts, real) == 4 * state
     assert found.own["parameters"] == max(parameters, pieces)
@@ -293,22 +293,26 @@ def bytes_of_gradients(job) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
 
-def padded(laid) -> int:
-    """Bytes that a parameter takes here, if all pieces are as long as the longest."""
-    shape = list(laid.shape)
-    for axis, how in laid.splits:
-        if isinstance(how, Flat):  # a piece of a bucket, of which N is a divisor in this model
-            return elements_here(laid) * laid.dtype.itemsize
-        shape[how.dim] = -(-shape[how.dim] // axis.size)
-    return math.prod(shape) * laid.dtype.itemsize
+def padded(job, layouts) -> int:
+    """Bytes that parameters take here, if all shards are as long as the longest."""
+    return sum(_padded(job.mesh, layout) for layout in layouts)
 
 
-def a_block(job) -> list[Laid]:
-    return [laid for name, laid in job.laid.items() if ".layers.1." in name]
+def _padded(mesh, layout) -> int:
+    shape = list(layout.shape)
+    for axis, how in layout.splits:
+        if isinstance(how, FlatShard):  # a shard of a bucket, of which N is a divisor in this model
+            return local_numel(layout, mesh.axes, mesh.coordinates) * layout.dtype.itemsize
+        shape[how.dim] = -(-shape[how.dim] // mesh[axis].size)
+    return math.prod(shape) * layout.dtype.itemsize
 
 
-def outside(job) -> list[Laid]:
-    return [laid for name, laid in job.laid.items() if ".layers." not in name]
+def a_block(job) -> list[Layout]:
+    return [laid for name, laid in job.layouts.items() if ".layers.1." in name]
+
+
+def outside(job) -> list[Layout]:
+    return [laid for name, laid in job.layouts.items() if ".layers." not in name]
 
 
 def whole_bytes(members) -> int:
@@ -321,7 +325,7 @@ def all_the_same(job, kept) -> range:
 
 def and_one_more(job, kept) -> range:
     """And the gradient that autograd has just made and that is about to be copied to its place."""
-    return exactly(kept + max(whole_bytes([laid]) for laid in job.laid.values()))
+    return exactly(kept + max(whole_bytes([laid]) for laid in job.layouts.values()))
 
 
 def and_two_buckets(job, kept) -> range:
@@ -333,7 +337,7 @@ def in_units(job, kept) -> range:
     """The most is there when backward has left the first block: pieces of all blocks; whole
     gradients of this one, and of what is in no block, except of the embedding, which comes last."""
     whole = whole_bytes(a_block(job)) + whole_bytes(outside(job)[1:])
-    not_yet = sum(map(padded, outside(job))) + 4 * len(outside(job))
+    not_yet = padded(job, outside(job)) + 4 * len(outside(job))
     return exactly(kept - not_yet + whole)
 
 
@@ -344,7 +348,7 @@ def exactly(size) -> range:
 def outside_and_two_blocks(job) -> int:
     """What is in no block, the block that computes, and the next one; all rows are padded."""
     borrowed = [*outside(job), *a_block(job), *a_block(job)]
-    return sum(padded(laid) * laid.splits[0][0].size for laid in borrowed)
+    return padded(job, borrowed) * job.mesh["fsdp"].size
 
 
 def none(job) -> int:
@@ -352,11 +356,11 @@ def none(job) -> int:
 
 
 def a_flag_each(job) -> int:
-    return 4 * len(job.laid)
+    return 4 * len(job.layouts)
 
 
 def a_flag_each_and_one(job) -> int:
-    return 4 * len(job.laid) + 4  # for the only bucket
+    return 4 * len(job.layouts) + 4  # for the only bucket
 
 
 SMALL_BUCKET = 36_000  # a block and a little

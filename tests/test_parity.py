@@ -11,16 +11,16 @@ from models import MODELS, axes_of, batch, batch_of, build, gpt, plan_of, refuse
 
 import dist_lab
 from dist_lab import choices
-from dist_lab.compose import STRATEGIES
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.errors import UserError
 
-PARALLEL = [key for key in STRATEGIES if key[0] != "single"]
+PARALLEL = [key for key in IMPLEMENTATIONS if key[0] != "single"]
 assert PARALLEL, "a table without rows would pass by testing nothing"
 
 
 def test_the_command_line_offers_just_the_strategies_that_there_are():
     offered = {(name, impl) for name, row in choices.STRATEGIES.items() for impl in row.impls}
-    assert offered == set(STRATEGIES)
+    assert offered == set(IMPLEMENTATIONS)
 
 
 def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options):

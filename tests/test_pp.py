@@ -145,6 +145,60 @@ def test_a_gradient_is_told_complete_once_when_it_is(schedule, mesh):
         assert torch.equal(told[name], parameter.grad), name
 
 
+class Units(Sync):
+    """Writes down when which unit must be there, may go, and has been given up."""
+
+    def __init__(self):
+        self.log = []
+
+    def unshard(self, unit, phase):
+        self.log.append(("unshard", unit, phase.value))
+
+    def reshard(self, unit, phase):
+        self.log.append(("reshard", unit, phase.value))
+
+    def forget(self):
+        self.log.append(("forget",))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved"])
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_strategies_are_told_when_the_units_of_a_stage_are_used(schedule, mesh):
+    units = [f"model.layers.{i}" for i in range(4)]
+    job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule, units=units)
+    mine = [
+        name for name in units if any(n.startswith(name) for n, _ in job.model.named_parameters())
+    ]
+    seen = Units()
+    with job.listening(seen):
+        job.run(pairs_of(4), cross_entropy(64))
+        told, seen.log = seen.log, []
+        job.evaluate(pairs_of(3), cross_entropy(64))
+        told_in_evaluation, seen.log = seen.log, []
+    assert told[0] == ("unshard", "", "forward")
+    assert told[-1] == ("reshard", "", "backward")
+    assert sorted(told[1:-1]) == sorted(
+        entry for u in mine for entry in (("unshard", u, "forward"), ("reshard", u, "backward"))
+    )
+    assert told_in_evaluation[-1] == ("reshard", "", "forward")
+    assert {entry[2] for entry in told_in_evaluation} == {"forward"}
+    assert len(told_in_evaluation) == len(told)
+
+
+@pytest.mark.ranks(1, mesh={"pp": 1})
+def test_a_step_that_is_broken_off_reshards_what_was_unsharded(mesh):
+    job = dist_lab.parallelize(gpt(layers=2), mesh, "pp", units=["model.layers.0"])
+    seen = Units()
+
+    def loss(out, y):
+        raise ArithmeticError
+
+    with job.listening(seen), pytest.raises(ArithmeticError):
+        job.run(pairs_of(2), loss)
+    ended = [("reshard", "model.layers.0", "abort"), ("reshard", "", "abort"), ("forget",)]
+    assert seen.log[-3:] == ended
+
+
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_a_tensor_shared_by_both_stages_of_a_rank_is_complete_after_the_later(mesh):
     # zbv has the embedding and the head on rank 0: one parameter, in two stages.
@@ -162,7 +216,7 @@ def test_a_rank_holds_as_many_forwards_as_the_schedule_says(schedule, m, mesh):
     job = dist_lab.parallelize(gpt(layers=8), mesh, "pp", schedule=schedule)
     job.run(pairs_of(m, rows=m), cross_entropy(m * 6))
     rank, wanted = mesh["pp"].index, peak_activations(make(schedule, 4, m))
-    assert job._pipeline.peak == wanted[rank]
+    assert job._runner.pipeline.peak == wanted[rank]
     if schedule == "1f1b":
         assert wanted[rank] == min(m, 4 - rank)
 

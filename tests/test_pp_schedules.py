@@ -21,6 +21,7 @@ from dist_lab.parallel.pp_schedules import (
     Op,
     Schedule,
     add_communication,
+    add_unshard,
     bubble,
     check,
     forward_only,
@@ -639,3 +640,31 @@ def test_pytorchs_pipelining_reads_what_we_save_as_what_we_mean(name, messages, 
         list(map(str, row)) for row in schedule.ranks
     ]
     assert reader.stage_index_to_group_rank == schedule.rank_of
+
+
+# --- when a stage's parameters must be there ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case", [(name, 4, 8, None) for name in SCHEDULES] + ["evaluation"], ids=str
+)
+def test_a_stage_is_unsharded_before_its_first_action_and_resharded_after_its_last(case):
+    if case == "evaluation":
+        plain = add_communication(forward_only(placement("zbv", 4), 6))
+    else:
+        plain = with_messages(*case)
+    told = add_unshard(plain)
+    check(told)
+    assert timeline(told) == timeline(plain), "it takes no time"
+    for before, row in zip(plain.ranks, told.ranks, strict=True):
+        assert tuple(a for a in row if a.op not in (Op.UNSHARD, Op.RESHARD)) == before
+        for stage in {action.stage for action in row}:
+            ops = [a.op for a in row if a.stage == stage]
+            assert (ops.count(Op.UNSHARD), ops.count(Op.RESHARD)) == (1, 1)
+            compute = [i for i, op in enumerate(ops) if op in COMPUTE]
+            assert ops.index(Op.UNSHARD) == compute[0] - 1
+            assert ops.index(Op.RESHARD) == compute[-1] + 1
+
+
+def test_a_file_does_not_say_when_a_stage_is_unsharded():
+    assert Action.parse("2UNSHARD0") is None

@@ -306,7 +306,7 @@ def test_it_says_what_it_runs_as(mesh):
 @ranks(3)
 def test_its_schedule_can_be_read_and_is_ours_but_for_the_order_of_zbv(schedule, mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule=schedule)
-    theirs, ours = job._pipeline.schedule_for(6), make(schedule, 3, 6)
+    theirs, ours = job._runner.pipeline.schedule_for(6), make(schedule, 3, 6)
     check(theirs)
     assert theirs.rank_of == ours.rank_of
     assert (theirs.ranks == ours.ranks) == (schedule != "zbv")

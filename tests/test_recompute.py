@@ -12,7 +12,7 @@ from models import units_of as model_units
 from torch import nn
 
 import dist_lab
-from dist_lab.compose import STRATEGIES
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.errors import UserError
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.precision import compute_in
@@ -104,7 +104,7 @@ def test_a_strategy_neither_sees_it_nor_sends_more(strategy, name, mesh):
     ("strategy", "impl", "name"),
     [
         pytest.param(s, i, name, marks=pytest.mark.ranks(4, mesh=axes_of(s, 4)))
-        for s, i in STRATEGIES
+        for s, i in IMPLEMENTATIONS
         if s not in ("single", "tp")  # tp by its own models: tests/test_tp.py
         for name in (["gpt tied", "resnet"] if i == "hand" else ["gpt tied"])
     ],
@@ -273,7 +273,7 @@ def test_a_units_own_parameters_are_shadowed_in_backward_too(by_itself):
     "strategy",
     [
         pytest.param(s, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2)), id=s)
-        for s, impl in STRATEGIES
+        for s, impl in IMPLEMENTATIONS
         if impl == "hand" and s not in ("single", "hsdp", "tp", "pp")
     ],
 )

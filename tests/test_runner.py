@@ -20,10 +20,10 @@ class Heard(Sync):
     def __init__(self):
         self.log = []
 
-    def unshard(self, unit):
+    def unshard(self, unit, phase):
         self.log.append(f"unshard {unit}")
 
-    def reshard(self, unit):
+    def reshard(self, unit, phase):
         self.log.append(f"reshard {unit}")
 
     def grads_ready(self, names, *, last):
@@ -159,7 +159,7 @@ def test_a_unit_called_by_itself_is_in_forward_also_after_a_backward():
 
 def test_what_is_given_up_is_not_summed():
     class Listens(Heard):
-        def reshard(self, unit):
+        def reshard(self, unit, phase):
             self.log.append(f"reshard {unit} in {run.wire.phase}")
 
         def forget(self):

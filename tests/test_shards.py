@@ -15,7 +15,8 @@ from torch import nn
 import dist_lab
 from dist_lab.comm.ops import CollectiveError
 from dist_lab.errors import UserError
-from dist_lab.layout import Flat, Shard, gather_full
+from dist_lab.gather import gather_full
+from dist_lab.layout import FlatShard, Shard
 from dist_lab.parallel.shards import owners, piece_length, places
 
 WIDTH = 6
@@ -368,7 +369,7 @@ def loss_of(job, step=0):
 
 def gradients(job):
     return {
-        name: None if p.grad is None else gather_full(p.grad, job.laid[name]).clone()
+        name: None if p.grad is None else gather_full(p.grad, job.layouts[name], job.mesh).clone()
         for name, p in job.model.named_parameters()
     }
 
@@ -800,5 +801,10 @@ def test_what_a_user_has_written_on_a_parameter_stays_there():
 
 def test_a_scalar_lies_on_one_rank():
     job = dist_lab.parallelize(Layer(), dist_lab.init_mesh(fsdp=1), "fsdp")
-    kinds = {name: type(laid.splits[0][1]) for name, laid in job.laid.items()}
-    assert kinds == {"gain": Flat, "scales": Shard, "linear.weight": Shard, "linear.bias": Shard}
+    kinds = {name: type(laid.splits[0][1]) for name, laid in job.layouts.items()}
+    assert kinds == {
+        "gain": FlatShard,
+        "scales": Shard,
+        "linear.weight": Shard,
+        "linear.bias": Shard,
+    }

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each file may import from the layers below its own, and within its own where that is `SELF`.
 LAYERS = [
-    ["errors", "hooks", "torchvision_import", "processes.ranks"],
+    ["errors", "hooks", "topology", "torchvision_import", "processes.ranks"],
     ["settings", "processes.failures"],
     ["choices", "zoo", "data", "loss", "parallel.pp_actions"],
     ["parallel.pp_refuse", "parallel.pp_file"],
@@ -30,9 +30,14 @@ LAYERS = [
     ["comm.messages", "comm.calls", "comm.into", "comm.coalesced"],
     ["comm.ops", "comm.autograd", "comm.agree", "comm.scratch"],
     ["layout", "offload"],
+    ["gather"],
+    ["recompute"],
+    ["precision"],
+    ["parallel.sync"],
+    ["step"],
+    ["meta", "runner", "pipeline_runner"],
     ["parallel"],
-    ["buffers", "recompute", "step"],
-    ["meta", "runner", "pipeline_runner", "precision"],
+    ["buffers"],
     ["job"],
     ["compose"],
     ["parity_report", "observe"],

@@ -14,7 +14,8 @@ import dist_lab
 from dist_lab import choices, zoo
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout import gather_full, slice_local
+from dist_lab.gather import gather_full
+from dist_lab.layout import Owed, Shard, slice_local
 from dist_lab.observe.memory import by_layout, measured
 from dist_lab.parallel import residual, tp
 
@@ -226,7 +227,7 @@ def test_a_rank_holds_a_quarter_of_what_is_split_and_all_the_rest(mesh):
     here = ((whole - norms) // 4 + norms) * 8
     found = by_layout(job, optimizer)
     assert found["parameters"] == found["gradients"] == here
-    assert found["optimizer"] == 2 * here + 4 * len(job.laid)  # moments, and counts of steps
+    assert found["optimizer"] == 2 * here + 4 * len(job.layouts)  # moments, and counts of steps
     assert sum(p.nbytes for p in job.parameters()) == sum(p.grad.nbytes for p in job.parameters())
     assert sum(p.nbytes for p in job.parameters()) == here
 
@@ -275,9 +276,9 @@ def test_a_model_from_meta_starts_from_the_weights_of_one_process(shape, mesh):
     assert list(full) == list(whole)
     for name, tensor in whole.items():
         torch.testing.assert_close(full[name], tensor, rtol=0, atol=0, msg=name)
-    split = [n for n, laid in job.laid.items() if laid.splits]
+    split = [n for n, laid in job.layouts.items() if laid.splits]
     for name in split:
-        part = slice_local(whole[name], job.laid[name])
+        part = slice_local(whole[name], job.layouts[name], mesh.axes, mesh.coordinates)
         assert torch.equal(job.model.get_parameter(name).detach(), part), name
         assert part.numel() < whole[name].numel(), name
 
@@ -311,8 +312,9 @@ def test_keys_that_lie_on_several_ranks_have_one_gradient_and_stay_one(mode, mes
             assert torch.equal(everyone[2], everyone[3])
             assert not torch.equal(everyone[0], everyone[2])
         optimizer.zero_grad()
-    laid = job.laid["model.layers.1.self_attn.k_proj.weight"]
-    assert laid.sum_over[0].size == laid.splits[0][0].size == 2
+    layout = job.layouts["model.layers.1.self_attn.k_proj.weight"]
+    assert layout.partial == (Owed("tp", neighbours=2),)
+    assert layout.splits == (("tp", Shard(0, copies=2)),)
 
 
 class Pair(nn.Module):
@@ -360,8 +362,10 @@ def test_a_module_of_ones_own_has_the_outputs_and_gradients_of_the_plain_one(sha
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
     for name, parameter in plain.named_parameters():
         mine = job.model.get_parameter(name).grad
-        assert torch.allclose(mine, slice_local(parameter.grad, job.laid[name]), 1e-11, 1e-11), name
-        whole = gather_full(mine, job.laid[name])
+        where = job.layouts[name]
+        wanted = slice_local(parameter.grad, where, mesh.axes, mesh.coordinates)
+        assert torch.allclose(mine, wanted, 1e-11, 1e-11), name
+        whole = gather_full(mine, job.layouts[name], mesh)
         torch.testing.assert_close(whole, parameter.grad, rtol=1e-11, atol=1e-11, msg=name)
 
 
@@ -401,7 +405,7 @@ def test_columns_that_read_different_tensors_and_one_that_is_read_twice(mesh):
             mine = job.model.get_parameter(name).grad
             assert (mine is None) == (parameter.grad is None), name
             if mine is not None:
-                part = slice_local(parameter.grad, job.laid[name])
+                part = slice_local(parameter.grad, job.layouts[name], mesh.axes, mesh.coordinates)
                 torch.testing.assert_close(mine, part, rtol=1e-11, atol=1e-11, msg=name)
         job.model.zero_grad()
         plain.zero_grad()
@@ -510,7 +514,7 @@ def test_a_tied_table_stays_one(mesh):
     for impl in ("hand", "torch"):
         job = dist_lab.parallelize(sized(tied=True), mesh, "tp", impl)
         assert job.model.lm_head.weight is job.model.model.embed_tokens.weight
-        assert "lm_head.weight" not in job.laid
+        assert "lm_head.weight" not in job.layouts
 
 
 # --- what a plan may say --------------------------------------------------------------------------

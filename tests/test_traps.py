@@ -5,13 +5,15 @@ a test that cannot fail proves nothing.
 """
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from models import MODELS, axes_of, batch, build, gpt, plan_of, units_of
 
 import dist_lab
-from dist_lab import job, layout
+from dist_lab import gather, job
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.comm.ops import (
     all_gather,
     all_reduce,
@@ -19,9 +21,8 @@ from dist_lab.comm.ops import (
     broadcast_into,
     reduce_scatter,
 )
-from dist_lab.compose import STRATEGIES, Strategy
 from dist_lab.errors import UserError
-from dist_lab.layout import Laid
+from dist_lab.layout import Layout
 from dist_lab.parallel import dp, fsdp
 from dist_lab.parallel.sync import Applied, Sync
 
@@ -122,9 +123,8 @@ EXHIBITS = {
 
 
 def strategy(kind):
-    def apply(model, axis):
-        laid = {name: Laid(p.shape, p.dtype) for name, p in model.named_parameters()}
-        return Applied(laid, kind(model, axis))
+    def apply(setup):
+        return Applied(setup.layouts, kind(setup.model, setup.axis))
 
     return apply
 
@@ -150,7 +150,7 @@ def test_without_accumulation_the_second_bug_goes_unseen(mesh):
 @pytest.mark.ranks(2)
 def test_a_wrong_gradient_is_seen_where_the_right_one_is_zero(mesh):
     # Nothing to be relative to: the error is infinite, on the rank that has it, and nobody hangs.
-    class Breaks(dp.AfterBackward):
+    class Breaks(dp.AllReduceAfterBackward):
         def finish(self):
             super().finish()
             if self.axis.index == 1:
@@ -165,9 +165,8 @@ def test_a_wrong_gradient_is_seen_where_the_right_one_is_zero(mesh):
         def forward(self, x):
             return x.double() * (0 * self.a * self.b).sum()
 
-    def apply(model, axis):
-        laid = dp.apply(model, axis).laid
-        return Applied(laid, Breaks(model, laid, axis))
+    def apply(setup):
+        return replace(dp.apply(setup), sync=Breaks(setup.model, setup.axis))
 
     report = dist_lab.verify(
         Low, batch, mesh, apply, steps=1, clip=None, loss_sum=lambda out, target: out.sum()
@@ -185,7 +184,7 @@ def test_the_rank_that_is_wrong_is_named(mesh):
 
 @pytest.mark.ranks(2)
 def test_a_step_that_goes_wrong_later_is_dated(mesh):
-    class WrongAtStepTwo(dp.AfterBackward):
+    class WrongAtStepTwo(dp.AllReduceAfterBackward):
         steps = 0
 
         def finish(self):
@@ -194,9 +193,8 @@ def test_a_step_that_goes_wrong_later_is_dated(mesh):
                 self.model.get_parameter("lm_head.weight").grad[0, 0] *= 1.001
             self.steps += 1
 
-    def apply(model, axis):
-        laid = dp.apply(model, axis).laid
-        return Applied(laid, WrongAtStepTwo(model, laid, axis))
+    def apply(setup):
+        return replace(dp.apply(setup), sync=WrongAtStepTwo(setup.model, setup.axis))
 
     report = dist_lab.verify(gpt, batch, mesh, apply, steps=4)
     first = report.first
@@ -210,7 +208,7 @@ def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh)
         dist_lab.parallelize(gpt(seed=mesh.rank), mesh, "dp", broadcast=False)
 
 
-@pytest.mark.parametrize("name", [name for name, impl in STRATEGIES if impl == "hand"])
+@pytest.mark.parametrize("name", [name for name, impl in IMPLEMENTATIONS if impl == "hand"])
 def test_an_optimizer_built_before_parallelize_is_refused(name):
     # Trap 22, under every strategy, so that changing the strategy is changing one word.
     model, mesh = gpt(), dist_lab.init_mesh(**axes_of(name, 1))
@@ -235,8 +233,7 @@ def report_of(mesh, spoil, model="gpt", steps=2):
         return applied
 
     with pytest.MonkeyPatch.context() as patch:
-        row = Strategy(with_signature_of(real, apply), ("fsdp", "dp"))
-        patch.setitem(STRATEGIES, ("fsdp", "hand"), row)
+        patch.setattr(fsdp, "apply", with_signature_of(real, apply))
         return dist_lab.verify(
             MODELS[model], batch, mesh, "fsdp", units=units_of(model), microbatches=2, steps=steps
         )
@@ -250,10 +247,11 @@ def with_signature_of(real, function):
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
 def test_a_norm_of_parts_is_low_by_the_root_of_the_ranks_and_is_seen(mesh):
     # Trap 5. Clipping then lets too much through, and nobody sees that in the loss.
-    real = layout.global_norm
+    real = gather.global_norm
 
-    def of_parts(gradients, laid):
-        return real(gradients, {n: Laid(where.shape, where.dtype) for n, where in laid.items()})
+    def of_parts(gradients, layouts, mesh):
+        whole = {n: Layout(where.shape, where.dtype) for n, where in layouts.items()}
+        return real(gradients, whole, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "global_norm", of_parts)
@@ -351,14 +349,13 @@ def test_a_length_that_does_not_divide_is_right_or_refused_with_the_numbers(mesh
 @pytest.mark.ranks(2)
 def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(mesh):
     # Trap 12. Libraries do this by default, in every forward.
-    class BroadcastsBuffers(dp.AfterBackward):
+    class BroadcastsBuffers(dp.AllReduceAfterBackward):
         def after_step(self):
             for buffer in self.model.buffers():
                 broadcast_into(buffer, self.axis).wait()
 
-    def broadcasting(model, axis):
-        laid = dp.apply(model, axis).laid
-        return Applied(laid, BroadcastsBuffers(model, laid, axis))
+    def broadcasting(setup):
+        return replace(dp.apply(setup), sync=BroadcastsBuffers(setup.model, setup.axis))
 
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(mesh.rank)) + 5 * mesh.rank
     everyone = 0.1 * all_gather(x[None], mesh["dp"]).mean(1)  # (rank, 3): after one step from 0
@@ -380,7 +377,7 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
     ("strategy", "impl"),
     [
         pytest.param(s, i, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2)), id=f"{s}-{i}")
-        for s, i in STRATEGIES
+        for s, i in IMPLEMENTATIONS
         if s != "single"
     ],
 )

@@ -12,13 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dist_lab
+from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.comm import ops
-from dist_lab.compose import STRATEGIES
 from dist_lab.errors import UserError
-from dist_lab.layout import gather_full, local_part
+from dist_lab.gather import gather_full, local_part
+from dist_lab.layout import Layout
+from dist_lab.parallel.sync import Setup
 
 # Of those that share out the rows. tp's shares out the model: tests/test_tp.py.
-TWINS = [(name, impl) for name, impl in STRATEGIES if impl != "hand" and name not in ("tp", "pp")]
+TWINS = [
+    (name, impl) for name, impl in IMPLEMENTATIONS if impl != "hand" and name not in ("tp", "pp")
+]
 BY_DDP = [pair for pair in TWINS if pair[0] in ("ddp", "zero1")]
 SPLIT = [(name,) for name, impl in TWINS if name in ("fsdp", "hsdp")]
 
@@ -155,8 +159,11 @@ def test_accelerate_refuses_an_axis_that_is_not_the_world(mesh):
     if half.size == 2:
         from dist_lab.parallel import ddp_accelerate
 
+        model = MODELS["mlp"]()
+        layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
         with pytest.raises(UserError, match=r"runs over all 4 processes, and .* has 2"):
-            ddp_accelerate.apply(MODELS["mlp"](), half)
+            setup = Setup(model, mesh, {"dp": half}, layouts, None, {})
+            ddp_accelerate.apply(setup)
 
 
 # --- ZeroRedundancyOptimizer ----------------------------------------------------------------------
@@ -342,7 +349,7 @@ def test_told_so_it_allows_use_that_differs_and_leaves_no_gradient_where_nobody_
         job.finish()
         none = {n for n, p in job.model.named_parameters() if p.grad is None}
         assert none == {"experts.2.weight", "experts.2.bias"}
-        scale = gather_full(job.model.scale.grad, job.laid["scale"])
+        scale = gather_full(job.model.scale.grad, job.layouts["scale"], mesh)
         found.append((job.clip_grad_norm(None), float(scale)))
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import dist_lab
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout import Flat, gather_full
+from dist_lab.gather import gather_full
+from dist_lab.layout import FlatShard
 from dist_lab.observe import memory
 from dist_lab.zoo.init import initialize
 
@@ -43,7 +44,7 @@ def take_step(job, optimizer, step=0, k=1, **zero_grad):
 def gradients(job):
     """The global gradient of each parameter, whole, or None."""
     return {
-        name: None if p.grad is None else gather_full(p.grad, job.laid[name])
+        name: None if p.grad is None else gather_full(p.grad, job.layouts[name], job.mesh)
         for name, p in job.model.named_parameters()
     }
 
@@ -59,15 +60,15 @@ def assert_same(ours, theirs):
 
 def pieces(job):
     """The padded length of each bucket."""
-    return {laid.splits[0][1].piece for laid in job.laid.values()}
+    return {layout.splits[0][1].length for layout in job.layouts.values()}
 
 
 def padded(job):
     """Elements of all buckets with their padding. A bucket is known by its first parameter."""
     first = [
-        laid.splits[0][1].piece
-        for laid in job.laid.values()
-        if laid.splits and laid.splits[0][1].offset == 0
+        layout.splits[0][1].length
+        for layout in job.layouts.values()
+        if layout.splits and layout.splits[0][1].offset == 0
     ]
     return job.mesh.size * sum(first)
 
@@ -80,16 +81,16 @@ def padded(job):
 def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy, mesh):
     job, _ = ready(mesh, strategy, "odd")
     for name, local in job.model.named_parameters():
-        laid = job.laid[name]
+        layout = job.layouts[name]
         if name.startswith("frozen"):
-            assert laid.splits == () == laid.sum_over
-            assert local.shape == laid.shape
+            assert layout.splits == () == layout.partial
+            assert local.shape == layout.shape
             continue
-        ((_, flat),) = laid.splits
-        assert isinstance(flat, Flat)
+        ((_, flat),) = layout.splits
+        assert isinstance(flat, FlatShard)
         assert local.dim() == 1
         everywhere = ops.all_reduce(torch.tensor(local.numel()), mesh["dp"])
-        assert everywhere == laid.shape.numel()
+        assert everywhere == layout.shape.numel()
         whole = job.leaves[name]
         assert local.untyped_storage()._cdata == whole.untyped_storage()._cdata
         start, _ = flat.range(whole.numel(), mesh.rank)
@@ -104,7 +105,7 @@ def test_an_optimizer_keeps_a_third_of_its_state(strategy, mesh):
     job, optimizer = ready(mesh, strategy, cls=torch.optim.AdamW)
     take_step(job, optimizer)
     moments = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values())
-    elements = sum(laid.shape.numel() for laid in job.laid.values())
+    elements = sum(layout.shape.numel() for layout in job.layouts.values())
     assert ops.all_reduce(torch.tensor(moments), mesh["dp"]) == 2 * elements
     assert abs(moments - 2 * elements / 3) <= 2 * (padded(job) - elements)
 

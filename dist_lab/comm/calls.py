@@ -161,7 +161,7 @@ def _launched(
     check: Iterable[Sequence[Work]] = []
     if axis.wire.check:
         check = _begun(_compare(call, axis))
-        if axis.lane == 0:  # on other lanes a rank may come much later, and must not be waited for
+        if axis.channel == 0:  # on others a rank may come much later, and must not be waited for
             _go_through(check, call, axis)
             check = []
     axis.wire.ledger.enter(call)
@@ -184,7 +184,7 @@ def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None
 
 
 def _messages(call: Call, axis: Axis) -> Messages:
-    return Messages(call, axis, axis.wire.tag(f"{axis.name}/{axis.lane}"))
+    return Messages(call, axis, axis.wire.tag(f"{axis.name}/{axis.channel}"))
 
 
 def _begun(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:

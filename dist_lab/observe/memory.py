@@ -26,7 +26,6 @@ nothing again, which is no operation. Its size is read again at every operation 
 at each verb of `Sync`, through a link that hears of it after the strategy.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,9 +37,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_lab.gather import local_part
 from dist_lab.job import Job
-from dist_lab.layout import Flat, Laid, local_part
-from dist_lab.parallel.sync import Sync
+from dist_lab.layout import local_numel
+from dist_lab.parallel.sync import Phase, Sync
 
 KINDS = (
     "parameters", "gradients", "optimizer", "gathered", "buffers", "module_buffers", "activations",
@@ -82,7 +82,7 @@ NOTHING = Peak(0, dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
 
 
 def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer by what `job.laid` says, and by nothing else.
+    """Bytes of parameters, gradients and optimizer by what `job.layouts` says, and by nothing else.
 
     The formula of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3) without its table of
     stages: so many elements lie here, each of so many bytes. Gradients are those that the optimizer
@@ -92,25 +92,17 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     parameters = dict(job.model.named_parameters())
     element, tensor = bytes_of_state(optimizer)
     found = {"parameters": 0, "gradients": 0, "optimizer": 0}
-    for name, laid in job.laid.items():
+    for name, layout in job.layouts.items():
         if name in parameters:
-            here = elements_here(laid)
+            here = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
             leaf, stays = job.leaves.get(name), here
             if leaf is not None and same_storage(leaf, parameters[name]):
-                stays = laid.shape.numel()  # it is cut for the optimizer alone
-            found["parameters"] += stays * laid.dtype.itemsize
+                stays = layout.shape.numel()  # it is cut for the optimizer alone
+            found["parameters"] += stays * layout.dtype.itemsize
             if parameters[name].requires_grad:
-                found["gradients"] += here * laid.dtype.itemsize
+                found["gradients"] += here * layout.dtype.itemsize
                 found["optimizer"] += here * element + tensor
     return found
-
-
-def elements_here(laid: Laid) -> int:
-    """How many of a parameter's elements this rank has."""
-    if laid.splits and isinstance(flat := laid.splits[-1][1], Flat):
-        start, stop = flat.range(laid.shape.numel(), laid.splits[-1][0].index)
-        return stop - start
-    return math.prod(length.stop - length.start for length in laid.box)
 
 
 def bytes_of_state(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -234,7 +226,7 @@ class Naming(Sync):
         for tensor in state_of(optimizer):
             self.live.note(tensor, "optimizer")
 
-    def unshard(self, unit: str) -> None:
+    def unshard(self, unit: str, phase: Phase) -> None:
         self._held()
         for module in self.job.model.get_submodule(unit).modules():
             for name in module._parameters:
@@ -242,7 +234,7 @@ class Naming(Sync):
                 if isinstance(cast, Tensor):
                     self.live.note(cast, "gathered")
 
-    def reshard(self, unit: str) -> None:
+    def reshard(self, unit: str, phase: Phase) -> None:
         self._held()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:

@@ -24,7 +24,7 @@ used in this step keeps `grad is None`, and one that was used only elsewhere get
 gradient. One more flag tells of parameters that are in no bucket yet; if any rank raises it, all of
 them learn again. So a rank may send a bucket in backward that another sends in `finish`, after
 whatever lies between: the buckets have an order in common with each other alone, and their axis
-must be a lane of its own (`mesh.lane`).
+must be a channel of its own (`mesh.channel`).
 
 Buffers are each rank's own: see [Note: buffers] in dist_lab/buffers.py.
 """
@@ -36,16 +36,13 @@ from torch import nn
 
 from dist_lab.comm.ops import Pending, all_gather, all_reduce_into, shared_buffer
 from dist_lab.errors import UserError
-from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
 from dist_lab.parallel.buckets import cut, label
-from dist_lab.parallel.sync import Applied, Sync, whole
+from dist_lab.parallel.sync import Applied, Setup, Sync
 
 
-def apply(
-    model: nn.Module, axis: Axis, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0
-) -> Applied:
-    """Owe one sum over `axis` for every trained parameter, and pay it in buckets.
+def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0) -> Applied:
+    """Owe the gradient of every trained parameter one sum over the axis, and pay it in buckets.
 
     Args:
         bucket_mb, first_bucket_mb: a bucket is closed before it would hold more MiB than this; a
@@ -53,19 +50,17 @@ def apply(
     """
     if not (bucket_mb > 0 and first_bucket_mb > 0):
         raise UserError(f"buckets of {first_bucket_mb} and {bucket_mb} MiB; give sizes above 0")
-    laid = whole(model, axis)
+    model, axis = setup.model, setup.axis
     limits = int(first_bucket_mb * 2**20), int(bucket_mb * 2**20)
-    return Applied(laid, Overlapped(model, laid, axis, limits))
+    return Applied(setup.owing_sums(axis), BucketedAllReduce(model, axis, limits))
 
 
-class Overlapped(Sync):
+class BucketedAllReduce(Sync):
     """Sends each bucket as soon as it and all before it are full: one order on every rank."""
 
-    def __init__(
-        self, model: nn.Module, laid: dict[str, Laid], axis: Axis, limits: tuple[int, int]
-    ) -> None:
+    def __init__(self, model: nn.Module, axis: Axis, limits: tuple[int, int]) -> None:
         self.model, self.axis, self.limits = model, axis, limits
-        self.owed = [name for name, where in laid.items() if where.sum_over]
+        self.owed = [name for name, p in model.named_parameters() if p.requires_grad]
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[str, Bucket] = {}  # where a parameter's gradient lies
         self.unassigned: dict[str, None] = {}  # used in this step, in order, and in no bucket

@@ -9,18 +9,13 @@ ddp_torch.py by another way in. Cost as there.
 
 import warnings
 
-from torch import nn
-
 from dist_lab.errors import UserError
-from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Chain, whole
+from dist_lab.parallel.sync import Applied, Chain, Setup
 from dist_lab.parallel.wrapped import ThroughDDP
 from dist_lab.process_group import as_under_torchrun
 
 
-def apply(
-    model: nn.Module, axis: Axis, *, bucket_mb: float = 25.0, find_unused: bool = False
-) -> Applied:
+def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -> Applied:
     """Hand the gradients to what Accelerator(cpu=True).prepare(model) returns.
 
     Args:
@@ -33,9 +28,9 @@ def apply(
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    laid = whole(model, axis)
+    model, axis, layouts = setup.model, setup.axis, setup.owing_sums(setup.axis)
     if axis.size == 1:
-        return Applied(laid, Chain())
+        return Applied(layouts, Chain())
     if axis.size != axis.wire.size:
         raise UserError(
             f"ddp@accelerate runs over all {axis.wire.size} processes, and {axis.name} has "
@@ -62,4 +57,4 @@ def apply(
         f"{bucket_mb:g}, gradient_as_bucket_view=True, find_unused_parameters={find_unused}, "
         "broadcast_buffers=False)"
     )
-    return Applied(laid, ThroughDDP(ddp, axis), about)
+    return Applied(layouts, ThroughDDP(ddp, axis), about)

@@ -17,23 +17,22 @@ import torch
 from torch import nn
 
 from dist_lab.comm.ops import all_reduce, all_reduce_into
-from dist_lab.layout import Laid
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Sync, whole
+from dist_lab.parallel.sync import Applied, Setup, Sync
 
 
-def apply(model: nn.Module, axis: Axis) -> Applied:
-    """Owe one sum over `axis` for the gradient of every parameter that is trained."""
-    laid = whole(model, axis)
-    return Applied(laid, AfterBackward(model, laid, axis))
+def apply(setup: Setup) -> Applied:
+    """Owe the gradient of every trained parameter one sum over the axis."""
+    model, axis = setup.model, setup.axis
+    return Applied(setup.owing_sums(axis), AllReduceAfterBackward(model, axis))
 
 
-class AfterBackward(Sync):
-    """Pays what is owed in `finish`, parameter by parameter."""
+class AllReduceAfterBackward(Sync):
+    """Sums every gradient in `finish`, parameter by parameter."""
 
-    def __init__(self, model: nn.Module, laid: dict[str, Laid], axis: Axis) -> None:
+    def __init__(self, model: nn.Module, axis: Axis) -> None:
         self.model, self.axis = model, axis
-        self.owed = [name for name, where in laid.items() if where.sum_over]
+        self.owed = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def finish(self) -> None:
         for name in self._used_somewhere():  # one order on every rank, or they would hang

@@ -29,10 +29,10 @@ Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion pa
 [Note: one order] All ranks must start their collectives in one order. Units are gathered in the
 order in which the model uses them, which is the ranks' to have in common. Gradients come when they
 come; so they are reduced in the order in which backward should reach their units, each micro-batch
-once, on a lane of their own, whether some rank has used all of a unit's parameters or not.
+once, on a channel of their own, whether some rank has used all of a unit's parameters or not.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -41,24 +41,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout import Flat, Laid, Shard
+from dist_lab.layout import FlatShard, Shard
 from dist_lab.mesh import Axis
 from dist_lab.offload import maker, offloaded
 from dist_lab.parallel.shards import Group, Place, owners, places, used_by
-from dist_lab.parallel.sync import Applied, Sync
+from dist_lab.parallel.sync import Applied, Phase, Setup, Sync
 
 ROOT = ""  # the unit that is the model itself
 
 
 def apply(
-    model: nn.Module,
-    axis: Axis,
-    replicate: Axis,
+    setup: Setup,
     *,
-    units: Mapping[str, nn.Module],
-    value_of: Callable[[str], Tensor],
-    borrow: Axis,
-    param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
     keep_gathered: bool = False,
@@ -69,60 +63,53 @@ def apply(
     """Keep 1/N of every parameter.
 
     Args:
-        axis: along which parameters are split; gradients travel here.
-        replicate: along which the splits are repeated; of size 1 under plain FSDP.
-        units: what is gathered as one, by name; the model itself is "".
-        value_of: name -> the whole value of a parameter, asked for once each.
-        borrow: `axis` again, as another lane, for parameters.
-        param_dtype: gather, and compute, in this; the parts stay as they are.
+        setup: parameters are split along fsdp, and the splits repeated along dp, whose size is 1
+            under plain FSDP. Units are gathered, and computed with, in its param_dtype.
         reduce_dtype: sum gradients in this; default: that of the parts.
         reshard_after_forward, keep_gathered, defer_reduce: see the table above.
         prefetch: gather the next unit while one computes.
         offload: where the parts and the optimizer's state are kept: a folder, in whose files they
             lie; or "cpu", for an accelerator, whose optimizer then runs on the CPU.
     """
-    for dtype in (param_dtype, reduce_dtype):
+    model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
+    for dtype in (setup.param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     keep = maker(offload, axis.wire.device)
     found = places(model)
-    summed = tuple(a for a in (axis, replicate) if a.size > 1)
-    laid = {
-        name: Laid(
-            p.shape, p.dtype, ((borrow, Shard(0) if p.dim() else Flat(0, 1)),),
-            sum_over=summed if p.requires_grad else (),
-        )
+    gather_axis = setup.channel()
+    owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
+    layouts = {
+        name: owing[name].split(axis.name, Shard(0) if p.dim() else FlatShard(0, 1))
         for name, p in model.named_parameters()
-    }  # fmt: skip
+    }
     groups = [
-        Group(unit, {n: found[n] for n in names}, laid, dtype, axis, borrow, value_of, keep)
-        for (unit, dtype), names in _together(model, found, units, param_dtype).items()
+        Group(unit, {n: found[n] for n in names}, dtype, axis, gather_axis, setup.full_value, keep)
+        for (unit, dtype), names in _together(model, found, setup).items()
     ]
     sync = FullySharded(
-        groups, used_by(groups, units), axis, replicate, reduce_dtype=reduce_dtype,
+        groups, used_by(groups, setup.units), axis, replicate, reduce_dtype=reduce_dtype,
         prefetch=prefetch, reshard_after_forward=reshard_after_forward,
         keep_gathered=keep_gathered, defer_reduce=defer_reduce,
     )  # fmt: skip
     return Applied(
-        laid, sync,
+        layouts, sync,
         leaves={part.name: part.whole for group in groups for part in group.parts},
+        sharded_between_units=True,
         make_optimizer=partial(offloaded, keep) if keep and offload != "cpu" else None,
     )  # fmt: skip
 
 
 def _together(
-    model: nn.Module,
-    found: Mapping[str, list[Place]],
-    units: Mapping[str, nn.Module],
-    param_dtype: torch.dtype | None,
+    model: nn.Module, found: Mapping[str, list[Place]], setup: Setup
 ) -> dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]]:
     """(unit, (dtype kept, dtype of compute)) -> the parameters that are gathered as one."""
-    owner = owners(found, units)
+    owner = owners(found, setup.units)
     groups: dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]] = {}
     for name, p in model.named_parameters():
         # Normalization with running statistics computes in their dtype: see precision.py.
         keeps = any(isinstance(module, _NormBase) for module, _ in found[name])
-        narrow = p.dtype if keeps or not p.is_floating_point() else param_dtype or p.dtype
+        narrow = p.dtype if keeps or not p.is_floating_point() else setup.param_dtype or p.dtype
         groups.setdefault((owner[name], (p.dtype, narrow)), []).append(name)
     return groups
 
@@ -164,8 +151,8 @@ class FullySharded(Sync):
     def microbatch(self, *, last: bool) -> None:
         self.last = last
 
-    def unshard(self, unit: str) -> None:
-        backward = self._in_backward()
+    def unshard(self, unit: str, phase: Phase) -> None:
+        backward = phase is Phase.BACKWARD
         if unit == ROOT:
             self._begin(backward)
         self.trail[backward].append(unit)
@@ -191,8 +178,8 @@ class FullySharded(Sync):
             for unit in self.order[False]:
                 self._will_owe(unit)
 
-    def reshard(self, unit: str) -> None:
-        backward = self._in_backward()
+    def reshard(self, unit: str, phase: Phase) -> None:
+        backward = phase is Phase.BACKWARD
         for group in self.used_by[unit]:
             group.users.discard(unit)
             if not group.users and not self._stays(backward):
@@ -207,7 +194,7 @@ class FullySharded(Sync):
             self._let_go_ahead()
             if backward:
                 self._pay_all()
-            if self.axis.wire.phase in ("forward", "backward"):  # and nothing was broken off
+            if phase is not Phase.ABORT:
                 self.order[backward], self.trail[backward] = self.trail[backward], []
                 for group in self.groups:
                     group.until_read()  # whoever has left the model may write to it
@@ -236,9 +223,6 @@ class FullySharded(Sync):
                 if not group.users:
                     group.free()
             self.ahead = None
-
-    def _in_backward(self) -> bool:
-        return self.axis.wire.phase == "backward"
 
     # --- gradients --------------------------------------------------------------------------------
 

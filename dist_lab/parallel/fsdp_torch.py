@@ -24,21 +24,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.errors import UserError
-from dist_lab.layout import Laid, Shard
+from dist_lab.layout import Shard
 from dist_lab.mesh import Axis
 from dist_lab.parallel.shards import Place, owners, places, put
-from dist_lab.parallel.sync import Applied
+from dist_lab.parallel.sync import Applied, Setup
 from dist_lab.parallel.wrapped import ROOT, ThroughFSDP
 
 
 def apply(
-    model: nn.Module,
-    axis: Axis,
-    replicate: Axis,
+    setup: Setup,
     *,
-    units: Mapping[str, nn.Module],
-    value_of: Callable[[str], Tensor],
-    param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
     keep_gathered: bool = False,
@@ -63,32 +58,31 @@ def apply(
         raise UserError("FSDP2 always prefetches; leave prefetch as it is, or give --impl hand")
     if not dist.is_initialized():
         raise UserError("FSDP2 needs a process group, even for one: torchrun --nproc_per_node=1")
+    model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
+    units, param_dtype = setup.units, setup.param_dtype
     for dtype in (param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     # It warns of changing an output in place wherever that is a view, as a Linear's often is.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     found = places(model)
-    summed = tuple(a for a in (axis, replicate) if a.size > 1)
-    laid = {
-        name: Laid(
-            p.shape, p.dtype, ((axis, Shard(0)),) if p.dim() else (),
-            sum_over=summed if p.requires_grad else (),
-        )
+    owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
+    layouts = {
+        name: owing[name].split(axis.name, Shard(0)) if p.dim() else owing[name]
         for name, p in model.named_parameters()
-    }  # fmt: skip
+    }
     own = _own_parameters(model, found, units)
     modules = dict(units)
     if param_dtype is not None:
         modules |= _set_norms_apart(model, found, own)
     mesh = _device_mesh(axis, replicate)
-    scalars = [name for name, where in laid.items() if not where.shape]
-    _come_to_life(model, scalars, found, value_of, axis.wire.device)
+    scalars = [name for name, p in model.named_parameters() if not p.dim()]
+    _come_to_life(model, scalars, found, setup.full_value, axis.wire.device)
 
     sharded: dict[str, FSDPModule] = {}
     leaves: dict[str, Tensor] = {}
     for unit in sorted(own, key=lambda unit: sum(1 for _ in modules[unit].modules())):
-        _come_to_life(model, own[unit], found, value_of, axis.wire.device)
+        _come_to_life(model, own[unit], found, setup.full_value, axis.wire.device)
         mine = {model.get_parameter(name) for name in own[unit]}
         narrow = None if isinstance(modules[unit], _NormBase) else param_dtype
         summed_in = reduce_dtype or next((p.dtype for p in mine if p.requires_grad), None)
@@ -112,7 +106,7 @@ def apply(
         sharded[unit] = module
     sharded[ROOT].set_reduce_scatter_unused_params(find_unused)
     sync = ThroughFSDP(
-        model, sharded, leaves, axis, replicate, scalars=[n for n in scalars if laid[n].sum_over],
+        model, sharded, leaves, axis, replicate, scalars=[n for n in scalars if layouts[n].partial],
         reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
         defer_reduce=defer_reduce, find_unused=find_unused,
     )  # fmt: skip
@@ -124,7 +118,7 @@ def apply(
         f"keep_gathered={keep_gathered}, defer_reduce={defer_reduce}, "
         f"reduce_scatter_unused_params={find_unused}), prefetching as it does by default"
     )
-    return Applied(laid, sync, about, leaves)
+    return Applied(layouts, sync, about, leaves, sharded_between_units=bool(leaves))
 
 
 def _own_parameters(
@@ -178,13 +172,13 @@ def _come_to_life(
     model: nn.Module,
     names: Sequence[str],
     found: Mapping[str, list[Place]],
-    value_of: Callable[[str], Tensor],
+    full_value: Callable[[str], Tensor],
     device: torch.device,
 ) -> None:
     """Give parameters on the meta device their values."""
     for name in names:
         if model.get_parameter(name).is_meta:
-            put(found[name], value_of(name).to(device))
+            put(found[name], full_value(name).to(device))
 
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:

@@ -21,7 +21,7 @@ what is sent is held until it has left: of sends to others two at most are on th
 [Note: whole gradients] loss_fn gives each micro-batch's share of the loss, already divided by the
 global count; shares and gradients add up (see parallel/sync.py), however many micro-batches and
 in whatever order. A tensor that several stages hold, such as an embedding that is tied to the head,
-has on each a part of its gradient: it is `sum_over` their ranks, and the sum is paid in `finish`.
+has on each a part of its gradient, which is `partial` over their ranks; the sum is in `finish`.
 Both start from one value and are updated by one gradient, so they stay equal. What comes back to a
 stage is a tensor in any case: zeros where one process would have no gradient at all.
 """
@@ -49,44 +49,30 @@ from dist_lab.parallel.pp_schedules import (
     Schedule,
     Slot,
     add_communication,
+    add_unshard,
     example,
     forward_only,
     make,
     mark_gradients_complete,
 )
-from dist_lab.parallel.pp_stages import (
-    ComputeIn,
-    Shape,
-    Shapes,
-    Sub,
-    Tied,
-    check_shapes,
-    keep_stages,
-)
+from dist_lab.parallel.pp_stages import Shape, Shapes, Tied, check_shapes, keep_stages
 from dist_lab.parallel.split_backward import Debts, SplitBackward, fresh
-from dist_lab.parallel.sync import Applied, Tell
+from dist_lab.parallel.sync import Applied, Setup
+from dist_lab.pipeline_runner import PipelineRunner, RunnerEvents
 
 
 def apply(
-    model: nn.Module,
-    axis: Axis,
+    setup: Setup,
     *,
-    value_of: Callable[[str], Tensor],
-    sub: Sub,
-    compute_in: ComputeIn | None = None,
     schedule: str = "1f1b",
     chunks: int | None = None,
     balance: str = "cost",
     example_inputs: Tensor | None = None,
     emulate_compute: float = 0.0,
-    recompute: int = 0,
 ) -> Applied:
     """Keep this rank's stages of a model, and make the pipeline that runs them.
 
     Args:
-        value_of: name -> the whole value of a parameter, asked for once each.
-        sub: some positions of `axis` -> an axis of theirs; None on other ranks. Collective.
-        compute_in: makes a stage compute in another dtype: see keep_stages.
         schedule: a name in SCHEDULES, or a file: see `load`.
         chunks: stages a rank, where the schedule leaves it open; default 2.
         balance: "cost": cut so that the slowest stage is as fast as can be; "count": so that it
@@ -95,34 +81,35 @@ def apply(
             that has `stages` costs its parameters, and any other model cannot be cut.
         emulate_compute: milliseconds that a unit of compute is made to take at least, asleep:
             to see what a schedule is worth with fewer cores than ranks.
-        recompute: not 0: blocks compute again in backward, which then must be in one piece.
 
     Raises:
         UserError: more stages than blocks, a model that cannot be cut, a schedule that is not
-            right or not for so many ranks.
+            right or not for so many ranks, or one whose backward is in two halves where blocks
+            compute again for the whole of theirs.
     """
+    axis = setup.axis
     one = example(schedule, axis.size, chunks)
-    if recompute and one.splits_backward:
+    if setup.recompute and one.splits_backward:
         raise UserError(
             "recompute computes a block again for the whole of its backward, which schedule "
             f"{schedule} does in two halves; leave it out, or take schedule 1f1b"
         )
-    kept = keep_stages(
-        model, axis, one.rank_of, value_of=value_of, sub=sub, balance=balance,
-        example=example_inputs, compute_in=compute_in,
-    )  # fmt: skip
+    kept = keep_stages(setup, one.rank_of, balance=balance, example=example_inputs)
     if example_inputs is not None:
         kept.shapes.of(example_inputs, training=True)  # now, and not in a step that is measured
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
     executor = Executor(
         axis, kept.parts, kept.shapes, one.rank_of, schedule_for, emulate_compute / 1000
     )
-    return Applied(kept.laid, Tied(model, kept.tied), pipeline=executor, buffers=kept.buffers)
+    runner = partial(PipelineRunner, pipeline=executor)
+    return Applied(
+        kept.layouts, Tied(setup.model, kept.tied), make_runner=runner, buffers=kept.buffers
+    )
 
 
 def _schedule(name: str, ranks: int, chunks: int | None, microbatches: int) -> Schedule:
     schedule = make(name, ranks, microbatches, chunks)
-    return mark_gradients_complete(add_communication(schedule))
+    return add_unshard(mark_gradients_complete(add_communication(schedule)))
 
 
 # --- actions --------------------------------------------------------------------------------------
@@ -148,31 +135,33 @@ class Executor:
     ) -> None:
         self.axis, self.parts, self.shapes = axis, parts, shapes
         self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
-        self.forwards = cache(lambda m: add_communication(forward_only(rank_of, m)))
+        self.forwards = cache(lambda m: add_unshard(add_communication(forward_only(rank_of, m))))
         self.splitter = SplitBackward()
         self.slots: list[Slot] = []
         self.peak = 0
 
-    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
+    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
         schedule = self.schedule_for(len(microbatches))
         if schedule.splits_backward:
             for part in self.parts.values():
                 self.splitter.split(part)
-        return self._play(schedule, microbatches, loss_fn, tell)
+        return self._play(schedule, microbatches, loss_fn, events)
 
-    def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
-        return self._play(self.forwards(len(microbatches)), microbatches, loss_fn, tell)
+    def evaluate(
+        self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
+    ) -> Tensor:
+        return self._play(self.forwards(len(microbatches)), microbatches, loss_fn, events)
 
     def _play(
-        self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell
-    ) -> Tensor:
+        self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn,
+        events: RunnerEvents,
+    ) -> Tensor:  # fmt: skip
         flight = Flight(self, schedule, microbatches, loss_fn)
         for action in schedule.ranks[self.axis.index]:
-            forward = action.op in (Op.F, Op.SEND_F, Op.RECV_F)
-            tell.begins("forward" if forward else "backward", str(action))
+            events.on_action(action)
             flight.do(action)
             if action.op in (Op.B, Op.W):
-                tell.gradients(action.stage, last=action.last)
+                events.on_gradients(action.stage, last=action.last)
         flight.land()
         if flight.training:
             self.slots, self.peak = flight.slots, flight.peak

@@ -10,7 +10,9 @@ only then executed; nothing in it knows of tensors or networks.
           comes with 2I0: biases of linear layers
 
 and, written by `add_communication`, what travels between ranks: 2SEND_F0 sends on what 2F0 made,
-3RECV_F0 receives what 3F0 is to be given; 3SEND_B0 sends back what 3B0 or 3I0 made, to 2RECV_B0.
+3RECV_F0 receives what 3F0 is to be given; 3SEND_B0 sends back what 3B0 or 3I0 made, to 2RECV_B0;
+and, written by `add_unshard`, when a stage's parameters must be there: 2UNSHARD0, and may go:
+2RESHARD7, for strategies that keep shards of them.
 """
 
 import re
@@ -29,9 +31,12 @@ class Op(Enum):
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
+    UNSHARD = "UNSHARD"
+    RESHARD = "RESHARD"
 
 
 COMPUTE = (Op.F, Op.B, Op.I, Op.W)
+MESSAGES = (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
 # In units of a forward: backward is two matrix products where forward is one.
 COSTS: Mapping[Op, int] = {Op.F: 1, Op.B: 2, Op.I: 1, Op.W: 1}
 
@@ -55,7 +60,7 @@ class Action:
         (Action(stage=2, op=<Op.F: 'F'>, microbatch=0, last=False), None)
         """
         found = re.fullmatch(r"(\d{1,4})([A-Z_]+)(\d{1,6})", text, re.ASCII)
-        if found is None or found[2] not in Op.__members__:
+        if found is None or found[2] not in {op.value for op in (*COMPUTE, *MESSAGES)}:
             return None
         return cls(int(found[1]), Op[found[2]], int(found[3]))
 
@@ -83,7 +88,7 @@ class Schedule:
     @cached_property
     def sends(self) -> bool:
         """Whether what travels is written in it, by `add_communication`."""
-        return any(action.op not in COMPUTE for actions in self.ranks for action in actions)
+        return any(action.op in MESSAGES for actions in self.ranks for action in actions)
 
     @property
     def forward_only(self) -> bool:

@@ -2,6 +2,7 @@
 
 from dist_lab.parallel.pp_actions import (
     COMPUTE,
+    MESSAGES,
     Action,
     Op,
     Schedule,
@@ -129,7 +130,7 @@ def _check_messages(schedule: Schedule) -> None:
                 for thing in (made_by(send), received(send)):
                     if thing not in where:
                         refuse_missing(schedule, Action(thing[1], thing[0], thing[2]))
-            if a.op not in COMPUTE and not travels:
+            if a.op in MESSAGES and not travels:
                 has = f"rank {rank} itself has" if peer == rank else "no rank has"
                 why = f"{a} on rank {rank} is between it and stage {a.stage + step}, which {has}"
                 refuse(schedule, f"{why}; leave it out", {rank: (i, "no other rank")})
@@ -140,7 +141,7 @@ def _check_messages(schedule: Schedule) -> None:
             if a.op in (Op.SEND_F, Op.SEND_B):
                 to = schedule.rank_of[received(a)[1]]
                 sent.setdefault((rank, to), []).append(received(a))
-            elif a.op not in COMPUTE:
+            elif a.op in MESSAGES:
                 by = schedule.rank_of[a.stage + (1 if a.op is Op.RECV_B else -1)]
                 come.setdefault((by, rank), []).append(made_by(a))
     for (by, to), messages in sent.items():

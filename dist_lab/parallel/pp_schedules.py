@@ -50,9 +50,9 @@ from dist_lab.parallel.pp_timeline import (
 
 __all__ = [
     "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
-    "add_communication", "bubble", "check", "example", "forward_only", "gpipe", "interleaved",
-    "length", "load", "make", "mark_gradients_complete", "one_f_one_b", "peak_activations",
-    "placement", "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
+    "add_communication", "add_unshard", "bubble", "check", "example", "forward_only", "gpipe",
+    "interleaved", "length", "load", "make", "mark_gradients_complete", "one_f_one_b",
+    "peak_activations", "placement", "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
 ]  # fmt: skip
 
 
@@ -299,6 +299,27 @@ def add_communication(schedule: Schedule) -> Schedule:
             for rank, row in enumerate(rows)
         ),
     )
+
+
+def add_unshard(schedule: Schedule) -> Schedule:
+    """Write in when a stage is unsharded and resharded: before a rank's first action of it, and
+    after the last. So what a strategy gathers for a stage, it gathers once for all micro-batches.
+    """
+    return replace(schedule, ranks=tuple(map(_unsharded, schedule.ranks)))
+
+
+def _unsharded(actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    compute = [i for i, a in enumerate(actions) if a.op in COMPUTE]
+    first = {actions[i].stage: i for i in reversed(compute)}
+    last = {actions[i].stage: i for i in compute}
+    row: list[Action] = []
+    for i, a in enumerate(actions):
+        if first.get(a.stage) == i:
+            row.append(Action(a.stage, Op.UNSHARD, a.microbatch))
+        row.append(a)
+        if last.get(a.stage) == i:
+            row.append(Action(a.stage, Op.RESHARD, a.microbatch))
+    return tuple(row)
 
 
 def mark_gradients_complete(schedule: Schedule) -> Schedule:

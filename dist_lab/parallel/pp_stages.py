@@ -16,14 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout import Laid, On
+from dist_lab.layout import Layout, OnlyOn, Owed
 from dist_lab.mesh import Axis
 from dist_lab.parallel.pp_cut import check_whole, cut, meta_copy, pieces_by_seams, seam_costs, seams
 from dist_lab.parallel.pp_trace import node_costs, split, trace
-from dist_lab.parallel.sync import Sync
+from dist_lab.parallel.sync import Setup, Sync
+from dist_lab.precision import compute_in
 
-Sub = Callable[[Sequence[int]], Axis | None]
-ComputeIn = Callable[[nn.Module, bool], None]
 BALANCES = ("cost", "count")
 
 
@@ -33,41 +32,36 @@ class Kept:
 
     parts: this rank's stages, by number
     shapes: what stages give each other
-    laid, buffers: of the whole model
+    layouts, buffers: of the whole model
     tied: name -> the ranks that hold the same tensor, of what this one holds
     """
 
     parts: Mapping[int, nn.Module]
     shapes: "Shapes"
-    laid: Mapping[str, Laid]
-    buffers: Mapping[str, Laid]
+    layouts: Mapping[str, Layout]
+    buffers: Mapping[str, Layout]
     tied: Mapping[str, Axis]
 
 
 def keep_stages(
-    model: nn.Module,
-    axis: Axis,
+    setup: Setup,
     rank_of: Mapping[int, int],
     *,
-    value_of: Callable[[str], Tensor],
-    sub: Sub,
     balance: str = "cost",
     example: Tensor | None = None,
-    compute_in: ComputeIn | None = None,
 ) -> Kept:
     """Cut a model into stages and keep, in place, those of this rank. See `pp.apply`.
 
     Args:
-        rank_of: stage -> position on `axis`.
-        compute_in: (stage, whether its floating-point inputs are cast) makes it compute in another
-            dtype, in place.
+        rank_of: stage -> position on the axis.
     """
+    model, axis = setup.model, setup.axis
     if balance not in BALANCES:
         raise UserError(f"balance cannot be {balance!r}; give {' or '.join(BALANCES)}")
     if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
         raise UserError("a module here has extra state, of which a stage would lose the others'")
     parts, uses = _in_stages(model, len(rank_of), balance, example)
-    shapes = Shapes(meta_copy(nn.ModuleList(parts)), compute_in)
+    shapes = Shapes(meta_copy(nn.ModuleList(parts)), setup.param_dtype)
     used = [_objects(model, paths) for paths in uses]
 
     def ranks_of(tensor: Tensor) -> list[int]:
@@ -75,32 +69,34 @@ def keep_stages(
         stages = [s for s, (_, tensors) in enumerate(used) if id(tensor) in tensors]
         return list(dict.fromkeys(rank_of[s] for s in stages or [0]))
 
-    laid: dict[str, Laid] = {}
+    layouts: dict[str, Layout] = {}
     tied: dict[str, Axis] = {}
     values: dict[nn.Parameter, str] = {}  # of what is kept, the name that it is drawn by
     kept = {id(b) for b in model.buffers() if axis.index in ranks_of(b)}
     for name, parameter in model.named_parameters():
         on = ranks_of(parameter)
-        together = sub(on) if len(on) > 1 and parameter.requires_grad else None
-        owed = (together,) if together is not None else ()
-        laid[name] = Laid(parameter.shape, parameter.dtype, ((axis, On(on[0])),), owed)
+        layouts[name] = setup.layouts[name].split(axis.name, OnlyOn(tuple(on)))
+        together = None
+        if len(on) > 1 and parameter.requires_grad:
+            layouts[name] = layouts[name].owing(Owed(axis.name, positions=tuple(sorted(on))))
+            together = setup.mesh.sub(axis.name, on)
         if axis.index in on:
             values[parameter] = name
             kept.add(id(parameter))
         if together is not None:
             tied[name] = together
     buffers = {
-        name: Laid(buffer.shape, buffer.dtype, ((axis, On(ranks_of(buffer)[0])),))
+        name: Layout(buffer.shape, buffer.dtype).split(axis.name, OnlyOn(tuple(ranks_of(buffer))))
         for name, buffer in model.named_buffers(remove_duplicate=False)
         if name in model.state_dict()
     }
     here = {stage: part for stage, part in enumerate(parts) if rank_of[stage] == axis.index}
     _leave(model, {m for stage in here for m in used[stage][0]}, kept)
-    _come_to_life([model, *here.values()], values, value_of, axis.wire.device)
-    if compute_in is not None:
+    _come_to_life([model, *here.values()], values, setup.full_value, axis.wire.device)
+    if setup.param_dtype is not None:
         for stage, part in here.items():
-            compute_in(part, stage == 0)
-    return Kept(here, shapes, laid, buffers, tied)
+            compute_in(part, setup.param_dtype, inputs=stage == 0)
+    return Kept(here, shapes, layouts, buffers, tied)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -192,13 +188,13 @@ class Shape:
 class Shapes:
     """What each stage is given, by the shape of a micro-batch: [Note: what travels] in pp.py."""
 
-    def __init__(self, ghosts: nn.Module, compute_in: ComputeIn | None) -> None:
+    def __init__(self, ghosts: nn.Module, param_dtype: torch.dtype | None) -> None:
         self.ghosts = list(ghosts.children())
         self.trains = {module for module in ghosts.modules() if module.training}
         self.known: dict[tuple[torch.Size, torch.dtype, bool], list[list[Shape]]] = {}
         for stage, ghost in enumerate(self.ghosts):
-            if compute_in is not None:
-                compute_in(ghost, stage == 0)
+            if param_dtype is not None:
+                compute_in(ghost, param_dtype, inputs=stage == 0)
 
     def of(self, x: Tensor, *, training: bool) -> list[list[Shape]]:
         """For each stage the shapes of what it is given; the first is given x itself."""
@@ -311,14 +307,14 @@ def _leave(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> Non
 def _come_to_life(
     roots: Sequence[nn.Module],
     values: Mapping[nn.Parameter, str],
-    value_of: Callable[[str], Tensor],
+    full_value: Callable[[str], Tensor],
     device: torch.device,
 ) -> None:
     """Of a model from the meta device: each parameter that is kept gets its value, where it is."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     for parameter, name in values.items():
         if parameter.is_meta:
-            value = value_of(name).to(device)
+            value = full_value(name).to(device)
             new[parameter] = nn.Parameter(value, parameter.requires_grad)
             new[parameter].__dict__.update(parameter.__dict__)
     for root in roots:

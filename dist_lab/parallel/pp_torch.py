@@ -21,7 +21,7 @@ backward of the first stage, for which nobody waits, in one piece where others d
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -32,16 +32,9 @@ from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.mesh import Axis
 from dist_lab.parallel.pp_schedules import COMPUTE, Action, Op, Schedule, Slot, make, placement
-from dist_lab.parallel.pp_stages import (
-    ComputeIn,
-    Shape,
-    Shapes,
-    Sub,
-    Tied,
-    check_shapes,
-    keep_stages,
-)
-from dist_lab.parallel.sync import Applied, Tell
+from dist_lab.parallel.pp_stages import Shape, Shapes, Tied, check_shapes, keep_stages
+from dist_lab.parallel.sync import Applied, Phase, Setup
+from dist_lab.pipeline_runner import PipelineRunner, RunnerEvents
 
 LIBRARY_NAMES = {
     "gpipe": "ScheduleGPipe",
@@ -55,12 +48,8 @@ SEVERAL_STAGES = ("interleaved", "zbv")
 
 
 def apply(
-    model: nn.Module,
-    axis: Axis,
+    setup: Setup,
     *,
-    value_of: Callable[[str], Tensor],
-    sub: Sub,
-    compute_in: ComputeIn | None = None,
     schedule: str = "1f1b",
     chunks: int | None = None,
     balance: str = "cost",
@@ -82,18 +71,16 @@ def apply(
         raise UserError(
             "PyTorch's pipelining needs a process group, even for one: torchrun --nproc_per_node=1"
         )
-    rank_of = placement(schedule, axis.size, chunks)
-    kept = keep_stages(
-        model, axis, rank_of, value_of=value_of, sub=sub, balance=balance, example=example_inputs,
-        compute_in=compute_in,
-    )  # fmt: skip
-    pipeline = TorchPipeline(axis, kept.parts, kept.shapes, len(rank_of), schedule)
+    rank_of = placement(schedule, setup.axis.size, chunks)
+    kept = keep_stages(setup, rank_of, balance=balance, example=example_inputs)
+    pipeline = TorchPipeline(setup.axis, kept.parts, kept.shapes, len(rank_of), schedule)
     if example_inputs is not None:
         pipeline.learn(example_inputs)  # now, so that what is refused is, and no step pays for it
     own = "one stage" if len(kept.parts) == 1 else f"{len(kept.parts)} stages"
     about = f"torch {LIBRARY_NAMES[schedule]}, {own} a rank, shapes known, scale_grads=False"
+    runner = partial(PipelineRunner, pipeline=pipeline)
     return Applied(
-        kept.laid, Tied(model, kept.tied), about, pipeline=pipeline, buffers=kept.buffers
+        kept.layouts, Tied(setup.model, kept.tied), about, make_runner=runner, buffers=kept.buffers
     )
 
 
@@ -123,19 +110,22 @@ class TorchPipeline:
         self.loss_fn: LossFn | None = None  # of the run that is under way
         self.safe = name not in SPLIT_BACKWARD  # no stage loses a gradient
 
-    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
+    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
         self._refuse_number(len(microbatches))
-        tell.begins("forward", LIBRARY_NAMES[self.name])  # and backward: it does not say which
+        # And backward: the library does not say which.
+        events.on_phase(Phase.FORWARD, LIBRARY_NAMES[self.name])
         total = self._play(microbatches, loss_fn, training=True)
-        tell.begins("backward", LIBRARY_NAMES[self.name])
+        events.on_phase(Phase.BACKWARD, LIBRARY_NAMES[self.name])
         for stage in self.parts:
-            tell.gradients(stage, last=True)
+            events.on_gradients(stage, last=True)
         return total
 
-    def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: Tell) -> Tensor:
+    def evaluate(
+        self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
+    ) -> Tensor:
         if self.name == "interleaved":
             self._refuse_number(len(microbatches))
-        tell.begins("forward", LIBRARY_NAMES[self.name])
+        events.on_phase(Phase.FORWARD, LIBRARY_NAMES[self.name])
         # In turns, as the library holds on to every output, logits too, until a run has ended.
         few = 2 * self.axis.size
         turns = [microbatches[i : i + few] for i in range(0, len(microbatches), few)]

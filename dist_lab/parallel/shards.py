@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout import Laid, slice_local
+from dist_lab.layout import Shard, shard_of
 from dist_lab.mesh import Axis
 from dist_lab.offload import Make
 
@@ -113,13 +113,19 @@ def split(name: str, own: list[Place], local: Tensor, whole: Tensor, rows: Tenso
 
 def put(own: Sequence[Place], tensor: Tensor) -> nn.Parameter:
     """Make it the parameter wherever that stands, trained as before."""
-    module, attribute = own[0]
-    before = module._parameters[attribute]
-    assert before is not None, attribute
+    before = parameter_at(own)
     parameter = nn.Parameter(tensor, before.requires_grad)
     parameter.__dict__.update(before.__dict__)  # what a user has written on it
     for module, attribute in own:
         module._parameters[attribute] = parameter
+    return parameter
+
+
+def parameter_at(own: Sequence[Place]) -> nn.Parameter:
+    """The parameter that stands there."""
+    module, attribute = own[0]
+    parameter = module._parameters[attribute]
+    assert parameter is not None, attribute
     return parameter
 
 
@@ -166,6 +172,13 @@ def piece_length(shape: torch.Size, size: int) -> int:
     return -(-shape[0] // size) * math.prod(shape[1:]) if shape else 1
 
 
+def local_value(value: Tensor, axis: Axis) -> Tensor:
+    """This rank's rows of a value; of a 0-dim one, which only the first rank keeps, as a vector."""
+    if value.dim():
+        return shard_of(value, Shard(0), axis.size, axis.index)
+    return value.flatten()[axis.index :]
+
+
 class Group:
     """Parameters of one unit and dtype, side by side in one piece of memory and in one message.
 
@@ -177,8 +190,8 @@ class Group:
     Args:
         members: name -> where it stands.
         dtype: what is kept, and what is gathered and computed with.
-        axis, borrow: where gradients and parameters travel.
-        value_of: gives the whole of a parameter; each is asked for, and let go, in turn.
+        axis, gather_axis: where gradients and parameters travel.
+        full_value: gives the whole of a parameter; each is asked for, and let go, in turn.
         keep: makes the memory for the parts, where that is not the memory for compute.
     """
 
@@ -186,21 +199,21 @@ class Group:
         self,
         unit: str,
         members: Mapping[str, list[Place]],
-        laid: Mapping[str, Laid],
         dtype: tuple[torch.dtype, torch.dtype],
         axis: Axis,
-        borrow: Axis,
-        value_of: Callable[[str], Tensor],
+        gather_axis: Axis,
+        full_value: Callable[[str], Tensor],
         keep: Make | None,
     ) -> None:
-        self.unit, self.axis, self.borrow = unit, axis, borrow
+        self.unit, self.axis, self.gather_axis = unit, axis, gather_axis
         kept, computed = dtype
         device = axis.wire.device
-        self.lengths = [piece_length(laid[name].shape, axis.size) for name in members]
+        shapes = [parameter_at(own).shape for own in members.values()]
+        self.lengths = [piece_length(shape, axis.size) for shape in shapes]
         length = sum(self.lengths)
         self.computed = computed
         # What others read; where it is not the parts themselves, it is filled for each gather.
-        self.sent = None if keep else ops.shared_buffer(length, computed, borrow)
+        self.sent = None if keep else ops.shared_buffer(length, computed, gather_axis)
         if keep:
             self.flat = keep(length, kept)
         elif self.sent is not None and kept == computed:
@@ -208,10 +221,11 @@ class Group:
         else:
             self.flat = torch.zeros(length, dtype=kept, device=device)
         self.parts: list[Split] = []
-        for (name, own), piece in zip(members.items(), self.flat.split(self.lengths), strict=True):
+        pieces = self.flat.split(self.lengths)
+        for (name, own), shape, piece in zip(members.items(), shapes, pieces, strict=True):
             rows = torch.empty(axis.size, len(piece), dtype=computed, device=device)
-            whole = beginning(rows, laid[name].shape)
-            value = slice_local(value_of(name), laid[name])
+            whole = beginning(rows, shape)
+            value = local_value(full_value(name), axis)
             local = piece[: value.numel()].view(value.shape).copy_(value)
             self.parts.append(split(name, own, local, whole, rows))
             del value  # or it would be there still when the next one is asked for
@@ -244,13 +258,13 @@ class Group:
         for part in self.parts:
             part.grow()
         rows = [part.rows for part in self.parts]
-        with self.borrow.wire.during(unit=self.unit or "root"):
-            self.gathering = ops.all_gather_coalesced(rows, self._to_send(), self.borrow)
+        with self.gather_axis.wire.during(unit=self.unit or "root"):
+            self.gathering = ops.all_gather_coalesced(rows, self._to_send(), self.gather_axis)
         return True
 
     def _to_send(self) -> Tensor:
         if self.sent is None:
-            return self.flat.to(self.borrow.wire.device, self.computed)
+            return self.flat.to(self.gather_axis.wire.device, self.computed)
         if self.sent is not self.flat:
             self.until_read()
             self.sent.copy_(self.flat)
@@ -275,7 +289,7 @@ class Group:
     def until_read(self) -> None:
         """Wait until no rank reads what is about to be written."""
         if self.sent is not None:
-            ops.until_read(self.sent, self.borrow)
+            ops.until_read(self.sent, self.gather_axis)
 
     # --- gradients: dW[D, F]{U_X} -> dW[D_X, F] ---------------------------------------------------
 

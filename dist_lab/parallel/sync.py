@@ -1,4 +1,4 @@
-"""When gradients and borrowed parameters travel: the protocol that all strategies share.
+"""The protocol of strategies: what one is handed, what it returns, and when gradients travel.
 
 [Note: the gradient convention] There is one division in the project. The loss of a step is
 
@@ -12,20 +12,30 @@ A strategy never registers hooks and never calls backward. A runner does, and te
 what has happened through the verbs of `Sync`; so the same strategy runs under a plain loop and
 under a pipeline schedule. Strategies know parameters by name, and look the object up when they
 need it, because another strategy may have replaced it since.
+
+[Note: strategies fold] Several strategies are applied one after another, outermost first. Each is
+handed one `Setup` and returns one `Applied`, whose layouts extend those that it was given.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dist_lab.layout import Laid
-from dist_lab.loss import LossFn, Pair
-from dist_lab.mesh import Axis
-from dist_lab.parallel.pp_actions import Schedule
-from dist_lab.parallel.pp_timeline import Slot
+from dist_lab.comm.wire import Wire
+from dist_lab.layout import Layout, Owed
+from dist_lab.mesh import Axis, Mesh
+
+
+class Phase(Enum):
+    """Where in a step a unit is used: ABORT where the step was broken off by an exception."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    ABORT = "abort"
 
 
 class Sync:
@@ -34,11 +44,11 @@ class Sync:
     def microbatch(self, *, last: bool) -> None:
         """Another micro-batch begins, of which `last` says whether gradients travel after it."""
 
-    def unshard(self, unit: str) -> None:
-        """The unit is about to be used: its parameters must be whole. "" is the model itself."""
+    def unshard(self, unit: str, phase: Phase) -> None:
+        """The unit is about to be used: its parameters must be unsharded. "" is the model."""
 
-    def reshard(self, unit: str) -> None:
-        """The unit has been used: what was borrowed may go."""
+    def reshard(self, unit: str, phase: Phase) -> None:
+        """The unit has been used: what was gathered for it may go."""
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         """These gradients hold this micro-batch. `last`: nothing will be added to them."""
@@ -47,7 +57,7 @@ class Sync:
         """Backward is over. On return every `.grad` is global, for the local parameter."""
 
     def after_step(self) -> None:
-        """The optimizer has stepped: pay what the new weights owe to others."""
+        """The optimizer has stepped: send what the new weights owe to others."""
 
     def forget(self) -> None:
         """The step was broken off: gradients that have not reached a parameter's `.grad` go."""
@@ -60,7 +70,11 @@ class Sync:
 
 
 class Chain(Sync):
-    """Several Syncs as one, told of everything in this order. An empty chain does nothing."""
+    """Several Syncs as one, told of everything in this order. An empty chain does nothing.
+
+    The order is inner to outer, the reverse of the order in which strategies are applied: what the
+    data axis owes a gradient is summed first, then what tp owes, then what stages of pp share.
+    """
 
     def __init__(self, *links: Sync) -> None:
         self.links = links
@@ -69,13 +83,13 @@ class Chain(Sync):
         for link in self.links:
             link.microbatch(last=last)
 
-    def unshard(self, unit: str) -> None:
+    def unshard(self, unit: str, phase: Phase) -> None:
         for link in self.links:
-            link.unshard(unit)
+            link.unshard(unit, phase)
 
-    def reshard(self, unit: str) -> None:
+    def reshard(self, unit: str, phase: Phase) -> None:
         for link in self.links:
-            link.reshard(unit)
+            link.reshard(unit, phase)
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for link in self.links:
@@ -99,57 +113,72 @@ class Chain(Sync):
 
 
 @dataclass(frozen=True)
-class Applied:
-    """What a strategy did to a model: where its parameters now lie, and when they travel.
+class Setup:
+    """What a strategy is handed: a model as the strategies before it have left it.
 
+    model        the module, to be changed in place
+    mesh         for parts of an axis (`mesh.sub`) and for more channels of one; both collective
+    axes         name -> the axes that this strategy runs along, each with a process group of its
+                 own; the last is the innermost
+    layouts      name of a parameter -> how it lies so far
+    full_value   name -> its value as it lies so far: whole under the first strategy, a shard under
+                 a later one. Asked for once each, so that no rank needs all of them at once.
+    units        name -> the modules to be unsharded, reduced and recomputed as one; "" is the model
+    param_dtype  the dtype of compute, where it is not that of the parameters
+    recompute    each k-th unit computes again in backward; 0: none
+    """
+
+    model: nn.Module
+    mesh: Mesh
+    axes: Mapping[str, Axis]
+    layouts: Mapping[str, Layout]
+    full_value: Callable[[str], Tensor]
+    units: Mapping[str, nn.Module]
+    param_dtype: torch.dtype | None = None
+    recompute: int = 0
+
+    @property
+    def axis(self) -> Axis:
+        """The innermost axis, the only one of most strategies."""
+        return list(self.axes.values())[-1]
+
+    def channel(self) -> Axis:
+        """`axis` with one more process group: see `Axis`. Collective."""
+        return self.mesh.channel(self.axis.name)
+
+    def owing_sums(self, *axes: Axis) -> dict[str, Layout]:
+        """The layouts, the gradient of each trained parameter owed a sum over these axes."""
+        sums = [Owed(axis.name) for axis in axes]
+        return {
+            name: self.layouts[name].owing(*sums) if p.requires_grad else self.layouts[name]
+            for name, p in self.model.named_parameters()
+        }
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a strategy did to a model.
+
+    layouts: name -> how each parameter now lies, also those that lie on other ranks alone
+    sync: when they and their gradients travel
     about: for a library's strategy, the configuration it runs in; shown beside its numbers
     leaves: name -> the tensor that backward reaches, where it is not the parameter in the model:
         see [Note: two tensors of one name] in shards.py
+    sharded_between_units: outside of units the module holds shards, and cannot be computed with
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
         shards its state by itself
-    pipeline: what runs the micro-batches, of a strategy that splits time. Then `laid` is of the
-        whole model, of which this rank has only some parameters.
-    buffers: likewise, name -> how a buffer lies
+    make_runner: (model, chain, wire, units) -> what runs the steps, of a strategy that splits time
+    buffers: name -> how a buffer lies, where it is not on every rank
     """
 
-    laid: Mapping[str, Laid]
+    layouts: Mapping[str, Layout]
     sync: Sync
     about: str = ""
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
+    sharded_between_units: bool = False
     make_optimizer: "MakeOptimizer | None" = None
-    pipeline: "Pipeline | None" = None
-    buffers: Mapping[str, Laid] = field(default_factory=dict)
-
-
-class Pipeline(Protocol):
-    """Runs micro-batches through the stages of all ranks.
-
-    Attributes:
-        parts: this rank's stages, by number.
-        slots: when each action of the last run began and ended, by this rank's clock, in seconds;
-            none of a library's.
-        schedule_for: number of micro-batches -> the schedule.
-    """
-
-    parts: Mapping[int, nn.Module]
-    slots: list[Slot]
-    schedule_for: Callable[[int], Schedule]
-
-    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: "Tell") -> Tensor:
-        """Forward and backward; the sum of the shares of the loss, 0 where that is not computed."""
-
-    def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn, tell: "Tell") -> Tensor:
-        """The same by forward alone."""
-
-
-class Tell(Protocol):
-    """Who runs a pipeline is told what it does."""
-
-    def begins(self, phase: str, what: str) -> None:
-        """Something of this phase, "forward" or "backward"."""
-
-    def gradients(self, stage: int, *, last: bool) -> None:
-        """Those of the stage hold one more micro-batch. `last`: nothing will be added to them."""
+    make_runner: "MakeRunner | None" = None
+    buffers: Mapping[str, Layout] = field(default_factory=dict)
 
 
 MakeOptimizer = Callable[
@@ -157,9 +186,12 @@ MakeOptimizer = Callable[
 ]
 
 
-def whole(model: nn.Module, axis: Axis) -> dict[str, Laid]:
-    """Every parameter on every rank, its gradient owed a sum over the axis."""
-    return {
-        name: Laid(p.shape, p.dtype, sum_over=(axis,) if p.requires_grad else ())
-        for name, p in model.named_parameters()
-    }
+class MakeRunner(Protocol):
+    """Makes the runner of a strategy that splits time: a `Step`, which this file does not know."""
+
+    def __call__(
+        self, model: nn.Module, sync: Chain, wire: Wire, units: Mapping[str, nn.Module]
+    ) -> Any: ...
+
+
+Apply = Callable[..., Applied]  # (setup, **options of its own)

@@ -27,8 +27,8 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
     """Put a SyncBatchNorm in the place of every BatchNorm, with its parameters and buffers.
 
     Args:
-        axis: a lane of its own (`mesh.lane`), as statistics and gradient buckets have no common
-            order.
+        axis: a channel of its own (`mesh.channel`), as statistics and gradient buckets have no
+            common order.
 
     Raises:
         UserError: there is none, or it is the model itself.

@@ -45,7 +45,7 @@ sent once, while dW of all of them is computed (split_linear.py).
 
 [Note: partial gradients] Under sequence parallelism whatever sees a piece of the sequence has a
 gradient that is a part of the sum, dW{U_tp}; and so have keys and values that lie on several ranks.
-Such parameters are `sum_over` their ranks, and the sum is paid in `finish`, in one message.
+Such parameters are `partial` over their ranks, and the sum is paid in `finish`, in one message.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,21 +59,18 @@ from torch import Tensor, nn
 from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook
-from dist_lab.layout import Laid, slice_local
+from dist_lab.layout import Owed, shard_of
 from dist_lab.mesh import Axis
 from dist_lab.parallel.residual import Entry, Residual
 from dist_lab.parallel.shards import put
-from dist_lab.parallel.sync import Applied, Sync
-from dist_lab.parallel.tp_plan import Plan, Planned, Sub, arrange
+from dist_lab.parallel.sync import Applied, Phase, Setup, Sync
+from dist_lab.parallel.tp_plan import Plan, Planned, arrange, lay_out
 from dist_lab.parallel.vocabulary import SplitLogits, check_embedding, look_up
 
 
 def apply(
-    model: nn.Module,
-    axis: Axis,
+    setup: Setup,
     *,
-    value_of: Callable[[str], Tensor],
-    sub: Sub,
     plan: Plan | None = None,
     sequence_parallel: bool = False,
     regather: bool = False,
@@ -81,8 +78,6 @@ def apply(
     """Split a model as the plan says.
 
     Args:
-        value_of: name -> the whole value of a parameter, asked for once each.
-        sub: some positions of `axis` -> an axis of theirs; None on other ranks. Collective.
         plan: see [Note: the plan]; default: the model's own.
         sequence_parallel: cut the residual stream along the sequence.
         regather: with it, keep of what columns read only a piece, and gather it again in backward.
@@ -92,12 +87,24 @@ def apply(
     """
     if regather and not sequence_parallel:
         raise UserError("regather gathers again what sequence_parallel has cut; give both")
-    named, found, laid = arrange(model, axis, sub, plan, cut=sequence_parallel)
+    model, axis = setup.model, setup.axis
+    named, found, lies = arrange(setup, plan, cut=sequence_parallel)
     residual = Residual(axis, cut=sequence_parallel, regather=regather)
     for name, own in found.items():
-        put(own, slice_local(value_of(name), laid[name]).to(axis.wire.device, copy=True))
+        value, how = setup.full_value(name), lies[name].shard
+        if how is not None:
+            value = shard_of(value, how, axis.size, axis.index)
+        put(own, value.to(axis.wire.device, copy=True))
     entries = split_forwards(model, named, residual)
-    return Applied(laid, TensorParallel(model, laid, residual, entries))
+    owed = {n: _axis_of(where.owed, setup) for n, where in lies.items() if where.owed is not None}
+    return Applied(lay_out(setup, lies), TensorParallel(model, owed, residual, entries))
+
+
+def _axis_of(owed: Owed, setup: Setup) -> Axis:
+    """All ranks, or those next to this one that have the same keys and values."""
+    if owed.neighbours is None:
+        return setup.axis
+    return setup.mesh.neighbours(setup.axis.name, owed.neighbours)
 
 
 # --- what a rank keeps, and what it does with it --------------------------------------------------
@@ -190,16 +197,16 @@ class TensorParallel(Sync):
     """Activations travel by themselves; here is paid what [Note: partial gradients] owes."""
 
     def __init__(
-        self, model: nn.Module, laid: Mapping[str, Laid], residual: Residual,
+        self, model: nn.Module, owed: Mapping[str, Axis], residual: Residual,
         entries: Sequence[Entry],
     ) -> None:  # fmt: skip
         self.model, self.residual, self.entries = model, residual, entries
         self.owed: dict[tuple[Axis, torch.dtype], list[str]] = {}
-        for name, where in laid.items():
-            for axis in where.sum_over:
-                self.owed.setdefault((axis, where.dtype), []).append(name)
+        for name, axis in owed.items():
+            dtype = model.get_parameter(name).dtype
+            self.owed.setdefault((axis, dtype), []).append(name)
 
-    def reshard(self, unit: str) -> None:
+    def reshard(self, unit: str, phase: Phase) -> None:
         if unit == "":
             for entry in self.entries:  # what a column has not come for, it will not
                 entry.leave()

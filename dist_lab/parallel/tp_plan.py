@@ -4,20 +4,20 @@ First what each module is to do, then where its parameters lie for that.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from dist_lab.errors import UserError, nearest
-from dist_lab.layout import Laid, Shard
+from dist_lab.layout import Layout, Owed, Shard
 from dist_lab.mesh import Axis
 from dist_lab.parallel.shards import Place, places
+from dist_lab.parallel.sync import Setup
 
 Role = str | tuple[str, int]
 Plan = Mapping[str, Role]
-Sub = Callable[[Sequence[int]], Axis | None]  # some positions of an axis -> an axis of theirs
 
 SPLIT = {  # role -> what it can split
     "column": nn.Linear,
@@ -43,9 +43,17 @@ class Planned:
     block: int = 1
 
 
+@dataclass(frozen=True)
+class Lies:
+    """How one parameter is to lie along the axis: its split, and the sum its gradient is owed."""
+
+    shard: Shard | None = None
+    owed: Owed | None = None
+
+
 def arrange(
-    model: nn.Module, axis: Axis, sub: Sub, plan: Plan | None, *, cut: bool
-) -> tuple[dict[str, Planned], dict[str, list[Place]], dict[str, Laid]]:
+    setup: Setup, plan: Plan | None, *, cut: bool
+) -> tuple[dict[str, Planned], dict[str, list[Place]], dict[str, Lies]]:
     """What each named module is to do, where each parameter stands, and how it is to lie.
 
     Args:
@@ -55,12 +63,24 @@ def arrange(
     Raises:
         UserError: no plan, or one that does not fit.
     """
+    model = setup.model
     named, found = read_plan(model, own_plan(model) if plan is None else plan), places(model)
-    laid = lay_out(model, axis, sub, named, found, cut=cut)
+    lies = where_all_lie(model, setup.axis, named, found, cut=cut)
     if cut:
         trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
         check_all_named(trained, model, named)
-    return named, found, laid
+    return named, found, lies
+
+
+def lay_out(setup: Setup, lies: Mapping[str, Lies]) -> dict[str, Layout]:
+    """The layouts so far, extended by these."""
+    layouts = {}
+    for name, where in lies.items():
+        layout = setup.layouts[name]
+        if where.shard is not None:
+            layout = layout.split(setup.axis.name, where.shard)
+        layouts[name] = layout if where.owed is None else layout.owing(where.owed)
+    return layouts
 
 
 def own_plan(model: nn.Module) -> Plan:
@@ -161,49 +181,47 @@ def _around(name: str) -> Iterator[str]:
 # --- where parameters lie -------------------------------------------------------------------------
 
 
-def lay_out(
+def where_all_lie(
     model: nn.Module,
     axis: Axis,
-    sub: Sub,
     plan: Mapping[str, Planned],
     found: Mapping[str, list[Place]],
     *,
     cut: bool,
-) -> dict[str, Laid]:
+) -> dict[str, Lies]:
     """By what the plan says of the modules where a parameter stands; they must agree."""
     name_of = {module: name for name, module in model.named_modules()}
-    laid = {}
+    lies = {}
     for name, parameter in model.named_parameters():
         ways = {}
         for module, attribute in found[name]:
-            how, part_of = _lies(name_of[module], module, attribute, axis, sub, plan, cut=cut)
-            ways[how, part_of if parameter.requires_grad else ()] = name_of[module]
+            where = _lies(name_of[module], module, attribute, axis, plan, cut=cut)
+            where = where if parameter.requires_grad else replace(where, owed=None)
+            ways[where] = name_of[module]
         if len(ways) > 1:
             first, second, *_ = ways.values()
             raise UserError(
                 f"{name} is tied between {first} and {second}, which the plan splits differently; "
                 "give them roles that agree, or untie them"
             )
-        ((splits, sum_over),) = ways
-        laid[name] = Laid(parameter.shape, parameter.dtype, splits, sum_over=sum_over)
-    return laid
+        (lies[name],) = ways
+    return lies
 
 
 def _lies(
-    name: str, module: nn.Module, attribute: str, axis: Axis, sub: Sub, plan: Mapping[str, Planned],
-    *, cut: bool,
-) -> tuple[tuple[tuple[Axis, Shard], ...], tuple[Axis, ...]]:  # fmt: skip
-    """(splits, the axes over which its gradient is a partial sum) of one parameter."""
+    name: str, module: nn.Module, attribute: str, axis: Axis, plan: Mapping[str, Planned], *,
+    cut: bool,
+) -> Lies:  # fmt: skip
     around = next((outer for outer in (name, *_around(name)) if outer in plan), None)
     planned = plan[around] if around is not None else Planned("whole")
     role, block = planned.role, planned.block
-    pieces = (axis,) if cut and axis.size > 1 else ()
+    in_pieces = Owed(axis.name) if cut and axis.size > 1 else None
     if role == "row":
-        return (((axis, Shard(1)),), ()) if attribute == "weight" else ((), pieces)
+        return Lies(Shard(1)) if attribute == "weight" else Lies(owed=in_pieces)
     if role == "sequence":
-        return (), pieces
+        return Lies(owed=in_pieces)
     if role not in ("column", "grouped", "gathered", "vocabulary"):
-        return (), ()
+        return Lies()
     outputs = getattr(module, attribute).shape[0]
     blocks, rest = divmod(outputs, block)
     if rest:
@@ -211,11 +229,7 @@ def _lies(
     even = role in ("grouped", "gathered") or block > 1  # a range of a vocabulary may be shorter
     if role == "grouped" and blocks < axis.size and axis.size % blocks == 0:
         copies = axis.size // blocks  # neighbors have the same, as they have neighboring queries
-        line = range(axis.size)
-        each = [sub(line[i : i + copies]) for i in line[::copies]]
-        across = [sub(line[i::copies]) for i in line[:copies]]
-        (same,), (other,) = (list(filter(None, axes)) for axes in (each, across))
-        return ((other, Shard(0)),), (same,)
+        return Lies(Shard(0, copies), Owed(axis.name, neighbours=copies))
     if even and blocks % axis.size:
         degrees = divisors(blocks)
         what = f"{blocks} blocks of {block} outputs (heads)" if block > 1 else f"{blocks} outputs"
@@ -224,7 +238,7 @@ def _lies(
             f"degrees that work: {', '.join(map(str, degrees))}, the nearest is "
             f"{nearest(degrees, axis.size)}"
         )
-    return ((axis, Shard(0)),), ()
+    return Lies(Shard(0))
 
 
 def divisors(length: int) -> list[int]:

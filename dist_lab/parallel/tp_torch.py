@@ -25,18 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lab.errors import UserError, nearest
 from dist_lab.hooks import ModuleHook
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Sync
-from dist_lab.parallel.tp_plan import Plan, Planned, Sub, arrange, divisors
+from dist_lab.parallel.sync import Applied, Setup, Sync
+from dist_lab.parallel.tp_plan import Plan, Planned, arrange, divisors, lay_out
 
 
-def apply(
-    model: nn.Module,
-    axis: Axis,
-    *,
-    sub: Sub,
-    plan: Plan | None = None,
-    sequence_parallel: bool = False,
-) -> Applied:
+def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
     """Hand each module of the plan to `parallelize_module`. Arguments as those of tp.py.
 
     Raises:
@@ -47,9 +40,10 @@ def apply(
 
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
-    named, found, laid = arrange(model, axis, sub, plan, cut=sequence_parallel)
-    for name, where in laid.items():
-        if any(part.size != axis.size for part, _ in where.splits):
+    model, axis = setup.model, setup.axis
+    named, found, lies = arrange(setup, plan, cut=sequence_parallel)
+    for name, where in lies.items():
+        if where.shard is not None and where.shard.copies > 1:
             raise UserError(
                 f"DTensor cannot lay {name}, of which there are fewer heads than ranks; give a "
                 "smaller tp, or --impl hand"
@@ -76,7 +70,7 @@ def apply(
         + ("SequenceParallel, " if sequence_parallel else "")
         + "one shared input layout for columns that read together), loss_parallel"
     )
-    return Applied(laid, sync, about, make_optimizer=_apart)
+    return Applied(lay_out(setup, lies), sync, about, make_optimizer=_apart)
 
 
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_lab.comm.scratch import Scratch
 from dist_lab.errors import UserError
-from dist_lab.layout import piece
+from dist_lab.layout import shard_bounds
 from dist_lab.mesh import Axis
 
 IGNORED = -100  # the target that is left out, as torch's cross_entropy has it
@@ -49,7 +49,7 @@ class SplitLogits:
         wide = self.here if self.here.dtype.itemsize >= 4 else self.here.float()
         rows, wanted = wide.flatten(0, -2), targets.flatten()  # (N, V_tp), (N,)
         axis = self.scratch.axis
-        first, _ = piece(self.size, axis.size, axis.index)
+        first, _ = shard_bounds(self.size, axis.size, axis.index)
         return _CrossEntropy.apply(rows, wanted, first, self.size, self.scratch)
 
     @classmethod
@@ -112,7 +112,7 @@ def look_up(tokens: Tensor, weight: Tensor, size: int, padding: int | None, axis
         size: of the whole vocabulary.
         padding: the token whose row is not trained.
     """
-    first, stop = piece(size, axis.size, axis.index)
+    first, stop = shard_bounds(size, axis.size, axis.index)
     if bool(((tokens < 0) | (tokens >= size)).any()):
         raise IndexError(f"a token is outside of the vocabulary of {size}")
     is_here = (tokens >= first) & (tokens < stop)

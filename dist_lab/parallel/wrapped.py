@@ -18,7 +18,7 @@ from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.hooks import ModuleHook, tensors_in
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Sync
+from dist_lab.parallel.sync import Phase, Sync
 
 ROOT = ""  # the unit that is the model itself
 
@@ -147,8 +147,8 @@ class ThroughFSDP(Sync):
             if self.keep_gathered:
                 self.root.set_reshard_after_backward(last)
 
-    def unshard(self, unit: str) -> None:
-        if unit == ROOT and self._in_backward():
+    def unshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.BACKWARD:
             self.ended = False
         elif unit == ROOT:
             self.begun = True
@@ -158,8 +158,8 @@ class ThroughFSDP(Sync):
                 keep = self.staying or not self.reshard_after_forward
                 self.root.set_reshard_after_forward(not keep)
 
-    def reshard(self, unit: str) -> None:
-        if self._in_backward():
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if phase is Phase.BACKWARD:
             if unit == ROOT:
                 self.ended = True
                 self.staying = self.keep_gathered and not self.last
@@ -236,6 +236,3 @@ class ThroughFSDP(Sync):
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.ended = True
-
-    def _in_backward(self) -> bool:
-        return self.axis.wire.phase == "backward"

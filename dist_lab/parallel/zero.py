@@ -45,104 +45,86 @@ reach no other.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout import Flat, Laid
+from dist_lab.layout import FlatShard, Layout
 from dist_lab.mesh import Axis
 from dist_lab.parallel.buckets import cut, label
-from dist_lab.parallel.shards import Place, Split, places, put, split
-from dist_lab.parallel.sync import Applied, Sync, whole
+from dist_lab.parallel.shards import Place, Split, parameter_at, places, put, split
+from dist_lab.parallel.sync import Applied, Phase, Setup, Sync
 
 
-def stage1(
-    model: nn.Module, axis: Axis, *,
-    value_of: Callable[[str], Tensor], borrow: Axis, bucket_mb: float = 25.0,
-) -> Applied:  # fmt: skip
+def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     """Split the optimizer. Gradients are summed after the last micro-batch.
 
     Args:
-        value_of: name -> the whole value of a parameter, asked for once each.
-        borrow: `axis` again, as another lane, for parameters.
         bucket_mb: a bucket is closed before it would hold more MiB than this; a larger parameter
             has one of its own.
     """
-    return _apply(model, axis, borrow, value_of, bucket_mb, WholeGradients, each=False)
+    return _apply(setup, bucket_mb, WholeGradients, each=False)
 
 
-def stage2(
-    model: nn.Module, axis: Axis, *,
-    value_of: Callable[[str], Tensor], borrow: Axis, bucket_mb: float = 25.0,
-) -> Applied:  # fmt: skip
+def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     """Split the optimizer and the gradients, which are summed after each micro-batch."""
-    return _apply(model, axis, borrow, value_of, bucket_mb, SummedGradients, each=True)
+    return _apply(setup, bucket_mb, SummedGradients, each=True)
 
 
-def _apply(
-    model: nn.Module,
-    axis: Axis,
-    borrow: Axis,
-    value_of: Callable[[str], Tensor],
-    bucket_mb: float,
-    kind: "type[Bucket]",
-    *,
-    each: bool,
-) -> Applied:
+def _apply(setup: Setup, bucket_mb: float, kind: "type[Bucket]", *, each: bool) -> Applied:
     if not bucket_mb > 0:
         raise UserError(f"buckets of {bucket_mb} MiB; give a size above 0")
-    found, laid, limit = places(model), whole(model, axis), int(bucket_mb * 2**20)
+    model, axis, gather_axis = setup.model, setup.axis, setup.channel()
+    found, layouts, limit = places(model), setup.owing_sums(axis), int(bucket_mb * 2**20)
     # Backward comes to the last layer first, and as a rule that was also made last.
     trained = [(n, p.dtype, p.nbytes) for n, p in model.named_parameters() if p.requires_grad]
     together = cut(reversed(trained), limit, limit)
     for names in together:
-        lengths = [laid[name].shape.numel() for name in names]
-        piece, offset = max(1, -(-sum(lengths) // axis.size)), 0
+        lengths = [model.get_parameter(name).numel() for name in names]
+        shard, offset = max(1, -(-sum(lengths) // axis.size)), 0
         for name, length in zip(names, lengths, strict=True):
-            laid[name] = replace(laid[name], splits=((borrow, Flat(offset, piece)),))
+            layouts[name] = layouts[name].split(axis.name, FlatShard(offset, shard))
             offset += length
-    for name, where in laid.items():
-        if not where.splits:
-            _replace(found[name], value_of(name).to(axis.wire.device))
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            _replace(found[name], setup.full_value(name).to(axis.wire.device))
     buckets = [
-        kind(label(i, names), {n: found[n] for n in names}, laid, axis, borrow, value_of)
+        kind(
+            label(i, names), {name: found[name] for name in names},
+            [_flat(layouts[name]) for name in names], axis, gather_axis, setup.full_value,
+        )
         for i, names in enumerate(together)
-    ]
+    ]  # fmt: skip
     leaves = {name: part.whole for bucket in buckets for name, part in bucket.parts.items()}
-    return Applied(laid, PartOfTheStep(buckets, axis, each=each), leaves=leaves)
+    return Applied(layouts, ZeroSync(buckets, axis, each=each), leaves=leaves)
 
 
 def _replace(own: Sequence[Place], value: Tensor) -> None:
     """Give a frozen parameter, which stays whole, its value, if it was on the meta device."""
-    module, attribute = own[0]
-    before = module._parameters[attribute]
-    assert before is not None, attribute
-    if before.is_meta:
+    if parameter_at(own).is_meta:
         put(own, value)
 
 
-def _flat(laid: Laid) -> Flat:
-    ((_, flat),) = laid.splits
-    assert isinstance(flat, Flat), flat
+def _flat(layout: Layout) -> FlatShard:
+    _, flat = layout.splits[-1]
+    assert isinstance(flat, FlatShard), flat
     return flat
 
 
-def _places(laid: Laid, index: int) -> tuple[slice, slice]:
-    """A parameter's elements in its bucket, and those of them in a rank's piece of that."""
-    flat, length = _flat(laid), laid.shape.numel()
+def _places(flat: FlatShard, numel: int, index: int) -> tuple[slice, slice]:
+    """A parameter's elements in its bucket, and those of them in a rank's shard of that."""
     start, stop = (
-        min(max(end - index * flat.piece, 0), flat.piece)
-        for end in (flat.offset, flat.offset + length)
+        min(max(end - index * flat.length, 0), flat.length)
+        for end in (flat.offset, flat.offset + numel)
     )
-    return slice(flat.offset, flat.offset + length), slice(start, stop)
+    return slice(flat.offset, flat.offset + numel), slice(start, stop)
 
 
-class PartOfTheStep(Sync):
+class ZeroSync(Sync):
     """Sends each bucket as soon as it and all before it are full: one order on every rank.
 
     Args:
@@ -168,14 +150,14 @@ class PartOfTheStep(Sync):
             self._begin()
         self.last = last
 
-    def unshard(self, unit: str) -> None:
-        if unit == "" and self.axis.wire.phase != "backward":
+    def unshard(self, unit: str, phase: Phase) -> None:
+        if unit == "" and phase is not Phase.BACKWARD:
             for bucket in self.buckets:
                 bucket.check()
                 bucket.drop_cleared()
 
-    def reshard(self, unit: str) -> None:
-        if unit == "" and self.each and self.axis.wire.phase == "backward":
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if unit == "" and self.each and phase is Phase.BACKWARD:
             self._send_rest()  # now, because others wait for it in their backward
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
@@ -262,7 +244,8 @@ class Bucket(ABC):
 
     Args:
         members: name -> where it stands.
-        axis, borrow: where gradients and parameters travel.
+        flats: the range of each member in the bucket.
+        axis, gather_axis: where gradients and parameters travel.
 
     Attributes:
         sums: of gradients over the ranks, beside `own`.
@@ -274,21 +257,27 @@ class Bucket(ABC):
         self,
         title: str,
         members: Mapping[str, list[Place]],
-        laid: Mapping[str, Laid],
+        flats: Sequence[FlatShard],
         axis: Axis,
-        borrow: Axis,
-        value_of: Callable[[str], Tensor],
+        gather_axis: Axis,
+        full_value: Callable[[str], Tensor],
     ) -> None:
-        self.label, self.names, self.axis, self.borrow = title, list(members), axis, borrow
-        piece = _flat(laid[self.names[0]]).piece
-        self.flat = ops.shared_buffer(axis.size * piece, laid[self.names[0]].dtype, borrow)
+        self.label, self.names, self.axis, self.gather_axis = (
+            title,
+            list(members),
+            axis,
+            gather_axis,
+        )
+        shapes = [parameter_at(own).shape for own in members.values()]
+        dtype = parameter_at(members[self.names[0]]).dtype
+        self.flat = ops.shared_buffer(axis.size * flats[0].length, dtype, gather_axis)
         self.own = self.row(self.flat)
         self.parts: dict[str, Split] = {}
         self.at: dict[str, tuple[slice, slice]] = {}  # in `flat`, and what of it is in `own`
-        for name, own in members.items():
-            self.at[name] = at, mine = _places(laid[name], axis.index)
-            memory = self.flat[at].copy_(value_of(name).flatten())
-            seen = memory.data.view(laid[name].shape)  # .data: not a view for autograd
+        for (name, own), flat, shape in zip(members.items(), flats, shapes, strict=True):
+            self.at[name] = at, mine = _places(flat, shape.numel(), axis.index)
+            memory = self.flat[at].copy_(full_value(name).flatten())
+            seen = memory.data.view(shape)  # .data: not a view for autograd
             part = split(name, own, self.own[mine], seen, memory)
             part.show()  # for good
             # A copy of the model is the plain model: its parameters are the wholes.
@@ -307,8 +296,8 @@ class Bucket(ABC):
             part.check(self.flat)
 
     def start_gather(self) -> ops.Pending:
-        with self.borrow.wire.during(unit=self.label):
-            return ops.all_gather_into(self.flat, self.own, self.borrow)  # W[E_dp] -> W
+        with self.gather_axis.wire.during(unit=self.label):
+            return ops.all_gather_into(self.flat, self.own, self.gather_axis)  # W[E_dp] -> W
 
     def present(self) -> set[str]:
         """Those whose local gradient is there: no zero_grad has taken it away since."""
@@ -322,7 +311,7 @@ class Bucket(ABC):
 
     def until_read(self) -> None:
         """Wait until no rank reads what the optimizer, or the next backward, is about to write."""
-        ops.until_read(self.flat, self.borrow)
+        ops.until_read(self.flat, self.gather_axis)
 
     # --- what the stages do with gradients --------------------------------------------------------
 

@@ -21,17 +21,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from dist_lab.errors import UserError
 from dist_lab.mesh import Axis
-from dist_lab.parallel.sync import Applied, Chain, whole
+from dist_lab.parallel.sync import Applied, Chain, Setup
 from dist_lab.parallel.wrapped import wrap_in_ddp
 
 
-def apply(
-    model: nn.Module, axis: Axis, *, bucket_mb: float = 25.0, find_unused: bool = False
-) -> Applied:
+def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -> Applied:
     """Hand the gradients to DistributedDataParallel, and the optimizer to ZeroRedundancyOptimizer.
 
     Args:
@@ -40,9 +37,9 @@ def apply(
     Raises:
         UserError: trained parameters of several dtypes, which it cannot have side by side.
     """
-    laid = whole(model, axis)
+    model, axis, layouts = setup.model, setup.axis, setup.owing_sums(setup.axis)
     if axis.size == 1:
-        return Applied(laid, Chain())
+        return Applied(layouts, Chain())
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         said = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -55,7 +52,7 @@ def apply(
         f"{ddp}, torch ZeroRedundancyOptimizer(parameters_as_bucket_view=True, "
         "overlap_with_ddp=False)"
     )
-    return Applied(laid, sync, about, make_optimizer=partial(_sharded, axis))
+    return Applied(layouts, sync, about, make_optimizer=partial(_sharded, axis))
 
 
 def _sharded(

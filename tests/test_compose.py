@@ -1,0 +1,88 @@
+"""Strategies fold: each is handed what the ones before have left, and what they did adds up."""
+
+import pytest
+import torch
+from torch import nn
+
+import dist_lab
+from dist_lab import compose
+from dist_lab.choices import IMPLEMENTATIONS, MIXES, ORDER_OF_APPLICATION, STRATEGIES, Impl
+from dist_lab.compose import Part
+from dist_lab.errors import UserError
+from dist_lab.layout import Layout, Owed, Shard, shard_of
+from dist_lab.parallel.shards import places, put
+from dist_lab.parallel.sync import Applied, Sync
+
+
+class Says(Sync):
+    """Writes down its name in each finish."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def finish(self):
+        self.log.append(self.name)
+
+
+def splitting(name, dim, log):
+    """A strategy that keeps this rank's shard along one dim, and sums nothing."""
+
+    def apply(setup):
+        axis, layouts = setup.axis, {}
+        for fqn, places_of in places(setup.model).items():
+            value = setup.full_value(fqn)
+            put(places_of, shard_of(value, Shard(dim), axis.size, axis.index).clone())
+            layouts[fqn] = setup.layouts[fqn].split(axis.name, Shard(dim)).owing(Owed(axis.name))
+        return Applied(layouts, Says(name, log), about=name)
+
+    return Part(name, apply, (name,), Impl(""))
+
+
+def fold(model, mesh, *parts):
+    value = compose._own_value(model)
+    return compose._fold(model, mesh, [(part, {}) for part in parts], {"": model}, value, None, 0)
+
+
+@pytest.mark.parametrize("order", [("tp", "fsdp"), ("fsdp", "tp")], ids=" given ".join)
+@pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
+def test_strategies_are_applied_in_one_order_and_each_splits_what_is_left(order, mesh):
+    log, model = [], nn.Linear(6, 5, bias=False)
+    whole = model.weight.detach().clone().copy_(torch.arange(30.0).view(5, 6))
+    model.weight.data.copy_(whole)
+    parts = {"tp": splitting("tp", 0, log), "fsdp": splitting("fsdp", 1, log)}
+    applied = fold(model, mesh, *(parts[name] for name in order))
+    layout = applied.layouts["weight"]
+    assert layout.splits == (("tp", Shard(0)), ("fsdp", Shard(1)))
+    assert layout.partial == (Owed("tp"), Owed("fsdp"))
+    rows = slice(0, 3) if mesh["tp"].index == 0 else slice(3, 5)
+    columns = slice(0, 3) if mesh["fsdp"].index == 0 else slice(3, 6)
+    assert torch.equal(model.weight.detach(), whole[rows, columns])
+    applied.sync.finish()
+    assert log == ["fsdp", "tp"], "gradients are summed inner to outer"
+    assert applied.about == "tp, fsdp"
+
+
+def test_a_strategy_that_forgets_a_split_is_stopped():
+    def forgets(setup):
+        layouts = {name: Layout(p.shape, p.dtype) for name, p in setup.model.named_parameters()}
+        return Applied(layouts, Sync())
+
+    mesh = dist_lab.init_mesh()
+    outer = splitting("tp", 0, [])
+    with pytest.raises(AssertionError, match="forgets"):
+        fold(nn.Linear(2, 2), mesh, outer, Part("forgets", forgets, ("dp",), Impl("")))
+
+
+def test_every_strategy_has_a_place_in_the_order_and_a_mesh_that_is_legal():
+    for name, row in STRATEGIES.items():
+        axes = set(row.axes)
+        assert any(axes & set(family) for family in ORDER_OF_APPLICATION) or not axes, name
+        assert any(set(row.default or row.axes) <= mix <= axes for mix in MIXES) or not axes, name
+    assert {name for name, _ in IMPLEMENTATIONS} == set(STRATEGIES)
+
+
+def test_a_mesh_that_is_no_legal_mix_is_refused():
+    mesh = dist_lab.init_mesh()
+    mesh.axes = {"dp": 2, "tp": 2}
+    with pytest.raises(UserError, match=r"the mesh is dp=2 x tp=2, and ddp runs along dp alone"):
+        compose._refuse_other_axes(compose._part("ddp", "hand"), "ddp", mesh)
