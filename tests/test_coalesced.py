@@ -9,13 +9,14 @@ import torch
 from dist_lab.comm import ops, shared
 from dist_lab.comm.coalesced import pack
 from dist_lab.comm.ledger import formula_bytes
+from dist_lab.comm.shared_collectives import BLOCK
 from dist_lab.mesh import init_mesh, pretended
 from dist_lab.observe.memory import LiveBytes
 
 needs_linux = pytest.mark.skipif(not shared.FOLDER.is_dir(), reason="Linux alone has /dev/shm")
 SETTINGS = [pytest.param("auto", marks=needs_linux), "backend", "ring", "direct"]
 F16, B16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-LENGTHS = [5, 0, 1, shared.BLOCK + 3, 7]
+LENGTHS = [5, 0, 1, BLOCK + 3, 7]
 
 
 def numbers(seed, *shape, dtype=F32):
@@ -257,7 +258,7 @@ def test_an_all_reduce_does_not_write_where_a_late_rank_still_reads(mesh):
 @needs_linux
 @pytest.mark.ranks(2)
 def test_memory_of_other_ranks_is_not_counted_as_this_ranks(mesh):
-    axis, length = mesh["dp"], 4 * shared.BLOCK
+    axis, length = mesh["dp"], 4 * BLOCK
     x, staging = filled(torch.ones(length), axis), ops.shared_buffer(2 * length, F64, axis)
     outs, sums, grad = [torch.empty(2, length)], torch.empty(length), torch.ones(2 * length)
     with LiveBytes([x, staging, *outs, sums, grad]) as count:
@@ -265,7 +266,7 @@ def test_memory_of_other_ranks_is_not_counted_as_this_ranks(mesh):
         ops.all_gather_coalesced(outs, x, axis).wait()
         ops.reduce_scatter_coalesced(sums, [grad], [length], staging, axis).wait()
         assert count.live == held
-        assert count.peak == held + 8 * shared.BLOCK, "more than one block, which is cast"
+        assert count.peak == held + 8 * BLOCK, "more than one block, which is cast"
 
 
 # --- what is counted ------------------------------------------------------------------------------
@@ -403,15 +404,15 @@ def test_a_rank_that_did_its_part_between_two_looks_and_died_is_not_missed(monke
     path = shared.create(1, F32)
     memory = shared.attach(str(path), 1, F32)
     path.unlink()
-    window = shared.Window([memory], 0, (0,))
+    window = shared.Window([memory], 0, (0,), limit=5.0)
 
     def dies(process):
-        window.come()
+        window.arrive()
         return False
 
     monkeypatch.setattr(shared, "alive", dies)
     monkeypatch.setattr(shared, "LOOK", 0.0)
-    shared.Until(window, shared.CAME, 1, limit=5.0).wait()
+    shared.Barrier(window, shared.ARRIVED, 1).wait()
 
 
 def test_a_process_that_has_ended_and_was_not_buried_is_not_alive():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_lab.comm import ops, shared
+from dist_lab.comm.shared_collectives import BLOCK
 from dist_lab.mesh import init_mesh
 from dist_lab.observe import sockets
 
@@ -27,7 +28,7 @@ def filled(length, dtype, axis, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("length", [1, 2, 7, shared.BLOCK * 9 + 5])
+@pytest.mark.parametrize("length", [1, 2, 7, BLOCK * 9 + 5])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
 def test_every_rank_gets_the_sum_and_the_same_bits(world, length, dtype, mesh):

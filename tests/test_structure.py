@@ -23,7 +23,7 @@ LAYERS = [
     ["parallel.pp_schedules"],
     ["config"],
     ["explain_settings"],
-    ["comm.algorithms", "comm.costs", "comm.shared"],
+    ["comm.algorithms", "comm.costs", "comm.shared", "comm.shared_collectives"],
     ["comm.ledger", "comm.choice", "comm.wire"],
     ["process_group"],
     ["mesh"],

@@ -1,8 +1,10 @@
-"""What every collective goes through: it is named, compared, counted, started and waited for."""
+"""The path of every collective: it is named, compared, counted, started and waited for."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,27 +15,37 @@ from dist_lab.comm.choice import check_algorithm, choose
 from dist_lab.comm.costs import ALGORITHMS
 from dist_lab.comm.ledger import Call, backend_bytes
 from dist_lab.comm.messages import Messages
-from dist_lab.comm.shared import DONE, Until, Window
+from dist_lab.comm.shared import Window
+from dist_lab.comm.shared_collectives import Moves
 from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
 from dist_lab.mesh import Axis
+
+BACKEND: dict[str, Callable[..., dist.Work | None]] = {
+    "all_reduce": dist.all_reduce,
+    "all_gather": dist.all_gather_single,
+    "reduce_scatter": dist.reduce_scatter_single,
+    "all_to_all": dist.all_to_all_single,
+    "broadcast": dist.broadcast,
+}
 
 
 class Pending:
     """A collective on its way. `wait()` blocks until its result may be read, and returns it.
 
     Args:
-        steps: what is to be waited for, one step after another. Of a collective by hand, coming
-            to the next step posts its messages.
-        staging: where the result arrives, if not in place.
+        steps: what to wait for, one step after another. Of a collective by hand, going on to the
+            next step posts its messages.
     """
 
     def __init__(
-        self, result: Tensor, steps: Iterable[Sequence[Work]] = (), call: Call | None = None,
-        axis: Axis | None = None, staging: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        result: Tensor,
+        steps: Iterable[Sequence[Work]] = (),
+        call: Call | None = None,
+        axis: Axis | None = None,
+    ) -> None:
         self._result, self._steps, self._call, self._axis = result, steps, call, axis
-        self._staging = staging
-        self._then: Callable[[Tensor], Tensor] | None = None
+        self._then: list[Callable[[Tensor], Tensor]] = []
         self._failure: CollectiveError | None = None
 
     def wait(self) -> Tensor:
@@ -41,123 +53,109 @@ class Pending:
         if self._failure is not None:
             raise self._failure
         if self._call is not None and self._axis is not None:
-            call, began = self._call, time.perf_counter()
             try:
-                _go_through(self._steps, call, self._axis)
+                wait_for(self._steps, self._call, self._axis)
             except CollectiveError as error:
                 self._failure = error
                 raise
-            self._axis.wire.ledger.waited(call, time.perf_counter() - began)
-            if self._staging is not None:
-                self._result.copy_(self._staging)
             self._call, self._steps = None, ()  # a second wait() neither blocks nor counts
-        if self._then is not None:
-            self._result, self._then = self._then(self._result), None
+        while self._then:
+            self._result = self._then.pop(0)(self._result)
         return self._result
 
     def then(self, make: Callable[[Tensor], Tensor]) -> "Pending":
-        """Let `wait()` return what this makes of the result, which is then let go of."""
-        self._then = make
+        """Let `wait()` return make(result); the result itself is released."""
+        self._then.append(make)
         return self
 
 
+@dataclass(frozen=True)
+class Spec:
+    """A collective as its caller asks for it, before it is decided who carries it.
+
+    Attributes:
+        given: what this rank gives; the ranks must agree on its dtype and shape.
+        detail: what else they must agree on.
+        source: the position at which a broadcast starts.
+    """
+
+    op: str
+    axis: Axis
+    given: Tensor
+    detail: str = ""
+    source: int = 0
+
+    @property
+    def length(self) -> int:
+        """Elements of the payload, the tensor that the collective is about: see `ledger`."""
+        return self.given.numel() * (self.axis.size if self.op == "all_gather" else 1)
+
+    @property
+    def payload(self) -> int:
+        return self.length * self.given.element_size()
+
+    def due(self, algorithm: str) -> int:
+        """Bytes that an algorithm makes this rank send."""
+        n, wire = self.axis.size, self.axis.wire
+        position = (self.axis.index - self.source) % n
+        if algorithm == "backend":
+            return backend_bytes(self.op, n, position, self.payload, wire.backend)
+        sent = ALGORITHMS[self.op][algorithm].sent(n, position, self.length)
+        return sent * self.given.element_size()
+
+    def call(self, algorithm: str, due: int) -> Call:
+        """Give the collective its number and its entry for the ledger."""
+        about = ", ".join(filter(None, [describe(self.given), self.detail]))
+        axis = self.axis
+        return axis.wire.call(self.op, axis.name, axis.size, about, self.payload, due, algorithm)
+
+
 def start(
-    op: str,
-    axis: Axis,
+    spec: Spec,
     out: Tensor,
-    given: Tensor,
-    detail: str,
     algorithm: str | None,
-    by_backend: Callable[[], dist.Work | None],
-    by_hand: Callable[[Callable[..., Steps], Messages], Steps],
-    *,
-    payload: Tensor | None = None,
-    source: int = 0,
+    by_hand: Sequence[Any],
+    by_backend: Sequence[Any],
 ) -> Pending:
-    """Begin a collective by the algorithm that was chosen for it.
+    """Begin a collective by the algorithm that is chosen for it.
 
     Args:
-        out, given: what the caller gets back, and what the transport reads; where the operation is
-            in place and they differ, `out` is filled from `given` in the end.
-        detail: what the ranks must agree on besides dtype and shape.
-        algorithm: for this call alone; None: what the wire was set to.
-        payload: the tensor that the collective is about; default `out`.
+        out: the result.
+        algorithm: for this call alone; None: the setting of the mesh.
+        by_hand, by_backend: the arguments of the one and of the other.
     """
-    if axis.size == 1:
-        return Pending(out)
-    wire, payload = axis.wire, out if payload is None else payload
+    op, axis, wire = spec.op, spec.axis, spec.axis.wire
     if algorithm is not None:
         check_algorithm(op, algorithm, wire.backend)
-    chosen = choose(op, algorithm or wire.collectives, payload.nbytes, wire.backend)
-    position = (axis.index - source) % axis.size
-    if chosen == "backend":
-        due = backend_bytes(op, axis.size, position, payload.nbytes, wire.backend)
-    else:
-        elements = ALGORITHMS[op][chosen].sent(axis.size, position, payload.numel())
-        due = elements * payload.element_size()
-    about = ", ".join(filter(None, [describe(given), detail]))
-    call = wire.call(op, axis.name, axis.size, about, payload.nbytes, due, chosen)
+    chosen = choose(op, algorithm or wire.collectives, spec.payload, wire.backend)
+    call = spec.call(chosen, spec.due(chosen))
 
-    def backends() -> Steps:
-        work = by_backend()
-        yield [work] if work is not None else []
+    def steps() -> Steps:
+        if chosen != "backend":
+            post = Messages(call, axis, wire.tag(f"{axis.name}/{axis.channel}"))
+            yield from ALGORITHMS[op][chosen].steps(post, *by_hand)
+        # On a pretended mesh an algorithm takes its memory and counts its bytes, but hears nothing.
+        # The fake backend then answers as if all ranks were like this one, as comparisons need.
+        if chosen == "backend" or wire.pretended:
+            work = BACKEND[op](*by_backend, group=axis.group, async_op=True)
+            yield [work] if work is not None else []
 
-    def begin() -> Iterable[Sequence[Work]]:
-        if chosen == "backend":
-            return _begun(backends())
-        steps = by_hand(ALGORITHMS[op][chosen].steps, _messages(call, axis))
-        # On a pretended mesh it takes its memory and counts its bytes, but hears nothing; the fake
-        # backend then answers as if all ranks were like this one, which those who compare need.
-        return _begun(chain(steps, backends()) if wire.pretended else steps)
-
-    in_place = op in ("all_reduce", "broadcast")
-    return _launched(call, axis, begin, out, given if in_place and given is not out else None)
+    return _launched(call, axis, steps(), out)
 
 
-def start_shared(
-    op: str,
-    axis: Axis,
-    out: Tensor,
-    buffer: Tensor,
-    detail: str,
-    window: Window,
-    payload: int,
-    due: int,
-    steps: Callable[[Window, float, Callable[[int], None]], Steps],
-) -> Pending:
-    """Begin a collective on memory that all ranks see."""
-    wire, about = axis.wire, ", ".join(filter(None, [describe(buffer), detail]))
-    call = wire.call(op, axis.name, axis.size, about, payload, due, "shared")
+def start_shared(spec: Spec, out: Tensor, due: int, window: Window, moves: Moves) -> Pending:
+    """Begin a collective on memory that all ranks map, one of `shared_collectives`."""
+    call = spec.call("shared", due)
 
-    def moved(count: int) -> None:
-        wire.ledger.handed_over(call, count)
+    def steps() -> Steps:
+        spec.axis.wire.ledger.handed_over(call, (yield from moves))
 
     window.call = call
-    return _launched(call, axis, lambda: _begun(steps(window, wire.timeout, moved)), out)
+    return _launched(call, spec.axis, steps(), out)
 
 
-def until_all_have_read(window: Window, axis: Axis) -> None:
-    """Wait until the last collective on this memory does not need it any more, on any rank.
-
-    The wait counts as that collective's.
-    """
-    call: Call | None = window.call
-    if call is None:
-        return
-    assert not window.in_use, f"{axis.wire.describe(call)} was not waited for"
-    began = time.perf_counter()
-    _go_through([[Until(window, DONE, window.last(), axis.wire.timeout)]], call, axis)
-    axis.wire.ledger.waited(call, time.perf_counter() - began)
-
-
-def _launched(
-    call: Call,
-    axis: Axis,
-    begin: Callable[[], Iterable[Sequence[Work]]],
-    out: Tensor,
-    staging: Tensor | None = None,
-) -> Pending:
-    """Check the call if that is asked for, count it, and begin."""
+def _launched(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
+    """Check the call if that is asked for, count it, and begin: the first step posts messages."""
     check: Iterable[Sequence[Work]] = []
     if axis.wire.check:
         check = _begun(_compare(call, axis))
@@ -166,13 +164,20 @@ def _launched(
             check = []
     axis.wire.ledger.enter(call)
     try:
-        return Pending(out, chain(check, begin()), call, axis, staging)
+        return Pending(out, chain(check, _begun(steps)), call, axis)
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
 
 
+def wait_for(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
+    """Go through the steps, and charge the time to the call."""
+    began = time.perf_counter()
+    _go_through(steps, call, axis)
+    axis.wire.ledger.waited(call, time.perf_counter() - began)
+
+
 def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
-    """Wait for one step after another; what the transport says gets the name of the call."""
+    """Wait for one step after another; an error of the transport gets the name of the call."""
     try:
         for works in steps:
             for work in works:
@@ -183,12 +188,8 @@ def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None
         raise axis.wire.failure(call, error) from error
 
 
-def _messages(call: Call, axis: Axis) -> Messages:
-    return Messages(call, axis, axis.wire.tag(f"{axis.name}/{axis.channel}"))
-
-
 def _begun(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
-    """The steps, of which the first has posted its messages."""
+    """The same steps, after the first has posted its messages."""
     return chain([next(steps, ())], steps)
 
 

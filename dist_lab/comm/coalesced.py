@@ -10,13 +10,13 @@ An x_k that has fewer elements than N l_k counts as one with zeros at its end.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
-from dist_lab.comm.calls import Pending, start_shared
+from dist_lab.comm.calls import Pending, Spec, start_shared
 from dist_lab.comm.into import all_gather_into, reduce_scatter_into, until_read, window_of
-from dist_lab.comm.shared import SUMMED, shared_all_gather, shared_reduce_scatter
+from dist_lab.comm.shared import as_array
+from dist_lab.comm.shared_collectives import all_gather, split
 from dist_lab.mesh import Axis
 
 
@@ -34,13 +34,13 @@ def all_gather_coalesced(outs: Sequence[Tensor], x: Tensor, axis: Axis) -> Pendi
     lengths = [out.shape[1] for out in outs]
     assert sum(lengths) == x.numel(), f"pieces of {lengths}, and {x.numel()} elements"
     assert all(out.dtype == x.dtype and out.is_contiguous() for out in outs)
-    window = window_of(x, axis)
-    if window is not None:
-        due = (axis.size - 1) * x.nbytes
-        return start_shared(
-            "all_gather", axis, x, x, f"{len(lengths)} pieces", window, axis.size * x.nbytes, due,
-            partial(shared_all_gather, outs),
-        )  # fmt: skip
+    if window := window_of(x, axis):
+        theirs = [split(array, lengths) for array in window.arrays]
+        arrays = [as_array(out) for out in outs]
+        mine = [[array[j] for array in arrays] for j in range(axis.size)]
+        spec = Spec("all_gather", axis, x, f"{len(lengths)} pieces")
+        moves = all_gather(window, theirs, mine)
+        return start_shared(spec, x, (axis.size - 1) * x.nbytes, window, moves)
     whole = x.new_empty(axis.size, x.numel())
 
     def arrived(whole: Tensor) -> Tensor:
@@ -71,15 +71,8 @@ def reduce_scatter_coalesced(
     until_read(staging, axis)
     packed = staging.data[: axis.size * sum(lengths)]
     pack(packed.view(axis.size, -1), xs, lengths)
-    window = window_of(staging, axis)
-    if window is not None and staging.dtype in SUMMED:
-        due = (axis.size - 1) * sum(lengths) * staging.element_size()
-        return start_shared(
-            "reduce_scatter", axis, out, packed, "sum", window, packed.nbytes, due,
-            partial(shared_reduce_scatter, out),
-        )  # fmt: skip
-    if out.dtype == staging.dtype:
-        return reduce_scatter_into(out, packed, axis)
+    if out.dtype == staging.dtype or window_of(staging, axis, "sum"):
+        return reduce_scatter_into(out, packed, axis, memory=staging)
     piece = staging.new_empty(out.numel())
     return reduce_scatter_into(piece, packed, axis).then(out.copy_)
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lab.comm import shared
-from dist_lab.comm.calls import Pending, describe, start, start_shared, until_all_have_read
+from dist_lab.comm import shared_collectives
+from dist_lab.comm.algorithms import lengths
+from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, wait_for
 from dist_lab.comm.messages import Message
+from dist_lab.comm.shared import DEPARTED, SUMMED, Barrier, Window
 from dist_lab.mesh import Axis
 
 Reduce = Literal["sum", "max"]
@@ -23,73 +24,74 @@ def all_reduce_into(
     buffer: Tensor, axis: Axis, reduce: Reduce = "sum", *, algorithm: str | None = None
 ) -> Pending:
     """buffer{U_X} -> buffer, in place."""
-    window = window_of(buffer, axis) if reduce == "sum" and algorithm is None else None
-    if window is not None and buffer.dtype in shared.SUMMED:
-        due = shared.shared_sent(axis.size, axis.index, buffer.numel()) * buffer.element_size()
-        return start_shared(
-            "all_reduce", axis, buffer, buffer, reduce, window, buffer.nbytes, due,
-            shared.shared_all_reduce,
-        )  # fmt: skip
+    n, i = axis.size, axis.index
+    if n == 1:
+        return Pending(buffer)
+    if window := window_of(buffer, axis, reduce, algorithm):
+        mine = lengths(len(buffer), n)
+        first, stop = sum(mine[:i]), sum(mine[: i + 1])
+        pieces = [array[first:stop] for array in window.arrays]
+        due = 2 * (n - 1) * pieces[i].nbytes
+        moves = shared_collectives.all_reduce(window, pieces)
+        return start_shared(Spec("all_reduce", axis, buffer, reduce), buffer, due, window, moves)
     given = buffer.contiguous()  # the transport reads memory in order, whatever the strides say
     flat = given.detach().view(-1)
-    return start(
-        "all_reduce", axis, buffer, given, reduce, algorithm,
-        lambda: dist.all_reduce(flat, REDUCE[reduce], axis.group, async_op=True),
-        lambda steps, post: steps(post, flat, COMBINE[reduce]),
-    )  # fmt: skip
+    spec = Spec("all_reduce", axis, given, reduce)
+    pending = start(spec, given, algorithm, (flat, COMBINE[reduce]), (flat, REDUCE[reduce]))
+    return pending if given is buffer else pending.then(buffer.copy_)
 
 
 def all_gather_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None = None) -> Pending:
-    """out, of `size` times the elements of x, gets the pieces one after another.
+    """out, of `size` times the elements of x, gets the ranks' x one after another.
 
-    If out is a `shared_buffer` and x this rank's piece of it, that is all the memory there need be;
-    nobody may write to x before `until_read`.
+    If out is a `shared_buffer` and x this rank's piece of it, no other memory is needed; nobody may
+    write to x before `wait_for_readers`.
     """
-    if axis.size == 1:
+    n, i = axis.size, axis.index
+    if n == 1:
         return Pending(out.copy_(x.view_as(out)))
-    window = window_of(out, axis) if algorithm is None else None
-    if window is not None and x.data_ptr() == out.data_ptr() + axis.index * x.nbytes:
-        return start_shared(
-            "all_gather", axis, out, x, "", window, out.nbytes, (axis.size - 1) * x.nbytes,
-            shared.shared_all_gather_in_place,
-        )  # fmt: skip
+    window = window_of(out, axis, algorithm=algorithm)
+    if window and x.data_ptr() == out.data_ptr() + i * x.nbytes:
+        rows = [array.reshape(n, -1) for array in window.arrays]
+        theirs = [[row[j]] for j, row in enumerate(rows)]
+        mine = [[row] for row in rows[i]]
+        moves = shared_collectives.all_gather(window, theirs, mine, own=False)
+        return start_shared(Spec("all_gather", axis, x), out, (n - 1) * x.nbytes, window, moves)
     x = x.contiguous()
-    whole, piece = out.detach().view(-1), x.detach().view(-1)
-    return start(
-        "all_gather", axis, out, x, "", algorithm,
-        lambda: dist.all_gather_single(whole, piece, axis.group, async_op=True),
-        lambda steps, post: steps(post, whole, piece),
-    )  # fmt: skip
+    both = out.detach().view(-1), x.detach().view(-1)
+    return start(Spec("all_gather", axis, x), out, algorithm, both, both)
 
 
 def reduce_scatter_into(
-    out: Tensor, x: Tensor, axis: Axis, reduce: Reduce = "sum", *, algorithm: str | None = None,
+    out: Tensor,
+    x: Tensor,
+    axis: Axis,
+    reduce: Reduce = "sum",
+    *,
+    algorithm: str | None = None,
     memory: Tensor | None = None,
-) -> Pending:  # fmt: skip
+) -> Pending:
     """out gets piece `index` of the sum of x, which has `size` times its elements.
 
-    If x is a `shared_buffer`, or the beginning of one, `memory`, the ranks add up without a
-    message, and nobody may write to it before `until_read`.
+    If x is a `shared_buffer`, or the beginning of one, `memory`, the ranks sum without a message,
+    and nobody may write to it before `wait_for_readers`.
     """
-    if axis.size == 1:
+    n, i = axis.size, axis.index
+    if n == 1:
         return Pending(out.copy_(x.view_as(out)))
-    buffer = x if memory is None else memory
-    window = window_of(buffer, axis) if reduce == "sum" and algorithm is None else None
-    if window is not None and x.dtype in shared.SUMMED:
-        assert x.data_ptr() == buffer.data_ptr(), "x is not the beginning of that memory"
-        due = (axis.size - 1) * out.numel() * x.element_size()
-        return start_shared(
-            "reduce_scatter", axis, out, x, reduce, window, x.nbytes, due,
-            partial(shared.shared_reduce_scatter, out.detach().view(-1)),
-        )  # fmt: skip
+    piece, buffer = out.detach().view(-1), x if memory is None else memory
+    if window := window_of(buffer, axis, reduce, algorithm):
+        first, stop = i * len(piece), (i + 1) * len(piece)
+        begins = x.data_ptr() == buffer.data_ptr() or first == stop  # an empty x has no address
+        assert begins, "x is not the beginning of that memory"
+        theirs = [array[None, first:stop] for array in window.arrays]
+        moves = shared_collectives.reduce_scatter(window, theirs, piece[None])
+        due = (n - 1) * theirs[i].nbytes
+        return start_shared(Spec("reduce_scatter", axis, x, reduce), out, due, window, moves)
     x = x.contiguous()
-    piece, whole = out.detach().view(-1), x.detach().view(-1)
-    return start(
-        "reduce_scatter", axis, out, x, reduce, algorithm,
-        lambda: dist.reduce_scatter_single(piece, whole, REDUCE[reduce], axis.group, async_op=True),
-        lambda steps, post: steps(post, piece, whole, COMBINE[reduce]),
-        payload=x,
-    )  # fmt: skip
+    whole = x.detach().view(-1)
+    by_hand, by_backend = (piece, whole, COMBINE[reduce]), (piece, whole, REDUCE[reduce])
+    return start(Spec("reduce_scatter", axis, x, reduce), out, algorithm, by_hand, by_backend)
 
 
 def all_to_all_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None = None) -> Pending:
@@ -97,26 +99,21 @@ def all_to_all_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None
     if axis.size == 1:
         return Pending(out.copy_(x))
     x = x.contiguous()
-    into, give = out.detach().view(-1), x.detach().view(-1)
-    return start(
-        "all_to_all", axis, out, x, "", algorithm,
-        lambda: dist.all_to_all_single(into, give, group=axis.group, async_op=True),
-        lambda steps, post: steps(post, into, give),
-    )  # fmt: skip
+    both = out.detach().view(-1), x.detach().view(-1)
+    return start(Spec("all_to_all", axis, x), out, algorithm, both, both)
 
 
 def broadcast_into(
     buffer: Tensor, axis: Axis, source: int = 0, *, algorithm: str | None = None
 ) -> Pending:
     """buffer of the rank at position `source` overwrites everyone's."""
+    if axis.size == 1:
+        return Pending(buffer)
     given = buffer.contiguous()
     flat = given.detach().view(-1)
-    return start(
-        "broadcast", axis, buffer, given, f"from {source}", algorithm,
-        lambda: dist.broadcast(flat, axis.ranks[source], axis.group, async_op=True),
-        lambda steps, post: steps(post, flat, source),
-        source=source,
-    )  # fmt: skip
+    spec = Spec("broadcast", axis, given, f"from {source}", source)
+    pending = start(spec, given, algorithm, (flat, source), (flat, axis.ranks[source]))
+    return pending if given is buffer else pending.then(buffer.copy_)
 
 
 def exchange(
@@ -152,16 +149,26 @@ def exchange(
 
 
 def until_read(buffer: Tensor, axis: Axis) -> None:
-    """Wait until all ranks have read what they were to read of a shared buffer.
+    """Wait until no rank reads from this shared buffer any more, before its owner writes to it.
 
-    To be called before its owner writes to it again. For any other tensor there is nothing to do.
+    For any other tensor there is nothing to wait for. The time is charged to the last collective
+    on the buffer.
     """
     window = window_of(buffer, axis)
-    if window is not None:
-        until_all_have_read(window, axis)
+    if window is None or window.call is None:
+        return
+    assert not window.in_use, f"{axis.wire.describe(window.call)} was not waited for"
+    wait_for([[Barrier(window, DEPARTED, window.last())]], window.call, axis)
 
 
-def window_of(buffer: Tensor, axis: Axis) -> shared.Window | None:
-    """The memory of all ranks of this axis, if the buffer is part of that."""
-    window: shared.Window | None = axis.wire.shared.get(buffer)
+def window_of(
+    buffer: Tensor, axis: Axis, reduce: str = "", algorithm: str | None = None
+) -> Window | None:
+    """Every rank's memory, if the buffer is a shared one and the collective can work on it there.
+
+    A reduction can if it sums float32 or float64, and any collective if no algorithm is asked for.
+    """
+    if algorithm is not None or (reduce and (reduce != "sum" or buffer.dtype not in SUMMED)):
+        return None
+    window: Window | None = axis.wire.shared.get(buffer)
     return window if window is not None and window.ranks == axis.ranks else None

@@ -135,7 +135,7 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     if set(said) != {b"all"}:
         return torch.zeros(length, dtype=dtype)
     buffer = torch.from_numpy(everyone[axis.index].data).view(dtype)
-    wire.shared[buffer] = shared.Window(everyone, axis.index, axis.ranks)
+    wire.shared[buffer] = shared.Window(everyone, axis.index, axis.ranks, wire.timeout)
     return buffer
 
 

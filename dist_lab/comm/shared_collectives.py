@@ -1,0 +1,110 @@
+"""The three collectives on memory that all ranks map: they copy and add, and send no message.
+
+    all_reduce      x{U_X} -> x         rank i sums piece i of every rank's buffer, and writes the
+                                        sum into all of them: 2 (N-1)/N S bytes, half of them read
+                                        from other ranks' memory, half written to it
+    all_gather      x[D_X] -> x[D]      each rank copies from every rank's buffer: (N-1)/N S
+    reduce_scatter  x[D]{U_X} -> x[D_X]   rank i sums piece i of every rank's buffer: (N-1)/N S
+
+This is `direct` of `algorithms`, without the copies of every byte into the kernel and out again.
+
+The caller chooses the memory: `theirs` are views of all ranks' buffers, in order of position, which
+this rank reads; `mine` is where this rank's result goes. Each collective is a generator that yields
+the barriers to wait for, as in `algorithms`, and returns how many bytes it read from other ranks'
+memory and wrote to it.
+"""
+
+from collections.abc import Generator, Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_lab.comm.algorithms import Work
+from dist_lab.comm.shared import ARRIVED, DEPARTED, SUMMED, Array, Barrier, Window, as_array
+
+Moves = Generator[Sequence[Work], None, int]
+BLOCK = 1 << 15  # elements summed at once: few enough to stay in the cache
+
+
+def all_reduce(window: Window, theirs: Sequence[Array]) -> Moves:
+    """Every theirs[j], flat, becomes their sum: piece `index` of every rank's buffer.
+
+    Ranks are added in one order, and only once: all ranks get the same bits.
+    """
+    number = window.arrive()
+    # A rank that has departed from the collective before no longer reads what is overwritten here.
+    yield [Barrier(window, ARRIVED, number), Barrier(window, DEPARTED, number - 1)]
+    for start in range(0, len(theirs[0]), BLOCK):
+        blocks = [piece[start : start + BLOCK] for piece in theirs]
+        total = add_up(blocks)
+        for block in blocks:
+            block[:] = total
+    window.depart(number)
+    yield [Barrier(window, DEPARTED, number)]  # now the sums of all other pieces are here
+    return 2 * (window.size - 1) * theirs[0].nbytes
+
+
+def reduce_scatter(window: Window, theirs: Sequence[Array], mine: Tensor) -> Moves:
+    """mine, (outer, inner) of any dtype, becomes the sum of theirs, each (outer, inner)."""
+    number = window.arrive()
+    yield [Barrier(window, ARRIVED, number)]
+    out: Array | None = None
+    if SUMMED.get(mine.dtype) == theirs[0].dtype:
+        out = as_array(mine)
+        if np.may_share_memory(out, theirs[window.index]):
+            out = None  # in place: an addend must not be overwritten before it has been added
+    outer, inner = theirs[0].shape
+    spare = np.empty(min(BLOCK, inner) if out is None else 0, theirs[0].dtype)
+    cast = torch.from_numpy(spare)
+    for row in range(outer):
+        for start in range(0, inner, BLOCK):
+            blocks = [part[row, start : start + BLOCK] for part in theirs]
+            if out is not None:
+                add_up(blocks, out[row, start : start + BLOCK])
+            else:
+                count = len(blocks[0])
+                add_up(blocks, spare[:count])
+                mine.data[row, start : start + count].copy_(cast[:count])
+    window.depart(number)
+    return (window.size - 1) * theirs[0].nbytes
+
+
+def all_gather(
+    window: Window,
+    theirs: Sequence[Sequence[Array]],
+    mine: Sequence[Sequence[Array]],
+    *,
+    own: bool = True,
+) -> Moves:
+    """Each mine[j][k] gets the values of theirs[j][k], of rank j.
+
+    Args:
+        own: also those of this rank; else they are in place already.
+    """
+    number = window.arrive()
+    yield [Barrier(window, ARRIVED, number)]
+    moved = 0
+    for j, (sources, targets) in enumerate(zip(theirs, mine, strict=True)):
+        if j == window.index and not own:
+            continue
+        for source, target in zip(sources, targets, strict=True):
+            target[...] = source
+            moved += source.nbytes if j != window.index else 0
+    window.depart(number)
+    return moved
+
+
+def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
+    """The sum of two or more, in their order."""
+    total: Array = np.add(blocks[0], blocks[1], out=out)
+    for block in blocks[2:]:
+        total += block
+    return total
+
+
+def split(array: Array, lengths: Sequence[int]) -> list[Array]:
+    """Views of a flat array, of these lengths, one after another from its beginning."""
+    bounds = pairwise(accumulate(lengths, initial=0))
+    return [array[start:stop] for start, stop in bounds]
