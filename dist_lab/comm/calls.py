@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -69,8 +68,7 @@ class Pending:
         return self
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """A collective as its caller asks for it, before it is decided who carries it.
 
     Attributes:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_lab.comm.calls import Pending, Spec, start_shared
 from dist_lab.comm.into import all_gather_into, reduce_scatter_into, until_read, window_of
 from dist_lab.comm.shared import as_array
-from dist_lab.comm.shared_collectives import all_gather, split
+from dist_lab.comm.shared_collectives import all_gather, slices
 from dist_lab.mesh import Axis
 
 
@@ -35,7 +35,8 @@ def all_gather_coalesced(outs: Sequence[Tensor], x: Tensor, axis: Axis) -> Pendi
     assert sum(lengths) == x.numel(), f"pieces of {lengths}, and {x.numel()} elements"
     assert all(out.dtype == x.dtype and out.is_contiguous() for out in outs)
     if window := window_of(x, axis):
-        theirs = [split(array, lengths) for array in window.arrays]
+        cuts = slices(lengths)
+        theirs = [[array[cut] for cut in cuts] for array in window.arrays]
         arrays = [as_array(out) for out in outs]
         mine = [[array[j] for array in arrays] for j in range(axis.size)]
         spec = Spec("all_gather", axis, x, f"{len(lengths)} pieces")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +13,7 @@ from dist_lab.comm import shared_collectives
 from dist_lab.comm.algorithms import lengths
 from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, wait_for
 from dist_lab.comm.messages import Message
-from dist_lab.comm.shared import DEPARTED, SUMMED, Barrier, Window
+from dist_lab.comm.shared import DEPARTED, SUMMED, Array, Barrier, Window, as_array
 from dist_lab.mesh import Axis
 
 Reduce = Literal["sum", "max"]
@@ -28,9 +29,8 @@ def all_reduce_into(
     if n == 1:
         return Pending(buffer)
     if window := window_of(buffer, axis, reduce, algorithm):
-        mine = lengths(len(buffer), n)
-        first, stop = sum(mine[:i]), sum(mine[: i + 1])
-        pieces = [array[first:stop] for array in window.arrays]
+        piece = shared_collectives.slices(lengths(len(buffer), n))[i]
+        pieces = [array[piece] for array in window.arrays]
         due = 2 * (n - 1) * pieces[i].nbytes
         moves = shared_collectives.all_reduce(window, pieces)
         return start_shared(Spec("all_reduce", axis, buffer, reduce), buffer, due, window, moves)
@@ -82,10 +82,13 @@ def reduce_scatter_into(
     piece, buffer = out.detach().view(-1), x if memory is None else memory
     if window := window_of(buffer, axis, reduce, algorithm):
         first, stop = i * len(piece), (i + 1) * len(piece)
-        begins = x.data_ptr() == buffer.data_ptr() or first == stop  # an empty x has no address
-        assert begins, "x is not the beginning of that memory"
+        if len(piece):  # an empty tensor has no address
+            assert x.data_ptr() == buffer.data_ptr(), "x is not the beginning of that memory"
         theirs = [array[None, first:stop] for array in window.arrays]
-        moves = shared_collectives.reduce_scatter(window, theirs, piece[None])
+        mine: Array | Tensor = piece[None]
+        if out.dtype == x.dtype and not np.may_share_memory(as_array(piece), theirs[i]):
+            mine = as_array(piece)[None]  # otherwise an addend would be overwritten, or cast
+        moves = shared_collectives.reduce_scatter(window, theirs, mine)
         due = (n - 1) * theirs[i].nbytes
         return start_shared(Spec("reduce_scatter", axis, x, reduce), out, due, window, moves)
     x = x.contiguous()

@@ -25,7 +25,7 @@ from dist_lab.comm.algorithms import lengths
 from dist_lab.comm.calls import Pending, Spec, start_shared
 from dist_lab.comm.into import window_of
 from dist_lab.comm.shared import SUMMED, Window, as_array
-from dist_lab.comm.shared_collectives import Moves, all_gather, reduce_scatter, split
+from dist_lab.comm.shared_collectives import Moves, all_gather, reduce_scatter, slices
 from dist_lab.mesh import Axis
 
 
@@ -68,7 +68,8 @@ class Scratch:
         out = x.new_empty(shape)
         outer = math.prod(x.shape[: dim % x.dim()])
         arrays = [array[: x.numel()].reshape(outer, n, -1) for array in window.arrays]
-        moves = reduce_scatter(window, [array[:, i] for array in arrays], out.view(outer, -1))
+        mine = as_array(out).reshape(outer, -1)
+        moves = reduce_scatter(window, [array[:, i] for array in arrays], mine)
         spec = Spec("reduce_scatter", self.axis, x, f"sum along {dim}")
         return start_shared(spec, out, (n - 1) * out.nbytes, window, moves)
 
@@ -124,11 +125,11 @@ def _all_reduce(window: Window, out: Tensor) -> Moves:
 
     It leaves its sum in its own buffer, in place of its piece i, which no other rank reads.
     """
-    i, sizes = window.index, lengths(len(out), window.size)
-    pieces = [split(array, sizes) for array in window.arrays]
-    whole, mine = split(as_array(out), sizes), out.split(sizes)[i]
-    moved = yield from reduce_scatter(window, [row[i][None] for row in pieces], mine[None])
-    pieces[i][i][:] = whole[i]
-    sums = [[row[j]] for j, row in enumerate(pieces)]
-    targets = [[piece] for piece in whole]
-    return moved + (yield from all_gather(window, sums, targets, own=False))
+    whole, i = as_array(out), window.index
+    cuts = slices(lengths(len(out), window.size))
+    addends = [array[None, cuts[i]] for array in window.arrays]
+    moved = yield from reduce_scatter(window, addends, whole[None, cuts[i]])
+    window.arrays[i][cuts[i]] = whole[cuts[i]]
+    sums = [[array[cut]] for array, cut in zip(window.arrays, cuts, strict=True)]
+    pieces = [[whole[cut]] for cut in cuts]
+    return moved + (yield from all_gather(window, sums, pieces, own=False))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm.algorithms import Work
-from dist_lab.comm.shared import ARRIVED, DEPARTED, SUMMED, Array, Barrier, Window, as_array
+from dist_lab.comm.shared import ARRIVED, DEPARTED, Array, Barrier, Window
 
 Moves = Generator[Sequence[Work], None, int]
 BLOCK = 1 << 15  # elements summed at once: few enough to stay in the cache
@@ -46,27 +46,25 @@ def all_reduce(window: Window, theirs: Sequence[Array]) -> Moves:
     return 2 * (window.size - 1) * theirs[0].nbytes
 
 
-def reduce_scatter(window: Window, theirs: Sequence[Array], mine: Tensor) -> Moves:
-    """mine, (outer, inner) of any dtype, becomes the sum of theirs, each (outer, inner)."""
+def reduce_scatter(window: Window, theirs: Sequence[Array], mine: Array | Tensor) -> Moves:
+    """mine becomes the sum of theirs, each (outer, inner).
+
+    Args:
+        mine: an array of their type that shares no memory with them, or any tensor, which is filled
+            block by block by way of a spare one.
+    """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
-    out: Array | None = None
-    if SUMMED.get(mine.dtype) == theirs[0].dtype:
-        out = as_array(mine)
-        if np.may_share_memory(out, theirs[window.index]):
-            out = None  # in place: an addend must not be overwritten before it has been added
     outer, inner = theirs[0].shape
-    spare = np.empty(min(BLOCK, inner) if out is None else 0, theirs[0].dtype)
-    cast = torch.from_numpy(spare)
+    spare = np.empty(min(BLOCK, inner) if isinstance(mine, Tensor) else 0, theirs[0].dtype)
     for row in range(outer):
         for start in range(0, inner, BLOCK):
             blocks = [part[row, start : start + BLOCK] for part in theirs]
-            if out is not None:
-                add_up(blocks, out[row, start : start + BLOCK])
+            if isinstance(mine, Tensor):
+                total = add_up(blocks, spare[: len(blocks[0])])
+                mine.data[row, start : start + BLOCK].copy_(torch.from_numpy(total))
             else:
-                count = len(blocks[0])
-                add_up(blocks, spare[:count])
-                mine.data[row, start : start + count].copy_(cast[:count])
+                add_up(blocks, mine[row, start : start + BLOCK])
     window.depart(number)
     return (window.size - 1) * theirs[0].nbytes
 
@@ -104,7 +102,9 @@ def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
     return total
 
 
-def split(array: Array, lengths: Sequence[int]) -> list[Array]:
-    """Views of a flat array, of these lengths, one after another from its beginning."""
-    bounds = pairwise(accumulate(lengths, initial=0))
-    return [array[start:stop] for start, stop in bounds]
+def slices(lengths: Sequence[int]) -> list[slice]:
+    """
+    >>> slices([2, 3])
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    return [slice(start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]
