@@ -110,7 +110,7 @@ def test_on_one_process_they_copy():
     out, staging = torch.empty(6, dtype=B16), torch.empty(6)
     ops.reduce_scatter_coalesced(out, [x[:2], None, x[2:4]], [2, 1, 3], staging, axis).wait()
     assert torch.equal(out, torch.cat([x[:2], torch.zeros(1), x[2:4], torch.zeros(1)]).to(B16))
-    ops.until_read(x, axis)
+    ops.wait_for_readers(x, axis)
 
 
 def test_more_elements_than_there_is_room_for_are_refused():
@@ -188,7 +188,7 @@ def test_several_are_on_their_way_at_once_and_staging_is_used_again_and_again(se
             assert torch.equal(torch.cat(outs[k], 1), rows)
             assert sums[k].eq(3 * (turn + k) + 3).all()
         for k, x in enumerate(xs):
-            ops.until_read(x, axis)
+            ops.wait_for_readers(x, axis)
             x.copy_(numbers(10 * axis.index + k, 8) + (turn + 1))
 
 
@@ -203,7 +203,7 @@ def test_who_waits_until_all_have_read_may_write_and_a_late_rank_sees_what_was_t
     pending.wait()
     with mesh.wire.ledger.recording() as calls:
         began = time.monotonic()
-        ops.until_read(x, axis)
+        ops.wait_for_readers(x, axis)
         waited = time.monotonic() - began
     x.fill_(-1)
     assert not calls, "it is no call of its own"
@@ -356,7 +356,7 @@ def test_a_rank_that_does_not_read_is_an_error_that_names_the_call_it_is_late_fo
     if mesh.rank == 0:
         pending.wait()
         with pytest.raises(ops.CollectiveError, match=r"all_gather #.*rank 1 did not read what it"):
-            ops.until_read(x, mesh["dp"])
+            ops.wait_for_readers(x, mesh["dp"])
     else:
         time.sleep(2)
         pending.wait()
@@ -395,7 +395,7 @@ def test_a_rank_that_ends_after_it_has_done_its_part_is_not_missed(mesh):
         window = mesh.wire.shared[x]
         window.everyone[1] = window.everyone[1]._replace(process=ended())
     pending.wait()
-    ops.until_read(x, axis)
+    ops.wait_for_readers(x, axis)
     assert out[1].eq(2).all()
 
 

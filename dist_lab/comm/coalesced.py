@@ -1,12 +1,12 @@
-"""Many small pieces in one collective: how they lie side by side, and how they get there and back.
+"""Coalesced collectives: many small tensors travel in one call.
 
-With lengths l_k, L = sum of l_k, and N ranks, what a collective carries is (N, L), row by row: row
-r is what rank r has to give, or is to get, its pieces one after another.
+With lengths l_k, L = sum of l_k, and N ranks, the payload is a matrix (N, L). Row r is what rank r
+gives to an all_gather, or gets from a reduce_scatter: its pieces, one after another.
 
     all_gather        row r = [ piece 0 of rank r | piece 1 | ... ]         -> outs[k]: (N, l_k)
     reduce_scatter    row r = [ elements r l_0 .. (r+1) l_0 of x_0 | ... ]  -> out: (L,) on rank r
 
-An x_k that has fewer elements than N l_k counts as one with zeros at its end.
+An x_k with fewer elements than N l_k is padded with zeros.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,20 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dist_lab.comm.calls import Pending, Spec, start_shared
-from dist_lab.comm.into import all_gather_into, reduce_scatter_into, until_read, window_of
+from dist_lab.comm.into import all_gather_into, reduce_scatter_into, wait_for_readers, window_of
 from dist_lab.comm.shared import as_array
 from dist_lab.comm.shared_collectives import all_gather, slices
 from dist_lab.mesh import Axis
 
 
 def all_gather_coalesced(outs: Sequence[Tensor], x: Tensor, axis: Axis) -> Pending:
-    """Many small all_gathers in one: x has this rank's pieces side by side, flat.
+    """Many small all_gathers in one; x holds this rank's pieces one after another.
 
     Args:
         outs: (size, length_k) each, contiguous, of the dtype of x; row j gets piece k of rank j.
-        x: the pieces, in the order of `outs`. If it is a `shared_buffer` nothing else is needed,
-            and nobody may write to it before `until_read`; otherwise `size` times its memory.
+        x: flat, the pieces in the order of `outs`. A `shared_buffer` needs no other memory, and
+            must not be written to before `wait_for_readers`; any other x takes `size` times its
+            own memory.
 
     Returns:
         A Pending whose `wait()` returns x, when all of `outs` are filled.
@@ -58,18 +59,18 @@ def reduce_scatter_coalesced(
     staging: Tensor,
     axis: Axis,
 ) -> Pending:
-    """Many small reduce_scatters in one. `xs` are not needed any more when it returns.
+    """Many small reduce_scatters in one. `xs` may be freed when it returns.
 
     Args:
         out: flat, sum(lengths) elements, of any dtype: gets elements [i lengths[k] : (i+1)
-            lengths[k]] of the sum of everyone's xs[k], i this rank's position, side by side.
-        xs: at most size lengths[k] elements each, of any shape. What is missing at the end counts
-            as zeros, and so does None.
+            lengths[k]] of the sum of all ranks' xs[k], i this rank's position, for one k after
+            another.
+        xs: at most size lengths[k] elements each, of any shape, padded with zeros. None is zeros.
         staging: flat, size sum(lengths) elements or more, of the dtype in which they are summed. It
-            must not be touched before `wait()`, nor before `until_read` if it is a `shared_buffer`;
-            another call of this waits for that by itself.
+            must not be touched before `wait()`. A `shared_buffer` must not be written to before
+            `wait_for_readers`; the next call with it waits for that by itself.
     """
-    until_read(staging, axis)
+    wait_for_readers(staging, axis)
     packed = staging.data[: axis.size * sum(lengths)]
     pack(packed.view(axis.size, -1), xs, lengths)
     if out.dtype == staging.dtype or window_of(staging, axis, "sum"):
@@ -79,20 +80,19 @@ def reduce_scatter_coalesced(
 
 
 def unpack(outs: Sequence[Tensor], whole: Tensor) -> None:
-    """(N, L) -> every outs[k], (N, l_k). Autograd does not see it: it is not an operation on outs,
-    whose values were never there before."""
+    """(N, L) -> every outs[k], (N, l_k). Hidden from autograd: outs get their first values here."""
     for out, columns in zip(outs, whole.split([out.shape[1] for out in outs], 1), strict=True):
         out.data.copy_(columns)
 
 
 def pack(whole: Tensor, xs: Sequence[Tensor | None], lengths: Sequence[int]) -> None:
-    """Every xs[k], of any shape -> (N, L), cast to its dtype."""
+    """Every xs[k], of any shape -> (N, L), cast to the dtype of `whole`."""
     for x, rows in zip(xs, whole.split(list(lengths), 1), strict=True):
         _spread(rows, rows.new_empty(0) if x is None else x.detach())
 
 
 def _spread(rows: Tensor, x: Tensor) -> None:
-    """The elements of x from row to row, and zeros after the last.
+    """Copy the elements of x row by row, and fill the rest with zeros.
 
     >>> import torch
     >>> rows = torch.ones(3, 2)

@@ -151,7 +151,7 @@ def exchange(
     return pendings
 
 
-def until_read(buffer: Tensor, axis: Axis) -> None:
+def wait_for_readers(buffer: Tensor, axis: Axis) -> None:
     """Wait until no rank reads from this shared buffer any more, before its owner writes to it.
 
     For any other tensor there is nothing to wait for. The time is charged to the last collective

@@ -35,7 +35,7 @@ from dist_lab.comm.into import (
     broadcast_into,
     exchange,
     reduce_scatter_into,
-    until_read,
+    wait_for_readers,
 )
 from dist_lab.comm.ledger import backend_bytes
 from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
@@ -153,5 +153,5 @@ __all__ = [
     "all_gather_coalesced", "all_gather_into", "all_reduce", "all_reduce_into", "all_to_all",
     "all_to_all_into", "backend_bytes", "broadcast", "broadcast_into", "exchange",
     "reduce_scatter", "reduce_scatter_coalesced", "reduce_scatter_into", "shared_buffer",
-    "until_read",
+    "wait_for_readers",
 ]  # fmt: skip

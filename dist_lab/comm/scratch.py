@@ -114,7 +114,7 @@ class Scratch:
             buffers.append(ops.shared_buffer(length, dtype, self.axis))
             self._turn = len(buffers) - 1
         buffer = buffers[self._turn]
-        ops.until_read(buffer, self.axis)
+        ops.wait_for_readers(buffer, self.axis)
         if len(buffer) < length:
             buffers[self._turn] = buffer = ops.shared_buffer(length, dtype, self.axis)
         return buffer
