@@ -197,7 +197,7 @@ class FullySharded(Sync):
             if phase is not Phase.ABORT:
                 self.order[backward], self.trail[backward] = self.trail[backward], []
                 for group in self.groups:
-                    group.until_read()  # whoever has left the model may write to it
+                    group.wait_for_readers()  # whoever has left the model may write to it
 
     def _stays(self, backward: bool) -> bool:
         """Whether a unit that was used is kept whole."""
@@ -280,7 +280,7 @@ class FullySharded(Sync):
         for group in self.groups:
             group.total = None  # it lives on in `.grad`
             group.free()
-            group.until_read()  # the optimizer is about to write
+            group.wait_for_readers()  # the optimizer is about to write
 
     def _sum_over_replicas(self) -> None:
         """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used."""

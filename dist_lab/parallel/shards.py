@@ -266,7 +266,7 @@ class Group:
         if self.sent is None:
             return self.flat.to(self.gather_axis.wire.device, self.computed)
         if self.sent is not self.flat:
-            self.until_read()
+            self.wait_for_readers()
             self.sent.copy_(self.flat)
         return self.sent
 
@@ -286,10 +286,10 @@ class Group:
                 part.hide()
                 part.shrink()
 
-    def until_read(self) -> None:
+    def wait_for_readers(self) -> None:
         """Wait until no rank reads what is about to be written."""
         if self.sent is not None:
-            ops.until_read(self.sent, self.gather_axis)
+            ops.wait_for_readers(self.sent, self.gather_axis)
 
     # --- gradients: dW[D, F]{U_X} -> dW[D_X, F] ---------------------------------------------------
 

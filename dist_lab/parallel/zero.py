@@ -210,7 +210,7 @@ class ZeroSync(Sync):
         somewhere = dict(zip(self.place_of, (self.used > 0).tolist(), strict=True))
         for bucket in self.buckets:
             bucket.hand_out({name for name in bucket.names if somewhere[name]})
-            bucket.until_read()
+            bucket.wait_for_readers()
 
     def after_step(self) -> None:
         on_their_way = [bucket.start_gather() for bucket in self.buckets]
@@ -309,9 +309,9 @@ class Bucket(ABC):
             part.local.grad = self.sums.data[self.at[name][1]] if name in names else None
         self.used = names
 
-    def until_read(self) -> None:
+    def wait_for_readers(self) -> None:
         """Wait until no rank reads what the optimizer, or the next backward, is about to write."""
-        ops.until_read(self.flat, self.gather_axis)
+        ops.wait_for_readers(self.flat, self.gather_axis)
 
     # --- what the stages do with gradients --------------------------------------------------------
 
@@ -373,9 +373,9 @@ class WholeGradients(Bucket):
         for part in self.parts.values():
             part.whole.grad = None
 
-    def until_read(self) -> None:
-        super().until_read()
-        ops.until_read(self.gradients, self.axis)
+    def wait_for_readers(self) -> None:
+        super().wait_for_readers()
+        ops.wait_for_readers(self.gradients, self.axis)
 
     def held(self) -> Iterator[Tensor]:
         yield self.gradients
@@ -397,7 +397,7 @@ class SummedGradients(Bucket):
 
     def start_sum(self, staging: Tensor) -> None:
         self.used &= self.present()
-        ops.until_read(staging, self.axis)
+        ops.wait_for_readers(staging, self.axis)
         bucket = staging[: len(self.flat)]
         for name, part in self.parts.items():
             view = bucket[self.at[name][0]]
