@@ -1,7 +1,7 @@
 """Each differentiable collective against the transpose it claims: <Ax, y> = <x, A'y>.
 
 The inner product of a tensor that all ranks hold alike counts one copy; of one that each rank holds
-its own of, all of them. That is the whole difference between `reduce` and `all_reduce`.
+its own of, all of them. That is the whole difference between `gather_replicated` and `all_gather`.
 """
 
 import pytest
@@ -12,14 +12,9 @@ from dist_lab.comm import autograd, ops
 N = 3
 COPY, OWN = "one copy", "each its own"
 PAIRS = {  # name: (map, what x is, what y is)
-    "replicate": (lambda x, axis: autograd.replicate(x, axis), COPY, OWN),
-    "reduce": (lambda x, axis: autograd.reduce(x, axis), OWN, COPY),
     "scatter": (lambda x, axis: autograd.scatter(x, axis, 1), COPY, OWN),
-    "gather": (lambda x, axis: autograd.gather(x, axis, 1), OWN, COPY),
-    "spread": (lambda x, axis: autograd.spread(x, axis, 1), OWN, OWN),
-    "reduce_scatter": (lambda x, axis: autograd.reduce_scatter(x, axis, 1), OWN, OWN),
-    "all_reduce": (lambda x, axis: autograd.all_reduce(x, axis), OWN, OWN),
-    "all_to_all": (lambda x, axis: autograd.all_to_all(x, axis, 1, 0), OWN, OWN),
+    "gather_replicated": (lambda x, axis: autograd.gather_replicated(x, axis, 1), OWN, COPY),
+    "all_gather": (lambda x, axis: autograd.all_gather(x, axis, 1), OWN, OWN),
 }
 
 

@@ -78,8 +78,9 @@ def test_its_gradient_is_that_of_its_function(mesh):
     convert_batchnorm(norm, mesh["dp"])
     weight = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
 
-    def total(x):  # over both ranks: what `spread` is the transpose for
-        return dist_lab.comm.autograd.reduce((norm(x) * weight).sum(), mesh["dp"])
+    def total(x):  # over both ranks, and the same number on each
+        mine = (norm(x) * weight).sum()
+        return dist_lab.comm.autograd.gather_replicated(mine[None], mesh["dp"], 0).sum()
 
     x.requires_grad_()
     total(x).backward()
