@@ -57,7 +57,7 @@ class Residual:
 
     def joined(self, x: Tensor) -> Tensor:
         """Differentiable: x[T_tp] -> x[T], with which all go on alike."""
-        return autograd.gather(x, self.axis, T) if self.cut else x
+        return autograd.gather_replicated(x, self.axis, T) if self.cut else x
 
     def _check(self, x: Tensor) -> None:
         length, size = x.shape[T] if x.dim() > 1 else 1, self.axis.size

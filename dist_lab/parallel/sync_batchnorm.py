@@ -5,8 +5,8 @@
 Each rank measures its own rows; the numbers, the means and the sums of squares are gathered, and
 put together by the rule for two samples of Chan, Golub and LeVeque 1979 ("Updating formulae and a
 pairwise algorithm for computing sample variances"), which is exact and cancels nothing. What is
-gathered depends on every rank's rows, so backward is the conjugate, a reduce-scatter: `spread` in
-comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers a rank in forward, and one
+gathered depends on every rank's rows, so backward is the conjugate, a reduce-scatter: `all_gather`
+in comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers a rank in forward, and one
 reduce_scatter of as many in backward. Ioffe & Szegedy 2015 (arXiv:1502.03167).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_lab.comm.autograd import spread
+from dist_lab.comm.autograd import all_gather
 from dist_lab.errors import UserError
 from dist_lab.hooks import itself
 from dist_lab.mesh import Axis
@@ -72,7 +72,7 @@ class SyncBatchNorm(_BatchNorm):
         else:
             variance = mean = wide.sum(over)  # zeros, through which backward still comes by
         mine = torch.cat([mean, variance * rows, mean.new_full((1,), rows)])
-        everyone = spread(mine[None], self.axis, 0)  # (N, 2C + 1)
+        everyone = all_gather(mine[None], self.axis, 0)  # (N, 2C + 1)
         means, squares, counts = everyone.split([self.num_features, self.num_features, 1], 1)
         counts = counts.detach()  # numbers of rows have no gradient
         total = counts.sum()

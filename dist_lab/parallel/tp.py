@@ -144,7 +144,8 @@ def _column(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> T
 
 
 def _gathered(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> Tensor:
-    return autograd.gather(entry(x, linear), residual.axis, -1)  # Out[B, F_tp] -> Out[B, F]
+    y = entry(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
+    return autograd.gather_replicated(y, residual.axis, -1)  # Out[B, F]
 
 
 def _logits(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> SplitLogits:
