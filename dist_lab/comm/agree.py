@@ -1,7 +1,7 @@
-"""Ranks that must hold the same thing, and an error that says who does not.
+"""Checks that all ranks have the same settings, shapes and weights; an error names the odd rank.
 
-Two ranks started with different settings, or from different weights, train without complaint and
-are wrong. A comparison before the first step costs a few bytes.
+Ranks that start with different settings or weights train without an error, and the result is wrong.
+A comparison before the first step costs a few bytes.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def check_shapes_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
 
 
 def _odd_one_out(mine: Mapping[str, object], axis: Axis) -> tuple[int, str, str, str] | None:
-    """(rank, key, its value, the usual value) of the first key that differs; null: it has none."""
+    """(rank, key, its value, the usual value) of the first key that differs; null if missing."""
     rows = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(mine).encode(), axis)]
     for key in {key: None for row in rows for key in row}:
         values = [json.dumps(row.get(key)) for row in rows]
@@ -58,7 +58,7 @@ def _odd_one_out(mine: Mapping[str, object], axis: Axis) -> tuple[int, str, str,
 
 @contextmanager
 def together(axis: Axis) -> Iterator[None]:
-    """What one rank refuses inside the block, all refuse, with the same message; none hangs.
+    """Raise an error of one rank on all ranks, with the same message, so that none hangs.
 
     For work that may fail on one rank alone, such as reading a file. Collective.
     """
@@ -68,9 +68,9 @@ def together(axis: Axis) -> Iterator[None]:
     except (UserError, MachineError) as error:
         problem = error
     mine = [] if problem is None else [isinstance(problem, UserError), str(problem)]
-    for said in map(json.loads, ops.all_gather_bytes(json.dumps(mine).encode(), axis)):
-        if said:
-            raise (UserError if said[0] else MachineError)(said[1]) from problem
+    for refusal in map(json.loads, ops.all_gather_bytes(json.dumps(mine).encode(), axis)):
+        if refusal:
+            raise (UserError if refusal[0] else MachineError)(refusal[1]) from problem
 
 
 def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:

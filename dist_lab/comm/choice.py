@@ -1,10 +1,10 @@
-"""Which algorithm carries a collective: what was asked for, or the fastest as measured."""
+"""Choose the algorithm of a collective: the one that was asked for, or the fastest as measured."""
 
 from dist_lab.comm.costs import ALGORITHMS
 from dist_lab.errors import UserError
 from dist_lab.settings import one_of, shown
 
-FAMILIES = ("ring", "direct", "tree")
+FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
 SETTINGS = ("auto", "backend", *FAMILIES)
 
 # op -> (payload in bytes, the fastest algorithm from there on). Measured by launch/bench_comm.py,
@@ -19,7 +19,7 @@ AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_to_all": ((0, "backend"),),
     "broadcast": ((0, "backend"),),
 }
-# What is said of those that need no message where ranks share memory: see `shared`.
+# `effective` adds this for the collectives that need no message on shared memory: see `shared`.
 SHARED = {
     "all_reduce": ", shared in memory that all ranks see",
     "all_gather": ", coalesced shared",
@@ -28,7 +28,7 @@ SHARED = {
 
 
 def check_setting(setting: str, backend: str) -> None:
-    """Raises UserError for a setting that is none, or that this backend does not take."""
+    """Raises UserError for an unknown setting, or one that this backend does not take."""
     if setting not in SETTINGS:
         raise UserError(
             f"collectives cannot be {shown(setting)} (collectives=); give "
@@ -42,7 +42,7 @@ def check_setting(setting: str, backend: str) -> None:
 
 
 def check_algorithm(op: str, algorithm: str, backend: str) -> None:
-    """Raises UserError for an algorithm that an operation was asked to use, and does not have."""
+    """Raises UserError for an algorithm that the operation does not have."""
     have = ("auto", "backend", *ALGORITHMS[op]) if backend == "gloo" else ("auto", "backend")
     if algorithm not in have:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What each algorithm by hand costs: the table in `algorithms` as code, exact for every length."""
+"""The cost of each algorithm by hand: the table in `algorithms` as code, exact for every length."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Algorithm:
 
 
 def _all_but(*away: int) -> Callable[[int, int, int], int]:
-    """Every piece of S once for each of `away`, but for the one that lies so far from mine."""
+    """Bytes of all pieces but one, for each of `away`: but the piece of the rank that far away."""
 
     def sent(n: int, i: int, length: int) -> int:
         pieces = lengths(length, n)
@@ -53,7 +53,7 @@ def _tree_sent(n: int, i: int, length: int) -> int:
         return length
     total = length if i + power < n else 0
     for distance in halvings(power):
-        total += length  # what it gives away now, and on the way back what it keeps
+        total += length  # the half that it gives away now, and later the half that it keeps
         length = length - length // 2 if i & distance else length // 2
     return total
 
@@ -91,7 +91,7 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     },
 }
 
-# Rounds of gloo's own: rings, but for all_to_all; its reduce_scatter is an all_reduce.
+# Rounds of gloo's algorithms: rings, but for all_to_all; its reduce_scatter is an all_reduce.
 BACKEND: dict[str, Callable[[int], int]] = {
     "all_reduce": lambda n: 2 * (n - 1),
     "all_gather": lambda n: n - 1,

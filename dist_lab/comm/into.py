@@ -86,8 +86,9 @@ def reduce_scatter_into(
             assert x.data_ptr() == buffer.data_ptr(), "x is not the beginning of that memory"
         theirs = [array[None, first:stop] for array in window.arrays]
         mine: Array | Tensor = piece[None]
+        # A spare block is needed to cast, and where the sum would overwrite an addend.
         if out.dtype == x.dtype and not np.may_share_memory(as_array(piece), theirs[i]):
-            mine = as_array(piece)[None]  # otherwise an addend would be overwritten, or cast
+            mine = as_array(piece)[None]
         moves = shared_collectives.reduce_scatter(window, theirs, mine)
         due = (n - 1) * theirs[i].nbytes
         return start_shared(Spec("reduce_scatter", axis, x, reduce), out, due, window, moves)

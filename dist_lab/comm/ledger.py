@@ -1,12 +1,12 @@
-"""What was sent: one line per collective, and running totals.
+"""The record of all collectives: one entry for each, and running totals.
 
 Two numbers are kept apart because they answer different questions. S is `payload`:
 
-    payload   the size of the tensor that the collective is about: what all_reduce reduces, what
-              all_gather ends up with, what reduce_scatter starts from, what broadcast spreads
-    sent      the bytes this rank really hands to the transport for it: counted at the send where
-              the algorithm is ours, and by the backend's own algorithm where it is the backend's
-              (`backend_bytes`), which a test holds against the network interface's counters
+    payload   the size of the tensor that the collective is about: the input of all_reduce,
+              reduce_scatter and broadcast, the output of all_gather
+    sent      the bytes that this rank really hands to the transport: counted at the send for our
+              own algorithms, and by formula for the backend's (`backend_bytes`), which a test
+              compares with the network interface's counters
 
 The published cost formulas relate the two (N ranks, bandwidth-optimal, per rank; Chan et al. 2007,
 "Collective communication: theory, practice, and experience", section 6):
@@ -48,8 +48,8 @@ def backend_bytes(op: str, size: int, position: int, payload: int, backend: str 
 
     all_reduce and all_gather are rings, all_to_all is direct. gloo's reduce_scatter is an
     all_reduce of which most is thrown away, and its broadcast a binomial tree rooted at position
-    0: in round i every rank below 2^i hands the whole on to the rank 2^i after it. nccl's are
-    rings: the broadcast goes from each rank to the next.
+    0: in round i every rank below 2^i sends all of it to the rank 2^i after it. nccl uses rings:
+    its broadcast goes from each rank to the next.
 
     >>> [backend_bytes("broadcast", 4, i, 100) for i in range(4)]
     [200, 100, 0, 0]
@@ -84,7 +84,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Tally:
-    """A running sum over calls. Subtract two of them to get what happened in between."""
+    """A running sum over calls. The difference of two is the sum of the calls in between."""
 
     calls: int = 0
     payload: int = 0
@@ -104,7 +104,7 @@ class Tally:
 
 
 class Ledger:
-    """Counts every call, in `total` and `by` (phase, op, axis), and tells listeners of each."""
+    """Counts every call, in `total` and `by` (phase, op, axis), and calls listeners with each."""
 
     def __init__(self) -> None:
         self.total = Tally()
@@ -112,16 +112,16 @@ class Ledger:
         self.listeners: list[Callable[[Call], None]] = []
 
     def enter(self, call: Call) -> None:
-        """Count a call at the moment it starts; listeners hear of it then.
+        """Count a call when it starts, and call the listeners.
 
-        What the backend sends is counted here by formula, what is sent by hand as it is.
+        Bytes that the backend sends are counted here by formula, others in `handed_over`.
         """
         self._add(call, Tally(1, call.payload, call.sent, 0.0))
         for listen in self.listeners:
             listen(call)
 
     def handed_over(self, call: Call, sent: int) -> None:
-        """Count bytes of a collective by hand, as the transport gets them."""
+        """Count bytes that a collective of ours sends, or moves in shared memory."""
         call.sent += sent
         self._add(call, Tally(sent=sent))
 

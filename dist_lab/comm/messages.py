@@ -1,4 +1,4 @@
-"""How a collective by hand sends its messages: each counted as it is handed over, under one tag."""
+"""The sends and receives of a collective by hand: counted when sent, all under one tag."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from dist_lab.comm.algorithms import Work
 from dist_lab.comm.ledger import Call
 from dist_lab.mesh import Axis
 
-# Up to so many bytes a swap is one call of the backend's all_to_all: below, calls cost more than
-# the copy into one tensor; above, sums begin while other pieces are still on their way.
+# Up to this many bytes, a swap is one call of the backend's all_to_all: N-1 calls would cost more
+# than the copy into one tensor. Above, sums begin while other pieces are still on their way.
 SWAP_IN_ONE_CALL = 1 << 20
 
 
 @dataclass(frozen=True)
 class Message:
-    """A send or a receive. Left to itself it would wait as long as its group was made for, which
-    is the library's 30 minutes, whatever the group's timeout was set to since."""
+    """A send or a receive, with our time limit. By default it would wait for the time limit that
+    its group was created with, the library's 30 minutes, whatever the group's is now."""
 
     work: dist.Work
     limit: timedelta
@@ -31,12 +31,11 @@ class Message:
 class Messages:
     """The `Post` of one call on one axis.
 
-    [Note: tags] Two collectives may be on their way at once, and the later steps of the first then
-    mix with the second's. So every call of an axis has a tag of its own, counted alike on all
-    ranks. The tag 0 is left to `exchange`.
+    [Note: tags] Two collectives may be on their way at once, and the later steps of the first mix
+    with those of the second. So every call on an axis has a tag of its own, counted alike on all
+    ranks. `exchange` has the tag 0.
 
-    [Note: silence] On a mesh that is pretended, what is sent is counted and goes nowhere, and what
-    is received is zero.
+    [Note: silence] On a pretended mesh a send is counted and goes nowhere, and zeros are received.
     """
 
     def __init__(self, call: Call, axis: Axis, tag: int) -> None:

@@ -1,6 +1,6 @@
-"""The collectives. Each takes the axis it runs along, and is counted.
+"""The collectives. Each takes the axis it runs along, and the ledger counts it.
 
-Two forms of each:
+Each has two forms:
 
     y = all_reduce(x, axis)                      out of place, blocking; returns the result
     pending = all_reduce_into(buffer, axis)      into memory the caller owns, returns at once;
@@ -8,14 +8,14 @@ Two forms of each:
     buffer = pending.wait()                      blocks until the buffer may be read
 
 `_into` is for buckets and gather buffers, where a second copy costs more than the sum itself. A
-buffer must not be touched before `wait()`, and every rank waits for its calls in the same order: a
-collective by hand sends its first messages at the call and, if it has more rounds than one, the
-others from inside `wait()`. On an axis of size 1 every operation is the identity, and an
-out-of-place form then returns its argument itself. The `_coalesced` ones are many in one.
+buffer must not be touched before `wait()`, and every rank must wait for its calls in the same
+order: a collective by hand sends its first messages at the call, and those of later rounds from
+inside `wait()`. On an axis of size 1 every operation is the identity, and the out-of-place forms
+return their argument itself. A `_coalesced` form is many collectives in one.
 
-Who carries one is set for a whole mesh (`init_mesh(collectives=...)`), or by `algorithm` for one
-call: "backend", a family of `algorithms.py`, or "auto", which is the fastest as measured. Any of
-them gives every rank the same bits; in floating point, two of them may round differently.
+The algorithm is set for a whole mesh (`init_mesh(collectives=...)`), or for one call by
+`algorithm`: "backend", a family of `algorithms.py`, or "auto", the fastest as measured. Each gives
+every rank the same bits; in floating point, two of them may round differently.
 
 Notation: `x[D_X]` is sharded over axis X, `x{U_X}` is a partial sum over X (The Scaling Book, ch.
 3).
@@ -53,7 +53,7 @@ def all_reduce(
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, *, algorithm: str | None = None) -> Tensor:
-    """x[D_X] -> x[D]: everyone's piece, concatenated along `dim`. Equal shapes, not 0-dim."""
+    """x[D_X] -> x[D]: the ranks' x, concatenated along `dim`. Equal shapes, not 0-dim."""
     if axis.size == 1:
         return x
     out = x.new_empty(axis.size, *x.shape)
@@ -78,7 +78,8 @@ def reduce_scatter(
 def all_to_all(
     x: Tensor, axis: Axis, split_dim: int, concat_dim: int, *, algorithm: str | None = None
 ) -> Tensor:
-    """x[A_X, B] -> x[A, B_X]: piece j along `split_dim` goes to rank j, which concatenates.
+    """x[A_X, B] -> x[A, B_X]: piece j along `split_dim` goes to rank j, which concatenates along
+    `concat_dim`.
 
     Raises ValueError if `split_dim` does not divide by the axis size.
     """
@@ -98,7 +99,7 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0, *, algorithm: str | None =
 
 
 def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
-    """The bytes of every rank, in order of position. For small things of unequal length."""
+    """The bytes of every rank, in order of position. For small data of unequal length."""
     if axis.size == 1:
         return [data]
     device = axis.wire.device
@@ -109,15 +110,16 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
 
 
 def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
-    """Zeros, flat: in memory that all ranks see, if they can.
+    """A flat buffer of zeros, in memory that all ranks map where that is possible.
 
-    `all_reduce_into` sums it there, `all_gather_coalesced` reads it from there if it is what each
-    rank gives, and `reduce_scatter_coalesced` if it is the staging; given a view of it they do not.
-    What has 16 bits is read there, and summed by messages.
+    These collectives then need no message: `all_reduce_into` and `all_gather_into` of the buffer,
+    `reduce_scatter_into` from it, `all_gather_coalesced` with it as input and
+    `reduce_scatter_coalesced` with it as staging. They recognise the buffer itself, not a view of
+    it. Sums of 16-bit numbers travel by messages.
 
-    They can if `collectives` is "auto", the backend gloo, the ranks on one machine, that is Linux
-    with room in /dev/shm, and the dtype float32, float64, bfloat16 or float16. Otherwise it is
-    memory like any other. Collective over the axis.
+    It is possible if `collectives` is "auto", the backend gloo, all ranks on one Linux machine with
+    room in /dev/shm, and the dtype float32, float64, bfloat16 or float16. Otherwise the buffer is
+    ordinary memory. Collective over the axis.
     """
     wire = axis.wire
     if axis.size == 1 or wire.collectives != "auto" or wire.backend != "gloo":
@@ -131,7 +133,7 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
             said = all_gather_bytes(b"all" if len(everyone) == axis.size else b"not all", axis)
     finally:
         if mine is not None:
-            mine.unlink()  # what it names lives on until the last rank has let go of it
+            mine.unlink()  # the memory lives on until the last rank unmaps it
     if set(said) != {b"all"}:
         return torch.zeros(length, dtype=dtype)
     buffer = torch.from_numpy(everyone[axis.index].data).view(dtype)

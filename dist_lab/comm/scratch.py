@@ -123,7 +123,7 @@ class Scratch:
 def _all_reduce(window: Window, out: Tensor) -> Moves:
     """x{U_X} -> x[D_X] -> x: rank i sums piece i, and copies the sums of the other pieces.
 
-    It leaves its sum in its own buffer, in place of its piece i, which no other rank reads.
+    The sum of piece i takes the place of the addend in rank i's buffer, which no other rank reads.
     """
     whole, i = as_array(out), window.index
     cuts = slices(lengths(len(out), window.size))

@@ -42,7 +42,7 @@ def all_reduce(window: Window, theirs: Sequence[Array]) -> Moves:
         for block in blocks:
             block[:] = total
     window.depart(number)
-    yield [Barrier(window, DEPARTED, number)]  # now the sums of all other pieces are here
+    yield [Barrier(window, DEPARTED, number)]  # the other ranks have written their sums here
     return 2 * (window.size - 1) * theirs[0].nbytes
 
 
@@ -50,8 +50,8 @@ def reduce_scatter(window: Window, theirs: Sequence[Array], mine: Array | Tensor
     """mine becomes the sum of theirs, each (outer, inner).
 
     Args:
-        mine: an array of their type that shares no memory with them, or any tensor, which is filled
-            block by block by way of a spare one.
+        mine: an array of the same type that shares no memory with theirs, or any tensor: sums are
+            then made in a spare block and copied, which casts them.
     """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
@@ -76,10 +76,10 @@ def all_gather(
     *,
     own: bool = True,
 ) -> Moves:
-    """Each mine[j][k] gets the values of theirs[j][k], of rank j.
+    """mine[j][k] becomes a copy of theirs[j][k], which is in rank j's buffer.
 
     Args:
-        own: also those of this rank; else they are in place already.
+        own: whether to copy this rank's too; False if they are in place already.
     """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
@@ -95,7 +95,7 @@ def all_gather(
 
 
 def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
-    """The sum of two or more, in their order."""
+    """The sum of two or more blocks, in the order of the ranks."""
     total: Array = np.add(blocks[0], blocks[1], out=out)
     for block in blocks[2:]:
         total += block
@@ -103,7 +103,8 @@ def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
 
 
 def slices(lengths: Sequence[int]) -> list[slice]:
-    """
+    """Consecutive slices of these lengths.
+
     >>> slices([2, 3])
     [slice(0, 2, None), slice(2, 5, None)]
     """

@@ -1,8 +1,8 @@
-"""The wire: what all axes of one mesh share on their way to the network.
+"""The state that all axes of one mesh share on one rank.
 
-One rank has one wire. It numbers the calls, keeps the ledger, knows in which phase of the step and
-for which unit of the model bytes travel, and turns a transport's error into a sentence that names
-the rank, the call and the line that made it. There is no other state behind the collectives.
+It numbers the calls, keeps the ledger, labels each call with the phase of the step and the unit of
+the model, and turns an error of the transport into a sentence that names the rank, the call and the
+line that made it. There is no other state behind the collectives.
 """
 
 import sys
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
 
-LAST_TAG = 2**31 - 1  # they are 32-bit integers
+LAST_TAG = 2**31 - 1  # tags are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
 
 
@@ -43,8 +43,8 @@ class Wire:
 
     Attributes:
         timeout: seconds that a message may take; the mesh sets it.
-        pretended: the other ranks are not there; see `mesh.pretended`.
-        shared: a buffer in shared memory -> those of all ranks; see `ops.shared_buffer`.
+        pretended: the other ranks do not exist; see `mesh.pretended`.
+        shared: shared buffer -> its `Window`, the memory of all ranks; see `ops.shared_buffer`.
 
     Raises:
         UserError: no such setting of `collectives`, or not on this backend.
@@ -67,7 +67,7 @@ class Wire:
 
     @contextmanager
     def during(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
-        """Whatever is sent inside the block belongs to this phase and unit."""
+        """Label all calls inside the block with this phase and unit."""
         before = self.phase, self.unit
         self.phase = self.phase if phase is None else phase
         self.unit = self.unit if unit is None else unit
@@ -80,7 +80,7 @@ class Wire:
         self, op: str, axis: str, size: int, about: str, payload: int, due: int,
         algorithm: str = "backend",
     ) -> Call:  # fmt: skip
-        """Name the collective that is about to start."""
+        """Number and label the collective that is about to start."""
         self._calls += 1
         return Call(
             self._calls, op, axis, size, about, payload, due, self.phase, self.unit, _caller(),
@@ -88,7 +88,7 @@ class Wire:
         )  # fmt: skip
 
     def tag(self, axis: str) -> int:
-        """For the messages of the next collective by hand on an axis; see [Note: tags]."""
+        """The tag of the next collective by hand on an axis; see [Note: tags]."""
         self._tags[axis] = self._tags.get(axis, 0) % LAST_TAG + 1
         return self._tags[axis]
 
@@ -100,14 +100,14 @@ class Wire:
         )
 
     def failure(self, call: Call, error: Exception) -> CollectiveError:
-        """The transport's error, with the rank, the call and the place put before it."""
+        """The transport's error, preceded by the rank, the call and the line that made it."""
         return CollectiveError(f"{self.describe(call)}: {error}")
 
     def log(self, write: Callable[[str], object]) -> None:
         """Write one line for each collective as it fires: the answer to "when do ranks talk?".
 
-        `write` gets it whole, with its newline, so that lines of several ranks do not mix. Rank 0
-        first says which algorithms are used.
+        `write` gets a whole line with its newline, so that the lines of several ranks do not mix.
+        Rank 0 first writes which algorithms are used.
         """
         if self.rank == 0:
             means = effective(self.collectives, self.backend)
