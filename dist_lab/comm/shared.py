@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -182,32 +183,22 @@ def create(length: int, dtype: torch.dtype) -> Path | None:
     # The ranks send each other the names, which must all be as long.
     path = FOLDER / f"dist_lab-{os.getpid():010}-{secrets.token_hex(8)}"
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
+            # Reserve the room now: at the first write, a lack of it would kill the process.
+            os.posix_fallocate(file.fileno(), 0, HEADER + length * dtype.itemsize)
     except OSError:
+        path.unlink(missing_ok=True)
         return None
-    try:
-        # Reserve the room now: at the first write, a lack of it would kill the process.
-        os.posix_fallocate(file, 0, HEADER + length * dtype.itemsize)
-    except OSError:
-        path.unlink()
-        return None
-    finally:
-        os.close(file)
     return path
 
 
 def attach(path: str, length: int, dtype: torch.dtype) -> Memory | None:
     """Map the file of some rank; None if it is missing, or on another machine."""
     try:
-        file = os.open(path, os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        memory = mmap.mmap(file, HEADER + length * dtype.itemsize)
+        with open(path, "r+b") as file:
+            memory = mmap.mmap(file.fileno(), HEADER + length * dtype.itemsize)
     except (OSError, ValueError):
         return None
-    finally:
-        os.close(file)
     counters = memoryview(memory)[:16].cast("q")
     data = np.frombuffer(memory, TYPES[dtype], length, HEADER)
     return Memory(counters, data, int(Path(path).name.split("-")[1]))
