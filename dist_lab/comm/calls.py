@@ -19,7 +19,7 @@ from dist_lab.comm.shared_collectives import Moves
 from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
 from dist_lab.mesh import Axis
 
-BACKEND: dict[str, Callable[..., dist.Work | None]] = {
+BY_BACKEND: dict[str, Callable[..., dist.Work | None]] = {
     "all_reduce": dist.all_reduce,
     "all_gather": dist.all_gather_single,
     "reduce_scatter": dist.reduce_scatter_single,
@@ -120,7 +120,7 @@ def start(
     Args:
         out: the result.
         algorithm: for this call alone; None: the setting of the mesh.
-        by_hand, by_backend: the arguments of the one and of the other.
+        by_hand, by_backend: arguments of the algorithm by hand, and of the backend's.
     """
     op, axis, wire = spec.op, spec.axis, spec.axis.wire
     if algorithm is not None:
@@ -135,7 +135,7 @@ def start(
         # On a pretended mesh an algorithm takes its memory and counts its bytes, but hears nothing.
         # The fake backend then answers as if all ranks were like this one, as comparisons need.
         if chosen == "backend" or wire.pretended:
-            work = BACKEND[op](*by_backend, group=axis.group, async_op=True)
+            work = BY_BACKEND[op](*by_backend, group=axis.group, async_op=True)
             yield [work] if work is not None else []
 
     return _launched(call, axis, steps(), out)
@@ -153,11 +153,11 @@ def start_shared(spec: Spec, out: Tensor, due: int, window: Window, moves: Moves
 
 
 def _launched(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
-    """Check the call if that is asked for, count it, and begin: the first step posts messages."""
+    """Compare the call with the other ranks' if asked to, count it, and take its first step."""
     check: Iterable[Sequence[Work]] = []
     if axis.wire.check:
         check = _begun(_compare(call, axis))
-        if axis.channel == 0:  # on others a rank may come much later, and must not be waited for
+        if axis.channel == 0:  # on others a rank may call much later, and is not waited for here
             _go_through(check, call, axis)
             check = []
     axis.wire.ledger.enter(call)
@@ -192,12 +192,12 @@ def _begun(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
 
 
 def _compare(call: Call, axis: Axis) -> Steps:
-    """Refuse a collective that the other ranks of the axis are not about to call as well.
+    """Check that all ranks of the axis are about to call the same collective.
 
     [Note: the order check] Collectives have no names on the network: ranks that call different
     ones hang, or read each other's bytes as something else. With `check` every rank first sends a
-    description of fixed length, which is the same collective whatever the ranks were about to do.
-    A rank that calls nothing at all is still a time-out, which names the line that waited.
+    description of fixed length; that is the same collective, whatever the ranks are about to call.
+    If a rank calls nothing at all, the others still time out, with the line that waited.
     """
     width = 256
     how = "" if call.algorithm == "backend" else f" by {call.algorithm}"
@@ -213,9 +213,9 @@ def _compare(call: Call, axis: Axis) -> Steps:
     except RuntimeError as error:
         raise axis.wire.failure(call, error) from error
     yield [work] if work is not None else []
-    said = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
-    if len({text.split(" at ")[0] for text in said}) > 1:
-        each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, said, strict=True))
+    calls = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
+    if len({text.split(" at ")[0] for text in calls}) > 1:
+        each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, calls, strict=True))
         raise CollectiveMismatch(
             f"call #{call.number}: the ranks of {axis.name} disagree, and would have hung: {each}"
         )
