@@ -145,7 +145,7 @@ def _fold(
         parts: each strategy with its options.
     """
     layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
-    whole = Applied(layouts, Chain())
+    whole: Applied | None = None
     for part, options in sorted(parts, key=_place_in_order):
         axes = {name: mesh.channel(name) for name in part.axes}
         setup = Setup(model, mesh, axes, layouts, full_value, units, param_dtype, recompute)
@@ -153,8 +153,10 @@ def _fold(
         if not isinstance(applied, Applied):
             raise UserError(f"a strategy returns Applied(layouts, sync), this one {applied!r:.60}")
         assert all(applied.layouts[n].extends(where) for n, where in layouts.items()), part.label
-        whole, layouts = _together(whole, applied), dict(applied.layouts)
+        whole = applied if whole is None else _together(whole, applied)
+        layouts = dict(applied.layouts)
         full_value = _own_value(model)
+    assert whole is not None, "no strategy"
     casts = {part.impl.casts for part, _ in parts}
     if param_dtype is not None and Casts.ALL not in casts:
         compute_in(model, param_dtype, parameters=Casts.PARAMETERS not in casts)
