@@ -1,16 +1,16 @@
 """The table of strategies, and that of models: what there is to choose from, as data without torch.
 
-A strategy's row says what it does and where its code is; compose.py reads it. The code behind the
-models is in zoo/; tests hold the two against each other.
+A strategy's row says what it does and where its code is; compose.py reads it.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from dist_lab.errors import UserError, nearest
 from dist_lab.settings import one_of, shown
+from dist_lab.zoo.sizes import SIZES
 
 
 class Casts(Enum):
@@ -127,48 +127,48 @@ REFUSED: Mapping[tuple[str, str], str] = {
 
 @dataclass(frozen=True)
 class Model:
-    """What goes with a model: the sizes there are, the data it reads, the images it can take."""
+    """What goes with a model: the data it reads, the images it can take, and what cannot be split.
 
-    sizes: tuple[str, ...]
-    blocks: Mapping[str, int]  # of a size: what a pipeline may cut between
+    The sizes there are stand in zoo/sizes.py.
+    """
+
+    name: str
     reads: str  # text or images
     data: str  # that it learns from unless told otherwise
     patch: int = 1  # sides of an image divide by it
     smallest: int = 1  # side of an image
-    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of a size: queries, keys
+    own_blocks: int = 0  # of a model without `layers`
     whole: str = ""  # why tp cannot split it
 
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return tuple(SIZES[self.name])
 
-SIZES = ("tiny", "small", "25m", "124m")
-LAYERS = {"tiny": 4, "small": 8, "25m": 8, "124m": 12}
+    def blocks(self, size: str) -> int:
+        """What a pipeline may cut between."""
+        return SIZES[self.name][size].get("layers", self.own_blocks)
+
+    def heads(self, size: str) -> tuple[int, int] | None:
+        """Of queries, and of keys and values; None without attention."""
+        shape = SIZES[self.name][size]
+        return (shape["heads"], shape.get("kv_heads", shape["heads"])) if "heads" in shape else None
+
+
 MODELS = {
-    "gpt": Model(
-        SIZES,
-        LAYERS,
-        reads="text",
-        data="stdlib",
-        heads={"tiny": (4, 2), "small": (8, 4), "25m": (8, 4), "124m": (16, 4)},
-    ),
-    "mlp": Model(SIZES, LAYERS, reads="text", data="stdlib"),
-    "vit": Model(
-        SIZES,
-        LAYERS,
-        reads="images",
-        data="glyphs",
-        patch=4,
-        heads={"tiny": (4, 4), "small": (8, 8), "25m": (8, 8), "124m": (16, 16)},
-    ),
+    "gpt": Model("gpt", reads="text", data="stdlib"),
+    "mlp": Model("mlp", reads="text", data="stdlib"),
+    "vit": Model("vit", reads="images", data="glyphs", patch=4),
     "resnet18": Model(
-        SIZES[:1],
-        {"tiny": 8},
+        "resnet18",
         reads="images",
         data="glyphs",
         smallest=9,
+        own_blocks=8,
         whole="tp splits matrices, and all but 17,442 of its parameters are convolutions and norms",
     ),
 }
+ALL_SIZES = tuple(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))
 IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
-DATA_AXES = ("dp", "fsdp")  # along these, ranks share out the rows of the batch
 COLLECTIVES = ("auto", "backend", "ring", "direct", "tree")
 
 
@@ -178,9 +178,10 @@ def check_split(name: str, size: str, impl: str, ranks: int) -> None:
     if model.whole:
         able = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
         raise UserError(f"no tp of {name}: {model.whole} (--model); give {' or '.join(able)}")
-    if size not in model.heads:
+    heads = model.heads(size)
+    if heads is None:
         return
-    queries, keys = model.heads[size]
+    queries, keys = heads
 
     def fits(n: int) -> bool:
         shared = impl == "hand" and n % keys == 0  # a key head may lie on several ranks

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_lab.choices import (
+    ALL_SIZES,
     COLLECTIVES,
-    DATA_AXES,
     MODELS,
-    SIZES,
     STRATEGIES,
     Strategy,
     check_fits,
@@ -26,6 +25,7 @@ from dist_lab.choices import (
 from dist_lab.errors import UserError
 from dist_lab.parallel.pp_schedules import Schedule, make
 from dist_lab.settings import one_of, read, setting, shown
+from dist_lab.topology import DATA_AXES
 
 C = TypeVar("C", bound="Config")
 
@@ -86,7 +86,7 @@ class Config:
         "blocks; of images: a vision transformer, or a ResNet",
         heading="what is trained", choices=tuple(MODELS))
     size: str = setting("tiny", "about 1, 8, 25 or 124 million parameters; resnet18 has 11 million "
-        "and one size, tiny", choices=SIZES)
+        "and one size, tiny", choices=ALL_SIZES)
     layers: int | None = setting(None, "blocks of the model; default: as its size has", low=1,
         high=10_000)
     data: str = setting("", "text: stdlib (Python's own source), a file, a folder; images: glyphs "
@@ -136,7 +136,7 @@ class Config:
     @property
     def blocks(self) -> int:
         """Of the model, between which a pipeline may cut it."""
-        return self.layers or MODELS[self.model].blocks[self.size]
+        return self.layers or MODELS[self.model].blocks(self.size)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The mesh for so many processes, axis -> processes along it; {} for one process alone.

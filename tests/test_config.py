@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_lab import choices
-from dist_lab.choices import DATA_AXES, IMPLEMENTATIONS, STRATEGIES
+from dist_lab.choices import IMPLEMENTATIONS, STRATEGIES
 from dist_lab.config import Config, cores, parse
 from dist_lab.errors import UserError
 from dist_lab.settings import kind, one_of
@@ -478,17 +478,16 @@ def test_a_preset_says_what_it_is_about_and_sets_what_differs(path):
 
 
 def test_the_command_line_offers_what_the_library_has():
-    from dist_lab import config, topology, train, zoo
+    from dist_lab import config, train, zoo
 
     offered = {(name, impl) for name, row in STRATEGIES.items() for impl in row.impls}
     assert offered == set(IMPLEMENTATIONS)
-    assert set(DATA_AXES) <= set(topology.DATA_AXES)
     choices = {f.name: set(f.metadata.get("choices", ())) for f in dataclasses.fields(Config)}
     assert choices["model"] == set(zoo.SIZES)
     assert choices["size"] == set().union(*zoo.SIZES.values())
     for name, model in zoo.MODELS.items():
         for size, shape in zoo.SIZES[name].items():
-            assert config.MODELS[name].blocks[size] == shape.get("layers", len(model.units))
+            assert config.MODELS[name].blocks(size) == shape.get("layers", len(model.units))
     assert choices["dtype"] == set(train.DTYPES)
     assert choices["optimizer"] == set(train.OPTIMIZERS)
 

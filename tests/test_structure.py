@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "hooks", "topology", "torchvision_import", "processes.ranks"],
     ["settings", "processes.failures"],
-    ["choices", "zoo", "data", "loss", "parallel.pp_actions"],
+    ["zoo", "data", "loss", "parallel.pp_actions"],
+    ["choices"],
     ["parallel.pp_refuse", "parallel.pp_file"],
     ["parallel.pp_timeline"],
     ["parallel.pp_check"],

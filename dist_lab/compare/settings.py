@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dist_lab.choices import DATA_AXES, STRATEGIES
+from dist_lab.choices import STRATEGIES
 from dist_lab.compare.ratios import CONFIDENCE, fewest_rounds
 from dist_lab.config import (
     Config,
@@ -15,6 +15,7 @@ from dist_lab.config import (
 )
 from dist_lab.errors import UserError
 from dist_lab.settings import one_of, setting, shown
+from dist_lab.topology import DATA_AXES
 
 DEFAULTS = {"steps": 3}  # a round; short rounds are close in time
 SMOKE = {"size": "tiny", "batch": 8, "seq": 32, "steps": 2, "rounds": 8}

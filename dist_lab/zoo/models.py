@@ -1,0 +1,56 @@
+"""The table of models, and `build`, which makes one of a size."""
+
+from typing import Any
+
+import torch
+
+from dist_lab.zoo.gpt import GPT
+from dist_lab.zoo.init import initialize
+from dist_lab.zoo.mlp import MLP
+from dist_lab.zoo.resnet import ResNet18
+from dist_lab.zoo.sizes import SIZES
+from dist_lab.zoo.vit import ViT
+
+Model = GPT | MLP | ViT | ResNet18
+MODELS: dict[str, type[GPT] | type[MLP] | type[ViT] | type[ResNet18]] = {
+    "gpt": GPT,
+    "mlp": MLP,
+    "vit": ViT,
+    "resnet18": ResNet18,
+}
+
+
+def build(
+    name: str,
+    size: str,
+    *,
+    vocab: int,
+    image: tuple[int, int, int] | None = None,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **overrides: Any,
+) -> Model:
+    """A model of the zoo, initialized by (seed, parameter name) and by nothing else.
+
+    `vocab` is the number of tokens, or of classes; `image` the (channels, height, width) that a
+    model of images reads. `overrides` replace constructor arguments of SIZES: `layers=2`,
+    `tied=True`. On the "meta" device nothing is drawn and nothing allocated;
+    `initialize(model, seed)` does both later.
+
+    Raises ValueError for a name or size that is not in SIZES, an `image` that is missing or for
+    nothing, or one that the model cannot take.
+    """
+    if name not in SIZES:
+        raise ValueError(f"no model named {name!r}: choose from {', '.join(SIZES)}")
+    if size not in SIZES[name]:
+        raise ValueError(f"{name} has no size {size!r}: choose from {', '.join(SIZES[name])}")
+    reads = MODELS[name].reads
+    if (image is not None) != (reads == "images"):
+        raise ValueError(f"{name} reads {reads}, not image={image}")
+    shape: dict[str, Any] = {} if image is None else {"image": image}
+    with torch.device("meta"):
+        model: Model = MODELS[name](vocab, **SIZES[name][size] | shape | overrides).to(dtype)
+    if torch.device(device).type != "meta":
+        initialize(model, seed, device)
+    return model
