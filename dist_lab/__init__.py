@@ -3,14 +3,12 @@
     mesh = dist_lab.init_mesh(dp=4)
     job = dist_lab.parallelize(model, mesh, strategy="dp")
 
-`import dist_lab` is instant: names are loaded when they are first used, torch with them. It also
-lets `import torchvision` succeed beside a CPU-only torch (see dist_lab/torchvision_import.py).
+`import dist_lab` is instant and changes nothing: names are loaded when they are first used, torch
+with them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from dist_lab import torchvision_import
 
 if TYPE_CHECKING:
     from dist_lab.compose import parallelize
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from dist_lab.loss import cross_entropy_sum
     from dist_lab.mesh import Axis, Mesh, init_mesh
     from dist_lab.parity import verify
+    from dist_lab.torchvision_import import fix_torchvision
 
 WHERE = {
     "Axis": "mesh",
@@ -28,6 +27,7 @@ WHERE = {
     "TrainingDiverged": "errors",
     "UserError": "errors",
     "cross_entropy_sum": "loss",
+    "fix_torchvision": "torchvision_import",
     "init_mesh": "mesh",
     "parallelize": "compose",
     "verify": "parity",
@@ -36,10 +36,8 @@ WHERE = {
 __version__ = "0.1.0"
 __all__ = [
     "Axis", "Job", "MachineError", "Mesh", "TrainingDiverged", "UserError", "cross_entropy_sum",
-    "init_mesh", "parallelize", "verify",
+    "fix_torchvision", "init_mesh", "parallelize", "verify",
 ]  # fmt: skip
-
-torchvision_import.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_lab import choices, zoo
+from dist_lab import choices, fix_torchvision, zoo
 
 VOCAB = 61  # prime: nothing divides it
 IMAGE = (2, 12, 8)
@@ -35,6 +35,7 @@ def resnet(dtype: torch.dtype = torch.float64) -> nn.Module:
 
     No bias stands before a BatchNorm, where its true gradient would be zero.
     """
+    fix_torchvision()
     from torchvision.models.resnet import BasicBlock
 
     with torch.random.fork_rng():

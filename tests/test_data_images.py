@@ -343,7 +343,9 @@ def test_who_comes_while_another_fetches_waits_and_fetches_nothing(tmp_path: Pat
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
-        import dist_lab, torchvision
+        import dist_lab
+        dist_lab.fix_torchvision()
+        import torchvision
         from dist_lab.data import datasets
         torchvision.datasets.MNIST.download = lambda self: sys.exit("fetched again")
         print("ready", flush=True)

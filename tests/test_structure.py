@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,7 @@ def test_a_file_imports_only_what_lies_below_it(path):
 def test_the_models_know_nothing_of_the_rest():
     for path in (PACKAGE / "zoo").glob("*.py"):
         ours = {name for name in imports(path) if name.startswith("dist_lab")}
+        ours -= {"dist_lab.torchvision_import.fix_torchvision"}  # of installing, not of training
         assert all(name.startswith("dist_lab.zoo") for name in ours), (path, ours)
 
 
@@ -126,9 +128,11 @@ def test_import_dist_lab_and_its_configuration_cost_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_torchvision_is_importable_after_dist_lab():
+def test_torchvision_is_importable_once_it_is_fixed():
     code = (
-        "import dist_lab, torchvision, torch;"
+        "import dist_lab, sys; dist_lab.fix_torchvision(); dist_lab.fix_torchvision();"
+        "assert 'torchvision' not in sys.modules;"
+        "import torchvision, torch;"
         "print(torchvision.models.resnet18(num_classes=3)(torch.ones(2, 3, 64, 64)).shape)"
     )
     done = subprocess.run(
@@ -137,16 +141,42 @@ def test_torchvision_is_importable_after_dist_lab():
     assert done.stdout == "torch.Size([2, 3])\n", done.stderr
 
 
-def test_a_torchvision_that_imports_is_left_alone(tmp_path):
+@pytest.mark.parametrize("compiled", ["absent", "loads", "does not load"])
+def test_only_a_torchvision_whose_compiled_part_does_not_load_is_fixed(tmp_path, compiled):
     fake = tmp_path / "torchvision"
     fake.mkdir()
     (fake / "__init__.py").write_text("loads = globals().get('loads', 0) + 1\n")
+    if compiled == "loads":
+        lib = Path(find_spec("torch").origin).parent / "lib"
+        (fake / "_C.so").symlink_to(next(lib.glob("libc10.*")))
+    elif compiled == "does not load":
+        (fake / "_C.so").write_text("built against another torch")
     code = (
-        "import dist_lab, torchvision, sys; from dist_lab import torchvision_import as t;"
-        "sys.exit(torchvision.loads != 1 or bool(t.kept))"
+        "import dist_lab; dist_lab.fix_torchvision(); import torch, torchvision, sys;"
+        "declared = getattr(torch.ops.torchvision, 'nms', None) is not None;"
+        "assert torchvision.loads == 1; print(declared)"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"{compiled == 'does not load'}\n", done.stderr
+
+
+def test_without_torchvision_there_is_nothing_to_fix():
+    code = "import dist_lab, sys; sys.modules['torchvision'] = None; dist_lab.fix_torchvision()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_importing_dist_lab_changes_nothing_in_the_process():
+    code = (
+        "import sys; state = lambda: (list(sys.meta_path), list(sys.path), list(sys.path_hooks));"
+        "before = state(); import dist_lab, dist_lab.config, dist_lab.data, dist_lab.zoo;"
+        "assert state() == before, state()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_top_level_holds_what_it_should_and_no_more():

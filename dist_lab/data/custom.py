@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dist_lab.errors import UserError
+from dist_lab.torchvision_import import fix_torchvision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,7 @@ def locate(spec: str) -> tuple[str, str]:
 def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Data:
     """Call the function, and raise UserError unless it returns a Data with a right first batch."""
     module, name = locate(spec)
+    fix_torchvision()  # the module may well import it
     with blaming(spec, f"importing {module}"):
         function = getattr(importlib.import_module(module), name, None)
     if not callable(function):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_lab.errors import MachineError, UserError
+from dist_lab.torchvision_import import fix_torchvision
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def fetch(spec: str, cache: Path) -> None:
                 )
             if lacking:
                 with tempfile.TemporaryDirectory(prefix=f".{spec}-", dir=cache) as partial:
+                    fix_torchvision()
                     import torchvision
 
                     getattr(torchvision.datasets, dataset.torchvision)(partial, download=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_lab.data.datasets import DATASETS, image_of
 from dist_lab.data.order import Ids, Order, positions
 from dist_lab.errors import UserError
+from dist_lab.torchvision_import import fix_torchvision
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -62,6 +63,7 @@ class Stored:
 
 def load(spec: str, cache_dir: Path, *, train: bool) -> tuple[Pixels, Ids]:
     """Images (N, C, H, W) and their classes (N,). torchvision checks CIFAR-10's files by MD5."""
+    fix_torchvision()
     import torchvision
 
     dataset = DATASETS[spec]

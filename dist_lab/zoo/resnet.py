@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dist_lab.torchvision_import import fix_torchvision
+
 
 class ResNet18(nn.Module):
     """images (B, C, height, width) of the dtype of the weights -> logits (B, V). 11 M parameters.
@@ -32,6 +34,7 @@ class ResNet18(nn.Module):
 
     def __init__(self, classes: int, *, image: tuple[int, int, int]):
         super().__init__()
+        fix_torchvision()
         from torchvision.models import resnet18  # here: it takes a second that no other model needs
 
         theirs = resnet18(num_classes=classes)
