@@ -1,6 +1,7 @@
 """The same samples in every layout, each once an epoch, from a cache that survives its builders."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -350,6 +351,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "grown": lambda whole: whole + b"x",
     "zeroed": lambda whole: bytes(len(whole)),
     "other JSON": lambda whole: b"[1, 2]".ljust(len(whole)),
+    "of the former format": lambda whole: (
+        json.dumps({"train": 900, "validation": 100, "sha256": "0" * 64}).encode().ljust(256)
+        + bytes(1000)
+    ),
 }
 
 
