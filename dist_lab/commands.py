@@ -98,7 +98,7 @@ def meet(config: Config, mesh: Mesh) -> Data:
         mesh.wire.log(sys.stderr.write)
     with together(mesh.world):
         data = open_data(batch=config.batch, seed=config.seed, **config.data_wanted())
-    return Cast(data, image=data.image, dtype=parameter_dtype(config))
+    return Cast(data, parameter_dtype(config))
 
 
 def draw(config: Config, data: Data, device: str = "cpu") -> zoo.Model:

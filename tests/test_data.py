@@ -600,17 +600,18 @@ def words(batch, seq, seed):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Write mine.py into the current folder, which is on nobody's path."""
+    """Write mine.py into the current folder, which is on nobody's path, and never stays there."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = list(sys.path)
 
     def write(code: str) -> None:
         (folder / "mine.py").write_text(code)
 
     yield write
-    for name in [name for name in sys.modules if name.split(".")[0] in ("mine", "package")]:
+    assert sys.path == path
+    for name in [name for name in sys.modules if name.split(".")[0] in ("mine", "package", "near")]:
         del sys.modules[name]
 
 
@@ -630,6 +631,48 @@ def test_a_function_of_ones_own_is_found_in_the_current_folder(
     assert (found.name, found.vocab) == ("words", 50)
     assert found.batch(0, slice(2, 3))[0].tolist() == [[28, 30, 32, 34, 36, 38]]
     data.check("mine:words", seq=6)
+
+
+def test_a_neighbor_of_the_module_may_be_imported_at_any_step(
+    module: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = "        if step == 3: import near\n        return self.whole[rows, :-1], "
+    module(GOOD.replace("        return self.whole[rows, :-1], ", late))
+    Path("near.py").touch()
+    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    monkeypatch.chdir(Path.cwd().parent)  # it is found where the module was
+    with closing(prefetch(found, slice(0, 4), 0, 5)) as batches:
+        for step, _ in enumerate(batches):
+            found.validation(0, slice(0, 4))  # while a thread is at the next batch
+            assert ("near" in sys.modules) >= (step == 3)
+
+
+WITH_WORKERS = (
+    GOOD
+    + """
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        return torch.arange(6) + row
+
+class Loaded(Words):
+    def batch(self, step, rows):
+        if step == 0:
+            return self.whole[rows, :-1], self.whole[rows, 1:]
+        loader = torch.utils.data.DataLoader(
+            Rows(), 4, num_workers=1, multiprocessing_context="spawn"
+        )
+        return [(tokens[rows], tokens[rows] + 1) for tokens in loader][0]
+"""
+)
+
+
+def test_worker_processes_find_the_module_at_any_step(module: Callable[[str], None]) -> None:
+    module(WITH_WORKERS.replace("return Words(", "return Loaded("))
+    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    assert found.batch(1, slice(2, 3))[0].tolist() == [[2, 3, 4, 5, 6, 7]]
 
 
 def test_a_function_may_lie_in_a_package(module: Callable[[str], None]) -> None:

@@ -445,8 +445,9 @@ def dots(batch, seq, seed):
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = list(sys.path)
     yield (tmp_path / "pictures.py").write_text
+    assert sys.path == path
     sys.modules.pop("pictures", None)
 
 
@@ -500,7 +501,7 @@ def test_images_of_ones_own_that_are_something_else(
 
 def test_images_are_cast_and_classes_and_tokens_are_not(tmp_path: Path) -> None:
     fake = opened("fake")
-    wide = Cast(fake, image=fake.image, dtype=torch.float64)
+    wide = Cast(fake, torch.float64)
     for a, b in ((wide.batch, fake.batch), (wide.validation, fake.validation)):
         (pixels, classes), (narrow, same) = a(0, slice(None)), b(0, slice(None))
         assert (pixels.dtype, classes.dtype) == (torch.float64, torch.int64)
@@ -508,5 +509,5 @@ def test_images_are_cast_and_classes_and_tokens_are_not(tmp_path: Path) -> None:
         assert torch.equal(classes, same)
     (tmp_path / "text.txt").write_text("some words " * 50)
     text = data.open_data(str(tmp_path / "text.txt"), batch=2, seq=5, seed=0, cache_dir=tmp_path)
-    tokens = Cast(text, image=text.image, dtype=torch.float64).batch(0, slice(None))[0]
+    tokens = Cast(text, torch.float64).batch(0, slice(None))[0]
     assert tokens.dtype == torch.int64

@@ -53,8 +53,7 @@ class Data(Protocol):
 
     name: str  # for the log
     vocab: int  # token ids, or classes, are 0 .. vocab - 1
-    image: tuple[int, int, int] | None  # channels, height, width; None: text. Data of your own that
-    # has no such attribute is text
+    image: Shape | None  # None: text. Data of your own that has no such attribute is text
     sha256: str  # of everything there is to read, for the log; "" if there is no such hash
     validation_batches: int  # how many different ones `validation` has; 0 means no validation
 
@@ -72,26 +71,33 @@ def check(
     cache_dir: Path = DEFAULT_CACHE,
     download: bool = False,
     fits: Callable[[Shape | None], None] = lambda image: None,
-) -> None:
+) -> corpus.Corpus | None:
     """Answer for `--data spec` before a rank starts: the errors of `open_data`, without torch.
 
-    The cached corpus is built on the way, or the dataset fetched. Of a `module:function` only the
-    module is looked for; what the function returns is judged by `open_data`, because running it may
-    well take torch.
+    The cached corpus is built on the way, and returned, or the dataset fetched. Of a
+    `module:function` only the module is looked for; what the function returns is judged by
+    `open_data`, because running it may well take torch.
 
     Args:
         download: fetch a dataset that is not in the cache folder.
         fits: told the shape of an image, None for text; raises if the model cannot take such data.
     """
-    refuse_download(spec, download)
+    if download and spec not in DATASETS:
+        raise UserError(
+            f"--download fetches --data {' or '.join(DATASETS)}, and --data {spec!r} is neither; "
+            "drop it"
+        )
     if custom.is_custom(spec):
         custom.locate(spec)
-        return
+        return None
     fits(image_of(spec))
     if spec in DATASETS:
         datasets.require(spec, cache_dir, download=download)
-    elif image_of(spec) is None:
-        corpus.require(corpus.find(spec, cache_dir), seq)
+    if image_of(spec) is not None:
+        return None
+    text = corpus.find(spec, cache_dir)
+    corpus.require(text, seq)
+    return text
 
 
 def open_data(
@@ -116,39 +122,21 @@ def open_data(
     does not keep the protocol of Data; MachineError when the cache folder cannot be written, or a
     dataset not be fetched.
     """
-    refuse_download(spec, download)
+    text = check(spec, seq=seq, cache_dir=cache_dir, download=download, fits=fits)
     if custom.is_custom(spec):
         data = custom.open_custom(spec, batch=batch, seq=seq, seed=seed)
         fits(data.image)
         return data
-    fits(image_of(spec))
+    order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
     # What follows is imported here and not above, because it imports torch.
-    if spec in DATASETS:
-        datasets.require(spec, cache_dir, download=download)
-        from dist_lab.data.images import Stored
+    if text is not None:
+        from dist_lab.data.text import Text
 
-        return Stored(
-            spec, cache_dir, batch=batch, seed=seed, validation_batches=validation_batches
-        )
+        return Text(text, seq=seq, **order)
     if spec == "glyphs":
         from dist_lab.data.glyphs import Glyphs
 
-        return Glyphs(batch=batch, seed=seed, validation_batches=validation_batches)
-    if image_of(spec) is not None:
-        from dist_lab.data.images import Fake
+        return Glyphs(**order)
+    from dist_lab.data.images import Fake, Stored
 
-        return Fake(spec, batch=batch, seed=seed, validation_batches=validation_batches)
-    found = corpus.find(spec, cache_dir)
-    corpus.require(found, seq)
-
-    from dist_lab.data.text import Text
-
-    return Text(found, batch=batch, seq=seq, seed=seed, validation_batches=validation_batches)
-
-
-def refuse_download(spec: str, download: bool) -> None:
-    if download and spec not in DATASETS:
-        raise UserError(
-            f"--download fetches --data {' or '.join(DATASETS)}, and --data {spec!r} is neither; "
-            "drop it"
-        )
+    return Stored(spec, cache_dir, **order) if spec in DATASETS else Fake(spec, **order)

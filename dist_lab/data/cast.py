@@ -1,25 +1,21 @@
 """The same data in another dtype: images in that of a model's parameters, where they are made."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from dist_lab.data import Data
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dist_lab.data import Data
 
 
 class Cast:
-    """Any `Data`, its images in `dtype`. Token ids and classes stay as they are.
+    """Any `Data`, its images in `dtype`. Token ids and classes stay as they are."""
 
-    `image` is the data's own, which data of somebody's own need not have.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        *,
-        image: tuple[int, int, int] | None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.name, self.vocab, self.image = data.name, data.vocab, image
+    def __init__(self, data: Data, dtype: torch.dtype) -> None:
+        self.name, self.vocab, self.image = data.name, data.vocab, data.image
         self.sha256, self.validation_batches = data.sha256, data.validation_batches
         self._data, self._dtype = data, dtype
 

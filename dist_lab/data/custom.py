@@ -4,8 +4,8 @@
 
 What it returns is text, unless its `image` is the shape of one; `seq` then means nothing to it. The
 module is found as `python -m` would find it, the current folder first. What the function returns is
-asked for its first batch at once: here a wrong shape has a name, while in the first step it would
-be a traceback out of the model from every rank.
+asked for its first batch at once: a wrong shape is named in one line, while in the first step it
+would be a traceback out of the model from every rank.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from dist_lab.torchvision_import import fix_torchvision
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_lab.data import Data
+    from dist_lab.data import Data, Shape
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # a file a:b is given as ./a:b
 
 ATTRIBUTES = {"name": str, "vocab": int, "sha256": str, "validation_batches": int}
 METHODS = ("batch", "validation")
+SEE = "see the protocol dist_lab.data.Data"
 
 
 def is_custom(spec: str) -> bool:
@@ -42,37 +43,28 @@ def is_custom(spec: str) -> bool:
     return NAME.fullmatch(spec) is not None
 
 
-def locate(spec: str) -> tuple[str, str]:
-    """The module's name and the function's; UserError when there is no such module.
-
-    Only the outermost package is looked for, since looking further would run its code. The current
-    folder stays on the path: the function may import its neighbors whenever it runs.
-    """
-    module, _, function = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    with blaming(spec, f"looking for {module}"):
-        found = importlib.util.find_spec(module.partition(".")[0])
-    if found is None:
-        raise UserError(
-            f"--data {spec!r}: no module {module!r} in {os.getcwd()!r} nor among the installed "
-            f"ones; run in the folder it lies in, or write ./{spec} if it is a path"
-        )
-    return module, function
+def locate(spec: str) -> None:
+    """Raise UserError unless the module, or the package it lies in, is there; none of it is run."""
+    module = spec.partition(":")[0]
+    with calling(spec, f"looking for {module}"):
+        there = importlib.util.find_spec(module.partition(".")[0])
+    if there is None:
+        missing = f"no module {module!r} in {os.getcwd()!r} nor among the installed ones"
+        fix = f"run in the folder it lies in, or write ./{spec} if it is a path"
+        raise refusal(spec, f"{missing}; {fix}")
 
 
-def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Data:
+def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
     """Call the function, and raise UserError unless it returns a Data with a right first batch."""
-    module, name = locate(spec)
+    module, _, name = spec.partition(":")
     fix_torchvision()  # the module may well import it
-    with blaming(spec, f"importing {module}"):
+    with calling(spec, f"importing {module}"):
         function = getattr(importlib.import_module(module), name, None)
     if not callable(function):
-        raise UserError(
-            f"--data {spec!r}: module {module!r} has no function {name!r}; define it there"
-        )
-    with blaming(spec, f"{name}(batch={batch}, seq={seq}, seed={seed})"):
+        raise refusal(spec, f"module {module!r} has no function {name!r}; define it there")
+    with calling(spec, f"{name}(batch={batch}, seq={seq}, seed={seed})"):
         data: Data = function(batch=batch, seq=seq, seed=seed)
+    returned = f"{name}() returned a {type(data).__name__}"
     lacking = [
         f"{attribute}: {kind.__name__}"
         for attribute, kind in ATTRIBUTES.items()
@@ -80,66 +72,66 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Data:
     ]
     lacking += [f"{method}()" for method in METHODS if not callable(getattr(data, method, None))]
     if lacking:
-        raise UserError(
-            f"--data {spec!r}: {name}() returned a {type(data).__name__} that lacks "
-            f"{', '.join(lacking)}; see the protocol dist_lab.data.Data"
-        )
-    image = getattr(data, "image", None)
-    if image is not None and not is_shape(image):
-        raise UserError(
-            f"--data {spec!r}: {name}() returned a {type(data).__name__} whose image is "
-            f"{image!r:.60}; make it (channels, height, width), three ints, or None for text"
-        )
-    sample = image or seq
+        raise refusal(spec, f"{returned} that lacks {', '.join(lacking)}; {SEE}")
+    custom = Custom(data)
+    image = custom.image
+    sides = image if isinstance(image, tuple) else ()
+    if image is not None and [type(side) is int and side > 0 for side in sides] != [True] * 3:
+        shape = "make it (channels, height, width), three ints, or None for text"
+        raise refusal(spec, f"{returned} whose image is {image!r:.60}; {shape}")
     for method in METHODS if data.validation_batches > 0 else METHODS[:1]:
-        whole, first = (fetch(spec, data, method, rows, sample) for rows in (batch, 1))
+        whole, first = (first_rows(spec, custom, method, n, image or (seq,)) for n in (batch, 1))
         if any((a[:1] != b).any() for a, b in zip(whole, first, strict=True)):
-            raise UserError(
-                f"--data {spec!r}: the first row of {method}(0, slice(0, {batch})) is not that of "
-                f"{method}(0, slice(0, 1)); let nothing but the step and the row decide it"
+            rows = f"{method}(0, slice(0, {batch})) is not that of {method}(0, slice(0, 1))"
+            raise refusal(
+                spec, f"the first row of {rows}; let nothing but the step and the row decide it"
             )
-    from dist_lab.data.cast import Cast  # here and not above, because it imports torch
-
-    return Cast(data, image=image)
+    return custom
 
 
-def fetch(
-    spec: str, data: Data, method: str, rows: int, sample: tuple[int, int, int] | int
+class Custom:
+    """Data of your own, with an `image` if it has none, and its folder importable as it runs."""
+
+    def __init__(self, data: Data) -> None:
+        self.name, self.vocab, self.sha256 = data.name, data.vocab, data.sha256
+        self.validation_batches = data.validation_batches
+        self.image: Shape | None = getattr(data, "image", None)
+        self._data, self._folder = data, os.getcwd()
+
+    def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
+        with importable_from(self._folder):
+            return self._data.batch(step, rows)
+
+    def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
+        with importable_from(self._folder):
+            return self._data.validation(index, rows)
+
+
+def first_rows(
+    spec: str, data: Data, method: str, rows: int, sample: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Rows 0 .. rows - 1 of the first batch; UserError unless they are what Data promises."""
     call = f"{method}(0, slice(0, {rows}))"
-    with blaming(spec, call):
+    with calling(spec, call):
         pair: tuple[Tensor, Tensor] = getattr(data, method)(0, slice(0, rows))
-    wrong = fault(pair, rows, sample, data.vocab)
-    if wrong is not None:
-        raise UserError(
-            f"--data {spec!r}: {call} returned {wrong}; see the protocol dist_lab.data.Data"
-        )
+    if wrong := fault(pair, rows, sample, data.vocab):
+        raise refusal(spec, f"{call} returned {wrong}; {SEE}")
     return pair
 
 
-def is_shape(image: object) -> bool:
-    return (
-        isinstance(image, tuple)
-        and len(image) == 3
-        and all(type(side) is int and side > 0 for side in image)
-    )
+def fault(pair: object, rows: int, sample: tuple[int, ...], vocab: int) -> str | None:
+    """Why `pair` is not inputs and targets of so many rows, or None.
 
-
-def fault(pair: object, rows: int, sample: tuple[int, int, int] | int, vocab: int) -> str | None:
-    """What keeps `pair` from being inputs and targets of so many rows, or None.
-
-    `sample` is the shape of an image, or the length of a sequence of text.
+    `sample` is the shape of an image, or (length,) of a sequence of text.
     """
-    import torch  # here and not above: the launcher calls locate(), and is free of torch
+    import torch  # not at the top: the launcher calls locate(), and is free of torch
 
     if not isinstance(pair, tuple) or [isinstance(x, torch.Tensor) for x in pair] != [True, True]:
         return f"a {type(pair).__name__} that is not (inputs, targets), two tensors"
-    tokens = isinstance(sample, int)
-    of_one = (sample,) if isinstance(sample, int) else sample
+    text = len(sample) == 1
     wanted = {
-        "inputs": ((rows, *of_one), torch.int64 if tokens else torch.float32),
-        "targets": ((rows, *of_one) if tokens else (rows,), torch.int64),
+        "inputs": ((rows, *sample), torch.int64 if text else torch.float32),
+        "targets": ((rows, *sample) if text else (rows,), torch.int64),
     }
     for (role, (shape, dtype)), tensor in zip(wanted.items(), pair, strict=True):
         if tensor.shape != shape or tensor.dtype != dtype:
@@ -151,11 +143,33 @@ def fault(pair: object, rows: int, sample: tuple[int, int, int] | int, vocab: in
     return None
 
 
+# Running somebody else's code.
+
+
 @contextmanager
-def blaming(spec: str, call: str) -> Iterator[None]:
-    """What somebody else's code raises within is a UserError that says where, in one line."""
+def calling(spec: str, call: str) -> Iterator[None]:
+    """Run somebody else's code: what it raises is a UserError that says where, in one line."""
     try:
-        yield
+        with importable_from(os.getcwd()):
+            yield
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--data {spec!r}: {call} raised {said}; --debug shows where") from error
+        raise refusal(spec, f"{call} raised {said}; --debug shows where") from error
+
+
+@contextmanager
+def importable_from(folder: str) -> Iterator[None]:
+    """Put a folder first on sys.path, and take it off again.
+
+    Threads may overlap in here (prefetch.py): each puts in an entry of its own, and takes out one.
+    """
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def refusal(spec: str, what: str) -> UserError:
+    return UserError(f"--data {spec!r}: {what}")
