@@ -453,6 +453,25 @@ def test_a_full_disk_names_the_flag_and_leaves_nothing(
     assert files_in(cache) == []
 
 
+def test_a_write_that_fails_halfway_says_why_and_leaves_nothing(letters: Path, cache: Path) -> None:
+    program = textwrap.dedent("""
+        import resource, signal, sys
+        from pathlib import Path
+        from dist_lab.data import corpus
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes, of each file
+        try:
+            corpus.find(sys.argv[1], Path(sys.argv[2]))
+        except RuntimeError as error:
+            print(error)
+    """)
+    command = [sys.executable, "-B", "-c", program, str(letters), str(cache)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "cannot write the cache of --data" in ran.stdout, ran.stderr
+    assert "(File too large); name a folder with room for it: --cache DIR" in ran.stdout
+    assert files_in(cache) == []
+
+
 # Bad input: one line, with the numbers and what to type. `check` answers as `open_data` does.
 
 

@@ -23,7 +23,7 @@ import hashlib
 import os
 import secrets
 import sysconfig
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,17 +70,20 @@ def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
 
     Raises UserError when `spec` gives no text, MachineError when the cache cannot be written.
     """
-    label, files = standard_library() if spec == "stdlib" else files_of(spec)
     try:
+        label, files = standard_library() if spec == "stdlib" else files_of(spec)
         known = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
-    except OSError as error:
-        raise unreadable(spec, error.filename, error) from error
-    key = hashlib.sha256(ascii((FORMAT, known)).encode()).hexdigest()[:16]
-    path = Path(os.path.expanduser(cache_dir), f"{label}-{key}{SUFFIX}")
-    corpus = load(spec, path)
-    if corpus is None:
-        build(spec, files, path)
+        key = hashlib.sha256(ascii((FORMAT, known)).encode()).hexdigest()[:16]
+        path = Path(os.path.expanduser(cache_dir), f"{label}-{key}{SUFFIX}")
         corpus = load(spec, path)
+        if corpus is None:
+            build(spec, read_texts(spec, files), path)
+            corpus = load(spec, path)
+    except OSError as error:
+        raise UserError(
+            f"--data {spec!r}: cannot read {str(error.filename or spec)!r} ({error.strerror}); "
+            f"make it readable, or give another path"
+        ) from error
     assert corpus is not None, f"{path} was just built and does not open"
     return corpus
 
@@ -103,7 +106,7 @@ def require(corpus: Corpus, seq: int) -> None:
 def standard_library() -> tuple[str, list[Path]]:
     """Every .py file of this Python's standard library except its tests, about 12 MB."""
     root = Path(sysconfig.get_path("stdlib"))
-    below = walk("stdlib", root, NOT_THE_LIBRARY) if root.is_dir() else []
+    below = walk(root, NOT_THE_LIBRARY) if root.is_dir() else []
     files = [path for path in below if path.suffix == ".py"]
     if not files:
         raise MachineError(
@@ -121,18 +124,16 @@ def files_of(spec: str) -> tuple[str, list[Path]]:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL byte
         accepted = ", ".join(f"{form} ({meaning})" for form, meaning in ACCEPTED.items())
         raise UserError(f"--data {spec!r}: no such file or folder; give {accepted}") from error
-    except OSError as error:
-        raise unreadable(spec, error.filename, error) from error
     if not (root.is_file() or root.is_dir()):
         raise UserError(f"--data {spec!r} is neither a file nor a folder; give one of them")
-    return root.name[:40], [root] if root.is_file() else walk(spec, root)
+    return root.name[:40], [root] if root.is_file() else walk(root)
 
 
-def walk(spec: str, root: Path, pruned: Collection[str] = ()) -> list[Path]:
+def walk(root: Path, pruned: Collection[str] = ()) -> list[Path]:
     """All files below `root`, but hidden ones, broken links, pipes and our own cached files."""
 
     def refuse(error: OSError) -> None:  # else os.walk passes over what it cannot list
-        raise unreadable(spec, error.filename, error) from error
+        raise error
 
     paths: list[Path] = []
     for folder, below, names in os.walk(root, onerror=refuse):
@@ -156,9 +157,8 @@ def load(name: str, path: Path) -> Corpus | None:
     return Corpus(name, path, text[:train], text[train:], digest.tobytes().hex())
 
 
-def build(spec: str, files: Sequence[Path], path: Path) -> None:
+def build(spec: str, texts: list[bytes], path: Path) -> None:
     """Write the cached file, complete or not at all."""
-    texts = read_texts(spec, files)
     held_out = texts[HELD_OUT - 1 :: HELD_OUT]  # see [Note: what is held out]
     kept = [text for number, text in enumerate(texts, start=1) if number % HELD_OUT]
     whole = bytearray().join(kept + held_out)
@@ -169,7 +169,9 @@ def build(spec: str, files: Sequence[Path], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "xb") as file:
-                np.save(file, np.frombuffer(whole, np.uint8))
+                shape = {"descr": "|u1", "fortran_order": False, "shape": (len(whole),)}
+                np.lib.format.write_array_header_1_0(file, shape)
+                file.write(whole)  # np.save would not say why it cannot
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
             os.replace(partial, path)
@@ -182,17 +184,14 @@ def build(spec: str, files: Sequence[Path], path: Path) -> None:
         ) from error
 
 
-def read_texts(spec: str, files: Sequence[Path]) -> list[bytes]:
+def read_texts(spec: str, files: list[Path]) -> list[bytes]:
     """The text of each file that has any: that is not empty, and has no NUL byte in its head."""
     texts, empty = [], 0
     for path in files:
-        try:
-            with open(path, "rb") as file:
-                head = file.read(HEAD)
-                if head and b"\0" not in head:
-                    texts.append(head + file.read())
-        except OSError as error:
-            raise unreadable(spec, path, error) from error
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            if head and b"\0" not in head:
+                texts.append(head + file.read())
         empty += not head
     if not texts:
         raise UserError(
@@ -200,10 +199,3 @@ def read_texts(spec: str, files: Sequence[Path]) -> list[bytes]:
             f"empty and {len(files) - empty} binary; give a text file, or a folder with one in it"
         )
     return texts
-
-
-def unreadable(spec: str, path: Path | str, error: OSError) -> UserError:
-    return UserError(
-        f"--data {spec!r}: cannot read {str(path)!r} ({error.strerror}); "
-        f"make it readable, or give another path"
-    )

@@ -50,7 +50,8 @@ DATASETS = {
     ),
 }  # fmt: skip
 
-GLYPHS, FAKE = (1, 28, 28), (3, 32, 32)  # made here, of any size one likes
+GLYPHS = (1, 28, 28)  # made here, of any size one likes
+IMAGES = {"glyphs": GLYPHS, "fake": (3, 32, 32)} | {n: d.image for n, d in DATASETS.items()}
 
 
 def image_of(spec: str) -> tuple[int, int, int] | None:
@@ -59,17 +60,10 @@ def image_of(spec: str) -> tuple[int, int, int] | None:
     >>> image_of("mnist"), image_of("fake"), image_of("fake:1x20x24"), image_of("stdlib")
     ((1, 28, 28), (3, 32, 32), (1, 20, 24), None)
     """
-    if spec in DATASETS:
-        return DATASETS[spec].image
-    if spec == "glyphs":
-        return GLYPHS
-    if spec == "fake":
-        return FAKE
-    named = re.fullmatch(r"fake:([1-9]\d{0,3})x([1-9]\d{0,3})x([1-9]\d{0,3})", spec)
-    if named is None:
-        return None
-    channels, height, width = (int(number) for number in named.groups())
-    return channels, height, width
+    if sides := re.fullmatch(r"fake:([1-9]\d{0,3})x([1-9]\d{0,3})x([1-9]\d{0,3})", spec):
+        channels, height, width = map(int, sides.groups())
+        return channels, height, width
+    return IMAGES.get(spec)
 
 
 def require(spec: str, cache_dir: Path, *, download: bool) -> None:
@@ -77,8 +71,8 @@ def require(spec: str, cache_dir: Path, *, download: bool) -> None:
 
     Raises MachineError when fetching fails.
     """
-    dataset = DATASETS[spec]
-    folder = Path(os.path.expanduser(cache_dir), dataset.folder)
+    dataset, cache = DATASETS[spec], Path(os.path.expanduser(cache_dir))
+    folder = cache / dataset.folder
     lacking = missing(folder, dataset)
     if not lacking:
         return
@@ -88,7 +82,14 @@ def require(spec: str, cache_dir: Path, *, download: bool) -> None:
             f"{len(dataset.files)} files, first {lacking[0]!r}; fetch {dataset.megabytes} MB by "
             "--download, or name the folder that torchvision was given: --cache DIR"
         )
-    fetch(spec, Path(os.path.expanduser(cache_dir)))
+    try:
+        fetch(spec, cache)
+    except (OSError, RuntimeError) as error:  # torchvision tells by a RuntimeError of many lines
+        said = " ".join(f"{error}".split())[:200]
+        raise MachineError(
+            f"--data {spec}: cannot fetch it into {str(cache)!r} ({said}); put the files of "
+            f"torchvision's {dataset.torchvision} there by hand, or name another folder: --cache"
+        ) from error
 
 
 def missing(folder: Path, dataset: Dataset) -> list[str]:
@@ -98,27 +99,21 @@ def missing(folder: Path, dataset: Dataset) -> list[str]:
 def fetch(spec: str, cache: Path) -> None:
     """Fetch the files, unless another process does: [Note: fetched by one, whole or not at all]."""
     dataset = DATASETS[spec]
-    top = dataset.folder.partition("/")[0]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / f".{spec}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
-            lacking = missing(cache / dataset.folder, dataset)
-            if lacking and (cache / top).exists():
-                raise UserError(
-                    f"--data {spec}: {str(cache / top)!r} is there, but lacks {lacking[0]!r}; move "
-                    "it out of the way for --download"
-                )
-            if lacking:
-                with tempfile.TemporaryDirectory(prefix=f".{spec}-", dir=cache) as partial:
-                    fix_torchvision()
-                    import torchvision
+    place = cache / dataset.folder.partition("/")[0]
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f".{spec}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        lacking = missing(cache / dataset.folder, dataset)
+        if not lacking:
+            return
+        if place.exists():
+            raise UserError(
+                f"--data {spec}: {str(place)!r} is there, but lacks {lacking[0]!r}; move it out of "
+                "the way for --download"
+            )
+        fix_torchvision()
+        import torchvision
 
-                    getattr(torchvision.datasets, dataset.torchvision)(partial, download=True)
-                    os.rename(Path(partial, top), cache / top)
-    except (OSError, RuntimeError) as error:  # torchvision tells by a RuntimeError of many lines
-        said = " ".join(f"{error}".split())[:200]
-        raise MachineError(
-            f"--data {spec}: cannot fetch it into {str(cache)!r} ({said}); put the files of "
-            f"torchvision's {dataset.torchvision} there by hand, or name another folder: --cache"
-        ) from error
+        with tempfile.TemporaryDirectory(prefix=f".{spec}-", dir=cache) as partial:
+            getattr(torchvision.datasets, dataset.torchvision)(partial, download=True)
+            os.rename(Path(partial, place.name), place)
