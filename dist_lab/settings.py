@@ -18,6 +18,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
+import dist_lab
 from dist_lab.errors import UserError
 
 C = TypeVar("C")
@@ -179,8 +180,7 @@ def make_parser(
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    version = sys.modules[__name__.partition(".")[0]].__version__
-    parser.add_argument("--version", action="version", version=f"dist_lab {version}")
+    parser.add_argument("--version", action="version", version=f"dist_lab {dist_lab.__version__}")
     for name, option in options.items():
         if "heading" in option.metadata:
             group = parser.add_argument_group(option.metadata["heading"])

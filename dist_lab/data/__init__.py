@@ -1,7 +1,8 @@
-"""What a model learns from: a batch is a pure function of (seed, step), sliced by its rows.
+"""Data: a global batch is a pure function of (seed, step), and a rank takes a slice of its rows.
 
-Every rank computes the same global batch in its mind and fetches only the rows its data coordinate
-owns, so a run sees the same samples in the same order in every layout, and after a resume.
+Every rank knows which samples the global batch has, and makes only the rows that its data
+coordinate owns, so a run sees the same samples in the same order in every layout, and after a
+resume.
 
     corpus.py    bytes from the standard library, a text file or a folder, cached as a memory map
     text.py      windows of those bytes, each exactly once an epoch
