@@ -37,6 +37,7 @@ LAYERS = [
     ["precision"],
     ["parallel.sync"],
     ["step"],
+    ["unit"],
     ["meta", "runner", "pipeline_runner"],
     ["parallel"],
     ["buffers"],
