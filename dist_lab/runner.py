@@ -68,7 +68,7 @@ class Runner(Step):
             Unit(
                 name, module, [leaf_of[p] for p in module.parameters() if p in leaf_of], sync, wire
             )
-            for name, m in units.items()
+            for name, module in units.items()
         ]
         if sharded_between_units:
             for name, parameter in trained.items():
