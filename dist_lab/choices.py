@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from dist_lab.errors import UserError, nearest
-from dist_lab.settings import one_of, shown
+from dist_lab.errors import UserError, nearest_degree, one_of, shown
 from dist_lab.zoo.sizes import SIZES
 
 
@@ -192,7 +191,7 @@ def check_split(name: str, size: str, impl: str, ranks: int) -> None:
         raise UserError(
             f"{name} {size} has {queries} heads and {keys} of keys and values, which {ranks} ranks "
             f"of tp@{impl} cannot share out (--mesh); degrees that work: "
-            f"{', '.join(map(str, degrees))}; give --mesh tp={nearest(degrees, ranks)}"
+            f"{', '.join(map(str, degrees))}; give --mesh tp={nearest_degree(degrees, ranks)}"
         )
 
 

@@ -18,7 +18,7 @@ from dist_lab import parity, zoo
 from dist_lab import train as loop
 from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.compose import parallelize
-from dist_lab.config import Config, cores
+from dist_lab.config import Config
 from dist_lab.data import Data, open_data
 from dist_lab.data.cast import Cast
 from dist_lab.errors import UserError
@@ -26,6 +26,7 @@ from dist_lab.job import Job
 from dist_lab.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks, wide_console
+from dist_lab.processes.ranks import cores
 
 
 def train(config: Config, mesh: Mesh) -> int:

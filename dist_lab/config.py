@@ -7,7 +7,6 @@ depends on the number of processes in `Config.axes`.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from dist_lab.choices import (
     check_fits,
     check_split,
 )
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, one_of, shown
 from dist_lab.parallel.pp_schedules import Schedule, make
-from dist_lab.settings import one_of, read, setting, shown
+from dist_lab.processes.ranks import cores
+from dist_lab.settings import read, setting
 from dist_lab.topology import DATA_AXES
 
 C = TypeVar("C", bound="Config")
@@ -397,11 +397,3 @@ def read_mesh(text: str, where: str = "--mesh") -> dict[str, int]:
             )
         axes[name] = int(size)
     return axes
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))  # knows of containers and taskset; Linux alone has it
-    except AttributeError:
-        return os.cpu_count() or 1

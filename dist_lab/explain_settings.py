@@ -7,8 +7,8 @@ from pathlib import Path
 from dist_lab import data
 from dist_lab.choices import STRATEGIES
 from dist_lab.config import Config, check_settings, parse_as
-from dist_lab.errors import UserError
-from dist_lab.settings import setting, shown
+from dist_lab.errors import UserError, shown
+from dist_lab.settings import setting
 
 WITHOUT = [
     "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rich.console import Console
 
-from dist_lab.config import cores
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
 from dist_lab.processes.failures import Failure, causes, heading, named, tell
+from dist_lab.processes.ranks import cores
 
 if TYPE_CHECKING:
     from dist_lab.mesh import Mesh

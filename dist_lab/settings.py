@@ -6,20 +6,19 @@ to give instead. No torch here: a misspelled flag should not take seconds to ans
 """
 
 import argparse
-import difflib
 import math
 import os
 import re
 import stat
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 import dist_lab
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, nearest_word, one_of, shown
 
 C = TypeVar("C")
 Options = Mapping[str, Field[Any]]  # name -> the field it is of
@@ -124,35 +123,6 @@ def kind(option: Field[Any]) -> Any:
     return (get_args(option.type) or (option.type,))[0]
 
 
-def one_of(choices: Sequence[str], value: Any) -> str:
-    """
-    >>> one_of(["adamw", "sgd"], "adam")
-    'adamw or sgd (did you mean adamw?)'
-    """
-    near = nearest(str(value), choices) if len(choices) > 1 else None
-    listed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
-    return f"{listed} (did you mean {near}?)" if near else listed
-
-
-def nearest(word: str, words: Iterable[str], cutoff: float = 0.5) -> str | None:
-    found = difflib.get_close_matches(word[:99], list(words), n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
-def shown(value: Any) -> str:
-    """A value as a short piece of one line, whatever is in it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, int) and value.bit_length() > 64:
-        return "so large a number"
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -208,7 +178,7 @@ def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> dict[st
     for stray in rest:
         if not stray.startswith("-"):
             raise UserError(f"stray argument {shown(stray)}; every setting is a flag: --steps 300")
-        near = nearest(stray.partition("=")[0].strip("-").replace("-", "_"), options)
+        near = nearest_word(stray.partition("=")[0].strip("-").replace("-", "_"), options)
         hint = f"did you mean {flag(near)}? " if near else ""
         raise UserError(f"no flag {shown(stray)}; {hint}--help lists them all")
     given = {}
@@ -257,7 +227,7 @@ def read_file(path: str, options: Options) -> dict[str, Given]:
     for key, value in table.items():
         where = f"{label}:{line_of(key, text)}"
         if key not in keys:
-            near = nearest(key, keys)
+            near = nearest_word(key, keys)
             hint = f"did you mean {near}?" if near else "--help lists them, with dashes"
             raise UserError(f"no setting {shown(key)} ({where}); {hint}")
         if isinstance(value, dict) and "table" in options[key].metadata:
@@ -277,7 +247,7 @@ def read_text(path: str) -> str:
             raise UserError(f"{shown(path)} is no settings file (--config); give a TOML file")
         return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        near = nearest(path, map(str, Path(path).parent.glob("*.toml")), cutoff=0.8)
+        near = nearest_word(path, map(str, Path(path).parent.glob("*.toml")), cutoff=0.8)
         hint = f"did you mean {near}?" if near else "give a TOML file, such as configs/02_dp.toml"
         raise UserError(f"no file {shown(path)} (--config); {hint}") from None
     except UnicodeDecodeError as error:

@@ -23,15 +23,15 @@ from dist_lab.compare import files, measure, tables
 from dist_lab.compare.ratios import depth, fewest_rounds, missed, orders, ratio, spread
 from dist_lab.compare.report import Report, Row, Traffic
 from dist_lab.compare.settings import Entry, Settings, entries, read
-from dist_lab.config import Config, cores
+from dist_lab.config import Config
 from dist_lab.data import open_data
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, one_of
 from dist_lab.mesh import init_mesh
 from dist_lab.observe import sockets
 from dist_lab.observe.memory import KINDS
 from dist_lab.parallel import ddp, ddp_torch, dp
 from dist_lab.parallel.sync import Applied, Setup
-from dist_lab.settings import one_of
+from dist_lab.processes.ranks import cores
 
 ROOT = Path(__file__).parent.parent
 LABELS = [

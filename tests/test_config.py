@@ -11,9 +11,10 @@ import pytest
 
 from dist_lab import choices
 from dist_lab.choices import IMPLEMENTATIONS, STRATEGIES
-from dist_lab.config import Config, cores, parse
-from dist_lab.errors import UserError
-from dist_lab.settings import kind, one_of
+from dist_lab.config import Config, parse
+from dist_lab.errors import UserError, one_of
+from dist_lab.processes.ranks import cores
+from dist_lab.settings import kind
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 TOO_MANY = 4 * cores() + 1

@@ -19,7 +19,7 @@ import toy
 from processes import all_gone, listening, with_mark
 
 from dist_lab import launcher
-from dist_lab.config import cores
+from dist_lab.processes.ranks import cores
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -16,9 +16,9 @@ from dist_lab.comm import ops
 from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.comm.costs import ALGORITHMS, BACKEND
 from dist_lab.comm.ledger import backend_bytes
-from dist_lab.config import cores
 from dist_lab.errors import UserError
 from dist_lab.mesh import Axis, Mesh
+from dist_lab.processes.ranks import cores
 
 WARM_UP = 2  # rounds that connect ranks and touch memory, and do not count
 

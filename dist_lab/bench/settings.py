@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_lab.config import cores
-from dist_lab.errors import UserError
-from dist_lab.settings import one_of, read, setting, shown
+from dist_lab.errors import UserError, one_of, shown
+from dist_lab.processes.ranks import cores
+from dist_lab.settings import read, setting
 
 HAVE = {  # which algorithms each operation has
     "all_reduce": ("backend", "ring", "direct", "tree"),

@@ -1,8 +1,7 @@
 """Choose the algorithm of a collective: the one that was asked for, or the fastest as measured."""
 
 from dist_lab.comm.costs import ALGORITHMS
-from dist_lab.errors import UserError
-from dist_lab.settings import one_of, shown
+from dist_lab.errors import UserError, one_of, shown
 
 FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
 SETTINGS = ("auto", "backend", *FAMILIES)

@@ -13,8 +13,8 @@ from dist_lab.config import (
     parse_as,
     read_mesh,
 )
-from dist_lab.errors import UserError
-from dist_lab.settings import one_of, setting, shown
+from dist_lab.errors import UserError, one_of, shown
+from dist_lab.settings import setting
 from dist_lab.topology import DATA_AXES
 
 DEFAULTS = {"steps": 3}  # a round; short rounds are close in time

@@ -4,9 +4,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, one_of, shown
 from dist_lab.parallel.pp_actions import COMPUTE, Action, Schedule
-from dist_lab.settings import one_of, shown
 
 
 def save(schedule: Schedule, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from dist_lab.comm import autograd
 from dist_lab.comm.ops import Pending
 from dist_lab.comm.scratch import Scratch
-from dist_lab.errors import UserError, nearest
+from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh import Axis
 from dist_lab.parallel.split_linear import Owe, split_linear, weight_gradient
 from dist_lab.parallel.tp_plan import divisors
@@ -62,7 +62,7 @@ class Residual:
     def _check(self, x: Tensor) -> None:
         length, size = x.shape[T] if x.dim() > 1 else 1, self.axis.size
         if length % size:
-            near = nearest(divisors(length), size)
+            near = nearest_degree(divisors(length), size)
             raise UserError(
                 f"a sequence of {length} does not divide over {size} ranks of {self.axis.name}; "
                 f"give a multiple of {size}, a degree of {near}, or leave out sequence_parallel"

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from dist_lab.errors import UserError, nearest
+from dist_lab.errors import UserError, nearest_degree
 from dist_lab.layout import Layout, Owed, Shard
 from dist_lab.mesh import Axis
 from dist_lab.parallel.shards import Place, places
@@ -236,7 +236,7 @@ def _lies(
         raise UserError(
             f"{name} has {what}, which do not divide over {axis.size} ranks of {axis.name}; "
             f"degrees that work: {', '.join(map(str, degrees))}, the nearest is "
-            f"{nearest(degrees, axis.size)}"
+            f"{nearest_degree(degrees, axis.size)}"
         )
     return Lies(Shard(0))
 

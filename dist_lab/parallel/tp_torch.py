@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lab.errors import UserError, nearest
+from dist_lab.errors import UserError, nearest_degree
 from dist_lab.hooks import ModuleHook
 from dist_lab.mesh import Axis
 from dist_lab.parallel.sync import Applied, Setup, Sync
@@ -84,7 +84,7 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
                 raise UserError(
                     f"DTensor splits in equal pieces alone, and {name} has {width} for "
                     f"{axis.size} ranks of {axis.name}; the nearest that divides is "
-                    f"{nearest(divisors(width), axis.size)}, "
+                    f"{nearest_degree(divisors(width), axis.size)}, "
                     "or give --impl hand"
                 )
 

@@ -165,6 +165,14 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))  # knows of containers and taskset; Linux alone has it
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
 # --- in the child ---------------------------------------------------------------------------------
 
 
