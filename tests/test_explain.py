@@ -61,6 +61,7 @@ def measured(config, mesh):
     return steps, meter.memory
 
 
+@pytest.mark.slow_unless(lambda strategy, dtype: dtype == "float32" or strategy == "fsdp")
 @pytest.mark.parametrize(
     ("strategy", "dtype"),
     [(strategy, "float32") for strategy in BY_HAND]
@@ -153,6 +154,7 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_is_run(arguments, s
         shown(*arguments.split())
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("interleaved", "zbv"))
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb", "zbv"])
 def test_a_schedule_is_drawn_and_said_in_numbers(schedule, shown, tmp_path):
     path = tmp_path / "grid.svg"

@@ -466,6 +466,7 @@ def on_meta(size="tiny", **shape):
     return zoo.build("gpt", size, vocab=VOCAB, seed=0, device="meta", **shape)
 
 
+@pytest.mark.slow_unless(lambda tied: tied)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4)

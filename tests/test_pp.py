@@ -39,6 +39,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow_unless(lambda p, m: (p, m) in ((2, 2), (2, 5), (4, 1), (4, 8), (4, 9)))
 @pytest.mark.parametrize(
     ("p", "m", "schedule"),
     [pytest.param(*row, marks=pytest.mark.ranks(row[0], mesh={"pp": row[0]})) for row in ROWS],
@@ -52,6 +53,7 @@ def test_every_schedule_equals_one_process(p, m, schedule, mesh):
     assert report.equal, report.sentence()  # loss, gradients, gradient norm, weights
 
 
+@pytest.mark.slow_unless(lambda model, schedule: schedule == "zbv" and model != "resnet18")
 @pytest.mark.parametrize(
     ("model", "schedule"),
     [(model, schedule) for model in ("mlp", "vit", "resnet") for schedule in SCHEDULES]
@@ -155,6 +157,7 @@ def test_a_tensor_shared_by_both_stages_of_a_rank_is_complete_after_the_later(me
     assert len(heard.complete) == len(set(heard.complete)) == len(list(job.model.parameters()))
 
 
+@pytest.mark.slow_unless(lambda schedule, m: m == 7 or (schedule, m) == ("1f1b", 2))
 @pytest.mark.parametrize("m", [2, 4, 7])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb", "zbv"])
 @pytest.mark.ranks(4, mesh={"pp": 4})

@@ -400,6 +400,7 @@ def test_stages_in_turn_are_the_model_to_the_last_bit(name, n, run):
         assert torch.equal(value, model.get_buffer(buffer))
 
 
+@pytest.mark.slow_unless(lambda name: name != "vit")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_wherever_a_cut_is_allowed_two_stages_are_the_model(name):
     build, example, _ = GRAPHS[name]

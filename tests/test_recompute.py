@@ -79,6 +79,7 @@ def recomputing(model):
     return [m for m in model.modules() if isinstance(m.forward, Recomputed)]
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "ddp")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("strategy", ["dp", "ddp"])
 @pytest.mark.ranks(2)
@@ -100,6 +101,11 @@ def test_a_strategy_neither_sees_it_nor_sends_more(strategy, name, mesh):
             job.model.zero_grad()
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, impl, name: (
+        impl == "hand" and (name == "gpt tied" or strategy in ("fsdp", "pp"))
+    )
+)
 @pytest.mark.parametrize(
     ("strategy", "impl", "name"),
     [

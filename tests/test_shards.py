@@ -343,6 +343,7 @@ SOME = (
 )  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda use, options: options == "plain" or use in SOME[-3:-1])
 @pytest.mark.parametrize(
     ("use", "options"),
     [(use, options) for use in USES for options in OPTIONS if options == "plain" or use in SOME],
@@ -429,6 +430,11 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow_unless(
+    lambda options, fails, wrapped: (
+        options == "plain" or (fails, wrapped) == ("backward", "in a block")
+    )
+)
 @pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrapped, mesh):

@@ -460,6 +460,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(program):
     assert not [path for path in folder.iterdir() if "torchinductor" not in path.name]
 
 
+@pytest.mark.slow
 @linux
 def test_ranks_die_with_a_pytest_that_is_killed(program):
     start, _, mark = program

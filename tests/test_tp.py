@@ -78,21 +78,30 @@ EQUAL = [
 ]
 
 
+USUAL = [(3, "6 heads share 3", mode) for mode in MODES]
+USUAL += [(4, model, mode) for model in EQUAL[-1][1] for mode in MODES]
+USUAL += [(2, model, "cut") for model in EQUAL[0][1]] + [(2, "odd", "whole")]
+
+
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
-        pytest.param(model, mode, id=f"{size}-{model}-{mode}", marks=ranks(size))
+        pytest.param(
+            model, mode, id=f"{size}-{model}-{mode}",
+            marks=[ranks(size), *([] if (size, model, mode) in USUAL else [pytest.mark.slow])],
+        )
         for size, models in EQUAL
         for model in models
         for mode in MODES
         if model != "odd" or mode == "whole"  # its layers look at nothing but one token
     ],
-)
+)  # fmt: skip
 def test_every_model_in_every_mode_equals_one_process(model, mode, mesh):
     report = verified(mesh, model, **MODES[mode])
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda model, mode: (model, mode) in (("tied", "cut"), ("mlp", "whole")))
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
@@ -121,6 +130,7 @@ def test_so_does_its_twin_and_both_train_to_the_same_weights(model, mode, mesh):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.slow_unless(lambda mode: mode == "regather")
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
 def test_narrow_and_recomputed_it_is_as_close_as_that_allows(mode, mesh):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 from torch.nn.functional import cross_entropy
 
 from dist_lab import commands, process_group
@@ -124,9 +125,10 @@ def test_the_same_command_under_torchrun(text, tmp_path):
 
 
 def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
-    done = start(
+    done = run(
+        "train.py", *SMALL, "--data", text, "--cache", tmp_path / "cache",
         *"--nproc 2 --strategy dp --steps 50 --warmup 0 --optimizer sgd --lr 1e30 --clip 0".split(),
-        "--out", tmp_path / "run", text=text, tmp_path=tmp_path,
+        "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
@@ -175,8 +177,7 @@ def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
 
 def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     flags = "--nproc 2 --strategy dp --model vit --batch 8 --steps 3 --log-every 1 --out"
-    command = [sys.executable, "launch/train.py", *flags.split(), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run("train.py", *flags.split(), tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path / "run")
     assert all(row.keys() - {"val_loss", "val_accuracy"} == ROW - {"tokens_per_s"} for row in rows)
@@ -191,6 +192,7 @@ def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     assert "samples/s" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow_unless(lambda model: model == "vit")
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(model):
     config = parse(["--model", model, "--batch", "4", "--dtype", "float64"])
@@ -205,6 +207,7 @@ def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(mo
     assert found["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
 
 
+@pytest.mark.slow_unless(lambda model, dtype: model == "vit" or dtype == "bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_a_model_of_images_trains_in_every_dtype(model, dtype):
