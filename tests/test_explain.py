@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from dist_lab import process_group
 from dist_lab import train as loop
@@ -133,7 +134,7 @@ def test_one_process_sends_nothing():
     ],
 )
 def test_what_cannot_be_explained_is_refused_in_one_line(arguments, line):
-    done = program(*arguments)
+    done = run("explain.py", *arguments)
     [said] = done.stderr.splitlines()
     assert said.startswith("explain.py: error: ")
     assert line in said

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from dist_lab import commands, process_group
 from dist_lab.config import parse
 from dist_lab.data import open_data
+from dist_lab.errors import UserError
 from dist_lab.mesh import init_mesh
 from dist_lab.train import OPTIMIZERS, OPTIONS, evaluate, learning_rate, train
 
@@ -138,6 +139,15 @@ def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.ranks(2)
+def test_ranks_with_different_settings_are_told_which(text, tmp_path, mesh):
+    own = ["--strategy", "dp", "--lr", f"{mesh.rank + 1}", "--data", str(text)]
+    config = parse([*SMALL, *own, "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"rank 1 was started with lr=2"):
+        commands.train(config, mesh)
+
+
+@pytest.mark.slow
 def test_ranks_started_with_different_settings_are_told_which(text, tmp_path):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
     with __import__("socket").socket() as probe:
@@ -207,7 +217,9 @@ def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(mo
     assert found["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
 
 
-@pytest.mark.slow_unless(lambda model, dtype: model == "vit" or dtype == "bfloat16")
+@pytest.mark.slow_unless(
+    lambda model, dtype: (model, dtype) in (("vit", "float64"), ("resnet18", "bfloat16"))
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_a_model_of_images_trains_in_every_dtype(model, dtype):
