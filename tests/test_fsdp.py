@@ -345,6 +345,21 @@ def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mes
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_units_that_are_called_twice_are_reduced_once(mesh):
+    # Complete is a unit with the return from its last visit, and not from its first.
+    for use, units in (
+        ("called twice", ["b", "a", "root"]),
+        ("called twice side by side", ["c", "b", "a", "root"]),
+        ("used in part by some ranks in one of two visits", [*"fedcba", "root"]),
+    ):
+        job, _ = trained(mesh, *USES[use])
+        for _ in range(3):
+            with mesh.wire.ledger.recording() as calls:
+                run_once(job)
+            assert [c.unit for c in calls if c.op == "reduce_scatter"] == units, use
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_what_was_fetched_in_vain_is_let_go(mesh):
     made = build(by_step, **ABC)
     job, _ = trained(mesh, made, "abc")

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,22 @@ import torch
 from programs import run
 from torch.nn.functional import cross_entropy
 
+import dist_lab
 from dist_lab import commands, process_group
 from dist_lab.config import parse
 from dist_lab.data import open_data
 from dist_lab.errors import UserError
 from dist_lab.mesh import init_mesh
-from dist_lab.train import OPTIMIZERS, OPTIONS, evaluate, learning_rate, train
+from dist_lab.observe import flops
+from dist_lab.train import (
+    OPTIMIZERS,
+    OPTIONS,
+    Meter,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 ROW = {
@@ -249,6 +260,32 @@ def test_the_fused_optimizer_makes_the_same_steps(dtype):
         ends.append(weight.detach())
     eps = torch.finfo(dtype).eps  # a weight is off by the rounding of steps as large as itself
     torch.testing.assert_close(*ends, rtol=16 * eps, atol=eps)
+
+
+def test_weight_decay_is_for_matrices_and_not_for_norms_and_biases():
+    config = parse(["--model", "vit", "--weight-decay", "0.3", "--data", "fake:2x12x12"])
+    job = commands.build(config, init_mesh(), commands.meet(config, init_mesh()))
+    optimizer = make_optimizer(job, config)
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    found = {name: decay[id(p)] for name, p in job.model.named_parameters()}
+    assert found == {n: 0.3 if p.dim() > 1 else 0.0 for n, p in job.model.named_parameters()}
+    assert set(found.values()) == {0.3, 0.0}
+
+
+def test_medians_are_of_the_steps_that_are_not_slow_because_they_are_measured(monkeypatch):
+    monkeypatch.setattr(flops, "calibrate", lambda dtype, device: torch.ones(3))
+    config = parse(["--batch", "4"])
+    job = dist_lab.parallelize(torch.nn.Linear(2, 2), init_mesh(), "single")
+    meter = Meter(job, job.optimizer(torch.optim.SGD, lr=0.1))
+    tally = job.mesh.wire.ledger.total
+    meter.steps = [(9.0, replace(tally, blocked=9.0))] * 2 + [(1.0, replace(tally, blocked=0.5))]
+    median = meter.summary(config, 100)["median"]
+    assert (median["step_ms"], median["comm_ms"]) == (1000, 500)
+    assert (median["samples_per_s"], median["tokens_per_s"]) == (4, 100)
+    meter.steps = meter.steps[:2]  # all there is
+    assert meter.summary(config, 100)["median"]["step_ms"] == 9000
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_down_to_a_tenth():

@@ -106,6 +106,16 @@ class ForgetsOneRank(Buggy):
             p.grad = p.grad if i == 3 and self.axis.index == 1 else total
 
 
+class MakesNaN(Buggy):
+    """An element that no number is furthest from: max() and > pass it by."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.grad = all_reduce(p.grad, self.axis)
+        if self.axis.index == 1:
+            p.grad.view(-1)[-1] = torch.nan
+
+
 EXHIBITS = {
     kind.__name__: kind
     for kind in (
@@ -117,6 +127,7 @@ EXHIBITS = {
         AveragesInsteadOfSumming,
         SumsTwice,
         ForgetsOneRank,
+        MakesNaN,
     )
 }
 
