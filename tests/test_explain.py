@@ -62,7 +62,18 @@ def measured(config, mesh):
     return steps, meter.memory
 
 
-@pytest.mark.slow_unless(lambda strategy, dtype: dtype == "float32" or strategy == "fsdp")
+@pytest.mark.slow_unless(
+    lambda strategy, dtype: (
+        (strategy, dtype)
+        in (
+            ("ddp", "float32"),
+            ("zero1", "float32"),
+            ("fsdp", "bfloat16"),
+            ("tp", "float32"),
+            ("pp", "float32"),
+        )
+    )
+)
 @pytest.mark.parametrize(
     ("strategy", "dtype"),
     [(strategy, "float32") for strategy in BY_HAND]
@@ -110,6 +121,7 @@ def test_memory_stands_beside_what_the_layout_says(shown):
     assert len(rows["activations"]) == 3  # of which no layout knows
 
 
+@pytest.mark.slow_unless(lambda collectives: collectives == "direct")
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
 def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives, shown):
     text = shown("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)

@@ -84,6 +84,12 @@ CARRIED = [(options, "auto") for options in TRAFFIC] + [
 ]
 
 
+@pytest.mark.slow_unless(
+    lambda options, collectives: (
+        (collectives == "auto") == (options != "default")
+        or (options, collectives) == ("default", "direct")
+    )
+)
 @pytest.mark.parametrize(("options", "collectives"), CARRIED)
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
 def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, mesh):
@@ -481,7 +487,9 @@ def on_meta(size="tiny", **shape):
     return zoo.build("gpt", size, vocab=VOCAB, seed=0, device="meta", **shape)
 
 
-@pytest.mark.slow_unless(lambda tied: tied)
+@pytest.mark.slow_unless(
+    lambda strategy, tied: tied and strategy in ("dp", "zero1", "fsdp", "hsdp")
+)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4)

@@ -228,6 +228,7 @@ def test_torchrun_starts_it_too():
     assert program.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_mistake_is_said_once_and_every_rank_ends():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     program = start("zap=1", by=by)

@@ -59,7 +59,7 @@ def equal(build, mesh, schedule, count, data=batch, **options):
 # --- equal ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda size: size in (2, 4))
+@pytest.mark.slow_unless(lambda size, schedule: size == 4 or (size, schedule) == (2, "1f1b"))
 @pytest.mark.parametrize(
     ("size", "tied", "schedule"),
     [
@@ -103,6 +103,7 @@ def test_a_model_of_images_equals_one_process(schedule, mesh):
     assert equal(vit, mesh, schedule, 3, images) is True
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("gpipe", "zb"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
 def test_a_model_that_is_cut_by_its_graph_equals_one_process(schedule, mesh):
@@ -208,6 +209,7 @@ def test_what_is_sent_may_be_a_view_or_not_contiguous(schedule, mesh):
     assert equal(corners, mesh, schedule, 4, balance="count") is True
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zb")
 @pytest.mark.parametrize("frozen", [("embed", "turned"), ("viewed",), ("twice", "head")])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 @ranks(4)
@@ -215,6 +217,7 @@ def test_layers_may_be_frozen(schedule, frozen, mesh):
     assert equal(lambda: corners(frozen), mesh, schedule, 4, balance="count") is True
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
 def test_batchnorm_counts_each_microbatch_once(schedule, mesh):
@@ -290,6 +293,7 @@ class Heard(Sync):
         self.names += names if last else ()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "interleaved", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
 def test_gradients_are_told_of_once_when_they_are_complete(schedule, mesh):

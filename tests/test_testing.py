@@ -448,6 +448,7 @@ def test_hangs(mesh, tmp_path):
 """
 
 
+@pytest.mark.slow
 @linux
 def test_ctrl_c_leaves_no_process_and_no_file(program):
     start, folder, mark = program

@@ -80,9 +80,9 @@ EQUAL = [
 ]
 
 
-USUAL = [(3, "6 heads share 3", mode) for mode in MODES]
-USUAL += [(4, model, mode) for model in EQUAL[-1][1] for mode in MODES]
-USUAL += [(2, model, "cut") for model in EQUAL[0][1]] + [(2, "odd", "whole")]
+USUAL = [(4, model, "regather") for model in EQUAL[-1][1]]
+USUAL += [(4, model, "whole") for model in ("4 heads share 1", "odd", "vit")]
+USUAL += [(3, "6 heads share 3", "whole"), (2, "tied", "cut"), (2, "vit", "cut"), (2, "mlp", "cut")]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,7 @@ def test_bytes_of_a_block_are_those_of_the_docstring(mode, sums, mesh):
     )
 
 
+@pytest.mark.slow_unless(lambda mode: mode != "cut")
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
 def test_what_a_block_keeps_for_backward_is_counted_to_the_byte(mode, mesh):

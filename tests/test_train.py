@@ -46,7 +46,7 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def start(*arguments, text, tmp_path, by=(sys.executable, "launch/train.py")):
+def start(*arguments, text, tmp_path, by):
     command = [*by, *SMALL, "--data", text, "--cache", tmp_path / "cache", *arguments]
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -59,9 +59,9 @@ def metrics(folder: Path) -> list[dict]:
 
 def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     out = tmp_path / "run"
-    done = start(
+    done = run(
+        "train.py", *SMALL, "--data", text, "--cache", tmp_path / "cache",
         *"--nproc 2 --strategy dp --steps 6 --val-every 3 --out".split(), out,
-        text=text, tmp_path=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = metrics(out)
@@ -228,9 +228,7 @@ def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(mo
     assert found["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
 
 
-@pytest.mark.slow_unless(
-    lambda model, dtype: (model, dtype) in (("vit", "float64"), ("resnet18", "bfloat16"))
-)
+@pytest.mark.slow_unless(lambda model, dtype: model == "vit" and dtype != "float32")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_a_model_of_images_trains_in_every_dtype(model, dtype):
