@@ -46,11 +46,8 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def start(*arguments, text, tmp_path, by):
-    command = [*by, *SMALL, "--data", text, "--cache", tmp_path / "cache", *arguments]
-    return subprocess.run(
-        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def place(text, tmp_path):
+    return [*SMALL, "--data", text, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -59,10 +56,8 @@ def metrics(folder: Path) -> list[dict]:
 
 def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     out = tmp_path / "run"
-    done = run(
-        "train.py", *SMALL, "--data", text, "--cache", tmp_path / "cache",
-        *"--nproc 2 --strategy dp --steps 6 --val-every 3 --out".split(), out,
-    )  # fmt: skip
+    flags = "--nproc 2 --strategy dp --steps 6 --val-every 3"
+    done = run("train.py", *flags.split(), *place(text, tmp_path))
     assert done.returncode == 0, done.stderr
     rows = metrics(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -125,11 +120,10 @@ def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text
 
 
 def test_the_same_command_under_torchrun(text, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    done = start(
-        *"--strategy dp --steps 2 --log-collectives --out".split(), tmp_path / "run",
-        text=text, tmp_path=tmp_path, by=(*torchrun, "--nproc_per_node=2", "launch/train.py"),
-    )  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = "launch/train.py --strategy dp --steps 2 --log-collectives"
+    command = [*torchrun, *flags.split(), *map(str, place(text, tmp_path))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
     logged = [line for line in done.stderr.splitlines() if line.startswith("rank 1 | finish")]
@@ -137,11 +131,8 @@ def test_the_same_command_under_torchrun(text, tmp_path):
 
 
 def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
-    done = run(
-        "train.py", *SMALL, "--data", text, "--cache", tmp_path / "cache",
-        *"--nproc 2 --strategy dp --steps 50 --warmup 0 --optimizer sgd --lr 1e30 --clip 0".split(),
-        "--out", tmp_path / "run",
-    )  # fmt: skip
+    flags = "--nproc 2 --strategy dp --steps 50 --warmup 0 --optimizer sgd --lr 1e30 --clip 0"
+    done = run("train.py", *flags.split(), *place(text, tmp_path))
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith("train.py: error: step ")
