@@ -22,7 +22,9 @@ are compared as well; in the first there is nothing to compare those of several 
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,72 +85,137 @@ def verify(
     Raises:
         UserError: rows that are all alike (a forgotten sum over ranks would go unseen), dropout.
     """
-    reference, tested = (build_model().to(mesh.device) for _ in range(2))
-    _refuse_dropout(reference)
-    dtype = param_dtype or next(reference.parameters()).dtype
-    job = parallelize(
-        tested, mesh, strategy, impl, units=units, param_dtype=param_dtype, broadcast=False,
-        sync_batchnorm=sync_batchnorm, **strategy_options,
+    reference = Reference(
+        build_model, build_batch, steps=steps, microbatches=microbatches, clip=clip,
+        optimizer=optimizer, options={"lr": 1e-3} if options is None else options,
+        loss_sum=loss_sum, param_dtype=param_dtype, sync_batchnorm=sync_batchnorm,
     )  # fmt: skip
-    if param_dtype is not None:
-        compute_in(reference, param_dtype)
-    options = {"lr": 1e-3} if options is None else options
-    ours = job.optimizer(optimizer, **options)
-    plain = optimizer([p for p in reference.parameters() if p.requires_grad], **options)
+    return reference.compare(
+        mesh, strategy, impl, units=units, tolerance=tolerance, **strategy_options
+    )
 
-    kind = _normalization(reference, sync_batchnorm)
-    found: list[Comparison] = []
-    for step in range(steps):
-        inputs, targets = (tensor.to(mesh.device) for tensor in build_batch(step))
-        if step == 0 and mesh.data.size > 1 and len(inputs) > 1 and (inputs == inputs[:1]).all():
-            raise UserError("every row of the batch is alike; ranks need different data to verify")
-        pieces = _normalized_together(inputs, targets, mesh.data.size, microbatches, kind)
-        wanted = _reference_step(reference, plain, pieces, clip, loss_sum)
-        loss, gradients, norm = _tested_step(
-            job, ours, inputs, targets, microbatches, clip, loss_sum
-        )
-        weights = job.full_state_dict()
-        theirs = {name: p.detach() for name, p in reference.named_parameters()}
-        buffers = {name: b for name, b in reference.named_buffers() if name in weights}
-        noise = _only_rounding(wanted[1], dtype)
-        found += _compare_scalar(step, "loss", loss, wanted[0])
-        found += _compare(step, "gradient", gradients, wanted[1], set())
-        found += _compare_scalar(step, "grad norm", norm, wanted[2])
-        found += _compare(step, "weight", weights, theirs, noise)
-        if kind != "by rank" or mesh.data.size == 1:
-            found += _compare(step, "buffer", weights, buffers, set())
-    label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
-    return Report(
-        label, str(mesh), str(dtype).removeprefix("torch."),
-        TOLERANCE[dtype] if tolerance is None else tolerance, _worst_over_ranks(found, mesh),
-    )  # fmt: skip
-
-
-# --- the two steps that must be equal -------------------------------------------------------------
 
 Gradients = dict[str, Tensor | None]
 
 
-def _reference_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pieces: Sequence[Batch],
-    clip: float | None,
-    loss_sum: LossSum,
-) -> tuple[float, Gradients, float]:
-    """One process, PyTorch alone, the whole batch at once or in the pieces given."""
-    total, loss = sum(targets.numel() for _, targets in pieces), 0.0
-    for inputs, targets in pieces:
-        share = loss_sum(model(inputs), targets) / total
-        share.backward()
-        loss += float(share.detach())
-    gradients = {
-        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, gradients, float(norm)
+@dataclass(frozen=True)
+class Wanted:
+    """What one process has after a step on this batch, gradients summed and not yet clipped."""
+
+    batch: Batch
+    loss: float
+    gradients: Gradients
+    norm: float
+    weights: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is trained, on what and how: by one process, and by every job that is held against it.
+
+    A job is told by the reference what to train, so it cannot be held against another's numbers.
+
+    Attributes:
+        keep: the steps of the one process, for the next job; else it takes them with each, and of
+            one step after another there is one in memory.
+    """
+
+    build_model: Callable[[], nn.Module]
+    build_batch: Callable[[int], Batch]
+    steps: int
+    microbatches: int
+    clip: float | None
+    optimizer: type[torch.optim.Optimizer]
+    options: Mapping[str, Any]
+    loss_sum: LossSum = cross_entropy_sum
+    param_dtype: torch.dtype | None = None
+    sync_batchnorm: bool = False
+    keep: bool = False
+    kept: dict[tuple[int, torch.device], list[Wanted]] = field(default_factory=dict, init=False)
+
+    def compare(
+        self,
+        mesh: Mesh,
+        strategy: str | Apply,
+        impl: str,
+        *,
+        units: Iterable[type[nn.Module] | str] = (),
+        tolerance: float | None = None,
+        **strategy_options: Any,
+    ) -> Report:
+        """Train in parallel, and compare after every step: see `verify`."""
+        tested = self.build_model().to(mesh.device)
+        _refuse_dropout(tested)
+        dtype = self.param_dtype or next(tested.parameters()).dtype
+        kind = _normalization(tested, self.sync_batchnorm)
+        job = parallelize(
+            tested, mesh, strategy, impl, units=units, param_dtype=self.param_dtype,
+            broadcast=False, sync_batchnorm=self.sync_batchnorm, **strategy_options,
+        )  # fmt: skip
+        ours = job.optimizer(self.optimizer, **self.options)
+        found: list[Comparison] = []
+        for step, wanted in enumerate(self._trained(mesh.data.size, kind, mesh.device)):
+            inputs, targets = wanted.batch
+            if step == 0 and mesh.data.size > 1 and len(inputs) > 1 and _are_alike(inputs):
+                raise UserError(
+                    "every row of the batch is alike; ranks need different data to verify"
+                )
+            loss, gradients, norm = _tested_step(
+                job, ours, inputs, targets, self.microbatches, self.clip, self.loss_sum
+            )
+            weights = job.full_state_dict()
+            buffers = {name: b for name, b in wanted.buffers.items() if name in weights}
+            noise = _only_rounding(wanted.gradients, dtype)
+            found += _compare_scalar(step, "loss", loss, wanted.loss)
+            found += _compare(step, "gradient", gradients, wanted.gradients, set())
+            found += _compare_scalar(step, "grad norm", norm, wanted.norm)
+            found += _compare(step, "weight", weights, wanted.weights, noise)
+            if kind != "by rank" or mesh.data.size == 1:
+                found += _compare(step, "buffer", weights, buffers, set())
+        label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
+        return Report(
+            label, str(mesh), str(dtype).removeprefix("torch."),
+            TOLERANCE[dtype] if tolerance is None else tolerance, _worst_over_ranks(found, mesh),
+        )  # fmt: skip
+
+    def _trained(self, ranks: int, kind: str, device: torch.device) -> Iterable[Wanted]:
+        """Its steps, in the pieces of so many ranks where that makes a difference."""
+        if not self.keep:
+            return self._train(ranks, kind, device)
+        key = (1 if kind == "none" else ranks), device
+        if key not in self.kept:
+            self.kept[key] = [deepcopy(wanted) for wanted in self._train(ranks, kind, device)]
+        return self.kept[key]
+
+    def _train(self, ranks: int, kind: str, device: torch.device) -> Iterator[Wanted]:
+        """One process, PyTorch alone, the whole batch at once or in pieces."""
+        model = self.build_model().to(device)
+        if self.param_dtype is not None:
+            compute_in(model, self.param_dtype)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = self.optimizer(trained, **self.options)
+        for step in range(self.steps):
+            inputs, targets = (tensor.to(device) for tensor in self.build_batch(step))
+            loss = 0.0
+            for x, y in _normalized_together(inputs, targets, ranks, self.microbatches, kind):
+                share = self.loss_sum(model(x), y) / targets.numel()
+                share.backward()
+                loss += float(share.detach())
+            gradients = {
+                name: None if p.grad is None else p.grad.clone()
+                for name, p in model.named_parameters()
+            }
+            limit = math.inf if self.clip is None else self.clip
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+            optimizer.step()
+            optimizer.zero_grad()
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            buffers = dict(model.named_buffers())
+            yield Wanted((inputs, targets), loss, gradients, norm, weights, buffers)
+
+
+# --- the step of a job ----------------------------------------------------------------------------
 
 
 def _tested_step(
@@ -255,6 +322,10 @@ def _worst_over_ranks(found: list[Comparison], mesh: Mesh) -> list[Comparison]:
         Comparison(c.step, c.quantity, c.tensor, float(e), int(r), c.judged)
         for c, e, r in zip(found, worst, rank, strict=True)
     ]
+
+
+def _are_alike(rows: Tensor) -> bool:
+    return bool((rows == rows[:1]).all())
 
 
 def _refuse_dropout(model: nn.Module) -> None:

@@ -217,6 +217,7 @@ def call(op, x, axis, algorithm, reduce="sum"):
     return ops.broadcast(x, axis, n - 1, algorithm=algorithm), xs[n - 1]
 
 
+@pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("world", WORLDS)
 def test_they_do_what_the_backends_do_for_every_dtype_and_shape(world, mesh):
     axis = mesh["dp"]
@@ -232,6 +233,7 @@ def test_they_do_what_the_backends_do_for_every_dtype_and_shape(world, mesh):
                     assert torch.equal(x, own(axis.index, rows, 3, dtype=dtype)), (op, name)
 
 
+@pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("world", WORLDS)
 def test_small_and_large_the_ledger_has_what_the_formula_says(world, mesh):
     axis, ledger = mesh["dp"], mesh.wire.ledger
@@ -394,6 +396,11 @@ def test_what_a_setting_means_can_be_read():
 # --- when it goes wrong ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(
+    lambda op, name: (
+        (op, name) in (("all_reduce", "ring"), ("all_to_all", "direct"), ("broadcast", "tree"))
+    )
+)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 @pytest.mark.ranks(3, timeout=30)
 def test_a_peer_that_does_not_arrive_is_an_error_that_names_the_call_before_long(op, name, mesh):

@@ -61,6 +61,19 @@ MISTAKES = {
 }
 
 
+USUAL = (
+    "choice",
+    "no file",
+    "not TOML",
+    "not launched",
+    "batch",
+    "output",
+    "not UTF-8",
+    "half a dataset",
+)
+
+
+@pytest.mark.slow_unless(lambda arguments: arguments in [MISTAKES[name] for name in USUAL])
 @pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_answered_by_one_line_and_status_2(start, tmp_path, arguments):
     (tmp_path / "broken.toml").write_text("steps = \n")

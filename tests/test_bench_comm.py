@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from dist_lab.bench import report
@@ -131,7 +132,7 @@ def test_a_small_run_measures_everything_and_writes_what_it_says(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run("--nproc", 2, "--smoke", "--out", tmp_path / "file" / "x")
+    done = programs.run("bench_comm.py", "--nproc", 2, "--smoke", "--out", tmp_path / "file" / "x")
     assert done.returncode == 2
     assert done.stderr.startswith("bench_comm.py: error: cannot write to ")
     assert done.stderr.count("\n") == 1

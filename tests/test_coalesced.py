@@ -58,6 +58,7 @@ def wanted(n, index, dtype, summed):
 # --- what comes out -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
@@ -74,6 +75,7 @@ def test_gather_gives_every_rank_the_pieces_of_all_to_the_bit(world, setting, me
         assert [call.algorithm for call in calls] == ["shared" if setting == "auto" else setting]
 
 
+@pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
@@ -299,6 +301,7 @@ def expected(n, setting, dtype=F32):
     ]  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("setting", [*SETTINGS, "tree"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
@@ -333,6 +336,7 @@ def test_the_order_check_lets_equal_calls_pass_and_names_unequal_ones(setting, m
             ops.reduce_scatter_coalesced(torch.empty(3), [None], [3], staging, axis)
 
 
+@pytest.mark.slow_unless(lambda setting: setting == SETTINGS[0])
 @pytest.mark.parametrize("setting", SETTINGS[:2])
 @pytest.mark.ranks(2)
 def test_a_rank_that_does_not_come_is_an_error_that_names_the_call(setting, mesh):

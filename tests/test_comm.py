@@ -172,6 +172,7 @@ needs_linux = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow_unless(lambda world: world == 3)
 @needs_linux
 @pytest.mark.parametrize(("op", "by"), PAIRS)
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -185,6 +186,9 @@ def test_each_rank_sends_what_its_ledger_says_to_the_kernels_own_count(op, by, w
         assert ledger == pytest.approx(sockets, rel=0.02, abs=5_000)
 
 
+@pytest.mark.slow_unless(
+    lambda op, by: (op, by) in (("all_reduce", "ring"), ("reduce_scatter", "backend"))
+)
 @needs_linux
 @pytest.mark.parametrize(("op", "by"), PAIRS)
 @pytest.mark.ranks(4)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from programs import run
 from rich.console import Console
 
 from dist_lab.choices import STRATEGIES
@@ -449,13 +450,8 @@ def test_the_kernel_counts_what_this_rank_sends_and_not_the_meetings_around_it(m
 def test_the_program_prints_tables_and_leaves_its_files(text, tmp_path):
     out = tmp_path / "run"
     flags = "--nproc 2 --smoke --steps 1 --seq 16 --strategies single,dp --reference dp"
-    done = subprocess.run(
-        [
-            sys.executable, ROOT / "launch" / "compare.py", *flags.split(), "--data", text,
-            "--cache", tmp_path / "cache", "--out", out,
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    place = ["--data", text, "--cache", tmp_path / "cache", "--out", out]
+    done = run("compare.py", *flags.split(), *place)
     assert (done.returncode, done.stderr) == (0, "")
     assert "round   8/8  single " in done.stdout
     assert "single: the whole batch on rank 0 alone" in done.stdout

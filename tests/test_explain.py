@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from dist_lab import process_group
 from dist_lab import train as loop
@@ -62,6 +63,18 @@ def measured(config, mesh):
     return steps, meter.memory
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, dtype: (
+        (strategy, dtype)
+        in (
+            ("ddp", "float32"),
+            ("zero1", "float32"),
+            ("fsdp", "bfloat16"),
+            ("tp", "float32"),
+            ("pp", "float32"),
+        )
+    )
+)
 @pytest.mark.parametrize(
     ("strategy", "dtype"),
     [(strategy, "float32") for strategy in BY_HAND]
@@ -109,6 +122,7 @@ def test_memory_stands_beside_what_the_layout_says(shown):
     assert len(rows["activations"]) == 3  # of which no layout knows
 
 
+@pytest.mark.slow_unless(lambda collectives: collectives == "direct")
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
 def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives, shown):
     text = shown("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
@@ -133,7 +147,7 @@ def test_one_process_sends_nothing():
     ],
 )
 def test_what_cannot_be_explained_is_refused_in_one_line(arguments, line):
-    done = program(*arguments)
+    done = run("explain.py", *arguments)
     [said] = done.stderr.splitlines()
     assert said.startswith("explain.py: error: ")
     assert line in said
@@ -154,6 +168,7 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_is_run(arguments, s
         shown(*arguments.split())
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("interleaved", "zbv"))
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb", "zbv"])
 def test_a_schedule_is_drawn_and_said_in_numbers(schedule, shown, tmp_path):
     path = tmp_path / "grid.svg"

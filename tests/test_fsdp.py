@@ -84,6 +84,12 @@ CARRIED = [(options, "auto") for options in TRAFFIC] + [
 ]
 
 
+@pytest.mark.slow_unless(
+    lambda options, collectives: (
+        (collectives == "auto") == (options != "default")
+        or (options, collectives) == ("default", "direct")
+    )
+)
 @pytest.mark.parametrize(("options", "collectives"), CARRIED)
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
 def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, mesh):
@@ -349,6 +355,21 @@ def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mes
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_units_that_are_called_twice_are_reduced_once(mesh):
+    # Complete is a unit with the return from its last visit, and not from its first.
+    for use, units in (
+        ("called twice", ["b", "a", "root"]),
+        ("called twice side by side", ["c", "b", "a", "root"]),
+        ("used in part by some ranks in one of two visits", [*"fedcba", "root"]),
+    ):
+        job, _ = trained(mesh, *USES[use])
+        for _ in range(3):
+            with mesh.wire.ledger.recording() as calls:
+                run_once(job)
+            assert [c.unit for c in calls if c.op == "reduce_scatter"] == units, use
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_what_was_fetched_in_vain_is_let_go(mesh):
     made = build(by_step, **ABC)
     job, _ = trained(mesh, made, "abc")
@@ -470,6 +491,9 @@ def on_meta(size="tiny", **shape):
     return zoo.build("gpt", size, vocab=VOCAB, seed=0, device="meta", **shape)
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, tied: tied and strategy in ("dp", "zero1", "fsdp", "hsdp")
+)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4)

@@ -73,6 +73,7 @@ def test_time_begins_with_the_first_action_and_waiting_for_messages_is_idle():
     assert grid.idle_shares(rows) == grid.idle_shares([[waits, *rows[0]], *rows[1:]])
 
 
+@pytest.mark.slow_unless(lambda ranks: ranks == 2)
 @pytest.mark.parametrize(
     ("name", "ranks", "microbatches", "chunks"),
     [("1f1b", 2, 4, 1), ("zbv", 2, 4, 2), ("zbv", 8, 32, 2), ("interleaved", 8, 16, 4)],

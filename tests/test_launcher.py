@@ -220,6 +220,7 @@ def test_ctrl_c_in_a_terminal_which_every_rank_feels_ends_it_without_a_word(tmp_
     assert not any(is_alive(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_too():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = start("do=fine", by=by)
@@ -227,6 +228,7 @@ def test_torchrun_starts_it_too():
     assert program.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_mistake_is_said_once_and_every_rank_ends():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     program = start("zap=1", by=by)

@@ -3,16 +3,18 @@
 The comparison engine itself is tested by what it must not let pass: tests/test_traps.py.
 """
 
+import functools
 import json
 
 import pytest
 import torch
-from models import MODELS, axes_of, batch, batch_of, build, gpt, plan_of, refused, units_of
+from models import BLOCKS, MODELS, axes_of, batch, batch_of, build, gpt, plan_of, refused, units_of
 
 import dist_lab
 from dist_lab import choices
 from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.errors import UserError
+from dist_lab.parity import Reference
 
 PARALLEL = [key for key in IMPLEMENTATIONS if key[0] != "single"]
 assert PARALLEL, "a table without rows would pass by testing nothing"
@@ -23,25 +25,48 @@ def test_the_command_line_offers_just_the_strategies_that_there_are():
     assert offered == set(IMPLEMENTATIONS)
 
 
-def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, **options):
+@functools.cache  # in each rank, which runs one test after another: trained once for all strategies
+def reference(
+    is_deep, model, dtype, rows, *, steps=3, microbatches=1, clip=1.0, optimizer=torch.optim.AdamW,
+    lr=1e-3,
+):  # fmt: skip
     held = torch.float32 if dtype == torch.bfloat16 else dtype  # of parameters and images
-    return dist_lab.verify(
-        lambda: build(strategy, model, held),
+    return Reference(
+        lambda: build("pp" if is_deep else "", model, held),
         lambda step: batch_of(model, step, rows, held),
-        mesh,
-        strategy,
-        impl,
-        param_dtype=dtype if dtype == torch.bfloat16 else None,
-        units=units_of(model),
-        **plan_of(strategy, model, impl),
-        **options,
-    )
+        steps, microbatches, clip, optimizer, {"lr": lr},
+        param_dtype=dtype if dtype == torch.bfloat16 else None, keep=True,
+    )  # fmt: skip
+
+
+def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, told=None, **training):
+    alike = reference(strategy == "pp" and model in BLOCKS, model, dtype, rows, **training)
+    plan = plan_of(strategy, model, impl)
+    return alike.compare(mesh, strategy, impl, units=units_of(model), **plan, **(told or {}))
 
 
 # What a library has to be told: it raises an error over a parameter that no forward uses.
 TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_unused": True}}
 
 
+# Every strategy has a model with every oddity and one that is tied; every model has strategies that
+# split it, and that sum it. A library's have "gpt" and "odd"; tests/test_tp.py has models for tp.
+USUAL_MODELS = {
+    "ddp": ("gpt tied", "odd", "resnet"),
+    "zero2": ("gpt tied", "odd", "vit", "resnet"),
+    "fsdp": tuple(MODELS),
+    "hsdp": ("gpt tied", "odd", "vit", "resnet"),
+    "pp": ("gpt tied", "odd", "vit", "mlp"),
+    "torch": ("gpt", "odd"),
+    "accelerate": ("odd",),
+}
+
+
+@pytest.mark.slow_unless(
+    lambda strategy, impl, model: (
+        model in USUAL_MODELS.get(strategy if impl == "hand" else impl, ("gpt tied", "odd"))
+    )
+)
 @pytest.mark.parametrize(
     ("strategy", "impl", "model"),
     [
@@ -53,7 +78,7 @@ TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_u
 )
 def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
     told = TOLD.get((impl, model), {}) if strategy not in ("tp", "pp") else {}
-    report = compare(mesh, strategy, impl, model, microbatches=2, clip=0.5, **told)
+    report = compare(mesh, strategy, impl, model, told=told, microbatches=2, clip=0.5)
     assert report.equal, report.sentence()
     assert len(report.comparisons) > 3 * len(list(MODELS[model]().parameters()))
 
@@ -76,6 +101,20 @@ PAIRWISE = [
 ]
 
 
+# With the test above these have every value of the columns but 3 ranks.
+USUAL = [
+    # world, microbatches, dtype, of a strategy by hand; and of a library's the first
+    (2, 1, torch.bfloat16),
+    (4, 1, torch.float32),
+    (1, 1, torch.float64),
+]
+
+
+@pytest.mark.slow_unless(
+    lambda impl, world, microbatches, dtype: (
+        (world, microbatches, dtype) in (USUAL if impl == "hand" else USUAL[:1])
+    )
+)
 @pytest.mark.parametrize(
     ("strategy", "impl", "world", "microbatches", "clip", "dtype", "optimizer"),
     [
@@ -92,10 +131,9 @@ PAIRWISE = [
 def test_equality_holds_for_every_pair_of_settings(
     strategy, impl, world, microbatches, clip, dtype, optimizer, mesh
 ):
-    options = {"lr": 1e-2 if optimizer is torch.optim.SGD else 1e-3}
     report = compare(
-        mesh, strategy, impl, "gpt", dtype,
-        microbatches=microbatches, clip=clip, optimizer=optimizer, options=options,
+        mesh, strategy, impl, "gpt", dtype, microbatches=microbatches, clip=clip,
+        optimizer=optimizer, lr=1e-2 if optimizer is torch.optim.SGD else 1e-3,
         steps=2,  # in which a strategy learns, and one like all others, on what the first has left
     )  # fmt: skip
     assert report.equal, report.sentence()
@@ -113,6 +151,29 @@ def test_a_batch_that_does_not_divide_is_exact(rows, strategy, mesh):
     # Trap 21: a mean of means is not the mean. With one row, two of the ranks have nothing at all.
     report = compare(mesh, strategy, "hand", "gpt", rows=rows, microbatches=2)
     assert report.equal, report.sentence()
+
+
+@pytest.mark.parametrize("model", ["gpt", "resnet"])
+@pytest.mark.ranks(2)
+def test_a_reference_that_is_kept_says_the_same_and_is_trained_once(model, mesh):
+    built = []
+
+    def made():
+        built.append(MODELS[model]())
+        return built[-1]
+
+    shared = Reference(
+        made, lambda step: batch_of(model, step), 3, 2, 0.5, torch.optim.AdamW, {}, keep=True
+    )
+    kept = [shared.compare(mesh, strategy, "hand") for strategy in ("dp", "ddp", "dp")]
+    assert len(built) == 4  # one, and three that were held against it
+    assert kept[0].comparisons == kept[2].comparisons
+    fresh = dist_lab.verify(
+        MODELS[model], lambda step: batch_of(model, step), mesh, "ddp", microbatches=2, clip=0.5,
+        options={},
+    )  # fmt: skip
+    assert kept[1] == fresh
+    assert fresh.equal, fresh.sentence()
 
 
 @pytest.mark.ranks(2)

@@ -384,6 +384,7 @@ def assert_same(a, b):
         assert same
 
 
+@pytest.mark.slow_unless(lambda run: run is as_processes)
 @pytest.mark.parametrize("run", [as_one, as_processes])
 @pytest.mark.parametrize(("name", "n"), CASES)
 def test_stages_in_turn_are_the_model_to_the_last_bit(name, n, run):
@@ -400,6 +401,7 @@ def test_stages_in_turn_are_the_model_to_the_last_bit(name, n, run):
         assert torch.equal(value, model.get_buffer(buffer))
 
 
+@pytest.mark.slow_unless(lambda name: name not in ("vit", "resnet"))
 @pytest.mark.parametrize("name", GRAPHS)
 def test_wherever_a_cut_is_allowed_two_stages_are_the_model(name):
     build, example, _ = GRAPHS[name]

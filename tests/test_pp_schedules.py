@@ -159,6 +159,15 @@ def test_every_schedule_is_right_with_messages_and_without_and_so_are_its_forwar
         assert peak_activations(forwards) == [0] * len(forwards.ranks)
 
 
+def test_an_evaluation_takes_as_many_microbatches_as_ranks_through_every_stage_and_then_the_next():
+    # One stage after the other for all of them would keep every output that lies between two.
+    forwards = forward_only({0: 0, 1: 1, 2: 0, 3: 1}, 5)
+    assert [[(a.stage, a.microbatch) for a in row] for row in forwards.ranks] == [
+        [(s, m) for turn in ([0, 1], [2, 3], [4]) for s in stages for m in turn]
+        for stages in ((0, 2), (1, 3))
+    ]
+
+
 def test_one_action_of_each_stage_completes_its_gradients_and_it_is_the_last_that_adds_to_them():
     for case in SOME:
         marked = mark_gradients_complete(with_messages(*case))

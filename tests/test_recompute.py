@@ -59,6 +59,7 @@ def same(one, other):
 # --- the same numbers -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda name, every: every == 1 or name == "gpt")
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_and_statistics_are_those_of_before_to_the_bit(name, every):
@@ -79,6 +80,7 @@ def recomputing(model):
     return [m for m in model.modules() if isinstance(m.forward, Recomputed)]
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "ddp")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("strategy", ["dp", "ddp"])
 @pytest.mark.ranks(2)
@@ -100,6 +102,16 @@ def test_a_strategy_neither_sees_it_nor_sends_more(strategy, name, mesh):
             job.model.zero_grad()
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, impl, name: (
+        impl == "hand"
+        and (
+            (strategy, name) != ("dp", "resnet")
+            if strategy in ("dp", "fsdp", "pp")
+            else strategy == "zero2" and name == "gpt tied"
+        )
+    )
+)
 @pytest.mark.parametrize(
     ("strategy", "impl", "name"),
     [

@@ -61,6 +61,33 @@ def test_a_strategy_hears_each_moment_of_a_step_in_order():
     ]  # fmt: skip
 
 
+def test_a_run_within_a_microbatch_that_is_not_the_last_completes_nothing():
+    model, heard = two_layers(), Heard()
+    run = runner(model, heard)
+    pairs = [(torch.randn(3, 2), None)] * 2
+    with run.microbatch(last=False):
+        run.run(pairs, lambda out, _: out.sum())
+    assert heard.log == ["2.weight", "0.weight"] * 2
+    run.run(pairs, lambda out, _: out.sum())
+    assert heard.log[4:] == ["2.weight", "0.weight", "2.weight last", "0.weight last"]
+
+
+@pytest.mark.parametrize("strategy", ["dp", "ddp", "zero2"])
+@pytest.mark.ranks(2)
+def test_two_runs_are_one_step(strategy, mesh):
+    def gradients(runs):
+        job = dist_lab.parallelize(gpt(), mesh, strategy)
+        for i, pairs in enumerate(runs):
+            with job.microbatch(last=i == len(runs) - 1):
+                job.run(pairs, dist_lab.cross_entropy_sum)
+        job.finish()
+        return job.clip_grad_norm(None)
+
+    x, y = batch(mesh.rank)
+    one, other = ([(x[rows], y[rows])] for rows in (slice(3), slice(3, None)))
+    assert gradients([one, other]) == pytest.approx(gradients([one + other]), rel=1e-12)
+
+
 class Half(nn.Module):
     def __init__(self):
         super().__init__()

@@ -344,6 +344,9 @@ SOME = (
 )  # fmt: skip
 
 
+@pytest.mark.slow_unless(
+    lambda use, options: options == "plain" or use == "others in other micro-batches"
+)
 @pytest.mark.parametrize(
     ("use", "options"),
     [(use, options) for use in USES for options in OPTIONS if options == "plain" or use in SOME],
@@ -430,6 +433,11 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow_unless(
+    lambda options, fails, wrapped: (
+        (fails, wrapped) == ("backward", "in a block") or (options, wrapped) == ("plain", "alone")
+    )
+)
 @pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrapped, mesh):
@@ -571,6 +579,7 @@ def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
 # --- what lies where ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda strategy, model: strategy == "fsdp" or model == "odd")
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 @pytest.mark.parametrize("model", [*MODELS, "empty"])
 @pytest.mark.ranks(4)

@@ -260,6 +260,7 @@ def test_a_failure_of_all_ranks_is_told_once_and_a_warning_is_one_where_pytest_s
     assert result.outlines.count("---- ranks 0, 1, 2 of 3: DeprecationWarning: old name ----") == 1
 
 
+@pytest.mark.slow_unless(lambda line: line in ("killed by SIGSEGV", "SystemExit: 0"))
 @pytest.mark.parametrize(
     ("how", "line", "stack"),
     [
@@ -447,6 +448,7 @@ def test_hangs(mesh, tmp_path):
 """
 
 
+@pytest.mark.slow
 @linux
 def test_ctrl_c_leaves_no_process_and_no_file(program):
     start, folder, mark = program
@@ -460,6 +462,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(program):
     assert not [path for path in folder.iterdir() if "torchinductor" not in path.name]
 
 
+@pytest.mark.slow
 @linux
 def test_ranks_die_with_a_pytest_that_is_killed(program):
     start, _, mark = program

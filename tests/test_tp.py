@@ -13,11 +13,13 @@ from torch import nn
 import dist_lab
 from dist_lab import choices, zoo
 from dist_lab.comm import ops
+from dist_lab.comm.scratch import Scratch
 from dist_lab.errors import UserError
 from dist_lab.gather import gather_full
-from dist_lab.layout import Owed, Shard, slice_local
+from dist_lab.layout import Layout, Owed, Shard, slice_local
 from dist_lab.observe.memory import by_layout, measured
 from dist_lab.parallel import residual, tp
+from dist_lab.parallel.vocabulary import SplitLogits
 
 CUT, REGATHER = {"sequence_parallel": True}, {"sequence_parallel": True, "regather": True}
 MODES = {"whole": {}, "cut": CUT, "regather": REGATHER}
@@ -79,21 +81,30 @@ EQUAL = [
 ]
 
 
+USUAL = [(4, model, "regather") for model in EQUAL[-1][1]]
+USUAL += [(4, model, "whole") for model in ("4 heads share 1", "odd", "vit")]
+USUAL += [(3, "6 heads share 3", "whole"), (2, "tied", "cut"), (2, "vit", "cut"), (2, "mlp", "cut")]
+
+
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
-        pytest.param(model, mode, id=f"{size}-{model}-{mode}", marks=ranks(size))
+        pytest.param(
+            model, mode, id=f"{size}-{model}-{mode}",
+            marks=[ranks(size), *([] if (size, model, mode) in USUAL else [pytest.mark.slow])],
+        )
         for size, models in EQUAL
         for model in models
         for mode in MODES
         if model != "odd" or mode == "whole"  # its layers look at nothing but one token
     ],
-)
+)  # fmt: skip
 def test_every_model_in_every_mode_equals_one_process(model, mode, mesh):
     report = verified(mesh, model, **MODES[mode])
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda model, mode: (model, mode) in (("tied", "cut"), ("mlp", "whole")))
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
@@ -122,6 +133,7 @@ def test_so_does_its_twin_and_both_train_to_the_same_weights(model, mode, mesh):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.slow_unless(lambda mode: mode == "regather")
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
 def test_narrow_and_recomputed_it_is_as_close_as_that_allows(mode, mesh):
@@ -180,6 +192,7 @@ def test_bytes_of_a_block_are_those_of_the_docstring(mode, sums, mesh):
     )
 
 
+@pytest.mark.slow_unless(lambda mode: mode != "cut")
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
 def test_what_a_block_keeps_for_backward_is_counted_to_the_byte(mode, mesh):
@@ -448,13 +461,61 @@ def test_an_exception_in_forward_leaves_it_usable_and_nothing_behind(mesh):
     with pytest.raises(KeyError):
         job.run([(x, y)], lambda out, t: job.cross_entropy_sum(out, t) / 48)
     hook.remove()
+    entries = job.sync.links[1].entries
+    assert all(entry.given is entry.inside is None for entry in entries), "memory is kept"
     assert one_step(job, (x, y)) == wanted
-    assert all(entry.given is entry.inside is None for entry in job.sync.links[1].entries)
+    assert all(entry.given is entry.inside is None for entry in entries)
     assert job.evaluate([(x, y)], lambda out, t: job.cross_entropy_sum(out, t) / 48) == wanted
 
 
 def fail(module, args):
     raise KeyError("in the middle of a block")
+
+
+# --- the ends, split by vocabulary ----------------------------------------------------------------
+
+
+@ranks(2)
+def test_targets_that_are_left_out_have_no_gradient(mesh):
+    def padded(step):
+        x, y = text(step)
+        return x, y.masked_fill(torch.arange(y.numel()).view_as(y) % 3 == 0, -100)
+
+    report = verified(mesh, "12 heads", build_batch=padded)
+    assert report.equal, report.sentence()
+
+
+@ranks(2)
+def test_the_row_of_padding_is_not_trained_on_whichever_rank_it_lies(mesh):
+    def build():
+        model = sized()
+        model.model.embed_tokens.padding_idx = 40  # of 61 tokens rank 1 has the last 30
+        return model
+
+    def padded(step):
+        x, y = text(step)
+        return x.masked_fill(torch.arange(x.numel()).view_as(x) % 5 == 0, 40), y
+
+    report = dist_lab.verify(build, padded, mesh, "tp", microbatches=2, clip=0.5)
+    assert report.equal, report.sentence()
+    job = dist_lab.parallelize(build(), mesh, "tp")
+    one_step(job, padded(0))
+    where = job.layouts["model.embed_tokens.weight"]
+    table = gather_full(job.model.model.embed_tokens.weight.grad, where)
+    assert [i for i in range(VOCAB) if not table[i].any() and i in padded(0)[0]] == [40]
+
+
+@ranks(2)
+def test_the_loss_of_narrow_logits_is_summed_in_float32(mesh):
+    torch.manual_seed(0)
+    whole = (4 * torch.randn(3, 5, VOCAB)).bfloat16()
+    targets = torch.randint(VOCAB, (3, 5))
+    where = Layout(whole.shape, whole.dtype, (("tp", Shard(2)),))
+    here = slice_local(whole, where, mesh.axes, mesh.coordinates)
+    found = dist_lab.cross_entropy_sum(SplitLogits(here, VOCAB, Scratch(mesh["tp"])), targets)
+    assert found.dtype == torch.float32
+    wanted = dist_lab.cross_entropy_sum(whole, targets)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
 # --- the loss -------------------------------------------------------------------------------------

@@ -5,17 +5,30 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 from torch.nn.functional import cross_entropy
 
+import dist_lab
 from dist_lab import commands, process_group
 from dist_lab.config import parse
 from dist_lab.data import open_data
+from dist_lab.errors import UserError
 from dist_lab.mesh import init_mesh
-from dist_lab.train import OPTIMIZERS, OPTIONS, evaluate, learning_rate, train
+from dist_lab.observe import flops
+from dist_lab.train import (
+    OPTIMIZERS,
+    OPTIONS,
+    Meter,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 ROW = {
@@ -33,11 +46,8 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def start(*arguments, text, tmp_path, by=(sys.executable, "launch/train.py")):
-    command = [*by, *SMALL, "--data", text, "--cache", tmp_path / "cache", *arguments]
-    return subprocess.run(
-        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def place(text, tmp_path):
+    return [*SMALL, "--data", text, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -46,10 +56,8 @@ def metrics(folder: Path) -> list[dict]:
 
 def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     out = tmp_path / "run"
-    done = start(
-        *"--nproc 2 --strategy dp --steps 6 --val-every 3 --out".split(), out,
-        text=text, tmp_path=tmp_path,
-    )  # fmt: skip
+    flags = "--nproc 2 --strategy dp --steps 6 --val-every 3"
+    done = run("train.py", *flags.split(), *place(text, tmp_path))
     assert done.returncode == 0, done.stderr
     rows = metrics(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -112,11 +120,10 @@ def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text
 
 
 def test_the_same_command_under_torchrun(text, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    done = start(
-        *"--strategy dp --steps 2 --log-collectives --out".split(), tmp_path / "run",
-        text=text, tmp_path=tmp_path, by=(*torchrun, "--nproc_per_node=2", "launch/train.py"),
-    )  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = "launch/train.py --strategy dp --steps 2 --log-collectives"
+    command = [*torchrun, *flags.split(), *map(str, place(text, tmp_path))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
     logged = [line for line in done.stderr.splitlines() if line.startswith("rank 1 | finish")]
@@ -124,10 +131,8 @@ def test_the_same_command_under_torchrun(text, tmp_path):
 
 
 def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
-    done = start(
-        *"--nproc 2 --strategy dp --steps 50 --warmup 0 --optimizer sgd --lr 1e30 --clip 0".split(),
-        "--out", tmp_path / "run", text=text, tmp_path=tmp_path,
-    )  # fmt: skip
+    flags = "--nproc 2 --strategy dp --steps 50 --warmup 0 --optimizer sgd --lr 1e30 --clip 0"
+    done = run("train.py", *flags.split(), *place(text, tmp_path))
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith("train.py: error: step ")
@@ -136,6 +141,15 @@ def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.ranks(2)
+def test_ranks_with_different_settings_are_told_which(text, tmp_path, mesh):
+    own = ["--strategy", "dp", "--lr", f"{mesh.rank + 1}", "--data", str(text)]
+    config = parse([*SMALL, *own, "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"rank 1 was started with lr=2"):
+        commands.train(config, mesh)
+
+
+@pytest.mark.slow
 def test_ranks_started_with_different_settings_are_told_which(text, tmp_path):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
     with __import__("socket").socket() as probe:
@@ -175,8 +189,7 @@ def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
 
 def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     flags = "--nproc 2 --strategy dp --model vit --batch 8 --steps 3 --log-every 1 --out"
-    command = [sys.executable, "launch/train.py", *flags.split(), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run("train.py", *flags.split(), tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path / "run")
     assert all(row.keys() - {"val_loss", "val_accuracy"} == ROW - {"tokens_per_s"} for row in rows)
@@ -191,6 +204,7 @@ def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     assert "samples/s" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow_unless(lambda model: model == "vit")
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(model):
     config = parse(["--model", model, "--batch", "4", "--dtype", "float64"])
@@ -205,6 +219,7 @@ def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(mo
     assert found["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
 
 
+@pytest.mark.slow_unless(lambda model, dtype: model == "vit" and dtype != "float32")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_a_model_of_images_trains_in_every_dtype(model, dtype):
@@ -234,6 +249,32 @@ def test_the_fused_optimizer_makes_the_same_steps(dtype):
         ends.append(weight.detach())
     eps = torch.finfo(dtype).eps  # a weight is off by the rounding of steps as large as itself
     torch.testing.assert_close(*ends, rtol=16 * eps, atol=eps)
+
+
+def test_weight_decay_is_for_matrices_and_not_for_norms_and_biases():
+    config = parse(["--model", "vit", "--weight-decay", "0.3", "--data", "fake:2x12x12"])
+    job = commands.build(config, init_mesh(), commands.meet(config, init_mesh()))
+    optimizer = make_optimizer(job, config)
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    found = {name: decay[id(p)] for name, p in job.model.named_parameters()}
+    assert found == {n: 0.3 if p.dim() > 1 else 0.0 for n, p in job.model.named_parameters()}
+    assert set(found.values()) == {0.3, 0.0}
+
+
+def test_medians_are_of_the_steps_that_are_not_slow_because_they_are_measured(monkeypatch):
+    monkeypatch.setattr(flops, "calibrate", lambda dtype, device: torch.ones(3))
+    config = parse(["--batch", "4"])
+    job = dist_lab.parallelize(torch.nn.Linear(2, 2), init_mesh(), "single")
+    meter = Meter(job, job.optimizer(torch.optim.SGD, lr=0.1))
+    tally = job.mesh.wire.ledger.total
+    meter.steps = [(9.0, replace(tally, blocked=9.0))] * 2 + [(1.0, replace(tally, blocked=0.5))]
+    median = meter.summary(config, 100)["median"]
+    assert (median["step_ms"], median["comm_ms"]) == (1000, 500)
+    assert (median["samples_per_s"], median["tokens_per_s"]) == (4, 100)
+    meter.steps = meter.steps[:2]  # all there is
+    assert meter.summary(config, 100)["median"]["step_ms"] == 9000
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_down_to_a_tenth():

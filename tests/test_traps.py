@@ -107,6 +107,16 @@ class ForgetsOneRank(Buggy):
             p.grad = p.grad if i == 3 and self.axis.index == 1 else total
 
 
+class MakesNaN(Buggy):
+    """An element that no number is furthest from: max() and > pass it by."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.grad = all_reduce(p.grad, self.axis)
+        if self.axis.index == 1:
+            p.grad.view(-1)[-1] = torch.nan
+
+
 EXHIBITS = {
     kind.__name__: kind
     for kind in (
@@ -118,6 +128,7 @@ EXHIBITS = {
         AveragesInsteadOfSumming,
         SumsTwice,
         ForgetsOneRank,
+        MakesNaN,
     )
 }
 
@@ -208,6 +219,7 @@ def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh)
         dist_lab.parallelize(gpt(seed=mesh.rank), mesh, "dp", broadcast=False)
 
 
+@pytest.mark.slow_unless(lambda name: name in ("dp", "fsdp", "pp"))
 @pytest.mark.parametrize("name", [name for name, impl in IMPLEMENTATIONS if impl == "hand"])
 def test_an_optimizer_built_before_parallelize_is_refused(name):
     # Trap 22, under every strategy, so that changing the strategy is changing one word.
@@ -373,6 +385,9 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
         torch.testing.assert_close(running_mean(name), everyone.mean(0))
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, impl: impl == "hand" and strategy in ("ddp", "zero2", "fsdp", "tp", "pp")
+)
 @pytest.mark.parametrize(
     ("strategy", "impl"),
     [

@@ -71,6 +71,9 @@ def assert_same_weights(ours, theirs):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, model: model == "gpt tied" or (strategy, model) == ("fsdp", "resnet")
+)
 @pytest.mark.parametrize("model", ["gpt", "gpt tied", "mlp", "resnet"])
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(4))
 def test_hand_and_library_train_to_the_same_weights(strategy, impl, model, mesh):
@@ -80,6 +83,12 @@ def test_hand_and_library_train_to_the_same_weights(strategy, impl, model, mesh)
     assert_same_weights(ours, theirs)
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, impl, model: (
+        model == "gpt"
+        and (strategy, impl) in (("ddp", "torch"), ("zero1", "torch"), ("fsdp", "torch"))
+    )
+)
 @pytest.mark.parametrize("model", ["gpt", "resnet"])
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
 def test_in_bfloat16_they_are_as_close_as_that_allows(strategy, impl, model, mesh):
@@ -227,6 +236,9 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, option: strategy == ("hsdp" if option.get("keep_gathered") else "fsdp")
+)
 @pytest.mark.parametrize(
     "option",
     [{}, {"reshard_after_forward": False}, {"keep_gathered": True}, {"defer_reduce": True}],
@@ -276,6 +288,11 @@ def test_parameters_travel_as_they_compute_and_gradients_as_they_are_kept_or_tol
     assert {local_part(p.grad).dtype for p in job.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, option: (
+        (strategy, option) in (("fsdp", "defer_reduce"), ("hsdp", "keep_gathered"))
+    )
+)
 @pytest.mark.parametrize("option", ["reshard_after_forward", "keep_gathered", "defer_reduce"])
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
 def test_under_each_option_they_train_alike_with_evaluations_between(strategy, option, mesh):
@@ -385,6 +402,9 @@ def test_a_second_backward_on_gradients_that_are_summed_is_refused(strategy, imp
         job.model(batch(0)[0]).sum().backward()
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, where, in_block: in_block == (where == "backward") == (strategy == "fsdp")
+)
 @pytest.mark.parametrize("in_block", [False, True])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))

@@ -279,6 +279,11 @@ class Experts(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, rows, bucket_mb: (
+        (strategy, rows, bucket_mb) in (("zero1", 8, 0.02), ("zero2", 3, 0.001))
+    )
+)
 @pytest.mark.parametrize("bucket_mb", [0.001, 0.02])
 @pytest.mark.parametrize("rows", [3, 8])
 @BOTH
@@ -332,6 +337,7 @@ def test_a_rank_that_had_no_rows_joins_in_the_sum(strategy, mesh):
 # --- clearing, and steps that are broken off ------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda strategy, set_to_none: set_to_none == (strategy == "zero1"))
 @pytest.mark.parametrize("set_to_none", [True, False])
 @BOTH
 @pytest.mark.ranks(2)
@@ -385,6 +391,9 @@ def test_zeros_that_a_user_keeps_stay_zeros_and_do_not_become_none(strategy, mes
     assert found["experts.2.weight"] is None
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, last, set_to_none: last == set_to_none == (strategy == "zero2")
+)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("last", [True, False])
 @BOTH
@@ -434,6 +443,9 @@ def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy
 # --- the rest of a job ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, collectives: strategy == "zero2" or collectives == "direct"
+)
 @pytest.mark.parametrize("collectives", ["backend", "ring", "direct"])
 @BOTH
 @pytest.mark.ranks(3)
@@ -454,6 +466,7 @@ def test_the_order_check_finds_nothing_to_say(strategy, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "zero2")
 @BOTH
 @pytest.mark.ranks(4)
 def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
@@ -472,6 +485,7 @@ def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
         assert getattr(job.model.get_submodule(module), attribute) is whole, "the cast stayed"
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "zero1")
 @BOTH
 @pytest.mark.ranks(3)
 def test_weights_are_saved_and_loaded_whole(strategy, mesh):

@@ -194,6 +194,7 @@ def test_the_command_line_knows_what_each_model_reads_and_its_sizes() -> None:
         assert {size.get("patch", 1) for size in zoo.SIZES[name].values()} == {row.patch}
 
 
+@pytest.mark.slow_unless(lambda image: image == (3, 17, 9))
 @pytest.mark.parametrize("image", [(1, 9, 9), (3, 17, 9)])
 def test_the_smallest_image_of_the_resnet_trains_alone(image: tuple[int, int, int]) -> None:
     row = config.MODELS["resnet18"]
@@ -214,6 +215,7 @@ def test_a_model_is_told_what_it_reads() -> None:
         zoo.build("vit", "tiny", vocab=V, image=(1, 30, 28), seed=0)
 
 
+@pytest.mark.slow_unless(lambda name, dtype: name == "vit" or dtype == torch.float32)
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_each_tensor_is_the_same_alone_from_meta_and_in_place(
