@@ -27,8 +27,9 @@ from dist_lab.explain_settings import Explain
 from dist_lab.job import Job
 from dist_lab.layout import On, Placement, Shard
 from dist_lab.mesh import ORDER, Axis, Mesh, pretended
+from dist_lab.meter import Meter
 from dist_lab.observe import memory
-from dist_lab.observe.sinks import wide_console
+from dist_lab.observe.console import wide_console
 from dist_lab.parallel.pp_schedules import bubble, peak_activations, render
 
 RANKS = 4  # where --mesh does not say
@@ -88,7 +89,7 @@ def observe(config: Config, mesh: Mesh) -> Seen:
     data = meet(replace(config, log_collectives=False), mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], loop.Meter(job, optimizer)
+    steps, meter = [], Meter(job, optimizer)
     for number in range(2):
         rows = data.batch(number, loop.own_rows(config.batch, job))
         with meter.step(number + 1), mesh.wire.ledger.recording() as calls:

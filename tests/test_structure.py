@@ -36,10 +36,12 @@ LAYERS = [
     ["job"],
     ["compose"],
     ["parity_report", "observe"],
+    ["meter"],
     ["train", "parity"],
-    ["commands", "bench", "processes.pool", "launcher"],
+    ["commands", "processes.pool", "launcher"],
     ["explain"],
     ["testing", "compare"],
+    ["bench"],
 ]
 TALK_TO_TORCH_DISTRIBUTED = {"mesh", "process_group", "launcher"}
 
