@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from dist_lab.compose import parallelize
 from dist_lab.config import Config
 from dist_lab.data import Data, open_data
 from dist_lab.data.cast import Cast
-from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.mesh import Mesh
 from dist_lab.observe import run_dir
-from dist_lab.observe.sinks import Sink, open_sinks, wide_console
+from dist_lab.observe.console import wide_console
+from dist_lab.observe.sinks import Sink, open_sinks
 from dist_lab.processes.ranks import cores
 
 
@@ -61,7 +60,7 @@ def verify(config: Config, mesh: Mesh) -> int:
     data = meet(config, mesh)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
-            make_folder(Path(config.out), "verify.json")
+            folder = run_dir.make_folder(config.out, "verify.json")
     report = parity.verify(
         lambda: draw(config, data),
         lambda step: data.batch(step, slice(0, config.batch)),
@@ -88,7 +87,7 @@ def verify(config: Config, mesh: Mesh) -> int:
         console.print(report.sentence(), soft_wrap=True)
         if config.out:
             text = json.dumps(report.to_dict(), indent=1) + "\n"
-            Path(config.out, "verify.json").write_text(text, encoding="utf-8")
+            (folder / "verify.json").write_text(text, encoding="utf-8")
     return 0 if report.equal else 1
 
 
@@ -149,15 +148,6 @@ def build(config: Config, mesh: Mesh, data: Data) -> Job:
         sync_batchnorm=config.sync_batchnorm,
         **options(config, data),
     )
-
-
-def make_folder(folder: Path, file: str) -> None:
-    """Raises UserError unless the file can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / file).touch()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror} (--out)") from None
 
 
 def versions() -> dict[str, str]:

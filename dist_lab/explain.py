@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby, product
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from dist_lab import train as loop
 from dist_lab.choices import STRATEGIES
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
-from dist_lab.commands import build, make_folder, meet
+from dist_lab.commands import build, meet
 from dist_lab.config import Config, read_mesh
 from dist_lab.errors import UserError
 from dist_lab.explain_file import write
@@ -30,8 +29,10 @@ from dist_lab.explain_settings import Explain
 from dist_lab.job import Job
 from dist_lab.layout import OnlyOn, Placement, Shard
 from dist_lab.mesh import Mesh, pretended
+from dist_lab.meter import Meter
 from dist_lab.observe import memory
-from dist_lab.observe.sinks import wide_console
+from dist_lab.observe.console import wide_console
+from dist_lab.observe.run_dir import make_folder
 from dist_lab.parallel.pp_schedules import bubble, peak_activations, render
 from dist_lab.topology import ORDER
 
@@ -49,8 +50,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
     config = replace(config, mesh=config.asked_mesh, stages=None)
     ranks = math.prod(read_mesh(config.mesh).values()) if config.mesh else ranks
     axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
-    if config.out:
-        make_folder(Path(config.out), "explain.json")
+    folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
     if config.strategy == "pp":
         show_schedule(console, config, axes["pp"])
@@ -62,8 +62,8 @@ def explain(config: Explain, mesh: Mesh) -> int:
             )
         seen = observe(config, mesh)
         show(console, seen)
-        if config.out:
-            path = write(Path(config.out), f"{config.strategy}@{config.impl}", seen)
+        if folder is not None:
+            path = write(folder, f"{config.strategy}@{config.impl}", seen)
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
 
@@ -99,7 +99,7 @@ def observe(config: Config, mesh: Mesh) -> Seen:
     data = meet(replace(config, log_collectives=False), mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], loop.Meter(job, optimizer)
+    steps, meter = [], Meter(job, optimizer)
     for number in range(2):
         rows = data.batch(number, loop.own_rows(config.batch, job))
         with meter.step(number + 1), mesh.wire.ledger.recording() as calls:

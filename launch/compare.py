@@ -5,7 +5,7 @@
     python launch/compare.py --nproc 4 --strategies dp,dp                  how large is the noise?
 
 All strategies train the same model on the same batches in the same processes, and take turns in
-rounds. Tables are printed; compare.json, .csv, .png and TensorBoard events go to runs/.
+rounds. Tables are printed; compare.json, .csv and .png go to runs/.
 """
 
 import sys

@@ -13,6 +13,7 @@ from dist_lab.bench import report
 from dist_lab.bench.report import Row, choices, fit
 from dist_lab.bench.settings import ALL, HAVE, parse
 from dist_lab.comm.costs import ALGORITHMS, BACKEND
+from dist_lab.compare.ratios import Quartiles
 from dist_lab.errors import UserError
 
 PROGRAM = Path(__file__).parent.parent / "launch" / "bench_comm.py"
@@ -29,7 +30,7 @@ def rows(op="all_gather", **seconds):
 
 def test_a_row_tells_median_and_quartiles():
     row = Row("broadcast", "tree", 8, 2, 8, [5.0, 1.0, 2.0, 3.0, 4.0])
-    assert (row.median, row.quartiles) == (3.0, (2.0, 4.0))
+    assert row.quartiles == Quartiles(median=3.0, low=2.0, high=4.0)
 
 
 def test_a_fit_finds_the_latency_and_the_bandwidth_that_made_the_times():

@@ -13,15 +13,14 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from programs import run
 from rich.console import Console
 
 from dist_lab.choices import STRATEGIES
-from dist_lab.compare import files, measure, tables
-from dist_lab.compare.ratios import depth, fewest_rounds, missed, orders, ratio, spread
+from dist_lab.compare import files, measure, rounds, tables
+from dist_lab.compare.ratios import Quartiles, depth, fewest_rounds, missed, orders, ratio
 from dist_lab.compare.report import Report, Row, Traffic
 from dist_lab.compare.settings import Entry, Settings, entries, read
 from dist_lab.config import Config
@@ -254,7 +253,7 @@ def test_a_row_follows_from_the_times_of_its_rounds():
     found = report(row("ddp", TIMES), row("dp", [2 * t for t in TIMES], blocked=None))
     summary = found.summary(found.rows[1])
     assert (summary["step_ms"], summary["ratio"], summary["verdict"]) == (1000, 0.5, "slower")
-    assert summary["tokens_per_s"] == spread([128 / t for t in TIMES]).median
+    assert summary["tokens_per_s"] == Quartiles.of([128 / t for t in TIMES]).median
     assert summary["mfu"] == pytest.approx(1e9 / 1.0 / 1e11)
     assert (summary["payload_bytes"], summary["sent_bytes"]) == (4_000_008, 6_000_008)
     assert (summary["blocked_ms"], summary["final_loss"]) == (None, 2.0)
@@ -296,8 +295,6 @@ def test_losses_that_differ_are_shown_to():
 
 
 def test_what_is_written_can_be_read_again(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     found = report(row("ddp", TIMES), row("ddp@torch", TIMES, traffic=None, kernel_bytes=None))
     files.write(found, tmp_path)
     kept = json.loads((tmp_path / "compare.json").read_text())
@@ -308,11 +305,7 @@ def test_what_is_written_can_be_read_again(tmp_path):
     assert [line["strategy"] for line in lines] == ["ddp", "ddp@torch", "fsdp"]
     assert (lines[1]["sent_bytes"], lines[2]["refused"]) == ("", "not on this mesh")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [e.value for e in events.Scalars("step_ms/ddp")] == pytest.approx(
-        [t * 1e3 for t in TIMES]
-    )
-    assert events.Tags()["images"] == ["compare"]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # --- on ranks -------------------------------------------------------------------------------------
@@ -411,19 +404,15 @@ def test_a_step_is_done_when_the_slowest_rank_has_done_it(mesh):
     def step() -> None:
         time.sleep(0.2 if mesh.rank == 1 else 0.15)
 
-    slow = SimpleNamespace(mesh=mesh, entry=Entry("dp", "dp", "hand"), step=step)
-    for seconds in measure.block(slow, 3):
+    for seconds in rounds.block(step, 3, mesh.world):
         assert 0.2 <= seconds < 0.33
 
 
 @pytest.mark.ranks(2)
 def test_who_sits_out_a_long_block_does_not_time_out(mesh):
     short = init_mesh(timeout=1.0, dp=2)
-    alone = SimpleNamespace(
-        mesh=short, entry=Entry("single", "single", "hand"),
-        step=lambda: time.sleep(0.6 * (mesh.rank == 0)),
-    )  # fmt: skip
-    assert all(0.6 <= seconds < 0.9 for seconds in measure.block(alone, 3))
+    taken = rounds.block(lambda: time.sleep(0.6 * (mesh.rank == 0)), 3, short.world, alone=True)
+    assert all(0.6 <= seconds < 0.9 for seconds in taken)
 
 
 @pytest.mark.ranks(2)
@@ -456,7 +445,7 @@ def test_the_program_prints_tables_and_leaves_its_files(text, tmp_path):
     assert "round   8/8  single " in done.stdout
     assert "single: the whole batch on rank 0 alone" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 200
-    names = {path.name for path in out.iterdir() if "tfevents" not in path.name}
+    names = {path.name for path in out.iterdir()}
     assert names == {"compare.json", "compare.csv", "compare.png"}
     kept = json.loads((out / "compare.json").read_text())
     assert kept["reference"] == "dp"

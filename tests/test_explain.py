@@ -19,6 +19,7 @@ from dist_lab.config import Config
 from dist_lab.errors import UserError
 from dist_lab.explain import explain, observe
 from dist_lab.mesh import init_mesh, pretended
+from dist_lab.meter import Meter
 from dist_lab.parallel.pp_schedules import bubble, make, render
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def measured(config, mesh):
     data = meet(config, mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], loop.Meter(job, optimizer)
+    steps, meter = [], Meter(job, optimizer)
     for step in range(2):
         rows = data.batch(step, loop.own_rows(config.batch, job))
         with meter.step(step + 1), mesh.wire.ledger.recording() as calls:

@@ -9,7 +9,7 @@ import pytest
 
 from dist_lab.config import Config
 from dist_lab.errors import UserError
-from dist_lab.observe.run_dir import claimed, look
+from dist_lab.observe.run_dir import claimed, look, make_folder
 
 HOLD = """
 import sys
@@ -112,6 +112,23 @@ def test_a_run_that_fails_gives_its_folder_back(tmp_path):
         raise KeyError
     with claimed(Config(out="run")):
         pass
+
+
+def test_a_folder_for_one_file_keeps_what_it_holds(tmp_path):
+    (tmp_path / "verify.json").write_text("of the run before")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert make_folder(str(tmp_path), "verify.json") == tmp_path
+    assert (tmp_path / "verify.json").read_text() == "of the run before"
+    assert (make_folder("a/b", "verify.json") / "verify.json").exists()
+
+
+def test_a_folder_for_one_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, why in (("file", "it is a file"), ("file/below", "Not a directory")):
+        with pytest.raises(UserError) as caught:
+            make_folder(out, "verify.json")
+        line = f"cannot write to folder '{out}': {why} (--out); give another"
+        assert str(caught.value) == line
 
 
 def test_looking_changes_nothing(tmp_path):

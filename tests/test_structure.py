@@ -44,11 +44,13 @@ LAYERS = [
     ["job"],
     ["compose"],
     ["parity_report", "observe"],
+    ["meter"],
     ["train", "parity"],
-    ["commands", "bench", "processes.pool", "launcher"],
+    ["commands", "processes.pool", "launcher"],
     ["explain_file"],
     ["explain"],
     ["testing", "compare"],
+    ["bench"],
 ]
 TALK_TO_TORCH_DISTRIBUTED = {"mesh", "process_group", "launcher"}
 

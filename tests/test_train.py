@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import dist_lab
 from dist_lab import commands, process_group
 from dist_lab.config import parse
 from dist_lab.data import open_data
-from dist_lab.errors import UserError
+from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.mesh import init_mesh
+from dist_lab.meter import Meter
 from dist_lab.observe import flops
 from dist_lab.train import (
     OPTIMIZERS,
     OPTIONS,
-    Meter,
     evaluate,
     learning_rate,
     make_optimizer,
@@ -185,6 +186,16 @@ def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
     ]
     found = evaluate(job, data, config, slice(0, 8))
     assert found == {"val_loss": pytest.approx(sum(losses) / len(losses), rel=1e-12)}
+
+
+def test_a_run_that_fails_leaves_no_thread_that_makes_batches(text, tmp_path):
+    config = parse([*SMALL, *"--steps 9 --lr 1e30 --clip 0 --optimizer sgd --warmup 0".split()])
+    data = open_data(str(text), batch=8, seq=32, seed=0, cache_dir=tmp_path)
+    job = commands.build(config, init_mesh(), data)
+    with pytest.raises(TrainingDiverged, match="step ") as held:  # and its frames with it
+        train(job, data, config, [])
+    assert [t for t in threading.enumerate() if t.name.startswith("prefetch")] == []
+    assert held.value.__traceback__ is not None
 
 
 def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):

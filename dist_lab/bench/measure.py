@@ -1,13 +1,11 @@
-"""The clock, on every rank: each algorithm once a round, the order changing from round to round."""
+"""The measurement, on every rank: each algorithm once a round, in an order that favors none."""
 
-import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
+from functools import partial
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from dist_lab.bench.report import Row, report
@@ -16,8 +14,11 @@ from dist_lab.comm import ops
 from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.comm.costs import ALGORITHMS, BACKEND
 from dist_lab.comm.ledger import backend_bytes
-from dist_lab.errors import UserError
+from dist_lab.compare.ratios import orders
+from dist_lab.compare.rounds import block
 from dist_lab.mesh import Axis, Mesh
+from dist_lab.observe.console import Progress
+from dist_lab.observe.run_dir import make_folder
 from dist_lab.processes.ranks import cores
 
 WARM_UP = 2  # rounds that connect ranks and touch memory, and do not count
@@ -26,17 +27,17 @@ WARM_UP = 2  # rounds that connect ranks and touch memory, and do not count
 def run(bench: Bench, mesh: Mesh) -> int:
     """Measure, and let rank 0 show and write what came of it."""
     check_settings_agree(bench.to_dict() | {"torch": torch.__version__}, mesh.world)
-    folder = Path(bench.out)
     with together(mesh.world):
         if mesh.rank == 0:
-            make_folder(folder)
-    console = Console(file=sys.stderr)
+            folder = make_folder(bench.out, "bench_comm.json")
     rows: list[Row] = []
-    for op, names in bench.pairs():
-        for size in bench.payloads():
-            if mesh.rank == 0 and console.is_terminal:
-                console.print(f"{op}, {size:,} B", highlight=False)
+    todo = [(op, names, size) for op, names in bench.pairs() for size in bench.payloads()]
+    progress = Progress("measured", len(todo), quiet=mesh.rank > 0, auto_refresh=False)
+    with closing(progress):
+        for done, (op, names, size) in enumerate(todo, start=1):
+            progress.say(f"{op}, {size:,} B")
             rows += measure(op, names, size, bench.rounds, mesh.world)
+            progress.reach(done)
     if mesh.rank == 0:
         setting = {
             "config": bench.to_dict(),
@@ -54,18 +55,13 @@ def measure(op: str, names: list[str], size: int, rounds: int, axis: Axis) -> li
     unit = 4 * axis.size
     elements = -(-size // unit) * axis.size  # equal pieces of whole float32
     work = prepare(op, elements, axis)
-    seconds = torch.zeros(len(names), WARM_UP + rounds, dtype=torch.float64)
-    for turn in range(WARM_UP + rounds):
-        for k in range(len(names)):
-            which = (turn + k) % len(names)
-            ops.all_reduce(torch.zeros(1), axis, algorithm="backend")  # all are here
-            began = time.perf_counter()
-            work(names[which])
-            seconds[which, turn] = time.perf_counter() - began
-    slowest = ops.all_reduce(seconds, axis, "max")[:, WARM_UP:].tolist()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for order in orders(len(names), WARM_UP + rounds, seed=0):
+        for name in (names[place] for place in order):
+            seconds[name] += block(partial(work, name), 1, axis)
     return [
-        Row(op, name, 4 * elements, *cost(op, name, axis.size, 4 * elements), times)
-        for name, times in zip(names, slowest, strict=True)
+        Row(op, name, 4 * elements, *cost(op, name, axis.size, 4 * elements), times[WARM_UP:])
+        for name, times in seconds.items()
     ]
 
 
@@ -89,14 +85,3 @@ def cost(op: str, name: str, n: int, payload: int) -> tuple[int, int]:
         return BACKEND[op](n), max(backend_bytes(op, n, i, payload) for i in range(n))
     algorithm = ALGORITHMS[op][name]
     return algorithm.rounds(n), max(algorithm.sent(n, i, payload // 4) * 4 for i in range(n))
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench_comm.json").write_text(json.dumps({}), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror} (--out); give a folder that you may "
-            "write to"
-        ) from None

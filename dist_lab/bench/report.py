@@ -1,20 +1,20 @@
 """From seconds to a table, a fit, a picture, and the choice that they speak for."""
 
-import csv
-import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
 from dist_lab.comm.choice import AUTO
-from dist_lab.observe.sinks import wide_console
+from dist_lab.compare.ratios import Quartiles
+from dist_lab.observe import export
+from dist_lab.observe.console import wide_console
 
 CLEARLY = 1.05  # an algorithm by hand is chosen over the backend's own if so many times as fast
 
@@ -37,23 +37,19 @@ class Row:
     sent: int
     seconds: Sequence[float]
 
+    @cached_property
+    def quartiles(self) -> Quartiles:
+        return Quartiles.of(self.seconds)
+
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.median, self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
+        return self.quartiles.median
 
     def to_dict(self) -> dict[str, Any]:
-        low, high = self.quartiles
         return {
             "op": self.op, "algorithm": self.algorithm, "payload_bytes": self.payload,
             "rounds": len(self.seconds), "median_ms": 1e3 * self.median,
-            "quartile1_ms": 1e3 * low, "quartile3_ms": 1e3 * high,
+            "quartile1_ms": 1e3 * self.quartiles.low, "quartile3_ms": 1e3 * self.quartiles.high,
             "steps": self.steps, "sent_bytes": self.sent,
         }  # fmt: skip
 
@@ -91,27 +87,15 @@ def fit(rows: Sequence[Row]) -> Fit:
     >>> round(1e6 * found.latency), round(1e9 * found.inverse_bandwidth, 3), round(found.error, 6)
     (100, 1.0, 0.0)
     """
-    a = [row.steps / row.median for row in rows]  # we want a alpha + b beta = 1 in each row
-    b = [row.sent / row.median for row in rows]
-    aa, ab, bb = _dot(a, a), _dot(a, b), _dot(b, b)
-    determinant = aa * bb - ab * ab
-    alpha = beta = -1.0
-    if determinant > 1e-12 * aa * bb:
-        alpha = (sum(a) * bb - sum(b) * ab) / determinant
-        beta = (sum(b) * aa - sum(a) * ab) / determinant
-    if alpha < 0 or beta < 0:
-        only_alpha, only_beta = (sum(a) / aa, 0.0), (0.0, sum(b) / bb if bb else 0.0)
-        alpha, beta = min(only_alpha, only_beta, key=lambda pair: _error(a, b, *pair))
-    return Fit(rows[0].op, rows[0].algorithm, alpha, beta, _error(a, b, alpha, beta))
-
-
-def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return math.fsum(x * y for x, y in zip(a, b, strict=True))
-
-
-def _error(a: Sequence[float], b: Sequence[float], alpha: float, beta: float) -> float:
-    misses = [x * alpha + y * beta - 1 for x, y in zip(a, b, strict=True)]
-    return math.sqrt(statistics.fmean(miss * miss for miss in misses))
+    a = numpy.array([[row.steps / row.median, row.sent / row.median] for row in rows])
+    fits = []
+    for used in ([0, 1], [0], [1]):  # alpha and beta, or one of them, so that a x is 1 in each row
+        x = numpy.zeros(2)
+        x[used], _, rank, _ = numpy.linalg.lstsq(a[:, used], numpy.ones(len(rows)))
+        if rank == len(used) and min(x) >= 0:
+            error = float(numpy.sqrt(numpy.mean((a @ x - 1) ** 2)))
+            fits.append(Fit(rows[0].op, rows[0].algorithm, float(x[0]), float(x[1]), error))
+    return min(fits, key=lambda found: found.error)
 
 
 def choices(rows: Sequence[Row]) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -162,13 +146,7 @@ def report(rows: Sequence[Row], setting: Mapping[str, Any], folder: Path) -> Non
         "fits": [found.to_dict() for found in fits],
         "auto": chosen,
     }
-    text = json.dumps(everything, indent=1) + "\n"
-    (folder / "bench_comm.json").write_text(text, encoding="utf-8")
-    with (folder / "bench_comm.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    picture(by_algorithm, title).savefig(folder / "bench_comm.png", dpi=130)
+    export.write(folder, "bench_comm", everything, table, picture(by_algorithm, title))
     console.print(f"in {folder}: bench_comm.json, .csv, .png", highlight=False, soft_wrap=True)
 
 
@@ -188,8 +166,8 @@ def times_table(rows: Sequence[Row], title: str) -> Table:
             if row is None:
                 cells.append("")
                 continue
-            low, high = row.quartiles
-            text = f"{1e3 * row.median:.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})"
+            low, high = 1e3 * row.quartiles.low, 1e3 * row.quartiles.high
+            text = f"{1e3 * row.median:.2f} ({low:.2f}-{high:.2f})"
             if "backend" in here and name != "backend":
                 text += f" {here['backend'].median / row.median:.2f}x"
             cells.append(f"[bold]{text}[/bold]" if row is fastest else text)
@@ -219,18 +197,17 @@ def picture(groups: Mapping[tuple[str, str], Sequence[Row]], title: str) -> Figu
     colors = {"backend": "black", "ring": "tab:blue", "direct": "tab:orange", "tree": "tab:green"}
     across = min(3, len(ops))
     down = -(-len(ops) // across)
-    figure = Figure(figsize=(4.6 * across, 3.8 * down), layout="constrained")
+    figure = Figure(figsize=(4.6 * across, 3.8 * down), dpi=130, layout="constrained")
     figure.suptitle(f"Collectives on {title}: median and quartiles")
     for place, op in enumerate(ops, start=1):
         axes = figure.add_subplot(down, across, place)
         for (of, name), rows in groups.items():
             if of == op:
                 sizes = [row.payload for row in rows]
-                low, high = zip(*(row.quartiles for row in rows), strict=True)
+                low = [1e3 * row.quartiles.low for row in rows]
+                high = [1e3 * row.quartiles.high for row in rows]
                 color = colors[name]
-                axes.fill_between(
-                    sizes, [1e3 * t for t in low], [1e3 * t for t in high], color=color, alpha=0.15
-                )
+                axes.fill_between(sizes, low, high, color=color, alpha=0.15)
                 medians = [1e3 * row.median for row in rows]
                 axes.plot(sizes, medians, "o-", color=color, label=name, markersize=4)
         axes.set_xscale("log", base=2)

@@ -1,44 +1,27 @@
-"""A report as files: everything in JSON, a row a strategy in CSV, a picture, TensorBoard."""
+"""A report as files: compare.json, compare.csv and compare.png."""
 
-import csv
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lab.compare.report import Report
+from dist_lab.observe import export
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def write(report: Report, folder: Path) -> None:
-    """compare.json, compare.csv, compare.png and TensorBoard's events, in `folder`."""
-    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    (folder / "compare.json").write_text(text, encoding="utf-8")
-    write_csv(report, folder / "compare.csv")
-    picture = draw(report)
-    picture.savefig(folder / "compare.png")
-    write_events(report, picture, folder)
-
-
-def write_csv(report: Report, path: Path) -> None:
-    rows = [report.summary(row) for row in report.rows]
-    names = [*rows[0], "refused"]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, names)
-        table.writeheader()
-        table.writerows(rows)
-        for label, reason in report.refused.items():
-            table.writerow({"strategy": label, "refused": reason})
+    """All in JSON, the numbers of each strategy in a line of CSV, throughput as a picture."""
+    rows = [report.summary(row) | {"refused": None} for row in report.rows]
+    rows += [{"strategy": label, "refused": why} for label, why in report.refused.items()]
+    export.write(folder, "compare", report.to_dict(), rows, draw(report))
 
 
 def draw(report: Report) -> "Figure":
     """Bars of throughput; from the lower to the upper quartile of the rounds, a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.55 * len(report.rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # draws in memory: no window, no state of pyplot's
     axes = figure.add_subplot()
     rates = [report.throughput(row) for row in report.rows]
     medians = [rate.median for rate in rates]
@@ -71,26 +54,3 @@ def draw(report: Report) -> "Figure":
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def write_events(report: Report, picture: "Figure", folder: Path) -> None:
-    """Each round's numbers as scalars, and the picture."""
-    import numpy
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from torch.utils.tensorboard import SummaryWriter
-
-    canvas = picture.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    with SummaryWriter(str(folder)) as writer:
-        unit = report.unit.replace("/", "_per_")
-        for row in report.rows:
-            for number, seconds in enumerate(row.round_seconds, start=1):
-                writer.add_scalar(f"step_ms/{row.label}", seconds * 1e3, number)
-                writer.add_scalar(f"{unit}/{row.label}", report.batch / seconds, number)
-            for step, loss in enumerate(row.losses, start=1):
-                writer.add_scalar(f"loss/{row.label}", loss, step)
-            found = report.ratio(row)
-            writer.add_scalar(f"ratio/{row.label}", found.median if found else 1.0)
-            writer.add_scalar(f"mfu/{row.label}", report.mfu(row))
-            writer.add_scalar(f"peak_memory_bytes/{row.label}", row.peak_memory_bytes)
-        writer.add_image("compare", numpy.asarray(canvas.buffer_rgba()), dataformats="HWC")

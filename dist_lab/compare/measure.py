@@ -3,24 +3,15 @@
 All strategies live side by side in the same processes, each with a model, an optimizer and batches
 of its own, drawn from the same seed; so they take the same steps, and differ in when bytes travel.
 In each round every strategy runs a few steps, in an order that ratios.py makes fair.
-
-[Note: the time of a step] A step is done when the last rank has done it. Every rank notes when it
-has done each, counted from where all met before the first; the maximum over ranks is taken after
-the last, so that nothing is sent or waited for, while the clock runs, that the strategy itself does
-not send. Ranks may drift apart inside a block as they do in a real run.
 """
 
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from dist_lab import commands
 from dist_lab.comm import ops
@@ -28,16 +19,18 @@ from dist_lab.comm.agree import together
 from dist_lab.comm.ledger import Call
 from dist_lab.comm.wire import Wire
 from dist_lab.compare import files, tables
-from dist_lab.compare.progress import Progress
 from dist_lab.compare.ratios import orders
 from dist_lab.compare.report import Report, Row, by_collective, mean_of_ranks
+from dist_lab.compare.rounds import barrier, block
 from dist_lab.compare.settings import Entry, Settings
 from dist_lab.config import Config
 from dist_lab.data import Data, prefetch
 from dist_lab.errors import UserError
 from dist_lab.mesh import Mesh, init_mesh
-from dist_lab.observe import flops, run_dir, sockets
-from dist_lab.train import DTYPES, Meter, make_optimizer, own_rows, take_step
+from dist_lab.meter import Meter, peak_rate
+from dist_lab.observe import run_dir, sockets
+from dist_lab.observe.console import Progress
+from dist_lab.train import make_optimizer, own_rows, take_step
 
 WARM_UP = 4  # steps: two that are measured for memory and FLOPs, one to settle, one for its bytes
 
@@ -63,22 +56,29 @@ def measure(config: Settings, mesh: Mesh, data: Data, entries: Sequence[Entry]) 
         UserError: none of the entries can run, or not the one to measure against.
     """
     with ExitStack() as held:
-        progress = held.enter_context(Progress(config, mesh))
+        progress = Progress("rounds", config.rounds, quiet=mesh.rank > 0, auto_refresh=False)
+        held.callback(progress.close)
         running: list[Contender] = []
         refused: dict[str, str] = {}
         for entry in entries:
-            progress.begins(entry.label)
+            progress.say(f"warm-up of {entry.label}")
             try:
                 running.append(warmed_up(Contender(entry, config, mesh), data, held))
             except UserError as error:
                 refused[entry.label] = str(error)
             gc.collect()  # what a refused one leaves: its model and hooks refer to each other
         reference = find_reference(config, running, refused)
-        for order in orders(len(running), config.rounds, config.seed):
-            for place in order:
-                running[place].rounds.append(block(running[place], config.steps))
-            progress.round_done({one.entry.label: one.rounds[-1] for one in running})
-        rows, peak = [row_of(one) for one in running], peak_rate(config, mesh)
+        for done, order in enumerate(orders(len(running), config.rounds, config.seed), start=1):
+            for one in (running[place] for place in order):
+                seconds = block(one.step, config.steps, mesh.world, alone=one.entry.alone)
+                one.rounds.append(seconds)
+            times = "  ".join(
+                f"{one.entry.label} {statistics.median(one.rounds[-1]) * 1e3:.0f} ms"
+                for one in running
+            )
+            progress.reach(done)
+            progress.say(f"round {done:>3}/{config.rounds}  {times}", on_the_bar="")
+        rows, peak = [row_of(one) for one in running], peak_rate(config.dtype, mesh)
     if mesh.rank > 0:
         return None
     first = running[0]
@@ -193,50 +193,18 @@ def find_reference(
     return asked or labels[0]
 
 
-def block(one: Contender, steps: int) -> list[float]:
-    """Seconds of each of some steps; see [Note: the time of a step]."""
-    ends, elapsed = [], 0.0
-    meet(one.mesh)
-    for _ in range(steps):
-        began = time.perf_counter()
-        one.step()
-        elapsed += time.perf_counter() - began
-        ends.append(elapsed)
-        if one.entry.alone:
-            meet(one.mesh)  # while no clock runs: who sits out must not wait until he times out
-    with one.mesh.wire.during("measure"):
-        last = ops.all_reduce(
-            torch.tensor(ends, dtype=torch.float64, device=one.mesh.device), one.mesh.world, "max"
-        )
-    return [after - before for before, after in pairwise([0.0, *last.tolist()])]
-
-
-def meet(mesh: Mesh) -> None:
-    """Nobody goes on before all are here."""
-    with mesh.wire.during("measure"):
-        ops.all_reduce(torch.zeros(1, device=mesh.device), mesh.world)
-
-
 def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
     """Bytes that this rank's sockets send for some work, by the kernel's count."""
     marks = []
-    meet(mesh)
+    barrier(mesh.world)
     for action in (lambda: None, work):  # the first to know what it costs to meet
         marks.append(sockets.sent_bytes())
         action()
-        meet(mesh)  # now all that was sent has arrived
+        barrier(mesh.world)  # now all that was sent has arrived
     start, middle, end = [*marks, sockets.sent_bytes()]
     if start is None or middle is None or end is None:
         return None
     return max(0, (end - middle) - (middle - start))
-
-
-def peak_rate(config: Settings, mesh: Mesh) -> float:
-    """Floating-point operations a second of all ranks together: see observe/flops.py."""
-    meet(mesh)
-    rates = flops.calibrate(DTYPES[config.dtype], mesh.device).to(mesh.device)
-    with mesh.wire.during("measure"):
-        return float(ops.all_reduce(rates, mesh.world).max())
 
 
 def row_of(one: Contender) -> Row:
@@ -246,18 +214,13 @@ def row_of(one: Contender) -> Row:
     facts = [fact for fact in everyone if fact]
     kernel = [fact["kernel_bytes"] for fact in facts]
     fullest = max(facts, key=lambda fact: fact["peak_memory_bytes"])
+    of_all = {
+        "peak_memory_bytes": fullest["peak_memory_bytes"],
+        "peak_memory": fullest["peak_memory"],
+        "traffic": mean_of_ranks([fact["traffic"] for fact in facts]),
+        "kernel_bytes": None if None in kernel else statistics.fmean(kernel),
+    }
     return Row(
-        label=one.entry.label,
-        strategy=one.entry.strategy,
-        impl=one.entry.impl,
-        about=facts[0]["about"],
-        processes=len(facts),
-        rounds=one.rounds,
-        losses=one.losses,
-        blocked=facts[0]["blocked"],
-        peak_memory_bytes=fullest["peak_memory_bytes"],
-        peak_memory=fullest["peak_memory"],
-        flops_per_step=facts[0]["flops_per_step"],
-        traffic=mean_of_ranks([fact["traffic"] for fact in facts]),
-        kernel_bytes=None if None in kernel else statistics.fmean(kernel),
-    )
+        **asdict(one.entry), processes=len(facts), rounds=one.rounds, losses=one.losses,
+        **facts[0] | of_all,
+    )  # fmt: skip

@@ -24,17 +24,29 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Self
 
 CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quartiles:
     """The median of some numbers and their quartiles."""
 
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """
+        >>> Quartiles.of([4, 1, 3, 2, 5])
+        Quartiles(median=3.0, low=2.0, high=4.0)
+        """
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -49,24 +61,13 @@ class Ratio:
     low: float
     high: float
     confidence: float
-    quartiles: Spread
+    quartiles: Quartiles
 
     @property
     def verdict(self) -> str:
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "too noisy to tell"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """
-    >>> spread([4, 1, 3, 2, 5])
-    Spread(median=3.0, low=2.0, high=4.0)
-    """
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
 
 
 def ratio(mine: Sequence[float], reference: Sequence[float]) -> Ratio:
@@ -80,7 +81,7 @@ def ratio(mine: Sequence[float], reference: Sequence[float]) -> Ratio:
         raise ValueError(f"{len(ratios)} rounds give no interval of {CONFIDENCE:.0%}")
     return Ratio(
         statistics.median(ratios), ratios[k - 1], ratios[-k], 1 - missed(len(ratios), k),
-        spread(ratios),
+        Quartiles.of(ratios),
     )  # fmt: skip
 
 

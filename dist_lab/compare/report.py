@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
-from dist_lab.compare.ratios import Ratio, Spread, ratio, spread
+from dist_lab.compare.ratios import Quartiles, Ratio, ratio
 
 # Final losses that are further apart than this, relatively, are not explained by sums in another
 # order. Training amplifies rounding: after 200 steps of the tiny gpt, 4e-7 in float32 and 3e-3 in
@@ -67,9 +67,9 @@ class Row:
         return [statistics.median(steps) for steps in self.rounds]
 
     @cached_property
-    def seconds(self) -> Spread:
+    def seconds(self) -> Quartiles:
         """Of a step, over the rounds."""
-        return spread(self.round_seconds)
+        return Quartiles.of(self.round_seconds)
 
     @property
     def blocked_seconds(self) -> float | None:
@@ -122,9 +122,9 @@ class Report:
         final = self.reference_row.losses[-1]
         return abs(row.losses[-1] - final) / max(abs(final), 1e-300)
 
-    def throughput(self, row: Row) -> Spread:
+    def throughput(self, row: Row) -> Quartiles:
         """Tokens or samples a second, over the rounds."""
-        return spread([self.batch / seconds for seconds in row.round_seconds])
+        return Quartiles.of([self.batch / seconds for seconds in row.round_seconds])
 
     def mfu(self, row: Row) -> float:
         return row.flops_per_step / row.seconds.median / self.peak_flops_per_s

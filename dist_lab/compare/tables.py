@@ -1,15 +1,15 @@
 """A report for a person: a table of speed, one of what it cost, and what they need beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 from dist_lab.compare.ratios import Ratio
 from dist_lab.compare.report import IN_MEMORY, Report, Row
+from dist_lab.observe.console import wide_console
 from dist_lab.observe.memory import KINDS
-from dist_lab.observe.sinks import wide_console
 
 COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
 
@@ -27,20 +27,14 @@ def show(report: Report, folder: Path) -> None:
 def speed(report: Report) -> Table:
     """Which is faster."""
     config = report.setting["config"]
-    table = Table(
-        title=f"{config['model']} {report.setting['parameters'] / 1e6:.1f}M in {config['dtype']}, "
+    table = empty_table(
+        ["strategy", "step ms (quartiles)", f"x {report.reference} (99% interval)", "verdict"],
+        [report.unit, "MFU", "waiting ms"],
+        f"{config['model']} {report.setting['parameters'] / 1e6:.1f}M in {config['dtype']}, "
         f"{report.batch:,} {report.unit.removesuffix('/s')} a step, on "
         f"{report.setting['world_size']} ranks x {report.setting['threads']} threads "
         f"({report.setting['cores']} cores)",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    table.add_column("strategy", overflow="fold")
-    table.add_column("step ms (quartiles)", overflow="fold")
-    table.add_column(f"x {report.reference} (99% interval)", overflow="fold")
-    table.add_column("verdict", overflow="fold")
-    for name in (report.unit, "MFU", "waiting ms"):
-        table.add_column(name, justify="right", overflow="fold")
     for row in report.rows:
         found, blocked = report.ratio(row), row.blocked_seconds
         table.add_row(
@@ -59,12 +53,10 @@ def speed(report: Report) -> Table:
 
 def cost(report: Report) -> Table:
     """What each sent and held, and where it ended."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("strategy", overflow="fold")
-    table.add_column("a step of a rank", overflow="fold")
-    names = ("calls", "payload MB", "sent MB", "formula MB", "kernel MB", "final loss")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    table = empty_table(
+        ["strategy", "a step of a rank"],
+        ["calls", "payload MB", "sent MB", "formula MB", "kernel MB", "final loss"],
+    )
     for row in report.rows:
         kernel = "-" if row.kernel_bytes is None else mb(row.kernel_bytes)
         first, *others = traffic_lines(row)
@@ -77,14 +69,18 @@ def cost(report: Report) -> Table:
 def memory(report: Report) -> Table:
     """Of the rank that needs most, at that moment of a step, by what it is for."""
     kinds = [kind for kind in KINDS if any(row.peak_memory["at_peak"][kind] for row in report.rows)]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("strategy", overflow="fold")
-    for name in ("peak MB", *(kind.replace("_", " ") for kind in kinds)):
-        table.add_column(name, justify="right", overflow="fold")
+    table = empty_table(["strategy"], ["peak MB", *(kind.replace("_", " ") for kind in kinds)])
     for row in report.rows:
         parts = [mb(row.peak_memory["at_peak"][kind]) for kind in kinds]
         table.add_row(row.label, mb(row.peak_memory_bytes), *parts)
     return table
+
+
+def empty_table(text: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
+    """Columns that rather break a line than cut it off."""
+    columns = [Column(name, overflow="fold") for name in text]
+    columns += [Column(name, justify="right", overflow="fold") for name in numbers]
+    return Table(*columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def traffic_lines(row: Row) -> Iterator[list[str]]:

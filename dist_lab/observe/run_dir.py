@@ -44,6 +44,19 @@ def claimed(config: Config, what: str = "") -> Iterator[Path]:
         yield folder
 
 
+def make_folder(out: str, file: str) -> Path:
+    """The folder `out`, in which `file` can be written; what it holds is left there. Rank 0 only.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    with explained(out):
+        folder = Path(out).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
 def look(config: Config) -> None:
     """Raise what `claimed` would raise of a folder that is there, and change nothing in it.
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from dist_lab.observe.console import Progress
+from dist_lab.observe.export import write_json
 from dist_lab.parallel.pp_schedules import Schedule, Slot
 
 Row = Mapping[str, Any]
@@ -34,18 +33,9 @@ class Sink:
         """The run is over; None if it failed."""
 
 
-def wide_console() -> Console:
-    """The terminal as wide as it is, or a log file, which has no width of its own."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 def open_sinks(folder: Path, steps: int, *, plain: bool = False) -> list[Sink]:
     """All three, writing into `folder`, which exists. `plain`: no bar, as others print too."""
-    console = Console()
-    watched = console.is_terminal and not plain
-    screen: Sink = Bar(console, steps) if watched else Lines(console, steps)
-    return [JsonLines(folder), TensorBoard(folder), screen]
+    return [JsonLines(folder), TensorBoard(folder), Screen(steps, plain=plain)]
 
 
 class JsonLines(Sink):
@@ -62,15 +52,13 @@ class JsonLines(Sink):
         """pipeline.json, and a picture of it beside the ideal."""
         from dist_lab.observe import grid  # here: matplotlib is slow to import
 
-        text = json.dumps(grid.to_json(rows, schedule.name), indent=1) + "\n"
-        (self.folder / "pipeline.json").write_text(text, encoding="utf-8")
+        write_json(self.folder / "pipeline.json", grid.to_json(rows, schedule.name))
         grid.write(grid.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.file.close()
         if summary is not None:
-            text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-            (self.folder / "summary.json").write_text(text, encoding="utf-8")
+            write_json(self.folder / "summary.json", summary)
 
 
 class TensorBoard(Sink):
@@ -99,56 +87,33 @@ class TensorBoard(Sink):
         self.writer.close()
 
 
-class Bar(Sink):
-    """For a person at a terminal: a bar, the loss, tokens or images a second and the time left."""
+class Screen(Sink):
+    """For the person watching: a bar with the last numbers, or a plain line a row in a log."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(), console=console,
-        )  # fmt: skip
-        self.task = self.progress.add_task("", total=steps)
-        self.validation = ""
-        self.progress.start()
+    def __init__(self, steps: int, *, plain: bool) -> None:
+        self.steps, self.validation = steps, ""
+        self.progress = Progress("step", steps, plain=plain)
 
     def tick(self, step: int) -> None:
-        self.progress.update(self.task, completed=step)
-
-    def row(self, row: Row) -> None:
-        if "val_loss" in row:
-            self.validation = f"  val {row['val_loss']:.3f}{_accuracy(row, 'val_accuracy')}"
-        text = f"loss {row['loss']:.3f}{self.validation}  {_rate(row)}"
-        self.progress.update(self.task, description=text)
-
-    def close(self, summary: Mapping[str, Any] | None) -> None:
-        self.progress.stop()
-        if summary is not None:
-            self.progress.console.print(closing_line(summary), highlight=False, soft_wrap=True)
-
-
-class Lines(Sink):
-    """For a log file: one plain line a row."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+        self.progress.reach(step)
 
     def row(self, row: Row) -> None:
         validation = ""
         if "val_loss" in row:
             validation = f"  val {row['val_loss']:.4f}{_accuracy(row, 'val_accuracy')}"
-        self._print(
-            f"step {row['step']:>5}/{self.steps}  loss {row['loss']:.4f}{validation}  norm "
+            self.validation = validation
+        loss = f"loss {row['loss']:.4f}"
+        self.progress.say(
+            f"step {row['step']:>5}/{self.steps}  {loss}{validation}  norm "
             f"{row['grad_norm']:.3f}  {_rate(row)}  {row['step_ms']:.0f} ms "
-            f"({row['comm_ms']:.0f} waiting)"
+            f"({row['comm_ms']:.0f} waiting)",
+            on_the_bar=f"{loss}{self.validation}  {_rate(row)}",
         )
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
+        self.progress.close()
         if summary is not None:
-            self._print(closing_line(summary))
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-        self.console.file.flush()
+            self.progress.print(closing_line(summary))
 
 
 def closing_line(summary: Mapping[str, Any]) -> str:

@@ -1,0 +1,54 @@
+"""What a person sees while a program runs: a bar at a terminal, plain lines in a log."""
+
+import rich.progress
+from rich.console import Console
+
+
+def wide_console() -> Console:
+    """The terminal as wide as it is, or a log file, which has no width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+class Progress:
+    """How much of `total` is done. Close it at the end.
+
+    Args:
+        noun: what is counted.
+        quiet: show nothing: only rank 0 does.
+        plain: lines, even at a terminal, as others print there, too.
+        auto_refresh: redraw the bar in a thread. Without, nothing takes time from whoever runs.
+    """
+
+    def __init__(
+        self, noun: str, total: int, *, quiet: bool = False, plain: bool = False,
+        auto_refresh: bool = True,
+    ) -> None:  # fmt: skip
+        self.console = Console(quiet=quiet)
+        self.in_lines = plain or not self.console.is_terminal
+        self.bar = rich.progress.Progress(
+            rich.progress.TextColumn(noun), rich.progress.MofNCompleteColumn(),
+            rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self.console, disable=quiet or self.in_lines, auto_refresh=auto_refresh,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total)
+        self.bar.start()
+
+    def reach(self, done: int) -> None:
+        self.bar.update(self.task, completed=done)
+
+    def say(self, line: str, *, on_the_bar: str | None = None) -> None:
+        """A line of a log; at a terminal it stands on the bar, or the other text does."""
+        self.bar.update(self.task, description=line if on_the_bar is None else on_the_bar)
+        self.bar.refresh()
+        if self.in_lines:
+            self.print(line)
+
+    def print(self, line: str) -> None:
+        """At a terminal and in a log."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.file.flush()
+
+    def close(self) -> None:
+        self.bar.stop()

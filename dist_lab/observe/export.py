@@ -1,0 +1,31 @@
+"""A measurement as files: everything in JSON, a row of numbers a line in CSV, a picture."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write(
+    folder: Path,
+    name: str,
+    everything: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    picture: "Figure",
+) -> None:
+    """NAME.json, NAME.csv and NAME.png in `folder`. The first row has the columns of all."""
+    write_json(folder / f"{name}.json", everything)
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    picture.savefig(folder / f"{name}.png")
+
+
+def write_json(path: Path, everything: Mapping[str, Any]) -> None:
+    text = json.dumps(everything, indent=1, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
