@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from dist_lab.comm.ledger import Call
-from dist_lab.job import Job
+from dist_lab.explain_dry_run import Seen
 from dist_lab.layout import to_json
 from dist_lab.observe import memory
 
 
-def write(folder: Path, strategy: str, seen: Any) -> Path:
-    """Write the file for two steps that `explain.observe` has seen. Returns its path."""
+def write(folder: Path, strategy: str, seen: Seen) -> Path:
+    """Write the file for two steps that `observe` has seen. Returns its path."""
     path = folder / "explain.json"
     path.write_text(json.dumps(described(strategy, seen), indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def described(strategy: str, seen: Any) -> dict[str, Any]:
+def described(strategy: str, seen: Seen) -> dict[str, Any]:
     """The contents of the file."""
-    job: Job = seen.job
+    job = seen.job
     by_layout = memory.by_layout(job, seen.optimizer)
     kinds = {
         kind: {

@@ -17,7 +17,8 @@ from dist_lab.choices import IMPLEMENTATIONS
 from dist_lab.commands import build, meet
 from dist_lab.config import Config
 from dist_lab.errors import UserError
-from dist_lab.explain import explain, observe
+from dist_lab.explain import explain
+from dist_lab.explain_dry_run import observe
 from dist_lab.mesh import init_mesh, pretended
 from dist_lab.meter import Meter
 from dist_lab.parallel.pp_schedules import bubble, make, render
