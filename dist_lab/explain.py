@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from dist_lab.choices import STRATEGIES
-from dist_lab.config import Config, read_mesh
+from dist_lab.config import Config
 from dist_lab.errors import UserError
 from dist_lab.explain_dry_run import Seen, observe
 from dist_lab.explain_file import write
@@ -32,7 +32,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
         )
     ranks = RANKS if STRATEGIES[config.strategy].axes else 1
     config = replace(config, mesh=config.asked_mesh, stages=None)
-    ranks = math.prod(read_mesh(config.mesh).values()) if config.mesh else ranks
+    ranks = math.prod(config.asked_axes.values()) if config.mesh else ranks
     axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()

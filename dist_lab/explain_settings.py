@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_lab import data
+from dist_lab.checks import check_settings, parse_as
 from dist_lab.choices import STRATEGIES
-from dist_lab.config import Config, check_settings, parse_as
+from dist_lab.config import Config
 from dist_lab.errors import UserError, shown
 from dist_lab.settings import setting
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from dist_lab import data, launcher
-from dist_lab.config import Config, parse
+from dist_lab.checks import parse
+from dist_lab.config import Config
 from dist_lab.observe import run_dir
 
 

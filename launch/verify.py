@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from dist_lab import data, launcher
-from dist_lab.config import Config, parse
+from dist_lab.checks import parse
+from dist_lab.config import Config
 
 # Little work, for a bug shows in the first steps; in float64, where rounding cannot hide it.
 DEFAULTS = {"steps": 3, "batch": 8, "seq": 32, "dtype": "float64"}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dist_lab import choices
+from dist_lab.checks import parse
 from dist_lab.choices import IMPLEMENTATIONS, STRATEGIES
-from dist_lab.config import Config, parse
+from dist_lab.config import Config
 from dist_lab.errors import UserError, one_of
 from dist_lab.processes.ranks import cores
 from dist_lab.settings import kind

@@ -24,6 +24,7 @@ LAYERS = [
     ["parallel.pp_check"],
     ["parallel.pp_schedules"],
     ["config"],
+    ["checks"],
     ["explain_settings"],
     ["comm.algorithms", "comm.costs", "comm.shared", "comm.shared_collectives"],
     ["comm.ledger", "comm.choice", "comm.wire"],
@@ -126,7 +127,7 @@ def test_only_the_communication_code_talks_to_torch_distributed(path):
 
 def test_import_dist_lab_and_its_configuration_cost_no_torch():
     code = (
-        "import sys, dist_lab, dist_lab.config, dist_lab.launcher, dist_lab.testing;"
+        "import sys, dist_lab, dist_lab.checks, dist_lab.launcher, dist_lab.testing;"
         "import dist_lab.data.corpus; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

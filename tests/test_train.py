@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import dist_lab
 from dist_lab import commands, process_group
-from dist_lab.config import parse
+from dist_lab.checks import parse
 from dist_lab.data import open_data
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.mesh import init_mesh

@@ -4,15 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dist_lab.checks import check_nproc, check_together, parse_as
 from dist_lab.choices import STRATEGIES
 from dist_lab.compare.ratios import CONFIDENCE, fewest_rounds
-from dist_lab.config import (
-    Config,
-    check_nproc,
-    check_together,
-    parse_as,
-    read_mesh,
-)
+from dist_lab.config import Config
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.settings import setting
 from dist_lab.topology import DATA_AXES
@@ -73,7 +68,7 @@ class Settings(Config):
         """Why it cannot run on the mesh that was asked for; "" if it can."""
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
             return "computes for real, and the others are emulated (--emulate-compute)"
-        asked, own = read_mesh(self.mesh), STRATEGIES[entry.strategy].axes
+        asked, own = self.asked_axes, STRATEGIES[entry.strategy].axes
         if entry.alone or set(asked) <= set(own):
             return ""
         foreign = " and ".join(f"{name}={size}" for name, size in asked.items() if name not in own)
