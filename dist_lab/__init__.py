@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from dist_lab.errors import MachineError, TrainingDiverged, UserError
     from dist_lab.job import Job
     from dist_lab.loss import cross_entropy_sum
-    from dist_lab.mesh import Axis, Mesh, init_mesh
-    from dist_lab.parity import verify
+    from dist_lab.mesh.mesh import Axis, Mesh, init_mesh
+    from dist_lab.programs.verify.engine import verify
     from dist_lab.torchvision_import import fix_torchvision
 
 WHERE = {
-    "Axis": "mesh",
+    "Axis": "mesh.mesh",
     "Job": "job",
     "MachineError": "errors",
-    "Mesh": "mesh",
+    "Mesh": "mesh.mesh",
     "TrainingDiverged": "errors",
     "UserError": "errors",
     "cross_entropy_sum": "loss",
     "fix_torchvision": "torchvision_import",
-    "init_mesh": "mesh",
+    "init_mesh": "mesh.mesh",
     "parallelize": "compose",
-    "verify": "parity",
+    "verify": "programs.verify.engine",
 }
 
 __version__ = "0.1.0"

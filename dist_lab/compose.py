@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_lab.choices import (
+from dist_lab.comm import ops
+from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
+from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.layout.layout import Layout, holds
+from dist_lab.mesh.mesh import Mesh
+from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.programs.cli.registry import (
     MIXES,
     ORDER_OF_APPLICATION,
     REFUSED,
@@ -22,23 +29,16 @@ from dist_lab.choices import (
     Casts,
     Impl,
 )
-from dist_lab.comm import ops
-from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
-from dist_lab.errors import UserError
-from dist_lab.hooks import ModuleHook
-from dist_lab.job import Job
-from dist_lab.layout import Layout, holds
-from dist_lab.mesh import Mesh
-from dist_lab.meta import come_to_life, is_meta, piece_by_piece
-from dist_lab.parallel.sync import Applied, Apply, Chain, Setup
-from dist_lab.parallel.sync_batchnorm import convert_batchnorm
-from dist_lab.parallel.watch import FirstNonFinite
-from dist_lab.precision import compute_in
-from dist_lab.recompute import recompute as recompute_units
-from dist_lab.runner import Runner
-from dist_lab.step import Step
-from dist_lab.topology import DATA_AXES
-from dist_lab.zoo.init import InitFn
+from dist_lab.step.eager import Runner
+from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.nonfinite import FirstNonFinite
+from dist_lab.step.order import Step
+from dist_lab.step.protocol import Applied, Apply, Chain, Setup
+from dist_lab.transforms.batchnorm import convert_batchnorm
+from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
+from dist_lab.transforms.init import InitFn
+from dist_lab.transforms.precision import compute_in
+from dist_lab.transforms.recompute import recompute as recompute_units
 
 
 @dataclass(frozen=True)

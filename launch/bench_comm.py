@@ -10,8 +10,8 @@ a bandwidth fitted to each algorithm's own formula, and what --collectives auto 
 import sys
 from collections.abc import Sequence
 
-from dist_lab import launcher
-from dist_lab.bench.settings import Bench, parse
+from dist_lab.processes import launcher
+from dist_lab.programs.bench.settings import Bench, parse
 
 
 def read(argv: Sequence[str] | None) -> Bench:
@@ -19,4 +19,4 @@ def read(argv: Sequence[str] | None) -> Bench:
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("bench_comm.py", read, "dist_lab.bench.measure:run"))
+    sys.exit(launcher.main("bench_comm.py", read, "dist_lab.programs.bench.measure:run"))

@@ -11,9 +11,10 @@ rounds. Tables are printed; compare.json, .csv and .png go to runs/.
 import sys
 from collections.abc import Sequence
 
-from dist_lab import data, launcher
-from dist_lab.compare import settings
+from dist_lab import data
 from dist_lab.observe import run_dir
+from dist_lab.processes import launcher
+from dist_lab.programs.compare import settings
 
 
 def read(argv: Sequence[str] | None) -> settings.Settings:
@@ -25,4 +26,4 @@ def read(argv: Sequence[str] | None) -> settings.Settings:
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("compare.py", read, "dist_lab.compare.measure:run"))
+    sys.exit(launcher.main("compare.py", read, "dist_lab.programs.compare.measure:run"))

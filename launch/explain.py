@@ -11,12 +11,13 @@ One step of rank 0 is run, against ranks that are only pretended; what it sends 
 import sys
 from collections.abc import Sequence
 
-from dist_lab import explain_settings, launcher
+from dist_lab.processes import launcher
+from dist_lab.programs.explain import settings
 
 
-def read(argv: Sequence[str] | None) -> explain_settings.Explain:
-    return explain_settings.read(argv, __doc__)
+def read(argv: Sequence[str] | None) -> settings.Explain:
+    return settings.read(argv, __doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("explain.py", read, "dist_lab.explain:explain"))
+    sys.exit(launcher.main("explain.py", read, "dist_lab.programs.explain.command:explain"))

@@ -11,10 +11,11 @@ Logs go to runs/: metrics.jsonl, summary.json, and TensorBoard's (tensorboard --
 import sys
 from collections.abc import Sequence
 
-from dist_lab import data, launcher
-from dist_lab.checks import parse
-from dist_lab.config import Config
+from dist_lab import data
 from dist_lab.observe import run_dir
+from dist_lab.processes import launcher
+from dist_lab.programs.cli.checks import parse
+from dist_lab.programs.cli.config import Config
 
 
 def read(argv: Sequence[str] | None) -> Config:
@@ -26,4 +27,4 @@ def read(argv: Sequence[str] | None) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("train.py", read, "dist_lab.commands:train"))
+    sys.exit(launcher.main("train.py", read, "dist_lab.programs.train.command:train"))

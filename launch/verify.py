@@ -9,9 +9,10 @@ The exit status is 0 if they are equal. With --out DIR the comparison is written
 import sys
 from collections.abc import Sequence
 
-from dist_lab import data, launcher
-from dist_lab.checks import parse
-from dist_lab.config import Config
+from dist_lab import data
+from dist_lab.processes import launcher
+from dist_lab.programs.cli.checks import parse
+from dist_lab.programs.cli.config import Config
 
 # Little work, for a bug shows in the first steps; in float64, where rounding cannot hide it.
 DEFAULTS = {"steps": 3, "batch": 8, "seq": 32, "dtype": "float64"}
@@ -28,4 +29,4 @@ def read(argv: Sequence[str] | None) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("verify.py", read, "dist_lab.commands:verify"))
+    sys.exit(launcher.main("verify.py", read, "dist_lab.programs.verify.command:verify"))

@@ -6,12 +6,18 @@ from torch import nn
 
 import dist_lab
 from dist_lab import compose
-from dist_lab.choices import IMPLEMENTATIONS, MIXES, ORDER_OF_APPLICATION, STRATEGIES, Impl
 from dist_lab.compose import Part
 from dist_lab.errors import UserError
-from dist_lab.layout import Layout, Owed, Shard, shard_of
-from dist_lab.parallel.shards import places, put
-from dist_lab.parallel.sync import Applied, Sync
+from dist_lab.layout.layout import Layout, Owed, Shard, shard_of
+from dist_lab.parallel.sharded.sharded_param import places, put
+from dist_lab.programs.cli.registry import (
+    IMPLEMENTATIONS,
+    MIXES,
+    ORDER_OF_APPLICATION,
+    STRATEGIES,
+    Impl,
+)
+from dist_lab.step.protocol import Applied, Sync
 
 
 class Says(Sync):

@@ -9,52 +9,54 @@ from pathlib import Path
 
 import pytest
 
+import dist_lab
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dist_lab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Each file may import from the layers below its own, and within its own where that is `SELF`.
+# A row is a layer: a folder, or a file where a folder is not all of one layer. Each may import from
+# the layers above it in this list, and from its own folder.
 LAYERS = [
-    ["errors", "hooks", "topology", "torchvision_import", "processes.ranks"],
-    ["settings", "processes.failures"],
-    ["zoo", "data", "loss", "parallel.pp_actions"],
-    ["choices"],
-    ["parallel.pp_refuse", "parallel.pp_file"],
-    ["parallel.pp_timeline"],
-    ["parallel.pp_check"],
-    ["parallel.pp_schedules"],
-    ["config"],
-    ["checks"],
-    ["explain_settings"],
-    ["comm.algorithms", "comm.costs", "comm.shared", "comm.shared_collectives"],
-    ["comm.ledger", "comm.choice", "comm.wire"],
-    ["process_group"],
-    ["mesh"],
-    ["comm.messages", "comm.calls", "comm.into", "comm.coalesced"],
-    ["comm.ops", "comm.autograd", "comm.agree", "comm.scratch"],
-    ["layout", "offload"],
-    ["gather"],
-    ["recompute"],
-    ["precision"],
-    ["parallel.sync"],
+    [
+        "errors",
+        "torchvision_import",
+        "mesh.topology",
+        "step.hooks",
+        "transforms.init",
+        "processes.ranks",
+    ],
+    ["programs.cli.settings"],
+    ["parallel.schedules", "zoo", "data", "loss"],
+    ["programs.cli.registry", "programs.cli.config", "programs.cli.checks"],
+    ["mesh", "comm"],  # an axis is what is talked over: these two know each other
+    ["layout"],
     ["step"],
-    ["unit"],
-    ["meta", "runner", "pipeline_runner"],
+    ["transforms"],
     ["parallel"],
-    ["buffers"],
     ["job"],
     ["compose"],
-    ["parity_report", "observe"],
-    ["meter"],
-    ["train", "parity"],
-    ["commands", "processes.pool", "launcher"],
-    ["explain_dry_run"],
-    ["explain_file", "explain_tables"],
-    ["explain"],
-    ["testing", "compare"],
-    ["bench"],
+    ["observe"],
+    ["programs"],
+    ["processes"],
+    ["testing"],
 ]
-TALK_TO_TORCH_DISTRIBUTED = {"mesh", "process_group", "launcher"}
+KNOW_EACH_OTHER = {"mesh", "comm"}
+TALK_TO_TORCH_DISTRIBUTED = {"mesh", "comm", "processes", "testing"}
+FREE_OF_TORCH = [
+    "parallel.schedules",
+    "processes",
+    "programs.cli",
+    "mesh.topology",
+    "errors",
+    "testing",
+]
+BUT = {"programs.cli.setup"}
+STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
+FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
+BORROWED = {  # parts of one family that others use
+    "replicated.buckets", "replicated.ddp_wrapper", "sharded.sharded_param",
+}  # fmt: skip
 
 
 def module_of(path: Path) -> str:
@@ -63,14 +65,13 @@ def module_of(path: Path) -> str:
 
 
 def layer(module: str) -> int:
-    found = [
-        i
-        for i, names in enumerate(LAYERS)
-        for n in names
-        if module == n or module.startswith(n + ".")
-    ]
-    assert found, f"{module} is in no layer: give it a place in LAYERS"
-    return found[0]
+    """Of the row that names it, or the nearest folder that it is in."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        found = [i for i, row in enumerate(LAYERS) if ".".join(parts[:length]) in row]
+        if found:
+            return found[0]
+    raise AssertionError(f"{module} is in no layer: give it a place in LAYERS")
 
 
 def imports(path: Path) -> set[str]:
@@ -90,30 +91,63 @@ def test_a_file_imports_only_what_lies_below_it(path):
     for name in imports(path):
         if name.startswith("dist_lab."):
             theirs = name.removeprefix("dist_lab.")
-            same_family = theirs.split(".")[0] == mine.split(".")[0]
-            assert layer(theirs) < layer(mine) or (same_family and layer(theirs) == layer(mine)), (
+            folders = {theirs.split(".")[0], mine.split(".")[0]}
+            together = len(folders) == 1 or folders == KNOW_EACH_OTHER
+            assert layer(theirs) < layer(mine) or (together and layer(theirs) == layer(mine)), (
                 f"{mine} imports {theirs}, which does not lie below it"
             )
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {module_of(path): path for path in FILES}
+    below = {
+        mine: {
+            name if name in modules else name.rpartition(".")[0]
+            for name in (n.removeprefix("dist_lab.") for n in imports(path))
+            if name in modules or name.rpartition(".")[0] in modules
+        }
+        for mine, path in modules.items()
+        if path.name != "__init__.py"
+    }
+    while free := {mine for mine, theirs in below.items() if not theirs & set(below)}:
+        below = {mine: theirs for mine, theirs in below.items() if mine not in free}
+    assert not below, f"these import each other: {', '.join(sorted(below))}"
 
 
 def test_the_models_know_nothing_of_the_rest():
     for path in (PACKAGE / "zoo").glob("*.py"):
         ours = {name for name in imports(path) if name.startswith("dist_lab")}
-        ours -= {"dist_lab.torchvision_import.fix_torchvision"}  # of installing, not of training
-        assert all(name.startswith("dist_lab.zoo") for name in ours), (path, ours)
+        below = ("dist_lab.zoo.", "dist_lab.transforms.init.", "dist_lab.torchvision_import.")
+        assert all(name.startswith(below) for name in ours), (path, ours)
 
 
-SHARED_PARTS = {
-    "buckets", "pp_actions", "pp_check", "pp_cut", "pp_file", "pp_refuse", "pp_schedules",
-    "pp_stages", "pp_timeline", "pp_trace", "residual", "shards",
-    "split_backward", "split_linear", "sync", "tp_plan", "vocabulary", "wrapped",
-}  # fmt: skip
+def test_families_of_strategies_do_not_know_each_other():
+    for path in (PACKAGE / "parallel").glob("*/*.py"):
+        for name in imports(path):
+            _, folder, family, *rest = [*name.split("."), "", "", ""][:4]
+            if folder == "parallel" and family in FAMILIES - {path.parent.name}:
+                assert f"{family}.{rest[0]}" in BORROWED, (path, name)
 
 
 def test_strategies_do_not_know_each_other():
-    for path in (PACKAGE / "parallel").glob("*.py"):
-        ours = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.parallel.")}
-        assert ours <= SHARED_PARTS, (path.name, ours)
+    twins = ("_torch", "_accelerate")
+    for path in (PACKAGE / "parallel").rglob("*.py"):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["dist_lab", "parallel"] and len(parts) > 3:
+                assert parts[3] not in STRATEGIES, (path, name)
+                assert not parts[3].endswith(twins), (path, name)
+    assert {path.stem for path in (PACKAGE / "parallel").glob("*/*.py")} >= STRATEGIES
+
+
+def test_programs_share_the_command_line_and_the_loop_alone():
+    for path in (PACKAGE / "programs").glob("*/*.py"):
+        mine = path.parent.name
+        shared = {"cli": set(), "train": {"cli"}, "bench": {"cli", "compare"}}.get(
+            mine, {"cli", "train"}
+        )
+        theirs = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.programs.")}
+        assert theirs <= shared | {mine}, (path, theirs)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -121,16 +155,29 @@ def test_only_the_communication_code_talks_to_torch_distributed(path):
     talks = any(name.startswith("torch.distributed") for name in imports(path))
     module = module_of(path)
     twin = module.startswith("parallel.") and module.endswith(("_torch", "_accelerate"))
-    allowed = module in TALK_TO_TORCH_DISTRIBUTED or module.startswith("comm") or twin
-    assert allowed or not talks
+    assert module.split(".")[0] in TALK_TO_TORCH_DISTRIBUTED or twin or not talks
 
 
-def test_import_dist_lab_and_its_configuration_cost_no_torch():
-    code = (
-        "import sys, dist_lab, dist_lab.checks, dist_lab.launcher, dist_lab.testing;"
-        "import dist_lab.data.corpus; sys.exit('torch' in sys.modules)"
-    )
+def test_import_dist_lab_and_what_is_free_of_torch_cost_no_torch():
+    free = [
+        module
+        for module in map(module_of, FILES)
+        if f"{module}.".startswith(tuple(f"{folder}." for folder in FREE_OF_TORCH))
+        and module not in BUT
+    ]
+    settings = [module for module in map(module_of, FILES) if module.endswith(".settings")]
+    modules = ", ".join(f"dist_lab.{module}" for module in [*free, *settings, "data.corpus"])
+    code = f"import sys, dist_lab, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_public_name_is_no_module_of_ours_and_stays_what_it_is():
+    """Whoever imports a package `dist_lab.verify` overwrites the function of that name."""
+    first = {name: getattr(dist_lab, name) for name in dist_lab.__all__}
+    assert not set(first) & {path.stem for path in PACKAGE.iterdir()}
+    for name, what in first.items():
+        assert callable(what), name
+        assert getattr(dist_lab, name) is what
 
 
 def test_torchvision_is_importable_once_it_is_fixed():
@@ -177,7 +224,8 @@ def test_without_torchvision_there_is_nothing_to_fix():
 def test_importing_dist_lab_changes_nothing_in_the_process():
     code = (
         "import sys; state = lambda: (list(sys.meta_path), list(sys.path), list(sys.path_hooks));"
-        "before = state(); import dist_lab, dist_lab.config, dist_lab.data, dist_lab.zoo;"
+        "before = state(); import dist_lab, dist_lab.data, dist_lab.zoo;"
+        "import dist_lab.programs.cli.config;"
         "assert state() == before, state()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -202,4 +250,4 @@ def test_no_file_leaves_something_unwritten_loads_pickles_or_has_two_minds():
 
 def test_only_what_meets_torchrun_reads_the_environment():
     readers = {module_of(path) for path in FILES if "os.environ" in path.read_text()}
-    assert readers == {"launcher", "mesh", "process_group"}
+    assert readers == {"processes.launcher", "mesh.mesh", "mesh.groups"}

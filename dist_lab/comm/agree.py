@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.errors import MachineError, UserError
-from dist_lab.mesh import Axis
+from dist_lab.mesh.mesh import Axis
 
 
 def check_settings_agree(settings: Mapping[str, object], axis: Axis) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.mesh import Axis
+from dist_lab.mesh.mesh import Axis
 
 Map = Callable[[Tensor], Tensor]
 

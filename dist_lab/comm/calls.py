@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lab.comm.algorithms import Steps, Work
+from dist_lab.comm.by_hand.algorithms import Steps, Work
+from dist_lab.comm.by_hand.costs import ALGORITHMS
+from dist_lab.comm.by_hand.messages import Messages
 from dist_lab.comm.choice import check_algorithm, choose
-from dist_lab.comm.costs import ALGORITHMS
+from dist_lab.comm.context import CollectiveError, CollectiveMismatch
 from dist_lab.comm.ledger import Call, backend_bytes
-from dist_lab.comm.messages import Messages
-from dist_lab.comm.shared import Window
-from dist_lab.comm.shared_collectives import Moves
-from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
-from dist_lab.mesh import Axis
+from dist_lab.comm.shared.collectives import Moves
+from dist_lab.comm.shared.memory import Window
+from dist_lab.mesh.mesh import Axis
 
 BY_BACKEND: dict[str, Callable[..., dist.Work | None]] = {
     "all_reduce": dist.all_reduce,
@@ -142,7 +142,7 @@ def start(
 
 
 def start_shared(spec: Spec, out: Tensor, due: int, window: Window, moves: Moves) -> Pending:
-    """Begin a collective on memory that all ranks map, one of `shared_collectives`."""
+    """Begin a collective on memory that all ranks map, one of shared/collectives.py."""
     call = spec.call("shared", due)
 
     def steps() -> Steps:

@@ -1,6 +1,6 @@
 """Choose the algorithm of a collective: the one that was asked for, or the fastest as measured."""
 
-from dist_lab.comm.costs import ALGORITHMS
+from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.errors import UserError, one_of, shown
 
 FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
@@ -18,7 +18,8 @@ AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_to_all": ((0, "backend"),),
     "broadcast": ((0, "backend"),),
 }
-# `effective` adds this for the collectives that need no message on shared memory: see `shared`.
+# `effective` adds this for the collectives that need no message on shared memory: see
+# shared/memory.py.
 SHARED = {
     "all_reduce": ", shared in memory that all ranks see",
     "all_gather": ", coalesced shared",

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dist_lab.comm.calls import Pending, Spec, start_shared
 from dist_lab.comm.into import all_gather_into, reduce_scatter_into, wait_for_readers, window_of
-from dist_lab.comm.shared import as_array
-from dist_lab.comm.shared_collectives import all_gather, slices
-from dist_lab.mesh import Axis
+from dist_lab.comm.shared.collectives import all_gather, slices
+from dist_lab.comm.shared.memory import as_array
+from dist_lab.mesh.mesh import Axis
 
 
 def all_gather_coalesced(outs: Sequence[Tensor], x: Tensor, axis: Axis) -> Pending:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lab.comm import shared_collectives
-from dist_lab.comm.algorithms import lengths
+from dist_lab.comm.by_hand.algorithms import lengths
+from dist_lab.comm.by_hand.messages import Message
 from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, wait_for
-from dist_lab.comm.messages import Message
-from dist_lab.comm.shared import DEPARTED, SUMMED, Array, Barrier, Window, as_array
-from dist_lab.mesh import Axis
+from dist_lab.comm.shared import collectives
+from dist_lab.comm.shared.memory import DEPARTED, SUMMED, Array, Barrier, Window, as_array
+from dist_lab.mesh.mesh import Axis
 
 Reduce = Literal["sum", "max"]
 REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -29,10 +29,10 @@ def all_reduce_into(
     if n == 1:
         return Pending(buffer)
     if window := window_of(buffer, axis, reduce, algorithm):
-        piece = shared_collectives.slices(lengths(len(buffer), n))[i]
+        piece = collectives.slices(lengths(len(buffer), n))[i]
         pieces = [array[piece] for array in window.arrays]
         due = 2 * (n - 1) * pieces[i].nbytes
-        moves = shared_collectives.all_reduce(window, pieces)
+        moves = collectives.all_reduce(window, pieces)
         return start_shared(Spec("all_reduce", axis, buffer, reduce), buffer, due, window, moves)
     given = buffer.contiguous()  # the transport reads memory in order, whatever the strides say
     flat = given.detach().view(-1)
@@ -55,7 +55,7 @@ def all_gather_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None
         rows = [array.reshape(n, -1) for array in window.arrays]
         theirs = [[row[j]] for j, row in enumerate(rows)]
         mine = [[row] for row in rows[i]]
-        moves = shared_collectives.all_gather(window, theirs, mine, own=False)
+        moves = collectives.all_gather(window, theirs, mine, own=False)
         return start_shared(Spec("all_gather", axis, x), out, (n - 1) * x.nbytes, window, moves)
     x = x.contiguous()
     both = out.detach().view(-1), x.detach().view(-1)
@@ -89,7 +89,7 @@ def reduce_scatter_into(
         # A spare block is needed to cast, and where the sum would overwrite an addend.
         if out.dtype == x.dtype and not np.may_share_memory(as_array(piece), theirs[i]):
             mine = as_array(piece)[None]
-        moves = shared_collectives.reduce_scatter(window, theirs, mine)
+        moves = collectives.reduce_scatter(window, theirs, mine)
         due = (n - 1) * theirs[i].nbytes
         return start_shared(Spec("reduce_scatter", axis, x, reduce), out, due, window, moves)
     x = x.contiguous()

@@ -14,8 +14,8 @@ inside `wait()`. On an axis of size 1 every operation is the identity, and the o
 return their argument itself. A `_coalesced` form is many collectives in one.
 
 The algorithm is set for a whole mesh (`init_mesh(collectives=...)`), or for one call by
-`algorithm`: "backend", a family of `algorithms.py`, or "auto", the fastest as measured. Each gives
-every rank the same bits; in floating point, two of them may round differently.
+`algorithm`: "backend", a family of `by_hand/algorithms.py`, or "auto", the fastest as measured.
+Each gives every rank the same bits; in floating point, two of them may round differently.
 
 Notation: `x[D_X]` is sharded over axis X, `x{U_X}` is a partial sum over X (The Scaling Book, ch.
 3).
@@ -24,9 +24,9 @@ Notation: `x[D_X]` is sharded over axis X, `x{U_X}` is a partial sum over X (The
 import torch
 from torch import Tensor
 
-from dist_lab.comm import shared
 from dist_lab.comm.calls import Pending
 from dist_lab.comm.coalesced import all_gather_coalesced, reduce_scatter_coalesced
+from dist_lab.comm.context import CollectiveError, CollectiveMismatch
 from dist_lab.comm.into import (
     Reduce,
     all_gather_into,
@@ -38,8 +38,8 @@ from dist_lab.comm.into import (
     wait_for_readers,
 )
 from dist_lab.comm.ledger import backend_bytes
-from dist_lab.comm.wire import CollectiveError, CollectiveMismatch
-from dist_lab.mesh import Axis
+from dist_lab.comm.shared import memory as shared
+from dist_lab.mesh.mesh import Axis
 
 
 def all_reduce(

@@ -4,9 +4,9 @@ Not the process's resident memory, which also holds the interpreter, the librari
 allocator keeps for later: a number to compare with a formula must count tensors and nothing else.
 Every operation passes through a dispatch mode; a storage counts from the first operation that has
 to do with it to the moment its last reference goes, autograd's own references included. Memory of
-other ranks that this one maps is no tensor's, and counts there (comm/shared.py). It costs some
-microseconds an operation, so a run measures its first two steps (the second has the optimizer's
-state) and not more.
+other ranks that this one maps is no tensor's, and counts there (comm/shared/memory.py). It costs
+some microseconds an operation, so a run measures its first two steps (the second has the
+optimizer's state) and not more.
 
     parameters      what lies here of the parameters
     gradients       what autograd accumulates into, and every .grad
@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_lab.gather import local_part
 from dist_lab.job import Job
-from dist_lab.layout import local_numel
-from dist_lab.parallel.sync import Phase, Sync
+from dist_lab.layout.gather import local_part
+from dist_lab.layout.layout import local_numel
+from dist_lab.step.protocol import Phase, Sync
 
 KINDS = (
     "parameters", "gradients", "optimizer", "gathered", "buffers", "module_buffers", "activations",

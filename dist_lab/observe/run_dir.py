@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dist_lab.config import Config
 from dist_lab.errors import UserError
+from dist_lab.programs.cli.config import Config
 
 RUNS = Path("runs")
 PID = ".pid"

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
-from dist_lab.parallel.pp_schedules import Schedule, Slot
+from dist_lab.parallel.schedules.library import Schedule, Slot
 
 Row = Mapping[str, Any]
 LAST_STEP = "the last step, measured"
@@ -50,10 +50,12 @@ class JsonLines(Sink):
 
     def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
         """pipeline.json, and a picture of it beside the ideal."""
-        from dist_lab.observe import grid  # here: matplotlib is slow to import
+        from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
 
-        write_json(self.folder / "pipeline.json", grid.to_json(rows, schedule.name))
-        grid.write(grid.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg")
+        write_json(self.folder / "pipeline.json", pipeline_plot.to_json(rows, schedule.name))
+        pipeline_plot.write(
+            pipeline_plot.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg"
+        )
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.file.close()
@@ -75,13 +77,13 @@ class TensorBoard(Sink):
                 self.writer.add_scalar(name, value, row["step"])
 
     def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
-        from dist_lab.observe import grid
+        from dist_lab.observe import pipeline_plot
 
         for name, figure in (
-            ("pipeline/the last step", grid.draw(rows, title=schedule.name, unit="ms")),
-            ("pipeline/beside the ideal", grid.side_by_side(rows, schedule, LAST_STEP)),
+            ("pipeline/the last step", pipeline_plot.draw(rows, title=schedule.name, unit="ms")),
+            ("pipeline/beside the ideal", pipeline_plot.side_by_side(rows, schedule, LAST_STEP)),
         ):
-            self.writer.add_image(name, grid.image(figure), dataformats="HWC")
+            self.writer.add_image(name, pipeline_plot.image(figure), dataformats="HWC")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.writer.close()

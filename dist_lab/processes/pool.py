@@ -194,7 +194,7 @@ class Pool:
 
 def serve(pipe: Connection, rank: int, folder: str) -> None:
     """Run one task after another, until told None."""
-    from dist_lab import process_group
+    from dist_lab.mesh import groups
 
     write_into(f"{folder}/printed-{rank}")
     stack = os.open(f"{folder}/stack-{rank}", os.O_WRONLY | os.O_CREAT)
@@ -212,7 +212,7 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
         pipe.send(word)
         if isinstance(word, Failure):
             ranks.end_process(1)  # so that peers which wait for this rank fail now
-    process_group.disconnect()
+    groups.disconnect()
 
 
 def open_sockets() -> set[int]:
@@ -247,7 +247,7 @@ def write_into(path: str) -> None:
 
 
 def run_one(task: Task, rank: int, rendezvous: str, settled: set[str]) -> Failure | Ended:
-    from dist_lab import mesh
+    from dist_lab.mesh import mesh
 
     __tracebackhide__ = True
     try:
@@ -279,9 +279,9 @@ def renew(task: Task, rank: int, rendezvous: str, settled: set[str]) -> None:
     """
     import torch
 
-    from dist_lab import process_group
+    from dist_lab.mesh import groups
 
-    process_group.disconnect()
+    groups.disconnect()
     gc.collect()
     if new := sys.modules.keys() - settled:
         gc.freeze()  # they stay: the collection after the next test then takes 1 ms, not 100
@@ -291,8 +291,8 @@ def renew(task: Task, rank: int, rendezvous: str, settled: set[str]) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
     # Twice the test's time, so that the pool, which can say where each rank hangs, comes first.
-    store = process_group.file_store(rendezvous, task.size)
-    process_group.connect(store, rank, task.size, timeout=2 * task.timeout)
+    store = groups.file_store(rendezvous, task.size)
+    groups.connect(store, rank, task.size, timeout=2 * task.timeout)
 
 
 def find(task: Task) -> Callable[..., Any]:

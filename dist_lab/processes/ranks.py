@@ -35,7 +35,7 @@ from typing import Any, NoReturn, TypeVar
 Message = TypeVar("Message")
 
 # What a rank needs, torch with it. Every optimizer imports torch._dynamo, which takes it 2 seconds.
-PRELOAD = ("dist_lab.mesh", "torch._dynamo")
+PRELOAD = ("dist_lab.mesh.mesh", "torch._dynamo")
 GRACE = 2.0  # seconds for the others once one rank has failed; and from SIGTERM to SIGKILL
 
 

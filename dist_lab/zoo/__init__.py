@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dist_lab.zoo.sizes import SIZES
 
 if TYPE_CHECKING:
+    from dist_lab.transforms.init import InitFn, draw, initialize
     from dist_lab.zoo.gpt import GPT
-    from dist_lab.zoo.init import InitFn, draw, initialize
     from dist_lab.zoo.mlp import MLP
     from dist_lab.zoo.models import MODELS, Model, build
     from dist_lab.zoo.resnet import ResNet18

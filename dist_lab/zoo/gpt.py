@@ -187,7 +187,8 @@ class GPT(nn.Module):
         return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
 
     def tp_plan(self) -> dict[str, str | tuple[str, int]]:
-        """What tensor parallelism makes of each module: globs on names, to roles (parallel/tp.py).
+        """What tensor parallelism makes of each module: globs on names, to roles
+        (parallel/tensor/tp.py).
 
         q, k and v are split by heads; there may be fewer keys and values than ranks.
         """

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from dist_lab.transforms.init import initialize
 from dist_lab.zoo.gpt import GPT
-from dist_lab.zoo.init import initialize
 from dist_lab.zoo.mlp import MLP
 from dist_lab.zoo.resnet import ResNet18
 from dist_lab.zoo.sizes import SIZES

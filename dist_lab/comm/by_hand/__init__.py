@@ -1,0 +1,1 @@
+"""The collectives as messages: `algorithms`, what they cost, how they are sent."""

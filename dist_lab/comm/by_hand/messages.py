@@ -1,0 +1,81 @@
+"""The sends and receives of a collective by hand: counted when sent, all under one tag."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_lab.comm.by_hand.algorithms import Work
+from dist_lab.comm.ledger import Call
+from dist_lab.mesh.mesh import Axis
+
+# Up to this many bytes, a swap is one call of the backend's all_to_all: N-1 calls would cost more
+# than the copy into one tensor. Above, sums begin while other pieces are still on their way.
+SWAP_IN_ONE_CALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Message:
+    """A send or a receive, with our time limit. By default it would wait for the time limit that
+    its group was created with, the library's 30 minutes, whatever the group's is now."""
+
+    work: dist.Work
+    limit: timedelta
+
+    def wait(self) -> None:
+        self.work.wait(self.limit)
+
+
+class Messages:
+    """The `Post` of one call on one axis.
+
+    [Note: tags] Two collectives may be on their way at once, and the later steps of the first mix
+    with those of the second. So every call on an axis has a tag of its own, counted alike on all
+    ranks. `exchange` has the tag 0.
+
+    [Note: silence] On a pretended mesh a send is counted and goes nowhere, and zeros are received.
+    """
+
+    def __init__(self, call: Call, axis: Axis, tag: int) -> None:
+        assert axis.group is not None
+        self.call, self.axis, self.tag, self.group = call, axis, tag, axis.group
+        self.size, self.index = axis.size, axis.index
+        self.limit = timedelta(seconds=axis.wire.timeout)
+
+    # A group's own send and receive, of which isend and irecv are wrappers, count positions as an
+    # axis does.
+
+    def send(self, x: Tensor, to: int) -> list[Work]:
+        if x.numel() == 0:
+            return []
+        self.axis.wire.ledger.handed_over(self.call, x.nbytes)
+        if self.axis.wire.pretended:
+            return []
+        return [Message(self.group.send([x], to % self.size, self.tag), self.limit)]
+
+    def receive(self, into: Tensor, source: int) -> list[Work]:
+        if into.numel() == 0:
+            return []
+        if self.axis.wire.pretended:  # see [Note: silence]
+            into.zero_()
+            return []
+        return [Message(self.group.recv([into], source % self.size, self.tag), self.limit)]
+
+    def swap(
+        self, into: Tensor, give: Sequence[Tensor], whole: Tensor
+    ) -> list[tuple[int, list[Work]]]:
+        others = [(self.index - distance) % self.size for distance in range(1, self.size)]
+        if 0 < whole.nbytes <= SWAP_IN_ONE_CALL and not self.axis.wire.pretended:
+            self.axis.wire.ledger.handed_over(self.call, sum(give[j].nbytes for j in others))
+            work = dist.all_to_all_single(
+                into.view(-1), whole.contiguous().view(-1), [into.shape[1]] * self.size,
+                [len(piece) for piece in give], self.group, async_op=True,
+            )  # fmt: skip
+            assert work is not None
+            return [(j, [work] if k == 0 else []) for k, j in enumerate(others)]
+        sends = [work for j in reversed(others) for work in self.send(give[j], j)]
+        arrivals = [(j, self.receive(into[j], j)) for j in others]
+        arrivals[-1][1].extend(sends)
+        return arrivals

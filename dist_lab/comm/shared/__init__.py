@@ -1,0 +1,1 @@
+"""The collectives in memory that ranks of one machine share."""

@@ -1,0 +1,135 @@
+"""Collectives on activations, through memory that all ranks map.
+
+    scratch = Scratch(axis)
+    y = scratch.all_reduce(x).wait()              x{U_X} -> y
+    y = scratch.reduce_scatter(x, dim).wait()     x[D]{U_X} -> y[D_X]
+    x = scratch.all_gather(y, dim).wait()         y[D_X] -> x[D]
+
+Gradients and parameters have a shared buffer each, for good, in which they are summed and gathered.
+An activation is a new tensor each time, and the result of its collective lives until backward has
+read it. So the result here is a new tensor, and the shared memory is only passed through: the input
+is copied into it.
+
+There are two buffers, used in turn: while the slowest rank still reads from one, others fill the
+other. Messages do the same where ranks cannot share memory, and for sums of 16-bit numbers.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dist_lab.comm import ops
+from dist_lab.comm.by_hand.algorithms import lengths
+from dist_lab.comm.calls import Pending, Spec, start_shared
+from dist_lab.comm.into import window_of
+from dist_lab.comm.shared.collectives import Moves, all_gather, reduce_scatter, slices
+from dist_lab.comm.shared.memory import SUMMED, Window, as_array
+from dist_lab.mesh.mesh import Axis
+
+
+class Scratch:
+    """Shared memory to pass through, along one axis. All ranks use it in one order."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self._turn = 0
+
+    def all_reduce(self, x: Tensor) -> Pending:
+        """x{U_X} -> x, in a new tensor. Every rank gets the same bits."""
+        n, i = self.axis.size, self.axis.index
+        if n == 1:
+            return Pending(x)
+        buffer = self._next(x.numel(), x.dtype)
+        x, window = buffer[: x.numel()].view(x.shape).copy_(x), window_of(buffer, self.axis, "sum")
+        if window is None:
+            # The backend's thread may hold on to a tensor for a moment after it is summed. It holds
+            # the buffer, and not the memory of the result.
+            return ops.all_reduce_into(x, self.axis).then(torch.clone)
+        out = torch.empty_like(x)
+        due = ((n - 2) * lengths(x.numel(), n)[i] + x.numel()) * x.element_size()
+        spec = Spec("all_reduce", self.axis, x, "sum")
+        return start_shared(spec, out, due, window, _all_reduce(window, out.view(-1)))
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Pending:
+        """x[D]{U_X} -> x[D_X]: rank i gets the i-th of `size` equal pieces along `dim`."""
+        n, i = self.axis.size, self.axis.index
+        if n == 1:
+            return Pending(x)
+        assert x.shape[dim] % n == 0, (tuple(x.shape), dim, n)
+        x, window = self._shared(x, "sum")
+        if window is None:
+            pieces = torch.stack(x.chunk(n, dim))
+            return ops.reduce_scatter_into(torch.empty_like(pieces[0]), pieces, self.axis)
+        shape = list(x.shape)
+        shape[dim] //= n
+        out = x.new_empty(shape)
+        outer = math.prod(x.shape[: dim % x.dim()])
+        arrays = [array[: x.numel()].reshape(outer, n, -1) for array in window.arrays]
+        mine = as_array(out).reshape(outer, -1)
+        moves = reduce_scatter(window, [array[:, i] for array in arrays], mine)
+        spec = Spec("reduce_scatter", self.axis, x, f"sum along {dim}")
+        return start_shared(spec, out, (n - 1) * out.nbytes, window, moves)
+
+    def all_gather(self, x: Tensor, dim: int) -> Pending:
+        """x[D_X] -> x[D]: the ranks' x, concatenated along `dim`. Equal shapes."""
+        n = self.axis.size
+        if n == 1:
+            return Pending(x)
+        x, window = self._shared(x)
+        if window is None:
+            rows = x.new_empty(n, *x.shape)
+            return ops.all_gather_into(rows, x, self.axis).then(
+                lambda rows: torch.cat(rows.unbind(0), dim)
+            )
+        shape = list(x.shape)
+        shape[dim] *= n
+        out = x.new_empty(shape)
+        outer = math.prod(x.shape[: dim % x.dim()])
+        theirs = [[array[: x.numel()].reshape(outer, -1)] for array in window.arrays]
+        whole = as_array(out).reshape(outer, n, -1)
+        moves = all_gather(window, theirs, [[whole[:, j]] for j in range(n)])
+        spec = Spec("all_gather", self.axis, x, f"along {dim}")
+        return start_shared(spec, out, (n - 1) * x.nbytes, window, moves)
+
+    def held(self) -> Iterator[Tensor]:
+        for buffers in self._buffers.values():
+            yield from buffers
+
+    def _shared(self, x: Tensor, reduce: str = "") -> tuple[Tensor, Window | None]:
+        """x in memory that all ranks map, and that memory; None if messages must carry it."""
+        if reduce and x.dtype not in SUMMED:
+            return x, None
+        buffer = self._next(x.numel(), x.dtype)
+        window = window_of(buffer, self.axis)
+        return x if window is None else buffer[: x.numel()].view(x.shape).copy_(x), window
+
+    def _next(self, length: int, dtype: torch.dtype) -> Tensor:
+        """The buffer whose turn it is, once no rank reads from it any more."""
+        buffers = self._buffers.setdefault(dtype, [])
+        self._turn = 1 - self._turn
+        if len(buffers) < 2:
+            buffers.append(ops.shared_buffer(length, dtype, self.axis))
+            self._turn = len(buffers) - 1
+        buffer = buffers[self._turn]
+        ops.wait_for_readers(buffer, self.axis)
+        if len(buffer) < length:
+            buffers[self._turn] = buffer = ops.shared_buffer(length, dtype, self.axis)
+        return buffer
+
+
+def _all_reduce(window: Window, out: Tensor) -> Moves:
+    """x{U_X} -> x[D_X] -> x: rank i sums piece i, and copies the sums of the other pieces.
+
+    The sum of piece i takes the place of the addend in rank i's buffer, which no other rank reads.
+    """
+    whole, i = as_array(out), window.index
+    cuts = slices(lengths(len(out), window.size))
+    addends = [array[None, cuts[i]] for array in window.arrays]
+    moved = yield from reduce_scatter(window, addends, whole[None, cuts[i]])
+    window.arrays[i][cuts[i]] = whole[cuts[i]]
+    sums = [[array[cut]] for array, cut in zip(window.arrays, cuts, strict=True)]
+    pieces = [[whole[cut]] for cut in cuts]
+    return moved + (yield from all_gather(window, sums, pieces, own=False))

@@ -1,0 +1,1 @@
+"""Where a parameter lies: `layout` says it, `gather` makes it whole again."""

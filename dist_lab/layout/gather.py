@@ -1,0 +1,225 @@
+"""What is put together from the parts that ranks hold: whole tensors, and the norm of a gradient.
+
+W[D_X] -> W[D]           one split after another, the last applied first
+|dW|^2                   shards summed over the axes that split them, copies counted once
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dist_lab.comm import ops
+from dist_lab.layout.layout import (
+    FlatShard,
+    Layout,
+    OnlyOn,
+    Placement,
+    Shard,
+    is_counted,
+    shape_before,
+    shard_bounds,
+)
+from dist_lab.mesh.mesh import Axis, Mesh
+
+TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
+Layouts = Mapping[str, Layout]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's local tensor: the tensor itself, or a DTensor's local shard.
+
+    PyTorch's own shards are DTensors, which speak of the whole and communicate when asked for it.
+    """
+    to_local = getattr(tensor, "to_local", None)  # no isinstance: importing DTensor takes a second
+    if to_local is None:
+        return tensor
+    with torch.no_grad():
+        inside: Tensor = to_local()
+    return inside
+
+
+def gather_full(local: Tensor | None, layout: Layout, mesh: Mesh) -> Tensor:
+    """The whole of one tensor: see gather_all."""
+    return gather_all({"": local}, {"": layout}, mesh)[""]
+
+
+def gather_all(
+    parts: Mapping[str, Tensor | None], layouts: Layouts, mesh: Mesh, together: int = TOGETHER
+) -> dict[str, Tensor]:
+    """Whole tensors from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
+
+    What is split alike travels as one: of a thousand small tensors each alone would cost as much
+    as a large one. Results have memory of their own, in which there is no padding. Collective over
+    the axes of the splits.
+
+    Args:
+        parts: by name, the same names in one order on every rank. None where this rank holds
+            nothing of it that counts.
+        together: bytes of whole tensors that travel as one; a larger tensor goes alone.
+    """
+    now = {
+        name: local_part(part)
+        if part is not None and is_counted(layouts[name], mesh.coordinates)
+        else None
+        for name, part in parts.items()
+    }
+    for applied in reversed(range(max((len(layouts[name].splits) for name in now), default=0))):
+        for names in _alike(now, layouts, mesh, applied, together):
+            axis_name, how = layouts[names[0]].splits[applied]
+            axis = axis_of_parts(mesh, axis_name, how)
+            if isinstance(how, OnlyOn):
+                now |= _from_one(names, now, layouts, axis, how.positions[0])
+            else:
+                now |= _from_all(names, now, layouts, mesh, axis, applied)
+    return {
+        name: _known(name, now) if layouts[name].splits else _known(name, now).clone()
+        for name in now
+    }
+
+
+def axis_of_parts(mesh: Mesh, name: str, how: Placement) -> Axis:
+    """The axis on which each part lies once: the named one, or every `copies`-th position."""
+    if isinstance(how, Shard) and how.copies > 1:
+        return mesh.strided(name, how.copies)
+    return mesh[name]
+
+
+def _known(name: str, now: Mapping[str, Tensor | None]) -> Tensor:
+    part = now[name]
+    assert part is not None, f"a rank that has {name}, or a part of it, has given None"
+    return part
+
+
+def _alike(
+    names: Iterable[str], layouts: Layouts, mesh: Mesh, applied: int, together: int
+) -> Iterator[list[str]]:
+    """Names whose tensors come over one axis, from one rank or from all, in one dtype.
+
+    Where an earlier split has put a tensor elsewhere, nobody on this line has anything of it yet.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        layout = layouts[name]
+        before = replace(layout, splits=layout.splits[:applied])
+        if applied < len(layout.splits) and is_counted(before, mesh.coordinates):
+            axis, how = layout.splits[applied]
+            whose = how.positions[0] if isinstance(how, OnlyOn) else None
+            copies = how.copies if isinstance(how, Shard) else 1
+            groups.setdefault((axis, copies, whose, layout.dtype), []).append(name)
+    for group in groups.values():
+        sizes = [layouts[name].shape.numel() * layouts[name].dtype.itemsize for name in group]
+        first, total = 0, 0
+        for i, size in enumerate(sizes):
+            if total + size > together and i > first:
+                yield group[first:i]
+                first, total = i, 0
+            total += size
+        yield group[first:]
+
+
+def _from_one(
+    names: Sequence[str],
+    now: Mapping[str, Tensor | None],
+    layouts: Layouts,
+    axis: Axis,
+    index: int,
+) -> dict[str, Tensor]:
+    """Tensors that lie whole on one rank of the axis."""
+    lengths = [layouts[name].shape.numel() for name in names]
+    if axis.index == index:
+        flat = torch.cat([_known(name, now).flatten() for name in names])
+        assert flat.dtype == layouts[names[0]].dtype, f"{names} come in {flat.dtype}"
+    else:
+        flat = torch.empty(sum(lengths), dtype=layouts[names[0]].dtype, device=axis.wire.device)
+    whole = ops.broadcast_into(flat, axis, index).wait().split(lengths)
+    return {name: x.view(layouts[name].shape).clone() for name, x in zip(names, whole, strict=True)}
+
+
+def _from_all(
+    names: Sequence[str],
+    now: Mapping[str, Tensor | None],
+    layouts: Layouts,
+    mesh: Mesh,
+    axis: Axis,
+    applied: int,
+) -> dict[str, Tensor]:
+    """Tensors of which each rank of the axis has a shard."""
+    before = {name: _bounds(layouts[name], mesh, axis.size, applied) for name in names}
+    padded = [_padded(_known(name, now), *before[name]) for name in names]
+    flat = torch.cat([x.flatten() for x in padded])
+    assert flat.dtype == layouts[names[0]].dtype, f"{names} come in {flat.dtype}"
+    rows = ops.all_gather(flat[None], axis)  # (size, L)
+    shards = rows.split([x.numel() for x in padded], 1)
+    return {
+        name: _joined(each.unflatten(1, x.shape), *before[name])
+        for name, x, each in zip(names, padded, shards, strict=True)
+    }
+
+
+def _bounds(
+    layout: Layout, mesh: Mesh, size: int, applied: int
+) -> tuple[int, list[int], list[tuple[int, int]]]:
+    """Along which dim a split cuts, the shape before it, and where each shard begins and ends.
+    Under FlatShard it cuts the tensor as a vector.
+    """
+    _, how = layout.splits[applied]
+    shape = shape_before(layout, applied, mesh.axes, mesh.coordinates)
+    if isinstance(how, FlatShard):
+        numel = torch.Size(shape).numel()
+        return 0, shape, [how.range(numel, i) for i in range(size)]
+    assert isinstance(how, Shard)
+    return how.dim, shape, [shard_bounds(shape[how.dim], size, i) for i in range(size)]
+
+
+def _padded(
+    local: Tensor, dim: int, whole_shape: Sequence[int], bounds: Sequence[tuple[int, int]]
+) -> Tensor:
+    """This rank's shard, as long as the longest of any rank."""
+    shape = list(local.shape)
+    shape[dim] = max(stop - start for start, stop in bounds)
+    padded = local.new_zeros(shape)
+    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+    return padded
+
+
+def _joined(
+    shards: Tensor, dim: int, whole_shape: Sequence[int], bounds: Sequence[tuple[int, int]]
+) -> Tensor:
+    """(size, ...) with everyone's padded shard -> what the tensor was before this split."""
+    own = [x.narrow(dim, 0, b - a) for x, (a, b) in zip(shards, bounds, strict=True)]
+    return torch.cat(own, dim).view(whole_shape)
+
+
+def global_norm(gradients: Mapping[str, Tensor | None], layouts: Layouts, mesh: Mesh) -> Tensor:
+    """The 2-norm of the gradient of the whole model, the same 0-dim number on every rank.
+
+    Copies count once, shards are added up over the axes that split them, and what is OnlyOn some
+    positions counts at the first. Gradients must be complete; a name without one counts as zero.
+    """
+    squares: dict[tuple[Axis, ...], list[Tensor]] = {}
+    for name, layout in layouts.items():  # one order, hence the same collectives, on every rank
+        axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)
+        group = squares.setdefault(tuple(axes), [])
+        gradient = gradients.get(name)
+        if gradient is not None and is_counted(layout, mesh.coordinates):
+            group.append(torch.linalg.vector_norm(gradient).double().square())
+    device = next((g.device for g in gradients.values() if g is not None), torch.device("cpu"))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for each, parts in squares.items():
+        part = torch.stack(parts).sum() if parts else torch.zeros_like(total)
+        for axis in each:
+            part = ops.all_reduce(part, axis)
+        total = total + part
+    return total.sqrt()
+
+
+def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients in place so that their global norm is at most `max_norm`.
+
+    torch's rule, to the last digit: factor = min(1, max_norm / (norm + 1e-6)).
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

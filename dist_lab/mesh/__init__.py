@@ -1,0 +1,1 @@
+"""Which rank stands where: `topology` is pure, `mesh` has process groups, `groups` joins them."""

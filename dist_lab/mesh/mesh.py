@@ -1,0 +1,272 @@
+"""The mesh: which rank stands where, and which ranks it can talk to along each axis.
+
+topology.py says which rank stands where. This file knows the backend and the process groups;
+everything else is handed an `Axis`.
+"""
+
+import atexit
+import math
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend "fake"
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dist_lab.comm.context import Wire
+from dist_lab.errors import UserError
+from dist_lab.mesh.groups import (
+    connect,
+    default_backend,
+    disconnect,
+    environment_store,
+    group_timeout,
+)
+from dist_lab.mesh.topology import DATA_AXES, ORDER, coordinates, line_through, lines
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named line of the mesh, as this rank sees it.
+
+    `ranks` are the members' global ranks; this rank is `ranks[index]`. An axis of size 1 has no
+    group, and every collective over it is the identity.
+
+    All ranks of an axis start its collectives in one order. What has no order in common with the
+    rest, such as gradients that leave when they are ready, goes by a `channel` of its own: the
+    same ranks, and another process group. 0 is the channel of all the rest.
+    """
+
+    name: str
+    size: int
+    index: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    wire: Wire
+    channel: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Mesh:
+    """All axes of this rank. `mesh["tp"]` is an Axis; an axis that was not asked for has size 1.
+
+    Attributes:
+        rank, size: this process and the number of processes.
+        axes: name -> size, in `ORDER`.
+        coordinates: name -> this rank's position along each of them.
+        device: where this rank computes.
+        timeout: seconds that any collective of any axis may take.
+        wire: the ledger and all that the axes share.
+    """
+
+    def __init__(self, axes: Mapping[str, int], wire: Wire, timeout: float) -> None:
+        self.axes = {name: axes[name] for name in ORDER if name in axes}
+        self.wire, self.timeout = wire, timeout
+        wire.timeout = timeout
+        self.rank, self.size = wire.rank, wire.size
+        self.coordinates = coordinates(self.rank, self.axes)
+        self.device = wire.device
+        self._torch: DeviceMesh | None = None
+        if self.size > 1:
+            self._torch = init_device_mesh(
+                self.device.type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
+            )
+            atexit.register(_release, weakref.ref(self), "_torch")
+        self._made: dict[str, Axis] = {}
+        self._subs: dict[str, Axis | None] = {}
+        self._channels = 0
+        for name in ORDER:
+            group = self._torch.get_group(name) if self._torch and self[name].size > 1 else None
+            self._made[name] = self._axis(name, self[name].ranks, group)
+
+    def __getitem__(self, name: str) -> Axis:
+        if name not in ORDER:
+            raise KeyError(f"no axis {name!r}; a mesh has {', '.join(ORDER)}")
+        if name in self._made:
+            return self._made[name]
+        return self._axis(name, line_through(self.rank, self.axes, (name,)), None)
+
+    def flatten(self, *names: str) -> Axis:
+        """One axis that runs over all positions of several: `flatten("dp", "fsdp")`.
+
+        Collective: every rank of the mesh calls it.
+        """
+        long = [name for name in ORDER if name in names and self[name].size > 1]
+        if len(long) < 2:
+            return self[long[0] if long else names[0]]
+        name = "_".join(long)
+        if name not in self._made:
+            assert self._torch is not None
+            group = self._torch[tuple(long)]._flatten(name).get_group()
+            self._made[name] = self._axis(name, line_through(self.rank, self.axes, long), group)
+        return self._made[name]
+
+    def sub(self, name: str, indices: Sequence[int]) -> Axis | None:
+        """The positions `indices` of an axis as an axis of their own; None for ranks elsewhere.
+
+        Collective: every rank of the mesh calls it. `sub("pp", [0, 3])` joins the first and last
+        stage, which is what a tied embedding needs.
+        """
+        indices = sorted(indices)
+        key = f"{name}[{','.join(map(str, indices))}]"
+        bad = [i for i in indices if not 0 <= i < self[name].size]
+        if bad or len(set(indices)) != len(indices):
+            raise UserError(f"{key}: positions must be distinct and below {self[name].size}")
+        if key not in self._subs:
+            mine = tuple(self[name].ranks[i] for i in indices)
+            group = self._new_group(name, indices)
+            member = self.rank in mine
+            self._subs[key] = self._axis(key, mine, group) if member else None
+        return self._subs[key]
+
+    def neighbours(self, name: str, count: int) -> Axis:
+        """This rank and those next to it along an axis, in groups of `count`. Collective."""
+        return self._one_of(name, [range(i, i + count) for i in range(0, self[name].size, count)])
+
+    def strided(self, name: str, step: int) -> Axis:
+        """Every `step`-th position of an axis, from this rank's on and back. Collective."""
+        return self._one_of(name, [range(i, self[name].size, step) for i in range(step)])
+
+    def _one_of(self, name: str, parts: Sequence[Sequence[int]]) -> Axis:
+        (own,) = filter(None, [self.sub(name, indices) for indices in parts])
+        return own
+
+    def channel(self, name: str) -> Axis:
+        """The same axis with a process group of its own, a new one at each call: see `Axis`.
+
+        Collective: every rank of the mesh calls it.
+        """
+        self._channels += 1
+        group = self._new_group(name, range(self[name].size))
+        return self._axis(name, self[name].ranks, group, channel=self._channels)
+
+    @property
+    def world(self) -> Axis:
+        """All ranks of the mesh."""
+        return self.flatten(*ORDER)
+
+    @property
+    def data(self) -> Axis:
+        """The axis along which ranks see different rows of the batch: dp and fsdp together."""
+        return self.flatten(*DATA_AXES)
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name}={size}" for name, size in self.axes.items())
+
+    def _new_group(self, name: str, indices: Sequence[int]) -> dist.ProcessGroup | None:
+        """A group of these positions of the axis, on every line of it; this rank's own, if any."""
+        if len(indices) < 2:
+            return None
+        own = None
+        # new_group is collective over the world: every line's group, in the same order.
+        for line in lines(self.axes, (name,)):
+            ranks = [line[i] for i in indices]
+            made = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
+            own = made if self.rank in ranks else own
+        return own
+
+    def _axis(
+        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, channel: int = 0
+    ) -> Axis:
+        if group is not None:
+            if dist.get_backend(group) != "fake":
+                # DeviceMesh gives its groups the library's default of 30 minutes, whatever the
+                # world's timeout is: a lost rank would hang everyone for that long.
+                group.set_timeout(timedelta(seconds=self.timeout))
+                assert group_timeout(group) == self.timeout, (name, group_timeout(group))
+            assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
+        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire, channel)
+        if group is not None:
+            atexit.register(_release, weakref.ref(axis), "group")
+        return axis
+
+
+def _release(reference: "weakref.ref[Axis | Mesh]", name: str) -> None:
+    """Let go of a group before the interpreter is taken apart.
+
+    [Note: who holds the group] A gloo group that is still held when the interpreter ends has its
+    threads running, and the process aborts after having done all it should. The functions of
+    torch.distributed.nn.functional hold the world's group, as the default of an argument, if they
+    are first imported once there is one; any optimizer imports them. Hence the import in
+    groups.py, without which no group is made.
+    """
+    holder = reference()
+    if holder is not None:
+        object.__setattr__(holder, name, None)
+
+
+def init_mesh(
+    *,
+    timeout: float | None = None,
+    backend: str | None = None,
+    check: bool = False,
+    collectives: str = "auto",
+    **axes: int,
+) -> Mesh:
+    """Arrange the processes of this run in a mesh: `init_mesh(dp=2, tp=2)`.
+
+    Joins the process group that is already initialised, else torchrun's, else makes a mesh of this
+    one process. Without axes all processes stand along `dp`.
+
+    Args:
+        timeout: seconds for every collective; default the process group's own, else 60. A mesh
+            of one axis uses the world's group, and sets it there.
+        backend: gloo (CPU) or nccl (GPU); default nccl where there is a GPU to each process.
+        check, collectives: see `Wire`.
+
+    Raises:
+        UserError: an unknown axis, or sizes whose product is not the number of processes.
+    """
+    unknown = [name for name in axes if name not in ORDER]
+    if unknown:
+        raise UserError(f"no mesh axis {unknown[0]!r}; the axes are {', '.join(ORDER)}")
+    if not dist.is_initialized() and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        seconds = 60.0 if timeout is None else timeout
+        store = environment_store(rank, size, seconds)
+        connect(store, rank, size, timeout=seconds, backend=backend or default_backend())
+        atexit.register(disconnect)  # who joins leaves
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        backend = backend or str(dist.get_backend())
+        world = dist.group.WORLD
+        assert world is not None
+        timeout = group_timeout(world) if timeout is None else timeout
+    else:
+        rank, size, backend = 0, 1, backend or "gloo"
+        timeout = 60.0 if timeout is None else timeout
+    axes = axes or {"dp": size}
+    wanted = math.prod(axes.values())
+    if wanted != size or min(axes.values()) < 1:
+        asked = " x ".join(f"{name}={n}" for name, n in axes.items())
+        raise UserError(
+            f"mesh {asked} needs {wanted} processes, {size} were started: "
+            f"torchrun --nproc_per_node={max(wanted, 1)} ..."
+        )
+    wire = Wire(rank, size, backend=backend, check=check, collectives=collectives)
+    return Mesh(axes, wire, timeout)
+
+
+@contextmanager
+def pretended(
+    axes: Mapping[str, int], *, backend: str = "gloo", collectives: str = "auto"
+) -> Iterator[Mesh]:
+    """Rank 0 of a mesh whose other ranks are not there: to see what a step would send.
+
+    Everything runs as it does on a real mesh, through torch's fake process group, which sends
+    nothing and returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
+    """
+    dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))
+    try:
+        wire = Wire(0, dist.get_world_size(), backend=backend, collectives=collectives)
+        wire.pretended = True
+        yield Mesh(axes, wire, timeout=60.0)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: the layers in stages."""

@@ -1,0 +1,1 @@
+"""The strategies that keep every parameter whole on every rank."""

@@ -1,0 +1,1 @@
+"""Who computes what when in a pipeline, as data: no torch in it."""

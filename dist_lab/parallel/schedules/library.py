@@ -1,0 +1,334 @@
+"""Pipeline schedules: pure functions from (ranks, micro-batches) to every rank's list of actions.
+
+Letters: p ranks, r one of them, v stages a rank, m micro-batches. Forward, input gradient and
+weight gradient are taken to cost 1 each, and what travels nothing:
+
+    schedule      idle share                  forwards held at once, at most    stages of rank r
+    gpipe         (p-1) / (m+p-1)             m                                 r
+    1f1b          (p-1) / (m+p-1)             p-r                               r
+    interleaved   (p-1) / (v m+p-1)           (v-1) p + 2 (p-r) - 1             r, p+r, 2p+r ...
+    zb            (p-1) / (3m+p-1), m >= p    p                                 r
+    zbv           (p-1) / (6m+p-1), m >= p    2p, each of half a stage          r, 2p-1-r
+
+Nor can a rank hold more forwards than it does: m, or v m. A unit is a stage's; interleaved has v
+times and zbv twice as many stages as the others, each as much shorter. The last two waste the least
+there can be: the last rank begins p-1 units late. With m < p they take longer than this formula
+says.
+
+gpipe: Huang et al. 2018 (arXiv:1811.06965). 1f1b: Narayanan et al. 2020 (arXiv:2006.09503),
+interleaved: 2021 (arXiv:2104.04473), section 2.2. zb is ZB-H1, zbv ZB-V: Qi et al. 2023
+(arXiv:2401.10241), 2024 (arXiv:2405.15362). A test holds the table for up to 8 ranks and 32
+micro-batches; for zbv, whose order is found by a rule, there is no proof beyond.
+
+    >>> print(render(one_f_one_b(ranks=3, microbatches=4)))
+    rank 0  F0 F1 F2 .  .  .  .  B0 -  F3 B1 -  .  B2 -  .  B3 -
+    rank 1  .  F0 F1 .  .  B0 -  F2 B1 -  F3 B2 -  .  B3 -  .  .
+    rank 2  .  .  F0 B0 -  F1 B1 -  F2 B2 -  F3 B3 -  .  .  .  .
+    >>> print(render(zero_bubble(ranks=3, microbatches=4)))
+    rank 0  F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
+    rank 1  .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
+    rank 2  .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from dist_lab.errors import UserError
+from dist_lab.parallel.schedules.actions import COMPUTE, COSTS, Action, Op, Schedule
+from dist_lab.parallel.schedules.check import check
+from dist_lab.parallel.schedules.files import check_fits, load, save
+from dist_lab.parallel.schedules.simulate import (
+    IN_FLIGHT,
+    Slot,
+    bubble,
+    length,
+    peak_activations,
+    render,
+    timeline,
+)
+
+__all__ = [
+    "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
+    "add_communication", "add_unshard", "bubble", "check", "example", "forward_only", "gpipe",
+    "interleaved", "length", "load", "make", "mark_gradients_complete", "one_f_one_b",
+    "peak_activations", "placement", "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
+]  # fmt: skip
+
+
+# --- the schedules --------------------------------------------------------------------------------
+
+
+def gpipe(ranks: int, microbatches: int) -> Schedule:
+    """All forwards, then all backwards, which begin with the first: it has waited the longest."""
+    each = range(microbatches)
+    return Schedule(
+        "gpipe",
+        tuple(
+            (*(Action(r, Op.F, k) for k in each), *(Action(r, Op.B, k) for k in each))
+            for r in range(ranks)
+        ),
+    )
+
+
+def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
+    """Rank r runs p-1-r forwards ahead, then does one forward and one backward in turn."""
+    return Schedule(
+        "1f1b",
+        tuple(
+            _alternate(
+                [Action(r, Op.F, k) for k in range(microbatches)],
+                [Action(r, Op.B, k) for k in range(microbatches)],
+                ahead=ranks - 1 - r,
+            )
+            for r in range(ranks)
+        ),
+    )
+
+
+def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
+    """1f1b of v stages a rank: p micro-batches through one stage, then the same through the next.
+
+    Raises:
+        UserError: micro-batches do not divide into groups of p.
+    """
+    if microbatches % ranks:
+        fitting = max(1, round(microbatches / ranks)) * ranks
+        raise UserError(
+            f"interleaved takes micro-batches in groups of one a rank, and {microbatches} do not "
+            f"divide by {ranks} ranks of pp (--microbatches); give --microbatches {fitting}"
+        )
+
+    def turn(k: int) -> tuple[int, int]:  # the k-th: which of the rank's stages, which micro-batch
+        group, within = divmod(k, ranks * chunks)
+        return within // ranks, group * ranks + within % ranks
+
+    rows = []
+    for r in range(ranks):
+        turns = [turn(k) for k in range(microbatches * chunks)]
+        forward = [Action(chunk * ranks + r, Op.F, m) for chunk, m in turns]
+        backward = [Action((chunks - 1 - chunk) * ranks + r, Op.B, m) for chunk, m in turns]
+        rows.append(_alternate(forward, backward, ahead=(chunks - 1) * ranks + 2 * (ranks - 1 - r)))
+    return Schedule("interleaved", tuple(rows))
+
+
+def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> tuple[Action, ...]:
+    """`ahead` forwards, then one of each in turn, then the backwards that are left."""
+    ahead = min(ahead, len(forward))
+    pairs = zip(forward[ahead:], backward, strict=False)
+    rest = backward[len(forward) - ahead :]
+    return (*forward[:ahead], *(a for pair in pairs for a in pair), *rest)
+
+
+def zero_bubble(ranks: int, microbatches: int) -> Schedule:
+    """ZB-H1: 1f1b in which the weight gradients of rank r trail its input gradients by r.
+
+    So the later a rank begins, the more it has left to do when it would be idle; and each holds as
+    much as the first rank of 1f1b, p forwards.
+    """
+    rows = []
+    for r in range(ranks):
+        actions = [Action(r, Op.F, k) for k in range(min(microbatches, ranks - r))]
+        for k in range(microbatches):
+            actions.append(Action(r, Op.I, k))
+            if k >= r:
+                actions.append(Action(r, Op.W, k - r))
+            if k + ranks - r < microbatches:
+                actions.append(Action(r, Op.F, k + ranks - r))
+        owed = range(max(0, microbatches - r), microbatches)
+        rows.append((*actions, *(Action(r, Op.W, k) for k in owed)))
+    return Schedule("zb", tuple(rows))
+
+
+def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
+    """ZB-V: each rank has a stage on the way out and one on the way back, so that the last rank
+    turns round by itself, and the first has the loss.
+
+    Of what it can do, a rank does the first of these, and holds 2p forwards at most: a forward on
+    the way back, where it is nearly through; on the way out an input gradient, a forward, a weight
+    gradient, which make room for the next micro-batches; on the way back an input gradient, a
+    weight gradient. Of the 180 orders with I before W, four are without waste up to p = 8.
+    """
+    turn, last = ranks, 2 * ranks - 1  # the first stage on the way back, and the last stage
+    count: Counter[tuple[Op, int]] = Counter()  # how many of each (op, stage) have begun
+    done: dict[tuple[Op, int, int], int] = {}  # when each ends
+    rows: list[list[Action]] = [[] for _ in range(ranks)]
+
+    def urgency(r: int, now: int) -> Iterable[Action]:
+        """What rank r could do now, the most urgent first."""
+        out, back = r, last - r
+        held = sum(count[Op.F, s] - count[Op.W, s] for s in (out, back))
+        for op, s in (
+            (Op.F, back), (Op.I, out), (Op.F, out), (Op.W, out), (Op.I, back), (Op.W, back),
+        ):  # fmt: skip
+            k = count[op, s]
+            needed = {
+                Op.F: [(Op.F, s - 1, k)] if s > 0 else [],
+                Op.I: [(Op.F, s, k)] + ([(Op.I, s + 1, k)] if s < last else []),
+                Op.W: [(Op.I, s, k)],
+            }[op]
+            ready = k < microbatches and all(done.get(n, now + 1) <= now for n in needed)
+            if ready and (op is not Op.F or held < 2 * turn):
+                yield Action(s, op, k)
+
+    now = 0
+    while len(done) < 6 * ranks * microbatches:
+        chosen = [next(iter(urgency(r, now)), None) for r in range(ranks)]
+        for r, action in enumerate(chosen):
+            if action is not None:
+                rows[r].append(action)
+                count[action.op, action.stage] += 1
+                done[action.op, action.stage, action.microbatch] = now + 1
+        assert any(chosen), "every rank is full of forwards and has none to go on with"
+        now += 1
+    return Schedule("zbv", tuple(map(tuple, rows)))
+
+
+def forward_only(rank_of: Mapping[int, int], microbatches: int) -> Schedule:
+    """Of evaluation: as many micro-batches as there are ranks through one stage of a rank after the
+    other, then the next so many. Any number of them.
+    """
+    ranks = 1 + max(rank_of.values())
+    order = sorted((m // ranks, s, m) for s in rank_of for m in range(microbatches))
+    actions = [Action(s, Op.F, m) for _, s, m in order]
+    return Schedule(
+        "forward", tuple(tuple(a for a in actions if rank_of[a.stage] == r) for r in range(ranks))
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A schedule by name.
+
+    make: (ranks, micro-batches, and chunks if they are not given here) -> the schedule
+    chunks: stages a rank; None: as many as are asked for, 2 unless told otherwise
+    """
+
+    make: Callable[..., Schedule]
+    chunks: int | None
+
+
+SCHEDULES: Mapping[str, Kind] = {
+    "gpipe": Kind(gpipe, 1),
+    "1f1b": Kind(one_f_one_b, 1),
+    "interleaved": Kind(interleaved, None),
+    "zb": Kind(zero_bubble, 1),
+    "zbv": Kind(zero_bubble_v, 2),
+}
+
+
+def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
+    """The schedule of this name, or in the file of this name, for so many ranks; checked.
+
+    Raises:
+        UserError: no such schedule or file, one that is not right, or for other numbers.
+    """
+    for what, number in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
+        if number is not None and number < 1:
+            raise UserError(f"{number} {what} of a pipeline; give 1 or more")
+    if name not in SCHEDULES:
+        schedule = load(name, list(SCHEDULES))
+        check(schedule)
+        check_fits(schedule, ranks, microbatches, chunks)
+        return schedule
+    kind = SCHEDULES[name]
+    if chunks is not None and kind.chunks not in (None, chunks):
+        raise UserError(
+            f"schedule {name} has {kind.chunks} stage{'s' if kind.chunks != 1 else ''} a rank, not "
+            f"{chunks} (--chunks); leave it out, or give --schedule interleaved"
+        )
+    more = [chunks or 2] if kind.chunks is None else []
+    schedule = kind.make(ranks, microbatches, *more)
+    check(schedule)
+    return schedule
+
+
+def placement(name: str, ranks: int, chunks: int | None = None) -> dict[int, int]:
+    """stage -> rank. Raises as `make`."""
+    return example(name, ranks, chunks).rank_of
+
+
+def example(name: str, ranks: int, chunks: int | None = None) -> Schedule:
+    """For some number of micro-batches, on which neither the stages' places nor whether backward is
+    in two halves depend. Raises as `make`.
+    """
+    microbatches = ranks if name in SCHEDULES else load(name, list(SCHEDULES)).microbatches
+    return make(name, ranks, microbatches, chunks)
+
+
+# --- passes: from a schedule to a schedule --------------------------------------------------------
+
+
+def add_communication(schedule: Schedule) -> Schedule:
+    """Write in what travels: a send after what makes it, a receive where that begins to be made.
+
+    Both ends are placed in the order in which the ideal run makes things, so two messages between
+    two ranks cannot cross. A receive is posted before the compute that runs while its message is
+    being made. And no wait can end in a circle: what a rank waits for, a message, or the other
+    end's receive where it waits for its own send to leave, lies before it in the ideal run.
+    """
+    if schedule.sends:
+        return schedule
+    rows = timeline(schedule)
+    begins = sorted(
+        (slot.start, slot.end, rank, i)
+        for rank, row in enumerate(rows)
+        for i, slot in enumerate(row)
+    )
+    before: dict[tuple[int, int], list[Action]] = {}  # (rank, position) -> receives posted there
+    after: dict[tuple[int, int], list[Action]] = {}
+    for start, _, rank, i in begins:
+        a = rows[rank][i].action
+        forward = a.op is Op.F
+        other = a.stage + 1 if forward else a.stage - 1
+        to = schedule.rank_of.get(other)
+        if a.op is Op.W or to is None or to == rank:
+            continue
+        send, receive = (Op.SEND_F, Op.RECV_F) if forward else (Op.SEND_B, Op.RECV_B)
+        place = next(j for j, slot in enumerate(rows[to]) if slot.end > start)
+        after.setdefault((rank, i), []).append(Action(a.stage, send, a.microbatch))
+        before.setdefault((to, place), []).append(Action(other, receive, a.microbatch))
+    return replace(
+        schedule,
+        ranks=tuple(
+            tuple(
+                action
+                for i, slot in enumerate(row)
+                for action in (*before.get((rank, i), ()), slot.action, *after.get((rank, i), ()))
+            )
+            for rank, row in enumerate(rows)
+        ),
+    )
+
+
+def add_unshard(schedule: Schedule) -> Schedule:
+    """Write in when a stage is unsharded and resharded: before a rank's first action of it, and
+    after the last. So what a strategy gathers for a stage, it gathers once for all micro-batches.
+    """
+    return replace(schedule, ranks=tuple(map(_unsharded, schedule.ranks)))
+
+
+def _unsharded(actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    compute = [i for i, a in enumerate(actions) if a.op in COMPUTE]
+    first = {actions[i].stage: i for i in reversed(compute)}
+    last = {actions[i].stage: i for i in compute}
+    row: list[Action] = []
+    for i, a in enumerate(actions):
+        if first.get(a.stage) == i:
+            row.append(Action(a.stage, Op.UNSHARD, a.microbatch))
+        row.append(a)
+        if last.get(a.stage) == i:
+            row.append(Action(a.stage, Op.RESHARD, a.microbatch))
+    return tuple(row)
+
+
+def mark_gradients_complete(schedule: Schedule) -> Schedule:
+    """Mark the last B or W of each stage: nothing is added to its gradients afterwards."""
+    final = {a.stage: a for actions in schedule.ranks for a in actions if a.op in (Op.B, Op.W)}
+    return replace(
+        schedule,
+        ranks=tuple(
+            tuple(replace(a, last=True) if final.get(a.stage) == a else a for a in actions)
+            for actions in schedule.ranks
+        ),
+    )

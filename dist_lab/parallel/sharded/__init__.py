@@ -1,0 +1,1 @@
+"""The strategies that keep a part of every parameter: ZeRO and FSDP."""

@@ -1,0 +1,1 @@
+"""Tensor parallelism: each matrix in pieces."""

@@ -1,0 +1,249 @@
+"""The plan of tensor parallelism, read and checked: see [Note: the plan] in tp.py.
+
+First what each module is to do, then where its parameters lie for that.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from dist_lab.errors import UserError, nearest_degree
+from dist_lab.layout.layout import Layout, Owed, Shard
+from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.sharded.sharded_param import Place, places
+from dist_lab.step.protocol import Setup
+
+Role = str | tuple[str, int]
+Plan = Mapping[str, Role]
+
+SPLIT = {  # role -> what it can split
+    "column": nn.Linear,
+    "grouped": nn.Linear,
+    "gathered": nn.Linear,
+    "row": nn.Linear,
+    "vocabulary": nn.Linear | nn.Embedding,
+}
+NOT_SPLIT = ("whole", "sequence", "cut", "joined")
+IN_BLOCKS = ("column", "grouped")
+
+
+@runtime_checkable
+class BringsItsPlan(Protocol):
+    def tp_plan(self) -> dict[str, str | tuple[str, int]]: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be done with one module; `block` outputs stay together."""
+
+    role: str
+    block: int = 1
+
+
+@dataclass(frozen=True)
+class Lies:
+    """How one parameter is to lie along the axis: its split, and the sum its gradient is owed."""
+
+    shard: Shard | None = None
+    owed: Owed | None = None
+
+
+def arrange(
+    setup: Setup, plan: Plan | None, *, cut: bool
+) -> tuple[dict[str, Planned], dict[str, list[Place]], dict[str, Lies]]:
+    """What each named module is to do, where each parameter stands, and how it is to lie.
+
+    Args:
+        plan: None: the model's own.
+        cut: along the sequence.
+
+    Raises:
+        UserError: no plan, or one that does not fit.
+    """
+    model = setup.model
+    named, found = read_plan(model, own_plan(model) if plan is None else plan), places(model)
+    lies = where_all_lie(model, setup.axis, named, found, cut=cut)
+    if cut:
+        trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
+        check_all_named(trained, model, named)
+    return named, found, lies
+
+
+def lay_out(setup: Setup, lies: Mapping[str, Lies]) -> dict[str, Layout]:
+    """The layouts so far, extended by these."""
+    layouts = {}
+    for name, where in lies.items():
+        layout = setup.layouts[name]
+        if where.shard is not None:
+            layout = layout.split(setup.axis.name, where.shard)
+        layouts[name] = layout if where.owed is None else layout.owing(where.owed)
+    return layouts
+
+
+def own_plan(model: nn.Module) -> Plan:
+    """Raises UserError if the model brings none."""
+    if not isinstance(model, BringsItsPlan):
+        raise UserError(
+            f"{type(model).__name__} has no tp_plan(), which says what of it is split; give "
+            'plan={"up": "column", "down": "row", ...}'
+        )
+    return model.tp_plan()
+
+
+def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
+    """Module name -> what is planned for it.
+
+    Raises:
+        UserError: a name that matches nothing, a role there is not, or one that a module cannot
+            have, two roles for one module, or for a module and for one inside it.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    found: dict[str, Planned] = {}
+    said: dict[str, str] = {}
+    for glob, role in plan.items():
+        planned = _read(glob, role)
+        pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
+        matched = [name for name in modules if pattern.fullmatch(name)]
+        if not matched:
+            raise UserError(
+                f"the plan's {glob} matches no module; there are {', '.join(list(modules)[:12])}"
+                + (", ..." if len(modules) > 12 else "")
+            )
+        for name in matched:
+            if name in found and found[name] != planned:
+                raise UserError(f"the plan gives {name} two roles, by {said[name]} and by {glob}")
+            found[name], said[name] = planned, glob
+            _check_kind(name, modules[name], planned)
+    for name in found:
+        around = next((outer for outer in _around(name) if outer in found), None)
+        if around:
+            raise UserError(f"the plan names {name}, and {around} around it; name one of them")
+    return found
+
+
+def check_all_named(
+    trained: Mapping[str, list[Place]], model: nn.Module, plan: Mapping[str, Planned]
+) -> None:
+    """See that the plan says of every trained parameter what of the sequence it sees.
+
+    Args:
+        trained: name -> the modules where it stands.
+
+    Raises:
+        UserError: one is not covered. Its gradient might be a part of the sum, and nobody would
+            know.
+    """
+    covered = {part for name in plan for part in model.get_submodule(name).modules()}
+    for name, own in trained.items():
+        if any(module not in covered for module, _ in own):
+            raise UserError(
+                f"{name} is in no module that the plan names: under sequence parallelism it must "
+                'say whether that sees a piece of the sequence, "sequence", or all of it, "whole"'
+            )
+
+
+def _read(glob: str, role: Role) -> Planned:
+    name, block = role if isinstance(role, tuple) and len(role) == 2 else (role, 1)
+    if not isinstance(name, str) or name not in (*SPLIT, *NOT_SPLIT):
+        roles = ", ".join((*SPLIT, *NOT_SPLIT))
+        raise UserError(f"the plan's role of {glob} is {role!r}; there are {roles}")
+    if not isinstance(block, int) or block < 1 or (block > 1 and name not in IN_BLOCKS):
+        raise UserError(
+            f"the plan's role of {glob} is {role!r}; {' and '.join(IN_BLOCKS)} take the number of "
+            'outputs that stay together, ("column", 64), and no other role does'
+        )
+    return Planned(name, block)
+
+
+def _check_kind(name: str, module: nn.Module, planned: Planned) -> None:
+    kind = SPLIT.get(planned.role)
+    if kind is not None and not isinstance(module, kind):
+        wanted = "a Linear or an Embedding" if planned.role == "vocabulary" else "a Linear"
+        raise UserError(
+            f"the plan splits {name} as {planned.role!r}, which takes {wanted}, and it is a "
+            f"{type(module).__name__}"
+        )
+
+
+def _around(name: str) -> Iterator[str]:
+    """
+    >>> list(_around("a.b.c"))
+    ['a.b', 'a']
+    """
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+# --- where parameters lie -------------------------------------------------------------------------
+
+
+def where_all_lie(
+    model: nn.Module,
+    axis: Axis,
+    plan: Mapping[str, Planned],
+    found: Mapping[str, list[Place]],
+    *,
+    cut: bool,
+) -> dict[str, Lies]:
+    """By what the plan says of the modules where a parameter stands; they must agree."""
+    name_of = {module: name for name, module in model.named_modules()}
+    lies = {}
+    for name, parameter in model.named_parameters():
+        ways = {}
+        for module, attribute in found[name]:
+            where = _lies(name_of[module], module, attribute, axis, plan, cut=cut)
+            where = where if parameter.requires_grad else replace(where, owed=None)
+            ways[where] = name_of[module]
+        if len(ways) > 1:
+            first, second, *_ = ways.values()
+            raise UserError(
+                f"{name} is tied between {first} and {second}, which the plan splits differently; "
+                "give them roles that agree, or untie them"
+            )
+        (lies[name],) = ways
+    return lies
+
+
+def _lies(
+    name: str, module: nn.Module, attribute: str, axis: Axis, plan: Mapping[str, Planned], *,
+    cut: bool,
+) -> Lies:  # fmt: skip
+    around = next((outer for outer in (name, *_around(name)) if outer in plan), None)
+    planned = plan[around] if around is not None else Planned("whole")
+    role, block = planned.role, planned.block
+    in_pieces = Owed(axis.name) if cut and axis.size > 1 else None
+    if role == "row":
+        return Lies(Shard(1)) if attribute == "weight" else Lies(owed=in_pieces)
+    if role == "sequence":
+        return Lies(owed=in_pieces)
+    if role not in ("column", "grouped", "gathered", "vocabulary"):
+        return Lies()
+    outputs = getattr(module, attribute).shape[0]
+    blocks, rest = divmod(outputs, block)
+    if rest:
+        raise UserError(f"{name} has {outputs} outputs, and the plan keeps {block} together")
+    even = role in ("grouped", "gathered") or block > 1  # a range of a vocabulary may be shorter
+    if role == "grouped" and blocks < axis.size and axis.size % blocks == 0:
+        copies = axis.size // blocks  # neighbors have the same, as they have neighboring queries
+        return Lies(Shard(0, copies), Owed(axis.name, neighbours=copies))
+    if even and blocks % axis.size:
+        degrees = divisors(blocks)
+        what = f"{blocks} blocks of {block} outputs (heads)" if block > 1 else f"{blocks} outputs"
+        raise UserError(
+            f"{name} has {what}, which do not divide over {axis.size} ranks of {axis.name}; "
+            f"degrees that work: {', '.join(map(str, degrees))}, the nearest is "
+            f"{nearest_degree(degrees, axis.size)}"
+        )
+    return Lies(Shard(0))
+
+
+def divisors(length: int) -> list[int]:
+    """
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [n for n in range(1, length + 1) if length % n == 0]

@@ -1,0 +1,229 @@
+"""Tensor parallelism: each matrix in pieces, and every rank computes with its own on all the rows.
+
+    In[B, D] . W1[D, F_tp] -> H[B, F_tp]        column: outputs are split, and nothing is sent
+    H[B, F_tp] . W2[F_tp, D] -> Out[B, D]{U_tp} -> Out[B, D]   row: inputs are split; one sum
+
+What lies between the two, an activation or attention by heads, works on its part alone. So a block
+has one sum after its attention and one after its MLP, and in backward one before each. Those four
+are two pairs of conjugates, Megatron's f and g. Under sequence parallelism the residual stream
+between them, with its norms, is cut along the sequence T, and each sum becomes its two halves:
+
+                       before a column                  after a row
+                       forward       backward           forward          backward
+    whole              -             all_reduce         all_reduce       -
+    cut along T        all_gather    reduce_scatter     reduce_scatter   all_gather
+
+Cost per block and micro-batch, for S = B T D elements, sent by a rank, times (N-1)/N:
+
+    whole              2 all_reduces forward, 2 backward                             8 S
+    cut                the same bytes, in halves                                     8 S
+    cut, regather      what a column has read is gathered again in backward         10 S
+
+and less for what no block is: see vocabulary.py for the two ends. Memory per rank: of what is split
+1/N of parameters, gradients and optimizer state; of a block's activations, in whole, 1/N of what
+lies between column and row; cut, also of the norms and the residual stream; with regather, of all.
+Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
+
+[Note: the plan] What each module does is data: globs on names, where a `*` is one name between
+dots, to a role. A model of the zoo brings its own, `tp_plan()`.
+
+    "column"              a Linear whose outputs are split, W[F_tp, D] as torch stores it
+    ("column", 64)        in whole blocks of 64 outputs: attention heads
+    ("grouped", 64)       the same; of fewer blocks than ranks each lies on several: keys and values
+    "gathered"            a column whose outputs are put together again
+    "row"                 a Linear whose inputs are split, W[D, F_tp]
+    "vocabulary"          an Embedding, or the Linear that gives logits: see vocabulary.py
+    "whole"               anything else: every rank has it, and computes the same
+                                            ... and under sequence parallelism
+    "sequence"            sees a piece of the sequence, dim -2, as it comes: norms
+    "cut"                 sees whole inputs, and its outputs are cut
+    "joined"              sees whole inputs, put together from pieces
+
+[Note: columns that read together] Columns of one parent that are given one and the same tensor,
+such as q, k and v, share its way in: it is gathered once, and the sum of their input gradients is
+sent once, while dW of all of them is computed (parallel/split_linear.py).
+
+[Note: partial gradients] Under sequence parallelism whatever sees a piece of the sequence has a
+gradient that is a part of the sum, dW{U_tp}; and so have keys and values that lie on several ranks.
+Such parameters are `partial` over their ranks, and the sum is paid in `finish`, in one message.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_lab.comm import autograd, ops
+from dist_lab.errors import UserError
+from dist_lab.layout.layout import Owed, shard_of
+from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.sharded.sharded_param import put
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, lay_out
+from dist_lab.parallel.tensor.sequence import Entry, Residual
+from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
+from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+
+
+def apply(
+    setup: Setup,
+    *,
+    plan: Plan | None = None,
+    sequence_parallel: bool = False,
+    regather: bool = False,
+) -> Applied:
+    """Split a model as the plan says.
+
+    Args:
+        plan: see [Note: the plan]; default: the model's own.
+        sequence_parallel: cut the residual stream along the sequence.
+        regather: with it, keep of what columns read only a piece, and gather it again in backward.
+
+    Raises:
+        UserError: no plan, one that does not fit the model, heads that do not divide.
+    """
+    if regather and not sequence_parallel:
+        raise UserError("regather gathers again what sequence_parallel has cut; give both")
+    model, axis = setup.model, setup.axis
+    named, found, lies = arrange(setup, plan, cut=sequence_parallel)
+    residual = Residual(axis, cut=sequence_parallel, regather=regather)
+    for name, own in found.items():
+        value, how = setup.full_value(name), lies[name].shard
+        if how is not None:
+            value = shard_of(value, how, axis.size, axis.index)
+        put(own, value.to(axis.wire.device, copy=True))
+    entries = split_forwards(model, named, residual)
+    owed = {n: _axis_of(where.owed, setup) for n, where in lies.items() if where.owed is not None}
+    return Applied(lay_out(setup, lies), TensorParallel(model, owed, residual, entries))
+
+
+def _axis_of(owed: Owed, setup: Setup) -> Axis:
+    """All ranks, or those next to this one that have the same keys and values."""
+    if owed.neighbours is None:
+        return setup.axis
+    return setup.mesh.neighbours(setup.axis.name, owed.neighbours)
+
+
+# --- what a rank keeps, and what it does with it --------------------------------------------------
+
+
+def split_forwards(
+    model: nn.Module, plan: Mapping[str, Planned], residual: Residual
+) -> list[Entry]:
+    """Replace forwards, each as its role wants. Returns the entries of the columns."""
+    columns: dict[str, list[nn.Linear]] = {}  # by parent: see [Note: columns that read together]
+    for name, planned in plan.items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and planned.role in FORWARDS and planned.role != "row":
+            columns.setdefault(name.rpartition(".")[0], []).append(module)
+    entries = {parent: Entry(those, residual) for parent, those in columns.items()}
+    for name, planned in plan.items():
+        module = model.get_submodule(name)
+        if planned.role in FORWARDS:
+            compute = FORWARDS[planned.role]
+            if isinstance(module, nn.Embedding):
+                check_embedding(name, module)
+                compute = _embedding
+            entry = entries.get(name.rpartition(".")[0])
+            forward = SplitForward(module, partial(compute, residual, entry, module))
+            module.forward = forward
+        elif planned.role == "cut":
+            module.register_forward_hook(ModuleHook(lambda m, args, y: residual.piece(y)))
+        elif planned.role == "joined":
+            module.register_forward_pre_hook(
+                ModuleHook(lambda m, args: (residual.joined(args[0]), *args[1:]))
+            )
+    return list(entries.values())
+
+
+def _column(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> Tensor:
+    return entry(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
+
+
+def _gathered(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> Tensor:
+    y = entry(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
+    return autograd.gather_replicated(y, residual.axis, -1)  # Out[B, F]
+
+
+def _logits(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> SplitLogits:
+    return SplitLogits(entry(x, linear), linear.out_features, residual.scratch)
+
+
+def _row(residual: Residual, entry: None, linear: nn.Linear, x: Tensor) -> Tensor:
+    y = residual.summed(F.linear(x, linear.weight))  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp} -> Out
+    return y if linear.bias is None else y + linear.bias  # once, and not by each rank
+
+
+def _embedding(residual: Residual, entry: None, module: nn.Embedding, tokens: Tensor) -> Tensor:
+    size, padding = module.num_embeddings, module.padding_idx
+    return residual.summed(look_up(tokens, module.weight, size, padding, residual.axis))
+
+
+FORWARDS: Mapping[str, Callable[..., Any]] = {
+    "column": _column, "grouped": _column, "gathered": _gathered, "row": _row,
+    "vocabulary": _logits,
+}  # fmt: skip
+
+
+class SplitForward:
+    """The `forward` of a module of which this rank has a part. A copy of the module refuses it."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self.kind, self.function = type(module).__name__, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., NoReturn]:
+        return partial(_refuse_copy, self.kind)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return partial, (_refuse_copy, self.kind)
+
+
+def _refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UserError(
+        f"a copy of a model that is split holds this rank's part of {kind}; load "
+        "job.full_state_dict() into a fresh model"
+    )
+
+
+# --- when gradients travel ------------------------------------------------------------------------
+
+
+class TensorParallel(Sync):
+    """Activations travel by themselves; here is paid what [Note: partial gradients] owes."""
+
+    def __init__(
+        self, model: nn.Module, owed: Mapping[str, Axis], residual: Residual,
+        entries: Sequence[Entry],
+    ) -> None:  # fmt: skip
+        self.model, self.residual, self.entries = model, residual, entries
+        self.owed: dict[tuple[Axis, torch.dtype], list[str]] = {}
+        for name, axis in owed.items():
+            dtype = model.get_parameter(name).dtype
+            self.owed.setdefault((axis, dtype), []).append(name)
+
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if unit == "":
+            for entry in self.entries:  # what a column has not come for, it will not
+                entry.leave()
+
+    def finish(self) -> None:
+        for (axis, _), names in self.owed.items():
+            parameters = [self.model.get_parameter(name) for name in names]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients:
+                with axis.wire.during(unit=f"partial gradients of {len(gradients)}"):
+                    flat = torch.cat([gradient.flatten() for gradient in gradients])
+                    summed = ops.all_reduce_into(flat, axis).wait()  # dW{U_tp} -> dW
+                parts = summed.split([gradient.numel() for gradient in gradients])
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for buffer in self.residual.scratch.held():
+            yield "buffers", buffer

@@ -1,0 +1,201 @@
+"""PyTorch's own tensor parallelism, DTensor, the twin of tp.py: by the same plan, the same pieces.
+
+    column    ColwiseParallel         row         RowwiseParallel
+    norms     SequenceParallel        the loss    loss_parallel
+
+It runs as it is documented to run best: columns that read together share one input layout, so that
+it is gathered, and its gradient summed, once for all of them; logits stay split. Keys and values of
+which there are fewer than ranks it cannot lay, as it would cut heads, nor pieces of unequal length.
+
+Cost per step: as tp.py, but for the loss. Memory per rank: the same. What it splits are DTensors;
+what the plan leaves whole is a plain parameter.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dist_lab.errors import UserError, nearest_degree
+from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors, lay_out
+from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.protocol import Applied, Setup, Sync
+
+
+def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
+    """Hand each module of the plan to `parallelize_module`. Arguments as those of tp.py.
+
+    Raises:
+        UserError: what tp.py refuses, and fewer keys and values than ranks.
+    """
+    from torch.distributed.tensor import Replicate, Shard  # here: it takes a second
+    from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
+
+    if not dist.is_initialized():
+        raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
+    model, axis = setup.model, setup.axis
+    named, found, lies = arrange(setup, plan, cut=sequence_parallel)
+    for name, where in lies.items():
+        if where.shard is not None and where.shard.copies > 1:
+            raise UserError(
+                f"DTensor cannot lay {name}, of which there are fewer heads than ranks; give a "
+                "smaller tp, or --impl hand"
+            )
+    _refuse_uneven(model, named, axis)
+    group = axis.group or dist.new_group([axis.ranks[0]], use_local_synchronization=True)
+    mesh = DeviceMesh.from_group(group, axis.wire.device.type, mesh_dim_names=(axis.name,))
+    ties = [own for own in found.values() if len(own) > 1]
+    stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
+    parallelize_module(model, mesh, _styles(model, named, stream), src_data_rank=None)
+    for parent in _together(named):
+        hook = ModuleHook(SharedInput(mesh, stream))
+        model.get_submodule(parent).register_forward_pre_hook(hook)
+    for (module, attribute), *others in ties:
+        for other, name in others:
+            other._parameters[name] = module._parameters[attribute]
+    for name, planned in named.items():
+        module = model.get_submodule(name)
+        if planned.role == "vocabulary" and isinstance(module, nn.Linear):
+            module.register_forward_hook(ModuleHook(_logits))
+    sync = ThroughDTensor(model, loss_parallel())
+    about = (
+        "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
+        + ("SequenceParallel, " if sequence_parallel else "")
+        + "one shared input layout for columns that read together), loss_parallel"
+    )
+    return Applied(lay_out(setup, lies), sync, about, make_optimizer=_apart)
+
+
+def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
+    """What flows between column and row is a plain tensor, and its pieces are taken to be equal."""
+    for name, planned in plan.items():
+        if planned.role in ("column", "grouped", "gathered", "row"):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear), name
+            width = linear.in_features if planned.role == "row" else linear.out_features
+            if width % axis.size:
+                raise UserError(
+                    f"DTensor splits in equal pieces alone, and {name} has {width} for "
+                    f"{axis.size} ranks of {axis.name}; the nearest that divides is "
+                    f"{nearest_degree(divisors(width), axis.size)}, "
+                    "or give --impl hand"
+                )
+
+
+def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[str, Any]:
+    """The plan in the library's words. `stream`: how what flows between the blocks lies."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        PrepareModuleOutput,
+        RowwiseParallel,
+        SequenceParallel,
+    )
+
+    whole, cut = Replicate(), isinstance(stream, Shard)
+    together = _together(plan)
+    styles: dict[str, Any] = {}
+    for name, planned in plan.items():
+        match planned.role:
+            case "column" | "grouped":
+                own = whole if name.rpartition(".")[0] in together else stream
+                styles[name] = ColwiseParallel(input_layouts=own)
+            case "gathered":
+                styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=whole)
+            case "row":
+                styles[name] = RowwiseParallel(output_layouts=stream)
+            case "vocabulary" if isinstance(model.get_submodule(name), nn.Embedding):
+                styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=stream)
+            case "vocabulary":
+                styles[name] = ColwiseParallel(
+                    input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
+                )
+            case "sequence" if cut:
+                styles[name] = SequenceParallel(use_local_output=True)
+            case "cut" if cut:
+                styles[name] = PrepareModuleOutput(
+                    output_layouts=whole, desired_output_layouts=stream
+                )
+            case "joined" if cut:
+                styles[name] = PrepareModuleInput(
+                    input_layouts=stream, desired_input_layouts=whole, use_local_output=True
+                )
+    return styles
+
+
+def _together(plan: Mapping[str, Planned]) -> set[str]:
+    """Parents of several columns, which read their first argument."""
+    parents = [n.rpartition(".")[0] for n, p in plan.items() if p.role in ("column", "grouped")]
+    return {parent for parent in parents if parent and parents.count(parent) > 1}
+
+
+class SharedInput:
+    """What PrepareModuleInput does, for a module of any number of arguments: the first is a DTensor
+    from here on, put together once for all columns that read it.
+    """
+
+    def __init__(self, mesh: DeviceMesh, stream: Any) -> None:
+        self.mesh, self.stream = mesh, stream
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        x = DTensor.from_local(args[0], self.mesh, (self.stream,), run_check=False)
+        return x.redistribute(placements=(Replicate(),)), *args[1:]
+
+
+@dataclass(frozen=True)
+class SplitLogits:
+    """Logits as a DTensor, which know their own loss."""
+
+    here: Tensor
+
+    def cross_entropy_sum(self, targets: Tensor) -> Tensor:
+        rows = self.here.flatten(0, -2)
+        wide = rows if rows.dtype.itemsize >= 4 else rows.float()
+        loss: Any = F.cross_entropy(wide, targets.flatten(), reduction="sum")
+        return loss.full_tensor()
+
+
+def _logits(module: nn.Module, args: Any, output: Tensor) -> SplitLogits:
+    return SplitLogits(output)
+
+
+class ThroughDTensor(Sync):
+    """Leaves everything to the library, whose gradients may be partial sums until they are used."""
+
+    def __init__(self, model: nn.Module, loss: AbstractContextManager[None]) -> None:
+        self.model = model
+        # For good, as backward has to be in it too. It concerns losses of DTensors, and no others.
+        loss.__enter__()
+
+    def finish(self) -> None:
+        for parameter in self.model.parameters():
+            gradient: Any = parameter.grad
+            placements = getattr(parameter, "placements", None)
+            if gradient is not None and placements is not None:
+                parameter.grad = gradient.redistribute(placements=placements)
+
+
+def _apart(
+    cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """DTensors and plain parameters in groups of their own: no operation takes both at once."""
+    halves: list[dict[str, Any]] = []
+    for group in groups:
+        split = [p for p in group["params"] if _is_split(p)]
+        plain = [p for p in group["params"] if not _is_split(p)]
+        halves += [group | {"params": half} for half in (split, plain) if half]
+    return cls(halves, **options)
+
+
+def _is_split(parameter: Tensor) -> bool:
+    return getattr(parameter, "placements", None) is not None

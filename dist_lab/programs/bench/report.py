@@ -1,0 +1,238 @@
+"""From seconds to a table, a fit, a picture, and the choice that they speak for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from rich.table import Table
+
+from dist_lab.comm.choice import AUTO
+from dist_lab.observe import export
+from dist_lab.observe.console import wide_console
+from dist_lab.programs.compare.ratios import Quartiles
+
+CLEARLY = 1.05  # an algorithm by hand is chosen over the backend's own if so many times as fast
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm at one size.
+
+    Attributes:
+        payload: bytes.
+        steps: messages of which each had to wait for the one before.
+        sent: bytes that the busiest rank sends.
+        seconds: of each round.
+    """
+
+    op: str
+    algorithm: str
+    payload: int
+    steps: int
+    sent: int
+    seconds: Sequence[float]
+
+    @cached_property
+    def quartiles(self) -> Quartiles:
+        return Quartiles.of(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return self.quartiles.median
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "op": self.op, "algorithm": self.algorithm, "payload_bytes": self.payload,
+            "rounds": len(self.seconds), "median_ms": 1e3 * self.median,
+            "quartile1_ms": 1e3 * self.quartiles.low, "quartile3_ms": 1e3 * self.quartiles.high,
+            "steps": self.steps, "sent_bytes": self.sent,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fit:
+    """seconds = steps x latency + sent / bandwidth, as near as it comes to the medians.
+
+    Attributes:
+        latency: alpha, seconds a step.
+        inverse_bandwidth: beta, seconds a byte.
+        error: root mean square of (fitted - measured) / measured.
+    """
+
+    op: str
+    algorithm: str
+    latency: float
+    inverse_bandwidth: float
+    error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "op": self.op, "algorithm": self.algorithm, "alpha_us": 1e6 * self.latency,
+            "beta_ns_per_byte": 1e9 * self.inverse_bandwidth, "relative_error": self.error,
+        }  # fmt: skip
+
+
+def fit(rows: Sequence[Row]) -> Fit:
+    """Least squares of the relative errors, so that small messages count as much as large ones.
+
+    A negative alpha or beta means nothing: it is then 0, and the other one fitted alone.
+
+    >>> rows = [Row("all_reduce", "ring", 4 * b, 6, b, [6e-4 + b * 1e-9]) for b in (10, 10**6)]
+    >>> found = fit(rows)
+    >>> round(1e6 * found.latency), round(1e9 * found.inverse_bandwidth, 3), round(found.error, 6)
+    (100, 1.0, 0.0)
+    """
+    a = numpy.array([[row.steps / row.median, row.sent / row.median] for row in rows])
+    fits = []
+    for used in ([0, 1], [0], [1]):  # alpha and beta, or one of them, so that a x is 1 in each row
+        x = numpy.zeros(2)
+        x[used], _, rank, _ = numpy.linalg.lstsq(a[:, used], numpy.ones(len(rows)))
+        if rank == len(used) and min(x) >= 0:
+            error = float(numpy.sqrt(numpy.mean((a @ x - 1) ** 2)))
+            fits.append(Fit(rows[0].op, rows[0].algorithm, float(x[0]), float(x[1]), error))
+    return min(fits, key=lambda found: found.error)
+
+
+def choices(rows: Sequence[Row]) -> dict[str, tuple[tuple[int, str], ...]]:
+    """What these measurements say that `auto` should do, in the form of `comm.choice.AUTO`.
+
+    The fastest by median, the backend's own unless another one is clearly faster; it begins at the
+    size at which it was measured, the first at 0.
+    """
+    found: dict[str, tuple[tuple[int, str], ...]] = {}
+    for op in dict.fromkeys(row.op for row in rows):
+        steps: list[tuple[int, str]] = []
+        for size in sorted({row.payload for row in rows if row.op == op}):
+            here = {r.algorithm: r.median for r in rows if (r.op, r.payload) == (op, size)}
+            best = min(here, key=here.__getitem__)
+            if "backend" in here and here["backend"] < CLEARLY * here[best]:
+                best = "backend"
+            if not steps or steps[-1][1] != best:
+                steps.append((size if steps else 0, best))
+        found[op] = tuple(steps)
+    return found
+
+
+def report(rows: Sequence[Row], setting: Mapping[str, Any], folder: Path) -> None:
+    """Print the tables, and write bench_comm.json, bench_comm.csv and bench_comm.png."""
+    by_algorithm: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_algorithm.setdefault((row.op, row.algorithm), []).append(row)
+    fits = [fit(group) for group in by_algorithm.values() if len(group) > 1]
+    chosen = choices(rows)
+    console = wide_console()
+    title = (
+        f"{setting['world_size']} ranks x {setting['threads']} threads ({setting['cores']} cores)"
+    )
+    console.print(times_table(rows, title))
+    if fits:
+        console.print(fit_table(fits))
+    console.print("what auto should do, by these medians:")
+    for op, steps in chosen.items():
+        now = "as in comm/choice.py" if steps == AUTO[op] else f"comm/choice.py has {AUTO[op]}"
+        console.print(f'    "{op}": {steps},  # {now}', highlight=False, soft_wrap=True)
+
+    table = [row.to_dict() for row in rows]
+    everything = dict(setting) | {
+        "rows": [
+            entry | {"ms": [1e3 * second for second in row.seconds]}
+            for entry, row in zip(table, rows, strict=True)
+        ],
+        "fits": [found.to_dict() for found in fits],
+        "auto": chosen,
+    }
+    export.write(folder, "bench_comm", everything, table, picture(by_algorithm, title))
+    console.print(f"in {folder}: bench_comm.json, .csv, .png", highlight=False, soft_wrap=True)
+
+
+def times_table(rows: Sequence[Row], title: str) -> Table:
+    """Medians and quartiles of each operation and size, one column an algorithm."""
+    names = list(dict.fromkeys(row.algorithm for row in rows))
+    table = Table(title=f"{title}: median ms (quartiles), times as fast as the backend's own")
+    for column in ("", "payload", *names):
+        table.add_column(column, justify="left" if column == "" else "right")
+    last = ""
+    for op, payload in dict.fromkeys((row.op, row.payload) for row in rows):
+        here = {r.algorithm: r for r in rows if (r.op, r.payload) == (op, payload)}
+        fastest = min(here.values(), key=lambda row: row.median)
+        cells = []
+        for name in names:
+            row = here.get(name)
+            if row is None:
+                cells.append("")
+                continue
+            low, high = 1e3 * row.quartiles.low, 1e3 * row.quartiles.high
+            text = f"{1e3 * row.median:.2f} ({low:.2f}-{high:.2f})"
+            if "backend" in here and name != "backend":
+                text += f" {here['backend'].median / row.median:.2f}x"
+            cells.append(f"[bold]{text}[/bold]" if row is fastest else text)
+        if last and op != last:
+            table.add_section()
+        table.add_row(op if op != last else "", size_text(payload), *cells)
+        last = op
+    return table
+
+
+def fit_table(fits: Sequence[Fit]) -> Table:
+    table = Table(title="seconds = steps x alpha + sent x beta, fitted to the medians")
+    for column in ("", "algorithm", "alpha, us", "1 / beta, GB/s", "error"):
+        table.add_column(column, justify="left" if column in ("", "algorithm") else "right")
+    for found in fits:
+        beta = found.inverse_bandwidth
+        table.add_row(
+            found.op, found.algorithm, f"{1e6 * found.latency:.0f}",
+            f"{1e-9 / beta:.2f}" if beta else "-", f"{found.error:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def picture(groups: Mapping[tuple[str, str], Sequence[Row]], title: str) -> Figure:
+    """Time against size, both logarithmic: a panel an operation, a line an algorithm."""
+    ops = list(dict.fromkeys(op for op, _ in groups))
+    colors = {"backend": "black", "ring": "tab:blue", "direct": "tab:orange", "tree": "tab:green"}
+    across = min(3, len(ops))
+    down = -(-len(ops) // across)
+    figure = Figure(figsize=(4.6 * across, 3.8 * down), dpi=130, layout="constrained")
+    figure.suptitle(f"Collectives on {title}: median and quartiles")
+    for place, op in enumerate(ops, start=1):
+        axes = figure.add_subplot(down, across, place)
+        for (of, name), rows in groups.items():
+            if of == op:
+                sizes = [row.payload for row in rows]
+                low = [1e3 * row.quartiles.low for row in rows]
+                high = [1e3 * row.quartiles.high for row in rows]
+                color = colors[name]
+                axes.fill_between(sizes, low, high, color=color, alpha=0.15)
+                medians = [1e3 * row.median for row in rows]
+                axes.plot(sizes, medians, "o-", color=color, label=name, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        ticks = sorted(
+            {row.payload for (of, _), rows in groups.items() if of == op for row in rows}
+        )
+        axes.set_xticks(ticks, [size_text(tick) for tick in ticks], rotation=60)
+        axes.set_title(op)
+        axes.set_xlabel("payload")
+        axes.set_ylabel("ms")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def size_text(size: int) -> str:
+    """
+    >>> size_text(4096), size_text(1 << 20), size_text(12)
+    ('4 KiB', '1 MiB', '12 B')
+    """
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.4g} {name}"
+    return f"{size} B"

@@ -1,0 +1,56 @@
+"""A report as files: compare.json, compare.csv and compare.png."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_lab.observe import export
+from dist_lab.programs.compare.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write(report: Report, folder: Path) -> None:
+    """All in JSON, the numbers of each strategy in a line of CSV, throughput as a picture."""
+    rows = [report.summary(row) | {"refused": None} for row in report.rows]
+    rows += [{"strategy": label, "refused": why} for label, why in report.refused.items()]
+    export.write(folder, "compare", report.to_dict(), rows, draw(report))
+
+
+def draw(report: Report) -> "Figure":
+    """Bars of throughput; from the lower to the upper quartile of the rounds, a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 0.55 * len(report.rows)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    rates = [report.throughput(row) for row in report.rows]
+    medians = [rate.median for rate in rates]
+    below = [rate.median - rate.low for rate in rates]
+    above = [rate.high - rate.median for rate in rates]
+    labels = [row.label for row in report.rows]
+    places = range(len(labels))
+    axes.barh(places, medians, xerr=[below, above], color="#7aa6c2", ecolor="#333333", capsize=4)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()  # the first on top
+    end = max(rate.high for rate in rates)
+    axes.set_xlim(0, end * 1.45)
+    for place, row, rate in zip(places, report.rows, rates, strict=True):
+        found = report.ratio(row)
+        says = "reference"
+        if found:
+            says = f"x {found.median:.3f}  ({found.low:.3f}-{found.high:.3f})\n{found.verdict}"
+        axes.text(rate.high + end * 0.02, place, says, va="center", fontsize=8)
+    config = report.setting["config"]
+    axes.set_xlabel(
+        f"{report.unit}: median and quartiles of {len(report.rows[0].rounds)} rounds; beside it "
+        f"the ratio to {report.reference} (99% interval)",
+        fontsize=8,
+    )
+    axes.set_title(
+        f"{config['model']} {report.setting['parameters'] / 1e6:.1f}M, {report.batch:,} "
+        f"{report.unit.removesuffix('/s')} a step, {report.setting['world_size']} ranks",
+        fontsize=10,
+    )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

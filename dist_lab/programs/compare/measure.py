@@ -1,0 +1,226 @@
+"""The alternating rounds, on every rank. Read `measure` first; the rest is what it calls.
+
+All strategies live side by side in the same processes, each with a model, an optimizer and batches
+of its own, drawn from the same seed; so they take the same steps, and differ in when bytes travel.
+In each round every strategy runs a few steps, in an order that ratios.py makes fair.
+"""
+
+import gc
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from typing import Any
+
+from dist_lab.comm import ops
+from dist_lab.comm.agree import together
+from dist_lab.comm.context import Wire
+from dist_lab.comm.ledger import Call
+from dist_lab.data import Data, prefetch
+from dist_lab.errors import UserError
+from dist_lab.mesh.mesh import Mesh, init_mesh
+from dist_lab.observe import run_dir, sockets
+from dist_lab.observe.console import Progress
+from dist_lab.programs.cli import setup
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.compare import files, tables
+from dist_lab.programs.compare.ratios import orders
+from dist_lab.programs.compare.report import Report, Row, by_collective, mean_of_ranks
+from dist_lab.programs.compare.rounds import barrier, block
+from dist_lab.programs.compare.settings import Entry, Settings
+from dist_lab.programs.train.loop import make_optimizer, own_rows, take_step
+from dist_lab.programs.train.meter import Meter, peak_rate
+
+WARM_UP = 4  # steps: two that are measured for memory and FLOPs, one to settle, one for its bytes
+
+
+def run(config: Settings, mesh: Mesh) -> int:
+    """Compare, show, and write the files that README describes."""
+    with ExitStack() as held:
+        data = setup.meet(config, mesh)
+        with together(mesh.world):
+            if mesh.rank == 0:
+                folder = held.enter_context(run_dir.claimed(config, "compare"))
+        report = measure(config, mesh, data, config.entries())
+        if report is not None:
+            files.write(report, folder)
+            tables.show(report, folder)
+    return 0
+
+
+def measure(config: Settings, mesh: Mesh, data: Data, entries: Sequence[Entry]) -> Report | None:
+    """Run all entries in alternating rounds, those that can; the report is rank 0's. Collective.
+
+    Raises:
+        UserError: none of the entries can run, or not the one to measure against.
+    """
+    with ExitStack() as held:
+        progress = Progress("rounds", config.rounds, quiet=mesh.rank > 0, auto_refresh=False)
+        held.callback(progress.close)
+        running: list[Contender] = []
+        refused: dict[str, str] = {}
+        for entry in entries:
+            progress.say(f"warm-up of {entry.label}")
+            try:
+                running.append(warmed_up(Contender(entry, config, mesh), data, held))
+            except UserError as error:
+                refused[entry.label] = str(error)
+            gc.collect()  # what a refused one leaves: its model and hooks refer to each other
+        reference = find_reference(config, running, refused)
+        for done, order in enumerate(orders(len(running), config.rounds, config.seed), start=1):
+            for one in (running[place] for place in order):
+                seconds = block(one.step, config.steps, mesh.world, alone=one.entry.alone)
+                one.rounds.append(seconds)
+            times = "  ".join(
+                f"{one.entry.label} {statistics.median(one.rounds[-1]) * 1e3:.0f} ms"
+                for one in running
+            )
+            progress.reach(done)
+            progress.say(f"round {done:>3}/{config.rounds}  {times}", on_the_bar="")
+        rows, peak = [row_of(one) for one in running], peak_rate(config.dtype, mesh)
+    if mesh.rank > 0:
+        return None
+    first = running[0]
+    setting = setup.describe(first.config, first.job, data)
+    setting |= {"config": config.to_dict(), "mesh": mesh.axes, "world_size": mesh.size}
+    text = data.image is None
+    unit = "tokens/s" if text else "samples/s"
+    batch = config.batch * config.seq if text else config.batch
+    return Report(setting, reference, unit, batch, peak, rows, refused)
+
+
+class Contender:
+    """One strategy on this rank, with all that it trains. Where it sits out, its steps are empty.
+
+    Attributes:
+        rounds: seconds of each step of each round, by the slowest rank.
+        losses: of every step, warm-up included.
+    """
+
+    def __init__(self, entry: Entry, settings: Settings, mesh: Mesh) -> None:
+        self.entry, self.mesh = entry, mesh
+        self.steps = WARM_UP + settings.rounds * settings.steps
+        self.config = replace(settings.of(entry), steps=self.steps)
+        self.misfit = settings.misfit(entry)
+        self.takes_part = mesh.rank == 0 or not entry.alone
+        self.taken = 0
+        self.rounds: list[list[float]] = []
+        self.losses: list[float] = []
+        self.calls: list[Call] = []  # of one step
+        self.kernel_bytes: int | None = None  # of the same step
+
+    def build(self, data: Data, held: ExitStack) -> None:
+        if self.takes_part:
+            config = self.config
+            self.job = setup.build(config, own_mesh(self.entry, config, self.mesh), data)
+            self.optimizer = make_optimizer(self.job, config)
+            rows = own_rows(config.batch, self.job)
+            self.batches = held.enter_context(closing(prefetch(data, rows, 0, self.steps)))
+            self.meter = Meter(self.job, self.optimizer)
+
+    def step(self) -> None:
+        """The step of train.py, with nothing left out."""
+        if not self.takes_part:
+            return
+        self.taken += 1
+        with self.meter.step(self.taken):
+            loss, _ = take_step(
+                self.job, self.optimizer, *next(self.batches), self.taken, self.config
+            )
+        self.losses.append(loss)
+
+    def counted_step(self) -> None:
+        """A step of which the bytes are counted, by the ledger and by the kernel."""
+        with ExitStack() as counting:
+            if self.takes_part:
+                ledger = self.job.mesh.wire.ledger
+                self.calls = counting.enter_context(ledger.recording())
+            self.kernel_bytes = sent_during(self.step, self.mesh)
+
+    def own_facts(self) -> dict[str, Any]:
+        """What this rank knows, as JSON; nothing if it sat out."""
+        if not self.takes_part:
+            return {}
+        counted = self.entry.impl == "hand"  # a library's calls do not pass through our ledger
+        steps = self.meter.steps[WARM_UP:]
+        return {
+            "about": self.job.about,
+            "blocked": [traffic.blocked for _, traffic in steps] if counted else None,
+            "peak_memory_bytes": self.meter.memory.total,
+            "peak_memory": self.meter.memory.to_dict(),
+            "flops_per_step": self.meter.flops_per_step,
+            "traffic": by_collective(self.calls) if counted else None,
+            "kernel_bytes": self.kernel_bytes,
+        }
+
+
+def own_mesh(entry: Entry, config: Config, mesh: Mesh) -> Mesh:
+    """A mesh for one strategy: on the same processes, with a ledger of its own."""
+    if entry.alone:
+        return Mesh({"dp": 1}, Wire(0, 1, backend=config.backend), config.timeout)
+    axes = config.axes(mesh.size)
+    return init_mesh(
+        timeout=config.timeout, backend=config.backend, check=False,
+        collectives=config.collectives, **axes,
+    )  # fmt: skip
+
+
+def warmed_up(one: Contender, data: Data, held: ExitStack) -> Contender:
+    """Build it and take the steps that do not count. What one rank refuses, all refuse."""
+    with together(one.mesh.world):
+        if why := one.misfit:
+            raise UserError(why)
+        one.build(data, held)
+    for _ in range(WARM_UP - 1):
+        with together(one.mesh.world):
+            one.step()
+    with together(one.mesh.world):
+        one.counted_step()
+    return one
+
+
+def find_reference(
+    config: Settings, running: Sequence[Contender], refused: Mapping[str, str]
+) -> str:
+    labels = [one.entry.label for one in running]
+    asked = config.reference.removesuffix("@hand")
+    if asked in refused:
+        raise UserError(f"reference {asked} cannot run: {refused[asked]}; give another --reference")
+    if not labels:
+        why = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
+        raise UserError(f"none of the strategies can run; {why}")
+    return asked or labels[0]
+
+
+def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
+    """Bytes that this rank's sockets send for some work, by the kernel's count."""
+    marks = []
+    barrier(mesh.world)
+    for action in (lambda: None, work):  # the first to know what it costs to meet
+        marks.append(sockets.sent_bytes())
+        action()
+        barrier(mesh.world)  # now all that was sent has arrived
+    start, middle, end = [*marks, sockets.sent_bytes()]
+    if start is None or middle is None or end is None:
+        return None
+    return max(0, (end - middle) - (middle - start))
+
+
+def row_of(one: Contender) -> Row:
+    """What all ranks know of one strategy together. Collective; whole on rank 0."""
+    mine = json.dumps(one.own_facts()).encode()
+    everyone = [json.loads(facts) for facts in ops.all_gather_bytes(mine, one.mesh.world)]
+    facts = [fact for fact in everyone if fact]
+    kernel = [fact["kernel_bytes"] for fact in facts]
+    fullest = max(facts, key=lambda fact: fact["peak_memory_bytes"])
+    of_all = {
+        "peak_memory_bytes": fullest["peak_memory_bytes"],
+        "peak_memory": fullest["peak_memory"],
+        "traffic": mean_of_ranks([fact["traffic"] for fact in facts]),
+        "kernel_bytes": None if None in kernel else statistics.fmean(kernel),
+    }
+    return Row(
+        **asdict(one.entry), processes=len(facts), rounds=one.rounds, losses=one.losses,
+        **facts[0] | of_all,
+    )  # fmt: skip

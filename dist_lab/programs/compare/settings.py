@@ -1,0 +1,171 @@
+"""What is compared: train.py's settings, with a list of strategies where that has one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dist_lab.errors import UserError, one_of, shown
+from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.programs.cli.checks import check_nproc, check_together, parse_as
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.settings import setting
+from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
+
+DEFAULTS = {"steps": 3}  # a round; short rounds are close in time
+SMOKE = {"size": "tiny", "batch": 8, "seq": 32, "steps": 2, "rounds": 8}
+WITHOUT = [
+    "strategy", "impl", "val_every", "log_every", "log_collectives", "check_collectives",
+]  # fmt: skip
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One strategy in the list. Listed twice it has two labels: dp, dp#2."""
+
+    label: str
+    strategy: str
+    impl: str
+
+    @property
+    def alone(self) -> bool:
+        """It takes one process: rank 0 runs it on the whole batch, and the others wait."""
+        return not STRATEGIES[self.strategy].axes
+
+
+@dataclass(frozen=True)
+class Settings(Config):
+    """A run's settings, of which `steps` are those of each strategy in each round."""
+
+    # fmt: off
+    strategies: str = setting(ALL, "by commas, each NAME or NAME@IMPL; all: every one that the "
+        "mesh allows. One that is listed twice is compared with itself",
+        heading="what is compared", metavar="LIST")
+    reference: str = setting("", "what the others are measured against; default: the first that "
+        "runs", metavar="NAME")
+    rounds: int = setting(24, "in each, every strategy runs --steps steps, in changing order",
+        low=1)
+    smoke: bool = setting(False, "a small one, to see that all works: "
+        + ", ".join(f"{name} {value}" for name, value in SMOKE.items()))
+    # fmt: on
+
+    def default_microbatches(self) -> None:
+        """Each strategy has its own."""
+
+    def entries(self) -> list[Entry]:
+        """All that are listed.
+
+        Raises:
+            UserError: an empty list, or something in it that is no strategy.
+        """
+        if self.strategies == ALL:
+            every = entries(f"{n}@{by}" for n, row in STRATEGIES.items() for by in row.impls)
+            return [entry for entry in every if not self.misfit(entry)]
+        return entries(self.strategies.split(","))
+
+    def misfit(self, entry: Entry) -> str:
+        """Why it cannot run on the mesh that was asked for; "" if it can."""
+        if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
+            return "computes for real, and the others are emulated (--emulate-compute)"
+        asked, own = self.asked_axes, STRATEGIES[entry.strategy].axes
+        if entry.alone or set(asked) <= set(own):
+            return ""
+        foreign = " and ".join(f"{name}={size}" for name, size in asked.items() if name not in own)
+        return f"does not run along {foreign} (--mesh); its axes are {', '.join(own)}"
+
+    def of(self, entry: Entry) -> Config:
+        """What train.py would have to be told to run one entry.
+
+        A setting that only other strategies in the list know is left out.
+        """
+        values = {option.name: getattr(self, option.name) for option in fields(Config)}
+        values |= {"strategy": entry.strategy, "impl": entry.impl}
+        own = STRATEGIES[entry.strategy].options
+        known = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
+        values |= {name: None for name in known if name not in own}
+        return Config(**values | ({"mesh": "", "nproc": None} if entry.alone else {}))
+
+    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
+        """Where all ranks meet between rounds. Each strategy has a mesh of its own besides.
+
+        Raises:
+            UserError: no strategy, or a batch, that fits so many processes.
+        """
+        fitting = [entry for entry in self.entries() if not self.misfit(entry)]
+        if not fitting:
+            raise UserError(
+                f"none of the strategies runs on mesh {self.mesh} (--mesh); drop --mesh, or name "
+                "others in --strategies"
+            )
+        if plain and not all(entry.alone for entry in fitting):
+            raise UserError(
+                "a comparison runs on several processes, this is one alone (--strategies); add "
+                "--nproc 4, or start it by torchrun --nproc_per_node=4"
+            )
+        unfit = {}
+        for entry in fitting:
+            try:
+                self.of(entry).axes(1 if entry.alone else size)
+            except UserError as error:
+                unfit[entry.label] = error
+        # Of all there are, those that fit run, and the others are listed with what they said.
+        if unfit and (self.strategies != ALL or len(unfit) == len(fitting)):
+            raise next(iter(unfit.values()))
+        return {DATA_AXES[0]: size}
+
+
+def entries(names: Any) -> list[Entry]:
+    """
+    >>> [entry.label for entry in entries(["dp", "ddp@torch", "dp@hand"])]
+    ['dp', 'ddp@torch', 'dp#2']
+    """
+    known = {f"{name}@{by}": (name, by) for name, row in STRATEGIES.items() for by in row.impls}
+    found: list[Entry] = []
+    for word in names:
+        full = word.strip() if "@" in word else f"{word.strip()}@hand"
+        if full not in known:
+            choices = [name.removesuffix("@hand") for name in known]
+            raise UserError(
+                f"no strategy {shown(word)} (--strategies); give, by commas, "
+                f"{one_of(choices, word)}"
+            )
+        strategy, impl = known[full]
+        label = full.removesuffix("@hand")
+        earlier = sum((entry.strategy, entry.impl) == (strategy, impl) for entry in found)
+        found.append(Entry(label + (f"#{earlier + 1}" if earlier else ""), strategy, impl))
+    return found
+
+
+def read(argv: Sequence[str] | None, description: str | None = None) -> Settings:
+    """The command line of compare.py; a `--smoke` in it changes the defaults of the others."""
+
+    def parse(defaults: Mapping[str, Any]) -> Settings:
+        return parse_as(
+            Settings, check, argv,
+            program="compare.py", description=description, defaults=defaults, without=WITHOUT,
+        )  # fmt: skip
+
+    settings = parse(DEFAULTS)
+    return parse(DEFAULTS | SMOKE) if settings.smoke else settings
+
+
+def check(settings: Settings, where: Mapping[str, str]) -> None:
+    """What no setting shows alone, and what train.py would refuse of any of the strategies."""
+    listed = settings.entries()
+    fitting = [entry for entry in listed if not settings.misfit(entry)]
+    if settings.reference:
+        labels = [entry.label for entry in listed]
+        if settings.reference.removesuffix("@hand") not in labels:
+            raise UserError(
+                f"reference {shown(settings.reference)} is not compared ({where['reference']}); "
+                f"give {one_of(labels, settings.reference)}, or name it in --strategies"
+            )
+    if settings.rounds < fewest_rounds():
+        raise UserError(
+            f"{settings.rounds} rounds are too few for an interval of {CONFIDENCE:.0%} "
+            f"({where['rounds']}); give {fewest_rounds()} or more"
+        )
+    for entry in fitting:
+        check_together(settings.of(entry), where)
+    check_nproc(settings, where)

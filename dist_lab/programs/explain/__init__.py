@@ -1,0 +1,1 @@
+"""What `launch/explain.py` runs: one step of rank 0, looked at."""

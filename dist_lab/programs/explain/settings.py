@@ -1,0 +1,70 @@
+"""The settings of explain.py: those of a run that is only looked at, and what to draw of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_lab import data
+from dist_lab.errors import UserError, shown
+from dist_lab.programs.cli.checks import check_settings, parse_as
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.settings import setting
+
+WITHOUT = [
+    "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
+    "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
+]  # fmt: skip
+PICTURES = (".svg", ".png", ".pdf")
+
+
+@dataclass(frozen=True)
+class Explain(Config):
+    """The settings of a run that is only looked at."""
+
+    # fmt: off
+    stages: int | None = setting(None, "pp: short for --mesh pp=N", heading="what is looked at",
+        low=1, high=1024)
+    svg: str = setting("", "pp: draw the schedule, and what each rank holds, into this file: .svg, "
+        ".png or .pdf", metavar="FILE")
+    # fmt: on
+
+    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
+        """This process alone, whatever mesh is asked about."""
+        if size > 1:
+            raise UserError(
+                f"explain starts no ranks and needs none, {size} were started; type python "
+                "launch/explain.py --mesh dp=4 ..."
+            )
+        return {}
+
+    @property
+    def asked_mesh(self) -> str:
+        return self.mesh if self.stages is None else f"pp={self.stages}"
+
+
+def read(argv: Sequence[str] | None, description: str | None) -> Explain:
+    """Raises UserError, for everything that can be wrong before the step is run."""
+    config = parse_as(
+        Explain, check_settings, argv,
+        program="explain.py", description=description, defaults={}, without=WITHOUT,
+    )  # fmt: skip
+    for name, value in (("stages", config.stages), ("svg", config.svg)):
+        if value and config.strategy != "pp":
+            raise UserError(
+                f"strategy {config.strategy} has no {name} (--{name}); leave it out, or give "
+                "--strategy pp"
+            )
+    if config.stages is not None and config.mesh:
+        raise UserError(
+            f"stages {config.stages} is short for a mesh, and there is --mesh {config.mesh} "
+            "(--stages); give one of them"
+        )
+    if config.svg and Path(config.svg).suffix.lower() not in PICTURES:
+        raise UserError(f"svg cannot be {shown(config.svg)} (--svg); end it .svg, .png or .pdf")
+    if config.nproc is not None:  # a preset's ranks: they are explained, and none is started
+        axes = STRATEGIES[config.strategy].default_axes(config.nproc)
+        mesh = config.mesh or ",".join(f"{name}={size}" for name, size in axes.items())
+        config = replace(config, nproc=None, mesh=mesh)
+    data.check(**config.data_wanted())
+    return config

@@ -1,0 +1,1 @@
+"""What `launch/train.py` runs."""

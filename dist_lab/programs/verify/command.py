@@ -1,0 +1,48 @@
+"""`launch/verify.py`, on one rank."""
+
+import json
+
+from dist_lab.comm.agree import together
+from dist_lab.mesh.mesh import Mesh
+from dist_lab.observe import run_dir
+from dist_lab.observe.console import wide_console
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.setup import batch_in_words, compute_dtype, draw, meet, options, units
+from dist_lab.programs.train import loop
+from dist_lab.programs.verify import engine
+
+
+def verify(config: Config, mesh: Mesh) -> int:
+    """Compare a model of the zoo with one process. Exit status 0 only if equal."""
+    data = meet(config, mesh)
+    with together(mesh.world):
+        if mesh.rank == 0 and config.out:
+            folder = run_dir.make_folder(config.out, "verify.json")
+    report = engine.verify(
+        lambda: draw(config, data),
+        lambda step: data.batch(step, slice(0, config.batch)),
+        mesh,
+        config.strategy,
+        config.impl,
+        steps=config.steps,
+        microbatches=config.microbatches,
+        clip=config.clip or None,
+        optimizer=loop.OPTIMIZERS[config.optimizer],
+        options={"lr": config.lr, "weight_decay": config.weight_decay},
+        units=units(config),
+        param_dtype=compute_dtype(config),
+        recompute=config.recompute,
+        sync_batchnorm=config.sync_batchnorm,
+        **options(config, data),
+    )
+    if mesh.rank == 0:
+        console = wide_console()
+        if data.image is not None:
+            what = batch_in_words(config.to_dict(), data.image)
+            console.print(f"{data.name}, {what} a step", highlight=False, soft_wrap=True)
+        console.print(report.table())
+        console.print(report.sentence(), soft_wrap=True)
+        if config.out:
+            text = json.dumps(report.to_dict(), indent=1) + "\n"
+            (folder / "verify.json").write_text(text, encoding="utf-8")
+    return 0 if report.equal else 1

@@ -1,0 +1,1 @@
+"""What changes a model and is no parallelism: precision, recompute, BatchNorm."""

@@ -1,0 +1,119 @@
+"""Compute in a narrower dtype, on parameters that stay as they are.
+
+[Note: master weights] The parameters in the module are the float32 masters. While a forward runs,
+each is shadowed by a copy in the narrower dtype, made by a differentiable cast: compute reads the
+copy, and backward casts the gradient back and adds it up in float32. So every strategy, norm and
+optimizer sees float32 and needs to know nothing. Micikevicius et al. 2018 (arXiv:1710.03740).
+
+Floating-point inputs of the outermost call are cast, outputs stay narrow, buffers stay as they are.
+Normalization with running statistics keeps its float32 weights, as its statistics are float32 too.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dist_lab.errors import UserError
+from dist_lab.step.hooks import ModuleHook
+from dist_lab.transforms.recompute import Recomputed
+
+
+def compute_in(
+    model: nn.Module, dtype: torch.dtype, *, parameters: bool = True, inputs: bool = True
+) -> None:
+    """Make every forward of the model, or of a module in it, compute in `dtype`.
+
+    Args:
+        parameters: False where the strategy lends them in that dtype already: inputs alone.
+        inputs: False where they come from within the model, in the dtype that they have there.
+
+    Raises:
+        UserError: a recurrent layer, which keeps its weights where no shadow reaches.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise UserError(f"{name} is recurrent and computes in its own dtype alone: use float32")
+    shadows = Shadows(dtype, parameters, inputs)
+    for module in model.modules():
+        module.register_forward_pre_hook(ModuleHook(shadows.enter), with_kwargs=True)
+        module.register_forward_hook(ModuleHook(shadows.leave), always_call=True)
+        if isinstance(module.forward, Recomputed):  # without its hooks, in backward
+            module.forward.around.append(shadows.around)
+
+
+class Shadows:
+    """Puts the copies in place for the outermost forward, whichever module's that is.
+
+    Usually it is the root's. In backward it is that of a unit which recomputes; called by itself, a
+    submodule's.
+    """
+
+    def __init__(self, dtype: torch.dtype, parameters: bool, inputs: bool) -> None:
+        self.dtype, self.parameters, self.inputs = dtype, parameters, inputs
+        self.inside: list[nn.Module] = []  # whose forwards are under way, outermost first
+        self.shadowed: list[tuple[nn.Module, str, Tensor | None]] = []  # and what was there
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        self.inside.append(module)
+        if len(self.inside) > 1:
+            return None
+        self._put(module)
+        return (self._cast(args), self._cast(kwargs)) if self.inputs else None
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        # It is told of every exception, also one of a hook that came before `enter`.
+        if self.inside and self.inside[-1] is module:
+            self.inside.pop()
+            if not self.inside:
+                self._take_away()
+
+    @contextmanager
+    def around(self, unit: nn.Module) -> Iterator[None]:
+        """The second forward of a unit. Its inputs are what the first one had, cast or not."""
+        self.inside.append(unit)
+        if len(self.inside) == 1:
+            self._put(unit)
+        try:
+            yield
+        finally:
+            self.leave(unit, (), None)
+
+    def _put(self, module: nn.Module) -> None:
+        if not self.parameters:
+            return
+        copies: dict[Tensor, Tensor] = {}  # a tied parameter is cast once
+        for part in module.modules():
+            if not isinstance(part, _NormBase):
+                for name in part._parameters:
+                    parameter = getattr(part, name)  # a strategy may have put a whole before a part
+                    if parameter is not None and parameter.is_floating_point():
+                        if parameter not in copies:
+                            copies[parameter] = parameter.to(self.dtype)
+                        self.shadowed.append((part, name, part.__dict__.get(name)))
+                        part.__dict__[name] = copies[parameter]  # found before _parameters is
+
+    def _take_away(self) -> None:
+        while self.shadowed:
+            part, name, before = self.shadowed.pop()
+            part.__dict__.pop(name, None)
+            if before is not None:
+                part.__dict__[name] = before
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self.dtype) if value.is_floating_point() else value
+        if isinstance(value, Mapping):
+            return {key: self._cast(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._cast(item) for item in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: self._cast(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return dataclasses.replace(value, **fields)
+        return value

@@ -1,0 +1,155 @@
+"""Sums in memory that all ranks see: right, counted, and never in the way where they cannot be."""
+
+import gc
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_lab.comm import ops
+from dist_lab.comm.shared import memory
+from dist_lab.comm.shared.collectives import BLOCK
+from dist_lab.mesh.mesh import init_mesh
+from dist_lab.observe import sockets
+
+needs_linux = pytest.mark.skipif(not memory.FOLDER.is_dir(), reason="Linux alone has /dev/shm")
+pytestmark = needs_linux
+
+
+def filled(length, dtype, axis, seed=0):
+    """A shared buffer with numbers of this rank, and the sum over ranks that it should become."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(axis.size, length, generator=generator, dtype=dtype)
+    buffer = ops.shared_buffer(length, dtype, axis)
+    buffer.copy_(rows[axis.index])
+    return buffer, rows.sum(0)
+
+
+@pytest.mark.slow_unless(lambda world, length: world == 3 or length > 7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 2, 7, BLOCK * 9 + 5])
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.ranks(4)
+def test_every_rank_gets_the_sum_and_the_same_bits(world, length, dtype, mesh):
+    axis = mesh.sub("dp", range(world))
+    if axis is None:
+        return
+    buffer, wanted = filled(length, dtype, axis)
+    with mesh.wire.ledger.recording() as calls:
+        result = ops.all_reduce_into(buffer, axis).wait()
+    assert result is buffer
+    torch.testing.assert_close(buffer, wanted)
+    rows = ops.all_gather(buffer[None], axis)
+    assert (rows == rows[0]).all()
+    [call] = calls
+    assert (call.algorithm, call.payload) == ("shared", buffer.nbytes)
+    assert call.sent == call.due
+    total = int(ops.all_reduce(torch.tensor(call.sent), axis))
+    assert total == 2 * (world - 1) * buffer.nbytes  # N ranks x 2 (N-1)/N S
+
+
+@pytest.mark.ranks(3)
+def test_several_may_be_on_their_way_and_the_memory_is_used_again(mesh):
+    axis = mesh["dp"]
+    pairs = [filled(100 + i, torch.float64, axis, seed=i) for i in range(4)]
+    for _ in range(3):
+        before = [buffer.clone() for buffer, _ in pairs]
+        pending = [ops.all_reduce_into(buffer, axis) for buffer, _ in pairs]
+        for work in pending:
+            work.wait()
+        for (buffer, _), mine in zip(pairs, before, strict=True):
+            torch.testing.assert_close(buffer, ops.all_reduce(mine, axis))
+
+
+@pytest.mark.ranks(2)
+def test_the_network_carries_next_to_nothing(mesh):
+    buffer, _ = filled(1 << 20, torch.float32, mesh["dp"])
+    ops.all_reduce_into(buffer, mesh["dp"]).wait()
+    before = sockets.sent_bytes()
+    ops.all_reduce_into(buffer, mesh["dp"]).wait()
+    assert sockets.sent_bytes() - before < 10_000 < buffer.nbytes
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_without_room_keeps_all_ranks_to_ordinary_memory(mesh):
+    def full(file, start, length):
+        raise OSError(28, os.strerror(28))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.rank == 1:
+            patch.setattr(os, "posix_fallocate", full)
+        buffer, wanted = filled(1000, torch.float32, mesh["dp"])
+    with mesh.wire.ledger.recording() as calls:
+        ops.all_reduce_into(buffer, mesh["dp"]).wait()
+    assert [call.algorithm for call in calls] == ["backend"]
+    torch.testing.assert_close(buffer, wanted)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_cannot_open_each_others_files_are_kept_to_it_too(mesh):
+    real = memory.attach  # as on two machines: only its own is there
+    mine = f"-{os.getpid():010}-"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "attach", lambda p, n, d: real(p, n, d) if mine in p else None)
+        buffer, wanted = filled(1000, torch.float32, mesh["dp"])
+    with mesh.wire.ledger.recording() as calls:
+        ops.all_reduce_into(buffer, mesh["dp"]).wait()
+    assert [call.algorithm for call in calls] == ["backend"]
+    torch.testing.assert_close(buffer, wanted)
+
+
+@pytest.mark.parametrize("setting", ["backend", "ring", "direct", "tree"])
+@pytest.mark.ranks(2)
+def test_who_asks_for_an_algorithm_gets_that_one(setting, mesh):
+    mesh = init_mesh(dp=2, collectives=setting)
+    buffer, wanted = filled(1000, torch.float32, mesh["dp"])
+    with mesh.wire.ledger.recording() as calls:
+        ops.all_reduce_into(buffer, mesh["dp"]).wait()
+    assert [call.algorithm for call in calls] == [setting]
+    torch.testing.assert_close(buffer, wanted)
+
+
+@pytest.mark.ranks(2)
+def test_other_dtypes_and_the_maximum_are_sent(mesh):
+    axis = mesh["dp"]
+    narrow = ops.shared_buffer(10, torch.bfloat16, axis)
+    buffer, _ = filled(10, torch.float32, axis)
+    highest = ops.all_reduce(buffer.clone(), axis, "max")
+    with mesh.wire.ledger.recording() as calls:
+        ops.all_reduce_into(narrow, axis).wait()
+        ops.all_reduce_into(buffer, axis, "max").wait()
+    assert [call.algorithm for call in calls] == ["backend", "backend"]
+    assert torch.equal(buffer, highest)
+
+
+def own_maps() -> set[str]:
+    """The names of this process's shared files that it still maps; of a test before, too."""
+    return set(re.findall(rf"dist_lab-{os.getpid():010}-\w+", Path("/proc/self/maps").read_text()))
+
+
+@pytest.mark.ranks(2)
+def test_nothing_is_left_behind(mesh):
+    before, mapped = len(mesh.wire.shared), own_maps()
+    buffer, _ = filled(1000, torch.float32, mesh["dp"])
+    assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid():010}-*")), "a name that stays"
+    assert len(mesh.wire.shared) == before + 1
+    del buffer
+    gc.collect()
+    assert len(mesh.wire.shared) == before
+    assert own_maps() <= mapped, "memory that stays"
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_does_not_come_is_an_error_that_names_the_call(mesh):
+    mesh = init_mesh(dp=2, timeout=1.0)
+    buffer, _ = filled(1000, torch.float32, mesh["dp"])
+    if mesh.rank == 0:
+        began = time.monotonic()
+        with pytest.raises(ops.CollectiveError, match=r"rank 0/2 .*all_reduce .*test_shared.py"):
+            ops.all_reduce_into(buffer, mesh["dp"]).wait()
+        assert time.monotonic() - began < 10
+    else:
+        time.sleep(2.5)

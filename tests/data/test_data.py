@@ -1,0 +1,897 @@
+"""The same samples in every layout, each once an epoch, from a cache that survives its builders."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lab import data
+from dist_lab.data import Data, corpus, custom, prefetch
+from dist_lab.data.order import permutation
+from dist_lab.data.text import Text
+from dist_lab.errors import MachineError, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_cache_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that forgets its cache folder writes below tmp_path, and fails."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    yield
+    assert list(home.iterdir()) == []
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests that read the standard library: it is built once, as for a user."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """A text file of 1,000 bytes in which any four neighbors tell where they stand."""
+    path = tmp_path / "letters.txt"
+    path.write_bytes(b"".join(b"%04d" % number for number in range(250)))
+    return path
+
+
+@pytest.fixture
+def text(letters: Path, cache: Path) -> Text:
+    """900 training bytes in 128 windows of 7, and 100 to validate on; 10 rows a step."""
+    found = data.open_data(str(letters), batch=10, seq=7, seed=3, cache_dir=cache)
+    assert isinstance(found, Text)
+    assert found.windows == 128
+    return found
+
+
+def folder_of(tmp_path: Path, count: int) -> Path:
+    folder = tmp_path / "folder"
+    for number in range(1, count + 1):
+        path = folder / f"chapter{number // 6}" / f"{number:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"<file {number:02}>")
+        os.utime(path, (0, 0))  # all of one age, as after unpacking an archive
+    return folder
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def parts_of(rows: int, sizes: list[int]) -> list[slice]:
+    edges = np.cumsum([0, *sizes])
+    assert edges[-1] == rows
+    return [slice(int(a), int(b)) for a, b in pairwise(edges)]
+
+
+# Batches: a pure function of (seed, step), and of nothing else.
+
+
+def test_targets_are_the_inputs_shifted_by_one(text: Text) -> None:
+    inputs, targets = text.batch(0, slice(0, 10))
+    assert inputs.shape == targets.shape == (10, 7)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.is_contiguous()
+    assert targets.is_contiguous()
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_a_window_is_the_bytes_its_id_says(text: Text, letters: Path) -> None:
+    whole = letters.read_bytes()
+    inputs, targets = text.batch(5, slice(0, 10))
+    for i, row, target in zip(text.sample_ids(5, slice(0, 10)), inputs, targets, strict=True):
+        assert bytes(row.tolist()) == whole[7 * i : 7 * i + 7]
+        assert bytes(target.tolist()) == whole[7 * i + 1 : 7 * i + 8]
+
+
+def test_a_batch_does_not_depend_on_what_was_asked_before(letters: Path, cache: Path) -> None:
+    def fresh() -> Data:
+        return data.open_data(str(letters), batch=10, seq=7, seed=3, cache_dir=cache)
+
+    used, rows = fresh(), slice(0, 10)
+    for step in (0, 1, 40, 2, 13):  # epochs 0, 0, 3, 0, 1: forwards, back, and out of the memo
+        assert torch.equal(used.batch(step, rows)[0], fresh().batch(step, rows)[0])
+        used.validation(0, rows)
+
+
+@pytest.mark.parametrize("step", [0, 12, 1000])
+@pytest.mark.parametrize("sizes", [[10], [5, 5], [4, 3, 3], [1, 2, 3, 4], [10, 0], [1] * 10])
+def test_slices_laid_end_to_end_are_the_whole_batch(
+    text: Text, sizes: list[int], step: int
+) -> None:
+    for batch in (text.batch, text.validation):
+        at = step if batch == text.batch else 0
+        parts = [batch(at, rows) for rows in parts_of(10, sizes)]
+        for whole, pieces in zip(batch(at, slice(None)), zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_every_window_comes_exactly_once_an_epoch(text: Text) -> None:
+    stream = np.concatenate([text.sample_ids(step, slice(0, 10)) for step in range(64)])
+    epochs = stream.reshape(5, 128)  # 640 samples are 5 epochs, though 10 does not divide 128
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(128))
+    assert len({tuple(epoch) for epoch in epochs}) == 5, "two epochs in the same order"
+
+
+def test_a_batch_may_straddle_epochs(text: Text) -> None:
+    ids = text.sample_ids(12, slice(0, 10))  # positions 120 to 129; an epoch is 0 to 127
+    assert list(ids[:8]) == list(permutation(128, 3, epoch=0)[120:])
+    assert list(ids[8:]) == list(permutation(128, 3, epoch=1)[:2])
+
+
+def test_a_batch_may_be_larger_than_an_epoch(letters: Path, cache: Path) -> None:
+    small = data.open_data(str(letters), batch=9, seq=99, seed=0, cache_dir=cache)
+    assert isinstance(small, Text)
+    assert small.windows == 9
+    wide = Text(corpus.find(str(letters), cache), batch=36, seq=99, seed=0, validation_batches=1)
+    ids = wide.sample_ids(0, slice(0, 36))
+    assert list(ids) == [i for step in range(4) for i in small.sample_ids(step, slice(0, 9))]
+
+
+def test_the_seed_decides_the_order(letters: Path, cache: Path) -> None:
+    def first_epoch(seed: int) -> list[int]:
+        opened = data.open_data(str(letters), batch=128, seq=7, seed=seed, cache_dir=cache)
+        assert isinstance(opened, Text)
+        return list(opened.sample_ids(0, slice(0, 128)))
+
+    assert first_epoch(0) != first_epoch(1)
+    assert first_epoch(1) == first_epoch(1)
+    assert sorted(first_epoch(0)) == sorted(first_epoch(1))
+    assert first_epoch(0) != list(range(128))
+
+
+def test_no_two_ranks_are_fed_the_same_data(text: Text) -> None:
+    """Fed the same data, ranks agree without ever sending a gradient: such a test passes broken."""
+    for step in range(20):
+        ids = [set(text.sample_ids(step, rows)) for rows in parts_of(10, [4, 3, 3])]
+        if step != 12:  # in the step that straddles epochs a window may meet itself
+            assert len(set.union(*ids)) == 10
+
+
+def test_rows_beyond_the_global_batch_are_our_own_mistake(text: Text) -> None:
+    with pytest.raises(AssertionError, match="global batch of 10"):
+        text.batch(0, slice(8, 12))
+
+
+# Validation: the same at every call, and never trained on.
+
+
+def test_validation_is_the_same_at_every_call_and_for_every_seed(
+    text: Text, letters: Path, cache: Path
+) -> None:
+    other = data.open_data(str(letters), batch=10, seq=7, seed=99, cache_dir=cache)
+    rows = slice(0, 10)
+    assert text.validation_batches == 1  # 100 bytes are 14 windows: one whole batch of 10
+    first = text.validation(0, rows)
+    text.batch(3, rows)
+    assert torch.equal(first[0], text.validation(0, rows)[0])
+    assert torch.equal(first[1], other.validation(0, rows)[1])
+    assert torch.equal(first[0][:, 1:], first[1][:, :-1])
+
+
+def test_validation_is_spread_over_the_whole_split(warm_cache: Path) -> None:
+    found = corpus.find("stdlib", warm_cache)
+    few = Text(found, batch=2, seq=64, seed=0, validation_batches=3)
+    assert few.validation_batches == 3
+    seen = torch.cat([few.validation(index, slice(0, 2))[0] for index in range(3)])
+    last = len(found.validation) - 65
+    for number, row in enumerate(seen):
+        start = number * last // 5
+        assert bytes(row.tolist()) == found.validation[start : start + 64].tobytes()
+    assert bytes(few.validation(2, slice(1, 2))[1][0].tolist()) == found.validation[-64:].tobytes()
+
+
+def test_validation_windows_are_disjoint_where_the_split_has_room(cache: Path, text: Text) -> None:
+    inputs, _ = text.validation(0, slice(0, 10))  # 14 windows fit, 10 are taken
+    found = corpus.find(text.name, cache).validation.tobytes()
+    starts = [found.index(bytes(row.tolist())) for row in inputs]
+    assert min(np.diff(starts)) >= 7
+
+
+def test_a_short_split_still_gives_one_batch_of_validation(letters: Path, cache: Path) -> None:
+    wide = data.open_data(str(letters), batch=64, seq=32, seed=0, cache_dir=cache)
+    assert wide.validation_batches == 1  # 100 bytes hold 3 windows of 32; these 64 overlap
+    assert wide.validation(0, slice(0, 64))[0].shape == (64, 32)
+    none = Text(corpus.find(str(letters), cache), batch=4, seq=7, seed=0, validation_batches=0)
+    assert none.validation_batches == 0
+
+
+def test_training_and_validation_share_no_byte(text: Text, letters: Path) -> None:
+    whole = letters.read_bytes()
+    trained = {
+        bytes(text.batch(s, slice(r, r + 1))[1][0].tolist()) for s in range(13) for r in range(10)
+    }
+    reached = max(whole.index(window) + len(window) for window in trained)
+    held_out = min(whole.index(bytes(row.tolist())) for row in text.validation(0, slice(0, 10))[0])
+    assert reached <= 900 <= held_out
+
+
+# The corpus: what is read, and how it is cut in two.
+
+
+def test_the_standard_library_is_the_corpus_of_every_machine(warm_cache: Path) -> None:
+    found = corpus.find("stdlib", warm_cache)
+    total = len(found.train) + len(found.validation)
+    assert total > 5_000_000
+    assert 0.05 < len(found.validation) / total < 0.15
+    assert found.name == "stdlib"
+    everything = found.train.tobytes() + found.validation.tobytes()
+    assert found.sha256 == hashlib.sha256(everything).hexdigest()
+    library = Path(sysconfig.get_path("stdlib"))
+    assert (library / "argparse.py").read_bytes() in everything
+    for spared in ("test/test_argparse.py", "idlelib/idle_test/htest.py"):
+        path = library / spared
+        assert not path.exists() or path.read_bytes() not in everything
+
+
+def test_training_and_validation_text_look_alike(warm_cache: Path) -> None:
+    found = corpus.find("stdlib", warm_cache)
+    train, validation = (
+        np.bincount(part, minlength=256) / len(part) for part in (found.train, found.validation)
+    )
+    assert np.abs(train - validation).sum() < 0.2  # 2 if they had no byte in common
+
+
+def test_from_ten_files_on_every_tenth_is_held_out_whole(tmp_path: Path, cache: Path) -> None:
+    found = corpus.find(str(folder_of(tmp_path, 23)), cache)
+    assert found.validation.tobytes() == b"<file 10><file 20>"
+    kept = [number for number in range(1, 24) if number not in (10, 20)]
+    assert found.train.tobytes() == b"".join(b"<file %02d>" % number for number in kept)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_of_fewer_files_the_last_tenth_of_the_bytes(
+    tmp_path: Path, cache: Path, count: int
+) -> None:
+    found = corpus.find(str(folder_of(tmp_path, count)), cache)
+    whole = b"".join(b"<file %02d>" % number for number in range(1, count + 1))
+    assert found.train.tobytes() + found.validation.tobytes() == whole
+    assert len(found.validation) == len(whole) // 10
+
+
+def test_a_folder_gives_its_text_and_nothing_else(tmp_path: Path, cache: Path) -> None:
+    folder = folder_of(tmp_path, 3)
+    whole = corpus.find(str(folder), cache)
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (folder / ".hidden").write_text("secret")
+    (folder / "empty.txt").touch()
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("secret")
+    (folder / "broken.txt").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe")  # to open it would be to wait for its writer
+    assert corpus.find(str(folder), cache).sha256 == whole.sha256
+
+
+def test_a_cache_inside_the_folder_is_not_read_as_text(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 3)
+    first = corpus.find(str(folder), folder / "cache")
+    assert corpus.find(str(folder), folder / "cache").path == first.path
+    assert files_in(folder / "cache") == [first.path]
+
+
+# The cache: built once, replaced when it must be, whole or absent.
+
+
+def no_building(*_: object) -> None:
+    raise AssertionError("built again")
+
+
+def test_the_second_run_builds_nothing(
+    letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = corpus.find(str(letters), cache)
+    monkeypatch.setattr(corpus, "build", no_building)
+    second = corpus.find(str(letters), cache)
+    assert second.path == first.path
+    assert second.sha256 == first.sha256
+    assert isinstance(second.train.base, np.memmap)  # mapped, not read
+    assert files_in(cache) == [first.path]
+
+
+def test_a_relative_path_is_the_same_corpus(
+    letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = corpus.find(str(letters), cache)
+    monkeypatch.chdir(letters.parent)
+    assert corpus.find(letters.name, cache).path == first.path
+
+
+def edit(folder: Path) -> None:
+    """The same length: only the time of change tells."""
+    path = folder / "chapter0" / "01.txt"
+    before = path.stat()
+    path.write_text("<FILE 01>")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "added": lambda folder: (folder / "more.txt").write_text("more"),
+    "removed": lambda folder: (folder / "chapter0" / "01.txt").unlink(),
+    "renamed": lambda folder: (folder / "chapter0" / "01.txt").rename(folder / "last.txt"),
+    "edited": edit,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_source_is_built_again(tmp_path: Path, cache: Path, change: str) -> None:
+    folder = folder_of(tmp_path, 3)
+    before = corpus.find(str(folder), cache)
+    CHANGES[change](folder)
+    after = corpus.find(str(folder), cache)
+    assert after.path != before.path
+    assert after.sha256 != before.sha256
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda whole: whole[:-1],
+    "cut in the header": lambda whole: whole[:100],
+    "emptied": lambda whole: b"",
+    "grown": lambda whole: whole + b"x",
+    "zeroed": lambda whole: bytes(len(whole)),
+    "other JSON": lambda whole: b"[1, 2]".ljust(len(whole)),
+    "of the former format": lambda whole: (
+        json.dumps({"train": 900, "validation": 100, "sha256": "0" * 64}).encode().ljust(256)
+        + bytes(1000)
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_built_again(letters: Path, cache: Path, damage: str) -> None:
+    path = corpus.find(str(letters), cache).path
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    after = corpus.find(str(letters), cache)
+    assert after.path == path
+    assert after.sha256 == hashlib.sha256(letters.read_bytes()).hexdigest()
+    assert after.train.tobytes() + after.validation.tobytes() == letters.read_bytes()
+
+
+def test_processes_that_build_at_once_all_end_up_right(letters: Path, cache: Path) -> None:
+    letters.write_bytes(bytes(range(1, 201)) * 50_000)  # 10 MB, so that they do meet
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from dist_lab.data import corpus
+        sys.stdin.readline()
+        found = corpus.find(sys.argv[1], Path(sys.argv[2]))
+        print(found.sha256, len(found.train), len(found.validation))
+    """)
+    command = [sys.executable, "-c", program, str(letters), str(cache)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
+    builders = [subprocess.Popen(command, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+    for builder in builders:
+        builder.stdin.write("go\n")
+        builder.stdin.flush()
+    said = {builder.communicate(timeout=60)[0].strip() for builder in builders}
+    sha256 = hashlib.sha256(letters.read_bytes()).hexdigest()
+    assert said == {f"{sha256} 9000000 1000000"}
+    assert len(files_in(cache)) == 1
+
+
+def test_threads_that_build_at_once_all_end_up_right(letters: Path, cache: Path) -> None:
+    ready, found = threading.Barrier(4), []
+
+    def build() -> None:
+        ready.wait()
+        found.append(corpus.find(str(letters), cache))
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(c.path, c.sha256, len(c.train)) for c in found} == {
+        (found[0].path, hashlib.sha256(letters.read_bytes()).hexdigest(), 900)
+    }
+    assert len(files_in(cache)) == 1
+
+
+def test_a_build_that_stops_halfway_leaves_nothing(
+    letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)  # all bytes written, the name not yet given
+    with pytest.raises(KeyboardInterrupt):
+        corpus.find(str(letters), cache)
+    assert files_in(cache) == []
+
+
+def test_a_killed_build_is_never_opened(letters: Path, cache: Path) -> None:
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from dist_lab.data import corpus
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        corpus.find(sys.argv[1], Path(sys.argv[2]))
+    """)
+    command = [sys.executable, "-c", program, str(letters), str(cache)]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -9
+    assert all(path.name.startswith(".") for path in files_in(cache))
+    found = corpus.find(str(letters), cache)
+    assert found.train.tobytes() + found.validation.tobytes() == letters.read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_names_the_flag(letters: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, where the cache would be a folder")
+    with pytest.raises(MachineError, match=r"cannot write the cache of --data .*--cache DIR"):
+        corpus.find(str(letters), tmp_path / "taken" / "cache")
+
+
+def test_a_full_disk_names_the_flag_and_leaves_nothing(
+    letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match=r"\(No space left on device\).*--cache DIR"):
+        corpus.find(str(letters), cache)
+    assert files_in(cache) == []
+
+
+def test_a_write_that_fails_halfway_says_why_and_leaves_nothing(letters: Path, cache: Path) -> None:
+    program = textwrap.dedent("""
+        import resource, signal, sys
+        from pathlib import Path
+        from dist_lab.data import corpus
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes, of each file
+        try:
+            corpus.find(sys.argv[1], Path(sys.argv[2]))
+        except RuntimeError as error:
+            print(error)
+    """)
+    command = [sys.executable, "-B", "-c", program, str(letters), str(cache)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "cannot write the cache of --data" in ran.stdout, ran.stderr
+    assert "(File too large); name a folder with room for it: --cache DIR" in ran.stdout
+    assert files_in(cache) == []
+
+
+# Bad input: one line, with the numbers and what to type. `check` answers as `open_data` does.
+
+
+def refusal(spec: str, seq: int, cache: Path) -> str:
+    """The line both answer with."""
+    with pytest.raises(UserError) as checked:
+        data.check(spec, seq=seq, cache_dir=cache)
+    with pytest.raises(UserError) as opened:
+        data.open_data(spec, batch=2, seq=seq, seed=0, cache_dir=cache)
+    assert str(checked.value) == str(opened.value)
+    assert "\n" not in str(opened.value)
+    return str(opened.value)
+
+
+@pytest.mark.parametrize("spec", ["nowhere.txt", "no/such/folder", "", "a\0b", "sdtlib"])
+def test_a_missing_path_lists_what_data_can_be(spec: str, cache: Path) -> None:
+    line = refusal(spec, 8, cache)
+    assert line.startswith(f"--data {spec!r}: no such file or folder")
+    assert all(form in line for form in ("stdlib", "FILE", "FOLDER", "module:function"))
+
+
+def test_an_empty_file_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    line = refusal(str(tmp_path / "empty.txt"), 8, cache)
+    assert "holds no text: of 1 files (hidden ones aside) 1 are empty and 0 binary" in line
+
+
+def test_a_binary_file_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(bytes(range(256)))
+    assert "0 are empty and 1 binary" in refusal(str(tmp_path / "model.bin"), 8, cache)
+
+
+def test_a_folder_without_text_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    assert "of 0 files" in refusal(str(tmp_path / "bare"), 8, cache)
+    (tmp_path / "bare" / ".hidden").write_text("text")
+    (tmp_path / "bare" / "empty").touch()
+    (tmp_path / "bare" / "picture").write_bytes(b"\0")
+    line = refusal(str(tmp_path / "bare"), 8, cache)
+    assert "of 2 files (hidden ones aside) 1 are empty and 1 binary" in line
+
+
+def test_what_is_neither_file_nor_folder_is_refused(cache: Path) -> None:
+    assert "neither a file nor a folder" in refusal(os.devnull, 8, cache)
+
+
+def test_an_unreadable_file_is_refused_by_name(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, because root may read everything."""
+    folder = folder_of(tmp_path, 3)
+
+    def denied(path: Path, mode: str) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(corpus, "open", denied, raising=False)
+    line = refusal(str(folder), 8, cache)
+    assert re.search(r"cannot read '.*01\.txt' \(Permission denied\); make it readable", line)
+
+
+@pytest.mark.parametrize("refusing", ["scandir", "stat"])
+def test_an_unreadable_folder_is_refused_by_name(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, refusing: str
+) -> None:
+    folder = folder_of(tmp_path, 3)
+
+    def denied(path: object, **_: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, refusing, denied)
+    with pytest.raises(UserError, match=r"cannot read '.*folder' \(Permission denied\)"):
+        corpus.find(str(folder), cache)
+
+
+def test_text_shorter_than_one_sequence_says_which_seq_fits(letters: Path, cache: Path) -> None:
+    line = refusal(str(letters), 100, cache)
+    assert "900 bytes to train on and 100 to validate on" in line
+    assert "a sequence of --seq 100 takes 101 of each" in line
+    assert "use --seq 99 or less" in line
+    data.check(str(letters), seq=99, cache_dir=cache)
+    fits = data.open_data(str(letters), batch=2, seq=99, seed=0, cache_dir=cache)
+    assert fits.validation(0, slice(0, 2))[0].shape == (2, 99)
+
+
+def test_text_too_short_for_any_sequence_offers_no_seq(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    line = refusal(str(tmp_path / "short.txt"), 8, cache)
+    assert "5 bytes to train on and 0 to validate on" in line
+    assert "use --seq" not in line
+
+
+def test_a_good_path_is_checked_without_a_word(letters: Path, cache: Path) -> None:
+    data.check(str(letters), seq=8, cache_dir=cache)
+    assert len(files_in(cache)) == 1  # and the ranks find it built
+
+
+def test_a_python_without_its_sources_is_the_machines_fault(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):  # no such folder; one without .py files
+        monkeypatch.setattr(sysconfig, "get_path", lambda _, path=path: str(path))
+        with pytest.raises(MachineError, match="keeps no source of its standard library"):
+            corpus.find("stdlib", cache)
+
+
+def test_the_launcher_checks_data_without_torch(letters: Path, cache: Path) -> None:
+    (letters.parent / "slow.py").write_text("import torch\n")
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import dist_lab.data.corpus
+        from dist_lab import data
+        data.check(sys.argv[1], seq=8, cache_dir=Path(sys.argv[2]))
+        data.check("slow:function", seq=8, cache_dir=Path(sys.argv[2]))
+        print("torch" in sys.modules)
+    """)
+    command = [sys.executable, "-c", program, str(letters), str(cache)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        command, cwd=letters.parent, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (ran.stdout, ran.stderr) == ("False\n", "")
+
+
+# module:function: data of one's own.
+
+GOOD = """
+import torch
+
+class Words:
+    name, vocab, sha256, validation_batches = "words", 50, "", 1
+
+    def __init__(self, batch, seq, seed):
+        self.whole = (torch.arange(batch * (seq + 1)) * (seed + 1)).reshape(batch, seq + 1) % 50
+
+    def batch(self, step, rows):
+        return self.whole[rows, :-1], self.whole[rows, 1:]
+
+    validation = batch
+
+def words(batch, seq, seed):
+    return Words(batch, seq, seed)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Write mine.py into the current folder, which is on nobody's path, and never stays there."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    path = list(sys.path)
+
+    def write(code: str) -> None:
+        (folder / "mine.py").write_text(code)
+
+    yield write
+    assert sys.path == path
+    for name in [name for name in sys.modules if name.split(".")[0] in ("mine", "package", "near")]:
+        del sys.modules[name]
+
+
+def refused(spec: str) -> str:
+    with pytest.raises(UserError) as refusal:
+        data.open_data(spec, batch=4, seq=6, seed=1)
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"--data {spec!r}: ")
+    return str(refusal.value)
+
+
+def test_a_function_of_ones_own_is_found_in_the_current_folder(
+    module: Callable[[str], None],
+) -> None:
+    module(GOOD)
+    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    assert (found.name, found.vocab) == ("words", 50)
+    assert found.batch(0, slice(2, 3))[0].tolist() == [[28, 30, 32, 34, 36, 38]]
+    data.check("mine:words", seq=6)
+
+
+def test_a_neighbor_of_the_module_may_be_imported_at_any_step(
+    module: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = "        if step == 3: import near\n        return self.whole[rows, :-1], "
+    module(GOOD.replace("        return self.whole[rows, :-1], ", late))
+    Path("near.py").touch()
+    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    monkeypatch.chdir(Path.cwd().parent)  # it is found where the module was
+    with closing(prefetch(found, slice(0, 4), 0, 5)) as batches:
+        for step, _ in enumerate(batches):
+            found.validation(0, slice(0, 4))  # while a thread is at the next batch
+            assert ("near" in sys.modules) >= (step == 3)
+
+
+WITH_WORKERS = (
+    GOOD
+    + """
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        return torch.arange(6) + row
+
+class Loaded(Words):
+    def batch(self, step, rows):
+        if step == 0:
+            return self.whole[rows, :-1], self.whole[rows, 1:]
+        loader = torch.utils.data.DataLoader(
+            Rows(), 4, num_workers=1, multiprocessing_context="spawn"
+        )
+        return [(tokens[rows], tokens[rows] + 1) for tokens in loader][0]
+"""
+)
+
+
+def test_worker_processes_find_the_module_at_any_step(module: Callable[[str], None]) -> None:
+    module(WITH_WORKERS.replace("return Words(", "return Loaded("))
+    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    assert found.batch(1, slice(2, 3))[0].tolist() == [[2, 3, 4, 5, 6, 7]]
+
+
+def test_a_function_may_lie_in_a_package(module: Callable[[str], None]) -> None:
+    module("")
+    Path("package").mkdir()
+    Path("package", "inner.py").write_text(GOOD)
+    assert data.open_data("package.inner:words", batch=4, seq=6, seed=1).vocab == 50
+    assert "raised ModuleNotFoundError: No module named 'package.other'" in refused(
+        "package.other:words"
+    )
+
+
+def test_a_module_that_is_not_there(module: Callable[[str], None], cache: Path) -> None:
+    module(GOOD)
+    line = refusal("nine:words", 8, cache)
+    assert f"no module 'nine' in '{Path.cwd()}'" in line
+    assert "./nine:words if it is a path" in line
+    assert "no module 'nine.words'" in refusal("nine.words:f", 8, cache)
+    refusal("__main__:f" if sys.modules["__main__"].__spec__ is None else "nine:f", 8, cache)
+
+
+def test_a_file_with_a_colon_in_its_name_is_reached_by_its_path(
+    module: Callable[[str], None], cache: Path
+) -> None:
+    Path("a:b").write_text("text of a file " * 20)
+    assert data.open_data("./a:b", batch=2, seq=6, seed=1, cache_dir=cache).vocab == 256
+
+
+def test_a_function_that_is_not_there(module: Callable[[str], None]) -> None:
+    module(GOOD + "number = 3\n")
+    assert "module 'mine' has no function 'wards'" in refused("mine:wards")
+    assert "module 'mine' has no function 'number'" in refused("mine:number")
+
+
+BROKEN = {
+    "import fails": ("import nothing_like_it", "importing mine raised ModuleNotFoundError: No mod"),
+    "syntax": ("def words(:", "importing mine raised SyntaxError: invalid syntax"),
+    "raises": (
+        "def words(batch, seq, seed): raise ValueError('no such\\n corpus')",
+        "words(batch=4, seq=6, seed=1) raised ValueError: no such corpus; --debug shows where",
+    ),
+    "wrong arguments": (
+        "def words(batch): pass",
+        "words(batch=4, seq=6, seed=1) raised TypeError: words() got an unexpected keyword",
+    ),
+    "nothing": ("def words(**_): pass", "words() returned a NoneType that lacks name: str, vocab:"),
+}
+MISSHAPEN = {  # one change to GOOD: what is replaced, by what, and what is said about it
+    "no vocab": ("name, vocab,", "name, vocabulary,", "returned a Words that lacks vocab: int;"),
+    "vocab is text": ("50, ", "'50', ", "lacks vocab: int;"),
+    "no validation": ("validation = batch", "", "lacks validation();"),
+    "too few rows": (
+        "self.whole[rows, :-1],",
+        "self.whole[rows, :-1][:3],",
+        "batch(0, slice(0, 4)) returned inputs (3, 6) of torch.int64, not (4, 6) of torch.int64",
+    ),
+    "rows ignored": (
+        "self.whole[rows, 1:]",
+        "self.whole[:, 1:]",
+        "batch(0, slice(0, 1)) returned targets (4, 6)",
+    ),
+    "one column short": ("[rows, 1:]", "[rows, 2:]", "returned targets (4, 5) of torch.int64"),
+    "floats": ("[rows, :-1]", "[rows, :-1].float()", "returned inputs (4, 6) of torch.float32"),
+    "not a pair": ("return self.whole[rows, :-1], ", "return ", "returned a Tensor that is not"),
+    "three": (", self", ", self.whole, self", "returned a tuple that is not (inputs, targets)"),
+    "arrays": ("[rows, :-1]", "[rows, :-1].numpy()", "returned a tuple that is not (inputs"),
+    "ids beyond vocab": ("% 50", "% 51", "returned inputs from 0 to 50, although vocab is 50"),
+    "negative ids": ("% 50", "% 50 - 9", "from -9 to"),
+    "batch raises": ("return self.whole[", "return self.hole[", "raised AttributeError: 'Words'"),
+    "validation raises": (
+        "validation = batch",
+        "def validation(self, index, rows): 1 / 0",
+        "validation(0, slice(0, 4)) raised ZeroDivisionError: division by zero; --debug shows",
+    ),
+    "random": (
+        "self.whole[rows, :-1]",
+        "torch.randint(50, self.whole[rows, :-1].shape)",
+        "the first row of batch(0, slice(0, 4)) is not that of batch(0, slice(0, 1))",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_function_that_cannot_be_called(case: str, module: Callable[[str], None]) -> None:
+    code, said = BROKEN[case]
+    module(code)
+    assert said in refused("mine:words")
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_a_function_that_returns_something_else(case: str, module: Callable[[str], None]) -> None:
+    old, new, said = MISSHAPEN[case]
+    assert old in GOOD
+    module(GOOD.replace(old, new, 1))
+    assert said in refused("mine:words")
+
+
+def test_without_validation_batches_validation_is_never_called(
+    module: Callable[[str], None],
+) -> None:
+    old, new, _ = MISSHAPEN["validation raises"]
+    module(GOOD.replace(old, new).replace('"", 1', '"", 0'))
+    assert data.open_data("mine:words", batch=4, seq=6, seed=1).validation_batches == 0
+
+
+def test_what_is_demanded_is_the_protocol() -> None:
+    optional = {"image"}  # without it, data is text
+    assert set(custom.ATTRIBUTES) | optional == set(Data.__annotations__)
+    public = {name for name in vars(Data) if not name.startswith("_")}
+    assert set(custom.METHODS) == public - set(Data.__annotations__)
+
+
+# Prefetch: one step ahead, and nothing left behind.
+
+
+class Counted:
+    """Data that knows what was asked of it, and fails at one step."""
+
+    name, vocab, sha256, validation_batches = "counted", 10, "", 0
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.asked: list[int] = []
+        self.arrived = threading.Condition()
+        self.fails_at = fails_at
+
+    def batch(self, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.arrived:
+            self.asked.append(step)
+            self.arrived.notify_all()
+        if step == self.fails_at:
+            raise OSError(f"the disk is gone at step {step}")
+        return torch.tensor([step]), torch.tensor([threading.get_ident()])
+
+    def validation(self, index: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("never asked for")
+
+    def wait_for(self, asked: list[int]) -> None:
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: self.asked == asked, timeout=10), self.asked
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+def test_prefetched_batches_are_the_same_batches(text: Text, no_thread_left: None) -> None:
+    rows = slice(2, 7)
+    for step, (inputs, targets) in enumerate(prefetch(text, rows, 3, 20), start=3):
+        assert torch.equal(inputs, text.batch(step, rows)[0])
+        assert torch.equal(targets, text.batch(step, rows)[1])
+    assert step == 19
+
+
+def test_the_next_batch_is_made_while_this_one_is_used(no_thread_left: None) -> None:
+    counted = Counted()
+    for step, (inputs, thread) in enumerate(prefetch(counted, slice(0, 1), 0, 4)):
+        assert inputs.item() == step
+        assert thread.item() != threading.get_ident()
+        counted.wait_for(list(range(min(step + 2, 4))))  # one ahead, and never past the end
+
+
+@pytest.mark.parametrize(("start", "stop"), [(5, 5), (5, 3)])
+def test_no_steps_are_no_batches(start: int, stop: int, no_thread_left: None) -> None:
+    counted = Counted()
+    assert list(prefetch(counted, slice(0, 1), start, stop)) == []
+    assert counted.asked == []
+
+
+def test_an_error_in_the_thread_is_raised_at_its_step(no_thread_left: None) -> None:
+    batches = prefetch(Counted(fails_at=2), slice(0, 1), 0, 9)
+    assert [next(batches)[0].item() for _ in range(2)] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone at step 2"):
+        next(batches)
+
+
+def test_an_abandoned_loop_leaves_no_thread(no_thread_left: None) -> None:
+    for _ in prefetch(Counted(), slice(0, 1), 0, 9):
+        break
+    assert [t for t in threading.enumerate() if t.name.startswith("prefetch")] == []
+
+
+def test_an_error_in_the_loop_leaves_no_thread(no_thread_left: None) -> None:
+    def train() -> None:
+        for _ in prefetch(Counted(), slice(0, 1), 0, 9):
+            raise ArithmeticError("the loss is not finite")
+
+    with pytest.raises(ArithmeticError):
+        train()
+
+
+def test_a_closed_iterator_leaves_no_thread(no_thread_left: None) -> None:
+    with closing(prefetch(Counted(), slice(0, 1), 0, 9)) as batches:
+        next(batches)
+        assert [t for t in threading.enumerate() if t.name.startswith("prefetch")] != []
+
+
+def test_an_unused_iterator_starts_no_thread(no_thread_left: None) -> None:
+    counted = Counted()
+    prefetch(counted, slice(0, 1), 0, 9)
+    assert counted.asked == []

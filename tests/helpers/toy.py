@@ -1,0 +1,139 @@
+"""A toy program for tests/processes/test_launcher.py: `toy.py nproc=3 do=fail` runs fail() on every
+rank.
+
+Like a real one it imports torch on a rank only, so that a mistake is answered at once.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_lab.errors import MachineError, UserError
+from dist_lab.processes import launcher
+
+if TYPE_CHECKING:
+    from dist_lab.mesh.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Toy:
+    do: str = "fine"
+    nproc: int | None = None
+    folder: Path = Path()
+    timeout: float = 10.0
+    threads: int | None = None
+    backend: str = "gloo"
+    collectives: str = "auto"
+    check_collectives: bool = False
+    debug: bool = False
+
+    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
+        if size == 5:
+            raise UserError("batch 8 does not divide by 5 ranks; give --batch 10")
+        return {"dp": size}
+
+
+def parse(argv: Sequence[str] | None = None) -> Toy:
+    given = dict(word.split("=") for word in (sys.argv[1:] if argv is None else argv))
+    if unknown := given.keys() - Toy.__annotations__.keys():
+        raise UserError(f"no setting {unknown.pop()}")
+    of = {"nproc": int, "timeout": float, "folder": Path, "threads": int, "debug": bool}
+    return Toy(**{name: of.get(name, str)(value) for name, value in given.items()})
+
+
+def body(config: Toy, mesh: "Mesh") -> int:
+    import torch
+
+    from dist_lab.comm import ops
+
+    assert ops.all_reduce(torch.tensor(1.0), mesh["dp"]) == mesh.size
+    last = mesh.rank == mesh.size - 1
+    status = DO[config.do](config, mesh, last)
+    ops.all_reduce(torch.tensor(1.0), mesh["dp"])  # in which survivors wait for the others
+    return status or 0
+
+
+def threads(config: Toy, mesh: "Mesh", last: bool) -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def refuse(config: Toy, mesh: "Mesh", last: bool) -> None:
+    raise UserError("tp=3 does not divide\n 4 heads; give tp=2")
+
+
+def refuse_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        raise MachineError("no space left in /scratch")
+
+
+def fail(config: Toy, mesh: "Mesh", last: bool) -> None:
+    raise KeyError("the same everywhere")
+
+
+def fail_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    keep_a_thread(config, mesh, last)  # which must not keep the process, and so the connections
+    if last:
+        time.sleep(0.05)  # the others are waiting by now
+        raise KeyError("only here")
+
+
+def kill_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        os._exit(0)
+
+
+def hang_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        os.dup2(os.open(config.folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        time.sleep(600)
+
+
+def wait(config: Toy, mesh: "Mesh", last: bool) -> None:
+    (config.folder / f"{mesh.rank}.tmp").write_text(str(os.getpid()))
+    (config.folder / f"{mesh.rank}.tmp").rename(config.folder / f"{mesh.rank}.ready")
+    for _ in range(6000):  # not all at once: who is told just before it sleeps would sleep through
+        time.sleep(0.1)
+
+
+def wait_stubbornly(config: Toy, mesh: "Mesh", last: bool) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wait(config, mesh, last)
+
+
+def keep_a_thread(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+
+
+DO: dict[str, Callable[[Toy, "Mesh", bool], int | None]] = {
+    "fine": lambda config, mesh, last: None,
+    "status": lambda config, mesh, last: 7 if last else 0,
+    "threads": threads,
+    "refuse": refuse,
+    "refuse on last": refuse_on_last,
+    "fail": fail,
+    "fail on last": fail_on_last,
+    "kill last": kill_last,
+    "leave on last": leave_on_last,
+    "hang on last": hang_on_last,
+    "wait": wait,
+    "wait stubbornly": wait_stubbornly,
+    "keep a thread": keep_a_thread,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(launcher.main("toy.py", parse, body))

@@ -1,0 +1,104 @@
+"""The mesh: pure arithmetic without processes, and the groups on real ranks."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dist_lab.comm import ops
+from dist_lab.errors import UserError
+from dist_lab.mesh.groups import environment_store, group_timeout
+from dist_lab.mesh.mesh import init_mesh
+from dist_lab.mesh.topology import ORDER, line_through, lines
+
+
+def test_a_single_process_is_a_mesh_of_size_one_on_every_axis():
+    mesh = init_mesh()
+    assert [mesh[name].size for name in ORDER] == [1, 1, 1, 1, 1]
+    assert all(mesh[name].group is None and mesh[name].index == 0 for name in ORDER)
+    assert mesh.data.size == 1
+
+
+def test_every_rank_is_on_exactly_one_line_of_each_axis():
+    axes = {"pp": 2, "dp": 3, "tp": 2}
+    for along in (["pp"], ["dp"], ["tp"], ["pp", "tp"], ["dp", "tp"]):
+        found = lines(axes, along)
+        assert sorted(rank for line in found for rank in line) == list(range(12))
+        assert all(line_through(rank, axes, along) == line for line in found for rank in line)
+
+
+def test_tp_neighbors_are_rank_neighbors():
+    assert lines({"pp": 2, "dp": 2, "tp": 2}, ["tp"]) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert lines({"pp": 2, "dp": 2, "tp": 2}, ["pp"]) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_an_unknown_axis_is_refused_with_the_list():
+    with pytest.raises(UserError, match="no mesh axis 'ddp'; the axes are pp, dp, fsdp, cp, tp"):
+        init_mesh(ddp=1)
+
+
+def test_a_mesh_that_does_not_fit_says_what_to_type():
+    with pytest.raises(UserError, match=r"dp=3 needs 3 processes, 1 were started: torchrun --np"):
+        init_mesh(dp=3)
+
+
+@pytest.mark.ranks(4, mesh={"dp": 2, "tp": 2})
+def test_axes_are_ordered_outer_to_inner_whatever_order_they_are_given_in(mesh):
+    assert mesh["tp"].ranks == ((0, 1), (2, 3))[mesh.rank // 2]
+    assert mesh["dp"].ranks == ((0, 2), (1, 3))[mesh.rank % 2]
+    again = init_mesh(tp=2, dp=2)
+    assert again["tp"].ranks == mesh["tp"].ranks
+
+
+@pytest.mark.ranks(4)
+def test_every_group_has_the_configured_timeout(mesh):
+    # DeviceMesh leaves sub-groups at 30 minutes whatever the world's timeout is.
+    mesh = init_mesh(timeout=17, dp=2, tp=2)
+    axes = [mesh["dp"], mesh["tp"], mesh.flatten("dp", "tp"), mesh.sub("tp", [1, 0])]
+    assert [group_timeout(axis.group) for axis in axes] == [17.0] * 4
+
+
+@pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
+def test_flatten_runs_over_all_positions(mesh):
+    both = mesh.flatten("fsdp", "dp")
+    assert (both.size, both.index, both.ranks) == (4, mesh.rank, (0, 1, 2, 3))
+    assert mesh.data is both
+    assert ops.all_reduce(torch.tensor(1.0), both) == 4
+    assert mesh.flatten("dp", "tp") is mesh["dp"]
+
+
+@pytest.mark.ranks(4)
+def test_sub_joins_some_positions_of_each_line(mesh):
+    ends = mesh.sub("dp", [0, 3])
+    assert (ends is None) == (mesh.rank in (1, 2))
+    if ends is not None:
+        assert ops.all_gather(torch.tensor([mesh.rank]), ends).tolist() == [0, 3]
+    assert mesh.sub("dp", [3, 0]) is ends, "asked again, it made another group"
+    pair = mesh.sub("dp", [0, 1])
+    if pair is not None:
+        assert ops.all_reduce(torch.tensor(1), pair) == 2
+    with pytest.raises(UserError, match="positions must be distinct and below 4"):
+        mesh.sub("dp", [0, 4])
+
+
+def test_each_restart_of_torchrun_meets_under_a_name_of_its_own(monkeypatch):
+    # The addresses of dead ranks stay in the store; new ranks that read them never connect.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    store = environment_store(0, 1, timeout=20)
+    store.set("address", "here")
+    assert store.underlying_store.get("attempt-3/address") == b"here"
+
+
+def test_what_would_hold_the_group_is_imported_before_there_can_be_one():
+    # Once it came with mesh.py alone, after torchrun's ranks had joined, and they aborted at exit.
+    code = (
+        "import sys, dist_lab.mesh.groups;"
+        "sys.exit('torch.distributed.nn.functional' not in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

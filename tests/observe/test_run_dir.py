@@ -1,0 +1,138 @@
+"""The folder of a run: whose it is, and what may be removed from it."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dist_lab.errors import UserError
+from dist_lab.observe.run_dir import claimed, look, make_folder
+from dist_lab.programs.cli.config import Config
+
+HOLD = """
+import sys
+from dist_lab.programs.cli.config import Config
+from dist_lab.observe.run_dir import claimed
+with claimed(Config(out=sys.argv[1], overwrite=True)) as folder:
+    (folder / "metrics.jsonl").touch()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(**settings) -> str:
+    """Of `claimed`, and of `look` before it, where there is a folder to look at."""
+    with pytest.raises(UserError) as caught, claimed(Config(**settings)):
+        pass
+    if os.path.exists(settings.get("out", "")):
+        with pytest.raises(UserError) as seen:
+            look(Config(**settings))
+        assert str(seen.value) == str(caught.value)
+    return str(caught.value)
+
+
+def test_runs_are_numbered_and_named(tmp_path):
+    with claimed(Config()) as first, claimed(Config(strategy="dp")) as second:
+        assert (str(first), str(second)) == ("runs/001-single-gpt-tiny", "runs/002-dp-gpt-tiny")
+    (tmp_path / "runs" / "041").write_text("a note of the user's")
+    with claimed(Config(model="mlp")) as third:
+        assert third.name == "042-single-mlp-tiny"
+
+
+def test_a_folder_is_made_with_its_parents_and_left_clean(tmp_path):
+    with claimed(Config(out="a/b")) as folder:
+        assert (folder / ".pid").read_text() == f"{os.getpid()}\n"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refusal(out=str(tmp_path))
+    assert line == (
+        f"folder '{tmp_path}' is not empty: 1 entries, first 'notes.txt' (--out); give another, or "
+        "add --overwrite to replace the logs in it"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_removes_the_logs_of_a_run_and_nothing_else(tmp_path):
+    logs = ["metrics.jsonl", "summary.json", "events.out.tfevents.1.host.2.0", ".pid"]
+    others = ["model.safetensors", "metrics.jsonl.bak", "notes.txt"]
+    for name in logs + others:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "summary.json").write_text("old")
+    with claimed(Config(out=str(tmp_path), overwrite=True)):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, "below", ".pid"}
+    assert (tmp_path / "below" / "summary.json").exists()
+
+
+def test_a_file_or_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    line = "cannot write to folder 'file': it is a file (--out); give another"
+    assert refusal(out="file") == line
+    line = "cannot write to folder 'file/run': Not a directory (--out); give another"
+    assert refusal(out="file/run") == line
+    assert refusal(out=600 * "x").endswith("File name too long (--out); give another")
+    assert "/proc/" in refusal(out="/proc/nothing")  # not writable, not even for root
+    (tmp_path / "runs").write_text("")
+    assert refusal() == "cannot write to folder 'runs': it is a file (--out); give another"
+
+
+def test_of_two_runs_on_one_folder_the_second_is_told_of_the_first(tmp_path):
+    out = str(tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            line = f"folder '{out}' is in use by process {other.pid} (--out); wait for it, or give"
+            for overwrite in (False, True):
+                assert refusal(out=out, overwrite=overwrite) == f"{line} another"
+            assert (tmp_path / "run" / "metrics.jsonl").exists()
+        finally:
+            other.send_signal(signal.SIGKILL)
+    # A killed run has left its .pid behind, but no lock.
+    assert (tmp_path / "run" / ".pid").exists()
+    with claimed(Config(out=out, overwrite=True)) as folder:
+        assert not (folder / "metrics.jsonl").exists()
+
+
+def test_a_run_that_fails_gives_its_folder_back(tmp_path):
+    with pytest.raises(KeyError), claimed(Config(out="run")):
+        raise KeyError
+    with claimed(Config(out="run")):
+        pass
+
+
+def test_a_folder_for_one_file_keeps_what_it_holds(tmp_path):
+    (tmp_path / "verify.json").write_text("of the run before")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert make_folder(str(tmp_path), "verify.json") == tmp_path
+    assert (tmp_path / "verify.json").read_text() == "of the run before"
+    assert (make_folder("a/b", "verify.json") / "verify.json").exists()
+
+
+def test_a_folder_for_one_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, why in (("file", "it is a file"), ("file/below", "Not a directory")):
+        with pytest.raises(UserError) as caught:
+            make_folder(out, "verify.json")
+        line = f"cannot write to folder '{out}': {why} (--out); give another"
+        assert str(caught.value) == line
+
+
+def test_looking_changes_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("old")
+    for config in (Config(), Config(out="new"), Config(out=str(tmp_path), overwrite=True)):
+        look(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

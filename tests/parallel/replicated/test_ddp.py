@@ -1,0 +1,384 @@
+"""ddp: what travels when, in which order, and what never does."""
+
+import pytest
+import torch
+from models import MODELS, VOCAB, batch
+from torch import nn
+from torch.nn import functional as F
+
+import dist_lab
+from dist_lab.comm import ops
+from dist_lab.errors import UserError
+from dist_lab.parallel.replicated.buckets import cut
+
+TINY = {"bucket_mb": 0.02, "first_bucket_mb": 0.002}  # several buckets even in a tiny model
+
+
+def backward(job, rows=slice(None), step=0, last=True):
+    """One micro-batch of this rank: loss.backward(), and no more."""
+    x, y = (t[rows] for t in batch(step))
+    with job.microbatch(last=last):
+        (dist_lab.cross_entropy_sum(job.model(x), y) / 48).backward()
+
+
+def train_a_step(job, optimizer, step=0):
+    backward(job, slice(2 * job.mesh.rank, 2 * job.mesh.rank + 2), step)
+    job.finish()
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
+
+
+def ready(mesh, model="gpt", **options):
+    """A job that has done its first step, and so has buckets."""
+    job = dist_lab.parallelize(MODELS[model](), mesh, "ddp", **TINY | options)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    train_a_step(job, optimizer)
+    return job, optimizer
+
+
+# --- cutting: pure --------------------------------------------------------------------------------
+
+
+def test_buckets_hold_everything_once_in_order_and_one_dtype_each():
+    wide, narrow = torch.float32, torch.bfloat16
+    sizes = [(f"{i}", narrow if i % 3 else wide, 1 + 7 * i % 11) for i in range(40)]
+    buckets = cut(sizes, 5, 20)
+    dtypes, bytes_of = ({name: row[i] for name, *row in sizes} for i in (0, 1))
+    assert sorted((name for names in buckets for name in names), key=int) == [
+        name for name, _, _ in sizes
+    ]
+    for i, names in enumerate(buckets):
+        assert names == sorted(names, key=int)
+        assert len({dtypes[name] for name in names}) == 1
+        total = sum(bytes_of[name] for name in names)
+        assert total <= (20 if i else 5) or len(names) == 1
+
+
+def test_nothing_to_send_makes_no_bucket():
+    assert cut([], 1, 1) == []
+
+
+# --- what travels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.ranks(4)
+def test_a_step_sends_each_gradient_once_whatever_the_number_of_microbatches(microbatches, mesh):
+    job, _ = ready(mesh)
+    with mesh.wire.ledger.recording() as calls:
+        for i in range(microbatches):
+            backward(job, slice(i, i + 1), last=i == microbatches - 1)
+        job.finish()
+    assert {c.op for c in calls} == {"all_reduce"}
+    parameters = [p for p in job.model.parameters() if p.requires_grad]
+    elements = sum(p.numel() for p in parameters)
+    # One flag for each parameter, and one in each bucket for strangers.
+    assert sum(c.payload for c in calls) == 8 * (elements + len(parameters) + len(calls))
+    everyone = ops.all_reduce(torch.tensor(sum(c.sent for c in calls)), mesh["dp"])
+    assert everyone == 2 * 3 * sum(c.payload for c in calls)  # N ranks x 2 (N-1)/N
+
+
+@pytest.mark.ranks(2)
+def test_buckets_leave_while_backward_is_still_computing(mesh):
+    job, _ = ready(mesh)
+    order = []
+    mesh.wire.ledger.listeners.append(lambda call: order.append(call.unit))
+    first = job.model.get_parameter("model.embed_tokens.weight")
+    first.register_post_accumulate_grad_hook(lambda p: order.append("the last gradient"))
+    backward(job)
+    assert order[-1] == "the last gradient"
+    assert [unit.split(":")[0] for unit in order[:-1]] == [
+        f"bucket {i}" for i in range(len(order) - 1)
+    ]
+    assert order[0].startswith("bucket 0: lm_head.weight")
+    assert len(order) > 3
+    job.finish()
+    assert order[-1].startswith("bucket")
+    assert "model.embed_tokens.weight" in order[-1]
+
+
+@pytest.mark.ranks(2)
+def test_the_order_is_the_one_that_backward_showed_and_not_that_of_the_modules(mesh):
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.last, self.middle, self.first = (nn.Linear(30, 30) for _ in range(3))
+
+        def forward(self, x):
+            return self.last(self.middle(self.first(x)))
+
+    job = dist_lab.parallelize(Backwards(), mesh, "ddp", bucket_mb=0.001, first_bucket_mb=0.001)
+    for _ in range(2):
+        with mesh.wire.ledger.recording() as calls:
+            job.model(torch.ones(2, 30)).sum().backward()
+            job.finish()
+        job.model.zero_grad()
+    names = [call.unit.split(": ")[1] for call in calls]
+    assert [name.split(".")[0] for name in names] == sorted(
+        (name.split(".")[0] for name in names), key=["last", "middle", "first"].index
+    )
+
+
+@pytest.mark.ranks(2)
+def test_gradients_lie_in_the_bucket_and_are_not_copied_back(mesh):
+    job, _ = ready(mesh)
+    backward(job, last=False)
+    before = {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
+    backward(job, step=1)
+    job.finish()
+    after = {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
+    assert before == after
+    storages = {p.grad.untyped_storage().data_ptr() for p in job.model.parameters()}
+    assert 1 < len(storages) < len(before) / 2
+
+
+@pytest.mark.ranks(2)
+def test_what_no_rank_uses_and_what_is_frozen_is_never_sent_and_has_no_gradient(mesh):
+    with mesh.wire.ledger.recording() as calls:
+        job, _ = ready(mesh, "odd")
+        backward(job)
+        job.finish()
+    unused = {n for n, _ in job.model.named_parameters() if n.startswith(("unused", "frozen"))}
+    sent = [c for c in calls if c.op == "all_reduce" and c.unit.startswith("bucket")]
+    used = [p for n, p in job.model.named_parameters() if n not in unused]
+    elements = sum(p.numel() for p in used) + len(used)
+    per_step = len(sent) // 2
+    assert sum(c.payload for c in sent) == 2 * 8 * (elements + per_step)
+    assert all((p.grad is None) == (n in unused) for n, p in job.model.named_parameters())
+
+
+# --- use that differs -----------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Which expert works is decided by the input: by the rank and by the step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, 12)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.head = nn.Linear(12, VOCAB)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)  # (B, T, 12)
+        mask = F.one_hot(tokens[:, 0] % 4, 4).to(x.dtype)  # (B, 4)
+        for i, expert in enumerate(self.experts):
+            if mask[:, i].any():
+                x = x + mask[:, i, None, None] * torch.tanh(expert(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("bucket_mb", [0.001, 0.02])
+@pytest.mark.parametrize("rows", [3, 8])
+@pytest.mark.ranks(3, timeout=20)
+def test_ranks_that_use_different_parameters_are_right_from_the_first_step(rows, bucket_mb, mesh):
+    # With a bucket for each expert, a rank sends some before the loss and others after it, and the
+    # ranks differ in which. Once all went through one group, and loss met gradient.
+    report = dist_lab.verify(
+        lambda: Experts().double(), lambda step: batch(step, rows), mesh, "ddp", steps=6,
+        microbatches=2, optimizer=torch.optim.SGD, options={"lr": 0.1, "momentum": 0.9},
+        bucket_mb=bucket_mb, first_bucket_mb=0.001,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(2)
+def test_a_parameter_that_first_appears_late_is_learned_and_then_overlaps_too(mesh):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.late = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x, late):
+            return self.body(self.late(x) if late else x)
+
+    job = dist_lab.parallelize(Late(), mesh, "ddp")
+    seen = []
+    for late in (False, mesh.rank == 1, True):
+        with mesh.wire.ledger.recording() as calls:
+            job.model(torch.ones(1, 3) * (mesh.rank + 1), late).sum().backward()
+            job.finish()
+        seen.append([c.op for c in calls if c.unit != "shared memory"])
+        gradients = [p.grad.clone() for p in job.model.late.parameters() if p.grad is not None]
+        assert len(gradients) == (0 if not seen[1:] else 2)
+        for gradient in gradients:  # the same on both ranks
+            assert (ops.all_reduce(gradient, mesh["dp"], "max") == gradient).all()
+        job.model.zero_grad()
+    assert seen == [["all_gather", "all_reduce"], ["all_reduce", "all_gather", "all_reduce"],
+                    ["all_reduce", "all_reduce"]]  # fmt: skip
+
+
+@pytest.mark.ranks(2)
+def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowhere_none(mesh):
+    job = dist_lab.parallelize(Experts(), mesh, "ddp")
+    tokens = torch.tensor([[0, 5], [1, 5], [2, 5], [3, 5]])
+    job.model(tokens).sum().backward()
+    job.finish()
+    job.model.zero_grad()
+    job.model(tokens[mesh.rank : mesh.rank + 1]).sum().backward()
+    job.finish()
+    assert [e.weight.grad is not None for e in job.model.experts] == [True, True, False, False]
+    for expert in job.model.experts[:2]:
+        assert expert.weight.grad.any()
+
+
+@pytest.mark.ranks(2)
+def test_gradients_set_to_zero_instead_of_none_stay_in_their_buckets(mesh):
+    job, optimizer = ready(mesh)
+    for step in range(2):
+        backward(job, step=step)
+        job.finish()
+        kept = {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
+        total = job.clip_grad_norm(None)
+        job.after_step()
+        optimizer.zero_grad(set_to_none=False)
+    other, _ = ready(mesh)
+    backward(other, step=1)
+    other.finish()
+    assert other.clip_grad_norm(None) == pytest.approx(total, rel=1e-12)
+    assert kept == {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
+
+
+@pytest.mark.parametrize("collectives", ["auto", "backend", "ring"])
+@pytest.mark.ranks(2, timeout=20)
+def test_two_jobs_on_one_mesh_do_not_meet(collectives, mesh):
+    # On rank 1 a bucket of the first is incomplete, and leaves after those of the second.
+    mesh = dist_lab.init_mesh(dp=2, collectives=collectives)
+
+    def build(seed):
+        torch.manual_seed(seed)
+        parts = [nn.Linear(6, 6) for _ in range(4)]
+        return nn.ModuleList(parts).double()
+
+    def backward(job, skip):
+        x = torch.ones(2, 6, dtype=torch.float64) * (mesh.rank + 1)
+        for i, layer in enumerate(job.model):
+            x = x if i == skip else torch.tanh(layer(x))
+        x.sum().backward()
+
+    small = {"bucket_mb": 1e-4, "first_bucket_mb": 1e-4}
+    jobs = [dist_lab.parallelize(build(i), mesh, "ddp", **small) for i in range(2)]
+    plain = [dist_lab.parallelize(build(i), mesh, "dp") for i in range(2)]
+    for step in range(4):
+        for job in (*jobs, *plain):
+            job.model.zero_grad()
+        skip = 2 if mesh.rank and step else None
+        for pair in (jobs, plain):
+            backward(pair[0], skip)
+            backward(pair[1], None)
+            pair[0].finish()
+            pair[1].finish()
+        for job, other in zip(jobs, plain, strict=True):
+            for p, q in zip(job.model.parameters(), other.model.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.ranks(3, timeout=30)
+def test_the_order_check_does_not_wait_for_who_sends_later(mesh):
+    mesh = dist_lab.init_mesh(dp=3, check=True)
+    report = dist_lab.verify(
+        lambda: Experts().double(), lambda step: batch(step, 3), mesh, "ddp", steps=3,
+        bucket_mb=0.001, first_bucket_mb=0.001,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(2)
+def test_on_a_lane_the_order_check_says_what_it_says_elsewhere(mesh):
+    mesh = dist_lab.init_mesh(dp=2, check=True)
+    lane = mesh.channel("dp")
+    pending = ops.all_reduce_into(torch.ones(4), lane, ("sum", "max")[mesh.rank])
+    with pytest.raises(ops.CollectiveMismatch, match="the ranks of dp disagree"):
+        pending.wait()
+
+
+@pytest.mark.ranks(2)
+def test_an_exception_in_the_first_forward_leaves_nothing_to_send(mesh):
+    job = dist_lab.parallelize(Experts(), mesh, "ddp")
+    tokens = torch.tensor([[0, 5], [1, 5]])
+    with job.microbatch(last=False):
+        job.model(tokens).sum().backward()  # uses experts 0 and 1
+    job.model.zero_grad()  # ... and is given up
+    job.model(tokens[:1]).sum().backward()
+    job.finish()
+    assert [e.weight.grad is not None for e in job.model.experts] == [True, False, False, False]
+
+
+# --- wrong use ------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+def test_a_second_backward_after_the_gradients_have_left_is_refused(mesh):
+    job, _ = ready(mesh)
+    x, y = batch(0)
+    with job.microbatch(last=True):
+        (dist_lab.cross_entropy_sum(job.model(x), y) / 48).backward()
+        loss = dist_lab.cross_entropy_sum(job.model(x), y) / 48
+        with pytest.raises(UserError, match=r"lm_head.weight again after its gradient was sent"):
+            loss.backward()
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(mesh):
+    job, _ = ready(mesh)
+    backward(job)
+    job.model.zero_grad()
+    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also after"):
+        backward(job)
+
+
+def test_a_complex_parameter_is_refused():
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(UserError, match="weight is complex"):
+        dist_lab.parallelize(model, dist_lab.init_mesh(), "ddp")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bucket_mb": 0}, "buckets of 1.0 and 0 MiB; give sizes above 0"),
+        ({"bucket_md": 4}, "ddp@hand has no option bucket_md; it takes bucket_mb, first_bucket_mb"),
+    ],
+)
+def test_a_wrong_option_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        dist_lab.parallelize(nn.Linear(2, 2), dist_lab.init_mesh(), "ddp", **options)
+
+
+# --- the experiment of two scalars ----------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+def test_two_scalars_become_one(mesh):
+    """Weights 2 and 200, gradient 2 on both: after one step at learning rate 1 both are 0."""
+
+    class Scalar(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(float(value)))
+
+        def forward(self, x):
+            return self.weight * x
+
+    said = []
+    mesh.wire.log(said.append)
+    job = dist_lab.parallelize(Scalar(200 if mesh.rank else 2), mesh, "ddp")
+    assert job.model.weight == 2  # all start from rank 0's
+    optimizer = job.optimizer(torch.optim.SGD, lr=1.0)
+    total = job.count(1)  # one sample on each rank: the loss is the average over both
+    (job.model(torch.tensor(2.0)) / total).backward()
+    job.finish()
+    assert job.model.weight.grad == 2
+    optimizer.step()
+    assert job.model.weight == 0
+
+    def when(op):
+        return [line.split("|")[1].strip() for line in said if f"| {op} " in line]
+
+    assert when("broadcast") == ["start"]
+    assert when("all_reduce") == ["count", "finish"]
+    assert "bucket 0: weight" in said[-1]

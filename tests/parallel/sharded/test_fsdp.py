@@ -1,0 +1,553 @@
+"""fsdp: what travels when, what is whole at any moment, and in which dtype; starts from meta."""
+
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from models import MODELS, VOCAB, axes_of, batch, gpt
+from test_sharded_param import (
+    ABC,
+    USES,
+    assert_equal,
+    build,
+    by_step,
+    gradients,
+    in_turn,
+    loss_of,
+    rows,
+    trained,
+)
+from torch import nn
+
+import dist_lab
+from dist_lab import zoo
+from dist_lab.comm import ops
+from dist_lab.errors import UserError
+from dist_lab.observe.memory import LiveBytes
+from dist_lab.parallel.sharded.sharded_param import piece_length
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS
+from dist_lab.step.protocol import Sync
+
+BLOCKS = ["model.layers.0", "model.layers.1", "lm_head", "model.embed_tokens"]
+
+
+def job_of(mesh, dtype=torch.float64, model=gpt, units=BLOCKS, strategy="fsdp", **options):
+    job = dist_lab.parallelize(model(dtype), mesh, strategy, units=units, **options)
+    return job, job.optimizer(torch.optim.SGD, lr=0.1)
+
+
+def take_step(job, optimizer, step=0, microbatches=1):
+    data = job.mesh.data
+    x, y = (t.tensor_split(data.size)[data.index] for t in batch(step, rows=4 * data.size))
+    pairs = list(zip(x.tensor_split(microbatches), y.tensor_split(microbatches), strict=True))
+    loss = job.run(pairs, lambda out, y: dist_lab.cross_entropy_sum(out, y) / 96)
+    job.finish()
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
+    return loss
+
+
+def recorded(job, optimizer, microbatches=1, step=1):
+    """The calls of one step but for the sum of the loss."""
+    with job.mesh.wire.ledger.recording() as calls:
+        take_step(job, optimizer, step, microbatches)
+    return [c for c in calls if c.phase != "loss"]
+
+
+# --- what travels ---------------------------------------------------------------------------------
+
+# Gathers of a unit in a step of k micro-batches, and reductions of its gradient.
+TRAFFIC = {
+    "default": ({}, lambda k: (2 * k, k)),
+    "kept after forward": ({"reshard_after_forward": False}, lambda k: (k, k)),
+    "kept gathered": ({"keep_gathered": True}, lambda k: (2, k)),
+    "deferred": ({"defer_reduce": True}, lambda k: (2 * k, 1)),
+    "kept and deferred": ({"keep_gathered": True, "defer_reduce": True}, lambda k: (2, 1)),
+    "no prefetch": ({"prefetch": False}, lambda k: (2 * k, k)),
+}
+
+
+def elements(job, ranks, n=None):
+    """Of so many ranks' pieces of n, each padded to the longest."""
+    return ranks * sum(piece_length(laid.shape, n or ranks) for laid in job.layouts.values())
+
+
+def flags(job, n):
+    return n * sum(p.requires_grad for p in job.model.parameters())
+
+
+# Whoever carries them, the calls are the same: two of the options will do.
+CARRIED = [(options, "auto") for options in TRAFFIC] + [
+    (options, by) for options in ("default", "kept and deferred") for by in ("backend", "direct")
+]
+
+
+@pytest.mark.slow_unless(
+    lambda options, collectives: (
+        (collectives == "auto") == (options != "default")
+        or (options, collectives) == ("default", "direct")
+    )
+)
+@pytest.mark.parametrize(("options", "collectives"), CARRIED)
+@pytest.mark.ranks(4, mesh={"fsdp": 4})
+def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, mesh):
+    mesh = dist_lab.init_mesh(fsdp=4, collectives=collectives)
+    given, formula = TRAFFIC[options]
+    job, optimizer = job_of(mesh, **given)
+    for k in (1, 3):
+        take_step(job, optimizer, 0, k)
+        calls = recorded(job, optimizer, k)
+        gathers, reductions = formula(k)
+        bytes_of = {op: [c for c in calls if c.op == op] for op in ("all_gather", "reduce_scatter")}
+        assert sum(map(len, bytes_of.values())) == len(calls)
+        gathered, reduced = (sum(c.payload for c in calls) for calls in bytes_of.values())
+        assert gathered == 8 * gathers * elements(job, 4)
+        assert reduced == 8 * reductions * (elements(job, 4) + flags(job, 4))
+        for unit in ("root", *BLOCKS):
+            counts = [sum(c.unit == unit for c in calls) for calls in bytes_of.values()]
+            assert counts == [gathers, reductions], unit
+        sent = ops.all_reduce(torch.tensor(sum(c.sent for c in calls)), mesh["fsdp"])
+        wasted = 2 if collectives == "backend" else 1  # gloo's reduce_scatter is an all_reduce
+        assert int(sent) == 4 * 3 * (gathered + wasted * reduced) // 4
+
+
+@pytest.mark.ranks(4, mesh={"fsdp": 4})
+def test_padding_and_flags_are_all_that_it_sends_beyond_the_published_formula(mesh):
+    job, optimizer = job_of(mesh)
+    take_step(job, optimizer)
+    whole = sum(laid.shape.numel() for laid in job.layouts.values())
+    rest = sum(
+        4 * piece_length(laid.shape, 4) - laid.shape.numel() for laid in job.layouts.values()
+    )
+    assert 0 < rest < whole / 20
+    payload = sum(c.payload for c in recorded(job, optimizer))
+    assert payload == 8 * (3 * whole + 3 * rest + flags(job, 4))
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
+    job, optimizer = job_of(mesh, model=MODELS["odd"], units=["frozen", "unused", "mix"])
+    take_step(job, optimizer)
+    calls = recorded(job, optimizer)
+    reduced = [c for c in calls if c.op == "reduce_scatter"]
+    assert [c.unit for c in reduced] == ["mix", "root"]
+    assert sum(c.unit == "frozen" for c in calls) == 2
+    assert not any(c.unit == "unused" for c in calls)
+    trained = [n for n in job.layouts if n.startswith(("mix", "embed", "scale"))]
+    pieces = sum(piece_length(job.layouts[name].shape, 2) for name in trained)
+    assert sum(c.payload for c in reduced) == 2 * 8 * (pieces + len(trained))
+
+
+# --- what is whole --------------------------------------------------------------------------------
+
+
+def storages(job, kind):
+    return [t.untyped_storage() for k, t in job.sync.links[1].held() if k == kind]
+
+
+def bytes_whole(job):
+    return sum(storage.nbytes() for storage in storages(job, "gathered"))
+
+
+class Watches(Sync):
+    """Looks at every verb, every call and every module."""
+
+    def __init__(self, job):
+        self.job, self.whole, self.unreduced = job, [], []
+        job.mesh.wire.ledger.listeners.append(self.look)
+        for module in job.model.modules():
+            module.register_forward_pre_hook(self.look)
+            module.register_forward_hook(self.look)
+        for leaf in job.leaves.values():
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(self.look)
+
+    def look(self, *_):
+        leaves = self.job.leaves.values()
+        self.whole.append(bytes_whole(self.job))
+        self.unreduced.append(sum(p.grad.nbytes for p in leaves if p.grad is not None))
+
+    def unshard(self, unit, phase):
+        self.look()
+
+    def reshard(self, unit, phase):
+        self.look()
+
+
+def sizes(job, n, units):
+    """Bytes of each unit while it is whole, and of the root's own."""
+    inside = {u: [m for m in job.layouts if m.startswith(u + ".")] for u in units}
+    own = {
+        "": [m for m in job.layouts if not any(m in names for names in inside.values())]
+    } | inside
+    return {u: 8 * n * sum(piece_length(job.layouts[m].shape, n) for m in own[u]) for u in own}
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.ranks(4, mesh={"fsdp": 4})
+def test_at_no_moment_more_is_whole_than_the_roots_own_and_the_two_largest_units(prefetch, mesh):
+    job, optimizer = job_of(mesh, prefetch=prefetch)
+    watches = Watches(job)
+    with job.listening(watches):
+        for step in range(2):
+            take_step(job, optimizer, step, 2)
+    root, *others = sizes(job, 4, BLOCKS).values()
+    largest, second, *_ = sorted(others, reverse=True)
+    assert root + largest <= max(watches.whole) <= root + largest + (second if prefetch else 0)
+    unreduced = max(watches.unreduced)
+    assert largest / 2 < unreduced <= root + largest + second
+
+
+@pytest.mark.parametrize("options", TRAFFIC)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, mesh):
+    job, optimizer = job_of(mesh, **TRAFFIC[options][0])
+    take_step(job, optimizer, 0, 2)
+    assert [storage.nbytes() for storage in storages(job, "gathered")] == [0] * len(job.layouts)
+    assert storages(job, "gradients") == []
+    for module in job.model.modules():
+        assert not module._parameters.keys() & module.__dict__.keys()
+    for name, leaf in job.leaves.items():
+        assert leaf.grad is None, name
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_is_to_be_kept_is_kept_and_no_more(mesh):
+    def moments(**options):
+        job, optimizer = job_of(mesh, **options)
+        everything = sum(sizes(job, 2, BLOCKS).values())
+        x, y = batch(mesh.rank)
+        seen = []
+        with torch.no_grad():
+            job.model(x)
+        assert bytes_whole(job) == 0
+        for last in (False, True):
+            with job.microbatch(last=last):
+                loss = dist_lab.cross_entropy_sum(job.model(x), y) / 96
+                seen.append(bytes_whole(job) / everything)
+                loss.backward()
+                seen.append(bytes_whole(job) / everything)
+        job.finish()
+        optimizer.step()
+        job.after_step()
+        return [*seen, bytes_whole(job)]
+
+    assert moments() == [0, 0, 0, 0, 0]
+    assert moments(reshard_after_forward=False) == [1, 0, 1, 0, 0]
+    assert moments(keep_gathered=True) == [0, 1, 1, 0, 0]
+    assert moments(reshard_after_forward=False, keep_gathered=True) == [1, 1, 1, 0, 0]
+
+
+KEEPING = [{}, {"reshard_after_forward": False}, {"keep_gathered": True}]
+
+
+@pytest.mark.parametrize("how", ["loaded", "written"])
+@pytest.mark.parametrize("options", KEEPING, ids=str)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_forward_computes_with_the_weights_there_are_and_not_with_those_of_before(
+    options, how, mesh
+):
+    # Trap 13. What was gathered for a forward whose backward never came is of the old weights.
+    job, _ = job_of(mesh, **options)
+    x, y = batch(mesh.rank)
+    if "keep_gathered" in options and how == "loaded":
+        with job.microbatch(last=False):
+            dist_lab.cross_entropy_sum(job.model(x), y).backward()
+        job.model.zero_grad()
+    job.model(x)
+    other = gpt(seed=1)
+    if how == "loaded":
+        job.load_full_state_dict(other.state_dict())
+    else:
+        with torch.no_grad():
+            for p in job.model.parameters():
+                p.mul_(2)
+            for p in (other := gpt()).parameters():
+                p.mul_(2)
+    for _ in range(2):
+        torch.testing.assert_close(job.model(x), other(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_who_is_ahead_does_not_overwrite_what_another_still_reads(mesh):
+    made = build(in_turn(*"abc"), **ABC)
+    zeros = {name: torch.zeros_like(value) for name, value in made().state_dict().items()}
+    job, _ = trained(mesh, made)
+    x = rows(0)[0]
+    job.model(x)  # from now on units are fetched ahead
+    if mesh.rank:
+        job.model.b.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    out = job.model(x)
+    job.load_full_state_dict(zeros)
+    torch.testing.assert_close(out, made()(x), rtol=1e-12, atol=1e-12)
+
+
+# --- when it travels ------------------------------------------------------------------------------
+
+
+@contextmanager
+def events(job):
+    """Gathers, as they are called, and the beginning and the end of a unit's work."""
+    said = []
+
+    class Hears(Sync):
+        def unshard(self, unit, phase):
+            said.append(f"use {unit or 'root'}")
+
+    def listen(call):
+        if call.op != "all_reduce":
+            said.append(f"{'gather' if call.op == 'all_gather' else 'reduce'} {call.unit}")
+
+    job.mesh.wire.ledger.listeners.append(listen)
+    with job.listening(Hears()):
+        yield said
+    job.mesh.wire.ledger.listeners.remove(listen)
+
+
+def run_once(job, step=0):
+    loss_of(job, step).backward()
+    job.finish()
+    job.model.zero_grad()
+
+
+AHEAD = """gather root, gather a, use root, gather b, use a, gather c, use b, use c,
+gather root, gather c, use root, gather b, use c, reduce c, gather a, use b, reduce b, use a,
+reduce a, reduce root"""
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_the_next_unit_is_called_for_before_this_one_computes(mesh):
+    job, _ = trained(mesh)
+    said = []
+    for _ in range(3):
+        with events(job) as new:
+            run_once(job)
+        said.append([event for event in new if "shared" not in event])
+    in_order = AHEAD.replace("\n", " ").split(", ")
+    assert said[2] == in_order
+    # The first step has not seen what comes next.
+    assert sorted(said[0]) == sorted(in_order)
+    assert said[0][:4] == ["gather root", "use root", "gather a", "use a"]
+
+    alone, _ = trained(mesh, prefetch=False)
+    for _ in range(2):
+        with events(alone) as new:
+            run_once(alone)
+    assert [e for e in new if e.startswith("gather")] == [
+        "gather root", *(f"gather {u}" for u in "abc"),
+        "gather root", *(f"gather {u}" for u in "cba"),
+    ]  # fmt: skip
+    assert sorted(e for e in new if "shared" not in e) == sorted(in_order)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mesh):
+    for use, gathers in (("nested", 2 * 5), ("called twice", 2 * 5)):
+        made, units = USES[use]
+        job, _ = trained(mesh, made, units, prefetch=prefetch)
+        for _ in range(3):
+            with mesh.wire.ledger.recording() as calls:
+                run_once(job)
+        assert sum(c.op == "all_gather" for c in calls) == gathers, use
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_units_that_are_called_twice_are_reduced_once(mesh):
+    # Complete is a unit with the return from its last visit, and not from its first.
+    for use, units in (
+        ("called twice", ["b", "a", "root"]),
+        ("called twice side by side", ["b", "a", "root"]),
+        ("used in part by some ranks in one of two visits", [*"fedcba", "root"]),
+    ):
+        job, _ = trained(mesh, *USES[use])
+        for _ in range(3):
+            with mesh.wire.ledger.recording() as calls:
+                run_once(job)
+            assert [c.unit for c in calls if c.op == "reduce_scatter"] == units, use
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_was_fetched_in_vain_is_let_go(mesh):
+    made = build(by_step, **ABC)
+    job, _ = trained(mesh, made, "abc")
+    for step in (0, 0, 1, 1, 0, 1, 0):
+        watches = bytes_whole(job)
+        assert watches == 0
+        loss_of(job, step).backward()
+        job.finish()
+        assert bytes_whole(job) == 0
+        other, _ = trained(mesh, made, "abc", prefetch=False)
+        loss_of(other, step).backward()
+        other.finish()
+        assert_equal(gradients(job), gradients(other))
+        job.model.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_of_two_dtypes_is_fetched_ahead_as_a_whole(mesh):
+    def part():
+        return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())
+
+    made = build(in_turn(*"abc"), **dict.fromkeys("abc", part))
+    job = dist_lab.parallelize(
+        made().float(), mesh, "fsdp", units="abc", param_dtype=torch.bfloat16
+    )
+    for _ in range(2):
+        with events(job) as said:
+            job.model(rows(0)[0].float()).float().sum().backward()
+            job.finish()
+            job.model.zero_grad()
+    assert said[said.index("use root") + 1 :][:6] == [
+        "gather b", "gather b", "use a", "gather c", "gather c", "use b",
+    ]  # fmt: skip
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_half_the_bits_are_half_the_bytes_and_the_masters_stay(narrow, mesh):
+    seen = []
+
+    def look(module, args):
+        seen.append((module.weight.dtype, args[0].dtype))
+
+    wide, optimizer = job_of(mesh, torch.float32)
+    take_step(wide, optimizer)
+    of_wide = recorded(wide, optimizer)
+    for reduce_dtype in (None, narrow):
+        job, optimizer = job_of(mesh, torch.float32, param_dtype=narrow, reduce_dtype=reduce_dtype)
+        job.model.get_submodule("lm_head").register_forward_pre_hook(look)
+        take_step(job, optimizer)
+        for op in ("all_gather", "reduce_scatter"):
+            ours, theirs = (
+                sum(c.payload for c in calls if c.op == op)
+                for calls in (recorded(job, optimizer), of_wide)
+            )
+            half = op == "all_gather" or reduce_dtype is narrow
+            assert theirs == ours * (2 if half else 1), op
+        for p in job.model.parameters():
+            assert p.dtype == torch.float32
+        assert set(seen) == {(narrow, narrow)}
+        assert {v.dtype for v in job.full_state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_bfloat16_is_close_to_bfloat16_in_one_process(mesh):
+    for reduce_dtype in (None, torch.bfloat16, torch.float64):
+        report = dist_lab.verify(
+            lambda: gpt(torch.float32), batch, mesh, "fsdp", units=BLOCKS, microbatches=2,
+            param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, steps=2,
+            optimizer=torch.optim.SGD,
+        )  # fmt: skip
+        assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_batchnorm_is_gathered_and_computed_in_float32(mesh):
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)).float()
+    seen = []
+    job = dist_lab.parallelize(model, mesh, "fsdp", units=["1"], param_dtype=torch.bfloat16)
+    for layer in model:
+        layer.register_forward_hook(lambda m, args, out: seen.append((m.weight.dtype, out.dtype)))
+    model(rows(mesh.rank)[0].float()).float().square().sum().backward()
+    job.finish()
+    f32, b16 = torch.float32, torch.bfloat16
+    assert seen == [(b16, b16), (f32, b16), (b16, b16)]
+    assert {p.grad.dtype for p in model.parameters()} == {f32}
+    assert model[1].running_mean.dtype == f32
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_whole_numbers_are_borrowed_as_they_are(mesh):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.arange(7), requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(7))
+
+        def forward(self, x):
+            assert self.table.dtype == torch.int64
+            assert self.table.tolist() == list(range(7))
+            return x * self.scale[self.table[3]]
+
+    job = dist_lab.parallelize(Looks(), mesh, "fsdp", param_dtype=torch.bfloat16)
+    job.model(torch.ones(2)).float().sum().backward()
+    job.finish()
+    assert job.model.scale.grad.sum() == (4 if mesh.rank == 0 else 0)
+    assert job.full_state_dict()["table"].tolist() == list(range(7))
+
+
+# --- from the meta device -------------------------------------------------------------------------
+
+BY_HAND = [name for name, impl in IMPLEMENTATIONS if impl == "hand" and name != "single"]
+
+
+def on_meta(size="tiny", **shape):
+    return zoo.build("gpt", size, vocab=VOCAB, seed=0, device="meta", **shape)
+
+
+@pytest.mark.slow_unless(
+    lambda strategy, tied: tied and strategy in ("dp", "zero1", "fsdp", "hsdp")
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("strategy", BY_HAND)
+@pytest.mark.ranks(4)
+def test_a_model_that_comes_to_life_in_parts_is_the_same_to_the_bit(strategy, tied, mesh):
+    mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
+    shape = {"tied": tied, "layers": 4, "width": 32, "ffn": 48}
+    model = on_meta(**shape)
+    job = dist_lab.parallelize(model, mesh, strategy, units=model.units, seed=3)
+    wanted = zoo.build("gpt", "tiny", vocab=VOCAB, seed=3, **shape).state_dict()
+    full = job.full_state_dict()
+    assert list(full) == list(wanted)
+    for name, value in wanted.items():
+        assert torch.equal(full[name], value), name
+    take_step(job, job.optimizer(torch.optim.SGD, lr=0.1))
+
+
+@pytest.mark.ranks(4, mesh={"fsdp": 4})
+def test_a_rank_draws_one_parameter_at_a_time_and_keeps_its_part(mesh):
+    model = on_meta("25m")
+    largest = max(4 * p.numel() for p in model.parameters())
+    with LiveBytes() as live:
+        job = dist_lab.parallelize(model, mesh, "fsdp", units=model.units)
+    own = 4 * elements(job, 1, n=4)
+    assert own + largest <= live.peak <= own + largest + 64 * 1024  # what the ranks ask each other
+    assert own < 4.01 * sum(laid.shape.numel() for laid in job.layouts.values()) / 4
+    assert live.live <= own + 64 * 1024
+
+
+def fills_most(name, tensor, generator):
+    tensor.normal_(generator=generator)
+    tensor.view(-1)[:-1] = 0 if name.startswith("c") else torch.nan
+
+
+def fills(name, tensor, generator):
+    tensor.fill_(len(name))
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+def test_a_start_from_meta_that_cannot_be_is_refused_in_one_line(strategy):
+    def start(model, **given):
+        mesh = dist_lab.init_mesh(**{strategy: 1})
+        return dist_lab.parallelize(model, mesh, strategy, **given)
+
+    def model():
+        with torch.device("meta"):
+            return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    partly = model()
+    partly[1] = nn.Linear(3, 3)
+    with pytest.raises(UserError, match=r"0\.bias is on the meta device and 1\.bias is not"):
+        start(partly, init_fn=fills)
+    with pytest.raises(ValueError, match=r"init_fn left values of 0\.weight unset"):
+        start(model(), init_fn=fills_most)
+    with pytest.raises(ValueError, match=r"Sequential has no init_weight.*: pass init_fn="):
+        start(model())
+    job = start(model(), init_fn=fills)
+    assert all((p == len(name)).all() for name, p in job.model.named_parameters())

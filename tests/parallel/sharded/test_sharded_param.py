@@ -1,0 +1,819 @@
+"""What is split, what of it a rank keeps, and what a model may do with its units meanwhile."""
+
+import copy
+import io
+import pickle
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from models import MODELS, axes_of, units_of
+from torch import nn
+
+import dist_lab
+from dist_lab.comm.ops import CollectiveError
+from dist_lab.errors import UserError
+from dist_lab.layout.gather import gather_full
+from dist_lab.layout.layout import FlatShard, Shard
+from dist_lab.parallel.sharded.sharded_param import owners, piece_length, places
+
+WIDTH = 6
+OPTIONS = {
+    "plain": {},
+    "kept after forward": {"reshard_after_forward": False},
+    "kept gathered": {"keep_gathered": True},
+    "deferred": {"defer_reduce": True},
+    "no prefetch": {"prefetch": False},
+}
+
+
+class Layer(nn.Module):
+    """A linear, a scale of the prime length 7 of which one is used, and a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.scales = nn.Parameter(torch.randn(7, 1))
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x + self.gain * torch.tanh(self.linear(x)) * self.scales[3]
+
+
+class Net(nn.Module):
+    """`forward` is a function of this and x; parts are its children."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.how = forward
+        self.last = nn.Parameter(torch.randn(WIDTH))
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def build(forward, more=lambda net: None, **parts):
+    """The same weights at every call, in float64."""
+
+    def made():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = Net(forward, **{name: part() for name, part in parts.items()})
+        more(net)
+        return net.double()
+
+    return made
+
+
+def rows(step, count=8):
+    """Numbers, of which two are signs: is the row in the first half; is the step even."""
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(2, count, WIDTH, generator=generator, dtype=torch.float64)
+    x[:, 0] = torch.where(torch.arange(count) < count // 2, 1.0, -1.0)
+    x[:, 1] = 1.0 if step % 2 == 0 else -1.0
+    x[:, 2] = torch.where(torch.arange(count) % 4 < 2, 1.0, -1.0)  # of a rank's rows, of two ranks
+    return x, y
+
+
+def squares(out, target):
+    return (out - target).square().sum()
+
+
+def check(mesh, made, units, strategy="fsdp", batch=rows, **options):
+    report = dist_lab.verify(
+        made, batch, mesh, strategy, units=units, loss_sum=squares,
+        **{"microbatches": 2, "steps": 2} | options,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+# --- what a model may do with its units -----------------------------------------------------------
+
+
+@dataclass
+class Both:
+    left: torch.Tensor
+    right: dict[str, torch.Tensor]
+
+
+class Takes(nn.Module):
+    """Inputs by keyword, and an output of any make."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.pack, self.a, self.b = pack, Layer(), Layer()
+
+    def forward(self, *, left, right):
+        return self.pack(self.a(left), self.b(right))
+
+
+class Mixed(nn.Module):
+    """Two linears on the same rows, of which a rank may use one, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for sign, layer in ((1, self.a), (-1, self.b)):
+            mask = (x[:, :1] * sign > 0).double()
+            if mask.any():
+                x = x + mask * torch.tanh(layer(x))
+        return x
+
+
+class OnFirstHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x * 1
+        mask = (x[:, :1] > 0).double()
+        return x + mask * torch.tanh(self.linear(x)) if mask.any() else x
+
+
+class Nested(nn.Module):
+    def __init__(self, inner=Layer):
+        super().__init__()
+        self.before, self.inner, self.after = Layer(), inner(), Layer()
+
+    def forward(self, x):
+        return self.after(self.inner(self.before(x)))
+
+
+class OnEvenSteps(Layer):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return super().forward(self.more(x) if x[0, 1] > 0 else x)
+
+
+class Differently(nn.Module):
+    """In each of two visits another layer, of which some ranks use the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Layer(), OnFirstHalf()
+
+    def forward(self, x, again=False):
+        return self.second(x) if again else self.first(x)
+
+
+def signs(x):
+    """x with its signs as they were, for who looks at them after a layer."""
+    return x[:, :3]
+
+
+def keep(x, like):
+    return torch.cat([signs(like), x[:, 3:]], 1)
+
+
+def tie(*names):
+    def tied(net):
+        first = net.get_submodule(names[0]).linear
+        for name in names[1:]:
+            net.get_submodule(name).linear.weight = first.weight
+
+    return tied
+
+
+def freeze(*names):
+    def frozen(net):
+        for name in names:
+            net.get_submodule(name).requires_grad_(False)
+
+    return frozen
+
+
+def in_turn(*names):
+    """One part after another, and then the root's own parameter."""
+
+    def forward(net, x):
+        for name in names:
+            x = net.get_submodule(name)(x)
+        return x * net.last
+
+    return forward
+
+
+def by_step(net, x, even="abc", odd="cb"):
+    like = x
+    for name in even if x[0, 1] > 0 else odd:
+        x = keep(net.get_submodule(name)(x), like)
+    return x * net.last
+
+
+def by_row(net, x):
+    """Another unit for each kind of row, so another for each micro-batch."""
+    like = x
+    for sign, name in ((1, "a"), (-1, "b")):
+        mask = (x[:, 2:3] * sign > 0).double()
+        if mask.any():
+            x = keep(x + mask * net.get_submodule(name)(x), like)
+    return net.c(x) * net.last
+
+
+def deep(net, x):
+    like = x
+    for name in "abcdefgh":
+        x = keep(net.get_submodule(name)(x), like)
+    return x * net.last
+
+
+def side_by_side(net, x):
+    x = net.a(x)
+    return (net.b(x) + net.b(torch.tanh(x))) * net.last
+
+
+def each_twice(net, x):
+    like = x
+    for name in "abcdef":
+        part = net.get_submodule(name)
+        x = keep(part(keep(part(x), like), again=True), like)
+    return x * net.last
+
+
+def tuples(net, x):
+    left, right = net.b(left=net.a(x), right=x)
+    return net.c(left + right) * net.last
+
+
+def dataclasses(net, x):
+    both = net.b(left=net.a(x), right=x)
+    return net.c(both.left + both.right["x"]) * net.last
+
+
+def half_of_it(net, x):
+    left, _ = net.b(left=net.a(x), right=net.a(x))
+    return net.c(left) * net.last
+
+
+def recomputed(net, x):
+    from torch.utils.checkpoint import checkpoint
+
+    x = checkpoint(net.a, x, use_reentrant=False)
+    return checkpoint(lambda x: net.c(net.b(x)), x, use_reentrant=False) * net.last
+
+
+def without_gradients(net, x):
+    x = net.a(x)
+    with torch.no_grad():
+        y = net.b(x)
+    return net.c(x + net.b(x) * y) * net.last
+
+
+def in_place(net, x):
+    x = net.a(x)
+    y = net.b(x)
+    y *= 2
+    return net.c(y.view(-1, 2, WIDTH // 2).view(-1, WIDTH)) * net.last
+
+
+def parts(names, kind=Layer):
+    return dict.fromkeys(names, kind)
+
+
+ABC = parts("abc")
+
+
+def twice_nested():
+    return Nested(Nested)
+
+
+def pair():
+    return Takes(lambda *both: both)
+
+
+USES = {
+    # name: (how to build it, units)
+    "tied within a unit": (
+        build(in_turn("a", "b"), tie("a.before", "a.after"), a=Nested, b=Layer), "ab",
+    ),
+    "tied across units": (build(in_turn(*"abc"), tie("a", "c"), **ABC), "abc"),
+    "tied to the root": (build(in_turn(*"abc"), tie("a", "c"), **ABC), "bc"),
+    "tied across nested units": (
+        build(in_turn("a", "b"), tie("a.before", "a.inner.inner"), a=twice_nested, b=Layer),
+        ["a", "a.inner", "a.inner.inner", "b"],
+    ),
+    "nested": (build(in_turn("a", "b"), a=Nested, b=Nested), ["a", "a.inner", "b", "b.inner"]),
+    "called twice": (build(in_turn(*"abba"), **ABC), "abc"),
+    "called twice side by side": (build(side_by_side, **ABC), "abc"),
+    "a layer in it called twice": (
+        build(in_turn(*"abc", "b.inner"), **ABC | {"b": Nested}), ["a", "b", "b.inner"],
+    ),
+    "out of order": (build(in_turn(*"cab"), **ABC), "abc"),
+    "never called": (build(in_turn(*"ac"), **ABC), "abc"),
+    "all of the model": (build(in_turn(*"abc"), **ABC), ""),
+    "another order in another step": (build(by_step, **ABC), "abc"),
+    "tied, and left out in another step": (
+        build(lambda net, x: by_step(net, x, "acb", "ab"), tie("a", "c"), **ABC), "abc",
+    ),
+    "others in other micro-batches": (build(by_row, **ABC), "abc"),
+    "outputs in a tuple": (build(tuples, **ABC | {"b": pair}), "abc"),
+    "outputs in a dataclass": (
+        build(dataclasses, **ABC | {"b": lambda: Takes(lambda a, b: Both(a, {"x": b}))}), "abc",
+    ),
+    "an output that is not used": (build(half_of_it, **ABC | {"b": pair}), "abc"),
+    "frozen in the middle": (build(in_turn(*"abc"), freeze("b"), **ABC), "abc"),
+    "frozen in the beginning": (build(in_turn(*"abc"), freeze("a"), **ABC), "abc"),
+    "partly frozen": (build(in_turn(*"abc"), freeze("a.linear", "c.linear"), **ABC), "abc"),
+    "used in part by some ranks": (build(deep, **parts("abcdefgh", Mixed)), "abcdefgh"),
+    "used in part by some ranks in one of two visits": (
+        build(each_twice, **parts("abcdef", Differently)), "abcdef",
+    ),
+    "not used by some ranks": (
+        build(deep, **parts("abcdefgh", OnFirstHalf) | parts("a")), "abcdefgh",
+    ),
+    "recomputed": (build(recomputed, **ABC), "abc"),
+    "without gradients for a while": (build(without_gradients, **ABC), "abc"),
+    "written to in place": (build(in_place, **ABC), "abc"),
+}  # fmt: skip
+
+
+# Every use under the defaults, and those that are most unlike each other under every option.
+SOME = (
+    "tied across units", "nested", "called twice", "another order in another step",
+    "others in other micro-batches", "partly frozen", "not used by some ranks",
+)  # fmt: skip
+
+
+@pytest.mark.slow_unless(
+    lambda use, options: options == "plain" or use == "others in other micro-batches"
+)
+@pytest.mark.parametrize(
+    ("use", "options"),
+    [(use, options) for use in USES for options in OPTIONS if options == "plain" or use in SOME],
+)
+@pytest.mark.ranks(2, mesh={"fsdp": 2}, timeout=30)
+def test_units_may_be(use, options, mesh):
+    made, units = USES[use]
+    check(mesh, made, units, **OPTIONS[options])
+
+
+def trained(mesh, made=None, units="abc", strategy="fsdp", **options):
+    """A job and its optimizer."""
+    model = (made or build(in_turn(*"abc"), **ABC))()
+    job = dist_lab.parallelize(model, mesh, strategy, units=units, **options)
+    return job, job.optimizer(torch.optim.SGD, lr=0.1)
+
+
+def loss_of(job, step=0):
+    index, size = job.mesh.data.index, job.mesh.data.size
+    x, y = (t.tensor_split(size)[index] for t in rows(step))
+    return squares(job.model(x), y) / 48
+
+
+def gradients(job):
+    return {
+        name: None if p.grad is None else gather_full(p.grad, job.layouts[name], job.mesh).clone()
+        for name, p in job.model.named_parameters()
+    }
+
+
+def assert_equal(found, wanted, factor=1.0):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(found[name], factor * value, rtol=1e-12, atol=1e-14)
+
+
+def of_one_step(mesh, step=0, **given):
+    """The gradients of a fresh job."""
+    job, _ = trained(mesh, **given)
+    loss_of(job, step).backward()
+    job.finish()
+    return gradients(job)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_one_backward_may_go_through_two_forwards_and_two_through_one(options, mesh):
+    wanted = of_one_step(mesh)
+    job, _ = trained(mesh, **OPTIONS[options])
+    for _ in range(2):
+        (loss_of(job) + loss_of(job)).backward()
+        job.finish()
+        assert_equal(gradients(job), wanted, 2)
+        job.model.zero_grad()
+        with job.microbatch(last=True):
+            loss = loss_of(job)
+            with mesh.wire.ledger.recording() as first:
+                loss.backward(retain_graph=True)
+            with mesh.wire.ledger.recording() as second:
+                loss.backward()
+        job.finish()
+        assert_equal(gradients(job), wanted, 2)
+        reduced = [sum(c.op == "reduce_scatter" for c in calls) for calls in (first, second)]
+        assert reduced == [4, 4]  # each unit once, and not each of its parameters
+        job.model.zero_grad()
+        one, other = loss_of(job), loss_of(job)
+        with job.microbatch(last=False):
+            one.backward()
+        other.backward()
+        job.finish()
+        assert_equal(gradients(job), wanted, 2)
+        job.model.zero_grad()
+
+
+# Outside of a block deferred gradients have nobody who would tell that they were given up.
+BROKEN = [
+    (options, fails, wrapped)
+    for options in OPTIONS
+    for fails in ("forward", "backward")
+    for wrapped in ("in a block", "alone")
+    if options in ("plain", "kept gathered") or wrapped == "in a block"
+]
+
+
+@pytest.mark.slow_unless(
+    lambda options, fails, wrapped: (
+        (fails, wrapped) == ("backward", "in a block") or (options, wrapped) == ("plain", "alone")
+    )
+)
+@pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrapped, mesh):
+    job, optimizer = trained(mesh, **OPTIONS[options])
+    failing = []
+
+    def fail(*_):
+        if failing:
+            raise ZeroDivisionError
+
+    def hook(module, args, out):
+        fail()
+        if out.requires_grad:
+            out.register_hook(fail)
+
+    job.model.a.register_forward_hook(hook)
+    for steps in (1, 2):  # in the first step, and in one that has a step before it
+        with job.microbatch(last=False):
+            loss_of(job, 7).backward()
+        block = job.microbatch(last=True) if wrapped == "in a block" else nullcontext()
+        with pytest.raises(ZeroDivisionError), block:
+            loss = loss_of(job, 8) if fails == "backward" else None
+            failing.append(True)
+            (loss_of(job, 8) if loss is None else loss).backward()
+        failing.clear()
+        optimizer.zero_grad(set_to_none=steps == 1)
+        loss_of(job, 3).backward()
+        job.finish()
+        assert_equal(gradients(job), of_one_step(mesh, 3))
+        optimizer.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_step_that_was_broken_off_owes_nothing(mesh):
+    job, _ = trained(mesh, build(by_step, **ABC))
+    with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
+        loss_of(job, 0) / (1 // 0)  # went through a, b and c
+    with mesh.wire.ledger.recording() as calls:
+        loss_of(job, 1).backward()
+        job.finish()
+    assert [c.unit for c in calls if c.op == "reduce_scatter"] == ["b", "c", "root"]
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
+    mesh = dist_lab.init_mesh(fsdp=2, timeout=3)
+    job, _ = trained(mesh)
+    if mesh.rank:
+        job.leaves["b.gain"].register_hook(lambda *_: 1 / 0)
+        began = time.monotonic()
+        with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
+            loss_of(job).backward()
+        assert time.monotonic() - began < 2
+        time.sleep(4)  # this process stays, so nobody hears of its end
+    else:
+        with pytest.raises(CollectiveError), job.microbatch(last=True):
+            loss_of(job).backward()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_gradients_set_to_zero_stay_zeros_where_nothing_comes(mesh):
+    # As in one process, where an optimizer with momentum then goes on stepping.
+    report = []
+    for strategy in ("dp", "fsdp"):
+        axes = {"dp": 2} if strategy == "dp" else {"fsdp": 2}
+        made = build(by_step, **ABC | {"c": OnEvenSteps})
+        job, optimizer = trained(dist_lab.init_mesh(**axes), made, "abc", strategy)
+        for step in range(3):
+            loss_of(job, step).backward()
+            job.finish()
+            report.append(gradients(job))
+            optimizer.zero_grad(set_to_none=False)
+    for name in ("a.gain", "c.more.weight"):  # of a unit not used, and not used in a unit
+        assert report[1][name] is not None
+    for one, other in zip(report[:3], report[3:], strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+@pytest.mark.ranks(2)
+def test_one_gradient_may_be_given_up_between_micro_batches(strategy, mesh):
+    mesh = dist_lab.init_mesh(**axes_of(strategy, 2))
+    first, second = (of_one_step(mesh, step, strategy=strategy) for step in (0, 1))
+    job, _ = trained(mesh, strategy=strategy)
+    with job.microbatch(last=False):
+        loss_of(job, 0).backward()
+    job.model.b.gain.grad = None
+    loss_of(job, 1).backward()
+    job.finish()
+    wanted = {name: first[name] + second[name] for name in first}
+    assert_equal(gradients(job), wanted | {"b.gain": second["b.gain"]})
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
+    made = build(in_turn(*"abc"), tie("a", "c"), **ABC)
+    job, _ = trained(mesh, made)
+    plain = made()
+    x = rows(0)[0].tensor_split(2)[mesh.rank]
+    loss_of(job).backward()
+    job.finish()
+    job.model.zero_grad()
+    for name in "bc":  # c holds a tied weight, which is the root's
+        with mesh.wire.ledger.recording() as calls:
+            job.model.get_submodule(name)(x).sum().backward()
+            job.finish()
+        assert sum(c.op == "reduce_scatter" for c in calls) == (1 if name == "b" else 2)
+        plain.get_submodule(name)(rows(0)[0]).sum().backward()
+        assert_equal(gradients(job), {n: p.grad for n, p in plain.named_parameters()})
+        job.model.zero_grad()
+        plain.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
+    job, _ = trained(mesh)
+    wanted = of_one_step(mesh)
+    x, y = (t.tensor_split(2)[mesh.rank] for t in rows(5))
+    plain = build(in_turn(*"abc"), **ABC)()
+    expected = float(squares(plain(rows(5)[0]), rows(5)[1]).detach() / 48)
+    for around in (torch.no_grad, torch.inference_mode):
+        with mesh.wire.ledger.recording() as calls:
+            with around():
+                job.model(x)
+            job.model.eval()
+            evaluated = job.evaluate([(x, y)], lambda out, target: squares(out, target) / 48)
+            job.model.train()
+        assert evaluated == pytest.approx(expected, rel=1e-12)
+        assert not any(c.op == "reduce_scatter" for c in calls)
+        loss = loss_of(job)
+        with around():
+            job.model(x)  # between forward and backward
+        loss.backward()
+        job.finish()
+        assert_equal(gradients(job), wanted)
+        job.model.zero_grad()
+
+
+# --- what lies where ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow_unless(lambda strategy, model: strategy == "fsdp" or model == "odd")
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("model", [*MODELS, "empty"])
+@pytest.mark.ranks(4)
+def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, mesh):
+    mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
+    make = MODELS.get(
+        model, lambda: nn.ParameterDict({"a": torch.zeros(0, 5), "b": torch.ones(5, 0)})
+    )
+    plain, other = make(), make()
+    names = [name for name, _ in plain.named_parameters()]
+    job = dist_lab.parallelize(
+        make(), mesh, strategy, units=units_of(model) if model in MODELS else ()
+    )
+    assert [name for name, _ in job.model.named_parameters()] == names
+    n, i = mesh["fsdp"].size, mesh["fsdp"].index
+    for name, p in job.model.named_parameters():
+        whole = plain.get_parameter(name).detach()
+        if whole.dim():
+            step = -(-len(whole) // n)
+            wanted = whole[i * step : (i + 1) * step]
+        else:
+            wanted = whole.view(1)[: i == 0]
+        assert torch.equal(p.detach(), wanted), name
+        assert p.requires_grad == plain.get_parameter(name).requires_grad
+    full = job.full_state_dict()
+    assert list(full) == list(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(full[name], value), name
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(1))
+    job.load_full_state_dict(other.state_dict())
+    for name, value in job.full_state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert (mesh.rank == 0) == bool(job.full_state_dict(rank0_only=True))
+
+
+def test_a_piece_is_as_long_as_the_longest():
+    lengths = [
+        piece_length(torch.Size(s), 4) for s in [(8, 3), (7, 3), (2, 3), (0, 3), (5, 0), (), (1,)]
+    ]
+    assert lengths == [6, 6, 3, 0, 0, 1, 1]
+
+
+def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
+    made, _ = USES["tied across nested units"]
+    net = made()
+    units = {"": net} | {name: net.get_submodule(name) for name in ("a", "a.inner", "b")}
+    owner = owners(places(net), units)
+    assert owner["a.before.linear.weight"] == "a"  # and it stands in a.inner as well
+    assert owner["a.inner.before.linear.weight"] == "a.inner"
+    assert owner["b.linear.weight"] == "b"
+    assert owner["last"] == ""
+    assert "a.inner.inner.linear.weight" not in owner
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_copy_holds_the_parts_and_cannot_compute(kept, mesh):
+    job, _ = trained(mesh, reshard_after_forward=not kept)
+    before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
+    wanted, loss = of_one_step(mesh), loss_of(job)
+    saved = io.BytesIO()
+    torch.save(job.model.state_dict(), saved)  # the parts, and not what is gathered
+    model = job.model
+    how, model.how = model.how, None  # a function of a function, which pickle does not know
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {name: p.shape for name, p in other.named_parameters()} == {
+            name: p.shape for name, p in before.items()
+        }
+        for name, p in other.named_parameters():
+            assert torch.equal(p.detach(), before[name]), name
+            assert (
+                p.untyped_storage().data_ptr()
+                != model.get_parameter(name).untyped_storage().data_ptr()
+            )
+        other.how = how
+        with pytest.raises(
+            UserError, match=r"a copy of a model that is split holds this rank's part"
+        ):
+            other(rows(0)[0])
+    model.how = how
+    loss.backward()
+    job.finish()
+    assert_equal(gradients(job), wanted)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def cast(job):
+    job.model.float()
+
+
+def cast_and_back(job):
+    job.model.float().double()
+
+
+def replace(job):
+    job.model.b.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+
+def replace_the_second_of_two(job):
+    job.model.c.linear.weight = nn.Parameter(torch.ones(WIDTH, WIDTH, dtype=torch.float64))
+
+
+def unfreeze(job):
+    job.model.b.requires_grad_(True)
+
+
+MOVED = r"was moved, cast or replaced after parallelize\(\) \(it was float64 on cpu, it is"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cast, f"last {MOVED} float32 on cpu"),
+        (cast_and_back, f"last {MOVED}"),
+        (replace, f"b.gain {MOVED}"),
+        (replace_the_second_of_two, f"a.linear.weight {MOVED}"),
+        (
+            unfreeze,
+            r"b.scales was frozen when parallelize\(\) was called; unfreeze it before",
+        ),
+    ],
+)
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, message, mesh):
+    def prepare(net):
+        tie("a", "c")(net)
+        if change is unfreeze:
+            net.b.requires_grad_(False)
+
+    job, _ = trained(mesh, build(in_turn(*"abc"), prepare, **ABC))
+    change(job)
+    with mesh.wire.ledger.recording() as calls, pytest.raises(UserError, match=message):
+        loss_of(job)
+    assert calls == []
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_is_frozen_later_gets_no_gradient_and_does_again_when_it_is_not(mesh):
+    wanted = of_one_step(mesh)
+    job, _ = trained(mesh)
+    for trains in (False, True):
+        job.model.b.requires_grad_(trains)
+        loss_of(job).backward()
+        job.finish()
+        of_b = {name for name in wanted if name.startswith("b.")}
+        assert_equal(gradients(job), wanted if trains else wanted | dict.fromkeys(of_b))
+        job.model.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_parts_cannot_be_computed_with(mesh):
+    job, _ = trained(mesh, build(in_turn("a", "b"), a=Nested, b=Layer), ["a"])
+    x = rows(0)[0]
+    with pytest.raises(
+        UserError, match=r"a\.inner\.linear was called by itself, and holds this rank's"
+    ):
+        job.model.a.inner.linear(x)
+    with pytest.raises(UserError, match=r"b\.linear was called by itself.*units=\['b.linear'\]"):
+        job.model.b.linear(x)
+
+    # In the forward of the model, which is open, but past the unit that holds it.
+    past = build(lambda net, x: net.b(net.a.inner(x)) * net.last, a=Nested, b=Layer)
+    job, _ = trained(mesh, past, ["a"])
+    with pytest.raises(UserError, match=r"a\.inner was called by itself"):
+        loss_of(job)
+
+    # A penalty on the weights, which would be on the parts, and lost when the sums come in.
+    job, _ = trained(mesh)
+    loss = loss_of(job) + sum(p.square().sum() for p in job.model.parameters())
+    with pytest.raises(UserError, match="used outside of its unit, where it is this rank's part"):
+        loss.backward()
+
+
+class Hidden:
+    def __init__(self, x):
+        self.x = x
+
+
+class Hides(Layer):
+    def forward(self, x):
+        return Hidden(super().forward(x))
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_that_backward_could_not_be_seen_to_reach_is_refused(mesh):
+    # It would compute with memory that was given back, which ends the process.
+    made = build(lambda net, x: net.b(net.a(x).x) * net.last, a=Hides, b=Layer)
+    job, _ = trained(mesh, made, "ab")
+    with pytest.raises(UserError, match="a returns a Hidden, and backward could not be seen to"):
+        loss_of(job)
+    with torch.no_grad():
+        job.model(rows(0)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "message"),
+    [
+        (None, {"units": ["d"]}, "unit d matches no module; classes here: Layer, Linear, Net"),
+        (None, {"param_dtype": torch.int32}, "and gradients cannot be torch.int32; give a"),
+        (None, {"reduce_dtype": torch.int8}, "and gradients cannot be torch.int8; give a floating"),
+        (None, {"bucket_mb": 1}, "fsdp@hand has no option bucket_mb; it takes reduce_dtype, resh"),
+        (lambda net: setattr(net, "d", nn.LSTM(2, 2)), {}, "d is recurrent and holds its weights"),
+        (
+            lambda net: setattr(net, "optimizer", torch.optim.SGD(net.parameters(), lr=1)), {},
+            r"SGD was built before parallelize\(\) and would step the wrong tensors",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(change, given, message):
+    model = build(in_turn(*"abc"), **ABC)()
+    if change is not None:
+        change(model)
+    with pytest.raises(UserError, match=message) as refused:
+        dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp", **{"units": "abc"} | given)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_user_has_written_on_a_parameter_stays_there():
+    model = Layer()
+    model.gain.decay = False
+    dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp")
+    assert model.gain.decay is False
+
+
+def test_a_scalar_lies_on_one_rank():
+    job = dist_lab.parallelize(Layer(), dist_lab.init_mesh(fsdp=1), "fsdp")
+    kinds = {name: type(laid.splits[0][1]) for name, laid in job.layouts.items()}
+    assert kinds == {
+        "gain": FlatShard,
+        "scales": Shard,
+        "linear.weight": Shard,
+        "linear.bias": Shard,
+    }

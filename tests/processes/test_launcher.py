@@ -1,0 +1,284 @@
+"""The launcher: three ways to start a program, and every way in which it can end.
+
+The program is tests/helpers/toy.py: `toy.py nproc=3 do=fail` calls fail(config, mesh, last) on each
+rank.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import toy
+from processes import all_gone, listening, with_mark
+
+from dist_lab.processes import launcher
+from dist_lab.processes.ranks import cores
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def launch(*settings: str, body: launcher.Body[toy.Toy] = toy.body) -> int:
+    """In this process, where the forkserver is warm."""
+    return launcher.main("toy.py", toy.parse, body, settings)
+
+
+def start(*settings: object, by: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
+    """As a program of its own."""
+    command = [sys.executable, *by, toy.__file__, *settings]
+    return subprocess.Popen(
+        [str(word) for word in command], env=os.environ | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def ready(folder: Path, ranks: int) -> list[int]:
+    """The process ids of ranks that `wait`, once all do."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.ready"))) < ranks:
+        assert time.monotonic() < deadline, f"{ranks} ranks did not start"
+        time.sleep(0.02)
+    return [int(path.read_text()) for path in folder.glob("*.ready")]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# --- how it ends ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_a_body_that_returns_is_silent_and_leaves_no_process_and_no_file(nproc, capsys, tmp_path):
+    launch("nproc=1")  # starts the forkserver, whose socket stays
+    before = set(multiprocessing.active_children())  # the ranks of other tests
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path))
+        assert launch(f"nproc={nproc}") == 0
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.glob("dist_lab-*"))
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_a_body_can_be_named_and_its_module_is_then_imported_by_ranks_alone():
+    assert launch("nproc=2", body="toy:body") == 0
+
+
+def test_the_status_is_the_largest_of_all_ranks_not_rank_0s():
+    assert launch("nproc=3", "do=status") == 7
+
+
+def test_each_rank_has_the_threads_that_were_asked_for_or_its_share_of_the_cores():
+    assert launch("nproc=2", "do=threads", "threads=3") == 3
+    assert launch("nproc=2", "do=threads") == max(1, cores() // 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "status"),
+    [
+        (["zap=1"], "no setting zap", 2),
+        (["nproc=5"], "batch 8 does not divide by 5 ranks; give --batch 10", 2),
+        (["nproc=3", "do=refuse"], "tp=3 does not divide 4 heads; give tp=2", 2),
+        (["do=refuse"], "tp=3 does not divide 4 heads; give tp=2", 2),
+        (["nproc=3", "do=refuse on last"], "no space left in /scratch", 1),
+    ],
+)
+def test_a_refusal_is_one_line_and_nothing_else(settings, line, status, capsys):
+    assert launch(*settings) == status
+    assert capsys.readouterr() == ("", f"toy.py: error: {line}\n")
+
+
+def test_debug_shows_where_a_refusal_came_from(capsys):
+    assert launch("nproc=2", "do=refuse", "debug=1") == 2
+    said = capsys.readouterr().err
+    assert "in refuse\n" in said
+    assert said.endswith("\ntoy.py: error: tp=3 does not divide 4 heads; give tp=2\n")
+
+
+def test_the_rank_that_failed_is_told_and_those_that_lost_it_are_a_line(capsys):
+    began = time.monotonic()
+    assert launch("nproc=3", "do=fail on last") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("---- rank 2 of 3: KeyError: 'only here' ----\nTraceback")
+    assert "in fail_on_last\n" in said
+    assert said.endswith("---- ranks 0, 1 of 3: waited in vain, or lost the connection ----\n")
+    assert "Connection" not in said
+    assert time.monotonic() - began < 30
+
+
+def test_a_failure_of_all_ranks_is_told_once(capsys):
+    assert launch("nproc=3", "do=fail") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("---- ranks 0, 1, 2 of 3: KeyError: 'the same everywhere' ----\n")
+    assert said.count("Traceback") == 1
+
+
+@pytest.mark.parametrize(
+    ("do", "how"),
+    [
+        ("kill last", "killed by SIGKILL, which the kernel sends when memory runs out"),
+        ("leave on last", "exited with status 0"),
+    ],
+)
+def test_a_rank_that_dies_without_an_exception_is_named(do, how, capsys):
+    assert launch("nproc=3", f"do={do}") == 1
+    assert capsys.readouterr().err.startswith(f"---- rank 2 of 3: {how} ----\n")
+
+
+def test_a_hung_rank_is_named_with_its_stack_and_all_is_over_soon_after_the_timeout(
+    capsys, tmp_path
+):
+    began = time.monotonic()
+    assert launch("nproc=3", "do=hang on last", "timeout=1", f"folder={tmp_path}") == 1
+    assert time.monotonic() - began < 30
+    said = capsys.readouterr().err
+    assert "---- rank 0 of 3: CollectiveError: rank 0/3 phase=start: all_reduce #2 on dp" in said
+    assert said.endswith("---- rank 2: still running ----\n")
+    assert "in hang_on_last\n" in (tmp_path / "stderr").read_text()
+
+
+def test_a_rank_that_cannot_end_is_ended_and_told(capsys, monkeypatch):
+    monkeypatch.setattr(launcher, "AT_EXIT", 0.5)
+    assert launch("nproc=2", "do=keep a thread") == 1
+    said = capsys.readouterr().err
+    assert said == "---- rank 1: still running ----\n---- rank 1 of 2: killed by SIGTERM ----\n"
+
+
+@pytest.mark.parametrize("nproc", ["nproc=2", ""])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_ranks_with_its_own_status(number, status, nproc, capsys, tmp_path):
+    def interrupt() -> None:
+        ready(tmp_path, 2 if nproc else 1)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    assert launch("do=wait", f"folder={tmp_path}", *[nproc][: len(nproc)]) == status
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr() == ("", "")
+    assert not any(is_alive(pid) for pid in ready(tmp_path, 1) if nproc)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_stubborn_ranks(tmp_path):
+    times = []
+
+    def interrupt() -> None:
+        ready(tmp_path, 2)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            times.append(time.monotonic())
+            time.sleep(0.3)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert launch("nproc=2", "do=wait stubbornly", f"folder={tmp_path}") == 130
+    assert time.monotonic() - times[1] < 1.9, "it sat out the grace of 2 s"
+    assert not any(is_alive(pid) for pid in ready(tmp_path, 2))
+
+
+# --- a program of its own -------------------------------------------------------------------------
+
+
+@linux
+def test_ranks_listen_on_loopback_alone_and_die_with_a_launcher_that_is_killed():
+    # Its temporary files would stay, so it has them in a folder of ours. Not tmp_path: the
+    # forkserver's socket goes there too, and its path can have 108 characters at most.
+    with tempfile.TemporaryDirectory() as name:
+        check_sockets_and_orphans(Path(name), f"TMPDIR={name}")
+
+
+def check_sockets_and_orphans(folder: Path, mark: str) -> None:
+    program = start("nproc=3", "do=wait", f"folder={folder}", TMPDIR=str(folder))
+    pids = ready(folder, 3)
+    # One rank is stopped, which no thread of its own could notice; the launcher gets no chance.
+    os.kill(pids[0], signal.SIGSTOP)
+    addresses = [address for pid in with_mark(mark) for address in listening(pid)]
+    program.kill()
+    assert all_gone(mark)
+    program.communicate()
+    assert len(addresses) >= 3, "gloo's own sockets were not seen"
+    assert {address.split(":")[0] for address in addresses} == {"0100007F"}
+
+
+def test_ctrl_c_in_a_terminal_which_every_rank_feels_ends_it_without_a_word(tmp_path):
+    program = start("nproc=2", "do=wait", f"folder={tmp_path}")
+    pids = ready(tmp_path, 2)
+    for pid in [*pids, program.pid]:  # a terminal sends it to all, in any order
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)
+    assert program.communicate(timeout=5) == ("", "")
+    assert program.returncode == 130
+    assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too():
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = start("do=fine", by=by)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 0, said
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_mistake_is_said_once_and_every_rank_ends():
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    program = start("zap=1", by=by)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert said.count("toy.py: error: no setting zap\n") == 1
+    assert "exitcode  : 2 " in said
+
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_a_rank_that_alone_is_refused_says_so_itself_after_a_moment():
+    began = time.monotonic()
+    program = start("zap=1", **PLACE)
+    _, said = program.communicate(timeout=20)
+    assert (program.returncode, said) == (2, "toy.py: error: no setting zap\n")
+    assert time.monotonic() - began > launcher.AFTER_TORCHRUN
+
+
+@pytest.mark.parametrize(
+    ("environment", "line", "status"),
+    [
+        ({"RANK": "2"}, "RANK=2 is no rank of WORLD_SIZE=2", 2),
+        ({"RANK": "-1"}, "RANK=-1 is no rank of WORLD_SIZE=2", 2),
+        ({"RANK": "one"}, "RANK=one is no whole number", 2),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0 is no whole number", 2),
+        ({"WORLD_SIZE": "0"}, "RANK=1 is no rank of WORLD_SIZE=0", 2),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set, but RANK or WORLD_SIZE is", 2),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port", 1),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(
+    environment, line, status, monkeypatch, capsys
+):
+    for name, value in (PLACE | environment).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert launch("do=fine") == status
+    said = capsys.readouterr().err
+    assert said.startswith(f"toy.py: error: {line} (environment); ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["^lo", "lo,eth77"])
+def test_a_network_interface_that_does_not_exist_is_refused(name, monkeypatch, capsys):
+    # gloo would say "ifa != nullptr. Unable to find address for: ^lo" and a page of traceback.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
+    assert launch("nproc=2") == 1
+    said = capsys.readouterr().err
+    wrong = name.split(",")[-1]
+    assert said.startswith(f"toy.py: error: GLOO_SOCKET_IFNAME={wrong} is no network interface")
+    assert said.count("\n") == 1

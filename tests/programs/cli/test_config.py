@@ -1,0 +1,520 @@
+"""The command line and the presets: what they mean, and the one line that refuses a bad one."""
+
+import dataclasses
+import json
+import random
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dist_lab.errors import UserError, one_of
+from dist_lab.processes.ranks import cores
+from dist_lab.programs.cli import registry
+from dist_lab.programs.cli.checks import parse
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS, STRATEGIES
+from dist_lab.programs.cli.settings import kind
+
+PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
+TOO_MANY = 4 * cores() + 1
+ALL = one_of(list(STRATEGIES), "")
+ALONG_DP = " or ".join(f"--strategy {name}" for name, row in STRATEGIES.items() if "dp" in row.axes)
+IN_BUCKETS = " or ".join(
+    f"--strategy {name}" for name, row in STRATEGIES.items() if "bucket_mb" in row.options
+)
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Writes run.toml in the current folder, so that messages show a short path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content: str | bytes) -> str:
+        data = content.encode() if isinstance(content, str) else content
+        (tmp_path / "run.toml").write_bytes(data)
+        return "run.toml"
+
+    return write
+
+
+# --- what is understood ---------------------------------------------------------------------------
+
+
+def test_nothing_given_means_the_defaults():
+    assert parse([]) == Config()
+
+
+def test_the_command_line_wins_over_the_file_which_wins_over_the_program(file):
+    path = file("steps = 20\nlr = 0.5\n")
+    config = parse(["--config", path, "--lr", "0.25"], defaults={"steps": 10, "seq": 16})
+    assert (config.steps, config.lr, config.seq, config.batch) == (20, 0.25, 16, 32)
+
+
+# Settings that only go with another.
+ONLY_WITH = (
+    {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
+    | {name: {"strategy": "fsdp"} for name in registry.SHARDING}
+    | {
+        "sequence_parallel": {"strategy": "tp"},
+        "regather": {"strategy": "tp", "sequence_parallel": True},
+    }
+    | {name: {"strategy": "pp"} for name in STRATEGIES["pp"].options}
+)
+
+
+def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"], description="How to launch it.")
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.index("How to launch it.") < shown.index("--strategy single|dp")
+    for option in dataclasses.fields(Config):
+        flag = "--" + option.name.replace("_", "-")
+        assert f"  {flag} " in shown.replace("\n", " \n")
+        if option.name == "config":
+            continue
+        listed = option.metadata.get("choices", ("1",))[0]
+        given = option.default if option.default is not None else kind(option)(listed)
+        if option.name == "data":  # where nothing means what the model reads
+            given = "words.txt"
+        word, around = json.dumps(given), {"batch": 1} | ONLY_WITH.get(option.name, {})
+        read = parse(["--config", file(f"{option.name} = {word}\n")], defaults=around)
+        assert getattr(read, option.name) == given
+        text = [flag] if kind(option) is bool else [flag, str(given)]
+        read = parse(text, defaults=around)
+        assert getattr(read, option.name) == (kind(option) is bool or given)
+
+
+def test_a_program_shows_its_own_defaults_in_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], program="verify.py", defaults={"steps": 3})
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: verify.py")
+    assert "optimizer steps [3]" in shown
+
+
+def test_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("dist_lab 0.")
+
+
+def test_a_switch_of_the_file_can_be_taken_back(file):
+    path = file("log_collectives = true\n")
+    assert parse(["--config", path]).log_collectives
+    assert not parse(["--config", path, "--no-log-collectives"]).log_collectives
+
+
+def test_the_same_value_twice_is_no_contradiction():
+    assert parse(["--lr", "0.1", "--lr", "0.1"]).lr == 0.1
+
+
+@pytest.mark.parametrize("text", ['mesh = "dp=2"', "mesh = { dp = 2 }", "[mesh]\ndp = 2"])
+def test_a_mesh_is_text_or_a_table(file, text):
+    config = parse(["--config", file(f'strategy = "dp"\n{text}\n')])
+    assert config.axes(2) == {"dp": 2}
+
+
+def test_a_whole_number_is_a_number(file):
+    value = parse(["--config", file("lr = 1\n")]).lr
+    assert (value, type(value)) == (1.0, float)
+
+
+def test_a_file_saved_by_notepad_is_read(file):
+    assert parse(["--config", file(b"\xef\xbb\xbfsteps = 5\r\n")]).steps == 5
+
+
+def test_a_config_is_frozen_and_json():
+    config = parse(["--strategy", "dp", "--mesh", "dp=2"])
+    assert Config(**json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 1
+
+
+# --- what is refused: each with the whole line ----------------------------------------------------
+
+BAD_FLAGS = [
+    ("--strategy zp", f"strategy cannot be 'zp' (--strategy); give {ALL} "
+        "(did you mean tp?)"),
+    ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
+    ("--strategy dp --bucket-mb 5", "strategy dp has no bucket_mb (--bucket-mb); leave it out, or "
+        f"give {IN_BUCKETS}"),
+    ("--strategy ddp --bucket-mb 0", "bucket_mb cannot be 0.0 (--bucket-mb); give a finite number "
+        "above 0"),
+    ("--sync-batchnorm", "model gpt has no BatchNorm to synchronize (--sync-batchnorm); leave it "
+        "out, or give --model resnet18"),
+    ("--dtype fp8", "dtype cannot be 'fp8' (--dtype); give float32, bfloat16 or float64"),
+    ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m or 124m "
+        "(did you mean tiny?)"),
+    ("--size small --model resnet18", "model resnet18 has no size small (--size); give tiny, its "
+        "only one"),
+    ("--model resnet", "model cannot be 'resnet' (--model); give gpt, mlp, vit or resnet18 (did "
+        "you mean resnet18?)"),
+    ("--backend mpi", "backend cannot be 'mpi' (--backend); give gloo or nccl"),
+    ("--optimizer adam", "optimizer cannot be 'adam' (--optimizer); give adamw or sgd "
+        "(did you mean adamw?)"),
+    ("--batchsize 32", "no flag '--batchsize'; did you mean --batch? --help lists them all"),
+    ("--batchsize=32", "no flag '--batchsize=32'; did you mean --batch? --help lists them all"),
+    ("--qqq", "no flag '--qqq'; --help lists them all"),
+    ("--stra dp", "no flag '--stra'; did you mean --strategy? --help lists them all"),
+    ("dp", "stray argument 'dp'; every setting is a flag: --steps 300"),
+    ("--steps 3 4", "stray argument '4'; every setting is a flag: --steps 300"),
+    ("--lr", "argument --lr: expected one argument; --help shows what each flag takes"),
+    ("--overwrite=1", "argument --overwrite: ignored explicit argument '1'; --help shows what each "
+        "flag takes"),
+    ("--lr fast", "lr cannot be 'fast' (--lr); give a finite number above 0"),
+    ("--lr 0", "lr cannot be 0.0 (--lr); give a finite number above 0"),
+    ("--lr=-1e-3", "lr cannot be -0.001 (--lr); give a finite number above 0"),
+    ("--lr nan", "lr cannot be nan (--lr); give a finite number above 0"),
+    ("--lr inf", "lr cannot be inf (--lr); give a finite number above 0"),
+    ("--lr 1e999", "lr cannot be inf (--lr); give a finite number above 0"),
+    ("--clip -1", "clip cannot be -1.0 (--clip); give a finite number, 0 or more"),
+    ("--weight-decay nan", "weight_decay cannot be nan (--weight-decay); give a finite number, 0 "
+        "or more"),
+    ("--steps 1.5", "steps cannot be '1.5' (--steps); give a whole number, 1 or more"),
+    ("--steps 0", "steps cannot be 0 (--steps); give a whole number, 1 or more"),
+    ("--steps -1", "steps cannot be -1 (--steps); give a whole number, 1 or more"),
+    ("--steps 3000000000", "steps cannot be 3000000000 (--steps); give a whole number, 2147483647 "
+        "or less"),
+    ("--batch 0", "batch cannot be 0 (--batch); give a whole number, 1 or more"),
+    ("--microbatches 0", "microbatches cannot be 0 (--microbatches); give a whole number, 1 or "
+        "more"),
+    ("--seed -1", "seed cannot be -1 (--seed); give a whole number, 0 or more"),
+    ("--timeout 0", "timeout cannot be 0.0 (--timeout); give a finite number, 0.1 or more"),
+    ("--timeout 1e9", "timeout cannot be 1000000000.0 (--timeout); give a finite number, 86400 or "
+        "less"),
+    ("--nproc 0", "nproc cannot be 0 (--nproc); give a whole number, 1 or more"),
+    ("--nproc -1", "nproc cannot be -1 (--nproc); give a whole number, 1 or more"),
+    ("--nproc abc", "nproc cannot be 'abc' (--nproc); give a whole number, 1 or more"),
+    (f"--strategy dp --nproc {TOO_MANY}", f"nproc {TOO_MANY} is more than 4 ranks for each of "
+        f"{cores()} cores (--nproc); give {TOO_MANY - 1} or less, or add --oversubscribe"),
+    ("--nproc 2", "strategy single is for 1 process, 2 were started (--strategy); start 1, or give "
+        "--strategy dp"),
+    ("--strategy dp --nproc 4 --batch 30", "batch 30 does not divide into 4 data-parallel ranks x "
+        "1 microbatches = 4 (--batch); give --batch 32"),
+    ("--strategy dp --nproc 4 --microbatches 4 --batch 3", "batch 3 does not divide into 4 "
+        "data-parallel ranks x 4 microbatches = 16 (--batch); give --batch 16"),
+    ("--nproc 1 --microbatches 3", "batch 32 does not divide into 1 data-parallel ranks x 3 "
+        "microbatches = 3 (--batch); give --batch 33"),
+    ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
+        "type torchrun --nproc_per_node=3 ... or --nproc 3"),
+    ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp, "
+        "or give --strategy tp"),
+    ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
+        "it out, or give --strategy tp"),
+    ("--strategy tp --regather", "regather gathers again what --sequence-parallel has cut "
+        "(--regather); give both"),
+    ("--strategy pp --nproc 8 --oversubscribe", "8 stages (8 ranks of pp x 1) are more than the 4 "
+        "blocks of gpt tiny (--mesh); give --layers 8, or a smaller pp"),
+    ("--strategy pp --nproc 2 --microbatches 5", "batch 32 does not divide into 1 data-parallel "
+        "ranks x 5 microbatches = 5 (--batch); give --batch 30"),
+    ("--strategy pp --nproc 4 --layers 8 --schedule interleaved --microbatches 2", "interleaved "
+        "takes micro-batches in groups of one a rank, and 2 do not divide by 4 ranks of pp "
+        "(--microbatches); give --microbatches 4"),
+    ("--schedule zb", "strategy single has no schedule (--schedule); leave it out, or give "
+        "--strategy pp"),
+    ("--strategy pp --nproc 2 --schedule zbb", "no schedule 'zbb', and no such file (No such file "
+        "or directory) (--schedule); give gpipe, 1f1b, interleaved, zb or zbv (did you mean zb?), "
+        "or a file of one row a rank: 0F0,0F1,0B0,0B1"),
+    ("--strategy pp --nproc 2 --schedule zb --chunks 2", "schedule zb has 1 stage a rank, not 2 "
+        "(--chunks); leave it out, or give --schedule interleaved"),
+    ("--strategy pp --nproc 2 --schedule zb --recompute 1", "recompute computes a block again for "
+        "the whole of its backward, which schedule zb does in two halves (--recompute); leave it "
+        "out, or give --schedule 1f1b"),
+    ("--strategy pp --impl torch --emulate-compute 20", "emulate_compute is of what is written "
+        "here, pp@torch is a library's (--emulate-compute); leave it out, or give --impl hand"),
+    ("--strategy pp --emulate-compute 0", "emulate_compute cannot be 0.0 (--emulate-compute); give "
+        "a finite number above 0"),
+    ("--model resnet18 --layers 3", "model resnet18 has 8 blocks, no more and no fewer (--layers); "
+        "leave it out"),
+    ("--strategy tp --nproc 3", "gpt tiny has 4 heads and 2 of keys and values, which 3 ranks of "
+        "tp@hand cannot share out (--mesh); degrees that work: 1, 2, 4; give --mesh tp=2"),
+    ("--strategy tp --impl torch --nproc 4", "gpt tiny has 4 heads and 2 of keys and values, which "
+        "4 ranks of tp@torch cannot share out (--mesh); degrees that work: 1, 2; give --mesh tp=2"),
+    ("--strategy tp --model resnet18 --nproc 2", "no tp of resnet18: tp splits matrices, and all "
+        "but 17,442 of its parameters are convolutions and norms (--model); give --model gpt or "
+        "--model mlp or --model vit"),
+    ("--strategy tp --sequence-parallel --seq 30 --nproc 4", "seq 30 does not divide over 4 ranks "
+        "of tp (--seq, --sequence-parallel); give --seq 32"),
+    ("--mesh dp=2", "strategy single does not run along 'dp' (--mesh); it takes no mesh, or give "
+        + ALONG_DP),
+    ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
+    ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
+        "once"),
+    ("--out \udcff", r"out cannot be '\udcff' (--out); give UTF-8 text without NUL"),
+    ("--out a\0b", r"out cannot be 'a\x00b' (--out); give UTF-8 text without NUL"),
+    ("--config nope.toml", "no file 'nope.toml' (--config); give a TOML file, such as "
+        "configs/02_dp.toml"),
+    ("--config=", "no file '' (--config); give a TOML file, such as configs/02_dp.toml"),
+    ("--config /dev/zero", "'/dev/zero' is no settings file (--config); give a TOML file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_a_bad_command_line_is_refused_in_one_line(arguments, line):
+    assert refusal(*arguments.split(" ")) == line
+
+
+@pytest.mark.parametrize(
+    "mesh", ["dp", "dp=", "dp=0", "dp=x", "dp=2,dp=2", "dp=2,", f"dp={10**10}"]
+)
+def test_a_mesh_that_is_none_is_refused(mesh):
+    line = f"mesh cannot be '{mesh}' (--mesh); give each axis once, with a size of 1 or more: dp=2"
+    assert refusal("--strategy", "dp", "--mesh", mesh) == line
+
+
+BAD_FILES = [
+    ("", "the file sets nothing (run.toml); write settings such as steps = 300"),
+    ("# only a comment\n", "the file sets nothing (run.toml); write settings such as steps = 300"),
+    ("steps 3\n", "not TOML: Expected '=' after a key in a key/value pair (run.toml:1:7); correct "
+        "that"),
+    ("steps = 3\nlr = [1", "not TOML: Unclosed array (run.toml:2:8); correct that"),
+    ("steps = 3\nsteps = 4\n", "not TOML: Cannot overwrite a value (is the key set twice?) "
+        "(run.toml:2:10); correct that"),
+    ("[mesh]\n[mesh]\n", "not TOML: Cannot declare ('mesh',) twice (run.toml:2:6); correct that"),
+    ("a = " + 5000 * "[", "brackets nest too deep (run.toml); settings are plain values"),
+    (b"a = 1\n\xff", "byte 6 is not UTF-8 ('run.toml'); save the file as UTF-8"),
+    (70_000 * "#", "'run.toml' is no settings file (--config); give a TOML file"),
+    ("# lr\n\nbatchsize = 3\n", "no setting 'batchsize' (run.toml:3); did you mean batch?"),
+    ("qqq = 3\n", "no setting 'qqq' (run.toml:1); --help lists them, with dashes"),
+    ("[model]\nname = 'gpt'\n", "model cannot be a table (run.toml:1); give gpt, mlp, vit or "
+        "resnet18"),
+    ("config = 'b.toml'\n", "no setting 'config' (run.toml:1); --help lists them, with dashes"),
+    ("lr = 'fast'\n", "lr cannot be 'fast' (run.toml:1); give a finite number above 0"),
+    ("lr = true\n", "lr cannot be true (run.toml:1); give a finite number above 0"),
+    ("lr = nan\n", "lr cannot be nan (run.toml:1); give a finite number above 0"),
+    ("steps = '3'\n", "steps cannot be '3' (run.toml:1); give a whole number, 1 or more"),
+    ("steps = 1.5\n", "steps cannot be 1.5 (run.toml:1); give a whole number, 1 or more"),
+    ("steps = true\n", "steps cannot be true (run.toml:1); give a whole number, 1 or more"),
+    ("steps = [3]\n", "steps cannot be a list (run.toml:1); give a whole number, 1 or more"),
+    ("steps = 1979-05-27\n", "steps cannot be 1979-05-27 (run.toml:1); give a whole number, 1 or "
+        "more"),
+    (f"steps = 0x{5000 * 'f'}\n", "steps cannot be so large a number (run.toml:1); give a whole "
+        "number, 2147483647 or less"),
+    ("overwrite = 1\n", "overwrite cannot be 1 (run.toml:1); give true or false"),
+    ("data = 3\n", "data cannot be 3 (run.toml:1); give UTF-8 text without NUL"),
+    ('out = "a\\u0000b"\n', r"out cannot be 'a\x00b' (run.toml:1); give UTF-8 text without NUL"),
+    ("strategy = 'ddpp'\n", f"strategy cannot be 'ddpp' (run.toml:1); give {ALL} "
+        "(did you mean ddp?)"),
+    ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
+        "once, with a size of 1 or more: dp=2"),
+    ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp does not run along 'tp' (run.toml:3); its "
+        "axes are dp, or give --strategy tp"),
+    (f"strategy = 'dp'\nnproc = {TOO_MANY}\n", f"nproc {TOO_MANY} is more than 4 ranks for each of "
+        f"{cores()} cores (run.toml:2); give {TOO_MANY - 1} or less, or add --oversubscribe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "line"), BAD_FILES, ids=[repr(c[:30]) for c, _ in BAD_FILES])
+def test_a_bad_file_is_refused_in_one_line_with_the_place(file, content, line):
+    assert refusal("--config", file(content)) == line
+
+
+def test_a_bad_value_in_the_file_is_refused_even_if_a_flag_overrides_it(file):
+    assert refusal("--config", file("steps = 0\n"), "--steps", "3").startswith("steps cannot be 0")
+
+
+def test_a_number_of_thousands_of_digits_is_refused(file):
+    assert "(run.toml); correct that" in refusal("--config", file(f"steps = {5000 * '9'}\n"))
+
+
+def test_a_misspelled_file_or_a_folder_is_answered_with_a_file_that_is_there(file, tmp_path):
+    file("steps = 3\n")
+    assert refusal("--config", "runs.toml").endswith("did you mean run.toml?")
+    assert refusal("--config", ".") == "'.' is a folder (--config); give a file: run.toml"
+    (tmp_path / "none").mkdir()
+    assert refusal("--config", "none").endswith("give a file: a TOML file")
+
+
+def test_a_file_that_cannot_be_read_is_refused(file, monkeypatch):
+    path = file("steps = 3\n")
+
+    def deny(self):  # tests may run as root, to whom nothing is unreadable
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    line = "cannot read 'run.toml': Permission denied (--config); give a file that you may read"
+    assert refusal("--config", path) == line
+
+
+def test_whatever_is_typed_the_answer_is_one_printable_line():
+    for nasty in ("\x1b[31m\n\r\t", "x\n" * 500, "\u2028", "%s %(x)d {0}"):
+        for arguments in ([nasty], ["--" + nasty], ["--strategy", nasty], ["--config", nasty]):
+            line = refusal(*arguments)
+            assert line.isprintable()
+            assert len(line) < 300
+
+
+def test_a_file_may_be_named_anything_and_its_line_is_still_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\nb.toml").write_text("steps = 0\n")
+    line = r"steps cannot be 0 ('a\nb.toml':1); give a whole number, 1 or more"
+    assert refusal("--config", "a\nb.toml") == line
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
+    draw = random.Random(seed)
+    began, outcomes = time.perf_counter(), set()
+    for _ in range(50):
+        text = mutated(draw.choice(PRESETS).read_bytes(), draw)
+        try:
+            outcome = parse(["--config", file(text)])
+        except UserError as error:
+            outcome = str(error)
+        assert isinstance(outcome, Config) or (outcome.isprintable() and len(outcome) < 300), text
+        outcomes.add(type(outcome))
+    assert outcomes == {Config, str}
+    assert time.perf_counter() - began < 10  # takes half a second; a hang takes for ever
+
+
+def mutated(text: bytes, draw: random.Random) -> bytes:
+    """A file after one to three slips of the hand, or of the disk."""
+    tokens = b"true nan -inf 1e999 [[ ]] { } ''' ' = . # \n \0 \xff \\ 1979-05-27 _ 0x".split(b" ")
+    for _ in range(draw.randint(1, 3)):
+        a, b = sorted(draw.randrange(len(text) + 1) for _ in range(2))
+        a = draw.choice([a, max(a, b - 5)])  # long cuts and short ones
+        text = draw.choice([
+            text[:a] + text[b:],
+            text[:b] + text[a:],
+            text[:b] + draw.choice(tokens) + text[b:],
+            text[:b] + bytes([draw.randrange(256)]) + text[b + 1 :],
+            text[:b],
+        ])  # fmt: skip
+    return text
+
+
+# --- the mesh for so many processes ---------------------------------------------------------------
+
+
+def test_the_default_mesh_is_all_ranks_on_the_strategys_own_axis():
+    assert Config(strategy="dp").axes(4) == {"dp": 4}
+    assert Config(strategy="single").axes(1, plain=True) == {}
+
+
+def test_one_rank_on_purpose_is_allowed_and_one_by_accident_is_told_how_to_start():
+    assert Config(strategy="dp").axes(1) == {"dp": 1}
+    with pytest.raises(UserError) as caught:
+        Config(strategy="dp").axes(1, plain=True)
+    assert str(caught.value) == (
+        "strategy dp runs on several processes, this is one alone (--strategy); add --nproc 2, or "
+        "start it by torchrun --nproc_per_node=2"
+    )
+    with pytest.raises(UserError, match="add --nproc 3, or"):
+        Config(strategy="dp", mesh="dp=3").axes(1, plain=True)
+
+
+def test_an_oversubscribed_machine_is_a_choice():
+    arguments = ["--strategy", "dp", "--nproc", str(TOO_MANY), "--batch", str(TOO_MANY)]
+    assert parse([*arguments, "--oversubscribe"]).nproc == TOO_MANY
+
+
+@pytest.mark.parametrize("batch", range(1, 40))
+def test_the_batch_that_is_offered_works_and_none_is_nearer(batch):
+    config = Config(strategy="dp", batch=batch, microbatches=2)
+    try:
+        config.axes(3)
+    except UserError as error:
+        offered = int(str(error).rpartition(" ")[2])
+        dataclasses.replace(config, batch=offered).axes(3)
+        assert abs(offered - batch) <= 3 or offered == 6
+    else:
+        assert batch % 6 == 0
+
+
+# --- the data that a model can take --------------------------------------------------------------
+
+MISFITS = [
+    ("vit", "stdlib", None, "model vit reads images, and --data 'stdlib' is text (--model); give "
+        "--data glyphs, mnist, cifar10, fake or module:function"),
+    ("resnet18", "glyfs", None, "model resnet18 reads images, and --data 'glyfs' is text "
+        "(--model); give --data glyphs, mnist, cifar10, fake or module:function (did you mean "
+        "glyphs?)"),
+    ("gpt", "mnist", (1, 28, 28), "model gpt reads text, and --data 'mnist' is images of 28 x 28 "
+        "(--model); give --data stdlib, or --model vit or --model resnet18"),
+    ("vit", "fake:3x30x45", (3, 30, 45), "model vit cuts an image into patches of 4 x 4, which 30 "
+        "x 45 does not divide into (--data 'fake:3x30x45'); give images of 32 x 44"),
+    ("vit", "my:own", (3, 1, 4), "model vit cuts an image into patches of 4 x 4, which 1 x 4 does "
+        "not divide into (--data 'my:own'); give images of 4 x 4"),
+    ("resnet18", "fake:3x64x8", (3, 64, 8), "model resnet18 halves an image three times, which 64 "
+        "x 8 is too small for (--data 'fake:3x64x8'); give images of 9 x 9 or more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "data", "image", "line"), MISFITS)
+def test_data_that_a_model_cannot_take_is_refused_in_one_line(model, data, image, line):
+    with pytest.raises(UserError) as caught:
+        Config(model=model, data=data).check_fits(image)
+    assert str(caught.value) == line
+
+
+def test_data_that_fits_is_taken_without_a_word():
+    for model, image in [("gpt", None), ("vit", (1, 28, 28)), ("resnet18", (3, 9, 30))]:
+        Config(model=model).check_fits(image)
+
+
+# --- presets, and tables that others keep, too ----------------------------------------------------
+
+
+def test_presets_are_numbered_in_reading_order():
+    assert [int(path.name[:2]) for path in PRESETS] == list(range(1, len(PRESETS) + 1))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_what_it_is_about_and_sets_what_differs(path):
+    config = parse(["--config", str(path), "--oversubscribe"])
+    assert 20 < len(config.about) < 100
+    config.axes(config.nproc or 1, plain=config.nproc is None)
+    if path != PRESETS[0]:  # the first shows what there is to set
+        repeated = {k for k, v in config.to_dict().items() if v == getattr(Config(), k)}
+        assert not repeated & tomllib.loads(path.read_text()).keys()
+
+
+def test_the_command_line_offers_what_the_library_has():
+    import torch
+
+    from dist_lab import zoo
+    from dist_lab.programs.cli import config
+    from dist_lab.programs.train import loop
+
+    offered = {(name, impl) for name, row in STRATEGIES.items() for impl in row.impls}
+    assert offered == set(IMPLEMENTATIONS)
+    choices = {f.name: set(f.metadata.get("choices", ())) for f in dataclasses.fields(Config)}
+    assert choices["model"] == set(zoo.SIZES)
+    assert choices["size"] == set().union(*zoo.SIZES.values())
+    for name, model in zoo.MODELS.items():
+        for size, shape in zoo.SIZES[name].items():
+            assert config.MODELS[name].blocks(size) == shape.get("layers", len(model.units))
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in choices["dtype"])
+    assert choices["optimizer"] == set(loop.OPTIMIZERS)
+
+
+def test_a_flag_that_means_nothing_to_a_program_is_unknown_there_but_a_shared_file_may_set_it(
+    tmp_path,
+):
+    preset = tmp_path / "run.toml"
+    preset.write_text("val_every = 7\nsteps = 5\n")
+    config = parse(["--config", str(preset)], without=["val_every"])
+    assert (config.val_every, config.steps) == (7, 5)
+    with pytest.raises(UserError, match="no flag '--val-every'"):
+        parse(["--val-every", "3"], without=["val_every"])
+
+
+def test_a_schedule_that_deadlocks_is_shown_with_the_place_before_a_rank_starts(file):
+    path = file("0F0,0B0,0F1,0B1\n1F1,1F0,1B0,1B1\n")
+    said = refusal("--strategy", "pp", "--nproc", "2", "--microbatches", "2", "--schedule", path)
+    assert said.splitlines() == [
+        "schedule run.toml: deadlock: rank 0 waits in 0B0 for 1B0, rank 1 waits in 1F1 for 0F1; on "
+        "rank 0 move 0F1 before 0B0",
+        "  rank 0: 0F0 [0B0] 0F1 0B1   <-- waits for 1B0",
+        "  rank 1: [1F1] 1F0 1B0 1B1   <-- waits for 0F1",
+    ]

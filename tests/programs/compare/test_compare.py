@@ -1,0 +1,452 @@
+"""The comparison of strategies: how certain it is, what it refuses, and what it leaves behind."""
+
+import csv
+import gc
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from programs import run
+from rich.console import Console
+
+from dist_lab.data import open_data
+from dist_lab.errors import UserError, one_of
+from dist_lab.mesh.mesh import init_mesh
+from dist_lab.observe import sockets
+from dist_lab.observe.memory import KINDS
+from dist_lab.parallel.replicated import ddp, ddp_torch, dp
+from dist_lab.processes.ranks import cores
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.compare import files, measure, rounds, tables
+from dist_lab.programs.compare.ratios import Quartiles, depth, fewest_rounds, missed, orders, ratio
+from dist_lab.programs.compare.report import Report, Row, Traffic
+from dist_lab.programs.compare.settings import Entry, Settings, entries, read
+from dist_lab.step.protocol import Applied, Setup
+
+ROOT = Path(__file__).parents[3]
+LABELS = [
+    name if impl == "hand" else f"{name}@{impl}"
+    for name, row in STRATEGIES.items()
+    for impl in row.impls
+]
+IN_BUCKETS = " or ".join(
+    f"--strategy {name}" for name, row in STRATEGIES.items() if "bucket_mb" in row.options
+)
+TOO_MANY = 4 * cores() + 1
+
+
+# --- how certain it is ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [8, 9, 12])
+def test_the_interval_misses_the_median_as_often_as_counting_every_case_says(n):
+    for k in range(1, n // 2 + 1):
+        sides = itertools.product([0, 1], repeat=n)  # each value below the median, or above it
+        misses = sum(sum(side) < k or n - sum(side) < k for side in sides)
+        assert missed(n, k) == pytest.approx(misses / 2**n)
+
+
+def test_it_is_the_narrowest_that_is_right_99_times_in_100():
+    for n in range(8, 200):
+        assert missed(n, depth(n)) <= 0.01 < missed(n, depth(n) + 1)
+
+
+def test_fewer_than_8_rounds_have_no_such_interval():
+    assert fewest_rounds() == 8
+    with pytest.raises(ValueError, match="7 rounds"):
+        ratio([1.0] * 7, [1.0] * 7)
+
+
+def test_the_ratio_is_of_paired_rounds():
+    slow_machine = [1.0, 5.0, 2.0, 9.0, 1.0, 3.0, 7.0, 2.0]  # different in every round
+    found = ratio(slow_machine, [1.25 * seconds for seconds in slow_machine])
+    assert (found.median, found.low, found.high) == (1.25, 1.25, 1.25)
+    assert found.verdict == "faster"
+    assert found.confidence == 1 - 2 / 2**8
+
+
+def test_the_verdict_follows_from_the_interval():
+    times = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]
+    assert ratio(times, [1.0] * 8).verdict == "too noisy to tell"  # the interval ends at 1
+    assert ratio([1.0] * 8, times).verdict == "too noisy to tell"  # it begins there
+    assert ratio([t + 0.01 for t in times], [1.0] * 8).verdict == "slower"
+    assert ratio([0.9] * 8, times).verdict == "faster"
+
+
+def noisy_rounds(speedup: float, draw: random.Random, rounds: int = 24, steps: int = 3):
+    """Times of two strategies, the first `speedup` times as fast, as a bad machine gives them.
+
+    It drifts, has bad minutes, interrupts, and favours whoever runs first.
+    """
+    found: list[list[float]] = [[], []]
+    slow = 0.0
+    for number, order in enumerate(orders(2, rounds, seed=draw.randrange(10**6))):
+        slow = 0.8 * slow + draw.expovariate(20)  # what is slow now stays so for a while
+        for position, who in enumerate(order):
+            times = []
+            for _ in range(steps):
+                seconds = (1 + slow + 0.01 * number) * (1 if position else 0.97)
+                seconds *= draw.lognormvariate(0, 0.03) * (5 if draw.random() < 0.1 else 1)
+                times.append(seconds / (speedup if who == 0 else 1))
+            found[who].append(statistics.median(times))
+    return found
+
+
+def test_a_strategy_compared_with_itself_is_not_told_apart_99_times_in_100():
+    draw = random.Random(0)
+    verdicts = [ratio(*noisy_rounds(1, draw)).verdict for _ in range(500)]
+    assert verdicts.count("too noisy to tell") >= 495
+
+
+def test_a_tenth_is_found_in_the_same_noise():
+    draw = random.Random(0)
+    verdicts = [ratio(*noisy_rounds(1.1, draw)).verdict for _ in range(200)]
+    assert verdicts.count("faster") >= 180
+    assert verdicts.count("slower") == 0
+
+
+@pytest.mark.parametrize("contenders", [1, 2, 5])
+def test_no_place_in_a_round_is_favoured(contenders):
+    made = orders(contenders, 20, seed=3)
+    assert all(sorted(order) == list(range(contenders)) for order in made)
+    for who in range(contenders):
+        places = [order.index(who) for order in made]
+        assert statistics.fmean(places) == (contenders - 1) / 2
+    assert made == orders(contenders, 20, seed=3), "every rank draws it for itself"
+    assert contenders == 1 or made != orders(contenders, 20, seed=4)
+    assert orders(contenders, 9, seed=3) == made[:9]
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def test_every_strategy_is_compared_unless_some_are_named():
+    every = [entry.label for entry in read([]).entries()]
+    assert every == LABELS
+    assert {"single", "ddp@accelerate", "fsdp@torch"} <= set(every)
+    some = read(["--strategies", "dp, ddp@torch,dp@hand"]).entries()
+    assert some == [
+        Entry("dp", "dp", "hand"), Entry("ddp@torch", "ddp", "torch"), Entry("dp#2", "dp", "hand"),
+    ]  # fmt: skip
+
+
+def test_each_gets_what_train_would_be_told():
+    settings = read("--strategies single,dp --nproc 2 --mesh dp=2 --lr 0.5".split())
+    single, dp = (settings.of(entry) for entry in settings.entries())
+    assert type(dp) is Config
+    assert (dp.strategy, dp.mesh, dp.nproc, dp.lr) == ("dp", "dp=2", 2, 0.5)
+    assert (single.strategy, single.mesh, single.nproc, single.lr) == ("single", "", None, 0.5)
+    assert settings.axes(2) == {"dp": 2}
+
+
+def test_a_setting_of_one_strategy_is_not_told_to_the_others():
+    settings = read("--strategies dp,ddp --nproc 2 --bucket-mb 3".split())
+    assert [settings.of(entry).bucket_mb for entry in settings.entries()] == [None, 3]
+
+
+def test_smoke_is_small_and_flags_win_over_it():
+    smoke = read("--smoke --rounds 9".split())
+    assert (smoke.size, smoke.batch, smoke.seq, smoke.rounds) == ("tiny", 8, 32, 9)
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        settings = read(arguments)
+        settings.axes(1, plain=settings.nproc is None)
+    return str(caught.value)
+
+
+ALL = one_of(LABELS, "")
+BAD_FLAGS = [
+    ("--strategies ddpp", f"no strategy 'ddpp' (--strategies); give, by commas, {ALL} (did you "
+        "mean ddp?)"),
+    ("--strategies dp,ddp@jax", f"no strategy 'ddp@jax' (--strategies); give, by commas, {ALL} "
+        "(did you mean ddp?)"),
+    ("--strategies=", f"no strategy '' (--strategies); give, by commas, {ALL}"),
+    ("--strategies dp,", f"no strategy '' (--strategies); give, by commas, {ALL}"),
+    ("--strategies single,dp --reference dpp", "reference 'dpp' is not compared (--reference); "
+        "give single or dp (did you mean dp?), or name it in --strategies"),
+    ("--rounds 7", "7 rounds are too few for an interval of 99% (--rounds); give 8 or more"),
+    ("--nproc 4 --batch 30", "batch 30 does not divide into 4 data-parallel ranks x 1 microbatches "
+        "= 4 (--batch); give --batch 32"),
+    ("--nproc 4 --mesh dp=2", "mesh dp=2 needs 2 processes, 4 were started (--mesh); type torchrun "
+        "--nproc_per_node=2 ... or --nproc 2"),
+    ("--strategies dp --nproc 2 --mesh tp=2", "none of the strategies runs on mesh tp=2 (--mesh); "
+        "drop --mesh, or name others in --strategies"),
+    ("--strategies dp", "a comparison runs on several processes, this is one alone (--strategies); "
+        "add --nproc 4, or start it by torchrun --nproc_per_node=4"),
+    (f"--strategies single --nproc {TOO_MANY}", f"nproc {TOO_MANY} is more than 4 ranks for each "
+        f"of {cores()} cores (--nproc); give {TOO_MANY - 1} or less, or add --oversubscribe"),
+    ("--strategies single,dp --nproc 2 --bucket-mb 3", "strategy single has no bucket_mb "
+        f"(--bucket-mb); leave it out, or give {IN_BUCKETS}"),
+    ("--strategy dp", "no flag '--strategy'; did you mean --strategies? --help lists them all"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_a_bad_command_line_is_refused_in_one_line(arguments, line):
+    assert refusal(*arguments.split(" ")) == line
+
+
+def test_one_that_does_not_run_along_the_mesh_is_no_reason_to_stop_the_others():
+    settings = read("--strategies single,dp --nproc 2 --mesh tp=2".split())
+    single, dp = settings.entries()
+    assert settings.misfit(single) == ""
+    assert settings.misfit(dp) == "does not run along tp=2 (--mesh); its axes are dp"
+    every = read("--nproc 2 --mesh tp=2".split()).entries()
+    assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
+
+
+def test_the_program_answers_a_mistake_without_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "compare.py", "--strategies", "zp"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr.startswith("compare.py: error: no strategy 'zp' (--strategies); ")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+AT_PEAK = dict.fromkeys(KINDS, 0) | {"parameters": 4_000_000, "activations": 36_000_000}
+
+
+def row(label: str, times: list[float], loss: float = 2.0, **changes) -> Row:
+    strategy, _, impl = label.partition("@")
+    made = Row(
+        label=label, strategy=strategy, impl=impl or "hand", about="", processes=4,
+        rounds=[[t, t, 9 * t] for t in times],  # one step in three is interrupted
+        losses=[5.0, loss], blocked=[0.25, 0.25], peak_memory_bytes=40_000_000,
+        peak_memory={"at_peak": AT_PEAK, "own_peak": AT_PEAK},
+        flops_per_step=1e9, kernel_bytes=6_010_000.0,
+        traffic=[Traffic("all_reduce dp", 4, 4e6, 6e6, 6e6), Traffic("send pp", 1, 8, 8, 8)],
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def report(*rows: Row) -> Report:
+    config = {"model": "gpt", "dtype": "float32", "steps": 3}
+    return Report(
+        setting={"config": config, "parameters": 1e6, "world_size": 4, "threads": 1, "cores": 2},
+        reference=rows[0].label, unit="tokens/s", batch=256, peak_flops_per_s=1e11, rows=[*rows],
+        refused={"fsdp": "not on this mesh"},
+    )  # fmt: skip
+
+
+TIMES = [0.5, 0.5, 0.6, 0.5, 0.7, 0.5, 0.6, 0.5]
+
+
+def test_a_row_follows_from_the_times_of_its_rounds():
+    found = report(row("ddp", TIMES), row("dp", [2 * t for t in TIMES], blocked=None))
+    summary = found.summary(found.rows[1])
+    assert (summary["step_ms"], summary["ratio"], summary["verdict"]) == (1000, 0.5, "slower")
+    assert summary["tokens_per_s"] == Quartiles.of([128 / t for t in TIMES]).median
+    assert summary["mfu"] == pytest.approx(1e9 / 1.0 / 1e11)
+    assert (summary["payload_bytes"], summary["sent_bytes"]) == (4_000_008, 6_000_008)
+    assert (summary["blocked_ms"], summary["final_loss"]) == (None, 2.0)
+    assert found.summary(found.rows[0])["verdict"] == "reference"
+    assert found.summary(found.rows[0])["blocked_ms"] == 250
+
+
+def shown(found: Report, width: int = 120) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(tables.speed(found))
+        console.print(tables.cost(found))
+        console.print(tables.memory(found))
+        for line in tables.notes(found):
+            console.print(line, highlight=False, markup=False)
+    return capture.get()
+
+
+def test_the_tables_fit_120_columns_and_a_narrow_terminal():
+    twin = row("ddp@accelerate", TIMES, traffic=None, blocked=None, about="[bucket_cap_mb=25]")
+    found = report(row("ddp", TIMES), twin, row("dp", [12345.6] * 8))
+    wide = shown(found)
+    assert max(map(len, wide.splitlines())) <= 120
+    for word in ("ddp@accelerate ", "not counted here ", "all_reduce dp", "[bucket_cap_mb=25]"):
+        assert word in wide
+    assert "fsdp: refused: not on this mesh" in wide
+    narrow = shown(found, 60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert "\u2026" not in narrow, "no number is cut short"
+
+
+def test_losses_that_differ_are_shown_to():
+    alike = shown(report(row("ddp", TIMES), row("dp", TIMES, loss=2.0001)))
+    assert "differs" not in alike
+    assert "final losses after 2 steps each are equal" in alike
+    unlike = shown(report(row("ddp", TIMES), row("dp", TIMES, loss=2.1)))
+    assert "2.1 differs" in unlike
+    assert "differ: the furthest from ddp's is dp's, by 5.0e-02 of it" in unlike
+
+
+def test_what_is_written_can_be_read_again(tmp_path):
+    found = report(row("ddp", TIMES), row("ddp@torch", TIMES, traffic=None, kernel_bytes=None))
+    files.write(found, tmp_path)
+    kept = json.loads((tmp_path / "compare.json").read_text())
+    assert [one["strategy"] for one in kept["strategies"]] == ["ddp", "ddp@torch"]
+    assert kept["measured"][0]["rounds"] == found.rows[0].rounds
+    with (tmp_path / "compare.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["strategy"] for line in lines] == ["ddp", "ddp@torch", "fsdp"]
+    assert (lines[1]["sent_bytes"], lines[2]["refused"]) == ("", "not on this mesh")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# --- on ranks -------------------------------------------------------------------------------------
+
+
+def small(text: Path, **changes) -> Settings:
+    values = {
+        "data": str(text),
+        "cache": str(text.parent),
+        "seq": 16,
+        "batch": 4,
+        "dtype": "float64",
+    }
+    return Settings(**{"rounds": 8, "steps": 1, "threads": 1} | values | changes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "source.txt"
+    path.write_bytes(Path(subprocess.__file__).read_bytes()[:40_000])
+    return path
+
+
+def opened(settings: Settings):
+    cache = Path(settings.cache)
+    return open_data(settings.data, batch=settings.batch, seq=settings.seq, seed=0, cache_dir=cache)
+
+
+@pytest.mark.ranks(2)
+def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
+    settings = small(text)
+    found = measure.measure(
+        settings, mesh, opened(settings), entries(["single", "dp", "ddp", "dp"])
+    )
+    assert (found is None) == (mesh.rank == 1)
+    if found is None:
+        return
+    assert [one.label for one in found.rows] == ["single", "dp", "ddp", "dp#2"]
+    single, dp, ddp, again = found.rows
+    assert [one.processes for one in found.rows] == [1, 2, 2, 2]
+    assert all(len(one.losses) == measure.WARM_UP + 8 for one in found.rows)
+    assert all(found.loss_error(one) < 1e-10 for one in found.rows)
+    assert dp.losses == again.losses
+    assert all(len(one.rounds) == 8 and len(one.rounds[0]) == 1 for one in found.rows)
+    assert (found.unit, found.batch) == ("tokens/s", 4 * 16)
+    assert single.flops_per_step == dp.flops_per_step > 0
+    gradients = 8 * found.setting["parameters"]
+    assert single.traffic == []
+    for one in (dp, ddp):
+        assert all(traffic.collective.startswith("all_reduce dp") for traffic in one.traffic)
+        payload = sum(traffic.payload for traffic in one.traffic)
+        assert gradients < payload < gradients + 1000
+        # 2 (N-1)/N at N = 2
+        assert sum(traffic.formula for traffic in one.traffic) == pytest.approx(payload)
+    assert sum(t.calls for t in ddp.traffic) < sum(t.calls for t in dp.traffic)
+    # Weights, gradients and two moments at the least, and some activations.
+    assert all(4 * gradients < one.peak_memory_bytes < 12 * gradients for one in found.rows)
+    if sockets.sent_bytes() is not None:
+        assert single.kernel_bytes < 1000
+        assert dp.kernel_bytes == pytest.approx(dp.traffic[0].sent, rel=0.03)
+
+
+@pytest.mark.ranks(2)
+def test_what_cannot_run_is_refused_on_all_ranks_leaves_nothing_and_the_others_run(text, mesh):
+    models = []
+
+    def refuse(setup: Setup) -> Applied:
+        models.append(weakref.ref(setup.model))
+        raise UserError("not today")
+
+    def refuse_on_rank_1(setup: Setup) -> Applied:
+        if setup.axis.index == 1:
+            raise UserError("not here")
+        return dp.apply(setup)
+
+    settings = small(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddp, "apply", refuse)
+        patch.setattr(ddp_torch, "apply", refuse_on_rank_1)
+        listed = entries(["ddp", "dp", "ddp@torch"])
+        found = measure.measure(settings, mesh, opened(settings), listed)
+        with pytest.raises(UserError, match=r"^reference ddp cannot run: not today; give another"):
+            measure.measure(replace(settings, reference="ddp"), mesh, opened(settings), listed)
+        with pytest.raises(UserError, match=r"^none of the strategies can run; ddp: not today"):
+            measure.measure(settings, mesh, opened(settings), listed[:1])
+    if found is not None:
+        assert found.refused == {"ddp": "not today", "ddp@torch": "not here"}
+        assert ([one.label for one in found.rows], found.reference) == (["dp"], "dp")
+    gc.collect()
+    assert len(models) == 3
+    assert not any(model() for model in models)
+
+
+@pytest.mark.ranks(2)
+def test_a_step_is_done_when_the_slowest_rank_has_done_it(mesh):
+    def step() -> None:
+        time.sleep(0.2 if mesh.rank == 1 else 0.15)
+
+    for seconds in rounds.block(step, 3, mesh.world):
+        assert 0.2 <= seconds < 0.33
+
+
+@pytest.mark.ranks(2)
+def test_who_sits_out_a_long_block_does_not_time_out(mesh):
+    short = init_mesh(timeout=1.0, dp=2)
+    taken = rounds.block(lambda: time.sleep(0.6 * (mesh.rank == 0)), 3, short.world, alone=True)
+    assert all(0.6 <= seconds < 0.9 for seconds in taken)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_the_kernel_counts_what_this_rank_sends_and_not_the_meetings_around_it(mesh):
+    import torch
+
+    from dist_lab.comm import ops
+
+    buffer = torch.zeros(1 << 20, dtype=torch.uint8)
+
+    def send() -> None:
+        sends = [(buffer, 1)] if mesh.rank == 0 else []
+        receives = [(buffer, 0)] if mesh.rank == 1 else []
+        for pending in ops.exchange(sends, receives, mesh["dp"]):
+            pending.wait()
+
+    sent = measure.sent_during(send, mesh)
+    assert sent is not None
+    payload = buffer.nbytes if mesh.rank == 0 else 0
+    assert payload <= sent < payload + 150  # gloo's own headers
+
+
+def test_the_program_prints_tables_and_leaves_its_files(text, tmp_path):
+    out = tmp_path / "run"
+    flags = "--nproc 2 --smoke --steps 1 --seq 16 --strategies single,dp --reference dp"
+    place = ["--data", text, "--cache", tmp_path / "cache", "--out", out]
+    done = run("compare.py", *flags.split(), *place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "round   8/8  single " in done.stdout
+    assert "single: the whole batch on rank 0 alone" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 200
+    names = {path.name for path in out.iterdir()}
+    assert names == {"compare.json", "compare.csv", "compare.png"}
+    kept = json.loads((out / "compare.json").read_text())
+    assert kept["reference"] == "dp"
+    assert kept["setting"]["world_size"] == 2

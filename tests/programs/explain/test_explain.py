@@ -1,0 +1,213 @@
+"""explain shows what a run does, because it runs it."""
+
+import gc
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import run
+
+from dist_lab.errors import UserError
+from dist_lab.mesh import groups
+from dist_lab.mesh.mesh import init_mesh, pretended
+from dist_lab.parallel.schedules.library import bubble, make, render
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS
+from dist_lab.programs.cli.setup import build, meet
+from dist_lab.programs.explain.command import explain
+from dist_lab.programs.explain.dry_run import observe
+from dist_lab.programs.train import loop
+from dist_lab.programs.train.meter import Meter
+
+ROOT = Path(__file__).parents[3]
+BY_HAND = [name for name, impl in IMPLEMENTATIONS if impl == "hand" and name != "single"]
+SMALL = {"batch": 8, "seq": 16, "microbatches": 2, "data": str(ROOT / "README.md")}
+
+
+def program(*arguments):
+    command = [sys.executable, ROOT / "launch/explain.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def shown(capsys):
+    """What the program prints, without starting it: that takes a second or more."""
+    read = runpy.run_path(str(ROOT / "launch/explain.py"))["read"]
+
+    def show(*arguments):
+        assert explain(read(arguments), init_mesh()) == 0
+        said = capsys.readouterr()
+        assert said.err == ""
+        return said.out
+
+    return show
+
+
+def told(calls):
+    return [(c.phase, c.op, c.unit, c.payload, c.sent) for c in calls]
+
+
+def measured(config, mesh):
+    """What two steps of a run send, and the memory that they take."""
+    data = meet(config, mesh)
+    job = build(config, mesh, data)
+    optimizer = loop.make_optimizer(job, config)
+    steps, meter = [], Meter(job, optimizer)
+    for step in range(2):
+        rows = data.batch(step, loop.own_rows(config.batch, job))
+        with meter.step(step + 1), mesh.wire.ledger.recording() as calls:
+            loop.take_step(job, optimizer, *rows, step + 1, config)
+        steps.append(told(calls))
+    return steps, meter.memory
+
+
+@pytest.mark.slow_unless(
+    lambda strategy, dtype: (
+        (strategy, dtype)
+        in (
+            ("ddp", "float32"),
+            ("zero1", "float32"),
+            ("fsdp", "bfloat16"),
+            ("tp", "float32"),
+            ("pp", "float32"),
+        )
+    )
+)
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [(strategy, "float32") for strategy in BY_HAND]
+    + [(strategy, "bfloat16") for strategy in ("ddp", "fsdp", "tp", "pp")],
+)
+@pytest.mark.ranks(4, timeout=120)
+def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype, mesh):
+    own = {"bucket_mb": 0.5} if strategy == "ddp" else {}
+    layers = 4 if strategy == "pp" else 2
+    config = Config(strategy=strategy, dtype=dtype, layers=layers, **SMALL, **own)
+    steps, memory = measured(config, init_mesh(timeout=mesh.timeout, **config.axes(4)))
+    if mesh.rank == 0:
+        groups.disconnect()  # from here on it is alone, as whoever asks for an explanation
+        gc.collect()
+        with pretended(config.axes(4)) as other:
+            seen = observe(config, other)
+        assert [told(seen.first), told(seen.steady)] == steps
+        kinds = seen.peak.to_dict()
+        for moment, found in memory.to_dict().items():
+            assert (moment, kinds[moment]) == (moment, found)
+        assert seen.peak.total == memory.total == sum(kinds["at_peak"].values())
+
+
+def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted(shown):
+    text = shown("--strategy", "ddp", "--mesh", "dp=64", "--batch", "64", "--seq", "8")
+    assert "ranks of dp=64" in text
+    assert "model.layers.0-3.self_attn.q_proj.weight" in text
+    assert "bucket 0: lm_head.weight" in text
+    assert "2 (N-1)/N S" in text
+    row = next(line.split() for line in text.splitlines() if line.lstrip().startswith("all_reduce"))
+    payload, by_formula, sent = (int(row[i].replace(",", "")) for i in (3, -2, -1))
+    assert payload > 4 * 1_000_576  # all parameters, and the flags
+    assert by_formula == pytest.approx(2 * 63 / 64 * payload, abs=1)
+    assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest pieces
+
+
+def test_memory_stands_beside_what_the_layout_says(shown):
+    text = shown("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
+    table = text[text.index("memory of rank 0") :]
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.split()}
+    assert rows["parameters"] == ["4,002,304", "4,002,304", "4.00", "4,002,304"]
+    assert rows["gradients"][1:] == ["4,002,304", "4.00", "4,002,304"]
+    assert rows["optimizer"] == ["8,004,764", "8,004,764", "8.00", "8,004,764"]
+    assert "gathered" not in rows
+    assert len(rows["activations"]) == 3  # of which no layout knows
+
+
+@pytest.mark.slow_unless(lambda collectives: collectives == "direct")
+@pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
+def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives, shown):
+    text = shown("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
+    row = next(line.split() for line in text.splitlines() if line.lstrip().startswith("all_reduce"))
+    by_formula, sent = (int(row[i].replace(",", "")) for i in (-2, -1))
+    assert sent == pytest.approx(by_formula, rel=1e-2)
+
+
+def test_one_process_sends_nothing():
+    done = program("--seq", "8", "--batch", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("nothing is sent\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--strategy", "ddp", "--impl", "torch"], "ddp@torch is a library's (--impl); give"),
+        (["--strategy", "dp", "--mesh", "dp=3"], "batch 32 does not divide into 3 data-parallel"),
+        (["--strategy", "dp", "--mesh", "tp=3"], "strategy dp does not run along 'tp' (--mesh)"),
+        (["--strategy", "dp", "--nproc", "2"], "no flag '--nproc'"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_in_one_line(arguments, line):
+    done = run("explain.py", *arguments)
+    [said] = done.stderr.splitlines()
+    assert said.startswith("explain.py: error: ")
+    assert line in said
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--strategy dp --stages 2", "strategy dp has no stages (--stages); leave it out"),
+        ("--strategy ddp --svg a.svg", "strategy ddp has no svg (--svg); leave it out"),
+        ("--strategy pp --stages 2 --mesh pp=4", "and there is --mesh pp=4 (--stages); give one"),
+        ("--strategy pp --svg a.txt", "svg cannot be 'a.txt' (--svg); end it .svg, .png or .pdf"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused_before_anything_is_run(arguments, said, shown):
+    with pytest.raises(UserError, match=re.escape(said)):
+        shown(*arguments.split())
+
+
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb", "zbv"])
+def test_a_schedule_is_drawn_and_said_in_numbers(schedule, shown, tmp_path):
+    path = tmp_path / "grid.svg"
+    few = "--strategy pp --stages 2 --microbatches 4 --batch 4 --seq 8".split()
+    said = shown(*few, "--schedule", schedule, "--svg", str(path))
+    drawn = make(schedule, 2, 4)
+    assert said.startswith(f"{schedule}, one column a unit")
+    assert f"{bubble(drawn):.1%} idle" in said
+    assert render(drawn).splitlines()[1] in said
+    assert path.read_text().startswith("<?xml")
+
+
+def test_the_file_holds_layouts_memory_and_calls(shown, tmp_path):
+    out = tmp_path / "made"
+    said = shown("--strategy", "fsdp", "--batch", "4", "--seq", "8", "--out", str(out))
+    assert f"written to {out / 'explain.json'}" in said
+    found = json.loads((out / "explain.json").read_text())
+    assert (found["strategy"], found["mesh"]) == ("fsdp@hand", {"fsdp": 4})
+    assert found["layouts"]["lm_head.weight"] == {
+        "shape": [256, 128],
+        "dtype": "float32",
+        "splits": [["fsdp", {"shard": 0, "copies": 1}]],
+        "partial": [{"axis": "fsdp"}],
+    }
+    kinds = found["memory"]["kinds"]
+    assert sum(kind["at_peak"] for kind in kinds.values()) == found["memory"]["peak"]
+    assert {call["op"] for call in found["calls"]} >= {"all_gather", "reduce_scatter"}
+    assert {call["step"] for call in found["calls"]} == {1, 2}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, shown):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file.*\(--out\)"):
+        shown("--strategy", "dp", "--out", str(tmp_path / "file"))
+
+
+def test_a_presets_ranks_are_explained_and_not_started(shown):
+    assert "ranks of dp=2 x fsdp=2" in shown(
+        "--config", str(ROOT / "configs/08_hsdp.toml"), "--batch", "4", "--seq", "8"
+    )

@@ -1,0 +1,231 @@
+"""The parity table: every strategy equals one process, on every model, in float64.
+
+The comparison engine itself is tested by what it must not let pass:
+tests/programs/verify/test_traps.py.
+"""
+
+import functools
+import json
+
+import pytest
+import torch
+from models import BLOCKS, MODELS, axes_of, batch, batch_of, build, gpt, plan_of, refused, units_of
+
+import dist_lab
+from dist_lab.errors import UserError
+from dist_lab.programs.cli import registry
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS
+from dist_lab.programs.verify.engine import Reference
+
+PARALLEL = [key for key in IMPLEMENTATIONS if key[0] != "single"]
+assert PARALLEL, "a table without rows would pass by testing nothing"
+
+
+def test_the_command_line_offers_just_the_strategies_that_there_are():
+    offered = {(name, impl) for name, row in registry.STRATEGIES.items() for impl in row.impls}
+    assert offered == set(IMPLEMENTATIONS)
+
+
+@functools.cache  # in each rank, which runs one test after another: trained once for all strategies
+def reference(
+    is_deep, model, dtype, rows, *, steps=3, microbatches=1, clip=1.0, optimizer=torch.optim.AdamW,
+    lr=1e-3,
+):  # fmt: skip
+    held = torch.float32 if dtype == torch.bfloat16 else dtype  # of parameters and images
+    return Reference(
+        lambda: build("pp" if is_deep else "", model, held),
+        lambda step: batch_of(model, step, rows, held),
+        steps, microbatches, clip, optimizer, {"lr": lr},
+        param_dtype=dtype if dtype == torch.bfloat16 else None, keep=True,
+    )  # fmt: skip
+
+
+def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, told=None, **training):
+    alike = reference(strategy == "pp" and model in BLOCKS, model, dtype, rows, **training)
+    plan = plan_of(strategy, model, impl)
+    return alike.compare(mesh, strategy, impl, units=units_of(model), **plan, **(told or {}))
+
+
+# What a library has to be told: it raises an error over a parameter that no forward uses.
+TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_unused": True}}
+
+
+# Every strategy has a model with every oddity and one that is tied; every model has strategies that
+# split it, and that sum it. A library's have "gpt" and "odd"; tests/parallel/tensor/test_tp.py has
+# models for tp.
+USUAL_MODELS = {
+    "ddp": ("gpt tied", "odd", "resnet"),
+    "zero2": ("gpt tied", "odd", "vit", "resnet"),
+    "fsdp": tuple(MODELS),
+    "hsdp": ("gpt tied", "odd", "vit", "resnet"),
+    "pp": ("gpt tied", "odd", "vit", "mlp"),
+    "torch": ("gpt", "odd"),
+    "accelerate": ("odd",),
+}
+
+
+@pytest.mark.slow_unless(
+    lambda strategy, impl, model: (
+        model in USUAL_MODELS.get(strategy if impl == "hand" else impl, ("gpt tied", "odd"))
+    )
+)
+@pytest.mark.parametrize(
+    ("strategy", "impl", "model"),
+    [
+        pytest.param(s, i, m, marks=pytest.mark.ranks(4, mesh=axes_of(s, 4)), id=f"{s}-{i}-{m}")
+        for s, i in PARALLEL
+        for m in MODELS
+        if not refused(s, i, m, 4)
+    ],
+)
+def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
+    told = TOLD.get((impl, model), {}) if strategy not in ("tp", "pp") else {}
+    report = compare(mesh, strategy, impl, model, told=told, microbatches=2, clip=0.5)
+    assert report.equal, report.sentence()
+    assert len(report.comparisons) > 3 * len(list(MODELS[model]().parameters()))
+
+
+# Pairwise: each value of each column meets each value of every other at least once.
+PAIRWISE = [
+    # world, microbatches, clip, dtype, optimizer
+    (1, 1, 0.1, torch.float64, torch.optim.AdamW),
+    (1, 4, None, torch.float32, torch.optim.SGD),
+    (2, 4, 0.1, torch.float32, torch.optim.AdamW),
+    (2, 1, None, torch.float64, torch.optim.SGD),
+    (2, 1, 0.1, torch.bfloat16, torch.optim.SGD),
+    (3, 4, None, torch.float64, torch.optim.AdamW),
+    (3, 1, 0.1, torch.float32, torch.optim.SGD),
+    (3, 4, None, torch.bfloat16, torch.optim.AdamW),
+    (4, 4, 0.1, torch.float64, torch.optim.SGD),
+    (4, 1, None, torch.float32, torch.optim.AdamW),
+    (4, 4, None, torch.bfloat16, torch.optim.SGD),
+    (1, 1, None, torch.bfloat16, torch.optim.AdamW),
+]
+
+
+# With the test above these have every value of the columns but 3 ranks.
+USUAL = [
+    # world, microbatches, dtype, of a strategy by hand; and of a library's the first
+    (2, 1, torch.bfloat16),
+    (4, 1, torch.float32),
+    (1, 1, torch.float64),
+]
+
+
+@pytest.mark.slow_unless(
+    lambda impl, world, microbatches, dtype: (
+        (world, microbatches, dtype) in (USUAL if impl == "hand" else USUAL[:1])
+    )
+)
+@pytest.mark.parametrize(
+    ("strategy", "impl", "world", "microbatches", "clip", "dtype", "optimizer"),
+    [
+        pytest.param(
+            strategy, impl, *row, id=f"{strategy}-{impl}-{row[0]}-{i}",
+            marks=pytest.mark.ranks(row[0], mesh=axes_of(strategy, row[0])),
+        )
+        for strategy, impl in PARALLEL
+        for i, row in enumerate(PAIRWISE)
+        if impl == "hand" or row[0] in (2, 4)  # of a library's, half of them: it has its own tests
+        if not refused(strategy, impl, "gpt", row[0])
+    ],
+)  # fmt: skip
+def test_equality_holds_for_every_pair_of_settings(
+    strategy, impl, world, microbatches, clip, dtype, optimizer, mesh
+):
+    report = compare(
+        mesh, strategy, impl, "gpt", dtype, microbatches=microbatches, clip=clip,
+        optimizer=optimizer, lr=1e-2 if optimizer is torch.optim.SGD else 1e-3,
+        steps=2,  # in which a strategy learns, and one like all others, on what the first has left
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+def test_one_process_under_the_library_equals_one_process_without():
+    report = compare(dist_lab.init_mesh(), "single", "hand", "odd", microbatches=3)
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.parametrize("rows", [7, 5, 1])
+@pytest.mark.parametrize("strategy", ["dp", "ddp"])
+@pytest.mark.ranks(3)
+def test_a_batch_that_does_not_divide_is_exact(rows, strategy, mesh):
+    # Trap 21: a mean of means is not the mean. With one row, two of the ranks have nothing at all.
+    report = compare(mesh, strategy, "hand", "gpt", rows=rows, microbatches=2)
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.parametrize("model", ["gpt", "resnet"])
+@pytest.mark.ranks(2)
+def test_a_reference_that_is_kept_says_the_same_and_is_trained_once(model, mesh):
+    built = []
+
+    def made():
+        built.append(MODELS[model]())
+        return built[-1]
+
+    shared = Reference(
+        made, lambda step: batch_of(model, step), 3, 2, 0.5, torch.optim.AdamW, {}, keep=True
+    )
+    kept = [shared.compare(mesh, strategy, "hand") for strategy in ("dp", "ddp", "dp")]
+    assert len(built) == 4  # one, and three that were held against it
+    assert kept[0].comparisons == kept[2].comparisons
+    fresh = dist_lab.verify(
+        MODELS[model], lambda step: batch_of(model, step), mesh, "ddp", microbatches=2, clip=0.5,
+        options={},
+    )  # fmt: skip
+    assert kept[1] == fresh
+    assert fresh.equal, fresh.sentence()
+
+
+@pytest.mark.ranks(2)
+def test_rows_that_are_all_alike_prove_nothing_and_are_refused(mesh):
+    # Trap 6: with the same data on every rank a missing sum goes unseen.
+    def alike(step):
+        return tuple(t[:1].expand(8, -1) for t in batch(step))
+
+    with pytest.raises(UserError, match="every row of the batch is alike"):
+        dist_lab.verify(gpt, alike, mesh, "dp")
+
+
+def test_dropout_is_refused_by_name():
+    def build():
+        return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+
+    with pytest.raises(UserError, match=r"1 drops with p=0.1: .* set p=0 to verify"):
+        dist_lab.verify(build, batch, dist_lab.init_mesh(), "single")
+
+
+@pytest.mark.ranks(2)
+def test_the_report_is_the_same_on_every_rank_and_is_json(mesh):
+    report = compare(mesh, "dp", "hand", "mlp", steps=1)
+    said = json.loads(json.dumps(report.to_dict()))
+    assert said["equal"] is True
+    assert said["first"] is None
+    assert {c["quantity"] for c in said["comparisons"]} == {
+        "loss", "gradient", "grad norm", "weight",
+    }  # fmt: skip
+
+
+def test_a_weight_whose_gradient_is_rounding_alone_is_listed_and_not_judged():
+    # The key bias: softmax does not see what is added to all its scores alike.
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = torch.nn.Embedding(61, 8)
+            self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+            self.head = torch.nn.Linear(8, 61)
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            scores = self.q(x) @ self.k(x).transpose(-1, -2)
+            return self.head(scores.softmax(-1) @ self.v(x))
+
+    report = dist_lab.verify(
+        lambda: Attention().double(), batch, dist_lab.init_mesh(), "single", microbatches=4
+    )
+    assert {(c.quantity, c.tensor) for c in report.comparisons if not c.judged} == {
+        ("weight", "k.bias")
+    }
+    assert report.equal, report.sentence()

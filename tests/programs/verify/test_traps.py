@@ -1,0 +1,420 @@
+"""Bugs that shipped in public hand-written trainers, and proof that each is seen.
+
+Each exhibit is a strategy with the bug in it. The parity table is only worth as much as this file:
+a test that cannot fail proves nothing.
+"""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from models import MODELS, axes_of, batch, build, gpt, plan_of, units_of
+
+import dist_lab
+from dist_lab import job
+from dist_lab.comm.ops import (
+    all_gather,
+    all_reduce,
+    all_reduce_into,
+    broadcast_into,
+    reduce_scatter,
+)
+from dist_lab.errors import UserError
+from dist_lab.layout import gather
+from dist_lab.layout.layout import Layout
+from dist_lab.parallel.replicated import dp
+from dist_lab.parallel.sharded import fsdp
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS
+from dist_lab.step.protocol import Applied, Sync
+
+
+class Buggy(Sync):
+    def __init__(self, model, axis):
+        self.model, self.axis = model, axis
+
+    def parameters(self):
+        return [p for p in self.model.parameters() if p.grad is not None]
+
+
+class ReducesTheParameter(Buggy):
+    """1. A hook is handed the parameter, which was then reduced as if it were the gradient."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.data = all_reduce(p.data, self.axis) / self.axis.size
+
+
+class ReducesTheLastMicrobatchOnly(Buggy):
+    """2. Sums only what the last micro-batch added. Right without accumulation."""
+
+    def grads_ready(self, names, *, last):
+        for name in names:
+            p = self.model.get_parameter(name)
+            earlier = p.__dict__.setdefault("earlier", torch.zeros_like(p))
+            if last:
+                p.grad = earlier + all_reduce(p.grad - earlier, self.axis)
+                del p.__dict__["earlier"]
+            else:
+                earlier.copy_(p.grad)
+
+
+class TooLargeByTheNumberOfMicrobatches(Buggy):
+    """3. Only the logged loss was divided. AdamW hides it from the weights, the norm does not."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.grad = 4 * all_reduce(p.grad, self.axis)
+
+
+class DropsAllButTheLastMicrobatch(Buggy):
+    """4. "The loss looked fine, only the gradient norm gave it away"."""
+
+    def grads_ready(self, names, *, last):
+        if not last:
+            for name in names:
+                self.model.get_parameter(name).grad.zero_()
+
+    def finish(self):
+        for p in self.parameters():
+            all_reduce_into(p.grad, self.axis).wait()
+
+
+class NeverSums(Buggy):
+    """6. Unseen when every rank is fed the same data."""
+
+
+class AveragesInsteadOfSumming(Buggy):
+    """The library's loss is divided by the global count already."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.grad = all_reduce(p.grad, self.axis) / self.axis.size
+
+
+class SumsTwice(Buggy):
+    """5. The gradient, or its norm, reduced twice."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.grad = all_reduce(all_reduce(p.grad, self.axis), self.axis)
+
+
+class ForgetsOneRank(Buggy):
+    """An `if rank`: one rank keeps its own gradient of one parameter."""
+
+    def finish(self):
+        for i, p in enumerate(self.parameters()):
+            total = all_reduce(p.grad, self.axis)
+            p.grad = p.grad if i == 3 and self.axis.index == 1 else total
+
+
+class MakesNaN(Buggy):
+    """An element that no number is furthest from: max() and > pass it by."""
+
+    def finish(self):
+        for p in self.parameters():
+            p.grad = all_reduce(p.grad, self.axis)
+        if self.axis.index == 1:
+            p.grad.view(-1)[-1] = torch.nan
+
+
+EXHIBITS = {
+    kind.__name__: kind
+    for kind in (
+        ReducesTheParameter,
+        ReducesTheLastMicrobatchOnly,
+        TooLargeByTheNumberOfMicrobatches,
+        DropsAllButTheLastMicrobatch,
+        NeverSums,
+        AveragesInsteadOfSumming,
+        SumsTwice,
+        ForgetsOneRank,
+        MakesNaN,
+    )
+}
+
+
+def strategy(kind):
+    def apply(setup):
+        return Applied(setup.layouts, kind(setup.model, setup.axis))
+
+    return apply
+
+
+@pytest.mark.parametrize("bug", EXHIBITS)
+@pytest.mark.ranks(2)
+def test_the_engine_sees(bug, mesh):
+    kind = strategy(EXHIBITS[bug])
+    report = dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=2)
+    assert not report.equal
+    assert (report.first.step, report.first.quantity) == (0, "gradient")
+    assert report.worst("grad norm").error > 1e-3, "the norm gives it away"
+
+
+@pytest.mark.ranks(2)
+def test_without_accumulation_the_second_bug_goes_unseen(mesh):
+    # Which is why the parity table accumulates.
+    kind = strategy(ReducesTheLastMicrobatchOnly)
+    assert dist_lab.verify(gpt, batch, mesh, kind, microbatches=1).equal
+    assert not dist_lab.verify(gpt, batch, mesh, kind, microbatches=4).equal
+
+
+@pytest.mark.ranks(2)
+def test_a_wrong_gradient_is_seen_where_the_right_one_is_zero(mesh):
+    # Nothing to be relative to: the error is infinite, on the rank that has it, and nobody hangs.
+    class Breaks(dp.AllReduceAfterBackward):
+        def finish(self):
+            super().finish()
+            if self.axis.index == 1:
+                self.model.b.grad += 1e-3
+
+    class Low(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.b = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x):
+            return x.double() * (0 * self.a * self.b).sum()
+
+    def apply(setup):
+        return replace(dp.apply(setup), sync=Breaks(setup.model, setup.axis))
+
+    report = dist_lab.verify(
+        Low, batch, mesh, apply, steps=1, clip=None, loss_sum=lambda out, target: out.sum()
+    )
+    first = report.first
+    assert (first.quantity, first.tensor, first.rank) == ("gradient", "b", 1)
+
+
+@pytest.mark.ranks(2)
+def test_the_rank_that_is_wrong_is_named(mesh):
+    report = dist_lab.verify(gpt, batch, mesh, strategy(ForgetsOneRank), steps=1)
+    assert report.first.rank == 1
+    assert "on rank 1" in report.sentence()
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_goes_wrong_later_is_dated(mesh):
+    class WrongAtStepTwo(dp.AllReduceAfterBackward):
+        steps = 0
+
+        def finish(self):
+            super().finish()
+            if self.steps == 2:
+                self.model.get_parameter("lm_head.weight").grad[0, 0] *= 1.001
+            self.steps += 1
+
+    def apply(setup):
+        return replace(dp.apply(setup), sync=WrongAtStepTwo(setup.model, setup.axis))
+
+    report = dist_lab.verify(gpt, batch, mesh, apply, steps=4)
+    first = report.first
+    assert (first.step, first.quantity, first.tensor) == (2, "gradient", "lm_head.weight")
+
+
+@pytest.mark.ranks(2)
+def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh):
+    # Trap 10: each rank drew from its own seed.
+    with pytest.raises(UserError, match=r"tensors differ between ranks, first model\.embed_tokens"):
+        dist_lab.parallelize(gpt(seed=mesh.rank), mesh, "dp", broadcast=False)
+
+
+@pytest.mark.slow_unless(lambda name: name in ("dp", "fsdp", "pp"))
+@pytest.mark.parametrize("name", [name for name, impl in IMPLEMENTATIONS if impl == "hand"])
+def test_an_optimizer_built_before_parallelize_is_refused(name):
+    # Trap 22, under every strategy, so that changing the strategy is changing one word.
+    model, mesh = gpt(), dist_lab.init_mesh(**axes_of(name, 1))
+    early = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UserError, match=r"AdamW was built before parallelize\(\)"):
+        dist_lab.parallelize(model, mesh, name)
+    del early
+    dist_lab.parallelize(model, mesh, name)
+
+
+# --- what is split --------------------------------------------------------------------------------
+
+
+def report_of(mesh, spoil, model="gpt", steps=2):
+    """fsdp, with a bug put in: `spoil(group)` of each group that is gathered as one."""
+    real = fsdp.apply
+
+    def apply(*args, **given):
+        applied = real(*args, **given)
+        for group in applied.sync.groups:
+            spoil(group)
+        return applied
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp, "apply", with_signature_of(real, apply))
+        return dist_lab.verify(
+            MODELS[model], batch, mesh, "fsdp", units=units_of(model), microbatches=2, steps=steps
+        )
+
+
+def with_signature_of(real, function):
+    function.__signature__ = inspect.signature(real)
+    return function
+
+
+@pytest.mark.ranks(4, mesh={"fsdp": 4})
+def test_a_norm_of_parts_is_low_by_the_root_of_the_ranks_and_is_seen(mesh):
+    # Trap 5. Clipping then lets too much through, and nobody sees that in the loss.
+    real = gather.global_norm
+
+    def of_parts(gradients, layouts, mesh):
+        whole = {n: Layout(where.shape, where.dtype) for n, where in layouts.items()}
+        return real(gradients, whole, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "global_norm", of_parts)
+        report = report_of(mesh, lambda group: None)
+    assert report.first.quantity == "grad norm"
+    assert report.first.error == pytest.approx(0.5, abs=0.25)  # the ranks' parts are not alike
+    assert report_of(mesh, lambda group: None).equal
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_tied_weight_that_became_two_is_seen(mesh):
+    # Trap 9: each place has its own, and the gradient of the second is nobody's.
+    def untie(group):
+        real = group.finish_gather
+
+        def in_two():
+            real()
+            for part in group.parts:
+                for module, attribute in part.places[1:] if group.is_whole else ():
+                    module.__dict__[attribute] = part.whole.detach().clone().requires_grad_()
+
+        group.finish_gather = in_two
+
+    report = report_of(mesh, untie, "gpt tied")
+    assert (report.first.step, report.first.quantity) == (0, "gradient")
+    assert report_of(mesh, lambda group: None, "gpt tied").equal
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_weights_of_the_step_before_are_seen(mesh):
+    # Trap 13: what is let go is not given back, and the next gather finds it there.
+    def keep(group):
+        real, times = group.start_gather, []
+
+        def stale():
+            if times and times[0] is not None:
+                for part in group.parts:
+                    part.grow()
+                    part.rows.copy_(times[0][part.name])
+                group.is_whole = True
+                for part in group.parts:
+                    part.show()
+                return False
+            began = real()
+            group.finish_gather()
+            times.append({part.name: part.rows.clone() for part in group.parts})
+            return began
+
+        group.start_gather = stale
+
+    report = report_of(mesh, keep, steps=3)
+    assert (report.first.step, report.first.quantity) == (1, "loss")
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_an_optimizer_that_slipped_through_would_step_what_nobody_computes_with(mesh):
+    # Trap 22: what refusing is for.
+    model = gpt()
+    before = list(model.parameters())
+    job = dist_lab.parallelize(model, mesh, "fsdp", units=units_of("gpt"))
+    late = torch.optim.SGD(before, lr=1.0)
+    x, y = batch(mesh.rank)
+    start = job.full_state_dict()
+    dist_lab.cross_entropy_sum(job.model(x), y).backward()
+    job.finish()
+    late.step()
+    job.after_step()
+    assert all(torch.equal(value, start[name]) for name, value in job.full_state_dict().items())
+
+
+def test_the_machines_peak_is_measured_and_not_looked_up(monkeypatch):
+    # Trap 17: a peak that was some other machine's.
+    import time
+
+    from dist_lab.observe import flops
+
+    cpu = torch.device("cpu")
+    honest = flops.calibrate(torch.float32, cpu, seconds=0.02).max()
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (time.sleep(0.05), real(*a, **k))[1])
+    assert flops.calibrate(torch.float32, cpu, windows=2, seconds=0.02).max() < honest / 2
+
+
+@pytest.mark.ranks(2)
+def test_a_length_that_does_not_divide_is_right_or_refused_with_the_numbers(mesh):
+    # Trap 8: elsewhere a vocabulary that 2 ranks do not divide cost half the loss, silently.
+    axis = mesh["dp"]
+    uneven = torch.arange(61.0)
+    with pytest.raises(ValueError, match=r"dim 0 of \(61,\) does not divide by 2 ranks of dp"):
+        reduce_scatter(uneven, axis)
+    assert torch.equal(all_reduce(uneven, axis), 2 * uneven)
+    assert gpt().lm_head.weight.shape[0] == 61  # so the whole parity table is about such a length
+
+
+@pytest.mark.ranks(2)
+def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(mesh):
+    # Trap 12. Libraries do this by default, in every forward.
+    class BroadcastsBuffers(dp.AllReduceAfterBackward):
+        def after_step(self):
+            for buffer in self.model.buffers():
+                broadcast_into(buffer, self.axis).wait()
+
+    def broadcasting(setup):
+        return replace(dp.apply(setup), sync=BroadcastsBuffers(setup.model, setup.axis))
+
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(mesh.rank)) + 5 * mesh.rank
+    everyone = 0.1 * all_gather(x[None], mesh["dp"]).mean(1)  # (rank, 3): after one step from 0
+
+    def running_mean(strategy):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+        job = dist_lab.parallelize(model, mesh, strategy)
+        job.run([(x, x)], lambda out, _: out.sum())
+        job.finish()
+        job.after_step()
+        return job.full_state_dict()["0.running_mean"]
+
+    torch.testing.assert_close(running_mean(broadcasting), everyone[0])
+    for name in ("dp", "ddp"):
+        torch.testing.assert_close(running_mean(name), everyone.mean(0))
+
+
+@pytest.mark.slow_unless(
+    lambda strategy, impl: impl == "hand" and strategy in ("ddp", "zero2", "fsdp", "tp", "pp")
+)
+@pytest.mark.parametrize(
+    ("strategy", "impl"),
+    [
+        pytest.param(s, i, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2)), id=f"{s}-{i}")
+        for s, i in IMPLEMENTATIONS
+        if s != "single"
+    ],
+)
+def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
+    # Trap 16: a CPU mode that nobody had run, with a torch.cuda.synchronize() after each message.
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a call to CUDA on a machine without it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("synchronize", "current_device", "current_stream", "Stream", "_lazy_init"):
+            patch.setattr(torch.cuda, name, forbidden)
+        told = plan_of(strategy, "gpt", impl)
+        report = dist_lab.verify(
+            lambda: build(strategy, "gpt"),
+            batch,
+            mesh,
+            strategy,
+            impl,
+            steps=1,
+            microbatches=2,
+            **told,
+        )
+    assert report.equal, report.sentence()
