@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -251,3 +252,34 @@ def test_no_file_leaves_something_unwritten_loads_pickles_or_has_two_minds():
 def test_only_what_meets_torchrun_reads_the_environment():
     readers = {module_of(path) for path in FILES if "os.environ" in path.read_text()}
     assert readers == {"processes.launcher", "mesh.mesh", "mesh.groups"}
+
+
+# --- what there is to read ------------------------------------------------------------------------
+
+PATHS = [
+    (cells[0], *map(int, cells[1].split("/")), re.findall(r"`([^`]+)`", cells[2]))
+    for line in (PACKAGE / "README.md").read_text().splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 3
+    and re.fullmatch(r"\d+ / \d+", cells[1])
+]
+
+
+def length(name):
+    return len((PACKAGE / name).read_text().splitlines())
+
+
+def test_every_strategy_has_a_reading_path():
+    assert [name for name, *_ in PATHS] == ["dp", "ddp", "zero", "fsdp", "tp", "pp"]
+
+
+@pytest.mark.parametrize(("strategy", "most_files", "most_lines", "files"), PATHS)
+def test_a_strategy_is_read_within_its_budget(strategy, most_files, most_lines, files):
+    assert len(files) == len(set(files)) <= most_files
+    assert sum(map(length, files)) <= most_lines
+    assert files[0].endswith(f"/{strategy}.py")
+    assert "step/protocol.py" in files
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_is_read_at_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 350
