@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     [
         "errors",
+        "torch_private",
         "torchvision_import",
         "mesh.topology",
         "step.hooks",
@@ -42,7 +43,7 @@ LAYERS = [
     ["testing"],
 ]
 KNOW_EACH_OTHER = {"mesh", "comm"}
-TALK_TO_TORCH_DISTRIBUTED = {"mesh", "comm", "processes", "testing"}
+TALK_TO_TORCH_DISTRIBUTED = {"mesh", "comm", "processes", "testing", "torch_private"}
 FREE_OF_TORCH = [
     "parallel.schedules",
     "processes",

@@ -102,8 +102,7 @@ class TorchPipeline:
         self.axis, self.parts, self.shapes = axis, parts, shapes
         self.stages, self.name = stages, name
         self.slots: list[Slot] = []
-        me = axis.ranks[axis.index]
-        self.group = axis.group or dist.new_group([me], use_local_synchronization=True)
+        self.group = axis.group_even_of_one()
         self.schedule_for: Callable[[int], Schedule] = cache(self._schedule)
         # No more than a few, as each has room for what it receives: to train and to evaluate.
         self.prepared = lru_cache(maxsize=4)(self._prepare)

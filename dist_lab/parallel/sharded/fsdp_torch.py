@@ -205,7 +205,7 @@ def _come_to_life(
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
     """The axes as the library wants them, on their own process groups."""
     me, kind = axis.ranks[axis.index], axis.wire.device.type
-    group = axis.group or dist.new_group([me], use_local_synchronization=True)
+    group = axis.group_even_of_one()
     if replicate.group is None:
         return DeviceMesh.from_group(group, kind, mesh_dim_names=(axis.name,))
     rows = [[split + copy - me for split in axis.ranks] for copy in replicate.ranks]

@@ -52,7 +52,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
                 "smaller tp, or --impl hand"
             )
     _refuse_uneven(model, named, axis)
-    group = axis.group or dist.new_group([axis.ranks[0]], use_local_synchronization=True)
+    group = axis.group_even_of_one()
     mesh = DeviceMesh.from_group(group, axis.wire.device.type, mesh_dim_names=(axis.name,))
     ties = [own for own in found.values() if len(own) > 1]
     stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
