@@ -19,6 +19,7 @@ from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, tensors_in
 from dist_lab.step.protocol import Chain, Phase
+from dist_lab.torch_private import backward_number, when_backward_ends
 
 
 class Unit:
@@ -88,9 +89,9 @@ class Unit:
     def _enter_backward(self, visit: "Visit") -> None:
         self.wire.phase = "backward"
         self.wire.unit = self.name or self.wire.unit  # the model's output is often a unit's, too
-        if self.backward != _backward_number():
-            self.backward, self.missing = _backward_number(), set(self.trained)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        if self.backward != backward_number():
+            self.backward, self.missing = backward_number(), set(self.trained)
+            when_backward_ends(self._end_backward)
         if visit.inputs > 0:
             self.entered.add(visit)
         self.open(Phase.BACKWARD)
@@ -167,10 +168,5 @@ def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
     return hook
 
 
-def _backward_number() -> int:
-    """Which backward this thread is in the middle of; -1 outside of any."""
-    return torch._C._current_graph_task_id()
-
-
 def in_backward() -> bool:
-    return _backward_number() != -1
+    return backward_number() != -1

@@ -35,6 +35,7 @@ from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
 from dist_lab.parallel.schedules.library import COMPUTE, Action, Op, Schedule, Slot, make, placement
 from dist_lab.step.protocol import Applied, Phase, Setup
+from dist_lab.torch_private import is_view
 
 LIBRARY_NAMES = {
     "gpipe": "ScheduleGPipe",
@@ -258,7 +259,7 @@ class Part(nn.Module):
             return output
         check_shapes(self.stage, output, self.gives)
         return tuple(
-            x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
+            x.clone(memory_format=torch.contiguous_format) if is_view(x) else x.contiguous()
             for x in output
         )
 

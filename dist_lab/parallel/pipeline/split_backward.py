@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dist_lab.parallel.split_linear import split_linear, weight_gradient
 from dist_lab.step.hooks import Replaced
+from dist_lab.torch_private import tree_flatten, tree_unflatten
 
 Debts = list[Callable[[], None]]
 
