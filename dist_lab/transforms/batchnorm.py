@@ -10,16 +10,13 @@ in comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers a rank in 
 reduce_scatter of as many in backward. Ioffe & Szegedy 2015 (arXiv:1502.03167).
 """
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from dist_lab.comm.autograd import all_gather
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.step.hooks import itself
+from dist_lab.step.hooks import StaysBehind
 from dist_lab.torch_private import AnyBatchNorm
 
 
@@ -47,7 +44,7 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
         setattr(model.get_submodule(parent), child, made[module])
 
 
-class SyncBatchNorm(AnyBatchNorm):
+class SyncBatchNorm(StaysBehind, AnyBatchNorm):
     """x (B, C, ...) -> (B, C, ...). Every rank calls it, with any number of rows, even none.
 
     In eval mode it is BatchNorm: running statistics, if it has any, and then nothing is sent. A
@@ -94,13 +91,8 @@ class SyncBatchNorm(AnyBatchNorm):
             y = y + self.bias.view(shape)
         return y.to(x.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AnyBatchNorm:
-        return copy.deepcopy(self._local(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return itself, (self._local(),)
-
-    def _local(self) -> AnyBatchNorm:
+    @property
+    def in_a_copy(self) -> AnyBatchNorm:
         """The BatchNorm that this one was, with the same parameters and buffers."""
         made = self.kind(self.num_features, self.eps, self.momentum, affine=False)
         made.affine, made.track_running_stats = self.affine, self.track_running_stats
