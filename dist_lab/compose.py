@@ -5,6 +5,8 @@ parameter's name. To add one, write it in parallel/, and give it a row in choice
 """
 
 import gc
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -268,15 +270,28 @@ def _refuse_earlier_optimizers(model: nn.Module) -> None:
     """An optimizer built before holds the tensors of before, which a sharding strategy replaces.
 
     It would go on stepping them and never train the model. Refused under every strategy, so that
-    changing the strategy is changing one word. The collector knows all live objects; asking it
-    takes a tenth of a second, once.
+    changing the strategy is changing one word. A parameter does not know its optimizers. But few
+    models' parameters are known to anything else, and only for those that are, all live objects
+    are looked through, which takes a tenth of a second.
     """
-    ours = {id(p) for p in model.parameters()}
-    for thing in gc.get_objects():
+    shared = _held_elsewhere(model)
+    for thing in gc.get_objects() if shared else ():
         if issubclass(type(thing), torch.optim.Optimizer):
             held = (p for group in thing.param_groups for p in group["params"])
-            if any(id(p) in ours for p in held):
+            if any(id(p) in shared for p in held):
                 raise UserError(
                     f"{type(thing).__name__} was built before parallelize() and would step the "
                     "wrong tensors; build it after: job.optimizer(torch.optim.AdamW, lr=...)"
                 )
+
+
+def _held_elsewhere(model: nn.Module) -> set[int]:
+    """The id of each parameter that something besides the model's own modules refers to."""
+
+    def other_references(module: nn.Module) -> dict[int, int]:
+        held = (p for m in module.modules() for p in m._parameters.values() if p is not None)
+        return {id(p): sys.getrefcount(p) - times for p, times in Counter(held).items()}
+
+    # Of a module that nobody else knows: the references that counting itself takes.
+    least = max(other_references(nn.Linear(1, 1)).values())
+    return {key for key, count in other_references(model).items() if count > least}

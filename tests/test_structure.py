@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     [
         "errors",
+        "torch_private",
         "torchvision_import",
         "mesh.topology",
         "step.hooks",
@@ -43,7 +44,7 @@ LAYERS = [
     ["testing"],
 ]
 KNOW_EACH_OTHER = {"mesh", "comm"}
-TALK_TO_TORCH_DISTRIBUTED = {"mesh", "comm", "processes", "testing"}
+TALK_TO_TORCH_DISTRIBUTED = {"mesh", "comm", "processes", "testing", "torch_private"}
 FREE_OF_TORCH = [
     "parallel.schedules",
     "processes",
@@ -247,6 +248,36 @@ def test_no_file_leaves_something_unwritten_loads_pickles_or_has_two_minds():
     for path in FILES:
         for word in words:
             assert word not in path.read_text(), f"{path.name}: {word}"
+
+
+# Private by their first letter, and used for all that.
+PRIVATE = {
+    # where a module keeps, by name, what is its own: it is written there, and not only read
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_pre_hooks",
+    "_version",  # of a tensor, which torch documents: whether it has been changed in place
+    "_scaled_dot_product_flash_attention_for_cpu",  # names of operators, as programs print them
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_shared_state",  # accelerate's, in its twin alone
+    "_getframe", "_exit",  # Python's
+}  # fmt: skip
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    trees = {path: list(ast.walk(ast.parse(path.read_text()))) for path in FILES}
+    del trees[PACKAGE / "torch_private.py"]
+    own = set()  # what this package defines
+    for node in (node for tree in trees.values() for node in tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+    for path, tree in trees.items():
+        used = [node.attr for node in tree if isinstance(node, ast.Attribute)]
+        used += [n for name in imports(path) if name.startswith("torch.") for n in name.split(".")]
+        private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+        assert private <= own | PRIVATE, (path, private - own - PRIVATE)
 
 
 def test_only_what_meets_torchrun_reads_the_environment():

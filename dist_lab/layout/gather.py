@@ -22,6 +22,7 @@ from dist_lab.layout.layout import (
     shard_bounds,
 )
 from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.torch_private import multiply_all
 
 TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
 Layouts = Mapping[str, Layout]
@@ -222,4 +223,4 @@ def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
-        torch._foreach_mul_(gradients, factor)
+        multiply_all(gradients, factor)

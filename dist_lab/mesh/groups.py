@@ -2,17 +2,24 @@
 
 Ranks find each other in a store: a file, for those that are started here, or torchrun's. This file
 knows the environment that torchrun leaves, and the network interface.
+
+[Note: who holds a group] A gloo group that is still held when the interpreter ends has its threads
+running, and the process aborts after having done all it should. torch.distributed holds all groups
+until destroy_process_group. We hold them weakly, so that they go with that, whatever else lives on.
+But the functions of torch.distributed.nn.functional hold the world's group, as the default of an
+argument, if they are first imported once there is one; any optimizer imports them. Hence the import
+here, without which no group is made.
 """
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before any group: see [Note: who holds the group], mesh.py
+import torch.distributed.nn.functional  # before any group: see [Note: who holds a group]
 from torch.distributed import (  # type: ignore[attr-defined]
     FileStore,
     PrefixStore,
@@ -33,13 +40,20 @@ def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str 
         if not torch.cuda.is_available():
             raise MachineError("backend nccl needs a GPU and torch sees none; use --backend gloo")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    elif _one_machine(store):
-        # Ranks of one machine talk over loopback. gloo would resolve the host's name instead,
-        # which binds a public address on one machine and an unreachable one on the next.
+    elif isinstance(store, FileStore):
+        # This process was started to be such a rank, and all in it that makes a group is one's.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
+    with _over_loopback():
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
+
+
+def new_group(ranks: Sequence[int], timeout: float, *, alone: bool = False) -> dist.ProcessGroup:
+    """A group of these ranks. Collective over all of the world, unless it is of this rank alone."""
+    limit = timedelta(seconds=timeout)
+    with _over_loopback():
+        return dist.new_group(list(ranks), timeout=limit, use_local_synchronization=alone)
 
 
 def disconnect() -> None:
@@ -96,19 +110,25 @@ def default_backend() -> str:
     return "nccl" if dist.is_nccl_available() and torch.cuda.device_count() >= local else "gloo"
 
 
-def group_timeout(group: dist.ProcessGroup) -> float:
-    """Seconds that a collective of this group may take."""
-    device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
-    limit: timedelta = group._get_backend(device).options._timeout
-    return limit.total_seconds()
-
-
 def loopback() -> str:
     """The name of the loopback interface: lo on Linux, lo0 on macOS."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
-def _one_machine(store: Store) -> bool:
-    if isinstance(store, FileStore):
-        return True
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
+@contextmanager
+def _over_loopback() -> Iterator[None]:
+    """Groups made inside the block talk over loopback, if torchrun has all ranks on one machine.
+
+    gloo would resolve the host's name instead, which binds a public address on one machine and an
+    unreachable one on the next. It reads the environment whenever a group is made.
+    """
+    name, ranks = "GLOO_SOCKET_IFNAME", os.environ.get("WORLD_SIZE")
+    one_machine = ranks is not None and os.environ.get("LOCAL_WORLD_SIZE") == ranks
+    if not one_machine or name in os.environ:
+        yield
+        return
+    os.environ[name] = loopback()
+    try:
+        yield
+    finally:
+        del os.environ[name]

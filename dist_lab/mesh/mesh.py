@@ -10,13 +10,11 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend "fake"
 from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
@@ -25,9 +23,10 @@ from dist_lab.mesh.groups import (
     default_backend,
     disconnect,
     environment_store,
-    group_timeout,
+    new_group,
 )
 from dist_lab.mesh.topology import DATA_AXES, ORDER, coordinates, line_through, lines
+from dist_lab.torch_private import group_timeout, register_fake_backend
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Axis:
     """One named line of the mesh, as this rank sees it.
 
     `ranks` are the members' global ranks; this rank is `ranks[index]`. An axis of size 1 has no
-    group, and every collective over it is the identity.
+    group, and every collective over it is the identity. A group belongs to torch.distributed, which
+    lets go of it in destroy_process_group: see [Note: who holds a group] in groups.py.
 
     All ranks of an axis start its collectives in one order. What has no order in common with the
     rest, such as gradients that leave when they are ready, goes by a `channel` of its own: the
@@ -46,12 +46,27 @@ class Axis:
     size: int
     index: int
     ranks: tuple[int, ...]
-    group: dist.ProcessGroup | None
     wire: Wire
+    weak_group: "weakref.ref[dist.ProcessGroup] | None" = field(compare=False, repr=False)
     channel: int = 0
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """What torch.distributed is told to use. Raises UserError if it has been destroyed."""
+        group = self.weak_group and self.weak_group()
+        if self.weak_group and group is None:
+            raise UserError(
+                f"the process group of axis {self.name} has been destroyed; make a new mesh in the "
+                "new one: init_mesh(...)"
+            )
+        return group
+
+    def group_even_of_one(self) -> dist.ProcessGroup:
+        """The same, for a library that wants a group even of one rank."""
+        return self.group or new_group([self.ranks[self.index]], self.wire.timeout, alone=True)
 
 
 class Mesh:
@@ -73,25 +88,16 @@ class Mesh:
         self.rank, self.size = wire.rank, wire.size
         self.coordinates = coordinates(self.rank, self.axes)
         self.device = wire.device
-        self._torch: DeviceMesh | None = None
-        if self.size > 1:
-            self._torch = init_device_mesh(
-                self.device.type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
-            )
-            atexit.register(_release, weakref.ref(self), "_torch")
         self._made: dict[str, Axis] = {}
         self._subs: dict[str, Axis | None] = {}
         self._channels = 0
         for name in ORDER:
-            group = self._torch.get_group(name) if self._torch and self[name].size > 1 else None
-            self._made[name] = self._axis(name, self[name].ranks, group)
+            self._made[name] = self._along((name,))
 
     def __getitem__(self, name: str) -> Axis:
         if name not in ORDER:
             raise KeyError(f"no axis {name!r}; a mesh has {', '.join(ORDER)}")
-        if name in self._made:
-            return self._made[name]
-        return self._axis(name, line_through(self.rank, self.axes, (name,)), None)
+        return self._made[name]
 
     def flatten(self, *names: str) -> Axis:
         """One axis that runs over all positions of several: `flatten("dp", "fsdp")`.
@@ -103,9 +109,7 @@ class Mesh:
             return self[long[0] if long else names[0]]
         name = "_".join(long)
         if name not in self._made:
-            assert self._torch is not None
-            group = self._torch[tuple(long)]._flatten(name).get_group()
-            self._made[name] = self._axis(name, line_through(self.rank, self.axes, long), group)
+            self._made[name] = self._along(long)
         return self._made[name]
 
     def sub(self, name: str, indices: Sequence[int]) -> Axis | None:
@@ -121,7 +125,7 @@ class Mesh:
             raise UserError(f"{key}: positions must be distinct and below {self[name].size}")
         if key not in self._subs:
             mine = tuple(self[name].ranks[i] for i in indices)
-            group = self._new_group(name, indices)
+            group = self._new_group((name,), indices)
             member = self.rank in mine
             self._subs[key] = self._axis(key, mine, group) if member else None
         return self._subs[key]
@@ -144,7 +148,7 @@ class Mesh:
         Collective: every rank of the mesh calls it.
         """
         self._channels += 1
-        group = self._new_group(name, range(self[name].size))
+        group = self._new_group((name,), range(self[name].size))
         return self._axis(name, self[name].ranks, group, channel=self._channels)
 
     @property
@@ -160,46 +164,34 @@ class Mesh:
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.axes.items())
 
-    def _new_group(self, name: str, indices: Sequence[int]) -> dist.ProcessGroup | None:
-        """A group of these positions of the axis, on every line of it; this rank's own, if any."""
+    def _along(self, names: Sequence[str]) -> Axis:
+        """One axis over all positions of these. If it is the whole mesh, in the world's group."""
+        ranks = line_through(self.rank, self.axes, names)
+        whole = len(ranks) == self.size > 1
+        group = dist.group.WORLD if whole else self._new_group(names, range(len(ranks)))
+        if whole and dist.get_backend() != "fake":
+            assert group is not None
+            group.set_timeout(timedelta(seconds=self.timeout))
+        return self._axis("_".join(names), ranks, group)
+
+    def _new_group(self, names: Sequence[str], indices: Sequence[int]) -> dist.ProcessGroup | None:
+        """A group of these positions, on every line along the axes; this rank's own, if any."""
         if len(indices) < 2:
             return None
         own = None
         # new_group is collective over the world: every line's group, in the same order.
-        for line in lines(self.axes, (name,)):
+        for line in lines(self.axes, names):
             ranks = [line[i] for i in indices]
-            made = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
+            made = new_group(ranks, self.timeout)
             own = made if self.rank in ranks else own
         return own
 
     def _axis(
         self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, channel: int = 0
     ) -> Axis:
-        if group is not None:
-            if dist.get_backend(group) != "fake":
-                # DeviceMesh gives its groups the library's default of 30 minutes, whatever the
-                # world's timeout is: a lost rank would hang everyone for that long.
-                group.set_timeout(timedelta(seconds=self.timeout))
-                assert group_timeout(group) == self.timeout, (name, group_timeout(group))
-            assert dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
-        axis = Axis(name, len(ranks), ranks.index(self.rank), ranks, group, self.wire, channel)
-        if group is not None:
-            atexit.register(_release, weakref.ref(axis), "group")
-        return axis
-
-
-def _release(reference: "weakref.ref[Axis | Mesh]", name: str) -> None:
-    """Let go of a group before the interpreter is taken apart.
-
-    [Note: who holds the group] A gloo group that is still held when the interpreter ends has its
-    threads running, and the process aborts after having done all it should. The functions of
-    torch.distributed.nn.functional hold the world's group, as the default of an argument, if they
-    are first imported once there is one; any optimizer imports them. Hence the import in
-    groups.py, without which no group is made.
-    """
-    holder = reference()
-    if holder is not None:
-        object.__setattr__(holder, name, None)
+        assert group is None or dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
+        weak = None if group is None else weakref.ref(group)
+        return Axis(name, len(ranks), ranks.index(self.rank), ranks, self.wire, weak, channel)
 
 
 def init_mesh(
@@ -263,6 +255,7 @@ def pretended(
     Everything runs as it does on a real mesh, through torch's fake process group, which sends
     nothing and returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
     """
+    register_fake_backend()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))
     try:
         wire = Wire(0, dist.get_world_size(), backend=backend, collectives=collectives)

@@ -35,12 +35,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import local_numel
 from dist_lab.step.protocol import Phase, Sync
+from dist_lab.torch_private import TorchDispatchMode, gradient_being_added, storage_key
 
 KINDS = (
     "parameters", "gradients", "optimizer", "gathered", "buffers", "module_buffers", "activations",
@@ -77,7 +77,6 @@ class Peak:
         return {"at_peak": dict(self.at_peak), "own_peak": dict(self.own)}
 
 
-AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 NOTHING = Peak(0, dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
 
 
@@ -119,7 +118,7 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return storage_key(a) == storage_key(b)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -142,8 +141,8 @@ class LiveBytes(TorchDispatchMode):
         """This tensor is alive and of that kind; its storage may have been resized."""
         if tensor.is_meta:  # it has a size, and no memory
             return
-        storage = local_part(tensor).untyped_storage()
-        key = storage._cdata
+        local = local_part(tensor)
+        storage, key = local.untyped_storage(), storage_key(local)
         if key not in self._known:  # views and in-place results share what is counted already
             self._known[key] = weakref.ref(storage, partial(self._gone, key)), _Storage()
         _, known = self._known[key]
@@ -175,13 +174,11 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self.note(tensor)
-        node = torch._C._current_autograd_node()
-        if isinstance(node, AccumulateGrad):
-            # A hook is at work, perhaps a strategy's that is about to send this gradient and drop
-            # it: afterwards there would be none to be seen.
-            gradient = node.variable.grad
-            if gradient is not None:
-                self.note(gradient, "gradients")
+        # A hook may be at work, perhaps a strategy's that is about to send this gradient and drop
+        # it: afterwards there would be none to be seen.
+        gradient = gradient_being_added()
+        if gradient is not None:
+            self.note(gradient, "gradients")
         return result
 
     def __exit__(self, *exception: Any) -> None:

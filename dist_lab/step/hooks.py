@@ -1,4 +1,4 @@
-"""Hooks on a module that a copy of the module leaves behind, and the tensors that they see.
+"""What training puts into a module and a copy of the module leaves behind; tensors in structures.
 
 `job.model` stays an ordinary module: copied for an average of its weights, or pickled, it is the
 plain model, without the strategy that trains the original.
@@ -7,56 +7,50 @@ plain model, without the strategy that trains the original.
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
+
+from dist_lab.errors import UserError
+
+
+class StaysBehind:
+    """Stands somewhere in a module. In a deep copy or a pickle `in_a_copy` takes its place."""
+
+    in_a_copy: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.in_a_copy, memo)  # a bound method's copy is bound to the copy
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return itself, (self.in_a_copy,)
+
+
+class ModuleHook(StaysBehind):
+    """A forward hook, or a `forward`. By default a copy has a hook that does nothing."""
+
+    def __init__(self, function: Callable[..., Any], in_a_copy: Callable[..., Any] | None = None):
+        self.function, self.in_a_copy = function, in_a_copy or nothing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
     """The hook of a copy."""
 
 
-class ModuleHook:
-    """A forward hook. In a deep copy or a pickle `of_copy` takes its place, which does nothing."""
-
-    def __init__(
-        self, function: Callable[..., Any], of_copy: Callable[..., None] = nothing
-    ) -> None:
-        self.function, self.of_copy = function, of_copy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return self.of_copy
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., None]]]:
-        return leave_behind, (self.of_copy,)
-
-
-class Replaced:
-    """What stands for the `forward` of a module in training. A copy of the module, or what a pickle
-    holds, has the forward of before.
-    """
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return copy.deepcopy(self.forward, memo)  # a bound method's copy is bound to the copy
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
-        return itself, (self.forward,)
+def refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
+    """The hook or `forward` in a copy of a module of this class, which holds a shard."""
+    raise UserError(
+        f"a copy of a model that is split holds this rank's part of {kind}; load "
+        "job.full_state_dict() into a fresh model"
+    )
 
 
 def itself(thing: Any) -> Any:
-    """What a pickle rebuilds by, where it holds what was there before."""
+    """By which a pickle is read back that holds what a copy has."""
     return thing
-
-
-def leave_behind(of_copy: Callable[..., None]) -> Callable[..., None]:
-    """What a pickled hook is rebuilt by."""
-    return of_copy
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
-from dist_lab.step.hooks import ModuleHook, tensors_in
+from dist_lab.step.hooks import ModuleHook, refuse_copy, tensors_in
 from dist_lab.step.protocol import Chain, Phase
+from dist_lab.torch_private import backward_number, when_backward_ends
 
 
 class Unit:
@@ -88,9 +89,9 @@ class Unit:
     def _enter_backward(self, visit: "Visit") -> None:
         self.wire.phase = "backward"
         self.wire.unit = self.name or self.wire.unit  # the model's output is often a unit's, too
-        if self.backward != _backward_number():
-            self.backward, self.missing = _backward_number(), set(self.trained)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        if self.backward != backward_number():
+            self.backward, self.missing = backward_number(), set(self.trained)
+            when_backward_ends(self._end_backward)
         if visit.inputs > 0:
             self.entered.add(visit)
         self.open(Phase.BACKWARD)
@@ -133,7 +134,8 @@ def refuse_outside(
             known = {modules[unit.name] for unit in around}
             innermost = [u for u in around if inside[u.name] & known == {modules[u.name]}]
             check = partial(_refuse_outside, name, innermost)
-            module.register_forward_pre_hook(ModuleHook(check, of_copy=_refuse_copy))
+            in_a_copy = partial(refuse_copy, type(module).__name__)
+            module.register_forward_pre_hook(ModuleHook(check, in_a_copy))
 
 
 def _refuse_outside(name: str, around: Sequence[Unit], module: nn.Module, args: Any) -> None:
@@ -142,13 +144,6 @@ def _refuse_outside(name: str, around: Sequence[Unit], module: nn.Module, args: 
             f"{name} was called by itself, and holds this rank's part of its parameters; call the "
             f"model, or parallelize it with units=[{name!r}]"
         )
-
-
-def _refuse_copy(module: nn.Module, args: Any) -> None:
-    raise UserError(
-        f"a copy of a model that is split holds this rank's part of {type(module).__name__}; load "
-        "job.full_state_dict() into a fresh model"
-    )
 
 
 def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
@@ -167,10 +162,5 @@ def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
     return hook
 
 
-def _backward_number() -> int:
-    """Which backward this thread is in the middle of; -1 outside of any."""
-    return torch._C._current_graph_task_id()
-
-
 def in_backward() -> bool:
-    return _backward_number() != -1
+    return backward_number() != -1

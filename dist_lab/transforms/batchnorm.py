@@ -10,17 +10,14 @@ in comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers a rank in 
 reduce_scatter of as many in backward. Ioffe & Szegedy 2015 (arXiv:1502.03167).
 """
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_lab.comm.autograd import all_gather
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.step.hooks import itself
+from dist_lab.step.hooks import StaysBehind
+from dist_lab.torch_private import AnyBatchNorm
 
 
 def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
@@ -34,8 +31,8 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
         UserError: there is none, or it is the model itself.
     """
     modules = model.named_modules(remove_duplicate=False)  # one may have two places
-    found = [(n, m) for n, m in modules if isinstance(m, _BatchNorm)]
-    made: dict[_BatchNorm, SyncBatchNorm] = {}
+    found = [(n, m) for n, m in modules if isinstance(m, AnyBatchNorm)]
+    made: dict[AnyBatchNorm, SyncBatchNorm] = {}
     if not found:
         raise UserError("there is no BatchNorm in this model to synchronize")
     for name, module in found:
@@ -47,14 +44,14 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
         setattr(model.get_submodule(parent), child, made[module])
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(StaysBehind, AnyBatchNorm):
     """x (B, C, ...) -> (B, C, ...). Every rank calls it, with any number of rows, even none.
 
     In eval mode it is BatchNorm: running statistics, if it has any, and then nothing is sent. A
     copy, or what is read back from a pickle, is the BatchNorm that it has taken the place of.
     """
 
-    def __init__(self, local: _BatchNorm, axis: Axis) -> None:
+    def __init__(self, local: AnyBatchNorm, axis: Axis) -> None:
         super().__init__(local.num_features, local.eps, local.momentum, affine=False)
         self.axis, self.affine, self.kind = axis, local.affine, type(local)
         self.track_running_stats = local.track_running_stats
@@ -94,13 +91,8 @@ class SyncBatchNorm(_BatchNorm):
             y = y + self.bias.view(shape)
         return y.to(x.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _BatchNorm:
-        return copy.deepcopy(self._local(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return itself, (self._local(),)
-
-    def _local(self) -> _BatchNorm:
+    @property
+    def in_a_copy(self) -> AnyBatchNorm:
         """The BatchNorm that this one was, with the same parameters and buffers."""
         made = self.kind(self.num_features, self.eps, self.momentum, affine=False)
         made.affine, made.track_running_stats = self.affine, self.track_running_stats

@@ -13,10 +13,10 @@ elsewhere, throws away what all other ranks have seen. SyncBatchNorm keeps them 
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.comm.ops import all_gather
 from dist_lab.mesh.mesh import Axis
+from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.batchnorm import SyncBatchNorm
 
 
@@ -28,7 +28,7 @@ def merge_statistics(model: nn.Module, axis: Axis) -> None:
     layers = [
         (m.running_mean, m.running_var)
         for m in model.modules()
-        if isinstance(m, _NormBase) and not isinstance(m, SyncBatchNorm)
+        if isinstance(m, StatisticsNorm) and not isinstance(m, SyncBatchNorm)
     ]
     pairs = [(mean, var) for mean, var in layers if mean is not None and var is not None]
     if not pairs or axis.size == 1:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook
+from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.recompute import Recomputed
 
 
@@ -90,7 +90,7 @@ class Shadows:
             return
         copies: dict[Tensor, Tensor] = {}  # a tied parameter is cast once
         for part in module.modules():
-            if not isinstance(part, _NormBase):
+            if not isinstance(part, StatisticsNorm):
                 for name in part._parameters:
                     parameter = getattr(part, name)  # a strategy may have put a whole before a part
                     if parameter is not None and parameter.is_floating_point():

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lab.errors import UserError
-from dist_lab.step.hooks import Replaced
+from dist_lab.step.hooks import StaysBehind
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:
@@ -71,7 +71,7 @@ def _outermost(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, nn
     return {name: unit for name, unit in proper.items() if unit not in inside}
 
 
-class Recomputed(Replaced):
+class Recomputed(StaysBehind):
     """The `forward` of a unit that recomputes. Like all hooks of training, a copy leaves it behind.
 
     Attributes:
@@ -79,8 +79,8 @@ class Recomputed(Replaced):
     """
 
     def __init__(self, unit: nn.Module) -> None:
-        super().__init__(unit.forward)
         self.unit = unit
+        self.forward = self.in_a_copy = unit.forward
         self.around: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,17 +1,24 @@
 """The mesh: pure arithmetic without processes, and the groups on real ranks."""
 
+import copy
+import gc
+import os
 import socket
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import listening
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.mesh.groups import environment_store, group_timeout
+from dist_lab.mesh.groups import disconnect, environment_store
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.mesh.topology import ORDER, line_through, lines
+from dist_lab.torch_private import group_timeout
 
 
 def test_a_single_process_is_a_mesh_of_size_one_on_every_axis():
@@ -93,6 +100,39 @@ def test_each_restart_of_torchrun_meets_under_a_name_of_its_own(monkeypatch):
     store = environment_store(0, 1, timeout=20)
     store.set("address", "here")
     assert store.underlying_store.get("attempt-3/address") == b"here"
+
+
+@pytest.mark.ranks(2)
+def test_groups_under_torchrun_are_made_over_loopback_and_the_environment_is_as_before(mesh):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = torch.tensor(probe.getsockname()[1] if mesh.rank == 0 else 0)
+    port = int(ops.all_reduce(port, mesh["dp"]))
+    disconnect()
+    torchrun = {"RANK": mesh.rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        for name, value in torchrun.items():
+            patch.setenv(name, str(value))
+        before, listened = dict(os.environ), set(listening(os.getpid()))
+        channel = init_mesh(dp=2).channel("dp")
+        assert ops.all_reduce(torch.tensor(1), channel) == 2
+        assert os.environ == before
+    new = set(listening(os.getpid())) - listened
+    gloo = {address for address in new if int(address.split(":")[1], 16) != port}
+    assert {address.split(":")[0] for address in gloo} == {"0100007F"}
+
+
+@pytest.mark.ranks(2)
+def test_groups_are_gone_with_the_process_group_whoever_has_kept_their_axes(mesh):
+    axes = [mesh["dp"], mesh.channel("dp"), copy.copy(mesh)["dp"]]
+    groups = [weakref.ref(axis.group) for axis in axes]
+    dist.destroy_process_group()
+    gc.collect()
+    assert all(group() is None for group in groups)
+    with pytest.raises(UserError, match="group of axis dp has been destroyed; make a new mesh"):
+        ops.all_reduce(torch.tensor(1.0), axes[1])
 
 
 def test_what_would_hold_the_group_is_imported_before_there_can_be_one():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections import Counter
 
 import pytest
@@ -160,6 +161,23 @@ def test_outputs_that_depend_on_each_other_are_not_scaled_twice(strategy, impl, 
         job.finish()
         gradients.append(job.clip_grad_norm(None))
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-12)
+
+
+@pytest.mark.ranks(2)
+def test_an_accelerator_of_the_users_own_is_as_before(mesh):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from dist_lab.process_group import as_under_torchrun
+
+    states = [PartialState, AcceleratorState, GradientState]
+    with as_under_torchrun(mesh.rank, mesh.size):
+        own = Accelerator(cpu=True, gradient_accumulation_steps=3, mixed_precision="bf16")
+    before = [dict(state._shared_state) for state in states]
+    dist_lab.parallelize(nn.Linear(2, 2), mesh, "ddp", "accelerate")
+    assert [state._shared_state for state in states] == before
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("bf16", 3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.mark.ranks(4)
@@ -462,6 +480,36 @@ def test_what_the_library_cannot_do_is_refused_in_a_sentence(mesh):
         apply(strided, units=["0"])
     with pytest.raises(UserError, match=r"cannot be torch.int8; give a floating dtype"):
         apply(nn.Linear(2, 2), reduce_dtype=torch.int8)
+
+
+class ChangedInPlace(nn.Module):
+    """What its Linear gives for several rows of rows is a view."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x):
+        y = self.first(x)
+        y += x
+        return self.second(y.sin()).flatten(0, 1)
+
+
+def rows_of_rows(step):
+    draw = torch.Generator().manual_seed(step)
+    x = torch.rand(4, 3, 4, generator=draw, dtype=torch.float64)
+    return x, torch.randint(4, (4, 3), generator=draw)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_fsdp2_trains_a_model_that_changes_a_units_output_in_place_and_no_filter_is_left(mesh):
+    before = list(warnings.filters)
+    names = ["first", "second"]
+    report = dist_lab.verify(ChangedInPlace, rows_of_rows, mesh, "fsdp", "torch", units=names)
+    assert report.equal, report.sentence()
+    assert warnings.filters == before
 
 
 def test_without_a_process_group_it_says_how_to_have_one():

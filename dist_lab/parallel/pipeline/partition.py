@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_lab.errors import UserError
+from dist_lab.torch_private import TorchDispatchMode, tree_leaves
 
 # --- the cut --------------------------------------------------------------------------------------
 

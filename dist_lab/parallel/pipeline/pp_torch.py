@@ -35,6 +35,7 @@ from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
 from dist_lab.parallel.schedules.library import COMPUTE, Action, Op, Schedule, Slot, make, placement
 from dist_lab.step.protocol import Applied, Phase, Setup
+from dist_lab.torch_private import is_view
 
 LIBRARY_NAMES = {
     "gpipe": "ScheduleGPipe",
@@ -102,8 +103,7 @@ class TorchPipeline:
         self.axis, self.parts, self.shapes = axis, parts, shapes
         self.stages, self.name = stages, name
         self.slots: list[Slot] = []
-        me = axis.ranks[axis.index]
-        self.group = axis.group or dist.new_group([me], use_local_synchronization=True)
+        self.group = axis.group_even_of_one()
         self.schedule_for: Callable[[int], Schedule] = cache(self._schedule)
         # No more than a few, as each has room for what it receives: to train and to evaluate.
         self.prepared = lru_cache(maxsize=4)(self._prepare)
@@ -259,7 +259,7 @@ class Part(nn.Module):
             return output
         check_shapes(self.stage, output, self.gives)
         return tuple(
-            x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
+            x.clone(memory_format=torch.contiguous_format) if is_view(x) else x.contiguous()
             for x in output
         )
 

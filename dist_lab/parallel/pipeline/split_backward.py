@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dist_lab.parallel.split_linear import split_linear, weight_gradient
-from dist_lab.step.hooks import Replaced
+from dist_lab.step.hooks import StaysBehind
+from dist_lab.torch_private import tree_flatten, tree_unflatten
 
 Debts = list[Callable[[], None]]
 
@@ -58,11 +58,11 @@ class SplitBackward:
             self.debts = before
 
 
-class SplitForward(Replaced):
+class SplitForward(StaysBehind):
     """The `forward` of one such module."""
 
     def __init__(self, module: nn.Module, splitter: SplitBackward) -> None:
-        super().__init__(module.forward)
+        self.forward = self.in_a_copy = module.forward
         self.module, self.splitter = module, splitter
         plain = type(module) is nn.Linear and module.weight.requires_grad
         self.linear: nn.Linear | None = module if plain else None  # type: ignore[assignment]

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
@@ -28,6 +27,7 @@ from dist_lab.parallel.pipeline.partition import (
 )
 from dist_lab.parallel.pipeline.trace import node_costs, split, trace
 from dist_lab.step.protocol import Setup, Sync
+from dist_lab.torch_private import outside_modes
 from dist_lab.transforms.precision import compute_in
 
 BALANCES = ("cost", "count")
@@ -210,7 +210,7 @@ class Shapes:
             for module in self.trains:
                 module.training = training
             with (
-                _disable_current_modes(),
+                outside_modes(),
                 torch.no_grad(),
             ):  # who counts operations counts real ones
                 self.known[key] = list(self._pass_through(x))

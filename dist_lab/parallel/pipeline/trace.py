@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dist_lab.errors import UserError
 from dist_lab.parallel.pipeline.partition import (
@@ -37,6 +36,7 @@ from dist_lab.parallel.pipeline.partition import (
     meta_copy,
     on_meta,
 )
+from dist_lab.torch_private import storage_key, tree_leaves, tree_map
 
 
 def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -196,13 +196,13 @@ class _Run(fx.Interpreter):
         self.costs: list[float] = []
         self.touched: dict[int, list[int]] = {}  # memory -> nodes
         self.changed: dict[int, int] = {}  # memory -> the last node that does
-        self.state = {_memory(t) for t in (*module.parameters(), *module.buffers())}
+        self.state = {storage_key(t) for t in (*module.parameters(), *module.buffers())}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output"):
             result = super().run_node(n)
             if n.op == "placeholder":
-                self.touched[_memory(result)] = [-1]
+                self.touched[storage_key(result)] = [-1]
             return result
         reads = _tensors(self.fetch_args_kwargs_from_env(n))
         buffers: list[Tensor] = []
@@ -217,9 +217,9 @@ class _Run(fx.Interpreter):
         changed = [t for t, v in zip(reads, versions, strict=True) if t._version != v]
         if any(t is buffer for t in changed for buffer in buffers):
             changed += buffers  # of a BatchNorm only the count tells, on the meta device
-        self.changed |= {_memory(t): at for t in changed}
+        self.changed |= {storage_key(t): at for t in changed}
         for tensor in (*reads, *_tensors(result)):
-            self.touched.setdefault(_memory(tensor), []).append(at)
+            self.touched.setdefault(storage_key(tensor), []).append(at)
         return result
 
     def together(self) -> Iterator[tuple[int, int]]:
@@ -231,10 +231,6 @@ class _Run(fx.Interpreter):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def split(traced: fx.GraphModule, starts: Sequence[int]) -> list[fx.GraphModule]:

@@ -12,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.hooks import ModuleHook, tensors_in
 from dist_lab.step.protocol import Phase, Sync
+from dist_lab.torch_private import (
+    ddp_forward_begins,
+    ddp_forward_ends,
+    forget_unsharded_gradients,
+    tree_map_only,
+)
 
 ROOT = ""  # the unit that is the model itself
 
@@ -66,10 +71,10 @@ class ThroughDDP(Sync):
         self.ddp.require_backward_grad_sync = last  # what its no_sync() does
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return self.ddp._pre_forward(*args, **kwargs)
+        return ddp_forward_begins(self.ddp, *args, **kwargs)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        output = self.ddp._post_forward(output)
+        output = ddp_forward_ends(self.ddp, output)
         scaled: dict[int, Tensor] = {}  # a tensor that is returned twice is one
 
         def scale(tensor: Tensor) -> Tensor:
@@ -220,10 +225,8 @@ class ThroughFSDP(Sync):
         self.root.reset_iter_state()
         for leaf in self.leaves.values():
             leaf.grad = None
-        for module in self.sharded.values():  # of which it says that it forgets them, and does not
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    parameter.unsharded_accumulated_grad = None
+        for module in self.sharded.values():
+            forget_unsharded_gradients(module)
         self.ended = True
 
     def held(self) -> Iterator[tuple[str, Tensor]]:

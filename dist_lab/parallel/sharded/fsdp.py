@@ -37,7 +37,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
@@ -45,6 +44,7 @@ from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.sharded.sharded_param import Group, Place, owners, places, used_by
 from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.offload import maker, offloaded
 
 ROOT = ""  # the unit that is the model itself
@@ -109,7 +109,7 @@ def _together(
     for name, p in model.named_parameters():
         # Normalization with running statistics computes in their dtype: see
         # transforms/precision.py.
-        keeps = any(isinstance(module, _NormBase) for module, _ in found[name])
+        keeps = any(isinstance(module, StatisticsNorm) for module, _ in found[name])
         narrow = p.dtype if keeps or not p.is_floating_point() else setup.param_dtype or p.dtype
         groups.setdefault((owner[name], (p.dtype, narrow)), []).append(name)
     return groups

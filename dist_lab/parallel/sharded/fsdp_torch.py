@@ -14,21 +14,22 @@ Normalization with running statistics stays out of mixed precision by being a un
 Cost per step and memory: as fsdp.py, without flags. Zhao et al. 2023 (arXiv:2304.11277).
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.modules.batchnorm import _NormBase
 
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.replicated.ddp_wrapper import ROOT, ThroughFSDP
 from dist_lab.parallel.sharded.sharded_param import Place, owners, places, put
+from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup
+from dist_lab.torch_private import StatisticsNorm, is_view, tree_map_only
 
 
 def apply(
@@ -63,8 +64,6 @@ def apply(
     for dtype in (param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
-    # It warns of changing an output in place wherever that is a view, as a Linear's often is.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     found = places(model)
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = {
@@ -84,7 +83,8 @@ def apply(
     for unit in sorted(own, key=lambda unit: sum(1 for _ in modules[unit].modules())):
         _come_to_life(model, own[unit], found, setup.full_value, axis.wire.device)
         mine = {model.get_parameter(name) for name in own[unit]}
-        narrow = None if isinstance(modules[unit], _NormBase) else param_dtype
+        narrow = None if isinstance(modules[unit], StatisticsNorm) else param_dtype
+        modules[unit].register_forward_hook(ModuleHook(_own_output))  # before the library's own
         summed_in = reduce_dtype or next((p.dtype for p in mine if p.requires_grad), None)
         try:
             fully_shard(
@@ -119,6 +119,27 @@ def apply(
         f"reduce_scatter_unused_params={find_unused}), prefetching as it does by default"
     )
     return Applied(layouts, sync, about, leaves, sharded_between_units=bool(leaves))
+
+
+def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """The output, of which no tensor is a view, as a Linear's often is.
+
+    The library hooks its backward into the output. Of a view that is changed in place the hook is
+    lost, of which it warns at every view.
+    """
+    return tree_map_only(Tensor, lambda x: _NoView.apply(x) if is_view(x) else x, output)
+
+
+class _NoView(torch.autograd.Function):
+    """The identity on the same memory; what it gives is a view of nothing to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> Tensor:
+        return dy[0]
 
 
 def _own_parameters(
@@ -158,7 +179,7 @@ def _set_norms_apart(
 ) -> dict[str, nn.Module]:
     """Make units of what computes in the dtype of its running statistics: see precision.py."""
     apart: dict[str, nn.Module] = {
-        path: m for path, m in model.named_modules() if isinstance(m, _NormBase)
+        path: m for path, m in model.named_modules() if isinstance(m, StatisticsNorm)
     }
     for path, norm in apart.items():
         names = [name for name, own in found.items() if all(module is norm for module, _ in own)]
@@ -184,7 +205,7 @@ def _come_to_life(
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
     """The axes as the library wants them, on their own process groups."""
     me, kind = axis.ranks[axis.index], axis.wire.device.type
-    group = axis.group or dist.new_group([me], use_local_synchronization=True)
+    group = axis.group_even_of_one()
     if replicate.group is None:
         return DeviceMesh.from_group(group, kind, mesh_dim_names=(axis.name,))
     rows = [[split + copy - me for split in axis.ranks] for copy in replicate.ranks]

@@ -50,7 +50,7 @@ Such parameters are `partial` over their ranks, and the sum is paid in `finish`,
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ from dist_lab.parallel.sharded.sharded_param import put
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, lay_out
 from dist_lab.parallel.tensor.sequence import Entry, Residual
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
-from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.hooks import ModuleHook, refuse_copy
 from dist_lab.step.protocol import Applied, Phase, Setup, Sync
 
 
@@ -128,8 +128,8 @@ def split_forwards(
                 check_embedding(name, module)
                 compute = _embedding
             entry = entries.get(name.rpartition(".")[0])
-            forward = SplitForward(module, partial(compute, residual, entry, module))
-            module.forward = forward
+            in_a_copy = partial(refuse_copy, type(module).__name__)
+            module.forward = ModuleHook(partial(compute, residual, entry, module), in_a_copy)
         elif planned.role == "cut":
             module.register_forward_hook(ModuleHook(lambda m, args, y: residual.piece(y)))
         elif planned.role == "joined":
@@ -166,29 +166,6 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
     "column": _column, "grouped": _column, "gathered": _gathered, "row": _row,
     "vocabulary": _logits,
 }  # fmt: skip
-
-
-class SplitForward:
-    """The `forward` of a module of which this rank has a part. A copy of the module refuses it."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        self.kind, self.function = type(module).__name__, function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., NoReturn]:
-        return partial(_refuse_copy, self.kind)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return partial, (_refuse_copy, self.kind)
-
-
-def _refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise UserError(
-        f"a copy of a model that is split holds this rank's part of {kind}; load "
-        "job.full_state_dict() into a fresh model"
-    )
 
 
 # --- when gradients travel ------------------------------------------------------------------------

@@ -11,8 +11,8 @@ Cost per step: as tp.py, but for the loss. Memory per rank: the same. What it sp
 what the plan leaves whole is a plain parameter.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lab.errors import UserError, nearest_degree
@@ -27,6 +29,7 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors, lay_out
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup, Sync
+from dist_lab.torch_private import keeps_graph
 
 
 def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
@@ -36,7 +39,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
         UserError: what tp.py refuses, and fewer keys and values than ranks.
     """
     from torch.distributed.tensor import Replicate, Shard  # here: it takes a second
-    from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
+    from torch.distributed.tensor.parallel import parallelize_module
 
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
@@ -49,7 +52,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
                 "smaller tp, or --impl hand"
             )
     _refuse_uneven(model, named, axis)
-    group = axis.group or dist.new_group([axis.ranks[0]], use_local_synchronization=True)
+    group = axis.group_even_of_one()
     mesh = DeviceMesh.from_group(group, axis.wire.device.type, mesh_dim_names=(axis.name,))
     ties = [own for own in found.values() if len(own) > 1]
     stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
@@ -64,7 +67,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
         module = model.get_submodule(name)
         if planned.role == "vocabulary" and isinstance(module, nn.Linear):
             module.register_forward_hook(ModuleHook(_logits))
-    sync = ThroughDTensor(model, loss_parallel())
+    sync = ThroughDTensor(model)
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
         + ("SequenceParallel, " if sequence_parallel else "")
@@ -161,8 +164,56 @@ class SplitLogits:
     def cross_entropy_sum(self, targets: Tensor) -> Tensor:
         rows = self.here.flatten(0, -2)
         wide = rows if rows.dtype.itemsize >= 4 else rows.float()
-        loss: Any = F.cross_entropy(wide, targets.flatten(), reduction="sum")
-        return loss.full_tensor()
+        return _CrossEntropy.apply(wide, targets.flatten())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """rows (N, V_tp), targets (N,) -> the sum of their losses, as `loss_parallel` computes it.
+
+    The library wants its context around the loss and around its backward. So that it is around
+    nothing else, the loss has a graph of its own, which is run from within the outer one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor) -> Tensor:
+        with torch.set_grad_enabled(rows.requires_grad), _loss_parallel():
+            inner = _Root.apply(rows.detach(), torch.ones((), requires_grad=True))
+            loss: Any = F.cross_entropy(inner, targets, reduction="sum")
+            ctx.loss = loss.full_tensor()
+        ctx.rows = get_gradient_edge(inner) if rows.requires_grad else None
+        return ctx.loss.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        with _loss_parallel():
+            (gradient,) = torch.autograd.grad(ctx.loss, ctx.rows, dy, retain_graph=keeps_graph())
+        return gradient, None
+
+
+class _Root(torch.autograd.Function):
+    """The identity, where a graph begins. A leaf would keep the logits for as long as its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@contextmanager
+def _loss_parallel() -> Iterator[None]:
+    """torch's `loss_parallel`, left also by an exception."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    context = loss_parallel()
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
 
 
 def _logits(module: nn.Module, args: Any, output: Tensor) -> SplitLogits:
@@ -172,10 +223,8 @@ def _logits(module: nn.Module, args: Any, output: Tensor) -> SplitLogits:
 class ThroughDTensor(Sync):
     """Leaves everything to the library, whose gradients may be partial sums until they are used."""
 
-    def __init__(self, model: nn.Module, loss: AbstractContextManager[None]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # For good, as backward has to be in it too. It concerns losses of DTensors, and no others.
-        loss.__enter__()
 
     def finish(self) -> None:
         for parameter in self.model.parameters():

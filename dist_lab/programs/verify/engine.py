@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_lab.comm import ops
 from dist_lab.compose import parallelize
@@ -39,6 +38,7 @@ from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.verify.report import Comparison, Report
 from dist_lab.step.protocol import Apply
+from dist_lab.torch_private import AnyBatchNorm, AnyDropout
 from dist_lab.transforms.precision import compute_in
 
 # The largest error that rounding explains, by the dtype of compute: sums in another order, through
@@ -246,7 +246,7 @@ def _tested_step(
 
 def _normalization(model: nn.Module, synchronized: bool) -> str:
     """Which rows a layer of the model normalizes together: see [Note: BatchNorm]."""
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, AnyBatchNorm) for module in model.modules()):
         return "none"
     return "over ranks" if synchronized else "by rank"
 
@@ -330,7 +330,7 @@ def _are_alike(rows: Tensor) -> bool:
 
 def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if isinstance(module, AnyDropout) and module.p > 0:
             raise UserError(
                 f"{name} drops with p={module.p}: every layout draws other masks, so no two runs "
                 "are equal; set p=0 to verify"

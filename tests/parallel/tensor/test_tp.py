@@ -522,6 +522,26 @@ def test_the_loss_of_narrow_logits_is_summed_in_float32(mesh):
 # --- the loss -------------------------------------------------------------------------------------
 
 
+@ranks(2)
+def test_what_dtensor_does_with_a_loss_is_as_before_once_a_step_is_over_or_broken_off(mesh):
+    from torch.distributed.tensor import DTensor
+
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    before = dict(handlers)
+    job = dist_lab.parallelize(sized(), mesh, "tp", "torch")
+    x, y = text(0)
+    loss = job.cross_entropy_sum(job.model(x), y)
+    assert handlers == before, "between forward and backward"
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in job.model.parameters()]
+    job.model.zero_grad()
+    loss.backward()  # again, which needs the loss's own graph, too
+    assert all(torch.equal(p.grad, g) for p, g in zip(job.model.parameters(), first, strict=True))
+    with pytest.raises(RuntimeError):
+        job.cross_entropy_sum(job.model(x), y.double())
+    assert handlers == before
+
+
 FOREIGN = {
     "cross_entropy": lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten()),
     "log_softmax": lambda out, y: F.log_softmax(out, -1),

@@ -233,6 +233,25 @@ def test_an_optimizer_built_before_parallelize_is_refused(name):
     dist_lab.parallelize(model, mesh, name)
 
 
+@pytest.mark.parametrize("which", ["tied", "last"])
+def test_an_earlier_optimizer_of_one_parameter_that_has_been_stepped_is_refused(which):
+    model, mesh = gpt(tied=which == "tied"), dist_lab.init_mesh()
+    parameters = list(model.parameters())
+    one = parameters[0 if which == "tied" else -1]  # the embedding, or the last of all
+    del parameters
+    model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
+    early = torch.optim.SGD([one])
+    early.step()
+    with pytest.raises(UserError, match=r"SGD was built before parallelize\(\)"):
+        dist_lab.parallelize(model, mesh)
+
+
+@pytest.mark.parametrize("name", [name for name, impl in IMPLEMENTATIONS if impl == "hand"])
+def test_nothing_is_looked_through_where_the_model_alone_holds_its_parameters(name, monkeypatch):
+    monkeypatch.setattr("gc.get_objects", lambda: pytest.fail("all live objects are asked for"))
+    dist_lab.parallelize(gpt(), dist_lab.init_mesh(**axes_of(name, 1)), name)
+
+
 # --- what is split --------------------------------------------------------------------------------
 
 

@@ -1,0 +1,114 @@
+"""Everything that the package uses of torch under a private name, each with its reason.
+
+Checked on torch 2.13.0; pyproject.toml allows no other minor version. A name that has moved is
+mended here: tests/test_structure.py holds the rest of the package to public names.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+# Base classes of which torch publishes only the heirs: of every BatchNorm, and besides of
+# InstanceNorm, which keeps running statistics, too; and of every Dropout.
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.batchnorm import _NormBase as StatisticsNorm
+from torch.nn.modules.dropout import _DropoutNd as AnyDropout
+
+# What torch itself uses to see every operation, and not to be seen. The module has no public name.
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+
+# The tensors in nested structures, with classes that users have registered there.
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
+    "ddp_forward_begins", "ddp_forward_ends", "forget_unsharded_gradients", "gradient_being_added",
+    "group_timeout", "is_view", "keeps_graph", "multiply_all", "outside_modes",
+    "register_fake_backend", "storage_key", "tree_flatten", "tree_leaves", "tree_map",
+    "tree_map_only", "tree_unflatten", "when_backward_ends",
+]  # fmt: skip
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether it is a view to autograd, which no public name says."""
+    return tensor._is_view()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for tensors that share memory, also while it is empty and has no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def multiply_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """In place, in one operation. What is public computes the norm with it."""
+    torch._foreach_mul_(tensors, factor)
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+def backward_number() -> int:
+    """Which backward this thread is in the middle of; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Call it at the end of the backward that is under way. Hooks know of single nodes alone."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that is under way was asked to retain its graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def gradient_being_added() -> Tensor | None:
+    """The `.grad` to which autograd is adding, or whose hooks are at work; None anywhere else."""
+    node = torch._C._current_autograd_node()
+    if not isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+        return None
+    gradient: Tensor | None = node.variable.grad
+    return gradient
+
+
+# --- torch.distributed, which is imported by those who call ---------------------------------------
+
+
+def group_timeout(group: "ProcessGroup") -> float:
+    """Seconds that a collective of this group may take. Public is only how to set it."""
+    from torch.distributed import get_backend
+
+    device = torch.device("cuda" if "nccl" in str(get_backend(group)) else "cpu")
+    limit: timedelta = group._get_backend(device).options._timeout
+    return limit.total_seconds()
+
+
+def register_fake_backend() -> None:
+    """The backend "fake", which sends nothing, is of torch's tests, and registered by import."""
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+
+def ddp_forward_begins(ddp: nn.parallel.DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    """What DistributedDataParallel does before it calls its module; gives (args, kwargs)."""
+    return ddp._pre_forward(*args, **kwargs)
+
+
+def ddp_forward_ends(ddp: nn.parallel.DistributedDataParallel, output: Any) -> Any:
+    """What it does afterwards. Both, because we call the module itself: see ddp_wrapper.py."""
+    return ddp._post_forward(output)
+
+
+def forget_unsharded_gradients(module: Any) -> None:
+    """Gradients that an FSDPModule holds back; its `reset_iter_state` says that it forgets them."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
