@@ -4,7 +4,7 @@ Checked on torch 2.13.0; pyproject.toml allows no other minor version. A name th
 mended here: tests/test_structure.py holds the rest of the package to public names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def multiply_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+def multiply_all(tensors: list[Tensor], factor: Tensor) -> None:
     """In place, in one operation. What is public computes the norm with it."""
     torch._foreach_mul_(tensors, factor)
 

@@ -56,8 +56,8 @@ class Axis:
     @property
     def group(self) -> dist.ProcessGroup | None:
         """What torch.distributed is told to use. Raises UserError if it has been destroyed."""
-        group = self.weak_group and self.weak_group()
-        if self.weak_group and group is None:
+        group = None if self.weak_group is None else self.weak_group()
+        if self.weak_group is not None and group is None:
             raise UserError(
                 f"the process group of axis {self.name} has been destroyed; make a new mesh in the "
                 "new one: init_mesh(...)"

@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
-from dist_lab.parallel.schedules.library import Schedule, Slot
+from dist_lab.parallel.schedules.actions import Schedule
+from dist_lab.parallel.schedules.simulate import Slot
 
 Row = Mapping[str, Any]
 LAST_STEP = "the last step, measured"

@@ -44,13 +44,8 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.split_backward import Debts, SplitBackward, fresh
 from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
+from dist_lab.parallel.schedules.actions import COSTS, Action, Op, Schedule
 from dist_lab.parallel.schedules.library import (
-    COSTS,
-    IN_FLIGHT,
-    Action,
-    Op,
-    Schedule,
-    Slot,
     add_communication,
     add_unshard,
     example,
@@ -58,6 +53,7 @@ from dist_lab.parallel.schedules.library import (
     make,
     mark_gradients_complete,
 )
+from dist_lab.parallel.schedules.simulate import IN_FLIGHT, Slot
 from dist_lab.step.protocol import Applied, Setup
 
 

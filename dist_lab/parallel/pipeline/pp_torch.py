@@ -33,7 +33,9 @@ from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
-from dist_lab.parallel.schedules.library import COMPUTE, Action, Op, Schedule, Slot, make, placement
+from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
+from dist_lab.parallel.schedules.library import make, placement
+from dist_lab.parallel.schedules.simulate import Slot
 from dist_lab.step.protocol import Applied, Phase, Setup
 from dist_lab.torch_private import is_view
 

@@ -21,7 +21,8 @@ from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.schedules.library import Action, Op, Schedule, Slot
+from dist_lab.parallel.schedules.actions import Action, Op, Schedule
+from dist_lab.parallel.schedules.simulate import Slot
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Chain, Phase

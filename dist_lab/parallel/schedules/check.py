@@ -12,19 +12,16 @@ from dist_lab.parallel.schedules.actions import (
     received,
 )
 from dist_lab.parallel.schedules.grid_errors import refuse, refuse_missing
-from dist_lab.parallel.schedules.simulate import held, peak_activations, timeline
+from dist_lab.parallel.schedules.simulate import timeline
 
 
-def check(schedule: Schedule, most: int | None = None) -> None:
+def check(schedule: Schedule) -> None:
     """See that a schedule does all its work once, and ends.
-
-    Args:
-        most: how many forwards a rank may hold that wait for their backward.
 
     Raises:
         UserError: a rank without work, a stage on two ranks, numbers with gaps, an action missing
-            or doubled, a message that is not sent, not received or overtaken, a deadlock, more
-            held than `most`; with the grid.
+            or doubled, a message that is not sent, not received or overtaken, a deadlock; with the
+            grid.
     """
     _check_ranks(schedule)
     _check_numbers(schedule)
@@ -33,12 +30,6 @@ def check(schedule: Schedule, most: int | None = None) -> None:
     if schedule.sends:
         _check_messages(schedule)
     timeline(schedule)
-    for rank, peak in enumerate(peak_activations(schedule)):
-        if most is not None and peak > most:
-            i = next(i for i, held in enumerate(held(schedule.ranks[rank])) if held > most)
-            why = f"rank {rank} holds {peak} forwards at once, and {most} may be held (memory)"
-            fix = f"do backwards before {schedule.ranks[rank][i]}"
-            refuse(schedule, f"{why}; {fix}", {rank: (i, f"one more than {most}")})
 
 
 def _check_ranks(schedule: Schedule) -> None:

@@ -7,28 +7,13 @@ from pathlib import Path
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Schedule
 
-
-def save(schedule: Schedule, path: str | Path) -> None:
-    """One row a rank, one cell an action; PyTorch's pipelining reads the same format.
-
-    Raises:
-        UserError: no file can be written there.
-    """
-    try:
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            rows = ([str(a) for a in actions] for actions in schedule.ranks)
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    except OSError as error:
-        raise UserError(f"no schedule can be written to {path}: {error.strerror}") from None
-
-
 LONGEST = 10_000_000  # characters of a file; 64 ranks and 1024 micro-batches are a tenth of it
 
 
 def load(path: str | Path, names: Sequence[str] = ()) -> Schedule:
-    """A schedule as `save` writes it. Empty cells are idle, as in a grid, and mean nothing.
+    """A schedule, not checked. Empty cells are idle, as in a grid, and mean nothing.
 
-    It is not checked. Without SEND and RECV in it they are added when it is run.
+    Without SEND and RECV in it they are added when it is run.
 
     Args:
         names: of schedules that are in no file, one of which may have been meant.

@@ -20,6 +20,7 @@ interleaved: 2021 (arXiv:2104.04473), section 2.2. zb is ZB-H1, zbv ZB-V: Qi et 
 (arXiv:2401.10241), 2024 (arXiv:2405.15362). A test holds the table for up to 8 ranks and 32
 micro-batches; for zbv, whose order is found by a rule, there is no proof beyond.
 
+    >>> from dist_lab.parallel.schedules.simulate import render
     >>> print(render(one_f_one_b(ranks=3, microbatches=4)))
     rank 0  F0 F1 F2 .  .  .  .  B0 -  F3 B1 -  .  B2 -  .  B3 -
     rank 1  .  F0 F1 .  .  B0 -  F2 B1 -  F3 B2 -  .  B3 -  .  .
@@ -35,26 +36,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dist_lab.errors import UserError
-from dist_lab.parallel.schedules.actions import COMPUTE, COSTS, Action, Op, Schedule
+from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
 from dist_lab.parallel.schedules.check import check
-from dist_lab.parallel.schedules.files import check_fits, load, save
-from dist_lab.parallel.schedules.simulate import (
-    IN_FLIGHT,
-    Slot,
-    bubble,
-    length,
-    peak_activations,
-    render,
-    timeline,
-)
-
-__all__ = [
-    "COMPUTE", "COSTS", "IN_FLIGHT", "SCHEDULES", "Action", "Kind", "Op", "Schedule", "Slot",
-    "add_communication", "add_unshard", "bubble", "check", "example", "forward_only", "gpipe",
-    "interleaved", "length", "load", "make", "mark_gradients_complete", "one_f_one_b",
-    "peak_activations", "placement", "render", "save", "timeline", "zero_bubble", "zero_bubble_v",
-]  # fmt: skip
-
+from dist_lab.parallel.schedules.files import check_fits, load
+from dist_lab.parallel.schedules.simulate import timeline
 
 # --- the schedules --------------------------------------------------------------------------------
 

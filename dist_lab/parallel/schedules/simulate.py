@@ -8,8 +8,9 @@ From this come the drawing, the share of time in which ranks are idle, and the p
 ends: on real ranks an action waits for the same things, however long each takes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from dist_lab.parallel.schedules.actions import (
     COMPUTE,
@@ -99,14 +100,9 @@ def peak_activations(schedule: Schedule) -> list[int]:
     """Of each rank: the most forwards it holds at once, until their B or W; 0 if there is none."""
     if schedule.forward_only:
         return [0] * len(schedule.ranks)
-    return [max(held, default=0) for held in map(held, schedule.ranks)]
-
-
-def held(actions: tuple[Action, ...]) -> Iterator[int]:
-    held = 0
-    for action in actions:
-        held += (action.op is Op.F) - (action.op in (Op.B, Op.W))
-        yield held
+    change = {Op.F: 1, Op.B: -1, Op.W: -1}
+    rows = (accumulate(change.get(a.op, 0) for a in actions) for actions in schedule.ranks)
+    return [max(held, default=0) for held in rows]
 
 
 def render(schedule: Schedule, costs: Costs = COSTS) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 from dist_lab.errors import UserError, shown
 from dist_lab.mesh.topology import DATA_AXES
-from dist_lab.parallel.schedules.library import Schedule, make
+from dist_lab.parallel.schedules.actions import Schedule
+from dist_lab.parallel.schedules.library import make
 from dist_lab.programs.cli.registry import (
     ALL_SIZES,
     COLLECTIVES,

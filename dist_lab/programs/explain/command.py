@@ -12,7 +12,7 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh, pretended
 from dist_lab.observe.console import wide_console
 from dist_lab.observe.run_dir import make_folder
-from dist_lab.parallel.schedules.library import bubble, peak_activations, render
+from dist_lab.parallel.schedules.simulate import bubble, peak_activations, render
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.explain.dry_run import Seen, observe

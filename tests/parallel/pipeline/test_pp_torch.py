@@ -17,7 +17,8 @@ from dist_lab.loss import cross_entropy_sum
 from dist_lab.observe.flops import CPU_ATTENTION
 from dist_lab.parallel.pipeline import pp_torch
 from dist_lab.parallel.pipeline.stages import Shape
-from dist_lab.parallel.schedules.library import check, make
+from dist_lab.parallel.schedules.check import check
+from dist_lab.parallel.schedules.library import make
 from dist_lab.step.protocol import Sync
 
 SCHEDULES = tuple(pp_torch.LIBRARY_NAMES)

@@ -14,28 +14,19 @@ import pytest
 import torch.distributed.pipelining.schedules as torchs
 
 from dist_lab.errors import UserError
+from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
+from dist_lab.parallel.schedules.check import check
+from dist_lab.parallel.schedules.files import load
 from dist_lab.parallel.schedules.library import (
-    COMPUTE,
     SCHEDULES,
-    Action,
-    Op,
-    Schedule,
     add_communication,
     add_unshard,
-    bubble,
-    check,
     forward_only,
-    length,
-    load,
     make,
     mark_gradients_complete,
-    peak_activations,
     placement,
-    render,
-    save,
-    timeline,
-    zero_bubble,
 )
+from dist_lab.parallel.schedules.simulate import bubble, length, peak_activations, render, timeline
 
 PS = range(1, 9)
 MS = (*range(1, 11), 12, 16, 17, 32)  # around p and 2p of most p, and both ends
@@ -275,14 +266,14 @@ def test_a_rank_receives_while_it_computes():
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def refused(schedule, **options):
+def refused(schedule):
     with pytest.raises(UserError) as error:
-        check(schedule, **options)
+        check(schedule)
     return str(error.value)
 
 
-def says(schedule, text, **options):
-    assert refused(schedule, **options) == drawn_grid(text)
+def says(schedule, text):
+    assert refused(schedule) == drawn_grid(text)
 
 
 def drawn_grid(text):
@@ -473,18 +464,6 @@ def test_more_messages_on_their_way_than_there_is_room_for():
     assert "; on rank 0 move 0RECV_B0 before 0F6\n" in refused(forwards_first(7))
 
 
-def test_more_held_than_memory_allows():
-    says(
-        rows("0F0 0F1 0F2 0B0 0B1 0B2"),
-        """
-        schedule mine: rank 0 holds 3 forwards at once, and 2 may be held (memory); do backwards before 0F2
-        rank 0: 0F0 0F1 [0F2] 0B0 0B1 0B2   <-- one more than 2
-    """,
-        most=2,
-    )
-    check(rows("0F0 0F1 0F2 0B0 0B1 0B2"), most=3)
-
-
 def test_of_a_large_grid_what_lies_around_the_place_is_shown():
     schedule = made("gpipe", 8, 32)
     broken = replace(schedule, ranks=(*schedule.ranks[:7], schedule.ranks[7][:-1]))
@@ -538,6 +517,10 @@ def test_make_says_what_to_give_instead(args, text):
 # --- files ----------------------------------------------------------------------------------------
 
 
+def save(schedule, path):
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in schedule.ranks))
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("messages", [False, True])
 def test_what_is_saved_is_loaded_again(name, messages, tmp_path):
@@ -547,11 +530,6 @@ def test_what_is_saved_is_loaded_again(name, messages, tmp_path):
     assert load(path) == replace(schedule, name=str(path))
     assert make(str(path), 4, 8).ranks == schedule.ranks
     assert placement(str(path), 4) == schedule.rank_of
-
-
-def test_a_file_is_lines_that_an_editor_shows_as_they_are(tmp_path):
-    save(rows("0F0 0B0", "1F0 1B0"), tmp_path / "plan.csv")
-    assert (tmp_path / "plan.csv").read_bytes() == b"0F0,0B0\n1F0,1B0\n"
 
 
 def test_a_grid_drawn_by_hand_is_a_schedule(tmp_path):
@@ -627,11 +605,6 @@ def test_a_file_for_something_else_says_for_what(args, text, tmp_path):
     save(made("zbv", 2, 4), path)
     with pytest.raises(UserError, match=re.escape(text)):
         make(str(path), *args)
-
-
-def test_where_no_file_can_be_written_one_line_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"^no schedule can be written to .*: Is a directory$"):
-        save(zero_bubble(2, 2), tmp_path)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

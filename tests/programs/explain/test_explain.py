@@ -14,7 +14,8 @@ from programs import run
 from dist_lab.errors import UserError
 from dist_lab.mesh import groups
 from dist_lab.mesh.mesh import init_mesh, pretended
-from dist_lab.parallel.schedules.library import bubble, make, render
+from dist_lab.parallel.schedules.library import make
+from dist_lab.parallel.schedules.simulate import bubble, render
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
 from dist_lab.programs.cli.setup import build, meet
