@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
-    "ddp_forward_begins", "ddp_forward_ends", "forget_unsharded_gradients", "gradient_being_added",
-    "group_timeout", "is_view", "keeps_graph", "multiply_all", "outside_modes",
-    "register_fake_backend", "storage_key", "tree_flatten", "tree_leaves", "tree_map",
-    "tree_map_only", "tree_unflatten", "when_backward_ends",
+    "ddp_forward_begins", "ddp_forward_ends", "forget_shardings", "forget_unsharded_gradients",
+    "gradient_being_added", "group_timeout", "is_view", "keeps_graph", "multiply_all",
+    "outside_modes", "register_fake_backend", "storage_key", "tree_flatten", "tree_leaves",
+    "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -90,6 +90,17 @@ def group_timeout(group: "ProcessGroup") -> float:
     device = torch.device("cuda" if "nccl" in str(get_backend(group)) else "cpu")
     limit: timedelta = group._get_backend(device).options._timeout
     return limit.total_seconds()
+
+
+def forget_shardings() -> None:
+    """Forget how operations on DTensors came out on earlier meshes.
+
+    The library takes a mesh of the same ranks for the same, and would go on to use its process
+    group, which may have been destroyed with the world that it was of.
+    """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def register_fake_backend() -> None:

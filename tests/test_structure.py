@@ -19,15 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A row is a layer: a folder, or a file where a folder is not all of one layer. Each may import from
 # the layers above it in this list, and from its own folder.
 LAYERS = [
-    [
-        "errors",
-        "torch_private",
-        "torchvision_import",
-        "mesh.topology",
-        "step.hooks",
-        "transforms.init",
-        "processes.ranks",
-    ],
+    ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
+    ["step.hooks", "transforms.init"],
     ["programs.cli.settings"],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.config", "programs.cli.checks"],

@@ -29,7 +29,7 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors, lay_out
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup, Sync
-from dist_lab.torch_private import keeps_graph
+from dist_lab.torch_private import forget_shardings, keeps_graph
 
 
 def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
@@ -52,6 +52,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
                 "smaller tp, or --impl hand"
             )
     _refuse_uneven(model, named, axis)
+    forget_shardings()
     group = axis.group_even_of_one()
     mesh = DeviceMesh.from_group(group, axis.wire.device.type, mesh_dim_names=(axis.name,))
     ties = [own for own in found.values() if len(own) > 1]
