@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from dist_lab.errors import UserError
 from dist_lab.observe import pipeline_plot
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op
-from dist_lab.parallel.schedules.library import SCHEDULES, add_communication, make
+from dist_lab.parallel.schedules.library import SCHEDULES, make
+from dist_lab.parallel.schedules.passes import add_communication
 from dist_lab.parallel.schedules.simulate import Slot, bubble, length, peak_activations, timeline
 
 SMALL = make("zb", 3, 4)

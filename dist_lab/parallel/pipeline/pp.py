@@ -45,12 +45,10 @@ from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.split_backward import Debts, SplitBackward, fresh
 from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
 from dist_lab.parallel.schedules.actions import COSTS, Action, Op, Schedule
-from dist_lab.parallel.schedules.library import (
+from dist_lab.parallel.schedules.library import example, forward_only, make
+from dist_lab.parallel.schedules.passes import (
     add_communication,
     add_unshard,
-    example,
-    forward_only,
-    make,
     mark_gradients_complete,
 )
 from dist_lab.parallel.schedules.simulate import IN_FLIGHT, Slot

@@ -17,14 +17,11 @@ from dist_lab.errors import UserError
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
 from dist_lab.parallel.schedules.check import check
 from dist_lab.parallel.schedules.files import load
-from dist_lab.parallel.schedules.library import (
-    SCHEDULES,
+from dist_lab.parallel.schedules.library import SCHEDULES, forward_only, make, placement
+from dist_lab.parallel.schedules.passes import (
     add_communication,
     add_unshard,
-    forward_only,
-    make,
     mark_gradients_complete,
-    placement,
 )
 from dist_lab.parallel.schedules.simulate import bubble, length, peak_activations, render, timeline
 
