@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.errors import TrainingDiverged, UserError
-from dist_lab.layout.gather import axis_of_parts, clip, gather_all, global_norm, local_part
+from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.layout.layout import Layout, OnlyOn, slice_local
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync

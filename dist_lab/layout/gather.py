@@ -1,7 +1,6 @@
-"""What is put together from the parts that ranks hold: whole tensors, and the norm of a gradient.
+"""Whole tensors from the parts that ranks hold.
 
 W[D_X] -> W[D]           one split after another, the last applied first
-|dW|^2                   shards summed over the axes that split them, copies counted once
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ from dist_lab.layout.layout import (
     shard_bounds,
 )
 from dist_lab.mesh.mesh import Axis, Mesh
-from dist_lab.torch_private import multiply_all
 
 TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
 Layouts = Mapping[str, Layout]
@@ -191,36 +189,3 @@ def _joined(
     """(size, ...) with everyone's padded shard -> what the tensor was before this split."""
     own = [x.narrow(dim, 0, b - a) for x, (a, b) in zip(shards, bounds, strict=True)]
     return torch.cat(own, dim).view(whole_shape)
-
-
-def global_norm(gradients: Mapping[str, Tensor | None], layouts: Layouts, mesh: Mesh) -> Tensor:
-    """The 2-norm of the gradient of the whole model, the same 0-dim number on every rank.
-
-    Copies count once, shards are added up over the axes that split them, and what is OnlyOn some
-    positions counts at the first. Gradients must be complete; a name without one counts as zero.
-    """
-    squares: dict[tuple[Axis, ...], list[Tensor]] = {}
-    for name, layout in layouts.items():  # one order, hence the same collectives, on every rank
-        axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)
-        group = squares.setdefault(tuple(axes), [])
-        gradient = gradients.get(name)
-        if gradient is not None and is_counted(layout, mesh.coordinates):
-            group.append(torch.linalg.vector_norm(gradient).double().square())
-    device = next((g.device for g in gradients.values() if g is not None), torch.device("cpu"))
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for each, parts in squares.items():
-        part = torch.stack(parts).sum() if parts else torch.zeros_like(total)
-        for axis in each:
-            part = ops.all_reduce(part, axis)
-        total = total + part
-    return total.sqrt()
-
-
-def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place so that their global norm is at most `max_norm`.
-
-    torch's rule, to the last digit: factor = min(1, max_norm / (norm + 1e-6)).
-    """
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if gradients:
-        multiply_all(gradients, factor)

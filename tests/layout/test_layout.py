@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lab.layout.gather import clip, gather_all, gather_full, global_norm
+from dist_lab.layout.gather import gather_all, gather_full
 from dist_lab.layout.layout import (
     FlatShard,
     Layout,
@@ -24,6 +24,7 @@ from dist_lab.layout.layout import (
 )
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.mesh.topology import coordinates, rank_at
+from dist_lab.step.clip import clip, global_norm
 
 SHAPES = [(10, 6), (7, 5), (2, 3), (1, 1), (4,)]  # even, uneven, fewer rows than ranks
 

@@ -21,11 +21,11 @@ from dist_lab.comm.ops import (
     reduce_scatter,
 )
 from dist_lab.errors import UserError
-from dist_lab.layout import gather
 from dist_lab.layout.layout import Layout
 from dist_lab.parallel.replicated import dp
 from dist_lab.parallel.sharded import fsdp
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
+from dist_lab.step import clip
 from dist_lab.step.protocol import Applied, Sync
 
 
@@ -280,7 +280,7 @@ def with_signature_of(real, function):
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
 def test_a_norm_of_parts_is_low_by_the_root_of_the_ranks_and_is_seen(mesh):
     # Trap 5. Clipping then lets too much through, and nobody sees that in the loss.
-    real = gather.global_norm
+    real = clip.global_norm
 
     def of_parts(gradients, layouts, mesh):
         whole = {n: Layout(where.shape, where.dtype) for n, where in layouts.items()}
