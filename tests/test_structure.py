@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # the layers above it in this list, and from its own folder.
 LAYERS = [
     ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
+    ["comm.by_hand.costs"],
     ["step.hooks", "transforms.init"],
     ["programs.cli.settings"],
     ["parallel.schedules", "zoo", "data", "loss"],

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lab.comm.by_hand.algorithms import Steps, Work
+from dist_lab.comm.by_hand.algorithms import STEPS, Steps, Work
 from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.comm.by_hand.messages import Messages
 from dist_lab.comm.choice import check_algorithm, choose
@@ -131,7 +131,7 @@ def start(
     def steps() -> Steps:
         if chosen != "backend":
             post = Messages(call, axis, wire.tag(f"{axis.name}/{axis.channel}"))
-            yield from ALGORITHMS[op][chosen].steps(post, *by_hand)
+            yield from STEPS[op][chosen](post, *by_hand)
         # On a pretended mesh an algorithm takes its memory and counts its bytes, but hears nothing.
         # The fake backend then answers as if all ranks were like this one, as comparisons need.
         if chosen == "backend" or wire.pretended:

@@ -1,10 +1,7 @@
 """Choose the algorithm of a collective: the one that was asked for, or the fastest as measured."""
 
-from dist_lab.comm.by_hand.costs import ALGORITHMS
+from dist_lab.comm.by_hand.costs import ALGORITHMS, FAMILIES, SETTINGS
 from dist_lab.errors import UserError, one_of, shown
-
-FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
-SETTINGS = ("auto", "backend", *FAMILIES)
 
 # op -> (payload in bytes, the fastest algorithm from there on). Measured by launch/bench_comm.py,
 # 4 ranks of one thread on 2 cores over loopback, 4 KiB to 16 MiB, while the machine was busy.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lab.comm.by_hand.algorithms import lengths
+from dist_lab.comm.by_hand.costs import lengths
 from dist_lab.comm.by_hand.messages import Message
 from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, wait_for
 from dist_lab.comm.shared import collectives

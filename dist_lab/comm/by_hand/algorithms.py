@@ -30,11 +30,12 @@ communication: theory, practice, and experience".
 """
 
 from collections.abc import Callable, Generator, Sequence
-from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from dist_lab.comm.by_hand.costs import children, halvings, lengths, power_in
 
 
 class Work(Protocol):
@@ -84,10 +85,6 @@ def cut(x: Tensor, n: int) -> list[Tensor]:
     [2, 2, 1, 1]
     """
     return list(x.split(lengths(len(x), n)))
-
-
-def lengths(length: int, n: int) -> list[int]:
-    return [length // n + (j < length % n) for j in range(n)]
 
 
 # --- all_reduce: x{U_X} -> x, in place ------------------------------------------------------------
@@ -271,24 +268,11 @@ def _others(post: Post) -> list[int]:
     return [(post.index + distance) % post.size for distance in range(1, post.size)]
 
 
-def power_in(n: int) -> int:
-    """The largest power of two in n."""
-    return 1 << (n.bit_length() - 1)
-
-
-def halvings(power: int) -> list[int]:
-    """
-    >>> halvings(8)
-    [4, 2, 1]
-    """
-    return [power >> k for k in range(1, power.bit_length())]
-
-
-def children(place: int, n: int) -> list[int]:
-    """How far from it the ranks stand to whom it gives a broadcast; the largest subtree first.
-
-    >>> [children(place, 6) for place in range(6)]
-    [[1, 2, 4], [2, 4], [], [], [], []]
-    """
-    steps = [1 << k for k in range(place.bit_length(), n.bit_length())]
-    return list(takewhile(lambda step: place + step < n, steps))
+# operation -> algorithm -> its steps; what each costs stands in costs.py
+STEPS: dict[str, dict[str, Callable[..., Steps]]] = {
+    "all_reduce": {"ring": ring_all_reduce, "direct": direct_all_reduce, "tree": tree_all_reduce},
+    "all_gather": {"ring": ring_all_gather, "direct": direct_all_gather},
+    "reduce_scatter": {"ring": ring_reduce_scatter, "direct": direct_reduce_scatter},
+    "all_to_all": {"direct": direct_all_to_all},
+    "broadcast": {"tree": tree_broadcast},
+}

@@ -1,24 +1,10 @@
-"""The cost of each algorithm by hand: the table in `algorithms` as code, exact for every length."""
+"""The cost of each algorithm by hand, exact for every length: the table in `algorithms` as code. No
+torch here.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from dist_lab.comm.by_hand.algorithms import (
-    Steps,
-    children,
-    direct_all_gather,
-    direct_all_reduce,
-    direct_all_to_all,
-    direct_reduce_scatter,
-    halvings,
-    lengths,
-    power_in,
-    ring_all_gather,
-    ring_all_reduce,
-    ring_reduce_scatter,
-    tree_all_reduce,
-    tree_broadcast,
-)
+from itertools import takewhile
 
 
 @dataclass(frozen=True)
@@ -26,15 +12,40 @@ class Algorithm:
     """One row of the table.
 
     Attributes:
-        steps: the generator function.
         rounds: of N ranks.
         sent: elements that one rank sends, of (N ranks, its position, elements of the payload);
             the position counts from the source of a broadcast.
     """
 
-    steps: Callable[..., Steps]
     rounds: Callable[[int], int]
     sent: Callable[[int, int, int], int]
+
+
+def lengths(length: int, n: int) -> list[int]:
+    return [length // n + (j < length % n) for j in range(n)]
+
+
+def power_in(n: int) -> int:
+    """The largest power of two in n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def halvings(power: int) -> list[int]:
+    """
+    >>> halvings(8)
+    [4, 2, 1]
+    """
+    return [power >> k for k in range(1, power.bit_length())]
+
+
+def children(place: int, n: int) -> list[int]:
+    """How far from it the ranks stand to whom it gives a broadcast; the largest subtree first.
+
+    >>> [children(place, 6) for place in range(6)]
+    [[1, 2, 4], [2, 4], [], [], [], []]
+    """
+    steps = [1 << k for k in range(place.bit_length(), n.bit_length())]
+    return list(takewhile(lambda step: place + step < n, steps))
 
 
 def _all_but(*away: int) -> Callable[[int, int, int], int]:
@@ -65,26 +76,24 @@ def _direct_sent(n: int, i: int, length: int) -> int:
 
 ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     "all_reduce": {
-        "ring": Algorithm(ring_all_reduce, lambda n: 2 * (n - 1), _all_but(1, 2)),
-        "direct": Algorithm(direct_all_reduce, lambda n: 2, _direct_sent),
+        "ring": Algorithm(lambda n: 2 * (n - 1), _all_but(1, 2)),
+        "direct": Algorithm(lambda n: 2, _direct_sent),
         "tree": Algorithm(
-            tree_all_reduce,
             lambda n: 2 * len(halvings(power_in(n))) + 2 * (n > power_in(n)),
             _tree_sent,
         ),
     },
     "all_gather": {
-        "ring": Algorithm(ring_all_gather, lambda n: n - 1, _all_but(0)),
-        "direct": Algorithm(direct_all_gather, lambda n: 1, _all_but(0)),
+        "ring": Algorithm(lambda n: n - 1, _all_but(0)),
+        "direct": Algorithm(lambda n: 1, _all_but(0)),
     },
     "reduce_scatter": {
-        "ring": Algorithm(ring_reduce_scatter, lambda n: n - 1, _all_but(0)),
-        "direct": Algorithm(direct_reduce_scatter, lambda n: 1, _all_but(0)),
+        "ring": Algorithm(lambda n: n - 1, _all_but(0)),
+        "direct": Algorithm(lambda n: 1, _all_but(0)),
     },
-    "all_to_all": {"direct": Algorithm(direct_all_to_all, lambda n: 1, _all_but(0))},
+    "all_to_all": {"direct": Algorithm(lambda n: 1, _all_but(0))},
     "broadcast": {
         "tree": Algorithm(
-            tree_broadcast,
             lambda n: n.bit_length() - 1,
             lambda n, i, length: length * len(children(i, n)),
         ),
@@ -99,3 +108,6 @@ BACKEND: dict[str, Callable[[int], int]] = {
     "all_to_all": lambda n: 1,
     "broadcast": lambda n: n.bit_length() - 1,
 }
+
+FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
+SETTINGS = ("auto", "backend", *FAMILIES)  # of a mesh's `collectives`

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.comm.by_hand.algorithms import lengths
+from dist_lab.comm.by_hand.costs import lengths
 from dist_lab.comm.calls import Pending, Spec, start_shared
 from dist_lab.comm.into import window_of
 from dist_lab.comm.shared.collectives import Moves, all_gather, reduce_scatter, slices

@@ -5,17 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.settings import read, setting
 
-HAVE = {  # which algorithms each operation has
-    "all_reduce": ("backend", "ring", "direct", "tree"),
-    "all_gather": ("backend", "ring", "direct"),
-    "reduce_scatter": ("backend", "ring", "direct"),
-    "all_to_all": ("backend", "direct"),
-    "broadcast": ("backend", "tree"),
-}
+HAVE = {op: ("backend", *rows) for op, rows in ALGORITHMS.items()}
 NAMES = HAVE["all_reduce"]
 ALL = "all"
 SMOKE = {"sizes": "4k,256k", "rounds": 3}

@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dist_lab.comm.by_hand.costs import SETTINGS
 from dist_lab.errors import UserError, shown
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
 from dist_lab.programs.cli.registry import (
     ALL_SIZES,
-    COLLECTIVES,
     MODELS,
     STRATEGIES,
     check_fits,
@@ -47,7 +47,7 @@ class Config:
         choices=("gloo", "nccl"))
     collectives: str = setting("auto", "whose algorithms: the fastest as measured, the backend's "
         "own, or one family by hand where it has the operation; a library's strategy uses the "
-        "backend's", choices=COLLECTIVES)
+        "backend's", choices=SETTINGS)
     bucket_mb: float | None = setting(None, "ddp, zero1, zero2: MiB of gradients that "
         "travel as one; default: 25", above=0, high=2**20)
     reduce_dtype: str | None = setting(None, "fsdp, hsdp: gradients travel, and are summed, in "

@@ -168,7 +168,6 @@ MODELS = {
 }
 ALL_SIZES = tuple(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))
 IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
-COLLECTIVES = ("auto", "backend", "ring", "direct", "tree")
 
 
 def check_split(name: str, size: str, impl: str, ranks: int) -> None:

@@ -11,11 +11,11 @@ import torch
 import toy
 
 from dist_lab.comm import choice, ops
+from dist_lab.comm.by_hand.algorithms import STEPS
 from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.processes import launcher
-from dist_lab.programs.cli.registry import COLLECTIVES
 
 PAIRS = [(op, name) for op, table in ALGORITHMS.items() for name in table]
 OF = {name: [op for op, other in PAIRS if other == name] for name in choice.FAMILIES}
@@ -154,7 +154,7 @@ def test_any_number_of_ranks_any_length_and_any_order_of_arrival(op, name, lengt
         xs, outs, wanted = case(op, n, length, reduce)
         before = None if outs is xs else [x.clone() for x in xs]
         payload = max(len(xs[0]), len(outs[0]))
-        posts = simulate(n, begin(op, algorithm.steps, xs, outs, length, reduce), seed=n + length)
+        posts = simulate(n, begin(op, STEPS[op][name], xs, outs, length, reduce), seed=n + length)
         for out, want in zip(outs, wanted, strict=True):
             assert torch.equal(out, want), (n, out, want)
         assert before is None or all(map(torch.equal, before, xs)), "the input was changed"
@@ -375,13 +375,18 @@ def test_a_family_that_does_not_exist_or_not_on_this_backend_is_refused():
     assert choice.choose("reduce_scatter", "auto", 1 << 20, "nccl") == "backend"
 
 
+def test_every_algorithm_has_steps_and_a_cost():
+    assert {op: list(rows) for op, rows in STEPS.items()} == {
+        op: list(rows) for op, rows in ALGORITHMS.items()
+    }
+
+
 def test_the_measured_table_names_algorithms_that_exist_from_every_size_on():
     assert choice.AUTO.keys() == ALGORITHMS.keys()
     for op, rows in choice.AUTO.items():
         starts = [start for start, _ in rows]
         assert starts == sorted({0, *starts}), op
         assert {name for _, name in rows} <= {"backend", *ALGORITHMS[op]}, op
-    assert COLLECTIVES == choice.SETTINGS
 
 
 def test_what_a_setting_means_can_be_read():
