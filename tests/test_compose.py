@@ -9,7 +9,7 @@ from dist_lab import compose
 from dist_lab.compose import Part
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Owed, Shard, shard_of
-from dist_lab.parallel.sharded.sharded_param import places, put
+from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.programs.cli.registry import (
     IMPLEMENTATIONS,
     MIXES,
@@ -35,9 +35,9 @@ def splitting(name, dim, log):
 
     def apply(setup):
         axis, layouts = setup.axis, {}
-        for fqn, places_of in places(setup.model).items():
+        for fqn, places_of in param_slots(setup.model).items():
             value = setup.full_value(fqn)
-            put(places_of, shard_of(value, Shard(dim), axis.size, axis.index).clone())
+            set_param(places_of, shard_of(value, Shard(dim), axis.size, axis.index).clone())
             layouts[fqn] = setup.layouts[fqn].split(axis.name, Shard(dim)).owing(Owed(axis.name))
         return Applied(layouts, Says(name, log), about=name)
 

@@ -51,7 +51,7 @@ BUT = {"programs.cli.setup"}
 STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
 FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
 BORROWED = {  # parts of one family that others use
-    "replicated.buckets", "replicated.ddp_wrapper", "sharded.sharded_param",
+    "replicated.ddp_wrapper",
 }  # fmt: skip
 
 

@@ -137,6 +137,8 @@ class Runner(Step):
         self._refuse_closed(name)
 
     def _after_gradient(self, name: str, parameter: Tensor) -> None:
+        if not parameter.requires_grad:  # frozen since its forward: backward has passed it by
+            return
         self.has_gradients = True
         (self._touched if self._in_block else self._closed).add(name)
         self.sync.grads_ready([name], last=self._last)

@@ -1,48 +1,41 @@
-"""FSDP, which is ZeRO-3: a rank keeps a part of every parameter, and borrows the rest for a moment.
+"""FSDP, which is ZeRO-3: a rank keeps a shard of every parameter, and gathers it for a moment.
 
-    In[B_X, D] . W[D_X, F] -> Out[B_X, F]     W[D_X, F] -> W[D, F]       before a unit is used
+    In[B_X, D] . W[D_X, F] -> Out[B_X, F]     W[D_X, F] -> W[D, F]         before a unit is used
                                               dW[D, F]{U_X} -> dW[D_X, F]  after its backward
 
-A unit, such as a block of a transformer, is gathered just before its forward and let go after it,
-and once more around its backward; its gradient is summed and split in one go. While one unit
-computes, the next one is on its way. Every rank stores, and steps on, 1/N of the model.
+A unit, such as a block of a transformer, is unsharded just before its forward and resharded after
+it, and once more around its backward; then its gradient is reduced. While one unit computes, the
+next one is on its way. Every rank stores, and steps on, 1/N of the model.
 
-Cost per step of k micro-batches, for P parameters, in elements sent, times (N-1)/N:
+Cost per step of k micro-batches, for P parameters, in elements sent, times (N-1)/N, and for each
+parameter and reduction N flags that say who used it:
 
     3kP           gathered for each forward and each backward, gradients reduced after each
     2kP           reshard_after_forward=False: gathered once for both
-    (k+1)P + P    keep_gathered: from the first backward on, units stay whole until the last
+    (k+1)P + P    keep_gathered: from the first backward on, units stay unsharded until the last
     2kP + P       defer_reduce: whole gradients are kept, and reduced after the last backward
 
-and for each parameter and reduction N flags that say who used it. Memory per rank: of parameters,
-gradients and optimizer state 1/N; besides these two units and the root's own parameters while
-they are whole, and two units' gradients before they are reduced. Pieces are equal, so one whose
-rows do not divide by N is padded to the next multiple.
+Memory per rank: 1/N of parameters, gradients and optimizer state; besides, two units and the root's
+own parameters while they are unsharded, and two units' gradients before they are reduced.
+HSDP repeats all this along a second axis Y, of M replicas: see `_sum_over_replicas`.
+Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277).
 
-Hybrid (HSDP): `replicate` is a second axis Y, along which all of this is repeated. Gradients are
-reduced along X in each micro-batch, and the pieces summed along Y once, in `finish`: 2 (M-1)/M P/N
-elements more, of M replicas. dW[D, F]{U_X, U_Y} -> dW[D_X, F]{U_Y} -> dW[D_X, F].
-
-Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models"
-(arXiv:1910.02054); Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277).
-
-[Note: one order] All ranks must start their collectives in one order. Units are gathered in the
-order in which the model uses them, which is the ranks' to have in common. Gradients come when they
-come; so they are reduced in the order in which backward should reach their units, each micro-batch
-once, on a channel of their own, whether some rank has used all of a unit's parameters or not.
+To read: `apply` and FullySharded here (what happens when), param_group.py (one group's memory and
+its two states), sharded_param.py (a parameter as two tensors), parallel/flat_buffer.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.sharded.sharded_param import Group, Place, owners, places, used_by
+from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots
+from dist_lab.parallel.sharded.param_group import Grads, ParamGroup, groups_by_unit
 from dist_lab.step.protocol import Applied, Phase, Setup, Sync
 from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.offload import maker, offloaded
@@ -63,12 +56,12 @@ def apply(
     """Keep 1/N of every parameter.
 
     Args:
-        setup: parameters are split along fsdp, and the splits repeated along dp, whose size is 1
-            under plain FSDP. Units are gathered, and computed with, in its param_dtype.
-        reduce_dtype: sum gradients in this; default: that of the parts.
+        setup: parameters are sharded along fsdp, and the shards replicated along dp, whose size is
+            1 under plain FSDP. Units are gathered, and computed with, in its param_dtype.
+        reduce_dtype: sum gradients in this; default: that of the shards.
         reshard_after_forward, keep_gathered, defer_reduce: see the table above.
         prefetch: gather the next unit while one computes.
-        offload: where the parts and the optimizer's state are kept: a folder, in whose files they
+        offload: where the shards and the optimizer's state are kept: a folder, in whose files they
             lie; or "cpu", for an accelerator, whose optimizer then runs on the CPU.
     """
     model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
@@ -76,76 +69,85 @@ def apply(
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     keep = maker(offload, axis.wire.device)
-    found = places(model)
-    gather_axis = setup.channel()
+    slots, gather_axis = param_slots(model), setup.channel()
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = {
         name: owing[name].split(axis.name, Shard(0) if p.dim() else FlatShard(0, 1))
         for name, p in model.named_parameters()
     }
     groups = [
-        Group(unit, {n: found[n] for n in names}, dtype, axis, gather_axis, setup.full_value, keep)
-        for (unit, dtype), names in _together(model, found, setup).items()
-    ]
+        ParamGroup(
+            unit, {name: slots[name] for name in names}, dtypes, axis, gather_axis,
+            setup.full_value, keep,
+        )
+        for (unit, dtypes), names in _gathered_as_one(setup, slots).items()
+    ]  # fmt: skip
+    for group in groups:
+        group.reduce_dtype = reduce_dtype or group.kept_dtype
     sync = FullySharded(
-        groups, used_by(groups, setup.units), axis, replicate, reduce_dtype=reduce_dtype,
-        prefetch=prefetch, reshard_after_forward=reshard_after_forward,
-        keep_gathered=keep_gathered, defer_reduce=defer_reduce,
+        groups, groups_by_unit(groups, setup.units), axis, replicate, prefetch=prefetch,
+        reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
+        defer_reduce=defer_reduce,
     )  # fmt: skip
+    leaves = {param.name: param.unsharded for group in groups for param in group.params}
+    make_optimizer = partial(offloaded, keep) if keep and offload != "cpu" else None
     return Applied(
-        layouts, sync,
-        leaves={part.name: part.whole for group in groups for part in group.parts},
-        sharded_between_units=True,
-        make_optimizer=partial(offloaded, keep) if keep and offload != "cpu" else None,
-    )  # fmt: skip
+        layouts, sync, leaves=leaves, sharded_between_units=True, make_optimizer=make_optimizer
+    )
 
 
-def _together(
-    model: nn.Module, found: Mapping[str, list[Place]], setup: Setup
+def _gathered_as_one(
+    setup: Setup, slots: Mapping[str, list[ParamSlot]]
 ) -> dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]]:
-    """(unit, (dtype kept, dtype of compute)) -> the parameters that are gathered as one."""
-    owner = owners(found, setup.units)
+    """(unit, (dtype kept, dtype of compute)) -> its parameters."""
+    owner = owners(slots, setup.units)
     groups: dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]] = {}
-    for name, p in model.named_parameters():
+    for name, p in setup.model.named_parameters():
         # Normalization with running statistics computes in their dtype: see
         # transforms/precision.py.
-        keeps = any(isinstance(module, StatisticsNorm) for module, _ in found[name])
+        keeps = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
         narrow = p.dtype if keeps or not p.is_floating_point() else setup.param_dtype or p.dtype
         groups.setdefault((owner[name], (p.dtype, narrow)), []).append(name)
     return groups
 
 
 class FullySharded(Sync):
-    """When units are gathered and let go, and when their gradients are reduced."""
+    """Decides when groups are unsharded and resharded, and when their gradients are reduced.
+
+    [Note: one order] All ranks must issue their collectives in one order. Gathers follow the model,
+    which is the same on every rank. Gradients become ready in different orders, so units are
+    reduced in reverse forward order, each once a micro-batch, on a process group of their own,
+    whether or not some rank has used all of a unit's parameters.
+
+    Args:
+        groups_of: unit -> the groups to unshard while it runs.
+    """
 
     def __init__(
         self,
-        groups: Sequence[Group],
-        used_by: Mapping[str, Sequence[Group]],
+        groups: Sequence[ParamGroup],
+        groups_of: Mapping[str, Sequence[ParamGroup]],
         axis: Axis,
         replicate: Axis,
         *,
-        reduce_dtype: torch.dtype | None,
         reshard_after_forward: bool,
         keep_gathered: bool,
         defer_reduce: bool,
         prefetch: bool,
     ) -> None:
-        self.groups, self.used_by, self.axis, self.replicate = groups, used_by, axis, replicate
+        self.groups, self.groups_of, self.axis, self.replicate = groups, groups_of, axis, replicate
         self.reshard_after_forward, self.keep_gathered = reshard_after_forward, keep_gathered
         self.defer_reduce, self.prefetch = defer_reduce, prefetch
-        self.group_of = {part.name: group for group in groups for part in group.parts}
+        self.group_of = {param.name: group for group in groups for param in group.params}
         self.staging: dict[torch.dtype, Tensor] = {}
-        for group in groups:
-            group.sum_in = reduce_dtype or group.flat.dtype
         self.last = True  # nothing follows the micro-batch that is under way
-        self.staying = False  # units stay whole until the last micro-batch's backward
-        # Forward, and backward: of units the last time, and this time.
-        self.order: dict[bool, list[str]] = {False: [], True: []}
-        self.trail: dict[bool, list[str]] = {False: [], True: []}
-        self.ahead: str | None = None  # the unit that is on its way before it was asked for
-        self.queue: list[Group] = []  # what owes a reduction, in the order in which it will be paid
-        self.flying: Group | None = None  # whose gradient is on its way
+        self.keep_unsharded = False  # until the last micro-batch's backward
+        # The units of a forward, and of a backward: of the last one, and of the one under way.
+        self.order: dict[Phase, list[str]] = {Phase.FORWARD: [], Phase.BACKWARD: []}
+        self.visited: dict[Phase, list[str]] = {Phase.FORWARD: [], Phase.BACKWARD: []}
+        self.prefetched: str | None = None  # the unit that is gathered before it is asked for
+        self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
+        self.in_flight: ParamGroup | None = None  # whose reduction was issued
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -153,164 +155,161 @@ class FullySharded(Sync):
         self.last = last
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        backward = phase is Phase.BACKWARD
         if unit == ROOT:
-            self._begin(backward)
-        self.trail[backward].append(unit)
-        if self.ahead not in (None, unit):
-            self._let_go_ahead()
-        self.ahead = None
-        for group in self.used_by[unit]:
+            self._enter_model(phase)
+        self.visited[phase].append(unit)
+        if self.prefetched != unit:
+            self._drop_prefetched()
+        self.prefetched = None
+        for group in self.groups_of[unit]:
             group.users.add(unit)
-            group.start_gather()
-            group.finish_gather()
-        if not backward and torch.is_grad_enabled():
-            self._will_owe(unit)
+            group.issue_unshard()
+            group.wait_unshard()
+        if phase is Phase.FORWARD and torch.is_grad_enabled():
+            self._expect_grads(unit)
         if self.prefetch:
-            self._look_ahead(backward)
-
-    def _begin(self, backward: bool) -> None:
-        if not backward:
-            for group in self.groups:
-                group.check()
-                if not self.staying:  # else whole since a forward without backward, if it is
-                    group.free()
-        elif not self.queue:  # a second backward through one forward
-            for unit in self.order[False]:
-                self._will_owe(unit)
+            self._prefetch_next(phase)
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        backward = phase is Phase.BACKWARD
-        for group in self.used_by[unit]:
+        if phase is Phase.ABORT:
+            return  # forget() follows
+        if phase is Phase.BACKWARD:
+            self.keep_unsharded = self.keep_gathered and not self.last
+        stays = self.keep_unsharded or (phase is Phase.FORWARD and not self.reshard_after_forward)
+        stays = stays and (phase is Phase.BACKWARD or torch.is_grad_enabled())
+        for group in self.groups_of[unit]:
             group.users.discard(unit)
-            if not group.users and not self._stays(backward):
-                group.free()
-        if backward:
-            for group in self.groups:
+            if not group.users and not stays:
+                group.reshard()
+        if phase is Phase.BACKWARD:
+            for group in self.groups_of[unit]:
                 if group.unit == unit:
-                    group.visits -= 1  # with the last, what this rank has not used will not come
-                    group.complete |= group.visits <= 0
-            self._pay()
+                    group.visit_is_over()
+            self._reduce_ready()
         if unit == ROOT:
-            self._let_go_ahead()
-            if backward:
-                self._pay_all()
-            if phase is not Phase.ABORT:
-                self.order[backward], self.trail[backward] = self.trail[backward], []
-                for group in self.groups:
-                    group.wait_for_readers()  # whoever has left the model may write to it
+            self._leave_model(phase)
 
-    def _stays(self, backward: bool) -> bool:
-        """Whether a unit that was used is kept whole."""
-        if backward:
-            self.staying = self.keep_gathered and not self.last
-            return self.staying
-        return torch.is_grad_enabled() and (self.staying or not self.reshard_after_forward)
+    def _enter_model(self, phase: Phase) -> None:
+        for group in self.groups:
+            group.freeze_alike()
+            if phase is Phase.FORWARD:
+                group.check()
+                if not self.keep_unsharded:  # a forward without backward may have left it unsharded
+                    group.reshard()
+        if phase is Phase.BACKWARD and not self.to_reduce:  # a second one through one forward
+            for unit in self.order[Phase.FORWARD]:
+                self._expect_grads(unit)
 
-    def _look_ahead(self, backward: bool) -> None:
+    def _leave_model(self, phase: Phase) -> None:
+        self._drop_prefetched()
+        if phase is Phase.BACKWARD:
+            self._reduce_all()
+        self.order[phase], self.visited[phase] = self.visited[phase], []
+        for group in self.groups:
+            group.wait_for_readers()  # whoever has left the model may write to it
+
+    def _prefetch_next(self, phase: Phase) -> None:
         """Start to gather the unit that comes next, if this time is like the last."""
-        order, trail = self.order[backward], self.trail[backward]
-        known = order[: len(trail)] == trail and len(trail) < len(order)
-        following = order[len(trail)] if known else None
-        groups = self.used_by[following] if following is not None else ()
-        started = [group.start_gather() for group in groups]
-        if any(started):
-            self.ahead = following
+        order, visited = self.order[phase], self.visited[phase]
+        if order[: len(visited)] == visited and len(visited) < len(order):
+            following = order[len(visited)]
+            issued = [group.issue_unshard() for group in self.groups_of[following]]
+            self.prefetched = following if any(issued) else None
 
-    def _let_go_ahead(self) -> None:
-        """What was gathered ahead and not used after all."""
-        if self.ahead is not None:
-            for group in self.used_by[self.ahead]:
-                if not group.users:
-                    group.free()
-            self.ahead = None
+    def _drop_prefetched(self) -> None:
+        """Reshard what was gathered in advance and not used after all."""
+        for group in self.groups_of[self.prefetched] if self.prefetched is not None else ():
+            if not group.users:
+                group.reshard()
+        self.prefetched = None
 
     # --- gradients --------------------------------------------------------------------------------
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             group = self.group_of[name]
-            if group not in self.queue:  # of a unit that this forward had not shown
-                self.queue.append(group)
-            group.missing.discard(name)
-            group.complete = group.complete or not group.missing
-        self._pay()
+            if group.grads is Grads.NONE:  # of a unit that this forward had not shown
+                group.expect_grads()
+                self.to_reduce.append(group)
+            group.grad_arrived(name)
+        self._reduce_ready()
 
-    def _will_owe(self, unit: str) -> None:
-        """Its gradients are to come; what is used first in forward is reached last."""
-        for group in self.used_by[unit]:
+    def _expect_grads(self, unit: str) -> None:
+        """Gradients are to come; what is used first in forward is reached last."""
+        for group in self.groups_of[unit]:
             if group.trained:
                 group.visits += group.unit == unit
-                group.missing, group.complete = {part.name for part in group.trained}, False
-                if group not in self.queue:
-                    self.queue.insert(0, group)
+                if group.grads is Grads.NONE:
+                    self.to_reduce.insert(0, group)
+                group.expect_grads()
 
-    def _pay(self) -> None:
-        """Reduce, in order, what has all its gradients."""
+    def _reduce_ready(self) -> None:
+        """Reduce, in order, the groups that have all their gradients."""
         if self.last or not self.defer_reduce:
-            while self.queue and self.queue[0].complete:
-                self._land()  # and so its whole gradients and one other's at most are there
-                self.flying = self.queue.pop(0)
-                self.flying.start_reduce(self._staging(self.flying.sum_in))
+            while self.to_reduce and self.to_reduce[0].grads is Grads.COMPLETE:
+                self._wait_in_flight()  # so whole gradients are there of two groups at most
+                self.in_flight = self.to_reduce.pop(0)
+                self.in_flight.issue_reduce(self._staging(self.in_flight.reduce_dtype))
 
     def _staging(self, dtype: torch.dtype) -> Tensor:
         """Where gradients lie on their way: as large as the largest group's, made at first use."""
         if dtype not in self.staging:
-            length = max(g.reduced for g in self.groups if g.sum_in == dtype)
+            length = max(g.grad_length for g in self.groups if g.reduce_dtype == dtype)
             self.staging[dtype] = ops.shared_buffer(self.axis.size * length, dtype, self.axis)
         return self.staging[dtype]
 
-    def _pay_all(self) -> None:
+    def _reduce_all(self) -> None:
         """Backward is over: what has not come will not."""
-        for group in self.queue:
-            group.complete = True
         for group in self.groups:
             group.visits = 0
-        self._pay()
-        self._land()
+            group.no_more_grads()
+        self._reduce_ready()
+        self._wait_in_flight()
 
-    def _land(self) -> None:
-        if self.flying is not None:
-            self.flying.finish_reduce()
-            self.flying = None
+    def _wait_in_flight(self) -> None:
+        if self.in_flight is not None:
+            self.in_flight.wait_reduce()
+            self.in_flight = None
 
     def finish(self) -> None:
-        self._pay_all()
+        self._reduce_all()
         self._sum_over_replicas()
-        self.staying = False
+        self.keep_unsharded = False
         for group in self.groups:
             group.total = None  # it lives on in `.grad`
-            group.free()
+            group.reshard()
             group.wait_for_readers()  # the optimizer is about to write
 
     def _sum_over_replicas(self) -> None:
-        """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used."""
+        """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used.
+
+        Gradients are reduced along X in each micro-batch, and their shards summed along Y once a
+        step: 2 (M-1)/M P/N elements more.
+        """
         groups = [group for group in self.groups if group.trained]
         for group in groups:
-            group.drop_cleared()
+            group.read_back()
         if self.replicate.size == 1 or not groups:
             return
         have = torch.tensor([g.total is not None for g in groups], dtype=torch.uint8)
         have = ops.all_reduce(have.to(self.axis.wire.device), self.replicate, "max")
         groups = [group for group, yes in zip(groups, have.tolist(), strict=True) if yes]
-        on_their_way = [group.start_sum(self.replicate) for group in groups]
-        for group, pending in zip(groups, on_their_way, strict=True):
-            pending.wait()
-            group.hand_out()
+        for group in groups:
+            group.issue_sum(self.replicate)
+        for group in groups:
+            group.wait_sum()
 
     def after_step(self) -> None:
-        self.staying = False
+        self.keep_unsharded = False
         for group in self.groups:
-            group.free()
+            group.reshard()
 
     def forget(self) -> None:
-        self.queue.clear()
-        self.trail = {False: [], True: []}
-        self.ahead, self.staying = None, False
+        self.to_reduce.clear()
+        self.visited = {Phase.FORWARD: [], Phase.BACKWARD: []}
+        self.prefetched, self.keep_unsharded = None, False
         for group in self.groups:
-            group.users.clear()
             group.forget()
-            group.free()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:

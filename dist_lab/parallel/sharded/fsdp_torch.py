@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard
 from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, set_param
 from dist_lab.parallel.replicated.ddp_wrapper import ROOT, ThroughFSDP
-from dist_lab.parallel.sharded.sharded_param import Place, owners, places, put
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup
 from dist_lab.torch_private import StatisticsNorm, is_view, tree_map_only
@@ -64,7 +64,7 @@ def apply(
     for dtype in (param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
-    found = places(model)
+    found = param_slots(model)
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = {
         name: owing[name].split(axis.name, Shard(0)) if p.dim() else owing[name]
@@ -143,7 +143,7 @@ class _NoView(torch.autograd.Function):
 
 
 def _own_parameters(
-    model: nn.Module, found: Mapping[str, list[Place]], units: Mapping[str, nn.Module]
+    model: nn.Module, found: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]
 ) -> dict[str, list[str]]:
     """Unit -> the parameters that it is to split. A unit that has none is left out.
 
@@ -175,7 +175,7 @@ def _own_parameters(
 
 
 def _set_norms_apart(
-    model: nn.Module, found: Mapping[str, list[Place]], own: dict[str, list[str]]
+    model: nn.Module, found: Mapping[str, list[ParamSlot]], own: dict[str, list[str]]
 ) -> dict[str, nn.Module]:
     """Make units of what computes in the dtype of its running statistics: see precision.py."""
     apart: dict[str, nn.Module] = {
@@ -192,14 +192,14 @@ def _set_norms_apart(
 def _come_to_life(
     model: nn.Module,
     names: Sequence[str],
-    found: Mapping[str, list[Place]],
+    found: Mapping[str, list[ParamSlot]],
     full_value: Callable[[str], Tensor],
     device: torch.device,
 ) -> None:
     """Give parameters on the meta device their values."""
     for name in names:
         if model.get_parameter(name).is_meta:
-            put(found[name], full_value(name).to(device))
+            set_param(found[name], full_value(name).to(device))
 
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:

@@ -1,432 +1,306 @@
-"""ZeRO 1 and 2: ddp, of which each rank takes its own part of the optimizer's work.
+"""ZeRO 1 and 2: ddp, of which each rank takes a shard of the optimizer's work.
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]     dW{U_dp} -> dW[E_dp]   bucket by bucket, in backward
                                               W[E_dp] -> W           after the step
 
 All ranks of ddp keep the same moments, and take the same step with them. Here parameters lie side
-by side in buckets, and of each bucket a rank has 1/N to step on: it needs the sum of the gradients
-there and no more, and gives the new values to the others. E are the elements of a bucket; a
-parameter that lies across the cut is stepped on by two ranks. What is summed twice around a ring in
-ddp is summed once here, and gathered once, so stage 1 sends no byte more.
+by side in buckets, and of each bucket a rank steps on 1/N: it needs the summed gradient of this
+shard and no more, and gives the new values to the others. E are the elements of a bucket.
 
                                      sent in a step of k micro-batches,   bytes per rank, float32
     for P parameters, Adam:          elements times (N-1)/N               and N ranks
     stage 1                          P + P                                4P + 4P + 8P/N
-    stage 2: gradients are split,    kP + P                               4P + 4P/N + 8P/N, and two
+    stage 2: gradients are sharded,  kP + P                               4P + 4P/N + 8P/N, and two
     each micro-batch's at once                                            buckets
 
-that is, for parameters, gradients and moments. P counts the padding of each bucket to N equal
-pieces. Besides, a number for each parameter is summed once in a step: which were used. Gradients
-that travel by messages need as much memory again where they arrive: stage 2 one bucket's, stage 1
-that of all buckets on their way; in memory that ranks share they need none.
+for parameters, gradients and moments. P counts each bucket's padding to N equal shards. Besides, a
+number for each parameter is summed once a step; and gradients that travel by messages need as much
+memory again where they arrive: of one bucket in stage 2, of all in flight in stage 1.
+Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), sections 5.1 and 5.2.
 
-Gradients of stage 1 lie in buckets, as ddp's: the first of a step is copied in, later micro-batches
-add to it in place, and the sum of a piece comes to lie where this rank's own part of it was. The
-rest of the bucket is of no use after `finish`, but stays for the next step: there would be nothing
-to gain from giving back what the next backward takes again. Stage 2 lets go of a gradient as soon
-as its bucket has been copied out to be sent, and keeps the sums. So it saves only where a model has
-many buckets: of two, it needs more than stage 1, and a smaller `bucket_mb` is the remedy. Ranks
-wait for each other in its backward, and all go through the same number of micro-batches.
-
-`module.weight` is the whole, for good, and `named_parameters()` has the part that is stepped on,
-with its `.grad`.
-
-An optimizer sees ranges of elements, as vectors. So it must be one that treats each element by
-itself, as SGD and Adam do; one that looks at rows or norms of a matrix is for fsdp, or ddp.
-
-Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models"
-(arXiv:1910.02054), sections 5.1 and 5.2.
-
-[Note: who was used] A gradient that came on no rank stays None. Which came is agreed on in
-`finish`; until then a local gradient that is there says that nobody has cleared it: `zero_grad` can
-reach no other.
+`module.weight` is the whole parameter, for good; `named_parameters()` has the shard, with its
+`.grad`: a range of elements, as a vector. So the optimizer must treat each element by itself, as
+SGD and Adam do; one that looks at rows or norms of a matrix is for ddp.
 """
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import final
 
 import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import FlatShard, Layout
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.replicated.buckets import cut, label
-from dist_lab.parallel.sharded.sharded_param import Place, Split, parameter_at, places, put, split
+from dist_lab.parallel.flat_buffer import FlatBuffer
+from dist_lab.parallel.sharded.param_bucket import ParamBucket, shard_in_buckets
+from dist_lab.parallel.sharded.user_changes import UserChanges
 from dist_lab.step.protocol import Applied, Phase, Setup, Sync
 
 
 def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
-    """Split the optimizer. Gradients are summed after the last micro-batch.
+    """Shard the optimizer. Gradients are summed after the last micro-batch.
 
     Args:
         bucket_mb: a bucket is closed before it would hold more MiB than this; a larger parameter
             has one of its own.
     """
-    return _apply(setup, bucket_mb, WholeGradients, each=False)
+    layouts, buckets = shard_in_buckets(setup, bucket_mb)
+    sync = ZeroSync(setup.axis, [Stage1Bucket(params) for params in buckets])
+    return Applied(layouts, sync, leaves={n: t for b in buckets for n, t in b.leaves.items()})
 
 
 def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
-    """Split the optimizer and the gradients, which are summed after each micro-batch."""
-    return _apply(setup, bucket_mb, SummedGradients, each=True)
-
-
-def _apply(setup: Setup, bucket_mb: float, kind: "type[Bucket]", *, each: bool) -> Applied:
-    if not bucket_mb > 0:
-        raise UserError(f"buckets of {bucket_mb} MiB; give a size above 0")
-    model, axis, gather_axis = setup.model, setup.axis, setup.channel()
-    found, layouts, limit = places(model), setup.owing_sums(axis), int(bucket_mb * 2**20)
-    # Backward comes to the last layer first, and as a rule that was also made last.
-    trained = [(n, p.dtype, p.nbytes) for n, p in model.named_parameters() if p.requires_grad]
-    together = cut(reversed(trained), limit, limit)
-    for names in together:
-        lengths = [model.get_parameter(name).numel() for name in names]
-        shard, offset = max(1, -(-sum(lengths) // axis.size)), 0
-        for name, length in zip(names, lengths, strict=True):
-            layouts[name] = layouts[name].split(axis.name, FlatShard(offset, shard))
-            offset += length
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            _replace(found[name], setup.full_value(name).to(axis.wire.device))
-    buckets = [
-        kind(
-            label(i, names), {name: found[name] for name in names},
-            [_flat(layouts[name]) for name in names], axis, gather_axis, setup.full_value,
-        )
-        for i, names in enumerate(together)
-    ]  # fmt: skip
-    leaves = {name: part.whole for bucket in buckets for name, part in bucket.parts.items()}
-    return Applied(layouts, ZeroSync(buckets, axis, each=each), leaves=leaves)
-
-
-def _replace(own: Sequence[Place], value: Tensor) -> None:
-    """Give a frozen parameter, which stays whole, its value, if it was on the meta device."""
-    if parameter_at(own).is_meta:
-        put(own, value)
-
-
-def _flat(layout: Layout) -> FlatShard:
-    _, flat = layout.splits[-1]
-    assert isinstance(flat, FlatShard), flat
-    return flat
-
-
-def _places(flat: FlatShard, numel: int, index: int) -> tuple[slice, slice]:
-    """A parameter's elements in its bucket, and those of them in a rank's shard of that."""
-    start, stop = (
-        min(max(end - index * flat.length, 0), flat.length)
-        for end in (flat.offset, flat.offset + numel)
-    )
-    return slice(flat.offset, flat.offset + numel), slice(start, stop)
+    """Shard the optimizer and the gradients, which are summed after each micro-batch."""
+    layouts, buckets = shard_in_buckets(setup, bucket_mb)
+    longest = {b.dtype: b.numel for b in sorted(buckets, key=lambda bucket: bucket.numel)}
+    staging = {d: ops.shared_buffer(numel, d, setup.axis) for d, numel in longest.items()}
+    of_stage2 = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
+    sync = ZeroSync(setup.axis, of_stage2, list(staging.values()))
+    return Applied(layouts, sync, leaves={n: t for b in buckets for n, t in b.leaves.items()})
 
 
 class ZeroSync(Sync):
-    """Sends each bucket as soon as it and all before it are full: one order on every rank.
+    """Issues each bucket as soon as it and all before it are full: one order on every rank.
 
-    Args:
-        each: sum the gradients of each micro-batch, and not just once after the last.
+    A parameter that no rank used keeps `grad is None`. The ranks agree on this in `finish()`; until
+    then a `.grad` only means that nobody has cleared it.
     """
 
-    def __init__(self, buckets: "Sequence[Bucket]", axis: Axis, *, each: bool) -> None:
-        self.buckets, self.axis, self.each = buckets, axis, each
-        self.place_of = {name: i for i, bucket in enumerate(buckets) for name in bucket.names}
-        self.used = ops.shared_buffer(len(self.place_of), torch.float32, axis)
-        self.staging: dict[torch.dtype, Tensor] = {}
-        if each:
-            for dtype in {bucket.flat.dtype: None for bucket in buckets}:
-                longest = max(len(b.flat) for b in buckets if b.flat.dtype == dtype)
-                self.staging[dtype] = ops.shared_buffer(longest, dtype, axis)
+    def __init__(
+        self, axis: Axis, buckets: "Sequence[Bucket]", staging: Sequence[Tensor] = ()
+    ) -> None:
+        self.axis, self.buckets, self.staging = axis, buckets, staging
+        self.unsummed = [bucket for bucket in buckets if isinstance(bucket, Stage1Bucket)]
+        self.each_microbatch = not self.unsummed  # gradients are summed after each, not the last
+        self.place_of = {name: i for i, b in enumerate(buckets) for name in b.params.shards}
+        self.flags = ops.shared_buffer(len(self.place_of), torch.float32, axis)
         self.last = True  # no micro-batch follows the one that is under way
-        self.sent = 0  # buckets that are, or have been, on their way
-        self.flying: list[Bucket] = []
+        self.issued = 0  # buckets
+        self.in_flight: list[Bucket] = []
 
     def microbatch(self, *, last: bool) -> None:
-        if self.each and not self.last:  # the one that is over was followed by others
-            self._send_rest()
-            self._begin()
+        if self.each_microbatch and not self.last:  # the one that is over was followed by others
+            self._reduce_rest()
+            self._start_over()
         self.last = last
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        if unit == "" and phase is not Phase.BACKWARD:
+        if unit == "":
             for bucket in self.buckets:
-                bucket.check()
-                bucket.drop_cleared()
+                bucket.params.check(phase)
+            for unsummed in self.unsummed:
+                unsummed.look_for_changes()
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        if unit == "" and self.each and phase is Phase.BACKWARD:
-            self._send_rest()  # now, because others wait for it in their backward
+        if unit == "" and phase is Phase.BACKWARD:
+            if self.each_microbatch:
+                self._reduce_rest()  # now, because others wait for it in their backward
+            elif not self.last:
+                for unsummed in self.unsummed:
+                    unsummed.changes.note_values()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             place = self.place_of[name]
-            if place < self.sent:
+            if place < self.issued:
                 raise UserError(
                     f"backward has reached {name} again after its gradient was sent: add up the "
                     "losses and call backward once, or give each backward a job.microbatch of its "
                     "own; after a step that is not taken, call job.finish() before zero_grad()"
                 )
-            self.buckets[place].take(name)
-            if last or self.each:
-                self.buckets[place].missing.discard(name)
-        while self.sent < len(self.buckets) and not self.buckets[self.sent].missing:
-            self._send()
+            bucket = self.buckets[place]
+            if isinstance(bucket, Stage1Bucket):  # of stage 2 it stays until it is sent
+                bucket.copy_in(name)
+            if last or self.each_microbatch:
+                bucket.params.arrivals.ready.add(name)
+        for bucket in self.buckets[self.issued :]:
+            if not bucket.params.arrivals.complete:
+                break
+            self._issue()
 
-    def _send(self) -> None:
-        if self.each:
-            self._land()  # so that one staging is enough, and what arrives is one bucket at a time
-        bucket = self.buckets[self.sent]
-        self.flying.append(bucket)
-        self.sent += 1
-        with self.axis.wire.during(unit=bucket.label):
-            bucket.start_sum(self.staging.get(bucket.flat.dtype, bucket.flat))
+    def _issue(self) -> None:
+        if self.each_microbatch:
+            self._wait_in_flight()  # one staging is enough, and one bucket arrives at a time
+        bucket = self.buckets[self.issued]
+        self.in_flight.append(bucket)
+        self.issued += 1
+        bucket.issue()
 
-    def _land(self) -> None:
-        for bucket in self.flying:
-            bucket.finish_sum()
-        self.flying = []
+    def _wait_in_flight(self) -> None:
+        for bucket in self.in_flight:
+            bucket.wait()
+        self.in_flight = []
 
-    def _send_rest(self) -> None:
+    def _reduce_rest(self) -> None:
         """Backward is over: what has not come on this rank will not."""
-        while self.sent < len(self.buckets):
-            self._send()
-        self._land()
+        while self.issued < len(self.buckets):
+            self._issue()
+        self._wait_in_flight()
 
-    def _begin(self) -> None:
-        self.sent = 0
+    def _start_over(self) -> None:
+        self.issued = 0
         for bucket in self.buckets:
-            bucket.missing = set(bucket.names)
+            bucket.params.arrivals.ready = set()
 
     def finish(self) -> None:
-        self._send_rest()
-        self._begin()
-        used = [name in bucket.used for bucket in self.buckets for name in bucket.names]
-        if used:
-            self.used.copy_(torch.tensor(used))
-            ops.all_reduce_into(self.used, self.axis).wait()
-        somewhere = dict(zip(self.place_of, (self.used > 0).tolist(), strict=True))
+        for unsummed in self.unsummed:
+            unsummed.look_for_changes()
+        self._reduce_rest()
+        self._start_over()
+        used, changed = self._agree()
         for bucket in self.buckets:
-            bucket.hand_out({name for name in bucket.names if somewhere[name]})
-            bucket.wait_for_readers()
+            bucket.assign_grads(used & bucket.params.shards.keys() if not changed else set())
+        if changed:
+            raise UserError(
+                f"the gradient of {changed[0]} was changed before finish(): under zero1 it is not "
+                "summed yet, and its .grad is a part of it; take zero2, or change gradients after "
+                "finish(); no rank has a gradient of this step now"
+            )
+
+    def _agree(self) -> tuple[set[str], list[str]]:
+        """The parameters that some rank has used, and those whose gradient a user has changed."""
+        many = self.axis.size + 1  # more than all flags of use together
+        changed = {name for unsummed in self.unsummed for name in unsummed.changes.take()}
+        flags = [
+            (name in bucket.used) + many * (name in changed)
+            for bucket in self.buckets
+            for name in bucket.params.shards
+        ]
+        if flags:
+            self.flags.copy_(torch.tensor(flags))
+            ops.all_reduce_into(self.flags, self.axis).wait()
+        total = dict(zip(self.place_of, self.flags.tolist(), strict=True))
+        return {n for n in total if total[n] > 0}, [n for n in total if total[n] >= many]
 
     def after_step(self) -> None:
-        on_their_way = [bucket.start_gather() for bucket in self.buckets]
-        for pending in on_their_way:
-            pending.wait()
+        for bucket in self.buckets:
+            bucket.params.issue_gather()
+        for bucket in self.buckets:
+            bucket.params.unsharded.wait()
 
     def forget(self) -> None:
-        self._land()
-        self._begin()
+        self._wait_in_flight()
+        self._start_over()
         self.last = True
+        for unsummed in self.unsummed:
+            unsummed.changes.take()
         for bucket in self.buckets:
-            for part in bucket.parts.values():
-                part.whole.grad = None
+            bucket.params.drop_leaf_grads()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        yield "buffers", self.used
-        for staging in self.staging.values():
-            yield "buffers", staging
+        for buffer in (self.flags, *self.staging):
+            yield "buffers", buffer
         for bucket in self.buckets:
             for gradients in bucket.held():
                 yield "gradients", gradients
 
 
-class Bucket(ABC):
-    """Parameters side by side in one piece of memory, cut into one piece for each rank.
+@final
+class Stage1Bucket:
+    """Gradients lie side by side, micro-batches add to them, and the sum of a shard comes in place.
 
-        flat = [ a | b | c    ... | padding ]     what forwards read
-        own  =       [        ]                   what this rank steps on, and gives to the others
-
-    Each gradient has the place of its parameter, in such memory for all or in such a piece.
-
-    Args:
-        members: name -> where it stands.
-        flats: the range of each member in the bucket.
-        axis, gather_axis: where gradients and parameters travel.
-
-    Attributes:
-        sums: of gradients over the ranks, beside `own`.
+    The memory stays after `finish`: the next backward would take again what was given back.
     """
 
-    sums: Tensor
+    def __init__(self, params: ParamBucket) -> None:
+        self.params = params
+        gradients = ops.shared_buffer(params.numel, params.dtype, params.axis)
+        self.gradients = params.side_by_side(gradients)
+        self.sums = params.in_shard(params.shard_of(gradients))
+        self.used: set[str] = set()  # on this rank
+        self.changes = UserChanges(params.shards, self.sums)
 
-    def __init__(
-        self,
-        title: str,
-        members: Mapping[str, list[Place]],
-        flats: Sequence[FlatShard],
-        axis: Axis,
-        gather_axis: Axis,
-        full_value: Callable[[str], Tensor],
-    ) -> None:
-        self.label, self.names, self.axis, self.gather_axis = (
-            title,
-            list(members),
-            axis,
-            gather_axis,
-        )
-        shapes = [parameter_at(own).shape for own in members.values()]
-        dtype = parameter_at(members[self.names[0]]).dtype
-        self.flat = ops.shared_buffer(axis.size * flats[0].length, dtype, gather_axis)
-        self.own = self.row(self.flat)
-        self.parts: dict[str, Split] = {}
-        self.at: dict[str, tuple[slice, slice]] = {}  # in `flat`, and what of it is in `own`
-        for (name, own), flat, shape in zip(members.items(), flats, shapes, strict=True):
-            self.at[name] = at, mine = _places(flat, shape.numel(), axis.index)
-            memory = self.flat[at].copy_(full_value(name).flatten())
-            seen = memory.data.view(shape)  # .data: not a view for autograd
-            part = split(name, own, self.own[mine], seen, memory)
-            part.show()  # for good
-            # A copy of the model is the plain model: its parameters are the wholes.
-            part.local.__dict__["__deepcopy__"] = partial(copy.deepcopy, part.whole)
-            self.parts[name] = part
-        self.missing = set(self.names)  # gradients that are to come before it is sent
-        self.used: set[str] = set()  # on this rank, at the last sum
-        self.pending: ops.Pending | None = None
+    def copy_in(self, name: str) -> None:
+        """A leaf's gradient holds this micro-batch. From now on its memory is ours."""
+        first = self.gradients.copy_in(name, self.params.leaves[name])
+        self.changes.backward_wrote(name, first=first)
 
-    def row(self, memory: Tensor) -> Tensor:
-        """This rank's piece of such memory."""
-        return memory.view(self.axis.size, -1)[self.axis.index]
+    def look_for_changes(self) -> None:
+        """Clear what zero_grad() has cleared. See [Note: gradients that a user changes]."""
+        for name in self.changes.look(self.params.leaves, in_flight=self.gradients.in_flight):
+            self.params.leaves[name].grad = None
 
-    def check(self) -> None:
-        for part in self.parts.values():
-            part.check(self.flat)
-
-    def start_gather(self) -> ops.Pending:
-        with self.gather_axis.wire.during(unit=self.label):
-            return ops.all_gather_into(self.flat, self.own, self.gather_axis)  # W[E_dp] -> W
-
-    def present(self) -> set[str]:
-        """Those whose local gradient is there: no zero_grad has taken it away since."""
-        return {name for name, part in self.parts.items() if part.local.grad is not None}
-
-    def hand_out(self, names: set[str]) -> None:
-        """Make `.grad` of each local part of these its range of the sums, and of others None."""
-        for name, part in self.parts.items():
-            part.local.grad = self.sums.data[self.at[name][1]] if name in names else None
-        self.used = names
-
-    def wait_for_readers(self) -> None:
-        """Wait until no rank reads what the optimizer, or the next backward, is about to write."""
-        ops.wait_for_readers(self.flat, self.gather_axis)
-
-    # --- what the stages do with gradients --------------------------------------------------------
-
-    @abstractmethod
-    def drop_cleared(self) -> None:
-        """A forward begins: of what zero_grad has cleared, the rest must go as well."""
-
-    @abstractmethod
-    def take(self, name: str) -> None:
-        """`whole.grad` holds this micro-batch."""
-
-    @abstractmethod
-    def start_sum(self, staging: Tensor) -> None:
+    def issue(self) -> None:
         """dW{U_dp} -> dW[E_dp]"""
+        self.look_for_changes()
+        self.used = self.params.with_grad()
+        self.gradients.copy_in_all(self.params.leaves)
+        self.gradients.issue(partial(ops.reduce_scatter_into, self.sums.memory), self.params.axis)
 
-    @abstractmethod
-    def finish_sum(self) -> None: ...
+    def wait(self) -> None:
+        self.gradients.wait()
+        self.params.drop_leaf_grads()
 
-    @abstractmethod
-    def held(self) -> Iterator[Tensor]: ...
-
-
-class WholeGradients(Bucket):
-    """Stage 1: they lie side by side; later micro-batches add to them; the sums come in place."""
-
-    def __init__(self, *bucket: Any) -> None:
-        super().__init__(*bucket)
-        self.gradients = ops.shared_buffer(len(self.flat), self.flat.dtype, self.axis)
-        self.sums = self.row(self.gradients)
-        self.views = {
-            n: self.gradients[self.at[n][0]].view_as(p.whole) for n, p in self.parts.items()
-        }
-
-    def drop_cleared(self) -> None:
-        for part in self.parts.values():
-            # Backward writes by another name; who has written by this one has cleared it.
-            if part.local.grad is None or part.local.grad._version > 0:
-                part.whole.grad = None
-
-    def take(self, name: str) -> None:
-        part, view = self.parts[name], self.views[name]
-        if part.whole.grad is not None and part.whole.grad is not view:
-            view.copy_(part.whole.grad.detach())
-            part.whole.grad = view
-            part.local.grad = self.sums.data[self.at[name][1]]
-
-    def start_sum(self, staging: Tensor) -> None:
-        self.drop_cleared()
-        self.used = self.present()
-        for name, part in self.parts.items():
-            if part.whole.grad is None:
-                self.views[name].zero_()  # what an earlier step has left there
-        self.pending = ops.reduce_scatter_into(self.sums, self.gradients, self.axis)
-
-    def finish_sum(self) -> None:
-        assert self.pending is not None, self.label
-        self.pending.wait()
-        self.pending = None
-        for part in self.parts.values():
-            part.whole.grad = None
-
-    def wait_for_readers(self) -> None:
-        super().wait_for_readers()
-        ops.wait_for_readers(self.gradients, self.axis)
+    def assign_grads(self, names: set[str]) -> None:
+        """The sums of all micro-batches are in: see ParamBucket.assign_grads."""
+        self.used = names
+        self.params.assign_grads(self.sums, names)
+        self.params.wait_for_readers()
+        # The next backward writes there.
+        ops.wait_for_readers(self.gradients.memory, self.params.axis)
 
     def held(self) -> Iterator[Tensor]:
-        yield self.gradients
+        yield self.gradients.memory
 
 
-class SummedGradients(Bucket):
-    """Stage 2: they are copied to where they are sent from, and go; their sums add up."""
+@final
+class Stage2Bucket:
+    """Gradients are copied to where they are sent from, and go; the sums of a shard add up.
 
-    def __init__(self, *bucket: Any) -> None:
-        super().__init__(*bucket)
-        self.sums = self.flat.new_empty(0)
+    This saves memory only where a model has many buckets; a smaller `bucket_mb` makes more. Ranks
+    wait for each other in backward, and all go through the same number of micro-batches.
+    """
+
+    def __init__(self, params: ParamBucket, staging: Tensor) -> None:
+        self.params, self.staging = params, staging
+        self.packed = params.side_by_side(staging[: params.numel])
+        self.sums: FlatBuffer | None = None
         self.incoming: Tensor | None = None
+        self.used: set[str] = set()  # on this rank, or somewhere in a step before
 
-    def drop_cleared(self) -> None:
-        """There is no rest."""
+    def issue(self) -> None:
+        """dW{U_dp} -> dW[E_dp]"""
+        ops.wait_for_readers(self.staging, self.params.axis)
+        used = {name for name, leaf in self.params.leaves.items() if leaf.grad is not None}
+        self.used = used | (self.used & self.params.with_grad())
+        self.packed.copy_in_all(self.params.leaves)
+        self.params.drop_leaf_grads()
+        self.incoming = torch.empty_like(self.params.sharded.memory)
+        collective = partial(ops.reduce_scatter_into, self.incoming, memory=self.staging)
+        self.packed.issue(collective, self.params.axis)
 
-    def take(self, name: str) -> None:
-        """It stays where it is until its bucket is complete."""
-
-    def start_sum(self, staging: Tensor) -> None:
-        self.used &= self.present()
-        ops.wait_for_readers(staging, self.axis)
-        bucket = staging[: len(self.flat)]
-        for name, part in self.parts.items():
-            view = bucket[self.at[name][0]]
-            if part.whole.grad is None:
-                view.zero_()
-            else:
-                view.copy_(part.whole.grad.detach().flatten())
-                part.whole.grad = None
-                self.used.add(name)
-        self.incoming = torch.empty_like(self.own)
-        self.pending = ops.reduce_scatter_into(self.incoming, bucket, self.axis, memory=staging)
-
-    def finish_sum(self) -> None:
-        assert self.pending is not None, self.label
-        assert self.incoming is not None, self.label
-        self.pending.wait()
-        self.pending = None  # or it would keep what has come
-        if present := self.present():
-            for name in self.parts.keys() - present:
-                self.sums[self.at[name][1]].zero_()  # cleared since
-            self.sums += self.incoming
+    def wait(self) -> None:
+        """Add what has come to the sums of the micro-batches before."""
+        self.packed.wait()
+        incoming, self.incoming = self.incoming, None
+        assert incoming is not None, self.params.label
+        if self.sums is not None and self.params.with_grad():
+            for name, own in self.sums.views.items():
+                grad = self.params.shards[name].grad
+                if grad is None:  # cleared since
+                    own.zero_()
+                elif grad.data_ptr() != own.data_ptr():  # replaced since
+                    own.copy_(grad)
+            self.sums.memory.add_(incoming)
         else:
-            self.sums = self.incoming
-        self.incoming = None
-        used = self.used
-        self.hand_out(set(self.names))  # of all, which says that none was cleared
-        self.used = used
+            self.sums = self.params.in_shard(incoming)
+        # Of all, also of what was not used: from now on None says that it was cleared.
+        self.params.assign_grads(self.sums, set(self.params.shards))
+
+    def assign_grads(self, names: set[str]) -> None:
+        """The sums of all micro-batches are in: see ParamBucket.assign_grads."""
+        assert self.sums is not None, self.params.label
+        self.used = names
+        self.params.assign_grads(self.sums, names)
+        self.params.wait_for_readers()
 
     def held(self) -> Iterator[Tensor]:
-        yield self.sums
+        if self.sums is not None:
+            yield self.sums.memory
         if self.incoming is not None:
             yield self.incoming
+
+
+Bucket = Stage1Bucket | Stage2Bucket

@@ -13,7 +13,7 @@ from torch import nn
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.layout.layout import Layout, Owed, Shard
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.sharded.sharded_param import Place, places
+from dist_lab.parallel.param_slots import ParamSlot, param_slots
 from dist_lab.step.protocol import Setup
 
 Role = str | tuple[str, int]
@@ -53,7 +53,7 @@ class Lies:
 
 def arrange(
     setup: Setup, plan: Plan | None, *, cut: bool
-) -> tuple[dict[str, Planned], dict[str, list[Place]], dict[str, Lies]]:
+) -> tuple[dict[str, Planned], dict[str, list[ParamSlot]], dict[str, Lies]]:
     """What each named module is to do, where each parameter stands, and how it is to lie.
 
     Args:
@@ -64,7 +64,7 @@ def arrange(
         UserError: no plan, or one that does not fit.
     """
     model = setup.model
-    named, found = read_plan(model, own_plan(model) if plan is None else plan), places(model)
+    named, found = read_plan(model, own_plan(model) if plan is None else plan), param_slots(model)
     lies = where_all_lie(model, setup.axis, named, found, cut=cut)
     if cut:
         trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
@@ -125,7 +125,7 @@ def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
 
 
 def check_all_named(
-    trained: Mapping[str, list[Place]], model: nn.Module, plan: Mapping[str, Planned]
+    trained: Mapping[str, list[ParamSlot]], model: nn.Module, plan: Mapping[str, Planned]
 ) -> None:
     """See that the plan says of every trained parameter what of the sequence it sees.
 
@@ -185,7 +185,7 @@ def where_all_lie(
     model: nn.Module,
     axis: Axis,
     plan: Mapping[str, Planned],
-    found: Mapping[str, list[Place]],
+    found: Mapping[str, list[ParamSlot]],
     *,
     cut: bool,
 ) -> dict[str, Lies]:

@@ -60,7 +60,7 @@ from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Owed, shard_of
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.sharded.sharded_param import put
+from dist_lab.parallel.param_slots import set_param
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, lay_out
 from dist_lab.parallel.tensor.sequence import Entry, Residual
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
@@ -94,7 +94,7 @@ def apply(
         value, how = setup.full_value(name), lies[name].shard
         if how is not None:
             value = shard_of(value, how, axis.size, axis.index)
-        put(own, value.to(axis.wire.device, copy=True))
+        set_param(own, value.to(axis.wire.device, copy=True))
     entries = split_forwards(model, named, residual)
     owed = {n: _axis_of(where.owed, setup) for n, where in lies.items() if where.owed is not None}
     return Applied(lay_out(setup, lies), TensorParallel(model, owed, residual, entries))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import dist_lab
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.parallel.replicated.buckets import cut
+from dist_lab.parallel.flat_buffer import group_into_buckets
 
 TINY = {"bucket_mb": 0.02, "first_bucket_mb": 0.002}  # several buckets even in a tiny model
 
@@ -43,7 +43,7 @@ def ready(mesh, model="gpt", **options):
 def test_buckets_hold_everything_once_in_order_and_one_dtype_each():
     wide, narrow = torch.float32, torch.bfloat16
     sizes = [(f"{i}", narrow if i % 3 else wide, 1 + 7 * i % 11) for i in range(40)]
-    buckets = cut(sizes, 5, 20)
+    buckets = group_into_buckets(sizes, 5, 20)
     dtypes, bytes_of = ({name: row[i] for name, *row in sizes} for i in (0, 1))
     assert sorted((name for names in buckets for name in names), key=int) == [
         name for name, _, _ in sizes
@@ -56,7 +56,7 @@ def test_buckets_hold_everything_once_in_order_and_one_dtype_each():
 
 
 def test_nothing_to_send_makes_no_bucket():
-    assert cut([], 1, 1) == []
+    assert group_into_buckets([], 1, 1) == []
 
 
 # --- what travels ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dist_lab import zoo
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.parallel.sharded.sharded_param import piece_length
+from dist_lab.parallel.sharded.sharded_param import shard_length
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
 from dist_lab.step.protocol import Sync
 
@@ -71,7 +71,7 @@ TRAFFIC = {
 
 def elements(job, ranks, n=None):
     """Of so many ranks' pieces of n, each padded to the longest."""
-    return ranks * sum(piece_length(laid.shape, n or ranks) for laid in job.layouts.values())
+    return ranks * sum(shard_length(laid.shape, n or ranks) for laid in job.layouts.values())
 
 
 def flags(job, n):
@@ -119,7 +119,7 @@ def test_padding_and_flags_are_all_that_it_sends_beyond_the_published_formula(me
     take_step(job, optimizer)
     whole = sum(laid.shape.numel() for laid in job.layouts.values())
     rest = sum(
-        4 * piece_length(laid.shape, 4) - laid.shape.numel() for laid in job.layouts.values()
+        4 * shard_length(laid.shape, 4) - laid.shape.numel() for laid in job.layouts.values()
     )
     assert 0 < rest < whole / 20
     payload = sum(c.payload for c in recorded(job, optimizer))
@@ -136,7 +136,7 @@ def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
     assert sum(c.unit == "frozen" for c in calls) == 2
     assert not any(c.unit == "unused" for c in calls)
     trained = [n for n in job.layouts if n.startswith(("mix", "embed", "scale"))]
-    pieces = sum(piece_length(job.layouts[name].shape, 2) for name in trained)
+    pieces = sum(shard_length(job.layouts[name].shape, 2) for name in trained)
     assert sum(c.payload for c in reduced) == 2 * 8 * (pieces + len(trained))
 
 
@@ -182,7 +182,7 @@ def sizes(job, n, units):
     own = {
         "": [m for m in job.layouts if not any(m in names for names in inside.values())]
     } | inside
-    return {u: 8 * n * sum(piece_length(job.layouts[m].shape, n) for m in own[u]) for u in own}
+    return {u: 8 * n * sum(shard_length(job.layouts[m].shape, n) for m in own[u]) for u in own}
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -345,13 +345,14 @@ def test_the_next_unit_is_called_for_before_this_one_computes(mesh):
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mesh):
-    for use, gathers in (("nested", 2 * 5), ("called twice", 2 * 5)):
+    for use, gathers, reductions in (("nested", 2 * 5, 5), ("called twice", 2 * 5, 3)):
         made, units = USES[use]
         job, _ = trained(mesh, made, units, prefetch=prefetch)
         for _ in range(3):
             with mesh.wire.ledger.recording() as calls:
                 run_once(job)
         assert sum(c.op == "all_gather" for c in calls) == gathers, use
+        assert sum(c.op == "reduce_scatter" for c in calls) == reductions, use
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})

@@ -19,7 +19,7 @@ from test_sharded_param import (
 import dist_lab
 from dist_lab.comm import ops
 from dist_lab.comm.ledger import formula_bytes
-from dist_lab.parallel.sharded.sharded_param import piece_length
+from dist_lab.parallel.sharded.sharded_param import shard_length
 
 MESHES = [{"dp": 2, "fsdp": 2}, {"dp": 1, "fsdp": 4}, {"dp": 4, "fsdp": 1}]
 
@@ -73,7 +73,7 @@ def test_the_pieces_are_summed_over_the_copies_once_whatever_the_number_of_micro
     used, *sums = along["dp"]
     assert used.payload == 4  # a byte for each unit and the root: who was used at all
     assert [c.unit for c in sums] == ["root", *"abc"]
-    pieces = sum(piece_length(laid.shape, 2) for laid in job.layouts.values()) + len(job.layouts)
+    pieces = sum(shard_length(laid.shape, 2) for laid in job.layouts.values()) + len(job.layouts)
     assert sum(c.payload for c in sums) == 8 * pieces
     everyone = ops.all_reduce(torch.tensor(sum(c.sent for c in sums)), mesh.world)
     assert int(everyone) == 4 * formula_bytes("all_reduce", 2, 8 * pieces)

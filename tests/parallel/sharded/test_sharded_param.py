@@ -17,7 +17,8 @@ from dist_lab.comm.ops import CollectiveError
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import gather_full
 from dist_lab.layout.layout import FlatShard, Shard
-from dist_lab.parallel.sharded.sharded_param import owners, piece_length, places
+from dist_lab.parallel.param_slots import owners, param_slots
+from dist_lab.parallel.sharded.sharded_param import shard_length
 
 WIDTH = 6
 OPTIONS = {
@@ -619,7 +620,7 @@ def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, me
 
 def test_a_piece_is_as_long_as_the_longest():
     lengths = [
-        piece_length(torch.Size(s), 4) for s in [(8, 3), (7, 3), (2, 3), (0, 3), (5, 0), (), (1,)]
+        shard_length(torch.Size(s), 4) for s in [(8, 3), (7, 3), (2, 3), (0, 3), (5, 0), (), (1,)]
     ]
     assert lengths == [6, 6, 3, 0, 0, 1, 1]
 
@@ -628,7 +629,7 @@ def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
     made, _ = USES["tied across nested units"]
     net = made()
     units = {"": net} | {name: net.get_submodule(name) for name in ("a", "a.inner", "b")}
-    owner = owners(places(net), units)
+    owner = owners(param_slots(net), units)
     assert owner["a.before.linear.weight"] == "a"  # and it stands in a.inner as well
     assert owner["a.inner.before.linear.weight"] == "a.inner"
     assert owner["b.linear.weight"] == "b"

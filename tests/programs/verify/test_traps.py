@@ -24,9 +24,12 @@ from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout
 from dist_lab.parallel.replicated import dp
 from dist_lab.parallel.sharded import fsdp
+from dist_lab.parallel.sharded.param_group import Params
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
 from dist_lab.step import clip
 from dist_lab.step.protocol import Applied, Sync
+
+UNSHARDED = Params.UNSHARDED
 
 
 class Buggy(Sync):
@@ -298,15 +301,15 @@ def test_a_norm_of_parts_is_low_by_the_root_of_the_ranks_and_is_seen(mesh):
 def test_a_tied_weight_that_became_two_is_seen(mesh):
     # Trap 9: each place has its own, and the gradient of the second is nobody's.
     def untie(group):
-        real = group.finish_gather
+        real = group.wait_unshard
 
         def in_two():
             real()
-            for part in group.parts:
-                for module, attribute in part.places[1:] if group.is_whole else ():
-                    module.__dict__[attribute] = part.whole.detach().clone().requires_grad_()
+            for param in group.params:
+                for module, attribute in param.slots[1:] if group.state is UNSHARDED else ():
+                    module.__dict__[attribute] = param.unsharded.detach().clone().requires_grad_()
 
-        group.finish_gather = in_two
+        group.wait_unshard = in_two
 
     report = report_of(mesh, untie, "gpt tied")
     assert (report.first.step, report.first.quantity) == (0, "gradient")
@@ -317,23 +320,23 @@ def test_a_tied_weight_that_became_two_is_seen(mesh):
 def test_weights_of_the_step_before_are_seen(mesh):
     # Trap 13: what is let go is not given back, and the next gather finds it there.
     def keep(group):
-        real, times = group.start_gather, []
+        real, times = group.issue_unshard, []
 
         def stale():
             if times and times[0] is not None:
-                for part in group.parts:
-                    part.grow()
-                    part.rows.copy_(times[0][part.name])
-                group.is_whole = True
-                for part in group.parts:
-                    part.show()
+                for param in group.params:
+                    param.allocate()
+                    param.rows.copy_(times[0][param.name])
+                group.state = UNSHARDED
+                for param in group.params:
+                    param.show()
                 return False
             began = real()
-            group.finish_gather()
-            times.append({part.name: part.rows.clone() for part in group.parts})
+            group.wait_unshard()
+            times.append({param.name: param.rows.clone() for param in group.params})
             return began
 
-        group.start_gather = stale
+        group.issue_unshard = stale
 
     report = report_of(mesh, keep, steps=3)
     assert (report.first.step, report.first.quantity) == (1, "loss")

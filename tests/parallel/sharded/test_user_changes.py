@@ -1,0 +1,337 @@
+"""What a user changes between the verbs of a step: gradients edited or cleared, parameters frozen.
+
+Right is what one process does, or one line that names the parameter, on every rank. Never silence.
+"""
+
+import pytest
+import torch
+from models import axes_of, batch, gpt, plan_of
+from torch import nn
+
+import dist_lab
+from dist_lab.errors import UserError
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS
+
+BY_HAND = [
+    name for name, impl in IMPLEMENTATIONS if impl == "hand" and name not in ("single", "pp")
+]
+
+
+def under(*strategies):
+    each = [(name, 4 if name == "hsdp" else 2) for name in strategies]
+    return pytest.mark.parametrize(
+        "strategy",
+        [pytest.param(s, marks=pytest.mark.ranks(n, mesh=axes_of(s, n))) for s, n in each],
+    )
+
+
+EVERY = under(*BY_HAND)
+SMALL = {
+    "ddp": {"bucket_mb": 0.02, "first_bucket_mb": 0.002},
+    "zero1": {"bucket_mb": 0.02},
+    "zero2": {"bucket_mb": 0.02},
+}
+
+
+def job_of(strategy, mesh, model=None):
+    units = ["model.layers.0", "model.layers.1"] if strategy in ("fsdp", "hsdp") else []
+    options = plan_of(strategy, "gpt") | SMALL.get(strategy, {})
+    return dist_lab.parallelize(model or gpt(), mesh, strategy, units=units, **options)
+
+
+def loss_of(model, rows, step, part=slice(None)):
+    """Of the second or the first half of the rows of a global batch of 8."""
+    x, y = (t[4 * rows : 4 * rows + 4][part] for t in batch(step))
+    return dist_lab.cross_entropy_sum(model(x), y) / 48
+
+
+def rows_of(job):
+    """Which of the 4 rows of a micro-batch this rank computes on."""
+    data = job.mesh.data
+    return slice(4 // data.size * data.index, 4 // data.size * (data.index + 1))
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def keep(parameters):
+    for p in parameters:
+        p.grad.mul_(1.0)
+
+
+def double(parameters):
+    for p in parameters:
+        p.grad.mul_(2.0)
+
+
+def double_data(parameters):
+    for p in parameters:
+        p.grad.data.mul_(2.0)
+
+
+def replace(parameters):
+    for p in parameters:
+        p.grad = 2 * p.grad
+
+
+def unscale(parameters):
+    """What a GradScaler does, which no version counts."""
+    grads = [p.grad for p in parameters]
+    half = torch.tensor(0.5)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(()), half)
+
+
+def clear(parameters):
+    for p in parameters:
+        p.grad.zero_()
+
+
+def replace_by_zeros(parameters):
+    for p in parameters:
+        p.grad = torch.zeros_like(p.grad)
+
+
+def none_of_them(parameters):
+    for p in parameters:
+        p.grad = None
+
+
+EDITS = [keep, double, double_data, replace, unscale]
+CLEARS = [clear, replace_by_zeros, none_of_them]
+
+
+def one_process(edit, of, steps=(0,)):
+    """The gradients of two micro-batches, with an edit between, in one process."""
+    model = gpt()
+    for step in steps:
+        model.zero_grad()
+        loss_of(model, 0, step).backward()
+        edit(of(model))
+        loss_of(model, 1, step).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def all_parameters(model):
+    return list(model.parameters())
+
+
+def one_parameter(model):
+    return [dict(model.named_parameters())["model.layers.1.mlp.down_proj.weight"]]
+
+
+def micro_batches(job, edit, of, step=0):
+    """Two of them, without finish()."""
+    for i in (0, 1):
+        with job.microbatch(last=i == 1):
+            loss_of(job.model, i, step, rows_of(job)).backward()
+        if i == 0:
+            edit(of(job.model))
+
+
+@pytest.mark.parametrize("of", [all_parameters, one_parameter])
+@pytest.mark.parametrize("edit", EDITS)
+@EVERY
+def test_a_gradient_that_is_edited_between_micro_batches_is_kept_or_refused_by_name(
+    strategy, edit, of, mesh
+):
+    job = job_of(strategy, mesh)
+    micro_batches(job, edit, of)
+    if strategy == "zero1":
+        with pytest.raises(
+            UserError, match=r"the gradient of [\w.]+weight was changed before fini"
+        ):
+            job.finish()
+        assert all(p.grad is None for p in job.model.parameters())
+        job.model.zero_grad()
+        micro_batches(job, lambda _: None, of, step=1)  # and the next step is right
+        edit, steps = (lambda _: None), (1,)
+    else:
+        steps = (0,)
+    job.finish()
+    assert_same(job.full_gradients(), one_process(edit, of, steps))
+
+
+@pytest.mark.parametrize("of", [all_parameters, one_parameter])
+@pytest.mark.parametrize("how", CLEARS)
+@EVERY
+def test_a_gradient_that_is_cleared_between_micro_batches_is_not_in_the_sum(
+    strategy, how, of, mesh
+):
+    job = job_of(strategy, mesh)
+    for step in (0, 1):
+        job.model.zero_grad()
+        micro_batches(job, how, of, step)
+        job.finish()
+        assert_same(job.full_gradients(), one_process(how, of, (step,)))
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_one_rank_alone_has_edited_is_refused_on_all(mesh):
+    job = job_of("zero1", mesh)
+    micro_batches(job, double if mesh.rank else lambda _: None, one_parameter)
+    name = r"model\.layers\.1\.mlp\.down_proj\.weight"
+    with pytest.raises(UserError, match=f"gradient of {name} was changed.*take zero2"):
+        job.finish()
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_is_edited_on_its_way_is_refused(mesh):
+    job = job_of("zero1", mesh)
+    micro_batches(job, lambda _: None, one_parameter)
+    double(one_parameter(job.model))
+    with pytest.raises(UserError, match="was changed before finish"):
+        job.finish()
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+@pytest.mark.ranks(2)
+def test_gradients_may_be_edited_after_finish_and_looked_past(strategy, mesh):
+    # They are summed, so an edit is of the step: not of the next one, forwards between or not.
+    job = job_of(strategy, mesh)
+    for step in (0, 1):
+        micro_batches(job, lambda _: None, all_parameters, step)
+        job.finish()
+        job.clip_grad_norm(0.1)
+        with torch.no_grad():
+            loss_of(job.model, 0, 5)
+        double(all_parameters(job.model))
+        job.model.zero_grad(set_to_none=bool(step))
+    assert all(p.grad is None for p in job.model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_is_not_finite_is_not_taken_for_an_edited_one(mesh):
+    job = job_of("zero1", mesh)
+    job.leaves["model.norm.weight"].register_hook(lambda grad: grad * float("nan"))
+    micro_batches(job, lambda _: None, one_parameter)
+    job.finish()
+    assert job.full_gradients()["model.norm.weight"].isnan().all()
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def frozen_in(model, names, yes=True, how=None):
+    """Of parameters as an optimizer is given them, or as a module has them."""
+    find = (
+        model.get_parameter if how == "as the module has it" else dict(model.named_parameters()).get
+    )
+    for name in names:
+        find(name).requires_grad_(not yes)
+
+
+def some_names(model):
+    return [n for n, _ in model.named_parameters()][1::3]
+
+
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        ("between steps", "by name"),
+        ("between steps", "as the module has it"),
+        ("between micro-batches", "by name"),
+        ("before backward", "by name"),
+        ("before the last backward", "as the module has it"),
+    ],
+)
+@EVERY
+def test_what_is_frozen_and_unfrozen_later_trains_as_in_one_process(strategy, when, how, mesh):
+    plain = gpt()
+    names = some_names(plain)
+    job = job_of(strategy, mesh)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.1)
+    ours = job.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.1)
+    for step in range(5):
+        freezes, unfreezes = step == 1, step == 3
+        for model, part in ((plain, slice(None)), (job.model, rows_of(job))):
+
+            def change(now, model=model, freezes=freezes, unfreezes=unfreezes):
+                if now == when and (freezes or unfreezes):
+                    frozen_in(model, names, freezes, how)
+
+            change("between steps")
+            for i in (0, 1):
+                with job.microbatch(last=i == 1) if model is job.model else torch.enable_grad():
+                    loss = loss_of(model, i, step, part)
+                    change("before the last backward" if i else "before backward")
+                    loss.backward()
+                if i == 0:
+                    change("between micro-batches")
+        wanted = {name: p.grad for name, p in plain.named_parameters()}
+        job.finish()
+        assert_same(job.full_gradients(), wanted)
+        for optimizer in (theirs, ours):
+            optimizer.step()
+        job.after_step()
+        for optimizer in (theirs, ours):
+            optimizer.zero_grad()
+        assert_same(job.full_state_dict(), plain.state_dict())
+
+
+@EVERY
+def test_what_is_frozen_from_the_start_stays_and_is_refused_when_it_is_unfrozen(strategy, mesh):
+    model = gpt()
+    names = some_names(model)
+    frozen_in(model, names)
+    job = job_of(strategy, mesh, model)
+    micro_batches(job, lambda _: None, one_parameter)
+    job.finish()
+    gradients = job.full_gradients()
+    assert {name for name, grad in gradients.items() if grad is None} == set(names)
+    job.model.zero_grad()
+    frozen_in(job.model, names[:1], False)
+    with pytest.raises(UserError, match=f"{names[0]} .*was frozen when parallelize"):
+        micro_batches(job, lambda _: None, one_parameter)
+        job.finish()
+
+
+@under(*(name for name in BY_HAND if name != "tp"))  # whose plan is of another model
+def test_a_model_that_is_frozen_as_a_whole_stays_as_it_is(strategy, mesh):
+    # An input that needs a gradient, as of an adversarial example.
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    job = dist_lab.parallelize(Scaled().double(), mesh, strategy, units=["first", "second"])
+    optimizer = job.optimizer(torch.optim.SGD, lr=1.0)
+    before = job.full_state_dict()
+    job.model.requires_grad_(False)
+    x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+    job.model(x).sum().backward()
+    job.finish()
+    optimizer.step()
+    job.after_step()
+    assert x.grad.any()
+    assert_same(job.full_state_dict(), before)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.ranks(2)
+def test_no_bucket_waits_in_backward_for_a_frozen_parameter(strategy, mesh):
+    job = job_of(strategy, mesh)
+    order = []
+    for _ in range(2):  # ddp has buckets from the second step on
+        micro_batches(job, lambda _: None, one_parameter)
+        job.finish()
+        job.model.zero_grad()
+    frozen_in(job.model, ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+    embedding = "model.embed_tokens.weight"  # backward comes there last
+    leaf = job.leaves.get(embedding, job.model.get_parameter(embedding))
+    leaf.register_hook(lambda grad: order.append("the last gradient"))
+    mesh.wire.ledger.listeners.append(lambda call: order.append(call.unit))
+    with job.microbatch(last=True):
+        loss_of(job.model, 0, 0, rows_of(job)).backward()
+    assert order.index("the last gradient") > 2, order
