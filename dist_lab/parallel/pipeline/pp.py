@@ -5,8 +5,8 @@
     stage 2   .  .  F0 B0 F1 B1 F2 ...        receive -> layers 4, 5 -> loss
 
 Other strategies share out space; this one splits time, so it is run by actions and not by hooks:
-a schedule (schedules/library.py) says in which order, and here is what each of them does. Where the
-model is cut is partition.py's.
+a schedule (schedules/library.py) says in which order, and executor.py does what each of them says.
+Where the model is cut is partition.py's.
 
 Cost per step, sent by a rank for each cut at its sides: m micro-batches of B T D elements forward,
 and as much backward. Memory per rank: the parameters, gradients and optimizer state of its own
@@ -26,32 +26,21 @@ Both start from one value and are updated by one gradient, so they stay equal. W
 stage is a tensor in any case: zeros where one process would have no gradient at all.
 """
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import Tensor
 
-from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.loss import LossFn, Pair, one_number
-from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
-from dist_lab.parallel.pipeline.split_backward import Debts, SplitBackward, fresh
-from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
-from dist_lab.parallel.schedules.actions import COSTS, Action, Op, Schedule
-from dist_lab.parallel.schedules.library import example, forward_only, make
+from dist_lab.parallel.pipeline.executor import Executor
+from dist_lab.parallel.pipeline.runner import PipelineRunner
+from dist_lab.parallel.pipeline.stages import Tied, keep_stages
+from dist_lab.parallel.schedules.actions import Schedule
+from dist_lab.parallel.schedules.library import example, make
 from dist_lab.parallel.schedules.passes import (
     add_communication,
     add_unshard,
     mark_gradients_complete,
 )
-from dist_lab.parallel.schedules.simulate import IN_FLIGHT, Slot
 from dist_lab.step.protocol import Applied, Setup
 
 
@@ -104,223 +93,3 @@ def apply(
 def _schedule(name: str, ranks: int, chunks: int | None, microbatches: int) -> Schedule:
     schedule = make(name, ranks, microbatches, chunks)
     return add_unshard(mark_gradients_complete(add_communication(schedule)))
-
-
-# --- actions --------------------------------------------------------------------------------------
-
-
-class Executor:
-    """Does this rank's actions of a schedule, one after another.
-
-    Attributes:
-        parts: this rank's stages, by number.
-        slots: of the last run: when each action began and ended, in seconds of this rank's clock.
-        peak: of the last run: how many forwards were held at once.
-    """
-
-    def __init__(
-        self,
-        axis: Axis,
-        parts: Mapping[int, nn.Module],
-        shapes: Shapes,
-        rank_of: Mapping[int, int],
-        schedule_for: Callable[[int], Schedule],
-        seconds_per_unit: float = 0.0,
-    ) -> None:
-        self.axis, self.parts, self.shapes = axis, parts, shapes
-        self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
-        self.forwards = cache(lambda m: add_unshard(add_communication(forward_only(rank_of, m))))
-        self.splitter = SplitBackward()
-        self.slots: list[Slot] = []
-        self.peak = 0
-
-    def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
-        schedule = self.schedule_for(len(microbatches))
-        if schedule.splits_backward:
-            for part in self.parts.values():
-                self.splitter.split(part)
-        return self._play(schedule, microbatches, loss_fn, events)
-
-    def evaluate(
-        self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
-    ) -> Tensor:
-        return self._play(self.forwards(len(microbatches)), microbatches, loss_fn, events)
-
-    def _play(
-        self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn,
-        events: RunnerEvents,
-    ) -> Tensor:  # fmt: skip
-        flight = Flight(self, schedule, microbatches, loss_fn)
-        for action in schedule.ranks[self.axis.index]:
-            events.on_action(action)
-            flight.do(action)
-            if action.op in (Op.B, Op.W):
-                events.on_gradients(action.stage, last=action.last)
-        flight.land()
-        if flight.training:
-            self.slots, self.peak = flight.slots, flight.peak
-        return flight.total
-
-
-Values = tuple[Tensor, ...]
-
-
-@dataclass
-class Held:
-    """What a forward leaves for its backward.
-
-    inputs: what the stage was given, as leaves
-    roots: where backward begins, an edge for each output that needs a gradient; unlike the output
-        it keeps no memory
-    debts: what W will have to do
-    """
-
-    inputs: Values
-    roots: list[GradientEdge | None]
-    debts: Debts
-
-
-class Flight:
-    """One run: what has been made, what is on its way, and what is held for backward."""
-
-    def __init__(
-        self, executor: Executor, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn
-    ) -> None:
-        self.executor, self.schedule, self.axis = executor, schedule, executor.axis
-        self.microbatches, self.loss_fn = microbatches, loss_fn
-        self.made: dict[tuple[Op, int, int], Values] = {}  # outputs (F), gradients of inputs (I)
-        self.coming: dict[tuple[Op, int, int], list[ops.Pending]] = {}
-        self.leaving: deque[list[ops.Pending]] = deque()
-        self.held: dict[tuple[int, int], Held] = {}
-        self.slots: list[Slot] = []
-        self.made_at = 0.0  # when, of what the next action is given: [Note: an emulated device]
-        self.peak = 0
-        self.training = torch.is_grad_enabled()
-        self.shapes = [executor.shapes.of(x, training=self.training) for x, _ in microbatches]
-        self.total = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
-
-    def do(self, action: Action) -> None:
-        stage, m = action.stage, action.microbatch
-        match action.op:
-            case Op.F:
-                self.forward(action, self.given(Op.F, stage - 1, m) if stage else ())
-            case Op.B | Op.I:
-                self.backward(action, self.given(Op.I, stage + 1, m))
-            case Op.W:
-                with self.timed(action):
-                    self.pay(self.held.pop((stage, m)).debts)
-            case Op.RECV_F:
-                self.receive(Op.F, stage - 1, m, self.shapes[m][stage])
-            case Op.RECV_B:
-                self.receive(Op.I, stage + 1, m, [s for s in self.shapes[m][stage + 1] if s.floats])
-            case Op.SEND_F:
-                self.send(self.made.pop((Op.F, stage, m)), stage + 1)
-            case Op.SEND_B:
-                self.send(self.made.pop((Op.I, stage, m)), stage - 1)
-
-    def land(self) -> None:
-        """All that was sent has left."""
-        while self.leaving:
-            self.until_left()
-        assert not {*self.made, *self.coming, *self.held}, "the schedule leaves something behind"
-
-    # --- compute ----------------------------------------------------------------------------------
-
-    def forward(self, action: Action, given: Values) -> None:
-        stage, m = action.stage, action.microbatch
-        inputs, targets = self.microbatches[m]
-        debts: Debts = []
-        with self.timed(action), self.executor.splitter.owing(debts):
-            if stage == 0:
-                given = (inputs,)
-            elif self.training:
-                given = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in given)
-            output = self.executor.parts[stage](*map(fresh, given))
-            if stage == self.schedule.stages - 1:
-                share = one_number(self.loss_fn(output, targets))
-                self.total += share.detach()
-                results: Values = (share,)
-                if self.training:  # as if a stage after the last had sent it back
-                    self.made[Op.I, stage + 1, m] = (torch.ones_like(share),)
-            else:
-                check_shapes(stage, output, self.shapes[m][stage + 1])
-                results = tuple(x for x in output if x.is_floating_point())
-                self.made[Op.F, stage, m] = tuple(x.detach() for x in output)
-        if self.training:
-            roots = [get_gradient_edge(x) if x.requires_grad else None for x in results]
-            self.held[stage, m] = Held(given if stage else (), roots, debts)
-            self.peak = max(self.peak, len(self.held))
-
-    def backward(self, action: Action, gradients: Values) -> None:
-        stage, m = action.stage, action.microbatch
-        held = self.held[stage, m]
-        with self.timed(action):
-            roots = [root for root in held.roots if root is not None]
-            given = [dy for root, dy in zip(held.roots, gradients, strict=True) if root]
-            if roots:
-                torch.autograd.backward(roots, given)
-            floating = [x for x in held.inputs if x.is_floating_point()]
-            if stage:
-                self.made[Op.I, stage, m] = tuple(
-                    torch.zeros_like(x) if x.grad is None else x.grad for x in floating
-                )
-            held.inputs, held.roots = (), []
-            if action.op is Op.B:
-                self.pay(self.held.pop((stage, m)).debts)
-
-    def pay(self, debts: Debts) -> None:
-        while debts:
-            debts.pop()()  # the last layer first, as in backward; and each frees what it kept
-
-    @contextmanager
-    def timed(self, action: Action) -> Iterator[None]:
-        """Note when it began and ended; and have it take as long as is emulated.
-
-        [Note: an emulated device] It is like a real one that has its work queued, and a network
-        that is fast: an action begins when the one before it has ended and what it is given has
-        been made, by the clock, and ends so much later. That a process woke up late, or a message
-        took its time, does not count, unless it takes longer than the action. For that a message
-        carries when it was made; the ranks are taken to be on one machine, and to have one clock.
-        """
-        least = COSTS[action.op] * self.executor.seconds_per_unit
-        began = time.perf_counter()
-        if least and (self.slots or self.made_at):
-            began = max(self.slots[-1].end if self.slots else 0.0, self.made_at)
-        yield
-        ended = max(began + least, time.perf_counter())
-        time.sleep(max(0.0, ended - time.perf_counter()))
-        self.slots.append(Slot(action, began, ended))
-        self.made_at = 0.0
-
-    # --- messages ---------------------------------------------------------------------------------
-
-    def given(self, made: Op, by: int, m: int) -> Values:
-        """What a neighboring stage has made: here, or on another rank."""
-        if (made, by, m) in self.made:
-            return self.made.pop((made, by, m))
-        values = [pending.wait() for pending in self.coming.pop((made, by, m))]
-        if self.executor.seconds_per_unit:
-            self.made_at = float(values.pop())
-        return tuple(values)
-
-    def receive(self, made: Op, by: int, m: int, shapes: Sequence[Shape]) -> None:
-        """Post the receives of what a stage on another rank is making, or about to make."""
-        # On a pretended mesh nothing comes, and what is there must at least be numbers.
-        new = torch.zeros if self.axis.wire.pretended else torch.empty
-        device, peer = self.axis.wire.device, self.schedule.rank_of[by]
-        buffers = [new(s.shape, dtype=s.dtype, device=device) for s in shapes]
-        if self.executor.seconds_per_unit:
-            buffers.append(torch.zeros(1, dtype=torch.float64, device=device))
-        self.coming[made, by, m] = ops.exchange([], [(b, peer) for b in buffers], self.axis)
-
-    def send(self, values: Values, to: int) -> None:
-        peer = self.schedule.rank_of[to]
-        if self.executor.seconds_per_unit:
-            values = (*values, torch.tensor([self.slots[-1].end], dtype=torch.float64))
-        self.leaving.append(ops.exchange([(x, peer) for x in values], [], self.axis))
-        while len(self.leaving) > IN_FLIGHT:
-            self.until_left()
-
-    def until_left(self) -> None:
-        for pending in self.leaving.popleft():
-            pending.wait()

@@ -12,8 +12,8 @@ about and learn them from a forward of its own, which BatchNorm counts; and not 
 as the shares of the loss are divided already.
 
 It is given a whole batch and cuts it by itself, so micro-batches are of one shape. A stage and its
-schedule are for one number of them and one shape; for another, both are made anew. It evaluates by
-forwards alone, with one stage a rank as gpipe, from which nothing differs then.
+schedule are for one number of them and one shape; for another, both are made anew. It trains alone:
+forwards of the same stages are the same, so evaluation is ours (executor.py).
 
 Cost per step: as pp.py. Memory per rank: as pp.py, and for each cut at its sides room for all that
 is received there in a step, kept from step to step, whatever the schedule. Its zero bubble does the
@@ -21,7 +21,7 @@ backward of the first stage, for which nobody waits, in one piece where others d
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.pipeline.executor import Executor
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
-from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
+from dist_lab.parallel.schedules.actions import COMPUTE, Action, Schedule
 from dist_lab.parallel.schedules.library import make, placement
 from dist_lab.parallel.schedules.simulate import Slot
 from dist_lab.step.protocol import Applied, Phase, Setup
@@ -47,7 +48,7 @@ LIBRARY_NAMES = {
     "zbv": "ScheduleZBVZeroBubble",
 }
 SPLIT_BACKWARD = ("zb", "zbv")
-SEVERAL_STAGES = ("interleaved", "zbv")
+ONE_STAGE = ("gpipe", "1f1b")  # a rank, and no list of them
 
 
 def apply(
@@ -76,7 +77,7 @@ def apply(
         )
     rank_of = placement(schedule, setup.axis.size, chunks)
     kept = keep_stages(setup, rank_of, balance=balance, example=example_inputs)
-    pipeline = TorchPipeline(setup.axis, kept.parts, kept.shapes, len(rank_of), schedule)
+    pipeline = TorchPipeline(setup.axis, kept.parts, kept.shapes, rank_of, schedule)
     if example_inputs is not None:
         pipeline.learn(example_inputs)  # now, so that what is refused is, and no step pays for it
     own = "one stage" if len(kept.parts) == 1 else f"{len(kept.parts)} stages"
@@ -97,26 +98,34 @@ class TorchPipeline:
     """
 
     def __init__(
-        self, axis: Axis, parts: Mapping[int, nn.Module], shapes: Shapes, stages: int, name: str
+        self,
+        axis: Axis,
+        parts: Mapping[int, nn.Module],
+        shapes: Shapes,
+        rank_of: Mapping[int, int],
+        name: str,
     ) -> None:
         from torch.distributed import pipelining  # here: it takes seconds
 
         self.library: Any = pipelining
         self.axis, self.parts, self.shapes = axis, parts, shapes
-        self.stages, self.name = stages, name
+        self.stages, self.name = len(rank_of), name
         self.slots: list[Slot] = []
         self.group = axis.group_even_of_one()
         self.schedule_for: Callable[[int], Schedule] = cache(self._schedule)
-        # No more than a few, as each has room for what it receives: to train and to evaluate.
-        self.prepared = lru_cache(maxsize=4)(self._prepare)
+        self.forwards = Executor(axis, parts, shapes, rank_of, self.schedule_for)
+        # The library's schedule and stages, with room for what is received, and for what they are.
+        self.made: tuple[Any, list[Any]] | None = None
+        self.made_for: tuple[int, torch.Size, torch.dtype] | None = None
         self.loss_fn: LossFn | None = None  # of the run that is under way
         self.safe = name not in SPLIT_BACKWARD  # no stage loses a gradient
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
         self._refuse_number(len(microbatches))
+        _refuse_unlike(microbatches)
         # And backward: the library does not say which.
         events.on_phase(Phase.FORWARD, LIBRARY_NAMES[self.name])
-        total = self._play(microbatches, loss_fn, training=True)
+        total = self._play(microbatches, loss_fn)
         events.on_phase(Phase.BACKWARD, LIBRARY_NAMES[self.name])
         for stage in self.parts:
             events.on_gradients(stage, last=True)
@@ -125,38 +134,26 @@ class TorchPipeline:
     def evaluate(
         self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
     ) -> Tensor:
-        if self.name == "interleaved":
-            self._refuse_number(len(microbatches))
-        events.on_phase(Phase.FORWARD, LIBRARY_NAMES[self.name])
-        # In turns, as the library holds on to every output, logits too, until a run has ended.
-        few = 2 * self.axis.size
-        turns = [microbatches[i : i + few] for i in range(0, len(microbatches), few)]
-        played = (self._play(turn, loss_fn, training=False) for turn in turns)
-        return sum(played, self._zero())
+        return self.forwards.evaluate(microbatches, loss_fn, events)
 
-    def _play(self, microbatches: Sequence[Pair], loss_fn: LossFn, *, training: bool) -> Tensor:
-        _refuse_unlike(microbatches)
-        first, _ = microbatches[0]
-        schedule, stages = self.prepared(len(microbatches), first.shape, first.dtype, training)
+    def _play(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
+        schedule, stages = self._prepare(len(microbatches), microbatches[0][0])
         inputs = [torch.cat([x for x, _ in microbatches])] if 0 in self.parts else []
         last = self.stages - 1 in self.parts
         targets = torch.cat([y for _, y in microbatches]) if last else None
         losses: list[Tensor] = []
         self.loss_fn = loss_fn
         try:
-            run = schedule.step if training else schedule.eval
-            run(*inputs, target=targets, losses=losses, return_outputs=False)
+            schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
         except BaseException as error:
-            self.prepared.cache_clear()  # half of a run is left in it
+            self.made = self.made_for = None  # half of a run is left in it
             if isinstance(error.__cause__, UserError):  # of a stage, with all its arguments around
                 raise error.__cause__ from None
             raise
         for stage in stages:
             stage.clear_runtime_states()  # what it has given, which would stay till the next run
-        return sum((share.detach() for share in losses), self._zero())
-
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
+        return sum((share.detach() for share in losses), zero)
 
     def _share(self, output: Any, targets: Tensor) -> Tensor:
         assert self.loss_fn is not None
@@ -167,58 +164,47 @@ class TorchPipeline:
 
     def learn(self, x: Tensor) -> list[list[Shape]]:
         """What stages are given of a micro-batch like x."""
-        given = self.shapes.of(x, training=torch.is_grad_enabled())
+        given = self.shapes.of(x, training=True)
         if not self.safe:
             _refuse_lost_gradients(self.shapes, given)
             self.safe = True
         return given
 
-    def _prepare(
-        self, microbatches: int, shape: torch.Size, dtype: torch.dtype, training: bool
-    ) -> tuple[Any, list[Any]]:
-        """A schedule, and its stages."""
-        given = self.learn(torch.empty(shape, dtype=dtype, device="meta"))
-        # What the last one gives is not sent, and may be said to be anything.
-        metas = [tuple(map(_meta, shapes)) for shapes in given] + [(torch.empty(0, device="meta"),)]
-        ends = {s: {"input_args": metas[s], "output_args": metas[s + 1]} for s in self.parts}
-        wanted = [*given, None]
-        parts = {s: Part(s, part, wanted[s + 1]) for s, part in self.parts.items()}
-        return self._make(microbatches, parts, ends, training)
+    def _prepare(self, microbatches: int, x: Tensor) -> tuple[Any, list[Any]]:
+        """The library's schedule and stages for so many micro-batches like x."""
+        wanted = (microbatches, x.shape, x.dtype)
+        if self.made is None or self.made_for != wanted:
+            self.made = None  # first, as it has room for what it receives
+            self.made, self.made_for = self._make(microbatches, self.learn(x)), wanted
+        return self.made
 
     def _make(
-        self,
-        microbatches: int,
-        parts: Mapping[int, nn.Module],
-        ends: Mapping[int, Mapping[str, Any]],
-        training: bool,
+        self, microbatches: int, given: Sequence[Sequence[Shape]] = ()
     ) -> tuple[Any, list[Any]]:
-        stages = [
-            self.library.PipelineStage(
-                part, s, self.stages, self.axis.wire.device, group=self.group, **ends.get(s, {})
+        """The same. given: what each stage is given; without it they can be read, and not run."""
+        # What the last one gives is not sent, and may be said to be anything.
+        metas = [tuple(map(_meta, shapes)) for shapes in given] + [(torch.empty(0, device="meta"),)]
+        stages = []
+        for s, module in self.parts.items():
+            part = Part(s, module, given[s + 1] if s + 1 < len(given) else None)
+            ends = {"input_args": metas[s], "output_args": metas[s + 1]} if given else {}
+            device = self.axis.wire.device
+            stages.append(
+                self.library.PipelineStage(part, s, self.stages, device, group=self.group, **ends)
             )
-            for s, part in parts.items()
-        ]
-        several = self.name in SEVERAL_STAGES
-        theirs = LIBRARY_NAMES[self.name if training or several else "gpipe"]
-        schedule = getattr(self.library, theirs)(
-            stages if several or theirs == LIBRARY_NAMES["zb"] else stages[0],
+        schedule = getattr(self.library, LIBRARY_NAMES[self.name])(
+            stages[0] if self.name in ONE_STAGE else stages,
             microbatches,
             loss_fn=self._share,
             scale_grads=False,
         )
-        if several and not training:
-            # As it is, it would go through its backwards too, and look for what they did not do.
-            schedule.pipeline_order_with_comms = {
-                rank: [a for a in actions if _op(a) in (Op.F, Op.SEND_F, Op.RECV_F)]
-                for rank, actions in schedule.pipeline_order_with_comms.items()
-            }
         return schedule, stages
 
     def _schedule(self, microbatches: int) -> Schedule:
         self._refuse_number(microbatches)
-        if self.name in ("gpipe", "1f1b"):  # which it runs by loops of its own, in this order
+        if self.name in ONE_STAGE:  # which it runs by loops of its own, in this order
             return make(self.name, self.axis.size, microbatches)
-        theirs, _ = self._make(microbatches, self.parts, {}, training=True)
+        theirs, _ = self._make(microbatches)
         rows = ((Action.parse(str(a)) for a in row) for row in theirs.pipeline_order.values())
         return Schedule(
             self.name, tuple(tuple(a for a in row if a and a.op in COMPUTE) for row in rows)
@@ -274,11 +260,6 @@ class Part(nn.Module):
 
 def _meta(shape: Shape) -> Tensor:
     return torch.empty(shape.shape, dtype=shape.dtype, device="meta", requires_grad=shape.floats)
-
-
-def _op(action: object) -> Op | None:
-    ours = Action.parse(str(action))
-    return ours.op if ours else None
 
 
 def _refuse_unlike(microbatches: Sequence[Pair]) -> None:

@@ -26,7 +26,7 @@ from dist_lab.parallel.schedules.actions import (
 from dist_lab.parallel.schedules.grid_errors import refuse_deadlock
 
 Costs = Mapping[Op, float]
-# So many messages a rank may have sent that have not left: see `Flight.send` in pipeline/pp.py.
+# So many messages a rank may have sent that have not left: `Flight.send` in pipeline/executor.py.
 IN_FLIGHT = 2
 
 

@@ -13,7 +13,7 @@ from dist_lab import zoo
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.parallel.pipeline.pp import Flight
+from dist_lab.parallel.pipeline.executor import Flight
 from dist_lab.parallel.schedules.library import SCHEDULES, make
 from dist_lab.parallel.schedules.simulate import IN_FLIGHT, peak_activations
 from dist_lab.step.protocol import Sync

@@ -273,14 +273,16 @@ def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb", "zbv"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
-def test_evaluate_takes_fewer_microbatches_than_ranks(schedule, mesh):
+def test_evaluate_takes_fewer_microbatches_than_ranks_and_of_several_shapes(schedule, mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule=schedule)
     x, y = batch(7, 4)
     with torch.no_grad():
         wanted = float(cross_entropy_sum(gpt()(x), y) / y.numel())
     assert job.evaluate(pieces(4, 2, 7), mean_over(y.numel())) == pytest.approx(wanted, rel=1e-12)
+    uneven = [(x[:3], y[:3]), (x[3:], y[3:])]
+    assert job.evaluate(uneven, mean_over(y.numel())) == pytest.approx(wanted, rel=1e-12)
 
 
 # --- what it says and tells -----------------------------------------------------------------------
