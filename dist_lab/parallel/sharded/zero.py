@@ -25,7 +25,7 @@ SGD and Adam do; one that looks at rows or norms of a matrix is for ddp.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     return Applied(layouts, sync, leaves={n: t for b in buckets for n, t in b.leaves.items()})
 
 
+Bucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
+
+
 class ZeroSync(Sync):
     """Issues each bucket as soon as it and all before it are full: one order on every rank.
 
@@ -69,7 +72,7 @@ class ZeroSync(Sync):
     """
 
     def __init__(
-        self, axis: Axis, buckets: "Sequence[Bucket]", staging: Sequence[Tensor] = ()
+        self, axis: Axis, buckets: Sequence[Bucket], staging: Sequence[Tensor] = ()
     ) -> None:
         self.axis, self.buckets, self.staging = axis, buckets, staging
         self.unsummed = [bucket for bucket in buckets if isinstance(bucket, Stage1Bucket)]
@@ -115,9 +118,7 @@ class ZeroSync(Sync):
                 bucket.copy_in(name)
             if last or self.each_microbatch:
                 bucket.params.arrivals.ready.add(name)
-        for bucket in self.buckets[self.issued :]:
-            if not bucket.params.arrivals.complete:
-                break
+        while (rest := self.buckets[self.issued :]) and rest[0].params.arrivals.complete:
             self._issue()
 
     def _issue(self) -> None:
@@ -190,11 +191,8 @@ class ZeroSync(Sync):
             bucket.params.drop_leaf_grads()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        for buffer in (self.flags, *self.staging):
-            yield "buffers", buffer
-        for bucket in self.buckets:
-            for gradients in bucket.held():
-                yield "gradients", gradients
+        yield from (("buffers", buffer) for buffer in (self.flags, *self.staging))
+        yield from (("gradients", held) for bucket in self.buckets for held in bucket.held())
 
 
 @final
@@ -234,11 +232,10 @@ class Stage1Bucket:
         self.params.drop_leaf_grads()
 
     def assign_grads(self, names: set[str]) -> None:
-        """The sums of all micro-batches are in: see ParamBucket.assign_grads."""
+        """The sums are in: see ParamBucket.assign_grads. The next backward writes to this memory."""
         self.used = names
         self.params.assign_grads(self.sums, names)
         self.params.wait_for_readers()
-        # The next backward writes there.
         ops.wait_for_readers(self.gradients.memory, self.params.axis)
 
     def held(self) -> Iterator[Tensor]:
@@ -301,6 +298,3 @@ class Stage2Bucket:
             yield self.sums.memory
         if self.incoming is not None:
             yield self.incoming
-
-
-Bucket = Stage1Bucket | Stage2Bucket
