@@ -232,7 +232,7 @@ class Stage1Bucket:
         self.params.drop_leaf_grads()
 
     def assign_grads(self, names: set[str]) -> None:
-        """The sums are in: see ParamBucket.assign_grads. The next backward writes to this memory."""
+        """The sums are in: see ParamBucket.assign_grads. The next backward writes this memory."""
         self.used = names
         self.params.assign_grads(self.sums, names)
         self.params.wait_for_readers()
