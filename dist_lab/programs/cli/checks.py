@@ -1,15 +1,13 @@
 """Reading the settings of a program, and refusing what no setting shows alone: one line each."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.processes.ranks import cores
-from dist_lab.programs.cli.config import Config, read_mesh
+from dist_lab.programs.cli.config import Config, RunSettings, read_mesh
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy
 from dist_lab.programs.cli.settings import read
-
-C = TypeVar("C", bound=Config)
 
 
 def parse(
@@ -32,25 +30,8 @@ def parse(
         UserError: anything wrong in either.
         SystemExit: 0, after --help or --version.
     """
-    return parse_as(
-        Config, check_together, argv,
-        program=program, description=description, defaults=defaults, without=without,
-    )  # fmt: skip
-
-
-def parse_as(
-    cls: type[C],
-    check: Callable[[C, Mapping[str, str]], None],
-    argv: Sequence[str] | None,
-    *,
-    program: str,
-    description: str | None,
-    defaults: Mapping[str, Any],
-    without: Sequence[str],
-) -> C:
-    """`parse` for a program that has settings of its own beside these, and its own `check`."""
-    config, where = read(cls, argv, program, description, defaults, without)
-    check(config, where)
+    config, where = read(Config, argv, program, description, defaults, without)
+    check_together(config, where)
     return config
 
 
@@ -128,7 +109,7 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         )
 
 
-def check_nproc(config: Config, where: Mapping[str, str]) -> None:
+def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
     """If this program starts ranks itself: so many, and what they are to do."""
     if config.nproc is not None:
         most = 4 * cores()
