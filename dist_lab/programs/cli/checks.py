@@ -36,13 +36,13 @@ def parse(
 
 
 def check_together(config: Config, where: Mapping[str, str]) -> None:
-    """What no setting shows alone. `where` says who set each of them: a flag, a line of a file."""
+    """Check what no setting shows alone. `where` says who set each: a flag, a line of a file."""
     check_settings(config, where)
     check_nproc(config, where)
 
 
 def check_settings(config: Config, where: Mapping[str, str]) -> None:
-    """The same, but for the number of ranks."""
+    """Check the settings against each other, but for the number of ranks."""
     check_strategy(config, where)
     check_model(config, where)
     if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
@@ -53,7 +53,7 @@ def check_settings(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_strategy(config: Config, where: Mapping[str, str]) -> None:
-    """Who has written it, where it runs, and the settings that are its own."""
+    """Check the implementation, the mesh and the options of the strategy."""
     strategy = STRATEGIES[config.strategy]
     if config.impl not in strategy.impls:
         raise UserError(
@@ -86,7 +86,7 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_model(config: Config, where: Mapping[str, str]) -> None:
-    """Its sizes, and what it is made of."""
+    """Check the size of the model, and the settings that not every model can follow."""
     sizes = MODELS[config.model].sizes
     if config.size not in sizes:
         raise UserError(
@@ -110,7 +110,7 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
-    """If this program starts ranks itself: so many, and what they are to do."""
+    """Check the number of ranks that this program starts itself, and the run on them."""
     if config.nproc is not None:
         most = 4 * cores()
         if config.nproc > most and not config.oversubscribe:

@@ -146,7 +146,7 @@ class RunSettings(ABC):
         return asdict(self)
 
     def data_wanted(self) -> dict[str, Any]:
-        """What `data.check` and `data.open_data` are asked for."""
+        """The arguments of `data.check` and `data.open_data`."""
         return {
             "spec": self.data,
             "seq": self.seq,
@@ -192,15 +192,15 @@ class Config(RunSettings):
                 f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
             )
         axes = asked or STRATEGIES[self.strategy].default_axes(size)
-        self.check_pipeline(axes.get("pp", 1))
+        if "pp" in axes:
+            self.check_pipeline(axes["pp"])
         self.check_batch(axes)
-        self.check_split(axes.get("tp", 1))
+        if "tp" in axes:
+            self.check_split(axes["tp"])
         return axes
 
     def check_split(self, ranks: int) -> None:
         """Raises UserError if so many ranks cannot share the model, or its sequence, out."""
-        if self.strategy != "tp":
-            return
         MODELS[self.model].check_split(self.size, self.impl, ranks)
         if self.sequence_parallel and MODELS[self.model].reads == "text" and self.seq % ranks:
             fitting = max(1, round(self.seq / ranks)) * ranks
@@ -215,8 +215,6 @@ class Config(RunSettings):
 
     def check_pipeline(self, ranks: int) -> None:
         """Raises UserError if there is no such schedule for so many ranks, or too few blocks."""
-        if self.strategy != "pp":
-            return
         schedule = self.pipeline(ranks)
         blocks = self.layers or MODELS[self.model].blocks(self.size)
         if schedule.stages > blocks:

@@ -22,7 +22,7 @@ class Casts(Enum):
 
 @dataclass(frozen=True)
 class Impl:
-    """Who has written a strategy.
+    """One implementation of a strategy.
 
     apply: "module:function"
     draws: it asks for the value of each parameter and keeps what it needs, so that no rank has to
@@ -36,9 +36,9 @@ class Impl:
 
 @dataclass(frozen=True)
 class Strategy:
-    """What goes with a strategy.
+    """A strategy, by whom it is written, and where it can run.
 
-    impls: "hand", "torch" or "accelerate" -> who has written it
+    impls: "hand", "torch" or "accelerate" -> that implementation
     axes: of a mesh, along which it can run, outer first; none: it takes one process
     default: those of them that a mesh has by default
     options: settings that are its own
@@ -118,9 +118,9 @@ REFUSED = {(strategy, "accelerate"): IGNORED for strategy in ("fsdp", "hsdp")}
 
 @dataclass(frozen=True)
 class Model:
-    """What goes with a model: the data it reads, the images it can take, and what cannot be split.
+    """A model: the data it reads, the images it can take, and what of it cannot be split.
 
-    The sizes there are stand in zoo/sizes.py.
+    Its sizes stand in zoo/sizes.py.
     """
 
     name: str
@@ -136,11 +136,11 @@ class Model:
         return tuple(SIZES[self.name])
 
     def blocks(self, size: str) -> int:
-        """What a pipeline may cut between."""
+        """The number of blocks, between which a pipeline may cut the model."""
         return SIZES[self.name][size].get("layers", self.own_blocks)
 
     def heads(self, size: str) -> tuple[int, int] | None:
-        """Of queries, and of keys and values; None without attention."""
+        """The heads of queries, and those of keys and values; None without attention."""
         shape = SIZES[self.name][size]
         return (shape["heads"], shape.get("kv_heads", shape["heads"])) if "heads" in shape else None
 

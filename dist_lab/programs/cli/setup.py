@@ -22,7 +22,7 @@ from dist_lab.programs.cli.registry import STRATEGIES
 
 
 def meet(config: RunSettings, mesh: Mesh) -> Data:
-    """What every command begins with: ranks of one mind, told or not of the wire, with data."""
+    """Start of every command: compare the ranks' settings, log collectives if asked, open data."""
     check_settings_agree(config.to_dict() | versions(), mesh.world)
     if config.log_collectives:
         mesh.wire.log(sys.stderr.write)
@@ -41,7 +41,7 @@ def draw(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
 
 
 def arguments(config: Config, data: Data) -> dict[str, Any]:
-    """What `parallelize` is told beside the model, the mesh and the name of the strategy."""
+    """The arguments of `parallelize` besides the model, the mesh and the name of the strategy."""
     model = zoo.MODELS[config.model]
     own = {name: getattr(config, name) for name in STRATEGIES[config.strategy].options}
     own = {name: value for name, value in own.items() if value is not None}
@@ -64,7 +64,7 @@ def parameter_dtype(config: RunSettings) -> torch.dtype:
 
 
 def build(config: Config, mesh: Mesh, data: Data) -> Job:
-    """From the meta device: a rank makes what it keeps of a parameter, one after another."""
+    """The job of this rank, from a model on the meta device: parameters are made one by one."""
     model = draw(config, data, "meta")
     told = arguments(config, data)
     return parallelize(model, mesh, config.strategy, config.impl, seed=config.seed, **told)
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
+    """The settings, mesh, machine and versions that a measured number depends on."""
     return {
         "config": config.to_dict(),
         "mesh": job.mesh.axes,

@@ -32,7 +32,7 @@ class Explain(RunSettings):
     # fmt: on
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """This process alone, whatever mesh is asked about."""
+        """No mesh: explain is one process, whatever mesh is asked about."""
         if size > 1:
             raise UserError(
                 f"explain starts no ranks and needs none, {size} were started; type python "
