@@ -8,15 +8,12 @@ a bandwidth fitted to each algorithm's own formula, and what --collectives auto 
 """
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from dist_lab.processes import launcher
-from dist_lab.programs.bench.settings import Bench, parse
+from dist_lab.programs.bench.settings import parse
 
-
-def read(argv: Sequence[str] | None) -> Bench:
-    return parse(argv, "bench_comm.py", __doc__)
-
+read = partial(parse, program="bench_comm.py", description=__doc__)
 
 if __name__ == "__main__":
     sys.exit(launcher.main("bench_comm.py", read, "dist_lab.programs.bench.measure:run"))

@@ -9,15 +9,12 @@ One step of rank 0 is run, against ranks that are only pretended; what it sends 
 """
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from dist_lab.processes import launcher
 from dist_lab.programs.explain import settings
 
-
-def read(argv: Sequence[str] | None) -> settings.Explain:
-    return settings.read(argv, __doc__)
-
+read = partial(settings.read, description=__doc__)
 
 if __name__ == "__main__":
     sys.exit(launcher.main("explain.py", read, "dist_lab.programs.explain.command:explain"))

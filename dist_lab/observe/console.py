@@ -1,13 +1,25 @@
 """What a person sees while a program runs: a bar at a terminal, plain lines in a log."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import rich.progress
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column, Table
 
 
 def wide_console() -> Console:
     """The terminal as wide as it is, or a log file, which has no width of its own."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+def empty_table(text: Sequence[str], numbers: Sequence[str], **options: Any) -> Table:
+    """A table of columns of text and then of numbers, which break a line rather than cut it off."""
+    columns = [Column(name, overflow="fold") for name in text]
+    columns += [Column(name, justify="right", overflow="fold") for name in numbers]
+    return Table(*columns, **{"box": SIMPLE_HEAD} | options)
 
 
 class Progress:

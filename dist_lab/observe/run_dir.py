@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dist_lab.errors import UserError
-from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.config import RunSettings
 
 RUNS = Path("runs")
 PID = ".pid"
@@ -23,7 +23,7 @@ OURS = (  # what a run leaves: globs
 
 
 @contextmanager
-def claimed(config: Config, what: str = "") -> Iterator[Path]:
+def claimed(config: RunSettings, what: str = "") -> Iterator[Path]:
     """The folder `config.out`, or a fresh one in runs/, this process's own meanwhile. Rank 0 only.
 
     `what` stands for the strategy in the name of a fresh one.
@@ -57,7 +57,7 @@ def make_folder(out: str, file: str) -> Path:
     return folder
 
 
-def look(config: Config) -> None:
+def look(config: RunSettings) -> None:
     """Raise what `claimed` would raise of a folder that is there, and change nothing in it.
 
     For the parent of ranks, so that a mistake is answered before they are started.
@@ -68,7 +68,7 @@ def look(config: Config) -> None:
             reserve(folder, held, overwrite=config.overwrite)
 
 
-def fresh(runs: Path, config: Config, what: str = "") -> Path:
+def fresh(runs: Path, config: RunSettings, what: str = "") -> Path:
     """A new folder with the next number: runs/003-dp-gpt-tiny."""
     runs.mkdir(parents=True, exist_ok=True)
     while True:

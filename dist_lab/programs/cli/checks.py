@@ -1,15 +1,13 @@
 """Reading the settings of a program, and refusing what no setting shows alone: one line each."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.processes.ranks import cores
-from dist_lab.programs.cli.config import Config, read_mesh
+from dist_lab.programs.cli.config import Config, RunSettings, read_mesh
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy
 from dist_lab.programs.cli.settings import read
-
-C = TypeVar("C", bound=Config)
 
 
 def parse(
@@ -32,36 +30,19 @@ def parse(
         UserError: anything wrong in either.
         SystemExit: 0, after --help or --version.
     """
-    return parse_as(
-        Config, check_together, argv,
-        program=program, description=description, defaults=defaults, without=without,
-    )  # fmt: skip
-
-
-def parse_as(
-    cls: type[C],
-    check: Callable[[C, Mapping[str, str]], None],
-    argv: Sequence[str] | None,
-    *,
-    program: str,
-    description: str | None,
-    defaults: Mapping[str, Any],
-    without: Sequence[str],
-) -> C:
-    """`parse` for a program that has settings of its own beside these, and its own `check`."""
-    config, where = read(cls, argv, program, description, defaults, without)
-    check(config, where)
+    config, where = read(Config, argv, program, description, defaults, without)
+    check_together(config, where)
     return config
 
 
 def check_together(config: Config, where: Mapping[str, str]) -> None:
-    """What no setting shows alone. `where` says who set each of them: a flag, a line of a file."""
+    """Check what no setting shows alone. `where` says who set each: a flag, a line of a file."""
     check_settings(config, where)
     check_nproc(config, where)
 
 
 def check_settings(config: Config, where: Mapping[str, str]) -> None:
-    """The same, but for the number of ranks."""
+    """Check the settings against each other, but for the number of ranks."""
     check_strategy(config, where)
     check_model(config, where)
     if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
@@ -72,7 +53,7 @@ def check_settings(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_strategy(config: Config, where: Mapping[str, str]) -> None:
-    """Who has written it, where it runs, and the settings that are its own."""
+    """Check the implementation, the mesh and the options of the strategy."""
     strategy = STRATEGIES[config.strategy]
     if config.impl not in strategy.impls:
         raise UserError(
@@ -105,7 +86,7 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_model(config: Config, where: Mapping[str, str]) -> None:
-    """Its sizes, and what it is made of."""
+    """Check the size of the model, and the settings that not every model can follow."""
     sizes = MODELS[config.model].sizes
     if config.size not in sizes:
         raise UserError(
@@ -128,8 +109,8 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         )
 
 
-def check_nproc(config: Config, where: Mapping[str, str]) -> None:
-    """If this program starts ranks itself: so many, and what they are to do."""
+def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
+    """Check the number of ranks that this program starts itself, and the run on them."""
     if config.nproc is not None:
         most = 4 * cores()
         if config.nproc > most and not config.oversubscribe:

@@ -7,8 +7,9 @@ the number of processes in `Config.axes`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,13 @@ from dist_lab.errors import UserError, shown
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
-from dist_lab.programs.cli.registry import (
-    ALL_SIZES,
-    MODELS,
-    STRATEGIES,
-    check_fits,
-    check_split,
-)
+from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import setting
 
 
 @dataclass(frozen=True)
-class Config:
-    """The settings of a run. None: chosen when the run starts, as the help text says."""
+class RunSettings(ABC):
+    """The settings that programs of runs share. None: chosen when the run starts, as help says."""
 
     # fmt: off
     strategy: str = setting("single", "how the work is shared out over processes",
@@ -125,31 +120,58 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data:
             object.__setattr__(self, "data", MODELS[self.model].data)
-        if self.microbatches is None:
-            object.__setattr__(self, "microbatches", self.default_microbatches())
 
-    def default_microbatches(self) -> int | None:
-        return 8 if self.strategy == "pp" else 1
+    @abstractmethod
+    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
+        """The mesh that a program starts on so many processes; {}: one process alone.
+
+        Args:
+            plain: this is one process that nobody started as a rank: no --nproc, no torchrun.
+
+        Raises:
+            UserError: the settings do not fit so many processes.
+        """
+
+    def run(self, **changes: Any) -> "Config":
+        """One run with these settings, but for some."""
+        own = {option.name: getattr(self, option.name) for option in fields(Config)}
+        return Config(**own | changes)
 
     @cached_property
     def asked_axes(self) -> dict[str, int]:
         """The mesh that was asked for, axis -> size; {}: none."""
         return read_mesh(self.mesh)
 
-    @property
-    def blocks(self) -> int:
-        """Of the model, between which a pipeline may cut it."""
-        return self.layers or MODELS[self.model].blocks(self.size)
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON values: for the summary, and to compare ranks by."""
+        return asdict(self)
+
+    def data_wanted(self) -> dict[str, Any]:
+        """The arguments of `data.check` and `data.open_data`."""
+        return {
+            "spec": self.data,
+            "seq": self.seq,
+            "cache_dir": Path(self.cache),
+            "download": self.download,
+            "fits": self.check_fits,
+        }
+
+    def check_fits(self, image: tuple[int, int, int] | None) -> None:
+        """Raise UserError unless the model takes such data: images of that shape, or None, text."""
+        MODELS[self.model].check_fits(self.data, image)
+
+
+@dataclass(frozen=True)
+class Config(RunSettings):
+    """The settings of one run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.microbatches is None:
+            object.__setattr__(self, "microbatches", 8 if self.strategy == "pp" else 1)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """The mesh for so many processes, axis -> processes along it; {} for one process alone.
-
-        Args:
-            plain: this is one process that nobody started as a rank: no --nproc, no torchrun.
-
-        Raises:
-            UserError: the strategy, the mesh or the batch does not fit so many processes.
-        """
+        """The mesh of the run on so many processes, axis -> processes along it."""
         own, asked = STRATEGIES[self.strategy].axes, self.asked_axes
         wanted = math.prod(asked.values())
         if not own and size > 1:
@@ -171,39 +193,16 @@ class Config:
                 f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
             )
         axes = asked or STRATEGIES[self.strategy].default_axes(size)
-        self.check_pipeline(axes.get("pp", 1))
+        if "pp" in axes:
+            self.check_pipeline(axes["pp"])
         self.check_batch(axes)
-        self.check_split(axes.get("tp", 1))
+        if "tp" in axes:
+            self.check_split(axes["tp"])
         return axes
-
-    def data_wanted(self) -> dict[str, Any]:
-        """What `data.check` and `data.open_data` are asked for."""
-        return {
-            "spec": self.data,
-            "seq": self.seq,
-            "cache_dir": Path(self.cache),
-            "download": self.download,
-            "fits": self.check_fits,
-        }
-
-    def check_fits(self, image: tuple[int, int, int] | None) -> None:
-        """Raise UserError unless the model takes such data: images of that shape, or None, text."""
-        check_fits(self.model, self.data, image)
-
-    def options(self) -> dict[str, Any]:
-        """The strategy's own settings, as `parallelize` takes them. None: its default."""
-        own = {name: getattr(self, name) for name in STRATEGIES[self.strategy].options}
-        return {name: value for name, value in own.items() if value is not None}
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON values: for the summary, and to compare ranks by."""
-        return asdict(self)
 
     def check_split(self, ranks: int) -> None:
         """Raises UserError if so many ranks cannot share the model, or its sequence, out."""
-        if self.strategy != "tp":
-            return
-        check_split(self.model, self.size, self.impl, ranks)
+        MODELS[self.model].check_split(self.size, self.impl, ranks)
         if self.sequence_parallel and MODELS[self.model].reads == "text" and self.seq % ranks:
             fitting = max(1, round(self.seq / ranks)) * ranks
             raise UserError(
@@ -217,18 +216,14 @@ class Config:
 
     def check_pipeline(self, ranks: int) -> None:
         """Raises UserError if there is no such schedule for so many ranks, or too few blocks."""
-        if self.strategy != "pp":
-            return
         schedule = self.pipeline(ranks)
-        if schedule.stages > self.blocks:
+        blocks = self.layers or MODELS[self.model].blocks(self.size)
+        if schedule.stages > blocks:
+            deeper = "" if self.model == "resnet18" else f"--layers {schedule.stages}, or "
             raise UserError(
                 f"{schedule.stages} stages ({ranks} ranks of pp x {schedule.stages // ranks}) are "
-                f"more than the {self.blocks} blocks of {self.model} {self.size} (--mesh); give "
-                + (
-                    "a smaller pp"
-                    if self.model == "resnet18"
-                    else f"--layers {schedule.stages}, or a smaller pp"
-                )
+                f"more than the {blocks} blocks of {self.model} {self.size} (--mesh); give "
+                f"{deeper}a smaller pp"
             )
         if schedule.splits_backward and self.recompute:
             raise UserError(

@@ -22,7 +22,7 @@ class Casts(Enum):
 
 @dataclass(frozen=True)
 class Impl:
-    """Who has written a strategy.
+    """One implementation of a strategy.
 
     apply: "module:function"
     draws: it asks for the value of each parameter and keeps what it needs, so that no rank has to
@@ -36,9 +36,9 @@ class Impl:
 
 @dataclass(frozen=True)
 class Strategy:
-    """What goes with a strategy.
+    """A strategy, by whom it is written, and where it can run.
 
-    impls: "hand", "torch" or "accelerate" -> who has written it
+    impls: "hand", "torch" or "accelerate" -> that implementation
     axes: of a mesh, along which it can run, outer first; none: it takes one process
     default: those of them that a mesh has by default
     options: settings that are its own
@@ -106,29 +106,21 @@ IMPLEMENTATIONS = tuple((name, by) for name, row in STRATEGIES.items() for by in
 # Strategies are applied in this order, outermost first, each along the axes that it has here.
 ORDER_OF_APPLICATION = (("pp",), ("tp",), ("dp", "fsdp"))
 # Axes that may have more than one position at once.
-MIXES = (
-    frozenset({"pp"}),
-    frozenset({"tp"}),
-    frozenset({"dp", "fsdp"}),
-    frozenset({"dp"}),
-)
+MIXES = (frozenset({"pp"}), frozenset({"tp"}), frozenset({"dp", "fsdp"}), frozenset({"dp"}))
 
 IGNORED = (
     "accelerate leaves its FSDP plugin unused on CPU: it takes the processes for MULTI_CPU, and "
     "what it prepares is DistributedDataParallel; give --impl torch, or strategy ddp"
 )
 # Library implementations that we do not offer, and the reason we give.
-REFUSED: Mapping[tuple[str, str], str] = {
-    ("fsdp", "accelerate"): IGNORED,
-    ("hsdp", "accelerate"): IGNORED,
-}
+REFUSED = {(strategy, "accelerate"): IGNORED for strategy in ("fsdp", "hsdp")}
 
 
 @dataclass(frozen=True)
 class Model:
-    """What goes with a model: the data it reads, the images it can take, and what cannot be split.
+    """A model: the data it reads, the images it can take, and what of it cannot be split.
 
-    The sizes there are stand in zoo/sizes.py.
+    Its sizes stand in zoo/sizes.py.
     """
 
     name: str
@@ -144,13 +136,69 @@ class Model:
         return tuple(SIZES[self.name])
 
     def blocks(self, size: str) -> int:
-        """What a pipeline may cut between."""
+        """The number of blocks, between which a pipeline may cut the model."""
         return SIZES[self.name][size].get("layers", self.own_blocks)
 
     def heads(self, size: str) -> tuple[int, int] | None:
-        """Of queries, and of keys and values; None without attention."""
+        """The heads of queries, and those of keys and values; None without attention."""
         shape = SIZES[self.name][size]
         return (shape["heads"], shape.get("kv_heads", shape["heads"])) if "heads" in shape else None
+
+    def check_split(self, size: str, impl: str, ranks: int) -> None:
+        """Raise UserError unless so many ranks can share the heads of the model of this size."""
+        name, heads = self.name, self.heads(size)
+        if self.whole:
+            able = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
+            raise UserError(f"no tp of {name}: {self.whole} (--model); give {' or '.join(able)}")
+        if heads is None:
+            return
+        queries, keys = heads
+
+        def fits(n: int) -> bool:
+            shared = impl == "hand" and n % keys == 0  # a key head may lie on several ranks
+            return queries % n == 0 and (keys % n == 0 or shared)
+
+        if not fits(ranks):
+            degrees = [n for n in range(1, queries + 1) if fits(n)]
+            raise UserError(
+                f"{name} {size} has {queries} heads and {keys} of keys and values, which {ranks} "
+                f"ranks of tp@{impl} cannot share out (--mesh); degrees that work: "
+                f"{', '.join(map(str, degrees))}; give --mesh tp={nearest_degree(degrees, ranks)}"
+            )
+
+    def check_fits(self, data: str, image: tuple[int, int, int] | None) -> None:
+        """Raise UserError unless the model takes images of this shape, or None, text.
+
+        Args:
+            data: what --data said.
+        """
+        name, what = self.name, f"--data {shown(data)}"
+        if image is None:
+            if self.reads != "text":
+                raise UserError(
+                    f"model {name} reads images, and {what} is text (--model); give --data "
+                    f"{one_of(IMAGES, data)}"
+                )
+            return
+        _, height, width = image
+        if self.reads != "images":
+            others = [f"--model {other}" for other, m in MODELS.items() if m.reads == "images"]
+            raise UserError(
+                f"model {name} reads text, and {what} is images of {height} x {width} "
+                f"(--model); give --data {self.data}, or {' or '.join(others)}"
+            )
+        if height % self.patch or width % self.patch:
+            near = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
+            raise UserError(
+                f"model {name} cuts an image into patches of {self.patch} x {self.patch}, "
+                f"which {height} x {width} does not divide into ({what}); give images of "
+                f"{near[0]} x {near[1]}"
+            )
+        if min(height, width) < self.smallest:
+            raise UserError(
+                f"model {name} halves an image three times, which {height} x {width} is too "
+                f"small for ({what}); give images of {self.smallest} x {self.smallest} or more"
+            )
 
 
 MODELS = {
@@ -168,62 +216,3 @@ MODELS = {
 }
 ALL_SIZES = tuple(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))
 IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
-
-
-def check_split(name: str, size: str, impl: str, ranks: int) -> None:
-    """Raise UserError unless so many ranks can share the heads of a model of this size."""
-    model = MODELS[name]
-    if model.whole:
-        able = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
-        raise UserError(f"no tp of {name}: {model.whole} (--model); give {' or '.join(able)}")
-    heads = model.heads(size)
-    if heads is None:
-        return
-    queries, keys = heads
-
-    def fits(n: int) -> bool:
-        shared = impl == "hand" and n % keys == 0  # a key head may lie on several ranks
-        return queries % n == 0 and (keys % n == 0 or shared)
-
-    if not fits(ranks):
-        degrees = [n for n in range(1, queries + 1) if fits(n)]
-        raise UserError(
-            f"{name} {size} has {queries} heads and {keys} of keys and values, which {ranks} ranks "
-            f"of tp@{impl} cannot share out (--mesh); degrees that work: "
-            f"{', '.join(map(str, degrees))}; give --mesh tp={nearest_degree(degrees, ranks)}"
-        )
-
-
-def check_fits(name: str, data: str, image: tuple[int, int, int] | None) -> None:
-    """Raise UserError unless the model of this name takes images of this shape, or None, text.
-
-    Args:
-        data: what --data said.
-    """
-    model, what = MODELS[name], f"--data {shown(data)}"
-    if image is None:
-        if model.reads != "text":
-            raise UserError(
-                f"model {name} reads images, and {what} is text (--model); give --data "
-                f"{one_of(IMAGES, data)}"
-            )
-        return
-    _, height, width = image
-    if model.reads != "images":
-        others = [f"--model {other}" for other, m in MODELS.items() if m.reads == "images"]
-        raise UserError(
-            f"model {name} reads text, and {what} is images of {height} x {width} "
-            f"(--model); give --data {model.data}, or {' or '.join(others)}"
-        )
-    if height % model.patch or width % model.patch:
-        near = [max(1, round(side / model.patch)) * model.patch for side in (height, width)]
-        raise UserError(
-            f"model {name} cuts an image into patches of {model.patch} x {model.patch}, "
-            f"which {height} x {width} does not divide into ({what}); give images of "
-            f"{near[0]} x {near[1]}"
-        )
-    if min(height, width) < model.smallest:
-        raise UserError(
-            f"model {name} halves an image three times, which {height} x {width} is too "
-            f"small for ({what}); give images of {model.smallest} x {model.smallest} or more"
-        )

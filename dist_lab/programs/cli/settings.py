@@ -13,7 +13,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -22,6 +22,7 @@ from dist_lab.errors import UserError, nearest_word, one_of, shown
 
 C = TypeVar("C")
 Options = Mapping[str, Field[Any]]  # name -> the field it is of
+Given = dict[str, tuple[Any, str]]  # name -> a checked value, and where: "--steps", "run.toml:3"
 
 # Of numbers with no limit of their own. The libraries below us count in int32.
 LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
@@ -53,37 +54,27 @@ def read(
     shares with others may set them.
     """
     options: Options = {option.name: option for option in fields(cls)}  # type: ignore[arg-type]
-    start: dict[str, Any] = {name: option.default for name, option in options.items()}
-    start |= defaults
+    start = {name: option.default for name, option in options.items()} | dict(defaults)
     flags = {name: option for name, option in options.items() if name not in without}
     parser = make_parser(program, description, options, start, without)
     given = read_flags(parser, flags, sys.argv[1:] if argv is None else argv)
     if "config" in given:
-        given = read_file(given["config"].value, options) | given
-    where = {name: flag(name) for name in options}
-    where |= {name: entry.where for name, entry in given.items()}
-    return cls(**start | {name: entry.value for name, entry in given.items()}), where
+        given = read_file(given["config"][0], options) | given
+    where = {name: flag(name) for name in options} | {name: w for name, (_, w) in given.items()}
+    return cls(**start | {name: value for name, (value, _) in given.items()}), where
 
 
 # --- one value ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Given:
-    """A value that is what its field wants, and who gave it: "--steps", or "run.toml:3"."""
-
-    value: Any
-    where: str
-
-
-def check(option: Field[Any], value: Any, where: str) -> Given:
-    """Raise UserError unless the field takes this value."""
+def checked(option: Field[Any], value: Any, where: str) -> Any:
+    """The value as its field wants it. Raises UserError unless the field takes it."""
     if kind(option) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if not accepts(option, value):
         what = f"{option.name} cannot be {shown(value)} ({where})"
         raise UserError(f"{what}; give {wanted(option, value)}")
-    return Given(value, where)
+    return value
 
 
 def accepts(option: Field[Any], value: Any) -> bool:
@@ -172,7 +163,7 @@ def make_parser(
     return parser
 
 
-def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> dict[str, Given]:
+def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> Given:
     """The settings on a command line."""
     known, rest = parser.parse_known_args(argv)
     for stray in rest:
@@ -181,12 +172,13 @@ def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> dict[st
         near = nearest_word(stray.partition("=")[0].strip("-").replace("-", "_"), options)
         hint = f"did you mean {flag(near)}? " if near else ""
         raise UserError(f"no flag {shown(stray)}; {hint}--help lists them all")
-    given = {}
+    given: Given = {}
     for name, values in vars(known).items():
         if len(set(values)) > 1:
             both = " and ".join(map(shown, dict.fromkeys(values)))
             raise UserError(f"{name} cannot be both {both} ({flag(name)}); give it once")
-        given[name] = check(options[name], from_text(options[name], values[0]), flag(name))
+        value = checked(options[name], from_text(options[name], values[0]), flag(name))
+        given[name] = value, flag(name)
     return given
 
 
@@ -195,7 +187,7 @@ def flag(name: str) -> str:
 
 
 def from_text(option: Field[Any], text: str) -> Any:
-    """What a flag's text means; the text itself if it means nothing, for `check` to refuse."""
+    """What a flag's text means; the text itself if it means nothing, for `checked` to refuse."""
     try:
         return kind(option)(text)
     except ValueError:
@@ -205,7 +197,7 @@ def from_text(option: Field[Any], text: str) -> Any:
 # --- the file -------------------------------------------------------------------------------------
 
 
-def read_file(path: str, options: Options) -> dict[str, Given]:
+def read_file(path: str, options: Options) -> Given:
     """The settings in a TOML file.
 
     Raises:
@@ -223,7 +215,7 @@ def read_file(path: str, options: Options) -> dict[str, Given]:
         raise UserError(f"the file sets nothing ({label}); write settings such as steps = 300")
 
     keys = [name for name in options if name != "config"]  # a file does not name another
-    given = {}
+    given: Given = {}
     for key, value in table.items():
         where = f"{label}:{line_of(key, text)}"
         if key not in keys:
@@ -232,7 +224,7 @@ def read_file(path: str, options: Options) -> dict[str, Given]:
             raise UserError(f"no setting {shown(key)} ({where}); {hint}")
         if isinstance(value, dict) and "table" in options[key].metadata:
             value = ",".join(f"{axis}={shown(size)}" for axis, size in value.items())
-        given[key] = check(options[key], value, where)
+        given[key] = checked(options[key], value, where), where
     return given
 
 

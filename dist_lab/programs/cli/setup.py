@@ -17,11 +17,12 @@ from dist_lab.data.cast import Cast
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.processes.ranks import cores
-from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.config import Config, RunSettings
+from dist_lab.programs.cli.registry import STRATEGIES
 
 
-def meet(config: Config, mesh: Mesh) -> Data:
-    """What every command begins with: ranks of one mind, told or not of the wire, with data."""
+def meet(config: RunSettings, mesh: Mesh) -> Data:
+    """Start of every command: compare the ranks' settings, log collectives if asked, open data."""
     check_settings_agree(config.to_dict() | versions(), mesh.world)
     if config.log_collectives:
         mesh.wire.log(sys.stderr.write)
@@ -39,44 +40,34 @@ def draw(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
     )  # fmt: skip
 
 
-def units(config: Config) -> Sequence[type[torch.nn.Module] | str]:
+def arguments(config: Config, data: Data) -> dict[str, Any]:
+    """The arguments of `parallelize` besides the model, the mesh and the name of the strategy."""
     model = zoo.MODELS[config.model]
-    return (*model.units, *model.ends)
-
-
-def options(config: Config, data: Data) -> dict[str, Any]:
-    """The strategy's own settings, as `parallelize` takes them."""
-    own = config.options()
-    own = {n: getattr(torch, v) if n.endswith("dtype") else v for n, v in own.items()}
+    own = {name: getattr(config, name) for name in STRATEGIES[config.strategy].options}
+    own = {name: value for name, value in own.items() if value is not None}
+    if "reduce_dtype" in own:
+        own["reduce_dtype"] = getattr(torch, own["reduce_dtype"])
+    if "pp_balance" in own:
+        own["balance"] = own.pop("pp_balance")
     if config.strategy == "pp":
-        own = {("balance" if n == "pp_balance" else n): v for n, v in own.items()}
         own["example_inputs"] = data.batch(0, slice(0, config.batch // config.microbatches))[0]
-    return own
+    return own | {
+        "units": (*model.units, *model.ends),
+        "param_dtype": torch.bfloat16 if config.dtype == "bfloat16" else None,
+        "recompute": config.recompute,
+        "sync_batchnorm": config.sync_batchnorm,
+    }
 
 
-def parameter_dtype(config: Config) -> torch.dtype:
+def parameter_dtype(config: RunSettings) -> torch.dtype:
     return torch.float64 if config.dtype == "float64" else torch.float32
 
 
-def compute_dtype(config: Config) -> torch.dtype | None:
-    """The dtype of compute, where it is not that of the parameters."""
-    return torch.bfloat16 if config.dtype == "bfloat16" else None
-
-
 def build(config: Config, mesh: Mesh, data: Data) -> Job:
-    """From the meta device: a rank makes what it keeps of a parameter, one after another."""
-    return parallelize(
-        draw(config, data, "meta"),
-        mesh,
-        config.strategy,
-        config.impl,
-        units=units(config),
-        param_dtype=compute_dtype(config),
-        recompute=config.recompute,
-        seed=config.seed,
-        sync_batchnorm=config.sync_batchnorm,
-        **options(config, data),
-    )
+    """The job of this rank, from a model on the meta device: parameters are made one by one."""
+    model = draw(config, data, "meta")
+    told = arguments(config, data)
+    return parallelize(model, mesh, config.strategy, config.impl, seed=config.seed, **told)
 
 
 def versions() -> dict[str, str]:
@@ -84,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
+    """The settings, mesh, machine and versions that a measured number depends on."""
     return {
         "config": config.to_dict(),
         "mesh": job.mesh.axes,

@@ -1,14 +1,15 @@
 """What is compared: train.py's settings, with a list of strategies where that has one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.mesh.topology import DATA_AXES
-from dist_lab.programs.cli.checks import check_nproc, check_together, parse_as
-from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.checks import check_nproc, check_together
+from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.cli.settings import setting
 from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
 
@@ -35,8 +36,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Settings(Config):
-    """A run's settings, of which `steps` are those of each strategy in each round."""
+class Settings(RunSettings):
+    """The settings of runs, of which `steps` are those of each strategy in each round."""
 
     # fmt: off
     strategies: str = setting(ALL, "by commas, each NAME or NAME@IMPL; all: every one that the "
@@ -49,9 +50,6 @@ class Settings(Config):
     smoke: bool = setting(False, "a small one, to see that all works: "
         + ", ".join(f"{name} {value}" for name, value in SMOKE.items()))
     # fmt: on
-
-    def default_microbatches(self) -> None:
-        """Each strategy has its own."""
 
     def entries(self) -> list[Entry]:
         """All that are listed.
@@ -79,12 +77,11 @@ class Settings(Config):
 
         A setting that only other strategies in the list know is left out.
         """
-        values = {option.name: getattr(self, option.name) for option in fields(Config)}
-        values |= {"strategy": entry.strategy, "impl": entry.impl}
         own = STRATEGIES[entry.strategy].options
         known = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
-        values |= {name: None for name in known if name not in own}
-        return Config(**values | ({"mesh": "", "nproc": None} if entry.alone else {}))
+        changes: dict[str, Any] = {name: None for name in known if name not in own}
+        changes |= {"mesh": "", "nproc": None} if entry.alone else {}
+        return self.run(strategy=entry.strategy, impl=entry.impl, **changes)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """Where all ranks meet between rounds. Each strategy has a mesh of its own besides.
@@ -141,10 +138,11 @@ def read(argv: Sequence[str] | None, description: str | None = None) -> Settings
     """The command line of compare.py; a `--smoke` in it changes the defaults of the others."""
 
     def parse(defaults: Mapping[str, Any]) -> Settings:
-        return parse_as(
-            Settings, check, argv,
-            program="compare.py", description=description, defaults=defaults, without=WITHOUT,
-        )  # fmt: skip
+        settings, where = read_settings(
+            Settings, argv, "compare.py", description, defaults, WITHOUT
+        )
+        check(settings, where)
+        return settings
 
     settings = parse(DEFAULTS)
     return parse(DEFAULTS | SMOKE) if settings.smoke else settings

@@ -1,16 +1,16 @@
 """A report for a person: a table of speed, one of what it cost, and what they need beside them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.table import Table
 
-from dist_lab.observe.console import wide_console
+from dist_lab.observe.console import empty_table, wide_console
 from dist_lab.observe.memory import KINDS
 from dist_lab.programs.compare.ratios import Ratio
 from dist_lab.programs.compare.report import IN_MEMORY, Report, Row
 
+PADDING = (0, 1, 0, 0)  # of cells: narrow, for wide tables
 COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
 
 
@@ -30,10 +30,11 @@ def speed(report: Report) -> Table:
     table = empty_table(
         ["strategy", "step ms (quartiles)", f"x {report.reference} (99% interval)", "verdict"],
         [report.unit, "MFU", "waiting ms"],
-        f"{config['model']} {report.setting['parameters'] / 1e6:.1f}M in {config['dtype']}, "
+        title=f"{config['model']} {report.setting['parameters'] / 1e6:.1f}M in {config['dtype']}, "
         f"{report.batch:,} {report.unit.removesuffix('/s')} a step, on "
         f"{report.setting['world_size']} ranks x {report.setting['threads']} threads "
         f"({report.setting['cores']} cores)",
+        padding=PADDING,
     )
     for row in report.rows:
         found, blocked = report.ratio(row), row.blocked_seconds
@@ -56,6 +57,7 @@ def cost(report: Report) -> Table:
     table = empty_table(
         ["strategy", "a step of a rank"],
         ["calls", "payload MB", "sent MB", "formula MB", "kernel MB", "final loss"],
+        padding=PADDING,
     )
     for row in report.rows:
         kernel = "-" if row.kernel_bytes is None else mb(row.kernel_bytes)
@@ -69,18 +71,12 @@ def cost(report: Report) -> Table:
 def memory(report: Report) -> Table:
     """Of the rank that needs most, at that moment of a step, by what it is for."""
     kinds = [kind for kind in KINDS if any(row.peak_memory["at_peak"][kind] for row in report.rows)]
-    table = empty_table(["strategy"], ["peak MB", *(kind.replace("_", " ") for kind in kinds)])
+    columns = ["peak MB", *(kind.replace("_", " ") for kind in kinds)]
+    table = empty_table(["strategy"], columns, padding=PADDING)
     for row in report.rows:
         parts = [mb(row.peak_memory["at_peak"][kind]) for kind in kinds]
         table.add_row(row.label, mb(row.peak_memory_bytes), *parts)
     return table
-
-
-def empty_table(text: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
-    """Columns that rather break a line than cut it off."""
-    columns = [Column(name, overflow="fold") for name in text]
-    columns += [Column(name, justify="right", overflow="fold") for name in numbers]
-    return Table(*columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def traffic_lines(row: Row) -> Iterator[list[str]]:

@@ -4,7 +4,6 @@ sent, and how much memory it takes.
 
 import math
 from contextlib import ExitStack
-from dataclasses import replace
 
 from rich.console import Console
 
@@ -12,21 +11,12 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh, pretended
 from dist_lab.observe.console import wide_console
 from dist_lab.observe.run_dir import make_folder
+from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import bubble, peak_activations, render
-from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.explain import tables
 from dist_lab.programs.explain.dry_run import Seen, observe
 from dist_lab.programs.explain.file import write
 from dist_lab.programs.explain.settings import Explain
-from dist_lab.programs.explain.tables import (
-    calls_table,
-    layout_table,
-    memory_table,
-    rank_grid,
-    totals_table,
-)
-
-RANKS = 4  # where --mesh does not say
 
 
 def explain(config: Explain, mesh: Mesh) -> int:
@@ -36,21 +26,19 @@ def explain(config: Explain, mesh: Mesh) -> int:
             f"explain runs what is written here, {config.strategy}@{config.impl} is a library's "
             "(--impl); give --impl hand, or measure both by launch/compare.py"
         )
-    ranks = RANKS if STRATEGIES[config.strategy].axes else 1
-    config = replace(config, mesh=config.asked_mesh, stages=None)
-    ranks = math.prod(config.asked_axes.values()) if config.mesh else ranks
-    axes = Config.axes(config, ranks)  # as a run's, whose ranks have been started
+    run = config.run()
+    axes = run.axes(math.prod(run.asked_axes.values()))
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
     if config.strategy == "pp":
-        show_schedule(console, config, axes["pp"])
+        show_schedule(console, run.pipeline(axes["pp"]), config.svg)
     with ExitStack() as held:
         if math.prod(axes.values()) > 1:
-            console.print(rank_grid(axes))
+            console.print(tables.rank_grid(axes))
             mesh = held.enter_context(
                 pretended(axes, backend=config.backend, collectives=config.collectives)
             )
-        seen = observe(config, mesh)
+        seen = observe(run, mesh)
         show(console, seen)
         if folder is not None:
             path = write(folder, f"{config.strategy}@{config.impl}", seen)
@@ -60,29 +48,28 @@ def explain(config: Explain, mesh: Mesh) -> int:
 
 def show(console: Console, seen: Seen) -> None:
     """The tables of what was seen."""
-    console.print(layout_table(seen.job))
-    console.print(memory_table(seen))
+    console.print(tables.layout_table(seen.job))
+    console.print(tables.memory_table(seen))
     first, steady = seen.first, seen.steady
     if not steady:
         console.print("nothing is sent")
         return
-    console.print(calls_table("collectives of a step, in order; bytes", steady))
-    console.print(totals_table(steady))
+    console.print(tables.calls_table("collectives of a step, in order; bytes", steady))
+    console.print(tables.totals_table(steady))
     if [(c.op, c.payload) for c in first] != [(c.op, c.payload) for c in steady]:
-        console.print(calls_table("the first step, which differs; bytes", first))
+        console.print(tables.calls_table("the first step, which differs; bytes", first))
 
 
-def show_schedule(console: Console, config: Explain, ranks: int) -> None:
+def show_schedule(console: Console, schedule: Schedule, svg: str) -> None:
     """The grid, idle time and activations of a schedule; drawn, too, if `svg` names a file."""
-    schedule = config.pipeline(ranks)
     console.print(
         f"{schedule.name}, one column a unit: F 1, B 2, or I 1 and W 1; {bubble(schedule):.1%} idle"
     )
     console.print(render(schedule), soft_wrap=True, highlight=False)
     held = ", ".join(map(str, peak_activations(schedule)))
     console.print(f"forwards that each rank holds at once, at most: {held}", highlight=False)
-    if config.svg:
+    if svg:
         from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
 
-        pipeline_plot.write(pipeline_plot.ideal(schedule), config.svg)
-        console.print(f"drawn in {config.svg}", highlight=False, soft_wrap=True)
+        pipeline_plot.write(pipeline_plot.ideal(schedule), svg)
+        console.print(f"drawn in {svg}", highlight=False, soft_wrap=True)

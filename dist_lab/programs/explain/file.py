@@ -10,20 +10,19 @@ Bytes everywhere. Step 1 is the first, in which a strategy may learn; step 2 is 
 Nothing in it depends on the moment, the machine or the place in the code.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dist_lab.comm.ledger import Call
 from dist_lab.layout.layout import to_json
-from dist_lab.observe import memory
+from dist_lab.observe import export, memory
 from dist_lab.programs.explain.dry_run import Seen
 
 
 def write(folder: Path, strategy: str, seen: Seen) -> Path:
     """Write the file for two steps that `observe` has seen. Returns its path."""
     path = folder / "explain.json"
-    path.write_text(json.dumps(described(strategy, seen), indent=1) + "\n", encoding="utf-8")
+    export.write_json(path, described(strategy, seen))
     return path
 
 

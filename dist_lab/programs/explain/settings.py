@@ -6,20 +6,22 @@ from pathlib import Path
 
 from dist_lab import data
 from dist_lab.errors import UserError, shown
-from dist_lab.programs.cli.checks import check_settings, parse_as
-from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.checks import check_settings
+from dist_lab.programs.cli.config import RunSettings
 from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.cli.settings import setting
 
 WITHOUT = [
     "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
     "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
 ]  # fmt: skip
+RANKS = 4  # where no setting says how many
 PICTURES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True)
-class Explain(Config):
+class Explain(RunSettings):
     """The settings of a run that is only looked at."""
 
     # fmt: off
@@ -30,7 +32,7 @@ class Explain(Config):
     # fmt: on
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """This process alone, whatever mesh is asked about."""
+        """No mesh: explain is one process, whatever mesh is asked about."""
         if size > 1:
             raise UserError(
                 f"explain starts no ranks and needs none, {size} were started; type python "
@@ -38,17 +40,15 @@ class Explain(Config):
             )
         return {}
 
-    @property
-    def asked_mesh(self) -> str:
-        return self.mesh if self.stages is None else f"pp={self.stages}"
-
 
 def read(argv: Sequence[str] | None, description: str | None) -> Explain:
-    """Raises UserError, for everything that can be wrong before the step is run."""
-    config = parse_as(
-        Explain, check_settings, argv,
-        program="explain.py", description=description, defaults={}, without=WITHOUT,
-    )  # fmt: skip
+    """The command line of explain.py; its mesh says the ranks, of which none is started.
+
+    Raises:
+        UserError: all that can be wrong before the step is run.
+    """
+    config, where = read_settings(Explain, argv, "explain.py", description, {}, WITHOUT)
+    check_settings(config.run(), where)
     for name, value in (("stages", config.stages), ("svg", config.svg)):
         if value and config.strategy != "pp":
             raise UserError(
@@ -62,9 +62,9 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
         )
     if config.svg and Path(config.svg).suffix.lower() not in PICTURES:
         raise UserError(f"svg cannot be {shown(config.svg)} (--svg); end it .svg, .png or .pdf")
-    if config.nproc is not None:  # a preset's ranks: they are explained, and none is started
-        axes = STRATEGIES[config.strategy].default_axes(config.nproc)
-        mesh = config.mesh or ",".join(f"{name}={size}" for name, size in axes.items())
-        config = replace(config, nproc=None, mesh=mesh)
+    axes = STRATEGIES[config.strategy].default_axes(config.nproc or RANKS)
+    if config.stages is not None:
+        axes = {"pp": config.stages}
+    mesh = config.mesh or ",".join(f"{name}={size}" for name, size in axes.items())
     data.check(**config.data_wanted())
-    return config
+    return replace(config, nproc=None, mesh=mesh)

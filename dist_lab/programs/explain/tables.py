@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, product
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.job import Job
 from dist_lab.layout.layout import OnlyOn, Placement, Shard
-from dist_lab.mesh.topology import ORDER
+from dist_lab.mesh.topology import ORDER, lines
 from dist_lab.observe import memory
+from dist_lab.observe.console import empty_table
 from dist_lab.programs.explain.dry_run import Seen
 
 
@@ -19,43 +19,36 @@ def rank_grid(axes: dict[str, int]) -> Table:
     """Each rank's coordinates, outer axis first; neighbors on the last are neighbors in number."""
     long = {name: axes[name] for name in ORDER if name in axes}
     title = f"ranks of {' x '.join(f'{a}={n}' for a, n in long.items())}"
-    table = Table(title=title, box=SIMPLE_HEAD)
     *outer, inner = long
-    table.add_column(" ".join(outer))
-    for i in range(long[inner]):
-        table.add_column(f"{inner}={i}", justify="right")
-    rank = 0
-    for position in product(*(range(long[name]) for name in outer)):
-        row = [str(rank + i) for i in range(long[inner])]
-        table.add_row(" ".join(f"{a}={i}" for a, i in zip(outer, position, strict=True)), *row)
-        rank += long[inner]
+    columns = [f"{inner}={i}" for i in range(long[inner])]
+    table = empty_table([" ".join(outer)], columns, title=title)
+    positions = product(*(range(long[name]) for name in outer))
+    for position, ranks in zip(positions, lines(long, [inner]), strict=True):
+        place = " ".join(f"{a}={i}" for a, i in zip(outer, position, strict=True))
+        table.add_row(place, *map(str, ranks))
     return table
 
 
 def layout_table(job: Job) -> Table:
     """Where each parameter lies. Blocks that are alike share a row: layers.0-7."""
-    table = Table(title="where parameters lie, on rank 0", box=SIMPLE_HEAD)
-    for column in ("parameter", "shape", "dtype", "here", "gradient summed over"):
-        table.add_column(column, overflow="fold")
-    table.add_column("bytes here", justify="right")
-    rows: dict[tuple[str, ...], list[int]] = {}
-    sizes: dict[tuple[str, ...], int] = {}
+    columns = ["parameter", "shape", "dtype", "here", "gradient summed over"]
+    table = empty_table(columns, ["bytes here"], title="where parameters lie, on rank 0")
+    rows: dict[tuple[str, ...], list[tuple[int, int]]] = {}  # -> (number of the block, bytes)
     own = dict(job.model.named_parameters())
-    for name in own:
+    for name, parameter in own.items():
         layout = job.layouts[name]
         number = re.search(r"\.(\d+)\.", name)
         split = ", ".join(_how(axis, how) for axis, how in layout.splits)
-        key: tuple[str, ...] = (
+        key = (
             re.sub(r"\.\d+\.", ".{}.", name, count=1), str(list(layout.shape)),
             str(layout.dtype).removeprefix("torch."), split or "whole",
             ", ".join(owed.axis for owed in layout.partial) or "-",
         )  # fmt: skip
-        rows.setdefault(key, []).append(int(number[1]) if number else 0)
-        sizes[key] = sizes.get(key, 0) + own[name].nbytes
-    for key, numbers in rows.items():
-        label = key[0].format(_ranges(numbers))
-        table.add_row(label, *key[1:], f"{sizes[key]:,}")
-    total = sum(sizes.values())
+        rows.setdefault(key, []).append((int(number[1]) if number else 0, parameter.nbytes))
+    for (name, *cells), alike in rows.items():
+        numbers, sizes = zip(*alike, strict=True)
+        table.add_row(name.format(_ranges(numbers)), *cells, f"{sum(sizes):,}")
+    total = sum(p.nbytes for p in own.values())
     count = sum(p.numel() for p in own.values())
     table.add_section()
     table.add_row(f"{count:,} parameters", "", "", "", "", f"{total:,}")
@@ -67,10 +60,8 @@ def memory_table(seen: Seen) -> Table:
     job, peak = seen.job, seen.peak
     of_formula = memory.by_layout(job, seen.optimizer)
     count = sum(layout.shape.numel() for layout in job.layouts.values())
-    table = Table(title="memory of rank 0 in a step, bytes", box=SIMPLE_HEAD)
-    table.add_column("kind")
-    for column in ("at the peak", "at its own peak", "per parameter", "by layout"):
-        table.add_column(column, justify="right")
+    columns = ["at the peak", "at its own peak", "per parameter", "by layout"]
+    table = empty_table(["kind"], columns, title="memory of rank 0 in a step, bytes")
     for kind in memory.KINDS:
         own, wanted = peak.own[kind], of_formula.get(kind)
         if own:
@@ -84,11 +75,7 @@ def memory_table(seen: Seen) -> Table:
 
 
 def calls_table(title: str, calls: Sequence[Call]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD)
-    for column in ("phase", "collective", "axis", "for"):
-        table.add_column(column, overflow="fold")
-    for column in ("payload", "sent"):
-        table.add_column(column, justify="right")
+    table = empty_table(["phase", "collective", "axis", "for"], ["payload", "sent"], title=title)
     for call in shortened(calls):
         if isinstance(call, int):
             table.add_row("", f"... {call} more", "", "", "", "")
@@ -114,11 +101,9 @@ def shortened(calls: Sequence[Call], most: int = 24) -> Iterator[Call | int]:
 
 def totals_table(calls: Sequence[Call]) -> Table:
     """By collective, beside the published formula's bytes."""
-    table = Table(title="in all, bytes a step on rank 0", box=SIMPLE_HEAD)
-    table.add_column("collective")
-    table.add_column("axis")
-    for column in ("calls", "payload S", "formula", "by formula", "sent"):
-        table.add_column(column, justify="right")
+    columns = ["calls", "payload S", "formula", "by formula", "sent"]
+    title = "in all, bytes a step on rank 0"
+    table = empty_table(["collective", "axis"], columns, title=title)
     for (op, axis, size), run in groupby(
         sorted(calls, key=lambda c: (c.op, c.axis)), key=lambda c: (c.op, c.axis, c.size)
     ):

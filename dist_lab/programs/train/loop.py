@@ -34,8 +34,7 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
             with meter.step(step):
                 loss, norm = take_step(job, optimizer, *next(batches), step, config)
 
-            last = step == config.steps
-            due = last or (config.val_every > 0 and step % config.val_every == 0)
+            due = step == config.steps or (config.val_every > 0 and step % config.val_every == 0)
             validate = due and data.validation_batches > 0
             if validate:
                 validation = evaluate(job, data, config, rows)

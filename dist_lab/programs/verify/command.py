@@ -7,7 +7,7 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.console import wide_console
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.setup import batch_in_words, compute_dtype, draw, meet, options, units
+from dist_lab.programs.cli.setup import arguments, batch_in_words, draw, meet
 from dist_lab.programs.train import loop
 from dist_lab.programs.verify import engine
 
@@ -29,11 +29,7 @@ def verify(config: Config, mesh: Mesh) -> int:
         clip=config.clip or None,
         optimizer=loop.OPTIMIZERS[config.optimizer],
         options={"lr": config.lr, "weight_decay": config.weight_decay},
-        units=units(config),
-        param_dtype=compute_dtype(config),
-        recompute=config.recompute,
-        sync_batchnorm=config.sync_batchnorm,
-        **options(config, data),
+        **arguments(config, data),
     )
     if mesh.rank == 0:
         console = wide_console()

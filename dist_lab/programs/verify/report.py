@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.box import HEAVY_HEAD
 from rich.table import Table
+
+from dist_lab.observe.console import empty_table
 
 QUANTITIES = ("loss", "gradient", "grad norm", "weight", "buffer")
 
@@ -63,17 +66,9 @@ class Report:
         )
 
     def table(self) -> Table:
-        table = Table(title=f"{self.strategy} on {self.mesh} against one process, {self.dtype}")
-        for column in (
-            "quantity",
-            "compared",
-            "bitwise equal",
-            "worst error",
-            "step",
-            "tensor",
-            "",
-        ):
-            table.add_column(column, overflow="fold")
+        columns = ("quantity", "compared", "bitwise equal", "worst error", "step", "tensor", "")
+        title = f"{self.strategy} on {self.mesh} against one process, {self.dtype}"
+        table = empty_table(columns, (), title=title, box=HEAVY_HEAD)
         for quantity in QUANTITIES:
             rows = [c for c in self.comparisons if c.quantity == quantity and c.judged]
             if rows:

@@ -4,6 +4,7 @@ The comparison engine itself is tested by what it must not let pass:
 tests/programs/verify/test_traps.py.
 """
 
+import copy
 import functools
 import json
 
@@ -15,7 +16,7 @@ import dist_lab
 from dist_lab.errors import UserError
 from dist_lab.programs.cli import registry
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.programs.verify.engine import Reference
+from dist_lab.programs.verify.engine import one_process
 
 PARALLEL = [key for key in IMPLEMENTATIONS if key[0] != "single"]
 assert PARALLEL, "a table without rows would pass by testing nothing"
@@ -26,24 +27,37 @@ def test_the_command_line_offers_just_the_strategies_that_there_are():
     assert offered == set(IMPLEMENTATIONS)
 
 
+def trained_on(is_deep, model, rows, held):
+    """The model and the batches of a comparison, as `verify` takes them."""
+    name = "pp" if is_deep else ""
+    return (lambda: build(name, model, held), lambda step: batch_of(model, step, rows, held))
+
+
+def steps_of(build_model, build_batch, ranks, device, **training):
+    """The steps of the one process, copied, for its tensors change at the next."""
+    return [
+        copy.deepcopy(s) for s in one_process(build_model, build_batch, ranks, device, **training)
+    ]
+
+
 @functools.cache  # in each rank, which runs one test after another: trained once for all strategies
-def reference(
-    is_deep, model, dtype, rows, *, steps=3, microbatches=1, clip=1.0, optimizer=torch.optim.AdamW,
-    lr=1e-3,
-):  # fmt: skip
+def reference(source, ranks, device, *, lr, **training):
+    return steps_of(*trained_on(*source), ranks, device, options={"lr": lr}, **training)
+
+
+def compare(
+    mesh, strategy, impl, model, dtype=torch.float64, rows=8, told=None, *, lr=1e-3, **training
+):
     held = torch.float32 if dtype == torch.bfloat16 else dtype  # of parameters and images
-    return Reference(
-        lambda: build("pp" if is_deep else "", model, held),
-        lambda step: batch_of(model, step, rows, held),
-        steps, microbatches, clip, optimizer, {"lr": lr},
-        param_dtype=dtype if dtype == torch.bfloat16 else None, keep=True,
+    source = (strategy == "pp" and model in BLOCKS, model, rows, held)
+    usual = {"steps": 3, "microbatches": 1, "clip": 1.0, "optimizer": torch.optim.AdamW}
+    training = usual | training | {"param_dtype": dtype if dtype == torch.bfloat16 else None}
+    ranks = mesh.data.size if model == "resnet" else 1
+    return dist_lab.verify(
+        *trained_on(*source), mesh, strategy, impl, options={"lr": lr}, units=units_of(model),
+        reference=reference(source, ranks, mesh.device, lr=lr, **training), **training,
+        **plan_of(strategy, model, impl), **(told or {}),
     )  # fmt: skip
-
-
-def compare(mesh, strategy, impl, model, dtype=torch.float64, rows=8, told=None, **training):
-    alike = reference(strategy == "pp" and model in BLOCKS, model, dtype, rows, **training)
-    plan = plan_of(strategy, model, impl)
-    return alike.compare(mesh, strategy, impl, units=units_of(model), **plan, **(told or {}))
 
 
 # What a library has to be told: it raises an error over a parameter that no forward uses.
@@ -164,16 +178,20 @@ def test_a_reference_that_is_kept_says_the_same_and_is_trained_once(model, mesh)
         built.append(MODELS[model]())
         return built[-1]
 
-    shared = Reference(
-        made, lambda step: batch_of(model, step), 3, 2, 0.5, torch.optim.AdamW, {}, keep=True
+    batches, options = (
+        functools.partial(batch_of, model),
+        {"microbatches": 2, "clip": 0.5, "options": {}},
     )
-    kept = [shared.compare(mesh, strategy, "hand") for strategy in ("dp", "ddp", "dp")]
+    known = steps_of(
+        made, batches, mesh.data.size, mesh.device, steps=3, optimizer=torch.optim.AdamW, **options
+    )
+    kept = [
+        dist_lab.verify(made, batches, mesh, strategy, reference=known, **options)
+        for strategy in ("dp", "ddp", "dp")
+    ]
     assert len(built) == 4  # one, and three that were held against it
     assert kept[0].comparisons == kept[2].comparisons
-    fresh = dist_lab.verify(
-        MODELS[model], lambda step: batch_of(model, step), mesh, "ddp", microbatches=2, clip=0.5,
-        options={},
-    )  # fmt: skip
+    fresh = dist_lab.verify(MODELS[model], batches, mesh, "ddp", **options)
     assert kept[1] == fresh
     assert fresh.equal, fresh.sentence()
 
