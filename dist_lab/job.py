@@ -26,7 +26,7 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
-from dist_lab.transforms.buffers import merge_statistics
+from dist_lab.transforms.batchnorm import merge_statistics
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
 

@@ -49,9 +49,7 @@ FREE_OF_TORCH = [
 BUT = {"programs.cli.setup"}
 STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
 FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
-BORROWED = {  # parts of one family that others use
-    "replicated.buckets", "replicated.ddp_wrapper", "sharded.sharded_param",
-}  # fmt: skip
+BORROWED = {"replicated.buckets", "sharded.sharded_param"}  # parts of one family that others use
 
 
 def module_of(path: Path) -> str:

@@ -14,7 +14,7 @@ Normalization with running statistics stays out of mixed precision by being a un
 Cost per step and memory: as fsdp.py, without flags. Zhao et al. 2023 (arXiv:2304.11277).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.replicated.ddp_wrapper import ROOT, ThroughFSDP
 from dist_lab.parallel.sharded.sharded_param import Place, owners, places, put
 from dist_lab.step.hooks import ModuleHook
-from dist_lab.step.protocol import Applied, Setup
-from dist_lab.torch_private import StatisticsNorm, is_view, tree_map_only
+from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.torch_private import (
+    StatisticsNorm,
+    forget_unsharded_gradients,
+    is_view,
+    tree_map_only,
+)
+
+ROOT = ""  # the unit that is the model itself
 
 
 def apply(
@@ -75,13 +82,19 @@ def apply(
     if param_dtype is not None:
         modules |= _set_norms_apart(model, found, own)
     mesh = _device_mesh(axis, replicate)
+
+    def materialize(names: Sequence[str]) -> None:
+        for name in names:
+            if model.get_parameter(name).is_meta:
+                put(found[name], setup.full_value(name).to(axis.wire.device))
+
     scalars = [name for name, p in model.named_parameters() if not p.dim()]
-    _come_to_life(model, scalars, found, setup.full_value, axis.wire.device)
+    materialize(scalars)
 
     sharded: dict[str, FSDPModule] = {}
     leaves: dict[str, Tensor] = {}
     for unit in sorted(own, key=lambda unit: sum(1 for _ in modules[unit].modules())):
-        _come_to_life(model, own[unit], found, setup.full_value, axis.wire.device)
+        materialize(own[unit])
         mine = {model.get_parameter(name) for name in own[unit]}
         narrow = None if isinstance(modules[unit], StatisticsNorm) else param_dtype
         modules[unit].register_forward_hook(ModuleHook(_own_output))  # before the library's own
@@ -119,6 +132,142 @@ def apply(
         f"reduce_scatter_unused_params={find_unused}), prefetching as it does by default"
     )
     return Applied(layouts, sync, about, leaves, sharded_between_units=bool(leaves))
+
+
+class ThroughFSDP(Sync):
+    """Leaves everything to the library, which has hooks of its own; tells it which moment it is.
+
+    Args:
+        sharded: unit -> the module that it has become, an FSDPModule.
+        leaves: name -> the whole parameter, into which backward adds.
+        scalars: trained parameters that the library knows nothing of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sharded: Mapping[str, Any],
+        leaves: Mapping[str, Tensor],
+        axis: Axis,
+        replicate: Axis,
+        *,
+        scalars: Sequence[str],
+        reshard_after_forward: bool,
+        keep_gathered: bool,
+        defer_reduce: bool,
+        find_unused: bool,
+    ) -> None:
+        self.model, self.root, self.sharded, self.leaves = model, sharded[ROOT], sharded, leaves
+        self.axis, self.replicate, self.scalars = axis, replicate, scalars
+        self.reshard_after_forward, self.keep_gathered = reshard_after_forward, keep_gathered
+        self.defer_reduce, self.find_unused = defer_reduce, find_unused
+        self.last = True  # nothing follows the micro-batch that is under way
+        self.staying = False  # units stay whole until the last micro-batch's backward
+        self.owed = False  # a backward has left gradients for a later one to reduce
+        self.used: list[set[str]] = []  # by each forward since finish(), as its backward shows
+        self.begun = False  # this forward, and the library knows of it
+        self.ended = True  # the last forward and the last backward have, without an exception
+        # Before the library's own hook, which an exception in the last step may have confused.
+        model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
+        model.register_forward_hook(ModuleHook(self._after_forward))
+
+    def microbatch(self, *, last: bool) -> None:
+        if last != self.last:
+            self.last = last
+            if self.defer_reduce:
+                self.root.set_requires_gradient_sync(last)
+            elif self.replicate.size > 1:
+                self.root.set_requires_all_reduce(last)
+            if self.keep_gathered:
+                self.root.set_reshard_after_backward(last)
+
+    def unshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.BACKWARD:
+            self.ended = False
+        elif unit == ROOT:
+            self.begun = True
+            if torch.is_grad_enabled():
+                self.used.append(set())
+            if self.keep_gathered:
+                keep = self.staying or not self.reshard_after_forward
+                self.root.set_reshard_after_forward(not keep)
+
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if phase is Phase.BACKWARD:
+            if unit == ROOT:
+                self.ended = True
+                self.staying = self.keep_gathered and not self.last
+                self.owed = not self.last and (self.defer_reduce or self.replicate.size > 1)
+        elif not torch.is_grad_enabled():  # no backward follows that would do it
+            for name, module in self.sharded.items():
+                if unit in (ROOT, name):
+                    module.reshard()
+
+    def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        self.used[-1].update(names)
+
+    def finish(self) -> None:
+        used, self.used = [names for names in self.used if names], []
+        if self.owed:
+            raise UserError(
+                "finish() before a last micro-batch, in whose backward FSDP2 sums the gradients of "
+                "all: wrap that one in job.microbatch(last=True)"
+            )
+        anywhere: set[str] = set().union(*used)
+        uneven = sorted(name for name in anywhere if not all(name in names for names in used))
+        if uneven and not self.find_unused and not self.defer_reduce and self.replicate.size > 1:
+            raise UserError(
+                f"{uneven[0]} was not used in each micro-batch, and FSDP2 has lost what its "
+                "gradient was on other replicas; give find_unused=True"
+            )
+        self._sum_scalars(anywhere)
+        for module in self.sharded.values():
+            module.reshard()
+        self.staying = False
+
+    def _sum_scalars(self, used: set[str]) -> None:
+        """And find out what was used at all, for the library puts zeros where nobody has."""
+        told = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
+        names = [*self.scalars, *(told if self.find_unused else ())]
+        if not names:
+            return
+        gradients = [self.model.get_parameter(name).grad for name in self.scalars]
+        flags = [g is not None for g in gradients] + [n in used for n in names[len(gradients) :]]
+        mine = [0.0 if g is None else float(g) for g in gradients]
+        both = torch.tensor([*mine, *flags], dtype=torch.float64, device=self.axis.wire.device)
+        for axis in (self.axis, self.replicate):
+            both = ops.all_reduce(both, axis)
+        for name, value in zip(self.scalars, both, strict=False):
+            parameter = self.model.get_parameter(name)
+            parameter.grad = value.to(parameter.dtype)
+        for name, ranks in zip(names, both[len(self.scalars) :].tolist(), strict=True):
+            if ranks == 0:
+                self.model.get_parameter(name).grad = None
+
+    def forget(self) -> None:
+        self.used, self.staying, self.owed = [], False, False
+        if self.begun:
+            self._reset()
+
+    def _reset(self) -> None:
+        self.root.reset_iter_state()
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        for module in self.sharded.values():
+            forget_unsharded_gradients(module)
+        self.ended = True
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for leaf in self.leaves.values():
+            yield "gathered", leaf
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if not self.ended:
+            self._reset()
+        self.begun = self.ended = False
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ended = True
 
 
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
@@ -187,19 +336,6 @@ def _set_norms_apart(
             own[unit] = [name for name in own[unit] if name not in names]
         own[path] = names
     return apart
-
-
-def _come_to_life(
-    model: nn.Module,
-    names: Sequence[str],
-    found: Mapping[str, list[Place]],
-    full_value: Callable[[str], Tensor],
-    device: torch.device,
-) -> None:
-    """Give parameters on the meta device their values."""
-    for name in names:
-        if model.get_parameter(name).is_meta:
-            put(found[name], full_value(name).to(device))
 
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
