@@ -15,6 +15,7 @@ Cost per step and memory: as fsdp.py, without flags. Zhao et al. 2023 (arXiv:230
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def apply(
         sharded[unit] = module
     sharded[ROOT].set_reduce_scatter_unused_params(find_unused)
     sync = ThroughFSDP(
-        model, sharded, leaves, axis, replicate, scalars=[n for n in scalars if layouts[n].partial],
+        model=model, sharded=sharded, leaves=leaves, axis=axis, replicate=replicate,
+        scalars=[name for name in scalars if layouts[name].partial],
         reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
         defer_reduce=defer_reduce, find_unused=find_unused,
     )  # fmt: skip
@@ -134,42 +136,33 @@ def apply(
     return Applied(layouts, sync, about, leaves, sharded_between_units=bool(leaves))
 
 
+@dataclass(eq=False, kw_only=True)
 class ThroughFSDP(Sync):
-    """Leaves everything to the library, which has hooks of its own; tells it which moment it is.
+    """Leaves everything to the library, which has hooks of its own; tells it which moment it is."""
 
-    Args:
-        sharded: unit -> the module that it has become, an FSDPModule.
-        leaves: name -> the whole parameter, into which backward adds.
-        scalars: trained parameters that the library knows nothing of.
-    """
+    model: nn.Module
+    sharded: Mapping[str, Any]  # unit -> the module that it has become, an FSDPModule
+    leaves: Mapping[str, Tensor]  # name -> the whole parameter, into which backward adds
+    axis: Axis
+    replicate: Axis
+    scalars: Sequence[str]  # trained parameters that the library knows nothing of
+    reshard_after_forward: bool
+    keep_gathered: bool
+    defer_reduce: bool
+    find_unused: bool
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sharded: Mapping[str, Any],
-        leaves: Mapping[str, Tensor],
-        axis: Axis,
-        replicate: Axis,
-        *,
-        scalars: Sequence[str],
-        reshard_after_forward: bool,
-        keep_gathered: bool,
-        defer_reduce: bool,
-        find_unused: bool,
-    ) -> None:
-        self.model, self.root, self.sharded, self.leaves = model, sharded[ROOT], sharded, leaves
-        self.axis, self.replicate, self.scalars = axis, replicate, scalars
-        self.reshard_after_forward, self.keep_gathered = reshard_after_forward, keep_gathered
-        self.defer_reduce, self.find_unused = defer_reduce, find_unused
-        self.last = True  # nothing follows the micro-batch that is under way
-        self.staying = False  # units stay whole until the last micro-batch's backward
-        self.owed = False  # a backward has left gradients for a later one to reduce
+    last = True  # nothing follows the micro-batch that is under way
+    staying = False  # units stay whole until the last micro-batch's backward
+    owed = False  # a backward has left gradients for a later one to reduce
+    begun = False  # this forward, and the library knows of it
+    ended = True  # the last forward and the last backward have, without an exception
+
+    def __post_init__(self) -> None:
+        self.root = self.sharded[ROOT]
         self.used: list[set[str]] = []  # by each forward since finish(), as its backward shows
-        self.begun = False  # this forward, and the library knows of it
-        self.ended = True  # the last forward and the last backward have, without an exception
         # Before the library's own hook, which an exception in the last step may have confused.
-        model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
-        model.register_forward_hook(ModuleHook(self._after_forward))
+        self.model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
+        self.model.register_forward_hook(ModuleHook(self._after_forward))
 
     def microbatch(self, *, last: bool) -> None:
         if last != self.last:
