@@ -44,14 +44,14 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def gather_full(local: Tensor | None, layout: Layout, mesh: Mesh) -> Tensor:
-    """The whole of one tensor: see gather_all."""
+    """Gather one whole tensor: see gather_all."""
     return gather_all({"": local}, {"": layout}, mesh)[""]
 
 
 def gather_all(
     parts: Parts, layouts: Layouts, mesh: Mesh, together: int = TOGETHER
 ) -> dict[str, Tensor]:
-    """Whole tensors from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
+    """Gather whole tensors from all ranks' parts: W[D_X] -> W[D] for each split, the last first.
 
     What is split alike travels as one: of a thousand small tensors each alone would cost as much
     as a large one. Results have memory of their own, in which there is no padding. Collective over
@@ -98,7 +98,7 @@ def _known(name: str, now: Parts) -> Tensor:
 def _alike(
     names: Iterable[str], layouts: Layouts, mesh: Mesh, applied: int, together: int
 ) -> Iterator[list[str]]:
-    """Names whose tensors come over one axis, from one rank or from all, in one dtype.
+    """Group the names of tensors that come over one axis, from one rank or all, in one dtype.
 
     Where an earlier split has put a tensor elsewhere, nobody on this line has anything of it yet.
     """
@@ -123,7 +123,7 @@ def _alike(
 
 
 def _from_one(parts: Parts, layouts: Layouts, axis: Axis, index: int) -> dict[str, Tensor]:
-    """Tensors that lie whole on one rank of the axis."""
+    """Broadcast tensors that lie whole on one rank of the axis."""
     shapes = [layouts[name].shape for name in parts]
     lengths = [shape.numel() for shape in shapes]
     (dtype,) = {layouts[name].dtype for name in parts}
@@ -139,7 +139,7 @@ def _from_one(parts: Parts, layouts: Layouts, axis: Axis, index: int) -> dict[st
 def _from_all(
     parts: Parts, layouts: Layouts, mesh: Mesh, axis: Axis, applied: int
 ) -> dict[str, Tensor]:
-    """Tensors of which each rank of the axis has a shard."""
+    """Gather tensors of which each rank of the axis has a shard."""
     cuts = [_bounds(layouts[name], mesh, axis.size, applied) for name in parts]
     padded = []
     for name, (dim, _, bounds) in zip(parts, cuts, strict=True):

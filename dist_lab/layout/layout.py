@@ -229,7 +229,7 @@ def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:
 def _range(
     layout: Layout, shape: Sequence[int], coordinates: Coordinates
 ) -> tuple[int, int] | None:
-    """Start and stop of the elements of such a box that a FlatShard leaves; None without one."""
+    """Start and stop of the elements of a box of this shape that a FlatShard leaves; else None."""
     axis, how = layout.splits[-1] if layout.splits else ("", None)
     if not isinstance(how, FlatShard):
         return None

@@ -80,7 +80,7 @@ def environment_store(rank: int, size: int, timeout: float) -> Store:
 
 
 def as_under_torchrun(rank: int, size: int) -> AbstractContextManager[None]:
-    """The environment that torchrun gives its processes, for libraries that read it to find them.
+    """Set the environment that torchrun gives its processes, for libraries that read it.
 
     Ranks may have been started in other ways, which leave nothing there.
     """
@@ -119,7 +119,7 @@ def _over_loopback() -> AbstractContextManager[None]:
 
 @contextmanager
 def _where_unset(variables: Mapping[str, str]) -> Iterator[None]:
-    """Inside the block these variables of the environment are set; one that is already, stays."""
+    """Set these environment variables inside the block. One that is set already stays as it is."""
     unset = [name for name in variables if name not in os.environ]
     os.environ.update({name: variables[name] for name in unset})
     try:

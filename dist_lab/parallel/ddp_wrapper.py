@@ -22,10 +22,11 @@ from dist_lab.torch_private import ddp_forward_begins, ddp_forward_ends, tree_ma
 def wrap_in_ddp(
     model: nn.Module, axis: Axis, *, bucket_mb: float, find_unused: bool
 ) -> tuple["ThroughDDP", str]:
-    """DistributedDataParallel as it is documented to run fastest, and a description of that.
+    """Wrap the model in DistributedDataParallel, in its fastest documented configuration.
 
     Gradients are views into its buckets. Without its broadcast of buffers, which would overwrite
     what a rank has measured by what rank 0 has, and of weights: parallelize() has seen to those.
+    Returns its Sync, and a description of the configuration.
     """
     ddp = DistributedDataParallel(
         model,

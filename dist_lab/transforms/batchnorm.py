@@ -124,7 +124,7 @@ class SyncBatchNorm(StaysBehind, AnyBatchNorm):
 
 
 def merge_statistics(model: nn.Module, axis: Axis) -> None:
-    """Running statistics of every normalization layer, made those of all ranks, in place.
+    """Make the running statistics of every normalization layer those of all ranks, in place.
 
     One all_gather, none if there are no such layers. Merging again changes nothing.
     """

@@ -33,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import StaysBehind
 
-Around = Callable[[nn.Module], AbstractContextManager[None]]  # unit -> around its second forward
+# unit -> a context to run its second forward in
+Around = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:

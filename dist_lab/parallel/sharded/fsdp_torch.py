@@ -219,7 +219,7 @@ class ThroughFSDP(Sync):
         self.staying = False
 
     def _sum_scalars(self, used: set[str]) -> None:
-        """And find out what was used at all, for the library puts zeros where nobody has."""
+        """Sum the gradients of scalars, and clear those of unused parameters, which come as 0."""
         told = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
         names = [*self.scalars, *(told if self.find_unused else ())]
         if not names:
@@ -264,7 +264,7 @@ class ThroughFSDP(Sync):
 
 
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """The output, of which no tensor is a view, as a Linear's often is.
+    """Return the output with no tensor in it a view, as a Linear's often is.
 
     The library hooks its backward into the output. Of a view that is changed in place the hook is
     lost, of which it warns at every view.
@@ -287,7 +287,7 @@ class _NoView(torch.autograd.Function):
 def _own_parameters(
     model: nn.Module, found: Mapping[str, list[Place]], units: Mapping[str, nn.Module]
 ) -> dict[str, list[str]]:
-    """Unit -> the parameters that it is to split. A unit that has none is left out.
+    """Map each unit to the parameters that it is to split. A unit that has none is left out.
 
     Raises:
         UserError: the library would not find one, or cannot have it in a unit with the others.
@@ -332,7 +332,7 @@ def _set_norms_apart(
 
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
-    """The axes as the library wants them, on their own process groups."""
+    """Make the DeviceMesh of these axes, on their own process groups."""
     me, kind = axis.ranks[axis.index], axis.wire.device.type
     group = axis.group_even_of_one()
     if replicate.group is None:

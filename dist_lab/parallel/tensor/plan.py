@@ -46,7 +46,7 @@ class Planned:
 def arrange(
     setup: Setup, plan: Plan | None, *, cut: bool
 ) -> tuple[dict[str, Planned], dict[str, list[Place]], dict[str, Layout]]:
-    """What each named module is to do, where each parameter stands, and how it is to lie.
+    """Read the plan: the role of each named module, the places and the layout of each parameter.
 
     Args:
         plan: None: the model's own.
@@ -107,7 +107,7 @@ def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
 def check_all_named(
     model: nn.Module, plan: Mapping[str, Planned], found: Mapping[str, list[Place]]
 ) -> None:
-    """See that the plan says of every trained parameter what of the sequence it sees.
+    """Check that the plan says of every trained parameter which part of the sequence it sees.
 
     Raises:
         UserError: one is not covered. Its gradient might be a part of the sum, and nobody would
@@ -161,11 +161,11 @@ def _around(name: str) -> Iterator[str]:
 def lay_out(
     setup: Setup, plan: Mapping[str, Planned], found: Mapping[str, list[Place]], *, cut: bool
 ) -> dict[str, Layout]:
-    """The layouts so far, extended by what the plan says of the modules where a parameter stands.
+    """Extend the layouts by what the plan says of the modules that hold each parameter.
 
     Raises:
-        UserError: a tied parameter of whose modules the plan says different things, or one that
-            does not divide.
+        UserError: the modules of a tied parameter would split it differently, or a parameter does
+            not divide over the ranks.
     """
     name_of = {module: name for name, module in setup.model.named_modules()}
     layouts = {}
