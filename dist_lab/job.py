@@ -100,11 +100,11 @@ class Job:
 
         Running statistics are first made those of all ranks: see [Note: buffers]. Collective.
         """
+        _check_pairs(microbatches)  # before anything has changed
         with self.mesh.wire.during("buffers"):
             merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        _check_pairs(microbatches)
         try:
             with torch.no_grad():
                 total = self._runner.evaluate(microbatches, loss_fn)
