@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -34,7 +35,6 @@ from dist_lab.programs.cli.registry import (
 from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
-from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Apply, Chain, Setup
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
@@ -109,13 +109,14 @@ def parallelize(
     if sync_batchnorm:
         convert_batchnorm(model, mesh.channel(part.axes[-1]))
     named = {"": model, **_find_units(model, units)}
-    if recompute:
-        recompute_units(model, {name: m for name, m in named.items() if name}, recompute)
+    recompute_units(model, named, recompute)
     names = [name for name, _ in model.named_parameters()]
     first_of = {id(p): name for name, p in model.named_parameters()}
     state = {n: first_of.get(id(t), n) for n, t in model.state_dict(keep_vars=True).items()}
 
-    applied = _fold(model, mesh, [(part, options)], named, full_value, param_dtype, recompute)
+    layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
+    setup = Setup(model, mesh, {}, layouts, full_value, named, param_dtype, recompute)
+    applied = _fold(setup, [(part, options)])
     here = [name for name, _ in model.named_parameters()]
     held = [n for n, where in applied.layouts.items() if holds(where, mesh.coordinates)]
     assert names == list(applied.layouts), "a strategy changes no parameter's name"
@@ -123,45 +124,32 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     chain = Chain(watch, applied.sync)
-    runner: Step
-    if applied.make_runner is not None:
-        runner = applied.make_runner(model, chain, mesh.wire, named)
-    else:
-        apart = applied.sharded_between_units
-        runner = Runner(model, chain, mesh.wire, named, leaves, sharded_between_units=apart)
+    eager = partial(Runner, leaves=leaves, sharded_between_units=applied.sharded_between_units)
+    runner = (applied.make_runner or eager)(model, chain, mesh.wire, named)
     return Job(model, mesh, applied, runner, watch, state)
 
 
-def _fold(
-    model: nn.Module,
-    mesh: Mesh,
-    parts: Sequence[tuple[Part, Mapping[str, Any]]],
-    units: Mapping[str, nn.Module],
-    full_value: Callable[[str], Tensor],
-    param_dtype: torch.dtype | None,
-    recompute: int,
-) -> Applied:
+def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:
     """Apply strategies one after another, in their order; then cast what none of them does.
 
     Args:
+        setup: of the model as it is, which runs along no axis yet.
         parts: each strategy with its options.
     """
-    layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
     whole: Applied | None = None
     for part, options in sorted(parts, key=_place_in_order):
-        axes = {name: mesh.channel(name) for name in part.axes}
-        setup = Setup(model, mesh, axes, layouts, full_value, units, param_dtype, recompute)
+        setup = replace(setup, axes={name: setup.mesh.channel(name) for name in part.axes})
         applied = part.apply(setup, **options)
         if not isinstance(applied, Applied):
             raise UserError(f"a strategy returns Applied(layouts, sync), this one {applied!r:.60}")
-        assert all(applied.layouts[n].extends(where) for n, where in layouts.items()), part.label
+        so_far = setup.layouts.items()
+        assert all(applied.layouts[n].extends(where) for n, where in so_far), part.label
         whole = applied if whole is None else _together(whole, applied)
-        layouts = dict(applied.layouts)
-        full_value = _own_value(model)
+        setup = replace(setup, layouts=applied.layouts, full_value=_own_value(setup.model))
     assert whole is not None, "no strategy"
     casts = {part.impl.casts for part, _ in parts}
-    if param_dtype is not None and Casts.ALL not in casts:
-        compute_in(model, param_dtype, parameters=Casts.PARAMETERS not in casts)
+    if setup.param_dtype is not None and Casts.ALL not in casts:
+        compute_in(setup.model, setup.param_dtype, parameters=Casts.PARAMETERS not in casts)
     return whole
 
 

@@ -27,7 +27,7 @@ from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
-from dist_lab.transforms.buffers import merge_statistics
+from dist_lab.transforms.batchnorm import merge_statistics
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
 
@@ -60,7 +60,6 @@ class Job:
         self._buffers = applied.buffers
         self._data: Axis = mesh.data
         self._shares: Axis = mesh.flatten("pp", *DATA_AXES)  # along which a loss is in parts
-        self._world: Axis = mesh.world
         for layout in self.layouts.values():  # now, as making a process group takes a while
             for axis, how in layout.splits:
                 axis_of_parts(mesh, axis, how)
@@ -102,11 +101,11 @@ class Job:
 
         Running statistics are first made those of all ranks: see [Note: buffers]. Collective.
         """
+        _check_pairs(microbatches)  # before anything has changed
         with self.mesh.wire.during("buffers"):
             merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        _check_pairs(microbatches)
         try:
             with torch.no_grad():
                 total = self._runner.evaluate(microbatches, loss_fn)
@@ -153,9 +152,8 @@ class Job:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         with self.mesh.wire.during("check"):
-            found = ops.all_gather_bytes(self._watch.take().encode(), self._world)
-        culprits = [(name.decode(), r) for name, r in zip(found, self._world.ranks, strict=True)]
-        name, rank = next(((n, r) for n, r in culprits if n), ("", 0))
+            found = ops.all_gather_bytes(self._watch.take().encode(), self.mesh.world)
+        name, rank = next(((n.decode(), rank) for rank, n in enumerate(found) if n), ("", 0))
         if name:
             cause = f"first in the gradient of {name} on rank {rank}"
         elif math.isfinite(norm):
@@ -191,12 +189,10 @@ class Job:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 own = groups(name, self.layouts[name].shape) if groups else {}
-                for known, members in made:
-                    if known == own:
-                        members.append(parameter)
-                        break
-                else:
-                    made.append((own, [parameter]))
+                members = next((members for known, members in made if known == own), None)
+                if members is None:
+                    made.append((own, members := []))
+                members.append(parameter)
         each = [{"params": members, **own} for own, members in made]
         each = each or [{"params": [nn.Parameter(torch.empty(0))]}]  # a stage without a weight
         if self._make_optimizer is not None:

@@ -17,7 +17,7 @@ from dist_lab.programs.cli.registry import (
     STRATEGIES,
     Impl,
 )
-from dist_lab.step.protocol import Applied, Sync
+from dist_lab.step.protocol import Applied, Setup, Sync
 
 
 class Says(Sync):
@@ -45,8 +45,9 @@ def splitting(name, dim, log):
 
 
 def fold(model, mesh, *parts):
-    value = compose._own_value(model)
-    return compose._fold(model, mesh, [(part, {}) for part in parts], {"": model}, value, None, 0)
+    layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
+    setup = Setup(model, mesh, {}, layouts, compose._own_value(model), {"": model})
+    return compose._fold(setup, [(part, {}) for part in parts])
 
 
 @pytest.mark.parametrize("order", [("tp", "fsdp"), ("fsdp", "tp")], ids=" given ".join)

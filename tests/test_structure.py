@@ -50,9 +50,7 @@ FREE_OF_TORCH = [
 BUT = {"programs.cli.setup"}
 STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
 FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
-BORROWED = {  # parts of one family that others use
-    "replicated.ddp_wrapper",
-}  # fmt: skip
+BORROWED: set[str] = set()  # parts of one family that others use
 
 
 def module_of(path: Path) -> str:

@@ -3,10 +3,11 @@
 W[D_X] -> W[D]           one split after another, the last applied first
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lab.comm import ops
@@ -24,6 +25,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 
 TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
 Layouts = Mapping[str, Layout]
+Parts = Mapping[str, Tensor | None]  # what of each tensor is here by now
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -40,14 +42,14 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def gather_full(local: Tensor | None, layout: Layout, mesh: Mesh) -> Tensor:
-    """The whole of one tensor: see gather_all."""
+    """Gather one whole tensor: see gather_all."""
     return gather_all({"": local}, {"": layout}, mesh)[""]
 
 
 def gather_all(
-    parts: Mapping[str, Tensor | None], layouts: Layouts, mesh: Mesh, together: int = TOGETHER
+    parts: Parts, layouts: Layouts, mesh: Mesh, together: int = TOGETHER
 ) -> dict[str, Tensor]:
-    """Whole tensors from everyone's parts: W[D_X] -> W[D] for each split, last applied first.
+    """Gather whole tensors from all ranks' parts: W[D_X] -> W[D] for each split, the last first.
 
     What is split alike travels as one: of a thousand small tensors each alone would cost as much
     as a large one. Results have memory of their own, in which there is no padding. Collective over
@@ -69,9 +71,9 @@ def gather_all(
             axis_name, how = layouts[names[0]].splits[applied]
             axis = axis_of_parts(mesh, axis_name, how)
             if isinstance(how, OnlyOn):
-                now |= _from_one(names, now, layouts, axis, how.positions[0])
+                now |= _from_one({n: now[n] for n in names}, layouts, axis, how.positions[0])
             else:
-                now |= _from_all(names, now, layouts, mesh, axis, applied)
+                now |= _from_all({n: now[n] for n in names}, layouts, mesh, axis, applied)
     return {
         name: _known(name, now) if layouts[name].splits else _known(name, now).clone()
         for name in now
@@ -85,7 +87,7 @@ def axis_of_parts(mesh: Mesh, name: str, how: Placement) -> Axis:
     return mesh[name]
 
 
-def _known(name: str, now: Mapping[str, Tensor | None]) -> Tensor:
+def _known(name: str, now: Parts) -> Tensor:
     part = now[name]
     assert part is not None, f"a rank that has {name}, or a part of it, has given None"
     return part
@@ -94,7 +96,7 @@ def _known(name: str, now: Mapping[str, Tensor | None]) -> Tensor:
 def _alike(
     names: Iterable[str], layouts: Layouts, mesh: Mesh, applied: int, together: int
 ) -> Iterator[list[str]]:
-    """Names whose tensors come over one axis, from one rank or from all, in one dtype.
+    """Group the names of tensors that come over one axis, from one rank or all, in one dtype.
 
     Where an earlier split has put a tensor elsewhere, nobody on this line has anything of it yet.
     """
@@ -118,43 +120,40 @@ def _alike(
         yield group[first:]
 
 
-def _from_one(
-    names: Sequence[str],
-    now: Mapping[str, Tensor | None],
-    layouts: Layouts,
-    axis: Axis,
-    index: int,
-) -> dict[str, Tensor]:
-    """Tensors that lie whole on one rank of the axis."""
-    lengths = [layouts[name].shape.numel() for name in names]
+def _from_one(parts: Parts, layouts: Layouts, axis: Axis, index: int) -> dict[str, Tensor]:
+    """Broadcast tensors that lie whole on one rank of the axis."""
+    shapes = [layouts[name].shape for name in parts]
+    lengths = [shape.numel() for shape in shapes]
+    (dtype,) = {layouts[name].dtype for name in parts}
     if axis.index == index:
-        flat = torch.cat([_known(name, now).flatten() for name in names])
-        assert flat.dtype == layouts[names[0]].dtype, f"{names} come in {flat.dtype}"
+        flat = torch.cat([_known(name, parts).flatten() for name in parts])
+        assert flat.dtype == dtype, f"{list(parts)} come in {flat.dtype}"
     else:
-        flat = torch.empty(sum(lengths), dtype=layouts[names[0]].dtype, device=axis.wire.device)
+        flat = torch.empty(sum(lengths), dtype=dtype, device=axis.wire.device)
     whole = ops.broadcast_into(flat, axis, index).wait().split(lengths)
-    return {name: x.view(layouts[name].shape).clone() for name, x in zip(names, whole, strict=True)}
+    return {n: x.view(s).clone() for n, x, s in zip(parts, whole, shapes, strict=True)}
 
 
 def _from_all(
-    names: Sequence[str],
-    now: Mapping[str, Tensor | None],
-    layouts: Layouts,
-    mesh: Mesh,
-    axis: Axis,
-    applied: int,
+    parts: Parts, layouts: Layouts, mesh: Mesh, axis: Axis, applied: int
 ) -> dict[str, Tensor]:
-    """Tensors of which each rank of the axis has a shard."""
-    before = {name: _bounds(layouts[name], mesh, axis.size, applied) for name in names}
-    padded = [_padded(_known(name, now), *before[name]) for name in names]
-    flat = torch.cat([x.flatten() for x in padded])
-    assert flat.dtype == layouts[names[0]].dtype, f"{names} come in {flat.dtype}"
-    rows = ops.all_gather(flat[None], axis)  # (size, L)
+    """Gather tensors of which each rank of the axis has a shard."""
+    cuts = [_bounds(layouts[name], mesh, axis.size, applied) for name in parts]
+    padded = []
+    for name, (dim, _, bounds) in zip(parts, cuts, strict=True):
+        part = _known(name, parts)
+        assert part.dtype == layouts[name].dtype, f"{name} comes in {part.dtype}"
+        longest = max(stop - start for start, stop in bounds)
+        after = [0, 0] * (part.dim() - 1 - dim)  # the dims behind it stay as long as they are
+        padded.append(F.pad(part, [*after, 0, longest - part.shape[dim]]))
+    rows = ops.all_gather(torch.cat([x.flatten() for x in padded])[None], axis)  # (size, L)
     shards = rows.split([x.numel() for x in padded], 1)
-    return {
-        name: _joined(each.unflatten(1, x.shape), *before[name])
-        for name, x, each in zip(names, padded, shards, strict=True)
-    }
+    joined = {}
+    for name, x, each, (dim, shape, bounds) in zip(parts, padded, shards, cuts, strict=True):
+        lengths = [stop - start for start, stop in bounds]
+        pieces = zip(each.unflatten(1, x.shape), lengths, strict=True)
+        joined[name] = torch.cat([p.narrow(dim, 0, n) for p, n in pieces], dim).view(shape)
+    return joined
 
 
 def _bounds(
@@ -170,22 +169,3 @@ def _bounds(
         return 0, shape, [how.range(numel, i) for i in range(size)]
     assert isinstance(how, Shard)
     return how.dim, shape, [shard_bounds(shape[how.dim], size, i) for i in range(size)]
-
-
-def _padded(
-    local: Tensor, dim: int, whole_shape: Sequence[int], bounds: Sequence[tuple[int, int]]
-) -> Tensor:
-    """This rank's shard, as long as the longest of any rank."""
-    shape = list(local.shape)
-    shape[dim] = max(stop - start for start, stop in bounds)
-    padded = local.new_zeros(shape)
-    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
-    return padded
-
-
-def _joined(
-    shards: Tensor, dim: int, whole_shape: Sequence[int], bounds: Sequence[tuple[int, int]]
-) -> Tensor:
-    """(size, ...) with everyone's padded shard -> what the tensor was before this split."""
-    own = [x.narrow(dim, 0, b - a) for x, (a, b) in zip(shards, bounds, strict=True)]
-    return torch.cat(own, dim).view(whole_shape)

@@ -19,7 +19,7 @@ elements, as a vector.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -160,17 +160,14 @@ def boxes(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> list[Box]:
         return []
     box = _box(layout, sizes, coordinates)
     lengths = [side.stop - side.start for side in box]
-    found = [box] if math.prod(lengths) else []
-    if layout.splits and isinstance(flat := layout.splits[-1][1], FlatShard):
-        start, stop = _range(layout, lengths, flat, coordinates)
-        found = [
-            tuple(
-                slice(outer.start + inner.start, outer.start + inner.stop)
-                for outer, inner in zip(box, part, strict=True)
-            )
-            for part in _boxes_of_range(lengths, start, stop)
-        ]
-    return found
+    start, stop = _range(layout, lengths, coordinates) or (0, math.prod(lengths))
+    return [
+        tuple(
+            slice(outer.start + inner.start, outer.start + inner.stop)
+            for outer, inner in zip(box, part, strict=True)
+        )
+        for part in _boxes_of_range(lengths, start, stop)
+    ]
 
 
 def is_first_holder(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> bool:
@@ -201,10 +198,8 @@ def local_numel(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> int:
 def slice_local(whole: Tensor, layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Tensor:
     """A rank's part of a whole tensor, as its parameter has it; a view if it is contiguous."""
     part = whole[_box(layout, sizes, coordinates)]
-    if layout.splits and isinstance(flat := layout.splits[-1][1], FlatShard):
-        start, stop = _range(layout, part.shape, flat, coordinates)
-        part = part.flatten()[start:stop]
-    return part
+    elements = _range(layout, part.shape, coordinates)
+    return part if elements is None else part.flatten()[slice(*elements)]
 
 
 def shard_of(value: Tensor, how: Shard, size: int, index: int) -> Tensor:
@@ -232,9 +227,13 @@ def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:
 
 
 def _range(
-    layout: Layout, shape: Sequence[int], flat: FlatShard, coordinates: Coordinates
-) -> tuple[int, int]:
-    return flat.range(math.prod(shape), coordinates.get(layout.splits[-1][0], 0))
+    layout: Layout, shape: Sequence[int], coordinates: Coordinates
+) -> tuple[int, int] | None:
+    """Start and stop of the elements of a box of this shape that a FlatShard leaves; else None."""
+    axis, how = layout.splits[-1] if layout.splits else ("", None)
+    if not isinstance(how, FlatShard):
+        return None
+    return how.range(math.prod(shape), coordinates.get(axis, 0))
 
 
 def _boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
@@ -276,7 +275,10 @@ def to_json(layout: Layout) -> dict[str, Any]:
         "shape": list(layout.shape),
         "dtype": str(layout.dtype).removeprefix("torch."),
         "splits": [[axis, _placement_to_json(how)] for axis, how in layout.splits],
-        "partial": [_owed_to_json(owed) for owed in layout.partial],
+        "partial": [
+            {key: value for key, value in asdict(owed).items() if value is not None}
+            for owed in layout.partial
+        ],
     }
 
 
@@ -309,15 +311,6 @@ def _placement_from_json(data: Mapping[str, Any]) -> Placement:
         case {"only_on": positions}:
             return OnlyOn(tuple(positions))
     raise ValueError(f"not a placement: {data}")
-
-
-def _owed_to_json(owed: Owed) -> dict[str, Any]:
-    data: dict[str, Any] = {"axis": owed.axis}
-    if owed.neighbours is not None:
-        data["neighbours"] = owed.neighbours
-    if owed.positions is not None:
-        data["positions"] = list(owed.positions)
-    return data
 
 
 def _owed_from_json(data: Mapping[str, Any]) -> Owed:

@@ -13,8 +13,8 @@ here, without which no group is made.
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 import torch
@@ -79,13 +79,12 @@ def environment_store(rank: int, size: int, timeout: float) -> Store:
     return PrefixStore(f"attempt-{attempt}", store)
 
 
-@contextmanager
-def as_under_torchrun(rank: int, size: int) -> Iterator[None]:
-    """The environment that torchrun gives its processes, for libraries that read it to find them.
+def as_under_torchrun(rank: int, size: int) -> AbstractContextManager[None]:
+    """Set the environment that torchrun gives its processes, for libraries that read it.
 
     Ranks may have been started in other ways, which leave nothing there.
     """
-    given = {
+    return _where_unset({
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
@@ -93,15 +92,7 @@ def as_under_torchrun(rank: int, size: int) -> Iterator[None]:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "29500",  # not used: the processes have met
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update({name: before[name] or value for name, value in given.items()})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
+    })  # fmt: skip
 
 
 def default_backend() -> str:
@@ -115,20 +106,24 @@ def loopback() -> str:
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
-@contextmanager
-def _over_loopback() -> Iterator[None]:
+def _over_loopback() -> AbstractContextManager[None]:
     """Groups made inside the block talk over loopback, if torchrun has all ranks on one machine.
 
     gloo would resolve the host's name instead, which binds a public address on one machine and an
     unreachable one on the next. It reads the environment whenever a group is made.
     """
-    name, ranks = "GLOO_SOCKET_IFNAME", os.environ.get("WORLD_SIZE")
+    ranks = os.environ.get("WORLD_SIZE")
     one_machine = ranks is not None and os.environ.get("LOCAL_WORLD_SIZE") == ranks
-    if not one_machine or name in os.environ:
-        yield
-        return
-    os.environ[name] = loopback()
+    return _where_unset({"GLOO_SOCKET_IFNAME": loopback()} if one_machine else {})
+
+
+@contextmanager
+def _where_unset(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set these environment variables inside the block. One that is set already stays as it is."""
+    unset = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in unset})
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in unset:
+            del os.environ[name]

@@ -88,11 +88,9 @@ class Mesh:
         self.rank, self.size = wire.rank, wire.size
         self.coordinates = coordinates(self.rank, self.axes)
         self.device = wire.device
-        self._made: dict[str, Axis] = {}
         self._subs: dict[str, Axis | None] = {}
         self._channels = 0
-        for name in ORDER:
-            self._made[name] = self._along((name,))
+        self._made = {name: self._along((name,)) for name in ORDER}
 
     def __getitem__(self, name: str) -> Axis:
         if name not in ORDER:
@@ -124,10 +122,9 @@ class Mesh:
         if bad or len(set(indices)) != len(indices):
             raise UserError(f"{key}: positions must be distinct and below {self[name].size}")
         if key not in self._subs:
-            mine = tuple(self[name].ranks[i] for i in indices)
+            ranks = tuple(self[name].ranks[i] for i in indices)
             group = self._new_group((name,), indices)
-            member = self.rank in mine
-            self._subs[key] = self._axis(key, mine, group) if member else None
+            self._subs[key] = self._axis(key, ranks, group) if self.rank in ranks else None
         return self._subs[key]
 
     def neighbours(self, name: str, count: int) -> Axis:

@@ -64,12 +64,7 @@ class Runner(Step):
         model.register_forward_pre_hook(ModuleHook(self._enter_forward))
         # After the gradients' own hooks: a unit is returned when its last gradient has been told.
         leaf_of = {p: self._trained[name] for name, p in trained.items()}
-        self._units = [
-            Unit(
-                name, module, [leaf_of[p] for p in module.parameters() if p in leaf_of], sync, wire
-            )
-            for name, module in units.items()
-        ]
+        self._units = [Unit(name, m, leaf_of, sync, wire) for name, m in units.items()]
         if sharded_between_units:
             for name, parameter in trained.items():
                 if parameter is not self._trained[name]:

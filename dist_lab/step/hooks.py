@@ -57,12 +57,10 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors in a module's output, whatever it is made of."""
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
     elif isinstance(output, list | tuple):
         for value in output:
             yield from tensors_in(value)
+    elif isinstance(output, Mapping):
+        yield from tensors_in([*output.values()])
     elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from tensors_in(getattr(output, field.name))
+        yield from tensors_in([getattr(output, f.name) for f in dataclasses.fields(output)])

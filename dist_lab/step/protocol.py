@@ -20,7 +20,7 @@ handed one `Setup` and returns one `Applied`, whose layouts extend those that it
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,14 +184,6 @@ class Applied:
 MakeOptimizer = Callable[
     [type[torch.optim.Optimizer], list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer
 ]
-
-
-class MakeRunner(Protocol):
-    """Makes the runner of a strategy that splits time: a `Step`, which this file does not know."""
-
-    def __call__(
-        self, model: nn.Module, sync: Chain, wire: Wire, units: Mapping[str, nn.Module]
-    ) -> Any: ...
-
-
+# Gives a `Step`, which this file does not know.
+MakeRunner = Callable[[nn.Module, Chain, Wire, Mapping[str, nn.Module]], Any]
 Apply = Callable[..., Applied]  # (setup, **options of its own)

@@ -26,13 +26,15 @@ class Unit:
     """Tells a strategy when one unit is about to be used and has been used, in both directions.
 
     Args:
-        leaves: the tensors that backward reaches of its trained parameters.
+        leaf_of: trained parameter -> the tensor that backward reaches.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, leaves: Sequence[Tensor], sync: Chain, wire: Wire
-    ) -> None:
+        self, name: str, module: nn.Module, leaf_of: Mapping[nn.Parameter, Tensor],
+        sync: Chain, wire: Wire,
+    ) -> None:  # fmt: skip
         self.name, self.sync, self.wire = name, sync, wire
+        leaves = [leaf_of[p] for p in module.parameters() if p in leaf_of]
         self.trained = {id(leaf) for leaf in leaves}
         self.partly_frozen = any(not p.requires_grad for p in module.parameters())
         self.is_open = self.must_see_outputs = False

@@ -8,16 +8,27 @@ pairwise algorithm for computing sample variances"), which is exact and cancels 
 gathered depends on every rank's rows, so backward is the conjugate, a reduce-scatter: `all_gather`
 in comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers a rank in forward, and one
 reduce_scatter of as many in backward. Ioffe & Szegedy 2015 (arXiv:1502.03167).
+
+[Note: buffers] Without it each rank trains with statistics of its own rows, and its buffers are its
+own: nobody overwrites what it has measured. Where the ranks must be one model, before
+`job.evaluate` and in `job.full_state_dict`, running means and variances become those of all ranks
+together:
+
+    mean = mean of the means        variance = mean of the variances + variance of the means
+
+(the law of total variance, each rank counting alike). Any other buffer is taken to be equal, and
+full_state_dict gives rank 0's. Broadcasting rank 0's statistics in every forward, the custom
+elsewhere, throws away what all other ranks have seen. SyncBatchNorm keeps them equal by itself.
 """
 
 import torch
 from torch import Tensor, nn
 
-from dist_lab.comm.autograd import all_gather
+from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.hooks import StaysBehind
-from dist_lab.torch_private import AnyBatchNorm
+from dist_lab.torch_private import AnyBatchNorm, StatisticsNorm
 
 
 def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
@@ -69,7 +80,7 @@ class SyncBatchNorm(StaysBehind, AnyBatchNorm):
         else:
             variance = mean = wide.sum(over)  # zeros, through which backward still comes by
         mine = torch.cat([mean, variance * rows, mean.new_full((1,), rows)])
-        everyone = all_gather(mine[None], self.axis, 0)  # (N, 2C + 1)
+        everyone = autograd.all_gather(mine[None], self.axis, 0)  # (N, 2C + 1)
         means, squares, counts = everyone.split([self.num_features, self.num_features, 1], 1)
         counts = counts.detach()  # numbers of rows have no gradient
         total = counts.sum()
@@ -110,3 +121,25 @@ class SyncBatchNorm(StaysBehind, AnyBatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dims: what is replaced may be of 1d, 2d or 3d."""
+
+
+def merge_statistics(model: nn.Module, axis: Axis) -> None:
+    """Make the running statistics of every normalization layer those of all ranks, in place.
+
+    One all_gather, none if there are no such layers. Merging again changes nothing.
+    """
+    layers = [
+        (m.running_mean, m.running_var)
+        for m in model.modules()
+        if isinstance(m, StatisticsNorm) and not isinstance(m, SyncBatchNorm)
+    ]
+    pairs = [(mean, var) for mean, var in layers if mean is not None and var is not None]
+    if not pairs or axis.size == 1:
+        return
+    mine = torch.cat([torch.stack(pair).double().flatten(1) for pair in pairs], 1)  # (2, C)
+    means, variances = ops.all_gather(mine[None], axis).unbind(1)  # (N, C) each
+    merged = torch.stack([means.mean(0), variances.mean(0) + means.var(0, correction=0)])
+    lengths = [mean.numel() for mean, _ in pairs]
+    for (mean, variance), both in zip(pairs, merged.split(lengths, 1), strict=True):
+        mean.copy_(both[0])
+        variance.copy_(both[1])

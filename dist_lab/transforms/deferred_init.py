@@ -29,7 +29,7 @@ def is_meta(model: nn.Module) -> bool:
 
 
 def come_to_life(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
-    """All of it, in place. Raises UserError if its values are not to be known."""
+    """Draw every parameter, in place. Raises UserError if the model does not say how."""
     with _explained():
         initialize(model, seed, device, init_fn)
 
@@ -37,7 +37,7 @@ def come_to_life(model: nn.Module, seed: int, device: torch.device, init_fn: Ini
 def piece_by_piece(
     model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None
 ) -> Callable[[str], Tensor]:
-    """Its buffers now, and of its parameters each when it is asked for, whole, by name."""
+    """Fill the buffers now. Returns a function that draws one whole parameter, by its name."""
     with _explained():
         fill = own_init(model) if init_fn is None else init_fn
         initialize_buffers(model, device)

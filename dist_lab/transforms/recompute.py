@@ -22,7 +22,7 @@ lies inside are called again.
 Anything else that a forward changes, such as a list that it was given, it would change twice.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -32,6 +32,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import StaysBehind
+
+# unit -> a context to run its second forward in
+Around = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:
@@ -81,7 +84,7 @@ class Recomputed(StaysBehind):
     def __init__(self, unit: nn.Module) -> None:
         self.unit = unit
         self.forward = self.in_a_copy = unit.forward
-        self.around: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
+        self.around: list[Around] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -106,11 +109,7 @@ class Again:
     Made before the first, it takes copies of the unit's buffers; see [Note: twice is once].
     """
 
-    def __init__(
-        self,
-        unit: nn.Module,
-        around: list[Callable[[nn.Module], AbstractContextManager[None]]],
-    ) -> None:
+    def __init__(self, unit: nn.Module, around: Sequence[Around]) -> None:
         self.unit, self.around = unit, around
         self.stack = ExitStack()
         self.buffers = [

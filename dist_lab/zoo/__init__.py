@@ -13,33 +13,17 @@ from typing import TYPE_CHECKING, Any
 from dist_lab.zoo.sizes import SIZES
 
 if TYPE_CHECKING:
-    from dist_lab.transforms.init import InitFn, draw, initialize
     from dist_lab.zoo.gpt import GPT
     from dist_lab.zoo.mlp import MLP
     from dist_lab.zoo.models import MODELS, Model, build
     from dist_lab.zoo.resnet import ResNet18
     from dist_lab.zoo.vit import ViT
 
-WHERE = {
-    "GPT": "gpt",
-    "MLP": "mlp",
-    "MODELS": "models",
-    "InitFn": "init",
-    "Model": "models",
-    "ResNet18": "resnet",
-    "ViT": "vit",
-    "build": "models",
-    "draw": "init",
-    "initialize": "init",
-}
-__all__ = [
-    "GPT", "MLP", "MODELS", "SIZES", "InitFn", "Model", "ResNet18", "ViT", "build", "draw",
-    "initialize",
-]  # fmt: skip
+__all__ = ["GPT", "MLP", "MODELS", "SIZES", "Model", "ResNet18", "ViT", "build"]
 
 
 def __getattr__(name: str) -> Any:
     """Load a name, and torch, when it is first used: the table of sizes is read without."""
-    if name not in WHERE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.models"), name)

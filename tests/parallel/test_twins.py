@@ -167,7 +167,8 @@ def test_outputs_that_depend_on_each_other_are_not_scaled_twice(strategy, impl, 
 def test_an_accelerator_of_the_users_own_is_as_before(mesh):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from dist_lab.process_group import as_under_torchrun
+
+    from dist_lab.mesh.groups import as_under_torchrun
 
     states = [PartialState, AcceleratorState, GradientState]
     with as_under_torchrun(mesh.rank, mesh.size):

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 import dist_lab
 from dist_lab.errors import UserError
-from dist_lab.transforms.batchnorm import SyncBatchNorm, convert_batchnorm
-from dist_lab.transforms.buffers import merge_statistics
+from dist_lab.transforms.batchnorm import SyncBatchNorm, convert_batchnorm, merge_statistics
 
 
 class Normalized(nn.Module):

@@ -26,7 +26,7 @@ them learn again. So a rank may issue a bucket in backward that another issues i
 whatever lies between: the buckets have an order in common with each other alone, and their axis
 must be a channel of its own (`mesh.channel`).
 
-Buffers are each rank's own: see [Note: buffers] in dist_lab/transforms/buffers.py.
+Buffers are each rank's own: see [Note: buffers] in dist_lab/transforms/batchnorm.py.
 """
 
 from collections.abc import Sequence

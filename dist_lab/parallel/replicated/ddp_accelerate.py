@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from dist_lab.errors import UserError
 from dist_lab.mesh.groups import as_under_torchrun
-from dist_lab.parallel.replicated.ddp_wrapper import ThroughDDP
+from dist_lab.parallel.ddp_wrapper import ThroughDDP
 from dist_lab.step.protocol import Applied, Chain, Setup
 
 

@@ -6,7 +6,7 @@ Cost per step: 2 (N-1)/N P elements sent, in buckets of 25 MiB after a first of 
 rank: all of everything. Li et al. 2020 (arXiv:2006.15704).
 """
 
-from dist_lab.parallel.replicated.ddp_wrapper import wrap_in_ddp
+from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
 from dist_lab.step.protocol import Applied, Chain, Setup
 
 

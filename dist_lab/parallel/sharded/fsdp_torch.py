@@ -14,7 +14,8 @@ Normalization with running statistics stays out of mixed precision by being a un
 Cost per step and memory: as fsdp.py, without flags. Zhao et al. 2023 (arXiv:2304.11277).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +23,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, set_param
-from dist_lab.parallel.replicated.ddp_wrapper import ROOT, ThroughFSDP
 from dist_lab.step.hooks import ModuleHook
-from dist_lab.step.protocol import Applied, Setup
-from dist_lab.torch_private import StatisticsNorm, is_view, tree_map_only
+from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.torch_private import (
+    StatisticsNorm,
+    forget_unsharded_gradients,
+    is_view,
+    tree_map_only,
+)
+
+ROOT = ""  # the unit that is the model itself
 
 
 def apply(
@@ -75,13 +83,19 @@ def apply(
     if param_dtype is not None:
         modules |= _set_norms_apart(model, found, own)
     mesh = _device_mesh(axis, replicate)
+
+    def materialize(names: Sequence[str]) -> None:
+        for name in names:
+            if model.get_parameter(name).is_meta:
+                set_param(found[name], setup.full_value(name).to(axis.wire.device))
+
     scalars = [name for name, p in model.named_parameters() if not p.dim()]
-    _come_to_life(model, scalars, found, setup.full_value, axis.wire.device)
+    materialize(scalars)
 
     sharded: dict[str, FSDPModule] = {}
     leaves: dict[str, Tensor] = {}
     for unit in sorted(own, key=lambda unit: sum(1 for _ in modules[unit].modules())):
-        _come_to_life(model, own[unit], found, setup.full_value, axis.wire.device)
+        materialize(own[unit])
         mine = {model.get_parameter(name) for name in own[unit]}
         narrow = None if isinstance(modules[unit], StatisticsNorm) else param_dtype
         modules[unit].register_forward_hook(ModuleHook(_own_output))  # before the library's own
@@ -106,7 +120,8 @@ def apply(
         sharded[unit] = module
     sharded[ROOT].set_reduce_scatter_unused_params(find_unused)
     sync = ThroughFSDP(
-        model, sharded, leaves, axis, replicate, scalars=[n for n in scalars if layouts[n].partial],
+        model=model, sharded=sharded, leaves=leaves, axis=axis, replicate=replicate,
+        scalars=[name for name in scalars if layouts[name].partial],
         reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
         defer_reduce=defer_reduce, find_unused=find_unused,
     )  # fmt: skip
@@ -121,8 +136,135 @@ def apply(
     return Applied(layouts, sync, about, leaves, sharded_between_units=bool(leaves))
 
 
+@dataclass(eq=False, kw_only=True)
+class ThroughFSDP(Sync):
+    """Leaves everything to the library, which has hooks of its own; tells it which moment it is."""
+
+    model: nn.Module
+    sharded: Mapping[str, Any]  # unit -> the module that it has become, an FSDPModule
+    leaves: Mapping[str, Tensor]  # name -> the whole parameter, into which backward adds
+    axis: Axis
+    replicate: Axis
+    scalars: Sequence[str]  # trained parameters that the library knows nothing of
+    reshard_after_forward: bool
+    keep_gathered: bool
+    defer_reduce: bool
+    find_unused: bool
+
+    last = True  # nothing follows the micro-batch that is under way
+    staying = False  # units stay whole until the last micro-batch's backward
+    owed = False  # a backward has left gradients for a later one to reduce
+    begun = False  # this forward, and the library knows of it
+    ended = True  # the last forward and the last backward have, without an exception
+
+    def __post_init__(self) -> None:
+        self.root = self.sharded[ROOT]
+        self.used: list[set[str]] = []  # by each forward since finish(), as its backward shows
+        # Before the library's own hook, which an exception in the last step may have confused.
+        self.model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
+        self.model.register_forward_hook(ModuleHook(self._after_forward))
+
+    def microbatch(self, *, last: bool) -> None:
+        if last != self.last:
+            self.last = last
+            if self.defer_reduce:
+                self.root.set_requires_gradient_sync(last)
+            elif self.replicate.size > 1:
+                self.root.set_requires_all_reduce(last)
+            if self.keep_gathered:
+                self.root.set_reshard_after_backward(last)
+
+    def unshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.BACKWARD:
+            self.ended = False
+        elif unit == ROOT:
+            self.begun = True
+            if torch.is_grad_enabled():
+                self.used.append(set())
+            if self.keep_gathered:
+                keep = self.staying or not self.reshard_after_forward
+                self.root.set_reshard_after_forward(not keep)
+
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if phase is Phase.BACKWARD:
+            if unit == ROOT:
+                self.ended = True
+                self.staying = self.keep_gathered and not self.last
+                self.owed = not self.last and (self.defer_reduce or self.replicate.size > 1)
+        elif not torch.is_grad_enabled():  # no backward follows that would do it
+            for name, module in self.sharded.items():
+                if unit in (ROOT, name):
+                    module.reshard()
+
+    def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        self.used[-1].update(names)
+
+    def finish(self) -> None:
+        used, self.used = [names for names in self.used if names], []
+        if self.owed:
+            raise UserError(
+                "finish() before a last micro-batch, in whose backward FSDP2 sums the gradients of "
+                "all: wrap that one in job.microbatch(last=True)"
+            )
+        anywhere: set[str] = set().union(*used)
+        uneven = sorted(name for name in anywhere if not all(name in names for names in used))
+        if uneven and not self.find_unused and not self.defer_reduce and self.replicate.size > 1:
+            raise UserError(
+                f"{uneven[0]} was not used in each micro-batch, and FSDP2 has lost what its "
+                "gradient was on other replicas; give find_unused=True"
+            )
+        self._sum_scalars(anywhere)
+        for module in self.sharded.values():
+            module.reshard()
+        self.staying = False
+
+    def _sum_scalars(self, used: set[str]) -> None:
+        """Sum the gradients of scalars, and clear those of unused parameters, which come as 0."""
+        told = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
+        names = [*self.scalars, *(told if self.find_unused else ())]
+        if not names:
+            return
+        gradients = [self.model.get_parameter(name).grad for name in self.scalars]
+        flags = [g is not None for g in gradients] + [n in used for n in names[len(gradients) :]]
+        mine = [0.0 if g is None else float(g) for g in gradients]
+        both = torch.tensor([*mine, *flags], dtype=torch.float64, device=self.axis.wire.device)
+        for axis in (self.axis, self.replicate):
+            both = ops.all_reduce(both, axis)
+        for name, value in zip(self.scalars, both, strict=False):
+            parameter = self.model.get_parameter(name)
+            parameter.grad = value.to(parameter.dtype)
+        for name, ranks in zip(names, both[len(self.scalars) :].tolist(), strict=True):
+            if ranks == 0:
+                self.model.get_parameter(name).grad = None
+
+    def forget(self) -> None:
+        self.used, self.staying, self.owed = [], False, False
+        if self.begun:
+            self._reset()
+
+    def _reset(self) -> None:
+        self.root.reset_iter_state()
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        for module in self.sharded.values():
+            forget_unsharded_gradients(module)
+        self.ended = True
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for leaf in self.leaves.values():
+            yield "gathered", leaf
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if not self.ended:
+            self._reset()
+        self.begun = self.ended = False
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ended = True
+
+
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """The output, of which no tensor is a view, as a Linear's often is.
+    """Return the output with no tensor in it a view, as a Linear's often is.
 
     The library hooks its backward into the output. Of a view that is changed in place the hook is
     lost, of which it warns at every view.
@@ -145,7 +287,7 @@ class _NoView(torch.autograd.Function):
 def _own_parameters(
     model: nn.Module, found: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]
 ) -> dict[str, list[str]]:
-    """Unit -> the parameters that it is to split. A unit that has none is left out.
+    """Map each unit to the parameters that it is to split. A unit that has none is left out.
 
     Raises:
         UserError: the library would not find one, or cannot have it in a unit with the others.
@@ -189,21 +331,8 @@ def _set_norms_apart(
     return apart
 
 
-def _come_to_life(
-    model: nn.Module,
-    names: Sequence[str],
-    found: Mapping[str, list[ParamSlot]],
-    full_value: Callable[[str], Tensor],
-    device: torch.device,
-) -> None:
-    """Give parameters on the meta device their values."""
-    for name in names:
-        if model.get_parameter(name).is_meta:
-            set_param(found[name], full_value(name).to(device))
-
-
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
-    """The axes as the library wants them, on their own process groups."""
+    """Make the DeviceMesh of these axes, on their own process groups."""
     me, kind = axis.ranks[axis.index], axis.wire.device.type
     group = axis.group_even_of_one()
     if replicate.group is None:

@@ -24,7 +24,7 @@ import torch
 
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.replicated.ddp_wrapper import wrap_in_ddp
+from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
 from dist_lab.step.protocol import Applied, Chain, Setup
 
 

@@ -43,18 +43,10 @@ class Planned:
     block: int = 1
 
 
-@dataclass(frozen=True)
-class Lies:
-    """How one parameter is to lie along the axis: its split, and the sum its gradient is owed."""
-
-    shard: Shard | None = None
-    owed: Owed | None = None
-
-
 def arrange(
     setup: Setup, plan: Plan | None, *, cut: bool
-) -> tuple[dict[str, Planned], dict[str, list[ParamSlot]], dict[str, Lies]]:
-    """What each named module is to do, where each parameter stands, and how it is to lie.
+) -> tuple[dict[str, Planned], dict[str, list[ParamSlot]], dict[str, Layout]]:
+    """Read the plan: the role of each named module, the places and the layout of each parameter.
 
     Args:
         plan: None: the model's own.
@@ -65,22 +57,10 @@ def arrange(
     """
     model = setup.model
     named, found = read_plan(model, own_plan(model) if plan is None else plan), param_slots(model)
-    lies = where_all_lie(model, setup.axis, named, found, cut=cut)
+    layouts = lay_out(setup, named, found, cut=cut)
     if cut:
-        trained = {name: found[name] for name, p in model.named_parameters() if p.requires_grad}
-        check_all_named(trained, model, named)
-    return named, found, lies
-
-
-def lay_out(setup: Setup, lies: Mapping[str, Lies]) -> dict[str, Layout]:
-    """The layouts so far, extended by these."""
-    layouts = {}
-    for name, where in lies.items():
-        layout = setup.layouts[name]
-        if where.shard is not None:
-            layout = layout.split(setup.axis.name, where.shard)
-        layouts[name] = layout if where.owed is None else layout.owing(where.owed)
-    return layouts
+        check_all_named(model, named, found)
+    return named, found, layouts
 
 
 def own_plan(model: nn.Module) -> Plan:
@@ -125,20 +105,17 @@ def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
 
 
 def check_all_named(
-    trained: Mapping[str, list[ParamSlot]], model: nn.Module, plan: Mapping[str, Planned]
+    model: nn.Module, plan: Mapping[str, Planned], found: Mapping[str, list[ParamSlot]]
 ) -> None:
-    """See that the plan says of every trained parameter what of the sequence it sees.
-
-    Args:
-        trained: name -> the modules where it stands.
+    """Check that the plan says of every trained parameter which part of the sequence it sees.
 
     Raises:
         UserError: one is not covered. Its gradient might be a part of the sum, and nobody would
             know.
     """
     covered = {part for name in plan for part in model.get_submodule(name).modules()}
-    for name, own in trained.items():
-        if any(module not in covered for module, _ in own):
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and any(module not in covered for module, _ in found[name]):
             raise UserError(
                 f"{name} is in no module that the plan names: under sequence parallelism it must "
                 'say whether that sees a piece of the sequence, "sequence", or all of it, "whole"'
@@ -181,56 +158,57 @@ def _around(name: str) -> Iterator[str]:
 # --- where parameters lie -------------------------------------------------------------------------
 
 
-def where_all_lie(
-    model: nn.Module,
-    axis: Axis,
-    plan: Mapping[str, Planned],
-    found: Mapping[str, list[ParamSlot]],
-    *,
-    cut: bool,
-) -> dict[str, Lies]:
-    """By what the plan says of the modules where a parameter stands; they must agree."""
-    name_of = {module: name for name, module in model.named_modules()}
-    lies = {}
-    for name, parameter in model.named_parameters():
-        ways = {}
+def lay_out(
+    setup: Setup, plan: Mapping[str, Planned], found: Mapping[str, list[ParamSlot]], *, cut: bool
+) -> dict[str, Layout]:
+    """Extend the layouts by what the plan says of the modules that hold each parameter.
+
+    Raises:
+        UserError: the modules of a tied parameter would split it differently, or a parameter does
+            not divide over the ranks.
+    """
+    name_of = {module: name for name, module in setup.model.named_modules()}
+    layouts = {}
+    for name, parameter in setup.model.named_parameters():
+        before, ways = setup.layouts[name], {}
         for module, attribute in found[name]:
-            where = _lies(name_of[module], module, attribute, axis, plan, cut=cut)
-            where = where if parameter.requires_grad else replace(where, owed=None)
-            ways[where] = name_of[module]
+            layout = _extended(before, name_of[module], module, attribute, setup.axis, plan, cut)
+            if not parameter.requires_grad:
+                layout = replace(layout, partial=before.partial)
+            ways[layout] = name_of[module]
         if len(ways) > 1:
             first, second, *_ = ways.values()
             raise UserError(
                 f"{name} is tied between {first} and {second}, which the plan splits differently; "
                 "give them roles that agree, or untie them"
             )
-        (lies[name],) = ways
-    return lies
+        (layouts[name],) = ways
+    return layouts
 
 
-def _lies(
-    name: str, module: nn.Module, attribute: str, axis: Axis, plan: Mapping[str, Planned], *,
-    cut: bool,
-) -> Lies:  # fmt: skip
+def _extended(
+    layout: Layout, name: str, module: nn.Module, attribute: str, axis: Axis,
+    plan: Mapping[str, Planned], cut: bool,
+) -> Layout:  # fmt: skip
     around = next((outer for outer in (name, *_around(name)) if outer in plan), None)
     planned = plan[around] if around is not None else Planned("whole")
     role, block = planned.role, planned.block
-    in_pieces = Owed(axis.name) if cut and axis.size > 1 else None
-    if role == "row":
-        return Lies(Shard(1)) if attribute == "weight" else Lies(owed=in_pieces)
-    if role == "sequence":
-        return Lies(owed=in_pieces)
-    if role not in ("column", "grouped", "gathered", "vocabulary"):
-        return Lies()
+    if role == "row" and attribute == "weight":
+        return layout.split(axis.name, Shard(1))
+    if role in ("row", "sequence"):
+        return layout.owing(Owed(axis.name)) if cut and axis.size > 1 else layout
+    if role not in SPLIT:
+        return layout
     outputs = getattr(module, attribute).shape[0]
     blocks, rest = divmod(outputs, block)
     if rest:
         raise UserError(f"{name} has {outputs} outputs, and the plan keeps {block} together")
     even = role in ("grouped", "gathered") or block > 1  # a range of a vocabulary may be shorter
+    copies = 1
     if role == "grouped" and blocks < axis.size and axis.size % blocks == 0:
         copies = axis.size // blocks  # neighbors have the same, as they have neighboring queries
-        return Lies(Shard(0, copies), Owed(axis.name, neighbours=copies))
-    if even and blocks % axis.size:
+        layout = layout.owing(Owed(axis.name, neighbours=copies))
+    elif even and blocks % axis.size:
         degrees = divisors(blocks)
         what = f"{blocks} blocks of {block} outputs (heads)" if block > 1 else f"{blocks} outputs"
         raise UserError(
@@ -238,7 +216,7 @@ def _lies(
             f"degrees that work: {', '.join(map(str, degrees))}, the nearest is "
             f"{nearest_degree(degrees, axis.size)}"
         )
-    return Lies(Shard(0))
+    return layout.split(axis.name, Shard(0, copies))
 
 
 def divisors(length: int) -> list[int]:

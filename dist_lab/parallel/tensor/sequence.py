@@ -3,7 +3,6 @@
 x -> Entry -> columns ... rows -> summed -> x + ...       see the table in tp.py
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -92,8 +91,9 @@ class Entry:
     brings that in anew.
     """
 
-    def __init__(self, columns: Sequence[nn.Linear], residual: Residual) -> None:
-        self.columns, self.residual = list(columns), residual
+    def __init__(self, residual: Residual) -> None:
+        self.residual = residual
+        self.columns: list[nn.Linear] = []
         self.leave()
 
     def leave(self) -> None:

@@ -58,10 +58,10 @@ from torch import Tensor, nn
 
 from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Owed, shard_of
+from dist_lab.layout.layout import Layout, Shard, shard_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import set_param
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, lay_out
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
 from dist_lab.parallel.tensor.sequence import Entry, Residual
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
@@ -88,23 +88,15 @@ def apply(
     if regather and not sequence_parallel:
         raise UserError("regather gathers again what sequence_parallel has cut; give both")
     model, axis = setup.model, setup.axis
-    named, found, lies = arrange(setup, plan, cut=sequence_parallel)
+    named, found, layouts = arrange(setup, plan, cut=sequence_parallel)
     residual = Residual(axis, cut=sequence_parallel, regather=regather)
     for name, own in found.items():
-        value, how = setup.full_value(name), lies[name].shard
-        if how is not None:
+        value, how = setup.full_value(name), dict(layouts[name].splits).get(axis.name)
+        if isinstance(how, Shard):
             value = shard_of(value, how, axis.size, axis.index)
         set_param(own, value.to(axis.wire.device, copy=True))
     entries = split_forwards(model, named, residual)
-    owed = {n: _axis_of(where.owed, setup) for n, where in lies.items() if where.owed is not None}
-    return Applied(lay_out(setup, lies), TensorParallel(model, owed, residual, entries))
-
-
-def _axis_of(owed: Owed, setup: Setup) -> Axis:
-    """All ranks, or those next to this one that have the same keys and values."""
-    if owed.neighbours is None:
-        return setup.axis
-    return setup.mesh.neighbours(setup.axis.name, owed.neighbours)
+    return Applied(layouts, TensorParallel(setup, layouts, residual, entries))
 
 
 # --- what a rank keeps, and what it does with it --------------------------------------------------
@@ -114,20 +106,17 @@ def split_forwards(
     model: nn.Module, plan: Mapping[str, Planned], residual: Residual
 ) -> list[Entry]:
     """Replace forwards, each as its role wants. Returns the entries of the columns."""
-    columns: dict[str, list[nn.Linear]] = {}  # by parent: see [Note: columns that read together]
-    for name, planned in plan.items():
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear) and planned.role in FORWARDS and planned.role != "row":
-            columns.setdefault(name.rpartition(".")[0], []).append(module)
-    entries = {parent: Entry(those, residual) for parent, those in columns.items()}
+    entries: dict[str, Entry] = {}  # by parent: see [Note: columns that read together]
     for name, planned in plan.items():
         module = model.get_submodule(name)
         if planned.role in FORWARDS:
-            compute = FORWARDS[planned.role]
+            compute, entry = FORWARDS[planned.role], None
             if isinstance(module, nn.Embedding):
                 check_embedding(name, module)
                 compute = _embedding
-            entry = entries.get(name.rpartition(".")[0])
+            elif isinstance(module, nn.Linear) and planned.role != "row":
+                entry = entries.setdefault(name.rpartition(".")[0], Entry(residual))
+                entry.columns.append(module)
             in_a_copy = partial(refuse_copy, type(module).__name__)
             module.forward = ModuleHook(partial(compute, residual, entry, module), in_a_copy)
         elif planned.role == "cut":
@@ -175,14 +164,17 @@ class TensorParallel(Sync):
     """Activations travel by themselves; here is paid what [Note: partial gradients] owes."""
 
     def __init__(
-        self, model: nn.Module, owed: Mapping[str, Axis], residual: Residual,
+        self, setup: Setup, layouts: Mapping[str, Layout], residual: Residual,
         entries: Sequence[Entry],
     ) -> None:  # fmt: skip
-        self.model, self.residual, self.entries = model, residual, entries
+        self.model, self.residual, self.entries = setup.model, residual, entries
         self.owed: dict[tuple[Axis, torch.dtype], list[str]] = {}
-        for name, axis in owed.items():
-            dtype = model.get_parameter(name).dtype
-            self.owed.setdefault((axis, dtype), []).append(name)
+        for name, layout in layouts.items():
+            for owed in layout.partial:
+                if owed.axis == setup.axis.name:
+                    near = owed.neighbours  # ranks that have the same keys and values
+                    axis = setup.mesh.neighbours(owed.axis, near) if near else setup.axis
+                    self.owed.setdefault((axis, layout.dtype), []).append(name)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == "":

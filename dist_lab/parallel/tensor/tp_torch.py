@@ -14,6 +14,7 @@ what the plan leaves whole is a plain parameter.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors, lay_out
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup, Sync
 from dist_lab.torch_private import forget_shardings, keeps_graph
@@ -44,9 +45,9 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis = setup.model, setup.axis
-    named, found, lies = arrange(setup, plan, cut=sequence_parallel)
-    for name, where in lies.items():
-        if where.shard is not None and where.shard.copies > 1:
+    named, found, layouts = arrange(setup, plan, cut=sequence_parallel)
+    for name, layout in layouts.items():
+        if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
             raise UserError(
                 f"DTensor cannot lay {name}, of which there are fewer heads than ranks; give a "
                 "smaller tp, or --impl hand"
@@ -59,7 +60,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
     parallelize_module(model, mesh, _styles(model, named, stream), src_data_rank=None)
     for parent in _together(named):
-        hook = ModuleHook(SharedInput(mesh, stream))
+        hook = ModuleHook(partial(_share_input, mesh, stream))
         model.get_submodule(parent).register_forward_pre_hook(hook)
     for (module, attribute), *others in ties:
         for other, name in others:
@@ -67,14 +68,14 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     for name, planned in named.items():
         module = model.get_submodule(name)
         if planned.role == "vocabulary" and isinstance(module, nn.Linear):
-            module.register_forward_hook(ModuleHook(_logits))
+            module.register_forward_hook(ModuleHook(lambda m, args, y: SplitLogits(y)))
     sync = ThroughDTensor(model)
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
         + ("SequenceParallel, " if sequence_parallel else "")
         + "one shared input layout for columns that read together), loss_parallel"
     )
-    return Applied(lay_out(setup, lies), sync, about, make_optimizer=_apart)
+    return Applied(layouts, sync, about, make_optimizer=_apart)
 
 
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
@@ -88,8 +89,7 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
                 raise UserError(
                     f"DTensor splits in equal pieces alone, and {name} has {width} for "
                     f"{axis.size} ranks of {axis.name}; the nearest that divides is "
-                    f"{nearest_degree(divisors(width), axis.size)}, "
-                    "or give --impl hand"
+                    f"{nearest_degree(divisors(width), axis.size)}, or give --impl hand"
                 )
 
 
@@ -141,19 +141,16 @@ def _together(plan: Mapping[str, Planned]) -> set[str]:
     return {parent for parent in parents if parent and parents.count(parent) > 1}
 
 
-class SharedInput:
+def _share_input(
+    mesh: DeviceMesh, stream: Any, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """What PrepareModuleInput does, for a module of any number of arguments: the first is a DTensor
     from here on, put together once for all columns that read it.
     """
+    from torch.distributed.tensor import DTensor, Replicate
 
-    def __init__(self, mesh: DeviceMesh, stream: Any) -> None:
-        self.mesh, self.stream = mesh, stream
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        from torch.distributed.tensor import DTensor, Replicate
-
-        x = DTensor.from_local(args[0], self.mesh, (self.stream,), run_check=False)
-        return x.redistribute(placements=(Replicate(),)), *args[1:]
+    x = DTensor.from_local(args[0], mesh, (stream,), run_check=False)
+    return x.redistribute(placements=(Replicate(),)), *args[1:]
 
 
 @dataclass(frozen=True)
@@ -217,10 +214,6 @@ def _loss_parallel() -> Iterator[None]:
         context.__exit__(None, None, None)
 
 
-def _logits(module: nn.Module, args: Any, output: Tensor) -> SplitLogits:
-    return SplitLogits(output)
-
-
 class ThroughDTensor(Sync):
     """Leaves everything to the library, whose gradients may be partial sums until they are used."""
 
@@ -239,11 +232,12 @@ def _apart(
     cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """DTensors and plain parameters in groups of their own: no operation takes both at once."""
-    halves: list[dict[str, Any]] = []
-    for group in groups:
-        split = [p for p in group["params"] if _is_split(p)]
-        plain = [p for p in group["params"] if not _is_split(p)]
-        halves += [group | {"params": half} for half in (split, plain) if half]
+    halves = [
+        group | {"params": half}
+        for group in groups
+        for split in (True, False)
+        if (half := [p for p in group["params"] if _is_split(p) is split])
+    ]
     return cls(halves, **options)
 
 
