@@ -1,7 +1,7 @@
 """parallelize(): the one place that puts strategies together, and refuses what cannot be.
 
 A strategy is a function `apply(setup) -> Applied` that changes the module in place and no
-parameter's name. To add one, write it in parallel/, and give it a row in choices.STRATEGIES.
+parameter's name. To add one, write it in parallel/, and give it a row in programs/cli/registry.py.
 """
 
 import gc
@@ -107,7 +107,7 @@ def parallelize(
         come_to_life(model, seed, mesh.device, init_fn)
     _agree(model, mesh, broadcast and not drawn)
     if sync_batchnorm:
-        convert_batchnorm(model, mesh.channel(part.axes[-1]))
+        convert_batchnorm(model, mesh.channel(*DATA_AXES))
     named = {"": model, **_find_units(model, units)}
     recompute_units(model, named, recompute)
     names = [name for name, _ in model.named_parameters()]
@@ -124,8 +124,8 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     chain = Chain(watch, applied.sync)
-    eager = partial(Runner, leaves=leaves, sharded_between_units=applied.sharded_between_units)
-    runner = (applied.make_runner or eager)(model, chain, mesh.wire, named)
+    eager = partial(Runner, sharded_between_units=applied.sharded_between_units)
+    runner = (applied.make_runner or eager)(model, chain, mesh.wire, named, leaves)
     return Job(model, mesh, applied, runner, watch, state)
 
 
@@ -174,7 +174,8 @@ def _together(outer: Applied, inner: Applied) -> Applied:
 
 def _part(strategy: str | Apply, impl: str) -> Part:
     if callable(strategy):
-        return Part(strategy.__qualname__, strategy, ("dp",), Impl(""))
+        name = getattr(strategy, "__qualname__", repr(strategy))
+        return Part(name, strategy, ("dp",), Impl(""))
     if (strategy, impl) in REFUSED:
         raise UserError(f"no strategy {strategy}@{impl}: {REFUSED[strategy, impl]}")
     row = STRATEGIES.get(strategy)
@@ -280,6 +281,7 @@ def _held_elsewhere(model: nn.Module) -> set[int]:
         held = (p for m in module.modules() for p in m._parameters.values() if p is not None)
         return {id(p): sys.getrefcount(p) - times for p, times in Counter(held).items()}
 
-    # Of a module that nobody else knows: the references that counting itself takes.
-    least = max(other_references(nn.Linear(1, 1)).values())
+    # Of a module that nobody else knows: the references that counting itself takes. On the meta
+    # device, so that no random number is drawn.
+    least = max(other_references(nn.Linear(1, 1, device="meta")).values())
     return {key for key, count in other_references(model).items() if count > least}

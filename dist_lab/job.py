@@ -128,8 +128,7 @@ class Job:
         Returns:
             The norm before clipping, the same on every rank and in every layout.
         """
-        if self._runner.has_gradients:
-            raise UserError("clip_grad_norm() before finish(): gradients are not summed yet")
+        self._refuse_unsummed("clip_grad_norm")
         with self.mesh.wire.during("clip"):
             gradients = {
                 name: None if p.grad is None else local_part(p.grad)
@@ -250,8 +249,12 @@ class Job:
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The whole gradient of every parameter, equal on every rank; None where no rank has one.
 
-        After `finish`. Collective.
+        Collective.
+
+        Raises:
+            UserError: before `finish`.
         """
+        self._refuse_unsummed("full_gradients")
         own = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         names = list(self.layouts)
         with self.mesh.wire.during("gradients"):
@@ -284,6 +287,10 @@ class Job:
             yield
         finally:
             chain.links = before
+
+    def _refuse_unsummed(self, what: str) -> None:
+        if self._runner.has_gradients:
+            raise UserError(f"{what}() before finish(): gradients are not summed yet")
 
     def _over_ranks(self, total: Tensor) -> float:
         with self.mesh.wire.during("loss"):

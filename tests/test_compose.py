@@ -1,14 +1,18 @@
 """Strategies fold: each is handed what the ones before have left, and what they did adds up."""
 
+from functools import partial
+
 import pytest
 import torch
+from models import axes_of, gpt
 from torch import nn
 
 import dist_lab
 from dist_lab import compose
+from dist_lab.comm.ops import all_gather
 from dist_lab.compose import Part
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Layout, Owed, Shard, shard_of
+from dist_lab.layout.layout import Layout, Owed, Shard, holds, shard_of
 from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.programs.cli.registry import (
     IMPLEMENTATIONS,
@@ -93,3 +97,55 @@ def test_a_mesh_that_is_no_legal_mix_is_refused():
     mesh.axes = {"dp": 2, "tp": 2}
     with pytest.raises(UserError, match=r"the mesh is dp=2 x tp=2, and ddp runs along dp alone"):
         compose._refuse_other_axes(compose._part("ddp", "hand"), "ddp", mesh)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "fsdp"])
+def test_parallelize_draws_no_random_number(strategy):
+    model = nn.Linear(3, 3)
+    before = torch.get_rng_state()
+    dist_lab.parallelize(model, dist_lab.init_mesh(**axes_of(strategy, 1)), strategy)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_strategy_may_be_anything_that_can_be_called():
+    def apply(setup, factor):
+        return Applied(setup.layouts, Sync())
+
+    job = dist_lab.parallelize(nn.Linear(2, 2), dist_lab.init_mesh(), partial(apply, factor=1))
+    assert list(job.layouts) == ["weight", "bias"]
+
+
+def test_gradients_that_are_not_summed_yet_are_not_given():
+    job = dist_lab.parallelize(nn.Linear(2, 2), dist_lab.init_mesh(), "single")
+    job.model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(UserError, match=r"full_gradients\(\) before finish\(\)"):
+        job.full_gradients()
+    job.finish()
+    assert torch.equal(job.full_gradients()["bias"], torch.ones(2))
+
+
+@pytest.mark.parametrize("inner", ["ddp", "zero1", "fsdp"])
+@pytest.mark.ranks(4, mesh={"pp": 2, "dp": 2})
+def test_what_lies_on_another_stage_keeps_its_layout_under_an_inner_strategy(inner, mesh):
+    model = gpt(layers=2)
+    names = [name for name, _ in model.named_parameters()]
+    parts = [(compose._part("pp", "hand"), {}), (compose._part(inner, "hand"), {})]
+    layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
+    value = compose._own_value(model)
+    setup = Setup(model, mesh, {}, layouts, value, {"": model}, None, 0)
+    applied = compose._fold(setup, parts)
+    assert list(applied.layouts) == names
+    here = {name for name, _ in model.named_parameters()}
+    for name, layout in applied.layouts.items():
+        assert layout.splits[0][0] == "pp"
+        assert (name in here) == holds(layout, mesh.coordinates)
+
+
+@pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
+def test_batchnorm_is_synchronized_over_the_rows_of_all_ranks(mesh):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    job = dist_lab.parallelize(model, mesh, "hsdp", sync_batchnorm=True)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(mesh.rank))
+    job.model(x)
+    everyone = all_gather(x[None], mesh.world).flatten(0, 1)
+    torch.testing.assert_close(job.model[0].running_mean, 0.1 * everyone.mean(0))

@@ -139,14 +139,15 @@ class Mesh:
         (own,) = filter(None, [self.sub(name, indices) for indices in parts])
         return own
 
-    def channel(self, name: str) -> Axis:
-        """The same axis with a process group of its own, a new one at each call: see `Axis`.
+    def channel(self, *names: str) -> Axis:
+        """`flatten(*names)` with a process group of its own, a new one at each call: see `Axis`.
 
         Collective: every rank of the mesh calls it.
         """
+        axis, along = self.flatten(*names), [name for name in ORDER if name in names]
         self._channels += 1
-        group = self._new_group((name,), range(self[name].size))
-        return self._axis(name, self[name].ranks, group, channel=self._channels)
+        group = self._new_group(along, range(axis.size))
+        return self._axis(axis.name, axis.ranks, group, channel=self._channels)
 
     @property
     def world(self) -> Axis:

@@ -28,8 +28,7 @@ def global_norm(gradients: Mapping[str, Tensor | None], layouts: Layouts, mesh: 
         gradient = gradients.get(name)
         if gradient is not None and is_counted(layout, mesh.coordinates):
             group.append(torch.linalg.vector_norm(gradient).double().square())
-    device = next((g.device for g in gradients.values() if g is not None), torch.device("cpu"))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for each, parts in squares.items():
         part = torch.stack(parts).sum() if parts else torch.zeros_like(total)
         for axis in each:

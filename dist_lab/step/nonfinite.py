@@ -41,3 +41,6 @@ class FirstNonFinite(Sync):
 
     def after_step(self) -> None:
         self.found = ""
+
+    def forget(self) -> None:
+        self.found = ""

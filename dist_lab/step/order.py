@@ -76,9 +76,11 @@ class Step(ABC):
             )
         del gradients  # or they would be there still when the strategy has let them go
         self._before_finish()
-        with self.wire.during("finish", unit=""):
-            self.sync.finish()
-        self.has_gradients = False
+        try:
+            with self.wire.during("finish", unit=""):
+                self.sync.finish()
+        finally:
+            self.has_gradients = False
         self._closed = set(self._parameters)
 
     def after_step(self) -> None:

@@ -149,10 +149,8 @@ class Setup:
     def owing_sums(self, *axes: Axis) -> dict[str, Layout]:
         """The layouts, the gradient of each trained parameter owed a sum over these axes."""
         sums = [Owed(axis.name) for axis in axes]
-        return {
-            name: self.layouts[name].owing(*sums) if p.requires_grad else self.layouts[name]
-            for name, p in self.model.named_parameters()
-        }
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return {**self.layouts} | {name: self.layouts[name].owing(*sums) for name in trained}
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,8 @@ class Applied:
     sharded_between_units: outside of units the module holds shards, and cannot be computed with
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
         shards its state by itself
-    make_runner: (model, chain, wire, units) -> what runs the steps, of a strategy that splits time
+    make_runner: (model, chain, wire, units, leaves) -> what runs the steps, of a strategy that
+        splits time
     buffers: name -> how a buffer lies, where it is not on every rank
     """
 
@@ -185,5 +184,5 @@ MakeOptimizer = Callable[
     [type[torch.optim.Optimizer], list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer
 ]
 # Gives a `Step`, which this file does not know.
-MakeRunner = Callable[[nn.Module, Chain, Wire, Mapping[str, nn.Module]], Any]
+MakeRunner = Callable[[nn.Module, Chain, Wire, Mapping[str, nn.Module], Mapping[str, Tensor]], Any]
 Apply = Callable[..., Applied]  # (setup, **options of its own)

@@ -37,7 +37,7 @@ class RunnerEvents(Protocol):
         """It is about to do this action."""
 
     def on_phase(self, phase: Phase, what: str) -> None:
-        """It is about to do something of this phase, of which it does not tell each action."""
+        """It is about to do all of this phase: a library does not tell its actions one by one."""
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
         """A stage's gradients hold one more micro-batch. `last`: nothing will be added to them."""
@@ -73,14 +73,15 @@ class PipelineRunner(Step):
 
     Args:
         units: name -> module: what strategies unshard as one; an outer one before those within it.
+        leaves: name -> the tensor that backward reaches, of each parameter.
     """
 
     def __init__(
         self, model: nn.Module, sync: Chain, wire: Wire, units: Mapping[str, nn.Module],
-        *, pipeline: Pipeline,
+        leaves: Mapping[str, Tensor], *, pipeline: Pipeline,
     ) -> None:  # fmt: skip
         super().__init__(model, sync, wire)
-        self.pipeline = pipeline
+        self.pipeline, self._leaves = pipeline, leaves
         self._last = True  # outside microbatch(), every run is the last one
         self._phase = Phase.FORWARD  # that a RESHARD ends: forward where there is no backward
         name_of = {p: name for name, p in model.named_parameters()}
@@ -116,26 +117,30 @@ class PipelineRunner(Step):
         self._open = set(self._names)
         self.sync.microbatch(last=self._last)
         self._phase = Phase.BACKWARD
-        with self._forgetting(), self.wire.during():  # what follows is of no action
+        with self._inside_model():
             return self.pipeline.run(microbatches, loss_fn, self)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
         self._phase = Phase.FORWARD
-        with self._forgetting(), self.wire.during():
+        with self._inside_model():
             return self.pipeline.evaluate(microbatches, loss_fn, self)
 
     @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """An exception inside the block breaks the step off."""
-        try:
-            yield
-        except BaseException:
-            with self.wire.during("forget", unit=""):
-                self._phase = Phase.ABORT
-                for stage in list(self._unsharded):
-                    self._reshard(stage)
-                self.sync.forget()
-            raise
+    def _inside_model(self) -> Iterator[None]:
+        """The model itself is a unit, too, around all actions; an exception breaks the step off."""
+        with self.wire.during():  # what follows is of no action
+            self.sync.unshard("", Phase.FORWARD)
+            try:
+                yield
+                self.sync.reshard("", self._phase)
+            except BaseException:
+                with self.wire.during("forget", unit=""):
+                    self._phase = Phase.ABORT
+                    for stage in list(self._unsharded):
+                        self._reshard(stage)
+                    self.sync.reshard("", self._phase)
+                    self.sync.forget()
+                raise
 
     # --- what the pipeline tells ------------------------------------------------------------------
 
@@ -150,16 +155,13 @@ class PipelineRunner(Step):
         self.wire.phase, self.wire.unit = phase.value, what
 
     def _unshard(self, stage: int) -> None:
-        """A stage's units; before the first of all stages the model itself, a unit, too."""
-        first = not self._unsharded
         self._unsharded.append(stage)
-        for unit in [*[""] * first, *self._units[stage]]:
+        for unit in self._units[stage]:
             self.sync.unshard(unit, Phase.FORWARD)
 
     def _reshard(self, stage: int) -> None:
         self._unsharded.remove(stage)
-        last = not self._unsharded
-        for unit in [*reversed(self._units[stage]), *[""] * last]:
+        for unit in reversed(self._units[stage]):
             self.sync.reshard(unit, self._phase)
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
@@ -167,7 +169,7 @@ class PipelineRunner(Step):
         if last:
             self._open.discard(stage)
         elsewhere = {name for other in self._open if other != stage for name in self._names[other]}
-        there = [n for n in self._names[stage] if self._parameters[n].grad is not None]
+        there = [n for n in self._names[stage] if self._leaves[n].grad is not None]
         done = [name for name in there if last and self._last and name not in elsewhere]
         if last and self._last:
             self._closed |= set(done)

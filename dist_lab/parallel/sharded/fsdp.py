@@ -71,7 +71,7 @@ def apply(
     keep = maker(offload, axis.wire.device)
     slots, gather_axis = param_slots(model), setup.channel()
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
-    layouts = {
+    layouts = owing | {
         name: owing[name].split(axis.name, Shard(0) if p.dim() else FlatShard(0, 1))
         for name, p in model.named_parameters()
     }

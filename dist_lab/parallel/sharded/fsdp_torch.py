@@ -74,7 +74,7 @@ def apply(
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     found = param_slots(model)
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
-    layouts = {
+    layouts = owing | {
         name: owing[name].split(axis.name, Shard(0)) if p.dim() else owing[name]
         for name, p in model.named_parameters()
     }

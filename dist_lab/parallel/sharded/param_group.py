@@ -232,8 +232,10 @@ class ParamGroup:
         """Take over into the total what a user has cleared or replaced since."""
         if all(param.sharded.grad is None for param in self.trained):
             self.total = None
-        if self.total is None:
             return
+        if self.total is None:  # what is there, a user has set
+            self.total = self._zeros()
+            self.total.tail.fill_(1)
         for param, flag in zip(self.trained, self.total.tail, strict=True):
             own, grad = self.total.views[param.name], param.sharded.grad
             if grad is None:  # cleared, or not used yet
@@ -257,15 +259,18 @@ class ParamGroup:
     def issue_sum(self, replicate: Axis) -> None:
         """dW[D_X, F]{U_Y} -> dW[D_X, F]"""
         if self.total is None:  # used by another replica alone
-            like = self.sharded.memory
-            zeros = torch.zeros(self.grad_length, dtype=like.dtype, device=like.device)
-            self.total = self._grad_buffer(zeros)
+            self.total = self._zeros()
         self.total.issue(ops.all_reduce_into, replicate)
 
     def wait_sum(self) -> None:
         assert self.total is not None, self.label
         self.total.wait()
         self.assign_grads()
+
+    def _zeros(self) -> FlatBuffer:
+        like = self.sharded.memory
+        zeros = torch.zeros(self.grad_length, dtype=like.dtype, device=like.device)
+        return self._grad_buffer(zeros)
 
     def _grad_buffer(self, memory: Tensor) -> FlatBuffer:
         """Gradients of the shards, and a flag behind them for each."""

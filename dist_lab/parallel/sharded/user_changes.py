@@ -6,8 +6,8 @@ to the part is done to the rest as well. Any other change could not be: scaled, 
 the part would be summed with what was not. So it is refused, by a flag that all ranks sum in
 `finish()`.
 
-A change shows in the tensor that `.grad` is, or in its version, or in a few values: `.grad.data`
-and GradScaler leave the version as it was.
+A change shows in the tensor that `.grad` is, or in its version, or in a checksum of its values:
+`.grad.data` and GradScaler leave the version as it was.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dist_lab.parallel.flat_buffer import FlatBuffer
+
+WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> of as many bits
 
 
 class UserChanges:
@@ -30,24 +32,22 @@ class UserChanges:
         self.shards, self.grads = shards, grads
         self._shown: dict[str, tuple[Tensor, int]] = {}  # what `.grad` was made, and its version
         self._changed: set[str] = set()
-        self._probes = [  # (name, an element): the first of each shard, the last, and one between
-            (name, view.storage_offset() - grads.memory.storage_offset() + i)
-            for name, view in grads.views.items()
-            for i in ((0, view.numel() // 2, view.numel() - 1) if view.numel() else ())
-        ]
-        self._noted: list[list[int]] = []  # the bits of the probes; empty if they are not known
+        self._noted: list[int] = []  # a checksum of each shard; empty if they are not known
 
     def backward_wrote(self, name: str, *, first: bool) -> None:
         """Backward has added to this gradient. `first`: it was none before, and is shown now."""
         self._noted = []
         if first:
-            shown = self.grads.views[name].data  # with a version that backward does not count up
+            before, own = self.shards[name].grad, self.grads.views[name]
+            if before is not None and before.data_ptr() != own.data_ptr() and before.any():
+                self._changed.add(name)  # set by a user where none was shown
+            shown = own.data  # with a version that backward does not count up
             self.shards[name].grad = shown
             self._shown[name] = shown, shown._version
 
     def note_values(self) -> None:
         """Backward is over, and a user may do what he likes until the next begins."""
-        self._noted = self._bits()
+        self._noted = self._checksums()
 
     def look(self, leaves: Mapping[str, Tensor], *, in_flight: bool) -> Iterator[str]:
         """Remember what was changed; yield the parameters whose gradient was cleared.
@@ -58,8 +58,8 @@ class UserChanges:
         """
         written = set()
         if self._noted and not in_flight:
-            seen = zip(self._probes, self._noted, self._bits(), strict=True)
-            written = {name for (name, _), before, now in seen if before != now}
+            seen = zip(self.shards, self._noted, self._checksums(), strict=True)
+            written = {name for name, before, now in seen if before != now}
         for name, leaf in leaves.items():
             grad, (shown, version) = self.shards[name].grad, self._shown.get(name, (None, 0))
             if leaf.grad is None:
@@ -77,7 +77,9 @@ class UserChanges:
         changed, self._changed = self._changed, set()
         return changed
 
-    def _bits(self) -> list[list[int]]:
-        values = self.grads.memory[[i for _, i in self._probes]]
-        bits: list[list[int]] = values[:, None].view(torch.uint8).tolist()  # a NaN equals itself
-        return bits
+    def _checksums(self) -> list[int]:
+        """The sum of each shard's bits, read as whole numbers, in which a NaN equals itself."""
+        bits = WHOLE_NUMBERS[self.grads.memory.dtype.itemsize]
+        sums = [view.view(bits).sum(dtype=torch.int64) for view in self.grads.views.values()]
+        checksums: list[int] = torch.stack(sums).tolist()
+        return checksums

@@ -185,10 +185,11 @@ class ZeroSync(Sync):
         self._wait_in_flight()
         self._start_over()
         self.last = True
-        for unsummed in self.unsummed:
-            unsummed.changes.take()
         for bucket in self.buckets:
-            bucket.params.drop_leaf_grads()
+            if isinstance(bucket, Stage1Bucket):  # as under ddp, earlier micro-batches stay
+                bucket.changes.take()
+            else:
+                bucket.params.drop_leaf_grads()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         yield from (("buffers", buffer) for buffer in (self.flags, *self.staging))
@@ -261,7 +262,8 @@ class Stage2Bucket:
         """dW{U_dp} -> dW[E_dp]"""
         ops.wait_for_readers(self.staging, self.params.axis)
         used = {name for name, leaf in self.params.leaves.items() if leaf.grad is not None}
-        self.used = used | (self.used & self.params.with_grad())
+        shown = self.params.with_grad()
+        self.used = used | (shown if self.sums is None else self.used & shown)
         self.packed.copy_in_all(self.params.leaves)
         self.params.drop_leaf_grads()
         self.incoming = torch.empty_like(self.params.sharded.memory)
@@ -273,7 +275,9 @@ class Stage2Bucket:
         self.packed.wait()
         incoming, self.incoming = self.incoming, None
         assert incoming is not None, self.params.label
-        if self.sums is not None and self.params.with_grad():
+        if self.params.with_grad():
+            if self.sums is None:  # what is there, a user has set
+                self.sums = self.params.in_shard(torch.zeros_like(incoming))
             for name, own in self.sums.views.items():
                 grad = self.params.shards[name].grad
                 if grad is None:  # cleared since

@@ -168,7 +168,7 @@ def lay_out(
             not divide over the ranks.
     """
     name_of = {module: name for name, module in setup.model.named_modules()}
-    layouts = {}
+    layouts = {**setup.layouts}
     for name, parameter in setup.model.named_parameters():
         before, ways = setup.layouts[name], {}
         for module, attribute in found[name]:

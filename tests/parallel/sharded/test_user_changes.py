@@ -191,6 +191,57 @@ def test_a_gradient_that_is_edited_on_its_way_is_refused(mesh):
         job.finish()
 
 
+@pytest.mark.parametrize("strategy", [name for name in BY_HAND if name != "tp"])
+def test_a_gradient_that_is_set_where_none_was_is_kept_or_refused_by_name(strategy):
+    found = []
+    for name in ("single", strategy):
+        job = job_of(name, dist_lab.init_mesh(**axes_of(name, 1)))
+        for p in job.parameters():
+            p.grad = torch.full_like(p, 10.0)
+        loss_of(job.model, 0, 0).backward()
+        if name == "zero1":
+            with pytest.raises(UserError, match="was changed before finish"):
+                job.finish()
+            return
+        job.finish()
+        found.append(job.full_gradients())
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
+def test_a_micro_batch_that_is_broken_off_takes_none_of_the_others_with_it(strategy):
+    def fail():
+        with job.microbatch(last=False):
+            raise ArithmeticError
+
+    found = []
+    for name in ("single", strategy):
+        job = job_of(name, dist_lab.init_mesh(**axes_of(name, 1)))
+        with job.microbatch(last=False):
+            loss_of(job.model, 0, 0).backward()
+        with pytest.raises(ArithmeticError):
+            fail()
+        with job.microbatch(last=True):
+            loss_of(job.model, 1, 0).backward()
+        job.finish()
+        found.append(job.full_gradients())
+    assert_same(*found)
+
+
+@pytest.mark.ranks(2)
+def test_an_edit_of_a_few_elements_among_zeros_is_seen_whatever_writes_it(mesh):
+    job = dist_lab.parallelize(nn.Embedding(36, 1).double(), mesh, "zero1")
+    tokens = torch.tensor([2, 3, 6, 20, 21, 24])
+    with job.microbatch(last=False):
+        job.model(tokens).sum().backward()
+    for p in job.parameters():
+        p.grad.data.mul_(0.5)
+    with job.microbatch(last=True):
+        job.model(tokens).sum().backward()
+    with pytest.raises(UserError, match=r"gradient of weight was changed before finish"):
+        job.finish()
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 @pytest.mark.ranks(2)
 def test_gradients_may_be_edited_after_finish_and_looked_past(strategy, mesh):
