@@ -27,8 +27,8 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pickle import dumps
+from typing import Any
 
 import pytest
 
@@ -37,27 +37,6 @@ from dist_lab.processes.ranks import PRELOAD
 
 POOL = pytest.StashKey[Pool]()
 COMPLAINTS = pytest.StashKey[list[str]]()
-
-
-@dataclass(frozen=True)
-class Marked:
-    """The arguments of `@pytest.mark.ranks`.
-
-    Attributes:
-        size: ranks that run the body.
-        timeout: seconds after which a test that has not ended counts as hung.
-        mesh: axes of the fixture `mesh`; default: one, dp, over all ranks.
-    """
-
-    size: int
-    timeout: float = 60.0
-    mesh: Mapping[str, int] | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"{self.size!r} is no number of ranks")
-        if self.mesh is not None and math.prod(self.mesh.values()) != self.size:
-            raise ValueError(f"mesh {dict(self.mesh)} is not for {self.size} ranks")
 
 
 class OnEachRank:
@@ -81,7 +60,6 @@ def pytest_configure(config: pytest.Config) -> None:
     about = "ranks(size, timeout=60, mesh=None): run the body on that many processes at once"
     config.addinivalue_line("markers", about)
     config.stash[POOL] = Pool([*PRELOAD, *config.getini("ranks_preload")])
-    config.stash[COMPLAINTS] = []
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -89,39 +67,52 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
     marker = pyfuncitem.get_closest_marker("ranks")
     if marker is None:
         return None
-    problem = "" if marker.args or "size" in marker.kwargs else "give a number: ranks(4)"
-    marked: Marked | None = None
     try:
-        marked = None if problem else Marked(*marker.args, **marker.kwargs)
+        size, timeout, axes = ranks(*marker.args, **marker.kwargs)
     except (TypeError, ValueError) as error:
-        problem = str(error)
-    if marked is None or problem:
-        pytest.fail(f"@pytest.mark.ranks: {problem}", pytrace=False)
-    pyfuncitem.config.stash[POOL].run(task_of(pyfuncitem, marked))
+        pytest.fail(f"@pytest.mark.ranks: {error}", pytrace=False)
+    pyfuncitem.config.stash[POOL].run(task_of(pyfuncitem, size, timeout, axes))
     return True
 
 
+def ranks(
+    size: Any = None, timeout: float = 60.0, mesh: Mapping[str, int] | None = None
+) -> tuple[int, float, Mapping[str, int]]:
+    """Check the arguments of `@pytest.mark.ranks`.
+
+    Args:
+        size: ranks that run the body.
+        timeout: seconds after which a test that has not ended counts as hung.
+        mesh: axes of the fixture `mesh`; default: one, dp, over all ranks.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{size!r} is no number of ranks; give one: ranks(4)")
+    axes = mesh or {"dp": size}
+    if math.prod(axes.values()) != size:
+        raise ValueError(f"mesh {dict(axes)} is not for {size} ranks")
+    return size, timeout, axes
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    complaints = session.config.stash[COMPLAINTS]
-    complaints += session.config.stash[POOL].close()
-    if complaints:
+    session.config.stash[COMPLAINTS] = session.config.stash[POOL].close()
+    if session.config.stash[COMPLAINTS]:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for complaint in config.stash[COMPLAINTS]:
+    for complaint in config.stash.get(COMPLAINTS, []):
         terminalreporter.write_line(complaint, red=True)
 
 
-def task_of(item: pytest.Function, marked: Marked) -> Task:
+def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str, int]) -> Task:
     """Everything that a rank needs to run the body of this test."""
-    axes, values = None, {}
+    wants_mesh, values = False, {}
     for name in inspect.signature(item.obj).parameters:
         value = item.funcargs[name]
         if isinstance(value, OnEachRank):
-            axes = marked.mesh or {"dp": marked.size}
+            wants_mesh = True
             continue
         if isinstance(value, pytest.MonkeyPatch):
             # A copy of it would patch the rank, and nobody would take that back after the test.
@@ -135,9 +126,9 @@ def task_of(item: pytest.Function, marked: Marked) -> Task:
             pytest.fail(f"the fixture `{name}` cannot travel to the ranks: {error}", pytrace=False)
     method_of = [] if item.cls is None else [item.cls.__qualname__]
     return Task(
-        size=marked.size,
-        timeout=marked.timeout,
-        axes=axes,
+        size=size,
+        timeout=timeout,
+        axes=axes if wants_mesh else None,
         module=item.module.__name__,
         path=item.module.__file__,
         name=".".join([*method_of, item.originalname]),

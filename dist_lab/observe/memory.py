@@ -95,7 +95,7 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         if name in parameters:
             here = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
             leaf, stays = job.leaves.get(name), here
-            if leaf is not None and same_storage(leaf, parameters[name]):
+            if leaf is not None and storage_key(leaf) == storage_key(parameters[name]):
                 stays = layout.shape.numel()  # it is cut for the optimizer alone
             found["parameters"] += stays * layout.dtype.itemsize
             if parameters[name].requires_grad:
@@ -115,10 +115,6 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
             elif isinstance(value, Tensor):
                 tensor += value.nbytes
     return element, tensor
-
-
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    return storage_key(a) == storage_key(b)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -176,8 +172,7 @@ class LiveBytes(TorchDispatchMode):
             self.note(tensor)
         # A hook may be at work, perhaps a strategy's that is about to send this gradient and drop
         # it: afterwards there would be none to be seen.
-        gradient = gradient_being_added()
-        if gradient is not None:
+        if (gradient := gradient_being_added()) is not None:
             self.note(gradient, "gradients")
         return result
 
@@ -238,11 +233,7 @@ class Naming(Sync):
         self._gradients(names)
         self._held()
 
-    def finish(self) -> None:
-        self.look()
-
-    def after_step(self) -> None:
-        self.look()
+    finish = after_step = look
 
     def _gradients(self, names: Iterable[str]) -> None:
         for name in names:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dist_lab.errors import UserError
@@ -34,7 +34,7 @@ def claimed(config: RunSettings, what: str = "") -> Iterator[Path]:
     """
     with ExitStack() as held:
         with explained(config.out or RUNS):
-            folder = Path(config.out).expanduser() if config.out else fresh(RUNS, config, what)
+            folder = Path(config.out).expanduser() if config.out else fresh(config, what)
             reserve(folder, held, overwrite=config.overwrite)
             for pattern in OURS:
                 for path in folder.glob(pattern):
@@ -68,18 +68,16 @@ def look(config: RunSettings) -> None:
             reserve(folder, held, overwrite=config.overwrite)
 
 
-def fresh(runs: Path, config: RunSettings, what: str = "") -> Path:
-    """A new folder with the next number: runs/003-dp-gpt-tiny."""
-    runs.mkdir(parents=True, exist_ok=True)
+def fresh(config: RunSettings, what: str) -> Path:
+    """Make a folder with the next number: runs/003-dp-gpt-tiny."""
+    RUNS.mkdir(exist_ok=True)
+    name = f"{what or config.strategy}-{config.model}-{config.size}"
     while True:
-        numbers = [int(at[0]) for path in runs.iterdir() if (at := re.match(r"\d+", path.name))]
-        name = f"{what or config.strategy}-{config.model}-{config.size}"
-        folder = runs / f"{max(numbers, default=0) + 1:03}-{name}"
-        try:
+        numbers = [int(at[0]) for path in RUNS.iterdir() if (at := re.match(r"\d+", path.name))]
+        folder = RUNS / f"{max(numbers, default=0) + 1:03}-{name}"
+        with suppress(FileExistsError):  # a run that was started at the same time has it
             folder.mkdir()
-        except FileExistsError:  # a run that was started at the same time has it
-            continue
-        return folder
+            return folder
 
 
 def reserve(folder: Path, held: ExitStack, *, overwrite: bool) -> None:
@@ -87,17 +85,6 @@ def reserve(folder: Path, held: ExitStack, *, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     held.callback(os.close, lock)
-    take(lock, folder)
-    there = sorted(path.name for path in folder.iterdir() if path.name != PID)
-    if there and not overwrite:
-        raise UserError(
-            f"folder {str(folder)!r} is not empty: {len(there)} entries, first {there[0]!r} "
-            "(--out); give another, or add --overwrite to replace the logs in it"
-        )
-
-
-def take(lock: int, folder: Path) -> None:
-    """Lock the open folder for as long as its descriptor is open, or say who has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,7 +94,13 @@ def take(lock: int, folder: Path) -> None:
             f"folder {str(folder)!r} is in use by {holder} (--out); wait for it, or give another"
         ) from None
     except OSError:
-        return  # some network file systems cannot lock a folder; then nothing guards it
+        pass  # some network file systems cannot lock a folder; then nothing guards it
+    there = sorted(path.name for path in folder.iterdir() if path.name != PID)
+    if there and not overwrite:
+        raise UserError(
+            f"folder {str(folder)!r} is not empty: {len(there)} entries, first {there[0]!r} "
+            "(--out); give another, or add --overwrite to replace the logs in it"
+        )
 
 
 @contextmanager

@@ -7,12 +7,14 @@ puts before a message and without the headers of packets. Only Linux tells.
 
 import os
 import socket
+import stat
 import struct
 import sys
+from collections.abc import Iterator
 
-# The two fields of struct tcp_info (include/uapi/linux/tcp.h) that are read, as byte offsets.
-BYTES_SENT, BYTES_RETRANSMITTED = 200, 208  # u64, since Linux 4.19
-LENGTH = 216
+# Of struct tcp_info (include/uapi/linux/tcp.h), tcpi_bytes_sent and tcpi_bytes_retrans: two u64 in
+# a row, since Linux 4.19.
+OFFSET, LENGTH = 200, 216
 
 
 def sent_bytes() -> int | None:
@@ -24,26 +26,27 @@ def sent_bytes() -> int | None:
     if sys.platform != "linux":
         return None
     total = 0
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
-                continue
-            duplicate = os.dup(int(number))
-        except OSError:  # the one that listed them, or closed by another thread
-            continue
-        with socket.socket(fileno=duplicate) as found:
-            if found.type != socket.SOCK_STREAM or found.family not in INTERNET:
-                continue
-            info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, LENGTH)
-            if len(info) < LENGTH:
-                return None
-            total += _field(info, BYTES_SENT) - _field(info, BYTES_RETRANSMITTED)
+    for _, connection in tcp_sockets():
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, LENGTH)
+        if len(info) < LENGTH:
+            return None
+        sent, sent_again = struct.unpack_from("=2Q", info, OFFSET)
+        total += sent - sent_again
     return total
 
 
+def tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
+    """The descriptor and a duplicate of each: closing that leaves the descriptor to its owner."""
+    for name in os.listdir("/dev/fd"):
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            duplicate = os.dup(int(name))
+        except OSError:  # the one that listed them, or closed by another thread
+            continue
+        with socket.socket(fileno=duplicate) as found:
+            if found.type == socket.SOCK_STREAM and found.family in INTERNET:
+                yield int(name), found
+
+
 INTERNET = (socket.AF_INET, socket.AF_INET6)
-
-
-def _field(info: bytes, offset: int) -> int:
-    value: int = struct.unpack_from("=Q", info, offset)[0]
-    return value

@@ -22,19 +22,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from pkgutil import resolve_name
+from typing import Protocol
 
 from rich.console import Console
 
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
-from dist_lab.processes.failures import Failure, causes, heading, named, tell
+from dist_lab.processes.failures import Failure, causes, gather, heading, how_it_ended, named, tell
 from dist_lab.processes.ranks import cores
-
-if TYPE_CHECKING:
-    from dist_lab.mesh.mesh import Mesh
 
 AFTER_TORCHRUN = 1.5  # seconds in which torchrun, once a rank has ended, ends the others
 AT_EXIT = 5.0  # seconds for a rank to end once its body has returned
@@ -60,14 +57,10 @@ class Launch(Protocol):
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]: ...
 
 
-C = TypeVar("C", bound=Launch)
-Body = Callable[[C, "Mesh"], int] | str  # the function, or where it is: "module:function"
-
-
 def main(
     program: str,
-    parse: Callable[[Sequence[str] | None], C],
-    body: Body[C],
+    parse: Callable[[Sequence[str] | None], Launch],
+    body: str,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run `body(config, mesh)` on every rank that the command line or torchrun asks for.
@@ -75,8 +68,8 @@ def main(
     Args:
         program: opens the error line, `train.py: error: ...`.
         parse: command line -> configuration; raises UserError.
-        body: a function at the top level of a module; as "module:function" the module is imported
-            by ranks alone, and once for all that are started here.
+        body: "module:function"; the module is imported by ranks alone, and once for all that are
+            started here.
 
     Returns:
         The exit status: the body's own (the largest of all ranks'), 2 for the user's mistake, 1 for
@@ -95,7 +88,7 @@ def main(
                 return on_this_rank(config, body, *place)
             if config.nproc is not None:
                 return on_new_ranks(program, config, body, config.nproc)
-            return alone(config, body)
+            return work(config, body, config.axes(1, plain=True), config.threads)
     except ranks.Interrupted as stopped:
         status = 128 + stopped.signal
     except Exception as error:
@@ -111,100 +104,67 @@ def main(
     return status
 
 
-def alone(config: C, body: Body[C]) -> int:
-    axes = config.axes(1, plain=True)
-    if config.threads is not None:
-        import torch
+def work(config: Launch, body: str, axes: dict[str, int], threads: int | None) -> int:
+    """Run the body on this rank, once it has joined the others. None threads: as torch has it."""
+    import torch
 
-        torch.set_num_threads(config.threads)
-    return work(config, body, axes)
-
-
-def work(config: C, body: Body[C], axes: dict[str, int]) -> int:
-    """What every rank does once it has joined the others."""
     from dist_lab.mesh import groups, mesh
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     made = mesh.init_mesh(
         timeout=config.timeout, backend=config.backend, check=config.check_collectives,
         collectives=config.collectives, **axes,
     )  # fmt: skip
-    status = found(body)(config, made)
+    status: int = resolve_name(body)(config, made)
     groups.disconnect()
     return status
-
-
-def found(body: Body[C]) -> Callable[[C, "Mesh"], int]:
-    if not isinstance(body, str):
-        return body
-    module, name = body.split(":")
-    function: Callable[[C, Mesh], int] = getattr(import_module(module), name)
-    return function
 
 
 # --- ranks of our own -----------------------------------------------------------------------------
 
 
-def on_new_ranks(program: str, config: C, body: Body[C], size: int) -> int:
+def on_new_ranks(program: str, config: Launch, body: str, size: int) -> int:
     """Start the ranks, hear how each fared, say what went wrong. None is left when this returns."""
-    axes = config.axes(size)
-    preload = [*ranks.PRELOAD, *([body.split(":")[0]] if isinstance(body, str) else [])]
+    config.axes(size)  # a mistake is answered before a rank is started
+    preload = [*ranks.PRELOAD, body.split(":")[0]]
     started: list[ranks.Rank] = []
     with tempfile.TemporaryDirectory(prefix="dist_lab-") as folder:
         try:
             for rank in range(size):
-                started.append(
-                    ranks.start(
-                        rank, new_rank, size, f"{folder}/rendezvous", config, body, axes,
-                        threads=threads_of_each(config, size), preload=preload,
-                    )
-                )  # fmt: skip
-            heard: dict[int, int | Failure]
-            heard, dead = ranks.gather(started, failed=lambda word: isinstance(word, Failure))
-            failures = [word for word in heard.values() if isinstance(word, Failure)]
-            failures += [Failure.died(rank, code) for rank, code in dead.items()]
+                given = rank, new_rank, size, f"{folder}/rendezvous", config, body
+                started.append(ranks.start(*given, preload=preload))
+            statuses, failures, running = gather(started)
             if failures:
                 status = say(program, failures, size, config.debug)
                 if not causes(failures)[0].refused:
-                    show_stacks([r for r in started if r.number not in heard | dead])
+                    show_stacks(running)
                 return status
             ranks.join(started, AT_EXIT)
             show_stacks([r for r in started if r.process.is_alive()])
         finally:
             codes = ranks.stop(started)
-            restore_terminal()
+            Console().show_cursor()  # a rank with a progress bar may have been ended before it did
     if any(codes):
-        failures = [Failure.died(rank, code) for rank, code in enumerate(codes) if code]
+        failures = [Failure(n, how_it_ended(code), "") for n, code in enumerate(codes) if code]
         return say(program, failures, size, config.debug)
-    return max(word for word in heard.values() if isinstance(word, int))
+    return max(statuses.values())
 
 
 def new_rank(
-    pipe: Connection,
-    rank: int,
-    size: int,
-    rendezvous: str,
-    config: C,
-    body: Body[C],
-    axes: dict[str, int],
+    pipe: Connection, rank: int, size: int, rendezvous: str, config: Launch, body: str
 ) -> None:
-    """One rank, in its own process. Sends the body's status, or a Failure."""
+    """Join the other ranks, run the body, and send its status or a Failure."""
     from dist_lab.mesh import groups
 
     faulthandler.register(signal.SIGUSR1)
     try:
         store = groups.file_store(rendezvous, size)
         groups.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
-        pipe.send(work(config, body, axes))
+        pipe.send(work(config, body, config.axes(size), threads_of_each(config, size)))
     except BaseException as error:
         pipe.send(Failure.of(rank, error))
         ranks.end_process(1)
-
-
-def restore_terminal() -> None:
-    """The rank with the progress bar may have been ended before it showed the cursor again."""
-    console = Console()
-    if console.is_terminal:
-        console.show_cursor()
 
 
 def threads_of_each(config: Launch, size: int) -> int:
@@ -212,31 +172,28 @@ def threads_of_each(config: Launch, size: int) -> int:
 
 
 def show_stacks(silent: Sequence[ranks.Rank]) -> None:
-    """Let ranks that have neither failed nor finished say where they are."""
+    """Make ranks that have neither failed nor finished print their stacks."""
     for rank in silent:
         here = heading(f"rank {rank.number}: still running")
         print(here, end="", file=sys.stderr, flush=True)
-        assert rank.process.pid is not None
-        os.kill(rank.process.pid, signal.SIGUSR1)
+        ranks.ask_for_stack(rank)
         ranks.join([rank], 0.2)  # until it has written, or for good if it is stopped
 
 
 # --- one of torchrun's ranks ----------------------------------------------------------------------
 
 
-def on_this_rank(config: C, body: Body[C], rank: int, size: int) -> int:
+def on_this_rank(config: Launch, body: str, rank: int, size: int) -> int:
     if config.nproc is not None:
         raise UserError(
             f"--nproc {config.nproc} starts ranks, but this is already rank {rank} of {size}; "
             "drop --nproc, or start it without torchrun"
         )
     axes = config.axes(size)
-    import torch
     import torch.distributed as dist
 
     from dist_lab.mesh import groups
 
-    torch.set_num_threads(threads_of_each(config, int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     try:
         store = groups.environment_store(rank, size, config.timeout)
     except dist.DistError as error:
@@ -244,7 +201,8 @@ def on_this_rank(config: C, body: Body[C], rank: int, size: int) -> int:
         said = str(error).splitlines()[0]
         raise MachineError(f"rank {rank} cannot meet the others at {where}: {said}") from error
     groups.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
-    return work(config, body, axes)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return work(config, body, axes, threads_of_each(config, local))
 
 
 def place_in_environment() -> tuple[int, int] | None:

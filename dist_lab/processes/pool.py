@@ -19,7 +19,6 @@ import io
 import os
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import time
@@ -30,12 +29,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from pickle import loads
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
+from dist_lab.observe.sockets import tcp_sockets
 from dist_lab.processes import ranks
-from dist_lab.processes.failures import Failure, by_cause, heading, how_it_ended, named, tell
+from dist_lab.processes.failures import Failure, gather, heading, how_it_ended, named, tell
 
 AT_START = 120.0  # seconds for ranks to import torch and say that they are there
 AT_EXIT = 10.0  # seconds for ranks to end after the last test
@@ -57,7 +57,7 @@ class Task:
 
     size: int
     timeout: float
-    axes: Mapping[str, int] | None
+    axes: Mapping[str, Any] | None
     module: str
     path: str
     name: str
@@ -66,12 +66,7 @@ class Task:
     filters: bytes
 
 
-@dataclass(frozen=True)
-class Ended:
-    """The word of a rank on which nothing failed: its body returned, or called skip or xfail."""
-
-    how: Literal["passed", "skipped", "xfailed"] = "passed"
-    reason: str = ""
+Ended = tuple[str, str] | None  # a rank's message if nothing failed: (skip or xfail, the reason)
 
 
 class Pool:
@@ -84,21 +79,18 @@ class Pool:
     def __init__(self, preload: Sequence[str]) -> None:
         self._preload = preload
         self._ranks: list[ranks.Rank] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._tests = 0
 
     def run(self, task: Task) -> None:
         """Run a test, print what its ranks printed, and fail or skip as they did."""
         try:
-            words = self._run(task)
+            outcomes = self._run(task)
         except BaseException:  # a failed test, Ctrl-C, the time limit of another plugin
             self._end()
             raise
-        for word in words:
-            if word.how == "skipped":
-                pytest.skip(word.reason)
-            if word.how == "xfailed":
-                pytest.xfail(word.reason)
+        for outcome in outcomes:
+            if outcome is not None:
+                how, reason = outcome
+                getattr(pytest, how)(reason)
 
     def close(self) -> list[str]:
         """Let every rank end by itself. Returns a complaint for each that did not end well."""
@@ -114,12 +106,12 @@ class Pool:
 
     def _run(self, task: Task) -> list[Ended]:
         self._grow_to(task.size)
-        self._tests += 1
         working = self._ranks[: task.size]
+        rendezvous = str(self._path("rendezvous", time.monotonic_ns()))  # a new one for each test
         for rank in working:
             os.truncate(self._path("printed", rank.number), 0)
             with contextlib.suppress(OSError):  # of one that has just died: it will not be heard
-                rank.pipe.send((str(self._path("rendezvous", self._tests)), task))
+                rank.pipe.send((rendezvous, task))
         try:
             return self._hear(working, task.timeout)
         finally:
@@ -134,58 +126,46 @@ class Pool:
                 how = how_it_ended(rank.process.exitcode or 0)
                 text = f"rank {rank.number}: {how}, after the test before this one had passed"
                 pytest.fail(text, pytrace=False)
-        if self._folder is None:
+        if not self._ranks:  # the folder is there as long as they are
             self._folder = tempfile.TemporaryDirectory(prefix="dist_lab-")
         new = [
-            ranks.start(n, serve, self._folder.name, threads=1, preload=self._preload)
-            for n in range(len(self._ranks), size)
+            ranks.start(number, serve, self._folder.name, preload=self._preload)
+            for number in range(len(self._ranks), size)
         ]
         self._ranks += new
         self._hear(new, AT_START)
 
     def _hear(self, working: Sequence[ranks.Rank], timeout: float) -> list[Ended]:
-        """The word of every rank, or the failure of the test."""
-        heard: dict[int, Failure | Ended]
-        heard, dead = ranks.gather(
-            working, failed=lambda word: isinstance(word, Failure), timeout=timeout
-        )
-        ended = {n: word for n, word in heard.items() if isinstance(word, Ended)}
-        failures = [word for word in heard.values() if isinstance(word, Failure)]
-        for number, code in dead.items():
-            failures.append(Failure.died(number, code, self._path("stack", number).read_text()))
-        text, size = tell(by_cause(failures), len(working)), len(working)
+        """Wait for every rank's outcome; raise the failure of the test, if there is one."""
+        ended, failures, running = gather(working, timeout)
+        failures = [f if f.story else replace(f, story=self._stack(f.rank)) for f in failures]
+        text, size = tell(failures, len(working)), len(working)
         why = "was still running" if failures else f"had not ended after {timeout:g} s"
-        for rank in working:
-            if rank.number not in heard | dead:
-                text += heading(f"rank {rank.number} of {size}: {why}") + self._stack_of(rank)
+        for rank in running:
+            ranks.ask_for_stack(rank)
+        if running:
+            time.sleep(0.5)  # until they have written
+        for rank in running:
+            stack = self._stack(rank.number)
+            stack = stack or "It does not even say where: it is stopped, or starting.\n"
+            text += heading(f"rank {rank.number} of {size}: {why}") + stack
         if text:
             if ended:
                 text += heading(f"{named(list(ended))} of {size}: no failure")
             pytest.fail(text, pytrace=False)
         return list(ended.values())
 
-    def _stack_of(self, rank: ranks.Rank) -> str:
-        """Where a rank is that does not answer. Its handler of SIGUSR1 does not need the GIL."""
-        assert rank.process.pid is not None
-        os.kill(rank.process.pid, signal.SIGUSR1)
-        stack, before, deadline = "", None, time.monotonic() + 0.5
-        while stack != before or not stack:  # until it has written, and writes no more
-            if time.monotonic() > deadline:
-                return stack or "It does not even say where: it is stopped, or starting.\n"
-            time.sleep(0.05)
-            stack, before = self._path("stack", rank.number).read_text(), stack
-        return stack
+    def _stack(self, number: int) -> str:
+        return self._path("stack", number).read_text()
 
     def _path(self, kind: str, number: int) -> Path:
-        assert self._folder is not None
         return Path(self._folder.name, f"{kind}-{number}")
 
     def _end(self) -> list[int]:
         codes = ranks.stop(self._ranks, grace=0.5)  # they have nothing to save
-        self._ranks = []
-        if self._folder is not None:
+        if self._ranks:
             self._folder.cleanup()
-            self._folder = None
+        self._ranks = []
         return codes
 
 
@@ -200,12 +180,12 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
     stack = os.open(f"{folder}/stack-{rank}", os.O_WRONLY | os.O_CREAT)
     faulthandler.register(signal.SIGUSR1, stack)
     faulthandler.enable(stack)
-    kept = open_sockets()
+    kept = {number for number, _ in tcp_sockets()}
     settled: set[str] = set()
-    pipe.send(Ended())
+    pipe.send(None)
     while (order := pipe.recv()) is not None:
         rendezvous, task = order
-        hang_up(open_sockets() - kept)
+        hang_up(kept)
         word = run_one(task, rank, rendezvous, settled)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -215,25 +195,13 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
     groups.disconnect()
 
 
-def open_sockets() -> set[int]:
-    """The file descriptors of this process that are sockets."""
-    found = set()
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # the one that listed them
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
-    return found
-
-
-def hang_up(numbers: set[int]) -> None:
-    """End every connection to another process by TCP among them. See [Note: hanging up]."""
-    for number in numbers:
-        # A duplicate: closing it leaves the descriptor to its owner. One that only listens, or is
-        # not connected any more, cannot be shut down.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as found:
-            tcp = found.family in (socket.AF_INET, socket.AF_INET6)
-            if tcp and not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                found.shutdown(socket.SHUT_RDWR)
+def hang_up(kept: set[int]) -> None:
+    """End all TCP connections but those of these descriptors. See [Note: hanging up]."""
+    for number, connection in tcp_sockets():
+        listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if number not in kept and not listens:
+            with contextlib.suppress(OSError):  # it is not connected any more
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def write_into(path: str) -> None:
@@ -258,17 +226,16 @@ def run_one(task: Task, rank: int, rendezvous: str, settled: set[str]) -> Failur
             warnings.resetwarnings()
             warnings.filters = loads(task.filters)
             if task.axes is not None:
-                axes: dict[str, Any] = dict(task.axes)
-                arguments["mesh"] = mesh.init_mesh(**axes)
+                arguments["mesh"] = mesh.init_mesh(**task.axes)
             function(**arguments)
     except pytest.skip.Exception as outcome:
-        return Ended("skipped", str(outcome))
+        return "skip", str(outcome)
     except pytest.xfail.Exception as outcome:
-        return Ended("xfailed", str(outcome))
+        return "xfail", str(outcome)
     except BaseException as error:
         shown = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
         return replace(Failure.of(rank, error), story=f"{shown}\n")
-    return Ended()
+    return None
 
 
 def renew(task: Task, rank: int, rendezvous: str, settled: set[str]) -> None:
@@ -316,9 +283,5 @@ def import_test(name: str, path: str) -> ModuleType:
     tree = ast.parse(source, path)
     rewrite_asserts(tree, source, path)
     sys.modules[name] = module
-    try:
-        exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
     return module

@@ -4,8 +4,8 @@ A new Python spends seconds on importing torch. Here one process, multiprocessin
 imported it and forks each rank from itself in a few milliseconds; it never runs a torch operation,
 because thread pools do not survive a fork. A rank talks to its parent through a pipe:
 
-    started = [start(rank, body, ..., threads=1, preload=PRELOAD) for rank in range(4)]
-    heard, dead = gather(started, failed=...)        # one message of each, or how it died
+    started = [start(rank, body, ..., preload=PRELOAD) for rank in range(4)]
+    heard, failed, running = failures.gather(started)   # one message of each, or how it died
     stop(started)
 
 [Note: orphans] Under a forkserver a rank's parent in the eyes of the kernel is the forkserver,
@@ -17,7 +17,6 @@ waits for it.
 """
 
 import fcntl
-import math
 import multiprocessing
 import os
 import signal
@@ -30,9 +29,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
-
-Message = TypeVar("Message")
+from typing import Any, NoReturn
 
 # What a rank needs, torch with it. Every optimizer imports torch._dynamo, which takes it 2 seconds.
 PRELOAD = ("dist_lab.mesh.mesh", "torch._dynamo")
@@ -48,18 +45,11 @@ class Rank:
     pipe: Connection
 
 
-def start(
-    number: int,
-    body: Callable[..., None],
-    *arguments: Any,
-    threads: int,
-    preload: Sequence[str],
-) -> Rank:
+def start(number: int, body: Callable[..., None], *arguments: Any, preload: Sequence[str]) -> Rank:
     """Start `body(pipe, number, *arguments)` in a new rank process.
 
     Args:
         body, arguments: picklable; `body` is found in the child by its module and name.
-        threads: that torch may use for one operation.
         preload: modules for the forkserver to import. It starts once in the life of a process, so
             the first call decides; a module that is missing there is imported by each rank.
     """
@@ -67,46 +57,17 @@ def start(
     context.set_forkserver_preload(list(preload))
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_enter, args=(body, theirs, number, threads, arguments), name=f"rank {number}"
+        target=_enter, args=(body, theirs, number, *arguments), name=f"rank {number}"
     )
     process.start()
     theirs.close()  # the child holds the only copy now: its death is an end of file for us
     return Rank(number, process, ours)
 
 
-def gather(
-    ranks: Sequence[Rank],
-    *,
-    failed: Callable[[Message], bool],
-    timeout: float = math.inf,
-) -> tuple[dict[int, Message], dict[int, int]]:
-    """The next message of every rank, and the exit code of each that died without one.
-
-    Waits for `timeout` seconds; once a message has `failed` or a rank has died, no longer than
-    GRACE, because a rank whose peer is gone may wait for it for minutes. Ranks in neither
-    dictionary are still running.
-    """
-    heard: dict[int, Message] = {}
-    dead: dict[int, int] = {}
-    deadline = time.monotonic() + timeout
-    waiting = list(ranks)
-    while waiting and (left := deadline - time.monotonic()) > 0:
-        signs = [sign for rank in waiting for sign in (rank.pipe, rank.process.sentinel)]
-        ready = wait(signs, None if left == math.inf else left)
-        for rank in [r for r in waiting if r.pipe in ready or r.process.sentinel in ready]:
-            waiting.remove(rank)
-            try:
-                if not rank.pipe.poll():
-                    raise EOFError
-                heard[rank.number] = rank.pipe.recv()
-                bad = failed(heard[rank.number])
-            except (EOFError, ConnectionResetError):
-                rank.process.join()
-                dead[rank.number] = rank.process.exitcode or 0
-                bad = True
-            if bad:
-                deadline = min(deadline, time.monotonic() + GRACE)
-    return heard, dead
+def ask_for_stack(rank: Rank) -> None:
+    """Send the signal at which faulthandler prints a rank's stack; it does not need the GIL."""
+    assert rank.process.pid is not None
+    os.kill(rank.process.pid, signal.SIGUSR1)
 
 
 def stop(ranks: Sequence[Rank], *, grace: float = GRACE) -> list[int]:
@@ -176,19 +137,10 @@ def cores() -> int:
 # --- in the child ---------------------------------------------------------------------------------
 
 
-def _enter(
-    body: Callable[..., None],
-    pipe: Connection,
-    number: int,
-    threads: int,
-    arguments: tuple[Any, ...],
-) -> None:
+def _enter(body: Callable[..., None], *arguments: Any) -> None:
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-    import torch
-
-    torch.set_num_threads(threads)
-    body(pipe, number, *arguments)
+    body(*arguments)
 
 
 def _die_with_parent() -> None:

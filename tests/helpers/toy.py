@@ -136,4 +136,4 @@ DO: dict[str, Callable[[Toy, "Mesh", bool], int | None]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("toy.py", parse, body))
+    sys.exit(launcher.main("toy.py", parse, "toy:body"))

@@ -25,9 +25,9 @@ from dist_lab.processes.ranks import cores
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def launch(*settings: str, body: launcher.Body[toy.Toy] = toy.body) -> int:
+def launch(*settings: str) -> int:
     """In this process, where the forkserver is warm."""
-    return launcher.main("toy.py", toy.parse, body, settings)
+    return launcher.main("toy.py", toy.parse, "toy:body", settings)
 
 
 def start(*settings: object, by: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
@@ -71,8 +71,11 @@ def test_a_body_that_returns_is_silent_and_leaves_no_process_and_no_file(nproc, 
     assert set(multiprocessing.active_children()) == before
 
 
-def test_a_body_can_be_named_and_its_module_is_then_imported_by_ranks_alone():
-    assert launch("nproc=2", body="toy:body") == 0
+def test_the_module_of_the_body_is_imported_by_ranks_alone(tmp_path, monkeypatch):
+    (tmp_path / "of_ranks.py").write_text("from toy import body\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert launcher.main("toy.py", toy.parse, "of_ranks:body", ["nproc=2"]) == 0
+    assert "of_ranks" not in sys.modules
 
 
 def test_the_status_is_the_largest_of_all_ranks_not_rank_0s():

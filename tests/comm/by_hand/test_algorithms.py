@@ -425,7 +425,7 @@ def test_a_peer_that_does_not_arrive_is_an_error_that_names_the_call_before_long
 def test_a_peer_that_dies_is_named_by_the_launcher_and_the_others_do_not_hang(family, capsys):
     began = time.monotonic()
     settings = ["nproc=3", "do=kill last", f"collectives={family}", "timeout=20"]
-    assert launcher.main("toy.py", toy.parse, toy.body, settings) == 1
+    assert launcher.main("toy.py", toy.parse, "toy:body", settings) == 1
     said = capsys.readouterr().err
     assert said.startswith("---- rank 2 of 3: killed by SIGKILL")
     assert said.endswith("---- ranks 0, 1 of 3: waited in vain, or lost the connection ----\n")
