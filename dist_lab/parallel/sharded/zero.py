@@ -67,8 +67,7 @@ Bucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
 class ZeroSync(Sync):
     """Issues each bucket as soon as it and all before it are full: one order on every rank.
 
-    A parameter that no rank used keeps `grad is None`. The ranks agree on this in `finish()`; until
-    then a `.grad` only means that nobody has cleared it.
+    The ranks agree in `finish()` which parameters were used; one that no rank used keeps no grad.
     """
 
     def __init__(
@@ -186,10 +185,7 @@ class ZeroSync(Sync):
         self._start_over()
         self.last = True
         for bucket in self.buckets:
-            if isinstance(bucket, Stage1Bucket):  # as under ddp, earlier micro-batches stay
-                bucket.changes.take()
-            else:
-                bucket.params.drop_leaf_grads()
+            bucket.forget()
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         yield from (("buffers", buffer) for buffer in (self.flags, *self.staging))
@@ -198,10 +194,7 @@ class ZeroSync(Sync):
 
 @final
 class Stage1Bucket:
-    """Gradients lie side by side, micro-batches add to them, and the sum of a shard comes in place.
-
-    The memory stays after `finish`: the next backward would take again what was given back.
-    """
+    """Gradients lie side by side, micro-batches add to them, and the sum of a shard comes in place."""
 
     def __init__(self, params: ParamBucket) -> None:
         self.params = params
@@ -239,6 +232,9 @@ class Stage1Bucket:
         self.params.wait_for_readers()
         ops.wait_for_readers(self.gradients.memory, self.params.axis)
 
+    def forget(self) -> None:
+        self.changes.take()  # as under ddp, the gradients of earlier micro-batches stay
+
     def held(self) -> Iterator[Tensor]:
         yield self.gradients.memory
 
@@ -247,8 +243,7 @@ class Stage1Bucket:
 class Stage2Bucket:
     """Gradients are copied to where they are sent from, and go; the sums of a shard add up.
 
-    This saves memory only where a model has many buckets; a smaller `bucket_mb` makes more. Ranks
-    wait for each other in backward, and all go through the same number of micro-batches.
+    Ranks wait for each other in backward, and all go through the same number of micro-batches.
     """
 
     def __init__(self, params: ParamBucket, staging: Tensor) -> None:
@@ -274,7 +269,7 @@ class Stage2Bucket:
         """Add what has come to the sums of the micro-batches before."""
         self.packed.wait()
         incoming, self.incoming = self.incoming, None
-        assert incoming is not None, self.params.label
+        assert incoming is not None
         if self.params.with_grad():
             if self.sums is None:  # what is there, a user has set
                 self.sums = self.params.in_shard(torch.zeros_like(incoming))
@@ -296,6 +291,9 @@ class Stage2Bucket:
         self.used = names
         self.params.assign_grads(self.sums, names)
         self.params.wait_for_readers()
+
+    def forget(self) -> None:
+        self.params.drop_leaf_grads()
 
     def held(self) -> Iterator[Tensor]:
         if self.sums is not None:
