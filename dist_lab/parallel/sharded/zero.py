@@ -13,9 +13,8 @@ shard and no more, and gives the new values to the others. E are the elements of
     stage 2: gradients are sharded,  kP + P                               4P + 4P/N + 8P/N, and two
     each micro-batch's at once                                            buckets
 
-for parameters, gradients and moments. P counts each bucket's padding to N equal shards. Besides, a
-number for each parameter is summed once a step; and gradients that travel by messages need as much
-memory again where they arrive: of one bucket in stage 2, of all in flight in stage 1.
+for parameters, gradients and moments. P counts each bucket's padding; a number for each parameter
+is summed besides. Gradients that travel by messages need as much memory again where they arrive.
 Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), sections 5.1 and 5.2.
 
 `module.weight` is the whole parameter, for good; `named_parameters()` has the shard, with its
@@ -96,12 +95,11 @@ class ZeroSync(Sync):
                 unsummed.look_for_changes()
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        if unit == "" and phase is Phase.BACKWARD:
-            if self.each_microbatch:
-                self._reduce_rest()  # now, because others wait for it in their backward
-            elif not self.last:
-                for unsummed in self.unsummed:
-                    unsummed.changes.note_values()
+        if unit == "" and phase is Phase.BACKWARD and self.each_microbatch:
+            self._reduce_rest()  # now, because others wait for it in their backward
+        elif unit == "" and phase is Phase.BACKWARD and not self.last:
+            for unsummed in self.unsummed:
+                unsummed.changes.note_values()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
@@ -194,7 +192,7 @@ class ZeroSync(Sync):
 
 @final
 class Stage1Bucket:
-    """Gradients lie side by side, micro-batches add to them, and the sum of a shard comes in place."""
+    """Gradients lie side by side, micro-batches add to them, and a shard's sum comes in place."""
 
     def __init__(self, params: ParamBucket) -> None:
         self.params = params
