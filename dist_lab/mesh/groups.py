@@ -41,7 +41,7 @@ def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str 
             raise MachineError("backend nccl needs a GPU and torch sees none; use --backend gloo")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     elif isinstance(store, FileStore):
-        # This process was started to be such a rank, and all in it that makes a group is one's.
+        # We have started this process to be a rank. Libraries in it make groups, too.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     with _over_loopback():
         dist.init_process_group(

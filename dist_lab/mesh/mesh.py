@@ -222,7 +222,7 @@ def init_mesh(
         seconds = 60.0 if timeout is None else timeout
         store = environment_store(rank, size, seconds)
         connect(store, rank, size, timeout=seconds, backend=backend or default_backend())
-        atexit.register(disconnect)  # who joins leaves
+        atexit.register(disconnect)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         backend = backend or str(dist.get_backend())

@@ -85,7 +85,7 @@ class FlatBuffer:
 
 
 class Arrivals:
-    """Which gradients of a bucket are in, to which nothing will be added in this step."""
+    """The gradients of a bucket that are complete: nothing will be added to them in this step."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters

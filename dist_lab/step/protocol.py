@@ -51,7 +51,7 @@ class Sync:
         """The unit has been used: what was gathered for it may go."""
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
-        """These gradients hold this micro-batch. `last`: nothing will be added to them."""
+        """This micro-batch has been added to these gradients. `last`: nothing more will be."""
 
     def finish(self) -> None:
         """Backward is over. On return every `.grad` is global, for the local parameter."""

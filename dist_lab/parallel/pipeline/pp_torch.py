@@ -12,8 +12,8 @@ about and learn them from a forward of its own, which BatchNorm counts; and not 
 as the shares of the loss are divided already.
 
 It is given a whole batch and cuts it by itself, so micro-batches are of one shape. A stage and its
-schedule are for one number of them and one shape; for another, both are made anew. It trains alone:
-forwards of the same stages are the same, so evaluation is ours (executor.py).
+schedule are for one number of them and one shape; for another, both are made anew. Only training is
+the library's: evaluation runs the same stages by executor.py.
 
 Cost per step: as pp.py. Memory per rank: as pp.py, and for each cut at its sides room for all that
 is received there in a step, kept from step to step, whatever the schedule. Its zero bubble does the

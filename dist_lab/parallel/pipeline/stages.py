@@ -35,7 +35,7 @@ BALANCES = ("cost", "count")
 
 @dataclass(frozen=True)
 class Kept:
-    """What is here.
+    """The stages that this rank keeps, and what it knows of the others.
 
     parts: this rank's stages, by number
     shapes: what stages give each other

@@ -178,7 +178,7 @@ class TensorParallel(Sync):
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == "":
-            for entry in self.entries:  # what a column has not come for, it will not
+            for entry in self.entries:  # what a column has not read by now it will not
                 entry.leave()
 
     def finish(self) -> None:
