@@ -108,6 +108,7 @@ def test_memory_is_free_of_what_was_moved(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.ranks(1)  # a process of which no other test has grown the memory
 def test_the_kernel_sees_memory_become_files(tmp_path):
     def anonymous():
         with open("/proc/self/status") as file:

@@ -136,6 +136,9 @@ def micro_batches(job, edit, of, step=0):
             edit(of(job.model))
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, edit, of: of is all_parameters and (strategy == "zero1" or edit is double)
+)
 @pytest.mark.parametrize("of", [all_parameters, one_parameter])
 @pytest.mark.parametrize("edit", EDITS)
 @EVERY
@@ -159,6 +162,9 @@ def test_a_gradient_that_is_edited_between_micro_batches_is_kept_or_refused_by_n
     assert_same(job.full_gradients(), one_process(edit, of, steps))
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, how, of: of is all_parameters and (strategy == "zero1" or how is CLEARS[0])
+)
 @pytest.mark.parametrize("of", [all_parameters, one_parameter])
 @pytest.mark.parametrize("how", CLEARS)
 @EVERY
@@ -283,6 +289,11 @@ def some_names(model):
     return [n for n, _ in model.named_parameters()][1::3]
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, when, how: (
+        strategy in ("zero1", "fsdp") or (when, how) == ("between micro-batches", "by name")
+    )
+)
 @pytest.mark.parametrize(
     ("when", "how"),
     [

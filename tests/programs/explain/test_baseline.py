@@ -49,10 +49,11 @@ def digest(arguments, folder):
     return hashlib.sha256((folder / "explain.json").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*OF_STRATEGIES, *(pytest.param(case, marks=pytest.mark.slow) for case in sorted(OF_PRESETS))],
-)
+USUAL = ("ddp", "zero1", "fsdp", "tp, sequence", "pp, 1f1b")
+
+
+@pytest.mark.slow_unless(lambda case: case in USUAL)
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_explained_is_to_the_byte_what_it_was(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert digest(CASES[case], tmp_path) == json.loads(WANTED.read_text())[case]

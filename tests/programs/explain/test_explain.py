@@ -71,9 +71,7 @@ def measured(config, mesh):
         (strategy, dtype)
         in (
             ("ddp", "float32"),
-            ("zero1", "float32"),
             ("fsdp", "bfloat16"),
-            ("tp", "float32"),
             ("pp", "float32"),
         )
     )

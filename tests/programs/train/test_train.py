@@ -99,6 +99,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow  # parity and the traps say so of each strategy; this of whole runs
 @pytest.mark.ranks(4)
 def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text, tmp_path, mesh):
     for name, (size, flags) in LAYOUTS.items():

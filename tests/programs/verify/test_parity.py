@@ -69,10 +69,9 @@ TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_u
 # models for tp.
 USUAL_MODELS = {
     "ddp": ("gpt tied", "odd", "resnet"),
-    "zero2": ("gpt tied", "odd", "vit", "resnet"),
+    "zero2": ("gpt tied", "odd", "resnet"),
     "fsdp": tuple(MODELS),
-    "hsdp": ("gpt tied", "odd", "vit", "resnet"),
-    "pp": ("gpt tied", "odd", "vit", "mlp"),
+    "pp": ("gpt tied", "odd", "vit"),
     "torch": ("gpt", "odd"),
     "accelerate": ("odd",),
 }
