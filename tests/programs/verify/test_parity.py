@@ -64,23 +64,18 @@ def compare(
 TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_unused": True}}
 
 
-# Every strategy has a model with every oddity and one that is tied; every model has strategies that
-# split it, and that sum it. A library's have "gpt" and "odd"; tests/parallel/tensor/test_tp.py has
-# models for tp.
+# Every strategy has the model with every oddity, a tied head too; every model has a strategy
+# that splits it. tests/parallel/tensor/test_tp.py has models for tp.
 USUAL_MODELS = {
-    "ddp": ("gpt tied", "odd", "resnet"),
-    "zero2": ("gpt tied", "odd", "resnet"),
-    "fsdp": tuple(MODELS),
-    "pp": ("gpt tied", "odd", "vit"),
-    "torch": ("gpt", "odd"),
-    "accelerate": ("odd",),
+    ("ddp", "hand"): ("odd", "resnet"),
+    ("fsdp", "hand"): tuple(MODELS),
+    ("pp", "hand"): ("gpt tied", "odd", "vit"),
+    ("tp", "torch"): ("gpt tied",),
 }
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, impl, model: (
-        model in USUAL_MODELS.get(strategy if impl == "hand" else impl, ("gpt tied", "odd"))
-    )
+    lambda strategy, impl, model: model in USUAL_MODELS.get((strategy, impl), ("odd",))
 )
 @pytest.mark.parametrize(
     ("strategy", "impl", "model"),
