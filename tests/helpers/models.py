@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dist_lab import fix_torchvision, zoo
 from dist_lab.programs.cli import registry
@@ -78,6 +79,25 @@ def odd(dtype: torch.dtype = torch.float64) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Odd().to(dtype)
+
+
+class Experts(nn.Module):
+    """Which expert works is decided by the input: by the rank and by the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, 12)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.head = nn.Linear(12, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)  # (B, T, 12)
+        mask = F.one_hot(tokens[:, 0] % 4, 4).to(x.dtype)  # (B, 4)
+        for i, expert in enumerate(self.experts):
+            if mask[:, i].any():
+                x = x + mask[:, i, None, None] * torch.tanh(expert(x))
+        return self.head(x)
 
 
 def batch(step: int, rows: int = 8, seq: int = 6) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, VOCAB, batch, gpt, odd
+from models import MODELS, Experts, batch, gpt, odd
 from torch import nn
-from torch.nn import functional as F
 
 import dist_lab
 from dist_lab.comm import ops
@@ -258,25 +257,6 @@ def test_stage_2_lets_go_of_gradients_while_backward_computes(mesh):
 
 
 # --- use that differs -----------------------------------------------------------------------------
-
-
-class Experts(nn.Module):
-    """Which expert works is decided by the input: by the rank and by the step."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, 12)
-        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
-        self.head = nn.Linear(12, VOCAB)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)  # (B, T, 12)
-        mask = F.one_hot(tokens[:, 0] % 4, 4).to(x.dtype)  # (B, 4)
-        for i, expert in enumerate(self.experts):
-            if mask[:, i].any():
-                x = x + mask[:, i, None, None] * torch.tanh(expert(x))
-        return self.head(x)
 
 
 @pytest.mark.slow_unless(
