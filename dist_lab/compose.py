@@ -35,7 +35,7 @@ from dist_lab.programs.cli.registry import (
 from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
-from dist_lab.step.protocol import Applied, Apply, Chain, Setup
+from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
 from dist_lab.transforms.init import InitFn
@@ -108,7 +108,7 @@ def parallelize(
     _agree(model, mesh, broadcast and not drawn)
     if sync_batchnorm:
         convert_batchnorm(model, mesh.channel(*DATA_AXES))
-    named = {"": model, **_find_units(model, units)}
+    named = {ROOT: model, **_find_units(model, units)}
     recompute_units(model, named, recompute)
     names = [name for name, _ in model.named_parameters()]
     first_of = {id(p): name for name, p in model.named_parameters()}

@@ -29,6 +29,8 @@ from dist_lab.comm.context import Wire
 from dist_lab.layout.layout import Layout, Owed
 from dist_lab.mesh.mesh import Axis, Mesh
 
+ROOT = ""  # the unit that is the model itself
+
 
 class Phase(Enum):
     """Where in a step a unit is used: ABORT where the step was broken off by an exception."""
@@ -45,7 +47,7 @@ class Sync:
         """Another micro-batch begins, of which `last` says whether gradients travel after it."""
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        """The unit is about to be used: its parameters must be unsharded. "" is the model."""
+        """The unit is about to be used: its parameters must be unsharded."""
 
     def reshard(self, unit: str, phase: Phase) -> None:
         """The unit has been used: what was gathered for it may go."""
@@ -123,7 +125,7 @@ class Setup:
     layouts      name of a parameter -> how it lies so far
     full_value   name -> its value as it lies so far: whole under the first strategy, a shard under
                  a later one. Asked for once each, so that no rank needs all of them at once.
-    units        name -> the modules to be unsharded, reduced and recomputed as one; "" is the model
+    units        name -> the modules to be unsharded, reduced and recomputed as one, ROOT among them
     param_dtype  the dtype of compute, where it is not that of the parameters
     recompute    each k-th unit computes again in backward; 0: none
     """

@@ -25,7 +25,7 @@ from dist_lab.parallel.schedules.actions import Action, Op, Schedule
 from dist_lab.parallel.schedules.simulate import Slot
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
-from dist_lab.step.protocol import Chain, Phase
+from dist_lab.step.protocol import ROOT, Chain, Phase
 
 FORWARD = (Op.F, Op.SEND_F, Op.RECV_F, Op.UNSHARD)
 
@@ -129,16 +129,16 @@ class PipelineRunner(Step):
     def _inside_model(self) -> Iterator[None]:
         """The model itself is a unit, too, around all actions; an exception breaks the step off."""
         with self.wire.during():  # what follows is of no action
-            self.sync.unshard("", Phase.FORWARD)
+            self.sync.unshard(ROOT, Phase.FORWARD)
             try:
                 yield
-                self.sync.reshard("", self._phase)
+                self.sync.reshard(ROOT, self._phase)
             except BaseException:
                 with self.wire.during("forget", unit=""):
                     self._phase = Phase.ABORT
                     for stage in list(self._unsharded):
                         self._reshard(stage)
-                    self.sync.reshard("", self._phase)
+                    self.sync.reshard(ROOT, self._phase)
                     self.sync.forget()
                 raise
 

@@ -38,7 +38,7 @@ from dist_lab.comm.ops import all_gather, all_reduce_into, shared_buffer
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
-from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0) -> Applied:
@@ -67,7 +67,7 @@ class BucketedAllReduce(Sync):
         self.issued = 0  # buckets
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        if unit == "":
+        if unit == ROOT:
             for bucket in self.buckets:
                 bucket.arrivals.look_for_frozen()
 

@@ -36,11 +36,9 @@ from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots
 from dist_lab.parallel.sharded.param_group import Grads, ParamGroup, groups_by_unit
-from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.offload import maker, offloaded
-
-ROOT = ""  # the unit that is the model itself
 
 
 def apply(

@@ -29,15 +29,13 @@ from dist_lab.layout.layout import Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, set_param
 from dist_lab.step.hooks import ModuleHook
-from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 from dist_lab.torch_private import (
     StatisticsNorm,
     forget_unsharded_gradients,
     is_view,
     tree_map_only,
 )
-
-ROOT = ""  # the unit that is the model itself
 
 
 def apply(

@@ -35,7 +35,7 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.sharded.param_bucket import ParamBucket, shard_in_buckets
 from dist_lab.parallel.sharded.user_changes import UserChanges
-from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
 def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
@@ -88,16 +88,16 @@ class ZeroSync(Sync):
         self.last = last
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        if unit == "":
+        if unit == ROOT:
             for bucket in self.buckets:
                 bucket.params.check(phase)
             for unsummed in self.unsummed:
                 unsummed.look_for_changes()
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        if unit == "" and phase is Phase.BACKWARD and self.each_microbatch:
+        if unit == ROOT and phase is Phase.BACKWARD and self.each_microbatch:
             self._reduce_rest()  # now, because others wait for it in their backward
-        elif unit == "" and phase is Phase.BACKWARD and not self.last:
+        elif unit == ROOT and phase is Phase.BACKWARD and not self.last:
             for unsummed in self.unsummed:
                 unsummed.changes.note_values()
 

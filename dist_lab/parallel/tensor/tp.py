@@ -65,7 +65,7 @@ from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
 from dist_lab.parallel.tensor.sequence import Entry, Residual
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
-from dist_lab.step.protocol import Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
 def apply(
@@ -177,7 +177,7 @@ class TensorParallel(Sync):
                     self.owed.setdefault((axis, layout.dtype), []).append(name)
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        if unit == "":
+        if unit == ROOT:
             for entry in self.entries:  # what a column has not read by now it will not
                 entry.leave()
 
