@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -124,13 +123,15 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     chain = Chain(watch, applied.sync)
-    eager = partial(Runner, sharded_between_units=applied.sharded_between_units)
-    runner = (applied.make_runner or eager)(model, chain, mesh.wire, named, leaves)
+    runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
+    if param_dtype is not None and part.impl.casts is not Casts.ALL:
+        # After the runner, so that its hooks come first: a unit computes with what is cast.
+        compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)
     return Job(model, mesh, applied, runner, watch, state)
 
 
 def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:
-    """Apply strategies one after another, in their order; then cast what none of them does.
+    """Apply strategies one after another, in their order.
 
     Args:
         setup: of the model as it is, which runs along no axis yet.
@@ -147,9 +148,6 @@ def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Appl
         whole = applied if whole is None else _together(whole, applied)
         setup = replace(setup, layouts=applied.layouts, full_value=_own_value(setup.model))
     assert whole is not None, "no strategy"
-    casts = {part.impl.casts for part, _ in parts}
-    if setup.param_dtype is not None and Casts.ALL not in casts:
-        compute_in(setup.model, setup.param_dtype, parameters=Casts.PARAMETERS not in casts)
     return whole
 
 
@@ -165,7 +163,9 @@ def _together(outer: Applied, inner: Applied) -> Applied:
         sync=Chain(inner.sync, outer.sync),
         about=", ".join(filter(None, [outer.about, inner.about])),
         leaves={**outer.leaves, **inner.leaves},
+        stepped={**outer.stepped, **inner.stepped},
         sharded_between_units=outer.sharded_between_units or inner.sharded_between_units,
+        unit_of={**outer.unit_of, **inner.unit_of},
         make_optimizer=inner.make_optimizer or outer.make_optimizer,
         make_runner=inner.make_runner or outer.make_runner,
         buffers={**outer.buffers, **inner.buffers},

@@ -40,6 +40,7 @@ class Job:
         mesh: where it runs.
         layouts: name -> how that parameter lies.
         leaves: name -> the tensor whose `.grad` backward fills, where it is not the parameter.
+        stepped: name -> the tensor that optimizers step on, where it is not the parameter.
         about: the configuration that a library's strategy runs in; "" for ours.
     """
 
@@ -54,6 +55,7 @@ class Job:
     ) -> None:
         self.model, self.mesh = model, mesh
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
+        self.stepped = applied.stepped
         self._make_optimizer = applied.make_optimizer
         self._runner, self._watch = runner, watch
         self._names = names  # of the whole model's state; of a parameter, the first of its names
@@ -132,7 +134,7 @@ class Job:
         with self.mesh.wire.during("clip"):
             gradients = {
                 name: None if p.grad is None else local_part(p.grad)
-                for name, p in self.model.named_parameters()
+                for name, p in self.named_parameters()
             }
             norm = global_norm(gradients, self.layouts, self.mesh)
             if max_norm is not None:
@@ -170,9 +172,15 @@ class Job:
 
     # --- parameters -------------------------------------------------------------------------------
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What optimizers step on, by name: of a parameter that is split, this rank's part."""
+        for name, parameter in self.model.named_parameters():
+            yield name, self.stepped.get(name, parameter)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer of one's own is given."""
-        return self.model.parameters()
+        for _, parameter in self.named_parameters():
+            yield parameter
 
     def optimizer(
         self, cls: type[torch.optim.Optimizer], *, groups: Groups | None = None, **options: Any
@@ -185,7 +193,7 @@ class Job:
             options: passed on to `cls`.
         """
         made: list[tuple[Mapping[str, Any], list[nn.Parameter]]] = []
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 own = groups(name, self.layouts[name].shape) if groups else {}
                 members = next((members for known, members in made if known == own), None)
@@ -206,6 +214,7 @@ class Job:
         """
         own = self.model.state_dict(keep_vars=True)
         tensors = {name: t.detach() for name, t in own.items() if isinstance(t, Tensor)}
+        tensors |= {name: shard.detach() for name, shard in self.stepped.items()}
         rank0 = tuple((axis, OnlyOn((0,))) for axis in self.mesh.axes)
         layouts = {name: Layout(t.shape, t.dtype, rank0) for name, t in tensors.items()}
         layouts |= {**self.layouts, **self._buffers}
@@ -239,9 +248,11 @@ class Job:
         canonical = {p: name for name, p in self.model.named_parameters()}
         for name, tensor in own.items():
             if isinstance(tensor, nn.Parameter):  # here, as a library's may claim the whole shape
-                where = self.layouts[canonical[tensor]]
-                part = slice_local(full[name], where, self.mesh.axes, self.mesh.coordinates)
-                local_part(tensor.detach()).copy_(part)
+                first = canonical[tensor]
+                part = slice_local(
+                    full[name], self.layouts[first], self.mesh.axes, self.mesh.coordinates
+                )
+                local_part(self.stepped.get(first, tensor).detach()).copy_(part)
                 parts[name] = tensor
         self.model.load_state_dict(parts)
         self._runner.weights_changed()
@@ -255,7 +266,7 @@ class Job:
             UserError: before `finish`.
         """
         self._refuse_unsummed("full_gradients")
-        own = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        own = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
         names = list(self.layouts)
         with self.mesh.wire.during("gradients"):
             here = torch.tensor([name in own for name in names], device=self.mesh.device).byte()

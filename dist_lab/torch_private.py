@@ -4,12 +4,17 @@ Checked on torch 2.13.0; pyproject.toml allows no other minor version. A name th
 mended here: tests/test_structure.py holds the rest of the package to public names.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+# By which torch.compile takes over the frames of Python, and is told not to.
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 # Base classes of which torch publishes only the heirs: of every BatchNorm, and besides of
 # InstanceNorm, which keeps running statistics, too; and of every Dropout.
@@ -27,11 +32,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
     "ddp_forward_begins", "ddp_forward_ends", "forget_shardings", "forget_unsharded_gradients",
-    "gradient_being_added", "group_timeout", "is_view", "keeps_graph", "multiply_all",
-    "outside_modes", "register_fake_backend", "storage_key", "tree_flatten", "tree_leaves",
+    "gradient_being_added", "group_timeout", "is_view", "keeps_graph", "move_hooks",
+    "multiply_all", "not_compiled", "of_plain_tensors", "outside_modes", "register_fake_backend",
+    "saved_tensors_hooks_around", "share_hooks", "storage_key", "tree_flatten", "tree_leaves",
     "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
 ]  # fmt: skip
 
@@ -53,6 +61,45 @@ def multiply_all(tensors: list[Tensor], factor: Tensor) -> None:
     torch._foreach_mul_(tensors, factor)
 
 
+def of_plain_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call it as if there were no subclasses of Tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
+
+
+def share_hooks(parameter: Tensor, other: Tensor) -> None:
+    """Let a gradient hook on either fire for both: those there are, and those that are to come."""
+    for held in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(parameter, held)
+        setattr(parameter, held, OrderedDict() if hooks is None else hooks)
+        setattr(other, held, getattr(parameter, held))
+
+
+def move_hooks(parameter: Tensor, other: Tensor) -> None:
+    """Give another tensor the gradient hooks of one that it takes the place of."""
+    for held in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if (hooks := getattr(parameter, held)) is not None:
+            setattr(other, held, hooks)
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+def not_compiled(function: F) -> F:
+    """Let torch.compile call it as it is. What is public for this imports the compiler at once."""
+
+    @wraps(function)
+    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+        before = set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            set_eval_frame(before)
+
+    as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, as_it_is)
+
+
 # --- backward -------------------------------------------------------------------------------------
 
 
@@ -64,6 +111,13 @@ def backward_number() -> int:
 def when_backward_ends(callback: Callable[[], None]) -> None:
     """Call it at the end of the backward that is under way. Hooks know of single nodes alone."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def saved_tensors_hooks_around() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The innermost (pack, unpack) that is in force. Public is only how to put others above it."""
+    found: tuple[Callable[..., Any], Callable[..., Any]] | None
+    found = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found
 
 
 def keeps_graph() -> bool:

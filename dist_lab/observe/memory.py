@@ -39,6 +39,7 @@ from torch import Tensor
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import local_numel
+from dist_lab.step.grad_elsewhere import GradElsewhere, real_grad
 from dist_lab.step.protocol import Phase, Sync
 from dist_lab.torch_private import TorchDispatchMode, gradient_being_added, storage_key
 
@@ -94,9 +95,8 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     for name, layout in job.layouts.items():
         if name in parameters:
             here = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
-            leaf, stays = job.leaves.get(name), here
-            if leaf is not None and storage_key(leaf) == storage_key(parameters[name]):
-                stays = layout.shape.numel()  # it is cut for the optimizer alone
+            # What is split for the optimizer alone is whole in the model.
+            stays = layout.shape.numel() if name in job.stepped else here
             found["parameters"] += stays * layout.dtype.itemsize
             if parameters[name].requires_grad:
                 found["gradients"] += here * layout.dtype.itemsize
@@ -172,7 +172,8 @@ class LiveBytes(TorchDispatchMode):
             self.note(tensor)
         # A hook may be at work, perhaps a strategy's that is about to send this gradient and drop
         # it: afterwards there would be none to be seen.
-        if (gradient := gradient_being_added()) is not None:
+        gradient = gradient_being_added()
+        if gradient is not None and not isinstance(gradient, GradElsewhere):
             self.note(gradient, "gradients")
         return result
 
@@ -237,16 +238,17 @@ class Naming(Sync):
 
     def _gradients(self, names: Iterable[str]) -> None:
         for name in names:
-            for tensor in (self.job.model.get_parameter(name), self.job.leaves.get(name)):
-                if tensor is not None and tensor.grad is not None:
-                    self.live.note(tensor.grad, "gradients")
+            for held in (self.job.leaves.get(name), self.job.model.get_parameter(name)):
+                if held is not None and (gradient := real_grad(held)) is not None:
+                    self.live.note(gradient, "gradients")
 
     def _held(self) -> None:
         """What the strategy keeps, and what it borrows, whatever size that now has."""
         for kind, tensor in self.job.sync.held():
             self.live.note(tensor, kind)
         for leaf in self.job.leaves.values():
-            self.live.note(leaf, "gathered")
+            if local_part(leaf).untyped_storage().nbytes() >= local_part(leaf).nbytes:
+                self.live.note(leaf, "gathered")  # it has memory now
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -43,14 +43,12 @@ class FlatBuffer:
 
     # --- gradients --------------------------------------------------------------------------------
 
-    def copy_in(self, name: str, parameter: Tensor) -> bool:
-        """Make `parameter.grad` its view. Returns whether it was not; None stays None."""
+    def copy_in(self, name: str, parameter: Tensor) -> None:
+        """Make `parameter.grad` its view; None stays None."""
         view = self.views[name]
-        if parameter.grad is None or parameter.grad is view:
-            return False
-        view.copy_(parameter.grad.detach())
-        parameter.grad = view
-        return True
+        if parameter.grad is not None and parameter.grad is not view:
+            view.copy_(parameter.grad.detach())
+            parameter.grad = view
 
     def copy_in_all(self, parameters: Mapping[str, Tensor]) -> None:
         """Make every `.grad` its view, and what has none zeros, in place of an earlier step's."""

@@ -5,35 +5,47 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
+from dist_lab.torch_private import move_hooks
 
 ParamSlot = tuple[nn.Module, str]  # a module, and the name under which it holds a parameter
 
 
 def param_slots(model: nn.Module) -> dict[str, list[ParamSlot]]:
-    """Every parameter's slots, by the first of its names; a tied parameter has several.
-
-    Raises:
-        UserError: a recurrent layer, which keeps its weights where nothing can be put before them.
-    """
+    """Every parameter's slots, by the first of its names; a tied parameter has several."""
     name_of = {p: name for name, p in model.named_parameters()}
     slots: dict[str, list[ParamSlot]] = {name: [] for name in name_of.values()}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            raise UserError(f"{path} is recurrent and holds its weights twice: it cannot be split")
+    for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 slots[name_of[parameter]].append((module, attribute))
     return slots
 
 
+def refuse_recurrent(model: nn.Module) -> None:
+    """Raise UserError for a recurrent layer, which holds its weights where nothing is put before
+    them.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise UserError(f"{path} is recurrent and holds its weights twice: it cannot be split")
+
+
 def set_param(slots: Sequence[ParamSlot], tensor: Tensor) -> nn.Parameter:
-    """Make the tensor the parameter in these slots, trained as the one before."""
-    before = parameter_at(slots)
-    parameter = nn.Parameter(tensor, before.requires_grad)
-    parameter.__dict__.update(before.__dict__)  # what a user has written on it
+    """Give the parameter in these slots the memory, shape and dtype of a tensor.
+
+    It stays the same object, with all that a user has written on it or hooked to it. From the meta
+    device it cannot be taken along: there it is replaced, and what is on it moves over.
+    """
+    parameter = parameter_at(slots)
+    if parameter.device == tensor.device and parameter.dtype == tensor.dtype:
+        parameter.data = tensor.data
+        return parameter
+    moved = nn.Parameter(tensor, parameter.requires_grad)
+    moved.__dict__.update(parameter.__dict__)
+    move_hooks(parameter, moved)
     for module, attribute in slots:
-        module._parameters[attribute] = parameter
-    return parameter
+        module._parameters[attribute] = moved
+    return moved
 
 
 def parameter_at(slots: Sequence[ParamSlot]) -> nn.Parameter:
@@ -42,6 +54,28 @@ def parameter_at(slots: Sequence[ParamSlot]) -> nn.Parameter:
     parameter = module._parameters[attribute]
     assert parameter is not None, attribute
     return parameter
+
+
+def check_in_memory(
+    name: str, slots: list[ParamSlot], parameter: nn.Parameter, memory: Tensor
+) -> None:
+    """Raise UserError if these slots hold another parameter, or this one lies elsewhere."""
+    held = [module._parameters[attribute] for module, attribute in slots]
+    now = next((tensor for tensor in held if tensor is not parameter), parameter)
+    inside = parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+    if now is not parameter or parameter.dtype != memory.dtype or not inside:
+        raise UserError(
+            f"{name} was moved, cast or replaced after parallelize() (it was "
+            f"{describe(memory)}, it is {describe(now)}); do that before, and load values by "
+            "job.load_full_state_dict()"
+        )
+
+
+def describe(tensor: Tensor | None) -> str:
+    """The dtype and device of a tensor, for an error."""
+    if tensor is None:
+        return "none"
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def owners(slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]) -> dict[str, str]:

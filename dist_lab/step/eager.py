@@ -13,7 +13,6 @@ the last.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,22 +20,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from dist_lab.comm.context import Wire
-from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, one_number
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
-from dist_lab.step.protocol import Chain, Phase
-from dist_lab.step.units import Unit, in_backward, refuse_outside, weakly
+from dist_lab.step.outside import refuse_gradients, refuse_outside
+from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
+from dist_lab.step.saved import SavedByName
+from dist_lab.step.units import Unit, Visit, in_backward, weakly
 
 
 class Runner(Step):
     """Drives one model's forward and backward under one Sync.
 
     Args:
-        units: name -> module: what is borrowed and returned together; an outer one before those
-            within it.
-        leaves: name -> the tensor that backward reaches, where it is not the parameter itself.
-        sharded_between_units: outside of units the model holds shards alone, and computes nothing.
+        units: name -> module: what is borrowed and returned together, the model itself first; an
+            outer one before those within it.
+        applied: what the strategy did to the model: see step/protocol.py.
     """
 
     def __init__(
@@ -45,31 +44,48 @@ class Runner(Step):
         sync: Chain,
         wire: Wire,
         units: Mapping[str, nn.Module],
-        leaves: Mapping[str, Tensor] = {},
-        *,
-        sharded_between_units: bool = False,
+        applied: Applied,
     ) -> None:
-        super().__init__(model, sync, wire)
+        super().__init__(model, sync, wire, applied.stepped)
         self._last = True  # outside microbatch(), every backward is the last one
         self._in_block = False
         self._touched: set[str] = set()  # gradients of the micro-batch that is under way
-        trained = self._parameters
-        self._trained: dict[str, Tensor] = {n: leaves.get(n, p) for n, p in trained.items()}
+        if applied.sharded_between_units:
+            refuse_outside(model, units, lambda name: self._units[name].is_open)
+        parameters = dict(model.named_parameters())
+        leaf_of = {p: applied.leaves.get(name, p) for name, p in parameters.items()}
+        self._units: dict[str, Unit] = {}
+        saved = SavedByName()
+        for name, module in units.items():
+            root = self._units.get(ROOT)
+            lent = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]
+            unit = Unit(name, module, leaf_of, sync, wire, root, saved, lent)
+            unit.must_see_outputs = applied.sharded_between_units and not applied.unit_of
+            self._units[name] = unit
+        self._units_of: dict[int, list[Unit]] = {}  # id of a leaf -> the units that hold it
+        for unit in self._units.values():
+            for leaf in unit.trained:
+                self._units_of.setdefault(leaf, []).append(unit)
+        enter = ModuleHook(self._enter_forward)
+        model.register_forward_pre_hook(enter, prepend=True)
+        self._watch_gradients(
+            {name: leaf_of[p] for name, p in parameters.items() if p.requires_grad}
+        )
+        if applied.sharded_between_units:
+            shards = {n: p for n, p in parameters.items() if p is not leaf_of[p]}
+            self._watched += refuse_gradients(shards)
+
+    def _watch_gradients(self, leaves: Mapping[str, Tensor]) -> None:
+        """Hear of each gradient before autograd adds it up, and after all hooks of the tensor.
+
+        So a hook may change a gradient, whether it was there before ours or not: what the strategy
+        is told is what is left in `.grad`.
+        """
         # Kept here because a parameter does not keep the node that adds to its gradient alive.
-        self._accumulators = [get_gradient_edge(p).node for p in self._trained.values()]
-        for name, node in zip(self._trained, self._accumulators, strict=True):
+        self._watched = [get_gradient_edge(leaf).node for leaf in leaves.values()]
+        for (name, leaf), node in zip(leaves.items(), self._watched, strict=True):
             node.register_prehook(weakly(self._before_accumulation, name))
-            after = weakly(self._after_gradient, name)
-            self._trained[name].register_post_accumulate_grad_hook(after)
-        model.register_forward_pre_hook(ModuleHook(self._enter_forward))
-        # After the gradients' own hooks: a unit is returned when its last gradient has been told.
-        leaf_of = {p: self._trained[name] for name, p in trained.items()}
-        self._units = [Unit(name, m, leaf_of, sync, wire) for name, m in units.items()]
-        if sharded_between_units:
-            for name, parameter in trained.items():
-                if parameter is not self._trained[name]:
-                    parameter.register_hook(partial(_refuse_gradient, name))
-            refuse_outside(model, self._units, units)
+            node.register_hook(weakly(self._after_gradient, name, leaf))
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -110,37 +126,37 @@ class Runner(Step):
         return []
 
     def _before_finish(self) -> None:
-        for unit in self._units:
+        for unit in reversed(self._units.values()):
             unit.close(Phase.BACKWARD)
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
             self.wire.phase, self.wire.unit = "forward", ""
-            if any(unit.is_open for unit in self._units):  # by an exception in the last backward
+            if any(
+                unit.is_open for unit in self._units.values()
+            ):  # by an exception in the last backward
                 self._forget()
 
     def _forget(self) -> None:
         with self.wire.during("forget", unit=""):  # nothing is summed any more
-            for unit in self._units:
+            for unit in self._units.values():
                 unit.close(Phase.ABORT)
             self.sync.forget()
 
     def _before_accumulation(self, name: str, gradients: tuple[Tensor, ...]) -> None:
         self.wire.phase = "backward"
+        root = self._units.get(ROOT)
+        if root is not None and root.backward == -1:
+            root.enter_backward(Visit())
         if not self.has_gradients:  # what has been cleared since finish() is open, used here or not
             self._closed = {closed for closed in self._closed if self._holds_gradient(closed)}
         self._refuse_closed(name)
 
-    def _after_gradient(self, name: str, parameter: Tensor) -> None:
-        if not parameter.requires_grad:  # frozen since its forward: backward has passed it by
+    def _after_gradient(self, name: str, leaf: Tensor, *gradients: Any) -> None:
+        if not leaf.requires_grad:  # frozen since its forward: backward has passed it by
             return
         self.has_gradients = True
         (self._touched if self._in_block else self._closed).add(name)
         self.sync.grads_ready([name], last=self._last)
-
-
-def _refuse_gradient(name: str, gradient: Tensor) -> None:
-    raise UserError(
-        f"{name} was used outside of its unit, where it is this rank's part alone: the gradient "
-        "would be lost; use it in the forward of what holds it"
-    )
+        for unit in self._units_of.get(id(leaf), []):
+            unit.gradient(leaf)

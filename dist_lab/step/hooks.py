@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from dist_lab.errors import UserError
+from dist_lab.torch_private import not_compiled
 
 
 class StaysBehind:
@@ -32,6 +33,7 @@ class ModuleHook(StaysBehind):
     def __init__(self, function: Callable[..., Any], in_a_copy: Callable[..., Any] | None = None):
         self.function, self.in_a_copy = function, in_a_copy or nothing
 
+    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
@@ -51,6 +53,28 @@ def refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
 def itself(thing: Any) -> Any:
     """By which a pickle is read back that holds what a copy has."""
     return thing
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A structure like this one, with function(tensor) in place of each of its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        make = getattr(type(value), "_make", type(value))  # of a named tuple, or its class
+        return make(map_tensors(function, item) for item in value)
+    copied: Any
+    if isinstance(value, Mapping):
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = map_tensors(function, item)
+        return copied
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for field in dataclasses.fields(value):
+            item = map_tensors(function, getattr(value, field.name))
+            object.__setattr__(copied, field.name, item)  # also of a frozen one
+        return copied
+    return value
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ and opens again when it is cleared; a backward that adds to a closed one is refu
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.loss import LossFn, Pair
+from dist_lab.step.grad_elsewhere import real_grad
 from dist_lab.step.protocol import Chain
 
 
@@ -31,11 +32,13 @@ class Step(ABC):
         has_gradients: that finish() has not seen.
     """
 
-    def __init__(self, model: nn.Module, sync: Chain, wire: Wire) -> None:
-        self.model, self.sync, self.wire = model, sync, wire
+    def __init__(
+        self, model: nn.Module, sync: Chain, wire: Wire, stepped: Mapping[str, nn.Parameter]
+    ) -> None:
+        self.model, self.sync, self.wire, self._stepped = model, sync, wire, stepped
         self.has_gradients = False
         # Kept, because a name may mean the whole of it while backward runs.
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {n: p for n, p in self._parameters_now() if p.requires_grad}
         self._closed: set[str] = set()  # gradients that hold their last micro-batch
 
     @abstractmethod
@@ -58,17 +61,22 @@ class Step(ABC):
     def _before_finish(self) -> None:
         """Backward is over."""
 
+    def _parameters_now(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What optimizers step on."""
+        for name, parameter in self.model.named_parameters():
+            yield name, self._stepped.get(name, parameter)
+
     def finish(self) -> None:
         """Raises UserError on gradients that were summed already, or that no strategy knows."""
-        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        late = [name for name in gradients if name not in self._parameters]
+        gradients = {n: real_grad(p) for n, p in self._parameters_now()}
+        late = [n for n, g in gradients.items() if g is not None and n not in self._parameters]
         if late:
             raise UserError(
                 f"{late[0]} has a gradient but was frozen when parallelize() was called; unfreeze "
                 "it before, or freeze it again"
             )
         # A rank that had no rows to compute on has nothing left over, and joins in the sum.
-        if not self.has_gradients and any(local_part(g).any() for g in gradients.values()):
+        if not self.has_gradients and any(map(_holds, gradients.values())):
             raise UserError(
                 "finish() without a backward since the last one: the gradients are summed over "
                 "the ranks already, a second sum would multiply them; call finish() once a step, "
@@ -110,5 +118,8 @@ class Step(ABC):
             self._closed.discard(name)
 
     def _holds_gradient(self, name: str) -> bool:
-        gradient = self._parameters[name].grad
-        return gradient is not None and bool(local_part(gradient).any())
+        return _holds(real_grad(self._parameters[name]))
+
+
+def _holds(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(local_part(gradient).any())

@@ -164,10 +164,13 @@ class Applied:
     about: for a library's strategy, the configuration it runs in; shown beside its numbers
     leaves: name -> the tensor that backward reaches, where it is not the parameter in the model:
         see [Note: two tensors of one name] in sharded/sharded_param.py
+    stepped: name -> the tensor that optimizers step on, where it is not the parameter in the model
     sharded_between_units: outside of units the module holds shards, and cannot be computed with
+    unit_of: name -> the unit with which its leaf gets memory, and loses it, whenever backward asks
+        for it; see step/saved.py
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
         shards its state by itself
-    make_runner: (model, chain, wire, units, leaves) -> what runs the steps, of a strategy that
+    make_runner: (model, chain, wire, units, applied) -> what runs the steps, of a strategy that
         splits time
     buffers: name -> how a buffer lies, where it is not on every rank
     """
@@ -176,7 +179,9 @@ class Applied:
     sync: Sync
     about: str = ""
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
+    stepped: Mapping[str, nn.Parameter] = field(default_factory=dict)
     sharded_between_units: bool = False
+    unit_of: Mapping[str, str] = field(default_factory=dict)
     make_optimizer: "MakeOptimizer | None" = None
     make_runner: "MakeRunner | None" = None
     buffers: Mapping[str, Layout] = field(default_factory=dict)
@@ -186,5 +191,5 @@ MakeOptimizer = Callable[
     [type[torch.optim.Optimizer], list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer
 ]
 # Gives a `Step`, which this file does not know.
-MakeRunner = Callable[[nn.Module, Chain, Wire, Mapping[str, nn.Module], Mapping[str, Tensor]], Any]
+MakeRunner = Callable[[nn.Module, Chain, Wire, Mapping[str, nn.Module], Applied], Any]
 Apply = Callable[..., Applied]  # (setup, **options of its own)

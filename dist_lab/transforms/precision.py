@@ -40,7 +40,8 @@ def compute_in(
             raise UserError(f"{name} is recurrent and computes in its own dtype alone: use float32")
     shadows = Shadows(dtype, parameters, inputs)
     for module in model.modules():
-        module.register_forward_pre_hook(ModuleHook(shadows.enter), with_kwargs=True)
+        enter = ModuleHook(shadows.enter)
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         module.register_forward_hook(ModuleHook(shadows.leave), always_call=True)
         if isinstance(module.forward, Recomputed):  # without its hooks, in backward
             module.forward.around.append(shadows.around)

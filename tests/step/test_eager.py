@@ -12,7 +12,7 @@ import dist_lab
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.step.eager import Runner
-from dist_lab.step.protocol import Chain, Sync
+from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.transforms.precision import compute_in
 
 
@@ -41,7 +41,8 @@ def two_layers():
 
 
 def runner(model, heard, *units):
-    return Runner(model, Chain(heard), init_mesh().wire, {u: model.get_submodule(u) for u in units})
+    modules = {unit: model.get_submodule(unit) for unit in units}
+    return Runner(model, Chain(heard), init_mesh().wire, modules, Applied({}, heard))
 
 
 def test_a_strategy_hears_each_moment_of_a_step_in_order():

@@ -25,7 +25,7 @@ from dist_lab.parallel.schedules.actions import Action, Op, Schedule
 from dist_lab.parallel.schedules.simulate import Slot
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
-from dist_lab.step.protocol import ROOT, Chain, Phase
+from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
 
 FORWARD = (Op.F, Op.SEND_F, Op.RECV_F, Op.UNSHARD)
 
@@ -73,15 +73,16 @@ class PipelineRunner(Step):
 
     Args:
         units: name -> module: what strategies unshard as one; an outer one before those within it.
-        leaves: name -> the tensor that backward reaches, of each parameter.
+        applied: what the strategies did to the model.
     """
 
     def __init__(
         self, model: nn.Module, sync: Chain, wire: Wire, units: Mapping[str, nn.Module],
-        leaves: Mapping[str, Tensor], *, pipeline: Pipeline,
+        applied: Applied, *, pipeline: Pipeline,
     ) -> None:  # fmt: skip
-        super().__init__(model, sync, wire)
-        self.pipeline, self._leaves = pipeline, leaves
+        super().__init__(model, sync, wire, applied.stepped)
+        self.pipeline = pipeline
+        self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         self._last = True  # outside microbatch(), every run is the last one
         self._phase = Phase.FORWARD  # that a RESHARD ends: forward where there is no backward
         name_of = {p: name for name, p in model.named_parameters()}

@@ -34,7 +34,7 @@ from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots
+from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, refuse_recurrent
 from dist_lab.parallel.sharded.param_group import Grads, ParamGroup, groups_by_unit
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 from dist_lab.torch_private import StatisticsNorm
@@ -66,6 +66,7 @@ def apply(
     for dtype in (setup.param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
+    refuse_recurrent(model)
     keep = maker(offload, axis.wire.device)
     slots, gather_axis = param_slots(model), setup.channel()
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
@@ -90,8 +91,10 @@ def apply(
     leaves = {param.name: param.unsharded for group in groups for param in group.params}
     make_optimizer = partial(offloaded, keep) if keep and offload != "cpu" else None
     return Applied(
-        layouts, sync, leaves=leaves, sharded_between_units=True, make_optimizer=make_optimizer
-    )
+        layouts, sync, leaves=leaves, sharded_between_units=True,
+        unit_of={param.name: group.unit for group in groups for param in group.params},
+        make_optimizer=make_optimizer,
+    )  # fmt: skip
 
 
 def _gathered_as_one(

@@ -27,7 +27,13 @@ from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, set_param
+from dist_lab.parallel.param_slots import (
+    ParamSlot,
+    owners,
+    param_slots,
+    refuse_recurrent,
+    set_param,
+)
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 from dist_lab.torch_private import (
@@ -70,6 +76,7 @@ def apply(
     for dtype in (param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
+    refuse_recurrent(model)
     found = param_slots(model)
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = owing | {

@@ -1,25 +1,36 @@
 """A bucket of parameters, whole for every forward, of which each rank steps on a shard.
 
-    unsharded = [ a | b | c    ... | padding ]     what forwards read: W
+    unsharded = [ a | b | c    ... | padding ]     the model's own parameters: W
     sharded   =       [        ]                   this rank's shard, in the same memory: W[E_dp]
 
 The optimizer writes to the shard, and with that to the memory which forwards read; a gather brings
 the other ranks' shards. Gradients lie alike: each in the place of its parameter, in such memory for
 all, or in such a shard.
+
+To a user the model is what it was before, whole parameters and all: they may be frozen, hooked,
+penalized, and written to on every rank alike. Only what optimizers step on is another tensor.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import FlatShard, Layout
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
-from dist_lab.parallel.param_slots import ParamSlot, param_slots, parameter_at, set_param
-from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_param
+from dist_lab.parallel.param_slots import (
+    ParamSlot,
+    check_in_memory,
+    param_slots,
+    parameter_at,
+    set_param,
+)
+from dist_lab.step.grad_elsewhere import GradElsewhere
 from dist_lab.step.protocol import Phase, Setup
 
 
@@ -53,6 +64,113 @@ def shard_in_buckets(
     ]
 
 
+class Lies(Enum):
+    """Where the gradient of a parameter is."""
+
+    NOWHERE = auto()
+    AT_WHOLE = auto()  # this rank's own, to be summed
+    AT_SHARD = auto()  # the sum
+
+
+@dataclass
+class BucketParam:
+    """One parameter of a bucket.
+
+    Attributes:
+        slots: where the model holds it.
+        whole: the model's own, to which autograd adds gradients.
+        shard: its part in this rank's shard, which the optimizer steps on.
+        memory: of `whole`.
+        trains: whether it is trained now, as far as `freeze_alike` knows.
+        version: how often the shard had been written to when all ranks had its values.
+        lies: where the gradient is.
+    """
+
+    name: str
+    slots: list[ParamSlot]
+    whole: nn.Parameter
+    shard: nn.Parameter
+    memory: Tensor
+    trains: bool = True
+    version: int = 0
+    lies: Lies = Lies.NOWHERE
+
+    def freeze_alike(self) -> None:
+        """Freeze both tensors, or neither, as a user has done with one of them."""
+        if self.whole.requires_grad == self.shard.requires_grad:
+            self.trains = self.whole.requires_grad
+        else:  # one is as it was before
+            self.trains = not self.trains
+            self.whole.requires_grad_(self.trains)
+            self.shard.requires_grad_(self.trains)
+
+    def keep_in_memory(self) -> None:
+        """Take over values that came by `.data`; raise UserError for what cannot be taken over."""
+        whole, memory = self.whole, self.memory
+        same = (whole.shape, whole.dtype, whole.device) == (
+            memory.shape,
+            memory.dtype,
+            memory.device,
+        )
+        if same and whole.data_ptr() != memory.data_ptr():
+            memory.copy_(whole.detach())
+            whole.data = memory.data
+        check_in_memory(self.name, self.slots, whole, memory)
+
+    def show_at_shard(self) -> None:
+        """The shard has the sum: at the whole stands where it is."""
+        self.lies = Lies.AT_SHARD
+        GradElsewhere.stand_at(
+            self.whole, self.shard,
+            f"the gradient of {self.name} is summed, and sharded over the ranks: call "
+            "job.clip_grad_norm or job.full_gradients(), and give job.parameters() to optimizers",
+        )  # fmt: skip
+
+    def show_at_whole(self) -> None:
+        """The whole has what is not summed yet: at the shard stands where it is."""
+        self.refuse_set_shard()
+        self.lies = Lies.AT_WHOLE
+        GradElsewhere.stand_at(
+            self.shard, self.whole,
+            f"the gradient of {self.name} is not summed yet: call job.finish() before you use it, "
+            "or change the one of job.model's own parameter",
+        )  # fmt: skip
+
+    def show_on_its_way(self) -> None:
+        """The gradient is being summed, and until finish() nobody may touch it."""
+        GradElsewhere.stand_at(
+            self.whole, None,
+            f"the gradient of {self.name} is being summed: call job.finish() before you use it",
+        )  # fmt: skip
+
+    def refuse_set_shard(self) -> None:
+        """Raise UserError for a gradient that a user has set where the sum is about to come."""
+        grad = self.shard.grad
+        if self.lies is Lies.AT_SHARD and grad is not None and grad.any():
+            raise UserError(
+                f"the gradient of {self.name} was set before it was summed; set the one of "
+                "job.model's own parameter"
+            )
+
+    def clear_alike(self) -> None:
+        """A gradient that a user has cleared at one of the tensors is cleared at both."""
+        whole, shard = self.whole.grad, self.shard.grad
+        if self.lies is Lies.NOWHERE:
+            if shard is not None:  # a user has set it
+                self.show_at_shard()
+        elif whole is None or shard is None:
+            self.whole.grad = self.shard.grad = None
+            self.lies = Lies.NOWHERE
+        elif self.lies is Lies.AT_SHARD and not isinstance(whole, GradElsewhere):
+            self.show_at_shard()  # in place of what a user has put there
+            if whole.any():
+                raise UserError(
+                    f"the gradient of {self.name} was replaced when it was summed and sharded "
+                    "already; change those of job.parameters()"
+                )
+            shard.zero_()
+
+
 @final
 class ParamBucket:
     """Parameters of one dtype, side by side.
@@ -63,7 +181,7 @@ class ParamBucket:
         full_value: name -> its value.
 
     Attributes:
-        shards, leaves: name -> what the optimizer steps on, and what backward fills the `.grad` of.
+        shards, wholes: name -> what the optimizer steps on, and what backward fills the `.grad` of.
     """
 
     def __init__(
@@ -86,17 +204,17 @@ class ParamBucket:
         memory = ops.shared_buffer(self.numel, self.dtype, gather_axis)
         self.unsharded = self.side_by_side(memory)
         self.sharded = self.in_shard(self.shard_of(memory))
-        self.members: list[ShardedParam] = []
+        self.params: list[BucketParam] = []
         for name in names:
-            rows = self.unsharded.views[name].copy_(full_value(name))
-            seen = rows.data  # not a view for autograd
-            member = shard_param(name, slots[name], self.sharded.views[name], seen, rows)
-            member.show()  # for good
-            member.copy_as_unsharded()
-            self.members.append(member)
-        self.shards: dict[str, Tensor] = {m.name: m.sharded for m in self.members}
-        self.leaves: dict[str, Tensor] = {m.name: m.unsharded for m in self.members}
-        self.arrivals = Arrivals(self.shards)
+            memory = self.unsharded.views[name].copy_(full_value(name))
+            whole = set_param(slots[name], memory)
+            shard = nn.Parameter(self.sharded.views[name].data)  # written to, and counted, apart
+            shard.__dict__.update(whole.__dict__)  # what a user has written on it
+            self.params.append(BucketParam(name, slots[name], whole, shard, memory.data))
+        self.param_of = {param.name: param for param in self.params}
+        self.shards: dict[str, nn.Parameter] = {p.name: p.shard for p in self.params}
+        self.wholes: dict[str, nn.Parameter] = {p.name: p.whole for p in self.params}
+        self.arrivals = Arrivals(self.wholes)
 
     def side_by_side(self, memory: Tensor) -> FlatBuffer:
         """A tensor for each parameter, as large as that is."""
@@ -110,13 +228,16 @@ class ParamBucket:
         """This rank's shard of such memory for all."""
         return memory.view(self.axis.size, -1)[self.axis.index]
 
-    def check(self, phase: Phase) -> None:
-        """A forward or backward begins: see that the shards are in place, and what is frozen."""
-        for member in self.members:
-            member.freeze_alike()
+    def begin(self, phase: Phase) -> None:
+        """A forward or backward begins: see what a user has done since the last."""
+        for param in self.params:
+            param.freeze_alike()
             if phase is Phase.FORWARD:
-                member.check(self.unsharded.memory)
+                param.keep_in_memory()
         self.arrivals.look_for_frozen()
+        self.clear_alike()
+        if phase is Phase.BACKWARD:  # autograd is about to add gradients there
+            self.drop_stand_ins()
 
     def issue_gather(self) -> None:
         """W[E_dp] -> W"""
@@ -125,9 +246,38 @@ class ParamBucket:
             self.gather_axis,
         )
 
+    def wait_gather(self) -> None:
+        """On return whoever likes may write to the parameters, as no rank reads them."""
+        self.unsharded.wait()
+        self.wait_for_readers()
+        for param in self.params:
+            param.version = param.shard._version
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether this rank's shards were written to since all ranks had them."""
+        return any(param.shard._version != param.version for param in self.params)
+
     def wait_for_readers(self) -> None:
-        """Wait until no rank reads what the optimizer is about to write."""
+        """Wait until no rank reads what is about to be written."""
         ops.wait_for_readers(self.unsharded.memory, self.gather_axis)
+
+    def clear_alike(self) -> None:
+        """See what a user has cleared."""
+        for param in self.params:
+            param.clear_alike()
+
+    def drop_stand_ins(self) -> None:
+        """Leave the whole parameters without what says that their gradients are at the shards."""
+        for whole in self.wholes.values():
+            if isinstance(whole.grad, GradElsewhere):
+                whole.grad = None
+
+    def stand_in(self) -> None:
+        """Say at the whole parameters where the gradients are that backward has not added to."""
+        for param in self.params:
+            if param.lies is Lies.AT_SHARD and param.whole.grad is None:
+                param.show_at_shard()
 
     def with_grad(self) -> set[str]:
         """The parameters whose shard has a gradient: no zero_grad() has taken it away."""
@@ -135,9 +285,13 @@ class ParamBucket:
 
     def assign_grads(self, sums: FlatBuffer, names: set[str]) -> None:
         """Make `.grad` of each of these shards its part of the sums, and of others None."""
-        for name, shard in self.shards.items():
-            shard.grad = sums.views[name].data if name in names else None
+        for param in self.params:
+            param.whole.grad = param.shard.grad = None
+            param.lies = Lies.NOWHERE
+            if param.name in names:
+                param.shard.grad = sums.views[param.name].data
+                param.show_at_shard()
 
-    def drop_leaf_grads(self) -> None:
-        for leaf in self.leaves.values():
-            leaf.grad = None
+    def drop_whole_grads(self) -> None:
+        for whole in self.wholes.values():
+            whole.grad = None

@@ -29,7 +29,6 @@ from dist_lab.parallel.sharded.sharded_param import (
     shard_length,
     shard_param,
     shard_value,
-    without_memory,
 )
 from dist_lab.transforms.offload import Make
 
@@ -37,7 +36,7 @@ from dist_lab.transforms.offload import Make
 class Params(Enum):
     """Where the unsharded parameters of a group are."""
 
-    SHARDED = auto()  # nowhere: their memory is given away
+    SHARDED = auto()  # nowhere
     GATHERING = auto()  # on their way
     UNSHARDED = auto()  # in the modules
 
@@ -81,21 +80,19 @@ class ParamGroup:
         self.kept_dtype, self.compute_dtype = dtypes
         self.reduce_dtype = self.kept_dtype
         shapes = {name: parameter_at(own).shape for name, own in slots.items()}
-        lengths = {name: (shard_length(shape, axis.size),) for name, shape in shapes.items()}
-        memory, self.sent = self._memory(sum(n for (n,) in lengths.values()), keep)
-        self.sharded = FlatBuffer(memory, lengths, self.label)
+        lengths = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
+        memory, self.sent = self._memory(sum(lengths.values()), keep)
+        self.sharded = FlatBuffer(memory, {name: (n,) for name, n in lengths.items()}, self.label)
+        like = torch.empty(0, dtype=self.compute_dtype, device=axis.wire.device)
         self.params: list[ShardedParam] = []
         for name, own in slots.items():
-            rows = torch.empty(
-                axis.size, *lengths[name], dtype=self.compute_dtype, device=axis.wire.device
-            )
-            unsharded = without_memory(rows, shapes[name])
             value = shard_value(full_value(name), axis)
             shard = self.sharded.views[name][: value.numel()].view(value.shape).copy_(value)
-            self.params.append(shard_param(name, own, shard, unsharded, rows))
+            param = shard_param(name, own, shard, shapes[name], lengths[name], like)
+            self.params.append(param)
             del value  # or it would be there still when the next one is asked for
         self.trained = [param for param in self.params if param.trained]
-        self.grad_lengths = {param.name: lengths[param.name] for param in self.trained}
+        self.grad_lengths = {param.name: (param.length,) for param in self.trained}
         self.grad_length = sum(n for (n,) in self.grad_lengths.values()) + len(self.trained)
         self.state, self.grads = Params.SHARDED, Grads.NONE
         self.users: set[str] = set()
@@ -139,9 +136,7 @@ class ParamGroup:
         if self.state is not Params.SHARDED:
             return False
         self.state = Params.GATHERING
-        for param in self.params:
-            param.allocate()
-        rows = [param.rows for param in self.params]
+        rows = [param.allocate(self.axis.size) for param in self.params]
         self.sharded.issue(
             lambda _, axis: ops.all_gather_coalesced(rows, self._to_send(), axis), self.gather_axis
         )
@@ -164,7 +159,7 @@ class ParamGroup:
                 param.show()
 
     def reshard(self) -> None:
-        """Give the memory of the unsharded parameters away."""
+        """Let go of the memory of the unsharded parameters."""
         self.wait_unshard()  # what is still being written must not be somebody else's memory
         if self.state is Params.UNSHARDED:
             self.state = Params.SHARDED
@@ -286,7 +281,8 @@ class ParamGroup:
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for param in self.params:
-            yield "gathered", param.rows
+            if param.rows is not None:
+                yield "gathered", param.rows
             if param.unsharded.grad is not None:
                 yield "gradients", param.unsharded.grad
         if self.sent is not None and self.sent is not self.sharded.memory:

@@ -7,18 +7,20 @@
 
 The unsharded tensor is a leaf, so backward leaves its gradient in `unsharded.grad`; a strategy sums
 that over the ranks into `sharded.grad`. No name changes, and when the unsharded tensor is hidden
-the module is what it was.
+the module is what it was. The shard is the model's own parameter, which was given other memory.
 
-The unsharded tensor keeps its identity for good, because autograd remembers it from forward to
-backward. Only the memory behind it goes and comes back: its storage is made empty, and grows again.
-A gather fills it through `rows`, of which autograd does not know, so that nothing seems to have
-been modified since it was saved.
+What a user can see of a parameter is the same of both tensors, because they share it: attributes
+and hooks are one dict each, and `freeze_alike` keeps one `requires_grad`.
+
+[Note: memory that comes and goes] Each gather fills new memory, which becomes that of the unsharded
+tensor, and resharding lets go of it. Nothing is freed by force: whoever still holds a view of it,
+such as a unit that returns its weight, keeps it alive. Autograd alone holds none: what forward
+saves for backward is saved by name, and looked up again when it is needed (step/saved.py). Between
+the two the unsharded tensor consists of NaN, one number in memory, so that a mistake is not silent.
 """
 
-import copy
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard, shard_of
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import ParamSlot, set_param
+from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, set_param
+from dist_lab.torch_private import share_hooks
 
 
 @dataclass
@@ -34,20 +37,29 @@ class ShardedParam:
     """One parameter under a strategy that shards it.
 
     Attributes:
-        sharded: this rank's shard; in the module from now on.
+        sharded: this rank's shard; in the module.
         unsharded: the leaf that forwards use, in the dtype of compute.
-        rows: the memory of `unsharded` as (size, elements of a shard); the last may be padding.
+        shape: of the whole.
+        length: elements of the longest shard.
         trained: when it was sharded; frozen since, it gets no gradient.
+        rows: the memory of `unsharded`, (size, length), while there is any; its end may be padding.
         trains: now, as far as `freeze_alike` knows.
+        hollow: what `unsharded` is while there is none: see [Note: memory that comes and goes].
     """
 
     name: str
     slots: list[ParamSlot]
     sharded: nn.Parameter
     unsharded: nn.Parameter
-    rows: Tensor
+    shape: torch.Size
+    length: int
     trained: bool
-    trains: bool
+    rows: Tensor | None = None
+    trains: bool = field(init=False)
+    hollow: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trains, self.hollow = self.trained, self.unsharded.data
 
     def show(self) -> None:
         """Let the modules compute with the unsharded tensor."""
@@ -59,21 +71,18 @@ class ShardedParam:
         for module, attribute in self.slots:
             module.__dict__.pop(attribute, None)
 
-    def allocate(self) -> None:
-        """Give the unsharded tensor its memory back, whose values are to come."""
-        self.rows.untyped_storage().resize_(self.rows.numel() * self.rows.element_size())
+    def allocate(self, size: int) -> Tensor:
+        """Give the unsharded tensor memory, whose values are to come; returns it as rows."""
+        leaf = self.unsharded
+        with torch.inference_mode(False):  # backward may read what a gather in the mode has left
+            self.rows = torch.empty(size, self.length, dtype=leaf.dtype, device=leaf.device)
+            leaf.data = self.rows.view(-1)[: math.prod(self.shape)].view(self.shape)
+        return self.rows
 
     def free(self) -> None:
-        """Give the memory of the unsharded tensor away."""
-        self.rows.untyped_storage().resize_(0)
-
-    def copy_as_unsharded(self) -> None:
-        """Let a deep copy of the model hold the unsharded tensor as its parameter.
-
-        Written on the one object, and not in a class of its own: optimizers take their fast paths
-        for tensors of exactly the type nn.Parameter.
-        """
-        self.sharded.__dict__["__deepcopy__"] = partial(copy.deepcopy, self.unsharded)
+        """Let go of the memory of the unsharded tensor."""
+        self.rows = None
+        self.unsharded.data = self.hollow
 
     def freeze_alike(self) -> None:
         """Freeze both tensors, or neither, as a user has done with one of them."""
@@ -91,32 +100,31 @@ class ShardedParam:
                 f"{self.name} was frozen when parallelize() was called; unfreeze it before, or "
                 "freeze it again"
             )
-        held = [module._parameters[attribute] for module, attribute in self.slots]
-        now = next((tensor for tensor in held if tensor is not self.sharded), self.sharded)
-        inside = self.sharded.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
-        if now is not self.sharded or self.sharded.dtype != memory.dtype or not inside:
-            raise UserError(
-                f"{self.name} was moved, cast or replaced after parallelize() (it was "
-                f"{describe(memory)}, it is {describe(now)}); do that before, and load values by "
-                "job.load_full_state_dict()"
-            )
+        check_in_memory(self.name, self.slots, self.sharded, memory)
 
 
 def shard_param(
-    name: str, slots: list[ParamSlot], shard: Tensor, unsharded: Tensor, rows: Tensor
+    name: str, slots: list[ParamSlot], shard: Tensor, shape: torch.Size, length: int, like: Tensor
 ) -> ShardedParam:
-    """Put the shard into the model, in place of its parameter."""
+    """Give the model's parameter the memory of its shard, and make the leaf beside it.
+
+    Args:
+        shape: of the unsharded tensor.
+        length: elements of the longest shard.
+        like: of the dtype, and on the device, of compute.
+    """
     parameter = set_param(slots, shard)
     trained = parameter.requires_grad
-    leaf = nn.Parameter(unsharded, trained)
-    return ShardedParam(name, slots, parameter, leaf, rows, trained, trained)
+    leaf = nn.Parameter(_hollow(shape, like), trained)
+    leaf.__dict__ = parameter.__dict__
+    share_hooks(parameter, leaf)
+    return ShardedParam(name, slots, parameter, leaf, shape, length, trained)
 
 
-def without_memory(rows: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of that shape at the beginning of `rows`, whose memory is given away for now."""
-    flat = rows.data.view(-1)[: math.prod(shape)]  # .data: not a view for autograd
-    rows.untyped_storage().resize_(0)
-    return flat.view(shape)
+def _hollow(shape: torch.Size, like: Tensor) -> Tensor:
+    """A tensor of this shape that has one number for all its elements, NaN where there is one."""
+    nothing = math.nan if like.is_floating_point() else 0
+    return torch.full((), nothing, dtype=like.dtype, device=like.device).expand(shape)
 
 
 def shard_length(shape: torch.Size, size: int) -> int:
@@ -133,10 +141,3 @@ def shard_value(value: Tensor, axis: Axis) -> Tensor:
     if value.dim():
         return shard_of(value, Shard(0), axis.size, axis.index)
     return value.flatten()[axis.index :]
-
-
-def describe(tensor: Tensor | None) -> str:
-    """The dtype and device of a tensor, for an error."""
-    if tensor is None:
-        return "none"
-    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -34,7 +34,6 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.sharded.param_bucket import ParamBucket, shard_in_buckets
-from dist_lab.parallel.sharded.user_changes import UserChanges
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
@@ -47,7 +46,7 @@ def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     """
     layouts, buckets = shard_in_buckets(setup, bucket_mb)
     sync = ZeroSync(setup.axis, [Stage1Bucket(params) for params in buckets])
-    return Applied(layouts, sync, leaves={n: t for b in buckets for n, t in b.leaves.items()})
+    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.shards.items()})
 
 
 def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
@@ -57,7 +56,7 @@ def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     staging = {d: ops.shared_buffer(numel, d, setup.axis) for d, numel in longest.items()}
     of_stage2 = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
     sync = ZeroSync(setup.axis, of_stage2, list(staging.values()))
-    return Applied(layouts, sync, leaves={n: t for b in buckets for n, t in b.leaves.items()})
+    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.shards.items()})
 
 
 Bucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
@@ -73,8 +72,8 @@ class ZeroSync(Sync):
         self, axis: Axis, buckets: Sequence[Bucket], staging: Sequence[Tensor] = ()
     ) -> None:
         self.axis, self.buckets, self.staging = axis, buckets, staging
-        self.unsummed = [bucket for bucket in buckets if isinstance(bucket, Stage1Bucket)]
-        self.each_microbatch = not self.unsummed  # gradients are summed after each, not the last
+        # Whether gradients are summed after each micro-batch, or after the last.
+        self.each_microbatch = not any(isinstance(bucket, Stage1Bucket) for bucket in buckets)
         self.place_of = {name: i for i, b in enumerate(buckets) for name in b.params.shards}
         self.flags = ops.shared_buffer(len(self.place_of), torch.float32, axis)
         self.last = True  # no micro-batch follows the one that is under way
@@ -90,21 +89,22 @@ class ZeroSync(Sync):
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
             for bucket in self.buckets:
-                bucket.params.check(phase)
-            for unsummed in self.unsummed:
-                unsummed.look_for_changes()
+                bucket.params.begin(phase)
+            if phase is Phase.FORWARD and any(bucket.params.is_stale for bucket in self.buckets):
+                self.after_step()  # a user has written to the shards, on every rank
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        if unit == ROOT and phase is Phase.BACKWARD and self.each_microbatch:
-            self._reduce_rest()  # now, because others wait for it in their backward
-        elif unit == ROOT and phase is Phase.BACKWARD and not self.last:
-            for unsummed in self.unsummed:
-                unsummed.changes.note_values()
+        if unit == ROOT and phase is Phase.BACKWARD:
+            if self.each_microbatch:
+                self._reduce_rest()  # now, because others wait for it in their backward
+            for bucket in self.buckets:
+                bucket.params.stand_in()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             place = self.place_of[name]
             if place < self.issued:
+                self.buckets[place].params.wholes[name].grad = None
                 raise UserError(
                     f"backward has reached {name} again after its gradient was sent: add up the "
                     "losses and call backward once, or give each backward a job.microbatch of its "
@@ -122,9 +122,9 @@ class ZeroSync(Sync):
         if self.each_microbatch:
             self._wait_in_flight()  # one staging is enough, and one bucket arrives at a time
         bucket = self.buckets[self.issued]
+        bucket.issue()
         self.in_flight.append(bucket)
         self.issued += 1
-        bucket.issue()
 
     def _wait_in_flight(self) -> None:
         for bucket in self.in_flight:
@@ -143,40 +143,28 @@ class ZeroSync(Sync):
             bucket.params.arrivals.ready = set()
 
     def finish(self) -> None:
-        for unsummed in self.unsummed:
-            unsummed.look_for_changes()
+        for bucket in self.buckets:
+            bucket.params.clear_alike()
         self._reduce_rest()
         self._start_over()
-        used, changed = self._agree()
+        used = self._used_somewhere()
         for bucket in self.buckets:
-            bucket.assign_grads(used & bucket.params.shards.keys() if not changed else set())
-        if changed:
-            raise UserError(
-                f"the gradient of {changed[0]} was changed before finish(): under zero1 it is not "
-                "summed yet, and its .grad is a part of it; take zero2, or change gradients after "
-                "finish(); no rank has a gradient of this step now"
-            )
+            bucket.assign_grads(used & bucket.params.shards.keys())
 
-    def _agree(self) -> tuple[set[str], list[str]]:
-        """The parameters that some rank has used, and those whose gradient a user has changed."""
-        many = self.axis.size + 1  # more than all flags of use together
-        changed = {name for unsummed in self.unsummed for name in unsummed.changes.take()}
-        flags = [
-            (name in bucket.used) + many * (name in changed)
-            for bucket in self.buckets
-            for name in bucket.params.shards
-        ]
-        if flags:
-            self.flags.copy_(torch.tensor(flags))
-            ops.all_reduce_into(self.flags, self.axis).wait()
-        total = dict(zip(self.place_of, self.flags.tolist(), strict=True))
-        return {n for n in total if total[n] > 0}, [n for n in total if total[n] >= many]
+    def _used_somewhere(self) -> set[str]:
+        """The parameters that some rank has used."""
+        if not self.place_of:
+            return set()
+        flags = [n in bucket.used for bucket in self.buckets for n in bucket.params.shards]
+        self.flags.copy_(torch.tensor(flags))
+        ops.all_reduce_into(self.flags, self.axis).wait()
+        return {n for n, count in zip(self.place_of, self.flags.tolist(), strict=True) if count}
 
     def after_step(self) -> None:
         for bucket in self.buckets:
             bucket.params.issue_gather()
         for bucket in self.buckets:
-            bucket.params.unsharded.wait()
+            bucket.params.wait_gather()
 
     def forget(self) -> None:
         self._wait_in_flight()
@@ -200,28 +188,28 @@ class Stage1Bucket:
         self.gradients = params.side_by_side(gradients)
         self.sums = params.in_shard(params.shard_of(gradients))
         self.used: set[str] = set()  # on this rank
-        self.changes = UserChanges(params.shards, self.sums)
 
     def copy_in(self, name: str) -> None:
-        """A leaf's gradient holds this micro-batch. From now on its memory is ours."""
-        first = self.gradients.copy_in(name, self.params.leaves[name])
-        self.changes.backward_wrote(name, first=first)
-
-    def look_for_changes(self) -> None:
-        """Clear what zero_grad() has cleared. See [Note: gradients that a user changes]."""
-        for name in self.changes.look(self.params.leaves, in_flight=self.gradients.in_flight):
-            self.params.leaves[name].grad = None
+        """A parameter's gradient holds this micro-batch. From now on its memory is ours."""
+        param = self.params.param_of[name]
+        if param.whole.grad is not self.gradients.views[name]:
+            param.show_at_whole()
+            self.gradients.copy_in(name, param.whole)
 
     def issue(self) -> None:
         """dW{U_dp} -> dW[E_dp]"""
-        self.look_for_changes()
-        self.used = self.params.with_grad()
-        self.gradients.copy_in_all(self.params.leaves)
+        for param in self.params.params:
+            param.refuse_set_shard()
+        self.params.drop_stand_ins()
+        shown = self.params.with_grad()
+        self.used = shown | {n for n, p in self.params.wholes.items() if p.grad is not None}
+        self.gradients.copy_in_all(self.params.wholes)
+        for name in self.used:
+            self.params.param_of[name].show_on_its_way()
         self.gradients.issue(partial(ops.reduce_scatter_into, self.sums.memory), self.params.axis)
 
     def wait(self) -> None:
         self.gradients.wait()
-        self.params.drop_leaf_grads()
 
     def assign_grads(self, names: set[str]) -> None:
         """The sums are in: see ParamBucket.assign_grads. The next backward writes this memory."""
@@ -231,7 +219,7 @@ class Stage1Bucket:
         ops.wait_for_readers(self.gradients.memory, self.params.axis)
 
     def forget(self) -> None:
-        self.changes.take()  # as under ddp, the gradients of earlier micro-batches stay
+        self.params.stand_in()  # as under ddp, the gradients of earlier micro-batches stay
 
     def held(self) -> Iterator[Tensor]:
         yield self.gradients.memory
@@ -254,11 +242,12 @@ class Stage2Bucket:
     def issue(self) -> None:
         """dW{U_dp} -> dW[E_dp]"""
         ops.wait_for_readers(self.staging, self.params.axis)
-        used = {name for name, leaf in self.params.leaves.items() if leaf.grad is not None}
+        self.params.drop_stand_ins()
+        used = {name for name, whole in self.params.wholes.items() if whole.grad is not None}
         shown = self.params.with_grad()
         self.used = used | (shown if self.sums is None else self.used & shown)
-        self.packed.copy_in_all(self.params.leaves)
-        self.params.drop_leaf_grads()
+        self.packed.copy_in_all(self.params.wholes)
+        self.params.drop_whole_grads()
         self.incoming = torch.empty_like(self.params.sharded.memory)
         collective = partial(ops.reduce_scatter_into, self.incoming, memory=self.staging)
         self.packed.issue(collective, self.params.axis)
@@ -291,7 +280,8 @@ class Stage2Bucket:
         self.params.wait_for_readers()
 
     def forget(self) -> None:
-        self.params.drop_leaf_grads()
+        self.params.drop_whole_grads()
+        self.params.stand_in()
 
     def held(self) -> Iterator[Tensor]:
         if self.sums is not None:

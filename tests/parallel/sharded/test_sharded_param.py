@@ -277,6 +277,72 @@ def in_place(net, x):
     return net.c(y.view(-1, 2, WIDTH // 2).view(-1, WIDTH)) * net.last
 
 
+def in_place_on_a_view(net, x):
+    y = net.a(x).view(-1, 2, WIDTH // 2)
+    y.relu_()
+    return net.b(y.view(-1, WIDTH)) * net.last
+
+
+def hidden(net, x):
+    return net.b(net.a(x).x) * net.last
+
+
+def by_attribute(net, x):
+    """What backward needs of b it reaches by what b has kept on itself."""
+    x = net.a(x)
+    net.b(x)
+    return net.c(x + net.b.kept) * net.last
+
+
+def within_forward(net, x):
+    """A derivative in the forward, as of an energy, whose own derivative backward takes."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        energy = net.b(net.a(x)).square().sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+    return net.c(force) * net.last
+
+
+class Hidden:
+    def __init__(self, x):
+        self.x = x
+
+
+class Hides(Layer):
+    def forward(self, x):
+        return Hidden(super().forward(x))
+
+
+class Keeps(Layer):
+    def forward(self, x):
+        self.kept = super().forward(x)
+
+
+class Returns(nn.Module):
+    """Adds a parameter to what it is given, after having been asked for it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(2, WIDTH, dtype=torch.float64))
+        self.how = how
+
+    def forward(self, x):
+        return {"itself": self.positions, "a row": self.positions[1], "both": list(self.positions)}[
+            self.how
+        ]
+
+
+def added(net, x):
+    positions = net.b(x)
+    if isinstance(positions, list):
+        positions = torch.stack(positions)
+    return net.c(torch.tanh(net.a(x) * positions.view(-1, WIDTH)[-1])) * net.last
+
+
+def returns(how):
+    return lambda: Returns(how)
+
+
 def parts(names, kind=Layer):
     return dict.fromkeys(names, kind)
 
@@ -335,6 +401,13 @@ USES = {
     "recomputed": (build(recomputed, **ABC), "abc"),
     "without gradients for a while": (build(without_gradients, **ABC), "abc"),
     "written to in place": (build(in_place, **ABC), "abc"),
+    "written to in place as a view": (build(in_place_on_a_view, **ABC), "abc"),
+    "hidden in an object": (build(hidden, a=Hides, b=Layer), "ab"),
+    "used by what it has kept": (build(by_attribute, **ABC | {"b": Keeps}), "abc"),
+    "differentiated in the forward": (build(within_forward, **ABC), "abc"),
+    "a parameter that it returns": (build(added, **ABC | {"b": returns("itself")}), "abc"),
+    "a view of a parameter": (build(added, **ABC | {"b": returns("a row")}), "abc"),
+    "views of a parameter": (build(added, **ABC | {"b": returns("both")}), "abc"),
 }  # fmt: skip
 
 
@@ -756,27 +829,6 @@ def test_parts_cannot_be_computed_with(mesh):
     loss = loss_of(job) + sum(p.square().sum() for p in job.model.parameters())
     with pytest.raises(UserError, match="used outside of its unit, where it is this rank's part"):
         loss.backward()
-
-
-class Hidden:
-    def __init__(self, x):
-        self.x = x
-
-
-class Hides(Layer):
-    def forward(self, x):
-        return Hidden(super().forward(x))
-
-
-@pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_unit_that_backward_could_not_be_seen_to_reach_is_refused(mesh):
-    # It would compute with memory that was given back, which ends the process.
-    made = build(lambda net, x: net.b(net.a(x).x) * net.last, a=Hides, b=Layer)
-    job, _ = trained(mesh, made, "ab")
-    with pytest.raises(UserError, match="a returns a Hidden, and backward could not be seen to"):
-        loss_of(job)
-    with torch.no_grad():
-        job.model(rows(0)[0])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dist_lab.errors import UserError
 from dist_lab.layout.gather import gather_full
 from dist_lab.layout.layout import FlatShard
 from dist_lab.observe import memory
+from dist_lab.step.grad_elsewhere import GradElsewhere
 from dist_lab.transforms.init import initialize
 
 BOTH = pytest.mark.parametrize("strategy", ["zero1", "zero2"])
@@ -44,8 +45,13 @@ def gradients(job):
     """The global gradient of each parameter, whole, or None."""
     return {
         name: None if p.grad is None else gather_full(p.grad, job.layouts[name], job.mesh)
-        for name, p in job.model.named_parameters()
+        for name, p in job.named_parameters()
     }
+
+
+def wholes(job):
+    """The model's own parameters of which optimizers step on shards."""
+    return {name: p for name, p in job.model.named_parameters() if name in job.stepped}
 
 
 def assert_same(ours, theirs):
@@ -79,7 +85,7 @@ def padded(job):
 @pytest.mark.ranks(4)
 def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy, mesh):
     job, _ = ready(mesh, strategy, "odd")
-    for name, local in job.model.named_parameters():
+    for name, local in job.named_parameters():
         layout = job.layouts[name]
         if name.startswith("frozen"):
             assert layout.splits == () == layout.partial
@@ -90,12 +96,12 @@ def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy
         assert local.dim() == 1
         everywhere = ops.all_reduce(torch.tensor(local.numel()), mesh["dp"])
         assert everywhere == layout.shape.numel()
-        whole = job.leaves[name]
+        whole = job.model.get_parameter(name)
         assert local.untyped_storage()._cdata == whole.untyped_storage()._cdata
         start, _ = flat.range(whole.numel(), mesh.rank)
         if local.numel():
             assert local.data_ptr() == whole.data_ptr() + 8 * start
-    assert padded(job) - sum(w.numel() for w in job.leaves.values()) < 4 * 10
+    assert padded(job) - sum(w.numel() for w in wholes(job).values()) < 4 * 10
 
 
 @BOTH
@@ -146,7 +152,7 @@ def test_stage_1_sends_2p_and_stage_2_kp_and_p(strategy, k, mesh):
         assert sum(c.payload for c in by_op["all_gather"]) == length
         assert sum(c.sent for c in by_op["all_gather"]) == length * 3 / 4
         (flags,) = by_op["all_reduce"]
-        assert flags.payload == 4 * len(job.leaves)
+        assert flags.payload == 4 * len(wholes(job))
         assert {c.phase for c in by_op["all_gather"]} == {"after_step"}
 
 
@@ -156,7 +162,7 @@ def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, me
     job, _ = ready(mesh, strategy)
     order = []
     mesh.wire.ledger.listeners.append(lambda call: order.append(call.unit))
-    first = job.leaves["model.embed_tokens.weight"]
+    first = wholes(job)["model.embed_tokens.weight"]
     first.register_hook(lambda gradient: order.append("the last gradient"))
     backward(job)
     assert order.index("the last gradient") == len(order) - 2 > 3
@@ -206,13 +212,13 @@ def test_stage_1_keeps_one_whole_gradient_and_stage_2_a_part_and_a_bucket(mesh):
         for kind, tensor in job.sync.held():
             kinds[kind] += tensor.nbytes
             storages[tensor.untyped_storage()._cdata] = kind
-        for p in job.model.parameters():
+        for p in job.parameters():
             assert storages[p.grad.untyped_storage()._cdata] == "gradients"
-        assert all(leaf.grad is None for leaf in job.leaves.values())
+        assert all(isinstance(p.grad, GradElsewhere) for p in wholes(job).values())
         held[strategy] = kinds
         length = padded(job)
     largest = 4 * max(pieces(job))
-    flags = 4 * len(job.leaves)
+    flags = 4 * len(wholes(job))
     assert held["zero1"] == {"gradients": 8 * length, "buffers": flags}
     assert held["zero2"] == {"gradients": 8 * length // 4, "buffers": 8 * largest + flags}
 
@@ -246,14 +252,14 @@ def test_stage_2_lets_go_of_gradients_while_backward_computes(mesh):
 
     def look(parameter):
         nonlocal most
-        there = [w.grad.nbytes for w in job.leaves.values() if w.grad is not None]
+        there = [w.grad.nbytes for w in wholes(job).values() if type(w.grad) is torch.Tensor]
         most = max(most, sum(there))
 
-    for whole in job.leaves.values():
+    for whole in wholes(job).values():
         whole.register_post_accumulate_grad_hook(look)
     backward(job, last=False)
     assert 0 < most <= 8 * 2 * max(pieces(job))
-    assert all(whole.grad is None for whole in job.leaves.values())
+    assert all(isinstance(whole.grad, GradElsewhere) for whole in wholes(job).values())
 
 
 # --- use that differs -----------------------------------------------------------------------------
@@ -383,7 +389,7 @@ def test_after_an_exception_the_next_step_is_right(strategy, last, set_to_none, 
     plain, _ = ready(mesh, strategy)
     take_step(job, optimizer, set_to_none=set_to_none)
     plain.load_full_state_dict(job.full_state_dict())
-    first = job.leaves["model.layers.0.mlp.up_proj.weight"]
+    first = wholes(job)["model.layers.0.mlp.up_proj.weight"]
     hook = first.register_hook(lambda gradient: 1 / 0)
     backward_rows = slice(mesh.rank, mesh.rank + 2)
     if last:
@@ -409,7 +415,7 @@ def test_after_an_exception_the_next_step_is_right(strategy, last, set_to_none, 
 def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy, mesh):
     job, plain = (dist_lab.parallelize(Experts(), mesh, strategy) for _ in range(2))
     tokens = torch.tensor([[0, 5], [1, 5]])
-    hook = job.leaves["embed.weight"].register_hook(lambda gradient: 1 / 0)
+    hook = wholes(job)["embed.weight"].register_hook(lambda gradient: 1 / 0)
     with pytest.raises(ZeroDivisionError), job.microbatch(last=False):
         job.model.head(job.model.embed(tokens)).sum().backward()
     hook.remove()
@@ -460,7 +466,7 @@ def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
         gpt(torch.float32), mesh, strategy, param_dtype=torch.bfloat16, **TINY
     )
     assert job.model(batch(0)[0]).dtype == torch.bfloat16
-    for name, whole in job.leaves.items():
+    for name, whole in wholes(job).items():
         module, _, attribute = name.rpartition(".")
         assert getattr(job.model.get_submodule(module), attribute) is whole, "the cast stayed"
 
@@ -560,8 +566,27 @@ def test_wrong_options_are_refused(strategy):
         dist_lab.parallelize(nn.Linear(2, 2), mesh, strategy, bucket_mb=0)
     with pytest.raises(UserError, match=f"{strategy}@hand has no option first_bucket_mb; it takes"):
         dist_lab.parallelize(nn.Linear(2, 2), mesh, strategy, first_bucket_mb=1)
-    with pytest.raises(UserError, match="is recurrent"):
-        dist_lab.parallelize(nn.Sequential(nn.GRU(2, 2)), mesh, strategy)
+
+
+@BOTH
+@pytest.mark.ranks(2)
+def test_a_recurrent_model_trains_as_in_one_process(strategy, mesh):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.head = nn.GRU(5, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0][:, -1])
+
+    def rows(step):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
+        return x, torch.randint(3, (6,), generator=generator)
+
+    report = dist_lab.verify(lambda: Recurrent().double(), rows, mesh, strategy, microbatches=2)
+    assert report.equal, report.sentence()
 
 
 @BOTH
