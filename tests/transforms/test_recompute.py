@@ -46,11 +46,16 @@ def counted(module):
     return calls
 
 
-def same(one, other):
-    """Bitwise: gradients, and buffers."""
+def same_gradients(one, other):
+    """Bitwise, of two models or two jobs."""
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+def same(one, other):
+    """Bitwise: gradients, and buffers."""
+    same_gradients(one, other)
     for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b), name
     return True
