@@ -37,7 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
     "ddp_forward_begins", "ddp_forward_ends", "forget_shardings", "forget_unsharded_gradients",
-    "gradient_being_added", "group_timeout", "is_view", "keeps_graph", "move_hooks",
+    "group_timeout", "is_view", "keeps_graph", "move_hooks",
     "multiply_all", "not_compiled", "of_plain_tensors", "outside_modes", "register_fake_backend",
     "saved_tensors_hooks_around", "share_hooks", "storage_key", "tree_flatten", "tree_leaves",
     "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
@@ -123,15 +123,6 @@ def saved_tensors_hooks_around() -> tuple[Callable[..., Any], Callable[..., Any]
 def keeps_graph() -> bool:
     """Whether the backward that is under way was asked to retain its graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def gradient_being_added() -> Tensor | None:
-    """The `.grad` to which autograd is adding, or whose hooks are at work; None anywhere else."""
-    node = torch._C._current_autograd_node()
-    if not isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
-        return None
-    gradient: Tensor | None = node.variable.grad
-    return gradient
 
 
 # --- torch.distributed, which is imported by those who call ---------------------------------------

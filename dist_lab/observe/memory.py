@@ -39,9 +39,9 @@ from torch import Tensor
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import local_numel
-from dist_lab.step.grad_elsewhere import GradElsewhere, real_grad
+from dist_lab.step.grad_elsewhere import real_grad
 from dist_lab.step.protocol import Phase, Sync
-from dist_lab.torch_private import TorchDispatchMode, gradient_being_added, storage_key
+from dist_lab.torch_private import TorchDispatchMode, storage_key
 
 KINDS = (
     "parameters", "gradients", "optimizer", "gathered", "buffers", "module_buffers", "activations",
@@ -55,7 +55,7 @@ def measured(job: Job, optimizer: torch.optim.Optimizer) -> Iterator["LiveBytes"
     naming = Naming(live, job)
     naming.look()
     naming.look_at(optimizer)
-    with job.listening(naming), live:
+    with job.listening(naming), naming.at_each_gradient(), live:
         yield live
         naming.look_at(optimizer)  # which has made its state meanwhile
 
@@ -170,11 +170,6 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self.note(tensor)
-        # A hook may be at work, perhaps a strategy's that is about to send this gradient and drop
-        # it: afterwards there would be none to be seen.
-        gradient = gradient_being_added()
-        if gradient is not None and not isinstance(gradient, GradElsewhere):
-            self.note(gradient, "gradients")
         return result
 
     def __exit__(self, *exception: Any) -> None:
@@ -218,6 +213,21 @@ class Naming(Sync):
     def look_at(self, optimizer: torch.optim.Optimizer) -> None:
         for tensor in state_of(optimizer):
             self.live.note(tensor, "optimizer")
+
+    @contextmanager
+    def at_each_gradient(self) -> Iterator[None]:
+        """Look at a gradient before the strategy does, which may send it and drop it at once."""
+        leaves = dict(self.job.model.named_parameters()) | dict(self.job.leaves)
+
+        def note(leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                self.live.note(leaf.grad, "gradients")
+
+        trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        hooks = [leaf.register_post_accumulate_grad_hook(note) for leaf in trained]
+        yield
+        for hook in hooks:
+            hook.remove()
 
     def unshard(self, unit: str, phase: Phase) -> None:
         self._held()

@@ -9,6 +9,7 @@ UserError that says where it is. So nothing that a user does to `.grad` is lost.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ class GradElsewhere(Tensor):
     @staticmethod
     def stand_at(holder: Tensor, owner: Tensor | None, advice: str) -> None:
         """Make it the `.grad` of `holder`."""
-        nothing = torch.zeros((), dtype=holder.dtype, device=holder.device).expand(holder.shape)
-        grad = nothing.as_subclass(GradElsewhere)
+        grad = _zero(holder.dtype, holder.device).expand(holder.shape).as_subclass(GradElsewhere)
         grad.owner, grad.advice = owner, advice
         holder.grad = grad
 
@@ -75,6 +75,12 @@ class GradElsewhere(Tensor):
         if all(_of_owner(grad) is not None for grad in ours):  # otherwise it was cleared there
             func(*tree_map_only(GradElsewhere, _of_owner, args), **(kwargs or {}))
         return args[0]
+
+
+@cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the elements of all of them are, which nobody reads or writes."""
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def real_grad(tensor: Tensor) -> Tensor | None:
