@@ -25,8 +25,8 @@ from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
 from dist_lab.step.outside import refuse_gradients, refuse_outside
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
-from dist_lab.step.saved import SavedByName
-from dist_lab.step.units import Unit, Visit, in_backward, weakly
+from dist_lab.step.saved import SavedByName, Visit
+from dist_lab.step.units import Unit, in_backward, weakly
 
 
 class Runner(Step):

@@ -49,6 +49,9 @@ class Sync:
     def unshard(self, unit: str, phase: Phase) -> None:
         """The unit is about to be used: its parameters must be unsharded."""
 
+    def backward_will_come(self, unit: str) -> None:
+        """A forward is about to leave the unit, and has made what backward will come back to."""
+
     def reshard(self, unit: str, phase: Phase) -> None:
         """The unit has been used: what was gathered for it may go."""
 
@@ -88,6 +91,10 @@ class Chain(Sync):
     def unshard(self, unit: str, phase: Phase) -> None:
         for link in self.links:
             link.unshard(unit, phase)
+
+    def backward_will_come(self, unit: str) -> None:
+        for link in self.links:
+            link.backward_will_come(unit)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         for link in self.links:

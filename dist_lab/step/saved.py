@@ -13,9 +13,9 @@ Where somebody else's hooks on saved tensors are in force, such as those of acti
 ours stay away: what they keep is kept as it is, and what they compute again opens the unit itself.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,18 +25,36 @@ from dist_lab.errors import UserError
 from dist_lab.torch_private import backward_number, saved_tensors_hooks_around, storage_key
 
 
+class Visit:
+    """One forward of one unit.
+
+    Attributes:
+        inputs: how many of its inputs backward has still to reach.
+        saved: whether it has saved parameters of the unit for backward.
+    """
+
+    inputs = 0
+    saved = False
+
+
+class Opens(Protocol):
+    """A unit, which backward may come to at any moment."""
+
+    def enter_backward(self, visit: Visit) -> None: ...
+
+
 @dataclass(frozen=True)
 class Saved:
-    """A parameter, or a view of it, as forward saved it.
+    """A parameter, or a view of it, as a unit's forward saved it.
 
     Attributes:
         leaf: the tensor that is the parameter to autograd, whatever memory it has at the moment.
-        reopen: opens the unit that it was saved in.
         size, stride, offset: of the view.
     """
 
     leaf: Tensor
-    reopen: Callable[[], None]
+    unit: Opens
+    visit: Visit
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -46,12 +64,12 @@ class SavedByName:
     """Saves parameters of the units that are being computed by name, and all else as it is."""
 
     def __init__(self) -> None:
-        self._memory: dict[int, tuple[Tensor, Callable[[], None]]] = {}
-        self._inside: list[object] = []  # units whose forwards are under way, outermost first
+        self._memory: dict[int, tuple[Tensor, Opens, Visit]] = {}
+        self._inside: list[Opens] = []  # units whose forwards are under way, outermost first
         self._hooks: saved_tensors_hooks | None = None
         self._depth = 0  # of the unit that put the hooks in force
 
-    def enter(self, unit: object) -> None:
+    def enter(self, unit: Opens) -> None:
         """The forward of a unit begins."""
         self._inside.append(unit)
         foreign = saved_tensors_hooks_around() is not None or backward_number() != -1
@@ -60,7 +78,7 @@ class SavedByName:
             self._hooks = saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
 
-    def leave(self, unit: object) -> bool:
+    def leave(self, unit: Opens) -> bool:
         """The forward of a unit is over. Returns whether it had begun: an earlier hook may fail."""
         if not self._inside or self._inside[-1] is not unit:
             return False
@@ -71,14 +89,14 @@ class SavedByName:
         self._inside.pop()
         return True
 
-    def computing(self, unit: object) -> bool:
+    def computing(self, unit: Opens) -> bool:
         """Whether a forward of this unit is under way."""
         return any(inside is unit for inside in self._inside)
 
-    def opened(self, leaves: Iterable[Tensor], reopen: Callable[[], None]) -> None:
-        """These leaves have their memory now. `reopen` gives it to them again."""
+    def opened(self, leaves: Iterable[Tensor], unit: Opens, visit: Visit) -> None:
+        """These leaves have their memory now, and whenever the unit is open."""
         if self._hooks is not None:
-            self._memory |= {storage_key(leaf): (leaf, reopen) for leaf in leaves}
+            self._memory |= {storage_key(leaf): (leaf, unit, visit) for leaf in leaves}
 
     def _pack(self, tensor: Tensor) -> Tensor | Saved:
         key = storage_key(tensor)
@@ -86,6 +104,8 @@ class SavedByName:
         # It may be of earlier memory, at an address that was used again.
         if owner is None or storage_key(owner[0]) != key:
             return tensor
+        _, _, visit = owner
+        visit.saved = True
         return Saved(*owner, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
@@ -94,5 +114,5 @@ def _unpack(saved: Tensor | Saved) -> Any:
         return saved
     if backward_number() == -1:
         raise UserError("what backward has saved of a sharded parameter can be seen in backward")
-    saved.reopen()
+    saved.unit.enter_backward(saved.visit)
     return saved.leaf.detach().as_strided(saved.size, saved.stride, saved.offset)

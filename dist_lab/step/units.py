@@ -10,7 +10,6 @@ gradient and an unused parameter never gets one; and at the end of a backward in
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.step.protocol import Chain, Phase
-from dist_lab.step.saved import SavedByName
+from dist_lab.step.saved import SavedByName, Visit
 from dist_lab.torch_private import backward_number, when_backward_ends
 
 
@@ -61,7 +60,7 @@ class Unit:
         if not self.is_open:
             self.is_open = True
             self.sync.unshard(self.name, phase)
-        self.saved.opened(self.lent.values(), partial(self.enter_backward, self.visit))
+        self.saved.opened(self.lent.values(), self, self.visit)
 
     def close(self, phase: Phase) -> None:
         self.entered.clear()
@@ -97,6 +96,8 @@ class Unit:
             returned = map_tensors(lambda t: t.view_as(t) if id(t) in self.lent else t, output)
             found = list(tensors_in(returned))
         if not in_backward():
+            if visit.saved or any(tensor.requires_grad for tensor in found):
+                self.sync.backward_will_come(self.name)
             self.close(Phase.FORWARD)
         if self.must_see_outputs and not found and output is not None and torch.is_grad_enabled():
             raise UserError(
@@ -109,7 +110,7 @@ class Unit:
                 tensor.grad_fn.register_prehook(lambda gradients: self.enter_backward(visit))
         return returned
 
-    def enter_backward(self, visit: "Visit") -> None:
+    def enter_backward(self, visit: Visit) -> None:
         """Backward has reached the unit, in whatever way."""
         now = backward_number()
         self.wire.phase = "backward"
@@ -125,7 +126,7 @@ class Unit:
             self.entered.add(visit)
         self.open(Phase.BACKWARD)
 
-    def _leave_backward(self, visit: "Visit") -> None:
+    def _leave_backward(self, visit: Visit) -> None:
         visit.inputs -= 1
         if visit.inputs == 0 and visit in self.entered:
             self.entered.discard(visit)
@@ -143,12 +144,6 @@ class Unit:
         self.wire.unit = ""
         self.backward = -1
         self.close(Phase.BACKWARD)
-
-
-class Visit:
-    """One forward of one unit: how many of its inputs backward has still to reach."""
-
-    inputs = 0
 
 
 def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:

@@ -35,6 +35,7 @@ from dist_lab.errors import UserError
 from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, refuse_recurrent
+from dist_lab.parallel.sharded.common_order import CommonOrder
 from dist_lab.parallel.sharded.param_group import Grads, ParamGroup, groups_by_unit
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 from dist_lab.torch_private import StatisticsNorm
@@ -84,7 +85,8 @@ def apply(
     for group in groups:
         group.reduce_dtype = reduce_dtype or group.kept_dtype
     sync = FullySharded(
-        groups, groups_by_unit(groups, setup.units), axis, replicate, prefetch=prefetch,
+        groups, groups_by_unit(groups, setup.units), axis, gather_axis, replicate,
+        prefetch=prefetch,
         reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
         defer_reduce=defer_reduce,
     )  # fmt: skip
@@ -115,10 +117,10 @@ def _gathered_as_one(
 class FullySharded(Sync):
     """Decides when groups are unsharded and resharded, and when their gradients are reduced.
 
-    [Note: one order] All ranks must issue their collectives in one order. Gathers follow the model,
-    which is the same on every rank. Gradients become ready in different orders, so units are
-    reduced in reverse forward order, each once a micro-batch, on a process group of their own,
-    whether or not some rank has used all of a unit's parameters.
+    [Note: one order] All ranks must issue their collectives in one order. Gathers have theirs from
+    common_order.py. Gradients become ready in different orders, so units are reduced in reverse
+    forward order, each once a micro-batch, on a process group of their own, whether or not some
+    rank has used all of a unit's parameters.
 
     Args:
         groups_of: unit -> the groups to unshard while it runs.
@@ -129,6 +131,7 @@ class FullySharded(Sync):
         groups: Sequence[ParamGroup],
         groups_of: Mapping[str, Sequence[ParamGroup]],
         axis: Axis,
+        gather_axis: Axis,
         replicate: Axis,
         *,
         reshard_after_forward: bool,
@@ -143,9 +146,16 @@ class FullySharded(Sync):
         self.staging: dict[torch.dtype, Tensor] = {}
         self.last = True  # nothing follows the micro-batch that is under way
         self.keep_unsharded = False  # until the last micro-batch's backward
-        # The units of a forward, and of a backward: of the last one, and of the one under way.
-        self.order: dict[Phase, list[str]] = {Phase.FORWARD: [], Phase.BACKWARD: []}
-        self.visited: dict[Phase, list[str]] = {Phase.FORWARD: [], Phase.BACKWARD: []}
+        forward = Phase.FORWARD
+        self.order = CommonOrder(
+            list(groups_of),
+            gather_axis,
+            partial(self._gather, forward),
+            partial(self._skip, forward),
+        )
+        # The units of a backward: of the last one, and of the one under way.
+        self.last_visited: list[str] = []
+        self.visited: list[str] = []
         self.prefetched: str | None = None  # the unit that is gathered before it is asked for
         self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
         self.in_flight: ParamGroup | None = None  # whose reduction was issued
@@ -158,24 +168,68 @@ class FullySharded(Sync):
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
             self._enter_model(phase)
-        self.visited[phase].append(unit)
-        if self.prefetched != unit:
-            self._drop_prefetched()
-        self.prefetched = None
-        for group in self.groups_of[unit]:
-            group.users.add(unit)
-            group.issue_unshard()
-            group.wait_unshard()
-        if phase is Phase.FORWARD and torch.is_grad_enabled():
-            self._expect_grads(unit)
-        if self.prefetch:
-            self._prefetch_next(phase)
+        if phase is Phase.FORWARD:
+            self.order.use(unit)
+            if not self.order.is_open and torch.is_grad_enabled():  # a unit called by itself
+                self._expect_grads(unit)
+        else:
+            for turn in self.order.others_before(unit) if self.order.uneven else ():
+                self._skip(phase, turn)
+            self.visited.append(unit)
+            if self.prefetched != unit:
+                self._drop_prefetched()
+            self._gather(phase, unit)
+
+    def backward_will_come(self, unit: str) -> None:
+        self.order.returns_to(unit)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if phase is Phase.ABORT:
             return  # forget() follows
         if phase is Phase.BACKWARD:
             self.keep_unsharded = self.keep_gathered and not self.last
+        if unit == ROOT and phase is Phase.FORWARD:
+            self.order.end()
+            for turn in self.order.returning:
+                self._expect_grads(turn)
+        elif unit == ROOT:
+            for turn in self.order.others_before(None) if self.order.uneven else ():
+                self._skip(phase, turn)
+        self._let_go(phase, unit)
+        if unit == ROOT:
+            self._leave_model(phase)
+
+    def _gather(self, phase: Phase, unit: str) -> None:
+        """Unshard a unit. While it computes, the next one is on its way."""
+        self.prefetched = None
+        for group in self.groups_of[unit]:
+            group.users.add(unit)
+            group.issue_unshard()
+            group.wait_unshard()
+        following = self._next(phase)
+        if self.prefetch and following is not None:
+            issued = [group.issue_unshard() for group in self.groups_of[following]]
+            self.prefetched = following if any(issued) else None
+
+    def _next(self, phase: Phase) -> str | None:
+        """The unit that comes next, if this time is like the last."""
+        if phase is Phase.FORWARD:
+            return next(iter(self.order.ahead), None)
+        n = len(self.visited)
+        if self.order.uneven:
+            return None
+        rest = self.last_visited[n:] if self.last_visited[:n] == self.visited else []
+        return next(iter(rest), None)
+
+    def _drop_prefetched(self) -> None:
+        """Reshard what was gathered in advance and not used after all."""
+        for group in self.groups_of[self.prefetched] if self.prefetched is not None else ():
+            if not group.users:
+                group.reshard()
+        self.prefetched = None
+
+    def _let_go(self, phase: Phase, unit: str) -> None:
+        """Reshard a unit, if nothing else needs it; its gradients may be complete."""
         stays = self.keep_unsharded or (phase is Phase.FORWARD and not self.reshard_after_forward)
         stays = stays and (phase is Phase.BACKWARD or torch.is_grad_enabled())
         for group in self.groups_of[unit]:
@@ -187,8 +241,13 @@ class FullySharded(Sync):
                 if group.unit == unit:
                     group.visit_is_over()
             self._reduce_ready()
-        if unit == ROOT:
-            self._leave_model(phase)
+
+    def _skip(self, phase: Phase, unit: str) -> None:
+        """Other ranks use the unit, and this one does not."""
+        used = {group: unit in group.users for group in self.groups_of[unit]}
+        self._gather(phase, unit)
+        if not any(used.values()):
+            self._let_go(phase, unit)
 
     def _enter_model(self, phase: Phase) -> None:
         for group in self.groups:
@@ -197,32 +256,20 @@ class FullySharded(Sync):
                 group.check()
                 if not self.keep_unsharded:  # a forward without backward may have left it unsharded
                     group.reshard()
-        if phase is Phase.BACKWARD and not self.to_reduce:  # a second one through one forward
-            for unit in self.order[Phase.FORWARD]:
+        if phase is Phase.FORWARD:
+            self.order.begin()
+        elif not self.to_reduce:  # a second one through one forward
+            for unit in self.order.returning:
                 self._expect_grads(unit)
 
     def _leave_model(self, phase: Phase) -> None:
-        self._drop_prefetched()
         if phase is Phase.BACKWARD:
+            self._drop_prefetched()
             self._reduce_all()
-        self.order[phase], self.visited[phase] = self.visited[phase], []
+            self.last_visited, self.visited = [] if self.order.uneven else self.visited, []
+            self.order.backward_ends()
         for group in self.groups:
             group.wait_for_readers()  # whoever has left the model may write to it
-
-    def _prefetch_next(self, phase: Phase) -> None:
-        """Start to gather the unit that comes next, if this time is like the last."""
-        order, visited = self.order[phase], self.visited[phase]
-        if order[: len(visited)] == visited and len(visited) < len(order):
-            following = order[len(visited)]
-            issued = [group.issue_unshard() for group in self.groups_of[following]]
-            self.prefetched = following if any(issued) else None
-
-    def _drop_prefetched(self) -> None:
-        """Reshard what was gathered in advance and not used after all."""
-        for group in self.groups_of[self.prefetched] if self.prefetched is not None else ():
-            if not group.users:
-                group.reshard()
-        self.prefetched = None
 
     # --- gradients --------------------------------------------------------------------------------
 
@@ -307,8 +354,9 @@ class FullySharded(Sync):
 
     def forget(self) -> None:
         self.to_reduce.clear()
-        self.visited = {Phase.FORWARD: [], Phase.BACKWARD: []}
-        self.prefetched, self.keep_unsharded = None, False
+        self.keep_unsharded = False
+        self.order.break_off()
+        self.visited, self.prefetched = [], None
         for group in self.groups:
             group.forget()
 

@@ -186,8 +186,8 @@ class ParamGroup:
 
     def visit_is_over(self) -> None:
         """Backward has left its unit. After the last visit what did not come will not."""
-        self.visits -= 1
-        if self.visits <= 0:
+        self.visits = max(self.visits - 1, 0)
+        if not self.visits:
             self.no_more_grads()
 
     def no_more_grads(self) -> None:

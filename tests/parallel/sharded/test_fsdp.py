@@ -50,10 +50,13 @@ def take_step(job, optimizer, step=0, microbatches=1):
 
 
 def recorded(job, optimizer, microbatches=1, step=1):
-    """The calls of one step but for the sum of the loss."""
+    """The calls of one step but for the sum of the loss, and what the ranks say of their order."""
     with job.mesh.wire.ledger.recording() as calls:
         take_step(job, optimizer, step, microbatches)
-    return [c for c in calls if c.phase != "loss"]
+    about_order = [c for c in calls if c.phase == "order"]
+    units = len(job.sync.links[1].groups_of)
+    assert [c.payload for c in about_order] == microbatches * [3 * units + 1]
+    return [c for c in calls if c.phase not in ("loss", "order")]
 
 
 # --- what travels ---------------------------------------------------------------------------------
@@ -298,7 +301,7 @@ def events(job):
             said.append(f"use {unit or 'root'}")
 
     def listen(call):
-        if call.op != "all_reduce":
+        if call.phase != "order" and call.op != "all_reduce":
             said.append(f"{'gather' if call.op == 'all_gather' else 'reduce'} {call.unit}")
 
     job.mesh.wire.ledger.listeners.append(listen)
