@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dist_lab.errors import UserError
 
-Pair = tuple[Tensor, Tensor]  # input, target
-LossFn = Callable[[Any, Tensor], Tensor]  # output, target -> a share of the loss: see job.run
+Pair = tuple[Any, Any]  # input, target: tensors, or structures of them
+LossFn = Callable[[Any, Any], Tensor]  # output, target -> a share of the loss: see job.run
 
 
 class Split(Protocol):

@@ -6,7 +6,7 @@ plain model, without the strategy that trains the original.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -88,3 +88,26 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         yield from tensors_in([*output.values()])
     elif dataclasses.is_dataclass(output):
         yield from tensors_in([getattr(output, f.name) for f in dataclasses.fields(output)])
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A structure of the same make, with `function` of each tensor in place of the tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return type(value)([map_tensors(function, item) for item in value])
+    if isinstance(value, tuple):
+        mapped = [map_tensors(function, item) for item in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    if isinstance(value, Mapping):
+        made: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        for key, item in value.items():
+            made[key] = map_tensors(function, item)
+        return made
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):  # one may be frozen
+            item = map_tensors(function, getattr(value, field.name))
+            object.__setattr__(made, field.name, item)
+        return made
+    return value

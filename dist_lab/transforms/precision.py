@@ -9,8 +9,7 @@ Floating-point inputs of the outermost call are cast, outputs stay narrow, buffe
 Normalization with running statistics keeps its float32 weights, as its statistics are float32 too.
 """
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.hooks import ModuleHook, map_tensors
 from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.recompute import Recomputed
 
@@ -108,13 +107,4 @@ class Shadows:
                 part.__dict__[name] = before
 
     def _cast(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(self.dtype) if value.is_floating_point() else value
-        if isinstance(value, Mapping):
-            return {key: self._cast(item) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self._cast(item) for item in value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: self._cast(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return dataclasses.replace(value, **fields)
-        return value
+        return map_tensors(lambda t: t.to(self.dtype) if t.is_floating_point() else t, value)

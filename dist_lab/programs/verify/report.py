@@ -21,6 +21,8 @@ class Comparison:
     error: float
     rank: int  # the worst one
     judged: bool  # False: holds rounding only
+    left_out: int = 0  # elements that hold rounding only, see [Note: rounding only]
+    elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,18 @@ class Report:
                     f"{worst.error:.1e}", str(worst.step), worst.tensor,
                     "[red]differs" if any(map(self._wrong, rows)) else "[green]equal",
                 )  # fmt: skip
-        noise = sorted({c.tensor for c in self.comparisons if not c.judged})
-        if noise:
-            table.caption = f"rounding only, not judged: {', '.join(noise)}"
+        if noise := self.rounding_only():
+            more = f" and {len(noise) - 8} more tensors" if len(noise) > 8 else ""
+            table.caption = f"rounding only, not judged: {', '.join(noise[:8])}{more}"
         return table
+
+    def rounding_only(self) -> list[str]:
+        """The tensors of which something is not judged, and how many of their elements."""
+        worst = {c.tensor: c for c in self.comparisons if c.left_out}  # they only become more
+        return [
+            f"{name} ({c.left_out} of {c.elements})" if c.left_out < c.elements else name
+            for name, c in sorted(worst.items())
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         first = asdict(self.first) if self.first else None
