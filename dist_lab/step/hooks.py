@@ -97,8 +97,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, list):
         return type(value)([map_tensors(function, item) for item in value])
     if isinstance(value, tuple):
-        mapped = [map_tensors(function, item) for item in value]
-        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+        make = getattr(value, "_make", type(value))  # the way of a namedtuple, or a tuple's
+        return make([map_tensors(function, item) for item in value])
     if isinstance(value, Mapping):
         made: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         for key, item in value.items():

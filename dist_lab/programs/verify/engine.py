@@ -146,7 +146,8 @@ def _coarsest(
     model: nn.Module, param_dtype: torch.dtype | None, tolerance: float | None
 ) -> torch.dtype:
     """The dtype whose rounding is the largest of those that the model computes in."""
-    of = {p.dtype: name for name, p in model.named_parameters() if p.is_floating_point()}
+    named = reversed([*model.named_parameters()])
+    of = {p.dtype: name for name, p in named if p.is_floating_point()}  # the first that has it
     dtypes = [param_dtype] if param_dtype is not None else list(of)
     coarsest = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, math.inf))
     if coarsest not in TOLERANCE and tolerance is None:

@@ -7,7 +7,6 @@ will cut it. The refusal names what has changed: the batch, the weights, the mod
 random numbers (dropout in whatever form), or the cut.
 """
 
-import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, Tensors, error, floor_of, only_rounding
 from dist_lab.programs.verify.reference import (
     build,
+    check_finite,
     has_batchnorm,
     loss_and_gradients,
     normalized_together,
@@ -60,6 +60,7 @@ def repeated(
     """
     steps = iter(reference)
     batch, expected = next(steps)
+    check_finite(0, expected)
     if name := batches.first_difference(batch, batches.take(build_batch, 0, device)):
         raise UserError(
             f"build_batch(0) gives another batch when it is called again, first {name}; draw it "
@@ -222,10 +223,11 @@ def _random_numbers_from(
                 if isinstance(kept, torch.Generator):
                     kept.manual_seed(seed)
 
-        def states() -> bytes:
-            gpu = torch.cuda.get_rng_state(device).numpy() if on_gpu else None
-            cpu = torch.get_rng_state().numpy()
-            return pickle.dumps((cpu, gpu, random.getstate(), np.random.get_state()))
+        def states() -> tuple[object, ...]:
+            gpu = torch.cuda.get_rng_state(device).tolist() if on_gpu else None
+            twister = np.random.get_state(legacy=False)["state"]
+            of_numpy = twister["key"].tobytes(), twister["pos"]
+            return torch.get_rng_state().tolist(), gpu, random.getstate(), of_numpy
 
         before = states()
         try:

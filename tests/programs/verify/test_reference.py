@@ -1,0 +1,351 @@
+"""What is the model's or the loop's is refused by name, and no strategy is blamed for it."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import batch, gpt, images, resnet
+from torch import nn
+from torch.nn import functional as F
+
+import dist_lab
+from dist_lab.errors import UserError
+
+
+def rows(step, n=8):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (n,), generator=generator)
+
+
+class Does(nn.Module):
+    """A linear layer, and a function between it and the head."""
+
+    def __init__(self, between: Callable, kept: object = None):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.between, self.kept = between, kept
+
+    def forward(self, x):
+        return self.head(self.between(self.first(x), self))
+
+    def of(self, key):
+        self.register_forward_pre_hook(lambda _, args: (args[0][key],))
+        return self
+
+
+def seeded(make):
+    def build():
+        torch.manual_seed(0)
+        return make().double()
+
+    return build
+
+
+def alone(make, build_batch=rows, **told):
+    """In one process, whose batch is cut by micro-batches."""
+    told = {"microbatches": 2, "steps": 2} | told
+    build = make if told.pop("as_it_is", False) else seeded(make)
+    return dist_lab.verify(build, build_batch, dist_lab.init_mesh(), "single", **told)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(6, 2, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = x[:, None].expand(-1, 3, -1)
+        return self.head(self.attend(x, x, x)[0][:, 0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, num_layers=2, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.lstm(x[:, None])[0][:, 0])
+
+
+class Inner(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.out = Does(lambda x, _: function(x)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.out(self.inner(x))
+
+
+def attends_with_dropout(x):
+    x = x[:, None, None]
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)[:, 0, 0]
+
+
+DRAWS = {
+    "attention": (Attention, "attend (MultiheadAttention)"),
+    "lstm": (Recurrent, "lstm (LSTM)"),
+    "rrelu": (lambda: nn.Sequential(nn.Linear(6, 4), nn.RReLU()), "1 (RReLU)"),
+    "functional": (lambda: Does(lambda x, _: F.dropout(x, 0.5)), "the model itself (Does)"),
+    "in place": (lambda: Inner(lambda x: F.dropout(x, 0.5, inplace=True)), "inner (Does)"),
+    "sdpa": (lambda: Inner(attends_with_dropout), "inner (Does)"),
+    "gumbel": (lambda: Inner(F.gumbel_softmax), "inner (Does)"),
+    "depth": (lambda: Inner(lambda x: x if torch.rand(()) < 0.9 else 2 * x), "inner (Does)"),
+    "python": (lambda: Inner(lambda x: x * random.random()), "inner (Does)"),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_whatever_draws_random_numbers_is_named(kind):
+    make, name = DRAWS[kind]
+    with pytest.raises(UserError) as refusal:
+        alone(make)
+    assert str(refusal.value).startswith(f"{name} draws random numbers: every layout draws others")
+    assert "\n" not in str(refusal.value)
+
+
+def test_drawing_without_effect_is_no_reason_to_refuse():
+    for nothing in (
+        lambda x, _: x if torch.rand(()) >= 0 else 2 * x,
+        lambda x, _: F.dropout(x, 0.0),
+    ):
+        assert alone(lambda nothing=nothing: Does(nothing)).equal
+
+
+def test_dropout_that_is_not_active_is_no_reason_to_refuse():
+    assert alone(lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)).eval()).equal
+
+
+def test_the_callers_random_numbers_go_on_where_they_were():
+    drawn = []
+    for build in (seeded(lambda: nn.Linear(6, 4)), seeded(lambda: Does(lambda x, _: x))):
+        mesh = dist_lab.init_mesh()
+        build()
+        before = torch.get_rng_state()
+        random.seed(3)
+        dist_lab.verify(build, rows, mesh, "single", steps=1)
+        assert torch.equal(torch.get_rng_state(), before)
+        drawn.append(random.random())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("kind", ["a count of calls", "a generator of its own"])
+def test_a_forward_that_depends_on_more_than_its_input_is_named(kind):
+    calls = []
+    if kind == "a count of calls":
+        change = lambda x, _: (calls.append(0), x * len(calls))[1]  # noqa: E731
+    else:
+        change = lambda x, m: x + torch.randn(x.shape, generator=m.kept)  # noqa: E731
+    with pytest.raises(UserError, match=r"the model itself \(Does\) gives something else when it "):
+        alone(lambda: Does(change, torch.Generator()))
+
+
+def test_a_loss_that_draws_is_named():
+    def loss_sum(output, target):
+        return (output * torch.rand(())).sum()
+
+    with pytest.raises(UserError, match=r"^loss_sum draws random numbers"):
+        alone(lambda: nn.Linear(6, 4), loss_sum=loss_sum)
+
+
+def test_a_backward_that_draws_is_named():
+    def noisy(x, _):
+        x.register_hook(lambda g: g * torch.rand(()))
+        return x
+
+    with pytest.raises(
+        UserError, match=r"^the backward of the model, first seen in the gradient o"
+    ):
+        alone(lambda: Does(noisy))
+
+
+# --- what is asked for twice ----------------------------------------------------------------------
+
+
+def test_a_batch_that_changes_at_the_second_call_is_named():
+    calls = []
+
+    def changes(step):
+        calls.append(step)
+        x, y = rows(step)
+        return {"x": x, "n": x + len(calls)}, y
+
+    with pytest.raises(UserError, match=r"build_batch\(0\) gives another batch .* inputs\['n'\]"):
+        alone(lambda: Does(lambda x, _: x).of("x"), changes)
+
+
+def test_weights_or_buffers_that_change_at_the_second_call_are_named():
+    with pytest.raises(
+        UserError, match=r"build_model\(\) gives another model .* first weight; seed"
+    ):
+        alone(lambda: nn.Linear(6, 4).double(), as_it_is=True)
+
+    def with_buffer():
+        model = seeded(lambda: nn.Linear(6, 4))()
+        model.register_buffer("noise", torch.randn(3) if built.append(0) else torch.rand(3))
+        torch.manual_seed(len(built))
+        model.noise = torch.rand(3)
+        return model
+
+    built = []
+    with pytest.raises(UserError, match="gives another model .* first noise"):
+        alone(with_buffer, as_it_is=True)
+
+
+@pytest.mark.ranks(2)
+def test_a_batch_that_depends_on_the_rank_is_refused_in_the_step_that_it_does(mesh):
+    def by_rank(step):
+        x, y = rows(step)
+        return [x, x + mesh.rank * (step == 1)], y
+
+    with pytest.raises(
+        UserError, match=r"rank 1 has another batch .* at step 1, first inputs\[1\]"
+    ):
+        dist_lab.verify(seeded(lambda: Does(lambda x, _: x).of(0)), by_rank, mesh)
+
+
+@pytest.mark.ranks(2)
+def test_what_one_rank_refuses_all_refuse(mesh):
+    def odd_on_one(step):
+        x, y = rows(step)
+        return (x, y, y) if mesh.rank else (x, y)
+
+    with pytest.raises(UserError, match=r"build_batch\(step\) gives a pair"):
+        dist_lab.verify(seeded(lambda: nn.Linear(6, 4)), odd_on_one, mesh)
+
+
+# --- the cut --------------------------------------------------------------------------------------
+
+
+CUT = {
+    "mean": (lambda: nn.Linear(6, 4), F.cross_entropy, "another loss than the whole"),
+    "rows": (
+        lambda: Does(lambda x, _: x - x.mean(0)),
+        dist_lab.cross_entropy_sum,
+        "another loss than the whole",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_what_the_cut_of_the_batch_changes_is_no_fault_of_the_strategy(kind):
+    make, loss_sum, words = CUT[kind]
+    with pytest.raises(UserError, match=words):
+        alone(make, loss_sum=loss_sum)
+    assert alone(make, loss_sum=loss_sum, microbatches=1).equal, "nobody cuts, nothing changes"
+
+
+@pytest.mark.ranks(2)
+def test_what_a_model_with_batchnorm_repeats_is_cut_as_the_ranks_cut_it(mesh):
+    for sync in (False, True):
+        report = dist_lab.verify(
+            resnet, images, mesh, "ddp", microbatches=2, steps=1, sync_batchnorm=sync
+        )
+        assert report.equal, report.sentence()
+
+
+def test_a_model_that_changes_its_inputs_in_place_is_given_fresh_ones():
+    x, y = rows(0)
+    assert alone(
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 4)), lambda _: (x, y)
+    ).equal
+    assert torch.equal(x, rows(0)[0]), "nor are the caller's changed"
+
+
+# --- models and references ------------------------------------------------------------------------
+
+
+MODELS = {
+    "no parameter": (nn.Flatten, "the model has no parameter"),
+    "frozen": (lambda: nn.Linear(6, 4).requires_grad_(False), "every parameter .* is frozen"),
+    "meta": (lambda: nn.Linear(6, 4, device="meta"), "weight has no values yet"),
+    "lazy": (lambda: nn.LazyLinear(4), "weight has no values yet"),
+    "float16": (lambda: nn.Linear(6, 4).half(), "weight is float16, for which no tolerance is"),
+    "no module": (lambda: torch.relu, r"build_model\(\) gives a module"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_of_which_nothing_can_be_compared_is_refused(kind):
+    make, words = MODELS[kind]
+    with pytest.raises(UserError, match=words):
+        alone(make, as_it_is=True)
+
+
+def test_a_loss_that_reaches_no_parameter_is_refused():
+    with pytest.raises(UserError, match="the loss depends on no parameter that is trained"):
+        alone(lambda: nn.Linear(6, 4), loss_sum=lambda out, _: out.detach().sum())
+
+
+def test_a_loss_of_several_numbers_is_refused():
+    with pytest.raises(UserError, match="loss_fn returns one number"):
+        alone(lambda: nn.Linear(6, 4), loss_sum=lambda out, _: out)
+
+
+def test_less_than_a_step_is_refused():
+    with pytest.raises(UserError, match="steps=0"):
+        alone(lambda: nn.Linear(6, 4), steps=0)
+
+
+def test_a_model_of_two_dtypes_is_judged_by_the_coarser():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fine, self.coarse = nn.Linear(6, 6).double(), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.coarse(self.fine(x).float())
+
+    report = alone(seeded_as_it_is(Mixed), as_it_is=True)
+    assert (report.dtype, report.tolerance) == ("float32", 1e-4)
+
+
+def seeded_as_it_is(make):
+    def build():
+        torch.manual_seed(0)
+        return make()
+
+    return build
+
+
+@pytest.mark.ranks(2)
+def test_a_reference_that_is_not_finite_is_refused_with_the_step(mesh):
+    def breaks(step):
+        x, y = rows(step)
+        return x * (torch.nan if step == 1 else 1), y
+
+    build = seeded(lambda: nn.Linear(6, 4))
+    with pytest.raises(
+        UserError, match="the reference itself is not finite at step 1: the loss in"
+    ):
+        dist_lab.verify(build, breaks, mesh)
+    with pytest.raises(UserError, match="at step 0: the weight of weight in one process; lower"):
+        told = {"optimizer": torch.optim.SGD, "options": {"lr": 1e308}, "clip": None}
+        dist_lab.verify(build, rows, mesh, loss_sum=lambda out, _: 1e3 * out.sum(), **told)
+
+
+def test_a_reference_that_is_kept_is_not_run_again():
+    from dist_lab.programs.verify.engine import one_process
+
+    calls = []
+
+    def build():
+        calls.append("model")
+        return gpt()
+
+    def counted(step):
+        calls.append("batch")
+        return batch(step)
+
+    mesh, told = dist_lab.init_mesh(), {"steps": 1, "microbatches": 1, "clip": None}
+    told |= {"optimizer": torch.optim.SGD, "options": {"lr": 0.1}}
+    known = list(one_process(build, counted, 1, mesh.device, **told))
+    calls.clear()
+    assert dist_lab.verify(build, counted, mesh, "single", reference=known, **told).equal
+    assert calls == ["model"]
