@@ -86,7 +86,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
     elif isinstance(output, Mapping):
         yield from tensors_in([*output.values()])
-    elif dataclasses.is_dataclass(output):
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         yield from tensors_in([getattr(output, f.name) for f in dataclasses.fields(output)])
 
 
