@@ -24,6 +24,7 @@ from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import clip, global_norm
+from dist_lab.step.count import sum_of_counts
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
@@ -79,10 +80,17 @@ class Job:
         """
         return cross_entropy_sum(output, target)
 
-    def count(self, n: int) -> int:
-        """The sum of n over the ranks that see different rows: the denominator of the loss."""
+    def count(self, n: Any) -> Any:
+        """The sum of n over the ranks that see different rows: the denominator of the loss.
+
+        Args:
+            n: one number, as Python, NumPy or a tensor has it; also the sum of weights.
+
+        Returns:
+            An int where every rank's n is a whole number's type, else a float.
+        """
         with self.mesh.wire.during("count"):
-            return int(ops.all_reduce(torch.tensor(n, device=self.mesh.device), self._data))
+            return sum_of_counts(n, self._data)
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """Forward and backward over this rank's micro-batches.

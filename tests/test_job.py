@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from models import Odd, batch, gpt, odd
@@ -149,6 +150,66 @@ def test_ranks_with_unequal_token_counts_give_the_mean_over_all_tokens(mesh):
     assert total == int((targets != -100).sum())
     want = nn.functional.cross_entropy(gpt()(inputs).flatten(0, 1), targets.flatten())
     assert loss == pytest.approx(float(want.detach()), rel=1e-12)
+
+
+COUNTS = {
+    "a whole number": (2, 4),
+    "one beyond what a float holds": (2**53 + 1, 2**54 + 2),
+    "one beyond 64 bits": (2**63, 2**64),
+    "a bool": (True, 2),
+    "a tensor of bools": (torch.tensor(True), 2),
+    "a tensor of bytes": (torch.tensor(200, dtype=torch.uint8), 400),
+    "a tensor of one element": (torch.tensor([[3]], dtype=torch.int32), 6),
+    "a narrow tensor": (torch.tensor(1.5, dtype=torch.bfloat16), 3.0),
+    "weights": (0.1, 0.2),
+    "weights as float32": (torch.tensor(0.25), 0.5),
+    "NumPy's whole number": (np.int64(3), 6),
+    "NumPy's bool": (np.bool_(True), 2),
+    "NumPy's float32": (np.float32(1.25), 2.5),
+    "none at all": (0, 0),
+}
+
+
+@pytest.mark.ranks(2)
+def test_a_count_is_summed_exactly_and_stays_whole_if_every_rank_counts_in_whole_numbers(mesh):
+    job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
+    for what, (n, want) in COUNTS.items():
+        got = job.count(n)
+        assert (got, type(got)) == (want, type(want)), what
+    mixed = job.count(2 if mesh.rank else 0.5)  # one has weights, the other has none
+    assert (mixed, type(mixed)) == (2.5, float)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (torch.ones(2), r"a Tensor of shape \(2,\)"),
+        (np.ones(3), r"a ndarray of shape \(3,\)"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (-1, "-1"),
+        ("seven", "a str"),
+        (None, "a NoneType"),
+        (1j, "a complex"),
+    ],
+)
+def test_what_is_no_count_on_one_rank_is_refused_on_all(mesh, n, said):
+    job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
+    with pytest.raises(
+        UserError, match=f"was given {said} on rank 1: .*number of tokens"
+    ) as caught:
+        job.count(n if mesh.rank == 1 else 5)
+    assert "\n" not in str(caught.value)
+    assert job.count(1) == 2, "and counting goes on"
+
+
+@pytest.mark.ranks(2)
+def test_a_count_of_whole_numbers_is_one_message_of_eight_bytes(mesh):
+    job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
+    with mesh.wire.ledger.recording() as calls:
+        job.count(7)
+    assert [call.payload for call in calls] == [8]
 
 
 @pytest.mark.ranks(3)
