@@ -25,6 +25,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.count import sum_of_counts
+from dist_lab.step.elementwise import refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
@@ -186,7 +187,7 @@ class Job:
             yield name, self.stepped.get(name, parameter)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer of one's own is given."""
+        """What an optimizer of one's own is given; whether its class fits is not looked at."""
         for _, parameter in self.named_parameters():
             yield parameter
 
@@ -199,11 +200,25 @@ class Job:
             groups: (name, shape of the whole tensor) -> options of that parameter's group, for
                 instance no weight decay for vectors. Parameters with equal options share a group.
             options: passed on to `cls`.
+
+        Raises:
+            UserError: where ranks step on parts of parameters, and `cls` looks at more than one
+                element at a time; see step/elementwise.py.
         """
+        here = dict(self.named_parameters())
+        own_options = {
+            name: groups(name, layout.shape) if groups else {}
+            for name, layout in self.layouts.items()
+            if name not in here or here[name].requires_grad
+        }
+        by_tensor = self._make_optimizer is not None
+        refuse_coupled(
+            cls, options, own_options, here, self.layouts, self.mesh, by_tensor=by_tensor
+        )
         made: list[tuple[Mapping[str, Any], list[nn.Parameter]]] = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                own = groups(name, self.layouts[name].shape) if groups else {}
+        for name, parameter in here.items():
+            if name in own_options:
+                own = own_options[name]
                 members = next((members for known, members in made if known == own), None)
                 if members is None:
                     made.append((own, members := []))
