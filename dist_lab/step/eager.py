@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from dist_lab.comm.context import Wire
-from dist_lab.loss import LossFn, Pair, one_number
+from dist_lab.loss import LossFn, Pair, share_of
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
 from dist_lab.step.outside import refuse_gradients, refuse_outside
@@ -110,7 +110,9 @@ class Runner(Step):
         total = torch.zeros((), dtype=torch.float64, device=self.wire.device)
         for i, (inputs, targets) in enumerate(microbatches):
             with self.microbatch(last=self._last and i == len(microbatches) - 1):
-                share = one_number(loss_fn(self.model(inputs), targets))
+                output = self.model(inputs)
+                share = share_of(output, loss_fn(output, targets))
+                del output  # or it would be kept while backward runs
                 share.backward()
                 total += share.detach()
         return total

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dist_lab.comm import ops
-from dist_lab.loss import LossFn, Pair, one_number
+from dist_lab.loss import LossFn, Pair, one_number, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.runner import RunnerEvents
 from dist_lab.parallel.pipeline.split_backward import Debts, SplitBackward, fresh
@@ -155,7 +155,8 @@ class Flight:
                 given = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in given)
             output = self.executor.parts[stage](*map(fresh, given))
             if stage == self.schedule.stages - 1:
-                share = one_number(self.loss_fn(output, targets))
+                loss = self.loss_fn(output, targets)
+                share = share_of(output, loss) if self.training else one_number(loss)
                 self.total += share.detach()
                 results: Values = (share,)
                 if self.training:  # as if a stage after the last had sent it back

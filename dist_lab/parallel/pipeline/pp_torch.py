@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.loss import LossFn, Pair, one_number
+from dist_lab.loss import LossFn, Pair, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.executor import Executor
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
@@ -158,7 +158,7 @@ class TorchPipeline:
     def _share(self, output: Any, targets: Tensor) -> Tensor:
         assert self.loss_fn is not None
         # Summed, though it is one number: what is a view the library cannot detach.
-        return one_number(self.loss_fn(output, targets)).sum()
+        return share_of(output, self.loss_fn(output, targets)).sum()
 
     # --- the library's objects --------------------------------------------------------------------
 

@@ -1,0 +1,94 @@
+"""A rank whose loss needs no gradient joins in backward all the same, with zeros."""
+
+import pytest
+import torch
+from models import axes_of
+from torch import nn
+
+import dist_lab
+from dist_lab.errors import UserError
+from dist_lab.loss import share_of
+from dist_lab.mesh.mesh import init_mesh
+
+STRATEGIES = ["dp", "ddp", "zero1", "zero2", "fsdp", "hsdp"]
+CONSTANTS = {
+    "a constant": lambda out: torch.tensor(0.0),
+    "a whole number": lambda out: torch.tensor(0),
+    "zero": lambda out: 0,
+    "detached": lambda out: out["y"].detach().sum() * 0,
+}
+
+
+class Net(nn.Module):
+    """Gives its output inside a dict, beside what needs no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+    def forward(self, x):
+        return {"y": self.layers(x), "x": x}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.ranks(2, timeout=20)
+def test_a_rank_without_a_loss_counts_as_one_whose_gradients_are_zero(strategy, constant, mesh):
+    mesh = init_mesh(**axes_of(strategy, 2), timeout=5)
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain, job = Net(), dist_lab.parallelize(Net(), mesh, strategy, units=[nn.Linear])
+    rows = x.split(4) if mesh.rank else [x[:0], x[:4]]  # rank 0 has none that count
+
+    def share(output, counts):
+        return output["y"].square().sum() if counts else CONSTANTS[constant](output)
+
+    for _ in range(2):
+        loss = job.run([(some, mesh.rank == 1) for some in rows], share)
+        job.finish()
+        whole = plain(x)["y"].square().sum()
+        assert loss == pytest.approx(float(whole.detach()), rel=1e-12)
+        wanted = torch.autograd.grad(whole, list(plain.parameters()))
+        for (name, got), want in zip(job.full_gradients().items(), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
+        for parameter in job.parameters():
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
+@pytest.mark.ranks(2, mesh={"pp": 2}, timeout=20)
+def test_a_micro_batch_without_a_loss_passes_through_a_pipeline(schedule, mesh):
+    def layers():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 4)).double()
+
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = layers()
+    plain(x[4:]).square().sum().backward()
+    job = dist_lab.parallelize(layers(), mesh, "pp", schedule=schedule, example_inputs=x[:4])
+    pairs = [(rows, torch.tensor(i)) for i, rows in enumerate(x.split(4))]
+    job.run(pairs, lambda out, i: out.square().sum() if i else torch.tensor(0.0))
+    job.finish()
+    for (name, got), want in zip(job.full_gradients().items(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want.grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_infinite_outputs_give_gradients_of_zero():
+    output = torch.full((2, 3), torch.inf, requires_grad=True)
+    share_of([output], torch.tensor(5.0)).backward()
+    assert torch.equal(output.grad, torch.zeros(2, 3))
+
+
+def test_where_all_is_frozen_there_is_nothing_to_join_in():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    job = dist_lab.parallelize(model, init_mesh(), "single")
+    assert job.run([(torch.ones(1, 2), None)], lambda out, _: torch.tensor(3.0)) == 3.0
+
+
+def test_what_is_no_loss_is_refused():
+    job = dist_lab.parallelize(nn.Linear(2, 2), init_mesh(), "single")
+    for loss in (1.0, None, torch.zeros(2)):
+        with pytest.raises(UserError, match="one number as a tensor"):
+            job.run([(torch.ones(1, 2), None)], lambda out, _, loss=loss: loss)
+    with torch.no_grad(), pytest.raises(UserError, match="gradients, which are off here"):
+        job.run([(torch.ones(1, 2), None)], lambda out, _: out.sum())
