@@ -109,6 +109,7 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
     return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
 
 
+@torch.inference_mode(False)  # made by whatever forward comes first, it is written to in training
 def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     """A flat buffer of zeros, in memory that all ranks map where that is possible.
 
