@@ -28,6 +28,15 @@ SPLIT = {  # role -> what it can split
 }
 NOT_SPLIT = ("whole", "sequence", "cut", "joined")
 IN_BLOCKS = ("column", "grouped")
+ALSO_CALLED = {  # the field's names
+    "colwise": "column",
+    "rowwise": "row",
+    "colwise_grouped": "grouped",
+    "colwise_gather_output": "gathered",
+    "scatter_output": "cut",
+    "gather_input": "joined",
+    "replicate": "whole",
+}
 
 
 @runtime_checkable
@@ -124,8 +133,9 @@ def check_all_named(
 
 def _read(glob: str, role: Role) -> Planned:
     name, block = role if isinstance(role, tuple) and len(role) == 2 else (role, 1)
+    name = ALSO_CALLED.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in (*SPLIT, *NOT_SPLIT):
-        roles = ", ".join((*SPLIT, *NOT_SPLIT))
+        roles = ", ".join((*SPLIT, *NOT_SPLIT, *ALSO_CALLED))
         raise UserError(f"the plan's role of {glob} is {role!r}; there are {roles}")
     if not isinstance(block, int) or block < 1 or (block > 1 and name not in IN_BLOCKS):
         raise UserError(

@@ -123,6 +123,13 @@ class Entry:
         return split_linear(inside, weight, column.bias, owe)
 
 
+def entered(x: Tensor, residual: Residual) -> Tensor:
+    """Differentiable: x from the stream, of which each rank goes on to use a part of its own."""
+    inside: Tensor
+    (inside,) = _Enter.apply(x, residual, {})
+    return inside
+
+
 class _Enter(torch.autograd.Function):
     """x, W1, W2, ... -> x[T], W1, W2, ...: what columns compute with.
 

@@ -31,13 +31,17 @@ dots, to a role. A model of the zoo brings its own, `tp_plan()`.
     ("column", 64)        in whole blocks of 64 outputs: attention heads
     ("grouped", 64)       the same; of fewer blocks than ranks each lies on several: keys and values
     "gathered"            a column whose outputs are put together again
-    "row"                 a Linear whose inputs are split, W[D, F_tp]
+    "row"                 a Linear whose inputs are split, W[D, F_tp]; it cuts whole ones itself
     "vocabulary"          an Embedding, or the Linear that gives logits: see vocabulary.py
     "whole"               anything else: every rank has it, and computes the same
                                             ... and under sequence parallelism
     "sequence"            sees a piece of the sequence, dim -2, as it comes: norms
     "cut"                 sees whole inputs, and its outputs are cut
     "joined"              sees whole inputs, put together from pieces
+
+They may also be called colwise, colwise_grouped, colwise_gather_output, rowwise, replicate,
+scatter_output and gather_input. A plan that is not the zoo's is tried before it trains: see
+plan_check.py.
 
 [Note: columns that read together] Columns of one parent that are given one and the same tensor,
 such as q, k and v, share its way in: it is gathered once, and the sum of their input gradients is
@@ -58,11 +62,12 @@ from torch import Tensor, nn
 
 from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Layout, Shard, shard_of
+from dist_lab.layout.layout import Layout, Shard, shard_bounds, shard_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import set_param
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
-from dist_lab.parallel.tensor.sequence import Entry, Residual
+from dist_lab.parallel.tensor.plan_check import PlanCheck
+from dist_lab.parallel.tensor.sequence import Entry, Residual, entered
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
@@ -96,6 +101,14 @@ def apply(
             value = shard_of(value, how, axis.size, axis.index)
         set_param(own, value.to(axis.wire.device, copy=True))
     entries = split_forwards(model, named, residual)
+    is_tested = plan is None and type(model).__module__.startswith("dist_lab.zoo.")
+    if axis.size > 1 and not is_tested and not axis.wire.pretended:
+
+        def split(plain: nn.Module) -> None:  # a scratch of its own, as it comes and goes
+            stream = Residual(axis, cut=sequence_parallel, regather=regather)
+            split_forwards(plain, named, stream)
+
+        PlanCheck(setup, named, layouts, split, cut=sequence_parallel)
     return Applied(layouts, TensorParallel(setup, layouts, residual, entries))
 
 
@@ -142,6 +155,10 @@ def _logits(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> S
 
 
 def _row(residual: Residual, entry: None, linear: nn.Linear, x: Tensor) -> Tensor:
+    here = linear.weight.shape[1]
+    if x.shape[-1] == linear.in_features != here:  # whole: no column stands before it
+        start, _ = shard_bounds(linear.in_features, residual.axis.size, residual.axis.index)
+        x = entered(x, residual).narrow(-1, start, here)  # In[B, F] -> In[B, F_tp]
     y = residual.summed(F.linear(x, linear.weight))  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp} -> Out
     return y if linear.bias is None else y + linear.bias  # once, and not by each rank
 

@@ -2,11 +2,229 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from models import batch
 from torch import nn
 
 import dist_lab
+from dist_lab import zoo
+from dist_lab.errors import UserError
+from dist_lab.parallel.tensor.plan import ALSO_CALLED, read_plan
 
 ranks = pytest.mark.ranks(2, mesh={"tp": 2})
+
+
+class Mlp(nn.Module):
+    def __init__(self, width=16, p=0.0, between=torch.tanh, norm=nn.LayerNorm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.n, self.o = nn.Linear(6, 8), norm(8), nn.Linear(8, 4)
+        self.up, self.down, self.d = nn.Linear(8, width), nn.Linear(width, 8), nn.Dropout(p)
+        self.between, self.calls = between, 0
+        self.double()
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.e(x)
+        return self.o(self.n(x + self.d(self.down(self.between(self.up(x))))))
+
+
+class Fused(nn.Module):
+    """Attention that reads q, k and v from one layer."""
+
+    def __init__(self, heads=-1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.p, self.heads = nn.Linear(6, 24), nn.Linear(8, 4), heads
+        self.double()
+
+    def forward(self, x):
+        parts = self.qkv(x[None]).chunk(3, -1)
+        q, k, v = (t.view(1, t.shape[1], self.heads, 2).transpose(1, 2) for t in parts)
+        return self.p(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[0]
+
+
+PLAN = {"up": "colwise", "down": "rowwise"}
+
+
+def rows(step=0):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (8,), generator=generator)
+
+
+def train(job, step=0, x=None):
+    pair = (rows(step)[0] if x is None else x, rows(step)[1])
+    job.run([pair], lambda out, y: dist_lab.cross_entropy_sum(out, y) / 8)
+    job.finish()
+    job.model.zero_grad()
+
+
+# --- plans that are right -------------------------------------------------------------------------
+
+CUT = {"e": "scatter_output", "up": "sequence", "down": "rowwise", "n": "sequence"}
+RIGHT = {
+    "both": (PLAN, 16, {}),
+    "a row alone": ({"down": "rowwise"}, 16, {}),
+    "a row alone that does not divide": ({"down": "rowwise"}, 15, {}),
+    "a row alone under sequence parallelism": (
+        CUT | {"o": "gather_input"}, 16, {"sequence_parallel": True, "regather": True},
+    ),
+    "a column that is gathered": ({"up": "colwise_gather_output"}, 16, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RIGHT)
+@ranks
+def test_a_right_plan_equals_one_process(case, mesh):
+    plan, width, options = RIGHT[case]
+    report = dist_lab.verify(
+        lambda: Mlp(width), rows, mesh, "tp", plan=plan, steps=2, tolerance=1e-9, **options
+    )
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "sequence parallel"])
+@ranks
+def test_a_transformer_with_split_logits_and_shared_keys_passes(mesh, cut):
+    shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 1, "ffn": 48}
+    model = zoo.build("gpt", "tiny", vocab=61, seed=0, **shape)
+    plan = model.tp_plan()
+    job = dist_lab.parallelize(
+        model, mesh, "tp", plan=plan, sequence_parallel=cut, param_dtype=torch.bfloat16
+    )
+    job.run([batch(0)], lambda out, y: job.cross_entropy_sum(out, y) / 48)
+    job.finish()
+
+
+@ranks
+def test_under_sequence_parallelism_each_rank_may_be_given_its_piece(mesh):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    plan = {"0": "colwise", "2": "rowwise"}
+    job = dist_lab.parallelize(model, mesh, "tp", plan=plan, sequence_parallel=True)
+    x, _ = rows()
+    job.model(x.chunk(2)[mesh.rank]).sum().backward()
+
+
+@ranks
+def test_each_role_has_the_name_that_the_field_gives_it(mesh):
+    for name, role in ALSO_CALLED.items():
+        assert read_plan(Mlp(), {"up": name}) == read_plan(Mlp(), {"up": role})
+    assert read_plan(Mlp(), {"up": ("colwise", 4)}) == read_plan(Mlp(), {"up": ("column", 4)})
+
+
+# --- plans that are wrong -------------------------------------------------------------------------
+
+WRONG = {
+    "a column alone": (Mlp, {"up": "colwise"}, r"^up is colwise, but Mlp .*mat1 and mat2 shapes"),
+    "fused": (Fused, {"qkv": "colwise", "p": "rowwise"}, "^qkv is colwise, but Fused .* off by"),
+    "heads written down": (
+        lambda: Fused(4), {"qkv": "colwise", "p": "rowwise"}, "^qkv is colwise, but Fused .*shape",
+    ),
+    "a softmax over split features": (
+        lambda: Mlp(between=lambda x: x.softmax(-1)), PLAN, "^up is colwise, but Mlp .* off by",
+    ),
+    "a norm of split features": (
+        lambda: nn.Sequential(Mlp(between=nn.LayerNorm(16).double())),
+        {"0.up": "colwise", "0.down": "rowwise"},
+        r"^0.up is colwise, but Mlp \(0\) .*normalized_shape",
+    ),
+    "an output in pieces": (
+        Mlp, {"o": "colwise"}, r"^o is colwise, but Mlp .* gives \[8, 2\] in place of \[8, 4\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+@ranks
+def test_a_wrong_plan_is_refused_before_a_number_is_wrong(case, mesh):
+    build, plan, said = WRONG[case]
+    job = dist_lab.parallelize(build(), mesh, "tp", plan=plan)
+    for _ in range(2):  # it stays wrong
+        with pytest.raises(UserError, match=said) as refusal:
+            job.model(rows()[0])
+        assert "\n" not in str(refusal.value)
+        assert "leave it out of the plan" in str(refusal.value)
+
+
+@ranks
+def test_the_check_of_a_plan_leaves_no_trace(mesh):
+    job = dist_lab.parallelize(Mlp(p=0.5, norm=nn.BatchNorm1d), mesh, "tp", plan=PLAN)
+    plain, seen, calls = Mlp(p=0.5, norm=nn.BatchNorm1d), [], []
+    job.model.up.register_forward_hook(lambda module, args, output: seen.append(output))
+    for step in range(4):
+        x = rows(step)[0].requires_grad_()
+        torch.manual_seed(step)
+        wanted = plain(x)
+        state = torch.get_rng_state()
+        torch.manual_seed(step)
+        with mesh.wire.ledger.recording() as recorded:
+            y = job.model(x)
+        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        assert torch.equal(torch.get_rng_state(), state)
+        calls.append([(c.phase, c.op, c.payload) for c in recorded])
+    assert job.model.calls == len(seen) == 4
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(job.model.get_buffer(name), buffer, msg=name)
+    compared = ("plan check", "all_gather", 2 * 16)
+    summed = ("forward", "all_reduce", 8 * 8 * 8)
+    assert calls[2] == calls[3] == [compared, summed]  # by now there is memory to pass through
+    assert [call for call in calls[0] if call[0] == "forward"][-1] == summed
+    assert len([call for call in calls[0] if call[0] == "plan check"]) > 1
+
+
+@ranks
+def test_a_model_that_draws_in_eval_mode_or_fails_whole_is_not_refused_for_it(mesh):
+    noisy = Mlp(between=lambda x: x + torch.randn_like(x))
+    job = dist_lab.parallelize(noisy, mesh, "tp", plan=PLAN)
+    train(job)
+    job = dist_lab.parallelize(Mlp(between=fail), mesh, "tp", plan=PLAN)
+    with pytest.raises(KeyError):
+        job.model(rows()[0])
+
+
+def fail(x):
+    raise KeyError("a defect of the model's own")
+
+
+# --- ranks that do not compute alike --------------------------------------------------------------
+
+
+@ranks
+def test_other_rows_on_a_rank_are_refused(mesh):
+    job = dist_lab.parallelize(Mlp(), mesh, "tp", plan=PLAN)
+    train(job)
+    said = r"^ranks of tp were given other inputs: rank 1 against rank 0; feed the same batch to"
+    with pytest.raises(UserError, match=said):
+        train(job, x=rows(mesh.rank)[0])
+    with pytest.raises(UserError, match=said):
+        job.model(rows()[0][: 8 - mesh.rank])
+    with torch.no_grad():
+        job.model.eval()(rows()[0])
+
+
+DRAWS = {
+    "a module": lambda: Mlp(p=0.5),
+    "a function": lambda: Mlp(between=lambda x: F.dropout(x, 0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@ranks
+def test_dropout_that_is_seeded_by_rank_is_refused_and_by_one_seed_is_not(kind, mesh):
+    job = dist_lab.parallelize(DRAWS[kind](), mesh, "tp", plan=PLAN)
+    torch.manual_seed(mesh.rank)
+    said = r"^ranks of tp draw other random numbers: rank 1 against rank 0; call torch.manual_seed"
+    with pytest.raises(UserError, match=said):
+        train(job)
+    torch.manual_seed(5)
+    train(job)
+    job = dist_lab.parallelize(Mlp(), mesh, "tp", plan=PLAN)
+    torch.manual_seed(mesh.rank)
+    train(job)  # it draws nothing
+
+
+# --- inference first ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "sequence parallel"])
