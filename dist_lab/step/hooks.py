@@ -55,28 +55,6 @@ def itself(thing: Any) -> Any:
     return thing
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A structure like this one, with function(tensor) in place of each of its tensors."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, list | tuple):
-        make = getattr(type(value), "_make", type(value))  # of a named tuple, or its class
-        return make(map_tensors(function, item) for item in value)
-    copied: Any
-    if isinstance(value, Mapping):
-        copied = copy.copy(value)
-        for key, item in value.items():
-            copied[key] = map_tensors(function, item)
-        return copied
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        copied = copy.copy(value)
-        for field in dataclasses.fields(value):
-            item = map_tensors(function, getattr(value, field.name))
-            object.__setattr__(copied, field.name, item)  # also of a frozen one
-        return copied
-    return value
-
-
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors in a module's output, whatever it is made of."""
     if isinstance(output, Tensor):
