@@ -29,6 +29,7 @@ from dist_lab.step.elementwise import refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
+from dist_lab.step.scaler import Scaler, decide_together
 from dist_lab.transforms.batchnorm import merge_statistics
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
@@ -226,8 +227,20 @@ class Job:
         each = [{"params": members, **own} for own, members in made]
         each = each or [{"params": [nn.Parameter(torch.empty(0))]}]  # a stage without a weight
         if self._make_optimizer is not None:
-            return self._make_optimizer(cls, each, options)
-        return cls(each, **options)
+            optimizer = self._make_optimizer(cls, each, options)
+        else:
+            optimizer = cls(each, **options)
+        if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
+            decide_together(optimizer, self.mesh.world)
+        return optimizer
+
+    def scaler(self, **options: Any) -> torch.amp.GradScaler:
+        """Build a GradScaler that skips a step on all ranks or on none: see step/scaler.py.
+
+        scaler.scale(loss).backward(); job.finish(); scaler.step(optimizer); scaler.update();
+        job.after_step(). With `scaler.unscale_(optimizer)` before `clip_grad_norm`.
+        """
+        return Scaler(self.mesh.world, **options)
 
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """Every tensor whole, under the names of `model.state_dict()`, equal on every rank.

@@ -37,10 +37,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
     "ddp_forward_begins", "ddp_forward_ends", "forget_shardings", "forget_unsharded_gradients",
-    "group_timeout", "is_view", "keeps_graph", "move_hooks",
+    "found_infs", "group_timeout", "is_view", "keeps_graph", "move_hooks",
     "multiply_all", "not_compiled", "of_plain_tensors", "outside_modes", "register_fake_backend",
-    "saved_tensors_hooks_around", "share_hooks", "storage_key", "tree_flatten", "tree_leaves",
-    "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
+    "saved_tensors_hooks_around", "set_scaled_step", "share_hooks", "storage_key", "tree_flatten",
+    "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -123,6 +123,30 @@ def saved_tensors_hooks_around() -> tuple[Callable[..., Any], Callable[..., Any]
 def keeps_graph() -> bool:
     """Whether the backward that is under way was asked to retain its graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# --- loss scaling ---------------------------------------------------------------------------------
+
+
+def found_infs(scaler: Any, optimizer: Any) -> dict[torch.device, Tensor]:
+    """Unscale, if that has not been done, and give what a GradScaler has then found, to be changed.
+
+    For each device whether a gradient was not finite: both its `step` and `update` read it there.
+    """
+    state = scaler._per_optimizer_states[id(optimizer)]
+    if state["stage"].name == "READY":
+        scaler.unscale_(optimizer)
+    found: dict[torch.device, Tensor] = state["found_inf_per_device"]
+    if not found:  # there was no gradient
+        device = scaler._scale.device
+        found[device] = torch.zeros((), device=device)
+    return found
+
+
+def set_scaled_step(optimizer: torch.optim.Optimizer, step: Any) -> None:
+    """Give one optimizer a `step` that is handed the scaler: a contract with no public name."""
+    optimizer.step = step  # type: ignore[method-assign]
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
 
 # --- torch.distributed, which is imported by those who call ---------------------------------------
