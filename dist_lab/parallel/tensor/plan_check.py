@@ -268,10 +268,15 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         for name, value in vars(module).items()
         if "_hooks" in name
     }
+    for module in model.modules():
+        for name in vars(module).keys() & module._parameters.keys():
+            memo[id(vars(module)[name])] = name  # a narrow copy that stands before a parameter
     plain = copy.deepcopy(model, memo)
     for module, original in zip(plain.modules(), model.modules(), strict=True):
         if isinstance(vars(original).get("forward"), ModuleHook):
             del module.forward
+        for name in vars(module).keys() & module._parameters.keys():
+            del vars(module)[name]
     return plain
 
 
@@ -285,10 +290,7 @@ def _sliced(tensor: Tensor, whole: Tensor, axis: Axis, dims: Any) -> Tensor | No
     if len(odd) > 1 or odd[0] not in [d % whole.dim() for d in dims]:
         return None
     length, here = whole.shape[odd[0]], tensor.shape[odd[0]]
-    copies = 1  # of keys and values there may be fewer than ranks
-    if here and length % here == 0 and axis.size % (length // here) == 0:
-        copies = axis.size * here // length
-    start, stop = shard_bounds(length, axis.size // copies, axis.index // copies)
+    start, stop = shard_bounds(length, axis.size, axis.index)
     return whole.narrow(odd[0], start, stop - start) if stop - start == here else None
 
 

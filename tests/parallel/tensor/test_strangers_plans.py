@@ -8,6 +8,7 @@ from torch import nn
 
 import dist_lab
 from dist_lab import zoo
+from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.parallel.tensor.plan import ALSO_CALLED, read_plan
 
@@ -42,6 +43,11 @@ class Fused(nn.Module):
         parts = self.qkv(x[None]).chunk(3, -1)
         q, k, v = (t.view(1, t.shape[1], self.heads, 2).transpose(1, 2) for t in parts)
         return self.p(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[0]
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return torch.cat([x[..., :8], 2 * x[..., 8:]], -1)
 
 
 PLAN = {"up": "colwise", "down": "rowwise"}
@@ -124,6 +130,13 @@ WRONG = {
     "a softmax over split features": (
         lambda: Mlp(between=lambda x: x.softmax(-1)), PLAN, "^up is colwise, but Mlp .* off by",
     ),
+    "a softmax beside dropout": (
+        lambda: Mlp(p=0.5, between=lambda x: x.softmax(-1)), PLAN, "^up is colwise, but Mlp .* off",
+    ),
+    "something that only rank 1 gets wrong": (
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 16), Scaled()), nn.Linear(16, 4)).double(),
+        {"0.0": "colwise", "1": "rowwise"}, "but Sequential",
+    ),
     "a norm of split features": (
         lambda: nn.Sequential(Mlp(between=nn.LayerNorm(16).double())),
         {"0.up": "colwise", "0.down": "rowwise"},
@@ -144,7 +157,16 @@ def test_a_wrong_plan_is_refused_before_a_number_is_wrong(case, mesh):
         with pytest.raises(UserError, match=said) as refusal:
             job.model(rows()[0])
         assert "\n" not in str(refusal.value)
+        assert len(set(ops.all_gather_bytes(str(refusal.value).encode(), mesh["tp"]))) == 1
         assert "leave it out of the plan" in str(refusal.value)
+
+
+@ranks
+def test_a_wrong_plan_is_refused_in_a_narrow_dtype_too(mesh):
+    plan = {"qkv": "colwise", "p": "rowwise"}
+    job = dist_lab.parallelize(Fused(), mesh, "tp", plan=plan, param_dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"^qkv is colwise, but Fused .* off by"):
+        job.model(rows()[0])
 
 
 @ranks
@@ -199,6 +221,8 @@ def test_other_rows_on_a_rank_are_refused(mesh):
         train(job, x=rows(mesh.rank)[0])
     with pytest.raises(UserError, match=said):
         job.model(rows()[0][: 8 - mesh.rank])
+    with pytest.raises(UserError, match=said):
+        job.model(rows()[0].view(8 >> mesh.rank, -1))
     with torch.no_grad():
         job.model.eval()(rows()[0])
 
