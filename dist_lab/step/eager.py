@@ -21,12 +21,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from dist_lab.comm.context import Wire
 from dist_lab.loss import LossFn, Pair, share_of
-from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.hooks import ModuleHook, weakly
 from dist_lab.step.order import Step
 from dist_lab.step.outside import refuse_gradients, refuse_outside
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
 from dist_lab.step.saved import SavedByName, Visit
-from dist_lab.step.units import Unit, in_backward, weakly
+from dist_lab.step.units import Unit, in_backward
 
 
 class Runner(Step):

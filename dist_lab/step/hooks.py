@@ -6,6 +6,7 @@ plain model, without the strategy that trains the original.
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NoReturn
 
@@ -53,6 +54,22 @@ def refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
 def itself(thing: Any) -> Any:
     """By which a pickle is read back that holds what a copy has."""
     return thing
+
+
+def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
+    """A hook for a parameter or its autograd node, which does not keep the hook's owner alive.
+
+    They hold hooks where the garbage collector cannot see it. A hook that held its owner, which
+    holds the model, would keep all of them for ever.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*first, *arguments)
+
+    return hook
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -8,8 +8,7 @@ when backward has left it by the inputs of its forward, because a frozen unit ha
 gradient and an unused parameter never gets one; and at the end of a backward in any case.
 """
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,22 +143,6 @@ class Unit:
         self.wire.unit = ""
         self.backward = -1
         self.close(Phase.BACKWARD)
-
-
-def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
-    """A hook for a parameter or its autograd node, which does not keep the hook's owner alive.
-
-    They hold hooks where the garbage collector cannot see it. A hook that held its owner, which
-    holds the model, would keep all of them for ever.
-    """
-    reference = weakref.WeakMethod(method)
-
-    def hook(*arguments: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*first, *arguments)
-
-    return hook
 
 
 def in_backward() -> bool:

@@ -17,11 +17,11 @@ parameter and reduction N flags that say who used it:
 
 Memory per rank: 1/N of parameters, gradients and optimizer state; besides, two units and the root's
 own parameters while they are unsharded, and two units' gradients before they are reduced.
-HSDP repeats all this along a second axis Y, of M replicas: see `_sum_over_replicas`.
+HSDP repeats all this along a second axis Y, of M replicas: see replicas.py.
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277).
 
 To read: `apply` and FullySharded here (what happens when), param_group.py (one group's memory and
-its two states), sharded_param.py (a parameter as two tensors), parallel/flat_buffer.py.
+its two states), sharded_param.py (a parameter as two tensors); then common_order.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,9 @@ from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, refuse_recurrent
 from dist_lab.parallel.sharded.common_order import CommonOrder
-from dist_lab.parallel.sharded.param_group import Grads, ParamGroup, groups_by_unit
+from dist_lab.parallel.sharded.param_group import Grads, ParamGroup
+from dist_lab.parallel.sharded.replicas import sum_over_replicas
+from dist_lab.parallel.sharded.unit_groups import groups_by_unit
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.offload import maker, offloaded
@@ -321,31 +323,12 @@ class FullySharded(Sync):
 
     def finish(self) -> None:
         self._reduce_all()
-        self._sum_over_replicas()
+        sum_over_replicas(self.groups, self.replicate)
         self.keep_unsharded = False
         for group in self.groups:
             group.total = None  # it lives on in `.grad`
             group.reshard()
             group.wait_for_readers()  # the optimizer is about to write
-
-    def _sum_over_replicas(self) -> None:
-        """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used.
-
-        Gradients are reduced along X in each micro-batch, and their shards summed along Y once a
-        step: 2 (M-1)/M P/N elements more.
-        """
-        groups = [group for group in self.groups if group.trained]
-        for group in groups:
-            group.read_back()
-        if self.replicate.size == 1 or not groups:
-            return
-        have = torch.tensor([g.total is not None for g in groups], dtype=torch.uint8)
-        have = ops.all_reduce(have.to(self.axis.wire.device), self.replicate, "max")
-        groups = [group for group, yes in zip(groups, have.tolist(), strict=True) if yes]
-        for group in groups:
-            group.issue_sum(self.replicate)
-        for group in groups:
-            group.wait_sum()
 
     def after_step(self) -> None:
         self.keep_unsharded = False

@@ -13,12 +13,12 @@ Shards are as long on every rank; one that has fewer rows than others has paddin
 A reduction may be in flight while the next gradients are expected already.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, auto
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
@@ -290,19 +290,3 @@ class ParamGroup:
         for buffer in (self.total, self.incoming if self.incoming_counts else None):
             if buffer is not None:
                 yield "gradients", buffer.memory
-
-
-def groups_by_unit(
-    groups: Sequence[ParamGroup], units: Mapping[str, nn.Module]
-) -> dict[str, list[ParamGroup]]:
-    """Unit -> the groups to unshard while it runs: its own, and those of units around it that hold
-    a parameter used inside it.
-    """
-    within = {name: set(module.modules()) for name, module in units.items()}
-
-    def needs(unit: str, group: ParamGroup) -> bool:
-        around = units[unit] in within[group.unit]
-        inside = any(module in within[unit] for p in group.params for module, _ in p.slots)
-        return group.unit == unit or (around and inside)
-
-    return {unit: [group for group in groups if needs(unit, group)] for unit in units}
