@@ -31,6 +31,7 @@ from dist_lab.programs.cli.registry import (
     Casts,
     Impl,
 )
+from dist_lab.step.claims import claim, refuse_claimed, refuse_row_dependent
 from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
@@ -93,6 +94,8 @@ def parallelize(
     _refuse_other_axes(part, strategy, mesh)
     _refuse_unknown_options(part, options)
     _refuse_what_cannot_train(model)
+    refuse_claimed(model)
+    refuse_row_dependent(model, mesh.size)
     _refuse_earlier_optimizers(model)
     if sync_batchnorm and not set(part.axes) & set(DATA_AXES):
         raise UserError(
@@ -122,6 +125,7 @@ def parallelize(
     assert here == held, "a model has the parameters that its layouts put on this rank"
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
+    claim(model, applied.layouts)
     chain = Chain(watch, applied.sync)
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
