@@ -28,7 +28,9 @@ def mesh_of(strategy, ranks=1):
 def test_a_parameter_of_two_jobs_is_refused(strategy):
     one, other = heads()
     dist_lab.parallelize(one, mesh_of(strategy), strategy)
-    with pytest.raises(UserError, match="0.weight is in another job already.*in one, and paral"):
+    with pytest.raises(
+        UserError, match=r"in another job already.*in one, and paral|parallelized already"
+    ):
         dist_lab.parallelize(other, mesh_of(strategy), strategy)
 
 
@@ -37,7 +39,7 @@ def test_a_part_of_a_model_in_a_job_is_refused_and_what_holds_it_as_well(strateg
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     dist_lab.parallelize(model, mesh_of(strategy), strategy)
     for other in (model[0], nn.Sequential(model, nn.Linear(2, 2))):
-        with pytest.raises(UserError, match="in another job already|parallelized already"):
+        with pytest.raises(UserError, match=r"in another job already|parallelized already"):
             dist_lab.parallelize(other, mesh_of(strategy), strategy)
 
 
