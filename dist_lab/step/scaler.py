@@ -10,7 +10,6 @@ leaves the decision to the optimizer's `step`, as it does for all that `_step_su
 and so is right, too. Without a scaler nothing is sent.
 """
 
-import warnings
 import weakref
 from types import MethodType
 from typing import Any
@@ -64,6 +63,5 @@ def decide_together(optimizer: torch.optim.Optimizer, world: Axis) -> None:
             agree(found, world)
         return None if any(map(bool, found.values())) else plain(optimizer, *args, **kwargs)
 
-    # torch says that it will hand its scaler over in another way; pyproject.toml pins the version.
-    warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
+    # torch warns that it will hand its scaler over in another way; pyproject.toml pins the version.
     set_scaled_step(optimizer, MethodType(step, weakref.proxy(optimizer)))
