@@ -126,6 +126,7 @@ def test_without_a_scaler_a_step_sends_nothing_and_the_optimizer_is_as_it_was(me
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop")
 def test_the_state_of_a_scaler_goes_out_and_in(mesh):
     job = dist_lab.parallelize(Net(), mesh, "zero1")
     train(job, ours, torch.optim.SGD, own=False, clips=False, fused=False)

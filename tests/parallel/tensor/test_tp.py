@@ -662,7 +662,7 @@ def test_what_cannot_be_split_is_refused_with_the_reason(mesh):
     with pytest.raises(UserError, match=r"tied between model.embed_tokens and lm_head, which"):
         dist_lab.parallelize(tied, mesh, "tp", plan=GPT | {"lm_head": "whole"})
     table = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0))
-    with pytest.raises(UserError, match="0 has max_norm=1.0"):
+    with pytest.raises(UserError, match=r"0 has max_norm=1\.0"):
         dist_lab.parallelize(table, mesh, "tp", plan={"0": "vocabulary"})
 
 
