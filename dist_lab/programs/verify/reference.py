@@ -167,11 +167,11 @@ def agreed(reference: Iterable[tuple[Pair, State]], mesh: Mesh) -> Iterator[tupl
             return
         batches.check_ranks_agree(taken[0], step, mesh)
         with together(mesh.world):
-            check_finite(step, taken[1])
+            _check_finite(step, taken[1])
         yield taken
 
 
-def check_finite(step: int, expected: State) -> None:
+def _check_finite(step: int, expected: State) -> None:
     trained = {name for name, g in expected["gradient"].items() if g is not None}
     for quantity, tensors in expected.items():
         for name, tensor in tensors.items():

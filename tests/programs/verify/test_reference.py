@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from models import batch, gpt, images, resnet
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import dist_lab
 from dist_lab.errors import UserError
+from dist_lab.programs.verify.repeat import difference
 
 
 def rows(step, n=8):
@@ -97,6 +99,7 @@ DRAWS = {
     "sdpa": (lambda: Inner(attends_with_dropout), "inner (Does)"),
     "gumbel": (lambda: Inner(F.gumbel_softmax), "inner (Does)"),
     "depth": (lambda: Inner(lambda x: x if torch.rand(()) < 0.9 else 2 * x), "inner (Does)"),
+    "numpy": (lambda: Inner(lambda x: x * np.random.rand()), "inner (Does)"),
     "python": (lambda: Inner(lambda x: x * random.random()), "inner (Does)"),
 }
 
@@ -123,16 +126,14 @@ def test_dropout_that_is_not_active_is_no_reason_to_refuse():
 
 
 def test_the_callers_random_numbers_go_on_where_they_were():
-    drawn = []
-    for build in (seeded(lambda: nn.Linear(6, 4)), seeded(lambda: Does(lambda x, _: x))):
-        mesh = dist_lab.init_mesh()
-        build()
-        before = torch.get_rng_state()
-        random.seed(3)
-        dist_lab.verify(build, rows, mesh, "single", steps=1)
-        assert torch.equal(torch.get_rng_state(), before)
-        drawn.append(random.random())
-    assert drawn[0] == drawn[1]
+    def states():
+        return repr((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()))
+
+    build = seeded(lambda: nn.Linear(6, 4))
+    build()
+    before = states()
+    dist_lab.verify(build, rows, dist_lab.init_mesh(), "single", steps=1)
+    assert states() == before
 
 
 @pytest.mark.parametrize("kind", ["a count of calls", "a generator of its own"])
@@ -217,6 +218,24 @@ def test_what_one_rank_refuses_all_refuse(mesh):
 
     with pytest.raises(UserError, match=r"build_batch\(step\) gives a pair"):
         dist_lab.verify(seeded(lambda: nn.Linear(6, 4)), odd_on_one, mesh)
+
+
+@pytest.mark.ranks(2)
+def test_a_model_that_one_rank_refuses_all_refuse(mesh):
+    build = seeded(lambda: nn.Linear(6, 4).requires_grad_(mesh.rank == 0))
+    with pytest.raises(UserError, match="every parameter of the model is frozen"):
+        dist_lab.verify(build, rows, mesh)
+
+
+def test_a_tensor_of_rounding_alone_is_no_difference_between_two_runs():
+    def gradients(noise):
+        return {"a": torch.ones(2), "b": torch.ones(2), "key": torch.tensor([noise])}
+
+    expected = {"loss": {"": torch.tensor(1.0)}, "gradient": gradients(7e-6)}
+    told = expected, torch.float32, 1e-4
+    assert difference(1.0, gradients(-7e-6), *told) is None
+    assert difference(1.1, gradients(7e-6), *told)[0] == "loss"
+    assert difference(1.0, gradients(7e-6) | {"b": torch.zeros(2)}, *told) == ("gradient of b", 1.0)
 
 
 # --- the cut --------------------------------------------------------------------------------------

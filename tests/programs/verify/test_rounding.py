@@ -77,7 +77,7 @@ def test_one_other_element_is_seen_in_tensors_of_every_make(kind):
 def test_integers_are_equal_or_not():
     big = torch.tensor([2**53, 1])
     assert error(big + torch.tensor([1, 0]), big, 0.0) == math.inf
-    assert error(big.int(), big, 0.0) == math.inf
+    assert error(eye().int(), eye().long(), 0.0) == math.inf, "another dtype is another buffer"
 
 
 def test_nan_or_another_shape_is_never_equal():
@@ -187,6 +187,19 @@ def test_what_is_rounding_is_decided_by_the_element():
     assert (by_chance.error, by_chance.left_out, by_chance.elements) == (0, 2, 3)
     too_large = judged([1.0, 1e-16, 1e-9], right, [0, 0, 0.5])
     assert too_large.error == 0.5, "which is no rounding"
+
+
+def test_an_element_is_small_beside_other_tensors_too():
+    small = [1e-6, 1e-15]  # the second is a billionth of the first, and the usual gradient is 1
+    assert judged(small, small, [0, 0.5]).left_out == 1
+    assert judged(small, small, [0.5, 0]).error == 0.5
+
+
+def test_gradients_are_judged_where_weights_are_left_out():
+    gradients = [torch.tensor([1.0, small], dtype=torch.float64) for small in (1e-6, 1e-16)]
+    states = [{"gradient": {"w": g}, "weight": {"w": torch.ones(2)}} for g in gradients]
+    found = compare(0, *states, {}, torch.float64)
+    assert [(c.quantity, c.error > 1e-7) for c in found] == [("gradient", True), ("weight", False)]
 
 
 def test_what_has_been_rounding_once_is_never_judged_again():
