@@ -55,7 +55,7 @@ class Runner(Step):
         parameters = dict(model.named_parameters())
         leaf_of = {p: applied.leaves.get(name, p) for name, p in parameters.items()}
         self._units: dict[str, Unit] = {}
-        saved = SavedByName()
+        saved = SavedByName(lends=bool(applied.unit_of))
         for name, module in units.items():
             root = self._units.get(ROOT)
             lent = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]

@@ -61,9 +61,14 @@ class Saved:
 
 
 class SavedByName:
-    """Saves parameters of the units that are being computed by name, and all else as it is."""
+    """Saves parameters of the units that are being computed by name, and all else as it is.
 
-    def __init__(self) -> None:
+    Args:
+        lends: units lend memory that comes and goes. Otherwise nothing is watched, at no cost.
+    """
+
+    def __init__(self, *, lends: bool) -> None:
+        self._lends = lends
         self._memory: dict[int, tuple[Tensor, Opens, Visit]] = {}
         self._inside: list[Opens] = []  # units whose forwards are under way, outermost first
         self._hooks: saved_tensors_hooks | None = None
@@ -72,8 +77,9 @@ class SavedByName:
     def enter(self, unit: Opens) -> None:
         """The forward of a unit begins."""
         self._inside.append(unit)
-        foreign = saved_tensors_hooks_around() is not None or backward_number() != -1
-        if self._hooks is None and torch.is_grad_enabled() and not foreign:
+        if not self._lends or self._hooks is not None or not torch.is_grad_enabled():
+            return
+        if saved_tensors_hooks_around() is None and backward_number() == -1:
             self._depth = len(self._inside)
             self._hooks = saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
