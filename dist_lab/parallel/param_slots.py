@@ -78,6 +78,20 @@ def describe(tensor: Tensor | None) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def freeze_alike(one: Tensor, other: Tensor, trained: bool) -> bool:
+    """Freeze both tensors of a parameter, or neither, as a user has done with one of them.
+
+    Args:
+        trained: whether it was, as far as is known: the tensor that is not so has been changed.
+
+    Returns whether it is trained now.
+    """
+    if one.requires_grad != other.requires_grad:
+        one.requires_grad_(not trained)
+        other.requires_grad_(not trained)
+    return one.requires_grad
+
+
 def owners(slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]) -> dict[str, str]:
     """The unit of each parameter: the innermost that contains all its slots.
 

@@ -26,6 +26,8 @@ from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, gr
 from dist_lab.parallel.param_slots import (
     ParamSlot,
     check_in_memory,
+    describe,
+    freeze_alike,
     param_slots,
     parameter_at,
     set_param,
@@ -96,23 +98,13 @@ class BucketParam:
     lies: Lies = Lies.NOWHERE
 
     def freeze_alike(self) -> None:
-        """Freeze both tensors, or neither, as a user has done with one of them."""
-        if self.whole.requires_grad == self.shard.requires_grad:
-            self.trains = self.whole.requires_grad
-        else:  # one is as it was before
-            self.trains = not self.trains
-            self.whole.requires_grad_(self.trains)
-            self.shard.requires_grad_(self.trains)
+        self.trains = freeze_alike(self.whole, self.shard, self.trains)
 
     def keep_in_memory(self) -> None:
         """Take over values that came by `.data`; raise UserError for what cannot be taken over."""
         whole, memory = self.whole, self.memory
-        same = (whole.shape, whole.dtype, whole.device) == (
-            memory.shape,
-            memory.dtype,
-            memory.device,
-        )
-        if same and whole.data_ptr() != memory.data_ptr():
+        alike = whole.shape == memory.shape and describe(whole) == describe(memory)
+        if alike and whole.data_ptr() != memory.data_ptr():
             memory.copy_(whole.detach())
             whole.data = memory.data
         check_in_memory(self.name, self.slots, whole, memory)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard, shard_of
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, set_param
+from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, freeze_alike, set_param
 from dist_lab.torch_private import share_hooks
 
 
@@ -85,13 +85,7 @@ class ShardedParam:
         self.unsharded.data = self.hollow
 
     def freeze_alike(self) -> None:
-        """Freeze both tensors, or neither, as a user has done with one of them."""
-        if self.sharded.requires_grad == self.unsharded.requires_grad:
-            self.trains = self.sharded.requires_grad
-        else:  # one is as it was before
-            self.trains = not self.trains
-            self.sharded.requires_grad_(self.trains)
-            self.unsharded.requires_grad_(self.trains)
+        self.trains = freeze_alike(self.sharded, self.unsharded, self.trains)
 
     def check(self, memory: Tensor) -> None:
         """Raise UserError if the shard is not in `memory` any more, where others read it."""
