@@ -25,7 +25,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.count import sum_of_counts
-from dist_lab.step.elementwise import refuse_coupled
+from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
@@ -106,6 +106,8 @@ class Job:
             The loss of the global batch, the same number on every rank.
         """
         _check_pairs(microbatches)
+        if not torch.is_grad_enabled():
+            raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         return self._over_ranks(self._runner.run(microbatches, loss_fn))
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
@@ -184,8 +186,7 @@ class Job:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What optimizers step on, by name: of a parameter that is split, this rank's part."""
-        for name, parameter in self.model.named_parameters():
-            yield name, self.stepped.get(name, parameter)
+        return self._runner.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer of one's own is given; whether its class fits is not looked at."""
@@ -216,15 +217,10 @@ class Job:
         refuse_coupled(
             cls, options, own_options, here, self.layouts, self.mesh, by_tensor=by_tensor
         )
-        made: list[tuple[Mapping[str, Any], list[nn.Parameter]]] = []
-        for name, parameter in here.items():
-            if name in own_options:
-                own = own_options[name]
-                members = next((members for known, members in made if known == own), None)
-                if members is None:
-                    made.append((own, members := []))
-                members.append(parameter)
-        each = [{"params": members, **own} for own, members in made]
+        held = {name: own for name, own in own_options.items() if name in here}
+        each = [
+            {"params": [here[name] for name in names], **own} for own, names in by_options(held)
+        ]
         each = each or [{"params": [nn.Parameter(torch.empty(0))]}]  # a stage without a weight
         if self._make_optimizer is not None:
             optimizer = self._make_optimizer(cls, each, options)

@@ -45,14 +45,10 @@ def refuse_coupled(
     """
     parts = {name for name in own_options if _in_parts(name, stepped, layouts, mesh)}
     scattered = (by_tensor and mesh.size > 1) or mesh["pp"].size > 1
-    groups: list[tuple[Options, list[str]]] = []
-    for name, own in own_options.items() if parts or scattered else ():
-        names = next((names for known, names in groups if known == own), None)
-        if names is None:
-            groups.append((own, names := []))
-        names.append(name)
+    if not (parts or scattered):
+        return
     device = next((local_part(tensor).device for tensor in stepped.values()), mesh.device)
-    for own, names in groups:
+    for own, names in by_options(own_options):
 
         def make(parameters: list[nn.Parameter], own: Options = own) -> torch.optim.Optimizer:
             return cls([{"params": parameters, **own}], **options)
@@ -71,6 +67,17 @@ def refuse_coupled(
         raise UserError(
             f"{cls.__name__} looks at {why}; take dp or ddp, under which every rank has all whole"
         )
+
+
+def by_options(own_options: Mapping[str, Options]) -> list[tuple[Options, list[str]]]:
+    """Options -> the parameters that have them. Options need not be hashable."""
+    groups: list[tuple[Options, list[str]]] = []
+    for name, own in own_options.items():
+        names = next((names for known, names in groups if known == own), None)
+        if names is None:
+            groups.append((own, names := []))
+        names.append(name)
+    return groups
 
 
 def looks_at(make: Make, device: torch.device) -> Literal["element", "tensor", "all"]:

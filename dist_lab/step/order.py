@@ -38,7 +38,7 @@ class Step(ABC):
         self.model, self.sync, self.wire, self._stepped = model, sync, wire, stepped
         self.has_gradients = False
         # Kept, because a name may mean the whole of it while backward runs.
-        self._parameters = {n: p for n, p in self._parameters_now() if p.requires_grad}
+        self._parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
         self._closed: set[str] = set()  # gradients that hold their last micro-batch
 
     @abstractmethod
@@ -61,14 +61,14 @@ class Step(ABC):
     def _before_finish(self) -> None:
         """Backward is over."""
 
-    def _parameters_now(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What optimizers step on."""
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What optimizers step on, by name."""
         for name, parameter in self.model.named_parameters():
             yield name, self._stepped.get(name, parameter)
 
     def finish(self) -> None:
         """Raises UserError on gradients that were summed already, or that no strategy knows."""
-        gradients = {n: real_grad(p) for n, p in self._parameters_now()}
+        gradients = {n: real_grad(p) for n, p in self.named_parameters()}
         late = [n for n, g in gradients.items() if g is not None and n not in self._parameters]
         if late:
             raise UserError(

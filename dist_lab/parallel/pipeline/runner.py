@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
@@ -111,8 +110,6 @@ class PipelineRunner(Step):
             self.sync.microbatch(last=before)
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        if not torch.is_grad_enabled():
-            raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         for name in self._parameters:
             self._refuse_closed(name)
         self._open = set(self._names)
