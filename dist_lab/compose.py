@@ -31,7 +31,7 @@ from dist_lab.programs.cli.registry import (
     Casts,
     Impl,
 )
-from dist_lab.step.claims import claim, refuse_claimed, refuse_row_dependent
+from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
@@ -93,9 +93,8 @@ def parallelize(
     part = _part(strategy, impl)
     _refuse_other_axes(part, strategy, mesh)
     _refuse_unknown_options(part, options)
-    _refuse_what_cannot_train(model)
+    _refuse_what_cannot_train(model, ranks=mesh.size)
     refuse_claimed(model)
-    refuse_row_dependent(model, mesh.size)
     _refuse_earlier_optimizers(model)
     if sync_batchnorm and not set(part.axes) & set(DATA_AXES):
         raise UserError(
@@ -247,7 +246,7 @@ def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dic
     return found
 
 
-def _refuse_what_cannot_train(model: nn.Module) -> None:
+def _refuse_what_cannot_train(model: nn.Module, ranks: int) -> None:
     for module in model.modules():
         if any(isinstance(hook, ModuleHook) for hook in module._forward_pre_hooks.values()):
             raise UserError("this model is parallelized already; build a fresh one")
@@ -255,8 +254,20 @@ def _refuse_what_cannot_train(model: nn.Module) -> None:
         if parameter.is_complex():
             raise UserError(f"{name} is complex, and sums of its gradient are not; use real parts")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if module.sparse:
             raise UserError(f"{name} makes sparse gradients, which are not summed; sparse=False")
+        if module.max_norm is not None and ranks > 1:
+            raise UserError(
+                f"{name} has max_norm={module.max_norm} and rewrites the rows that a rank looks "
+                "up, which differ by rank; leave max_norm out, and scale rows after the step"
+            )
+        if module.scale_grad_by_freq and ranks > 1:
+            raise UserError(
+                f"{name} has scale_grad_by_freq, and counts tokens in the rows of one rank alone; "
+                "leave it out"
+            )
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What is refused because another job trains it already, or because no job can train it.
+"""What is refused because another job trains it already.
 
 A parameter in two jobs would be summed by both, and its gradient be as many times too large as the
 ranks are. So a job claims what it trains or splits: a mark on the parameter itself, which a copy
@@ -37,20 +37,3 @@ def refuse_claimed(model: nn.Module) -> None:
                 f"{name} is in another job already, whose sums over the ranks would be taken "
                 "twice; put all modules that share it in one, and parallelize that"
             )
-
-
-def refuse_row_dependent(model: nn.Module, ranks: int) -> None:
-    """Raise UserError for a layer whose weights depend on which rows it sees together."""
-    for name, module in model.named_modules():
-        if ranks > 1 and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            if module.max_norm is not None:
-                raise UserError(
-                    f"{name} has max_norm={module.max_norm} and rewrites the rows that a rank "
-                    "looks up, which differ by rank; leave max_norm out, and scale rows after the "
-                    "step"
-                )
-            if module.scale_grad_by_freq:
-                raise UserError(
-                    f"{name} has scale_grad_by_freq, and counts tokens in the rows of one rank "
-                    "alone; leave it out"
-                )

@@ -40,9 +40,8 @@ class CommonOrder:
     Attributes:
         order: of the units in a forward, as far as the ranks have it in common.
         ahead: turns of this forward that are to come.
-        backward: turns of the backward to come, each with whether this rank needs it, if the ranks
-            differ in that.
-        uneven: they do.
+        backward: turns of the backward to come, each with whether this rank needs it.
+        uneven: the ranks differ in that; otherwise each goes its way.
         returning: turns of the last forward to which the backward of some rank will come.
     """
 
@@ -106,6 +105,8 @@ class CommonOrder:
         """Turns of backward that others have before this unit, or before the end, and this rank
         does not need.
         """
+        if not self.uneven:
+            return []
         found = (i for i, turn in enumerate(self.backward) if turn == (unit, True))
         here = len(self.backward) if unit is None else next(found, -1)
         before, self.backward = self.backward[: max(here, 0)], self.backward[here + 1 :]

@@ -148,13 +148,8 @@ class FullySharded(Sync):
         self.staging: dict[torch.dtype, Tensor] = {}
         self.last = True  # nothing follows the micro-batch that is under way
         self.keep_unsharded = False  # until the last micro-batch's backward
-        forward = Phase.FORWARD
-        self.order = CommonOrder(
-            list(groups_of),
-            gather_axis,
-            partial(self._gather, forward),
-            partial(self._skip, forward),
-        )
+        gather, skip = (partial(turn, Phase.FORWARD) for turn in (self._gather, self._skip))
+        self.order = CommonOrder(list(groups_of), gather_axis, gather, skip)
         # The units of a backward: of the last one, and of the one under way.
         self.last_visited: list[str] = []
         self.visited: list[str] = []
@@ -175,7 +170,7 @@ class FullySharded(Sync):
             if not self.order.is_open and torch.is_grad_enabled():  # a unit called by itself
                 self._expect_grads(unit)
         else:
-            for turn in self.order.others_before(unit) if self.order.uneven else ():
+            for turn in self.order.others_before(unit):
                 self._skip(phase, turn)
             self.visited.append(unit)
             if self.prefetched != unit:
@@ -195,7 +190,7 @@ class FullySharded(Sync):
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:
-            for turn in self.order.others_before(None) if self.order.uneven else ():
+            for turn in self.order.others_before(None):
                 self._skip(phase, turn)
         self._let_go(phase, unit)
         if unit == ROOT:
@@ -246,9 +241,9 @@ class FullySharded(Sync):
 
     def _skip(self, phase: Phase, unit: str) -> None:
         """Other ranks use the unit, and this one does not."""
-        used = {group: unit in group.users for group in self.groups_of[unit]}
+        in_use = any(unit in group.users for group in self.groups_of[unit])
         self._gather(phase, unit)
-        if not any(used.values()):
+        if not in_use:
             self._let_go(phase, unit)
 
     def _enter_model(self, phase: Phase) -> None:

@@ -17,9 +17,10 @@ for parameters, gradients and moments. P counts each bucket's padding; a number 
 is summed besides. Gradients that travel by messages need as much memory again where they arrive.
 Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), sections 5.1 and 5.2.
 
-`module.weight` is the whole parameter, for good; `named_parameters()` has the shard, with its
-`.grad`: a range of elements, as a vector. So the optimizer must treat each element by itself, as
-SGD and Adam do; one that looks at rows or norms of a matrix is for ddp.
+The model keeps its whole parameters, for good; `job.parameters()` has the shards, each a range of
+elements, as a vector. So the optimizer must treat each element by itself, as SGD and Adam do; one
+that looks at rows or norms of a matrix is for ddp. Where the gradient is not yet, or not any more,
+something stands in its place: see step/grad_elsewhere.py.
 """
 
 from collections.abc import Iterator, Sequence
