@@ -21,8 +21,8 @@ when autograd puts it into .grad, zeros become a moment when the optimizer keeps
 written down as they change, with the storage, and added up by kind when the step is over and all is
 known. A storage counts, for all its life, as the first in the list above that it has been.
 
-[Note: resized storages] A strategy that borrows parameters grows a storage and shrinks it to
-nothing again, which is no operation. Its size is read again at every operation that touches it, and
+[Note: resized storages] FSDP2 grows the storage of a parameter and shrinks it to nothing again,
+which is no operation. Its size is read again at every operation that touches it, and
 at each verb of `Sync`, through a link that hears of it after the strategy.
 """
 
