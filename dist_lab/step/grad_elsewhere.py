@@ -24,6 +24,7 @@ ABOUT = {
     "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized", "itemsize", "nbytes",
     "size", "dim", "numel", "element_size", "is_contiguous", "stride", "is_floating_point",
     "is_complex", "requires_grad_", "detach_", "__len__", "_version",
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
 }  # fmt: skip
 
 # What acts on each element by itself, if all else that it is given are numbers.
