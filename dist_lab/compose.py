@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_lab.comm import ops
 from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
+from dist_lab.comm.anything import broadcast_anything, refuse_what_cannot_be_sent
 from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, holds
@@ -207,10 +207,11 @@ def _refuse_other_axes(part: Part, strategy: str | Apply, mesh: Mesh) -> None:
 def _agree(model: nn.Module, mesh: Mesh, broadcast: bool) -> None:
     """See that the ranks start from one model: rank 0's, or each its own, which must be equal."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
+    refuse_what_cannot_be_sent(state)
     check_shapes_agree(state, mesh.world)
     if broadcast:
         for tensor in state.values():
-            ops.broadcast_into(tensor.detach(), mesh.world).wait()
+            broadcast_anything(tensor, mesh.world)
     elif not is_meta(model):  # what has no values yet will be drawn by the same seed
         check_tensors_agree(state, mesh.world)
 
@@ -253,6 +254,10 @@ def _refuse_what_cannot_train(model: nn.Module, ranks: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_complex():
             raise UserError(f"{name} is complex, and sums of its gradient are not; use real parts")
+        if parameter.layout is not torch.strided:
+            raise UserError(
+                f"{name} is a sparse parameter; register it as a buffer, or make it dense"
+            )
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             continue

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
+from dist_lab.comm.anything import kind, pieces
 from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh.mesh import Axis
 
@@ -33,10 +34,7 @@ def check_settings_agree(settings: Mapping[str, object], axis: Axis) -> None:
 
 def check_shapes_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
     """Raises UserError on every rank if names, shapes or dtypes are not the same on all."""
-    shapes = {
-        name: f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for name, t in tensors.items()
-    }
-    if odd := _odd_one_out(shapes, axis):
+    if odd := _odd_one_out({name: kind(tensor) for name, tensor in tensors.items()}, axis):
         rank, name, value, usual = odd
         raise UserError(
             f"rank {rank} has {name} as {value}, the others as {usual}; build the same model on "
@@ -93,5 +91,9 @@ def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
 
 def fingerprint(tensor: Tensor) -> int:
     """A 63-bit digest of a tensor's bytes."""
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return int.from_bytes(hashlib.blake2b(data.numpy().data, digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(digest_size=8)
+    tensor = tensor.detach()
+    for piece in [tensor] if tensor.layout is torch.strided else pieces(tensor):
+        plain = piece.resolve_conj().resolve_neg().cpu().contiguous()
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lab.comm import ops
+from dist_lab.comm.anything import sendable
 from dist_lab.layout.layout import (
     FlatShard,
     Layout,
@@ -130,7 +131,8 @@ def _from_one(parts: Parts, layouts: Layouts, axis: Axis, index: int) -> dict[st
         assert flat.dtype == dtype, f"{list(parts)} come in {flat.dtype}"
     else:
         flat = torch.empty(sum(lengths), dtype=dtype, device=axis.wire.device)
-    whole = ops.broadcast_into(flat, axis, index).wait().split(lengths)
+    ops.broadcast_into(sendable(flat), axis, index).wait()
+    whole = flat.split(lengths)
     return {n: x.view(s).clone() for n, x, s in zip(parts, whole, shapes, strict=True)}
 
 
