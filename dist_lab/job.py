@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
-from dist_lab.comm.anything import broadcast_anything, distinct
+from dist_lab.comm.anything import distinct
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.layout.layout import Layout, OnlyOn, slice_local
@@ -253,12 +253,8 @@ class Job:
         layouts |= {**self.layouts, **self._buffers}
         with self.mesh.wire.during("state_dict"):
             merge_statistics(self.model, self._data)
-            sparse = {n: t.clone() for n, t in tensors.items() if t.layout is not torch.strided}
-            for tensor in sparse.values():
-                broadcast_anything(tensor, self.mesh.world)
-            held = [n for n in dict.fromkeys(self._names.values()) if n in layouts.keys() - sparse]
+            held = [name for name in dict.fromkeys(self._names.values()) if name in layouts]
             whole = gather_all({name: tensors.get(name) for name in held}, layouts, self.mesh)
-            whole |= sparse
         # Tied tensors have several names and one value; a module's extra state is this rank's.
         full = {name: whole[n] if n in whole else own[n] for name, n in self._names.items()}
         return {} if rank0_only and self.mesh.rank else full

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.comm.anything import sendable
+from dist_lab.comm.anything import broadcast_anything, sendable
 from dist_lab.layout.layout import (
     FlatShard,
     Layout,
@@ -66,6 +66,7 @@ def gather_all(
         if part is not None and is_counted(layouts[name], mesh.coordinates)
         else None
         for name, part in parts.items()
+        if part is None or part.layout is torch.strided
     }
     for applied in reversed(range(max((len(layouts[name].splits) for name in now), default=0))):
         for names in _alike(now, layouts, mesh, applied, together):
@@ -78,7 +79,19 @@ def gather_all(
     return {
         name: _known(name, now) if layouts[name].splits else _known(name, now).clone()
         for name in now
+    } | _sparse_of_rank0(parts, mesh)
+
+
+def _sparse_of_rank0(parts: Parts, mesh: Mesh) -> dict[str, Tensor]:
+    """Sparse buffers, which are whole on every rank: rank 0's, as of any buffer."""
+    found = {
+        name: part.clone()
+        for name, part in parts.items()
+        if part is not None and part.layout is not torch.strided
     }
+    for tensor in found.values():
+        broadcast_anything(tensor, mesh.world)
+    return found
 
 
 def axis_of_parts(mesh: Mesh, name: str, how: Placement) -> Axis:

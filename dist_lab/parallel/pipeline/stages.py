@@ -67,6 +67,9 @@ def keep_stages(
         raise UserError(f"balance cannot be {balance!r}; give {' or '.join(BALANCES)}")
     if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
         raise UserError("a module here has extra state, of which a stage would lose the others'")
+    for name, buffer in model.named_buffers():
+        if buffer.layout is not torch.strided:
+            raise UserError(f"{name} is sparse, which stages do not send; make it dense")
     parts, uses = _in_stages(model, len(rank_of), balance, example)
     shapes = Shapes(meta_copy(nn.ModuleList(parts)), setup.param_dtype)
     used = [_objects(model, paths) for paths in uses]
