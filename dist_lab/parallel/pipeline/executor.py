@@ -25,6 +25,7 @@ from dist_lab.parallel.schedules.actions import COSTS, Action, Op, Schedule
 from dist_lab.parallel.schedules.library import forward_only
 from dist_lab.parallel.schedules.passes import add_communication, add_unshard
 from dist_lab.parallel.schedules.simulate import IN_FLIGHT, Slot
+from dist_lab.step.hooks import map_tensors
 
 
 class Executor:
@@ -153,7 +154,7 @@ class Flight:
                 given = (inputs,)
             elif self.training:
                 given = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in given)
-            output = self.executor.parts[stage](*map(fresh, given))
+            output = self.executor.parts[stage](*map_tensors(fresh, given))
             if stage == self.schedule.stages - 1:
                 loss = self.loss_fn(output, targets)
                 share = share_of(output, loss) if self.training else one_number(loss)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_lab.errors import UserError
+from dist_lab.step.hooks import map_tensors
 from dist_lab.torch_private import TorchDispatchMode, tree_leaves
 
 # --- the cut --------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def pieces_by_seams(model: nn.Module) -> list[list[str]]:
     return pieces
 
 
-def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Tensor | None) -> list[float]:
+def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Any) -> list[float]:
     """Of each piece: floating-point operations and elements of what its modules put out.
 
     Args:
@@ -202,7 +203,7 @@ def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Tensor | None) -
     return costs
 
 
-def check_whole(model: nn.Module, modules: Iterable[nn.Module], example: Tensor) -> None:
+def check_whole(model: nn.Module, modules: Iterable[nn.Module], example: Any) -> None:
     """See that modules run in turn do what the model does, operation for operation.
 
     Args:
@@ -254,6 +255,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
                         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
                     memo[id(tensor)] = empty
     return copy.deepcopy(model, memo)
+
+
+def to_meta(value: Any) -> Any:
+    """Tensors, in whatever structure, without their values."""
+    return map_tensors(lambda x: torch.empty_like(x, device="meta"), value)
 
 
 @contextmanager

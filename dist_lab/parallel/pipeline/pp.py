@@ -27,8 +27,7 @@ stage is a tensor in any case: zeros where one process would have no gradient at
 """
 
 from functools import cache, partial
-
-from torch import Tensor
+from typing import Any
 
 from dist_lab.errors import UserError
 from dist_lab.parallel.pipeline.executor import Executor
@@ -50,7 +49,7 @@ def apply(
     schedule: str = "1f1b",
     chunks: int | None = None,
     balance: str = "cost",
-    example_inputs: Tensor | None = None,
+    example_inputs: Any = None,
     emulate_compute: float = 0.0,
 ) -> Applied:
     """Keep this rank's stages of a model, and make the pipeline that runs them.

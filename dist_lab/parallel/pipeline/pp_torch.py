@@ -263,6 +263,12 @@ def _meta(shape: Shape) -> Tensor:
 
 
 def _refuse_unlike(microbatches: Sequence[Pair]) -> None:
+    odd = next((v for pair in microbatches for v in pair if not isinstance(v, Tensor)), None)
+    if odd is not None:
+        raise UserError(
+            f"PyTorch's pipelining puts micro-batches together, and a {type(odd).__name__} is not "
+            "put together; give pairs of one tensor and targets, or --impl hand"
+        )
     kinds = {(x.shape, x.dtype, y.shape, y.dtype) for x, y in microbatches}
     rows = sorted({len(x) for x, _ in microbatches})
     if len(kinds) != 1 or rows[0] == 0:

@@ -8,7 +8,7 @@ piece of its traced graph. Where they are cut is partition.py's.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from dist_lab.parallel.pipeline.partition import (
     pieces_by_seams,
     seam_costs,
     seams,
+    to_meta,
 )
 from dist_lab.parallel.pipeline.trace import node_costs, split, trace
+from dist_lab.step.hooks import map_tensors, tensors_in
 from dist_lab.step.protocol import Setup, Sync
 from dist_lab.torch_private import outside_modes
 from dist_lab.transforms.precision import compute_in
@@ -55,7 +57,7 @@ def keep_stages(
     rank_of: Mapping[int, int],
     *,
     balance: str = "cost",
-    example: Tensor | None = None,
+    example: Any = None,
 ) -> Kept:
     """Cut a model into stages and keep, in place, those of this rank. See `pp.apply`.
 
@@ -126,7 +128,7 @@ class InTurn(nn.Sequential):
 
 
 def _in_stages(
-    model: nn.Module, stages: int, balance: str, example: Tensor | None
+    model: nn.Module, stages: int, balance: str, example: Any
 ) -> tuple[list[nn.Module], list[set[str]]]:
     """All stages of a model, and the names of the modules and tensors that each of them uses."""
     if seams(model) is not None:
@@ -138,12 +140,12 @@ def _in_stages(
             assert isinstance(ghosts, nn.ModuleList)
             costs = seam_costs(
                 [list(piece) for piece in ghosts],  # type: ignore[call-overload]
-                None if example is None else example.to("meta"),
+                None if example is None else to_meta(example),
             )
         if example is not None:
             ghost = meta_copy(model)
             names = [name for piece in pieces for name in piece]
-            check_whole(ghost, map(ghost.get_submodule, names), example.to("meta"))
+            check_whole(ghost, map(ghost.get_submodule, names), to_meta(example))
         _check_enough(stages, len(pieces), f"blocks of {type(model).__name__}")
         ends = [*cut(costs, stages), len(pieces)]
         parts: list[nn.Module] = [
@@ -201,14 +203,14 @@ class Shapes:
     def __init__(self, ghosts: nn.Module, param_dtype: torch.dtype | None) -> None:
         self.ghosts = list(ghosts.children())
         self.trains = {module for module in ghosts.modules() if module.training}
-        self.known: dict[tuple[torch.Size, torch.dtype, bool], list[list[Shape]]] = {}
+        self.known: dict[tuple[str, bool], list[list[Shape]]] = {}
         for stage, ghost in enumerate(self.ghosts):
             if param_dtype is not None:
                 compute_in(ghost, param_dtype, inputs=stage == 0)
 
-    def of(self, x: Tensor, *, training: bool) -> list[list[Shape]]:
+    def of(self, x: Any, *, training: bool) -> list[list[Shape]]:
         """For each stage the shapes of what it is given; the first is given x itself."""
-        key = (x.shape, x.dtype, training)
+        key = repr(map_tensors(lambda t: (t.shape, t.dtype), x)), training
         if key not in self.known:
             for module in self.trains:
                 module.training = training
@@ -219,14 +221,20 @@ class Shapes:
                 self.known[key] = list(self._pass_through(x))
         return self.known[key]
 
-    def _pass_through(self, x: Tensor) -> Iterable[list[Shape]]:
-        values: tuple[Tensor, ...] = (torch.empty_like(x, device="meta"),)
-        yield [Shape(x.shape, x.dtype)]
+    def _pass_through(self, x: Any) -> Iterable[list[Shape]]:
+        values: tuple[Any, ...] = (to_meta(x),)
+        yield [Shape(t.shape, t.dtype) for t in tensors_in(x)]
         for stage, ghost in enumerate(self.ghosts[:-1]):
             try:
                 values = ghost(*values)
             except Exception as error:
                 why = next(iter(str(error).splitlines()), type(error).__name__)
+                if stage == 0 and not isinstance(x, Tensor):
+                    raise UserError(
+                        f"the input is a {type(x).__name__}, which the first module of stage 0 is "
+                        f"given as it is, and that fails ({why}); have that module take it apart, "
+                        "or give pairs of one tensor and targets"
+                    ) from None
                 raise UserError(
                     f"stage {stage} cannot be run on the meta device, to learn the shapes of what "
                     f"it gives ({why}); a pipeline needs shapes that do not depend on values"

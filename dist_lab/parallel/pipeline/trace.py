@@ -35,11 +35,12 @@ from dist_lab.parallel.pipeline.partition import (
     explained,
     meta_copy,
     on_meta,
+    to_meta,
 )
 from dist_lab.torch_private import storage_key, tree_leaves, tree_map
 
 
-def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     """Its forward as a graph of one input. Modules and parameters are the model's own.
 
     Further arguments of the forward keep their defaults. See [Note: what tracing would get wrong].
@@ -72,7 +73,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         if not torch.equal(chance, torch.get_rng_state()):
             raise ValueError("it draws random numbers that do not depend on its input")
     with explained(f"{name} cannot be run without values, to see what it costs"), on_meta():
-        x = example.to("meta")
+        x = to_meta(example)
         whole, its = (_about(meta_copy(m)(x)) for m in (model, traced))
     with explained(f"{name} cannot be traced for a cut"):
         if whole != its:
@@ -140,7 +141,7 @@ def _module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
 
 
 def node_costs(
-    traced: fx.GraphModule, example: Tensor
+    traced: fx.GraphModule, example: Any
 ) -> tuple[list[fx.Node], list[float], list[float]]:
     """What there is to cut: the nodes that compute, in order.
 
@@ -155,7 +156,7 @@ def node_costs(
     name = type(traced).__name__
     with on_meta() as operations, explained(f"{name} cannot be run without values"):
         run = _Run(twin, operations)
-        run.run(example.to("meta"))
+        run.run(to_meta(example))
     results = {mine: run.env[its] for mine, its in zip(_all(traced), _all(twin), strict=True)}
     carried = [0.0] * len(nodes)
     for value, (made, used) in spans.items():
@@ -202,7 +203,7 @@ class _Run(fx.Interpreter):
         if n.op in ("placeholder", "get_attr", "output"):
             result = super().run_node(n)
             if n.op == "placeholder":
-                self.touched[storage_key(result)] = [-1]
+                self.touched |= {storage_key(x): [-1] for x in _tensors(result)}
             return result
         reads = _tensors(self.fetch_args_kwargs_from_env(n))
         buffers: list[Tensor] = []
