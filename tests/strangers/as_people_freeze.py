@@ -1,0 +1,26 @@
+"""Parameters that are frozen, thawed, tied, unused: which of them train, and when."""
+
+import torch
+from situation import situation, take_step
+from torch import nn
+
+
+def batch(step, rows=8, width=6, classes=4):
+    """A global batch; another one each step."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, classes, (rows,), generator=generator)
+
+
+@situation("B2")
+def frozen_after_two_steps(place):
+    """A layer is frozen after two steps, with momentum and decay running."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    job = place.job(model, units=["0"])
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.1)
+    for step in range(4):
+        if step == 2:
+            job.model[0].requires_grad_(False)
+        x, y = place.rows(*batch(step))
+        loss = job.cross_entropy_sum(job.model(x), y) / job.count(len(y))
+        yield take_step(job, optimizer, loss)

@@ -1,0 +1,73 @@
+"""Each situation of the zoo under every strategy: exact, or refused by the line that is expected.
+
+In float64, on ranks with different rows. What a body yields before it is refused is compared, too.
+"""
+
+import pytest
+import torch
+import table
+from situation import EVERY, SITUATIONS, Place
+
+from dist_lab.errors import UserError
+from dist_lab.programs.verify.compare import error, floor_of
+
+table.collect()
+
+TOLERANCE = 1e-9
+RANKS = {"single": 1, "hsdp": 4}
+USUAL = ("zero2", "fsdp")  # the others are slow: what stands between model and weights is theirs
+
+
+def copied(found):
+    """Tensors by name; later steps do not change them."""
+    made = {}
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):
+            made[name] = value.detach().clone()
+        elif isinstance(value, float | int):
+            made[name] = torch.tensor(value, dtype=torch.float64)
+        else:
+            assert value is None, f"{name} is a {type(value).__name__}"
+            made[name] = None
+    return made
+
+
+def in_one_process(situation):
+    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        return [copied(found) for found in situation.body(Place())]
+
+
+@pytest.mark.slow_unless(lambda strategy: strategy in USUAL)
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=pytest.mark.ranks(RANKS.get(s, 2))) for s in EVERY],
+)
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_stranger_is_trained_exactly_or_refused_in_a_line(name, strategy, mesh):
+    situation = SITUATIONS[name]
+    wanted = in_one_process(situation)
+    assert wanted, "the body yields nothing"
+    torch.manual_seed(0)
+    place = Place(strategy, mesh.size, mesh.rank)
+    expected = situation.refused.get(strategy)
+    if expected is None:
+        steps = compared(situation.body(place), wanted)
+        assert steps == len(wanted)
+        return
+    with pytest.raises(UserError, match=expected) as refused:
+        compared(situation.body(place), wanted)
+    assert "\n" not in str(refused.value)
+
+
+def compared(yields, wanted):
+    """How many of the yields there were, each equal to that of one process."""
+    step = 0
+    for step, found in enumerate(yields, 1):
+        ours, theirs = copied(found), wanted[step - 1]
+        assert ours.keys() == theirs.keys()
+        floor = floor_of(theirs)
+        for name, tensor in theirs.items():
+            distance = error(ours[name], tensor, floor)
+            assert distance <= TOLERANCE, f"yield {step}: {name} is off by {distance:.1e}"
+    return step
