@@ -7,9 +7,10 @@ import importlib
 import pathlib
 import sys
 
-from situation import EVERY, SITUATIONS
-
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "helpers"))  # pytest does so itself
+
+from situation import EVERY, SITUATIONS  # noqa: E402
 
 
 def collect() -> None:
@@ -32,6 +33,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent / "helpers"))
     collect()
     print(table())

@@ -4,8 +4,8 @@ In float64, on ranks with different rows. What a body yields before it is refuse
 """
 
 import pytest
-import torch
 import table
+import torch
 from situation import EVERY, SITUATIONS, Place
 
 from dist_lab.errors import UserError
