@@ -12,7 +12,7 @@ def batch(step, rows=8, width=6, classes=4):
     return x, torch.randint(0, classes, (rows,), generator=generator)
 
 
-@situation("B2")
+@situation()
 def frozen_after_two_steps(place):
     """A layer is frozen after two steps, with momentum and decay running."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
