@@ -28,7 +28,8 @@ def table() -> str:
     for situation in SITUATIONS.values():
         said = " ".join(situation.body.__doc__.split()).rstrip(".")
         cells = ["refused" if s in situation.refused else "exact" for s in EVERY]
-        lines.append(f"| {said} | {', '.join(situation.sources) or '-'} | " + " | ".join(cells) + " |")
+        sources = ", ".join(situation.sources) or "-"
+        lines.append("| " + " | ".join([said, sources, *cells]) + " |")
     return "\n".join(lines)
 
 
