@@ -341,5 +341,5 @@ class FullySharded(Sync):
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
             yield from group.held()
-        for staging in self.staging.values():
-            yield "buffers", staging
+        for buffer in (self.order.ballot, *self.staging.values()):
+            yield "buffers", buffer
