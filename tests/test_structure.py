@@ -276,6 +276,20 @@ def test_only_what_meets_torchrun_reads_the_environment():
     assert readers == {"processes.launcher", "mesh.mesh", "mesh.groups"}
 
 
+def test_every_promise_to_a_users_module_names_a_test_that_is_there():
+    there = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        there |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    rows = [
+        line.strip("|").split("|")[-1]
+        for line in (PACKAGE / "step/README.md").read_text().splitlines()
+        if "`test_" in line
+    ]
+    assert len(rows) > 25
+    for row in rows:
+        assert set(re.findall(r"`(\w+)`", row)) <= there, row
+
+
 # --- what there is to read ------------------------------------------------------------------------
 
 PATHS = [
