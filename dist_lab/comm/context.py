@@ -21,6 +21,10 @@ LAST_TAG = 2**31 - 1  # tags are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
 
 
+# What gloo and shared/memory.py say of a rank that was waited for in vain.
+LATE = ("Timed out", "timed out", "not so far after")
+
+
 class CollectiveError(RuntimeError):
     """A collective that failed in the transport: a peer died, or did not arrive in time."""
 
@@ -101,7 +105,13 @@ class Wire:
 
     def failure(self, call: Call, error: Exception) -> CollectiveError:
         """The transport's error, preceded by the rank, the call and the line that made it."""
-        return CollectiveError(f"{self.describe(call)}: {error}")
+        advice = ""
+        if any(mark in str(error) for mark in LATE):
+            advice = (
+                f"; if another rank was only slow, allow more than {self.timeout:g} s: "
+                "init_mesh(timeout=), --timeout"
+            )
+        return CollectiveError(f"{self.describe(call)}: {error}{advice}")
 
     def log(self, write: Callable[[str], object]) -> None:
         """Write one line for each collective as it fires: the answer to "when do ranks talk?".
