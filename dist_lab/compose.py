@@ -233,11 +233,20 @@ def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dic
     """Modules by name. Each entry must match: a typo would silently make no unit at all."""
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
+    # It computes with the weights of its projection, and never calls it.
+    never_called = {m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
     for unit in units:
+        if isinstance(unit, str) and modules.get(unit) in never_called:
+            raise UserError(
+                f"unit {unit} is never called, as nn.MultiheadAttention computes with its weights; "
+                f"give {unit.removesuffix('.out_proj')}"
+            )
         matches = {
             name: module
             for name, module in modules.items()
-            if name and (name == unit if isinstance(unit, str) else isinstance(module, unit))
+            if (name == unit if isinstance(unit, str) else isinstance(module, unit))
+            and name
+            and module not in never_called
         }
         if not matches:
             label = unit if isinstance(unit, str) else unit.__name__

@@ -429,6 +429,25 @@ def test_an_infinite_gradient_under_a_finite_loss_is_found_where_it_arose(mesh):
 # --- what parallelize refuses ---------------------------------------------------------------------
 
 
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_the_projection_of_torchs_attention_is_no_unit(mesh):
+    def build():
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
+
+    with pytest.raises(UserError, match=r"out_proj is never called.*; give self_attn$"):
+        dist_lab.parallelize(build(), mesh, "fsdp", units=["self_attn.out_proj"])
+    plain, x = build(), torch.rand(4, 3, 4).double()
+    plain(x).square().sum().backward()
+    job = dist_lab.parallelize(build(), mesh, "fsdp", units=[nn.Linear])
+    job.model(x.chunk(2)[mesh.rank]).square().sum().backward()
+    job.finish()
+    for name, gradient in job.full_gradients().items():
+        torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
+    loss = job.evaluate([(x.chunk(2)[mesh.rank], x)], lambda y, _: y.square().sum())  # fast path
+    assert loss == pytest.approx(float(plain.eval()(x).square().sum()), rel=1e-12)
+
+
 def test_a_unit_that_matches_nothing_names_what_there_is():
     with pytest.raises(UserError, match=r"unit Conv2d matches no module; classes here: .*Linear"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), "single", units=[nn.Conv2d])

@@ -434,7 +434,9 @@ def test_a_failed_one_fails_again_when_it_is_waited_for_again(mesh):
     if mesh.rank == 0:
         pending = ops.all_reduce_into(torch.ones(4), mesh["dp"], algorithm="ring")
         for _ in range(2):
-            with pytest.raises(ops.CollectiveError, match=r"Timed out waiting 500ms.*more than 0.5 s: init"):
+            with pytest.raises(
+                ops.CollectiveError, match=r"Timed out waiting 500ms.*more than 0.5 s: init"
+            ):
                 pending.wait()
     else:
         time.sleep(1.5)
@@ -446,7 +448,9 @@ def test_an_exchange_ends_with_the_timeout_of_its_mesh(mesh):
     mesh = init_mesh(dp=2, timeout=0.5)
     if mesh.rank == 0:
         [pending] = ops.exchange([], [(torch.empty(4), 1)], mesh["dp"])
-        with pytest.raises(ops.CollectiveError, match=r"Timed out waiting 500ms.*more than 0.5 s: init"):
+        with pytest.raises(
+            ops.CollectiveError, match=r"Timed out waiting 500ms.*more than 0.5 s: init"
+        ):
             pending.wait()
     else:
         time.sleep(1.5)
