@@ -445,7 +445,7 @@ def test_the_projection_of_torchs_attention_is_no_unit(mesh):
     for name, gradient in job.full_gradients().items():
         torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
     loss = job.evaluate([(x.chunk(2)[mesh.rank], x)], lambda y, _: y.square().sum())  # fast path
-    assert loss == pytest.approx(float(plain.eval()(x).square().sum()), rel=1e-12)
+    assert loss == pytest.approx(plain.eval()(x).square().sum().item(), rel=1e-12)
 
 
 def test_a_unit_that_matches_nothing_names_what_there_is():
