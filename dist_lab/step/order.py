@@ -78,7 +78,7 @@ class Step(ABC):
                 "it before, or freeze it again"
             )
         # A rank that had no rows to compute on has nothing left over, and joins in the sum.
-        if not self.has_gradients and any(map(_holds, gradients.values())):
+        if not self.has_gradients and any(_holds(gradients.get(name)) for name in self._closed):
             raise UserError(
                 "finish() without a backward since the last one: the gradients are summed over "
                 "the ranks already, a second sum would multiply them; call finish() once a step, "
@@ -118,6 +118,11 @@ class Step(ABC):
                 f"{odd[0]} was {what} the model after parallelize(), which trains the parameters "
                 "that it was given; do that before"
             )
+
+    def _reopen(self) -> None:
+        """Open what has been cleared since finish(), whether or not this rank will use it."""
+        if not self.has_gradients:
+            self._closed = {name for name in self._closed if self._holds_gradient(name)}
 
     def _refuse_closed(self, name: str) -> None:
         """A gradient is about to be added to: see [Note: sums do not forgive]."""
