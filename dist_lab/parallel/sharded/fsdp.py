@@ -206,9 +206,8 @@ class FullySharded(Sync):
 
     def _next(self, phase: Phase) -> str | None:
         """The unit whose turn comes next."""
-        if phase is Phase.FORWARD:
-            return next(iter(self.order.ahead), None)
-        return next((unit for unit, _ in self.order.backward), None)
+        back = [unit for unit, _ in self.order.backward[:1]]
+        return next(iter(self.order.ahead if phase is Phase.FORWARD else back), None)
 
     def _drop_prefetched(self) -> None:
         """Reshard what was gathered in advance and not used after all."""
