@@ -4,7 +4,6 @@ import torch
 from situation import take_step
 from torch import nn
 
-
 DATA = "single dp ddp zero1 zero2 fsdp hsdp"  # all strategies but those that split the model
 
 
