@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree
 from dist_lab.comm.anything import broadcast_anything, refuse_what_cannot_be_sent
@@ -261,6 +262,10 @@ def _refuse_what_cannot_train(model: nn.Module, ranks: int) -> None:
         if any(isinstance(hook, ModuleHook) for hook in module._forward_pre_hooks.values()):
             raise UserError("this model is parallelized already; build a fresh one")
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(
+                f"{name} is lazy and has no shape yet; call the model once, before parallelize()"
+            )
         if parameter.is_complex():
             raise UserError(f"{name} is complex, and sums of its gradient are not; use real parts")
         if parameter.layout is not torch.strided:

@@ -95,12 +95,19 @@ def freeze_alike(one: Tensor, other: Tensor, trained: bool) -> bool:
 def owners(slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]) -> dict[str, str]:
     """The unit of each parameter: the innermost that contains all its slots.
 
-    So a parameter that is tied across units belongs to what contains them all, in the end to the
-    model itself, the unit "", and is unsharded as long as any of them may need it.
+    A parameter that is tied across units, or lies in a module that units which are apart share,
+    belongs to what contains them all, in the end to the model itself, the unit "". It is unsharded
+    as long as any of them may need it.
     """
     within = {name: set(module.modules()) for name, module in units.items()}
     owner = {}
     for name, own in slots.items():
-        around = [u for u, modules in within.items() if all(module in modules for module, _ in own)]
+        touched = [m for m in within.values() if any(module in m for module, _ in own)]
+        around = [
+            unit
+            for unit, modules in within.items()
+            if all(module in modules for module, _ in own)
+            and all(modules <= other or other <= modules for other in touched)
+        ]
         owner[name] = min(around, key=lambda unit: len(within[unit]))
     return owner

@@ -92,9 +92,11 @@ class Runner(Step):
         """Backwards inside the block belong to one micro-batch; `last` says whether more follow."""
         before = self._last, self._in_block
         self._last, self._in_block = last, True
+        self._reopen()  # before other ranks' gradients come in
         self.sync.microbatch(last=last)
         try:
             yield
+            self._join_backward()
         except BaseException:
             self._forget()
             raise
@@ -127,7 +129,17 @@ class Runner(Step):
     def timeline(self) -> list[list[Any]]:
         return []
 
+    def _join_backward(self) -> None:
+        """Take part in the backward of other ranks, if this rank's loss came from nothing here."""
+        root = self._units.get(ROOT)
+        if root is not None and root.awaits_backward:
+            root.awaits_backward = False
+            with self.wire.during("backward", unit=""):
+                root.open(Phase.BACKWARD)
+                root.close(Phase.BACKWARD)
+
     def _before_finish(self) -> None:
+        self._join_backward()
         for unit in reversed(self._units.values()):
             unit.close(Phase.BACKWARD)
 
@@ -150,8 +162,7 @@ class Runner(Step):
         root = self._units.get(ROOT)
         if root is not None and root.backward == -1:
             root.enter_backward(Visit())
-        if not self.has_gradients:  # what has been cleared since finish() is open, used here or not
-            self._closed = {closed for closed in self._closed if self._holds_gradient(closed)}
+        self._reopen()
         self._refuse_closed(name)
 
     def _after_gradient(self, name: str, leaf: Tensor, *gradients: Any) -> None:

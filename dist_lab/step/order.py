@@ -39,6 +39,7 @@ class Step(ABC):
         self.has_gradients = False
         # Kept, because a name may mean the whole of it while backward runs.
         self._parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        self._held = dict(model.named_parameters())
         self._closed: set[str] = set()  # gradients that hold their last micro-batch
 
     @abstractmethod
@@ -68,6 +69,7 @@ class Step(ABC):
 
     def finish(self) -> None:
         """Raises UserError on gradients that were summed already, or that no strategy knows."""
+        self._refuse_other_parameters()
         gradients = {n: real_grad(p) for n, p in self.named_parameters()}
         late = [n for n, g in gradients.items() if g is not None and n not in self._parameters]
         if late:
@@ -76,7 +78,7 @@ class Step(ABC):
                 "it before, or freeze it again"
             )
         # A rank that had no rows to compute on has nothing left over, and joins in the sum.
-        if not self.has_gradients and any(map(_holds, gradients.values())):
+        if not self.has_gradients and any(_holds(gradients.get(name)) for name in self._closed):
             raise UserError(
                 "finish() without a backward since the last one: the gradients are summed over "
                 "the ranks already, a second sum would multiply them; call finish() once a step, "
@@ -105,6 +107,22 @@ class Step(ABC):
         """The parameters were given new values, by no optimizer."""
         with self.wire.during("load", unit=""):
             self.sync.after_step()
+
+    def _refuse_other_parameters(self) -> None:
+        """Raise UserError if the model holds others than it did: no strategy knows of them."""
+        now, before = dict(self.model.named_parameters()), self._held
+        odd = [n for n in {**now, **before} if now.get(n) is not before.get(n)]
+        if odd:
+            what = "added to" if odd[0] not in before else "replaced or tied in"
+            raise UserError(
+                f"{odd[0]} was {what} the model after parallelize(), which trains the parameters "
+                "that it was given; do that before"
+            )
+
+    def _reopen(self) -> None:
+        """Open what has been cleared since finish(), whether or not this rank will use it."""
+        if not self.has_gradients:
+            self._closed = {name for name in self._closed if self._holds_gradient(name)}
 
     def _refuse_closed(self, name: str) -> None:
         """A gradient is about to be added to: see [Note: sums do not forgive]."""

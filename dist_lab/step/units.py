@@ -44,6 +44,7 @@ class Unit:
         self.trained = {id(leaf) for leaf in trained}
         self.partly_frozen = len(trained) < len(parameters)
         self.is_open = self.must_see_outputs = False
+        self.awaits_backward = False  # a forward was here that backward may come back to
         self.missing: set[int] = set()  # gradients that this backward still has to bring
         self.outer = ""  # the unit that this one was called from
         self.backward = -1  # the backward whose end will be told
@@ -97,6 +98,7 @@ class Unit:
         if not in_backward():
             if visit.saved or any(tensor.requires_grad for tensor in found):
                 self.sync.backward_will_come(self.name)
+                self.awaits_backward = True
             self.close(Phase.FORWARD)
         if self.must_see_outputs and not found and output is not None and torch.is_grad_enabled():
             raise UserError(
@@ -112,6 +114,7 @@ class Unit:
     def enter_backward(self, visit: Visit) -> None:
         """Backward has reached the unit, in whatever way."""
         now = backward_number()
+        self.awaits_backward = False
         self.wire.phase = "backward"
         if self.root is not None and self.root.backward == -1:
             self.root.enter_backward(Visit())

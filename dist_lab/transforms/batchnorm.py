@@ -16,9 +16,11 @@ together:
 
     mean = mean of the means        variance = mean of the variances + variance of the means
 
-(the law of total variance, each rank counting alike). Any other buffer is taken to be equal, and
-full_state_dict gives rank 0's. Broadcasting rank 0's statistics in every forward, the custom
-elsewhere, throws away what all other ranks have seen. SyncBatchNorm keeps them equal by itself.
+(the law of total variance, each rank counting alike). InstanceNorm's variance is a mean over the
+rows of each row's own, so of ranks it is the mean of the variances alone. Any other buffer is taken
+to be equal, and full_state_dict gives rank 0's. Broadcasting rank 0's statistics in every forward,
+the custom elsewhere, throws away what all other ranks have seen. SyncBatchNorm keeps them equal by
+itself.
 """
 
 import torch
@@ -29,6 +31,8 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.torch_private import AnyBatchNorm, StatisticsNorm
+
+InstanceNorms = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
 
 def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
@@ -129,17 +133,21 @@ def merge_statistics(model: nn.Module, axis: Axis) -> None:
     One all_gather, none if there are no such layers. Merging again changes nothing.
     """
     layers = [
-        (m.running_mean, m.running_var)
+        (m.running_mean, m.running_var, not isinstance(m, InstanceNorms))
         for m in model.modules()
         if isinstance(m, StatisticsNorm) and not isinstance(m, SyncBatchNorm)
     ]
-    pairs = [(mean, var) for mean, var in layers if mean is not None and var is not None]
-    if not pairs or axis.size == 1:
+    kept = [(mean, var, law) for mean, var, law in layers if mean is not None and var is not None]
+    if not kept or axis.size == 1:
         return
+    pairs = [(mean, variance) for mean, variance, _ in kept]
+    lengths = [mean.numel() for mean, _ in pairs]
+    over_all = torch.tensor([float(law) for _, _, law in kept]).double()
+    over_all = over_all.repeat_interleave(torch.tensor(lengths))  # (C,): 0 for InstanceNorm
     mine = torch.cat([torch.stack(pair).double().flatten(1) for pair in pairs], 1)  # (2, C)
     means, variances = ops.all_gather(mine[None], axis).unbind(1)  # (N, C) each
-    merged = torch.stack([means.mean(0), variances.mean(0) + means.var(0, correction=0)])
-    lengths = [mean.numel() for mean, _ in pairs]
+    between = means.var(0, correction=0) * over_all.to(means.device)
+    merged = torch.stack([means.mean(0), variances.mean(0) + between])
     for (mean, variance), both in zip(pairs, merged.split(lengths, 1), strict=True):
         mean.copy_(both[0])
         variance.copy_(both[1])

@@ -114,8 +114,10 @@ class BucketedAllReduce(Sync):
         used = [n for n in self.unassigned if self.model.get_parameter(n).grad is not None]
         place = {name: i for i, name in enumerate(used)}
         places = [place.get(name, -1) for name in self.owed]
-        mine = torch.tensor(places, device=self.axis.wire.device)
-        rows = all_gather(mine[None], self.axis).tolist()  # (size, owed)
+        strides = hash(tuple(self.model.get_parameter(name).stride() for name in self.owed))
+        mine = torch.tensor([*places, strides], device=self.axis.wire.device)
+        rows = all_gather(mine[None], self.axis).tolist()  # (size, owed + 1)
+        alike = len({row.pop() for row in rows}) == 1  # parameters lie in memory alike on all ranks
         arrived: dict[str, None] = {}
         for row in rows:  # in rank 0's order; then what it has not seen, in rank 1's; and so on
             order = sorted(range(len(row)), key=row.__getitem__)
@@ -125,7 +127,7 @@ class BucketedAllReduce(Sync):
         sizes = [(name, p.dtype, p.nbytes) for name, p in parameters.items()]
         for names in group_into_buckets(sizes, limit if self.buckets else first, limit):
             members = {name: parameters[name] for name in names}
-            bucket = Bucket(len(self.buckets), members, self.axis)
+            bucket = Bucket(len(self.buckets), members, self.axis, as_parameters=alike)
             for name in names:  # at once, so that a gradient and its copy are not all there twice
                 bucket.gradients.copy_in(name, members[name])
             self.buckets.append(bucket)
@@ -136,15 +138,25 @@ class Bucket:
     """Gradients in one flat buffer, with a flag for each, and one for all others.
 
     memory = [ gradient a | gradient b | ... | a used | b used | ... | one used without a bucket ]
+
+    Args:
+        as_parameters: gradients have the strides of their parameters, which are those of all ranks.
     """
 
-    def __init__(self, index: int, parameters: dict[str, nn.Parameter], axis: Axis) -> None:
+    def __init__(
+        self, index: int, parameters: dict[str, nn.Parameter], axis: Axis, *, as_parameters: bool
+    ) -> None:
         self.parameters, self.axis = parameters, axis
         shapes = {name: p.shape for name, p in parameters.items()}
         length = sum(shape.numel() for shape in shapes.values()) + len(shapes) + 1
         dtype = next(iter(parameters.values())).dtype
         memory = shared_buffer(length, dtype, axis)
         self.gradients = FlatBuffer(memory, shapes, bucket_label(index, list(shapes)))
+        if as_parameters:  # or autograd would add to them element by element
+            views = self.gradients.views
+            for name, p in parameters.items():
+                strides = torch.empty_like(p, device="meta").stride()
+                views[name] = views[name].as_strided(p.shape, strides)
         self.arrivals = Arrivals(parameters)
 
     def advice(self, name: str) -> str:

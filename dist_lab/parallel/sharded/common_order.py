@@ -13,14 +13,16 @@ want, and all that are wanted have a turn. If all ranks have wanted the same, th
 later forwards, and nothing more is said than that a forward is over. A rank that wants something
 else comes to the end of the order first, and asks there; others answer as long as anyone asks.
 
-At the end of a forward the ranks also tell each other where their backwards will come. If that is
-the same on all, each goes its way. If not, backward has turns as well, the same in reverse.
+At the end of a forward the ranks also tell each other where their backwards may come. So backward
+has turns as well, of what some rank's outputs need a gradient for, the last to be left first, which
+is the order of autograd. A turn that does not come on a rank, as its loss has no use for what the
+unit put out, is taken all the same, when a later one comes or the backward is over.
 
-Cost per forward: one all_reduce of three numbers for each unit and one more, how many ranks say yes
+Cost per forward: one all_reduce of two numbers for each unit and one more, how many ranks say yes
 to each. It is summed in shared memory where there is some, as a message wakes every rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -42,19 +44,18 @@ class CommonOrder:
         ballot: what the ranks tell each other: a number for each unit and question.
         order: of the units in a forward, as far as the ranks have it in common.
         ahead: turns of this forward that are to come.
-        backward: turns of the backward to come, each with whether this rank needs it.
-        uneven: the ranks differ in that; otherwise each goes its way.
+        backward: turns of the backward to come, each with whether this rank's may come there.
         returning: turns of the last forward to which the backward of some rank will come.
     """
 
     def __init__(self, units: Sequence[str], axis: Axis, gather: Turn, skip: Turn) -> None:
         self.units, self.axis, self.gather, self.skip = list(units), axis, gather, skip
-        self.ballot = ops.shared_buffer(3 * len(units) + 1, torch.float32, axis)
+        self.ballot = ops.shared_buffer(2 * len(units) + 1, torch.float32, axis)
         self.order: list[str] = []
         self.ahead: list[str] = []
         self.backward: list[tuple[str, bool]] = []
         self.returning: list[str] = []
-        self.uneven = self.is_open = False
+        self.is_open = False
         self._wanted: list[str] = []  # in this forward, by this rank
         self._turns: list[str] = []  # of this forward
         self._returns: set[str] = set()  # units that this rank's backward will come to
@@ -90,7 +91,7 @@ class CommonOrder:
         self._take_all()
         if self.axis.size == 1:
             self.order = self._wanted
-            self._plan_backward(self._returns, set())
+            self._plan_backward(self._returns)
             return
         while turns := self._ask(None):
             for turn in turns:
@@ -102,18 +103,19 @@ class CommonOrder:
         self.backward_ends()
 
     def backward_ends(self) -> None:
-        self.backward, self.uneven = [], False
+        self.backward = []
 
-    def others_before(self, unit: str | None) -> list[str]:
-        """Turns of backward that others have before this unit, or before the end, and this rank
-        does not need.
+    def turns_before(self, unit: str | None) -> Iterator[str]:
+        """Take out of `backward` the turns before this unit's, and then that; None: all there are.
+
+        A unit that has no turn, as when backward comes to it a second time, has none before it.
         """
-        if not self.uneven:
-            return []
         found = (i for i, turn in enumerate(self.backward) if turn == (unit, True))
         here = len(self.backward) if unit is None else next(found, -1)
-        before, self.backward = self.backward[: max(here, 0)], self.backward[here + 1 :]
-        return [turn for turn, mine in before if not mine]
+        for _ in range(here):  # one after another, so that `backward` always begins with the next
+            yield self.backward.pop(0)[0]
+        if unit is not None and here >= 0:
+            self.backward.pop(0)
 
     def _take(self, unit: str, turn: Turn) -> None:
         self._turns.append(unit)
@@ -128,35 +130,33 @@ class CommonOrder:
         """The units that ranks want, where this one wants a unit, or is through."""
         wants = [each == unit for each in self.units]
         returns = [each in self._returns for each in self.units]
-        stays_away = [each in self._turns and each not in self._returns for each in self.units]
         differs = unit is None and self._wanted != self.order
-        votes = torch.tensor([*wants, *returns, *stays_away, differs], dtype=torch.float32)
+        votes = torch.tensor([*wants, *returns, differs], dtype=torch.float32)
         with self.axis.wire.during("order", unit=""):
             ops.wait_for_readers(self.ballot, self.axis)
             self.ballot.copy_(votes)
             told = ops.all_reduce_into(self.ballot, self.axis).wait().tolist()
         n = len(self.units)
-        turns, returning, away = (
+        turns, returning = (
             [u for u, yes in zip(self.units, told[i * n : (i + 1) * n], strict=True) if yes]
-            for i in range(3)
+            for i in range(2)
         )
         if not turns:
-            self._plan_backward(set(returning), set(away))
+            self._plan_backward(set(returning))
             if told[-1]:
                 self._learn()
         return turns
 
-    def _plan_backward(self, returning: set[str], away: set[str]) -> None:
+    def _plan_backward(self, returning: set[str]) -> None:
         """All ranks are through.
 
         Args:
-            returning, away: units that the backward of some rank will, and will not, come to.
+            returning: units that the backward of some rank may come to.
         """
         self.returning = [unit for unit in self._turns if unit in returning]
-        self.uneven |= bool(returning & away)
         # A backward begins with the model itself.
-        back = [(u, u in self._returns) for u in reversed(self.returning) if u != ROOT]
-        self.backward = back + self.backward
+        back = reversed(_as_left([unit for unit in self.returning if unit != ROOT]))
+        self.backward = [(unit, unit in self._returns) for unit in back] + self.backward
 
     def _learn(self) -> None:
         """Some rank has not kept to the order: take a new one, if all have wanted the same."""
@@ -166,3 +166,18 @@ class CommonOrder:
             everybody = ops.all_gather_bytes(mine.encode(), self.axis)
         if len(set(everybody)) == 1:
             self.order = self._wanted
+
+
+def _as_left(entered: Sequence[str]) -> list[str]:
+    """Units in the order in which forward leaves them, from that in which it enters them.
+
+    >>> _as_left(["a", "a.x", "a.y", "b"])
+    ['a.x', 'a.y', 'a', 'b']
+    """
+    left: list[str] = []
+    inside: list[str] = []
+    for unit in entered:
+        while inside and not unit.startswith(inside[-1] + "."):
+            left.append(inside.pop())
+        inside.append(unit)
+    return left + inside[::-1]

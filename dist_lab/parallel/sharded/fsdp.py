@@ -150,9 +150,6 @@ class FullySharded(Sync):
         self.keep_unsharded = False  # until the last micro-batch's backward
         gather, skip = (partial(turn, Phase.FORWARD) for turn in (self._gather, self._skip))
         self.order = CommonOrder(list(groups_of), gather_axis, gather, skip)
-        # The units of a backward: of the last one, and of the one under way.
-        self.last_visited: list[str] = []
-        self.visited: list[str] = []
         self.prefetched: str | None = None  # the unit that is gathered before it is asked for
         self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
         self.in_flight: ParamGroup | None = None  # whose reduction was issued
@@ -170,9 +167,8 @@ class FullySharded(Sync):
             if not self.order.is_open and torch.is_grad_enabled():  # a unit called by itself
                 self._expect_grads(unit)
         else:
-            for turn in self.order.others_before(unit):
+            for turn in self.order.turns_before(unit):
                 self._skip(phase, turn)
-            self.visited.append(unit)
             if self.prefetched != unit:
                 self._drop_prefetched()
             self._gather(phase, unit)
@@ -190,7 +186,7 @@ class FullySharded(Sync):
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:
-            for turn in self.order.others_before(None):
+            for turn in self.order.turns_before(None):
                 self._skip(phase, turn)
         self._let_go(phase, unit)
         if unit == ROOT:
@@ -209,14 +205,9 @@ class FullySharded(Sync):
             self.prefetched = following if any(issued) else None
 
     def _next(self, phase: Phase) -> str | None:
-        """The unit that comes next, if this time is like the last."""
-        if phase is Phase.FORWARD:
-            return next(iter(self.order.ahead), None)
-        n = len(self.visited)
-        if self.order.uneven:
-            return None
-        rest = self.last_visited[n:] if self.last_visited[:n] == self.visited else []
-        return next(iter(rest), None)
+        """The unit whose turn comes next."""
+        back = [unit for unit, _ in self.order.backward[:1]]
+        return next(iter(self.order.ahead if phase is Phase.FORWARD else back), None)
 
     def _drop_prefetched(self) -> None:
         """Reshard what was gathered in advance and not used after all."""
@@ -263,7 +254,6 @@ class FullySharded(Sync):
         if phase is Phase.BACKWARD:
             self._drop_prefetched()
             self._reduce_all()
-            self.last_visited, self.visited = [] if self.order.uneven else self.visited, []
             self.order.backward_ends()
         for group in self.groups:
             group.wait_for_readers()  # whoever has left the model may write to it
@@ -334,7 +324,7 @@ class FullySharded(Sync):
         self.to_reduce.clear()
         self.keep_unsharded = False
         self.order.break_off()
-        self.visited, self.prefetched = [], None
+        self.prefetched = None
         for group in self.groups:
             group.forget()
 

@@ -222,14 +222,19 @@ class ParamBucket:
 
     def begin(self, phase: Phase) -> None:
         """A forward or backward begins: see what a user has done since the last."""
-        for param in self.params:
-            param.freeze_alike()
-            if phase is Phase.FORWARD:
+        self.look_for_frozen()
+        if phase is Phase.FORWARD:
+            for param in self.params:
                 param.keep_in_memory()
-        self.arrivals.look_for_frozen()
         self.clear_alike()
         if phase is Phase.BACKWARD:  # autograd is about to add gradients there
             self.drop_stand_ins()
+
+    def look_for_frozen(self) -> None:
+        """See what a user has frozen or thawed."""
+        for param in self.params:
+            param.freeze_alike()
+        self.arrivals.look_for_frozen()
 
     def issue_gather(self) -> None:
         """W[E_dp] -> W"""

@@ -96,8 +96,10 @@ class ZeroSync(Sync):
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
-            if self.each_microbatch:
-                self._reduce_rest()  # now, because others wait for it in their backward
+            # Now, because others wait for it in their backward. Not after one that brought no
+            # gradient: `autograd.grad` by the inputs, say, of which the loss then has a term.
+            if self.each_microbatch and any(b.params.arrivals.ready for b in self.buckets):
+                self._reduce_rest()
             for bucket in self.buckets:
                 bucket.params.stand_in()
 
@@ -166,6 +168,10 @@ class ZeroSync(Sync):
             bucket.params.issue_gather()
         for bucket in self.buckets:
             bucket.params.wait_gather()
+
+    def look_for_frozen(self) -> None:
+        for bucket in self.buckets:
+            bucket.params.look_for_frozen()
 
     def forget(self) -> None:
         self._wait_in_flight()

@@ -1,0 +1,262 @@
+"""Losses that are uneven, partial, taken twice, or differentiated more than once."""
+
+import torch
+from batches import batch, classified, generator_of, loss_of, sequences, usual_loop
+from situation import situation, take_step
+from torch import nn
+from torch.nn import functional
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+UNITS = ["0", "2"]
+
+
+def padded(step):
+    """Sequences of which some positions, and in step 1 all of the last rows, are ignored."""
+    x, y = sequences(step)
+    y = y.masked_fill(torch.rand(y.shape, generator=generator_of(step)) < 0.4, -100)
+    if step == 1:
+        y[4:] = -100
+    return x, y
+
+
+@situation("huggingface/transformers#34191", "pytorch/torchtitan#2206", "allenai/OLMo-core#657")
+def tokens_uneven_and_a_rank_with_none(place):
+    """Valid tokens differ by micro-batch and rank; once all of a rank's labels are ignored."""
+    job = place.job(network().double(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for step in range(3):
+        each = [place.rows(*padded(2 * step + i)) for i in range(2)]
+        count = job.count(sum((y != -100).sum() for _, y in each))
+        for i, (x, y) in enumerate(each):
+            with job.microbatch(last=i == 1):
+                (job.cross_entropy_sum(job.model(x), y) / count).backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def class_weights_and_label_smoothing(place):
+    """Rows count by the weight of their class; labels are smoothed."""
+    job = place.job(network().double(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    weight = torch.tensor([0.2, 1.0, 3.0, 0.5], dtype=torch.float64)
+    for step in range(3):
+        x, y = place.rows(*batch(step, rows=7))
+        total = functional.cross_entropy(
+            job.model(x), y, weight, reduction="sum", label_smoothing=0.1
+        )
+        yield take_step(job, optimizer, total / job.count(weight[y].sum()))
+
+
+class Detector(nn.Module):
+    """Features, classes, and boxes of which the loss may use none."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.classes = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.boxes, self.norm = nn.Linear(6, 2), nn.LayerNorm(2)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.features(x))
+        return self.classes(hidden), self.norm(self.boxes(hidden))
+
+
+def detected(step):
+    """Rows of which the first half alone have boxes, and in some micro-batches none."""
+    x, y = batch(step)
+    y = torch.where(torch.arange(8) < 4, y, 0)
+    return x, torch.zeros_like(y) if step == 2 else y
+
+
+def detection_loss(model, x, y):
+    classes, boxes = model(x)
+    loss = classified(classes, y)
+    if (y > 0).any():
+        loss = loss + (boxes[y > 0] - 1).square().sum()
+    return loss
+
+
+@situation("ultralytics/ultralytics#26012", "lyuwenyu/RT-DETR#672", "pytorch/pytorch#23425")
+def head_without_targets_on_a_rank(place):
+    """The loss of boxes is left out where a rank's rows have none."""
+    job = place.job(Detector().double(), units=["features", "classes", "boxes"])
+    yield from usual_loop(place, job, detection_loss, make=detected)
+
+
+@situation("Lightning-AI/pytorch-lightning#12190")
+def loss_of_zero_on_a_rank(place):
+    """A rank without positive rows makes a zero of its own, which is no function of the model."""
+    job = place.job(Detector().double(), units=["features", "classes", "boxes"])
+
+    def loss(model, x, y):
+        _, boxes = model(x)
+        if not (y > 0).any():
+            return torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return (boxes[y > 0] - 1).square().sum()
+
+    yield from usual_loop(place, job, loss, make=detected)
+
+
+@situation("harryhan618/LaneNet#12")
+def backward_left_out_on_a_rank(place):
+    """A rank without positive rows calls forward, and then no backward at all."""
+    job = place.job(Detector().double(), units=["features", "classes", "boxes"])
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for step in range(3):
+        each = [place.rows(*detected(2 * step + i)) for i in range(2)]
+        count = job.count(sum((y > 0).sum() for _, y in each))
+        for i, (x, y) in enumerate(each):
+            with job.microbatch(last=i == 1):
+                classes, _ = job.model(x)
+                if (y > 0).any():
+                    (classified(classes[y > 0], y[y > 0]) / count).backward()
+        yield take_step(job, optimizer)
+
+
+@situation("pytorch/pytorch#47260")
+def two_backwards_through_one_forward(place):
+    """Two losses of one forward, the first with retain_graph, in one micro-batch."""
+    job = place.job(Detector().double(), units=["features", "classes", "boxes"])
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for step in range(3):
+        x, y = place.rows(*batch(step))
+        count = job.count(len(y))
+        classes, boxes = job.model(x)
+        with job.microbatch(last=False):
+            (classified(classes, y) / count).backward(retain_graph=True)
+        with job.microbatch(last=True):
+            (boxes.square().sum() / count).backward()
+        yield take_step(job, optimizer)
+
+
+@situation("pytorch/pytorch#47562")
+def forces_that_are_gradients(place):
+    """A loss on forces, which are the gradient of an energy by the inputs, and on the energy."""
+    job = place.job(network().double(), units=UNITS)
+
+    def loss(model, x, y):
+        x = x.clone().requires_grad_()
+        energy = model(x).sum(1)
+        (forces,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return forces.square().sum() + (energy - y).square().sum()
+
+    yield from usual_loop(place, job, loss, lr=0.01)
+
+
+@situation("pytorch/pytorch#47870")
+def directional_derivative_of_the_network(place):
+    """The network's derivative in a direction is fitted; no gradient of the output itself."""
+    job = place.job(network().double(), units=UNITS)
+
+    def loss(model, x, y):
+        x = x.clone().requires_grad_()
+        output = model(x)
+        (slope,) = torch.autograd.grad(output, x, torch.ones_like(output), create_graph=True)
+        return ((slope * x.detach().flip(1)).sum(1) - y).square().sum()
+
+    yield from usual_loop(place, job, loss, lr=0.01)
+
+
+@situation()
+def saliency_of_the_inputs(place):
+    """Gradients by the inputs are looked at between steps, by a backward of their own."""
+    job = place.job(network().double(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for step in range(2):
+        x, y = place.rows(*batch(step))
+        yield take_step(job, optimizer, loss_of(job.model, x, y) / job.count(len(y)))
+        x = x.clone().requires_grad_()
+        (saliency,) = torch.autograd.grad(job.model(x).amax(1).sum(), x)
+        yield {"mean": float(job.count(saliency.square().sum()))}
+
+
+class Mixture(nn.Module):
+    """A router that keeps its auxiliary loss on itself, and dense experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in "abc")
+        self.auxiliary = None
+
+    def forward(self, x):
+        logits = self.router(x)
+        self.auxiliary = logits.logsumexp(-1).square().sum()
+        share = logits.softmax(-1)
+        return x + sum(share[:, i, None] * e(x).tanh() for i, e in enumerate(self.experts))
+
+
+@situation("pytorch/torchtitan#3000", "pytorch/pytorch#183702")
+def auxiliary_loss_kept_on_a_module(place):
+    """Each router keeps its loss as an attribute; they are added after the forward."""
+    model = nn.Sequential(Mixture(), Mixture(), nn.Linear(6, 4)).double()
+    job = place.job(model, units=[Mixture])
+
+    def loss(model, x, y):
+        main = loss_of(model, x, y)
+        return main + 0.1 * sum(m.auxiliary for m in model if isinstance(m, Mixture))
+
+    yield from usual_loop(place, job, loss)
+
+
+@situation("pytorch/pytorch#180428")
+def head_by_chunks_with_a_backward_each(place):
+    """The head and its backward run by chunks on detached features, then the body's backward."""
+    model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 4)}).double()
+    job = place.job(model, units=["body", "head"])
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for step in range(3):
+        x, y = place.rows(*batch(step))
+        count = job.count(len(y))
+        features = job.model["body"](x)
+        cut = features.detach().requires_grad_()
+        for part, labels in zip(cut.chunk(2), y.chunk(2), strict=True):
+            with job.microbatch(last=False):
+                (classified(job.model["head"](part), labels) / count).backward()
+        features.backward(cut.grad)
+        yield take_step(job, optimizer)
+
+
+@situation()
+def model_that_returns_its_loss(place):
+    """The model takes labels and returns loss and logits in a dict, as in transformers."""
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, inputs=None, labels=None):
+            logits = self.network(inputs)
+            return {"loss": classified(logits, labels), "logits": logits}
+
+    job = place.job(WithLoss().double(), units=["network"])
+    yield from usual_loop(place, job, lambda model, x, y: model(inputs=x, labels=y)["loss"])
+
+
+@situation()
+def early_exits_and_straight_through(place):
+    """Every layer has a loss of its own; activations are rounded, with a gradient past that."""
+
+    class Exits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+            self.exits = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+
+        def forward(self, x):
+            outputs = []
+            for layer, leave in zip(self.layers, self.exits, strict=True):
+                x = torch.tanh(layer(x))
+                x = x + (x.round() - x).detach()
+                outputs.append(leave(x))
+            return outputs
+
+    job = place.job(Exits().double(), units=["layers.1"])
+
+    def loss(model, x, y):
+        return sum(classified(output, y) for output in model(x))
+
+    yield from usual_loop(place, job, loss)

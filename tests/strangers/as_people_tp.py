@@ -1,0 +1,172 @@
+"""Tensor parallelism, with plans as people write them: exact, or refused by the module's name."""
+
+import torch
+from batches import (
+    batch,
+    loop_by_run,
+    loss_of,
+    sequences,
+    tokens,
+    usual_loop,
+)
+from situation import seen, situation
+from torch import nn
+from torch.nn import functional
+
+EXACT = {"tp": ""}
+
+
+class Gated(nn.Module):
+    """A feed-forward network with a gate."""
+
+    def __init__(self, width=6, hidden=8, bias=True):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x):
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+@situation("huggingface/text-generation-inference#1036", refused=EXACT)
+def biases_of_rows_and_columns(place):
+    """Gated layers with biases; that of the row layer must be added once."""
+    model = nn.Sequential(Gated(), Gated(), nn.Linear(6, 4)).double()
+    plan = {"*.gate": "colwise", "*.up": "colwise", "*.down": "rowwise"}
+    yield from usual_loop(place, place.job(model, units=[Gated], plan=plan))
+
+
+class Attention(nn.Module):
+    """Attention whose heads may be split; keys and values have fewer."""
+
+    def __init__(self, width=8, heads=4, groups=2):
+        super().__init__()
+        self.head = width // heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, groups * self.head)
+        self.v = nn.Linear(width, groups * self.head)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in (self.q, self.k, self.v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.o(found.transpose(1, 2).flatten(2))
+
+
+SPLIT = {"q": ("column", 2), "k": ("grouped", 2), "v": ("grouped", 2), "o": "row"}
+
+
+@situation("sgl-project/sglang#20967", refused=EXACT)
+def fewer_keys_than_queries(place):
+    """Attention with grouped keys and values, by sequences."""
+    model = nn.Sequential(Attention(), nn.Linear(8, 4)).double()
+    plan = {f"0.{name}": role for name, role in SPLIT.items()}
+    job = place.job(model, units=["0"], plan=plan)
+    yield from usual_loop(place, job, make=lambda step: sequences(step, width=8))
+
+
+@situation("NVIDIA/Megatron-LM#1754", "facebookresearch/fairseq2#1380", refused=EXACT)
+def vocabulary_that_does_not_divide(place):
+    """Embedding and head are split over 11 tokens, with biases, not tied."""
+    model = nn.Sequential(nn.Embedding(11, 6), Gated(), nn.Linear(6, 11)).double()
+    plan = {"0": "vocabulary", "1.gate": "column", "1.up": "column", "1.down": "row"}
+    job = place.job(model, units=["0", "1"], plan=plan | {"2": "vocabulary"})
+    yield from loop_by_run(place, job, job.cross_entropy_sum, make=tokens)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values come out of one layer, and are cut apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in (q, k, v))
+        found = functional.scaled_dot_product_attention(q, k, v)
+        return self.o(found.transpose(1, 2).flatten(2))
+
+
+@situation(
+    "pytorch/pytorch#149701", "NVIDIA-NeMo/Automodel#1324", "deepspeedai/DeepSpeed#3844",
+    refused={"tp": "qkv"},
+)  # fmt: skip
+def fused_queries_keys_and_values(place):
+    """The plan splits a layer whose output is cut in three; a part would mix heads."""
+    model = nn.Sequential(Fused(), nn.Linear(8, 4)).double()
+    job = place.job(model, units=["0"], plan={"0.qkv": "column", "0.o": "row"})
+    yield from usual_loop(place, job, make=lambda step: sequences(step, width=8))
+
+
+@situation("huggingface/transformers#36132", "NVIDIA-NeMo/RL#3788", refused=EXACT)
+def norm_over_split_and_whole_parameters(place):
+    """The gradient norm is clipped over parameters of which some are split and some are not."""
+    model = nn.Sequential(nn.LayerNorm(6), Gated(), nn.LayerNorm(6), nn.Linear(6, 4)).double()
+    job = place.job(
+        model, units=["1"], plan={"1.gate": "column", "1.up": "column", "1.down": "row"}
+    )
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.05)
+    for step in range(3):
+        x, y = place.rows(*batch(step))
+        (loss_of(job.model, x, y) / job.count(len(y))).backward()
+        job.finish()
+        yield {"norm": job.clip_grad_norm(0.1)}
+        optimizer.step()
+        job.after_step()
+        optimizer.zero_grad()
+        yield seen(job)
+
+
+@situation(refused=EXACT)
+def layer_that_is_gathered_again(place):
+    """A layer is split by columns and its output gathered, as what follows needs all of it."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 8), nn.Linear(8, 4))
+    plan = {"0": "colwise_gather_output", "2": "colwise", "3": "rowwise"}
+    yield from usual_loop(place, place.job(model.double(), units=["0"], plan=plan))
+
+
+@situation(refused={"tp": "1.up|1.down|0"})
+def columns_that_are_never_put_together(place):
+    """The plan forgets the row layer."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    yield from usual_loop(place, place.job(model, units=["0"], plan={"0": "column"}))
+
+
+@situation("huggingface/peft#3012", refused=EXACT)
+def adapters_beside_split_layers(place):
+    """Frozen layers are split, and adapters of low rank beside them are whole."""
+
+    class Adapted(Gated):
+        def __init__(self):
+            super().__init__()
+            self.requires_grad_(False)
+            self.low, self.high = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+        def forward(self, x):
+            return super().forward(x) + self.high(self.low(x))
+
+    model = nn.Sequential(Adapted(), Adapted(), nn.Linear(6, 4)).double()
+    plan = {"*.gate": "column", "*.up": "column", "*.down": "row"}
+    yield from usual_loop(place, place.job(model, units=[Adapted], plan=plan))
+
+
+@situation("pytorch/torchtitan#3000", refused=EXACT)
+def split_experts_and_a_whole_router(place):
+    """Dense experts are split, a router is whole, and one layer is used twice."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.experts = nn.Linear(6, 2), nn.ModuleList(Gated() for _ in range(2))
+
+        def forward(self, x):
+            share = self.router(x).softmax(-1)
+            mixed = sum(share[:, i, None] * e(x) for i, e in enumerate(self.experts))
+            return x + self.experts[0](mixed)
+
+    plan = {f"0.experts.*.{n}": "column" for n in ("gate", "up")} | {"0.experts.*.down": "row"}
+    model = nn.Sequential(Experts(), nn.Linear(6, 4)).double()
+    yield from usual_loop(place, place.job(model, units=["0"], plan=plan))
