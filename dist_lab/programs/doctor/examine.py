@@ -8,41 +8,33 @@ is read off the layouts. What it does not refuse is trained in float64 and compa
 process. What could be cheaper is read off the model: see notes.py.
 """
 
-import copy
 import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from dist_lab.comm import ops
-from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree, together
-from dist_lab.comm.context import CollectiveError, Wire
+from dist_lab.comm.agree import together
+from dist_lab.comm.context import CollectiveError
 from dist_lab.compose import parallelize
-from dist_lab.errors import MachineError, UserError, one_of, shown
+from dist_lab.errors import UserError, one_of, shown
 from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, local_numel
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
-from dist_lab.mesh.mesh import Mesh, init_mesh
+from dist_lab.mesh.mesh import Mesh
 from dist_lab.parallel.tensor.plan import BringsItsPlan, Plan
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import notes, pairs
-from dist_lab.programs.doctor.findings import findings, without_dropout
+from dist_lab.programs.doctor.proof import ADAM, SEE_ABOVE, Proof, prove_in_one_process
 from dist_lab.programs.doctor.report import Report, Row, Verdict, size
 from dist_lab.programs.doctor.subject import Given, Subject, in_a_line, subject_of
+from dist_lab.programs.doctor.trial import Trial, Unit, units_by_name
 from dist_lab.programs.verify import batch as batches
-from dist_lab.programs.verify.compare import TOLERANCE, State
-from dist_lab.programs.verify.engine import coarsest, verify
-from dist_lab.programs.verify.reference import agreed, check_model, has_batchnorm, one_process
-from dist_lab.programs.verify.repeat import repeated, weights_and_buffers
-from dist_lab.step.hooks import map_tensors
-
-Steps = list[tuple[Pair, State]]
-Unit = type[nn.Module] | str
-ADAM = {"lr": 1e-3}
+from dist_lab.programs.verify.engine import verify
+from dist_lab.step.hooks import tensors_in
 
 
 def doctor(
@@ -88,11 +80,17 @@ def doctor(
         subject = subject_of(model, batch, loss_sum, cross_entropy_sum)
         built = subject.build()
         named = units_by_name(built, units)
-    patient = Patient(subject, mesh, tuple(named), plan, microbatches, steps)
-    proof = prove_in_one_process(patient)
+    subject, not_cut = with_a_batch_of_rows(subject, mesh)
+    trial = Trial(subject, mesh, tuple(named), plan, microbatches, steps)
+    applied = {name: apply(trial, name) for name in strategies or usual(mesh.size)}
+    proof = Proof(obstacle="no strategy applies")
+    if any(each.outcome is None for each in applied.values()):
+        proof = prove_in_one_process(trial)
+    if not_cut:
+        proof = replace(proof, findings=(not_cut, *proof.findings), obstacle=SEE_ABOVE)
     facts = notes.Facts(built, named, proof.idle, mesh.size)
-    rows = [examine(patient, proof, facts, name) for name in strategies or usual(mesh.size)]
-    return Report(summary(patient, proof, built), mesh.size, proof.findings, tuple(rows))
+    rows = tuple(row(trial, proof, facts, name, each) for name, each in applied.items())
+    return Report(summary(trial, proof, built), mesh.size, proof.findings, rows)
 
 
 def usual(ranks: int) -> tuple[str, ...]:
@@ -107,186 +105,19 @@ def usual(ranks: int) -> tuple[str, ...]:
     return tuple(name for name in STRATEGIES if name != "hsdp" or two_axes)
 
 
-@dataclass(frozen=True)
-class Patient:
-    """What is examined, on which ranks, and what it is told. `units` are names of modules."""
-
-    subject: Subject
-    mesh: Mesh
-    units: tuple[str, ...]
-    plan: Plan | None
-    microbatches: int
-    steps: int
-
-    def own_mesh(self, strategy: str) -> Mesh:
-        """A mesh for one strategy, over the same ranks, or of this rank alone."""
-        wire, timeout = self.mesh.wire, self.mesh.timeout
-        if not STRATEGIES[strategy].axes or self.mesh.size == 1:
-            axes = STRATEGIES[strategy].default_axes(1) or {"dp": 1}
-            return Mesh(axes, Wire(0, 1, backend=wire.backend), timeout)
-        axes = STRATEGIES[strategy].default_axes(self.mesh.size)
-        return init_mesh(
-            timeout=timeout, backend=wire.backend, check=wire.check, collectives=wire.collectives,
-            **axes,
-        )  # fmt: skip
-
-    def microbatches_of(self, strategy: str) -> int:
-        """A pipeline of p ranks has 2p, if each then has two rows: of one BatchNorm makes zeros."""
-        if strategy != "pp" or self.subject.batch is None:
-            return self.microbatches
-        rows = batches.rows_in(self.subject.batch[0])
-        return max(self.microbatches, min(rows // 2, 2 * self.mesh.size))
-
-    def options(self, strategy: str, batch: Pair | None) -> dict[str, Any]:
-        """What `parallelize` is told besides."""
-        if strategy in ("fsdp", "hsdp"):
-            return {"units": self.units}
-        if strategy == "tp" and self.plan is not None:
-            return {"plan": self.plan}
-        if strategy == "pp" and batch is not None:
-            first = batches.slice_rows(batch, self.microbatches_of("pp"))[0]
-            return {"example_inputs": first[0]}
-        return {}
-
-
-def units_by_name(model: nn.Module, units: Iterable[Unit]) -> dict[str, nn.Module]:
-    """The units, each a class, the name of a class or of a module. UserError: one matches none."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    classes = {type(module).__name__ for module in modules.values()}
-    found: dict[str, nn.Module] = {}
-    for unit in units:
-        matched = {
-            name: module
-            for name, module in modules.items()
-            if (unit in (name, type(module).__name__) if isinstance(unit, str)
-                else isinstance(module, unit))
-        }  # fmt: skip
-        if not matched:
-            label = unit if isinstance(unit, str) else unit.__name__
-            raise UserError(
-                f"unit {label} matches no module (--units); classes here: "
-                f"{', '.join(sorted(classes))}"
-            )
-        found |= matched
-    return found
-
-
-# --- the model's own ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What one process has shown.
-
-    Attributes:
-        steps: of the one process, to compare with; None: each comparison runs it itself.
-        obstacle: why nothing can be compared; "" where it can.
-        wide: whether it was computed in float64; else in the model's own dtype.
-        idle: the trained parameters without a gradient on this batch.
-    """
-
-    findings: tuple[str, ...] = ()
-    obstacle: str = ""
-    steps: Steps | None = None
-    wide: bool = True
-    idle: tuple[str, ...] = ()
-
-    def build(self, subject: Subject) -> nn.Module:
-        """A fresh model as it is compared."""
-        model = subject.build()
-        without_dropout(model)
-        return model.double() if self.wide else model
-
-    def batch(self, batch: Pair) -> Pair:
-        """The batch as it is compared."""
-        if not self.wide:
-            return batch
-        return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
-
-
-def prove_in_one_process(patient: Patient) -> Proof:
-    """Run the steps in one process, the first twice. Collective: what one rank finds, all find."""
-    subject, mesh = patient.subject, patient.mesh
-    built = subject.build()
-    dropped = without_dropout(subject.build())
-    narrow = Proof(wide=False)
+def with_a_batch_of_rows(subject: Subject, mesh: Mesh) -> tuple[Subject, str]:
+    """The subject, without its batch if that cannot be cut by rows, and why not. Collective."""
     try:
         with together(mesh.world):
-            check_model(narrow.build(subject))
             if (batch := subject.batch) is not None:
+                if any(tensor.is_meta for tensor in tensors_in(batch)):
+                    raise UserError(
+                        "the batch is on the meta device, without values; build it off it"
+                    )
                 batches.take(lambda step: batch, 0, mesh.device)
-        state = dict(built.named_parameters()) | dict(built.named_buffers())
-        check_shapes_agree(state, mesh.world)
-        check_tensors_agree(state, mesh.world)
+        return subject, ""
     except UserError as error:
-        said = findings(built, dropped, None, None, mesh.size)
-        return replace(narrow, findings=(str(error), *said), obstacle="see above")
-    if subject.batch is None:
-        said = findings(built, dropped, None, None, mesh.size)
-        return replace(
-            narrow, findings=tuple(said),
-            obstacle="no batch was given: parallelize() alone was tried, and nothing computed",
-        )  # fmt: skip
-    obstacle, steps, proof = "", None, narrow
-    for proof in (Proof(), narrow):
-        try:
-            steps = list(reference(patient, proof))
-            obstacle = ""
-            break
-        except NotInThisDtype as error:
-            obstacle = str(error)
-        except UserError as error:
-            obstacle = str(error)
-            break
-    said = findings(built, dropped, subject.batch, steps, mesh.size)
-    if obstacle:
-        return replace(proof, findings=(obstacle, *said), obstacle="see above")
-    assert steps is not None
-    if not proof.wide:
-        said.append(
-            "it does not compute in float64, so it was compared in its own dtype, where a small "
-            "error hides behind rounding; let it take the dtype of its inputs"
-        )
-    gradients = steps[0][1]["gradient"]
-    idle = [n for n, p in built.named_parameters() if p.requires_grad and gradients[n] is None]
-    keep = None if has_batchnorm(built) else steps
-    return replace(proof, findings=tuple(said), steps=keep, idle=tuple(idle))
-
-
-class NotInThisDtype(UserError):
-    """The model, run by itself, raises an error of its own."""
-
-
-def reference(patient: Patient, proof: Proof) -> Iterator[tuple[Pair, State]]:
-    """The steps of one process, of which the first is run again. Copied, as the next changes it."""
-    subject, mesh = patient.subject, patient.mesh
-    assert subject.batch is not None
-    batch = proof.batch(subject.batch)
-    if mesh.size > 1 and batches.rows_are_alike(batch[0]):
-        raise UserError("every row of the batch is alike; ranks need different data to verify")
-    model = proof.build(subject)
-    dtype = coarsest(model, None, None)
-    told: dict[str, Any] = {
-        "microbatches": patient.microbatches, "loss_sum": subject.loss_sum, "param_dtype": None,
-        "sync_batchnorm": False,
-    }  # fmt: skip
-    where = lambda: proof.build(subject), lambda step: batch, mesh.size, mesh.device
-    steps = one_process(
-        *where, steps=patient.steps, clip=1.0, optimizer=torch.optim.AdamW, options=ADAM, **told
-    )
-    built = weights_and_buffers(model)
-    again = repeated(steps, built, *where, dtype=dtype, tolerance=TOLERANCE[dtype], **told)
-    for step in agreed(_in_our_words(again), mesh):
-        yield copy.deepcopy(step)
-
-
-def _in_our_words(steps: Iterable[tuple[Pair, State]]) -> Iterator[tuple[Pair, State]]:
-    try:
-        yield from steps
-    except (UserError, MachineError):
-        raise
-    except Exception as error:
-        raise NotInThisDtype(f"in one process it fails on the batch: {in_a_line(error)}") from error
+        return replace(subject, batch=None), str(error)
 
 
 # --- one strategy ---------------------------------------------------------------------------------
@@ -294,24 +125,37 @@ def _in_our_words(steps: Iterable[tuple[Pair, State]]) -> Iterator[tuple[Pair, S
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one attempt, on this rank."""
+    """Of one attempt."""
 
     verdict: Verdict
     reason: str = ""
     error: float | None = None
 
 
-def examine(patient: Patient, proof: Proof, facts: notes.Facts, strategy: str) -> Row:
-    """Apply a strategy, and compare it with one process if it can be. Collective."""
-    own = patient.own_mesh(strategy)
-    kept: dict[str, int] = {}
+@dataclass(frozen=True)
+class Attempt:
+    """What became of applying a strategy.
+
+    Attributes:
+        outcome: None: it was applied; else why not.
+        kept: of each rank, see `bytes_kept`.
+    """
+
+    outcome: Outcome | None
+    layouts: Mapping[str, Layout]
+    kept: Sequence[Mapping[str, int]]
+
+
+def apply(trial: Trial, strategy: str) -> Attempt:
+    """Apply a strategy to a fresh model, in the model's own dtype. Collective."""
+    own = trial.own_mesh(strategy)
+    outcome, kept = Outcome(Verdict.EXACT), dict[str, int]()
     layouts: Mapping[str, Layout] = {}
     try:
-        model = patient.subject.build()
+        model = trial.subject.build()
         if not any(p.is_meta for p in model.parameters()):
             model = model.to(own.device)
-        told = patient.options(strategy, patient.subject.batch)
-        job = parallelize(model, own, strategy, **told)
+        job = parallelize(model, own, strategy, **trial.options(strategy, trial.subject.batch))
         kept, layouts = bytes_kept(job, strategy), job.layouts
         del job, model
     except UserError as error:
@@ -320,50 +164,54 @@ def examine(patient: Patient, proof: Proof, facts: notes.Facts, strategy: str) -
         raise
     except Exception as error:
         outcome = Outcome(Verdict.FAILED, in_a_line(error))
-    else:
-        outcome = compared(patient, proof, strategy, {})
     gc.collect()  # a job and its model refer to each other
-    outcome, everywhere = over_ranks(outcome, kept, patient.mesh)
+    outcome, everywhere = over_ranks(outcome, kept, trial.mesh)
+    return Attempt(None if outcome.verdict is Verdict.EXACT else outcome, layouts, everywhere)
+
+
+def row(trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: Attempt) -> Row:
+    """Compare a strategy with one process, if it was applied, and say what would be better."""
+    outcome = applied.outcome or compared(trial, proof, strategy, {})
+    kept: Mapping[str, int] = {}
     said: list[str] = []
     if outcome.verdict is Verdict.REFUSED:
-        said = suggested_plan(patient, proof, strategy, facts)
-        everywhere = []
+        said = suggested_plan(trial, proof, strategy, facts)
     elif outcome.verdict is not Verdict.FAILED:
-        batch = patient.subject.batch
-        example = patient.options(strategy, batch).get("example_inputs")
-        said = notes.of(strategy, facts, layouts, [k["parameters"] for k in everywhere], example)
-    fullest = max(everywhere, key=lambda each: sum(each.values()), default={})
-    label = str(own) if strategy != "single" else "-"
-    return Row(
-        strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(said), fullest
-    )
+        example = trial.options(strategy, trial.subject.batch).get("example_inputs")
+        held = [each["parameters"] for each in applied.kept]
+        said = notes.of(strategy, facts, applied.layouts, held, example)
+        kept = max(applied.kept, key=lambda each: sum(each.values()))
+    label = str(trial.own_mesh(strategy)) if strategy != "single" else "-"
+    return Row(strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(said), kept)
 
 
 def compared(
-    patient: Patient, proof: Proof, strategy: str, told: Mapping[str, Any]
+    trial: Trial, proof: Proof, strategy: str, told: Mapping[str, Any]
 ) -> Outcome:  # fmt: skip
-    """Train by the strategy and in one process."""
-    subject = patient.subject
+    """Train by the strategy and in one process. Collective."""
+    subject = trial.subject
     if proof.obstacle or subject.batch is None:
         return Outcome(Verdict.UNPROVED, proof.obstacle)
     batch = proof.batch(subject.batch)
     try:
         report = verify(
-            lambda: proof.build(subject), lambda step: batch, patient.own_mesh(strategy), strategy,
-            steps=patient.steps, microbatches=patient.microbatches_of(strategy), options=ADAM,
+            lambda: proof.build(subject), lambda step: batch, trial.own_mesh(strategy), strategy,
+            steps=trial.steps, microbatches=trial.microbatches_of(strategy), options=ADAM,
             loss_sum=subject.loss_sum, reference=proof.steps,
-            **{**patient.options(strategy, batch), **told},
+            **{**trial.options(strategy, batch), **told},
         )  # fmt: skip
+        worst = max(c.error for c in report.comparisons if c.judged)
+        outcome = Outcome(Verdict.EXACT, "", worst)
+        if not report.equal:
+            outcome = Outcome(Verdict.WRONG, report.sentence(), worst)
     except UserError as error:
-        return Outcome(Verdict.REFUSED, str(error))
+        outcome = Outcome(Verdict.REFUSED, str(error))
     except CollectiveError:
         raise
     except Exception as error:
-        return Outcome(Verdict.FAILED, in_a_line(error))
-    worst = max(c.error for c in report.comparisons if c.judged)
-    if report.equal:
-        return Outcome(Verdict.EXACT, "", worst)
-    return Outcome(Verdict.WRONG, report.sentence(), worst)
+        outcome = Outcome(Verdict.FAILED, in_a_line(error))
+    gc.collect()
+    return over_ranks(outcome, {}, trial.mesh)[0]
 
 
 def over_ranks(
@@ -395,14 +243,14 @@ def bytes_kept(job: Job, strategy: str) -> dict[str, int]:
 
 
 def suggested_plan(
-    patient: Patient, proof: Proof, strategy: str, facts: notes.Facts
+    trial: Trial, proof: Proof, strategy: str, facts: notes.Facts
 ) -> list[str]:  # fmt: skip
     """For tp without a plan: one of pairs of Linear layers, if it has been proved."""
-    if strategy != "tp" or patient.plan is not None or isinstance(facts.model, BringsItsPlan):
+    if strategy != "tp" or trial.plan is not None or isinstance(facts.model, BringsItsPlan):
         return []
     plan = pairs.plan_of_pairs(facts.model)
-    while plan and not proof.obstacle and patient.mesh.size > 1:
-        found, _ = over_ranks(compared(patient, proof, "tp", {"plan": plan}), {}, patient.mesh)
+    while plan and not proof.obstacle and trial.mesh.size > 1:
+        found = compared(trial, proof, "tp", {"plan": plan})
         if found.verdict is Verdict.EXACT:
             written = pairs.written(facts.model, plan)
             return [f"a plan that was tried and is exact, by {found.error:.1e}: plan={written}"]
@@ -413,15 +261,15 @@ def suggested_plan(
     return []
 
 
-def summary(patient: Patient, proof: Proof, built: nn.Module) -> str:
+def summary(trial: Trial, proof: Proof, built: nn.Module) -> str:
     """The first line of the report."""
     parameters = list(built.parameters())
     count, total = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
     dtypes = " and ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters))
-    ranks = f"{patient.mesh.size} rank{'s' * (patient.mesh.size > 1)}"
-    words = [f"{patient.subject.name} on {ranks}: {count:,} parameters ({size(total)}, {dtypes})"]
-    if patient.subject.batch is not None and not proof.obstacle:
-        rows = batches.rows_in(patient.subject.batch[0])
+    ranks = f"{trial.mesh.size} rank{'s' * (trial.mesh.size > 1)}"
+    words = [f"{trial.subject.name} on {ranks}: {count:,} parameters ({size(total)}, {dtypes})"]
+    if trial.subject.batch is not None and not proof.obstacle:
+        rows = batches.rows_in(trial.subject.batch[0])
         dtype = "float64" if proof.wide else "its own dtype"
-        words.append(f"{patient.steps} steps of {rows} rows against one process, in {dtype}")
+        words.append(f"{trial.steps} steps of {rows} rows against one process, in {dtype}")
     return "; ".join(words)

@@ -30,15 +30,16 @@ def findings(
         name, p = dropped[0]
         more = f", and {len(dropped) - 1} more" if len(dropped) > 1 else ""
         found.append(
-            f"dropout of {p} in {name}{more}: each rank draws masks of its own, so no two layouts draw "
-            "the same; all below is of the model with p=0"
+            f"dropout of {p} in {name}{more}: each rank draws masks of its own, so no two layouts "
+            "draw the same; all below is of the model with p=0"
         )
     narrow = [n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     if narrow:
-        dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
+        kept = model.get_parameter(narrow[0]).dtype
+        dtype, last = str(kept).removeprefix("torch."), round(2 / torch.finfo(kept).eps)
         found.append(
             f"{len(narrow)} parameters are {dtype}, first {narrow[0]}, without float32 masters: "
-            "updates smaller than 1/256 of a weight are lost; build it in float32, and give "
+            f"updates smaller than 1/{last} of a weight are lost; build it in float32, and give "
             f"parallelize(param_dtype=torch.{dtype})"
         )
     if batch is not None and steps is not None:
@@ -83,11 +84,11 @@ def _of_the_steps(
         n for n in trained
         if (g := gradients[n]) is not None and g.numel() and not bool(g.any())
     ]  # fmt: skip
-    for names, what in ((idle, "have no gradient"), (zero, "have a gradient of zero")):
+    for names, what in ((idle, "there is no gradient"), (zero, "the gradient is zero")):
         if names:
             found.append(
-                f"{_listed(names)} {what} on this batch, so nothing trains them; freeze or remove "
-                "them, or give a batch that reaches them"
+                f"nothing trains {_listed(names)} on this batch: {what}; freeze or remove what is "
+                "not used, or give a batch that reaches it"
             )
     norms = {n for n, m in model.named_modules() if isinstance(m, StatisticsNorm)}
     before, after = dict(model.named_buffers()), steps[-1][1]["buffer"]

@@ -123,4 +123,4 @@ def _called(name: str, function: Callable[[], Any]) -> tuple[nn.Module, Pair | N
         )
     if loss_sum is not None and not callable(loss_sum):
         raise UserError(f"{name}() returned a {type(loss_sum).__name__} as loss_sum; {RETURNS}")
-    return model, batch, loss_sum
+    return model, None if batch is None else (batch[0], batch[1]), loss_sum
