@@ -25,7 +25,7 @@ from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, local_numel
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.parallel.tensor.plan import BringsItsPlan, Plan
+from dist_lab.parallel.tensor.plan import Plan
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import notes, pairs
 from dist_lab.programs.doctor.proof import ADAM, SEE_ABOVE, Proof, prove_in_one_process
@@ -84,7 +84,7 @@ def doctor(
     trial = Trial(subject, mesh, tuple(named), plan, microbatches, steps)
     applied = {name: apply(trial, name) for name in strategies or usual(mesh.size)}
     proof = Proof(obstacle="no strategy applies")
-    if any(each.outcome is None for each in applied.values()):
+    if any(each.outcome is None or lacks_a_plan(each.outcome) for each in applied.values()):
         proof = prove_in_one_process(trial)
     if not_cut:
         proof = replace(proof, findings=(not_cut, *proof.findings), obstacle=SEE_ABOVE)
@@ -111,9 +111,7 @@ def with_a_batch_of_rows(subject: Subject, mesh: Mesh) -> tuple[Subject, str]:
         with together(mesh.world):
             if (batch := subject.batch) is not None:
                 if any(tensor.is_meta for tensor in tensors_in(batch)):
-                    raise UserError(
-                        "the batch is on the meta device, without values; build it off it"
-                    )
+                    raise UserError("the batch is on the meta device, where it has no values")
                 batches.take(lambda step: batch, 0, mesh.device)
         return subject, ""
     except UserError as error:
@@ -174,9 +172,9 @@ def row(trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: 
     outcome = applied.outcome or compared(trial, proof, strategy, {})
     kept: Mapping[str, int] = {}
     said: list[str] = []
-    if outcome.verdict is Verdict.REFUSED:
-        said = suggested_plan(trial, proof, strategy, facts)
-    elif outcome.verdict is not Verdict.FAILED:
+    if lacks_a_plan(outcome):
+        said = suggested_plan(trial, proof, facts.model)
+    elif outcome.verdict not in (Verdict.REFUSED, Verdict.FAILED):
         example = trial.options(strategy, trial.subject.batch).get("example_inputs")
         held = [each["parameters"] for each in applied.kept]
         said = notes.of(strategy, facts, applied.layouts, held, example)
@@ -242,17 +240,18 @@ def bytes_kept(job: Job, strategy: str) -> dict[str, int]:
     return found
 
 
-def suggested_plan(
-    trial: Trial, proof: Proof, strategy: str, facts: notes.Facts
-) -> list[str]:  # fmt: skip
-    """For tp without a plan: one of pairs of Linear layers, if it has been proved."""
-    if strategy != "tp" or trial.plan is not None or isinstance(facts.model, BringsItsPlan):
-        return []
-    plan = pairs.plan_of_pairs(facts.model)
+def lacks_a_plan(outcome: Outcome) -> bool:
+    """Whether tp was refused because nobody has said what to split."""
+    return outcome.verdict is Verdict.REFUSED and " has no tp_plan()" in outcome.reason
+
+
+def suggested_plan(trial: Trial, proof: Proof, model: nn.Module) -> list[str]:
+    """A plan of tp of pairs of Linear layers, in a line, if it has been proved. Collective."""
+    plan = pairs.plan_of_pairs(model)
     while plan and not proof.obstacle and trial.mesh.size > 1:
         found = compared(trial, proof, "tp", {"plan": plan})
         if found.verdict is Verdict.EXACT:
-            written = pairs.written(facts.model, plan)
+            written = pairs.written(model, plan)
             return [f"a plan that was tried and is exact, by {found.error:.1e}: plan={written}"]
         if found.verdict is not Verdict.REFUSED:
             return []

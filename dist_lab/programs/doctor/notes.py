@@ -119,14 +119,14 @@ def batchnorm(case: Case) -> Iterator[str]:
         )
 
 
-def zeros_travel(case: Case) -> Iterator[str]:
+def idle_in_buckets(case: Case) -> Iterator[str]:
     facts = case.facts
     if facts.idle:
         total = sum(facts.sizes[name] for name in facts.idle)
         yield (
             f"parameters without a gradient ({size(total)}, {_first(facts.idle)}) travel as zeros, "
-            "and what lies with them is summed only when backward is over; freeze them, or take "
-            "ddp, which never sends them"
+            "and the buckets from theirs on are summed only when backward is over; freeze them, or "
+            "take ddp, which never sends them"
         )
 
 
@@ -168,8 +168,8 @@ def outside_units(case: Case) -> Iterator[str]:
         by_size = sorted(names, key=lambda n: -facts.sizes[n])
         modules = list(dict.fromkeys(n.rpartition(".")[0] for n in by_size))
         yield (
-            f"parameters outside of the units ({facts.share(outside)}, first {by_size[0]}) stay "
-            f"gathered from the first forward to its end; make units of what holds them: "
+            f"parameters outside of the units ({facts.share(outside)}, {_first(by_size)}) stay "
+            "gathered as long as a forward or a backward takes; make units of what holds them: "
             f"{', '.join(m for m in modules[:3] if m) or 'put them into a module'}"
         )
 
@@ -194,8 +194,21 @@ def tied_units(case: Case) -> Iterator[str]:
         places = " and ".join(n for n, p in every if p is parameter)
         yield (
             f"{places} are one parameter ({size(facts.sizes[name])}) of several units, so it lies "
-            "with the model itself and stays gathered from the first forward to its end; untie "
-            "it, or let one unit hold all its places"
+            "with the model itself, and stays gathered as long as a forward or a backward takes; "
+            "untie it, or let one unit hold all its places"
+        )
+
+
+def idle_in_units(case: Case) -> Iterator[str]:
+    facts = case.facts
+    used = {unit for name, unit in facts.owner.items() if name not in facts.idle}
+    idle = [name for name in facts.idle if facts.owner[name] in used]
+    if idle:
+        total = sum(facts.sizes[name] for name in idle)
+        yield (
+            f"parameters without a gradient ({size(total)}, {_first(idle)}) are gathered, and "
+            "their zeros reduced, with the unit around them; a unit of their own is left alone "
+            "while nothing calls it"
         )
 
 
@@ -323,7 +336,8 @@ ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp", "hsdp")
 SHARDED = ("fsdp", "hsdp")
 RULES: Sequence[tuple[Rule, Sequence[str]]] = (
     (batchnorm, ROWS),
-    (zeros_travel, ("zero1", "zero2", *SHARDED)),
+    (idle_in_buckets, ("zero1", "zero2")),
+    (idle_in_units, SHARDED),
     (no_units, SHARDED),
     (large_unit, SHARDED),
     (outside_units, SHARDED),
