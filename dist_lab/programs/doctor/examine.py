@@ -135,10 +135,12 @@ class Attempt:
     """What became of applying a strategy.
 
     Attributes:
+        mesh: the strategy's own.
         outcome: None: it was applied; else why not.
         kept: of each rank, see `bytes_kept`.
     """
 
+    mesh: Mesh
     outcome: Outcome | None
     layouts: Mapping[str, Layout]
     kept: Sequence[Mapping[str, int]]
@@ -164,27 +166,27 @@ def apply(trial: Trial, strategy: str) -> Attempt:
         outcome = Outcome(Verdict.FAILED, in_a_line(error))
     gc.collect()  # a job and its model refer to each other
     outcome, everywhere = over_ranks(outcome, kept, trial.mesh)
-    return Attempt(None if outcome.verdict is Verdict.EXACT else outcome, layouts, everywhere)
+    return Attempt(own, None if outcome.verdict is Verdict.EXACT else outcome, layouts, everywhere)
 
 
 def row(trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: Attempt) -> Row:
     """Compare a strategy with one process, if it was applied, and say what would be better."""
-    outcome = applied.outcome or compared(trial, proof, strategy, {})
+    outcome = applied.outcome or compared(trial, proof, strategy, applied.mesh, {})
     kept: Mapping[str, int] = {}
     said: list[str] = []
     if lacks_a_plan(outcome):
-        said = suggested_plan(trial, proof, facts.model)
+        said = suggested_plan(trial, proof, facts.model, applied.mesh)
     elif outcome.verdict not in (Verdict.REFUSED, Verdict.FAILED):
         example = trial.options(strategy, trial.subject.batch).get("example_inputs")
         held = [each["parameters"] for each in applied.kept]
         said = notes.of(strategy, facts, applied.layouts, held, example)
         kept = max(applied.kept, key=lambda each: sum(each.values()))
-    label = str(trial.own_mesh(strategy)) if strategy != "single" else "-"
+    label = str(applied.mesh) if strategy != "single" else "-"
     return Row(strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(said), kept)
 
 
 def compared(
-    trial: Trial, proof: Proof, strategy: str, told: Mapping[str, Any]
+    trial: Trial, proof: Proof, strategy: str, mesh: Mesh, told: Mapping[str, Any]
 ) -> Outcome:  # fmt: skip
     """Train by the strategy and in one process. Collective."""
     subject = trial.subject
@@ -193,7 +195,7 @@ def compared(
     batch = proof.batch(subject.batch)
     try:
         report = verify(
-            lambda: proof.build(subject), lambda step: batch, trial.own_mesh(strategy), strategy,
+            lambda: proof.build(subject), lambda step: batch, mesh, strategy,
             steps=trial.steps, microbatches=trial.microbatches_of(strategy), options=ADAM,
             loss_sum=subject.loss_sum, reference=proof.steps,
             **{**trial.options(strategy, batch), **told},
@@ -245,11 +247,11 @@ def lacks_a_plan(outcome: Outcome) -> bool:
     return outcome.verdict is Verdict.REFUSED and " has no tp_plan()" in outcome.reason
 
 
-def suggested_plan(trial: Trial, proof: Proof, model: nn.Module) -> list[str]:
+def suggested_plan(trial: Trial, proof: Proof, model: nn.Module, mesh: Mesh) -> list[str]:
     """A plan of tp of pairs of Linear layers, in a line, if it has been proved. Collective."""
     plan = pairs.plan_of_pairs(model)
     while plan and not proof.obstacle and trial.mesh.size > 1:
-        found = compared(trial, proof, "tp", {"plan": plan})
+        found = compared(trial, proof, "tp", mesh, {"plan": plan})
         if found.verdict is Verdict.EXACT:
             written = pairs.written(model, plan)
             return [f"a plan that was tried and is exact, by {found.error:.1e}: plan={written}"]

@@ -37,26 +37,24 @@ def check_claims(
     report, build, batch, told=lambda strategy: {}, told_to_verify=lambda strategy: {}
 ):
     """Whatever is called refused is refused in that line, and whatever is called exact is equal."""
-    for row in report.rows:
-        if row.strategy == "single":
-            continue
+    x, y = batch
+    wide = (x.double() if x.is_floating_point() else x), y
+
+    def fresh():
+        torch.manual_seed(0)
+        return build().double()
+
+    for row in (row for row in report.rows if row.strategy != "single"):
         mesh = dist_lab.init_mesh(**axes_of(row.strategy, report.ranks))
+        told = {"example_inputs": wide[0]} if row.strategy == "pp" else {}
         if row.verdict is Verdict.REFUSED:
             with pytest.raises(UserError) as refusal:
-                dist_lab.parallelize(build(), mesh, row.strategy, **told(row.strategy))
+                dist_lab.parallelize(fresh(), mesh, row.strategy, **told)
             assert str(refusal.value) == row.reason
-        elif row.verdict is Verdict.EXACT:
-            x, y = batch
-            wide = (x.double() if x.is_floating_point() else x), y
-
-            def fresh():
-                torch.manual_seed(0)
-                return build().double()
-
-            report_of_it = dist_lab.verify(
-                fresh, lambda step, wide=wide: wide, mesh, row.strategy, **told(row.strategy)
-            )
-            assert report_of_it.equal, (row.strategy, report_of_it.sentence())
+        else:
+            again = dist_lab.verify(fresh, lambda step: wide, mesh, row.strategy, **told)
+            assert row.verdict is Verdict.EXACT
+            assert again.equal, (row.strategy, again.sentence())
 
 
 # --- a healthy model ------------------------------------------------------------------------------
@@ -367,7 +365,7 @@ def test_a_refusal_is_the_line_that_parallelize_raises(mesh, case):
     assert refused - {"tp"} == expected - {"tp"}
     assert all(re.search(pattern, report[s].reason) for s in expected)
     assert report.findings == ()
-    check_claims(report, build, batch, lambda s: {"example_inputs": batch[0]} if s == "pp" else {})
+    check_claims(report, build, batch)
 
 
 @pytest.mark.ranks(2)
