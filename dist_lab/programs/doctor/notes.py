@@ -25,6 +25,7 @@ from dist_lab.parallel.pipeline.partition import (
 )
 from dist_lab.parallel.pipeline.trace import node_costs, trace
 from dist_lab.programs.doctor.report import size
+from dist_lab.programs.doctor.units import bytes_of, repeated_class
 from dist_lab.step.protocol import ROOT
 from dist_lab.torch_private import AnyBatchNorm
 
@@ -138,7 +139,7 @@ def no_units(case: Case) -> Iterator[str]:
     repeated = repeated_class(facts.model)
     if not facts.units and repeated and facts.total >= 2 * TINY:
         kind, modules = repeated
-        largest = max(map(_bytes, modules.values()))
+        largest = max(map(bytes_of, modules.values()))
         yield (
             f"without units all of the model ({size(facts.total)}) is gathered at once, before "
             f"anything computes; units=[{kind}] gathers {len(modules)} modules of "
@@ -296,40 +297,8 @@ def stage_costs(model: nn.Module, stages: int, example: Any) -> list[float]:
     return [sum(costs[a:b]) for a, b in pairwise(ends)]
 
 
-# --- what there is to make units of ---------------------------------------------------------------
-
-
-def repeated_class(model: nn.Module) -> tuple[str, dict[str, nn.Module]] | None:
-    """The class whose modules would be good units, and those modules by name; None: there is none.
-
-    They hold at least half of the model, none of them more than half; the largest such.
-    """
-    total = _bytes(model)
-    by_class: dict[type[nn.Module], dict[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if name and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            found = by_class.setdefault(type(module), {})
-            if not any(name.startswith(f"{outer}.") for outer in found):
-                found[name] = module
-    good = {
-        kind: found
-        for kind, found in by_class.items()
-        if len(found) > 1
-        and sum(map(_bytes, found.values())) >= total / 2
-        and max(map(_bytes, found.values())) <= total / 2
-    }
-    if not total or not good:
-        return None
-    kind = max(good, key=lambda kind: mean(map(_bytes, good[kind].values())))
-    return kind.__name__, good[kind]
-
-
 def _first(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"first {names[0]} of {len(names)}"
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
 
 
 ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp", "hsdp")
