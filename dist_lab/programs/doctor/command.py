@@ -1,12 +1,11 @@
 """`launch/doctor.py`, on one rank."""
 
-import json
 import os
 
 from dist_lab.comm.agree import together
 from dist_lab.data.custom import importable_from
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.observe import run_dir
+from dist_lab.observe import export, run_dir
 from dist_lab.observe.console import wide_console
 from dist_lab.programs.doctor import examine
 from dist_lab.programs.doctor.settings import Doctor
@@ -32,8 +31,7 @@ def doctor(config: Doctor, mesh: Mesh) -> int:
     if mesh.rank == 0:
         wide_console().print(report)
         if config.out:
-            text = json.dumps(report.to_dict(), indent=1) + "\n"
-            (folder / "doctor.json").write_text(text, encoding="utf-8")
+            export.write_json(folder / "doctor.json", report.to_dict())
     if config.listed:
         return 0 if len(report.exact) == len(report.rows) else 1
     return 0 if set(report.exact) - {"single"} else 1

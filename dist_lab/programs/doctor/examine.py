@@ -272,5 +272,5 @@ def summary(trial: Trial, proof: Proof, built: nn.Module) -> str:
     if trial.subject.batch is not None and not proof.obstacle:
         rows = batches.rows_in(trial.subject.batch[0])
         dtype = "float64" if proof.wide else "its own dtype"
-        words.append(f"{trial.steps} steps of {rows} rows against one process, in {dtype}")
+        words.append(f"{trial.steps} steps of {rows} rows, compared in {dtype}")
     return "; ".join(words)

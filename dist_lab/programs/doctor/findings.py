@@ -30,8 +30,8 @@ def findings(
         name, p = dropped[0]
         more = f", and {len(dropped) - 1} more" if len(dropped) > 1 else ""
         found.append(
-            f"dropout of {p} in {name}{more}: each rank draws masks of its own, so no two layouts "
-            "draw the same; all below is of the model with p=0"
+            f"dropout of {p} in {name}{more}: no two layouts draw the same masks, so all below is "
+            "of the model with p=0; under tp call torch.manual_seed alike on all ranks"
         )
     narrow = [n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     if narrow:

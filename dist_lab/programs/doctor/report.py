@@ -1,6 +1,7 @@
 """What the examination found: a row for each strategy, and what a person reads of them."""
 
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -28,6 +29,9 @@ COLORS = {
     Verdict.EXACT: "green", Verdict.UNPROVED: "yellow", Verdict.WRONG: "red",
     Verdict.REFUSED: "yellow", Verdict.FAILED: "red",
 }  # fmt: skip
+
+
+LEGEND = "exact: equal to one process; parameters, gradients, Adam's moments: on the fullest rank"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,12 @@ class Report:
         return [row.strategy for row in self.rows if row.verdict is Verdict.EXACT]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON, which knows no infinity: a worst error that is infinite is null."""
+        told = asdict(self)
+        for row in told["rows"]:
+            if row["worst_error"] is not None and not math.isfinite(row["worst_error"]):
+                row["worst_error"] = None
+        return told
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -88,14 +97,13 @@ class Report:
         notes = [(row.strategy, note) for row in self.rows for note in row.notes]
         yield from _section("the model and the loop", every)
         yield self._table()
+        yield Text(f"{LEGEND}\n", "dim")
         yield from _section("why not exact", _shared(reasons))
         yield from _section("what would be better", _shared(notes))
 
     def _table(self) -> Table:
         numbers = ("worst error", "parameters", "gradients", "moments")
-        about = "parameters, gradients and Adam's moments: bytes on the fullest rank\n"
         table = empty_table(("strategy", "mesh", "verdict"), numbers, box=HEAVY_HEAD)
-        table.caption, table.caption_justify = about, "left"
         for row in self.rows:
             error = "-" if row.worst_error is None else f"{row.worst_error:.1e}"
             error = "0" if row.worst_error == 0 else error
