@@ -298,7 +298,7 @@ def stage_costs(model: nn.Module, stages: int, example: Any) -> list[float]:
 
 
 def _first(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"first {names[0]} of {len(names)}"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp", "hsdp")

@@ -6,12 +6,12 @@ not, so the model and the batch are cast to it; a model that cannot compute in i
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.comm.agree import check_shapes_agree, check_tensors_agree, together
@@ -21,7 +21,7 @@ from dist_lab.programs.doctor.findings import findings, without_dropout
 from dist_lab.programs.doctor.subject import Subject, in_a_line, seeded
 from dist_lab.programs.doctor.trial import Trial
 from dist_lab.programs.verify import batch as batches
-from dist_lab.programs.verify.compare import TOLERANCE, State
+from dist_lab.programs.verify.compare import TOLERANCE, State, compare
 from dist_lab.programs.verify.engine import coarsest
 from dist_lab.programs.verify.reference import (
     agreed,
@@ -143,14 +143,53 @@ def reference(trial: Trial, proof: Proof) -> Iterator[tuple[Pair, State]]:
     )
     built = weights_and_buffers(model)
     again = repeated(steps, built, *where, dtype=dtype, tolerance=TOLERANCE[dtype], **told)
-    for step in agreed(_in_our_words(again), mesh):
+    pieces = mesh.size * trial.microbatches if has_batchnorm(model) else 1
+    for step in agreed(_in_our_words(again, pieces), mesh):
         yield copy.deepcopy(step)
 
 
-def _in_our_words(steps: Iterable[tuple[Pair, State]]) -> Iterator[tuple[Pair, State]]:
+def _in_our_words(steps: Iterable[tuple[Pair, State]], pieces: int) -> Iterator[tuple[Pair, State]]:
     try:
         yield from steps
     except (UserError, MachineError):
         raise
     except Exception as error:
-        raise UserError(f"in one process it fails on the batch: {in_a_line(error)}") from error
+        cut = f", in the {pieces} pieces that BatchNorm sees" if pieces > 1 else ""
+        said = f"in one process it fails on the batch{cut}: {in_a_line(error)}"
+        raise UserError(said) from error
+
+
+def rounding_grows(trial: Trial, proof: Proof, ranks: int, microbatches: int) -> dict[int, float]:
+    """How far one process gets from itself, by step, if its weights differ in the last digit.
+
+    Layers that divide by next to nothing, such as BatchNorm of two rows, turn rounding into large
+    numbers, in whatever order they are summed up.
+
+    Args:
+        ranks, microbatches: the pieces that BatchNorm sees, of the run that is compared.
+    """
+    subject = trial.subject
+    assert subject.batch is not None
+    batch = proof.batch(subject.batch)
+
+    def nudged() -> nn.Module:
+        model = proof.build(subject)
+        generator = torch.Generator().manual_seed(0)
+        for p in (p.detach() for p in model.parameters() if p.is_floating_point()):
+            sign = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+            p.mul_(1 + sign * torch.finfo(p.dtype).eps)
+        return model
+
+    def steps(build: Callable[[], nn.Module]) -> Iterator[tuple[Pair, State]]:
+        return one_process(
+            build, lambda step: batch, ranks, trial.mesh.device, steps=trial.steps,
+            microbatches=microbatches, clip=1.0, optimizer=torch.optim.AdamW, options=ADAM,
+            loss_sum=subject.loss_sum,
+        )  # fmt: skip
+
+    dtype, rounding = coarsest(nudged(), None, None), dict[str, Tensor]()
+    both = zip(steps(lambda: proof.build(subject)), steps(nudged), strict=True)
+    return {
+        step: max(c.error for c in compare(step, other, one, rounding, dtype) if c.judged)
+        for step, ((_, one), (_, other)) in enumerate(both)
+    }

@@ -42,11 +42,12 @@ class Trial:
         )  # fmt: skip
 
     def microbatches_of(self, strategy: str) -> int:
-        """A pipeline of p ranks has 2p, if each then has two rows: of one BatchNorm makes zeros."""
+        """A pipeline of p ranks has 2p, if each then has four rows: of fewer BatchNorm is rough."""
         if strategy != "pp" or self.subject.batch is None:
             return self.microbatches
         rows = batches.rows_in(self.subject.batch[0])
-        return max(self.microbatches, min(rows // 2, 2 * self.mesh.size))
+        most = max(rows // 4, min(2, rows // 2))
+        return max(self.microbatches, min(most, 2 * self.mesh.size))
 
     def options(self, strategy: str, batch: Pair | None) -> dict[str, Any]:
         """What `parallelize` is told besides."""

@@ -21,9 +21,16 @@ from torch.nn import functional as F
 
 import dist_lab
 from dist_lab.errors import UserError
+from dist_lab.parallel.replicated import dp
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import settings
+from dist_lab.programs.doctor.examine import _not_equal
+from dist_lab.programs.doctor.proof import Proof, rounding_grows
 from dist_lab.programs.doctor.report import Report, Row, Verdict
+from dist_lab.programs.doctor.subject import subject_of
+from dist_lab.programs.doctor.trial import Trial
+from dist_lab.programs.verify.report import Comparison
+from dist_lab.programs.verify.report import Report as Comparisons
 
 ROOT = Path(__file__).parents[3]
 ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp")  # whoever shares out rows, on two ranks
@@ -133,7 +140,7 @@ NOTES = {
     ),
     "much lies outside of units": (
         lambda: Words(5000), lambda: tokens(most=5000), {"units": ["block"]}, {"fsdp": [
-            r"^parameters outside of the units \(2.6 MB, 95%, first embed.weight of 2\) .* make "
+            r"^parameters outside of the units \(2.6 MB, 95%, embed.weight and 1 more\) .* make "
             r"units of what holds them: embed, head$"
         ]},
     ),
@@ -148,12 +155,12 @@ NOTES = {
     ),
     "frozen and gathered": (
         frozen, rows, {"units": [Block]}, {"ddp": [], "zero1": [], "fsdp": [
-            r"^frozen parameters \(132.9 kB, 25%, first blocks.0.norm.weight of 6\) are gathered"
+            r"^frozen parameters \(132.9 kB, 25%, blocks.0.norm.weight and 5 more\) are gathered"
         ]},
     ),
     "unused": (
         HalfUsed, rows, {}, {"dp": [], "ddp": [], "zero1": [
-            r"^parameters without a gradient \(16.6 kB, first unused.weight of 2\) travel as zeros"
+            r"^parameters without a gradient \(16.6 kB, unused.weight and 1 more\) travel as zeros"
         ], "fsdp": [r"^parameters without a gradient \(16.6 kB, .* a unit of their own"]},
     ),
     "unused, in a unit of its own": (
@@ -343,6 +350,44 @@ def test_weights_of_the_global_generators_are_drawn_from_one_seed(mesh):
     report = dist_lab.doctor(Residual, mesh, batch=rows(), strategies=["dp"])
     assert verdicts(report) == {"dp": "exact"}
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.ranks(2)
+def test_a_strategy_with_a_bug_is_wrong(mesh):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dp.AllReduceAfterBackward, "finish", lambda self: None)
+        report = dist_lab.doctor(Residual, mesh, batch=rows(), strategies=["dp", "ddp"])
+    assert verdicts(report) == {"dp": "wrong", "ddp": "exact"}
+    assert report["dp"].reason.startswith("not equal: the first to diverge is the gradient of head")
+    assert report["dp"].worst_error > 0.1
+
+
+@pytest.mark.ranks(2)
+def test_a_model_that_makes_rounding_large_is_no_strategys_fault(mesh):
+    def grows(build, n):
+        subject = subject_of(build, rows(n), None, dist_lab.cross_entropy_sum)
+        return rounding_grows(Trial(subject, mesh, (), None, 1, 6), Proof(), 2, 1)
+
+    smooth, rough = grows(Residual, 16), grows(sick.Rough, 4)
+    assert max(smooth.values()) < 1e-10 < max(rough.values())
+    report = dist_lab.doctor(
+        sick.Rough, mesh, batch=rows(4), steps=6, strategies=["zero1", "fsdp", "pp"]
+    )
+    for row in report.rows:  # whether rounding differs at all is the processor's
+        assert row.verdict in (Verdict.EXACT, Verdict.UNPROVED), row
+        assert "the model makes rounding large" in row.reason or row.verdict is Verdict.EXACT
+
+
+def test_what_rounding_does_not_explain_is_wrong():
+    def verdict(error, step, grows):
+        found = Comparison(step, "gradient", "w", error, 0, True)
+        return _not_equal(Comparisons("dp@hand", "dp=2", "float64", 1e-10, [found]), grows)[0]
+
+    grows = {0: 1e-14, 1: 1e-6}
+    assert verdict(1e-6, 1, grows) is Verdict.UNPROVED
+    assert verdict(1e-6, 0, grows) is Verdict.WRONG  # before it had grown
+    assert verdict(1e-3, 1, grows) is Verdict.WRONG
+    assert verdict(float("nan"), 1, grows) is Verdict.WRONG
 
 
 # --- refusals -------------------------------------------------------------------------------------
