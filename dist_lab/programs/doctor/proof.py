@@ -131,7 +131,7 @@ def reference(trial: Trial, proof: Proof) -> Iterator[tuple[Pair, State]]:
     batch = proof.batch(subject.batch)
     if mesh.size > 1 and batches.rows_are_alike(batch[0]):
         raise UserError("every row of the batch is alike; ranks need different data to verify")
-    model = proof.build(subject)
+    model = proof.build(subject).to(mesh.device)
     dtype = coarsest(model, None, None)
     told: dict[str, Any] = {
         "microbatches": trial.microbatches, "loss_sum": subject.loss_sum, "param_dtype": None,

@@ -26,8 +26,8 @@ class Doctor:
         metavar="LIST")
     units: str = setting("", "fsdp, hsdp: what is gathered as one: classes or names of modules, by "
         "commas", metavar="LIST")
-    microbatches: int = setting(1, "in so many pieces a rank takes its rows; pp: two for each "
-        "rank, unless there are more", low=1)
+    microbatches: int = setting(1, "in so many pieces a rank takes its rows; pp: two a rank, "
+        "as far as each has four rows, unless there are more", low=1)
     steps: int = setting(3, "that are compared with one process", low=1)
     out: str = setting("", "folder in which doctor.json is written", metavar="DIR")
 
