@@ -1,11 +1,10 @@
 """doctor(): what each strategy would do with a model, found by trying it.
 
-First what is the model's own and no strategy's: one process runs a few steps of the batch twice,
-and the comparison engine's refusals say what of it cannot be trained in parallel or not be compared
-(random numbers, a loss that is a mean, rows that depend on each other). Then each strategy is
-applied to a fresh model, in the model's own dtype: that is where it refuses, and where its memory
-is read off the layouts. What it does not refuse is trained in float64 and compared with the one
-process. What could be cheaper is read off the model: see notes.py.
+Each strategy is applied to a fresh model, in the model's own dtype: that is where it refuses, and
+where its memory is read off the layouts. Then one process runs a few steps of the batch, the first
+of them twice, and what cannot be trained in parallel or not be compared, whoever trains it, is
+found (proof.py). If there is nothing of the kind, each strategy that was applied trains in float64,
+and is compared with the one process. What could be cheaper is read off the model (notes.py).
 """
 
 import gc
@@ -194,7 +193,7 @@ def row(trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: 
 
 def compared(
     trial: Trial, proof: Proof, strategy: str, mesh: Mesh, told: Mapping[str, Any]
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Train by the strategy and in one process. Collective."""
     subject = trial.subject
     if proof.obstacle or subject.batch is None:

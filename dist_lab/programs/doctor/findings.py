@@ -74,9 +74,7 @@ def _of_the_batch(batch: Pair, ranks: int) -> list[str]:
     ]
 
 
-def _of_the_steps(
-    model: nn.Module, steps: Sequence[tuple[Pair, State]], ranks: int
-) -> list[str]:  # fmt: skip
+def _of_the_steps(model: nn.Module, steps: Sequence[tuple[Pair, State]], ranks: int) -> list[str]:
     found, gradients = [], steps[0][1]["gradient"]
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     idle = [n for n in trained if gradients[n] is None]

@@ -151,7 +151,8 @@ NOTES = {
         ]},
     ),
     "tied across units": (
-        lambda: Words(600, tied=True), None, {"units": ["embed", "block", "head"]}, {"fsdp": [TIED]},
+        lambda: Words(600, tied=True), None, {"units": ["embed", "block", "head"]},
+        {"fsdp": [TIED]},
     ),
     "frozen and gathered": (
         frozen, None, {"units": [Block]}, {"ddp": [], "zero1": [], "fsdp": [
