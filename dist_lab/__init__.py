@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dist_lab.job import Job
     from dist_lab.loss import cross_entropy_sum
     from dist_lab.mesh.mesh import Axis, Mesh, init_mesh
+    from dist_lab.programs.doctor.examine import doctor
     from dist_lab.programs.verify.engine import verify
     from dist_lab.torchvision_import import fix_torchvision
 
@@ -27,6 +28,7 @@ WHERE = {
     "TrainingDiverged": "errors",
     "UserError": "errors",
     "cross_entropy_sum": "loss",
+    "doctor": "programs.doctor.examine",
     "fix_torchvision": "torchvision_import",
     "init_mesh": "mesh.mesh",
     "parallelize": "compose",
@@ -36,7 +38,7 @@ WHERE = {
 __version__ = "0.1.0"
 __all__ = [
     "Axis", "Job", "MachineError", "Mesh", "TrainingDiverged", "UserError", "cross_entropy_sum",
-    "fix_torchvision", "init_mesh", "parallelize", "verify",
+    "doctor", "fix_torchvision", "init_mesh", "parallelize", "verify",
 ]  # fmt: skip
 
 

@@ -135,9 +135,10 @@ def test_strategies_do_not_know_each_other():
 def test_programs_share_the_command_line_and_the_loop_alone():
     for path in (PACKAGE / "programs").glob("*/*.py"):
         mine = path.parent.name
-        shared = {"cli": set(), "train": {"cli"}, "bench": {"cli", "compare"}}.get(
-            mine, {"cli", "train"}
-        )
+        shared = {
+            "cli": set(), "train": {"cli"},
+            "bench": {"cli", "compare"}, "doctor": {"cli", "verify"},
+        }.get(mine, {"cli", "train"})  # fmt: skip
         theirs = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.programs.")}
         assert theirs <= shared | {mine}, (path, theirs)
 

@@ -80,7 +80,7 @@ def verify(
     with together(mesh.world):
         tested = build_model()
         check_model(tested)
-        dtype = _coarsest(tested, param_dtype, tolerance)
+        dtype = coarsest(tested, param_dtype, tolerance)
     tested = tested.to(mesh.device)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     built = weights_and_buffers(tested) if reference is None else {}
@@ -142,7 +142,7 @@ def _tested_step(
     return state(loss, gradients, norm, weights, weights)
 
 
-def _coarsest(
+def coarsest(
     model: nn.Module, param_dtype: torch.dtype | None, tolerance: float | None
 ) -> torch.dtype:
     """The dtype whose rounding is the largest of those that the model computes in."""

@@ -98,7 +98,13 @@ def test_verify_answers_in_its_own_name(start):
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("program", ["train.py", "verify.py"])
+def test_doctor_answers_before_the_module_is_imported(start):
+    done = start("no_such:build", "--nproc", "2", program="doctor.py")
+    assert done.stderr.startswith("doctor.py: error: no module 'no_such' in ")
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("program", ["train.py", "verify.py", "doctor.py"])
 def test_help_opens_with_how_to_launch_it(start, program):
     done = start("--help", program=program)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,1 @@
+"""What `launch/doctor.py` runs: a user's model, looked at before it is trained."""
