@@ -1,0 +1,207 @@
+"""Architectures of transformers, from configurations alone: no weights, nothing downloaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from others import (
+    CLASSES,
+    LENGTH,
+    ROWS,
+    VOCAB,
+    Batch,
+    Other,
+    images,
+    of_logits,
+    text,
+    tokens_alone,
+    translation,
+)
+from torch import Tensor, nn
+
+
+def made(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """Build a class of transformers from a configuration of these options, with dropout off."""
+
+    def make() -> nn.Module:
+        import transformers  # not at the top: pytest imports every file, and it may be missing
+
+        transformers.logging.set_verbosity_error()  # ids of tokens of larger vocabularies
+        configuration = getattr(transformers, config)(**options)
+        for each in (configuration, *vars(configuration).values()):
+            for name, value in list(vars(each).items()) if hasattr(each, "to_dict") else ():
+                if "drop" in name and isinstance(value, int | float):
+                    setattr(each, name, 0.0)
+        return getattr(transformers, model)(configuration)
+
+    return make
+
+
+def words(model: str, config: str, units: str, batch: Any = text, **options: Any) -> Other:
+    """A language model, of which these options are new beside the size that all have."""
+    refused = options.pop("refused", {})
+    own = {"vocab_size": VOCAB, "pad_token_id": 0} | options
+    return Other(made(model, config, **own), batch, of_logits, tuple(units.split()), refused)
+
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
+GROUPED = SIZE | {"num_key_value_heads": 2}
+
+MODELS: dict[str, Other] = {
+    "GPT-2": words(
+        "GPT2LMHeadModel", "GPT2Config", "GPT2Block", n_layer=2, n_embd=32, n_head=4, n_positions=32
+    ),
+    "Llama": words("LlamaForCausalLM", "LlamaConfig", "LlamaDecoderLayer", **GROUPED),
+    "Mistral": words(
+        "MistralForCausalLM", "MistralConfig", "MistralDecoderLayer", sliding_window=4, **GROUPED
+    ),
+    "Qwen2 (tied)": words(
+        "Qwen2ForCausalLM", "Qwen2Config", "Qwen2DecoderLayer", tie_word_embeddings=True, **GROUPED
+    ),
+    "Gemma": words("GemmaForCausalLM", "GemmaConfig", "GemmaDecoderLayer", head_dim=8, **GROUPED),
+    "Phi": words("PhiForCausalLM", "PhiConfig", "PhiDecoderLayer", **GROUPED),
+    "GPT-NeoX": words("GPTNeoXForCausalLM", "GPTNeoXConfig", "GPTNeoXLayer", **SIZE),
+    "OPT": words(
+        "OPTForCausalLM", "OPTConfig", "OPTDecoderLayer", hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=32,
+    ),
+    "BLOOM": words(
+        "BloomForCausalLM", "BloomConfig", "BloomBlock", hidden_size=32, n_layer=2, n_head=4
+    ),
+    "Mixtral": words(
+        "MixtralForCausalLM", "MixtralConfig", "MixtralDecoderLayer", num_local_experts=4,
+        num_experts_per_tok=2, experts_implementation="eager", **GROUPED,
+    ),
+    "Qwen2-MoE": words(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", "Qwen2MoeDecoderLayer", num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24,
+        experts_implementation="eager", **GROUPED,
+    ),
+    "BERT": words("BertForMaskedLM", "BertConfig", "BertLayer", **SIZE),
+    "RoBERTa": words("RobertaForMaskedLM", "RobertaConfig", "RobertaLayer", **SIZE),
+    "DistilBERT": words(
+        "DistilBertForMaskedLM", "DistilBertConfig", "TransformerBlock", dim=32, n_layers=2,
+        n_heads=4, hidden_dim=48, max_position_embeddings=32,
+    ),
+    "ALBERT": words(
+        "AlbertForMaskedLM", "AlbertConfig", "AlbertLayer", embedding_size=16, **SIZE
+    ),
+    "ELECTRA": words(
+        "ElectraForMaskedLM", "ElectraConfig", "ElectraLayer", embedding_size=16, **SIZE
+    ),
+    "DeBERTa-v2": words(
+        "DebertaV2ForMaskedLM", "DebertaV2Config", "DebertaV2Layer", relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_buckets=4, share_att_key=True, **SIZE,
+    ),
+    "Mamba": words(
+        "MambaForCausalLM", "MambaConfig", "MambaBlock", hidden_size=32, num_hidden_layers=2,
+        state_size=4, batch=tokens_alone,
+    ),
+    "RWKV": words(
+        "RwkvForCausalLM", "RwkvConfig", "RwkvBlock", hidden_size=32, num_hidden_layers=2,
+        attention_hidden_size=32, intermediate_size=48, context_length=16, batch=tokens_alone,
+    ),
+    "T5": words(
+        "T5ForConditionalGeneration", "T5Config", "T5Block", d_model=32, d_kv=8, d_ff=48,
+        num_layers=2, num_heads=4, batch=translation, decoder_start_token_id=0,
+    ),
+    "BART": words(
+        "BartForConditionalGeneration", "BartConfig", "BartEncoderLayer BartDecoderLayer",
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_position_embeddings=32, batch=translation,
+    ),
+}  # fmt: skip
+
+
+# --- images, sound, and both ----------------------------------------------------------------------
+
+VISION = {n: SIZE[n] for n in ("hidden_size", "num_hidden_layers", "num_attention_heads")} | {
+    "intermediate_size": 48, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+
+
+def pictures(model: str, config: str, units: str, **options: Any) -> Other:
+    own = {"num_labels": CLASSES} | options
+    return Other(made(model, config, **own), pixels, of_logits, tuple(units.split()))
+
+
+def pixels(step: int) -> Batch:
+    images_, classes = images(step, shape=(3, 16, 16))
+    return {"pixel_values": images_}, classes
+
+
+def sound(step: int) -> Batch:
+    """A wave, and a class for each frame that the feature encoder makes of it."""
+    generator = torch.Generator().manual_seed(step)
+    wave = torch.randn(ROWS, 200, generator=generator, dtype=torch.float64)
+    return {"input_values": wave}, torch.randint(VOCAB, (ROWS, 19), generator=generator)
+
+
+def speech(step: int) -> Batch:
+    """A spectrogram, and words."""
+    generator = torch.Generator().manual_seed(step)
+    frames = torch.randn(ROWS, 8, 20, generator=generator, dtype=torch.float64)
+    words = torch.randint(3, VOCAB, (ROWS, LENGTH + 1), generator=generator)
+    return {"input_features": frames, "decoder_input_ids": words[:, :-1]}, words[:, 1:]
+
+
+def captions(step: int) -> Batch:
+    """Images, each with its words, and how alike the two are."""
+    inputs, _ = text(step)
+    likeness = torch.randn(ROWS, generator=torch.Generator().manual_seed(step)).double()
+    return inputs | pixels(step)[0], likeness
+
+
+def alike(output: Any, targets: Tensor) -> Tensor:
+    """A loss of each pair by itself: CLIP's own compares all rows of a batch with each other."""
+    return ((output.image_embeds * output.text_embeds).sum(-1) - targets).square().sum()
+
+
+MODELS |= {
+    "ViT": pictures("ViTForImageClassification", "ViTConfig", "ViTLayer", **VISION),
+    "DeiT": pictures(
+        "DeiTForImageClassificationWithTeacher", "DeiTConfig", "DeiTLayer", **VISION
+    ),
+    "Swin": pictures(
+        "SwinForImageClassification", "SwinConfig", "SwinLayer", image_size=16, patch_size=2,
+        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
+    ),
+    "ConvNeXt": pictures(
+        "ConvNextForImageClassification", "ConvNextConfig", "ConvNextLayer", patch_size=2,
+        hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
+    ),
+    "CLIP": Other(
+        made(
+            "CLIPModel", "CLIPConfig", projection_dim=16,
+            text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
+            vision_config=VISION,
+        ),
+        captions, alike, ("CLIPEncoderLayer",),
+    ),
+    "Whisper": Other(
+        made(
+            "WhisperForConditionalGeneration", "WhisperConfig", vocab_size=VOCAB, num_mel_bins=8,
+            d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+            max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, decoder_start_token_id=1,
+        ),
+        speech, of_logits, ("WhisperEncoderLayer", "WhisperDecoderLayer"),
+    ),
+    "Wav2Vec2": Other(
+        made(
+            "Wav2Vec2ForCTC", "Wav2Vec2Config", vocab_size=VOCAB, hidden_size=32,
+            num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[16, 16],
+            conv_stride=[5, 2], conv_kernel=[10, 2], num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2, apply_spec_augment=False,
+        ),
+        sound, of_logits, ("Wav2Vec2EncoderLayer",),
+    ),
+}  # fmt: skip
