@@ -37,11 +37,44 @@ def made(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def words(model: str, config: str, units: str, batch: Any = text, **options: Any) -> Other:
-    """A language model, of which these options are new beside the size that all have."""
-    refused = options.pop("refused", {})
+def words(
+    model: str,
+    config: str,
+    units: str,
+    batch: Callable[[int], Batch] = text,
+    refused: str = "",
+    tolerance: float | None = None,
+    **options: Any,
+) -> Other:
+    """A language model, of which these options are new beside the size that all have.
+
+    Args:
+        refused: a pattern of the line by which pp refuses it, if it does.
+    """
     own = {"vocab_size": VOCAB, "pad_token_id": 0} | options
-    return Other(made(model, config, **own), batch, of_logits, tuple(units.split()), refused)
+    expected = {"pp": refused} if refused else {}
+    for_pp = Other(
+        made(model, config, **own, **FOR_PP),
+        batch if "Causal" in model else without_mask(batch),
+        of_logits, (), tolerance=tolerance,
+    )  # fmt: skip
+    return Other(
+        made(model, config, **own), batch, of_logits, tuple(units.split()), expected, tolerance,
+        for_pp,
+    )  # fmt: skip
+
+
+FOR_PP = {"attn_implementation": "eager", "use_cache": False}  # no look at values, no object kept
+
+
+def without_mask(batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """BERT looks at the values of a mask, to see whether it is needed."""
+
+    def tokens(step: int) -> Batch:
+        inputs, targets = batch(step)
+        return {k: v for k, v in inputs.items() if k != "attention_mask"}, targets
+
+    return tokens
 
 
 SIZE: dict[str, Any] = {
@@ -52,6 +85,9 @@ SIZE: dict[str, Any] = {
     "max_position_embeddings": 32,
 }
 GROUPED = SIZE | {"num_key_value_heads": 2}
+
+IN_FLOAT32 = 1e-5  # the tolerance where a layer computes in float32, whatever the model's dtype
+ROUTED = r"cannot be run without values, to see what it costs \(.*nonzero"  # which expert works
 
 MODELS: dict[str, Other] = {
     "GPT-2": words(
@@ -64,7 +100,10 @@ MODELS: dict[str, Other] = {
     "Qwen2 (tied)": words(
         "Qwen2ForCausalLM", "Qwen2Config", "Qwen2DecoderLayer", tie_word_embeddings=True, **GROUPED
     ),
-    "Gemma": words("GemmaForCausalLM", "GemmaConfig", "GemmaDecoderLayer", head_dim=8, **GROUPED),
+    "Gemma": words(
+        "GemmaForCausalLM", "GemmaConfig", "GemmaDecoderLayer", head_dim=8,
+        tolerance=IN_FLOAT32, **GROUPED,
+    ),
     "Phi": words("PhiForCausalLM", "PhiConfig", "PhiDecoderLayer", **GROUPED),
     "GPT-NeoX": words("GPTNeoXForCausalLM", "GPTNeoXConfig", "GPTNeoXLayer", **SIZE),
     "OPT": words(
@@ -76,12 +115,12 @@ MODELS: dict[str, Other] = {
     ),
     "Mixtral": words(
         "MixtralForCausalLM", "MixtralConfig", "MixtralDecoderLayer", num_local_experts=4,
-        num_experts_per_tok=2, experts_implementation="eager", **GROUPED,
+        num_experts_per_tok=2, experts_implementation="eager", refused=ROUTED, **GROUPED,
     ),
     "Qwen2-MoE": words(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig", "Qwen2MoeDecoderLayer", num_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24,
-        experts_implementation="eager", **GROUPED,
+        experts_implementation="eager", refused=ROUTED, **GROUPED,
     ),
     "BERT": words("BertForMaskedLM", "BertConfig", "BertLayer", **SIZE),
     "RoBERTa": words("RobertaForMaskedLM", "RobertaConfig", "RobertaLayer", **SIZE),
@@ -101,7 +140,7 @@ MODELS: dict[str, Other] = {
     ),
     "Mamba": words(
         "MambaForCausalLM", "MambaConfig", "MambaBlock", hidden_size=32, num_hidden_layers=2,
-        state_size=4, batch=tokens_alone,
+        state_size=4, batch=tokens_alone, tolerance=IN_FLOAT32,
     ),
     "RWKV": words(
         "RwkvForCausalLM", "RwkvConfig", "RwkvBlock", hidden_size=32, num_hidden_layers=2,
@@ -145,11 +184,12 @@ def sound(step: int) -> Batch:
 
 
 def speech(step: int) -> Batch:
-    """A spectrogram, and words."""
+    """A spectrogram, and words, with the mask without which Whisper looks at their values."""
     generator = torch.Generator().manual_seed(step)
     frames = torch.randn(ROWS, 8, 20, generator=generator, dtype=torch.float64)
     words = torch.randint(3, VOCAB, (ROWS, LENGTH + 1), generator=generator)
-    return {"input_features": frames, "decoder_input_ids": words[:, :-1]}, words[:, 1:]
+    inputs = {"input_features": frames, "decoder_input_ids": words[:, :-1]}
+    return inputs | {"decoder_attention_mask": torch.ones_like(words[:, 1:])}, words[:, 1:]
 
 
 def captions(step: int) -> Batch:

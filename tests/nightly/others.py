@@ -32,6 +32,8 @@ class Other:
     loss_sum: of what the forward gives, and the targets: a sum over the rows.
     units: names of classes: what fsdp gathers as one.
     refused: strategy -> a pattern of the line that is expected of it.
+    tolerance: of the comparison; None: float64's.
+    for_pp: what pp trains instead, as nothing in a graph that is cut may depend on values.
     """
 
     make: Callable[[], nn.Module]
@@ -39,6 +41,8 @@ class Other:
     loss_sum: Callable[[Any, Tensor], Tensor]
     units: tuple[str, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float | None = None
+    for_pp: "Other | None" = None
 
     def build(self) -> nn.Module:
         """The same weights at every call."""
@@ -48,6 +52,13 @@ class Other:
             model = without_dropout(self.make().double().train())
         inputs, _ = self.batch(0)
         return ByName(model, inputs) if isinstance(inputs, dict) else model
+
+    @property
+    def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, float]]:
+        """AdamW, unless many true gradients are zero: it makes a full step of their rounding."""
+        if self.has_batchnorm or self.tolerance:
+            return torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}
+        return torch.optim.AdamW, {"lr": 1e-3}
 
     @property
     def has_batchnorm(self) -> bool:

@@ -139,8 +139,9 @@ def _since(began: float) -> float:
 
 def cell(name: str, strategy: str, folder: str) -> None:
     """Verify, and write down what came of it."""
-    other = MODELS[name]
     strategy, _, sync = strategy.partition(" ")
+    other = (strategy == "pp" and MODELS[name].for_pp) or MODELS[name]
+    optimizer, options = other.optimizer
     mesh = dist_lab.init_mesh(**axes_of(strategy, RANKS))
     told: dict[str, Any] = {}
     if strategy == "fsdp":
@@ -150,7 +151,8 @@ def cell(name: str, strategy: str, folder: str) -> None:
     try:
         report = dist_lab.verify(
             other.build, other.batch, mesh, strategy, steps=STEPS, microbatches=MICROBATCHES,
-            loss_sum=other.loss_sum, sync_batchnorm=bool(sync), **told,
+            loss_sum=other.loss_sum, sync_batchnorm=bool(sync), tolerance=other.tolerance,
+            optimizer=optimizer, options=options, **told,
         )  # fmt: skip
     except dist_lab.UserError as refusal:
         found = {"line": str(refusal)}
