@@ -176,8 +176,10 @@ def _other(
     *,
     batch: Callable[..., Batch] = images,
     shape: tuple[int, ...] = (3, SIZE, SIZE),
+    refused: str = "",
 ) -> Other:
-    return Other(make, partial(batch, shape=shape), loss_sum, tuple(units.split()))
+    expected = {"pp": refused} if refused else {}
+    return Other(make, partial(batch, shape=shape), loss_sum, tuple(units.split()), expected)
 
 
 LARGER = (3, 64, 64)
@@ -198,8 +200,11 @@ MODELS: dict[str, Other] = {
     "shufflenet_v2": _other(shufflenet, "InvertedResidual", shape=LARGER),
     "squeezenet1_1": _other(squeezenet, "Fire"),
     "regnet_y": _other(regnet, "ResBottleneckBlock"),
-    "googlenet (auxiliary heads)": _other(googlenet, "Inception", _auxiliary, shape=LARGER),
+    "googlenet (auxiliary heads)": _other(
+        googlenet, "Inception", _auxiliary, shape=LARGER,
+        refused="its forward asks whether it is in training",
+    ),
     "deeplabv3": _other(deeplab, "BasicBlock ASPP", _pixels, batch=labelled),
     "fcn": _other(fcn, "BasicBlock", _pixels, batch=labelled),
     "vit_b_16": _other(vit, "EncoderBlock"),
-}
+}  # fmt: skip

@@ -37,31 +37,39 @@ def made(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def words(
+def other(
     model: str,
     config: str,
     units: str,
-    batch: Callable[[int], Batch] = text,
+    batch: Callable[[int], Batch],
+    loss_sum: Callable[[Any, Tensor], Tensor] = of_logits,
     refused: str = "",
     tolerance: float | None = None,
+    adam: bool = True,
+    pp_mask: bool = True,
     **options: Any,
 ) -> Other:
-    """A language model, of which these options are new beside the size that all have.
+    """A model of these classes and options.
 
     Args:
         refused: a pattern of the line by which pp refuses it, if it does.
+        pp_mask: under pp there is an attention mask, too.
     """
-    own = {"vocab_size": VOCAB, "pad_token_id": 0} | options
-    expected = {"pp": refused} if refused else {}
+    seen_by_pp = batch if pp_mask else without_mask(batch)
     for_pp = Other(
-        made(model, config, **own, **FOR_PP),
-        batch if "Causal" in model else without_mask(batch),
-        of_logits, (), tolerance=tolerance,
+        made(model, config, **options, **FOR_PP), seen_by_pp, loss_sum, (), tolerance=tolerance,
+        adam=adam,
     )  # fmt: skip
     return Other(
-        made(model, config, **own), batch, of_logits, tuple(units.split()), expected, tolerance,
-        for_pp,
+        made(model, config, **options), batch, loss_sum, tuple(units.split()),
+        {"pp": refused} if refused else {}, tolerance, adam, for_pp,
     )  # fmt: skip
+
+
+def words(
+    model: str, config: str, units: str, batch: Callable[[int], Batch] = text, **options: Any
+) -> Other:
+    return other(model, config, units, batch, vocab_size=VOCAB, pad_token_id=0, **options)
 
 
 FOR_PP = {"attn_implementation": "eager", "use_cache": False}  # no look at values, no object kept
@@ -102,7 +110,7 @@ MODELS: dict[str, Other] = {
     ),
     "Gemma": words(
         "GemmaForCausalLM", "GemmaConfig", "GemmaDecoderLayer", head_dim=8,
-        tolerance=IN_FLOAT32, **GROUPED,
+        tolerance=IN_FLOAT32, adam=False, **GROUPED,
     ),
     "Phi": words("PhiForCausalLM", "PhiConfig", "PhiDecoderLayer", **GROUPED),
     "GPT-NeoX": words("GPTNeoXForCausalLM", "GPTNeoXConfig", "GPTNeoXLayer", **SIZE),
@@ -122,17 +130,18 @@ MODELS: dict[str, Other] = {
         num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24,
         experts_implementation="eager", refused=ROUTED, **GROUPED,
     ),
-    "BERT": words("BertForMaskedLM", "BertConfig", "BertLayer", **SIZE),
-    "RoBERTa": words("RobertaForMaskedLM", "RobertaConfig", "RobertaLayer", **SIZE),
+    "BERT": words("BertForMaskedLM", "BertConfig", "BertLayer", pp_mask=False, **SIZE),
+    "RoBERTa": words("RobertaForMaskedLM", "RobertaConfig", "RobertaLayer", pp_mask=False, **SIZE),
     "DistilBERT": words(
-        "DistilBertForMaskedLM", "DistilBertConfig", "TransformerBlock", dim=32, n_layers=2,
-        n_heads=4, hidden_dim=48, max_position_embeddings=32,
+        "DistilBertForMaskedLM", "DistilBertConfig", "TransformerBlock", pp_mask=False, dim=32,
+        n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=32,
     ),
     "ALBERT": words(
-        "AlbertForMaskedLM", "AlbertConfig", "AlbertLayer", embedding_size=16, **SIZE
+        "AlbertForMaskedLM", "AlbertConfig", "AlbertLayer", pp_mask=False, embedding_size=16, **SIZE
     ),
     "ELECTRA": words(
-        "ElectraForMaskedLM", "ElectraConfig", "ElectraLayer", embedding_size=16, **SIZE
+        "ElectraForMaskedLM", "ElectraConfig", "ElectraLayer", pp_mask=False, embedding_size=16,
+        **SIZE,
     ),
     "DeBERTa-v2": words(
         "DebertaV2ForMaskedLM", "DebertaV2Config", "DebertaV2Layer", relative_attention=True,
@@ -140,19 +149,19 @@ MODELS: dict[str, Other] = {
     ),
     "Mamba": words(
         "MambaForCausalLM", "MambaConfig", "MambaBlock", hidden_size=32, num_hidden_layers=2,
-        state_size=4, batch=tokens_alone, tolerance=IN_FLOAT32,
+        state_size=4, batch=tokens_alone, tolerance=IN_FLOAT32, adam=False,
     ),
     "RWKV": words(
         "RwkvForCausalLM", "RwkvConfig", "RwkvBlock", hidden_size=32, num_hidden_layers=2,
         attention_hidden_size=32, intermediate_size=48, context_length=16, batch=tokens_alone,
     ),
     "T5": words(
-        "T5ForConditionalGeneration", "T5Config", "T5Block", d_model=32, d_kv=8, d_ff=48,
-        num_layers=2, num_heads=4, batch=translation, decoder_start_token_id=0,
+        "T5ForConditionalGeneration", "T5Config", "T5Block", pp_mask=False, d_model=32, d_kv=8,
+        d_ff=48, num_layers=2, num_heads=4, batch=translation, decoder_start_token_id=0,
     ),
     "BART": words(
         "BartForConditionalGeneration", "BartConfig", "BartEncoderLayer BartDecoderLayer",
-        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        pp_mask=False, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
         max_position_embeddings=32, batch=translation,
     ),
@@ -167,8 +176,7 @@ VISION = {n: SIZE[n] for n in ("hidden_size", "num_hidden_layers", "num_attentio
 
 
 def pictures(model: str, config: str, units: str, **options: Any) -> Other:
-    own = {"num_labels": CLASSES} | options
-    return Other(made(model, config, **own), pixels, of_logits, tuple(units.split()))
+    return other(model, config, units, pixels, num_labels=CLASSES, **options)
 
 
 def pixels(step: int) -> Batch:
@@ -211,37 +219,29 @@ MODELS |= {
     ),
     "Swin": pictures(
         "SwinForImageClassification", "SwinConfig", "SwinLayer", image_size=16, patch_size=2,
-        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
+        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, adam=False,
     ),
     "ConvNeXt": pictures(
         "ConvNextForImageClassification", "ConvNextConfig", "ConvNextLayer", patch_size=2,
         hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
     ),
-    "CLIP": Other(
-        made(
-            "CLIPModel", "CLIPConfig", projection_dim=16,
-            text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
-            vision_config=VISION,
-        ),
-        captions, alike, ("CLIPEncoderLayer",),
+    "CLIP": other(
+        "CLIPModel", "CLIPConfig", "CLIPEncoderLayer", captions, alike, projection_dim=16,
+        text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
+        vision_config=VISION,
+        refused="its trace puts out something else than it does",  # it writes into another's output
     ),
-    "Whisper": Other(
-        made(
-            "WhisperForConditionalGeneration", "WhisperConfig", vocab_size=VOCAB, num_mel_bins=8,
-            d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
-            max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, decoder_start_token_id=1,
-        ),
-        speech, of_logits, ("WhisperEncoderLayer", "WhisperDecoderLayer"),
+    "Whisper": words(
+        "WhisperForConditionalGeneration", "WhisperConfig",
+        "WhisperEncoderLayer WhisperDecoderLayer", speech, num_mel_bins=8, d_model=32,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=10, max_target_positions=16,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     ),
-    "Wav2Vec2": Other(
-        made(
-            "Wav2Vec2ForCTC", "Wav2Vec2Config", vocab_size=VOCAB, hidden_size=32,
-            num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[16, 16],
-            conv_stride=[5, 2], conv_kernel=[10, 2], num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2, apply_spec_augment=False,
-        ),
-        sound, of_logits, ("Wav2Vec2EncoderLayer",),
+    "Wav2Vec2": words(
+        "Wav2Vec2ForCTC", "Wav2Vec2Config", "Wav2Vec2EncoderLayer", sound, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[16, 16],
+        conv_stride=[5, 2], conv_kernel=[10, 2], num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, apply_spec_augment=False,
     ),
 }  # fmt: skip

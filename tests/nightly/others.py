@@ -33,6 +33,7 @@ class Other:
     units: names of classes: what fsdp gathers as one.
     refused: strategy -> a pattern of the line that is expected of it.
     tolerance: of the comparison; None: float64's.
+    adam: train by AdamW; see `optimizer`.
     for_pp: what pp trains instead, as nothing in a graph that is cut may depend on values.
     """
 
@@ -42,6 +43,7 @@ class Other:
     units: tuple[str, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
     tolerance: float | None = None
+    adam: bool = True
     for_pp: "Other | None" = None
 
     def build(self) -> nn.Module:
@@ -55,10 +57,13 @@ class Other:
 
     @property
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, float]]:
-        """AdamW, unless many true gradients are zero: it makes a full step of their rounding."""
-        if self.has_batchnorm or self.tolerance:
-            return torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}
-        return torch.optim.AdamW, {"lr": 1e-3}
+        """AdamW, unless true gradients are zero, of whose rounding it makes a full step.
+
+        So they are where a bias comes before a BatchNorm, or is of keys, which softmax cannot see.
+        """
+        if self.adam and not self.has_batchnorm:
+            return torch.optim.AdamW, {"lr": 1e-3}
+        return torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}
 
     @property
     def has_batchnorm(self) -> bool:
