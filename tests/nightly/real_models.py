@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import dumps
@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]  # as pytest does by it
 import of_torchvision  # noqa: E402
 import of_transformers  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from models import axes_of  # noqa: E402
 from others import Other  # noqa: E402
 
@@ -114,12 +115,16 @@ def run(pool: Pool, name: str, strategy: str) -> Outcome:
         texts = {path.read_text() for path in Path(folder).iterdir()}
     if len(texts) > 1:
         return Outcome(surprise=f"ranks differ: {sorted(texts)}", seconds=_since(began))
-    outcome = Outcome(**json.loads(texts.pop()), seconds=_since(began))
-    return replaced(outcome, MODELS[name].refused.get(strategy))
+    outcome = replace(Outcome(**json.loads(texts.pop())), seconds=_since(began))
+    return judged(outcome, MODELS[name].refused.get(strategy))
 
 
-def replaced(outcome: Outcome, expected: str | None) -> Outcome:
-    """The same, with what is surprising about it."""
+def judged(outcome: Outcome, expected: str | None) -> Outcome:
+    """The same, with what is surprising about it.
+
+    Args:
+        expected: a pattern of the line by which it is refused, or None.
+    """
     surprise = outcome.surprise
     if outcome.line and (expected is None or not re.search(expected, outcome.line)):
         surprise = f"refused, by a line that is not declared: {outcome.line}"
@@ -127,7 +132,7 @@ def replaced(outcome: Outcome, expected: str | None) -> Outcome:
         surprise = f"works, where {expected!r} is declared"
     if "\n" in outcome.line:
         surprise = f"refused in several lines: {outcome.line}"
-    return Outcome(**asdict(outcome) | {"surprise": surprise})
+    return replace(outcome, surprise=surprise)
 
 
 def _since(began: float) -> float:
@@ -138,11 +143,16 @@ def _since(began: float) -> float:
 
 
 def cell(name: str, strategy: str, folder: str) -> None:
-    """Verify, and write down what came of it."""
+    """Write down what came of it, in a file of this rank's."""
+    found = asdict(trained(name, strategy))
+    Path(folder, str(torch.distributed.get_rank())).write_text(json.dumps(found))
+
+
+def trained(name: str, strategy: str) -> Outcome:
+    """Verify a model under a strategy; what is expected of it is not looked at."""
     strategy, _, sync = strategy.partition(" ")
     other = (strategy == "pp" and MODELS[name].for_pp) or MODELS[name]
     optimizer, options = other.optimizer
-    mesh = dist_lab.init_mesh(**axes_of(strategy, RANKS))
     told: dict[str, Any] = {}
     if strategy == "fsdp":
         told["units"] = other.unit_names(other.build())
@@ -150,16 +160,14 @@ def cell(name: str, strategy: str, folder: str) -> None:
         told["example_inputs"] = other.example(MICROBATCHES)
     try:
         report = dist_lab.verify(
-            other.build, other.batch, mesh, strategy, steps=STEPS, microbatches=MICROBATCHES,
-            loss_sum=other.loss_sum, sync_batchnorm=bool(sync), tolerance=other.tolerance,
-            optimizer=optimizer, options=options, **told,
+            other.build, other.batch, dist_lab.init_mesh(**axes_of(strategy, RANKS)), strategy,
+            steps=STEPS, microbatches=MICROBATCHES, optimizer=optimizer, options=options,
+            loss_sum=other.loss_sum, sync_batchnorm=bool(sync), tolerance=other.tolerance, **told,
         )  # fmt: skip
     except dist_lab.UserError as refusal:
-        found = {"line": str(refusal)}
-    else:
-        worst = max(c.error for c in report.comparisons if c.judged)
-        found = {"error": worst, "surprise": "" if report.equal else report.sentence()}
-    Path(folder, str(mesh.rank)).write_text(json.dumps(found))
+        return Outcome(line=str(refusal))
+    worst = max(c.error for c in report.comparisons if c.judged)
+    return Outcome(error=worst, surprise="" if report.equal else report.sentence())
 
 
 # --- for RESULTS.md -------------------------------------------------------------------------------
