@@ -3,15 +3,19 @@
     python -m pytest tests/nightly/loops_of_transformers.py
 
 Not collected by default: it needs transformers, pip install -e '.[hf]'. Two micro-batches on two
-ranks with rows, and numbers of tokens, of their own, in float64.
+ranks with rows, and numbers of tokens, of their own. The models are in float64, the library's own
+loss is not: it computes in float32, whatever the logits are. A mistake is larger by far.
 """
 
 import pytest
 import torch
 from of_transformers import MODELS
 from situation import Place, seen, take_step
-from test_strangers import compared, copied
+from test_strangers import copied
 
+from dist_lab.programs.verify.compare import error, floor_of
+
+TOLERANCE = 1e-5  # of sums in float32
 STRATEGIES = ["dp", "ddp", "zero1", "zero2", "fsdp"]
 NAMES = ["GPT-2", "Llama"]
 
@@ -61,7 +65,7 @@ def loop(place, name, loss_of=told_the_number_of_items, between=None, prepare=No
     if prepare:
         prepare(model)
     job = place.job(model, units=units_of(name, model))
-    optimizer = job.optimizer(torch.optim.AdamW, lr=1e-3)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         batches = microbatches(place, step)
         total = job.count(tokens(batches))
@@ -74,8 +78,12 @@ def loop(place, name, loss_of=told_the_number_of_items, between=None, prepare=No
 
 
 def exact(strategy, mesh, name, **how):
-    wanted = [copied(found) for found in loop(Place(), name, **how)]
-    assert compared(loop(Place(strategy, mesh.size, mesh.rank), name, **how), wanted) == len(wanted)
+    alone = [copied(found) for found in loop(Place(), name, **how)]
+    ranks = [copied(found) for found in loop(Place(strategy, mesh.size, mesh.rank), name, **how)]
+    for found, wanted in zip(ranks, alone, strict=True):
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            assert error(found[key], tensor, floor_of(wanted)) <= TOLERANCE, key
 
 
 every = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -135,7 +143,7 @@ def test_what_is_saved_is_read_back_by_the_library(name, strategy, mesh, tmp_pat
     place = Place(strategy, mesh.size, mesh.rank)
     model = model_of(name)
     job = place.job(model, units=units_of(name, model))
-    optimizer = job.optimizer(torch.optim.AdamW, lr=1e-3)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     batches = microbatches(place, 0)
     told_the_number_of_items(job, batches[0], job.count(tokens(batches[:1]))).backward()
     take_step(job, optimizer)
