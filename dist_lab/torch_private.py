@@ -5,7 +5,8 @@ mended here: tests/test_structure.py holds the rest of the package to public nam
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes as outside_modes
 
 # The tensors in nested structures, with classes that users have registered there.
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,11 +38,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
-    "ddp_forward_begins", "ddp_forward_ends", "forget_shardings", "forget_unsharded_gradients",
-    "found_infs", "group_timeout", "is_view", "keeps_graph", "move_hooks",
-    "multiply_all", "not_compiled", "of_plain_tensors", "outside_modes", "register_fake_backend",
-    "saved_tensors_hooks_around", "set_scaled_step", "share_hooks", "storage_key", "tree_flatten",
-    "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
+    "ddp_forward_begins", "ddp_forward_ends", "flop_counter", "forget_shardings",
+    "forget_unsharded_gradients", "found_infs", "group_timeout", "is_view", "keeps_graph",
+    "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors", "outside_modes",
+    "register_fake_backend", "saved_tensors_hooks_around", "set_scaled_step", "share_hooks",
+    "storage_key", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten",
+    "when_backward_ends",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -192,3 +195,29 @@ def forget_unsharded_gradients(module: Any) -> None:
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
+
+
+# --- counting operations --------------------------------------------------------------------------
+
+
+def flop_counter(operations: Mapping[Any, Callable[..., int]] | None = None) -> FlopCounterMode:
+    """A context that counts operations, not told apart by module: `.get_total_flops()`.
+
+    Args:
+        operations: which torch's counter does not know, each with what it costs.
+    """
+    mode = FlopCounterMode(display=False, custom_mapping=dict(operations or {}))
+    mode.mod_tracker = _Untold()  # type: ignore[assignment]
+    return mode
+
+
+class _Untold(nullcontext[None]):
+    """In place of the counter's own tracker, which tells modules apart by hooks.
+
+    One is for what each module gives, and holds on to it until the count is over: of blocks that
+    recompute, all that every micro-batch has computed again. It would be in the peak of the memory
+    that is measured in the same step. Another fails where a module is given a parameter while
+    gradients are off.
+    """
+
+    parents = frozenset({"Global"})

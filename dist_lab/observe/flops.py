@@ -9,30 +9,18 @@ the cores: a peak copied from a data sheet would be another machine's.
 """
 
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_lab.torch_private import flop_counter
+
 
 def counter() -> FlopCounterMode:
     """A context that counts this rank's operations: `.get_total_flops()` afterwards."""
-    mode = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    mode.mod_tracker = Together()  # type: ignore[assignment]
-    return mode
-
-
-class Together(nullcontext[None]):
-    """In place of the counter's own tracker: operations are not told apart by module.
-
-    That one has a hook for what each module gives, and holds on to it until the count is over: of
-    blocks that recompute, all that every micro-batch has computed again. It would be in the peak of
-    the memory that is measured in the same step.
-    """
-
-    parents = frozenset({"Global"})
+    return flop_counter(CPU_ATTENTION)
 
 
 def calibrate(

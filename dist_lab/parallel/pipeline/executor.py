@@ -131,7 +131,9 @@ class Flight:
             case Op.RECV_F:
                 self.receive(Op.F, stage - 1, m, self.shapes[m][stage])
             case Op.RECV_B:
-                self.receive(Op.I, stage + 1, m, [s for s in self.shapes[m][stage + 1] if s.floats])
+                self.receive(
+                    Op.I, stage + 1, m, [s for s in self.shapes[m][stage + 1] if s.has_gradient]
+                )
             case Op.SEND_F:
                 self.send(self.made.pop((Op.F, stage, m)), stage + 1)
             case Op.SEND_B:
@@ -153,7 +155,8 @@ class Flight:
             if stage == 0:
                 given = (inputs,)
             elif self.training:
-                given = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in given)
+                shapes = zip(given, self.shapes[m][stage], strict=True)
+                given = tuple(x.detach().requires_grad_(s.has_gradient) for x, s in shapes)
             output = self.executor.parts[stage](*map_tensors(fresh, given))
             if stage == self.schedule.stages - 1:
                 loss = self.loss_fn(output, targets)
@@ -164,7 +167,8 @@ class Flight:
                     self.made[Op.I, stage + 1, m] = (torch.ones_like(share),)
             else:
                 check_shapes(stage, output, self.shapes[m][stage + 1])
-                results = tuple(x for x in output if x.is_floating_point())
+                shapes = zip(output, self.shapes[m][stage + 1], strict=True)
+                results = tuple(x for x, s in shapes if s.has_gradient)
                 self.made[Op.F, stage, m] = tuple(x.detach() for x in output)
         if self.training:
             roots = [get_gradient_edge(x) if x.requires_grad else None for x in results]
@@ -179,10 +183,11 @@ class Flight:
             given = [dy for root, dy in zip(held.roots, gradients, strict=True) if root]
             if roots:
                 torch.autograd.backward(roots, given)
-            floating = [x for x in held.inputs if x.is_floating_point()]
             if stage:
                 self.made[Op.I, stage, m] = tuple(
-                    torch.zeros_like(x) if x.grad is None else x.grad for x in floating
+                    torch.zeros_like(x) if x.grad is None else x.grad
+                    for x in held.inputs
+                    if x.requires_grad
                 )
             held.inputs, held.roots = (), []
             if action.op is Op.B:

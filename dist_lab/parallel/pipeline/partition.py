@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import map_tensors
-from dist_lab.torch_private import TorchDispatchMode, tree_leaves
+from dist_lab.torch_private import TorchDispatchMode, flop_counter, tree_leaves
 
 # --- the cut --------------------------------------------------------------------------------------
 
@@ -265,7 +264,7 @@ def to_meta(value: Any) -> Any:
 @contextmanager
 def on_meta() -> Iterator[Callable[[], int]]:
     """Gives what tells how many operations there were so far."""
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torch.device("meta"), flop_counter() as counter:
         yield counter.get_total_flops
 
 

@@ -259,7 +259,8 @@ class Part(nn.Module):
 
 
 def _meta(shape: Shape) -> Tensor:
-    return torch.empty(shape.shape, dtype=shape.dtype, device="meta", requires_grad=shape.floats)
+    floats = shape.dtype.is_floating_point
+    return torch.empty(shape.shape, dtype=shape.dtype, device="meta", requires_grad=floats)
 
 
 def _refuse_unlike(microbatches: Sequence[Pair]) -> None:

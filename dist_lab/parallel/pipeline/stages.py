@@ -6,7 +6,7 @@ piece of its traced graph. Where they are cut is partition.py's.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -183,15 +183,20 @@ def _check_enough(stages: int, pieces: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one tensor that travels."""
+    """Of one tensor that travels.
+
+    Attributes:
+        is_input: it is the model's own input, passed on, which needs no gradient in one process.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
+    is_input: bool = field(default=False, compare=False)
 
     @property
-    def floats(self) -> bool:
-        """Whether it has a gradient, which travels back."""
-        return self.dtype.is_floating_point
+    def has_gradient(self) -> bool:
+        """Whether it has one, which travels back."""
+        return self.dtype.is_floating_point and not self.is_input
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
@@ -214,15 +219,13 @@ class Shapes:
         if key not in self.known:
             for module in self.trains:
                 module.training = training
-            with (
-                outside_modes(),
-                torch.no_grad(),
-            ):  # who counts operations counts real ones
+            with outside_modes(), torch.no_grad():  # who counts operations counts real ones
                 self.known[key] = list(self._pass_through(x))
         return self.known[key]
 
     def _pass_through(self, x: Any) -> Iterable[list[Shape]]:
         values: tuple[Any, ...] = (to_meta(x),)
+        inputs = [*tensors_in(values)]
         yield [Shape(t.shape, t.dtype) for t in tensors_in(x)]
         for stage, ghost in enumerate(self.ghosts[:-1]):
             try:
@@ -244,7 +247,7 @@ class Shapes:
                     f"stage {stage} gives what is no tensor, or one of complex numbers, which is "
                     "not sent; cut elsewhere, by another number of stages"
                 )
-            yield [Shape(value.shape, value.dtype) for value in values]
+            yield [Shape(v.shape, v.dtype, any(v is own for own in inputs)) for v in values]
 
 
 def check_shapes(stage: int, output: object, wanted: Sequence[Shape]) -> None:

@@ -103,6 +103,12 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) is not dict and all(isinstance(key, str) for key in a):
+            # Or it would become a plain dict: of a library's own make, such as a ModelOutput.
+            return self.create_node("call_function", type(a), (), self.create_arg({**a}))
+        return super().create_arg(a)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
             raise ValueError("it turns gradients or autocast on or off")

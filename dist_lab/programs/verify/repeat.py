@@ -20,7 +20,14 @@ from dist_lab.comm.agree import fingerprint
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
 from dist_lab.programs.verify import batch as batches
-from dist_lab.programs.verify.compare import State, Tensors, error, floor_of, only_rounding
+from dist_lab.programs.verify.compare import (
+    TOLERANCE,
+    State,
+    Tensors,
+    error,
+    floor_of,
+    only_rounding,
+)
 from dist_lab.programs.verify.reference import (
     build,
     has_batchnorm,
@@ -79,7 +86,7 @@ def repeated(
             drawn = have_been_drawn()
         if other := difference(*found, expected, dtype, tolerance):
             makers = (lambda: build(build_model, device, param_dtype)), pieces, loss_sum, device
-            raise UserError(_what_changes(*makers) or _of_the_cut(*other))
+            raise UserError(_what_changes(*makers) or _of_the_cut(*other, dtype))
         if not drawn:
             break
     yield batch, expected
@@ -115,7 +122,15 @@ def difference(
     return next((found for found in errors.items() if not found[1] <= tolerance), None)
 
 
-def _of_the_cut(what: str, by: float) -> str:
+def _of_the_cut(what: str, by: float, dtype: torch.dtype) -> str:
+    narrow = TOLERANCE[torch.float32]
+    if dtype is torch.float64 and by <= narrow:
+        return (
+            f"in one process a batch in two pieces gives another {what} than the whole, by "
+            f"{by:.1e}, as rounding to float32 does: a layer computes in float32, though the model "
+            f"is float64 (.float() in a norm?); have it follow its input's dtype, or give "
+            f"tolerance={narrow:.0e} and optimizer=torch.optim.SGD, which rounding misleads least"
+        )
     return (
         f"in one process a batch in two pieces gives another {what} than the whole, by {by:.1e}, "
         "so ranks or micro-batches cannot give the same: loss_sum is no sum over the rows (a "

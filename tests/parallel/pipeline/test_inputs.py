@@ -37,6 +37,31 @@ class OfTuple(OfDict):
         return super().forward({"x": given[0], "mask": given[1]})
 
 
+class Skip(nn.Module):
+    """As Wav2Vec2 does with the wave that it is given: fails if what was given has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = x[:, :6]
+        if self.training:
+            x.requires_grad = True
+        return self.linear(x)
+
+
+class InputsToTheEnd(OfDict):
+    """The input skips a stage, and is read again by the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip = Skip()
+
+    def forward(self, given):
+        return super().forward(given) + self.skip(given["x"])
+
+
 def built(make):
     torch.manual_seed(0)
     return make().double()
@@ -59,8 +84,11 @@ def loss(output, target):
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
 @pytest.mark.parametrize(
     ("make", "kind"),
-    [(in_turn, "dict"), (in_turn, "tuple"), (OfDict, "dict"), (OfTuple, "tuple")],
-)
+    [
+        (in_turn, "dict"), (in_turn, "tuple"), (OfDict, "dict"), (OfTuple, "tuple"),
+        (InputsToTheEnd, "dict"),
+    ],
+)  # fmt: skip
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_dicts_and_tuples_are_inputs_as_in_one_process(make, kind, schedule, mesh):
     pairs, plain = microbatches(kind), built(make)

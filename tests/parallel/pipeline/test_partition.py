@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import OrderedDict
 from fractions import Fraction
 
 import pytest
@@ -231,6 +232,25 @@ class Dict(nn.Module):
         return {"early": early, "all": [late, (late.sum(), 7)], "none": None}
 
 
+class Ordered(Dict):
+    """What a library's models give: a dict of its own make."""
+
+    def forward(self, x):
+        return OrderedDict(super().forward(x))
+
+
+class GivesAParameter(nn.Module):
+    """A module is given a parameter, as where positions are projected in every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6))
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))) @ self.a(self.table)
+
+
 class TwoUses(nn.Module):
     """One weight in the first stage and in the last, a parameter and buffers of the root itself."""
 
@@ -317,6 +337,8 @@ GRAPHS = {  # name: (model, input, stages at most)
     "sizes": (lambda: seeded(Sizes), rows, 4),
     "in place": (lambda: seeded(InPlace), rows, 4),
     "dict": (lambda: seeded(Dict), rows, 5),
+    "ordered": (lambda: seeded(Ordered), rows, 5),
+    "gives a parameter": (lambda: seeded(GivesAParameter), rows, 3),
     "two uses": (lambda: seeded(TwoUses), rows, 4),
     "opaque": (lambda: seeded(lambda: nn.Sequential(nn.Linear(6, 6), Gate(), Off())), rows, 3),
     "read again": (lambda: seeded(ReadAgain), rows, 4),

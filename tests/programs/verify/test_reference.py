@@ -254,6 +254,24 @@ CUT = {
 }
 
 
+class NarrowNorm(nn.Module):
+    """As Gemma's norm: in float32, whatever the model is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        x = self.linear(x).float()
+        return (x * x.square().mean(-1, keepdim=True).rsqrt() * self.scale.float()).double()
+
+
+def test_a_layer_in_float32_is_told_from_a_loss_that_is_no_sum():
+    with pytest.raises(UserError, match=r"as rounding to float32 does: .* give tolerance=1e-04"):
+        alone(NarrowNorm)
+    assert alone(NarrowNorm, tolerance=1e-4, optimizer=torch.optim.SGD).equal
+
+
 @pytest.mark.parametrize("kind", CUT)
 def test_what_the_cut_of_the_batch_changes_is_no_fault_of_the_strategy(kind):
     make, loss_sum, words = CUT[kind]

@@ -1,0 +1,25 @@
+"""Three architectures of torchvision under every strategy; tests/nightly has those of transformers.
+
+transformers is not among what a developer installs (155 MB for one script), so that all of it is in
+that script, which fails without it: no test here is skipped for want of a package.
+"""
+
+import pytest
+import real_models
+
+BATCHNORM = "mobilenet_v3"
+CELLS = [
+    (name, strategy)
+    for name in (BATCHNORM, "convnext_tiny", "vit_b_16")
+    for strategy in real_models.STRATEGIES
+    if strategy != "fsdp sync" or name == BATCHNORM
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "strategy"), CELLS)
+@pytest.mark.ranks(2, timeout=120)
+def test_a_real_architecture_is_trained_exactly(name, strategy):
+    outcome = real_models.judged(real_models.trained(name, strategy), expected=None)
+    assert not outcome.surprise
+    assert outcome.error is not None
