@@ -35,6 +35,7 @@ from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
+from dist_lab.step.parts import Guarded, Parts, Plain
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
@@ -125,7 +126,8 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
-    chain = Chain(watch, applied.sync)
+    parts = Parts(dict(model.named_parameters()) | dict(applied.stepped), applied.layouts, mesh)
+    chain = Chain(Plain(parts), watch, applied.sync, Guarded(parts))
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.

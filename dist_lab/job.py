@@ -229,6 +229,7 @@ class Job:
         else:
             optimizer = cls(each, **options)
         if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
+            optimizer.register_step_pre_hook(self._runner.before_step)
             decide_together(optimizer, self.mesh.world)
         return optimizer
 

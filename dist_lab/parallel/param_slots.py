@@ -56,6 +56,12 @@ def parameter_at(slots: Sequence[ParamSlot]) -> nn.Parameter:
     return parameter
 
 
+def is_substituted(slots: Sequence[ParamSlot]) -> bool:
+    """Whether another tensor stands in these slots for a forward, as functional_call puts it."""
+    held = [module._parameters[attribute] for module, attribute in slots]
+    return any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in held)
+
+
 def check_in_memory(
     name: str, slots: list[ParamSlot], parameter: nn.Parameter, memory: Tensor
 ) -> None:

@@ -61,6 +61,9 @@ class Sync:
     def finish(self) -> None:
         """Backward is over. On return every `.grad` is global, for the local parameter."""
 
+    def before_step(self) -> None:
+        """An optimizer of job.optimizer is about to step. Nothing may be sent."""
+
     def after_step(self) -> None:
         """The optimizer has stepped: send what the new weights owe to others."""
 
@@ -107,6 +110,10 @@ class Chain(Sync):
     def finish(self) -> None:
         for link in self.links:
             link.finish()
+
+    def before_step(self) -> None:
+        for link in self.links:
+            link.before_step()
 
     def after_step(self) -> None:
         for link in self.links:

@@ -1,5 +1,7 @@
 """What people do to gradients between backward and the step."""
 
+import warnings
+
 import torch
 from loops import UNITS, backward, batch, loss_of, net
 from situation import gradients, seen, situation, take_step
@@ -212,7 +214,9 @@ def scaled_step(job, scaler, optimizer, clip=None):
     if clip:
         scaler.unscale_(optimizer)
         job.clip_grad_norm(clip)
-    scaler.step(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of how it hands over its scaler
+        scaler.step(optimizer)
     scaler.update()
     job.after_step()
     optimizer.zero_grad()

@@ -93,7 +93,7 @@ def gan_whose_critic_keeps_its_gradients(place):
         yield found | take_step(judge, by_judge)
 
 
-@situation(refused={"fsdp hsdp": "this rank's part"})
+@situation(refused={"fsdp hsdp": "functional_call puts another tensor in the place of .*sharded"})
 def functional_call_with_own_parameters(place):
     """torch.func.functional_call of job.model with its own parameters, scaled."""
     job = place.job(net(), units=UNITS)
@@ -106,7 +106,12 @@ def functional_call_with_own_parameters(place):
         yield take_step(job, optimizer)
 
 
-@situation(refused={"fsdp hsdp": "this rank's part"})
+@situation(
+    refused={
+        "fsdp hsdp": "torch.func's grad.*take dp, ddp or zero2",
+        "single dp ddp zero1 zero2": r"finish\(\) without a backward",
+    }
+)
 def per_sample_gradients_by_vmap(place):
     """torch.func.vmap of grad gives each row's gradient; their sum is put into .grad."""
     job = place.job(net(), units=UNITS)
@@ -171,7 +176,7 @@ def loss_of_two_forwards(place):
         yield take_step(job, optimizer)
 
 
-@situation()
+@situation(refused={"zero2": "give each backward a job.microbatch of its own"})
 def retained_graph(place):
     """loss.backward(retain_graph=True) of one term, then of another, in one micro-batch."""
     job = place.job(net(), units=UNITS)

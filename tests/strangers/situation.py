@@ -172,7 +172,7 @@ class Alone:
         self.model.load_state_dict(full)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
-        return {name: p.grad for name, p in self.model.named_parameters()}
+        return {n: copy.deepcopy(p.grad) for n, p in self.model.named_parameters()}
 
 
 class ShadowAlone:

@@ -79,6 +79,7 @@ class ZeroSync(Sync):
         self.flags = ops.shared_buffer(len(self.place_of), torch.float32, axis)
         self.last = True  # no micro-batch follows the one that is under way
         self.issued = 0  # buckets
+        self.arrived = False  # a gradient of this micro-batch, on this rank
         self.in_flight: list[Bucket] = []
 
     def microbatch(self, *, last: bool) -> None:
@@ -96,12 +97,15 @@ class ZeroSync(Sync):
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
-            if self.each_microbatch:
-                self._reduce_rest()  # now, because others wait for it in their backward
+            # Now, because others wait for it in their backward. One that was asked for gradients
+            # of inputs alone, or that went through a frozen model, is not this micro-batch's.
+            if self.each_microbatch and self.arrived:
+                self._reduce_rest()
             for bucket in self.buckets:
                 bucket.params.stand_in()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        self.arrived = True
         for name in names:
             place = self.place_of[name]
             if place < self.issued:
@@ -139,7 +143,7 @@ class ZeroSync(Sync):
         self._wait_in_flight()
 
     def _start_over(self) -> None:
-        self.issued = 0
+        self.issued, self.arrived = 0, False
         for bucket in self.buckets:
             bucket.params.arrivals.ready = set()
 
@@ -160,6 +164,10 @@ class ZeroSync(Sync):
         self.flags.copy_(torch.tensor(flags))
         ops.all_reduce_into(self.flags, self.axis).wait()
         return {n for n, count in zip(self.place_of, self.flags.tolist(), strict=True) if count}
+
+    def before_step(self) -> None:
+        for bucket in self.buckets:  # a gradient that was cleared at the model's own parameter
+            bucket.params.clear_alike()
 
     def after_step(self) -> None:
         for bucket in self.buckets:

@@ -1,0 +1,219 @@
+"""What a rank's part of a tensor refuses, because it is right for the whole alone.
+
+A shard looks like any tensor. What acts on each element by itself does to all shards what it would
+do to the whole. But a norm of it is another number on each rank, random numbers for it are not
+those of the whole, and a whole tensor beside it is of another shape, which may still broadcast. A
+loop that was written for one process would go on, and silently be wrong.
+
+So where users meet parts, these are of a class that refuses such operations by name:
+
+    gradients     from finish() to the optimizer's step
+    parameters    from after_step() to the next forward
+
+The class is put on a tensor in place, and taken off again before the strategy, the model or the
+optimizer computes with it: they meet plain tensors, at no cost. An optimizer that job.optimizer did
+not build is not heard of, so the first operation with other tensors takes it off a gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_lab.errors import UserError
+from dist_lab.layout.layout import Layout, OnlyOn, Shard
+from dist_lab.mesh.mesh import Mesh
+from dist_lab.step.protocol import ROOT, Phase, Sync
+from dist_lab.torch_private import of_plain_tensors, tree_leaves
+
+REDUCES = {
+    "norm", "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "_foreach_norm",
+    "sum", "nansum", "mean", "nanmean", "max", "min", "amax", "amin", "aminmax", "median", "std",
+    "var", "std_mean", "var_mean", "dot", "vdot", "inner", "prod", "logsumexp", "all", "any",
+    "argmax", "argmin", "count_nonzero", "quantile", "topk", "sort", "cumsum", "cat", "concat",
+    "stack", "hstack", "_foreach_max", "svd", "svdvals",
+}  # fmt: skip
+DRAWS = {
+    "randn_like", "rand_like", "randint_like", "normal_", "uniform_", "bernoulli", "bernoulli_",
+    "exponential_", "random_", "multinomial", "normal",
+}  # fmt: skip
+RESHAPES = {"view", "reshape", "flatten", "ravel"}  # a part, in another shape
+FRESH = {"clone", "zeros_like", "ones_like", "full_like", "empty_like"}  # what is kept of it
+MARK = "part_of"
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Stands on a part.
+
+    Attributes:
+        what, shape: of the whole.
+        advice: what to do instead of what is refused.
+    """
+
+    what: str
+    shape: torch.Size
+    advice: str
+
+
+class IsPart:
+    """What is common to gradients and parameters that are parts."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        return of_plain_tensors(_of_parts, func, args, kwargs or {})
+
+    def to_local(self) -> Tensor:
+        """The same as a plain tensor."""
+        plain: Tensor = of_plain_tensors(Tensor.as_subclass, self, Tensor)
+        return plain
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy is plain."""
+        if id(self) not in memo:
+            memo[id(self)] = of_plain_tensors(_plain_copy, self)
+        return memo[id(self)]
+
+
+class Part(IsPart, Tensor):
+    """A gradient, or what was made of a part element by element."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.to_local().__reduce_ex__(protocol)
+
+
+class PartParameter(IsPart, nn.Parameter):
+    """A parameter."""
+
+
+def _plain_copy(part: Tensor) -> Tensor:
+    copied = part.detach().clone()
+    return nn.Parameter(copied, part.requires_grad) if isinstance(part, nn.Parameter) else copied
+
+
+def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Do it as with plain tensors, unless it is refused."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__" or name == "__delete__":
+        return func(*args, **kwargs)
+    is_grad = name == "__get__" and func.__self__ is Tensor.grad  # type: ignore[attr-defined]
+    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    parts = [value for value in given if isinstance(value, IsPart)]
+    part, of = parts[0], getattr(parts[0], MARK)
+    if name in REDUCES:
+        raise UserError(f"{of.what} is this rank's part of it, and so would be {name}: {of.advice}")
+    if name in DRAWS:
+        raise UserError(
+            f"{of.what} is this rank's part of it, and noise for it is not noise for the whole: "
+            "add it in the model's forward, or take dp or ddp"
+        )
+    others = [value for value in given if value.dim() and not isinstance(value, IsPart)]
+    meets_whole = part.shape != of.shape and any(other.shape == of.shape for other in others)
+    if meets_whole and not name.startswith("_"):  # lists of tensors are an optimizer's
+        raise UserError(
+            f"{of.what} is this rank's part of it, {tuple(part.shape)}, and meets a whole tensor, "
+            f"{tuple(of.shape)}: job.shadow averages parts, job.full_state_dict and "
+            "job.full_gradients give wholes"
+        )
+    if others and not (name.endswith("_") and next(iter(tree_leaves(args))) is part):
+        for gradient in parts:  # an optimizer steps with it
+            if type(gradient) is Part:
+                gradient.__class__ = Tensor
+    result = func(*args, **kwargs)
+    alike = isinstance(result, Tensor) and (result.shape == part.shape or name in RESHAPES)
+    if alike and not others and type(result) is Tensor and name not in FRESH and not is_grad:
+        _put_on(result, of)
+    return result
+
+
+def _put_on(part: Tensor, of: PartOf) -> None:
+    setattr(part, MARK, of)
+    part.__class__ = PartParameter if isinstance(part, nn.Parameter) else Part
+
+
+class Parts:
+    """The parameters of which this rank holds parts.
+
+    Args:
+        parameters: that optimizers step on, by name.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], mesh: Mesh
+    ) -> None:
+        self.parameters: list[tuple[nn.Parameter, PartOf]] = []
+        self.gradients: list[tuple[nn.Parameter, PartOf]] = []
+        for name, parameter in parameters.items():
+            shape, held = layouts[name].shape, parts_of(layouts[name], mesh)
+            if held and type(parameter) is nn.Parameter:  # a library's shards speak of the whole
+                advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
+                of = PartOf(f"the gradient of {name}", shape, advice)
+                self.gradients.append((parameter, of))
+            if "part" in held and type(parameter) is nn.Parameter:
+                advice = "job.full_state_dict gives the whole, job.shadow averages parts"
+                self.parameters.append((parameter, PartOf(name, shape, advice)))
+
+    def plain_parameters(self) -> None:
+        for parameter, _ in self.parameters:
+            if type(parameter) is PartParameter:
+                parameter.__class__ = nn.Parameter
+
+    def plain_gradients(self) -> None:
+        for parameter, _ in self.gradients:
+            if type(parameter.grad) is Part:
+                parameter.grad.__class__ = Tensor
+
+    def guard_parameters(self) -> None:
+        for parameter, of in self.parameters:
+            _put_on(parameter, of)
+
+    def guard_gradients(self) -> None:
+        for parameter, of in self.gradients:
+            if type(parameter.grad) is Tensor:
+                _put_on(parameter.grad, of)
+
+
+def parts_of(layout: Layout, mesh: Mesh) -> set[str]:
+    """How this rank holds less than all: a "part" of the tensor, or one of the "stages"."""
+    held = set()
+    for axis, how in layout.splits:
+        if isinstance(how, OnlyOn) and mesh[axis].size > 1:
+            held.add("stage")
+        elif mesh[axis].size > (how.copies if isinstance(how, Shard) else 1):
+            held.add("part")
+    return held
+
+
+class Plain(Sync):
+    """Told first: parts are about to be computed with."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def unshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.FORWARD:
+            self.parts.plain_parameters()
+
+    def finish(self) -> None:
+        self.parts.plain_gradients()
+
+    def before_step(self) -> None:
+        self.parts.plain_gradients()
+
+
+class Guarded(Sync):
+    """Told last: users are about to meet parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def finish(self) -> None:
+        self.parts.guard_gradients()
+
+    def after_step(self) -> None:
+        self.parts.guard_parameters()
