@@ -127,7 +127,7 @@ def parallelize(
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
     parts = Parts(dict(model.named_parameters()) | dict(applied.stepped), applied.layouts, mesh)
-    chain = Chain(Plain(parts), watch, applied.sync, Guarded(parts))
+    chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts))
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.

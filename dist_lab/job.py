@@ -188,6 +188,7 @@ class Job:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What optimizers step on, by name: of a parameter that is split, this rank's part."""
+        self._runner.sync.settle()
         return self._runner.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -248,6 +249,7 @@ class Job:
         With `rank0_only` the other ranks get an empty dict. Collective.
         """
         with self.mesh.wire.during("state_dict"):
+            self._runner.sync.settle()
             merge_statistics(self.model, self._data)
             full = self._state.gather()
         return {} if rank0_only and self.mesh.rank else full

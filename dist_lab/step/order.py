@@ -93,6 +93,7 @@ class Step(ABC):
 
     def before_step(self, *_: Any) -> None:
         """A hook of optimizers."""
+        self.sync.settle()
         self.sync.before_step()
 
     def after_step(self) -> None:

@@ -228,12 +228,17 @@ class ParamBucket:
         """A forward or backward begins: see what a user has done since the last."""
         for param in self.params:
             param.freeze_alike()
-            if phase is Phase.FORWARD:
-                param.keep_in_memory()
+        if phase is Phase.FORWARD:
+            self.keep_in_memory()
         self.arrivals.look_for_frozen()
         self.clear_alike()
         if phase is Phase.BACKWARD:  # autograd is about to add gradients there
             self.drop_stand_ins()
+
+    def keep_in_memory(self) -> None:
+        """See what a user has moved."""
+        for param in self.params:
+            param.keep_in_memory()
 
     def issue_gather(self) -> None:
         """W[E_dp] -> W"""

@@ -165,9 +165,10 @@ class ZeroSync(Sync):
         ops.all_reduce_into(self.flags, self.axis).wait()
         return {n for n, count in zip(self.place_of, self.flags.tolist(), strict=True) if count}
 
-    def before_step(self) -> None:
-        for bucket in self.buckets:  # a gradient that was cleared at the model's own parameter
+    def settle(self) -> None:
+        for bucket in self.buckets:
             bucket.params.clear_alike()
+            bucket.params.keep_in_memory()
 
     def after_step(self) -> None:
         for bucket in self.buckets:
