@@ -37,6 +37,7 @@ from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.parts import Guarded, Parts, Plain
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup
+from dist_lab.step.writes import NoWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
 from dist_lab.transforms.init import InitFn
@@ -127,7 +128,8 @@ def parallelize(
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
     parts = Parts(dict(model.named_parameters()) | dict(applied.stepped), applied.layouts, mesh)
-    chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts))
+    after = [NoWrites(leaves)] if mesh.data.size > 1 else []
+    chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.

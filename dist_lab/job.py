@@ -110,7 +110,28 @@ class Job:
         _check_pairs(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
-        return self._over_ranks(self._runner.run(microbatches, loss_fn))
+        reaches, strays = False, False
+
+        def watched(output: Any, target: Any) -> Any:
+            nonlocal reaches, strays
+            share = loss_fn(output, target)
+            if isinstance(share, Tensor) and not share.requires_grad:
+                strays |= bool(share.any())
+            else:
+                reaches = True
+            return share
+
+        total = self._runner.run(microbatches, watched)
+        # A rank's rows may have no loss that needs a gradient, but not those of all ranks.
+        trains = any(p.requires_grad for p in self.parameters())
+        vote = self._shares.size + 1 if reaches else -int(strays and trains)
+        loss, votes = self._over_ranks(torch.stack([total, torch.full_like(total, vote)])).tolist()
+        if votes < 0:
+            raise UserError(
+                "no rank's loss needs a gradient: loss_fn returns what it was detached from; "
+                "leave out its .detach(), .data or torch.no_grad()"
+            )
+        return loss
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """The global loss by forward passes alone, in eval mode. Arguments and result as `run`.
@@ -128,7 +149,7 @@ class Job:
         finally:
             for module in training:
                 module.training = True
-        return self._over_ranks(total)
+        return float(self._over_ranks(total))
 
     def finish(self) -> None:
         """Backward is over: every `.grad` becomes the global gradient of the local parameter.
@@ -317,9 +338,9 @@ class Job:
         if self._runner.has_gradients:
             raise UserError(f"{what}() before finish(): gradients are not summed yet")
 
-    def _over_ranks(self, total: Tensor) -> float:
+    def _over_ranks(self, total: Tensor) -> Tensor:
         with self.mesh.wire.during("loss"):
-            return float(ops.all_reduce(total, self._shares))
+            return ops.all_reduce(total, self._shares)
 
 
 def _check_pairs(microbatches: Sequence[Pair]) -> None:

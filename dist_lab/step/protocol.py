@@ -62,7 +62,7 @@ class Sync:
         """Backward is over. On return every `.grad` is global, for the local parameter."""
 
     def settle(self) -> None:
-        """What a user has done to one of a parameter's two tensors is done to both. Sends nothing."""
+        """What a user did to one of a parameter's two tensors is done to both. Sends nothing."""
 
     def before_step(self) -> None:
         """An optimizer of job.optimizer is about to step. Nothing may be sent."""

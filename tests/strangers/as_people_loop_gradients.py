@@ -183,7 +183,7 @@ def scaled_halfway_through_accumulation(place):
         yield take_step(job, optimizer)
 
 
-@situation(refused={"ddp zero1": r"is being summed: call job.finish\(\)"})
+@situation(refused={"zero1": r"is being summed: call job.finish\(\)"})
 def halved_between_backward_and_finish(place):
     """Gradients are halved after the last backward and before finish()."""
     job = place.job(net(), units=UNITS)
