@@ -126,7 +126,7 @@ class Alone:
         for x, y in microbatches:
             loss = loss_fn(self.model(x), y)
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         return total
 
     def evaluate(self, microbatches: Any, loss_fn: Any) -> float:
