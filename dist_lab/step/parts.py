@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, OnlyOn, Shard
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.protocol import ROOT, Phase, Sync
 from dist_lab.torch_private import of_plain_tensors, tree_leaves
 
@@ -45,7 +46,7 @@ MARK = "part_of"
 
 
 @dataclass(frozen=True)
-class PartOf:
+class PartOf(StaysBehind):
     """Stands on a part.
 
     Attributes:
@@ -56,6 +57,7 @@ class PartOf:
     what: str
     shape: torch.Size
     advice: str
+    in_a_copy = None
 
 
 class IsPart:
