@@ -15,7 +15,7 @@ optimizer computes with it: they meet plain tensors, at no cost. An optimizer th
 not build is not heard of, so the first operation with other tensors takes it off a gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from dist_lab.layout.layout import Layout, OnlyOn, Shard
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.protocol import ROOT, Phase, Sync
-from dist_lab.torch_private import of_plain_tensors, tree_leaves
+from dist_lab.torch_private import of_plain_tensors
 
 REDUCES = {
     "norm", "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "_foreach_norm",
@@ -101,10 +101,11 @@ def _plain_copy(part: Tensor) -> Tensor:
 def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Do it as with plain tensors, unless it is refused."""
     name = getattr(func, "__name__", "")
-    if name == "__set__" or name == "__delete__":
-        return func(*args, **kwargs)
-    is_grad = name == "__get__" and func.__self__ is Tensor.grad  # type: ignore[attr-defined]
-    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    if name in ("__get__", "__set__", "__delete__"):  # of an attribute
+        name = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
+        if name != "data":
+            return func(*args, **kwargs)
+    given = list(_tensors_in([args, kwargs.values()]))
     parts = [value for value in given if isinstance(value, IsPart)]
     part, of = parts[0], getattr(parts[0], MARK)
     if name in REDUCES:
@@ -122,15 +123,23 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
             f"{tuple(of.shape)}: job.shadow averages parts, job.full_state_dict and "
             "job.full_gradients give wholes"
         )
-    if others and not (name.endswith("_") and next(iter(tree_leaves(args))) is part):
+    if others and not (name.endswith("_") and given[0] is part):
         for gradient in parts:  # an optimizer steps with it
             if type(gradient) is Part:
                 gradient.__class__ = Tensor
     result = func(*args, **kwargs)
-    alike = isinstance(result, Tensor) and (result.shape == part.shape or name in RESHAPES)
-    if alike and not others and type(result) is Tensor and name not in FRESH and not is_grad:
+    alike = type(result) is Tensor and (result.shape == part.shape or name in RESHAPES)
+    if alike and not others and name not in FRESH:
         _put_on(result, of)
     return result
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple | ValuesView):
+            yield from _tensors_in(value)
 
 
 def _put_on(part: Tensor, of: PartOf) -> None:
