@@ -127,14 +127,14 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
-    parts = Parts(dict(model.named_parameters()) | dict(applied.stepped), applied.layouts, mesh)
+    parts = Parts(model, applied.stepped, applied.layouts, mesh)
     after = [NoWrites(leaves)] if mesh.data.size > 1 else []
     chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.
         compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)
-    return Job(model, mesh, applied, runner, watch, state)
+    return Job(model, mesh, applied, runner, watch, parts, state)
 
 
 def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:

@@ -91,11 +91,6 @@ class Step(ABC):
             self.has_gradients = False
         self._closed = set(self._parameters)
 
-    def before_step(self, *_: Any) -> None:
-        """A hook of optimizers."""
-        self.sync.settle()
-        self.sync.before_step()
-
     def after_step(self) -> None:
         """Raises UserError if the gradients that were stepped on had not been summed."""
         if self.has_gradients:

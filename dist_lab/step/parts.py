@@ -8,7 +8,7 @@ loop that was written for one process would go on, and silently be wrong.
 So where users meet parts, these are of a class that refuses such operations by name:
 
     gradients     from finish() to the optimizer's step
-    parameters    from after_step() to the next forward
+    parameters    from the optimizer's step to the next forward; under ZeRO to after_step()
 
 The class is put on a tensor in place, and taken off again before the strategy, the model or the
 optimizer computes with it: they meet plain tensors, at no cost. An optimizer that job.optimizer did
@@ -52,11 +52,13 @@ class PartOf(StaysBehind):
     Attributes:
         what, shape: of the whole.
         advice: what to do instead of what is refused.
+        stale: the tensor is as large as the whole, but only this rank's part has the new values.
     """
 
     what: str
     shape: torch.Size
     advice: str
+    stale: bool = False
     in_a_copy = None
 
 
@@ -110,12 +112,15 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
     part, of = parts[0], getattr(parts[0], MARK)
     if name in REDUCES:
         raise UserError(f"{of.what} is this rank's part of it, and so would be {name}: {of.advice}")
-    if name in DRAWS:
+    if name in DRAWS and not of.stale:
         raise UserError(
             f"{of.what} is this rank's part of it, and noise for it is not noise for the whole: "
             "add it in the model's forward, or take dp or ddp"
         )
     others = [value for value in given if value.dim() and not isinstance(value, IsPart)]
+    is_written = name.endswith("_") and given[0] is part
+    if of.stale and (name == "detach" or name in FRESH or (others and not is_written)):
+        raise UserError(f"{of.what} is new in this rank's part of it alone: {of.advice}")
     meets_whole = part.shape != of.shape and any(other.shape == of.shape for other in others)
     if meets_whole and not name.startswith("_"):  # lists of tensors are an optimizer's
         raise UserError(
@@ -123,7 +128,7 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
             f"{tuple(of.shape)}: job.shadow averages parts, job.full_state_dict and "
             "job.full_gradients give wholes"
         )
-    if others and not (name.endswith("_") and given[0] is part):
+    if others and not is_written:
         for gradient in parts:  # an optimizer steps with it
             if type(gradient) is Part:
                 gradient.__class__ = Tensor
@@ -147,41 +152,67 @@ def _put_on(part: Tensor, of: PartOf) -> None:
     part.__class__ = PartParameter if isinstance(part, nn.Parameter) else Part
 
 
+def _take_off(parameter: nn.Parameter) -> None:
+    if type(parameter) is PartParameter:
+        parameter.__class__ = nn.Parameter
+
+
 class Parts:
-    """The parameters of which this rank holds parts.
+    """The parameters of which this rank has parts.
 
     Args:
-        parameters: that optimizers step on, by name.
+        stepped: name -> the part that optimizers step on, where it is not the parameter itself.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], mesh: Mesh
+        self,
+        model: nn.Module,
+        stepped: Mapping[str, nn.Parameter],
+        layouts: Mapping[str, Layout],
+        mesh: Mesh,
     ) -> None:
         self.parameters: list[tuple[nn.Parameter, PartOf]] = []
         self.gradients: list[tuple[nn.Parameter, PartOf]] = []
-        for name, parameter in parameters.items():
+        for name, own in model.named_parameters():
             shape, held = layouts[name].shape, parts_of(layouts[name], mesh)
-            if held and type(parameter) is nn.Parameter:  # a library's shards speak of the whole
-                advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
-                of = PartOf(f"the gradient of {name}", shape, advice)
-                self.gradients.append((parameter, of))
-            if "part" in held and type(parameter) is nn.Parameter:
+            if not held or type(own) is not nn.Parameter:  # a library's speak of the whole
+                continue
+            advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
+            of = PartOf(f"the gradient of {name}", shape, advice)
+            self.gradients.append((stepped.get(name, own), of))
+            if name in stepped:  # until all ranks give each other what they have stepped on
+                advice = "call job.after_step() after the optimizer's step, before you use weights"
+                self.parameters.append((own, PartOf(name, shape, advice, stale=True)))
+            elif "part" in held:
                 advice = "job.full_state_dict gives the whole, job.shadow averages parts"
-                self.parameters.append((parameter, PartOf(name, shape, advice)))
+                self.parameters.append((own, PartOf(name, shape, advice)))
+
+    def guard_between_steps(
+        self, optimizer: torch.optim.Optimizer, settle: Callable[[], None]
+    ) -> None:
+        """Take the guards off for its steps, and see before them what a user has done."""
+
+        def before(*_: Any) -> None:
+            settle()
+            self.plain_parameters()
+            self.plain_gradients()
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda *_: self.guard_parameters())
 
     def plain_parameters(self) -> None:
         for parameter, _ in self.parameters:
-            if type(parameter) is PartParameter:
-                parameter.__class__ = nn.Parameter
+            _take_off(parameter)
 
     def plain_gradients(self) -> None:
         for parameter, _ in self.gradients:
             if type(parameter.grad) is Part:
                 parameter.grad.__class__ = Tensor
 
-    def guard_parameters(self) -> None:
+    def guard_parameters(self, *, stale: bool = True) -> None:
         for parameter, of in self.parameters:
-            _put_on(parameter, of)
+            if stale or not of.stale:
+                _put_on(parameter, of)
 
     def guard_gradients(self) -> None:
         for parameter, of in self.gradients:
@@ -213,8 +244,8 @@ class Plain(Sync):
     def finish(self) -> None:
         self.parts.plain_gradients()
 
-    def before_step(self) -> None:
-        self.parts.plain_gradients()
+    def after_step(self) -> None:
+        self.parts.plain_parameters()
 
 
 class Guarded(Sync):
@@ -227,4 +258,4 @@ class Guarded(Sync):
         self.parts.guard_gradients()
 
     def after_step(self) -> None:
-        self.parts.guard_parameters()
+        self.parts.guard_parameters(stale=False)

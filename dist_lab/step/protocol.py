@@ -64,9 +64,6 @@ class Sync:
     def settle(self) -> None:
         """What a user did to one of a parameter's two tensors is done to both. Sends nothing."""
 
-    def before_step(self) -> None:
-        """An optimizer of job.optimizer is about to step. Nothing may be sent."""
-
     def after_step(self) -> None:
         """The optimizer has stepped: send what the new weights owe to others."""
 
@@ -117,10 +114,6 @@ class Chain(Sync):
     def settle(self) -> None:
         for link in self.links:
             link.settle()
-
-    def before_step(self) -> None:
-        for link in self.links:
-            link.before_step()
 
     def after_step(self) -> None:
         for link in self.links:

@@ -85,6 +85,46 @@ def teacher_of_one_row_weights(place):
         yield seen(job, **{f"teacher {n}": v for n, v in teacher.state_dict().items()})
 
 
+@situation(
+    refused={
+        "fsdp hsdp": r"meets a whole tensor.*job.shadow",
+        "zero1 zero2": r"0.weight is new in this rank's part of it alone: call job.after_step\(\)",
+    },
+)
+def teacher_updated_before_after_step(place):
+    """A teacher is updated from job.model between the optimizer's step and job.after_step()."""
+    model = net()
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    job = place.job(model, units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(3):
+        backward(place, job, step)
+        job.finish()
+        optimizer.step()
+        with torch.no_grad():
+            for t, s in zip(teacher.parameters(), job.model.parameters(), strict=True):
+                t.data.mul_(0.75).add_(s.data, alpha=0.25)
+        job.after_step()
+        optimizer.zero_grad()
+        yield seen(job, **{f"teacher {n}": v for n, v in teacher.state_dict().items()})
+
+
+@situation()
+def weights_clamped_before_after_step(place):
+    """The weights of job.model are clamped between the optimizer's step and job.after_step()."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(3):
+        backward(place, job, step)
+        job.finish()
+        optimizer.step()
+        for p in job.model.parameters():
+            p.data.clamp_(-0.3, 0.3)
+        job.after_step()
+        optimizer.zero_grad()
+        yield seen(job)
+
+
 @situation()
 def teacher_from_a_shadow(place):
     """A distillation teacher is loaded from the shadow's whole weights every other step."""

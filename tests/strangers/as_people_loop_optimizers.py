@@ -92,6 +92,8 @@ def add_param_group_later(place):
 def two_optimizers_over_parts(place):
     """SGD steps on one layer, Adam on the rest, each with a schedule of its own."""
     job = place.job(net(), units=UNITS)
+    with torch.no_grad():
+        job.model(place.rows(batch(50)[0]))
     named = dict(job.named_parameters())
     first = torch.optim.SGD([p for n, p in named.items() if n.startswith("0")], lr=0.3)
     second = torch.optim.Adam([p for n, p in named.items() if not n.startswith("0")], lr=0.1)

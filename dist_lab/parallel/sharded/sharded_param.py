@@ -28,13 +28,7 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Shard, shard_of
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import (
-    ParamSlot,
-    check_in_memory,
-    freeze_alike,
-    is_substituted,
-    set_param,
-)
+from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, freeze_alike, set_param
 from dist_lab.torch_private import share_hooks
 
 
@@ -99,12 +93,6 @@ class ShardedParam:
             raise UserError(
                 f"{self.name} was frozen when parallelize() was called; unfreeze it before, or "
                 "freeze it again"
-            )
-        if is_substituted(self.slots):
-            raise UserError(
-                f"functional_call puts another tensor in the place of {self.name}, which is "
-                "sharded; take job.shadow for an average, job.load_full_state_dict for other "
-                "weights, or dp, ddp or zero2 for weights that are computed"
             )
         check_in_memory(self.name, self.slots, self.sharded, memory)
 
