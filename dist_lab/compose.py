@@ -36,7 +36,9 @@ from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
+from dist_lab.step.parts import Guarded, Parts, Plain
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup
+from dist_lab.step.writes import NoWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
 from dist_lab.transforms.init import InitFn
@@ -126,12 +128,14 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
-    chain = Chain(watch, applied.sync)
+    parts = Parts(model, applied.stepped, applied.layouts, mesh)
+    after = [NoWrites(leaves)] if mesh.data.size > 1 else []
+    chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.
         compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)
-    return Job(model, mesh, applied, runner, watch, state)
+    return Job(model, mesh, applied, runner, watch, parts, state)
 
 
 def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
-from dist_lab.comm.anything import distinct
 from dist_lab.errors import TrainingDiverged, UserError
+from dist_lab.layout.full_state import FullState
 from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
-from dist_lab.layout.layout import Layout, OnlyOn, slice_local
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
@@ -29,8 +28,10 @@ from dist_lab.step.count import sum_of_counts
 from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
+from dist_lab.step.parts import Parts
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler, decide_together
+from dist_lab.step.shadow import Shadow
 from dist_lab.transforms.batchnorm import merge_statistics
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
@@ -55,15 +56,17 @@ class Job:
         applied: Applied,
         runner: Step,
         watch: FirstNonFinite,
+        parts: Parts,
         names: Mapping[str, str],
     ) -> None:
         self.model, self.mesh = model, mesh
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self.stepped = applied.stepped
         self._make_optimizer = applied.make_optimizer
-        self._runner, self._watch = runner, watch
-        self._names = names  # of the whole model's state; of a parameter, the first of its names
-        self._buffers = applied.buffers
+        self._runner, self._watch, self._parts = runner, watch, parts
+        self._state = FullState(
+            model, mesh, applied.layouts, applied.buffers, applied.stepped, names
+        )
         self._data: Axis = mesh.data
         self._shares: Axis = mesh.flatten("pp", *DATA_AXES)  # along which a loss is in parts
         for layout in self.layouts.values():  # now, as making a process group takes a while
@@ -109,7 +112,28 @@ class Job:
         _check_pairs(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
-        return self._over_ranks(self._runner.run(microbatches, loss_fn))
+        reaches, strays = False, False
+
+        def watched(output: Any, target: Any) -> Any:
+            nonlocal reaches, strays
+            share = loss_fn(output, target)
+            if isinstance(share, Tensor) and not share.requires_grad:
+                strays |= bool(share.any())
+            else:
+                reaches = True
+            return share
+
+        total = self._runner.run(microbatches, watched)
+        # A rank's rows may have no loss that needs a gradient, but not those of all ranks.
+        trains = any(p.requires_grad for p in self.parameters())
+        vote = self._shares.size + 1 if reaches else -int(strays and trains)
+        loss, votes = self._over_ranks(torch.stack([total, torch.full_like(total, vote)])).tolist()
+        if votes < 0:
+            raise UserError(
+                "no rank's loss needs a gradient: loss_fn returns what it was detached from; "
+                "leave out its .detach(), .data or torch.no_grad()"
+            )
+        return loss
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """The global loss by forward passes alone, in eval mode. Arguments and result as `run`.
@@ -127,7 +151,7 @@ class Job:
         finally:
             for module in training:
                 module.training = True
-        return self._over_ranks(total)
+        return float(self._over_ranks(total))
 
     def finish(self) -> None:
         """Backward is over: every `.grad` becomes the global gradient of the local parameter.
@@ -187,6 +211,7 @@ class Job:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What optimizers step on, by name: of a parameter that is split, this rank's part."""
+        self._runner.sync.settle()
         return self._runner.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -229,6 +254,7 @@ class Job:
         else:
             optimizer = cls(each, **options)
         if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
+            self._parts.guard_between_steps(optimizer, self._runner.sync.settle)
             decide_together(optimizer, self.mesh.world)
         return optimizer
 
@@ -246,18 +272,10 @@ class Job:
         Running statistics are those of all ranks, other buffers rank 0's: see [Note: buffers].
         With `rank0_only` the other ranks get an empty dict. Collective.
         """
-        own = self.model.state_dict(keep_vars=True)
-        tensors = {name: t.detach() for name, t in own.items() if isinstance(t, Tensor)}
-        tensors |= {name: shard.detach() for name, shard in self.stepped.items()}
-        rank0 = tuple((axis, OnlyOn((0,))) for axis in self.mesh.axes)
-        layouts = {name: Layout(t.shape, t.dtype, rank0) for name, t in tensors.items()}
-        layouts |= {**self.layouts, **self._buffers}
         with self.mesh.wire.during("state_dict"):
+            self._runner.sync.settle()
             merge_statistics(self.model, self._data)
-            held = [name for name in dict.fromkeys(self._names.values()) if name in layouts]
-            whole = gather_all({name: tensors.get(name) for name in held}, layouts, self.mesh)
-        # Tied tensors have several names and one value; a module's extra state is this rank's.
-        full = {name: whole[n] if n in whole else own[n] for name, n in self._names.items()}
+            full = self._state.gather()
         return {} if rank0_only and self.mesh.rank else full
 
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
@@ -266,33 +284,16 @@ class Job:
         Raises:
             UserError: a name or a shape that does not fit; nothing has been changed then.
         """
-        own = self.model.state_dict(keep_vars=True)
-        odd = sorted(self._names.keys() ^ full.keys())
-        if odd:
-            side = "missing from" if odd[0] in self._names else "not in the model but in"
-            raise UserError(f"{len(odd)} names do not match, first: {odd[0]} is {side} the weights")
-        for name, first in self._names.items():
-            where, tensor = self.layouts.get(first) or self._buffers.get(name), own.get(name)
-            shape = where.shape if where else tensor.shape if isinstance(tensor, Tensor) else None
-            if shape is not None and full[name].shape != shape:
-                raise UserError(
-                    f"{name} has shape {tuple(full[name].shape)}, the model {tuple(shape)}"
-                )
-        parts = {name: full[name] for name in own}
-        canonical = {p: name for name, p in self.model.named_parameters()}
-        for name, tensor in own.items():
-            if isinstance(tensor, nn.Parameter):  # here, as a library's may claim the whole shape
-                first = canonical[tensor]
-                part = slice_local(
-                    full[name], self.layouts[first], self.mesh.axes, self.mesh.coordinates
-                )
-                local_part(self.stepped.get(first, tensor).detach()).copy_(part)
-                parts[name] = tensor
-            elif isinstance(tensor, Tensor) and (index := distinct(tensor)):
-                tensor[index].copy_(full[name][index])
-                parts[name] = tensor
-        self.model.load_state_dict(parts)
+        self._state.load(full)
         self._runner.weights_changed()
+
+    def shadow(self, decay: float) -> Shadow:
+        """Begin an exponential moving average of the weights, each rank of its own part.
+
+        shadow.update() after each `after_step`; then `with shadow.swapped_in(): job.evaluate(...)`,
+        or shadow.full_state_dict(). See step/shadow.py.
+        """
+        return Shadow(self, decay, self._runner.weights_changed)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The whole gradient of every parameter, equal on every rank; None where no rank has one.
@@ -340,9 +341,9 @@ class Job:
         if self._runner.has_gradients:
             raise UserError(f"{what}() before finish(): gradients are not summed yet")
 
-    def _over_ranks(self, total: Tensor) -> float:
+    def _over_ranks(self, total: Tensor) -> Tensor:
         with self.mesh.wire.during("loss"):
-            return float(ops.all_reduce(total, self._shares))
+            return ops.all_reduce(total, self._shares)
 
 
 def _check_pairs(microbatches: Sequence[Pair]) -> None:

@@ -56,10 +56,22 @@ def parameter_at(slots: Sequence[ParamSlot]) -> nn.Parameter:
     return parameter
 
 
+def is_substituted(slots: Sequence[ParamSlot]) -> bool:
+    """Whether another tensor stands in these slots for a forward, as functional_call puts it."""
+    held = [module._parameters[attribute] for module, attribute in slots]
+    return any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in held)
+
+
 def check_in_memory(
     name: str, slots: list[ParamSlot], parameter: nn.Parameter, memory: Tensor
 ) -> None:
     """Raise UserError if these slots hold another parameter, or this one lies elsewhere."""
+    if is_substituted(slots):
+        raise UserError(
+            f"functional_call puts another tensor in the place of {name}, which is sharded; take "
+            "job.shadow for an average, job.load_full_state_dict for other weights, or dp, ddp or "
+            "zero2 for weights that are computed"
+        )
     held = [module._parameters[attribute] for module, attribute in slots]
     now = next((tensor for tensor in held if tensor is not parameter), parameter)
     inside = parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()

@@ -61,6 +61,9 @@ class Sync:
     def finish(self) -> None:
         """Backward is over. On return every `.grad` is global, for the local parameter."""
 
+    def settle(self) -> None:
+        """What a user did to one of a parameter's two tensors is done to both. Sends nothing."""
+
     def after_step(self) -> None:
         """The optimizer has stepped: send what the new weights owe to others."""
 
@@ -110,6 +113,10 @@ class Chain(Sync):
     def finish(self) -> None:
         for link in self.links:
             link.finish()
+
+    def settle(self) -> None:
+        for link in self.links:
+            link.settle()
 
     def after_step(self) -> None:
         for link in self.links:

@@ -80,9 +80,15 @@ class SavedByName:
         if not self._lends or self._hooks is not None or not torch.is_grad_enabled():
             return
         if saved_tensors_hooks_around() is None and backward_number() == -1:
-            self._depth = len(self._inside)
-            self._hooks = saved_tensors_hooks(self._pack, _unpack)
-            self._hooks.__enter__()
+            hooks = saved_tensors_hooks(self._pack, _unpack)
+            try:
+                hooks.__enter__()
+            except RuntimeError as error:
+                raise UserError(
+                    "torch.func's grad and its like allow no hooks on what forward saves, by "
+                    "which sharded parameters come back in backward; take dp, ddp or zero2"
+                ) from error
+            self._depth, self._hooks = len(self._inside), hooks
 
     def leave(self, unit: Opens) -> bool:
         """The forward of a unit is over. Returns whether it had begun: an earlier hook may fail."""

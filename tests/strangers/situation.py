@@ -15,8 +15,9 @@ rank its rows; in one process the job is `Alone`, plain PyTorch with nothing of 
 body yields is compared, yield by yield: see test_strangers.py.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ class Alone:
         for x, y in microbatches:
             loss = loss_fn(self.model(x), y)
             loss.backward()
-            total += float(loss.detach())
+            total += loss.item()
         return total
 
     def evaluate(self, microbatches: Any, loss_fn: Any) -> float:
@@ -161,14 +162,41 @@ class Alone:
     def scaler(self, **options: Any) -> Any:
         return torch.amp.GradScaler("cpu", **options)
 
+    def shadow(self, decay: float) -> Any:
+        return ShadowAlone(self.model, decay)
+
     def full_state_dict(self) -> Seen:
-        return self.model.state_dict()
+        return copy.deepcopy(self.model.state_dict())
 
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
         self.model.load_state_dict(full)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
-        return {name: p.grad for name, p in self.model.named_parameters()}
+        return {n: copy.deepcopy(p.grad) for n, p in self.model.named_parameters()}
+
+
+class ShadowAlone:
+    """The average as people keep it: a copy of the model."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.copy = model, decay, copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for average, p in zip(self.copy.parameters(), self.model.parameters(), strict=True):
+            average.mul_(self.decay).add_(p, alpha=1 - self.decay)
+        for kept, buffer in zip(self.copy.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(buffer)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        before = copy.deepcopy(self.model.state_dict())
+        self.model.load_state_dict(self.copy.state_dict())
+        yield
+        self.model.load_state_dict(before)
+
+    def full_state_dict(self) -> Seen:
+        return self.copy.state_dict()
 
 
 def seen(job: Any, **more: Any) -> Seen:

@@ -38,6 +38,7 @@ from dist_lab.comm.ops import all_gather, all_reduce_into, shared_buffer
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
+from dist_lab.step.grad_elsewhere import GradElsewhere
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
@@ -70,6 +71,8 @@ class BucketedAllReduce(Sync):
         if unit == ROOT:
             for bucket in self.buckets:
                 bucket.arrivals.look_for_frozen()
+                if phase is Phase.BACKWARD:  # autograd is about to add gradients there
+                    bucket.drop_stand_ins()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
@@ -158,10 +161,14 @@ class Bucket:
                 strides = torch.empty_like(p, device="meta").stride()
                 views[name] = views[name].as_strided(p.shape, strides)
         self.arrivals = Arrivals(parameters)
+        self.used: set[str] = set()  # what was sent of this rank
+        self.cleared: set[str] = set()  # of these, by the user, while they were on their way
+        self.stand_ins: dict[str, GradElsewhere] = {}  # made once
+        self.stand_in = False  # until the sums are here
 
     def advice(self, name: str) -> str:
         """What to do about a second gradient while the first is in flight."""
-        if self.parameters[name].grad is not self.gradients.views[name]:  # cleared meanwhile
+        if name in self.cleared:
             return "call job.finish() before zero_grad(), also after a step that is not taken"
         return (
             "add up the losses and call backward once, or wrap all backwards but the last in "
@@ -170,15 +177,46 @@ class Bucket:
 
     def issue(self, *, unassigned: bool) -> None:
         """dW{U_dp} -> dW, and the flags with it."""
-        used = [parameter.grad is not None for parameter in self.parameters.values()]
+        self.used = {n for n, p in self.parameters.items() if p.grad is not None}
+        self.cleared = set()
         self.gradients.copy_in_all(self.parameters)
-        self.gradients.tail.copy_(torch.tensor([*used, unassigned]))
+        flags = [name in self.used for name in self.parameters]
+        self.gradients.tail.copy_(torch.tensor([*flags, unassigned]))
         self.gradients.issue(all_reduce_into, self.axis)
+        for name in self.used:
+            self._show_on_its_way(name)
+        self.stand_in = True
+
+    def _show_on_its_way(self, name: str) -> None:
+        """What is done to the gradient now would be lost: see step/grad_elsewhere.py."""
+        parameter = self.parameters[name]
+        if name in self.stand_ins:
+            parameter.grad = self.stand_ins[name]
+            return
+        advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
+        GradElsewhere.stand_at(parameter, None, advice)
+        self.stand_ins[name] = parameter.grad
+
+    def drop_stand_ins(self) -> None:
+        """See what a user has cleared or replaced meanwhile, and leave `.grad` empty."""
+        for name in self.used if self.stand_in else ():
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                self.cleared.add(name)
+            elif parameter.grad is not self.stand_ins[name]:
+                raise UserError(
+                    f"the gradient of {name} was replaced while it was being summed: call "
+                    "job.finish() before you change it"
+                )
+            parameter.grad = None
+        self.stand_in = False
 
     def wait(self) -> bool:
         """Make every `.grad` global, or None. Returns if a rank used one without a bucket."""
         self.gradients.wait()
         self.arrivals.ready = set()
+        self.drop_stand_ins()
         *used, unassigned = (self.gradients.tail > 0).tolist()
-        self.gradients.assign_grads(self.parameters, used)
+        kept = [yes and n not in self.cleared for n, yes in zip(self.parameters, used, strict=True)]
+        self.gradients.assign_grads(self.parameters, kept)
         return bool(unassigned)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
+from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import FlatShard, Layout
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
@@ -28,6 +29,7 @@ from dist_lab.parallel.param_slots import (
     check_in_memory,
     describe,
     freeze_alike,
+    is_substituted,
     param_slots,
     parameter_at,
     set_param,
@@ -103,6 +105,8 @@ class BucketParam:
     def keep_in_memory(self) -> None:
         """Take over values that came by `.data`; raise UserError for what cannot be taken over."""
         whole, memory = self.whole, self.memory
+        if is_substituted(self.slots):  # for this forward, by a tensor that may depend on it
+            return
         alike = whole.shape == memory.shape and describe(whole) == describe(memory)
         if alike and whole.data_ptr() != memory.data_ptr():
             memory.copy_(whole.detach())
@@ -138,7 +142,7 @@ class BucketParam:
     def refuse_set_shard(self) -> None:
         """Raise UserError for a gradient that a user has set where the sum is about to come."""
         grad = self.shard.grad
-        if self.lies is Lies.AT_SHARD and grad is not None and grad.any():
+        if self.lies is Lies.AT_SHARD and grad is not None and local_part(grad).any():
             raise UserError(
                 f"the gradient of {self.name} was set before it was summed; set the one of "
                 "job.model's own parameter"
@@ -224,8 +228,7 @@ class ParamBucket:
         """A forward or backward begins: see what a user has done since the last."""
         self.look_for_frozen()
         if phase is Phase.FORWARD:
-            for param in self.params:
-                param.keep_in_memory()
+            self.keep_in_memory()
         self.clear_alike()
         if phase is Phase.BACKWARD:  # autograd is about to add gradients there
             self.drop_stand_ins()
@@ -235,6 +238,11 @@ class ParamBucket:
         for param in self.params:
             param.freeze_alike()
         self.arrivals.look_for_frozen()
+
+    def keep_in_memory(self) -> None:
+        """See what a user has moved."""
+        for param in self.params:
+            param.keep_in_memory()
 
     def issue_gather(self) -> None:
         """W[E_dp] -> W"""

@@ -163,6 +163,11 @@ class ZeroSync(Sync):
         ops.all_reduce_into(self.flags, self.axis).wait()
         return {n for n, count in zip(self.place_of, self.flags.tolist(), strict=True) if count}
 
+    def settle(self) -> None:
+        for bucket in self.buckets:
+            bucket.params.clear_alike()
+            bucket.params.keep_in_memory()
+
     def after_step(self) -> None:
         for bucket in self.buckets:
             bucket.params.issue_gather()

@@ -302,6 +302,42 @@ def test_a_second_backward_after_the_gradients_have_left_is_refused(mesh):
             loss.backward()
 
 
+def halve(p):
+    p.grad.mul_(0.5)
+
+
+def replace_by_half(p):
+    p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [(halve, "is being summed: call job.finish"), (replace_by_half, "was replaced while it was")],
+)
+@pytest.mark.ranks(2)
+def test_a_gradient_that_is_changed_on_its_way_is_refused(edit, message, mesh):
+    job, _ = ready(mesh)
+    backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
+    with pytest.raises(UserError, match=rf"the gradient of [\w.]+ {message}"):
+        for p in job.model.parameters():
+            edit(p)
+        job.finish()
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_is_cleared_on_its_way_stays_cleared(mesh):
+    job, optimizer = ready(mesh)
+    before = job.full_state_dict()
+    backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
+    optimizer.zero_grad()
+    job.finish()
+    assert all(gradient is None for gradient in job.full_gradients().values())
+    optimizer.step()
+    job.after_step()
+    for name, value in job.full_state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.ranks(2)
 def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(mesh):
     job, _ = ready(mesh)

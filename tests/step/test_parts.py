@@ -1,0 +1,182 @@
+"""What a rank's part refuses, and that whatever works on parts works as before."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import axes_of, batch, gpt, plan_of
+from torch import nn
+
+import dist_lab
+from dist_lab.errors import UserError
+from dist_lab.step.parts import Part, PartParameter
+
+BOTH = pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2))) for s in ("zero1", "fsdp")],
+)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def rows():
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def summed(job):
+    """A backward of this rank's rows, and finish()."""
+    x = rows().tensor_split(job.mesh.data.size)[job.mesh.data.index]
+    job.model(x).square().sum().backward()
+    job.finish()
+
+
+def one_step(job, optimizer):
+    summed(job)
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "SGD, foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1),
+}
+
+
+@BOTH
+def test_any_optimizer_of_ones_own_steps_on_parts_and_keeps_plain_tensors(strategy, mesh):
+    for name, make in OPTIMIZERS.items():
+        job, plain = dist_lab.parallelize(net(), mesh, strategy), net()
+        optimizer, alone = make(job.parameters()), make(plain.parameters())
+        for _ in range(3):
+            one_step(job, optimizer)
+            plain(rows()).square().sum().backward()
+            alone.step()
+            alone.zero_grad()
+        state = [v for kept in optimizer.state.values() for v in kept.values()]
+        assert all(type(v) is torch.Tensor for v in state if isinstance(v, torch.Tensor)), name
+        found = job.full_state_dict()
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@BOTH
+def test_an_optimizer_of_the_jobs_meets_plain_tensors(strategy, mesh):
+    met = []
+
+    class Looks(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                met.extend(type(t) for p in group["params"] for t in (p, p.grad))
+            return super().step(closure)
+
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    optimizer = job.optimizer(Looks, lr=0.1)
+    for _ in range(2):
+        met.clear()
+        one_step(job, optimizer)
+        assert set(met) == {nn.Parameter, torch.Tensor}
+
+
+@BOTH
+def test_what_depends_on_the_whole_gradient_is_refused_by_name(strategy, mesh):
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    summed(job)
+    grad = next(job.parameters()).grad
+    others = [p.grad for p in job.parameters()]
+    for asked in (
+        lambda: nn.utils.clip_grad_norm_(job.parameters(), 1.0),
+        lambda: nn.utils.get_total_norm(others),
+        lambda: torch._foreach_norm(others),
+        lambda: grad.norm(),
+        lambda: torch.linalg.vector_norm(grad),
+        lambda: grad.data.pow(2).sum(),
+        lambda: grad.detach().abs().max(),
+        lambda: (grad**2).mean(),
+        lambda: (2 * grad).float().sum(),
+        lambda: grad.isfinite().all(),
+        lambda: torch.cat([g.view(-1) for g in others]),
+        lambda: torch.stack([g.flatten() for g in others]),
+    ):
+        with pytest.raises(UserError, match=r"gradient of 0.weight is this .*job.clip_grad_norm"):
+            asked()
+    with pytest.raises(UserError, match=r"noise for it is not noise for the whole"):
+        torch.randn_like(grad)
+    with pytest.raises(UserError, match=r"meets a whole tensor, \(5, 6\)"):
+        grad.add_(torch.ones(5, 6))
+    assert grad.to_local().sum().isfinite()
+    assert job.clip_grad_norm(None) > 0
+
+
+@pytest.mark.ranks(2, mesh={"tp": 2})
+def test_under_tp_the_gradient_of_a_split_weight_is_a_part_and_others_are_not(mesh):
+    job = dist_lab.parallelize(gpt(), mesh, "tp")
+    x, y = batch(0)
+    dist_lab.cross_entropy_sum(job.model(x), y).backward()
+    job.finish()
+    assert job.model.model.norm.weight.grad.norm() > 0
+    with pytest.raises(UserError, match=r"is this rank's part of it"):
+        nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
+
+
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_under_pp_the_norm_over_a_stage_is_refused(mesh):
+    job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", **plan_of("pp", "gpt"))
+    x, y = batch(0)
+    job.run([(x[:4], y[:4]), (x[4:], y[4:])], dist_lab.cross_entropy_sum)
+    job.finish()
+    with pytest.raises(UserError, match=r"is this rank's part of it.*job.clip_grad_norm"):
+        nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
+
+
+@pytest.mark.ranks(1)
+def test_one_rank_has_no_parts(mesh):
+    job = dist_lab.parallelize(net(), dist_lab.init_mesh(fsdp=1), "fsdp")
+    one_step(job, job.optimizer(torch.optim.SGD, lr=0.1))
+    summed(job)
+    assert all(type(p) is nn.Parameter for p in job.parameters())
+    nn.utils.clip_grad_norm_(job.parameters(), 1.0)
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_between_steps_a_shard_is_a_part_and_its_copies_are_plain(mesh):
+    job = dist_lab.parallelize(net(), mesh, "fsdp")
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    one_step(job, optimizer)
+    shard = job.model[0].weight
+    assert type(shard) is PartParameter
+    for asked in (lambda: shard.norm(), lambda: shard.data.sum(), lambda: shard.mul(2).mean()):
+        with pytest.raises(UserError, match=r"0.weight is this rank's part of it.*full_state_dict"):
+            asked()
+    with torch.no_grad():
+        shard.mul_(1.0).add_(torch.zeros_like(shard))
+        assert type(shard.clone()) is torch.Tensor
+    assert type(copy.deepcopy(job.model)[0].weight) is nn.Parameter
+    file = io.BytesIO()
+    torch.save([shard.detach(), job.model.state_dict()], file)
+    file.seek(0)
+    value, state = torch.load(file, weights_only=True)
+    assert {type(v) for v in (value, *state.values())} == {torch.Tensor}
+    assert type(pickle.loads(pickle.dumps(shard))) is nn.Parameter
+    assert not isinstance(copy.deepcopy(shard.detach()), Part)
+    job.model(torch.ones(1, 6, dtype=torch.float64))
+    assert type(shard) is nn.Parameter

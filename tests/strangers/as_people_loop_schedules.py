@@ -1,0 +1,252 @@
+"""Loops that change on the way: freezing, recomputing, breaking off, evaluating between."""
+
+import torch
+from loops import UNITS, backward, batch, end_step, loss_of, net
+from situation import seen, situation, take_step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@situation()
+def gradual_unfreezing(place):
+    """The head trains first; every other step one more layer is unfrozen, from the top."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.1)
+    job.model.requires_grad_(False)
+    for step in range(6):
+        if step % 2 == 0:
+            job.model[4 - step].requires_grad_(True)
+        backward(place, job, step)
+        yield take_step(job, optimizer)
+
+
+@situation()
+def frozen_and_thawed_in_turn(place):
+    """Odd steps train the layers of one half of the model, even steps those of the other."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3, momentum=0.9)
+    for step in range(4):
+        for i, layer in enumerate(job.model):
+            layer.requires_grad_((i < 2) == bool(step % 2))
+        backward(place, job, step)
+        yield take_step(job, optimizer)
+
+
+class Blocks(nn.Module):
+    """Blocks, each run by a checkpoint, or all of them by one."""
+
+    def __init__(self, *, reentrant, together=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant, self.together = reentrant, together
+        self.inside = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def all_blocks(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x):
+        x = self.inside(x)
+        if self.together:
+            x = checkpoint(self.all_blocks, x, use_reentrant=self.reentrant)
+        else:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def train_blocks(place, model, frozen=()):
+    job = place.job(model.double(), units=["blocks.0", "blocks.1", "blocks.2"])
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+    for step in range(3):
+        if step == 1:
+            for i in frozen:
+                job.model.blocks[i].requires_grad_(False)
+        backward(place, job, step)
+        yield take_step(job, optimizer)
+
+
+@situation()
+def checkpoint_of_each_block(place):
+    """checkpoint(use_reentrant=False) of each block."""
+    yield from train_blocks(place, Blocks(reentrant=False))
+
+
+@situation()
+def reentrant_checkpoint_of_each_block(place):
+    """checkpoint(use_reentrant=True) of each block."""
+    yield from train_blocks(place, Blocks(reentrant=True))
+
+
+@situation()
+def checkpoint_around_several_units(place):
+    """checkpoint(use_reentrant=False) around several units at once, one of them frozen later."""
+    yield from train_blocks(place, Blocks(reentrant=False, together=True), frozen=[1])
+
+
+@situation()
+def reentrant_checkpoint_around_several_units(place):
+    """checkpoint(use_reentrant=True) around several units at once, one of them frozen later."""
+    yield from train_blocks(place, Blocks(reentrant=True, together=True), frozen=[1])
+
+
+@situation()
+def checkpoint_of_the_whole_model(place):
+    """checkpoint(job.model, x, use_reentrant=False) in the loop."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+    for step in range(3):
+        for part in range(2):
+            x, y = place.rows(*batch(2 * step + part))
+            with job.microbatch(last=part == 1):
+                out = checkpoint(job.model, x, use_reentrant=False)
+                loss_of(job, out, y, 2).backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def an_exception_in_a_forward_is_caught(place):
+    """The second layer raises in one forward, on all ranks; the batch is left out."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+
+    def fail(module, args):
+        raise ArithmeticError
+
+    for step in range(4):
+        if step == 1:
+            hook = job.model[2].register_forward_pre_hook(fail)
+            try:
+                backward(place, job, step)
+            except ArithmeticError:
+                optimizer.zero_grad()
+            hook.remove()
+            continue
+        backward(place, job, step)
+        yield take_step(job, optimizer)
+
+
+@situation()
+def an_exception_in_a_backward_is_caught(place):
+    """A gradient hook raises in one backward, on all ranks; the batch is left out."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+
+    def fail(gradient):
+        raise ArithmeticError
+
+    for step in range(4):
+        if step == 1:
+            x, y = place.rows(*batch(50))
+            hidden = job.model[:2](x) if place.strategy is None else None
+            del hidden
+            try:
+                with job.microbatch(last=True):
+                    hook = job.model[2].register_forward_hook(
+                        lambda m, a, out: out.register_hook(fail) and None
+                    )
+                    loss_of(job, job.model(x), y).backward()
+            except ArithmeticError:
+                optimizer.zero_grad()
+            hook.remove()
+            continue
+        backward(place, job, step)
+        yield take_step(job, optimizer)
+
+
+@situation()
+def inference_between_steps(place):
+    """no_grad, inference_mode and eval forwards between steps, the first before any training."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+    x = place.rows(batch(77)[0])
+    for step in range(3):
+        with torch.inference_mode():
+            job.model(x)
+        job.model.eval()
+        with torch.no_grad():
+            job.model(x)
+        job.model.train()
+        job.model(x)  # with a graph that nobody uses
+        backward(place, job, step)
+        yield take_step(job, optimizer)
+
+
+@situation()
+def evaluation_inside_accumulation(place):
+    """job.evaluate and a forward by hand between the two micro-batches of a step."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+    for step in range(3):
+        for part in range(2):
+            x, y = place.rows(*batch(2 * step + part))
+            with job.microbatch(last=part == 1):
+                loss_of(job, job.model(x), y, 2).backward()
+            if part == 0:
+                loss = job.evaluate([place.rows(*batch(9))], lambda o, t: loss_of(job, o, t))
+                with torch.no_grad():
+                    job.model(x)
+        yield take_step(job, optimizer) | {"loss": loss}
+
+
+@situation()
+def forward_of_the_next_batch_before_backward(place):
+    """The forward of an evaluation lies between forward and backward of training."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+    for step in range(3):
+        x, y = place.rows(*batch(step))
+        out = job.model(x)
+        with torch.no_grad():
+            job.model(x + 1)
+        loss_of(job, out, y).backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def early_stop_by_an_evaluation(place):
+    """Training stops when job.evaluate says so, which all ranks must see in the same step."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=4.0)
+    best = float("inf")
+    for step in range(8):
+        backward(place, job, step)
+        end_step(job, optimizer)
+        loss = job.evaluate([place.rows(*batch(9))], lambda o, t: loss_of(job, o, t))
+        if loss > best:
+            break
+        best = loss
+        yield seen(job, loss=loss)
+    yield seen(job, steps=step)
+
+
+@situation()
+def a_batch_skipped_by_all_ranks_together(place):
+    """A batch is left out where any rank's rows are bad, as job.count tells all ranks."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+    for step in range(5):
+        x, y = batch(step)
+        if step == 2:
+            x[-1, 0] = torch.nan
+        x, y = place.rows(x, y)
+        if job.count(int(x.isnan().sum())):
+            continue
+        loss_of(job, job.model(x), y).backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def weights_are_loaded_midway(place):
+    """The best weights so far are loaded by job.load_full_state_dict, and training goes on."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3, momentum=0.9)
+    kept = job.full_state_dict()
+    for step in range(4):
+        if step == 2:
+            job.load_full_state_dict(kept)
+        backward(place, job, step)
+        yield take_step(job, optimizer)

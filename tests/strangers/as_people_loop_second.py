@@ -1,0 +1,209 @@
+"""Losses that differentiate twice or by functions: penalties, GANs, torch.func."""
+
+import torch
+from loops import UNITS, backward, batch, end_step, loss_of, net
+from situation import seen, situation, take_step
+from torch import nn
+
+
+@situation()
+def gradient_penalty_of_wgan(place):
+    """A WGAN's critic with a gradient penalty: double backward through the model."""
+    job = place.job(net(classes=1), units=UNITS)
+    optimizer = job.optimizer(torch.optim.Adam, lr=0.05)
+    for step in range(3):
+        for part in range(2):
+            real = place.rows(batch(4 * step + 2 * part)[0])
+            fake = place.rows(batch(4 * step + 2 * part + 1)[0]) * 0.5
+            with job.microbatch(last=part == 1):
+                between = (0.3 * real + 0.7 * fake).requires_grad_()
+                (slope,) = torch.autograd.grad(job.model(between).sum(), between, create_graph=True)
+                penalty = (slope.norm(2, dim=1) - 1).square().sum()
+                loss = (job.model(fake) - job.model(real)).sum() + 10 * penalty
+                (loss / (2 * job.count(len(real)))).backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def gradient_with_respect_to_inputs(place):
+    """Adversarial training: inputs move along their gradient before the loss is taken."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(3):
+        for part in range(2):
+            x, y = place.rows(*batch(2 * step + part))
+            with job.microbatch(last=part == 1):
+                x.requires_grad_()
+                loss = job.cross_entropy_sum(job.model(x), y)
+                (slope,) = torch.autograd.grad(loss, x)
+                moved = (x + 0.1 * slope.sign()).detach()
+                loss_of(job, job.model(moved), y, 2).backward()
+        yield take_step(job, optimizer)
+
+
+def generator():
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        layers = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)
+        return nn.Sequential(*layers).double()
+
+
+@situation()
+def gan_of_two_jobs(place):
+    """A GAN of two jobs; the generator learns through the critic, whose gradients are cleared."""
+    make = place.job(generator(), units=["0"])
+    judge = place.job(net(classes=1), units=UNITS)
+    by_make = make.optimizer(torch.optim.Adam, lr=0.05)
+    by_judge = judge.optimizer(torch.optim.Adam, lr=0.05)
+    for step in range(3):
+        real, noise = place.rows(batch(2 * step)[0], batch(2 * step + 1)[0])
+        count = judge.count(len(real))
+        with torch.no_grad():
+            fake = make.model(noise)
+        loss = nn.functional.softplus(judge.model(fake)) + nn.functional.softplus(
+            -judge.model(real)
+        )
+        (loss.sum() / count).backward()
+        found = {f"judge {n}": v for n, v in take_step(judge, by_judge).items()}
+        judge.model.requires_grad_(False)
+        (nn.functional.softplus(-judge.model(make.model(noise))).sum() / count).backward()
+        judge.model.requires_grad_(True)
+        yield found | take_step(make, by_make)
+
+
+@situation()
+def gan_whose_critic_keeps_its_gradients(place):
+    """The generator's backward passes through a critic that is not frozen, then zero_grad."""
+    make = place.job(generator(), units=["0"])
+    judge = place.job(net(classes=1), units=UNITS)
+    by_make = make.optimizer(torch.optim.SGD, lr=0.5)
+    by_judge = judge.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(3):
+        real, noise = place.rows(batch(2 * step)[0], batch(2 * step + 1)[0])
+        count = judge.count(len(real))
+        (nn.functional.softplus(-judge.model(make.model(noise))).sum() / count).backward()
+        found = {f"made {n}": v for n, v in take_step(make, by_make).items()}
+        judge.finish()
+        by_judge.zero_grad()
+        fake = make.model(noise).detach()
+        loss = nn.functional.softplus(judge.model(fake)) + nn.functional.softplus(
+            -judge.model(real)
+        )
+        (loss.sum() / count).backward()
+        yield found | take_step(judge, by_judge)
+
+
+@situation(refused={"fsdp hsdp": "functional_call puts another tensor in the place of .*sharded"})
+def functional_call_with_own_parameters(place):
+    """torch.func.functional_call of job.model with its own parameters, scaled."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(3):
+        x, y = place.rows(*batch(step))
+        scaled = {name: p * 0.9 for name, p in job.model.named_parameters()}
+        out = torch.func.functional_call(job.model, scaled, (x,))
+        loss_of(job, out, y).backward()
+        yield take_step(job, optimizer)
+
+
+@situation(
+    refused={
+        "fsdp hsdp": "torch.func's grad.*take dp, ddp or zero2",
+        "single dp ddp zero1 zero2": r"finish\(\) without a backward",
+    }
+)
+def per_sample_gradients_by_vmap(place):
+    """torch.func.vmap of grad gives each row's gradient; their sum is put into .grad."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+
+    def loss(parameters, x, y):
+        out = torch.func.functional_call(job.model, parameters, (x[None],))
+        return nn.functional.cross_entropy(out, y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    for step in range(2):
+        x, y = place.rows(*batch(step))
+        parameters = {name: p.detach() for name, p in job.model.named_parameters()}
+        gradients = each(parameters, x, y)
+        count = job.count(len(y))
+        for name, p in job.model.named_parameters():
+            p.grad = gradients[name].sum(0) / count
+        yield take_step(job, optimizer)
+
+
+@situation()
+def hessian_vector_product(place):
+    """A penalty on a Hessian-vector product of the loss in the inputs."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for step in range(2):
+        x, y = place.rows(*batch(step))
+        x.requires_grad_()
+        loss = job.cross_entropy_sum(job.model(x), y)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        (curve,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        ((loss + curve.square().sum()) / job.count(len(y))).backward()
+        yield take_step(job, optimizer)
+
+
+@situation(refused={"fsdp hsdp": "used outside of its unit"})
+def penalty_on_weights(place):
+    """An L2 term over job.model.parameters() is part of the loss of each rank's rows."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+    for step in range(2):
+        x, y = place.rows(*batch(step))
+        count = job.count(len(y))
+        weights = sum(p.square().sum() for p in job.model.parameters())
+        loss = job.cross_entropy_sum(job.model(x), y) / count + weights * len(y) / count
+        loss.backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def loss_of_two_forwards(place):
+    """Two forwards of one batch, their distance in one loss, accumulated."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+    for step in range(3):
+        for part in range(2):
+            x, y = place.rows(*batch(2 * step + part))
+            with job.microbatch(last=part == 1):
+                one, two = job.model(x), job.model(x + 0.1)
+                distance = (one - two).square().sum() / (2 * job.count(len(y)))
+                (loss_of(job, one, y, 2) + distance).backward()
+        yield take_step(job, optimizer)
+
+
+@situation(refused={"zero2": "give each backward a job.microbatch of its own"})
+def retained_graph(place):
+    """loss.backward(retain_graph=True) of one term, then of another, in one micro-batch."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
+    for step in range(2):
+        x, y = place.rows(*batch(step))
+        with job.microbatch(last=False):
+            out = job.model(x)
+            loss_of(job, out, y).backward(retain_graph=True)
+            (out.square().sum() / job.count(len(y))).backward()
+        with job.microbatch(last=True):
+            loss_of(job, job.model(x), y).backward()
+        yield take_step(job, optimizer)
+
+
+@situation()
+def a_value_of_the_last_step_in_the_loss(place):
+    """The detached output of the step before is a target; nothing else is kept."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
+    before = 0.0
+    x, y = place.rows(*batch(0))
+    for step in range(3):
+        backward(place, job, step)
+        end_step(job, optimizer)
+        out = job.model(x)
+        ((out - before).square().sum() / job.count(len(y))).backward()
+        before = out.detach()
+        end_step(job, optimizer)
+        yield seen(job)

@@ -1,0 +1,45 @@
+"""What the situations about loops share: a small net, its batches, and two micro-batches a step."""
+
+import torch
+from torch import nn
+
+UNITS = ["0", "2"]
+
+
+def net(*, hidden=5, classes=4, bias=True):
+    """Three layers, of which two are units."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Linear(6, hidden, bias=bias), nn.Tanh(),
+            nn.Linear(hidden, 7, bias=bias), nn.Tanh(),
+            nn.Linear(7, classes, bias=bias),
+        ).double()  # fmt: skip
+
+
+def batch(step, rows=8, width=6, classes=4):
+    """A global batch; another one each step."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, classes, (rows,), generator=generator)
+
+
+def loss_of(job, output, y, parts=1):
+    """A micro-batch's share of the loss, where a step has so many of one size."""
+    return job.cross_entropy_sum(output, y) / (parts * job.count(len(y)))
+
+
+def backward(place, job, step, parts=2):
+    """The backwards of one step, in so many micro-batches."""
+    for i in range(parts):
+        x, y = place.rows(*batch(parts * step + i))
+        with job.microbatch(last=i == parts - 1):
+            loss_of(job, job.model(x), y, parts).backward()
+
+
+def end_step(job, optimizer):
+    """The rest of a step."""
+    job.finish()
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
