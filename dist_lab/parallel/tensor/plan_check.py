@@ -110,6 +110,8 @@ class PlanCheck:
                         self._compare_gradients(whole, split, sync)
         except _NoMemory:
             return
+        except _Agreed as agreed:
+            raise UserError(str(agreed)) from None
         finally:
             for name in self.plan:  # a cycle, that would keep the copy's memory
                 vars(split.model.get_submodule(name)).pop("forward", None)
@@ -128,7 +130,7 @@ class PlanCheck:
                 try:
                     trial = Trial(self._copy(values, way), way)
                     trial.forward(self.plan, inputs, lambda name: None)
-                    drew = any(map(_differ, states, random_states(self.axis)))
+                    drew = not all(map(torch.equal, states, random_states(self.axis)))
                     outcome = b"drew" if drew else b"sure"
                 except Exception:  # if it is the model's own, its own forward will raise it
                     trial = None
@@ -232,7 +234,7 @@ class PlanCheck:
                     far = _distance(mine, part)
                     if far <= close:
                         continue
-                    detail = f"the output of {what} is off by {far:.1e} of its norm"
+                    detail = f"the output of {what} is off by {far:.2g} of its norm"
                 else:
                     continue
                 return self._refusal(split, i, detail)
@@ -251,12 +253,13 @@ class PlanCheck:
                 part = self._part("", split, ours.get(name, full), full)
             far = _distance(ours.get(name, torch.zeros_like(part)), part, least * total)
             if far > close:
+                also = ", or a piece of the sequence," if self.cut else ""
                 line = (
-                    f"under this plan the gradient of {name} is off by {far:.1e} of its norm: what "
-                    "it has a part in is used with split features, or on a piece of the sequence, "
-                    "of which each rank sees a part; use it before a colwise or after a rowwise "
-                    "layer, plan the layer before it colwise_gather_output, or under "
-                    "sequence_parallel its module 'sequence'"
+                    f"under this plan the gradient of {name} is off by {far:.2g} of its norm: each "
+                    f"rank has a part of it, as it, or what it leads to, meets split features{also}"
+                    " in no planned layer; use it before a colwise or after a rowwise layer, or "
+                    "plan the layer before it colwise_gather_output"
+                    + (", or its own module 'sequence'" if self.cut else "")
                 )
         return line
 
@@ -284,23 +287,28 @@ class PlanCheck:
         Args:
             until: the number of the first output that is wrong.
         """
-        called = [name for name, _ in split.outputs[: until + 1] if name]
-        columns = [n for n in called if self.plan[n].role in ("column", "grouped")]
-        rows = [i for i, name in enumerate(called[:until]) if self.plan[name].role == "row"]
-        after_row = called[rows[-1] + 1 :] if rows else called
-        still_open = [n for n in columns if n in after_row]
+        called = [name for name, _ in split.outputs[:until] if name]
+        still_open: list[str] = []
+        for name in called:
+            if self.plan[name].role in ("column", "grouped"):
+                still_open.append(name)
+            elif self.plan[name].role == "row":
+                around = name.rpartition(".")[0]
+                still_open = [n for n in still_open if around and not n.startswith(f"{around}.")]
         if self.cut and not still_open:
             return (
                 f"under this plan and sequence_parallel {detail}: something is done with a piece "
                 "of the sequence as if it were all of it; give what needs all of it 'gather_input' "
                 "in the plan, or leave out sequence_parallel"
             )
-        names = still_open or columns[-1:] or called[-1:] or [*self.plan][:1]
+        ends = [n for n in called if self.plan[n].role == "vocabulary"]
+        here = [name for name, _ in split.outputs[until : until + 1] if name]
+        names = still_open or here or ends or called[-1:] or [*self.plan][:1]
         parent = names[-1].rpartition(".")[0]
         names = [n for n in dict.fromkeys(names) if n.rpartition(".")[0] == parent]
         kind = type(self.model.get_submodule(parent)).__name__
         where = f"{kind} ({parent})" if parent else kind
-        role = self.plan[names[-1]].role
+        role = "column" if still_open else self.plan[names[-1]].role
         return (
             f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} "
             f"{FIELD_NAMES.get(role, role)}, but {where} does something else with a part "
@@ -310,7 +318,7 @@ class PlanCheck:
         )
 
 
-class _Agreed(UserError):
+class _Agreed(Exception):
     """What the ranks have agreed to raise."""
 
 
@@ -335,10 +343,6 @@ def _distance(ours: Tensor, theirs: Tensor, least: float = 0.0) -> float:
     if not math.isfinite(norm):  # nothing can be told
         return 0.0
     return difference / max(norm, 1e-300) if math.isfinite(difference) else math.inf
-
-
-def _differ(before: Tensor, after: Tensor) -> bool:
-    return not torch.equal(before, after)
 
 
 def _line(error: Exception) -> str:

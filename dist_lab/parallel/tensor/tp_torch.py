@@ -33,7 +33,7 @@ from dist_lab.parallel.tensor.plan_check import PlanCheck
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup, Sync
-from dist_lab.torch_private import forget_shardings, keeps_graph
+from dist_lab.torch_private import forget_shardings, keeps_graph, may_be_split_again
 
 
 def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
@@ -76,6 +76,7 @@ def _split(
     from torch.distributed.tensor import Replicate, Shard  # here: it takes a second
     from torch.distributed.tensor.parallel import parallelize_module
 
+    may_be_split_again(model)
     ties = [slots for slots in param_slots(model).values() if len(slots) > 1]
     stream = Shard(1) if cut else Replicate()  # (B, T, D)
     parallelize_module(model, mesh, _styles(model, plan, stream), src_data_rank=None)
