@@ -253,12 +253,12 @@ class PlanCheck:
                 part = self._part("", split, ours.get(name, full), full)
             far = _distance(ours.get(name, torch.zeros_like(part)), part, least * total)
             if far > close:
-                also = ", or a piece of the sequence," if self.cut else ""
+                also = " or a piece of the sequence" if self.cut else ""
                 line = (
                     f"under this plan the gradient of {name} is off by {far:.2g} of its norm: each "
-                    f"rank has a part of it, as it, or what it leads to, meets split features{also}"
-                    " in no planned layer; use it before a colwise or after a rowwise layer, or "
-                    "plan the layer before it colwise_gather_output"
+                    "rank has a part of it, as it, or what it leads to, meets split features"
+                    f"{also} outside of planned layers; use it before a colwise or after a rowwise "
+                    "layer, or plan the layer before it colwise_gather_output"
                     + (", or its own module 'sequence'" if self.cut else "")
                 )
         return line

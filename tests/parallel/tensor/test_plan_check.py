@@ -1,15 +1,20 @@
 """A plan that people write trains as one process does, or is refused in one line on every rank."""
 
 import re
+import warnings
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import MODELS
+from models import batch as tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dist_lab
 from dist_lab.comm import ops
+from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import UserError
 
 CUT = {"sequence_parallel": True}
@@ -469,3 +474,215 @@ def test_the_trial_of_a_plan_leaves_no_trace(mode, mesh):
     assert torch.equal(generator, its)
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert held == wanted_held
+
+
+@ranks(2)
+def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
+    for mode in (torch.no_grad, torch.inference_mode):
+        job = dist_lab.parallelize(built(lambda: Mlp(nn.PReLU()))(), mesh, "tp", plan=BLOCK)
+        for _ in range(2):
+            with mode():
+                torch.testing.assert_close(
+                    job.model(batch()), built(lambda: Mlp(nn.PReLU()))()(batch())
+                )
+        job.model.eval()
+        with pytest.raises(UserError, match=PART.format("between.weight")):
+            job.model(batch())
+        wrong = dist_lab.parallelize(built(FusedGate)(), mesh, "tp", plan=BLOCK)
+        with mode(), pytest.raises(UserError, match=SPLIT):
+            wrong.model(batch())
+
+
+@ranks(2)
+def test_the_gradient_of_an_input_is_compared_too(mesh):
+    class First(InnerResidual):
+        def forward(self, x):
+            return self.block(x)
+
+    job = dist_lab.parallelize(built(First)(), mesh, "tp", plan=BLOCK)
+    x = batch(shape=(2, 8, 8))
+    job.model(x.detach())
+    job = dist_lab.parallelize(built(First)(), mesh, "tp", plan=BLOCK)
+    with pytest.raises(UserError, match=PART.format("input 0")):
+        job.model(x.requires_grad_())
+
+
+@ranks(2)
+def test_what_cannot_be_tried_is_used_as_it_is(mesh):
+    class Uncopied(Mlp):
+        def __deepcopy__(self, memo):
+            raise TypeError("one of a kind")
+
+    class ForAPart(Mlp):
+        def block(self, x):
+            return self.down(self.between(self.up(x)).unflatten(-1, (2, 4)).flatten(-2))
+
+    class NoMemory(Mlp):
+        tried = 0
+
+        def block(self, x):
+            NoMemory.tried += 1
+            if NoMemory.tried == 2 and mesh.rank == 1:  # in the split copy
+                raise torch.OutOfMemoryError("none")
+            return super().block(x)
+
+    for make in (Uncopied, ForAPart, NoMemory):
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
+        wanted = built(Mlp)()(batch())
+        torch.testing.assert_close(job.model(batch()), wanted, rtol=1e-12, atol=1e-12)
+    assert NoMemory.tried == 3
+
+
+@ranks(2)
+def test_copies_compute_in_the_dtypes_of_a_model_that_mixes_them(mesh):
+    class Mixed(Mlp):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    for make, plan in ((Mixed, BLOCK), (lambda: Mixed(nn.Softmax(-1)), BLOCK)):
+        torch.manual_seed(0)
+        job = dist_lab.parallelize(make(), mesh, "tp", plan=plan)
+        if make is Mixed:
+            job.model(batch())
+        else:
+            with pytest.raises(UserError, match="the output of down is off"):
+                job.model(batch())
+
+
+@ranks(2)
+def test_a_model_that_recomputes_or_calls_the_original_is_tried(mesh):
+    class Again(Mlp):
+        reentrant = False
+
+        def block(self, x):
+            return checkpoint(super().block, x, use_reentrant=self.reentrant)
+
+    class Reentrant(Again):
+        reentrant = True
+
+    class Closed(Mlp):
+        def __init__(self, between=None):
+            super().__init__(between)
+            self.n.forward = lambda x, plain=self.n.forward: plain(x)
+
+    for make in (Again, Reentrant, Closed):
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
+        y, plain = job.model(batch()), built(Mlp)()
+        assert all(p.grad is None and p.requires_grad for p in job.model.parameters())
+        wanted = plain(batch())
+        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        y.square().sum().backward()
+        wanted.square().sum().backward()
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
+        wrong = dist_lab.parallelize(built(partial(make, nn.PReLU()))(), mesh, "tp", plan=BLOCK)
+        with pytest.raises(UserError, match=PART.format("between.weight")):
+            wrong.model(batch())
+
+
+@ranks(2)
+def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_does(mesh):
+    plain = built(Mlp)()
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler, that it does not compile hooks
+        compiled = torch.compile(job.model, backend="eager")
+        for shape in ((2, 8, 6), (3, 4, 6), (5, 6)):
+            total = 0.0
+            for step in range(2):  # two forwards before a backward
+                y, wanted = compiled(batch(step, shape)), plain(batch(step, shape))
+                torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+                total = total + y.square().sum()
+                wanted.square().sum().backward()
+            total.backward()
+            job.finish()
+            for name, gradient in job.full_gradients().items():
+                torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
+            job.model.zero_grad()
+            plain.zero_grad()
+
+
+@pytest.mark.ranks(2)
+def test_a_forward_on_one_rank_alone_ends_in_a_line():
+    mesh = dist_lab.init_mesh(timeout=2, tp=2)
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
+    job.model(batch())
+    if mesh.rank == 0:
+        said = "phase=check unit=inputs: all_gather .*on tp.*(imed out|2000ms)"
+        with pytest.raises(CollectiveError, match=said):
+            job.model(batch())
+
+
+# --- the same rows, and the same masks ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["hand", "torch"])
+@ranks(2)
+def test_other_rows_on_each_rank_are_refused_in_every_forward(impl, mesh):
+    said = "^ranks of tp were given other inputs: rank 1 against rank 0; feed the same batch to all"
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", impl, plan=BLOCK)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(UserError, match=said):
+            job.model(batch(mesh.rank))
+        job.model(batch())
+        with mode(), pytest.raises(UserError, match=said):
+            job.model(x=batch(mesh.rank))
+    with pytest.raises(UserError, match=said):
+        job.model(batch()[: 2 - mesh.rank])
+
+
+@ranks(2)
+def test_other_tokens_on_each_rank_are_refused_under_a_plan_of_the_zoo(mesh):
+    job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
+    with pytest.raises(UserError, match="rank 1 against rank 0; feed the same batch"):
+        job.model(tokens(mesh.rank)[0])
+    job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
+    for step in range(2):
+        with mesh.wire.ledger.recording() as calls:
+            job.model(tokens(step)[0])
+        found = [call.unit for call in calls if call.phase == "check"]
+        assert found == ([] if step else ["inputs"])
+
+
+@ranks(2)
+def test_pieces_of_a_sequence_may_differ_and_have_one_length(mesh):
+    plan = BLOCK | dict.fromkeys("eno", "sequence")
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=plan, **CUT)
+    y = job.model(batch().chunk(2, 1)[mesh.rank])
+    torch.testing.assert_close(y, built(Mlp)()(batch()).chunk(2, 1)[mesh.rank])
+    with pytest.raises(UserError, match="rank 1 against rank 0; feed pieces of one length to all"):
+        job.model(batch().split([3, 5], 1)[mesh.rank])
+
+
+class Dropped(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.rate = p
+
+    def forward(self, x):
+        return F.dropout(x, self.rate)
+
+
+@pytest.mark.parametrize("impl", ["hand", "torch"])
+@pytest.mark.parametrize("make", [nn.Dropout, Dropped])
+@ranks(2)
+def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay_alike(
+    make, impl, mesh
+):
+    dropout = nn.Sequential(make(0.5), nn.Tanh())
+    job = dist_lab.parallelize(built(lambda: Mlp(dropout))(), mesh, "tp", impl, plan=BLOCK)
+    torch.manual_seed(mesh.rank)
+    said = (
+        r"rank 1 against rank 0; call torch\.manual_seed .* \((dropout or the like|between\.0 \(D)"
+    )
+    with pytest.raises(UserError, match=said):
+        job.model(batch())
+    torch.manual_seed(5)
+    for _ in range(2):
+        y = job.model(batch()).detach()
+        assert torch.equal(*ops.all_gather(y[None], mesh["tp"]))
+    torch.manual_seed(mesh.rank)
+    if make is nn.Dropout:
+        job.model.eval()
+        job.model(batch())  # draws nothing
