@@ -32,7 +32,7 @@ from dist_lab.errors import MachineError, UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, Shard, shard_of, slice_local
 from dist_lab.parallel.tensor.plan import FIELD_NAMES, Planned, takes_whole
-from dist_lab.parallel.tensor.same_inputs import random_states, set_random_states
+from dist_lab.parallel.tensor.same_inputs import random_states
 from dist_lab.parallel.tensor.sequence import T
 from dist_lab.parallel.tensor.trial import (
     Inputs,
@@ -125,8 +125,7 @@ class PlanCheck:
         for choice in ways(self.model):
             ran: Trial | None = None
             for way in choice:
-                trial, states = None, [*random_states(self.axis)]
-                outcome = b""
+                trial, outcome, states = None, b"", [*random_states(self.axis)]
                 try:
                     trial = Trial(self._copy(values, way), way)
                     trial.forward(self.plan, inputs, lambda name: None)
@@ -134,7 +133,6 @@ class PlanCheck:
                     outcome = b"drew" if drew else b"sure"
                 except Exception:  # if it is the model's own, its own forward will raise it
                     trial = None
-                set_random_states(states)
                 outcomes = set(ops.all_gather_bytes(outcome, self.axis))
                 if outcomes == {b"sure"}:
                     return trial, True

@@ -12,7 +12,7 @@ every rank then: other numbers than one process would draw, and no rank drifts.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -101,12 +101,6 @@ def random_states(axis: Axis) -> Iterator[Tensor]:
     yield torch.get_rng_state()
     if axis.wire.device.type == "cuda":
         yield torch.cuda.get_rng_state(axis.wire.device)
-
-
-def set_random_states(states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
 
 
 def digest(tensors: Iterator[Tensor], *, values: bool = True) -> int:

@@ -139,6 +139,27 @@ class Chosen(Mlp):
         return (self.down if h.abs().argmax() % h.shape[-1] < 4 else self.other)(h)
 
 
+class Dropping(Mlp):
+    def block(self, x):
+        return self.down(F.dropout(self.up(x), 0.5, self.training).softmax(-1))
+
+
+class Indexed(Mlp):
+    def forward(self, x):
+        return super().forward(x), self.up(self.e(x)).argmax(-1)
+
+
+class Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        assert dy.shape[-1] == 16, f"{dy.shape[-1]} features"
+        return dy
+
+
 class Pooled(Mlp):
     def forward(self, x):
         return super().forward(x).mean(-2, keepdim=True) + x[..., :1] * 0
@@ -274,6 +295,8 @@ def test_so_it_does_under_the_twin(mesh):
 def test_a_row_alone_works_on_a_stream_that_is_cut(mesh):
     plain, x = built(Mlp)(), batch()
     job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=ROW_CUT, **CUT)
+    job.model(torch.ones_like(x).chunk(2, 1)[mesh.rank]).sum().backward()  # pieces that are equal
+    job.model.zero_grad()
     y, wanted = job.model(x.chunk(2, 1)[mesh.rank]), plain(x)
     torch.testing.assert_close(y, wanted.chunk(2, 1)[mesh.rank], rtol=1e-12, atol=1e-12)
     y.square().sum().backward()
@@ -285,15 +308,22 @@ def test_a_row_alone_works_on_a_stream_that_is_cut(mesh):
 
 @ranks(2)
 def test_in_a_narrow_dtype_a_right_plan_passes_and_a_wrong_one_does_not(mesh):
-    for make, dtype in ((Mlp, torch.float32), (FusedGate, torch.float32), (FusedGate, None)):
-        model = built(make)().to(dtype or torch.bfloat16)
-        narrow = torch.bfloat16 if dtype else None
+    class Narrowed(Mlp):
+        def forward(self, x):
+            return super().forward(x.bfloat16())
+
+    norm = between(lambda x: F.rms_norm(x, x.shape[-1:]))  # off by less than bfloat16 may be
+    narrowed = partial(Narrowed, nn.Softmax(-1))
+    cases = [(Mlp, True), (Mlp, False), (norm, True), (norm, False), (narrowed, True)]
+    for make, masters in cases:
+        model = built(make)().to(torch.float32 if masters else torch.bfloat16)
+        narrow = torch.bfloat16 if masters else None
         job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK, param_dtype=narrow)
-        x = batch().to(dtype or torch.bfloat16)
+        x = batch().to(model.e.weight.dtype)
         if make is Mlp:
             job.model(x)
         else:
-            with pytest.raises(UserError, match=r"^up is colwise, but FusedGate .* of down"):
+            with pytest.raises(UserError, match=r"down(\.weight)? is off by 0\."):
                 job.model(x)
 
 
@@ -374,7 +404,16 @@ WRONG = {  # name: (model, input, plan, options, the refusal)
     ),
     "positions of a piece": (Positions, batch, PIECES, CUT, PIECE.format("up")),
     "statistics of a piece": (
-        lambda: Mlp(norm=nn.BatchNorm1d), rows, PIECES, CUT, PIECE.format("n"),
+        lambda: Mlp(nn.Dropout(0.5), norm=nn.BatchNorm1d), rows, PIECES, CUT, PIECE.format("n"),
+    ),
+    "softmax beside a function that drops": (Dropping, batch, BLOCK, {}, SPLIT),
+    "an index of a part": (
+        Indexed, batch, BLOCK, {},
+        ELSE.format("up is colwise", "Indexed", "the output of Indexed is off"),
+    ),
+    "a backward that counts features": (
+        between(lambda x: Counting.apply(x)), batch, BLOCK, {},
+        r"^under this plan backward fails \(8 features\), and the whole model runs",
     ),
     "a norm that is said to be whole": (
         Lm, words, LM_CUT | {"block.n": "replicate"}, CUT,
@@ -485,6 +524,9 @@ def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
                 torch.testing.assert_close(
                     job.model(batch()), built(lambda: Mlp(nn.PReLU()))()(batch())
                 )
+        with mesh.wire.ledger.recording() as calls, mode():
+            job.model(batch())
+        assert [call.unit for call in calls if call.phase == "check"] == ["inputs"]
         job.model.eval()
         with pytest.raises(UserError, match=PART.format("between.weight")):
             job.model(batch())
@@ -686,3 +728,38 @@ def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay
     if make is nn.Dropout:
         job.model.eval()
         job.model(batch())  # draws nothing
+
+
+# --- inputs in pieces, and models that have been used ---------------------------------------------
+
+
+@ranks(2)
+def test_an_input_that_is_whole_beside_pieces_stays_whole(mesh):
+    class Masked(Mlp):
+        def forward(self, x, mask):
+            return super().forward(x * mask)
+
+    for make in (Masked, partial(Masked, nn.Softmax(-1))):
+        plain, mask = built(make)(), batch(1, (2, 1, 6))
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=PIECES, **CUT)
+        x = batch().chunk(2, 1)[mesh.rank]
+        if make is Masked:
+            y, wanted = job.model(x, mask=mask), plain(batch(), mask)
+            torch.testing.assert_close(y, wanted.chunk(2, 1)[mesh.rank])
+        else:
+            with pytest.raises(UserError, match=SPLIT):
+                job.model(x, mask=mask)
+
+
+@ranks(2)
+def test_a_model_that_has_kept_what_it_computed_is_tried(mesh):
+    class Keeps(Mlp):
+        def forward(self, x):
+            self.kept = {"x": [self.e(x)]}
+            return super().forward(x)
+
+    model = built(lambda: Keeps(nn.PReLU()))()
+    model(batch())
+    job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK)
+    with pytest.raises(UserError, match=PART.format("between.weight")):
+        job.model(batch())
