@@ -15,7 +15,7 @@ has some. How copies are made, and in which dtype they compute: see trial.py.
 What cannot be compared is not refused: a model that cannot be copied, one that does not run whole,
 or for which there is no memory; and of a forward that draws random numbers in eval mode, too, it is
 only seen that it runs. Cost: a step of one process in float64, once, and while that lasts the
-memory of the whole model and its activations.
+memory of its activations and of three models of whole parameters.
 """
 
 import json

@@ -730,6 +730,19 @@ def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay
         job.model(batch())  # draws nothing
 
 
+@ranks(2)
+def test_dropout_on_features_that_do_not_divide_says_when_to_seed(mesh):
+    job = dist_lab.parallelize(
+        built(lambda: Mlp(nn.Dropout(0.5), hidden=15))(), mesh, "tp", plan=BLOCK
+    )
+    torch.manual_seed(5)
+    job.model(batch())
+    with pytest.raises(UserError, match="or before each forward if features that are dropped"):
+        job.model(batch())
+    torch.manual_seed(6)
+    job.model(batch())
+
+
 # --- inputs in pieces, and models that have been used ---------------------------------------------
 
 
