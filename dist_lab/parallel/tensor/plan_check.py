@@ -227,7 +227,7 @@ class PlanCheck:
             for mine, full in zip(here, there, strict=True):
                 part, mine = self._part(name, split, mine, full), local_part(mine)
                 if part.shape != mine.shape:
-                    detail = f"{what} gives {[*mine.shape]} in place of {[*full.shape]}"
+                    detail = f"{what} gives {[*mine.shape]} in place of {[*part.shape]}"
                 elif exact or mine.is_floating_point():
                     far = _distance(mine, part)
                     if far <= close:

@@ -26,6 +26,7 @@ from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.torch_private import AnyDropout
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+HOOKS = {name for name in vars(nn.Module()) if "_hooks" in name}  # where a module keeps them
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def whole_parameters(
     values = gather_all(own, layouts, mesh)
     generator = torch.Generator().manual_seed(0)
     for name, value in values.items():
-        if not value.any():
+        if value.is_floating_point() and not value.any():
             drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             values[name] = (drawn / max(value.shape[-1:], default=1) ** 0.5).to(value)
     return values
@@ -190,12 +191,12 @@ def plain_copy(model: nn.Module, values: Mapping[str, Tensor], way: Way) -> nn.M
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
-            if "_hooks" in name:
+            if name in HOOKS:
                 memo[id(value)] = OrderedDict()
             elif name in module._parameters:  # a narrow copy that stands before a parameter
                 memo[id(value)] = None
     for name, parameter in model.named_parameters():
-        value = values[name].to(way.dtype or values[name].dtype, copy=True)
+        value = way.cast(values[name].clone())
         memo[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
     for module in model.modules():
         for tensor in tensors_in([*vars(module).values()]):  # buffers, and what a forward has kept
