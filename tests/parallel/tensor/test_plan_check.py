@@ -1,5 +1,6 @@
 """A plan that people write trains as one process does, or is refused in one line on every rank."""
 
+import gc
 import re
 import warnings
 from functools import partial
@@ -18,6 +19,7 @@ from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import UserError
 
 CUT = {"sequence_parallel": True}
+IMPLS = ("hand", "torch")
 BLOCK = {"up": "colwise", "down": "rowwise"}
 
 
@@ -495,10 +497,17 @@ def test_the_trial_of_a_plan_leaves_no_trace(mode, mesh):
                 if "PlanCheck" in repr(getattr(hook, "function", None)):
                     hook.function = lambda *_: None
         torch.manual_seed(1)
-        for _ in range(2):
-            x = batch(shape=(8, 6))
-            with mode():
-                y = model(x)
+        gc.collect()
+        gc.disable()  # copies go by themselves
+        modules = [m for m in gc.get_objects() if type(m) in (Leaves, nn.Linear)]
+        try:
+            for _ in range(2):
+                x = batch(shape=(8, 6))
+                with mode():
+                    y = model(x)
+            assert [m for m in gc.get_objects() if type(m) in (Leaves, nn.Linear)] == modules
+        finally:
+            gc.enable()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         found.append((y, torch.get_rng_state(), state))
         assert model.calls == 2
@@ -517,8 +526,9 @@ def test_the_trial_of_a_plan_leaves_no_trace(mode, mesh):
 
 @ranks(2)
 def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
-    for mode in (torch.no_grad, torch.inference_mode):
-        job = dist_lab.parallelize(built(lambda: Mlp(nn.PReLU()))(), mesh, "tp", plan=BLOCK)
+    cases = [(mode, impl) for mode in (torch.no_grad, torch.inference_mode) for impl in IMPLS]
+    for mode, impl in cases:
+        job = dist_lab.parallelize(built(lambda: Mlp(nn.PReLU()))(), mesh, "tp", impl, plan=BLOCK)
         for _ in range(2):
             with mode():
                 torch.testing.assert_close(
@@ -530,7 +540,7 @@ def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
         job.model.eval()
         with pytest.raises(UserError, match=PART.format("between.weight")):
             job.model(batch())
-        wrong = dist_lab.parallelize(built(FusedGate)(), mesh, "tp", plan=BLOCK)
+        wrong = dist_lab.parallelize(built(FusedGate)(), mesh, "tp", impl, plan=BLOCK)
         with mode(), pytest.raises(UserError, match=SPLIT):
             wrong.model(batch())
 
@@ -568,7 +578,21 @@ def test_what_cannot_be_tried_is_used_as_it_is(mesh):
                 raise torch.OutOfMemoryError("none")
             return super().block(x)
 
-    for make in (Uncopied, ForAPart, NoMemory):
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            assert dy.shape[-1] == 8 or mesh.rank == 0  # of the whole copy, on one rank
+            return dy
+
+    class Backward(Mlp):
+        def block(self, x):
+            return self.down(NoBackward.apply(self.between(self.up(x))))
+
+    for make in (Uncopied, ForAPart, NoMemory, Backward):
         job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
         wanted = built(Mlp)()(batch())
         torch.testing.assert_close(job.model(batch()), wanted, rtol=1e-12, atol=1e-12)
@@ -659,7 +683,7 @@ def test_a_forward_on_one_rank_alone_ends_in_a_line():
 # --- the same rows, and the same masks ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", ["hand", "torch"])
+@pytest.mark.parametrize("impl", IMPLS)
 @ranks(2)
 def test_other_rows_on_each_rank_are_refused_in_every_forward(impl, mesh):
     said = "^ranks of tp were given other inputs: rank 1 against rank 0; feed the same batch to all"
@@ -706,7 +730,7 @@ class Dropped(nn.Module):
         return F.dropout(x, self.rate)
 
 
-@pytest.mark.parametrize("impl", ["hand", "torch"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("make", [nn.Dropout, Dropped])
 @ranks(2)
 def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay_alike(
@@ -762,6 +786,22 @@ def test_an_input_that_is_whole_beside_pieces_stays_whole(mesh):
         else:
             with pytest.raises(UserError, match=SPLIT):
                 job.model(x, mask=mask)
+
+
+@ranks(2)
+def test_tokens_may_come_in_pieces_too(mesh):
+    plan = INSIDE | dict.fromkeys(("emb", "head", *(f"block.{n}" for n in "eno")), "sequence")
+    job = dist_lab.parallelize(built(Lm)(), mesh, "tp", plan=plan, **CUT)
+    y = job.model(words().chunk(2, 1)[mesh.rank])
+    torch.testing.assert_close(y, built(Lm)()(words()).chunk(2, 1)[mesh.rank])
+    wrong = dist_lab.parallelize(built(LmOfLengths)(), mesh, "tp", plan=plan, **CUT)
+    with pytest.raises(UserError, match=PIECE.format("LmOfLengths")):
+        wrong.model(words().chunk(2, 1)[mesh.rank])
+
+
+class LmOfLengths(Lm):
+    def forward(self, x):
+        return super().forward(x) * x.shape[-1]
 
 
 @ranks(2)
