@@ -245,9 +245,7 @@ class Job:
             cls, options, own_options, here, self.layouts, self.mesh, by_tensor=by_tensor
         )
         held = {name: own for name, own in own_options.items() if name in here}
-        each = [
-            {"params": [here[name] for name in names], **own} for own, names in by_options(held)
-        ]
+        each = [{"params": [here[n] for n in names], **own} for own, names in by_options(held)]
         each = each or [{"params": [nn.Parameter(torch.empty(0))]}]  # a stage without a weight
         if self._make_optimizer is not None:
             optimizer = self._make_optimizer(cls, each, options)

@@ -40,10 +40,10 @@ __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
     "ddp_forward_begins", "ddp_forward_ends", "flop_counter", "forget_shardings",
     "forget_unsharded_gradients", "found_infs", "group_timeout", "is_view", "keeps_graph",
-    "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors", "outside_modes",
-    "register_fake_backend", "saved_tensors_hooks_around", "set_scaled_step", "share_hooks",
-    "storage_key", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten",
-    "when_backward_ends",
+    "may_be_split_again", "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors",
+    "outside_modes", "register_fake_backend", "saved_tensors_hooks_around", "set_scaled_step",
+    "share_hooks", "storage_key", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
+    "tree_unflatten", "when_backward_ends",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -162,6 +162,12 @@ def group_timeout(group: "ProcessGroup") -> float:
     device = torch.device("cuda" if "nccl" in str(get_backend(group)) else "cpu")
     limit: timedelta = group._get_backend(device).options._timeout
     return limit.total_seconds()
+
+
+def may_be_split_again(model: nn.Module) -> None:
+    """Let `distribute_module` split the modules of a copy, which it marks as those of the model."""
+    for module in model.modules():
+        vars(module).pop("_distribute_module_applied", None)
 
 
 def forget_shardings() -> None:

@@ -85,7 +85,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         yield from tensors_in([getattr(output, f.name) for f in dataclasses.fields(output)])
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """A structure of the same make, with `function` of each tensor in place of the tensor."""
     if isinstance(value, Tensor):
         return function(value)

@@ -37,6 +37,7 @@ ALSO_CALLED = {  # the field's names
     "gather_input": "joined",
     "replicate": "whole",
 }
+FIELD_NAMES = {ours: theirs for theirs, ours in ALSO_CALLED.items()}
 
 
 @runtime_checkable
@@ -80,6 +81,20 @@ def own_plan(model: nn.Module) -> Plan:
             'plan={"up": "column", "down": "row", ...}'
         )
     return model.tp_plan()
+
+
+def is_tested(model: nn.Module, plan: Plan | None) -> bool:
+    """Whether the plan is one that a model of the zoo brings, which our own tests have tried."""
+    return plan is None and type(model).__module__.startswith("dist_lab.zoo.")
+
+
+def takes_whole(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
+    """Whether, under sequence parallelism, the model is given whole sequences and cuts them."""
+    return any(
+        planned.role == "cut"
+        or (planned.role == "vocabulary" and isinstance(model.get_submodule(name), nn.Embedding))
+        for name, planned in plan.items()
+    )
 
 
 def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:

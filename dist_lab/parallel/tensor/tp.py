@@ -40,8 +40,8 @@ dots, to a role. A model of the zoo brings its own, `tp_plan()`.
     "joined"              sees whole inputs, put together from pieces
 
 They may also be called colwise, colwise_grouped, colwise_gather_output, rowwise, replicate,
-scatter_output and gather_input. A plan that is not the zoo's is tried before it trains: see
-plan_check.py.
+scatter_output and gather_input. A plan that is not the zoo's is tried before its first forward,
+see plan_check.py; what every rank must be given alike is compared in each, see same_inputs.py.
 
 [Note: columns that read together] Columns of one parent that are given one and the same tensor,
 such as q, k and v, share its way in: it is gathered once, and the sum of their input gradients is
@@ -53,6 +53,7 @@ Such parameters are `partial` over their ranks, and the sum is paid in `finish`,
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,9 +65,10 @@ from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Shard, shard_bounds, shard_of
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import set_param
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
+from dist_lab.parallel.param_slots import param_slots, set_param
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, is_tested
 from dist_lab.parallel.tensor.plan_check import PlanCheck
+from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.parallel.tensor.sequence import Entry, Residual, entered
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
@@ -93,23 +95,24 @@ def apply(
     if regather and not sequence_parallel:
         raise UserError("regather gathers again what sequence_parallel has cut; give both")
     model, axis = setup.model, setup.axis
-    named, found, layouts = arrange(setup, plan, cut=sequence_parallel)
-    residual = Residual(axis, cut=sequence_parallel, regather=regather)
-    for name, own in found.items():
-        value, how = setup.full_value(name), dict(layouts[name].splits).get(axis.name)
-        if isinstance(how, Shard):
-            value = shard_of(value, how, axis.size, axis.index)
-        set_param(own, value.to(axis.wire.device, copy=True))
-    entries = split_forwards(model, named, residual)
-    is_tested = plan is None and type(model).__module__.startswith("dist_lab.zoo.")
-    if axis.size > 1 and not is_tested and not axis.wire.pretended:
+    named, _, layouts = arrange(setup, plan, cut=sequence_parallel)
 
-        def split(plain: nn.Module) -> None:  # a scratch of its own, as it comes and goes
-            stream = Residual(axis, cut=sequence_parallel, regather=regather)
-            split_forwards(plain, named, stream)
+    def split(model: nn.Module, full_value: Callable[[str], Tensor]) -> Sync:
+        residual = Residual(axis, cut=sequence_parallel, regather=regather)
+        for name, own in param_slots(model).items():
+            value, how = full_value(name), dict(layouts[name].splits).get(axis.name)
+            if isinstance(how, Shard):
+                value = shard_of(value, how, axis.size, axis.index)
+            set_param(own, value.to(axis.wire.device, copy=True))
+        entries = split_forwards(model, named, residual)
+        return TensorParallel(replace(setup, model=model), layouts, residual, entries)
 
-        PlanCheck(setup, named, layouts, split, cut=sequence_parallel)
-    return Applied(layouts, TensorParallel(setup, layouts, residual, entries))
+    sync = split(model, setup.full_value)
+    compare_inputs(model, axis, named, plan, cut=sequence_parallel)
+    if axis.size > 1 and not is_tested(model, plan) and not axis.wire.pretended:
+        split_copy = lambda copy: split(copy, lambda name: copy.get_parameter(name).detach())  # noqa: E731
+        PlanCheck(setup, named, layouts, split_copy, cut=sequence_parallel)
+    return Applied(layouts, sync)
 
 
 # --- what a rank keeps, and what it does with it --------------------------------------------------

@@ -27,10 +27,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors
+from dist_lab.parallel.param_slots import param_slots
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors, is_tested
+from dist_lab.parallel.tensor.plan_check import PlanCheck
+from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Setup, Sync
-from dist_lab.torch_private import forget_shardings, keeps_graph
+from dist_lab.torch_private import forget_shardings, keeps_graph, may_be_split_again
 
 
 def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
@@ -39,13 +42,10 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     Raises:
         UserError: what tp.py refuses, and fewer keys and values than ranks.
     """
-    from torch.distributed.tensor import Replicate, Shard  # here: it takes a second
-    from torch.distributed.tensor.parallel import parallelize_module
-
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis = setup.model, setup.axis
-    named, found, layouts = arrange(setup, plan, cut=sequence_parallel)
+    named, _, layouts = arrange(setup, plan, cut=sequence_parallel)
     for name, layout in layouts.items():
         if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
             raise UserError(
@@ -56,26 +56,44 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     forget_shardings()
     group = axis.group_even_of_one()
     mesh = DeviceMesh.from_group(group, axis.wire.device.type, mesh_dim_names=(axis.name,))
-    ties = [own for own in found.values() if len(own) > 1]
-    stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
-    parallelize_module(model, mesh, _styles(model, named, stream), src_data_rank=None)
-    for parent in _together(named):
-        hook = ModuleHook(partial(_share_input, mesh, stream))
-        model.get_submodule(parent).register_forward_pre_hook(hook)
-    for (module, attribute), *others in ties:
-        for other, name in others:
-            other._parameters[name] = module._parameters[attribute]
-    for name, planned in named.items():
-        module = model.get_submodule(name)
-        if planned.role == "vocabulary" and isinstance(module, nn.Linear):
-            module.register_forward_hook(ModuleHook(lambda m, args, y: SplitLogits(y)))
-    sync = ThroughDTensor(model)
+    split = partial(_split, mesh, named, cut=sequence_parallel)
+    sync = split(model)
+    compare_inputs(model, axis, named, plan, cut=sequence_parallel)
+    if axis.size > 1 and not is_tested(model, plan) and not axis.wire.pretended:
+        PlanCheck(setup, named, layouts, split, cut=sequence_parallel)
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
         + ("SequenceParallel, " if sequence_parallel else "")
         + "one shared input layout for columns that read together), loss_parallel"
     )
     return Applied(layouts, sync, about, make_optimizer=_apart)
+
+
+def _split(
+    mesh: DeviceMesh, plan: Mapping[str, Planned], model: nn.Module, *, cut: bool
+) -> "ThroughDTensor":
+    """Split a model, which may be a copy, as the plan says."""
+    from torch.distributed.tensor import Replicate, Shard  # here: it takes a second
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    may_be_split_again(model)
+    ties = [slots for slots in param_slots(model).values() if len(slots) > 1]
+    stream = Shard(1) if cut else Replicate()  # (B, T, D)
+    parallelize_module(model, mesh, _styles(model, plan, stream), src_data_rank=None)
+    for parent in _together(plan):
+        hook = ModuleHook(partial(_share_input, mesh, stream))
+        model.get_submodule(parent).register_forward_pre_hook(hook)
+    for (module, attribute), *others in ties:
+        for other, name in others:
+            other._parameters[name] = module._parameters[attribute]
+    for name, planned in plan.items():
+        module = model.get_submodule(name)
+        if planned.role == "vocabulary" and isinstance(module, nn.Linear):
+            module.register_forward_hook(ModuleHook(lambda m, args, y: SplitLogits(y)))
+        elif planned.role == "row":
+            hook = ModuleHook(partial(_split_whole, mesh, stream))
+            module.register_forward_pre_hook(hook, prepend=True)
+    return ThroughDTensor(model)
 
 
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
@@ -139,6 +157,16 @@ def _together(plan: Mapping[str, Planned]) -> set[str]:
     """Parents of several columns, which read their first argument."""
     parents = [n.rpartition(".")[0] for n, p in plan.items() if p.role in ("column", "grouped")]
     return {parent for parent in parents if parent and parents.count(parent) > 1}
+
+
+def _split_whole(mesh: DeviceMesh, stream: Any, row: nn.Linear, args: tuple[Any, ...]) -> Any:
+    """A row that no column comes before is given whole features, and RowwiseParallel is told so."""
+    from torch.distributed.tensor import DTensor
+
+    x = args[0]
+    if mesh.size() == 1 or isinstance(x, DTensor) or x.shape[-1] != row.in_features:
+        return None
+    return DTensor.from_local(x, mesh, (stream,), run_check=False)
 
 
 def _share_input(

@@ -188,11 +188,11 @@ def test_the_check_of_a_plan_leaves_no_trace(mesh):
     assert job.model.calls == len(seen) == 4
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(job.model.get_buffer(name), buffer, msg=name)
-    compared = ("plan check", "all_gather", 2 * 16)
+    compared = ("check", "all_gather", 2 * 16)
     summed = ("forward", "all_reduce", 8 * 8 * 8)
     assert calls[2] == calls[3] == [compared, summed]  # by now there is memory to pass through
     assert [call for call in calls[0] if call[0] == "forward"][-1] == summed
-    assert len([call for call in calls[0] if call[0] == "plan check"]) > 1
+    assert len([call for call in calls[0] if call[0] == "check"]) > 1
 
 
 @ranks

@@ -1,0 +1,818 @@
+"""A plan that people write trains as one process does, or is refused in one line on every rank."""
+
+import gc
+import re
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS
+from models import batch as tokens
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dist_lab
+from dist_lab.comm import ops
+from dist_lab.comm.context import CollectiveError
+from dist_lab.errors import UserError
+
+CUT = {"sequence_parallel": True}
+IMPLS = ("hand", "torch")
+BLOCK = {"up": "colwise", "down": "rowwise"}
+
+
+def ranks(size):
+    return pytest.mark.ranks(size, mesh={"tp": size})
+
+
+class Mlp(nn.Module):
+    """One block of two Linears, with something between them, and a layer before and after."""
+
+    def __init__(self, between=None, hidden=16, norm=nn.LayerNorm, scale=None):
+        super().__init__()
+        self.e, self.up, self.down = nn.Linear(6, 8), nn.Linear(8, hidden), nn.Linear(hidden, 8)
+        self.between, self.n, self.o = between or nn.Tanh(), norm(8), nn.Linear(8, 4)
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
+
+    def block(self, x):
+        return self.down(self.between(self.up(x)))
+
+    def forward(self, x):
+        x = self.e(x)
+        y = self.block(x)
+        return self.o(self.n(x + (y if self.scale is None else y * self.scale)))
+
+
+class Function(nn.Module):
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.full(shape, 1.5)) if shape != (None,) else None
+
+    def forward(self, x):
+        return self.function(x) if self.w is None else self.function(x, self.w)
+
+
+class Attention(nn.Module):
+    """`heads`: written down; by default counted by the shape."""
+
+    def __init__(self, heads=-1, kv_heads=2):
+        super().__init__()
+        self.heads, self.groups = heads, 4 // kv_heads
+        self.e, self.q, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.k, self.v = nn.Linear(8, 2 * kv_heads), nn.Linear(8, 2 * kv_heads)
+
+    def forward(self, x):
+        x = self.e(x)
+        q = self.q(x).unflatten(-1, (self.heads, 2))
+        k, v = (layer(x).unflatten(-1, (-1, 2)) for layer in (self.k, self.v))
+        q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
+        k, v = self.repeated(k, q), self.repeated(v, q)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(-2, -3).flatten(-2))
+
+    def repeated(self, x, q):
+        return x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+
+
+class Expanded(Attention):
+    """The number of key heads is taken to be that of the whole model."""
+
+    def repeated(self, x, q):
+        return x[..., None, :, :].expand(*x.shape[:-3], 2, 2, *x.shape[-2:]).flatten(-4, -3)
+
+
+class FusedQkv(Attention):
+    def __init__(self):
+        super().__init__(kv_heads=4)
+        self.q = nn.Linear(8, 24)
+
+    def forward(self, x):
+        parts = self.q(self.e(x)).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (-1, 2)).transpose(-2, -3) for t in parts)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+
+
+class FusedGate(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 32)
+
+    def block(self, x):
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class InnerResidual(Mlp):
+    def block(self, x):
+        h = self.up(x)
+        return self.down(h.tanh() + x.repeat(1, 1, h.shape[-1] // x.shape[-1]))
+
+
+class ByHand(Mlp):
+    """A function uses the row's weight, sees a part of it, and adds the bias on every rank."""
+
+    def block(self, x):
+        return F.linear(self.up(x), self.down.weight, self.down.bias)
+
+
+class SplitGate(Mlp):
+    """A mixture of two experts, of which the gate itself is split."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 16)
+
+    def block(self, x):
+        return self.down(self.gate(x).softmax(-1) * self.up(x))
+
+
+class Chosen(Mlp):
+    """What layer comes next depends on split features."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(16, 8)
+
+    def block(self, x):
+        h = self.up(x)
+        return (self.down if h.abs().argmax() % h.shape[-1] < 4 else self.other)(h)
+
+
+class Dropping(Mlp):
+    def block(self, x):
+        return self.down(F.dropout(self.up(x), 0.5, self.training).softmax(-1))
+
+
+class Indexed(Mlp):
+    def forward(self, x):
+        return super().forward(x), self.up(self.e(x)).argmax(-1)
+
+
+class Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        assert dy.shape[-1] == 16, f"{dy.shape[-1]} features"
+        return dy
+
+
+class Pooled(Mlp):
+    def forward(self, x):
+        return super().forward(x).mean(-2, keepdim=True) + x[..., :1] * 0
+
+
+class Positions(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 6), requires_grad=False)
+
+    def forward(self, x):
+        return super().forward(x + self.table[: x.shape[-2]])
+
+
+class Lm(nn.Module):
+    """A language model, whose head may be tied."""
+
+    def __init__(self, tied=None, norm=nn.LayerNorm):
+        super().__init__()
+        self.emb, self.block = nn.Embedding(24, 6), Mlp(norm=norm)
+        self.block.o = nn.Linear(8, 6)
+        self.head, self.tied = nn.Linear(6, 24, bias=False), tied
+        if tied == "parameter":
+            self.head.weight = self.emb.weight
+
+    def forward(self, x):
+        x = self.block(self.emb(x))
+        return F.linear(x, self.emb.weight) if self.tied == "function" else self.head(x)
+
+
+class InDict(Lm):
+    def forward(self, x):
+        return {"logits": super().forward(x), "length": x.shape[-1], "twice": 2 * self.emb(x)}
+
+
+class WithLoss(Lm):
+    def forward(self, x, targets=None):
+        logits = super().forward(x)
+        y = x if targets is None else targets
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
+        return {"loss": loss, "logits": logits}
+
+
+def built(make):
+    def build():
+        torch.manual_seed(0)
+        return make().double()
+
+    return build
+
+
+def batch(step=0, shape=(2, 8, 6)):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def words(step=0):
+    return torch.randint(24, (2, 8), generator=torch.Generator().manual_seed(step))
+
+
+# --- plans that are right -------------------------------------------------------------------------
+
+QKV = {"q": ("colwise", 2), "k": ("colwise_grouped", 2), "v": ("colwise_grouped", 2)}
+QKV |= {"o": "rowwise"}
+INSIDE = {"block.up": "colwise", "block.down": "rowwise"}
+LM = INSIDE | {"emb": "vocabulary", "head": "vocabulary"}
+LM_CUT = LM | {f"block.{name}": "sequence" for name in "eno"}
+WHOLE_HEAD = INSIDE | {"head": "colwise_gather_output"}
+ROW_CUT = {"up": "sequence", "down": "rowwise", "e": "sequence", "n": "sequence", "o": "sequence"}
+RIGHT = {  # name: (model, input, plan, options)
+    "a row alone": (Mlp, batch, {"down": "rowwise"}, {}),
+    "a row alone that does not divide": (partial(Mlp, hidden=15), batch, {"down": "rowwise"}, {}),
+    "a row alone, first": (Mlp, batch, {"e": "rowwise", "o": "rowwise"}, {}),
+    "a row after a gathered column": (Mlp, batch, BLOCK | {"up": "colwise_gather_output"}, {}),
+    "a scale, gathered": (
+        lambda: Mlp(nn.PReLU()), batch, BLOCK | {"up": "colwise_gather_output"}, {},
+    ),
+    "a scale after the row": (partial(Mlp, scale=0.0), batch, BLOCK, {}),
+    "fused, gathered": (FusedQkv, batch, {"q": "colwise_gather_output", "o": "rowwise"}, {}),
+    "heads, grouped": (Attention, batch, QKV, {}),
+    "one key head for all": (partial(Attention, kv_heads=1), batch, QKV, {}),
+    "statistics of rows": (partial(Mlp, norm=nn.BatchNorm1d), lambda step: batch(step, (8, 6)),
+                           BLOCK, {}),
+    "vocabulary": (Lm, words, LM, {}),
+    "vocabulary, sequence parallel": (Lm, words, LM_CUT, CUT),
+    "recomputed": (Lm, words, LM, {"recompute": 1, "units": [Mlp]}),
+    "a head that is tied": (partial(Lm, "parameter"), words, LM, {}),
+    "outputs in a dict": (InDict, words, LM, {}),
+    "the loss in the model": (WithLoss, words, WHOLE_HEAD, {}),
+}  # fmt: skip
+
+
+def loss_of(output, x):
+    if isinstance(output, dict):
+        twice = output["twice"].square().sum() if "twice" in output else 0.0
+        return twice + (output["loss"] if "loss" in output else loss_of(output["logits"], x))
+    if x.is_floating_point():
+        return output.square().sum()
+    return dist_lab.cross_entropy_sum(output, x)
+
+
+def assert_trains_as_one_process(mesh, case, impl="hand"):
+    make, read, plan, options = RIGHT[case]
+    plain = built(make)()
+    job = dist_lab.parallelize(built(make)(), mesh, "tp", impl, plan=plan, **options)
+    for step in range(2):
+        wanted = loss_of(plain(read(step)), read(step))
+        loss = loss_of(job.model(read(step)), read(step))
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
+        wanted.backward()
+        loss.backward()
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            wanted = plain.get_parameter(name).grad
+            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10, msg=name)
+        plain.zero_grad()
+        job.model.zero_grad()
+
+
+@pytest.mark.parametrize("case", RIGHT)
+@ranks(2)
+def test_a_plan_that_is_right_trains_as_one_process_does(case, mesh):
+    assert_trains_as_one_process(mesh, case)
+
+
+@ranks(2)
+def test_so_it_does_under_the_twin(mesh):
+    for case in RIGHT:
+        if "not divide" not in case and "one key" not in case:  # which DTensor cannot lay
+            assert_trains_as_one_process(mesh, case, "torch")
+
+
+@ranks(2)
+def test_a_row_alone_works_on_a_stream_that_is_cut(mesh):
+    plain, x = built(Mlp)(), batch()
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=ROW_CUT, **CUT)
+    job.model(torch.ones_like(x).chunk(2, 1)[mesh.rank]).sum().backward()  # pieces that are equal
+    job.model.zero_grad()
+    y, wanted = job.model(x.chunk(2, 1)[mesh.rank]), plain(x)
+    torch.testing.assert_close(y, wanted.chunk(2, 1)[mesh.rank], rtol=1e-12, atol=1e-12)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    job.finish()
+    for name, gradient in job.full_gradients().items():
+        torch.testing.assert_close(gradient, plain.get_parameter(name).grad, rtol=1e-11, atol=1e-11)
+
+
+@ranks(2)
+def test_in_a_narrow_dtype_a_right_plan_passes_and_a_wrong_one_does_not(mesh):
+    class Narrowed(Mlp):
+        def forward(self, x):
+            return super().forward(x.bfloat16())
+
+    norm = between(lambda x: F.rms_norm(x, x.shape[-1:]))  # off by less than bfloat16 may be
+    narrowed = partial(Narrowed, nn.Softmax(-1))
+    cases = [(Mlp, True), (Mlp, False), (norm, True), (norm, False), (narrowed, True)]
+    for make, masters in cases:
+        model = built(make)().to(torch.float32 if masters else torch.bfloat16)
+        narrow = torch.bfloat16 if masters else None
+        job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK, param_dtype=narrow)
+        x = batch().to(model.e.weight.dtype)
+        if make is Mlp:
+            job.model(x)
+        else:
+            with pytest.raises(UserError, match=r"down(\.weight)? is off by 0\."):
+                job.model(x)
+
+
+# --- plans that are wrong -------------------------------------------------------------------------
+
+ELSE = r"^{}, but {} does something else with a part than with the whole: {}"
+SPLIT = ELSE.format("up is colwise", r"\w+", "the output of down is off by 0")
+PART = r"^under this plan the gradient of {} is off by .* use it before a colwise or after a row"
+PIECE = r"^under this plan and sequence_parallel the output of {} is off .* 'gather_input'"
+FUSED = {"q": "colwise", "o": "rowwise"}
+PIECES = BLOCK | dict.fromkeys("eno", "sequence")
+
+
+def between(function, *shape):
+    """Something with a trained parameter of this shape, or with none."""
+    return lambda: Mlp(Function(function, *(shape or (None,))))
+
+
+def rows(step=0):
+    return batch(step, (8, 6))
+
+
+WRONG = {  # name: (model, input, plan, options, the refusal)
+    "a column alone": (
+        Mlp, batch, {"up": "colwise"}, {},
+        ELSE.format("up is colwise", "Mlp", r"forward fails in down \(Linear\): mat1 and mat2 sha"),
+    ),
+    "an output in pieces": (
+        Mlp, batch, {"o": "colwise"}, {},
+        ELSE.format("o is colwise", "Mlp", r"Mlp gives \[2, 8, 2\] in place of \[2, 8, 4\]"),
+    ),
+    "q, k, v fused": (
+        FusedQkv, batch, FUSED, {},
+        ELSE.format("q is colwise", "FusedQkv", "the output of o is off by"),
+    ),
+    "gate and up fused": (FusedGate, batch, BLOCK, {}, SPLIT),
+    "softmax": (between(lambda x: x.softmax(-1)), batch, BLOCK, {}, SPLIT),
+    "a norm": (
+        lambda: Mlp(nn.LayerNorm(16)), batch, BLOCK, {},
+        ELSE.format("up is colwise", "Mlp", r"forward fails in between \(LayerNorm\): Given norm"),
+    ),
+    "RMSNorm": (between(lambda x: F.rms_norm(x, x.shape[-1:])), batch, BLOCK, {}, SPLIT),
+    "a length": (between(lambda x: F.normalize(x, dim=-1)), batch, BLOCK, {}, SPLIT),
+    "PReLU": (lambda: Mlp(nn.PReLU()), batch, BLOCK, {}, PART.format("between.weight")),
+    "a temperature": (
+        between(lambda x, w: torch.tanh(x * w), 1), batch, BLOCK, {}, PART.format("between.w"),
+    ),
+    "a scale behind a zero": (
+        lambda: Mlp(nn.PReLU(), scale=0.0), batch, BLOCK, {}, PART.format("between.weight"),
+    ),
+    "a residual within": (InnerResidual, batch, BLOCK, {}, PART.format("e.bias")),
+    "a gate that is split": (
+        SplitGate, batch, BLOCK | {"gate": "colwise"}, {},
+        ELSE.format("gate, up are colwise", "SplitGate", "the output of down is off"),
+    ),
+    "a layer that is chosen": (
+        Chosen, batch, BLOCK | {"other": "rowwise"}, {},
+        "^under this plan rank 1 comes to other where rank 0 comes to down; what chooses",
+    ),
+    "a bias on every rank": (
+        ByHand, batch, BLOCK, {},
+        ELSE.format("up is colwise", "ByHand", "the output of ByHand is off|.* mixed torch.Tensor"),
+    ),
+    "heads written down": (
+        lambda: Attention(4), batch, QKV, {},
+        ELSE.format("q is colwise", "Attention", "forward fails in Attention.forward: unflatten: "),
+    ),
+    "heads repeated by their number": (
+        Expanded, batch, QKV, {},
+        ELSE.format("q, k, v are colwise", "Expanded", "forward fails in Expanded.forward: The si"),
+    ),
+    "a head tied by a function": (
+        partial(Lm, "function"), words, LM, {},
+        ELSE.format("emb is vocabulary", "Lm", r"Lm gives \[2, 8, 12\]|.* mixed torch.Tensor"),
+    ),
+    "a mean of a piece": (
+        Pooled, batch, PIECES | {"e": "scatter_output"}, CUT, PIECE.format("Pooled"),
+    ),
+    "positions of a piece": (Positions, batch, PIECES, CUT, PIECE.format("up")),
+    "statistics of a piece": (
+        lambda: Mlp(nn.Dropout(0.5), norm=nn.BatchNorm1d), rows, PIECES, CUT, PIECE.format("n"),
+    ),
+    "softmax beside a function that drops": (Dropping, batch, BLOCK, {}, SPLIT),
+    "an index of a part": (
+        Indexed, batch, BLOCK, {},
+        ELSE.format("up is colwise", "Indexed", "the output of Indexed is off"),
+    ),
+    "a backward that counts features": (
+        between(lambda x: Counting.apply(x)), batch, BLOCK, {},
+        r"^under this plan backward fails \(8 features\), and the whole model runs",
+    ),
+    "a norm that is said to be whole": (
+        Lm, words, LM_CUT | {"block.n": "replicate"}, CUT,
+        PART.format("block.n.bias") + ".* or its own module 'sequence'",
+    ),
+}  # fmt: skip
+
+
+def assert_refused(mesh, case, impl="hand"):
+    make, read, plan, options, said = WRONG[case]
+    job = dist_lab.parallelize(built(make)(), mesh, "tp", impl, plan=plan, **options)
+    x = read()
+    if plan.get("e") == "sequence" and options:
+        x = x.chunk(2, -2)[mesh.rank]
+    for _ in range(2):  # it stays wrong
+        with pytest.raises(UserError) as refusal:
+            job.model(x)
+        line = str(refusal.value)
+        assert re.search(said, line), line
+        assert "\n" not in line
+        assert len(set(ops.all_gather_bytes(line.encode(), mesh["tp"]))) == 1
+
+
+@pytest.mark.parametrize("case", WRONG)
+@ranks(2)
+def test_a_plan_that_is_wrong_is_refused_in_a_line(case, mesh):
+    assert_refused(mesh, case)
+
+
+@ranks(2)
+def test_so_it_is_under_the_twin(mesh):
+    for case in WRONG:
+        if case != "statistics of a piece":  # whose rows have no sequence
+            assert_refused(mesh, case, "torch")
+
+
+@ranks(4)
+def test_a_plan_that_fails_on_some_ranks_alone_is_refused_on_all(mesh):
+    def narrow(x):  # of 10 features over 4 ranks: 3, 3, 3 and 1
+        assert x.shape[-1] != 1, "1 feature"
+        return x.tanh()
+
+    make = partial(Mlp, Function(narrow, None), hidden=10)
+    job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
+    said = r"^up is colwise, but Mlp .*: forward fails in between \(Function\): 1 feature; split fu"
+    with pytest.raises(UserError, match=said):
+        job.model(batch())
+
+
+# --- what the trial leaves behind, and what it does not judge -------------------------------------
+
+
+class Leaves(Mlp):
+    """Notes what the trial of a plan could leave behind."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), norm=nn.BatchNorm1d)
+        self.calls, self.kept = 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.kept = [self.e(x)]
+        return F.dropout(super().forward(x), 0.1)  # in eval mode, too
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@ranks(2)
+def test_the_trial_of_a_plan_leaves_no_trace(mode, mesh):
+    found, seen = [], []
+    for watched in (False, True):
+        model = built(Leaves)()
+        job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK)
+        if watched:
+            model.up.register_forward_hook(lambda *_: seen.append("forward"))
+            model.e.weight.register_hook(lambda g: seen.append("backward"))
+            model.o.register_full_backward_hook(lambda *_: seen.append("module"))
+        else:  # no trial
+            for hook in list(model._forward_pre_hooks.values()):
+                if "PlanCheck" in repr(getattr(hook, "function", None)):
+                    hook.function = lambda *_: None
+        torch.manual_seed(1)
+        gc.collect()
+        gc.disable()  # copies go by themselves
+        modules = [m for m in gc.get_objects() if type(m) in (Leaves, nn.Linear)]
+        try:
+            for _ in range(2):
+                x = batch(shape=(8, 6))
+                with mode():
+                    y = model(x)
+            assert [m for m in gc.get_objects() if type(m) in (Leaves, nn.Linear)] == modules
+        finally:
+            gc.enable()
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found.append((y, torch.get_rng_state(), state))
+        assert model.calls == 2
+        assert model.training
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert x.equal(batch(shape=(8, 6)))
+        held = sum(tensor.nbytes for _, tensor in job.sync.held())
+        found[-1] += (held,)
+    assert seen == ["forward"] * 2
+    (y, generator, state, held), (wanted, its, other, wanted_held) = found
+    assert torch.equal(y, wanted)
+    assert torch.equal(generator, its)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert held == wanted_held
+
+
+@ranks(2)
+def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
+    cases = [(mode, impl) for mode in (torch.no_grad, torch.inference_mode) for impl in IMPLS]
+    for mode, impl in cases:
+        job = dist_lab.parallelize(built(lambda: Mlp(nn.PReLU()))(), mesh, "tp", impl, plan=BLOCK)
+        for _ in range(2):
+            with mode():
+                torch.testing.assert_close(
+                    job.model(batch()), built(lambda: Mlp(nn.PReLU()))()(batch())
+                )
+        with mesh.wire.ledger.recording() as calls, mode():
+            job.model(batch())
+        assert [call.unit for call in calls if call.phase == "check"] == ["inputs"]
+        job.model.eval()
+        with pytest.raises(UserError, match=PART.format("between.weight")):
+            job.model(batch())
+        wrong = dist_lab.parallelize(built(FusedGate)(), mesh, "tp", impl, plan=BLOCK)
+        with mode(), pytest.raises(UserError, match=SPLIT):
+            wrong.model(batch())
+
+
+@ranks(2)
+def test_the_gradient_of_an_input_is_compared_too(mesh):
+    class First(InnerResidual):
+        def forward(self, x):
+            return self.block(x)
+
+    job = dist_lab.parallelize(built(First)(), mesh, "tp", plan=BLOCK)
+    x = batch(shape=(2, 8, 8))
+    job.model(x.detach())
+    job = dist_lab.parallelize(built(First)(), mesh, "tp", plan=BLOCK)
+    with pytest.raises(UserError, match=PART.format("input 0")):
+        job.model(x.requires_grad_())
+
+
+@ranks(2)
+def test_what_cannot_be_tried_is_used_as_it_is(mesh):
+    class Uncopied(Mlp):
+        def __deepcopy__(self, memo):
+            raise TypeError("one of a kind")
+
+    class ForAPart(Mlp):
+        def block(self, x):
+            return self.down(self.between(self.up(x)).unflatten(-1, (2, 4)).flatten(-2))
+
+    class NoMemory(Mlp):
+        tried = 0
+
+        def block(self, x):
+            NoMemory.tried += 1
+            if NoMemory.tried == 2 and mesh.rank == 1:  # in the split copy
+                raise torch.OutOfMemoryError("none")
+            return super().block(x)
+
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            assert dy.shape[-1] == 8 or mesh.rank == 0  # of the whole copy, on one rank
+            return dy
+
+    class Backward(Mlp):
+        def block(self, x):
+            return self.down(NoBackward.apply(self.between(self.up(x))))
+
+    for make in (Uncopied, ForAPart, NoMemory, Backward):
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
+        wanted = built(Mlp)()(batch())
+        torch.testing.assert_close(job.model(batch()), wanted, rtol=1e-12, atol=1e-12)
+    assert NoMemory.tried == 3
+
+
+@ranks(2)
+def test_copies_compute_in_the_dtypes_of_a_model_that_mixes_them(mesh):
+    class Mixed(Mlp):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    for make, plan in ((Mixed, BLOCK), (lambda: Mixed(nn.Softmax(-1)), BLOCK)):
+        torch.manual_seed(0)
+        job = dist_lab.parallelize(make(), mesh, "tp", plan=plan)
+        if make is Mixed:
+            job.model(batch())
+        else:
+            with pytest.raises(UserError, match="the output of down is off"):
+                job.model(batch())
+
+
+@ranks(2)
+def test_a_model_that_recomputes_or_calls_the_original_is_tried(mesh):
+    class Again(Mlp):
+        reentrant = False
+
+        def block(self, x):
+            return checkpoint(super().block, x, use_reentrant=self.reentrant)
+
+    class Reentrant(Again):
+        reentrant = True
+
+    class Closed(Mlp):
+        def __init__(self, between=None):
+            super().__init__(between)
+            self.n.forward = lambda x, plain=self.n.forward: plain(x)
+
+    for make in (Again, Reentrant, Closed):
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
+        y, plain = job.model(batch()), built(Mlp)()
+        assert all(p.grad is None and p.requires_grad for p in job.model.parameters())
+        wanted = plain(batch())
+        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        y.square().sum().backward()
+        wanted.square().sum().backward()
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
+        wrong = dist_lab.parallelize(built(partial(make, nn.PReLU()))(), mesh, "tp", plan=BLOCK)
+        with pytest.raises(UserError, match=PART.format("between.weight")):
+            wrong.model(batch())
+
+
+@ranks(2)
+def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_does(mesh):
+    plain = built(Mlp)()
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler, that it does not compile hooks
+        compiled = torch.compile(job.model, backend="eager")
+        for shape in ((2, 8, 6), (3, 4, 6), (5, 6)):
+            total = 0.0
+            for step in range(2):  # two forwards before a backward
+                y, wanted = compiled(batch(step, shape)), plain(batch(step, shape))
+                torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+                total = total + y.square().sum()
+                wanted.square().sum().backward()
+            total.backward()
+            job.finish()
+            for name, gradient in job.full_gradients().items():
+                torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
+            job.model.zero_grad()
+            plain.zero_grad()
+
+
+@pytest.mark.ranks(2)
+def test_a_forward_on_one_rank_alone_ends_in_a_line():
+    mesh = dist_lab.init_mesh(timeout=2, tp=2)
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
+    job.model(batch())
+    if mesh.rank == 0:
+        said = "phase=check unit=inputs: all_gather .*on tp.*(imed out|2000ms)"
+        with pytest.raises(CollectiveError, match=said):
+            job.model(batch())
+
+
+# --- the same rows, and the same masks ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@ranks(2)
+def test_other_rows_on_each_rank_are_refused_in_every_forward(impl, mesh):
+    said = "^ranks of tp were given other inputs: rank 1 against rank 0; feed the same batch to all"
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", impl, plan=BLOCK)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(UserError, match=said):
+            job.model(batch(mesh.rank))
+        job.model(batch())
+        with mode(), pytest.raises(UserError, match=said):
+            job.model(x=batch(mesh.rank))
+    with pytest.raises(UserError, match=said):
+        job.model(batch()[: 2 - mesh.rank])
+
+
+@ranks(2)
+def test_other_tokens_on_each_rank_are_refused_under_a_plan_of_the_zoo(mesh):
+    job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
+    with pytest.raises(UserError, match="rank 1 against rank 0; feed the same batch"):
+        job.model(tokens(mesh.rank)[0])
+    job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
+    for step in range(2):
+        with mesh.wire.ledger.recording() as calls:
+            job.model(tokens(step)[0])
+        found = [call.unit for call in calls if call.phase == "check"]
+        assert found == ([] if step else ["inputs"])
+
+
+@ranks(2)
+def test_pieces_of_a_sequence_may_differ_and_have_one_length(mesh):
+    plan = BLOCK | dict.fromkeys("eno", "sequence")
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=plan, **CUT)
+    y = job.model(batch().chunk(2, 1)[mesh.rank])
+    torch.testing.assert_close(y, built(Mlp)()(batch()).chunk(2, 1)[mesh.rank])
+    with pytest.raises(UserError, match="rank 1 against rank 0; feed pieces of one length to all"):
+        job.model(batch().split([3, 5], 1)[mesh.rank])
+
+
+class Dropped(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.rate = p
+
+    def forward(self, x):
+        return F.dropout(x, self.rate)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("make", [nn.Dropout, Dropped])
+@ranks(2)
+def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay_alike(
+    make, impl, mesh
+):
+    dropout = nn.Sequential(make(0.5), nn.Tanh())
+    job = dist_lab.parallelize(built(lambda: Mlp(dropout))(), mesh, "tp", impl, plan=BLOCK)
+    torch.manual_seed(mesh.rank)
+    said = (
+        r"rank 1 against rank 0; call torch\.manual_seed .* \((dropout or the like|between\.0 \(D)"
+    )
+    with pytest.raises(UserError, match=said):
+        job.model(batch())
+    torch.manual_seed(5)
+    for _ in range(2):
+        y = job.model(batch()).detach()
+        assert torch.equal(*ops.all_gather(y[None], mesh["tp"]))
+    torch.manual_seed(mesh.rank)
+    if make is nn.Dropout:
+        job.model.eval()
+        job.model(batch())  # draws nothing
+
+
+@ranks(2)
+def test_dropout_on_features_that_do_not_divide_says_when_to_seed(mesh):
+    job = dist_lab.parallelize(
+        built(lambda: Mlp(nn.Dropout(0.5), hidden=15))(), mesh, "tp", plan=BLOCK
+    )
+    torch.manual_seed(5)
+    job.model(batch())
+    with pytest.raises(UserError, match="or before each forward if features that are dropped"):
+        job.model(batch())
+    torch.manual_seed(6)
+    job.model(batch())
+
+
+# --- inputs in pieces, and models that have been used ---------------------------------------------
+
+
+@ranks(2)
+def test_an_input_that_is_whole_beside_pieces_stays_whole(mesh):
+    class Masked(Mlp):
+        def forward(self, x, mask):
+            return super().forward(x * mask)
+
+    for make in (Masked, partial(Masked, nn.Softmax(-1))):
+        plain, mask = built(make)(), batch(1, (2, 1, 6))
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=PIECES, **CUT)
+        x = batch().chunk(2, 1)[mesh.rank]
+        if make is Masked:
+            y, wanted = job.model(x, mask=mask), plain(batch(), mask)
+            torch.testing.assert_close(y, wanted.chunk(2, 1)[mesh.rank])
+        else:
+            with pytest.raises(UserError, match=SPLIT):
+                job.model(x, mask=mask)
+
+
+@ranks(2)
+def test_tokens_may_come_in_pieces_too(mesh):
+    plan = INSIDE | dict.fromkeys(("emb", "head", *(f"block.{n}" for n in "eno")), "sequence")
+    job = dist_lab.parallelize(built(Lm)(), mesh, "tp", plan=plan, **CUT)
+    y = job.model(words().chunk(2, 1)[mesh.rank])
+    torch.testing.assert_close(y, built(Lm)()(words()).chunk(2, 1)[mesh.rank])
+    wrong = dist_lab.parallelize(built(LmOfLengths)(), mesh, "tp", plan=plan, **CUT)
+    with pytest.raises(UserError, match=PIECE.format("LmOfLengths")):
+        wrong.model(words().chunk(2, 1)[mesh.rank])
+
+
+class LmOfLengths(Lm):
+    def forward(self, x):
+        return super().forward(x) * x.shape[-1]
+
+
+@ranks(2)
+def test_a_model_that_has_kept_what_it_computed_is_tried(mesh):
+    class Keeps(Mlp):
+        def forward(self, x):
+            self.kept = {"x": [self.e(x)]}
+            return super().forward(x)
+
+    model = built(lambda: Keeps(nn.PReLU()))()
+    model(batch())
+    job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK)
+    with pytest.raises(UserError, match=PART.format("between.weight")):
+        job.model(batch())
