@@ -8,7 +8,7 @@ import torch
 from loops import UNITS, backward, batch, end_step, loss_of, net
 from situation import gradients, seen, situation, take_step
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
 
 def quietly_compiled():
@@ -153,33 +153,6 @@ def train(place, model, units):
     for step in range(3):
         backward(place, job, step)
         yield take_step(job, optimizer)
-
-
-@situation()
-def old_weight_norm(place):
-    """nn.utils.weight_norm, which computes the weight in a forward pre-hook."""
-    model = net()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(model[2])
-    yield from train(place, model, UNITS)
-
-
-@situation()
-def new_weight_norm(place):
-    """nn.utils.parametrizations.weight_norm."""
-    model = net()
-    parametrizations.weight_norm(model[2])
-    yield from train(place, model, UNITS)
-
-
-@situation()
-def new_spectral_norm(place):
-    """nn.utils.parametrizations.spectral_norm, whose vectors are buffers."""
-    torch.manual_seed(1)
-    model = net()
-    parametrizations.spectral_norm(model[2])
-    yield from train(place, model, UNITS)
 
 
 class Symmetric(nn.Module):
