@@ -158,7 +158,8 @@ def apply(trial: Trial, strategy: str) -> Attempt:
     outcome, kept = Outcome(Verdict.EXACT), dict[str, int]()
     layouts: Mapping[str, Layout] = {}
     try:
-        model = trial.subject.build()
+        with together(trial.mesh.world):  # it may fail on one rank alone
+            model = trial.subject.build()
         if not any(p.is_meta for p in model.parameters()):
             model = model.to(own.device)
         job = parallelize(model, own, strategy, **trial.options(strategy, trial.subject.batch))
