@@ -99,11 +99,11 @@ def test_the_loss_of_the_library_is_exact_by_either_division(name, strategy, los
 
 
 def checkpointed(model):
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
 
 
 def checkpointed_by_reentrance(model):
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
 
 
@@ -111,7 +111,7 @@ def checkpointed_by_reentrance(model):
 @each
 @pytest.mark.parametrize("prepare", [checkpointed, checkpointed_by_reentrance])
 @pytest.mark.ranks(2, timeout=300)
-def test_gradient_checkpointing_of_the_library_changes_nothing(name, strategy, prepare, mesh):
+def test_activation_checkpointing_of_the_library_changes_nothing(name, strategy, prepare, mesh):
     exact(strategy, mesh, name, prepare=prepare)
 
 

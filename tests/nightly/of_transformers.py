@@ -176,7 +176,7 @@ VISION = {n: SIZE[n] for n in ("hidden_size", "num_hidden_layers", "num_attentio
 
 
 def pictures(model: str, config: str, units: str, **options: Any) -> Other:
-    return other(model, config, units, pixels, num_labels=CLASSES, **options)
+    return other(model, config, units, pixels, adam=False, num_labels=CLASSES, **options)
 
 
 def pixels(step: int) -> Batch:
@@ -219,7 +219,7 @@ MODELS |= {
     ),
     "Swin": pictures(
         "SwinForImageClassification", "SwinConfig", "SwinLayer", image_size=16, patch_size=2,
-        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, adam=False,
+        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
     ),
     "ConvNeXt": pictures(
         "ConvNextForImageClassification", "ConvNextConfig", "ConvNextLayer", patch_size=2,
