@@ -120,6 +120,9 @@ class Unit:
             self.root.enter_backward(Visit())
         if self.saved.computing(self):
             return  # a gradient is taken inside its own forward, which keeps it open
+        if visit.outer is not None and visit.outer[0] is not self.root:
+            outer, of_outer = visit.outer  # which may end in the same tensor: it comes first
+            outer.enter_backward(of_outer)
         self.wire.unit = self.name or self.wire.unit  # the model's output is often a unit's, too
         if self.backward != now:
             self.backward, self.missing = now, set(self.trained)

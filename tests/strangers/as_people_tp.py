@@ -135,7 +135,7 @@ def columns_that_are_never_put_together(place):
     yield from usual_loop(place, place.job(model, units=["0"], plan={"0": "column"}))
 
 
-@situation("huggingface/peft#3012", refused=EXACT)
+@situation(refused=EXACT)
 def adapters_beside_split_layers(place):
     """Frozen layers are split, and adapters of low rank beside them are whole."""
 
@@ -153,7 +153,7 @@ def adapters_beside_split_layers(place):
     yield from usual_loop(place, place.job(model, units=[Adapted], plan=plan))
 
 
-@situation("pytorch/torchtitan#3000", refused=EXACT)
+@situation(refused=EXACT)
 def split_experts_and_a_whole_router(place):
     """Dense experts are split, a router is whole, and one layer is used twice."""
 
