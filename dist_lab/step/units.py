@@ -40,9 +40,8 @@ class Unit:
         self.root, self.saved = root, saved
         self.lent = {id(leaf): leaf for leaf in lent}
         parameters = list(module.parameters())
-        trained = [leaf_of[p] for p in parameters if p.requires_grad]
-        self.trained = {id(leaf) for leaf in trained}
-        self.partly_frozen = len(trained) < len(parameters)
+        self.trained = {id(leaf_of[p]) for p in parameters if p.requires_grad}
+        self.partly_frozen = not all(p.requires_grad for p in parameters)
         self.is_open = self.must_see_outputs = False
         self.awaits_backward = False  # a forward was here that backward may come back to
         self.missing: set[int] = set()  # gradients that this backward still has to bring
