@@ -146,9 +146,7 @@ class Runner(Step):
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
             self.wire.phase, self.wire.unit = "forward", ""
-            if any(
-                unit.is_open for unit in self._units.values()
-            ):  # by an exception in the last backward
+            if any(unit.is_open for unit in self._units.values()):  # by an exception in backward
                 self._forget()
 
     def _forget(self) -> None:

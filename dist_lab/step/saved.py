@@ -29,16 +29,20 @@ class Visit:
     """One forward of one unit.
 
     Attributes:
+        outer: the unit that this one was called from, and which forward of that.
         inputs: how many of its inputs backward has still to reach.
         saved: whether it has saved parameters of the unit for backward.
     """
 
+    outer: "tuple[Opens, Visit] | None" = None
     inputs = 0
     saved = False
 
 
 class Opens(Protocol):
     """A unit, which backward may come to at any moment."""
+
+    visit: Visit
 
     def enter_backward(self, visit: Visit) -> None: ...
 
@@ -76,6 +80,8 @@ class SavedByName:
 
     def enter(self, unit: Opens) -> None:
         """The forward of a unit begins."""
+        for outer in self._inside[-1:]:
+            unit.visit.outer = (outer, outer.visit)
         self._inside.append(unit)
         if not self._lends or self._hooks is not None or not torch.is_grad_enabled():
             return

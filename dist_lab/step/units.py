@@ -40,9 +40,8 @@ class Unit:
         self.root, self.saved = root, saved
         self.lent = {id(leaf): leaf for leaf in lent}
         parameters = list(module.parameters())
-        trained = [leaf_of[p] for p in parameters if p.requires_grad]
-        self.trained = {id(leaf) for leaf in trained}
-        self.partly_frozen = len(trained) < len(parameters)
+        self.trained = {id(leaf_of[p]) for p in parameters if p.requires_grad}
+        self.partly_frozen = not all(p.requires_grad for p in parameters)
         self.is_open = self.must_see_outputs = False
         self.awaits_backward = False  # a forward was here that backward may come back to
         self.missing: set[int] = set()  # gradients that this backward still has to bring
@@ -120,6 +119,9 @@ class Unit:
             self.root.enter_backward(Visit())
         if self.saved.computing(self):
             return  # a gradient is taken inside its own forward, which keeps it open
+        if visit.outer is not None and visit.outer[0] is not self.root:
+            outer, of_outer = visit.outer  # which may end in the same tensor: it comes first
+            outer.enter_backward(of_outer)
         self.wire.unit = self.name or self.wire.unit  # the model's output is often a unit's, too
         if self.backward != now:
             self.backward, self.missing = now, set(self.trained)

@@ -100,6 +100,50 @@ def loss_of_zero_on_a_rank(place):
     yield from usual_loop(place, job, loss, make=detected)
 
 
+class Branches(nn.Module):
+    """Layers within layers: a branch for rows of positive classes, and one for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6)))
+        self.some = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)))
+        self.all = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 4)))
+
+    def forward(self, x):
+        hidden = self.trunk(x)
+        return self.all(hidden), self.some(hidden)
+
+
+NESTED = ["trunk", "trunk.0", "trunk.1", "some", "some.0", "some.1", "some.1.1", "all", "all.1"]
+
+
+@situation("lyuwenyu/RT-DETR#672", "ultralytics/ultralytics#26012")
+def nested_branch_that_a_rank_has_no_loss_of(place):
+    """Units within units, of which a rank's loss leaves some out, others in every micro-batch."""
+    job = place.job(Branches().double(), units=NESTED)
+    yield from usual_loop(place, job, detection_loss, make=detected, steps=4)
+
+
+@situation()
+def trunk_that_is_detached_on_a_rank(place):
+    """Rows that are not positive do not train the trunk: where a rank has no others, it is cut."""
+
+    class Cut(Branches):
+        def forward(self, x, positive):
+            hidden = self.trunk(x)
+            chosen = torch.where(positive[:, None], hidden, hidden.detach())
+            chosen = chosen if positive.any() else hidden.detach()
+            return self.all(chosen), self.some(chosen)
+
+    job = place.job(Cut().double(), units=NESTED)
+
+    def loss(model, x, y):
+        classes, boxes = model(x, y > 0)
+        return classified(classes, y) + boxes.square().sum()
+
+    yield from usual_loop(place, job, loss, make=detected, steps=4)
+
+
 @situation("harryhan618/LaneNet#12")
 def backward_left_out_on_a_rank(place):
     """A rank without positive rows calls forward, and then no backward at all."""

@@ -174,7 +174,7 @@ class Recurring(nn.Module):
         return kept[-1]
 
 
-@situation("pytorch/pytorch#183702", "huggingface/accelerate#1700")
+@situation("pytorch/pytorch#183702")
 def one_unit_many_times(place):
     """A unit is used three times in a forward, and outputs of the earlier times are kept."""
     job = place.job(Recurring().double(), units=["shared", "own.0", "own.1", "head"])
@@ -206,7 +206,7 @@ def units_in_a_changing_order(place):
     yield from usual_loop(place, place.job(Shuffled().double(), units=units), steps=4)
 
 
-@situation("huggingface/peft#2692")
+@situation()
 def wrapper_that_forwards_attributes(place):
     """A wrapper answers for its inner model by __getattr__, and has a __call__ of its own."""
 
@@ -251,7 +251,7 @@ def attention_of_torch(place):
     yield from usual_loop(place, job, make=sequences)
 
 
-@situation("pytorch/pytorch#78109")
+@situation()
 def encoder_of_torch(place):
     """nn.TransformerEncoder with a mask, pre-norm; in eval mode it takes its fast path."""
     layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)

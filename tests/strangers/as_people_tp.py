@@ -67,7 +67,9 @@ def fewer_keys_than_queries(place):
     yield from usual_loop(place, job, make=lambda step: sequences(step, width=8))
 
 
-@situation("NVIDIA/Megatron-LM#1754", "facebookresearch/fairseq2#1380", refused=EXACT)
+@situation(
+    "NVIDIA/Megatron-LM#1754", "facebookresearch/fairseq2#1380", refused=EXACT | {"pp": ""}
+)  # fmt: skip
 def vocabulary_that_does_not_divide(place):
     """Embedding and head are split over 11 tokens, with biases, not tied."""
     model = nn.Sequential(nn.Embedding(11, 6), Gated(), nn.Linear(6, 11)).double()
@@ -135,7 +137,7 @@ def columns_that_are_never_put_together(place):
     yield from usual_loop(place, place.job(model, units=["0"], plan={"0": "column"}))
 
 
-@situation("huggingface/peft#3012", refused=EXACT)
+@situation(refused=EXACT)
 def adapters_beside_split_layers(place):
     """Frozen layers are split, and adapters of low rank beside them are whole."""
 
@@ -153,7 +155,7 @@ def adapters_beside_split_layers(place):
     yield from usual_loop(place, place.job(model, units=[Adapted], plan=plan))
 
 
-@situation("pytorch/torchtitan#3000", refused=EXACT)
+@situation(refused=EXACT)
 def split_experts_and_a_whole_router(place):
     """Dense experts are split, a router is whole, and one layer is used twice."""
 

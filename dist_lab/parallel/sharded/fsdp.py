@@ -20,8 +20,8 @@ own parameters while they are unsharded, and two units' gradients before they ar
 HSDP repeats all this along a second axis Y, of M replicas: see replicas.py.
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277).
 
-To read: `apply` and FullySharded here (what happens when), param_group.py (one group's memory and
-its two states), sharded_param.py (a parameter as two tensors); then common_order.py.
+To read: `apply` and FullySharded here (what happens when), param_group.py (a group's memory),
+sharded_param.py (a parameter as two tensors); then common_order.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
