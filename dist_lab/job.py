@@ -25,6 +25,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.count import sum_of_counts
+from dist_lab.step.detached import Watched, sum_of_losses
 from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
@@ -112,28 +113,11 @@ class Job:
         _check_pairs(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
-        reaches, strays = False, False
-
-        def watched(output: Any, target: Any) -> Any:
-            nonlocal reaches, strays
-            share = loss_fn(output, target)
-            if isinstance(share, Tensor) and not share.requires_grad:
-                strays |= bool(share.any())
-            else:
-                reaches = True
-            return share
-
+        watched = Watched(loss_fn)
         total = self._runner.run(microbatches, watched)
-        # A rank's rows may have no loss that needs a gradient, but not those of all ranks.
         trains = any(p.requires_grad for p in self.parameters())
-        vote = self._shares.size + 1 if reaches else -int(strays and trains)
-        loss, votes = self._over_ranks(torch.stack([total, torch.full_like(total, vote)])).tolist()
-        if votes < 0:
-            raise UserError(
-                "no rank's loss needs a gradient: loss_fn returns what it was detached from; "
-                "leave out its .detach(), .data or torch.no_grad()"
-            )
-        return loss
+        with self.mesh.wire.during("loss"):
+            return sum_of_losses(total, watched, self._shares, trains=trains)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """The global loss by forward passes alone, in eval mode. Arguments and result as `run`.
@@ -151,7 +135,8 @@ class Job:
         finally:
             for module in training:
                 module.training = True
-        return float(self._over_ranks(total))
+        with self.mesh.wire.during("loss"):
+            return float(ops.all_reduce(total, self._shares))
 
     def finish(self) -> None:
         """Backward is over: every `.grad` becomes the global gradient of the local parameter.
@@ -338,10 +323,6 @@ class Job:
     def _refuse_unsummed(self, what: str) -> None:
         if self._runner.has_gradients:
             raise UserError(f"{what}() before finish(): gradients are not summed yet")
-
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        with self.mesh.wire.during("loss"):
-            return ops.all_reduce(total, self._shares)
 
 
 def _check_pairs(microbatches: Sequence[Pair]) -> None:

@@ -48,11 +48,12 @@ class GradElsewhere(Tensor):
     advice: str
 
     @staticmethod
-    def stand_at(holder: Tensor, owner: Tensor | None, advice: str) -> None:
+    def stand_at(holder: Tensor, owner: Tensor | None, advice: str) -> "GradElsewhere":
         """Make it the `.grad` of `holder`."""
         grad = _zero(holder.dtype, holder.device).expand(holder.shape).as_subclass(GradElsewhere)
         grad.owner, grad.advice = owner, advice
         holder.grad = grad
+        return grad
 
     @classmethod
     def __torch_function__(

@@ -129,9 +129,9 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
             "job.full_gradients give wholes"
         )
     if others and not is_written:
-        for gradient in parts:  # an optimizer steps with it
-            if type(gradient) is Part:
-                gradient.__class__ = Tensor
+        for value in parts:
+            if not isinstance(value, nn.Parameter):  # an optimizer steps with the gradient
+                _take_off(value)
     result = func(*args, **kwargs)
     alike = type(result) is Tensor and (result.shape == part.shape or name in RESHAPES)
     if alike and not others and name not in FRESH:
@@ -152,9 +152,12 @@ def _put_on(part: Tensor, of: PartOf) -> None:
     part.__class__ = PartParameter if isinstance(part, nn.Parameter) else Part
 
 
-def _take_off(parameter: nn.Parameter) -> None:
-    if type(parameter) is PartParameter:
-        parameter.__class__ = nn.Parameter
+PLAIN: Mapping[type, Any] = {Part: Tensor, PartParameter: nn.Parameter}
+
+
+def _take_off(tensor: Tensor) -> None:
+    if type(tensor) in PLAIN:
+        tensor.__class__ = PLAIN[type(tensor)]
 
 
 class Parts:
@@ -206,8 +209,9 @@ class Parts:
 
     def plain_gradients(self) -> None:
         for parameter, _ in self.gradients:
-            if type(parameter.grad) is Part:
-                parameter.grad.__class__ = Tensor
+            grad = parameter.grad
+            if grad is not None and type(grad) is Part:
+                _take_off(grad)
 
     def guard_parameters(self, *, stale: bool = True) -> None:
         for parameter, of in self.parameters:

@@ -92,3 +92,20 @@ def test_what_is_no_loss_is_refused():
             job.run([(torch.ones(1, 2), None)], lambda out, _, loss=loss: loss)
     with torch.no_grad(), pytest.raises(UserError, match="gradients, which are off here"):
         job.run([(torch.ones(1, 2), None)], lambda out, _: out.sum())
+
+
+@pytest.mark.ranks(2)
+def test_a_loss_that_is_detached_on_every_rank_is_refused_and_on_one_is_not(mesh):
+    job = dist_lab.parallelize(Net(), mesh, "dp")
+    x = torch.ones(2, 6, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"no rank's loss needs a gradient.*\.detach\(\)"):
+        job.run([(x, None)], lambda out, _: out["y"].square().sum().detach())
+    job.finish()
+    job.model.zero_grad()
+    whole = float(Net()(x)["y"].square().sum().detach())
+    keep = (lambda loss: loss.detach()) if mesh.rank else (lambda loss: loss)
+    found = job.run([(x, None)], lambda out, _: keep(out["y"].square().sum()))
+    assert found == pytest.approx(2 * whole, rel=1e-12)
+    job.finish()
+    job.model.zero_grad()
+    assert torch.tensor(job.run([(x, None)], lambda out, _: out["y"].sum() * torch.nan)).isnan()

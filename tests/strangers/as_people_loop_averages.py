@@ -8,7 +8,7 @@ from situation import seen, situation
 from torch import nn
 
 
-@situation()
+@situation("facebookresearch/fairscale#789")
 def shadow_beside_adam(place):
     """job.shadow: its average is evaluated and saved between steps."""
     job = place.job(net(), units=UNITS)
@@ -45,6 +45,7 @@ def teacher_copied_from_job_model(place):
 
 
 @situation(
+    "facebookresearch/fairscale#1061",
     refused={"fsdp hsdp": "0.weight.*this rank's part.*job.shadow"},
 )
 def teacher_copied_before_parallelize(place):
@@ -145,7 +146,7 @@ def teacher_from_a_shadow(place):
         yield seen(job)
 
 
-@situation(refused={"fsdp hsdp": "Linear.*; load job.full_state_dict"})
+@situation("pytorch/pytorch#149138", refused={"fsdp hsdp": "Linear.*; load job.full_state_dict"})
 def averaged_model_of_swa(place):
     """torch.optim.swa_utils.AveragedModel of job.model, called after some steps."""
     job = place.job(net(), units=UNITS)
@@ -159,7 +160,7 @@ def averaged_model_of_swa(place):
             yield seen(job, out=average(batch(9)[0]))
 
 
-@situation()
+@situation("pytorch/pytorch#117742")
 def ema_over_job_parameters_by_hand(place):
     """An EMA of job.parameters() in a list, put in place for an evaluation and back."""
     job = place.job(net(), units=UNITS)

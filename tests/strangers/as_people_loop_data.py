@@ -113,7 +113,10 @@ class Looked(nn.Module):
         return self.head(nn.functional.embedding(tokens, self.weight, max_norm=1.0))
 
 
-@situation(refused={"dp ddp zero1 zero2 fsdp hsdp": "forward writes to weight, as .*max_norm"})
+@situation(
+    "pytorch/pytorch#37246",
+    refused={"dp ddp zero1 zero2 fsdp hsdp": "forward writes to weight, as .*max_norm"},
+)
 def embedding_function_with_max_norm(place):
     """F.embedding(max_norm=) called as a function rewrites the rows that are looked up."""
     job = place.job(Looked().double(), units=["head"])

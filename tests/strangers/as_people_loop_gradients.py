@@ -10,7 +10,11 @@ from torch import nn
 SHARDED = "zero1 zero2 fsdp hsdp"
 
 
-@situation(refused={SHARDED: r"gradient.*job.clip_grad_norm"})
+@situation(
+    "pytorch/pytorch#72548",
+    "pytorch/pytorch#170862",
+    refused={SHARDED: r"gradient.*job.clip_grad_norm"},
+)
 def clip_grad_norm_of_torch(place):
     """nn.utils.clip_grad_norm_ over job.parameters()."""
     job = place.job(net(), units=UNITS)

@@ -45,7 +45,10 @@ def compiled_before(place):
     torch.compiler.reset()
 
 
-@situation(refused={"fsdp hsdp": "a copy of a model that is split.*job.full_state_dict"})
+@situation(
+    "pytorch/pytorch#82070",
+    refused={"fsdp hsdp": "a copy of a model that is split.*job.full_state_dict"},
+)
 def deep_copy_is_evaluated(place):
     """copy.deepcopy(job.model) is called after two steps, and must be the plain model."""
     job = place.job(net(), units=UNITS)

@@ -6,7 +6,7 @@ from situation import seen, situation, take_step
 from torch import nn
 
 
-@situation()
+@situation("pytorch/pytorch#2467")
 def gradient_penalty_of_wgan(place):
     """A WGAN's critic with a gradient penalty: double backward through the model."""
     job = place.job(net(classes=1), units=UNITS)

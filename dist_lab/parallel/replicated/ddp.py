@@ -194,8 +194,7 @@ class Bucket:
             parameter.grad = self.stand_ins[name]
             return
         advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
-        GradElsewhere.stand_at(parameter, None, advice)
-        self.stand_ins[name] = parameter.grad
+        self.stand_ins[name] = GradElsewhere.stand_at(parameter, None, advice)
 
     def drop_stand_ins(self) -> None:
         """See what a user has cleared or replaced meanwhile, and leave `.grad` empty."""
