@@ -13,6 +13,7 @@ from dist_lab.programs.verify.compare import error, floor_of
 
 table.collect()
 
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
 USUAL = ("zero2", "fsdp")  # the others are slow: what stands between model and weights is theirs
@@ -71,3 +72,12 @@ def compared(yields, wanted):
             distance = error(ours[name], tensor, floor)
             assert distance <= TOLERANCE, f"yield {step}: {name} is off by {distance:.1e}"
     return step
+
+
+def test_the_table_of_results_says_what_is_expected_here():
+    assert table.table() in (ROOT / "dist_lab/RESULTS.md").read_text()
+
+
+def test_there_are_many_of_which_many_were_reported():
+    assert len(SITUATIONS) >= 60
+    assert sum(bool(situation.sources) for situation in SITUATIONS.values()) >= 25
