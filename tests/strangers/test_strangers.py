@@ -3,6 +3,8 @@
 In float64, on ranks with different rows. What a body yields before it is refused is compared, too.
 """
 
+from pathlib import Path
+
 import pytest
 import table
 import torch
