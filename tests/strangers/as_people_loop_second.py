@@ -109,7 +109,7 @@ def functional_call_with_own_parameters(place):
 @situation(
     refused={
         "fsdp hsdp": "torch.func's grad.*take dp, ddp or zero2",
-        "single dp ddp zero1 zero2": r"finish\(\) without a backward",
+        "single dp ddp": r"finish\(\) without a backward",
     }
 )
 def per_sample_gradients_by_vmap(place):
