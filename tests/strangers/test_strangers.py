@@ -18,7 +18,7 @@ table.collect()
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
-USUAL = ("zero2", "fsdp")  # the others are slow: what stands between model and weights is theirs
+USUAL = ("fsdp",)  # the most stands between model and weights there; the others are slow
 
 
 def copied(found):
