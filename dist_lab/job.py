@@ -218,7 +218,7 @@ class Job:
             UserError: where ranks step on parts of parameters, and `cls` looks at more than one
                 element at a time; see step/elementwise.py.
         """
-        self._runner.sync.look_for_frozen()
+        self._runner.sync.settle()
         here = dict(self.named_parameters())
         own_options = {
             name: groups(name, layout.shape) if groups else {}

@@ -173,6 +173,7 @@ def test_a_public_name_is_no_module_of_ours_and_stays_what_it_is():
         assert getattr(dist_lab, name) is what
 
 
+@pytest.mark.slow
 def test_torchvision_is_importable_once_it_is_fixed():
     code = (
         "import dist_lab, sys; dist_lab.fix_torchvision(); dist_lab.fix_torchvision();"

@@ -314,6 +314,7 @@ def test_after(mesh): assert meet(mesh) == 4
     assert "in meet\n" in parts[3]
 
 
+@pytest.mark.slow
 def test_when_one_has_failed_the_others_have_two_seconds(inner):
     began = time.monotonic()
     result = inner("""

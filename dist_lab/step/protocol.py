@@ -67,9 +67,6 @@ class Sync:
     def after_step(self) -> None:
         """The optimizer has stepped: send what the new weights owe to others."""
 
-    def look_for_frozen(self) -> None:
-        """Between steps, a user may have frozen or thawed parameters: what stands for them, too."""
-
     def forget(self) -> None:
         """The step was broken off: gradients that have not reached a parameter's `.grad` go."""
 
@@ -121,10 +118,6 @@ class Chain(Sync):
     def after_step(self) -> None:
         for link in self.links:
             link.after_step()
-
-    def look_for_frozen(self) -> None:
-        for link in self.links:
-            link.look_for_frozen()
 
     def forget(self) -> None:
         for link in self.links:

@@ -49,6 +49,7 @@ def model_with(make, factor):
     return model
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "fsdp")
 @pytest.mark.parametrize("strategy", ["dp", "zero1", "fsdp"])
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.ranks(2, timeout=20)

@@ -339,6 +339,7 @@ def test_a_dataset_is_fetched_once_and_only_if_asked(fetched: list[Path], tmp_pa
     assert sorted(path.name for path in cache.iterdir()) == [".mnist.lock", "MNIST"]
 
 
+@pytest.mark.slow
 def test_who_comes_while_another_fetches_waits_and_fetches_nothing(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import sys

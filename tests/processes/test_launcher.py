@@ -213,6 +213,7 @@ def check_sockets_and_orphans(folder: Path, mark: str) -> None:
     assert {address.split(":")[0] for address in addresses} == {"0100007F"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_which_every_rank_feels_ends_it_without_a_word(tmp_path):
     program = start("nproc=2", "do=wait", f"folder={tmp_path}")
     pids = ready(tmp_path, 2)

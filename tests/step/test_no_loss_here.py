@@ -31,6 +31,7 @@ class Net(nn.Module):
         return {"y": self.layers(x), "x": x}
 
 
+@pytest.mark.slow_unless(lambda strategy, constant: strategy == "fsdp" or constant == "a constant")
 @pytest.mark.parametrize("constant", CONSTANTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.ranks(2, timeout=20)

@@ -18,7 +18,6 @@ table.collect()
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
-USUAL = ("fsdp",)  # the most stands between model and weights there; the others are slow
 
 
 def copied(found):
@@ -41,7 +40,7 @@ def in_one_process(situation):
         return [copied(found) for found in situation.body(Place())]
 
 
-@pytest.mark.slow_unless(lambda strategy: strategy in USUAL)
+@pytest.mark.slow_unless(lambda name, strategy: strategy == "fsdp" and SITUATIONS[name].sources)
 @pytest.mark.parametrize(
     "strategy",
     [pytest.param(s, marks=pytest.mark.ranks(RANKS.get(s, 2))) for s in EVERY],

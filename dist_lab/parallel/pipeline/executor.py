@@ -131,9 +131,8 @@ class Flight:
             case Op.RECV_F:
                 self.receive(Op.F, stage - 1, m, self.shapes[m][stage])
             case Op.RECV_B:
-                self.receive(
-                    Op.I, stage + 1, m, [s for s in self.shapes[m][stage + 1] if s.has_gradient]
-                )
+                shapes = self.shapes[m][stage + 1]
+                self.receive(Op.I, stage + 1, m, [s for s in shapes if s.has_grad])
             case Op.SEND_F:
                 self.send(self.made.pop((Op.F, stage, m)), stage + 1)
             case Op.SEND_B:
@@ -155,8 +154,8 @@ class Flight:
             if stage == 0:
                 given = (inputs,)
             elif self.training:
-                shapes = zip(given, self.shapes[m][stage], strict=True)
-                given = tuple(x.detach().requires_grad_(s.has_gradient) for x, s in shapes)
+                pairs = zip(given, self.shapes[m][stage], strict=True)
+                given = tuple(x.detach().requires_grad_(s.has_grad) for x, s in pairs)
             output = self.executor.parts[stage](*map_tensors(fresh, given))
             if stage == self.schedule.stages - 1:
                 loss = self.loss_fn(output, targets)
@@ -167,8 +166,8 @@ class Flight:
                     self.made[Op.I, stage + 1, m] = (torch.ones_like(share),)
             else:
                 check_shapes(stage, output, self.shapes[m][stage + 1])
-                shapes = zip(output, self.shapes[m][stage + 1], strict=True)
-                results = tuple(x for x, s in shapes if s.has_gradient)
+                pairs = zip(output, self.shapes[m][stage + 1], strict=True)
+                results = tuple(x for x, s in pairs if s.has_grad)
                 self.made[Op.F, stage, m] = tuple(x.detach() for x in output)
         if self.training:
             roots = [get_gradient_edge(x) if x.requires_grad else None for x in results]

@@ -183,18 +183,14 @@ def _check_enough(stages: int, pieces: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one tensor that travels.
-
-    Attributes:
-        is_input: it is the model's own input, passed on, which needs no gradient in one process.
-    """
+    """Of one tensor that travels."""
 
     shape: torch.Size
     dtype: torch.dtype
-    is_input: bool = field(default=False, compare=False)
+    is_input: bool = field(default=False, compare=False)  # of the model: it needs no gradient
 
     @property
-    def has_gradient(self) -> bool:
+    def has_grad(self) -> bool:
         """Whether it has one, which travels back."""
         return self.dtype.is_floating_point and not self.is_input
 

@@ -165,6 +165,7 @@ class ZeroSync(Sync):
 
     def settle(self) -> None:
         for bucket in self.buckets:
+            bucket.params.look_for_frozen()
             bucket.params.clear_alike()
             bucket.params.keep_in_memory()
 
@@ -173,10 +174,6 @@ class ZeroSync(Sync):
             bucket.params.issue_gather()
         for bucket in self.buckets:
             bucket.params.wait_gather()
-
-    def look_for_frozen(self) -> None:
-        for bucket in self.buckets:
-            bucket.params.look_for_frozen()
 
     def forget(self) -> None:
         self._wait_in_flight()

@@ -470,6 +470,7 @@ def squares(out, y):
     return (out - y).square().sum()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
 @pytest.mark.parametrize(
     "build",

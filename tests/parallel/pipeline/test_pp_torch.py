@@ -60,7 +60,7 @@ def equal(build, mesh, schedule, count, data=batch, **options):
 # --- equal ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda size, schedule: size == 4 or (size, schedule) == (2, "1f1b"))
+@pytest.mark.slow_unless(lambda size, schedule: size == 4 and schedule in ("1f1b", "zbv"))
 @pytest.mark.parametrize(
     ("size", "tied", "schedule"),
     [
@@ -121,7 +121,7 @@ def test_a_narrow_dtype_travels_as_it_is(schedule, mesh):
     assert equal(build, mesh, schedule, 4, param_dtype=torch.bfloat16) is True
 
 
-@pytest.mark.slow_unless(lambda schedule, count: count in (7, 5) or (schedule, count) == ("zb", 1))
+@pytest.mark.slow_unless(lambda schedule, count: count == 7 or (schedule, count) == ("zb", 1))
 @pytest.mark.parametrize(
     ("schedule", "count"),
     [("gpipe", 1), ("gpipe", 5), ("1f1b", 7), ("zb", 1), ("zb", 2), ("zb", 5), ("zbv", 1),

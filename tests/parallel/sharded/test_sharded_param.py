@@ -433,7 +433,13 @@ SOME = (
 
 
 @pytest.mark.slow_unless(
-    lambda use, options: options == "plain" or use == "others in other micro-batches"
+    lambda use, options: (
+        (
+            options == "plain"
+            and use in (*SOME, "written to in place as a view", "a view of a parameter")
+        )
+        or use == "others in other micro-batches"
+    )
 )
 @pytest.mark.parametrize(
     ("use", "options"),
@@ -569,6 +575,7 @@ def test_a_step_that_was_broken_off_owes_nothing(mesh):
     assert sorted(c.unit for c in calls if c.op == "reduce_scatter") == ["b", "c", "root"]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
     mesh = dist_lab.init_mesh(fsdp=2, timeout=3)

@@ -147,7 +147,8 @@ BY_NAME = {
 
 @pytest.mark.slow_unless(
     lambda strategy, edit, of, whose: (
-        of is all_parameters and (strategy in ("zero1", "zero2") or edit is double)
+        of is all_parameters
+        and (strategy in ("zero1", "zero2") or (edit is double and whose == "model"))
     )
 )
 @pytest.mark.parametrize("whose", ["model", "job"])

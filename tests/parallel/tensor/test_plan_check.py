@@ -286,6 +286,7 @@ def test_a_plan_that_is_right_trains_as_one_process_does(case, mesh):
     assert_trains_as_one_process(mesh, case)
 
 
+@pytest.mark.slow
 @ranks(2)
 def test_so_it_does_under_the_twin(mesh):
     for case in RIGHT:
@@ -445,6 +446,7 @@ def test_a_plan_that_is_wrong_is_refused_in_a_line(case, mesh):
     assert_refused(mesh, case)
 
 
+@pytest.mark.slow
 @ranks(2)
 def test_so_it_is_under_the_twin(mesh):
     for case in WRONG:
@@ -647,6 +649,7 @@ def test_a_model_that_recomputes_or_calls_the_original_is_tried(mesh):
             wrong.model(batch())
 
 
+@pytest.mark.slow
 @ranks(2)
 def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_does(mesh):
     plain = built(Mlp)()

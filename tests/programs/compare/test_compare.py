@@ -408,6 +408,7 @@ def test_a_step_is_done_when_the_slowest_rank_has_done_it(mesh):
         assert 0.2 <= seconds < 0.33
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_who_sits_out_a_long_block_does_not_time_out(mesh):
     short = init_mesh(timeout=1.0, dp=2)
@@ -436,6 +437,7 @@ def test_the_kernel_counts_what_this_rank_sends_and_not_the_meetings_around_it(m
     assert payload <= sent < payload + 150  # gloo's own headers
 
 
+@pytest.mark.slow
 def test_the_program_prints_tables_and_leaves_its_files(text, tmp_path):
     out = tmp_path / "run"
     flags = "--nproc 2 --smoke --steps 1 --seq 16 --strategies single,dp --reference dp"

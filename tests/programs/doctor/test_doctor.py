@@ -460,6 +460,7 @@ def read_back(path):
     return Report(**told | {"rows": tuple(rows), "findings": tuple(told["findings"])})
 
 
+@pytest.mark.slow
 def test_the_readme_shows_what_is_printed_and_that_is_what_is_written(tmp_path, monkeypatch):
     section = (ROOT / "README.md").read_text().partition("\n## Which strategy suits")[2]
     model, shown = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
@@ -561,7 +562,7 @@ def test_one_process_alone_is_told_to_start_several():
         config.axes(1, plain=True)
 
 
-@pytest.mark.slow_unless(lambda starter: starter == "--nproc")
+@pytest.mark.slow
 @pytest.mark.parametrize("starter", ["--nproc", "torchrun"])
 def test_it_is_a_program_that_finds_a_module_in_the_current_folder(tmp_path, starter):
     (tmp_path / "mymodels.py").write_text(
