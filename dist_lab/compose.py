@@ -76,7 +76,8 @@ def parallelize(
     Args:
         strategy: a name from STRATEGIES, or a function `apply(setup)` of one's own, which runs
             along dp.
-        units: module classes or names: what is unsharded, reduced, recomputed and logged as one.
+        units: classes of modules, their names, or names of modules: what is unsharded, reduced,
+            recomputed and logged as one.
         param_dtype: compute in this dtype, keeping the parameters as float32 masters.
         recompute: recompute every k-th unit in backward: 1 all, 0 none.
         broadcast: start from rank 0's weights and buffers. False: they must be equal already.
@@ -112,7 +113,7 @@ def parallelize(
     _agree(model, mesh, broadcast and not drawn)
     if sync_batchnorm:
         convert_batchnorm(model, mesh.channel(*DATA_AXES))
-    named = {ROOT: model, **_find_units(model, units)}
+    named = {ROOT: model, **find_units(model, units)}
     recompute_units(model, named, recompute)
     names = [name for name, _ in model.named_parameters()]
     first_of = {id(p): name for name, p in model.named_parameters()}
@@ -129,7 +130,8 @@ def parallelize(
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
     parts = Parts(model, applied.stepped, applied.layouts, mesh)
-    after = [NoWrites(leaves)] if mesh.data.size > 1 else []
+    lost_or_drifts = mesh.data.size > 1 or applied.sharded_between_units
+    after = [NoWrites(leaves)] if lost_or_drifts else []
     chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
@@ -234,7 +236,7 @@ def _refuse_unknown_options(part: Part, options: Mapping[str, Any]) -> None:
             raise UserError(f"{part.label} has no option {name}; {takes}")
 
 
-def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:
+def find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:
     """Modules by name. Each entry must match: a typo would silently make no unit at all."""
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
@@ -249,8 +251,12 @@ def _find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dic
         matches = {
             name: module
             for name, module in modules.items()
-            if (name == unit if isinstance(unit, str) else isinstance(module, unit))
-            and name
+            if name
+            and (
+                unit in (name, type(module).__name__)
+                if isinstance(unit, str)
+                else isinstance(module, unit)
+            )
             and module not in never_called
         }
         if not matches:

@@ -33,6 +33,7 @@ from dist_lab.step.parts import Parts
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler, decide_together
 from dist_lab.step.shadow import Shadow
+from dist_lab.torch_private import backward_number
 from dist_lab.transforms.batchnorm import merge_statistics
 
 Groups = Callable[[str, torch.Size], Mapping[str, Any]]
@@ -115,7 +116,8 @@ class Job:
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         watched = Watched(loss_fn)
         total = self._runner.run(microbatches, watched)
-        trains = any(p.requires_grad for p in self.parameters())
+        own = self._runner.named_parameters() if watched.strays else ()
+        trains = any(p.requires_grad for _, p in own)
         with self.mesh.wire.during("loss"):
             return sum_of_losses(total, watched, self._shares, trains=trains)
 
@@ -196,7 +198,8 @@ class Job:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What optimizers step on, by name: of a parameter that is split, this rank's part."""
-        self._runner.sync.settle()
+        if backward_number() == -1:  # in backward gradients are on their way
+            self._runner.sync.settle()
         return self._runner.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -218,7 +221,6 @@ class Job:
             UserError: where ranks step on parts of parameters, and `cls` looks at more than one
                 element at a time; see step/elementwise.py.
         """
-        self._runner.sync.settle()
         here = dict(self.named_parameters())
         own_options = {
             name: groups(name, layout.shape) if groups else {}

@@ -11,6 +11,7 @@ from torch import nn
 
 import dist_lab
 from dist_lab.comm.agree import check_tensors_agree
+from dist_lab.compose import find_units
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.loss import cross_entropy_sum
 
@@ -435,6 +436,7 @@ def test_the_projection_of_torchs_attention_is_no_unit(mesh):
         torch.manual_seed(0)
         return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
 
+    assert list(find_units(build(), ["Linear", "linear1"])) == ["linear1", "linear2"]
     with pytest.raises(UserError, match=r"out_proj is never called.*; give self_attn$"):
         dist_lab.parallelize(build(), mesh, "fsdp", units=["self_attn.out_proj"])
     plain, x = build(), torch.rand(4, 3, 4).double()

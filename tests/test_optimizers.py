@@ -207,6 +207,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("zero1", "fsdp", "pp", "fsdp@torch"))
 @pytest.mark.parametrize(("strategy", "cls", "parameter"), on_two(PARTS))
 def test_on_parts_of_parameters_it_is_refused_on_every_rank(mesh, strategy, cls, parameter):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)

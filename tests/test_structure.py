@@ -210,6 +210,7 @@ def test_only_a_torchvision_whose_compiled_part_does_not_load_is_fixed(tmp_path,
     assert done.stdout == f"{compiled == 'does not load'}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_without_torchvision_there_is_nothing_to_fix():
     code = "import dist_lab, sys; sys.modules['torchvision'] = None; dist_lab.fix_torchvision()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

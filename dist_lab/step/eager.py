@@ -136,6 +136,7 @@ class Runner(Step):
             root.awaits_backward = False
             with self.wire.during("backward", unit=""):
                 root.open(Phase.BACKWARD)
+                self.sync.grads_ready((), last=self._last)
                 root.close(Phase.BACKWARD)
 
     def _before_finish(self) -> None:

@@ -113,10 +113,14 @@ class Step(ABC):
         now, before = dict(self.model.named_parameters()), self._held
         odd = [n for n in {**now, **before} if now.get(n) is not before.get(n)]
         if odd:
-            what = "added to" if odd[0] not in before else "replaced or tied in"
+            what = "replaced or tied in"
+            if odd[0] not in before:
+                what = "added to"
+            elif odd[0] not in now:
+                what = "removed from"
             raise UserError(
                 f"{odd[0]} was {what} the model after parallelize(), which trains the parameters "
-                "that it was given; do that before"
+                "that it was given; change the model before"
             )
 
     def _reopen(self) -> None:

@@ -16,7 +16,7 @@ not build is not heard of, so the first operation with other tensors takes it of
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ REDUCES = {
     "argmax", "argmin", "count_nonzero", "quantile", "topk", "sort", "cumsum", "cat", "concat",
     "stack", "hstack", "_foreach_max", "svd", "svdvals",
 }  # fmt: skip
+# What looks at places in it, or at all of them together: of a split tensor they are other ones.
+LOOKS_INSIDE = {
+    "__getitem__", "__setitem__", "select", "narrow", "index_select", "index_fill_", "index_copy_",
+    "index_add_", "scatter_", "einsum", "matmul", "__matmul__", "mm", "mv", "tolist", "numpy",
+    "nonzero", "unique", "histc", "trace", "flip", "roll", "tril", "triu",
+}  # fmt: skip
 DRAWS = {
     "randn_like", "rand_like", "randint_like", "normal_", "uniform_", "bernoulli", "bernoulli_",
     "exponential_", "random_", "multinomial", "normal",
@@ -43,6 +49,7 @@ DRAWS = {
 RESHAPES = {"view", "reshape", "flatten", "ravel"}  # a part, in another shape
 FRESH = {"clone", "zeros_like", "ones_like", "full_like", "empty_like"}  # what is kept of it
 MARK = "part_of"
+SPLIT = "is this rank's part of it"
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class PartOf(StaysBehind):
 
     Attributes:
         what, shape: of the whole.
+        how: it is not all.
         advice: what to do instead of what is refused.
         stale: the tensor is as large as the whole, but only this rank's part has the new values.
     """
@@ -59,6 +67,7 @@ class PartOf(StaysBehind):
     shape: torch.Size
     advice: str
     stale: bool = False
+    how: str = SPLIT
     in_a_copy = None
 
 
@@ -110,11 +119,11 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
     given = list(_tensors_in([args, kwargs.values()]))
     parts = [value for value in given if isinstance(value, IsPart)]
     part, of = parts[0], getattr(parts[0], MARK)
-    if name in REDUCES:
-        raise UserError(f"{of.what} is this rank's part of it, and so would be {name}: {of.advice}")
+    if name in REDUCES or (name in LOOKS_INSIDE and of.how == SPLIT):
+        raise UserError(f"{of.what} {of.how}, and so would be {name}: {of.advice}")
     if name in DRAWS and not of.stale:
         raise UserError(
-            f"{of.what} is this rank's part of it, and noise for it is not noise for the whole: "
+            f"{of.what} {of.how}, and noise for it is not noise for the whole: "
             "add it in the model's forward, or take dp or ddp"
         )
     others = [value for value in given if value.dim() and not isinstance(value, IsPart)]
@@ -182,6 +191,8 @@ class Parts:
                 continue
             advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
             of = PartOf(f"the gradient of {name}", shape, advice)
+            if "part" not in held:
+                of = replace(of, how="is one of this stage alone")
             self.gradients.append((stepped.get(name, own), of))
             if name in stepped:  # until all ranks give each other what they have stepped on
                 advice = "call job.after_step() after the optimizer's step, before you use weights"
@@ -241,9 +252,14 @@ class Plain(Sync):
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
 
+    def microbatch(self, *, last: bool) -> None:
+        self.parts.plain_gradients()
+
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.FORWARD:
             self.parts.plain_parameters()
+        if unit == ROOT and torch.is_grad_enabled():  # backward adds to them
+            self.parts.plain_gradients()
 
     def finish(self) -> None:
         self.parts.plain_gradients()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dist_lab.comm.context import Wire
 from dist_lab.layout.layout import Layout, Owed
 from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.step.saved import Visit
 
 ROOT = ""  # the unit that is the model itself
 
@@ -49,8 +50,8 @@ class Sync:
     def unshard(self, unit: str, phase: Phase) -> None:
         """The unit is about to be used: its parameters must be unsharded."""
 
-    def backward_will_come(self, unit: str) -> None:
-        """A forward is about to leave the unit, and has made what backward will come back to."""
+    def backward_will_come(self, unit: str, visit: Visit) -> None:
+        """A forward leaves the unit, and backward may come back to it, as long as `visit` lives."""
 
     def reshard(self, unit: str, phase: Phase) -> None:
         """The unit has been used: what was gathered for it may go."""
@@ -95,9 +96,9 @@ class Chain(Sync):
         for link in self.links:
             link.unshard(unit, phase)
 
-    def backward_will_come(self, unit: str) -> None:
+    def backward_will_come(self, unit: str, visit: Visit) -> None:
         for link in self.links:
-            link.backward_will_come(unit)
+            link.backward_will_come(unit, visit)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         for link in self.links:

@@ -116,20 +116,29 @@ class SavedByName:
         if self._hooks is not None:
             self._memory |= {storage_key(leaf): (leaf, unit, visit) for leaf in leaves}
 
-    def _pack(self, tensor: Tensor) -> Tensor | Saved:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int] | Saved:
         key = storage_key(tensor)
         owner = self._memory.get(key)
         # It may be of earlier memory, at an address that was used again.
         if owner is None or storage_key(owner[0]) != key:
-            return tensor
+            # An operation that saves its own output would hold itself by it, for ever if no
+            # backward comes. Autograd puts the history back, but leaves it to us to see that
+            # nobody has written to the tensor in between.
+            return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
         _, _, visit = owner
         visit.saved = True
         return Saved(*owner, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-def _unpack(saved: Tensor | Saved) -> Any:
-    if isinstance(saved, Tensor):
-        return saved
+def _unpack(saved: tuple[Tensor, int] | Saved) -> Any:
+    if isinstance(saved, tuple):
+        tensor, version = saved
+        if tensor._version != version:
+            raise UserError(
+                f"a tensor of shape {tuple(tensor.shape)} that backward needs was written to in "
+                "place after forward had saved it; write to a clone() of it"
+            )
+        return tensor
     if backward_number() == -1:
         raise UserError("what backward has saved of a sharded parameter can be seen in backward")
     saved.unit.enter_backward(saved.visit)

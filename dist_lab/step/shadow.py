@@ -63,15 +63,14 @@ class Shadow:
                 average.mul_(self.decay).add_(part, alpha=1 - self.decay)
             else:
                 average.copy_(part)
-        for copied, part in zip(self._buffers, self._buffer_parts(), strict=True):
-            copied.copy_(part)
+        self._buffers = [part.clone() for part in self._buffer_parts()]  # which may have grown
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Inside the block the model has the average for its weights and buffers. Collective."""
         self._check()
-        self._is_in_model = True
         self._swap()
+        self._is_in_model = True
         try:
             self._changed()
             yield

@@ -64,7 +64,7 @@ class Unit:
     def close(self, phase: Phase) -> None:
         self.entered.clear()
         if phase is Phase.ABORT:
-            self.backward = -1  # its end will not be told
+            self.backward, self.awaits_backward = -1, False  # its end will not be told
         if self.is_open:
             self.is_open = False
             self.sync.reshard(self.name, phase)
@@ -96,8 +96,8 @@ class Unit:
             found = list(tensors_in(returned))
         if not in_backward():
             if visit.saved or any(tensor.requires_grad for tensor in found):
-                self.sync.backward_will_come(self.name)
-                self.awaits_backward = True
+                self.sync.backward_will_come(self.name, visit)
+            self.awaits_backward |= torch.is_grad_enabled()  # others may, whose rows are other ones
             self.close(Phase.FORWARD)
         if self.must_see_outputs and not found and output is not None and torch.is_grad_enabled():
             raise UserError(

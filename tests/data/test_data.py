@@ -688,6 +688,7 @@ class Loaded(Words):
 )
 
 
+@pytest.mark.slow
 def test_worker_processes_find_the_module_at_any_step(module: Callable[[str], None]) -> None:
     module(WITH_WORKERS.replace("return Words(", "return Loaded("))
     found = data.open_data("mine:words", batch=4, seq=6, seed=1)

@@ -135,6 +135,7 @@ def test_groups_are_gone_with_the_process_group_whoever_has_kept_their_axes(mesh
         ops.all_reduce(torch.tensor(1.0), axes[1])
 
 
+@pytest.mark.slow
 def test_what_would_hold_the_group_is_imported_before_there_can_be_one():
     # Once it came with mesh.py alone, after torchrun's ranks had joined, and they aborted at exit.
     code = (

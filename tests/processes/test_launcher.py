@@ -192,6 +192,7 @@ def test_a_second_ctrl_c_does_not_wait_for_stubborn_ranks(tmp_path):
 # --- a program of its own -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @linux
 def test_ranks_listen_on_loopback_alone_and_die_with_a_launcher_that_is_killed():
     # Its temporary files would stay, so it has them in a folder of ours. Not tmp_path: the

@@ -113,6 +113,10 @@ def test_what_depends_on_the_whole_gradient_is_refused_by_name(strategy, mesh):
         lambda: grad.isfinite().all(),
         lambda: torch.cat([g.view(-1) for g in others]),
         lambda: torch.stack([g.flatten() for g in others]),
+        lambda: grad[0],
+        lambda: grad.__setitem__(slice(2), 0.0),
+        lambda: grad.flatten() @ grad.flatten(),
+        lambda: grad.tolist(),
     ):
         with pytest.raises(UserError, match=r"gradient of 0.weight is this .*job.clip_grad_norm"):
             asked()
@@ -141,8 +145,23 @@ def test_under_pp_the_norm_over_a_stage_is_refused(mesh):
     x, y = batch(0)
     job.run([(x[:4], y[:4]), (x[4:], y[4:])], dist_lab.cross_entropy_sum)
     job.finish()
-    with pytest.raises(UserError, match=r"is this rank's part of it.*job.clip_grad_norm"):
+    with pytest.raises(UserError, match=r"is one of this stage alone.*job.clip_grad_norm"):
         nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
+    assert next(job.model.parameters()).grad[0].isfinite().all()  # all of it is here
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.ranks(2)
+def test_a_step_that_is_not_taken_leaves_gradients_that_backward_may_add_to(axes, mesh):
+    strategy = next(iter(axes))
+    job = dist_lab.parallelize(
+        gpt(layers=4), dist_lab.init_mesh(**axes), strategy, **plan_of(strategy, "gpt")
+    )
+    x, y = batch(0)
+    for _ in range(2):
+        job.run([(x[:4], y[:4]), (x[4:], y[4:])], dist_lab.cross_entropy_sum)
+        job.finish()
+        job.model.zero_grad(set_to_none=False)
 
 
 @pytest.mark.ranks(1)

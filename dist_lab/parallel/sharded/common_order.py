@@ -18,17 +18,19 @@ has turns as well, of what some rank's outputs need a gradient for, the last to 
 is the order of autograd. A turn that does not come on a rank, as its loss has no use for what the
 unit put out, is taken all the same, when a later one comes or the backward is over.
 
-Cost per forward: one all_reduce of two numbers for each unit and one more, how many ranks say yes
+Cost per forward: one all_reduce of two numbers for each unit and two more, how many ranks say yes
 to each. It is summed in shared memory where there is some, as a message wakes every rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from weakref import ReferenceType, ref
 
 import torch
 
 from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.protocol import ROOT
+from dist_lab.step.saved import Visit
 
 Turn = Callable[[str], None]
 
@@ -50,7 +52,7 @@ class CommonOrder:
 
     def __init__(self, units: Sequence[str], axis: Axis, gather: Turn, skip: Turn) -> None:
         self.units, self.axis, self.gather, self.skip = list(units), axis, gather, skip
-        self.ballot = ops.shared_buffer(2 * len(units) + 1, torch.float32, axis)
+        self.ballot = ops.shared_buffer(2 * len(units) + 2, torch.float32, axis)
         self.order: list[str] = []
         self.ahead: list[str] = []
         self.backward: list[tuple[str, bool]] = []
@@ -59,11 +61,15 @@ class CommonOrder:
         self._wanted: list[str] = []  # in this forward, by this rank
         self._turns: list[str] = []  # of this forward
         self._returns: set[str] = set()  # units that this rank's backward will come to
+        # Each forward since the last backward, if this rank's backward may come to it.
+        self._forwards: list[ReferenceType[Visit] | None] = []
+        self._newest = 0  # turns in `backward` of the last forward
 
     def begin(self) -> None:
         """A forward begins."""
         self.is_open, self.ahead = True, list(self.order)
         self._wanted, self._turns, self._returns = [], [], set()
+        self._forwards.append(None)
 
     def use(self, unit: str) -> None:
         """Gather a unit, when its turn has come."""
@@ -79,9 +85,11 @@ class CommonOrder:
             for turn in self._ask(unit):
                 self._take(turn, self.gather if turn == unit else self.skip)
 
-    def returns_to(self, unit: str) -> None:
-        """A backward of this rank will come to the unit."""
+    def returns_to(self, unit: str, visit: Visit) -> None:
+        """A backward of this rank may come to the unit, as long as the visit lives."""
         self._returns.add(unit)
+        if unit == ROOT:
+            self._forwards[-1:] = [ref(visit)]
 
     def end(self) -> None:
         """This rank is through. On return all ranks are."""
@@ -91,7 +99,7 @@ class CommonOrder:
         self._take_all()
         if self.axis.size == 1:
             self.order = self._wanted
-            self._plan_backward(self._returns)
+            self._plan_backward(self._returns, older=self._older())
             return
         while turns := self._ask(None):
             for turn in turns:
@@ -103,7 +111,7 @@ class CommonOrder:
         self.backward_ends()
 
     def backward_ends(self) -> None:
-        self.backward = []
+        self.backward, self._forwards, self._newest = [], [], 0
 
     def turns_before(self, unit: str | None) -> Iterator[str]:
         """Take out of `backward` the turns before this unit's, and then that; None: all there are.
@@ -131,7 +139,7 @@ class CommonOrder:
         wants = [each == unit for each in self.units]
         returns = [each in self._returns for each in self.units]
         differs = unit is None and self._wanted != self.order
-        votes = torch.tensor([*wants, *returns, differs], dtype=torch.float32)
+        votes = torch.tensor([*wants, *returns, self._older(), differs], dtype=torch.float32)
         with self.axis.wire.during("order", unit=""):
             ops.wait_for_readers(self.ballot, self.axis)
             self.ballot.copy_(votes)
@@ -142,21 +150,30 @@ class CommonOrder:
             for i in range(2)
         )
         if not turns:
-            self._plan_backward(set(returning))
+            self._plan_backward(set(returning), older=bool(told[-2]))
             if told[-1]:
                 self._learn()
         return turns
 
-    def _plan_backward(self, returning: set[str]) -> None:
+    def _older(self) -> bool:
+        """Whether backward may come to a forward before the last two, of which one is just over."""
+        return any(visit is not None and visit() is not None for visit in self._forwards[:-2])
+
+    def _plan_backward(self, returning: set[str], *, older: bool) -> None:
         """All ranks are through.
 
         Args:
             returning: units that the backward of some rank may come to.
+            older: some rank's may also come to earlier forwards than the last. A loop that forgot
+                its no_grad leaves none, and the last output alone is still held.
         """
+        if not older:
+            self.backward, self._forwards = self.backward[: self._newest], self._forwards[-2:]
         self.returning = [unit for unit in self._turns if unit in returning]
         # A backward begins with the model itself.
         back = reversed(_as_left([unit for unit in self.returning if unit != ROOT]))
-        self.backward = [(unit, unit in self._returns) for unit in back] + self.backward
+        planned = [(unit, unit in self._returns) for unit in back]
+        self.backward, self._newest = planned + self.backward, len(planned)
 
     def _learn(self) -> None:
         """Some rank has not kept to the order: take a new one, if all have wanted the same."""

@@ -40,6 +40,7 @@ from dist_lab.parallel.sharded.param_group import Grads, ParamGroup
 from dist_lab.parallel.sharded.replicas import sum_over_replicas
 from dist_lab.parallel.sharded.unit_groups import groups_by_unit
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
+from dist_lab.step.saved import Visit
 from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.offload import maker, offloaded
 
@@ -173,8 +174,8 @@ class FullySharded(Sync):
                 self._drop_prefetched()
             self._gather(phase, unit)
 
-    def backward_will_come(self, unit: str) -> None:
-        self.order.returns_to(unit)
+    def backward_will_come(self, unit: str, visit: Visit) -> None:
+        self.order.returns_to(unit, visit)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if phase is Phase.ABORT:

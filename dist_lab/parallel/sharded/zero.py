@@ -79,6 +79,7 @@ class ZeroSync(Sync):
         self.flags = ops.shared_buffer(len(self.place_of), torch.float32, axis)
         self.last = True  # no micro-batch follows the one that is under way
         self.issued = 0  # buckets
+        self.told = False  # which gradients this micro-batch has here, or that it has none
         self.in_flight: list[Bucket] = []
 
     def microbatch(self, *, last: bool) -> None:
@@ -98,12 +99,13 @@ class ZeroSync(Sync):
         if unit == ROOT and phase is Phase.BACKWARD:
             # Now, because others wait for it in their backward. Not after one that brought no
             # gradient: `autograd.grad` by the inputs, say, of which the loss then has a term.
-            if self.each_microbatch and any(b.params.arrivals.ready for b in self.buckets):
+            if self.each_microbatch and self.told:
                 self._reduce_rest()
             for bucket in self.buckets:
                 bucket.params.stand_in()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        self.told = True
         for name in names:
             place = self.place_of[name]
             if place < self.issued:
@@ -141,7 +143,7 @@ class ZeroSync(Sync):
         self._wait_in_flight()
 
     def _start_over(self) -> None:
-        self.issued = 0
+        self.issued, self.told = 0, False
         for bucket in self.buckets:
             bucket.params.arrivals.ready = set()
 

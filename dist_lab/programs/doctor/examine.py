@@ -18,7 +18,7 @@ from torch import nn
 from dist_lab.comm import ops
 from dist_lab.comm.agree import together
 from dist_lab.comm.context import CollectiveError
-from dist_lab.compose import parallelize
+from dist_lab.compose import find_units, parallelize
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, local_numel
@@ -36,7 +36,7 @@ from dist_lab.programs.doctor.proof import (
 )
 from dist_lab.programs.doctor.report import Report, Row, Verdict, size
 from dist_lab.programs.doctor.subject import Given, Subject, in_a_line, subject_of
-from dist_lab.programs.doctor.trial import Trial, Unit, units_by_name
+from dist_lab.programs.doctor.trial import Trial, Unit
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.engine import verify
 from dist_lab.programs.verify.report import Report as Comparisons
@@ -85,7 +85,7 @@ def doctor(
     with together(mesh.world):
         subject = subject_of(model, batch, loss_sum, cross_entropy_sum)
         built = subject.build()
-        named = units_by_name(built, units)
+        named = find_units(built, units)
     subject, not_cut = with_a_batch_of_rows(subject, mesh)
     trial = Trial(subject, mesh, tuple(named), plan, microbatches, steps)
     applied = {name: apply(trial, name) for name in strategies or usual(mesh.size)}

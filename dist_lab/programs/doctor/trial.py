@@ -1,13 +1,11 @@
 """What is tried: somebody's model on some ranks, and what each strategy is told of it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from dist_lab.comm.context import Wire
-from dist_lab.errors import UserError
 from dist_lab.loss import Pair
 from dist_lab.mesh.mesh import Mesh, init_mesh
 from dist_lab.parallel.tensor.plan import Plan
@@ -59,25 +57,3 @@ class Trial:
             first = batches.slice_rows(batch, self.microbatches_of("pp"))[0]
             return {"example_inputs": first[0]}
         return {}
-
-
-def units_by_name(model: nn.Module, units: Iterable[Unit]) -> dict[str, nn.Module]:
-    """The units, each a class, the name of a class or of a module. UserError: one matches none."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    classes = {type(module).__name__ for module in modules.values()}
-    found: dict[str, nn.Module] = {}
-    for unit in units:
-        matched = {
-            name: module
-            for name, module in modules.items()
-            if (unit in (name, type(module).__name__) if isinstance(unit, str)
-                else isinstance(module, unit))
-        }  # fmt: skip
-        if not matched:
-            label = unit if isinstance(unit, str) else unit.__name__
-            raise UserError(
-                f"unit {label} matches no module (--units); classes here: "
-                f"{', '.join(sorted(classes))}"
-            )
-        found |= matched
-    return found

@@ -428,6 +428,7 @@ def test_a_peer_that_dies_is_named_by_the_launcher_and_the_others_do_not_hang(fa
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, timeout=20)
 def test_a_failed_one_fails_again_when_it_is_waited_for_again(mesh):
     mesh = init_mesh(dp=2, timeout=0.5)

@@ -142,6 +142,7 @@ def test_nothing_is_left_behind(mesh):
     assert own_maps() <= mapped, "memory that stays"
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_a_rank_that_does_not_come_is_an_error_that_names_the_call(mesh):
     mesh = init_mesh(dp=2, timeout=1.0)

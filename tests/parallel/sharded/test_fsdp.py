@@ -55,7 +55,7 @@ def recorded(job, optimizer, microbatches=1, step=1):
         take_step(job, optimizer, step, microbatches)
     about_order = [c for c in calls if c.phase == "order"]
     units = len(job.sync.links[1].groups_of)
-    assert [c.payload for c in about_order] == microbatches * [4 * (2 * units + 1)]
+    assert [c.payload for c in about_order] == microbatches * [4 * (2 * units + 2)]
     return [c for c in calls if c.phase not in ("loss", "order")]
 
 

@@ -1,6 +1,7 @@
 """What is split, what of it a rank keeps, and what a model may do with its units meanwhile."""
 
 import copy
+import gc
 import io
 import pickle
 import time
@@ -891,3 +892,73 @@ def test_a_scalar_lies_on_one_rank():
         "linear.weight": Shard,
         "linear.bias": Shard,
     }
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
+@pytest.mark.parametrize("how", ["no backward", "an output of its own"])
+@pytest.mark.ranks(2, timeout=20)
+def test_a_rank_whose_backward_does_not_come_joins_in_at_the_end_of_the_micro_batch(
+    how, strategy, mesh
+):
+    mesh = dist_lab.init_mesh(timeout=5, **axes_of(strategy, 2))
+    model = Net(
+        lambda net, x: net.a(x) if how == "no backward" or x.sum() > 0 else x, a=nn.Linear(2, 2)
+    ).double()
+    job = dist_lab.parallelize(model, mesh, strategy, units=["a"])
+    x = torch.ones(1, 2, dtype=torch.float64) * (1 - 2 * mesh.rank)
+    for last in (False, True):
+        with job.microbatch(last=last):
+            loss = job.model(x).sum()
+            if mesh.rank == 0:
+                loss.backward()
+        assert job.count(1) == 2  # a rank that waited in backward would not come
+    job.finish()
+    assert torch.equal(job.full_gradients()["a.bias"], torch.full((2,), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_forwards_to_which_no_backward_will_come_cost_the_next_nothing(mesh):
+    job, optimizer = trained(mesh)
+    counts = []
+    for forwards in (0, 0, 9):
+        for step in range(forwards):
+            loss_of(job, step)  # somebody forgot no_grad
+        with mesh.wire.ledger.recording() as calls:
+            loss_of(job).backward()
+        job.finish()
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(sum(c.op == "all_gather" for c in calls))
+    assert counts[1] <= counts[2] <= counts[1] + 4  # the last output may still be held
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_forward_has_saved_and_a_user_has_written_to_since_is_refused(mesh):
+    def add_in_place(net, x):
+        y = torch.tanh(net.a(x))
+        return y.add_(1) * net.last
+
+    job, _ = trained(mesh, build(add_in_place, a=Layer), "a")
+    with pytest.raises(UserError, match=r"shape \(\d+, 6\) that backward needs was written to in"):
+        loss_of(job).backward()  # in one process torch refuses it
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_forward_to_which_no_backward_comes_leaves_nothing_alive(mesh):
+    job, _ = trained(mesh)  # its tanh saves what it puts out
+    alive = []
+    for step in range(4):
+        loss_of(job, step)
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert len(set(alive[1:])) == 1, alive
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_backward_may_come_to_the_first_of_many_forwards(mesh):
+    job, _ = trained(mesh)
+    wanted = of_one_step(mesh)
+    losses = [loss_of(job) for _ in range(4)]
+    losses[0].backward()
+    job.finish()
+    assert_equal(gradients(job), wanted)

@@ -672,6 +672,7 @@ def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_doe
             plain.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_a_forward_on_one_rank_alone_ends_in_a_line():
     mesh = dist_lab.init_mesh(timeout=2, tp=2)

@@ -115,6 +115,7 @@ def run(*argv):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_and_writes_what_it_says(tmp_path):
     done = run("--nproc", 3, "--smoke", "--out", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -368,6 +368,7 @@ def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
         assert dp.kernel_bytes == pytest.approx(dp.traffic[0].sent, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_what_cannot_run_is_refused_on_all_ranks_leaves_nothing_and_the_others_run(text, mesh):
     models = []

@@ -67,6 +67,7 @@ def check_claims(
 # --- a healthy model ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4, timeout=120)
 def test_a_healthy_model_is_exact_everywhere_and_has_no_note(mesh):
     report = dist_lab.doctor(Healthy, mesh, batch=rows(), units=[Block])

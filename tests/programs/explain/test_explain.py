@@ -132,6 +132,7 @@ def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives,
     assert sent == pytest.approx(by_formula, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_one_process_sends_nothing():
     done = program("--seq", "8", "--batch", "2")
     assert (done.returncode, done.stderr) == (0, "")

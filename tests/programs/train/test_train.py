@@ -201,6 +201,7 @@ def test_a_run_that_fails_leaves_no_thread_that_makes_batches(text, tmp_path):
     assert held.value.__traceback__ is not None
 
 
+@pytest.mark.slow
 def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     flags = "--nproc 2 --strategy dp --model vit --batch 8 --steps 3 --log-every 1 --out"
     done = run("train.py", *flags.split(), tmp_path / "run")
