@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from dist_lab.comm.context import Wire
 from dist_lab.layout.layout import Layout, Owed
 from dist_lab.mesh.mesh import Axis, Mesh
-from dist_lab.step.saved import Visit
 
 ROOT = ""  # the unit that is the model itself
 
@@ -50,7 +49,7 @@ class Sync:
     def unshard(self, unit: str, phase: Phase) -> None:
         """The unit is about to be used: its parameters must be unsharded."""
 
-    def backward_will_come(self, unit: str, visit: Visit) -> None:
+    def backward_will_come(self, unit: str, visit: object) -> None:
         """A forward leaves the unit, and backward may come back to it, as long as `visit` lives."""
 
     def reshard(self, unit: str, phase: Phase) -> None:
@@ -96,7 +95,7 @@ class Chain(Sync):
         for link in self.links:
             link.unshard(unit, phase)
 
-    def backward_will_come(self, unit: str, visit: Visit) -> None:
+    def backward_will_come(self, unit: str, visit: object) -> None:
         for link in self.links:
             link.backward_will_come(unit, visit)
 

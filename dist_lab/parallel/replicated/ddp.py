@@ -94,6 +94,9 @@ class BucketedAllReduce(Sync):
 
     def finish(self) -> None:
         """Issue what backward left incomplete, wait for all, and learn if there is a need."""
+        for name in self.owed:  # also what a user has put there, and no backward
+            if name not in self.bucket_of and self.model.get_parameter(name).grad is not None:
+                self.unassigned.setdefault(name)
         while self.issued < len(self.buckets):  # on this rank some of its gradients did not come
             self._issue(unassigned=bool(self.unassigned))
         more = [bucket.wait() for bucket in self.buckets]

@@ -30,7 +30,6 @@ import torch
 from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.protocol import ROOT
-from dist_lab.step.saved import Visit
 
 Turn = Callable[[str], None]
 
@@ -62,7 +61,7 @@ class CommonOrder:
         self._turns: list[str] = []  # of this forward
         self._returns: set[str] = set()  # units that this rank's backward will come to
         # Each forward since the last backward, if this rank's backward may come to it.
-        self._forwards: list[ReferenceType[Visit] | None] = []
+        self._forwards: list[ReferenceType[object] | None] = []
         self._newest = 0  # turns in `backward` of the last forward
 
     def begin(self) -> None:
@@ -85,7 +84,7 @@ class CommonOrder:
             for turn in self._ask(unit):
                 self._take(turn, self.gather if turn == unit else self.skip)
 
-    def returns_to(self, unit: str, visit: Visit) -> None:
+    def returns_to(self, unit: str, visit: object) -> None:
         """A backward of this rank may come to the unit, as long as the visit lives."""
         self._returns.add(unit)
         if unit == ROOT:

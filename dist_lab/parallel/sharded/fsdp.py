@@ -40,7 +40,6 @@ from dist_lab.parallel.sharded.param_group import Grads, ParamGroup
 from dist_lab.parallel.sharded.replicas import sum_over_replicas
 from dist_lab.parallel.sharded.unit_groups import groups_by_unit
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
-from dist_lab.step.saved import Visit
 from dist_lab.torch_private import StatisticsNorm
 from dist_lab.transforms.offload import maker, offloaded
 
@@ -174,7 +173,7 @@ class FullySharded(Sync):
                 self._drop_prefetched()
             self._gather(phase, unit)
 
-    def backward_will_come(self, unit: str, visit: Visit) -> None:
+    def backward_will_come(self, unit: str, visit: object) -> None:
         self.order.returns_to(unit, visit)
 
     def reshard(self, unit: str, phase: Phase) -> None:
@@ -332,5 +331,4 @@ class FullySharded(Sync):
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
             yield from group.held()
-        for buffer in (self.order.ballot, *self.staging.values()):
-            yield "buffers", buffer
+        yield from (("buffers", held) for held in (self.order.ballot, *self.staging.values()))

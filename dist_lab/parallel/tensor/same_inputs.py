@@ -33,7 +33,7 @@ def compare_inputs(
     """Have a model compare its inputs over the ranks: in every forward, or where the model and its
     plan are of the zoo, and the mesh does not `check`, in the first.
     """
-    if axis.size > 1 and not axis.wire.pretended:
+    if axis.size > 1:
         every = axis.wire.check or not is_tested(model, plan)
         SameInputs(model, axis, every=every, pieces=cut and not takes_whole(model, named))
 
