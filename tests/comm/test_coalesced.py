@@ -352,6 +352,7 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_the_call(setting, mesh
         time.sleep(2.5)
 
 
+@pytest.mark.slow
 @needs_linux
 @pytest.mark.ranks(2)
 def test_a_rank_that_does_not_read_is_an_error_that_names_the_call_it_is_late_for(mesh):

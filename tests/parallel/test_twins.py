@@ -254,7 +254,9 @@ class Sent(TorchDispatchMode):
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, option: strategy == ("hsdp" if option.get("keep_gathered") else "fsdp")
+    lambda strategy, option: (
+        option and strategy == ("hsdp" if "keep_gathered" in option else "fsdp")
+    )
 )
 @pytest.mark.parametrize(
     "option",

@@ -443,6 +443,7 @@ def test_a_failed_one_fails_again_when_it_is_waited_for_again(mesh):
         time.sleep(1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, timeout=20)
 def test_an_exchange_ends_with_the_timeout_of_its_mesh(mesh):
     # A group's own timeout does not reach its sends and receives: they had 30 minutes.
