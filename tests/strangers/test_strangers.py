@@ -18,6 +18,7 @@ table.collect()
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
+IN_SLOW = ("ddp", "zero2", "fsdp")  # the others are of the same make, or refuse most
 
 
 def copied(found):
@@ -40,11 +41,19 @@ def in_one_process(situation):
         return [copied(found) for found in situation.body(Place())]
 
 
-@pytest.mark.slow_unless(lambda name, strategy: strategy == "fsdp" and SITUATIONS[name].sources)
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param(s, marks=pytest.mark.ranks(RANKS.get(s, 2))) for s in EVERY],
+def rows():
+    """Each strategy on as many ranks as it takes, and when it is tested if not always."""
+    for strategy in EVERY:
+        when = [] if strategy in IN_SLOW else [pytest.mark.nightly]
+        yield pytest.param(strategy, marks=[pytest.mark.ranks(RANKS.get(strategy, 2)), *when])
+
+
+@pytest.mark.slow_unless(
+    lambda name, strategy: (
+        strategy not in IN_SLOW or (strategy == "fsdp" and SITUATIONS[name].sources)
+    )
 )
+@pytest.mark.parametrize("strategy", [*rows()])
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_a_stranger_is_trained_exactly_or_refused_in_a_line(name, strategy, mesh):
     situation = SITUATIONS[name]
