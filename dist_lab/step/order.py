@@ -113,11 +113,11 @@ class Step(ABC):
         now, before = dict(self.model.named_parameters()), self._held
         odd = [n for n in {**now, **before} if now.get(n) is not before.get(n)]
         if odd:
-            what = "replaced or tied in"
+            what = "replaced in"
             if odd[0] not in before:
                 what = "added to"
             elif odd[0] not in now:
-                what = "removed from"
+                what = "tied in, or removed from,"
             raise UserError(
                 f"{odd[0]} was {what} the model after parallelize(), which trains the parameters "
                 "that it was given; change the model before"

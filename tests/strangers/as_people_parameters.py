@@ -234,7 +234,7 @@ def norm_shared_by_two_units(place):
     yield from usual_loop(place, place.job(model, units=[Block]))
 
 
-@situation(refused={DATA: "tied in the model after|replaced after"})
+@situation(refused={DATA: "tied in, or removed from, the model after|replaced after"})
 def tied_after_it_was_parallelized(place):
     """`tie_weights()` is called late, on a model that is parallelized already."""
     model = Language().double()
