@@ -69,8 +69,9 @@ class Step(ABC):
 
     def finish(self) -> None:
         """Raises UserError on gradients that were summed already, or that no strategy knows."""
-        self._refuse_other_parameters()
-        gradients = {n: real_grad(p) for n, p in self.named_parameters()}
+        now = dict(self.model.named_parameters())
+        self._refuse_other_parameters(now)
+        gradients = {n: real_grad(self._stepped.get(n, p)) for n, p in now.items()}
         late = [n for n, g in gradients.items() if g is not None and n not in self._parameters]
         if late:
             raise UserError(
@@ -108,9 +109,9 @@ class Step(ABC):
         with self.wire.during("load", unit=""):
             self.sync.after_step()
 
-    def _refuse_other_parameters(self) -> None:
+    def _refuse_other_parameters(self, now: Mapping[str, nn.Parameter]) -> None:
         """Raise UserError if the model holds others than it did: no strategy knows of them."""
-        now, before = dict(self.model.named_parameters()), self._held
+        before = self._held
         odd = [n for n in {**now, **before} if now.get(n) is not before.get(n)]
         if odd:
             what = "replaced in"
