@@ -1,15 +1,9 @@
 """Parameters that are frozen, thawed, tied, unused: which of them train, and when."""
 
 import torch
+from batches import batch
 from situation import situation, take_step
 from torch import nn
-
-
-def batch(step, rows=8, width=6, classes=4):
-    """A global batch; another one each step."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, classes, (rows,), generator=generator)
 
 
 @situation()

@@ -1,6 +1,7 @@
 """What the situations about loops share: a small net, its batches, and two micro-batches a step."""
 
 import torch
+from batches import batch
 from torch import nn
 
 UNITS = ["0", "2"]
@@ -15,13 +16,6 @@ def net(*, hidden=5, classes=4, bias=True):
             nn.Linear(hidden, 7, bias=bias), nn.Tanh(),
             nn.Linear(7, classes, bias=bias),
         ).double()  # fmt: skip
-
-
-def batch(step, rows=8, width=6, classes=4):
-    """A global batch; another one each step."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, classes, (rows,), generator=generator)
 
 
 def loss_of(job, output, y, parts=1):
