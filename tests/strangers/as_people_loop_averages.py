@@ -132,13 +132,13 @@ def teacher_from_a_shadow(place):
     model, teacher = net(), net().requires_grad_(False)
     job = place.job(model, units=UNITS)
     optimizer, shadow = job.optimizer(torch.optim.SGD, lr=0.5), job.shadow(0.5)
+
+    def share(x, y):
+        out = job.model(x)
+        return loss_of(job, out, y, 2) + (out - teacher(x)).square().sum() / (2 * job.count(len(x)))
+
     for step in range(4):
-        for part in range(2):
-            x, y = place.rows(*batch(2 * step + part))
-            with job.microbatch(last=part == 1):
-                out = job.model(x)
-                distance = (out - teacher(x)).square().sum() / (2 * job.count(len(x)))
-                (distance + loss_of(job, out, y, 2)).backward()
+        backward(place, job, step, share=share)
         end_step(job, optimizer)
         shadow.update()
         if step % 2:

@@ -23,10 +23,8 @@ def compiled_after(place):
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     compiled = torch.compile(job.model, backend="eager")
     for step in range(3):
-        for part in range(2):
-            x, y = place.rows(*batch(2 * step + part))
-            with job.microbatch(last=part == 1), quietly_compiled():
-                loss_of(job, compiled(x), y, 2).backward()
+        with quietly_compiled():
+            backward(place, job, step, share=lambda x, y: loss_of(job, compiled(x), y, 2))
         yield take_step(job, optimizer)
     torch.compiler.reset()
 
@@ -140,13 +138,13 @@ def activations_caught_by_a_hook(place):
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     kept = {}
     job.model[1].register_forward_hook(lambda m, args, out: kept.update(hidden=out))
+
+    def share(x, y):
+        out = job.model(x)
+        return loss_of(job, out, y, 2) + kept["hidden"].square().sum() / (2 * job.count(len(y)))
+
     for step in range(3):
-        for part in range(2):
-            x, y = place.rows(*batch(2 * step + part))
-            with job.microbatch(last=part == 1):
-                out = job.model(x)
-                size = kept["hidden"].square().sum() / (2 * job.count(len(y)))
-                (loss_of(job, out, y, 2) + size).backward()
+        backward(place, job, step, share=share)
         yield take_step(job, optimizer)
 
 

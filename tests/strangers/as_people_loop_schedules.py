@@ -98,12 +98,12 @@ def checkpoint_of_the_whole_model(place):
     """checkpoint(job.model, x, use_reentrant=False) in the loop."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
+
+    def share(x, y):
+        return loss_of(job, checkpoint(job.model, x, use_reentrant=False), y, 2)
+
     for step in range(3):
-        for part in range(2):
-            x, y = place.rows(*batch(2 * step + part))
-            with job.microbatch(last=part == 1):
-                out = checkpoint(job.model, x, use_reentrant=False)
-                loss_of(job, out, y, 2).backward()
+        backward(place, job, step, share=share)
         yield take_step(job, optimizer)
 
 

@@ -166,13 +166,13 @@ def loss_of_two_forwards(place):
     """Two forwards of one batch, their distance in one loss, accumulated."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+
+    def share(x, y):
+        one, two = job.model(x), job.model(x + 0.1)
+        return loss_of(job, one, y, 2) + (one - two).square().sum() / (2 * job.count(len(y)))
+
     for step in range(3):
-        for part in range(2):
-            x, y = place.rows(*batch(2 * step + part))
-            with job.microbatch(last=part == 1):
-                one, two = job.model(x), job.model(x + 0.1)
-                distance = (one - two).square().sum() / (2 * job.count(len(y)))
-                (loss_of(job, one, y, 2) + distance).backward()
+        backward(place, job, step, share=share)
         yield take_step(job, optimizer)
 
 

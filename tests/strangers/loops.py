@@ -23,12 +23,17 @@ def loss_of(job, output, y, parts=1):
     return job.cross_entropy_sum(output, y) / (parts * job.count(len(y)))
 
 
-def backward(place, job, step, parts=2):
-    """The backwards of one step, in so many micro-batches."""
+def backward(place, job, step, parts=2, share=None):
+    """The backwards of one step, in so many micro-batches.
+
+    Args:
+        share: (x, y) -> a micro-batch's share of the loss; default: by job.model.
+    """
+    share = share or (lambda x, y: loss_of(job, job.model(x), y, parts))
     for i in range(parts):
         x, y = place.rows(*batch(parts * step + i))
         with job.microbatch(last=i == parts - 1):
-            loss_of(job, job.model(x), y, parts).backward()
+            share(x, y).backward()
 
 
 def end_step(job, optimizer):
