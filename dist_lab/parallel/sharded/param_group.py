@@ -136,7 +136,8 @@ class ParamGroup:
         if self.state is not Params.SHARDED:
             return False
         self.state = Params.GATHERING
-        rows = [param.allocate(self.axis.size) for param in self.params]
+        with torch.inference_mode(False):  # backward may read what a gather in the mode has left
+            rows = [param.allocate(self.axis.size) for param in self.params]
         self.sharded.issue(
             lambda _, axis: ops.all_gather_coalesced(rows, self._to_send(), axis), self.gather_axis
         )

@@ -57,9 +57,11 @@ class ShardedParam:
     rows: Tensor | None = None
     trains: bool = field(init=False)
     hollow: Tensor = field(init=False)
+    stride: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trains, self.hollow = self.trained, self.unsharded.data
+        self.stride = torch.empty(self.shape, device="meta").stride()
 
     def show(self) -> None:
         """Let the modules compute with the unsharded tensor."""
@@ -74,9 +76,8 @@ class ShardedParam:
     def allocate(self, size: int) -> Tensor:
         """Give the unsharded tensor memory, whose values are to come; returns it as rows."""
         leaf = self.unsharded
-        with torch.inference_mode(False):  # backward may read what a gather in the mode has left
-            self.rows = torch.empty(size, self.length, dtype=leaf.dtype, device=leaf.device)
-            leaf.data = self.rows.view(-1)[: math.prod(self.shape)].view(self.shape)
+        self.rows = torch.empty(size, self.length, dtype=leaf.dtype, device=leaf.device)
+        leaf.data = self.rows.as_strided(self.shape, self.stride)
         return self.rows
 
     def free(self) -> None:
