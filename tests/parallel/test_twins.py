@@ -255,7 +255,7 @@ class Sent(TorchDispatchMode):
 
 @pytest.mark.slow_unless(
     lambda strategy, option: (
-        option and strategy == ("hsdp" if "keep_gathered" in option else "fsdp")
+        (strategy, *option) in (("fsdp", "defer_reduce"), ("hsdp", "keep_gathered"))
     )
 )
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.slow_unless(lambda strategy, own: strategy in ("ddp", "zero1", "fsdp") or own)
+@pytest.mark.slow_unless(lambda strategy, own: strategy in ("zero1", "fsdp") or own)
 @pytest.mark.parametrize(("strategy", "make_scaler", "own", "clips", "fused"), on_two(ROWS))
 def test_every_rank_skips_the_step_in_which_one_overflows_and_no_other(
     mesh, strategy, make_scaler, own, clips, fused, want

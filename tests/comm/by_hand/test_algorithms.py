@@ -217,7 +217,7 @@ def call(op, x, axis, algorithm, reduce="sum"):
     return ops.broadcast(x, axis, n - 1, algorithm=algorithm), xs[n - 1]
 
 
-@pytest.mark.slow_unless(lambda world: world == 3)
+@pytest.mark.slow_unless(lambda world: world == 2)
 @pytest.mark.parametrize("world", WORLDS)
 def test_they_do_what_the_backends_do_for_every_dtype_and_shape(world, mesh):
     axis = mesh["dp"]

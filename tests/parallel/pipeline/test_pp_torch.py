@@ -60,7 +60,7 @@ def equal(build, mesh, schedule, count, data=batch, **options):
 # --- equal ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda size, schedule: size == 4 and schedule in ("1f1b", "zbv"))
+@pytest.mark.slow_unless(lambda size, schedule: (size, schedule) == (4, "1f1b"))
 @pytest.mark.parametrize(
     ("size", "tied", "schedule"),
     [
@@ -252,7 +252,7 @@ def test_its_operations_can_be_counted_and_are_as_many_as_ours(schedule, mesh):
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):

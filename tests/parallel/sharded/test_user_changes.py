@@ -312,7 +312,8 @@ def some_names(model):
 
 @pytest.mark.slow_unless(
     lambda strategy, when, how: (
-        strategy == "fsdp" or (when, how) == ("between micro-batches", "by name")
+        strategy == "fsdp"
+        or (strategy in ("ddp", "zero1") and (when, how) == ("between micro-batches", "by name"))
     )
 )
 @pytest.mark.parametrize(

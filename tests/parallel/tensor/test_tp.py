@@ -82,8 +82,8 @@ EQUAL = [
 ]
 
 
-USUAL = [(4, model, "regather") for model in EQUAL[-1][1]]
-USUAL += [(4, model, "whole") for model in ("4 heads share 1", "odd", "vit")]
+USUAL = [(4, model, "regather") for model in ("12 heads", "4 heads share 1", "vit")]
+USUAL += [(4, model, "whole") for model in ("tied", "odd")]
 USUAL += [(3, "6 heads share 3", "whole"), (2, "tied", "cut"), (2, "vit", "cut"), (2, "mlp", "cut")]
 
 

@@ -334,6 +334,7 @@ def opened(settings: Settings):
     return open_data(settings.data, batch=settings.batch, seq=settings.seq, seed=0, cache_dir=cache)
 
 
+@pytest.mark.slow  # verify's tests say so of each by itself
 @pytest.mark.ranks(2)
 def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
     settings = small(text)

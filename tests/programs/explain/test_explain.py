@@ -72,7 +72,6 @@ def measured(config, mesh):
         in (
             ("ddp", "float32"),
             ("fsdp", "bfloat16"),
-            ("pp", "float32"),
         )
     )
 )

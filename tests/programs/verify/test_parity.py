@@ -116,13 +116,13 @@ USUAL = [
     # world, microbatches, dtype, of a strategy by hand; and of a library's the first
     (2, 1, torch.bfloat16),
     (4, 1, torch.float32),
-    (1, 1, torch.float64),
 ]
 
 
 @pytest.mark.slow_unless(
-    lambda impl, world, microbatches, dtype: (
+    lambda strategy, impl, world, microbatches, dtype: (
         (world, microbatches, dtype) in (USUAL if impl == "hand" else USUAL[:1])
+        or (strategy, impl, world, microbatches, dtype) == ("fsdp", "hand", 1, 1, torch.float64)
     )
 )
 @pytest.mark.parametrize(
@@ -154,6 +154,7 @@ def test_one_process_under_the_library_equals_one_process_without():
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda rows, strategy: (rows == 5) == (strategy == "ddp"))
 @pytest.mark.parametrize("rows", [7, 5, 1])
 @pytest.mark.parametrize("strategy", ["dp", "ddp"])
 @pytest.mark.ranks(3)
