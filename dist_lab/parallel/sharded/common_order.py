@@ -18,11 +18,15 @@ has turns as well, of what some rank's outputs need a gradient for, the last to 
 is the order of autograd. A turn that does not come on a rank, as its loss has no use for what the
 unit put out, is taken all the same, when a later one comes or the backward is over.
 
+Where a rank has more to tell at the end of a forward, because it has not kept to the order, or has
+written to a parameter, all tell each other what they have used and what they have written.
+
 Cost per forward: one all_reduce of two numbers for each unit and two more, how many ranks say yes
 to each. It is summed in shared memory where there is some, as a message wakes every rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from weakref import ReferenceType, ref
 
 import torch
@@ -63,6 +67,7 @@ class CommonOrder:
         # Each forward since the last backward, if this rank's backward may come to it.
         self._forwards: list[ReferenceType[object] | None] = []
         self._newest = 0  # turns in `backward` of the last forward
+        self._more = False  # some rank has more to tell than was in the ballot
 
     def begin(self) -> None:
         """A forward begins."""
@@ -90,19 +95,27 @@ class CommonOrder:
         if unit == ROOT:
             self._forwards[-1:] = [ref(visit)]
 
-    def end(self) -> None:
-        """This rank is through. On return all ranks are."""
+    def end(self, written: Mapping[str, int]) -> str | None:
+        """This rank is through. On return all ranks are.
+
+        Args:
+            written: parameters that this rank has written to, each with a digest of what it is.
+
+        Returns:
+            The first that the ranks do not have in common, if there is one.
+        """
         if not self.is_open:
-            return
+            return None
         self.is_open = False
         self._take_all()
         if self.axis.size == 1:
             self.order = self._wanted
             self._plan_backward(self._returns, older=self._older())
-            return
-        while turns := self._ask(None):
+            return None
+        while turns := self._ask(None, tells=bool(written)):
             for turn in turns:
                 self._take(turn, self.skip)
+        return self._learn(written) if self._more else None
 
     def break_off(self) -> None:
         """An exception has ended the step."""
@@ -133,12 +146,16 @@ class CommonOrder:
         while self.ahead:
             self._take(self.ahead.pop(0), self.skip)
 
-    def _ask(self, unit: str | None) -> list[str]:
-        """The units that ranks want, where this one wants a unit, or is through."""
+    def _ask(self, unit: str | None, *, tells: bool = False) -> list[str]:
+        """The units that ranks want, where this one wants a unit, or is through.
+
+        Args:
+            tells: whether this one has more to tell.
+        """
         wants = [each == unit for each in self.units]
         returns = [each in self._returns for each in self.units]
-        differs = unit is None and self._wanted != self.order
-        votes = torch.tensor([*wants, *returns, self._older(), differs], dtype=torch.float32)
+        more = tells or (unit is None and self._wanted != self.order)
+        votes = torch.tensor([*wants, *returns, self._older(), more], dtype=torch.float32)
         with self.axis.wire.during("order", unit=""):
             ops.wait_for_readers(self.ballot, self.axis)
             self.ballot.copy_(votes)
@@ -150,8 +167,7 @@ class CommonOrder:
         )
         if not turns:
             self._plan_backward(set(returning), older=bool(told[-2]))
-            if told[-1]:
-                self._learn()
+            self._more = bool(told[-1])
         return turns
 
     def _older(self) -> bool:
@@ -174,14 +190,19 @@ class CommonOrder:
         planned = [(unit, unit in self._returns) for unit in back]
         self.backward, self._newest = planned + self.backward, len(planned)
 
-    def _learn(self) -> None:
-        """Some rank has not kept to the order: take a new one, if all have wanted the same."""
-        place = {unit: str(i) for i, unit in enumerate(self.units)}
-        mine = " ".join(place[unit] for unit in self._wanted)
+    def _learn(self, written: Mapping[str, int]) -> str | None:
+        """Some rank has more to tell. If all have wanted the same, that is the order from now on.
+
+        Returns what `end` does.
+        """
+        place = {unit: i for i, unit in enumerate(self.units)}
+        mine = json.dumps([[place[unit] for unit in self._wanted], written])
         with self.axis.wire.during("order", unit=""):
-            everybody = ops.all_gather_bytes(mine.encode(), self.axis)
-        if len(set(everybody)) == 1:
+            everybody = [json.loads(b) for b in ops.all_gather_bytes(mine.encode(), self.axis)]
+        if all(wanted == everybody[0][0] for wanted, _ in everybody):
             self.order = self._wanted
+        names = {name: None for _, writes in everybody for name in writes}
+        return next((n for n in names if len({w.get(n) for _, w in everybody}) > 1), None)
 
 
 def _as_left(entered: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
+from dist_lab.comm.agree import fingerprint
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.param_slots import ParamSlot, parameter_at
@@ -64,6 +65,7 @@ class ParamGroup:
         users: units that are open and need the parameters.
         visits: of its unit in forward, which backward has still to come through.
         reduce_dtype: that gradients are summed in.
+        written: parameters that forwards have written to, and a digest of what they are then.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class ParamGroup:
         self.grad_length = sum(n for (n,) in self.grad_lengths.values()) + len(self.trained)
         self.state, self.grads = Params.SHARDED, Grads.NONE
         self.users: set[str] = set()
+        self.written: dict[str, int] = {}
         self.visits = 0
         self.missing: set[str] = set()  # gradients that are to come before it is COMPLETE
         self.total: FlatBuffer | None = None  # of the micro-batches that were reduced
@@ -161,11 +164,25 @@ class ParamGroup:
     def reshard(self) -> None:
         """Let go of the memory of the unsharded parameters."""
         self.wait_unshard()  # what is still being written must not be somebody else's memory
+        self.keep_writes()
         if self.state is Params.UNSHARDED:
             self.state = Params.SHARDED
             for param in self.params:
                 param.hide()
                 param.free()
+
+    def keep_writes(self) -> None:
+        """Take over into the shards what a forward has written by `.data`."""
+        for param in self.params if self.state is Params.UNSHARDED else ():
+            written = param.written()
+            if written is not None:
+                self.wait_for_readers()
+                leaf = param.unsharded.detach()
+                self.written[param.name] = fingerprint(leaf)
+                own = shard_value(leaf, self.axis).flatten()
+                mine = shard_value(written, self.axis).flatten().to(self.sharded.memory.device)
+                shard = self.sharded.views[param.name][: len(own)]
+                shard[mine] = own.to(shard)[mine]
 
     def wait_for_readers(self) -> None:
         """Wait until no rank reads what is about to be written."""
