@@ -32,6 +32,7 @@ from weakref import ReferenceType, ref
 import torch
 
 from dist_lab.comm import ops
+from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.protocol import ROOT
 
@@ -51,6 +52,7 @@ class CommonOrder:
         ahead: turns of this forward that are to come.
         backward: turns of the backward to come, each with whether this rank's may come there.
         returning: turns of the last forward to which the backward of some rank will come.
+        torn: a parameter to which the ranks have written different values.
     """
 
     def __init__(self, units: Sequence[str], axis: Axis, gather: Turn, skip: Turn) -> None:
@@ -60,6 +62,7 @@ class CommonOrder:
         self.ahead: list[str] = []
         self.backward: list[tuple[str, bool]] = []
         self.returning: list[str] = []
+        self.torn: str | None = None
         self.is_open = False
         self._wanted: list[str] = []  # in this forward, by this rank
         self._turns: list[str] = []  # of this forward
@@ -95,27 +98,34 @@ class CommonOrder:
         if unit == ROOT:
             self._forwards[-1:] = [ref(visit)]
 
-    def end(self, written: Mapping[str, int]) -> str | None:
+    def end(self, written: Mapping[str, int]) -> None:
         """This rank is through. On return all ranks are.
 
         Args:
             written: parameters that this rank has written to, each with a digest of what it is.
-
-        Returns:
-            The first that the ranks do not have in common, if there is one.
         """
         if not self.is_open:
-            return None
+            return
         self.is_open = False
         self._take_all()
         if self.axis.size == 1:
             self.order = self._wanted
             self._plan_backward(self._returns, older=self._older())
-            return None
+            return
         while turns := self._ask(None, tells=bool(written)):
             for turn in turns:
                 self._take(turn, self.skip)
-        return self._learn(written) if self._more else None
+        if self._more:
+            self._learn(written)
+
+    def refuse_torn(self) -> None:
+        """Raise UserError on every rank if they have written different values."""
+        torn, self.torn = self.torn, None
+        if torn is not None:
+            raise UserError(
+                f"the forward writes to {torn} by .data, and not the same on every rank, as rows "
+                "differ by rank; write what does not depend on rows, or write after the step"
+            )
 
     def break_off(self) -> None:
         """An exception has ended the step."""
@@ -190,11 +200,8 @@ class CommonOrder:
         planned = [(unit, unit in self._returns) for unit in back]
         self.backward, self._newest = planned + self.backward, len(planned)
 
-    def _learn(self, written: Mapping[str, int]) -> str | None:
-        """Some rank has more to tell. If all have wanted the same, that is the order from now on.
-
-        Returns what `end` does.
-        """
+    def _learn(self, written: Mapping[str, int]) -> None:
+        """Some rank has more to tell. If all have wanted the same, that is the order now."""
         place = {unit: i for i, unit in enumerate(self.units)}
         mine = json.dumps([[place[unit] for unit in self._wanted], written])
         with self.axis.wire.during("order", unit=""):
@@ -202,7 +209,7 @@ class CommonOrder:
         if all(wanted == everybody[0][0] for wanted, _ in everybody):
             self.order = self._wanted
         names = {name: None for _, writes in everybody for name in writes}
-        return next((n for n in names if len({w.get(n) for _, w in everybody}) > 1), None)
+        self.torn = next((n for n in names if len({w.get(n) for _, w in everybody}) > 1), None)
 
 
 def _as_left(entered: Sequence[str]) -> list[str]:

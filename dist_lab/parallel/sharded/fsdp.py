@@ -181,9 +181,8 @@ class FullySharded(Sync):
             return  # forget() follows
         if phase is Phase.BACKWARD:
             self.keep_unsharded = self.keep_gathered and not self.last
-        torn = None
         if unit == ROOT and phase is Phase.FORWARD:
-            torn = self.order.end(self._written())
+            self.order.end({n: mark for g in self.groups for n, mark in g.take_written()})
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:
@@ -192,20 +191,7 @@ class FullySharded(Sync):
         self._let_go(phase, unit)
         if unit == ROOT:
             self._leave_model(phase)
-        if torn is not None:
-            raise UserError(
-                f"the forward writes to {torn} by .data, and not the same on every rank, as rows "
-                "differ by rank; write what does not depend on rows, or write after the step"
-            )
-
-    def _written(self) -> dict[str, int]:
-        """What forwards have written to since the last call: see sharded_param.py."""
-        found: dict[str, int] = {}
-        for group in self.groups:
-            group.keep_writes()
-            found |= group.written
-            group.written = {}
-        return found
+        self.order.refuse_torn()
 
     def _gather(self, phase: Phase, unit: str) -> None:
         """Unshard a unit. While it computes, the next one is on its way."""

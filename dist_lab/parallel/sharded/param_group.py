@@ -13,7 +13,7 @@ Shards are as long on every rank; one that has fewer rows than others has paddin
 A reduction may be in flight while the next gradients are expected already.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum, auto
 from typing import final
 
@@ -21,16 +21,11 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.comm.agree import fingerprint
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.param_slots import ParamSlot, parameter_at
-from dist_lab.parallel.sharded.sharded_param import (
-    ShardedParam,
-    shard_length,
-    shard_param,
-    shard_value,
-)
+from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
+from dist_lab.parallel.sharded.unsharded import shard_value, take_over
 from dist_lab.transforms.offload import Make
 
 
@@ -164,25 +159,23 @@ class ParamGroup:
     def reshard(self) -> None:
         """Let go of the memory of the unsharded parameters."""
         self.wait_unshard()  # what is still being written must not be somebody else's memory
-        self.keep_writes()
         if self.state is Params.UNSHARDED:
+            self.keep_written()
             self.state = Params.SHARDED
             for param in self.params:
                 param.hide()
                 param.free()
 
-    def keep_writes(self) -> None:
+    def keep_written(self) -> None:
         """Take over into the shards what a forward has written by `.data`."""
-        for param in self.params if self.state is Params.UNSHARDED else ():
-            written = param.written()
-            if written is not None:
-                self.wait_for_readers()
-                leaf = param.unsharded.detach()
-                self.written[param.name] = fingerprint(leaf)
-                own = shard_value(leaf, self.axis).flatten()
-                mine = shard_value(written, self.axis).flatten().to(self.sharded.memory.device)
-                shard = self.sharded.views[param.name][: len(own)]
-                shard[mine] = own.to(shard)[mine]
+        pairs = ((param.unsharded, self.sharded.views[param.name]) for param in self.params)
+        self.written |= take_over(pairs, self.axis, self.wait_for_readers)
+
+    def take_written(self) -> Iterable[tuple[str, int]]:
+        """What was written since the last call, each with its digest."""
+        self.keep_written()
+        written, self.written = self.written, {}
+        return written.items()
 
     def wait_for_readers(self) -> None:
         """Wait until no rank reads what is about to be written."""
@@ -295,6 +288,7 @@ class ParamGroup:
         self.grads, self.visits, self.incoming_counts = Grads.NONE, 0, False
         self.users.clear()
         self.reshard()
+        self.written = {}
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for param in self.params:

@@ -17,88 +17,18 @@ tensor, and resharding lets go of it. Nothing is freed by force: whoever still h
 such as a unit that returns its weight, keeps it alive. Autograd alone holds none: what forward
 saves for backward is saved by name, and looked up again when it is needed (step/saved.py). Between
 the two the unsharded tensor consists of NaN, one number in memory, so that a mistake is not silent.
-
-[Note: writes by .data] A forward that masks or clamps its weight by `weight.data` writes to memory
-that is about to go, and autograd counts no write. So the unsharded tensor keeps what it was when
-`.data` was asked for. What is other afterwards, each rank writes to its shard, and the ranks see
-whether all have written the same: see common_order.py. Where nobody asks for it, it costs nothing.
 """
 
-import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Shard, shard_of
-from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, freeze_alike, set_param
-from dist_lab.torch_private import not_compiled, share_hooks
-
-
-class UnshardedParameter(nn.Parameter):
-    """The leaf that forwards use. See [Note: writes by .data].
-
-    Attributes:
-        label: the parameter's name.
-        before: what it was when somebody first asked for `.data`; None: nobody has.
-        given: what was given to those who asked.
-    """
-
-    __slots__ = ("before", "given", "label")
-    label: str
-    before: Tensor | None
-    given: list[ReferenceType[Tensor]]
-
-    @property  # type: ignore[override]
-    @not_compiled
-    def data(self) -> Tensor:
-        if self.before is None:
-            self.before = self.detach().clone()
-        given = self.detached()
-        self.given = [*(r for r in self.given if r() is not None), ref(given)]
-        return given
-
-    @data.setter
-    @not_compiled
-    def data(self, value: Tensor) -> None:
-        mine = self.detached()
-        if any(value is r() for r in self.given):  # as `weight.data *= 2` ends
-            return
-        alike = value.shape == mine.shape and value.dtype == mine.dtype
-        if not alike or any(r() is not None for r in self.given):
-            raise UserError(
-                f"the forward gives {self.label}.data other memory, and what it was is held or has "
-                "another shape; write in place, as by .data.mul_(mask) or .data.copy_(value)"
-            )
-        if self.before is None:
-            self.before = mine.clone()
-        mine.copy_(value)
-
-    def detached(self) -> Tensor:
-        """`.data`, unseen."""
-        return nn.Parameter.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
-
-    def lie_in(self, memory: Tensor) -> None:
-        """Take this memory."""
-        nn.Parameter.data.__set__(self, memory)  # type: ignore[attr-defined]
-
-    def plain(self) -> nn.Parameter:
-        """An ordinary parameter in the same memory, which is what is copied and pickled."""
-        parameter = nn.Parameter(self.detach(), self.requires_grad)
-        parameter.__dict__ = self.__dict__
-        return parameter
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        memo[id(self)] = copied = copy.deepcopy(self.plain())
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)
+from dist_lab.parallel.sharded.unsharded import UnshardedParameter
+from dist_lab.torch_private import share_hooks
 
 
 @dataclass
@@ -132,7 +62,6 @@ class ShardedParam:
 
     def show(self) -> None:
         """Let the modules compute with the unsharded tensor."""
-        self.unsharded.before = None
         for module, attribute in self.slots:
             module.__dict__[attribute] = self.unsharded
 
@@ -151,16 +80,8 @@ class ShardedParam:
 
     def free(self) -> None:
         """Let go of the memory of the unsharded tensor."""
-        self.rows = self.unsharded.before = None
+        self.rows = None
         self.unsharded.lie_in(self.hollow)
-
-    def written(self) -> Tensor | None:
-        """Which elements a forward has written to by `.data` since the last call; None: none."""
-        before, self.unsharded.before = self.unsharded.before, None
-        if before is None:
-            return None
-        same = torch.isclose(self.unsharded.detach(), before, rtol=0, atol=0, equal_nan=True)
-        return None if same.all() else ~same
 
     def freeze_alike(self) -> None:
         self.trains = freeze_alike(self.sharded, self.unsharded, self.trains)
@@ -187,17 +108,10 @@ def shard_param(
     """
     parameter = set_param(slots, shard)
     trained = parameter.requires_grad
-    leaf = UnshardedParameter(_hollow(shape, like), trained)
-    leaf.label, leaf.before, leaf.given = name, None, []
+    leaf = UnshardedParameter.hollow(name, shape, like, trained)
     leaf.__dict__ = parameter.__dict__
     share_hooks(parameter, leaf)
     return ShardedParam(name, slots, parameter, leaf, shape, length, trained)
-
-
-def _hollow(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor of this shape that has one number for all its elements, NaN where there is one."""
-    nothing = math.nan if like.is_floating_point() else 0
-    return torch.full((), nothing, dtype=like.dtype, device=like.device).expand(shape)
 
 
 def shard_length(shape: torch.Size, size: int) -> int:
@@ -207,10 +121,3 @@ def shard_length(shape: torch.Size, size: int) -> int:
     (9, 1)
     """
     return -(-shape[0] // size) * math.prod(shape[1:]) if shape else 1
-
-
-def shard_value(value: Tensor, axis: Axis) -> Tensor:
-    """This rank's rows of a value; of a 0-dim one, which only the first rank keeps, as a vector."""
-    if value.dim():
-        return shard_of(value, Shard(0), axis.size, axis.index)
-    return value.flatten()[axis.index :]
