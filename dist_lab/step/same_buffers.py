@@ -46,9 +46,10 @@ class SameBuffers(Sync):
         if not self.names or self.steps & (self.steps - 1):
             return
         buffers = dict(self.model.named_buffers())  # a forward may have assigned another
-        mine = torch.tensor([_mark(buffers.get(name)) for name in self.names])
+        marks = [_mark(buffers.get(name)) for name in self.names]
+        mine = torch.tensor(marks, dtype=torch.float64, device=self.axis.wire.device)
         with self.axis.wire.during("buffers", unit=""):
-            everybody = ops.all_gather(mine.to(self.axis.wire.device)[None], self.axis)
+            everybody = ops.all_gather(mine[None], self.axis)
         numbers, tolerances = everybody.unbind(-1)  # (ranks, buffers) each
         apart = numbers.amax(0) - numbers.amin(0) > tolerances.amax(0)
         if apart.any():
