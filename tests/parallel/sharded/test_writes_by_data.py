@@ -140,6 +140,21 @@ def test_what_ranks_write_otherwise_is_refused_on_all(write, name, options, mesh
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_what_ranks_write_otherwise_later_is_refused_on_all(mesh):
+    forwards = []
+
+    def write(layer, x):
+        if forwards:
+            scale_by_rows(layer, x)
+
+    job = dist_lab.parallelize(model_of(write), mesh, "fsdp", units=["0"])
+    job.model(rows(0, own(mesh)))
+    forwards.append(1)
+    with pytest.raises(UserError, match=r"^the forward writes to 0.0.weight by .data, and not the"):
+        job.model(rows(0, own(mesh)))
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_reading_data_on_one_rank_is_free_and_tells_nobody(mesh):
     def look(layer, x):
         if mesh.rank == 0:
