@@ -37,7 +37,8 @@ from dist_lab.step.eager import Runner
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.parts import Guarded, Parts, Plain
-from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup
+from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup, Sync
+from dist_lab.step.same_buffers import SameBuffers
 from dist_lab.step.writes import NoWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
@@ -131,7 +132,10 @@ def parallelize(
     claim(model, applied.layouts)
     parts = Parts(model, applied.stepped, applied.layouts, mesh)
     lost_or_drifts = mesh.data.size > 1 or applied.sharded_between_units
-    after = [NoWrites(leaves)] if lost_or_drifts else []
+    after: list[Sync] = [NoWrites(leaves, applied.unit_of)] if lost_or_drifts else []
+    if mesh.data.size > 1:
+        buffers = [name for name, _ in model.named_buffers() if name in state]
+        after.append(SameBuffers(model, buffers, mesh.data))
     chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:

@@ -6,7 +6,7 @@ apart; under FSDP it would be written to memory that is about to go. Autograd co
 tensor. So the counts before a forward are compared with those after it, and nothing is sent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -15,10 +15,14 @@ from dist_lab.step.protocol import ROOT, Phase, Sync
 
 
 class NoWrites(Sync):
-    """Looks at what forwards compute with: the leaves, by name."""
+    """Looks at what forwards compute with: the leaves, by name.
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
-        self.leaves = leaves
+    Args:
+        lent: those that have memory while a unit is open alone.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor], lent: Collection[str]) -> None:
+        self.leaves, self.lent = leaves, lent
         self.versions: list[int] = []
 
     def unshard(self, unit: str, phase: Phase) -> None:
@@ -34,4 +38,9 @@ class NoWrites(Sync):
                 raise UserError(
                     f"the forward writes to {name}, as embedding with max_norm does to the rows "
                     "that a rank looks up, which differ by rank; write to it after the step"
+                )
+            if leaf._version != before and name in self.lent:
+                raise UserError(
+                    f"the forward writes to {name}, which is frozen and whose memory goes when its "
+                    f"unit is left; write to {name}.data"
                 )

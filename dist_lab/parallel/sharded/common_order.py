@@ -18,16 +18,21 @@ has turns as well, of what some rank's outputs need a gradient for, the last to 
 is the order of autograd. A turn that does not come on a rank, as its loss has no use for what the
 unit put out, is taken all the same, when a later one comes or the backward is over.
 
+Where a rank has more to tell at the end of a forward, because it has not kept to the order, or has
+written to a parameter, all tell each other what they have used and what they have written.
+
 Cost per forward: one all_reduce of two numbers for each unit and two more, how many ranks say yes
 to each. It is summed in shared memory where there is some, as a message wakes every rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from weakref import ReferenceType, ref
 
 import torch
 
 from dist_lab.comm import ops
+from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.protocol import ROOT
 
@@ -47,6 +52,7 @@ class CommonOrder:
         ahead: turns of this forward that are to come.
         backward: turns of the backward to come, each with whether this rank's may come there.
         returning: turns of the last forward to which the backward of some rank will come.
+        torn: a parameter to which the ranks have written different values.
     """
 
     def __init__(self, units: Sequence[str], axis: Axis, gather: Turn, skip: Turn) -> None:
@@ -56,6 +62,7 @@ class CommonOrder:
         self.ahead: list[str] = []
         self.backward: list[tuple[str, bool]] = []
         self.returning: list[str] = []
+        self.torn: str | None = None
         self.is_open = False
         self._wanted: list[str] = []  # in this forward, by this rank
         self._turns: list[str] = []  # of this forward
@@ -63,6 +70,7 @@ class CommonOrder:
         # Each forward since the last backward, if this rank's backward may come to it.
         self._forwards: list[ReferenceType[object] | None] = []
         self._newest = 0  # turns in `backward` of the last forward
+        self._more = False  # some rank has more to tell than was in the ballot
 
     def begin(self) -> None:
         """A forward begins."""
@@ -90,8 +98,12 @@ class CommonOrder:
         if unit == ROOT:
             self._forwards[-1:] = [ref(visit)]
 
-    def end(self) -> None:
-        """This rank is through. On return all ranks are."""
+    def end(self, written: Mapping[str, int]) -> None:
+        """This rank is through. On return all ranks are.
+
+        Args:
+            written: parameters that this rank has written to, each with a digest of what it is.
+        """
         if not self.is_open:
             return
         self.is_open = False
@@ -100,9 +112,20 @@ class CommonOrder:
             self.order = self._wanted
             self._plan_backward(self._returns, older=self._older())
             return
-        while turns := self._ask(None):
+        while turns := self._ask(None, tells=bool(written)):
             for turn in turns:
                 self._take(turn, self.skip)
+        if self._more:
+            self._learn(written)
+
+    def refuse_torn(self) -> None:
+        """Raise UserError on every rank if they have written different values."""
+        torn, self.torn = self.torn, None
+        if torn is not None:
+            raise UserError(
+                f"the forward writes to {torn} by .data, and not the same on every rank, as rows "
+                "differ by rank; write what does not depend on rows, or write after the step"
+            )
 
     def break_off(self) -> None:
         """An exception has ended the step."""
@@ -133,12 +156,16 @@ class CommonOrder:
         while self.ahead:
             self._take(self.ahead.pop(0), self.skip)
 
-    def _ask(self, unit: str | None) -> list[str]:
-        """The units that ranks want, where this one wants a unit, or is through."""
+    def _ask(self, unit: str | None, *, tells: bool = False) -> list[str]:
+        """The units that ranks want, where this one wants a unit, or is through.
+
+        Args:
+            tells: whether this one has more to tell.
+        """
         wants = [each == unit for each in self.units]
         returns = [each in self._returns for each in self.units]
-        differs = unit is None and self._wanted != self.order
-        votes = torch.tensor([*wants, *returns, self._older(), differs], dtype=torch.float32)
+        more = tells or (unit is None and self._wanted != self.order)
+        votes = torch.tensor([*wants, *returns, self._older(), more], dtype=torch.float32)
         with self.axis.wire.during("order", unit=""):
             ops.wait_for_readers(self.ballot, self.axis)
             self.ballot.copy_(votes)
@@ -150,8 +177,7 @@ class CommonOrder:
         )
         if not turns:
             self._plan_backward(set(returning), older=bool(told[-2]))
-            if told[-1]:
-                self._learn()
+            self._more = bool(told[-1])
         return turns
 
     def _older(self) -> bool:
@@ -174,14 +200,16 @@ class CommonOrder:
         planned = [(unit, unit in self._returns) for unit in back]
         self.backward, self._newest = planned + self.backward, len(planned)
 
-    def _learn(self) -> None:
-        """Some rank has not kept to the order: take a new one, if all have wanted the same."""
-        place = {unit: str(i) for i, unit in enumerate(self.units)}
-        mine = " ".join(place[unit] for unit in self._wanted)
+    def _learn(self, written: Mapping[str, int]) -> None:
+        """Some rank has more to tell. If all have wanted the same, that is the order now."""
+        place = {unit: i for i, unit in enumerate(self.units)}
+        mine = json.dumps([[place[unit] for unit in self._wanted], written])
         with self.axis.wire.during("order", unit=""):
-            everybody = ops.all_gather_bytes(mine.encode(), self.axis)
-        if len(set(everybody)) == 1:
+            everybody = [json.loads(b) for b in ops.all_gather_bytes(mine.encode(), self.axis)]
+        if all(wanted == everybody[0][0] for wanted, _ in everybody):
             self.order = self._wanted
+        names = {name: None for _, writes in everybody for name in writes}
+        self.torn = next((n for n in names if len({w.get(n) for _, w in everybody}) > 1), None)
 
 
 def _as_left(entered: Sequence[str]) -> list[str]:

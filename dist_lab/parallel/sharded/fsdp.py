@@ -182,7 +182,7 @@ class FullySharded(Sync):
         if phase is Phase.BACKWARD:
             self.keep_unsharded = self.keep_gathered and not self.last
         if unit == ROOT and phase is Phase.FORWARD:
-            self.order.end()
+            self.order.end({n: mark for g in self.groups for n, mark in g.take_written()})
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:
@@ -191,6 +191,7 @@ class FullySharded(Sync):
         self._let_go(phase, unit)
         if unit == ROOT:
             self._leave_model(phase)
+        self.order.refuse_torn()
 
     def _gather(self, phase: Phase, unit: str) -> None:
         """Unshard a unit. While it computes, the next one is on its way."""

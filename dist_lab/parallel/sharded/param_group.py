@@ -13,7 +13,7 @@ Shards are as long on every rank; one that has fewer rows than others has paddin
 A reduction may be in flight while the next gradients are expected already.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum, auto
 from typing import final
 
@@ -24,12 +24,8 @@ from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.param_slots import ParamSlot, parameter_at
-from dist_lab.parallel.sharded.sharded_param import (
-    ShardedParam,
-    shard_length,
-    shard_param,
-    shard_value,
-)
+from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
+from dist_lab.parallel.sharded.unsharded import shard_value, take_over
 from dist_lab.transforms.offload import Make
 
 
@@ -64,6 +60,7 @@ class ParamGroup:
         users: units that are open and need the parameters.
         visits: of its unit in forward, which backward has still to come through.
         reduce_dtype: that gradients are summed in.
+        written: parameters that forwards have written to, and a digest of what they are then.
     """
 
     def __init__(
@@ -96,6 +93,7 @@ class ParamGroup:
         self.grad_length = sum(n for (n,) in self.grad_lengths.values()) + len(self.trained)
         self.state, self.grads = Params.SHARDED, Grads.NONE
         self.users: set[str] = set()
+        self.written: dict[str, int] = {}
         self.visits = 0
         self.missing: set[str] = set()  # gradients that are to come before it is COMPLETE
         self.total: FlatBuffer | None = None  # of the micro-batches that were reduced
@@ -163,10 +161,22 @@ class ParamGroup:
         """Let go of the memory of the unsharded parameters."""
         self.wait_unshard()  # what is still being written must not be somebody else's memory
         if self.state is Params.UNSHARDED:
+            self.keep_written()
             self.state = Params.SHARDED
             for param in self.params:
                 param.hide()
                 param.free()
+
+    def keep_written(self) -> None:
+        """Take over into the shards what a forward has written by `.data`."""
+        pairs = ((param.unsharded, self.sharded.views[param.name]) for param in self.params)
+        self.written |= take_over(pairs, self.axis, self.wait_for_readers)
+
+    def take_written(self) -> Iterable[tuple[str, int]]:
+        """What was written since the last call, each with its digest."""
+        self.keep_written()
+        written, self.written = self.written, {}
+        return written.items()
 
     def wait_for_readers(self) -> None:
         """Wait until no rank reads what is about to be written."""
@@ -279,6 +289,7 @@ class ParamGroup:
         self.grads, self.visits, self.incoming_counts = Grads.NONE, 0, False
         self.users.clear()
         self.reshard()
+        self.written = {}
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         for param in self.params:

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Shard, shard_of
-from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, freeze_alike, set_param
+from dist_lab.parallel.sharded.unsharded import UnshardedParameter
 from dist_lab.torch_private import share_hooks
 
 
@@ -50,7 +49,7 @@ class ShardedParam:
     name: str
     slots: list[ParamSlot]
     sharded: nn.Parameter
-    unsharded: nn.Parameter
+    unsharded: UnshardedParameter
     shape: torch.Size
     length: int
     trained: bool
@@ -60,7 +59,7 @@ class ShardedParam:
     stride: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trains, self.hollow = self.trained, self.unsharded.data
+        self.trains, self.hollow = self.trained, self.unsharded.detached()
         self.stride = torch.empty(self.shape, device="meta").stride()
 
     def show(self) -> None:
@@ -77,13 +76,13 @@ class ShardedParam:
         """Give the unsharded tensor memory, whose values are to come; returns it as rows."""
         leaf = self.unsharded
         self.rows = torch.empty(size, self.length, dtype=leaf.dtype, device=leaf.device)
-        leaf.data = self.rows.as_strided(self.shape, self.stride)
+        leaf.lie_in(self.rows.as_strided(self.shape, self.stride))
         return self.rows
 
     def free(self) -> None:
         """Let go of the memory of the unsharded tensor."""
         self.rows = None
-        self.unsharded.data = self.hollow
+        self.unsharded.lie_in(self.hollow)
 
     def freeze_alike(self) -> None:
         self.trains = freeze_alike(self.sharded, self.unsharded, self.trains)
@@ -110,16 +109,10 @@ def shard_param(
     """
     parameter = set_param(slots, shard)
     trained = parameter.requires_grad
-    leaf = nn.Parameter(_hollow(shape, like), trained)
+    leaf = UnshardedParameter.hollow(name, shape, like, trained)
     leaf.__dict__ = parameter.__dict__
     share_hooks(parameter, leaf)
     return ShardedParam(name, slots, parameter, leaf, shape, length, trained)
-
-
-def _hollow(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor of this shape that has one number for all its elements, NaN where there is one."""
-    nothing = math.nan if like.is_floating_point() else 0
-    return torch.full((), nothing, dtype=like.dtype, device=like.device).expand(shape)
 
 
 def shard_length(shape: torch.Size, size: int) -> int:
@@ -129,10 +122,3 @@ def shard_length(shape: torch.Size, size: int) -> int:
     (9, 1)
     """
     return -(-shape[0] // size) * math.prod(shape[1:]) if shape else 1
-
-
-def shard_value(value: Tensor, axis: Axis) -> Tensor:
-    """This rank's rows of a value; of a 0-dim one, which only the first rank keeps, as a vector."""
-    if value.dim():
-        return shard_of(value, Shard(0), axis.size, axis.index)
-    return value.flatten()[axis.index :]

@@ -99,8 +99,8 @@ def _of_the_steps(model: nn.Module, steps: Sequence[tuple[Pair, State]], ranks: 
     if changed and ranks > 1:
         found.append(
             f"forward changes {_listed(changed)}: under dp, ddp, zero and fsdp each rank does by "
-            "its own rows, and job.full_state_dict() gives rank 0's; sum over the ranks what goes "
-            "into it"
+            "its own rows, and job.finish() refuses it where they differ; sum over the ranks what "
+            "goes into it"
         )
     return found
 
