@@ -129,7 +129,7 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
-    parts = Parts(model, applied.stepped, applied.layouts, mesh)
+    parts = Parts(model, applied, mesh)
     lost_or_drifts = mesh.data.size > 1 or applied.sharded_between_units
     after = [NoWrites(leaves)] if lost_or_drifts else []
     chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
@@ -137,7 +137,8 @@ def parallelize(
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.
         compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)
-    return Job(model, mesh, applied, runner, watch, parts, state)
+    parts.guard_parameters()
+    return Job(model, mesh, applied, runner, watch, state)
 
 
 def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:

@@ -7,46 +7,59 @@ loop that was written for one process would go on, and silently be wrong.
 
 So where users meet parts, these are of a class that refuses such operations by name:
 
-    gradients     from finish() to the optimizer's step
-    parameters    from the optimizer's step to the next forward; under ZeRO to after_step()
+    gradients            from finish() until backward adds to them again
+    shards of FSDP, ZeRO whenever the model is in no forward or backward
+    parameters of tp     the same, except between a forward and the backward that it is for
+    whole ones of ZeRO   from the optimizer's step to after_step(): the others' parts are old
 
-The class is put on a tensor in place, and taken off again before the strategy, the model or the
-optimizer computes with it: they meet plain tensors, at no cost. An optimizer that job.optimizer did
-not build is not heard of, so the first operation with other tensors takes it off a gradient.
+The class is put on a tensor in place, and taken off again before the strategy, the model or an
+optimizer computes with it: they meet plain tensors, at no cost. Of a step torch tells us, whoever
+has built the optimizer. One that is not of torch.optim meets parts, and is as right and slower.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, OnlyOn, Shard
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.step.hooks import StaysBehind
-from dist_lab.step.protocol import ROOT, Phase, Sync
-from dist_lab.torch_private import of_plain_tensors
+from dist_lab.step.hooks import StaysBehind, weakly
+from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
+from dist_lab.torch_private import backward_number, of_plain_tensors
 
 REDUCES = {
     "norm", "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "_foreach_norm",
     "sum", "nansum", "mean", "nanmean", "max", "min", "amax", "amin", "aminmax", "median", "std",
     "var", "std_mean", "var_mean", "dot", "vdot", "inner", "prod", "logsumexp", "all", "any",
     "argmax", "argmin", "count_nonzero", "quantile", "topk", "sort", "cumsum", "cat", "concat",
-    "stack", "hstack", "_foreach_max", "svd", "svdvals",
+    "stack", "hstack", "_foreach_max", "svd", "svdvals", "equal", "allclose", "softmax",
+    "log_softmax", "normalize", "renorm", "cumprod",
 }  # fmt: skip
 # What looks at places in it, or at all of them together: of a split tensor they are other ones.
 LOOKS_INSIDE = {
     "__getitem__", "__setitem__", "select", "narrow", "index_select", "index_fill_", "index_copy_",
     "index_add_", "scatter_", "einsum", "matmul", "__matmul__", "mm", "mv", "tolist", "numpy",
     "nonzero", "unique", "histc", "trace", "flip", "roll", "tril", "triu",
+    "split", "chunk", "tensor_split", "unbind", "__iter__",
 }  # fmt: skip
 DRAWS = {
     "randn_like", "rand_like", "randint_like", "normal_", "uniform_", "bernoulli", "bernoulli_",
     "exponential_", "random_", "multinomial", "normal",
 }  # fmt: skip
-RESHAPES = {"view", "reshape", "flatten", "ravel"}  # a part, in another shape
+SHOWS = {"data", "T", "mT", "H", "mH", "real"}  # attributes that are the part in another guise
+WRITES = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
+    "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+}  # fmt: skip
 FRESH = {"clone", "zeros_like", "ones_like", "full_like", "empty_like"}  # what is kept of it
 MARK = "part_of"
 SPLIT = "is this rank's part of it"
@@ -61,12 +74,14 @@ class PartOf(StaysBehind):
         how: it is not all.
         advice: what to do instead of what is refused.
         stale: the tensor is as large as the whole, but only this rank's part has the new values.
+        inside: forwards compute with it, also those of a module that is called by itself.
     """
 
     what: str
     shape: torch.Size
     advice: str
     stale: bool = False
+    inside: bool = False
     how: str = SPLIT
     in_a_copy = None
 
@@ -112,22 +127,24 @@ def _plain_copy(part: Tensor) -> Tensor:
 def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Do it as with plain tensors, unless it is refused."""
     name = getattr(func, "__name__", "")
+    writes = name in WRITES or (name.endswith("_") and not name.endswith("__"))
     if name in ("__get__", "__set__", "__delete__"):  # of an attribute
-        name = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
-        if name != "data":
+        writes, name = name == "__set__", getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
+        if name not in SHOWS:
             return func(*args, **kwargs)
     given = list(_tensors_in([args, kwargs.values()]))
-    parts = [value for value in given if isinstance(value, IsPart)]
-    part, of = parts[0], getattr(parts[0], MARK)
+    part = next(value for value in given if isinstance(value, IsPart))
+    of: PartOf = getattr(part, MARK)
+    refusal = f"{of.what} {of.how}, and so would be {name}: {of.advice}"
     if name in REDUCES or (name in LOOKS_INSIDE and of.how == SPLIT):
-        raise UserError(f"{of.what} {of.how}, and so would be {name}: {of.advice}")
+        raise UserError(refusal)
     if name in DRAWS and not of.stale:
         raise UserError(
             f"{of.what} {of.how}, and noise for it is not noise for the whole: "
             "add it in the model's forward, or take dp or ddp"
         )
     others = [value for value in given if value.dim() and not isinstance(value, IsPart)]
-    is_written = name.endswith("_") and given[0] is part
+    is_written = writes and given[0] is part
     if of.stale and (name == "detach" or name in FRESH or (others and not is_written)):
         raise UserError(f"{of.what} is new in this rank's part of it alone: {of.advice}")
     meets_whole = part.shape != of.shape and any(other.shape == of.shape for other in others)
@@ -137,14 +154,16 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
             f"{tuple(of.shape)}: job.shadow averages parts, job.full_state_dict and "
             "job.full_gradients give wholes"
         )
-    if others and not is_written:
-        for value in parts:
-            if not isinstance(value, nn.Parameter):  # an optimizer steps with the gradient
-                _take_off(value)
     result = func(*args, **kwargs)
-    alike = type(result) is Tensor and (result.shape == part.shape or name in RESHAPES)
-    if alike and not others and name not in FRESH:
+    if type(result) is not Tensor or name in FRESH or any(result is value for value in given):
+        return result
+    if of.inside and others:  # it is computed with
+        return result
+    is_number = part.dim() > 0 and not result.dim()  # made of a part of one element, too
+    if result.numel() == part.numel() and not is_number:  # by element, or in another shape
         _put_on(result, of)
+    elif of.how == SPLIT and not name.startswith("new_"):
+        raise UserError(refusal)
     return result
 
 
@@ -170,53 +189,84 @@ def _take_off(tensor: Tensor) -> None:
 
 
 class Parts:
-    """The parameters of which this rank has parts.
+    """The tensors of which this rank has parts.
 
-    Args:
-        stepped: name -> the part that optimizers step on, where it is not the parameter itself.
+    Attributes:
+        aside: the parts that no forward computes with: shards under FSDP and ZeRO.
+        inside: the parameters that forwards compute with, and keep for backward.
+        stale: the parameters of which a step leaves one part new.
+        gradients: the parameters whose `.grad` is a part.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stepped: Mapping[str, nn.Parameter],
-        layouts: Mapping[str, Layout],
-        mesh: Mesh,
-    ) -> None:
-        self.parameters: list[tuple[nn.Parameter, PartOf]] = []
+    def __init__(self, model: nn.Module, applied: Applied, mesh: Mesh) -> None:
+        self.aside: list[tuple[nn.Parameter, PartOf]] = []
+        self.inside: list[tuple[nn.Parameter, PartOf]] = []
+        self.stale: list[tuple[nn.Parameter, PartOf]] = []
         self.gradients: list[tuple[nn.Parameter, PartOf]] = []
+        self._settle: Callable[[], None] = applied.sync.settle
+        self._of_the_job: dict[int, nn.Parameter] = {}
         for name, own in model.named_parameters():
-            shape, held = layouts[name].shape, parts_of(layouts[name], mesh)
+            stepped = applied.stepped.get(name, own)
+            self._of_the_job |= {id(own): own, id(stepped): stepped}
+            layout = applied.layouts[name]
+            shape, held = layout.shape, parts_of(layout, mesh)
             if not held or type(own) is not nn.Parameter:  # a library's speak of the whole
                 continue
             advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
             of = PartOf(f"the gradient of {name}", shape, advice)
             if "part" not in held:
                 of = replace(of, how="is one of this stage alone")
-            self.gradients.append((stepped.get(name, own), of))
-            if name in stepped:  # until all ranks give each other what they have stepped on
+            self.gradients.append((stepped, of))
+            if stepped is not own:  # until all ranks give each other what they have stepped on
                 advice = "call job.after_step() after the optimizer's step, before you use weights"
-                self.parameters.append((own, PartOf(name, shape, advice, stale=True)))
-            elif "part" in held:
-                advice = "job.full_state_dict gives the whole, job.shadow averages parts"
-                self.parameters.append((own, PartOf(name, shape, advice)))
+                self.stale.append((own, PartOf(name, shape, advice, stale=True)))
+            if "part" in held:
+                advice = "job.full_state_dict gives the whole"
+                of = PartOf(name, shape, advice, inside=True)
+                if stepped is own and name not in applied.leaves:
+                    self.inside.append((own, of))
+                    continue
+                advice += ", and in its module's forward it is whole"
+                self.aside.append((stepped, PartOf(name, shape, advice)))
+        if mesh.size > 1:
+            hooks = (
+                register_optimizer_step_pre_hook(weakly(self._before_step)),
+                register_optimizer_step_post_hook(weakly(self._after_step)),
+            )
+            for hook in hooks:
+                weakref.finalize(self, hook.remove)
 
-    def guard_between_steps(
-        self, optimizer: torch.optim.Optimizer, settle: Callable[[], None]
-    ) -> None:
-        """Take the guards off for its steps, and see before them what a user has done."""
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Any optimizer is about to step: it meets plain tensors, and what a user has done."""
+        if not self._steps_on_the_job(optimizer):
+            return
+        if backward_number() != -1:
+            raise UserError(
+                f"{type(optimizer).__name__} steps in the middle of backward, on gradients that "
+                "are not summed over the ranks: step after job.finish()"
+            )
+        self._settle()
+        self.plain_parameters()
+        self.plain_gradients()
 
-        def before(*_: Any) -> None:
-            settle()
-            self.plain_parameters()
-            self.plain_gradients()
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._steps_on_the_job(optimizer):
+            self.guard_parameters(stale=True)
 
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(lambda *_: self.guard_parameters())
+    def _steps_on_the_job(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(id(p) in self._of_the_job for g in optimizer.param_groups for p in g["params"])
 
-    def plain_parameters(self) -> None:
-        for parameter, _ in self.parameters:
+    def plain_parameters(self, *, stale: bool = True) -> None:
+        for parameter, _ in self._parameters(stale=stale):
             _take_off(parameter)
+
+    def guard_parameters(self, *, stale: bool = False) -> None:
+        for parameter, of in self._parameters(stale=stale):
+            _put_on(parameter, of)
+
+    def guard_aside(self) -> None:
+        for parameter, of in self.aside:
+            _put_on(parameter, of)
 
     def plain_gradients(self) -> None:
         for parameter, _ in self.gradients:
@@ -224,15 +274,13 @@ class Parts:
             if grad is not None and type(grad) is Part:
                 _take_off(grad)
 
-    def guard_parameters(self, *, stale: bool = True) -> None:
-        for parameter, of in self.parameters:
-            if stale or not of.stale:
-                _put_on(parameter, of)
-
     def guard_gradients(self) -> None:
         for parameter, of in self.gradients:
             if type(parameter.grad) is Tensor:
                 _put_on(parameter.grad, of)
+
+    def _parameters(self, *, stale: bool) -> Sequence[tuple[nn.Parameter, PartOf]]:
+        return [*self.aside, *self.inside, *(self.stale if stale else ())]
 
 
 def parts_of(layout: Layout, mesh: Mesh) -> set[str]:
@@ -256,12 +304,13 @@ class Plain(Sync):
         self.parts.plain_gradients()
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        if unit == ROOT and phase is Phase.FORWARD:
-            self.parts.plain_parameters()
-        if unit == ROOT and torch.is_grad_enabled():  # backward adds to them
-            self.parts.plain_gradients()
+        if unit == ROOT:
+            self.parts.plain_parameters(stale=phase is Phase.FORWARD)
+            if torch.is_grad_enabled():  # backward adds to them
+                self.parts.plain_gradients()
 
     def finish(self) -> None:
+        self.parts.plain_parameters(stale=False)
         self.parts.plain_gradients()
 
     def after_step(self) -> None:
@@ -274,8 +323,15 @@ class Guarded(Sync):
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
 
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.FORWARD and not torch.is_grad_enabled():
+            self.parts.guard_parameters()
+        elif unit == ROOT:  # what forwards compute with, backward may still have to
+            self.parts.guard_aside()
+
     def finish(self) -> None:
+        self.parts.guard_parameters()
         self.parts.guard_gradients()
 
     def after_step(self) -> None:
-        self.parts.guard_parameters(stale=False)
+        self.parts.guard_parameters()
