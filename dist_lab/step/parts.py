@@ -61,8 +61,15 @@ WRITES = {
     "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 }  # fmt: skip
 FRESH = {"clone", "zeros_like", "ones_like", "full_like", "empty_like"}  # what is kept of it
+# What is not linear in each element: not the same of the sum as of what is summed.
+CURVES = {
+    "sign", "sign_", "sgn", "sgn_", "abs", "abs_", "clamp", "clamp_", "clamp_min", "clamp_min_",
+    "clamp_max", "clamp_max_", "clip", "clip_", "pow", "pow_", "square", "square_", "sqrt", "sqrt_",
+    "nan_to_num", "nan_to_num_", "_foreach_clamp_min_", "_foreach_clamp_max_", "_foreach_sign",
+}  # fmt: skip
 MARK = "part_of"
 SPLIT = "is this rank's part of it"
+UNSUMMED = "is not summed over the ranks yet"
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,8 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
     part = next(value for value in given if isinstance(value, IsPart))
     of: PartOf = getattr(part, MARK)
     refusal = f"{of.what} {of.how}, and so would be {name}: {of.advice}"
-    if name in REDUCES or (name in LOOKS_INSIDE and of.how == SPLIT):
+    refused = {SPLIT: LOOKS_INSIDE, UNSUMMED: CURVES}.get(of.how, ())
+    if name in REDUCES or name in refused:
         raise UserError(refusal)
     if name in DRAWS and not of.stale:
         raise UserError(
@@ -196,6 +204,7 @@ class Parts:
         inside: the parameters that forwards compute with, and keep for backward.
         stale: the parameters of which a step leaves one part new.
         gradients: the parameters whose `.grad` is a part.
+        unsummed: the parameters whose `.grad` is this rank's own until finish().
     """
 
     def __init__(self, model: nn.Module, applied: Applied, mesh: Mesh) -> None:
@@ -203,6 +212,7 @@ class Parts:
         self.inside: list[tuple[nn.Parameter, PartOf]] = []
         self.stale: list[tuple[nn.Parameter, PartOf]] = []
         self.gradients: list[tuple[nn.Parameter, PartOf]] = []
+        self.unsummed: list[tuple[nn.Parameter, PartOf]] = []
         self._settle: Callable[[], None] = applied.sync.settle
         self._of_the_job: dict[int, nn.Parameter] = {}
         for name, own in model.named_parameters():
@@ -210,7 +220,15 @@ class Parts:
             self._of_the_job |= {id(own): own, id(stepped): stepped}
             layout = applied.layouts[name]
             shape, held = layout.shape, parts_of(layout, mesh)
-            if not held or type(own) is not nn.Parameter:  # a library's speak of the whole
+            if type(own) is not nn.Parameter:  # a library's speak of the whole
+                continue
+            in_backward = {axis for axis, _ in layout.splits} if name in applied.leaves else set()
+            if any(mesh[o.axis].size > 1 for o in layout.partial if o.axis not in in_backward):
+                advice = "call job.finish() before you use it"
+                self.unsummed.append(
+                    (own, PartOf(f"the gradient of {name}", own.shape, advice, how=UNSUMMED))
+                )
+            if not held:
                 continue
             advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
             of = PartOf(f"the gradient of {name}", shape, advice)
@@ -269,15 +287,16 @@ class Parts:
             _put_on(parameter, of)
 
     def plain_gradients(self) -> None:
-        for parameter, _ in self.gradients:
+        for parameter, _ in (*self.gradients, *self.unsummed):
             grad = parameter.grad
             if grad is not None and type(grad) is Part:
                 _take_off(grad)
 
-    def guard_gradients(self) -> None:
-        for parameter, of in self.gradients:
-            if type(parameter.grad) is Tensor:
-                _put_on(parameter.grad, of)
+    def guard_gradients(self, *, summed: bool) -> None:
+        for parameter, of in (*self.gradients, *(() if summed else self.unsummed)):
+            grad = parameter.grad
+            if type(grad) is Tensor or (type(grad) is Part and not summed):
+                _put_on(grad, of)
 
     def _parameters(self, *, stale: bool) -> Sequence[tuple[nn.Parameter, PartOf]]:
         return [*self.aside, *self.inside, *(self.stale if stale else ())]
@@ -306,7 +325,7 @@ class Plain(Sync):
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
             self.parts.plain_parameters(stale=phase is Phase.FORWARD)
-            if torch.is_grad_enabled():  # backward adds to them
+            if phase is Phase.BACKWARD or torch.is_grad_enabled():  # backward adds to them
                 self.parts.plain_gradients()
 
     def finish(self) -> None:
@@ -323,15 +342,20 @@ class Guarded(Sync):
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
 
+    def microbatch(self, *, last: bool) -> None:
+        self.parts.guard_gradients(summed=False)
+
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.FORWARD and not torch.is_grad_enabled():
             self.parts.guard_parameters()
         elif unit == ROOT:  # what forwards compute with, backward may still have to
             self.parts.guard_aside()
+            if phase is Phase.BACKWARD:
+                self.parts.guard_gradients(summed=False)
 
     def finish(self) -> None:
         self.parts.guard_parameters()
-        self.parts.guard_gradients()
+        self.parts.guard_gradients(summed=True)
 
     def after_step(self) -> None:
         self.parts.guard_parameters()
