@@ -34,9 +34,9 @@ from dist_lab.programs.cli.registry import (
 )
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
+from dist_lab.step.guards import Guarded, Parts, Plain
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
-from dist_lab.step.parts import Guarded, Parts, Plain
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup
 from dist_lab.step.writes import NoWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm

@@ -5,36 +5,24 @@ do to the whole. But a norm of it is another number on each rank, random numbers
 those of the whole, and a whole tensor beside it is of another shape, which may still broadcast. A
 loop that was written for one process would go on, and silently be wrong.
 
-So where users meet parts, these are of a class that refuses such operations by name:
+So where users meet parts, these are of a class that refuses such operations by name: guards.py
+says when. It is put on a tensor in place, and taken off again. What is made of a part element by
+element, or shows it in another shape, is a part as well; a copy is plain.
 
-    gradients            from finish() until backward adds to them again
-    shards of FSDP, ZeRO whenever the model is in no forward or backward
-    parameters of tp     the same, except between a forward and the backward that it is for
-    whole ones of ZeRO   from the optimizer's step to after_step(): the others' parts are old
-
-The class is put on a tensor in place, and taken off again before the strategy, the model or an
-optimizer computes with it: they meet plain tensors, at no cost. Of a step torch tells us, whoever
-has built the optimizer. One that is not of torch.optim meets parts, and is as right and slower.
+A gradient that is not summed over the ranks yet is of that class, too: what is not linear in it
+is not the same of the sum.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Layout, OnlyOn, Shard
-from dist_lab.mesh.mesh import Mesh
-from dist_lab.step.hooks import StaysBehind, weakly
-from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
-from dist_lab.torch_private import backward_number, of_plain_tensors
+from dist_lab.step.hooks import StaysBehind
+from dist_lab.torch_private import of_plain_tensors
 
 REDUCES = {
     "norm", "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "_foreach_norm",
@@ -169,7 +157,7 @@ def _of_parts(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
         return result
     is_number = part.dim() > 0 and not result.dim()  # made of a part of one element, too
     if result.numel() == part.numel() and not is_number:  # by element, or in another shape
-        _put_on(result, of)
+        put_on(result, of)
     elif of.how == SPLIT and not name.startswith("new_"):
         raise UserError(refusal)
     return result
@@ -183,7 +171,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def _put_on(part: Tensor, of: PartOf) -> None:
+def put_on(part: Tensor, of: PartOf) -> None:
     setattr(part, MARK, of)
     part.__class__ = PartParameter if isinstance(part, nn.Parameter) else Part
 
@@ -191,171 +179,6 @@ def _put_on(part: Tensor, of: PartOf) -> None:
 PLAIN: Mapping[type, Any] = {Part: Tensor, PartParameter: nn.Parameter}
 
 
-def _take_off(tensor: Tensor) -> None:
+def take_off(tensor: Tensor) -> None:
     if type(tensor) in PLAIN:
         tensor.__class__ = PLAIN[type(tensor)]
-
-
-class Parts:
-    """The tensors of which this rank has parts.
-
-    Attributes:
-        aside: the parts that no forward computes with: shards under FSDP and ZeRO.
-        inside: the parameters that forwards compute with, and keep for backward.
-        stale: the parameters of which a step leaves one part new.
-        gradients: the parameters whose `.grad` is a part.
-        unsummed: the parameters whose `.grad` is this rank's own until finish().
-    """
-
-    def __init__(self, model: nn.Module, applied: Applied, mesh: Mesh) -> None:
-        self.aside: list[tuple[nn.Parameter, PartOf]] = []
-        self.inside: list[tuple[nn.Parameter, PartOf]] = []
-        self.stale: list[tuple[nn.Parameter, PartOf]] = []
-        self.gradients: list[tuple[nn.Parameter, PartOf]] = []
-        self.unsummed: list[tuple[nn.Parameter, PartOf]] = []
-        self._settle: Callable[[], None] = applied.sync.settle
-        self._of_the_job: dict[int, nn.Parameter] = {}
-        for name, own in model.named_parameters():
-            stepped = applied.stepped.get(name, own)
-            self._of_the_job |= {id(own): own, id(stepped): stepped}
-            layout = applied.layouts[name]
-            shape, held = layout.shape, parts_of(layout, mesh)
-            if type(own) is not nn.Parameter:  # a library's speak of the whole
-                continue
-            in_backward = {axis for axis, _ in layout.splits} if name in applied.leaves else set()
-            if any(mesh[o.axis].size > 1 for o in layout.partial if o.axis not in in_backward):
-                advice = "call job.finish() before you use it"
-                self.unsummed.append(
-                    (own, PartOf(f"the gradient of {name}", own.shape, advice, how=UNSUMMED))
-                )
-            if not held:
-                continue
-            advice = "call job.clip_grad_norm, or job.full_gradients for the whole"
-            of = PartOf(f"the gradient of {name}", shape, advice)
-            if "part" not in held:
-                of = replace(of, how="is one of this stage alone")
-            self.gradients.append((stepped, of))
-            if stepped is not own:  # until all ranks give each other what they have stepped on
-                advice = "call job.after_step() after the optimizer's step, before you use weights"
-                self.stale.append((own, PartOf(name, shape, advice, stale=True)))
-            if "part" in held:
-                advice = "job.full_state_dict gives the whole"
-                of = PartOf(name, shape, advice, inside=True)
-                if stepped is own and name not in applied.leaves:
-                    self.inside.append((own, of))
-                    continue
-                advice += ", and in its module's forward it is whole"
-                self.aside.append((stepped, PartOf(name, shape, advice)))
-        if mesh.size > 1:
-            hooks = (
-                register_optimizer_step_pre_hook(weakly(self._before_step)),
-                register_optimizer_step_post_hook(weakly(self._after_step)),
-            )
-            for hook in hooks:
-                weakref.finalize(self, hook.remove)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Any optimizer is about to step: it meets plain tensors, and what a user has done."""
-        if not self._steps_on_the_job(optimizer):
-            return
-        if backward_number() != -1:
-            raise UserError(
-                f"{type(optimizer).__name__} steps in the middle of backward, on gradients that "
-                "are not summed over the ranks: step after job.finish()"
-            )
-        self._settle()
-        self.plain_parameters()
-        self.plain_gradients()
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._steps_on_the_job(optimizer):
-            self.guard_parameters(stale=True)
-
-    def _steps_on_the_job(self, optimizer: torch.optim.Optimizer) -> bool:
-        return any(id(p) in self._of_the_job for g in optimizer.param_groups for p in g["params"])
-
-    def plain_parameters(self, *, stale: bool = True) -> None:
-        for parameter, _ in self._parameters(stale=stale):
-            _take_off(parameter)
-
-    def guard_parameters(self, *, stale: bool = False) -> None:
-        for parameter, of in self._parameters(stale=stale):
-            _put_on(parameter, of)
-
-    def guard_aside(self) -> None:
-        for parameter, of in self.aside:
-            _put_on(parameter, of)
-
-    def plain_gradients(self) -> None:
-        for parameter, _ in (*self.gradients, *self.unsummed):
-            grad = parameter.grad
-            if grad is not None and type(grad) is Part:
-                _take_off(grad)
-
-    def guard_gradients(self, *, summed: bool) -> None:
-        for parameter, of in (*self.gradients, *(() if summed else self.unsummed)):
-            grad = parameter.grad
-            if type(grad) is Tensor or (type(grad) is Part and not summed):
-                _put_on(grad, of)
-
-    def _parameters(self, *, stale: bool) -> Sequence[tuple[nn.Parameter, PartOf]]:
-        return [*self.aside, *self.inside, *(self.stale if stale else ())]
-
-
-def parts_of(layout: Layout, mesh: Mesh) -> set[str]:
-    """How this rank holds less than all: a "part" of the tensor, or one of the "stages"."""
-    held = set()
-    for axis, how in layout.splits:
-        if isinstance(how, OnlyOn) and mesh[axis].size > 1:
-            held.add("stage")
-        elif mesh[axis].size > (how.copies if isinstance(how, Shard) else 1):
-            held.add("part")
-    return held
-
-
-class Plain(Sync):
-    """Told first: parts are about to be computed with."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-
-    def microbatch(self, *, last: bool) -> None:
-        self.parts.plain_gradients()
-
-    def unshard(self, unit: str, phase: Phase) -> None:
-        if unit == ROOT:
-            self.parts.plain_parameters(stale=phase is Phase.FORWARD)
-            if phase is Phase.BACKWARD or torch.is_grad_enabled():  # backward adds to them
-                self.parts.plain_gradients()
-
-    def finish(self) -> None:
-        self.parts.plain_parameters(stale=False)
-        self.parts.plain_gradients()
-
-    def after_step(self) -> None:
-        self.parts.plain_parameters()
-
-
-class Guarded(Sync):
-    """Told last: users are about to meet parts."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-
-    def microbatch(self, *, last: bool) -> None:
-        self.parts.guard_gradients(summed=False)
-
-    def reshard(self, unit: str, phase: Phase) -> None:
-        if unit == ROOT and phase is Phase.FORWARD and not torch.is_grad_enabled():
-            self.parts.guard_parameters()
-        elif unit == ROOT:  # what forwards compute with, backward may still have to
-            self.parts.guard_aside()
-            if phase is Phase.BACKWARD:
-                self.parts.guard_gradients(summed=False)
-
-    def finish(self) -> None:
-        self.parts.guard_parameters()
-        self.parts.guard_gradients(summed=True)
-
-    def after_step(self) -> None:
-        self.parts.guard_parameters()

@@ -193,6 +193,48 @@ def test_one_rank_has_no_parts(mesh):
     nn.utils.clip_grad_norm_(job.parameters(), 1.0)
 
 
+@pytest.mark.parametrize("strategy", ["dp", "ddp", "hsdp", "zero1"])
+@pytest.mark.ranks(4)
+def test_before_finish_a_gradient_refuses_what_is_not_linear(strategy, mesh):
+    mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    x = rows().tensor_split(4)[mesh.rank]
+    for last in (False, True):
+        with job.microbatch(last=last):
+            job.model(x).square().sum().backward()
+        grads = [p.grad for p in job.model.parameters()]
+        for asked in (
+            lambda g=grads: nn.utils.get_total_norm(g),
+            lambda g=grads: nn.utils.clip_grad_value_(job.model.parameters(), 0.1),
+            lambda g=grads: g[0].norm(),
+            lambda g=grads: g[0].clamp_(-0.1, 0.1),
+            lambda g=grads: g[0].sign(),
+            lambda g=grads: g[0].data.square(),
+        ):
+            with pytest.raises(UserError, match=r"gradient of 0.weight is .*job.finish\(\)"):
+                asked()
+        if not last:
+            for g in grads:
+                g.mul_(2.0)
+    job.finish()
+    alone = net()
+    (3 * alone(rows()).square().sum()).backward()  # two, and one
+    found = job.full_gradients()
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-12, atol=1e-14)
+    for p in job.parameters():
+        p.grad.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "ddp"])
+@pytest.mark.ranks(1)
+def test_one_rank_has_nothing_to_sum(strategy, mesh):
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    job.model(rows()).square().sum().backward()
+    nn.utils.clip_grad_norm_(job.parameters(), 1.0)
+    assert {type(p.grad) for p in job.parameters()} == {torch.Tensor}
+
+
 # --- parameters -----------------------------------------------------------------------------------
 
 
@@ -325,10 +367,8 @@ def test_optimizers_are_heard_of_as_long_as_there_is_a_job(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_between_steps_a_shard_is_a_part_and_its_copies_are_plain(mesh):
+def test_a_shard_is_a_part_and_its_copies_are_plain(mesh):
     job = dist_lab.parallelize(net(), mesh, "fsdp")
-    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-    one_step(job, optimizer)
     shard = job.model[0].weight
     assert type(shard) is PartParameter
     for asked in (lambda: shard.norm(), lambda: shard.data.sum(), lambda: shard.mul(2).mean()):
