@@ -29,15 +29,15 @@ REDUCES = {
     "sum", "nansum", "mean", "nanmean", "max", "min", "amax", "amin", "aminmax", "median", "std",
     "var", "std_mean", "var_mean", "dot", "vdot", "inner", "prod", "logsumexp", "all", "any",
     "argmax", "argmin", "count_nonzero", "quantile", "topk", "sort", "cumsum", "cat", "concat",
-    "stack", "hstack", "_foreach_max", "svd", "svdvals", "equal", "allclose", "softmax",
-    "log_softmax", "normalize", "renorm", "cumprod",
+    "stack", "hstack", "_foreach_max", "svd", "svdvals",
 }  # fmt: skip
 # What looks at places in it, or at all of them together: of a split tensor they are other ones.
 LOOKS_INSIDE = {
     "__getitem__", "__setitem__", "select", "narrow", "index_select", "index_fill_", "index_copy_",
     "index_add_", "scatter_", "einsum", "matmul", "__matmul__", "mm", "mv", "tolist", "numpy",
     "nonzero", "unique", "histc", "trace", "flip", "roll", "tril", "triu",
-    "split", "chunk", "tensor_split", "unbind", "__iter__",
+    "split", "chunk", "tensor_split", "unbind", "__iter__", "equal", "allclose", "softmax",
+    "log_softmax", "normalize", "renorm", "cumprod",
 }  # fmt: skip
 DRAWS = {
     "randn_like", "rand_like", "randint_like", "normal_", "uniform_", "bernoulli", "bernoulli_",
@@ -54,6 +54,7 @@ CURVES = {
     "sign", "sign_", "sgn", "sgn_", "abs", "abs_", "clamp", "clamp_", "clamp_min", "clamp_min_",
     "clamp_max", "clamp_max_", "clip", "clip_", "pow", "pow_", "square", "square_", "sqrt", "sqrt_",
     "nan_to_num", "nan_to_num_", "_foreach_clamp_min_", "_foreach_clamp_max_", "_foreach_sign",
+    "softmax", "log_softmax", "normalize", "renorm",
 }  # fmt: skip
 MARK = "part_of"
 SPLIT = "is this rank's part of it"

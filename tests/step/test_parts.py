@@ -310,6 +310,7 @@ def test_between_the_step_and_after_step_a_whole_weight_is_new_in_one_part(mesh)
             lambda w=weight: w[0],
             lambda w=weight: nn.functional.linear(x, w),
             lambda w=weight: w + torch.ones(5, 6, dtype=torch.float64),
+            lambda w=weight: w // torch.ones(5, 6, dtype=torch.float64),
         ):
             with pytest.raises(UserError, match=r"0.weight.*job.after_step"):
                 asked()
@@ -385,3 +386,12 @@ def test_a_shard_is_a_part_and_its_copies_are_plain(mesh):
     assert {type(v) for v in (value, *state.values())} == {torch.Tensor}
     assert type(pickle.loads(pickle.dumps(shard))) is nn.Parameter
     assert not isinstance(copy.deepcopy(shard.detach()), Part)
+
+
+@pytest.mark.ranks(2, mesh={"dp": 2})
+def test_a_backward_that_brings_no_gradient_leaves_those_that_are_summed(mesh):
+    job = dist_lab.parallelize(net(), mesh, "ddp")
+    summed(job)
+    x = rows().requires_grad_()
+    torch.autograd.grad(job.model(x).sum(), x)
+    nn.utils.clip_grad_norm_(job.parameters(), 1.0)
