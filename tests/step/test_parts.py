@@ -295,6 +295,17 @@ def test_a_module_of_split_weights_may_be_called_by_itself(mesh):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.ranks(2, mesh={"tp": 2})
+def test_a_forward_in_a_narrower_dtype_computes_with_plain_tensors(mesh):
+    job = dist_lab.parallelize(gpt().float(), mesh, "tp", param_dtype=torch.bfloat16)
+    met = set()
+    for module in job.model.modules():
+        for name in module._parameters:
+            module.register_forward_pre_hook(lambda m, _, n=name: met.add(type(getattr(m, n))))
+    job.evaluate([batch(0)], dist_lab.cross_entropy_sum)
+    assert met <= {torch.Tensor, nn.Parameter, type(None)}
+
+
 @pytest.mark.ranks(2, mesh={"dp": 2})
 def test_between_the_step_and_after_step_a_whole_weight_is_new_in_one_part(mesh):
     job = dist_lab.parallelize(net(), mesh, "zero1")
