@@ -34,9 +34,9 @@ from dist_lab.programs.cli.registry import (
 )
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
+from dist_lab.step.guards import Guarded, Parts, Plain
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
-from dist_lab.step.parts import Guarded, Parts, Plain
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup, Sync
 from dist_lab.step.same_buffers import SameBuffers
 from dist_lab.step.writes import NoWrites
@@ -130,7 +130,7 @@ def parallelize(
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
-    parts = Parts(model, applied.stepped, applied.layouts, mesh)
+    parts = Parts(model, applied, mesh)
     lost_or_drifts = mesh.data.size > 1 or applied.sharded_between_units
     after: list[Sync] = [NoWrites(leaves, applied.unit_of)] if lost_or_drifts else []
     if mesh.data.size > 1:
@@ -141,7 +141,8 @@ def parallelize(
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.
         compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)
-    return Job(model, mesh, applied, runner, watch, parts, state)
+    parts.guard_parameters()
+    return Job(model, mesh, applied, runner, watch, state)
 
 
 def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:

@@ -29,7 +29,6 @@ from dist_lab.step.detached import Watched, sum_of_losses
 from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
-from dist_lab.step.parts import Parts
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler, decide_together
 from dist_lab.step.shadow import Shadow
@@ -58,14 +57,13 @@ class Job:
         applied: Applied,
         runner: Step,
         watch: FirstNonFinite,
-        parts: Parts,
         names: Mapping[str, str],
     ) -> None:
         self.model, self.mesh = model, mesh
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self.stepped = applied.stepped
         self._make_optimizer = applied.make_optimizer
-        self._runner, self._watch, self._parts = runner, watch, parts
+        self._runner, self._watch = runner, watch
         self._state = FullState(
             model, mesh, applied.layouts, applied.buffers, applied.stepped, names
         )
@@ -239,7 +237,6 @@ class Job:
         else:
             optimizer = cls(each, **options)
         if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
-            self._parts.guard_between_steps(optimizer, self._runner.sync.settle)
             decide_together(optimizer, self.mesh.world)
         return optimizer
 

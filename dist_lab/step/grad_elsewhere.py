@@ -72,7 +72,7 @@ class GradElsewhere(Tensor):
         if name == "__repr__":
             return f"<a gradient that lies elsewhere: {ours[0].advice}>"
         numbers = all(v.dim() == 0 for v in given if type(v) is Tensor)
-        if name not in BY_ELEMENT or not numbers or any(grad.owner is None for grad in ours):
+        if name not in BY_ELEMENT or not numbers or any(map(_is_on_its_way, ours)):
             raise UserError(ours[0].advice)
         if all(_of_owner(grad) is not None for grad in ours):  # otherwise it was cleared there
             func(*tree_map_only(GradElsewhere, _of_owner, args), **(kwargs or {}))
@@ -93,3 +93,10 @@ def real_grad(tensor: Tensor) -> Tensor | None:
 
 def _of_owner(grad: GradElsewhere) -> Tensor | None:
     return None if grad.owner is None else real_grad(grad.owner)
+
+
+def _is_on_its_way(grad: GradElsewhere) -> bool:
+    if grad.owner is None:
+        return True
+    there = grad.owner.grad
+    return isinstance(there, GradElsewhere) and _is_on_its_way(there)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors
-from dist_lab.torch_private import StatisticsNorm
+from dist_lab.torch_private import StatisticsNorm, of_plain_tensors
 from dist_lab.transforms.recompute import Recomputed
 
 
@@ -95,7 +95,8 @@ class Shadows:
                     parameter = getattr(part, name)  # a strategy may have put a whole before a part
                     if parameter is not None and parameter.is_floating_point():
                         if parameter not in copies:
-                            copies[parameter] = parameter.to(self.dtype)
+                            # To users a part may refuse what is done with the copy.
+                            copies[parameter] = of_plain_tensors(parameter.to, self.dtype)
                         self.shadowed.append((part, name, part.__dict__.get(name)))
                         part.__dict__[name] = copies[parameter]  # found before _parameters is
 

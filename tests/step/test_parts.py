@@ -1,8 +1,10 @@
 """What a rank's part refuses, and that whatever works on parts works as before."""
 
 import copy
+import gc
 import io
 import pickle
+from importlib import import_module
 
 import pytest
 import torch
@@ -77,7 +79,8 @@ def test_any_optimizer_of_ones_own_steps_on_parts_and_keeps_plain_tensors(strate
 
 
 @BOTH
-def test_an_optimizer_of_the_jobs_meets_plain_tensors(strategy, mesh):
+@pytest.mark.parametrize("whose", ["the job's", "one's own"])
+def test_an_optimizer_meets_plain_tensors(whose, strategy, mesh):
     met = []
 
     class Looks(torch.optim.SGD):
@@ -87,7 +90,8 @@ def test_an_optimizer_of_the_jobs_meets_plain_tensors(strategy, mesh):
             return super().step(closure)
 
     job = dist_lab.parallelize(net(), mesh, strategy)
-    optimizer = job.optimizer(Looks, lr=0.1)
+    make = job.optimizer if whose == "the job's" else lambda cls, lr: cls(job.parameters(), lr)
+    optimizer = make(Looks, lr=0.1)
     for _ in range(2):
         met.clear()
         one_step(job, optimizer)
@@ -116,6 +120,10 @@ def test_what_depends_on_the_whole_gradient_is_refused_by_name(strategy, mesh):
         lambda: grad[0],
         lambda: grad.__setitem__(slice(2), 0.0),
         lambda: grad.flatten() @ grad.flatten(),
+        lambda: grad.t().norm(),
+        lambda: (grad - torch.ones_like(grad)).norm(),
+        lambda: nn.functional.mse_loss(grad, torch.ones_like(grad)),
+        lambda: torch.split(grad.flatten(), 1)[0].norm(),
         lambda: grad.tolist(),
     ):
         with pytest.raises(UserError, match=r"gradient of 0.weight is this .*job.clip_grad_norm"):
@@ -126,6 +134,18 @@ def test_what_depends_on_the_whole_gradient_is_refused_by_name(strategy, mesh):
         grad.add_(torch.ones(5, 6))
     assert grad.to_local().sum().isfinite()
     assert job.clip_grad_norm(None) > 0
+
+
+@BOTH
+def test_a_gradient_goes_on_refusing_after_it_has_been_added_to_a_plain_tensor(strategy, mesh):
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    summed(job)
+    grad = next(job.parameters()).grad
+    momentum = torch.zeros_like(grad).mul_(0.9).add_(grad)
+    assert type(momentum) is torch.Tensor
+    for part in (grad, momentum * 0.5 + grad):
+        with pytest.raises(UserError, match=r"gradient of 0.weight is this .*job.clip_grad_norm"):
+            part.norm()
 
 
 @pytest.mark.ranks(2, mesh={"tp": 2})
@@ -173,14 +193,194 @@ def test_one_rank_has_no_parts(mesh):
     nn.utils.clip_grad_norm_(job.parameters(), 1.0)
 
 
+@pytest.mark.parametrize("strategy", ["dp", "ddp", "hsdp", "zero1"])
+@pytest.mark.ranks(4)
+def test_before_finish_a_gradient_refuses_what_is_not_linear(strategy, mesh):
+    mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    x = rows().tensor_split(4)[mesh.rank]
+    for last in (False, True):
+        with job.microbatch(last=last):
+            job.model(x).square().sum().backward()
+        grads = [p.grad for p in job.model.parameters()]
+        for asked in (
+            lambda g=grads: nn.utils.get_total_norm(g),
+            lambda g=grads: nn.utils.clip_grad_value_(job.model.parameters(), 0.1),
+            lambda g=grads: g[0].norm(),
+            lambda g=grads: g[0].clamp_(-0.1, 0.1),
+            lambda g=grads: g[0].sign(),
+            lambda g=grads: g[0].data.square(),
+        ):
+            with pytest.raises(UserError, match=r"gradient of 0.weight is .*job.finish\(\)"):
+                asked()
+        if not last:
+            for g in grads:
+                g.mul_(2.0)
+    job.finish()
+    alone = net()
+    (3 * alone(rows()).square().sum()).backward()  # two, and one
+    found = job.full_gradients()
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-12, atol=1e-14)
+    for p in job.parameters():
+        p.grad.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "ddp"])
+@pytest.mark.ranks(1)
+def test_one_rank_has_nothing_to_sum(strategy, mesh):
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    job.model(rows()).square().sum().backward()
+    nn.utils.clip_grad_norm_(job.parameters(), 1.0)
+    assert {type(p.grad) for p in job.parameters()} == {torch.Tensor}
+
+
 # --- parameters -----------------------------------------------------------------------------------
 
 
+def refuses(job, *, names=None):
+    """Whether the norm of each parameter that a rank has a part of is refused."""
+    found = [p for n, p in job.named_parameters() if names is None or n in names]
+    for parameter in found:
+        with pytest.raises(UserError, match=r"is this rank's part of it, and so would be"):
+            parameter.norm()
+    with pytest.raises(UserError, match=r"is this rank's part of it, and so would be cat"):
+        nn.utils.parameters_to_vector(found)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(s, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2)))
+        for s in ("zero1", "zero2", "fsdp", "tp")
+    ],
+)
+@pytest.mark.parametrize("whose", ["the job's", "one's own"])
+def test_a_part_refuses_norms_at_every_moment_outside_of_forward_and_backward(
+    whose, strategy, mesh
+):
+    job = dist_lab.parallelize(gpt(), mesh, strategy)
+    split = [name for name, layout in job.layouts.items() if layout.splits]
+    refuses(job, names=split)
+    if whose == "the job's":
+        optimizer = job.optimizer(torch.optim.AdamW, lr=0.01)
+    else:
+        optimizer = torch.optim.AdamW(job.parameters(), lr=0.01)
+    x, y = batch(0)
+    for _ in range(2):
+        job.evaluate([(x, y)], dist_lab.cross_entropy_sum)
+        refuses(job, names=split)
+        loss = dist_lab.cross_entropy_sum(job.model(x), y)
+        if strategy != "tp":  # backward is about to compute with them
+            refuses(job, names=split)
+        loss.backward()
+        if strategy != "tp":
+            refuses(job, names=split)
+        job.finish()
+        refuses(job, names=split)
+        optimizer.step()
+        refuses(job, names=split)
+        job.after_step()
+        refuses(job, names=split)
+        optimizer.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"tp": 2})
+def test_a_module_of_split_weights_may_be_called_by_itself(mesh):
+    job, alone = dist_lab.parallelize(gpt(), mesh, "tp"), gpt()
+    x, _ = batch(0)
+    with torch.no_grad():
+        found, wanted = job.model.model.embed_tokens(x), alone.model.embed_tokens(x)
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.ranks(2, mesh={"tp": 2})
+def test_a_forward_in_a_narrower_dtype_computes_with_plain_tensors(mesh):
+    job = dist_lab.parallelize(gpt().float(), mesh, "tp", param_dtype=torch.bfloat16)
+    met = set()
+    for module in job.model.modules():
+        for name in module._parameters:
+            module.register_forward_pre_hook(lambda m, _, n=name: met.add(type(getattr(m, n))))
+    job.evaluate([batch(0)], dist_lab.cross_entropy_sum)
+    assert met <= {torch.Tensor, nn.Parameter, type(None)}
+
+
+@pytest.mark.ranks(2, mesh={"dp": 2})
+def test_between_the_step_and_after_step_a_whole_weight_is_new_in_one_part(mesh):
+    job = dist_lab.parallelize(net(), mesh, "zero1")
+    optimizer, x = torch.optim.SGD(job.parameters(), lr=0.1), rows()
+    for _ in range(2):
+        summed(job)
+        optimizer.step()
+        weight = job.model[0].weight
+        for asked in (
+            lambda w=weight: x @ w.T,
+            lambda w=weight: x @ w.t(),
+            lambda w=weight: w.mT.norm(),
+            lambda w=weight: w[0],
+            lambda w=weight: nn.functional.linear(x, w),
+            lambda w=weight: w + torch.ones(5, 6, dtype=torch.float64),
+            lambda w=weight: w // torch.ones(5, 6, dtype=torch.float64),
+        ):
+            with pytest.raises(UserError, match=r"0.weight.*job.after_step"):
+                asked()
+        job.after_step()
+        assert job.model[0].weight.T.norm() > 0
+        optimizer.zero_grad()
+
+
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_between_steps_a_shard_is_a_part_and_its_copies_are_plain(mesh):
+def test_a_view_of_a_shard_refuses_what_the_shard_refuses(mesh):
+    shard = dist_lab.parallelize(net(), mesh, "fsdp").model[0].weight
+    for view in (shard.T, shard.mT, shard.t(), shard.transpose(0, 1), shard.data.T):
+        with pytest.raises(UserError, match=r"0.weight is this rank's part of it"):
+            view.norm()
+    with torch.no_grad():
+        shard += 1.0
+        shard *= torch.ones_like(shard)
+    assert type(shard) is PartParameter
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(s, marks=pytest.mark.ranks(2, mesh=axes_of(s, 2)))
+        for s in ("dp", "ddp", "zero1", "zero2", "fsdp")
+    ],
+)
+@pytest.mark.parametrize("whose", ["the job's", "one's own"])
+def test_a_step_in_the_middle_of_backward_is_refused(whose, strategy, mesh):
+    job = dist_lab.parallelize(net(), mesh, strategy)
+    if whose == "the job's":
+        optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    else:
+        optimizer = torch.optim.SGD(job.parameters(), lr=0.1)
+    for parameter in job.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(UserError, match=r"SGD steps in the middle of backward.*job.finish\(\)"):
+        summed(job)
+    other = nn.Parameter(torch.ones(2))  # of a model that is in no job
+    other.register_post_accumulate_grad_hook(lambda p: torch.optim.SGD([p], lr=1.0).step())
+    other.sum().backward()
+    assert not other.any()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_optimizers_are_heard_of_as_long_as_there_is_a_job(mesh):
+    hooks = import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
+    before = len(hooks)
     job = dist_lab.parallelize(net(), mesh, "fsdp")
-    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-    one_step(job, optimizer)
+    one_step(job, torch.optim.SGD(job.parameters(), lr=0.1))
+    assert len(hooks) == before + 1
+    del job
+    gc.collect()
+    assert len(hooks) == before
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_shard_is_a_part_and_its_copies_are_plain(mesh):
+    job = dist_lab.parallelize(net(), mesh, "fsdp")
     shard = job.model[0].weight
     assert type(shard) is PartParameter
     for asked in (lambda: shard.norm(), lambda: shard.data.sum(), lambda: shard.mul(2).mean()):
@@ -197,5 +397,12 @@ def test_between_steps_a_shard_is_a_part_and_its_copies_are_plain(mesh):
     assert {type(v) for v in (value, *state.values())} == {torch.Tensor}
     assert type(pickle.loads(pickle.dumps(shard))) is nn.Parameter
     assert not isinstance(copy.deepcopy(shard.detach()), Part)
-    job.model(torch.ones(1, 6, dtype=torch.float64))
-    assert type(shard) is nn.Parameter
+
+
+@pytest.mark.ranks(2, mesh={"dp": 2})
+def test_a_backward_that_brings_no_gradient_leaves_those_that_are_summed(mesh):
+    job = dist_lab.parallelize(net(), mesh, "ddp")
+    summed(job)
+    x = rows().requires_grad_()
+    torch.autograd.grad(job.model(x).sum(), x)
+    nn.utils.clip_grad_norm_(job.parameters(), 1.0)

@@ -59,6 +59,29 @@ def norm_of_gradients_is_logged(place):
         optimizer.zero_grad()
 
 
+@situation(refused={f"dp ddp {SHARDED}": r"gradient.*(job.finish|job.clip_grad_norm)"})
+def clip_grad_norm_of_torch_before_finish(place):
+    """nn.utils.clip_grad_norm_ right after backward, before gradients are summed."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(2):
+        backward(place, job, step)
+        nn.utils.clip_grad_norm_(job.parameters(), 0.1)
+        yield take_step(job, optimizer)
+
+
+@situation(refused={"dp ddp zero1 hsdp": "is not summed.*job.finish"})
+def signs_of_gradients_before_finish(place):
+    """Each gradient is replaced by its sign right after backward."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    for step in range(2):
+        backward(place, job, step)
+        for p in job.parameters():
+            p.grad.sign_()
+        yield take_step(job, optimizer)
+
+
 @situation(refused={SHARDED: r"gradient.*job.clip_grad_norm"})
 def each_gradient_clipped_by_its_own_norm(place):
     """Each gradient is clipped by its own norm."""
@@ -195,6 +218,18 @@ def halved_between_backward_and_finish(place):
     for step in range(3):
         backward(place, job, step)
         for p in job.model.parameters():
+            p.grad.mul_(0.5)
+        yield take_step(job, optimizer)
+
+
+@situation(refused={"zero1": r"is not summed yet: call job.finish\(\)"})
+def halved_by_job_parameters_before_finish(place):
+    """Gradients of job.parameters() are halved after the last backward and before finish()."""
+    job = place.job(net(), units=UNITS)
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
+    for step in range(2):
+        backward(place, job, step)
+        for p in job.parameters():
             p.grad.mul_(0.5)
         yield take_step(job, optimizer)
 

@@ -185,6 +185,54 @@ def lbfgs_with_a_closure(place):
         yield seen(job)
 
 
+@situation(refused={"dp ddp zero1 zero2 fsdp hsdp": r"SGD steps in the middle of backward.*finish"})
+def a_step_in_backward_for_each_parameter(place):
+    """Each parameter has an optimizer, which a hook on its gradient calls in backward."""
+    job = place.job(net(), units=UNITS)
+    for p in job.model.parameters():
+        own = torch.optim.SGD([p], lr=0.3)
+
+        def hook(_, own=own):
+            own.step()
+            own.zero_grad()
+
+        p.register_post_accumulate_grad_hook(hook)
+    for step in range(2):
+        backward(place, job, step, parts=1)
+        job.finish()
+        job.after_step()
+        yield seen(job)
+
+
+@situation(refused={"zero1 zero2 fsdp hsdp": "is this rank's part of it.*job.full_state_dict"})
+def norm_of_weights_before_the_step(place):
+    """The norm of job.parameters() is added up by hand between backward and the step."""
+    job = place.job(net(), units=UNITS)
+    optimizer = torch.optim.SGD(job.parameters(), lr=0.3)
+    for step in range(2):
+        backward(place, job, step)
+        yield {"norm": sum(p.detach().norm().item() ** 2 for p in job.parameters()) ** 0.5}
+        end_step(job, optimizer)
+
+
+@situation()
+def momentum_by_hand(place):
+    """Momentum is kept by hand in a dict, without an optimizer."""
+    job = place.job(net(), units=UNITS)
+    kept = {name: torch.zeros_like(p) for name, p in job.named_parameters()}
+    for step in range(3):
+        backward(place, job, step)
+        job.finish()
+        with torch.no_grad():
+            for name, p in job.named_parameters():
+                kept[name] = 0.9 * kept[name] + p.grad
+                p.sub_(kept[name], alpha=0.3)
+        job.after_step()
+        for p in job.parameters():
+            p.grad = None
+        yield seen(job)
+
+
 @situation()
 def sam_by_hand(place):
     """Sharpness-aware: weights go up the gradient, a second backward, and back before the step."""

@@ -16,7 +16,7 @@ from torch import nn
 import dist_lab
 from dist_lab.comm.ops import CollectiveError
 from dist_lab.errors import UserError
-from dist_lab.layout.gather import gather_full
+from dist_lab.layout.gather import gather_full, local_part
 from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.parallel.param_slots import owners, param_slots
 from dist_lab.parallel.sharded.sharded_param import shard_length
@@ -698,7 +698,7 @@ def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, me
             wanted = whole[i * step : (i + 1) * step]
         else:
             wanted = whole.view(1)[: i == 0]
-        assert torch.equal(p.detach(), wanted), name
+        assert torch.equal(local_part(p), wanted), name
         assert p.requires_grad == plain.get_parameter(name).requires_grad
     full = job.full_state_dict()
     assert list(full) == list(plain.state_dict())
@@ -848,7 +848,12 @@ def test_parts_cannot_be_computed_with(mesh):
 
     # A penalty on the weights, which would be on the parts, and lost when the sums come in.
     job, _ = trained(mesh)
-    loss = loss_of(job) + sum(p.square().sum() for p in job.model.parameters())
+    loss = loss_of(job)
+    with pytest.raises(
+        UserError, match=r"is this rank's part of it.*in its module's forward it is"
+    ):
+        loss + sum(p.square().sum() for p in job.model.parameters())
+    loss = loss + sum(p.to_local().square().sum() for p in job.model.parameters())
     with pytest.raises(UserError, match="used outside of its unit, where it is this rank's part"):
         loss.backward()
 
