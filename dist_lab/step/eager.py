@@ -25,6 +25,7 @@ from dist_lab.step.hooks import ModuleHook, weakly
 from dist_lab.step.order import Step
 from dist_lab.step.outside import refuse_gradients, refuse_outside
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
+from dist_lab.step.reads import open_when_read
 from dist_lab.step.saved import SavedByName, Visit
 from dist_lab.step.units import Unit, in_backward
 
@@ -62,8 +63,11 @@ class Runner(Step):
             unit = Unit(name, module, leaf_of, sync, wire, root, saved, lent)
             unit.must_see_outputs = applied.sharded_between_units and not applied.unit_of
             self._units[name] = unit
-        self._units_of: dict[int, list[Unit]] = {}  # id of a leaf -> the units that hold it
-        for unit in self._units.values():
+        lenders = {parameters[n]: self._units[owner] for n, owner in applied.unit_of.items()}
+        open_when_read(model, lenders, leaf_of)
+        # id of a leaf -> the units that hold it, the innermost first: those around it close later.
+        self._units_of: dict[int, list[Unit]] = {}
+        for unit in reversed(self._units.values()):
             for leaf in unit.trained:
                 self._units_of.setdefault(leaf, []).append(unit)
         enter = ModuleHook(self._enter_forward)

@@ -107,6 +107,11 @@ class SavedByName:
         self._inside.pop()
         return True
 
+    @property
+    def innermost(self) -> Any:
+        """The unit whose forward is under way, if there is one."""
+        return self._inside[-1] if self._inside else None
+
     def computing(self, unit: Opens) -> bool:
         """Whether a forward of this unit is under way."""
         return any(inside is unit for inside in self._inside)
