@@ -74,6 +74,12 @@ class BucketedAllReduce(Sync):
                 if phase is Phase.BACKWARD:  # autograd is about to add gradients there
                     bucket.drop_stand_ins()
 
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.BACKWARD:
+            for bucket in self.buckets:
+                if bucket.gradients.in_flight:  # and this backward may have been another one
+                    bucket.show_on_its_way()
+
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             if name not in self.bucket_of:
@@ -186,22 +192,24 @@ class Bucket:
         flags = [name in self.used for name in self.parameters]
         self.gradients.tail.copy_(torch.tensor([*flags, unassigned]))
         self.gradients.issue(all_reduce_into, self.axis)
-        for name in self.used:
-            self._show_on_its_way(name)
-        self.stand_in = True
+        self.show_on_its_way()
 
-    def _show_on_its_way(self, name: str) -> None:
-        """What is done to the gradient now would be lost: see step/grad_elsewhere.py."""
-        parameter = self.parameters[name]
-        if name in self.stand_ins:
-            parameter.grad = self.stand_ins[name]
+    def show_on_its_way(self) -> None:
+        """What is done to a gradient now would be lost: see step/grad_elsewhere.py."""
+        if self.stand_in:
             return
-        advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
-        self.stand_ins[name] = GradElsewhere.stand_at(parameter, None, advice)
+        self.stand_in = True
+        for name in self.used - self.cleared:
+            parameter = self.parameters[name]
+            if name in self.stand_ins:
+                parameter.grad = self.stand_ins[name]
+                continue
+            advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
+            self.stand_ins[name] = GradElsewhere.stand_at(parameter, None, advice)
 
     def drop_stand_ins(self) -> None:
         """See what a user has cleared or replaced meanwhile, and leave `.grad` empty."""
-        for name in self.used if self.stand_in else ():
+        for name in self.used - self.cleared if self.stand_in else ():
             parameter = self.parameters[name]
             if parameter.grad is None:
                 self.cleared.add(name)

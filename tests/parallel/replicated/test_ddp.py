@@ -339,6 +339,22 @@ def test_a_gradient_that_is_cleared_on_its_way_stays_cleared(mesh):
 
 
 @pytest.mark.ranks(2)
+def test_a_derivative_that_is_only_asked_for_leaves_what_is_on_its_way_as_it_was(mesh):
+    job, optimizer = ready(mesh)
+    x, y = batch(0)
+    backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
+    hidden = []
+    hook = job.model.lm_head.register_forward_pre_hook(lambda m, args: hidden.append(args[0]))
+    torch.autograd.grad(dist_lab.cross_entropy_sum(job.model(x), y), hidden)
+    hook.remove()
+    with pytest.raises(UserError, match=r"is being summed: call job.finish"):
+        job.model.lm_head.weight.grad.mul_(0.5)
+    optimizer.zero_grad()
+    job.finish()
+    assert all(gradient is None for gradient in job.full_gradients().values())
+
+
+@pytest.mark.ranks(2)
 def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(mesh):
     job, _ = ready(mesh)
     backward(job)
