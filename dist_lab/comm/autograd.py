@@ -54,19 +54,24 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return _Linear.apply(x, _gather(axis, dim), _reduce_scatter(axis, dim))
 
 
+def linear_map(x: Tensor, forward: Map, transpose: Map) -> Tensor:
+    """forward(x), whose backward is the transpose, and so on for any order."""
+    return _Linear.apply(x, forward, transpose)
+
+
 # --- the maps. Each returns a new tensor, as autograd demands -------------------------------------
 
 
-def _identity(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
 def _gather(axis: Axis, dim: int) -> Map:
-    return lambda x: ops.all_gather(x, axis, dim) if axis.size > 1 else _identity(x)
+    return lambda x: ops.all_gather(x, axis, dim) if axis.size > 1 else identity(x)
 
 
 def _reduce_scatter(axis: Axis, dim: int) -> Map:
-    return lambda x: ops.reduce_scatter(x, axis, dim) if axis.size > 1 else _identity(x)
+    return lambda x: ops.reduce_scatter(x, axis, dim) if axis.size > 1 else identity(x)
 
 
 def _slice(axis: Axis, dim: int) -> Map:

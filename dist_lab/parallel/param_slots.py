@@ -51,14 +51,14 @@ def set_param(slots: Sequence[ParamSlot], tensor: Tensor) -> nn.Parameter:
 def parameter_at(slots: Sequence[ParamSlot]) -> nn.Parameter:
     """The parameter in these slots."""
     module, attribute = slots[0]
-    parameter = module._parameters[attribute]
+    parameter = module._parameters.get(attribute)  # not by [], which opens units: see step/reads.py
     assert parameter is not None, attribute
     return parameter
 
 
 def is_substituted(slots: Sequence[ParamSlot]) -> bool:
     """Whether another tensor stands in these slots for a forward, as functional_call puts it."""
-    held = [module._parameters[attribute] for module, attribute in slots]
+    held = [module._parameters.get(attribute) for module, attribute in slots]
     return any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in held)
 
 
@@ -72,7 +72,7 @@ def check_in_memory(
             "job.shadow for an average, job.load_full_state_dict for other weights, or dp, ddp or "
             "zero2 for weights that are computed"
         )
-    held = [module._parameters[attribute] for module, attribute in slots]
+    held = [module._parameters.get(attribute) for module, attribute in slots]
     now = next((tensor for tensor in held if tensor is not parameter), parameter)
     inside = parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     if now is not parameter or parameter.dtype != memory.dtype or not inside:

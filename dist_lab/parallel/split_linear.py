@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Owe = Callable[[Tensor], None]
 
@@ -23,7 +22,8 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owe: Owe) -> Te
 
     Args:
         owe: is given dy (..., F) in backward, if the weight is trained. Who takes it owes the
-            weight its gradient, and keeps x for that, which is not kept here.
+            weight its gradient, and keeps x for that, which is not kept here. In a backward that is
+        to be differentiated in its turn, dy has a history.
     """
     return _SplitLinear.apply(x, weight, bias, owe)
 
@@ -46,7 +46,6 @@ class _SplitLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad

@@ -25,6 +25,7 @@ from dist_lab.step.hooks import ModuleHook, weakly
 from dist_lab.step.order import Step
 from dist_lab.step.outside import refuse_gradients, refuse_outside
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
+from dist_lab.step.reads import open_when_read
 from dist_lab.step.saved import SavedByName, Visit
 from dist_lab.step.units import Unit, in_backward
 
@@ -55,15 +56,20 @@ class Runner(Step):
         parameters = dict(model.named_parameters())
         leaf_of = {p: applied.leaves.get(name, p) for name, p in parameters.items()}
         self._units: dict[str, Unit] = {}
-        saved = SavedByName(lends=bool(applied.unit_of))
+        self._saved = saved = SavedByName(lends=bool(applied.unit_of))
+        self._lends = bool(applied.unit_of)
+        self._in_step = False  # there was a micro-batch since the last finish
         for name, module in units.items():
             root = self._units.get(ROOT)
             lent = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]
             unit = Unit(name, module, leaf_of, sync, wire, root, saved, lent)
             unit.must_see_outputs = applied.sharded_between_units and not applied.unit_of
             self._units[name] = unit
-        self._units_of: dict[int, list[Unit]] = {}  # id of a leaf -> the units that hold it
-        for unit in self._units.values():
+        lenders = {parameters[n]: self._units[owner] for n, owner in applied.unit_of.items()}
+        open_when_read(model, lenders, leaf_of)
+        # id of a leaf -> the units that hold it, the innermost first: those around it close later.
+        self._units_of: dict[int, list[Unit]] = {}
+        for unit in reversed(self._units.values()):
             for leaf in unit.trained:
                 self._units_of.setdefault(leaf, []).append(unit)
         enter = ModuleHook(self._enter_forward)
@@ -91,11 +97,12 @@ class Runner(Step):
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Backwards inside the block belong to one micro-batch; `last` says whether more follow."""
         before = self._last, self._in_block
-        self._last, self._in_block = last, True
+        self._last, self._in_block, self._in_step = last, True, True
         self._reopen()  # before other ranks' gradients come in
         self.sync.microbatch(last=last)
         try:
             yield
+            self._join_forward()
             self._join_backward()
         except BaseException:
             self._forget()
@@ -129,6 +136,16 @@ class Runner(Step):
     def timeline(self) -> list[list[Any]]:
         return []
 
+    def _join_forward(self) -> None:
+        """Take part in the forward of other ranks, if this rank has had no rows for one."""
+        began, self._saved.began = self._saved.began, False
+        if self._lends and not (began or self._touched):
+            root = self._units[ROOT]
+            with self.wire.during("forward", unit=""), torch.enable_grad():
+                root.open(Phase.FORWARD)
+                root.close(Phase.FORWARD)
+            root.awaits_backward = True
+
     def _join_backward(self) -> None:
         """Take part in the backward of other ranks, if this rank's loss came from nothing here."""
         root = self._units.get(ROOT)
@@ -140,6 +157,9 @@ class Runner(Step):
                 root.close(Phase.BACKWARD)
 
     def _before_finish(self) -> None:
+        if not (self._in_step or self.has_gradients):
+            self._join_forward()
+        self._in_step = self._saved.began = False
         self._join_backward()
         for unit in reversed(self._units.values()):
             unit.close(Phase.BACKWARD)

@@ -76,6 +76,7 @@ class SavedByName:
         self._memory: dict[int, tuple[Tensor, Opens, Visit]] = {}
         self._inside: list[Opens] = []  # units whose forwards are under way, outermost first
         self._hooks: saved_tensors_hooks | None = None
+        self.began = False  # a forward that backward may come back to, since somebody has looked
         self._depth = 0  # of the unit that put the hooks in force
 
     def enter(self, unit: Opens) -> None:
@@ -83,6 +84,7 @@ class SavedByName:
         for outer in self._inside[-1:]:
             unit.visit.outer = (outer, outer.visit)
         self._inside.append(unit)
+        self.began = self.began or torch.is_grad_enabled()
         if not self._lends or self._hooks is not None or not torch.is_grad_enabled():
             return
         if saved_tensors_hooks_around() is None and backward_number() == -1:
@@ -106,6 +108,11 @@ class SavedByName:
             self._memory.clear()
         self._inside.pop()
         return True
+
+    @property
+    def innermost(self) -> Any:
+        """The unit whose forward is under way, if there is one."""
+        return self._inside[-1] if self._inside else None
 
     def computing(self, unit: Opens) -> bool:
         """Whether a forward of this unit is under way."""

@@ -8,6 +8,7 @@ when backward has left it by the inputs of its forward, because a frozen unit ha
 gradient and an unused parameter never gets one; and at the end of a backward in any case.
 """
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from dist_lab.comm.context import Wire
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.step.protocol import Chain, Phase
+from dist_lab.step.reads import give_back
 from dist_lab.step.saved import SavedByName, Visit
 from dist_lab.torch_private import backward_number, when_backward_ends
 
@@ -49,6 +51,8 @@ class Unit:
         self.backward = -1  # the backward whose end will be told
         self.entered: set[Visit] = set()  # forwards that this backward is in the middle of
         self.visit = Visit()
+        self.reader: Unit | None = None  # whose forward has read a parameter, and is under way
+        self.read: list[Unit] = []  # units of which this one's forward has read parameters
         # Before all other hooks: what they do with parameters, as the old weight_norm does, is part
         # of the forward.
         enter = ModuleHook(self._enter_forward)
@@ -65,6 +69,8 @@ class Unit:
         self.entered.clear()
         if phase is Phase.ABORT:
             self.backward, self.awaits_backward = -1, False  # its end will not be told
+            self.reader = None
+            self.read.clear()
         if self.is_open:
             self.is_open = False
             self.sync.reshard(self.name, phase)
@@ -77,7 +83,8 @@ class Unit:
         self.visit = visit = Visit()
         self.saved.enter(self)
         self.open(phase)
-        if torch.is_grad_enabled():
+        # One that stays open for its reader is opened once in backward, too: until it has all.
+        if torch.is_grad_enabled() and self.reader is None:
             for tensor in tensors_in([args, kwargs]):
                 if tensor.requires_grad:
                     visit.inputs += 1
@@ -89,16 +96,19 @@ class Unit:
             return None
         self.wire.unit = self.outer
         visit, found = self.visit, list(tensors_in(output))
+        lent = ChainMap(self.lent, *(unit.lent for unit in self.read)) if self.read else self.lent
         returned = None  # what stands for the output
-        if any(id(tensor) in self.lent for tensor in found):
+        if any(id(tensor) in lent for tensor in found):
             # A parameter itself is about to lose its memory, which a view of it keeps alive.
-            returned = map_tensors(lambda t: t.view_as(t) if id(t) in self.lent else t, output)
+            returned = map_tensors(lambda t: t.view_as(t) if id(t) in lent else t, output)
             found = list(tensors_in(returned))
+        give_back(self)
         if not in_backward():
             if visit.saved or any(tensor.requires_grad for tensor in found):
                 self.sync.backward_will_come(self.name, visit)
             self.awaits_backward |= torch.is_grad_enabled()  # others may, whose rows are other ones
-            self.close(Phase.FORWARD)
+            if self.reader is None:  # otherwise that may still hold a parameter
+                self.close(Phase.FORWARD)
         if self.must_see_outputs and not found and output is not None and torch.is_grad_enabled():
             raise UserError(
                 f"{self.name or 'the model'} returns a {type(output).__name__}, and backward could "
@@ -117,8 +127,8 @@ class Unit:
         self.wire.phase = "backward"
         if self.root is not None and self.root.backward == -1:
             self.root.enter_backward(Visit())
-        if self.saved.computing(self):
-            return  # a gradient is taken inside its own forward, which keeps it open
+        if self.saved.computing(self) or self.reader is not None:
+            return  # a gradient is taken inside a forward, which keeps it open
         if visit.outer is not None and visit.outer[0] is not self.root:
             outer, of_outer = visit.outer  # which may end in the same tensor: it comes first
             outer.enter_backward(of_outer)

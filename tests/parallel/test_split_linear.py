@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from dist_lab.errors import UserError
+from dist_lab.parallel.pipeline import split_backward
 from dist_lab.parallel.split_linear import split_linear, weight_gradient
 
 
@@ -46,3 +49,10 @@ def test_it_keeps_no_input_and_owes_nothing_for_a_frozen_weight():
     y.sum().backward()
     assert owed == []
     assert torch.equal(x.grad, torch.full((3, 4), 5.0))
+
+
+def test_a_backward_that_is_split_in_time_has_no_second_derivative():
+    x = torch.ones(2, 3, requires_grad=True)
+    y = split_backward._linear(nn.Linear(3, 3), x, [])
+    with pytest.raises(UserError, match="of which a derivative is taken cannot be split"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,5 +1,7 @@
 """A rank whose loss needs no gradient joins in backward all the same, with zeros."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import axes_of
@@ -54,6 +56,36 @@ def test_a_rank_without_a_loss_counts_as_one_whose_gradients_are_zero(strategy, 
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
         for parameter in job.parameters():
             parameter.grad = None
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.ranks(2, timeout=20)
+def test_a_rank_that_skips_its_forward_joins_in_with_zeros(strategy, in_blocks, mesh):
+    mesh = init_mesh(**axes_of(strategy, 2), timeout=5)
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain, job = Net(), dist_lab.parallelize(Net(), mesh, strategy, units=[nn.Linear])
+    optimizers = [torch.optim.SGD(plain.parameters(), 0.1), job.optimizer(torch.optim.SGD, lr=0.1)]
+    for step in range(4):
+        idle = step % 2 if step else None  # nobody in the first step, which learns the order
+        parts = x.split(2 if in_blocks else 4)
+        for i in range(len(parts) // 2):
+            for rank in range(2):
+                rows = parts[2 * i + rank]
+                if idle == rank and (not in_blocks or i):
+                    continue
+                plain(rows)["y"].square().sum().backward()
+            with job.microbatch(last=i == len(parts) // 2 - 1) if in_blocks else nullcontext():
+                if idle != mesh.rank or (in_blocks and not i):
+                    job.model(parts[2 * i + mesh.rank])["y"].square().sum().backward()
+        job.finish()
+        for name, got in job.full_gradients().items():
+            want = plain.get_parameter(name).grad
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        job.after_step()
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])

@@ -112,20 +112,29 @@ def experts_packed_into_one_parameter(place):
     yield from usual_loop(place, place.job(model, units=["0"]))
 
 
+class Tied(Language):
+    """A head by hand: the model multiplies by the weight of its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        del self.head
+
+    def forward(self, x):
+        hidden = torch.tanh(self.mix(self.embed(x)))
+        return functional.linear(hidden, self.embed.weight)
+
+
 @situation("deepspeedai/DeepSpeed#981", "mlfoundations/open_flamingo#260")
 def logits_by_the_weight_of_the_embedding(place):
     """The model multiplies by the weight of its embedding, which is no unit of its own."""
-
-    class Tied(Language):
-        def __init__(self):
-            super().__init__()
-            del self.head
-
-        def forward(self, x):
-            hidden = torch.tanh(self.mix(self.embed(x)))
-            return functional.linear(hidden, self.embed.weight)
-
     job = place.job(Tied().double(), units=["mix"])
+    yield from usual_loop(place, job, make=tokens)
+
+
+@situation()
+def logits_by_the_weight_of_an_embedding_that_is_a_unit(place):
+    """The same, and the embedding is a unit, whose shard would be read."""
+    job = place.job(Tied().double(), units=["embed", "mix"])
     yield from usual_loop(place, job, make=tokens)
 
 

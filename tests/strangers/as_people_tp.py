@@ -9,7 +9,7 @@ from batches import (
     tokens,
     usual_loop,
 )
-from situation import seen, situation
+from situation import seen, situation, take_step
 from torch import nn
 from torch.nn import functional
 
@@ -172,3 +172,21 @@ def split_experts_and_a_whole_router(place):
     plan = {f"0.experts.*.{n}": "column" for n in ("gate", "up")} | {"0.experts.*.down": "row"}
     model = nn.Sequential(Experts(), nn.Linear(6, 4)).double()
     yield from usual_loop(place, place.job(model, units=["0"], plan=plan))
+
+
+@situation(refused=EXACT)
+def gradient_penalty_through_split_layers(place):
+    """A critic of split layers with a gradient penalty: double backward through them."""
+    model = nn.Sequential(Gated(), Gated(), nn.Linear(6, 1)).double()
+    plan = {"*.gate": "column", "*.up": "column", "*.down": "row"}
+    job = place.job(model, units=[Gated], plan=plan)
+    optimizer = job.optimizer(torch.optim.Adam, lr=0.05)
+    for step in range(3):
+        for part in range(2):
+            x = place.rows(batch(2 * step + part)[0]).requires_grad_()
+            with job.microbatch(last=part == 1):
+                score = job.model(x).sum()
+                (slope,) = torch.autograd.grad(score, x, create_graph=True)
+                penalty = (slope.norm(2, dim=1) - 1).square().sum()
+                ((score + 10 * penalty) / (2 * job.count(len(x)))).backward()
+        yield take_step(job, optimizer)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_lab.errors import UserError
 from dist_lab.parallel.split_linear import split_linear, weight_gradient
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.torch_private import tree_flatten, tree_unflatten
@@ -87,7 +88,15 @@ def _linear(linear: nn.Linear, x: Tensor, debts: Debts) -> Tensor:
     def pay(dy: Tensor) -> None:
         torch.autograd.backward(weight, weight_gradient(dy, kept))
 
-    return split_linear(x, weight, linear.bias, lambda dy: debts.append(partial(pay, dy)))
+    def owe(dy: Tensor) -> None:
+        if torch.is_grad_enabled():  # what is paid later has no history
+            raise UserError(
+                "a backward of which a derivative is taken cannot be split; take a schedule "
+                'that does not split it, such as "1f1b"'
+            )
+        debts.append(partial(pay, dy))
+
+    return split_linear(x, weight, linear.bias, owe)
 
 
 def _by_graph(

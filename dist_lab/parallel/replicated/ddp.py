@@ -26,9 +26,14 @@ them learn again. So a rank may issue a bucket in backward that another issues i
 whatever lies between: the buckets have an order in common with each other alone, and their axis
 must be a channel of its own (`mesh.channel`).
 
+[Note: broken off] A rank whose step is broken off by an exception, with gradients in flight, sends
+the other buckets at once, and -N in place of that last flag. So all ranks hear of it: if each has
+broken off its step, what comes is dropped, and otherwise it is refused.
+
 Buffers are each rank's own: see [Note: buffers] in dist_lab/transforms/batchnorm.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +77,14 @@ class BucketedAllReduce(Sync):
             for bucket in self.buckets:
                 bucket.arrivals.look_for_frozen()
                 if phase is Phase.BACKWARD:  # autograd is about to add gradients there
+                    bucket.refuse_lost()
                     bucket.drop_stand_ins()
+
+    def reshard(self, unit: str, phase: Phase) -> None:
+        if unit == ROOT and phase is Phase.BACKWARD:
+            for bucket in self.buckets:
+                if bucket.gradients.in_flight:  # and this backward may have been another one
+                    bucket.show_on_its_way()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
@@ -94,6 +106,8 @@ class BucketedAllReduce(Sync):
 
     def finish(self) -> None:
         """Issue what backward left incomplete, wait for all, and learn if there is a need."""
+        for bucket in self.buckets:
+            bucket.refuse_lost()
         for name in self.owed:  # also what a user has put there, and no backward
             if name not in self.bucket_of and self.model.get_parameter(name).grad is not None:
                 self.unassigned.setdefault(name)
@@ -108,9 +122,24 @@ class BucketedAllReduce(Sync):
                 bucket.wait()
         self.issued = 0
         self.unassigned = {}
+        for bucket in self.buckets[-1:]:  # which is the last to be sent, and told by all
+            bucket.refuse_given_up()
 
-    def _issue(self, *, unassigned: bool) -> None:
-        self.buckets[self.issued].issue(unassigned=unassigned)
+    def forget(self) -> None:
+        """Nothing of a step comes that was broken off: on all ranks, or it is refused on all."""
+        given_up = self.issued > 0
+        while given_up and self.issued < len(self.buckets):
+            self._issue(unassigned=False, given_up=True)
+        for bucket in self.buckets:
+            bucket.arrivals.ready = set()
+            if given_up:
+                bucket.lose()
+        self.issued = 0
+        if given_up:
+            self.buckets[-1].refuse_given_up()
+
+    def _issue(self, *, unassigned: bool, given_up: bool = False) -> None:
+        self.buckets[self.issued].issue(unassigned=unassigned, given_up=given_up)
         self.issued += 1
 
     def _learn(self) -> None:
@@ -168,6 +197,8 @@ class Bucket:
         self.cleared: set[str] = set()  # of these, by the user, while they were on their way
         self.stand_ins: dict[str, GradElsewhere] = {}  # made once
         self.stand_in = False  # until the sums are here
+        self.given_up = 0  # how many ranks have broken off the step
+        self.lost: set[str] = set()  # gradients that were on their way when the step was broken off
 
     def advice(self, name: str) -> str:
         """What to do about a second gradient while the first is in flight."""
@@ -178,30 +209,33 @@ class Bucket:
             "job.microbatch(last=False)"
         )
 
-    def issue(self, *, unassigned: bool) -> None:
+    def issue(self, *, unassigned: bool, given_up: bool) -> None:
         """dW{U_dp} -> dW, and the flags with it."""
         self.used = {n for n, p in self.parameters.items() if p.grad is not None}
         self.cleared = set()
         self.gradients.copy_in_all(self.parameters)
         flags = [name in self.used for name in self.parameters]
-        self.gradients.tail.copy_(torch.tensor([*flags, unassigned]))
+        told = -self.axis.size if given_up else int(unassigned)
+        self.gradients.tail.copy_(torch.tensor([*flags, told]))
         self.gradients.issue(all_reduce_into, self.axis)
-        for name in self.used:
-            self._show_on_its_way(name)
-        self.stand_in = True
+        self.show_on_its_way()
 
-    def _show_on_its_way(self, name: str) -> None:
-        """What is done to the gradient now would be lost: see step/grad_elsewhere.py."""
-        parameter = self.parameters[name]
-        if name in self.stand_ins:
-            parameter.grad = self.stand_ins[name]
+    def show_on_its_way(self) -> None:
+        """What is done to a gradient now would be lost: see step/grad_elsewhere.py."""
+        if self.stand_in:
             return
-        advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
-        self.stand_ins[name] = GradElsewhere.stand_at(parameter, None, advice)
+        self.stand_in = True
+        for name in self.used - self.cleared:
+            parameter = self.parameters[name]
+            if name in self.stand_ins:
+                parameter.grad = self.stand_ins[name]
+                continue
+            advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
+            self.stand_ins[name] = GradElsewhere.stand_at(parameter, None, advice)
 
     def drop_stand_ins(self) -> None:
         """See what a user has cleared or replaced meanwhile, and leave `.grad` empty."""
-        for name in self.used if self.stand_in else ():
+        for name in self.used - self.cleared if self.stand_in else ():
             parameter = self.parameters[name]
             if parameter.grad is None:
                 self.cleared.add(name)
@@ -218,7 +252,41 @@ class Bucket:
         self.gradients.wait()
         self.arrivals.ready = set()
         self.drop_stand_ins()
-        *used, unassigned = (self.gradients.tail > 0).tolist()
-        kept = [yes and n not in self.cleared for n, yes in zip(self.parameters, used, strict=True)]
+        *used, told = self.gradients.tail.tolist()
+        self.given_up = self._given_up(told)
+        kept = [n not in self.cleared and k > 0 for n, k in zip(self.parameters, used, strict=True)]
         self.gradients.assign_grads(self.parameters, kept)
-        return bool(unassigned)
+        return bool(told > 0)
+
+    def _given_up(self, told: float) -> int:
+        """How many ranks have, from the sum of what they have told: see [Note: broken off]."""
+        return round(max(-told, 0.0) / self.axis.size + 0.49)
+
+    def refuse_given_up(self) -> None:
+        """Raise UserError if some ranks have given up the step, and others not."""
+        if 0 < self.given_up < self.axis.size:
+            raise UserError(
+                f"{self.given_up} of {self.axis.size} ranks have broken off a step by an exception "
+                "while gradients were being summed, and the others went on: let it be raised on "
+                "every rank, or on none"
+            )
+
+    def lose(self) -> None:
+        """Drop what comes of a step that was broken off. NaN stands there until it is cleared."""
+        self.gradients.wait()
+        self.given_up = self._given_up(float(self.gradients.tail[-1]))
+        self.drop_stand_ins()
+        self.lost = self.used - self.cleared
+        for name in self.lost:
+            self.parameters[name].grad = self.gradients.views[name].fill_(math.nan)
+
+    def refuse_lost(self) -> None:
+        """Raise UserError if a gradient that is lost has not been cleared since."""
+        for name in self.lost:
+            grad = self.parameters[name].grad
+            if grad is self.gradients.views[name] and grad.isnan().any():
+                raise UserError(
+                    f"the gradient of {name} was being summed when the step was broken off, and is "
+                    "lost: call optimizer.zero_grad() after the exception"
+                )
+        self.lost = set()

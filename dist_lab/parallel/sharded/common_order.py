@@ -16,7 +16,10 @@ else comes to the end of the order first, and asks there; others answer as long 
 At the end of a forward the ranks also tell each other where their backwards may come. So backward
 has turns as well, of what some rank's outputs need a gradient for, the last to be left first, which
 is the order of autograd. A turn that does not come on a rank, as its loss has no use for what the
-unit put out, is taken all the same, when a later one comes or the backward is over.
+unit put out, is taken all the same, when a later one comes or the backward is over. The ranks have
+names in common and not who called whom, so the order of turns is a guess where a unit was called in
+one that does not hold it. What its rank has left earlier in forward than the unit that backward has
+come to is still to come: when it is gathered out of order, it is kept.
 
 Where a rank has more to tell at the end of a forward, because it has not kept to the order, or has
 written to a parameter, all tell each other what they have used and what they have written.
@@ -25,6 +28,7 @@ Cost per forward: one all_reduce of two numbers for each unit and two more, how 
 to each. It is summed in shared memory where there is some, as a message wakes every rank.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from weakref import ReferenceType, ref
@@ -71,11 +75,15 @@ class CommonOrder:
         self._forwards: list[ReferenceType[object] | None] = []
         self._newest = 0  # turns in `backward` of the last forward
         self._more = False  # some rank has more to tell than was in the ballot
+        self._clock = itertools.count()
+        self._left: dict[str, list[int]] = {}  # when forwards left units that backward will come to
 
     def begin(self) -> None:
         """A forward begins."""
         self.is_open, self.ahead = True, list(self.order)
         self._wanted, self._turns, self._returns = [], [], set()
+        if not any(visit is not None and visit() is not None for visit in self._forwards):
+            self._left = {}
         self._forwards.append(None)
 
     def use(self, unit: str) -> None:
@@ -91,6 +99,11 @@ class CommonOrder:
             self._take_all()
             for turn in self._ask(unit):
                 self._take(turn, self.gather if turn == unit else self.skip)
+
+    def leave(self, unit: str) -> None:
+        """A forward of this rank leaves the unit."""
+        if unit in self._returns:
+            self._left.setdefault(unit, []).append(next(self._clock))
 
     def returns_to(self, unit: str, visit: object) -> None:
         """A backward of this rank may come to the unit, as long as the visit lives."""
@@ -134,18 +147,28 @@ class CommonOrder:
 
     def backward_ends(self) -> None:
         self.backward, self._forwards, self._newest = [], [], 0
+        self._left = {}
 
-    def turns_before(self, unit: str | None) -> Iterator[str]:
+    def turns_before(self, unit: str | None) -> Iterator[tuple[str, bool]]:
         """Take out of `backward` the turns before this unit's, and then that; None: all there are.
 
-        A unit that has no turn, as when backward comes to it a second time, has none before it.
+        Yields each, and whether this rank's backward is still to come there. A unit that has no
+        turn, as when backward comes to it a second time, has none before it.
         """
+        times = self._left.get(unit or ROOT)
+        now = times.pop() if times else -1  # when forward has left what backward has come to
         found = (i for i, turn in enumerate(self.backward) if turn == (unit, True))
         here = len(self.backward) if unit is None else next(found, -1)
         for _ in range(here):  # one after another, so that `backward` always begins with the next
-            yield self.backward.pop(0)[0]
+            turn, is_mine = self.backward.pop(0)
+            is_to_come = is_mine and any(time < now for time in self._left.get(turn, ())[-1:])
+            yield turn, is_to_come and not self.comes_again(turn)
         if unit is not None and here >= 0:
             self.backward.pop(0)
+
+    def comes_again(self, unit: str) -> bool:
+        """Whether backward has turns of the unit to come, on this rank or another."""
+        return any(turn == unit for turn, _ in self.backward)
 
     def _take(self, unit: str, turn: Turn) -> None:
         self._turns.append(unit)

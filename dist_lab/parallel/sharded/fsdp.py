@@ -151,6 +151,7 @@ class FullySharded(Sync):
         gather, skip = (partial(turn, Phase.FORWARD) for turn in (self._gather, self._skip))
         self.order = CommonOrder(list(groups_of), gather_axis, gather, skip)
         self.prefetched: str | None = None  # the unit that is gathered before it is asked for
+        self.kept: list[str] = []  # units that were gathered before backward has come to them
         self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
         self.in_flight: ParamGroup | None = None  # whose reduction was issued
 
@@ -167,8 +168,13 @@ class FullySharded(Sync):
             if not self.order.is_open and torch.is_grad_enabled():  # a unit called by itself
                 self._expect_grads(unit)
         else:
-            for turn in self.order.turns_before(unit):
-                self._skip(phase, turn)
+            for turn, comes in self.order.turns_before(unit):
+                if comes:
+                    self._gather(phase, turn)
+                    self.kept.append(turn)
+                    self._reduce_ready()
+                else:
+                    self._skip(phase, turn)
             if self.prefetched != unit:
                 self._drop_prefetched()
             self._gather(phase, unit)
@@ -181,13 +187,18 @@ class FullySharded(Sync):
             return  # forget() follows
         if phase is Phase.BACKWARD:
             self.keep_unsharded = self.keep_gathered and not self.last
+        else:
+            self.order.leave(unit)
         if unit == ROOT and phase is Phase.FORWARD:
             self.order.end({n: mark for g in self.groups for n, mark in g.take_written()})
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:
-            for turn in self.order.turns_before(None):
+            for turn, _ in self.order.turns_before(None):
                 self._skip(phase, turn)
+            for kept in self.kept:
+                self._let_go(phase, kept)
+            self.kept.clear()
         self._let_go(phase, unit)
         if unit == ROOT:
             self._leave_model(phase)
@@ -283,6 +294,8 @@ class FullySharded(Sync):
         """Reduce, in order, the groups that have all their gradients."""
         if self.last or not self.defer_reduce:
             while self.to_reduce and self.to_reduce[0].grads is Grads.COMPLETE:
+                if self.order.comes_again(self.to_reduce[0].unit):
+                    break  # another rank may have to gather it before it can reduce it
                 self._wait_in_flight()  # so whole gradients are there of two groups at most
                 self.in_flight = self.to_reduce.pop(0)
                 self.in_flight.issue_reduce(self._staging(self.in_flight.reduce_dtype))
@@ -326,6 +339,7 @@ class FullySharded(Sync):
         self.keep_unsharded = False
         self.order.break_off()
         self.prefetched = None
+        self.kept.clear()
         for group in self.groups:
             group.forget()
 

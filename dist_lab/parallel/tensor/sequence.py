@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dist_lab.comm import autograd
 from dist_lab.comm.ops import Pending
@@ -78,8 +77,9 @@ class _Summed(torch.autograd.Function):
         return y.view_as(y) if y is x else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # somebody will take the derivative of this
+            return entered(dy, ctx.residual), None
         return ctx.residual.whole(dy), None
 
 
@@ -134,7 +134,8 @@ class _Enter(torch.autograd.Function):
     """x, W1, W2, ... -> x[T], W1, W2, ...: what columns compute with.
 
     Their backward leaves dx{U_tp}, and owes dW; both pass here. So the sum of dx is on its way
-    while dW is computed, and dW arrives at its parameter as any gradient does.
+    while dW is computed, and dW arrives at its parameter as any gradient does. A second derivative
+    goes through the same in differentiable steps, and has gradients of its own for W.
     """
 
     @staticmethod
@@ -153,13 +154,17 @@ class _Enter(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        residual, owed = ctx.residual, ctx.owed
-        pending = None if dx is None else residual.start_sum(dx)  # dx{U_tp} -> dx
+    def backward(ctx: Any, dx: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        residual, owed, again = ctx.residual, ctx.owed, torch.is_grad_enabled()
+        pending = None
+        if dx is not None:  # dx{U_tp} -> dx
+            pending = Pending(residual.summed(dx)) if again else residual.start_sum(dx)
         (x,) = ctx.saved_tensors
         if residual.regather and owed:
-            x = residual.whole(x)
-        due = range(len(ctx.needs_input_grad) - 3)
-        gradients = [weight_gradient(owed.pop(i), x) if i in owed else None for i in due]
+            x = entered(x, residual) if again else residual.whole(x)
+        gradients = list(given)
+        for i, before in enumerate(given):
+            if i in owed:
+                own = weight_gradient(owed.pop(i), x)
+                gradients[i] = own if before is None else own + before
         return None if pending is None else pending.wait(), None, None, *gradients

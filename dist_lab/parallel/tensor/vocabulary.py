@@ -15,13 +15,14 @@ empty. Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from dist_lab.comm.autograd import Map, identity, linear_map
 from dist_lab.comm.shared.scratch import Scratch
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import shard_bounds
@@ -93,16 +94,45 @@ class _CrossEntropy(torch.autograd.Function):
         top = tops.amax(0)
         log_total = top + (totals * torch.exp(tops - top)).sum(0).log()
         ctx.save_for_backward(rows, log_total, column, is_here, counted)
+        ctx.summed = partial(_summed, scratch)
         return ((log_total - chosens.sum(0)) * counted).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, log_total, column, is_here, counted = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will take the derivative of this
+            dy = linear_map(dy, identity, ctx.summed)  # one copy, of which each rank uses its part
+            log_total = _LogTotal.apply(rows, log_total, ctx.summed)
         gradient = torch.exp(rows - log_total[:, None])  # softmax, of which V_tp are here
+        here = -is_here.to(gradient.dtype)[:, None]
+        if torch.is_grad_enabled():
+            gradient = gradient.scatter_add(1, column, here) if rows.shape[1] else gradient
+            return gradient * (counted * dy)[:, None], None, None, None, None
         if rows.shape[1]:
-            gradient.scatter_add_(1, column, -is_here.to(gradient.dtype)[:, None])
+            gradient.scatter_add_(1, column, here)
         return gradient.mul_((counted * dy)[:, None]), None, None, None, None
+
+
+class _LogTotal(torch.autograd.Function):
+    """rows (N, V_tp) -> log sum over V of exp(rows), which is known; its derivative is softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, log_total: Tensor, summed: Map) -> Tensor:
+        ctx.save_for_backward(rows, log_total)
+        ctx.summed = summed
+        return log_total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        rows, log_total = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            log_total = _LogTotal.apply(rows, log_total, ctx.summed)
+        dy = linear_map(dy, ctx.summed, ctx.summed)  # dy{U_tp} -> dy, which each rank uses
+        return torch.exp(rows - log_total[:, None]) * dy[:, None], None, None
+
+
+def _summed(scratch: Scratch, x: Tensor) -> Tensor:
+    return identity(scratch.all_reduce(x).wait())
 
 
 def look_up(tokens: Tensor, weight: Tensor, size: int, padding: int | None, axis: Axis) -> Tensor:

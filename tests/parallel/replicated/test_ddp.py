@@ -288,6 +288,46 @@ def test_an_exception_in_the_first_forward_leaves_nothing_to_send(mesh):
     assert [e.weight.grad is not None for e in job.model.experts] == [True, False, False, False]
 
 
+@pytest.mark.parametrize("rows", ["first", "last"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.ranks(2)
+def test_after_an_exception_in_backward_the_next_step_is_right(set_to_none, rows, mesh):
+    job, optimizer = ready(mesh)
+    plain, _ = ready(mesh)
+    own = slice(2 * mesh.rank, 2 * mesh.rank + 2)
+
+    def fail(gradient):
+        raise ZeroDivisionError
+
+    layers = [n for n, _ in job.model.named_parameters() if n.endswith("up_proj.weight")]
+    for name in layers[:1] if rows == "first" else (layers[-1], layers[0]):
+        hook = job.model.get_parameter(name).register_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            backward(job, own)
+        hook.remove()
+        with pytest.raises(UserError, match="is lost: call optimizer"):
+            job.finish()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        for each in (job, plain):
+            backward(each, own, 1)
+            each.finish()
+        found, wanted = job.full_gradients(), plain.full_gradients()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        optimizer.zero_grad()
+        plain.model.zero_grad()
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_one_rank_breaks_off_is_refused_on_all(mesh):
+    job, _ = ready(mesh)
+    own = slice(2 * mesh.rank, 2 * mesh.rank + 2)
+    if mesh.rank:
+        job.model.get_parameter("model.layers.0.mlp.up_proj.weight").register_hook(lambda _: 1 / 0)
+    with pytest.raises(UserError, match="1 of 2 ranks have broken off a step by an exception"):
+        backward(job, own)
+        job.finish()
+
+
 # --- wrong use ------------------------------------------------------------------------------------
 
 
@@ -336,6 +376,22 @@ def test_a_gradient_that_is_cleared_on_its_way_stays_cleared(mesh):
     job.after_step()
     for name, value in job.full_state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.ranks(2)
+def test_a_derivative_that_is_only_asked_for_leaves_what_is_on_its_way_as_it_was(mesh):
+    job, optimizer = ready(mesh)
+    x, y = batch(0)
+    backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
+    hidden = []
+    hook = job.model.lm_head.register_forward_pre_hook(lambda m, args: hidden.append(args[0]))
+    torch.autograd.grad(dist_lab.cross_entropy_sum(job.model(x), y), hidden)
+    hook.remove()
+    with pytest.raises(UserError, match=r"is being summed: call job.finish"):
+        job.model.lm_head.weight.grad.mul_(0.5)
+    optimizer.zero_grad()
+    job.finish()
+    assert all(gradient is None for gradient in job.full_gradients().values())
 
 
 @pytest.mark.ranks(2)

@@ -344,6 +344,90 @@ def returns(how):
     return lambda: Returns(how)
 
 
+def reads(name, before=False, some=False, recompute=False):
+    """A weight of another unit is read in the forward of the model, as a tied head's is."""
+
+    def forward(net, x):
+        like = x
+
+        def mix(x):
+            weight = net.get_submodule(name).linear.weight if before else None
+            x = keep(net.b(x), like)
+            mask = (x[:, :1] > 0).double() if some else 1.0
+            if not some or mask.any():
+                layer = net.get_submodule(name).linear
+                weight = layer.weight if weight is None else weight
+                x = keep(x + mask * torch.tanh(x @ weight.t() + layer.bias), like)
+            return x
+
+        if recompute:
+            reentrant = recompute == "reentrant"
+            x = torch.utils.checkpoint.checkpoint(
+                mix, keep(net.a(x), like), use_reentrant=reentrant
+            )
+        else:
+            x = mix(keep(net.a(x), like))
+        return net.c(x) * net.last
+
+    return forward
+
+
+class Borrows(Layer):
+    """Computes with another layer, which it does not hold by a name of its own."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.other, self.how = [], how
+
+    def forward(self, x):
+        like, (other,) = x, self.other
+        x = keep(super().forward(x), like)
+        mask = (x[:, :1] > 0).double() if "some" in self.how else torch.ones(len(x), 1)
+        if not mask.any():
+            return x
+        if "calls" in self.how:
+            return keep(x + mask * torch.tanh(other(x)), like)
+        weight = other.linear.weight
+        return weight if "returns" in self.how else keep(x + mask * torch.tanh(x @ weight), like)
+
+
+def borrows(how):
+    return lambda: Borrows(how)
+
+
+def again(names):
+    """Units are called once more by some ranks."""
+
+    def forward(net, x):
+        like = x
+        x = keep(net.b(keep(net.a(x), like)), like)
+        mask = (x[:, :1] > 0).double()
+        for name in names if mask.any() else "":
+            x = keep(x + mask * net.get_submodule(name)(x), like)
+        return net.c(x) * net.last
+
+    return forward
+
+
+def again_by_some(net, x):
+    """A layer of a unit is called once more after it, by some ranks."""
+    like = x
+    x = keep(net.a(x), like)
+    mask = (x[:, :1] > 0).double()
+    if mask.any():
+        x = keep(x + mask * net.a.inner(x), like)
+    return net.b(x) * net.last
+
+
+def lend(net):
+    """Layer a is used inside b, and besides by itself, if the model calls it."""
+    net.b.other.append(net.a)
+
+
+def weight_of_b(net, x):
+    return net.c(torch.tanh(x @ net.b(x))) * net.last
+
+
 def by_expert(net, x):
     """A unit for the rows of each rank, which no other rank calls."""
     x = keep(net.a(x), like=x)
@@ -387,6 +471,8 @@ USES = {
         build(in_turn(*"abc", "b.inner"), **ABC | {"b": Nested}), ["a", "b", "b.inner"],
     ),
     "out of order": (build(in_turn(*"cab"), **ABC), "abc"),
+    "called twice by some ranks": (build(again("a"), **ABC), "abc"),
+    "called twice by some ranks with another between": (build(again("ba"), **ABC), "abc"),
     "never called": (build(in_turn(*"ac"), **ABC), "abc"),
     "all of the model": (build(in_turn(*"abc"), **ABC), ""),
     "another order in another step": (build(by_step, **ABC), "abc"),
@@ -423,6 +509,33 @@ USES = {
     "a parameter that it returns": (build(added, **ABC | {"b": returns("itself")}), "abc"),
     "a view of a parameter": (build(added, **ABC | {"b": returns("a row")}), "abc"),
     "views of a parameter": (build(added, **ABC | {"b": returns("both")}), "abc"),
+    "read by the model": (build(reads("a"), **ABC), "abc"),
+    "read before it is called": (build(reads("a", before=True), **ABC), "abc"),
+    "read before another is called": (build(reads("c", before=True), **ABC), "abc"),
+    "read by some ranks": (build(reads("a", some=True), **ABC), "abc"),
+    "read by some ranks that call it later": (build(reads("c", some=True), **ABC), "abc"),
+    "read and frozen": (build(reads("a"), freeze("a"), **ABC), "abc"),
+    "read and tied": (build(reads("a"), tie("a", "b"), **ABC), "abc"),
+    "read in what is recomputed": (build(reads("a", recompute=True), **ABC), "abc"),
+    "read in what is recomputed by a second backward": (
+        build(reads("a", recompute="reentrant"), **ABC), "abc",
+    ),
+    "read in another unit": (build(in_turn(*"abc"), lend, **ABC | {"b": borrows("")}), "abc"),
+    "read in another unit by some ranks": (
+        build(in_turn(*"bc"), lend, **ABC | {"b": borrows("some")}), "abc",
+    ),
+    "read in another unit that returns it": (
+        build(weight_of_b, lend, **ABC | {"b": borrows("returns")}), "abc",
+    ),
+    "a layer in it called after it by some ranks": (
+        build(again_by_some, **ABC | {"a": Nested}), ["a", "a.inner", "b"],
+    ),
+    "called in another unit": (
+        build(in_turn(*"bca"), lend, **ABC | {"b": borrows("calls")}), "abc",
+    ),
+    "called in another unit by some ranks": (
+        build(in_turn(*"bc"), lend, **ABC | {"b": borrows("calls some")}), "abc",
+    ),
 }  # fmt: skip
 
 
@@ -645,6 +758,35 @@ def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
         assert_equal(gradients(job), {n: p.grad for n, p in plain.named_parameters()})
         job.model.zero_grad()
         plain.zero_grad()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_called_by_itself_that_reads_the_models_own_parameter_is_refused(mesh):
+    job, _ = trained(mesh)
+    job.model.b.forward = lambda x: x * job.model.last
+    with pytest.raises(UserError, match="b was called by itself, and its forward reads last"):
+        job.model.b(torch.ones(2, WIDTH, dtype=torch.float64))
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_weight_that_is_read_is_open_until_its_reader_is_left_and_a_shard_before_and_after(mesh):
+    seen = []
+
+    def forward(net, x):
+        weight = net.a.linear.weight
+        x = net.b(net.a(x))
+        seen.append(
+            (weight is net.a.linear.weight, tuple(weight.shape), bool(weight.isnan().any()))
+        )
+        return net.c(x) * net.last
+
+    job, _ = trained(mesh, build(forward, **ABC))
+    for _ in range(2):
+        assert job.model.a.linear.weight.shape == (WIDTH // 2, WIDTH)
+        with torch.no_grad():
+            loss_of(job)
+    assert seen == [(True, (WIDTH, WIDTH), False)] * 2
+    assert not any(kind == "gathered" for kind, _ in job.sync.held())
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
