@@ -12,8 +12,9 @@ with guarded tensors, which is as right, and slower.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ from torch.optim.optimizer import (
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, OnlyOn, Shard
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.step.hooks import weakly
+from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.parts import UNSUMMED, Part, PartOf, put_on, take_off
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
 from dist_lab.torch_private import backward_number, of_plain_tensors
 
 Guards = list[tuple[nn.Parameter, PartOf]]
+MARK = "stepped_on_for_a_job"
 
 
 class Parts:
@@ -54,10 +56,12 @@ class Parts:
         self.unsummed: Guards = []
         self.summed = True
         self._settle: Callable[[], None] = applied.sync.settle
-        self._of_the_job: dict[int, nn.Parameter] = {}
+        mark = SteppedOn(self)
         for name, own in model.named_parameters():
             stepped = applied.stepped.get(name, own)
-            self._of_the_job |= {id(own): own, id(stepped): stepped}
+            if mesh.size > 1:
+                setattr(own, MARK, mark)
+                setattr(stepped, MARK, mark)
             layout = applied.layouts[name]
             shape, held = layout.shape, parts_of(layout, mesh)
             if type(own) is not nn.Parameter:  # a library's speak of the whole
@@ -86,18 +90,10 @@ class Parts:
                     continue
                 advice += ", and in its module's forward it is whole"
                 self.aside.append((stepped, PartOf(name, shape, advice)))
-        if mesh.size > 1:
-            hooks = (
-                register_optimizer_step_pre_hook(weakly(self._before_step)),
-                register_optimizer_step_post_hook(weakly(self._after_step)),
-            )
-            for hook in hooks:
-                weakref.finalize(self, hook.remove)
+        hear_of_steps()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Any optimizer is about to step: it meets plain tensors, and what a user has done."""
-        if not self._steps_on_the_job(optimizer):
-            return
         if backward_number() != -1:
             raise UserError(
                 f"{type(optimizer).__name__} steps in the middle of backward, on gradients that "
@@ -107,12 +103,8 @@ class Parts:
         self.plain_parameters()
         self.plain_gradients()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._steps_on_the_job(optimizer):
-            self.guard_parameters(stale=True)
-
-    def _steps_on_the_job(self, optimizer: torch.optim.Optimizer) -> bool:
-        return any(id(p) in self._of_the_job for g in optimizer.param_groups for p in g["params"])
+    def after_step(self) -> None:
+        self.guard_parameters(stale=True)
 
     def plain_parameters(self, *, stale: bool = True) -> None:
         for parameter, _ in self._parameters(stale=stale):
@@ -138,6 +130,42 @@ class Parts:
 
     def _parameters(self, *, stale: bool) -> Guards:
         return [*self.aside, *self.inside, *(self.stale if stale else ())]
+
+
+class SteppedOn(StaysBehind):
+    """Stands on a parameter that optimizers may step on: of which job's parts it is one."""
+
+    in_a_copy = None
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = weakref.ref(parts)
+
+
+@cache
+def hear_of_steps() -> None:
+    """Tell jobs of the steps of all optimizers of torch. Once in a process, and for good.
+
+    Torch looks at its hooks while it calls them, so a hook cannot go when its job does: the garbage
+    collector may choose that moment.
+    """
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parts in _stepped_by(optimizer):
+            parts.before_step(optimizer)
+
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parts in _stepped_by(optimizer):
+            parts.after_step()
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+
+
+def _stepped_by(optimizer: torch.optim.Optimizer) -> Iterable[Parts]:
+    """The parts of the jobs on whose parameters the optimizer steps."""
+    marks = {getattr(p, MARK, None) for group in optimizer.param_groups for p in group["params"]}
+    alive = (mark.parts() for mark in marks if mark is not None)
+    return {id(parts): parts for parts in alive if parts is not None}.values()
 
 
 def _gradients(guards: Guards) -> list[tuple[Tensor | None, PartOf]]:

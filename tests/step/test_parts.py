@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 from importlib import import_module
 
 import pytest
@@ -367,15 +368,18 @@ def test_a_step_in_the_middle_of_backward_is_refused(whose, strategy, mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_optimizers_are_heard_of_as_long_as_there_is_a_job(mesh):
+def test_jobs_hear_of_optimizers_by_one_hook_that_keeps_none_of_them_alive(mesh):
     hooks = import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
+    dist_lab.parallelize(net(), mesh, "fsdp")
     before = len(hooks)
     job = dist_lab.parallelize(net(), mesh, "fsdp")
-    one_step(job, torch.optim.SGD(job.parameters(), lr=0.1))
-    assert len(hooks) == before + 1
-    del job
-    gc.collect()
+    one_step(job, optimizer := torch.optim.SGD(job.parameters(), lr=0.1))
     assert len(hooks) == before
+    parts = weakref.ref(job.model[0].weight.stepped_on_for_a_job.parts())
+    assert parts() is not None
+    del job, optimizer
+    gc.collect()
+    assert parts() is None
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
