@@ -56,13 +56,12 @@ class Runner(Step):
         parameters = dict(model.named_parameters())
         leaf_of = {p: applied.leaves.get(name, p) for name, p in parameters.items()}
         self._units: dict[str, Unit] = {}
-        self._saved = saved = SavedByName(lends=bool(applied.unit_of))
-        self._lends = bool(applied.unit_of)
+        self._saved = SavedByName(lends=bool(applied.unit_of))
         self._in_step = False  # there was a micro-batch since the last finish
         for name, module in units.items():
             root = self._units.get(ROOT)
             lent = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]
-            unit = Unit(name, module, leaf_of, sync, wire, root, saved, lent)
+            unit = Unit(name, module, leaf_of, sync, wire, root, self._saved, lent)
             unit.must_see_outputs = applied.sharded_between_units and not applied.unit_of
             self._units[name] = unit
         lenders = {parameters[n]: self._units[owner] for n, owner in applied.unit_of.items()}
@@ -72,11 +71,8 @@ class Runner(Step):
         for unit in reversed(self._units.values()):
             for leaf in unit.trained:
                 self._units_of.setdefault(leaf, []).append(unit)
-        enter = ModuleHook(self._enter_forward)
-        model.register_forward_pre_hook(enter, prepend=True)
-        self._watch_gradients(
-            {name: leaf_of[p] for name, p in parameters.items() if p.requires_grad}
-        )
+        model.register_forward_pre_hook(ModuleHook(self._enter_forward), prepend=True)
+        self._watch_gradients({n: leaf_of[p] for n, p in parameters.items() if p.requires_grad})
         if applied.sharded_between_units:
             shards = {n: p for n, p in parameters.items() if p is not leaf_of[p]}
             self._watched += refuse_gradients(shards)
@@ -139,7 +135,7 @@ class Runner(Step):
     def _join_forward(self) -> None:
         """Take part in the forward of other ranks, if this rank has had no rows for one."""
         began, self._saved.began = self._saved.began, False
-        if self._lends and not (began or self._touched):
+        if self._saved.lends and not (began or self._touched):
             root = self._units[ROOT]
             with self.wire.during("forward", unit=""), torch.enable_grad():
                 root.open(Phase.FORWARD)

@@ -72,7 +72,7 @@ class SavedByName:
     """
 
     def __init__(self, *, lends: bool) -> None:
-        self._lends = lends
+        self.lends = lends
         self._memory: dict[int, tuple[Tensor, Opens, Visit]] = {}
         self._inside: list[Opens] = []  # units whose forwards are under way, outermost first
         self._hooks: saved_tensors_hooks | None = None
@@ -85,7 +85,7 @@ class SavedByName:
             unit.visit.outer = (outer, outer.visit)
         self._inside.append(unit)
         self.began = self.began or torch.is_grad_enabled()
-        if not self._lends or self._hooks is not None or not torch.is_grad_enabled():
+        if not self.lends or self._hooks is not None or not torch.is_grad_enabled():
             return
         if saved_tensors_hooks_around() is None and backward_number() == -1:
             hooks = saved_tensors_hooks(self._pack, _unpack)

@@ -26,14 +26,12 @@ them learn again. So a rank may issue a bucket in backward that another issues i
 whatever lies between: the buckets have an order in common with each other alone, and their axis
 must be a channel of its own (`mesh.channel`).
 
-[Note: broken off] A rank whose step is broken off by an exception, with gradients in flight, sends
-the other buckets at once, and -N in place of that last flag. So all ranks hear of it: if each has
-broken off its step, what comes is dropped, and otherwise it is refused.
+While a bucket is in flight a user may reach for its gradients, and an exception may end the step:
+see in_flight.py.
 
 Buffers are each rank's own: see [Note: buffers] in dist_lab/transforms/batchnorm.py.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +41,7 @@ from dist_lab.comm.ops import all_gather, all_reduce_into, shared_buffer
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
-from dist_lab.step.grad_elsewhere import GradElsewhere
+from dist_lab.parallel.replicated.in_flight import GradsInFlight
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
@@ -77,14 +75,14 @@ class BucketedAllReduce(Sync):
             for bucket in self.buckets:
                 bucket.arrivals.look_for_frozen()
                 if phase is Phase.BACKWARD:  # autograd is about to add gradients there
-                    bucket.refuse_lost()
-                    bucket.drop_stand_ins()
+                    bucket.in_flight.refuse_lost()
+                    bucket.in_flight.drop_stand_ins()
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
             for bucket in self.buckets:
                 if bucket.gradients.in_flight:  # and this backward may have been another one
-                    bucket.show_on_its_way()
+                    bucket.in_flight.show_stand_ins()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
@@ -95,7 +93,7 @@ class BucketedAllReduce(Sync):
             if bucket.gradients.in_flight:
                 raise UserError(
                     f"backward has reached {name} again after its gradient was sent: "
-                    + bucket.advice(name)
+                    + bucket.in_flight.advice(name)
                 )
             bucket.gradients.copy_in(name, bucket.parameters[name])
             if last:
@@ -107,7 +105,7 @@ class BucketedAllReduce(Sync):
     def finish(self) -> None:
         """Issue what backward left incomplete, wait for all, and learn if there is a need."""
         for bucket in self.buckets:
-            bucket.refuse_lost()
+            bucket.in_flight.refuse_lost()
         for name in self.owed:  # also what a user has put there, and no backward
             if name not in self.bucket_of and self.model.get_parameter(name).grad is not None:
                 self.unassigned.setdefault(name)
@@ -123,7 +121,7 @@ class BucketedAllReduce(Sync):
         self.issued = 0
         self.unassigned = {}
         for bucket in self.buckets[-1:]:  # which is the last to be sent, and told by all
-            bucket.refuse_given_up()
+            bucket.in_flight.refuse_given_up()
 
     def forget(self) -> None:
         """Nothing of a step comes that was broken off: on all ranks, or it is refused on all."""
@@ -133,10 +131,10 @@ class BucketedAllReduce(Sync):
         for bucket in self.buckets:
             bucket.arrivals.ready = set()
             if given_up:
-                bucket.lose()
+                bucket.in_flight.lose()
         self.issued = 0
         if given_up:
-            self.buckets[-1].refuse_given_up()
+            self.buckets[-1].in_flight.refuse_given_up()
 
     def _issue(self, *, unassigned: bool, given_up: bool = False) -> None:
         self.buckets[self.issued].issue(unassigned=unassigned, given_up=given_up)
@@ -193,100 +191,24 @@ class Bucket:
                 strides = torch.empty_like(p, device="meta").stride()
                 views[name] = views[name].as_strided(p.shape, strides)
         self.arrivals = Arrivals(parameters)
-        self.used: set[str] = set()  # what was sent of this rank
-        self.cleared: set[str] = set()  # of these, by the user, while they were on their way
-        self.stand_ins: dict[str, GradElsewhere] = {}  # made once
-        self.stand_in = False  # until the sums are here
-        self.given_up = 0  # how many ranks have broken off the step
-        self.lost: set[str] = set()  # gradients that were on their way when the step was broken off
-
-    def advice(self, name: str) -> str:
-        """What to do about a second gradient while the first is in flight."""
-        if name in self.cleared:
-            return "call job.finish() before zero_grad(), also after a step that is not taken"
-        return (
-            "add up the losses and call backward once, or wrap all backwards but the last in "
-            "job.microbatch(last=False)"
-        )
+        self.in_flight = GradsInFlight(parameters, self.gradients, axis.size)
 
     def issue(self, *, unassigned: bool, given_up: bool) -> None:
         """dW{U_dp} -> dW, and the flags with it."""
-        self.used = {n for n, p in self.parameters.items() if p.grad is not None}
-        self.cleared = set()
+        used = {n for n, p in self.parameters.items() if p.grad is not None}
         self.gradients.copy_in_all(self.parameters)
-        flags = [name in self.used for name in self.parameters]
+        flags = [name in used for name in self.parameters]
         told = -self.axis.size if given_up else int(unassigned)
         self.gradients.tail.copy_(torch.tensor([*flags, told]))
         self.gradients.issue(all_reduce_into, self.axis)
-        self.show_on_its_way()
-
-    def show_on_its_way(self) -> None:
-        """What is done to a gradient now would be lost: see step/grad_elsewhere.py."""
-        if self.stand_in:
-            return
-        self.stand_in = True
-        for name in self.used - self.cleared:
-            parameter = self.parameters[name]
-            if name in self.stand_ins:
-                parameter.grad = self.stand_ins[name]
-                continue
-            advice = f"the gradient of {name} is being summed: call job.finish() before you use it"
-            self.stand_ins[name] = GradElsewhere.stand_at(parameter, None, advice)
-
-    def drop_stand_ins(self) -> None:
-        """See what a user has cleared or replaced meanwhile, and leave `.grad` empty."""
-        for name in self.used - self.cleared if self.stand_in else ():
-            parameter = self.parameters[name]
-            if parameter.grad is None:
-                self.cleared.add(name)
-            elif parameter.grad is not self.stand_ins[name]:
-                raise UserError(
-                    f"the gradient of {name} was replaced while it was being summed: call "
-                    "job.finish() before you change it"
-                )
-            parameter.grad = None
-        self.stand_in = False
+        self.in_flight.leave(used)
 
     def wait(self) -> bool:
         """Make every `.grad` global, or None. Returns if a rank used one without a bucket."""
         self.gradients.wait()
         self.arrivals.ready = set()
-        self.drop_stand_ins()
         *used, told = self.gradients.tail.tolist()
-        self.given_up = self._given_up(told)
-        kept = [n not in self.cleared and k > 0 for n, k in zip(self.parameters, used, strict=True)]
+        cleared = self.in_flight.arrive(told)
+        kept = [n not in cleared and k > 0 for n, k in zip(self.parameters, used, strict=True)]
         self.gradients.assign_grads(self.parameters, kept)
         return bool(told > 0)
-
-    def _given_up(self, told: float) -> int:
-        """How many ranks have, from the sum of what they have told: see [Note: broken off]."""
-        return round(max(-told, 0.0) / self.axis.size + 0.49)
-
-    def refuse_given_up(self) -> None:
-        """Raise UserError if some ranks have given up the step, and others not."""
-        if 0 < self.given_up < self.axis.size:
-            raise UserError(
-                f"{self.given_up} of {self.axis.size} ranks have broken off a step by an exception "
-                "while gradients were being summed, and the others went on: let it be raised on "
-                "every rank, or on none"
-            )
-
-    def lose(self) -> None:
-        """Drop what comes of a step that was broken off. NaN stands there until it is cleared."""
-        self.gradients.wait()
-        self.given_up = self._given_up(float(self.gradients.tail[-1]))
-        self.drop_stand_ins()
-        self.lost = self.used - self.cleared
-        for name in self.lost:
-            self.parameters[name].grad = self.gradients.views[name].fill_(math.nan)
-
-    def refuse_lost(self) -> None:
-        """Raise UserError if a gradient that is lost has not been cleared since."""
-        for name in self.lost:
-            grad = self.parameters[name].grad
-            if grad is self.gradients.views[name] and grad.isnan().any():
-                raise UserError(
-                    f"the gradient of {name} was being summed when the step was broken off, and is "
-                    "lost: call optimizer.zero_grad() after the exception"
-                )
-        self.lost = set()
