@@ -2,8 +2,8 @@
 
 A byte-level model needs no tokenizer and no download: every Python brings some twelve megabytes of
 text, the source of its standard library, and that is the default. A text file or a folder of them
-serves as well. Nothing here imports torch: the launcher looks at the data before it starts a rank,
-and a misspelled path should not take seconds to answer.
+serves as well. Nothing here imports torch, nor numpy until a cached file is opened or written: the
+launcher looks at the data before it starts a rank, and a misspelled path is answered at once.
 
 [Note: what is held out]
 Validation must look like training and be no part of it. From ten files on, every tenth in sorted
@@ -26,13 +26,15 @@ import sysconfig
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from dist_lab.errors import MachineError, UserError
 
-Bytes = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 
 ACCEPTED = {  # what --data takes
     "stdlib": "the source of Python's standard library",
@@ -148,6 +150,8 @@ def walk(root: Path, pruned: Collection[str] = ()) -> list[Path]:
 
 def load(name: str, path: Path) -> Corpus | None:
     """Map the cached file; None when there is none, or it is cut short or not one of ours."""
+    import numpy as np
+
     try:
         whole = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -159,6 +163,8 @@ def load(name: str, path: Path) -> Corpus | None:
 
 def build(spec: str, texts: list[bytes], path: Path) -> None:
     """Write the cached file, complete or not at all."""
+    from numpy.lib.format import write_array_header_1_0
+
     held_out = texts[HELD_OUT - 1 :: HELD_OUT]  # see [Note: what is held out]
     kept = [text for number, text in enumerate(texts, start=1) if number % HELD_OUT]
     whole = bytearray().join(kept + held_out)
@@ -170,7 +176,7 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
         try:
             with open(partial, "xb") as file:
                 shape = {"descr": "|u1", "fortran_order": False, "shape": (len(whole),)}
-                np.lib.format.write_array_header_1_0(file, shape)
+                write_array_header_1_0(file, shape)
                 file.write(whole)  # np.save would not say why it cannot
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
