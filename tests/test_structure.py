@@ -22,7 +22,7 @@ LAYERS = [
     ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
     ["comm.by_hand.costs"],
     ["step.hooks", "transforms.init"],
-    ["programs.cli.settings"],
+    ["programs.cli.settings", "programs.cli.mesh_text"],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.config", "programs.cli.checks"],
     ["mesh", "comm"],  # an axis is what is talked over: these two know each other

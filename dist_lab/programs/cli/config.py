@@ -10,15 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dist_lab.comm.by_hand.costs import SETTINGS
-from dist_lab.errors import UserError, shown
+from dist_lab.errors import UserError
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
+from dist_lab.programs.cli.mesh_text import read_mesh
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import setting
 
@@ -32,8 +32,8 @@ class RunSettings(ABC):
         heading="how it is distributed", choices=tuple(STRATEGIES))
     impl: str = setting("hand", "who wrote the strategy: this project, PyTorch or accelerate",
         choices=("hand", "torch", "accelerate"))
-    mesh: str = setting("", "processes along each axis; default: all on the strategy's own",
-        metavar="dp=N", table=True)
+    mesh: Mapping[str, int] | None = setting(None, "processes along each axis; default: all on the "
+        "strategy's own", metavar="dp=N", read=read_mesh)
     nproc: int | None = setting(None, "start so many ranks on this machine; default: this process, "
         "or those that torchrun started", low=1)
     oversubscribe: bool = setting(False, "allow --nproc above 4 ranks a core")
@@ -137,11 +137,6 @@ class RunSettings(ABC):
         own = {option.name: getattr(self, option.name) for option in fields(Config)}
         return Config(**own | changes)
 
-    @cached_property
-    def asked_axes(self) -> dict[str, int]:
-        """The mesh that was asked for, axis -> size; {}: none."""
-        return read_mesh(self.mesh)
-
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values: for the summary, and to compare ranks by."""
         return asdict(self)
@@ -172,7 +167,7 @@ class Config(RunSettings):
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The mesh of the run on so many processes, axis -> processes along it."""
-        own, asked = STRATEGIES[self.strategy].axes, self.asked_axes
+        own, asked = STRATEGIES[self.strategy].axes, dict(self.mesh or {})
         wanted = math.prod(asked.values())
         if not own and size > 1:
             raise UserError(
@@ -242,21 +237,3 @@ class Config(RunSettings):
                 f"batch {self.batch} does not divide into {ranks} data-parallel ranks x "
                 f"{self.microbatches} microbatches = {parts} (--batch); give --batch {fitting}"
             )
-
-
-def read_mesh(text: str, where: str = "--mesh") -> dict[str, int]:
-    """The axes that "dp=2,tp=2" names, with their sizes.
-
-    >>> read_mesh("dp=2, tp=4"), read_mesh("")
-    ({'dp': 2, 'tp': 4}, {})
-    """
-    axes: dict[str, int] = {}
-    for part in text.split(",") if text else []:
-        name, _, size = (word.strip() for word in part.partition("="))
-        if name in axes or not (size.isdecimal() and len(size) < 10 and int(size) > 0):
-            raise UserError(
-                f"mesh cannot be {shown(text)} ({where}); give each axis once, with a size of 1 or "
-                "more: dp=2"
-            )
-        axes[name] = int(size)
-    return axes

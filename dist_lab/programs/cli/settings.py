@@ -33,8 +33,9 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     """A field of a dataclass of settings, of type str, bool, int, float or one of them or None.
 
     Limits, all optional: `choices`; `low` and `high`, which are allowed, and `above`, which is
-    not; `table=True`, for text that TOML may give as a table, too. `metavar` stands for the value
-    in --help, and `heading` opens a group there.
+    not. A field of any other type has `read(value, where)`, which makes it of a flag's text or a
+    file's value, and raises UserError. `metavar` stands for the value in --help, and `heading`
+    opens a group there.
     """
     return field(default=default, metadata={"help": help} | limits)
 
@@ -69,6 +70,8 @@ def read(
 
 def checked(option: Field[Any], value: Any, where: str) -> Any:
     """The value as its field wants it. Raises UserError unless the field takes it."""
+    if "read" in option.metadata:
+        return option.metadata["read"](value, where)
     if kind(option) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if not accepts(option, value):
@@ -188,6 +191,8 @@ def flag(name: str) -> str:
 
 def from_text(option: Field[Any], text: str) -> Any:
     """What a flag's text means; the text itself if it means nothing, for `checked` to refuse."""
+    if "read" in option.metadata:
+        return text
     try:
         return kind(option)(text)
     except ValueError:
@@ -222,8 +227,6 @@ def read_file(path: str, options: Options) -> Given:
             near = nearest_word(key, keys)
             hint = f"did you mean {near}?" if near else "--help lists them, with dashes"
             raise UserError(f"no setting {shown(key)} ({where}); {hint}")
-        if isinstance(value, dict) and "table" in options[key].metadata:
-            value = ",".join(f"{axis}={shown(size)}" for axis, size in value.items())
         given[key] = checked(options[key], value, where), where
     return given
 

@@ -8,6 +8,7 @@ from dist_lab.errors import UserError, one_of, shown
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.programs.cli.checks import check_nproc, check_together
 from dist_lab.programs.cli.config import Config, RunSettings
+from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.cli.settings import setting
@@ -66,7 +67,7 @@ class Settings(RunSettings):
         """Why it cannot run on the mesh that was asked for; "" if it can."""
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
             return "computes for real, and the others are emulated (--emulate-compute)"
-        asked, own = self.asked_axes, STRATEGIES[entry.strategy].axes
+        asked, own = self.mesh or {}, STRATEGIES[entry.strategy].axes
         if entry.alone or set(asked) <= set(own):
             return ""
         foreign = " and ".join(f"{name}={size}" for name, size in asked.items() if name not in own)
@@ -80,7 +81,7 @@ class Settings(RunSettings):
         own = STRATEGIES[entry.strategy].options
         known = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
         changes: dict[str, Any] = {name: None for name in known if name not in own}
-        changes |= {"mesh": "", "nproc": None} if entry.alone else {}
+        changes |= {"mesh": None, "nproc": None} if entry.alone else {}
         return self.run(strategy=entry.strategy, impl=entry.impl, **changes)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
@@ -92,8 +93,8 @@ class Settings(RunSettings):
         fitting = [entry for entry in self.entries() if not self.misfit(entry)]
         if not fitting:
             raise UserError(
-                f"none of the strategies runs on mesh {self.mesh} (--mesh); drop --mesh, or name "
-                "others in --strategies"
+                f"none of the strategies runs on mesh {mesh_in_words(self.mesh or {})} (--mesh); "
+                "drop --mesh, or name others in --strategies"
             )
         if plain and not all(entry.alone for entry in fitting):
             raise UserError(

@@ -27,7 +27,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
             "(--impl); give --impl hand, or measure both by launch/compare.py"
         )
     run = config.run()
-    axes = run.axes(math.prod(run.asked_axes.values()))
+    axes = run.axes(math.prod((run.mesh or {}).values()))
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
     if config.strategy == "pp":

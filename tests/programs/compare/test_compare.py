@@ -144,8 +144,8 @@ def test_each_gets_what_train_would_be_told():
     settings = read("--strategies single,dp --nproc 2 --mesh dp=2 --lr 0.5".split())
     single, dp = (settings.of(entry) for entry in settings.entries())
     assert type(dp) is Config
-    assert (dp.strategy, dp.mesh, dp.nproc, dp.lr) == ("dp", "dp=2", 2, 0.5)
-    assert (single.strategy, single.mesh, single.nproc, single.lr) == ("single", "", None, 0.5)
+    assert (dp.strategy, dp.mesh, dp.nproc, dp.lr) == ("dp", {"dp": 2}, 2, 0.5)
+    assert (single.strategy, single.mesh, single.nproc, single.lr) == ("single", None, None, 0.5)
     assert settings.axes(2) == {"dp": 2}
 
 
