@@ -9,7 +9,7 @@ the number of processes in `Config.axes`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
 from dist_lab.programs.cli.mesh_text import read_mesh
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
-from dist_lab.programs.cli.settings import setting
+from dist_lab.programs.cli.settings import AtLeast, setting
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class RunSettings(ABC):
         metavar="DIR")
 
     steps: int = setting(200, "optimizer steps", heading="how it is trained", low=1)
-    batch: int = setting(32, "samples a step, over all ranks", low=1)
+    batch: int = setting(AtLeast(32), "samples a step, over all ranks; unless given, the next "
+        "multiple of data-parallel ranks x microbatches", low=1)
     seq: int = setting(128, "tokens a sample of text; images have none", low=1)
     microbatches: int = setting(None, "pieces whose gradients a rank adds up before a step, and "
         "which under pp follow each other through the stages; default: 1, under pp 8", low=1)
@@ -187,13 +188,28 @@ class Config(RunSettings):
                 f"mesh {by_axis} needs {wanted} processes, {size} were started (--mesh); type "
                 f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
             )
-        axes = asked or STRATEGIES[self.strategy].default_axes(size)
+        axes = self.mesh_on(size)
         if "pp" in axes:
             self.check_pipeline(axes["pp"])
         self.check_batch(axes)
         if "tp" in axes:
             self.check_split(axes["tp"])
         return axes
+
+    def mesh_on(self, size: int) -> dict[str, int]:
+        """The mesh that was asked for, or the strategy's own for so many processes; not checked."""
+        return dict(self.mesh or STRATEGIES[self.strategy].default_axes(size))
+
+    def fitted(self, size: int) -> "Config":
+        """This run on so many processes: a batch that was not given is one that divides."""
+        if isinstance(self.batch, AtLeast):
+            return replace(self, batch=self.batch.divided_by(self.parts(self.mesh_on(size))))
+        return self
+
+    def parts(self, axes: Mapping[str, int]) -> int:
+        """Into so many parts the rows of a batch are shared out."""
+        ranks = math.prod(axes.get(name, 1) for name in DATA_AXES)
+        return ranks * self.microbatches
 
     def check_split(self, ranks: int) -> None:
         """Raises UserError if so many ranks cannot share the model, or its sequence, out."""
@@ -228,12 +244,12 @@ class Config(RunSettings):
             )
 
     def check_batch(self, axes: Mapping[str, int]) -> None:
-        """Raises UserError if the ranks of this mesh cannot share out the rows."""
-        ranks = math.prod(axes.get(name, 1) for name in DATA_AXES)
-        parts = ranks * self.microbatches
-        if self.batch % parts:
+        """Raises UserError if the ranks of this mesh cannot share out the rows that were given."""
+        parts = self.parts(axes)
+        if self.batch % parts and not isinstance(self.batch, AtLeast):
             fitting = max(1, round(self.batch / parts)) * parts
             raise UserError(
-                f"batch {self.batch} does not divide into {ranks} data-parallel ranks x "
+                f"batch {self.batch} does not divide into {parts // self.microbatches} "
+                f"data-parallel ranks x "
                 f"{self.microbatches} microbatches = {parts} (--batch); give --batch {fitting}"
             )

@@ -29,6 +29,20 @@ LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
 LARGEST_FILE = 2**16  # bytes
 
 
+class AtLeast(int):
+    """A default that gives way to the next multiple of what has to divide it.
+
+    A number that somebody gave is a plain int, and is refused instead.
+    """
+
+    def divided_by(self, parts: int) -> int:
+        """
+        >>> AtLeast(32).divided_by(3), AtLeast(32).divided_by(4)
+        (33, 32)
+        """
+        return -(-self // parts) * parts
+
+
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """A field of a dataclass of settings, of type str, bool, int, float or one of them or None.
 

@@ -37,6 +37,7 @@ WARM_UP = 4  # steps: two that are measured for memory and FLOPs, one to settle,
 
 def run(config: Settings, mesh: Mesh) -> int:
     """Compare, show, and write the files that README describes."""
+    config = config.fitted(mesh.size)
     with ExitStack() as held:
         data = setup.meet(config, mesh)
         with together(mesh.world):

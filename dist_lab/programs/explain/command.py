@@ -27,7 +27,8 @@ def explain(config: Explain, mesh: Mesh) -> int:
             "(--impl); give --impl hand, or measure both by launch/compare.py"
         )
     run = config.run()
-    axes = run.axes(math.prod((run.mesh or {}).values()))
+    size = math.prod((run.mesh or {}).values())
+    axes, run = run.axes(size), run.fitted(size)
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
     if config.strategy == "pp":

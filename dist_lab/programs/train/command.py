@@ -15,6 +15,7 @@ from dist_lab.programs.train import loop
 
 def train(config: Config, mesh: Mesh) -> int:
     """Train a model of the zoo; rank 0 writes what README describes."""
+    config = config.fitted(mesh.size)
     with ExitStack() as held:
         data = meet(config, mesh)
         with together(mesh.world):

@@ -203,8 +203,8 @@ BAD_FLAGS = [
         "1 microbatches = 4 (--batch); give --batch 32"),
     ("--strategy dp --nproc 4 --microbatches 4 --batch 3", "batch 3 does not divide into 4 "
         "data-parallel ranks x 4 microbatches = 16 (--batch); give --batch 16"),
-    ("--nproc 1 --microbatches 3", "batch 32 does not divide into 1 data-parallel ranks x 3 "
-        "microbatches = 3 (--batch); give --batch 33"),
+    ("--nproc 1 --microbatches 3 --batch 32", "batch 32 does not divide into 1 data-parallel ranks "
+        "x 3 microbatches = 3 (--batch); give --batch 33"),
     ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
     ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp, "
@@ -215,8 +215,8 @@ BAD_FLAGS = [
         "(--regather); give both"),
     ("--strategy pp --nproc 8 --oversubscribe", "8 stages (8 ranks of pp x 1) are more than the 4 "
         "blocks of gpt tiny (--mesh); give --layers 8, or a smaller pp"),
-    ("--strategy pp --nproc 2 --microbatches 5", "batch 32 does not divide into 1 data-parallel "
-        "ranks x 5 microbatches = 5 (--batch); give --batch 30"),
+    ("--strategy pp --nproc 2 --microbatches 5 --batch 32", "batch 32 does not divide into 1 "
+        "data-parallel ranks x 5 microbatches = 5 (--batch); give --batch 30"),
     ("--strategy pp --nproc 4 --layers 8 --schedule interleaved --microbatches 2", "interleaved "
         "takes micro-batches in groups of one a rank, and 2 do not divide by 4 ranks of pp "
         "(--microbatches); give --microbatches 4"),
@@ -413,6 +413,25 @@ def test_one_rank_on_purpose_is_allowed_and_one_by_accident_is_told_how_to_start
     )
     with pytest.raises(UserError, match="add --nproc 3, or"):
         Config(strategy="dp", mesh={"dp": 3}).axes(1, plain=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batch"),
+    [
+        ("--strategy dp --nproc 3", 33),
+        ("--strategy dp --nproc 4", 32),
+        ("--strategy dp --nproc 2 --microbatches 5", 40),
+        ("--strategy pp --nproc 2 --microbatches 5", 35),
+    ],
+)
+def test_a_batch_that_nobody_gave_is_the_next_that_divides(arguments, batch):
+    config = parse(arguments.split())
+    assert config.fitted(config.nproc).batch == batch
+    config.fitted(config.nproc).axes(config.nproc)
+
+
+def test_a_batch_that_was_given_stays_even_if_it_is_the_default():
+    assert "give --batch 33" in refusal(*"--strategy dp --nproc 3 --batch 32".split())
 
 
 def test_an_oversubscribed_machine_is_a_choice():

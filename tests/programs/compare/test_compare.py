@@ -207,6 +207,23 @@ def test_one_that_does_not_run_along_the_mesh_is_no_reason_to_stop_the_others():
     assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "batch", "layers"),
+    [
+        ("--strategies dp,ddp --nproc 3", 33, None),
+        ("--strategies dp,pp --nproc 8", 32, 8),  # as deep as the pipeline, for both
+        ("--strategies dp,pp --nproc 8 --layers 9", 32, 9),
+        ("--strategies ddp,pp --nproc 2 --microbatches 5", 40, None),
+        ("--nproc 3", 48, None),  # tp cannot share 4 heads out: it is listed, the others run
+    ],
+)
+def test_what_was_not_given_is_such_that_every_strategy_runs(arguments, batch, layers):
+    settings = read([*arguments.split(), "--oversubscribe"])
+    fitted = settings.fitted(settings.nproc)
+    assert (fitted.batch, fitted.layers) == (batch, layers)
+    assert fitted.axes(settings.nproc) == {"dp": settings.nproc}
+
+
 def test_the_program_answers_a_mistake_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = subprocess.run(

@@ -143,7 +143,10 @@ def test_one_process_sends_nothing():
     ("arguments", "line"),
     [
         (["--strategy", "ddp", "--impl", "torch"], "ddp@torch is a library's (--impl); give"),
-        (["--strategy", "dp", "--mesh", "dp=3"], "batch 32 does not divide into 3 data-parallel"),
+        (
+            ["--strategy", "dp", "--mesh", "dp=3", "--batch", "32"],
+            "batch 32 does not divide into 3 data-parallel",
+        ),
         (["--strategy", "dp", "--mesh", "tp=3"], "strategy dp does not run along 'tp' (--mesh)"),
         (["--strategy", "dp", "--nproc", "2"], "no flag '--nproc'"),
     ],
