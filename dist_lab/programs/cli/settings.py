@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -49,7 +49,7 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Limits, all optional: `choices`; `low` and `high`, which are allowed, and `above`, which is
     not. A field of any other type has `read(value, where)`, which makes it of a flag's text or a
     file's value, and raises UserError. `metavar` stands for the value in --help, and `heading`
-    opens a group there.
+    opens a group there, or goes on with one; `first=True` has it stand before the others.
     """
     return field(default=default, metadata={"help": help} | limits)
 
@@ -159,9 +159,7 @@ def make_parser(
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dist_lab {dist_lab.__version__}")
-    for name, option in options.items():
-        if "heading" in option.metadata:
-            group = parser.add_argument_group(option.metadata["heading"])
+    for group, name, option in in_groups(parser, options):
         if name in without:
             continue
         text = option.metadata["help"].replace("%", "%%")
@@ -178,6 +176,21 @@ def make_parser(
         meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
         group.add_argument(flag(name), action="append", metavar=meta, help=text)
     return parser
+
+
+def in_groups(
+    parser: Parser, options: Options
+) -> Iterator[tuple[argparse._ArgumentGroup, str, Field[Any]]]:
+    """Every option with its group in --help: see `setting`."""
+    heading, headings = "settings", dict[str, list[str]]()
+    for name, option in options.items():
+        heading = option.metadata.get("heading", heading)
+        headings.setdefault(heading, []).append(name)
+    first = [h for h, names in headings.items() if "first" in options[names[0]].metadata]
+    for heading in dict.fromkeys([*first, *headings]):
+        group = parser.add_argument_group(heading)
+        for name in headings[heading]:
+            yield group, name, options[name]
 
 
 def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> Given:

@@ -45,7 +45,7 @@ class Settings(RunSettings):
     # fmt: off
     strategies: str = setting(ALL, "by commas, each NAME or NAME@IMPL; all: every one that the "
         "mesh allows. One that is listed twice is compared with itself",
-        heading="what is compared", metavar="LIST")
+        heading="what is compared", first=True, metavar="LIST")
     reference: str = setting("", "what the others are measured against; default: the first that "
         "runs", metavar="NAME")
     rounds: int = setting(24, "in each, every strategy runs --steps steps, in changing order",

@@ -26,9 +26,9 @@ class Explain(RunSettings):
     """The settings of a run that is only looked at."""
 
     # fmt: off
-    stages: int | None = setting(None, "pp: short for --mesh pp=N", heading="what is looked at",
+    stages: int | None = setting(None, "short for --mesh pp=N", heading="pp",
         low=1, high=1024)
-    svg: str = setting("", "pp: draw the schedule, and what each rank holds, into this file: .svg, "
+    svg: str = setting("", "draw the schedule, and what each rank holds, into this file: .svg, "
         ".png or .pdf", metavar="FILE")
     # fmt: on
 

@@ -93,6 +93,22 @@ def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
         assert getattr(read, option.name) == (kind(option) is bool or given)
 
 
+def test_help_begins_with_what_most_runs_set_and_groups_the_rest_by_strategy(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out.replace("\n", " \n")
+    headings = [line for line in shown.splitlines() if line.endswith(": ") and line[0] != " "]
+    first = ["options", "what most runs set", "ddp, zero1, zero2", "fsdp, hsdp", "tp", "pp"]
+    assert [heading.rstrip(": ") for heading in headings if heading[0].islower()][:6] == first
+    for name, row in STRATEGIES.items():
+        for option in row.options:  # the options of a strategy stand under its name
+            before = shown[: shown.index(f"  --{option.replace('_', '-')} ")].splitlines()
+            [*_, heading] = (line for line in before if line.endswith(": ") and line[0] != " ")
+            assert name in heading.rstrip(": ").split(", ")
+    [schedule] = (line for line in shown.splitlines() if "--schedule NAME|FILE" in line)
+    assert "with --layers 8 interleaved, zbv" in schedule
+
+
 def test_a_program_shows_its_own_defaults_in_help(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"], program="verify.py", defaults={"steps": 3})
