@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -159,38 +159,36 @@ def make_parser(
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dist_lab {dist_lab.__version__}")
-    for group, name, option in in_groups(parser, options):
-        if name in without:
-            continue
-        text = option.metadata["help"].replace("%", "%%")
-        if kind(option) is bool:
-            group.add_argument(flag(name), action="append_const", const=True, help=text)
-            group.add_argument(
-                flag(f"no_{name}"),
-                action="append_const", const=False, dest=name, help=argparse.SUPPRESS,
-            )  # fmt: skip
-            continue
-        if defaults[name] not in (None, ""):
-            text += f" [{defaults[name]}]"
-        choices = "|".join(option.metadata.get("choices", ()))
-        meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
-        group.add_argument(flag(name), action="append", metavar=meta, help=text)
+    for heading, names in by_heading(options).items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            option = options[name]
+            if name in without:
+                continue
+            text = option.metadata["help"].replace("%", "%%")
+            if kind(option) is bool:
+                group.add_argument(flag(name), action="append_const", const=True, help=text)
+                group.add_argument(
+                    flag(f"no_{name}"),
+                    action="append_const", const=False, dest=name, help=argparse.SUPPRESS,
+                )  # fmt: skip
+                continue
+            if defaults[name] not in (None, ""):
+                text += f" [{defaults[name]}]"
+            choices = "|".join(option.metadata.get("choices", ()))
+            meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
+            group.add_argument(flag(name), action="append", metavar=meta, help=text)
     return parser
 
 
-def in_groups(
-    parser: Parser, options: Options
-) -> Iterator[tuple[argparse._ArgumentGroup, str, Field[Any]]]:
-    """Every option with its group in --help: see `setting`."""
-    heading, headings = "settings", dict[str, list[str]]()
+def by_heading(options: Options) -> dict[str, list[str]]:
+    """The names of the options in each group of --help, in its order: see `setting`."""
+    heading, found = "settings", dict[str, list[str]]()
     for name, option in options.items():
         heading = option.metadata.get("heading", heading)
-        headings.setdefault(heading, []).append(name)
-    first = [h for h, names in headings.items() if "first" in options[names[0]].metadata]
-    for heading in dict.fromkeys([*first, *headings]):
-        group = parser.add_argument_group(heading)
-        for name in headings[heading]:
-            yield group, name, options[name]
+        found.setdefault(heading, []).append(name)
+    first = {h: names for h, names in found.items() if "first" in options[names[0]].metadata}
+    return first | found
 
 
 def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> Given:

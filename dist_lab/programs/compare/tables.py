@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dist_lab.observe.console import empty_table, wide_console
+from dist_lab.observe.flops import in_percent
 from dist_lab.observe.memory import KINDS
 from dist_lab.programs.compare.ratios import Ratio
 from dist_lab.programs.compare.report import IN_MEMORY, Report, Row
@@ -44,7 +45,7 @@ def speed(report: Report) -> Table:
             as_text(found) if found else "1",
             f"[{COLOR[found.verdict]}]{found.verdict}" if found else "reference",
             f"{report.throughput(row).median:,.0f}",
-            f"{report.mfu(row):.1%}",
+            in_percent(report.mfu(row)),
             "-" if blocked is None else ms(blocked),
         )
     for label in report.refused:
@@ -110,6 +111,9 @@ def notes(report: Report) -> Iterator[str]:
     if config["model"] == "resnet18" and not config["sync_batchnorm"]:
         yield "resnet18 normalizes by each rank's rows: losses depend on how many ranks there are"
     yield "MFU: of the peak of all ranks together"
+    for row in report.rows:
+        if report.mfu(row) is None:
+            yield f"{row.label}: no MFU: each rank counts operations that others do, too"
     worst = max(report.rows, key=report.loss_error)
     if len(report.rows) > 1:
         equal = report.loss_error(worst) <= report.tolerance

@@ -272,6 +272,8 @@ def test_a_row_follows_from_the_times_of_its_rounds():
     assert (summary["step_ms"], summary["ratio"], summary["verdict"]) == (1000, 0.5, "slower")
     assert summary["tokens_per_s"] == Quartiles.of([128 / t for t in TIMES]).median
     assert summary["mfu"] == pytest.approx(1e9 / 1.0 / 1e11)
+    beyond = report(row("tp@torch", TIMES, flops_per_step=2e11))
+    assert beyond.summary(beyond.rows[0])["mfu"] is None  # not 400%
     assert (summary["payload_bytes"], summary["sent_bytes"]) == (4_000_008, 6_000_008)
     assert (summary["blocked_ms"], summary["final_loss"]) == (None, 2.0)
     assert found.summary(found.rows[0])["verdict"] == "reference"
