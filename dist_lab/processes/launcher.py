@@ -91,6 +91,8 @@ def main(
             return work(config, body, config.axes(1, plain=True), config.threads)
     except ranks.Interrupted as stopped:
         status = 128 + stopped.signal
+        if stopped.signal == signal.SIGINT and sys.stderr.isatty():
+            print(file=sys.stderr)  # after ^C, so that the prompt has a line of its own
     except Exception as error:
         rank, size = place or (0, 1)
         failure = Failure.of(rank, error)
