@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import stat
 import sys
 import tomllib
@@ -212,6 +213,16 @@ def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> Given:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def as_typed(name: str, value: Any) -> str:
+    """
+    >>> as_typed("bucket_mb", 5.0), as_typed("prefetch", False)
+    ('--bucket-mb 5.0', '--no-prefetch')
+    """
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {shlex.quote(str(value))}"
 
 
 def from_text(option: Field[Any], text: str) -> Any:

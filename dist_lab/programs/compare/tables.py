@@ -22,7 +22,19 @@ def show(report: Report, folder: Path) -> None:
     console.print(memory(report))
     for line in notes(report):
         console.print(line, highlight=False, soft_wrap=not console.is_terminal, markup=False)
-    console.print(f"in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{found(report)}; in {folder}", highlight=False, soft_wrap=True)
+
+
+def found(report: Report) -> str:
+    """What was found, in a line: who is certainly faster than the reference, and who is not."""
+    by_verdict: dict[str, list[str]] = {}
+    for row in report.rows:
+        ratio = report.ratio(row)
+        if ratio:
+            times = f" ({ratio.median:.2f} x)" if ratio.verdict in ("faster", "slower") else ""
+            by_verdict.setdefault(ratio.verdict, []).append(row.label + times)
+    said = [f"{verdict}: {', '.join(labels)}" for verdict, labels in by_verdict.items()]
+    return f"beside {report.reference} {'; '.join(said) or 'nothing else ran'}"
 
 
 def speed(report: Report) -> Table:

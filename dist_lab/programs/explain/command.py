@@ -3,6 +3,7 @@ sent, and how much memory it takes.
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -41,10 +42,21 @@ def explain(config: Explain, mesh: Mesh) -> int:
             )
         seen = observe(run, mesh)
         show(console, seen)
+        console.print(in_a_line(seen, axes), highlight=False, soft_wrap=True)
         if folder is not None:
             path = write(folder, f"{config.strategy}@{config.impl}", seen)
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def in_a_line(seen: Seen, axes: Mapping[str, int]) -> str:
+    """What was found."""
+    sent = sum(call.sent for call in seen.steady)
+    return (
+        f"{math.prod(axes.values())} rank{'s' * (math.prod(axes.values()) > 1)}; rank 0 sends "
+        f"{sent / 1e6:,.2f} MB a step in {len(seen.steady)} calls, and holds "
+        f"{seen.peak.total / 1e6:,.1f} MB at most"
+    )
 
 
 def show(console: Console, seen: Seen) -> None:
