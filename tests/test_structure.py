@@ -256,6 +256,25 @@ PRIVATE = {
 }  # fmt: skip
 
 
+def test_what_the_library_refuses_names_parameters_and_no_flags():
+    """A script has no command line; the launcher translates, see `in_flags`."""
+    of_programs = {"programs", "processes", "observe", "data", "testing"}
+    found = []
+    for path in FILES:
+        if module_of(path).split(".")[0] in of_programs:
+            continue
+        tree = ast.parse(path.read_text())
+        for raised in (node for node in ast.walk(tree) if isinstance(node, ast.Raise)):
+            words = [
+                node.value
+                for node in ast.walk(raised)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+            flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(words))
+            found += [(module_of(path), f) for f in flags if f != "--nproc_per_node"]
+    assert not found
+
+
 def test_private_names_of_torch_stand_in_one_file():
     trees = {path: list(ast.walk(ast.parse(path.read_text()))) for path in FILES}
     del trees[PACKAGE / "torch_private.py"]

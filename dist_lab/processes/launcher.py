@@ -16,6 +16,7 @@ torch before a rank does, so that a mistake is answered at once.
 
 import faulthandler
 import os
+import re
 import signal
 import socket
 import sys
@@ -252,6 +253,23 @@ def check_interface(backend: str) -> None:
             )
 
 
+# What the library takes as a parameter, and names so in what it refuses.
+PARAMETER = re.compile(
+    r"""\b(impl|schedule|chunks|microbatches|backend)=(?:"([^"]*)"|(\d+)|(?=[),;]))"""
+)
+
+
+def in_flags(line: str) -> str:
+    """A refusal of the library in the words of a command line.
+
+    >>> in_flags('not in 3 (microbatches=); give microbatches=4, or impl="hand"')
+    'not in 3 (--microbatches); give --microbatches 4, or --impl hand'
+    """
+    return PARAMETER.sub(
+        lambda found: " ".join(filter(None, (f"--{found[1]}", found[2], found[3]))), line
+    )
+
+
 # --- what went wrong ------------------------------------------------------------------------------
 
 
@@ -264,6 +282,6 @@ def say(program: str, failures: Sequence[Failure], size: int, debug: bool) -> in
     if told and others:
         told += heading(f"{named(others)} of {size}: waited in vain, or lost the connection")
     if refusals:
-        told += f"{program}: error: {refusals[0].what}\n"
+        told += f"{program}: error: {in_flags(refusals[0].what)}\n"
     print(told, end="", file=sys.stderr, flush=True)
     return max(failure.status for failure in nearest)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_lab.errors import UserError, one_of
+from dist_lab.processes.launcher import in_flags
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli import registry
 from dist_lab.programs.cli.checks import parse
@@ -29,7 +30,7 @@ IN_BUCKETS = " or ".join(
 def refusal(*arguments: str) -> str:
     with pytest.raises(UserError) as caught:
         parse(arguments)
-    return str(caught.value)
+    return in_flags(str(caught.value))  # as the launcher says it
 
 
 @pytest.fixture
