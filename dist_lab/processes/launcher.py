@@ -92,7 +92,7 @@ def main(
             return work(config, body, config.axes(1, plain=True), config.threads)
     except ranks.Interrupted as stopped:
         status = 128 + stopped.signal
-        if stopped.signal == signal.SIGINT and sys.stderr.isatty():
+        if stopped.signal == signal.SIGINT and sys.stderr.isatty() and (place or (0, 1))[0] == 0:
             print(file=sys.stderr)  # after ^C, so that the prompt has a line of its own
     except Exception as error:
         rank, size = place or (0, 1)
