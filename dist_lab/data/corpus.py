@@ -83,7 +83,7 @@ def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
             corpus = load(spec, path)
     except OSError as error:
         raise UserError(
-            f"--data {spec!r}: cannot read {str(error.filename or spec)!r} ({error.strerror}); "
+            f"data={spec!r}: cannot read {str(error.filename or spec)!r} ({error.strerror}); "
             f"make it readable, or give another path"
         ) from error
     assert corpus is not None, f"{path} was just built and does not open"
@@ -95,10 +95,10 @@ def require(corpus: Corpus, seq: int) -> None:
     train, validation = len(corpus.train), len(corpus.validation)
     longest = min(train, validation) - 1
     if seq > longest:
-        shorter = f"use --seq {longest} or less, or " if longest > 0 else ""
+        shorter = f"use seq={longest} or less, or " if longest > 0 else ""
         raise UserError(
-            f"--data {corpus.name!r} has {train} bytes to train on and {validation} to validate "
-            f"on, and a sequence of --seq {seq} takes {seq + 1} of each; {shorter}give more text"
+            f"data={corpus.name!r} has {train} bytes to train on and {validation} to validate "
+            f"on, and a sequence of seq={seq} takes {seq + 1} of each; {shorter}give more text"
         )
 
 
@@ -113,7 +113,7 @@ def standard_library() -> tuple[str, list[Path]]:
     if not files:
         raise MachineError(
             f"this Python keeps no source of its standard library in {str(root)!r}; "
-            f"give other text: --data FILE or --data FOLDER"
+            f"give other text: data=FILE or data=FOLDER"
         )
     return "stdlib", files
 
@@ -125,9 +125,9 @@ def files_of(spec: str) -> tuple[str, list[Path]]:
         os.stat(root if spec else "")  # Path("") would be the current folder
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL byte
         accepted = ", ".join(f"{form} ({meaning})" for form, meaning in ACCEPTED.items())
-        raise UserError(f"--data {spec!r}: no such file or folder; give {accepted}") from error
+        raise UserError(f"data={spec!r}: no such file or folder; give {accepted}") from error
     if not (root.is_file() or root.is_dir()):
-        raise UserError(f"--data {spec!r} is neither a file nor a folder; give one of them")
+        raise UserError(f"data={spec!r} is neither a file nor a folder; give one of them")
     return root.name[:40], [root] if root.is_file() else walk(root)
 
 
@@ -185,8 +185,8 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise MachineError(
-            f"cannot write the cache of --data {spec!r} in {str(path.parent)!r} "
-            f"({error.strerror}); name a folder with room for it: --cache DIR"
+            f"cannot write the cache of data={spec!r} in {str(path.parent)!r} "
+            f"({error.strerror}); name a folder with room for it: cache=DIR"
         ) from error
 
 
@@ -201,7 +201,7 @@ def read_texts(spec: str, files: list[Path]) -> list[bytes]:
         empty += not head
     if not texts:
         raise UserError(
-            f"--data {spec!r} holds no text: of {len(files)} files (hidden ones aside) {empty} are "
+            f"data={spec!r} holds no text: of {len(files)} files (hidden ones aside) {empty} are "
             f"empty and {len(files) - empty} binary; give a text file, or a folder with one in it"
         )
     return texts

@@ -253,9 +253,11 @@ def check_interface(backend: str) -> None:
             )
 
 
-# What the library takes as a parameter, and names so in what it refuses.
+# What the library takes as a parameter, and names so in what it refuses. After a comma it is one of
+# the arguments of a call that is shown.
 PARAMETER = re.compile(
-    r"""\b(impl|schedule|chunks|microbatches|backend)=(?:"([^"]*)"|(\d+)|(?=[),;]))"""
+    r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download)="""
+    r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
 )
 
 
@@ -264,6 +266,8 @@ def in_flags(line: str) -> str:
 
     >>> in_flags('not in 3 (microbatches=); give microbatches=4, or impl="hand"')
     'not in 3 (--microbatches); give --microbatches 4, or --impl hand'
+    >>> in_flags("data='a b': words(batch=4, seq=6) raised ValueError")
+    "--data 'a b': words(batch=4, seq=6) raised ValueError"
     """
     return PARAMETER.sub(
         lambda found: " ".join(filter(None, (f"--{found[1]}", found[2], found[3]))), line
