@@ -51,12 +51,11 @@ def explain(config: Explain, mesh: Mesh) -> int:
 
 def in_a_line(seen: Seen, axes: Mapping[str, int]) -> str:
     """What was found."""
-    sent = sum(call.sent for call in seen.steady)
-    return (
-        f"{math.prod(axes.values())} rank{'s' * (math.prod(axes.values()) > 1)}; rank 0 sends "
-        f"{sent / 1e6:,.2f} MB a step in {len(seen.steady)} calls, and holds "
-        f"{seen.peak.total / 1e6:,.1f} MB at most"
-    )
+    ranks, sent = math.prod(axes.values()), sum(call.sent for call in seen.steady)
+    what = "nothing is sent, and rank 0"
+    if seen.steady:
+        what = f"rank 0 sends {sent / 1e6:,.2f} MB a step in {len(seen.steady)} calls, and"
+    return f"{ranks} rank{'s' * (ranks > 1)}: {what} holds {seen.peak.total / 1e6:,.1f} MB at most"
 
 
 def show(console: Console, seen: Seen) -> None:
@@ -65,7 +64,6 @@ def show(console: Console, seen: Seen) -> None:
     console.print(tables.memory_table(seen))
     first, steady = seen.first, seen.steady
     if not steady:
-        console.print("nothing is sent")
         return
     console.print(tables.calls_table("collectives of a step, in order; bytes", steady))
     console.print(tables.totals_table(steady))
