@@ -13,9 +13,10 @@ from dist_lab import data
 from dist_lab.processes import launcher
 from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.settings import AtLeast
 
 # Little work, for a bug shows in the first steps; in float64, where rounding cannot hide it.
-DEFAULTS = {"steps": 3, "batch": 8, "seq": 32, "dtype": "float64"}
+DEFAULTS = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
 WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every"]
 
 

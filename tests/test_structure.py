@@ -22,7 +22,7 @@ LAYERS = [
     ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
     ["comm.by_hand.costs"],
     ["step.hooks", "transforms.init"],
-    ["programs.cli.settings"],
+    ["programs.cli.settings", "programs.cli.mesh_text"],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.config", "programs.cli.checks"],
     ["mesh", "comm"],  # an axis is what is talked over: these two know each other
@@ -254,6 +254,27 @@ PRIVATE = {
     "_shared_state",  # accelerate's, in its twin alone
     "_getframe", "_exit",  # Python's
 }  # fmt: skip
+
+
+def test_what_the_library_refuses_names_parameters_and_no_flags():
+    """A script has no command line; the launcher translates, see `in_flags`."""
+    of_programs = {"programs", "processes", "observe", "testing"}
+    of_others = {"--nproc_per_node", "--force-reinstall"}  # torchrun's, and pip's
+    of_others |= {"--debug"}  # a launcher's, which hides the traceback that a script shows
+    found = []
+    for path in FILES:
+        if module_of(path).split(".")[0] in of_programs:
+            continue
+        tree = ast.parse(path.read_text())
+        for raised in (node for node in ast.walk(tree) if isinstance(node, ast.Raise)):
+            words = [
+                node.value
+                for node in ast.walk(raised)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+            flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(words))
+            found += [(module_of(path), f) for f in flags if f not in of_others]
+    assert not found
 
 
 def test_private_names_of_torch_stand_in_one_file():

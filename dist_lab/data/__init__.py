@@ -85,7 +85,7 @@ def check(
     """
     if download and spec not in DATASETS:
         raise UserError(
-            f"--download fetches --data {' or '.join(DATASETS)}, and --data {spec!r} is neither; "
+            f"download=True fetches data {' or '.join(DATASETS)}, and data={spec!r} is neither; "
             "drop it"
         )
     if custom.is_custom(spec):

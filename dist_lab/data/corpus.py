@@ -2,8 +2,8 @@
 
 A byte-level model needs no tokenizer and no download: every Python brings some twelve megabytes of
 text, the source of its standard library, and that is the default. A text file or a folder of them
-serves as well. Nothing here imports torch: the launcher looks at the data before it starts a rank,
-and a misspelled path should not take seconds to answer.
+serves as well. Nothing here imports torch, nor numpy until a cached file is opened or written: the
+launcher looks at the data before it starts a rank, and a misspelled path is answered at once.
 
 [Note: what is held out]
 Validation must look like training and be no part of it. From ten files on, every tenth in sorted
@@ -26,13 +26,15 @@ import sysconfig
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from dist_lab.errors import MachineError, UserError
 
-Bytes = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 
 ACCEPTED = {  # what --data takes
     "stdlib": "the source of Python's standard library",
@@ -81,7 +83,7 @@ def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
             corpus = load(spec, path)
     except OSError as error:
         raise UserError(
-            f"--data {spec!r}: cannot read {str(error.filename or spec)!r} ({error.strerror}); "
+            f"data={spec!r}: cannot read {str(error.filename or spec)!r} ({error.strerror}); "
             f"make it readable, or give another path"
         ) from error
     assert corpus is not None, f"{path} was just built and does not open"
@@ -93,10 +95,10 @@ def require(corpus: Corpus, seq: int) -> None:
     train, validation = len(corpus.train), len(corpus.validation)
     longest = min(train, validation) - 1
     if seq > longest:
-        shorter = f"use --seq {longest} or less, or " if longest > 0 else ""
+        shorter = f"use seq={longest} or less, or " if longest > 0 else ""
         raise UserError(
-            f"--data {corpus.name!r} has {train} bytes to train on and {validation} to validate "
-            f"on, and a sequence of --seq {seq} takes {seq + 1} of each; {shorter}give more text"
+            f"data={corpus.name!r} has {train} bytes to train on and {validation} to validate "
+            f"on, and a sequence of seq={seq} takes {seq + 1} of each; {shorter}give more text"
         )
 
 
@@ -111,7 +113,7 @@ def standard_library() -> tuple[str, list[Path]]:
     if not files:
         raise MachineError(
             f"this Python keeps no source of its standard library in {str(root)!r}; "
-            f"give other text: --data FILE or --data FOLDER"
+            f"give other text: data=FILE or data=FOLDER"
         )
     return "stdlib", files
 
@@ -123,9 +125,9 @@ def files_of(spec: str) -> tuple[str, list[Path]]:
         os.stat(root if spec else "")  # Path("") would be the current folder
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL byte
         accepted = ", ".join(f"{form} ({meaning})" for form, meaning in ACCEPTED.items())
-        raise UserError(f"--data {spec!r}: no such file or folder; give {accepted}") from error
+        raise UserError(f"data={spec!r}: no such file or folder; give {accepted}") from error
     if not (root.is_file() or root.is_dir()):
-        raise UserError(f"--data {spec!r} is neither a file nor a folder; give one of them")
+        raise UserError(f"data={spec!r} is neither a file nor a folder; give one of them")
     return root.name[:40], [root] if root.is_file() else walk(root)
 
 
@@ -148,6 +150,8 @@ def walk(root: Path, pruned: Collection[str] = ()) -> list[Path]:
 
 def load(name: str, path: Path) -> Corpus | None:
     """Map the cached file; None when there is none, or it is cut short or not one of ours."""
+    import numpy as np
+
     try:
         whole = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -159,6 +163,8 @@ def load(name: str, path: Path) -> Corpus | None:
 
 def build(spec: str, texts: list[bytes], path: Path) -> None:
     """Write the cached file, complete or not at all."""
+    from numpy.lib.format import write_array_header_1_0
+
     held_out = texts[HELD_OUT - 1 :: HELD_OUT]  # see [Note: what is held out]
     kept = [text for number, text in enumerate(texts, start=1) if number % HELD_OUT]
     whole = bytearray().join(kept + held_out)
@@ -170,7 +176,7 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
         try:
             with open(partial, "xb") as file:
                 shape = {"descr": "|u1", "fortran_order": False, "shape": (len(whole),)}
-                np.lib.format.write_array_header_1_0(file, shape)
+                write_array_header_1_0(file, shape)
                 file.write(whole)  # np.save would not say why it cannot
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
@@ -179,8 +185,8 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise MachineError(
-            f"cannot write the cache of --data {spec!r} in {str(path.parent)!r} "
-            f"({error.strerror}); name a folder with room for it: --cache DIR"
+            f"cannot write the cache of data={spec!r} in {str(path.parent)!r} "
+            f"({error.strerror}); name a folder with room for it: cache=DIR"
         ) from error
 
 
@@ -195,7 +201,7 @@ def read_texts(spec: str, files: list[Path]) -> list[bytes]:
         empty += not head
     if not texts:
         raise UserError(
-            f"--data {spec!r} holds no text: of {len(files)} files (hidden ones aside) {empty} are "
+            f"data={spec!r} holds no text: of {len(files)} files (hidden ones aside) {empty} are "
             f"empty and {len(files) - empty} binary; give a text file, or a folder with one in it"
         )
     return texts

@@ -172,4 +172,4 @@ def importable_from(folder: str) -> Iterator[None]:
 
 
 def refusal(spec: str, what: str) -> UserError:
-    return UserError(f"--data {spec!r}: {what}")
+    return UserError(f"data={spec!r}: {what}")

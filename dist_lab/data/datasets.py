@@ -78,17 +78,17 @@ def require(spec: str, cache_dir: Path, *, download: bool) -> None:
         return
     if not download:
         raise UserError(
-            f"--data {spec} is not on this machine: {str(folder)!r} lacks {len(lacking)} of "
+            f"data={spec} is not on this machine: {str(folder)!r} lacks {len(lacking)} of "
             f"{len(dataset.files)} files, first {lacking[0]!r}; fetch {dataset.megabytes} MB by "
-            "--download, or name the folder that torchvision was given: --cache DIR"
+            "download=True, or name the folder that torchvision was given: cache=DIR"
         )
     try:
         fetch(spec, cache)
     except (OSError, RuntimeError) as error:  # torchvision tells by a RuntimeError of many lines
         said = " ".join(f"{error}".split())[:200]
         raise MachineError(
-            f"--data {spec}: cannot fetch it into {str(cache)!r} ({said}); put the files of "
-            f"torchvision's {dataset.torchvision} there by hand, or name another folder: --cache"
+            f"data={spec}: cannot fetch it into {str(cache)!r} ({said}); put the files of "
+            f"torchvision's {dataset.torchvision} there by hand, or name another folder: cache=DIR"
         ) from error
 
 
@@ -108,8 +108,8 @@ def fetch(spec: str, cache: Path) -> None:
             return
         if place.exists():
             raise UserError(
-                f"--data {spec}: {str(place)!r} is there, but lacks {lacking[0]!r}; move it out of "
-                "the way for --download"
+                f"data={spec}: {str(place)!r} is there, but lacks {lacking[0]!r}; move it out of "
+                "the way for download=True"
             )
         fix_torchvision()
         import torchvision

@@ -81,7 +81,7 @@ def drawn() -> npt.NDArray[np.uint8]:
         font = ImageFont.load_default(size=FONT)
     except ImportError as error:
         raise MachineError(
-            f"--data glyphs: this Pillow cannot draw its font ({error}); install one with "
+            f"data=glyphs: this Pillow cannot draw its font ({error}); install one with "
             "FreeType: pip install --force-reinstall pillow"
         ) from error
     pictures = []

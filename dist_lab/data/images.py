@@ -79,8 +79,8 @@ def load(spec: str, cache_dir: Path, *, train: bool) -> tuple[Pixels, Ids]:
     except Exception as error:  # whatever a damaged file provokes in somebody else's reader
         said = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(
-            f"--data {spec}: the files in {str(root / dataset.folder)!r} are damaged ({said}); "
-            "move that folder out of the way and add --download"
+            f"data={spec}: the files in {str(root / dataset.folder)!r} are damaged ({said}); "
+            "move that folder out of the way and add download=True"
         ) from error
     return np.ascontiguousarray(images, np.uint8), classes
 

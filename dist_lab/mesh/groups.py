@@ -38,7 +38,7 @@ def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str 
     """
     if backend == "nccl":
         if not torch.cuda.is_available():
-            raise MachineError("backend nccl needs a GPU and torch sees none; use --backend gloo")
+            raise MachineError('backend nccl needs a GPU and torch sees none; use backend="gloo"')
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     elif isinstance(store, FileStore):
         # We have started this process to be a rank. Libraries in it make groups, too.

@@ -18,6 +18,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_lab.torch_private import flop_counter
 
 
+def utilization(operations: float, seconds: float, peak: float) -> float | None:
+    """MFU; None where it cannot be right, as more was counted than the machine can do.
+
+    A library may compute on tensors that stand for all ranks' parts, DTensors, and then each rank's
+    count is of the whole.
+
+    >>> utilization(3e9, 1.0, 4e9), utilization(5e9, 1.0, 4e9)
+    (0.75, None)
+    """
+    found = operations / seconds / peak
+    return found if found <= 1 else None
+
+
+def in_percent(mfu: float | None) -> str:
+    return "-" if mfu is None else f"{mfu:.1%}"
+
+
 def counter() -> FlopCounterMode:
     """A context that counts this rank's operations: `.get_total_flops()` afterwards."""
     return flop_counter(CPU_ATTENTION)

@@ -1,7 +1,7 @@
 """The folder a run writes into: one run at a time, and no file is ever removed that is not ours.
 
 A run holds a lock on its folder, which the kernel drops when the process ends, however it ends: a
-killed run blocks nobody. The file .pid inside only tells the next one whose lock it is.
+killed run blocks nobody and leaves no file that says who it was. The kernel knows whose lock it is.
 """
 
 import fcntl
@@ -15,9 +15,8 @@ from dist_lab.errors import UserError
 from dist_lab.programs.cli.config import RunSettings
 
 RUNS = Path("runs")
-PID = ".pid"
 OURS = (  # what a run leaves: globs
-    "metrics.jsonl", "summary.json", "events.out.tfevents.*", PID,
+    "metrics.jsonl", "summary.json", "events.out.tfevents.*",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
 
@@ -39,8 +38,6 @@ def claimed(config: RunSettings, what: str = "") -> Iterator[Path]:
             for pattern in OURS:
                 for path in folder.glob(pattern):
                     path.unlink()
-            (folder / PID).write_text(f"{os.getpid()}\n", encoding="ascii")
-        held.callback((folder / PID).unlink, missing_ok=True)
         yield folder
 
 
@@ -88,19 +85,32 @@ def reserve(folder: Path, held: ExitStack, *, overwrite: bool) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = folder / PID
-        holder = f"process {pid.read_text().strip()}" if pid.exists() else "another run"
         raise UserError(
-            f"folder {str(folder)!r} is in use by {holder} (--out); wait for it, or give another"
+            f"folder {str(folder)!r} is in use by {holder(lock)} (--out); wait for it, or "
+            "give another"
         ) from None
     except OSError:
         pass  # some network file systems cannot lock a folder; then nothing guards it
-    there = sorted(path.name for path in folder.iterdir() if path.name != PID)
+    there = sorted(path.name for path in folder.iterdir())
     if there and not overwrite:
         raise UserError(
             f"folder {str(folder)!r} is not empty: {len(there)} entries, first {there[0]!r} "
             "(--out); give another, or add --overwrite to replace the logs in it"
         )
+
+
+def holder(lock: int) -> str:
+    """Who holds the lock of an open folder, where the system tells: Linux does.
+
+    A line of /proc/locks: 1: FLOCK  ADVISORY  WRITE 4711 08:01:260072 0 EOF
+    """
+    number = os.fstat(lock).st_ino
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{number}"):
+                return f"process {words[4]}"
+    return "another run"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
+from dist_lab.observe.flops import in_percent
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import Slot
 
@@ -126,7 +127,7 @@ def closing_line(summary: Mapping[str, Any]) -> str:
         validated = f", validation {validation:.4f}{_accuracy(summary, 'final_val_accuracy')}"
     return (
         f"{summary['steps']} steps, loss {summary['final_loss']:.4f}{validated}; "
-        f"{_rate(median)}, MFU {summary['mfu']:.1%}, "
+        f"{_rate(median)}, MFU {in_percent(summary['mfu'])}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
         f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}; in {summary['out']}"
     )

@@ -16,6 +16,7 @@ torch before a rank does, so that a mistake is answered at once.
 
 import faulthandler
 import os
+import re
 import signal
 import socket
 import sys
@@ -91,6 +92,8 @@ def main(
             return work(config, body, config.axes(1, plain=True), config.threads)
     except ranks.Interrupted as stopped:
         status = 128 + stopped.signal
+        if stopped.signal == signal.SIGINT and sys.stderr.isatty() and (place or (0, 1))[0] == 0:
+            print(file=sys.stderr)  # after ^C, so that the prompt has a line of its own
     except Exception as error:
         rank, size = place or (0, 1)
         failure = Failure.of(rank, error)
@@ -250,6 +253,27 @@ def check_interface(backend: str) -> None:
             )
 
 
+# What the library takes as a parameter, and names so in what it refuses. After a comma it is one of
+# the arguments of a call that is shown.
+PARAMETER = re.compile(
+    r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download)="""
+    r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
+)
+
+
+def in_flags(line: str) -> str:
+    """A refusal of the library in the words of a command line.
+
+    >>> in_flags('not in 3 (microbatches=); give microbatches=4, or impl="hand"')
+    'not in 3 (--microbatches); give --microbatches 4, or --impl hand'
+    >>> in_flags("data='a b': words(batch=4, seq=6) raised ValueError")
+    "--data 'a b': words(batch=4, seq=6) raised ValueError"
+    """
+    return PARAMETER.sub(
+        lambda found: " ".join(filter(None, (f"--{found[1]}", found[2], found[3]))), line
+    )
+
+
 # --- what went wrong ------------------------------------------------------------------------------
 
 
@@ -262,6 +286,6 @@ def say(program: str, failures: Sequence[Failure], size: int, debug: bool) -> in
     if told and others:
         told += heading(f"{named(others)} of {size}: waited in vain, or lost the connection")
     if refusals:
-        told += f"{program}: error: {refusals[0].what}\n"
+        told += f"{program}: error: {in_flags(refusals[0].what)}\n"
     print(told, end="", file=sys.stderr, flush=True)
     return max(failure.status for failure in nearest)

@@ -435,9 +435,9 @@ def test_a_killed_build_is_never_opened(letters: Path, cache: Path) -> None:
     assert found.train.tobytes() + found.validation.tobytes() == letters.read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_names_the_flag(letters: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_names_the_parameter(letters: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, where the cache would be a folder")
-    with pytest.raises(MachineError, match=r"cannot write the cache of --data .*--cache DIR"):
+    with pytest.raises(MachineError, match=r"cannot write the cache of data=.*cache=DIR"):
         corpus.find(str(letters), tmp_path / "taken" / "cache")
 
 
@@ -448,7 +448,7 @@ def test_a_full_disk_names_the_flag_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match=r"\(No space left on device\).*--cache DIR"):
+    with pytest.raises(MachineError, match=r"\(No space left on device\).*cache=DIR"):
         corpus.find(str(letters), cache)
     assert files_in(cache) == []
 
@@ -467,8 +467,8 @@ def test_a_write_that_fails_halfway_says_why_and_leaves_nothing(letters: Path, c
     """)
     command = [sys.executable, "-B", "-c", program, str(letters), str(cache)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "cannot write the cache of --data" in ran.stdout, ran.stderr
-    assert "(File too large); name a folder with room for it: --cache DIR" in ran.stdout
+    assert "cannot write the cache of data=" in ran.stdout, ran.stderr
+    assert "(File too large); name a folder with room for it: cache=DIR" in ran.stdout
     assert files_in(cache) == []
 
 
@@ -489,7 +489,7 @@ def refusal(spec: str, seq: int, cache: Path) -> str:
 @pytest.mark.parametrize("spec", ["nowhere.txt", "no/such/folder", "", "a\0b", "sdtlib"])
 def test_a_missing_path_lists_what_data_can_be(spec: str, cache: Path) -> None:
     line = refusal(spec, 8, cache)
-    assert line.startswith(f"--data {spec!r}: no such file or folder")
+    assert line.startswith(f"data={spec!r}: no such file or folder")
     assert all(form in line for form in ("stdlib", "FILE", "FOLDER", "module:function"))
 
 
@@ -549,8 +549,8 @@ def test_an_unreadable_folder_is_refused_by_name(
 def test_text_shorter_than_one_sequence_says_which_seq_fits(letters: Path, cache: Path) -> None:
     line = refusal(str(letters), 100, cache)
     assert "900 bytes to train on and 100 to validate on" in line
-    assert "a sequence of --seq 100 takes 101 of each" in line
-    assert "use --seq 99 or less" in line
+    assert "a sequence of seq=100 takes 101 of each" in line
+    assert "use seq=99 or less" in line
     data.check(str(letters), seq=99, cache_dir=cache)
     fits = data.open_data(str(letters), batch=2, seq=99, seed=0, cache_dir=cache)
     assert fits.validation(0, slice(0, 2))[0].shape == (2, 99)
@@ -560,7 +560,7 @@ def test_text_too_short_for_any_sequence_offers_no_seq(tmp_path: Path, cache: Pa
     (tmp_path / "short.txt").write_text("short")
     line = refusal(str(tmp_path / "short.txt"), 8, cache)
     assert "5 bytes to train on and 0 to validate on" in line
-    assert "use --seq" not in line
+    assert "use seq=" not in line
 
 
 def test_a_good_path_is_checked_without_a_word(letters: Path, cache: Path) -> None:
@@ -638,7 +638,7 @@ def refused(spec: str) -> str:
     with pytest.raises(UserError) as refusal:
         data.open_data(spec, batch=4, seq=6, seed=1)
     assert "\n" not in str(refusal.value)
-    assert str(refusal.value).startswith(f"--data {spec!r}: ")
+    assert str(refusal.value).startswith(f"data={spec!r}: ")
     return str(refusal.value)
 
 

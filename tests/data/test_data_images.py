@@ -266,10 +266,10 @@ def refusal(spec: str, cache: Path) -> str:
 @pytest.mark.parametrize("spec", DATASETS)
 def test_a_dataset_that_is_not_there_says_how_to_fetch_it(spec: str, tmp_path: Path) -> None:
     line = refusal(spec, tmp_path / "cache")
-    assert line.startswith(f"--data {spec} is not on this machine: '{tmp_path}/cache/")
+    assert line.startswith(f"data={spec} is not on this machine: '{tmp_path}/cache/")
     count, size = len(DATASETS[spec].files), DATASETS[spec].megabytes
     assert f"lacks {count} of {count} files, first " in line
-    assert f"fetch {size} MB by --download, or name the folder" in line
+    assert f"fetch {size} MB by download=True, or name the folder" in line
     assert not (tmp_path / "cache").exists()
 
 
@@ -305,8 +305,8 @@ def test_damaged_files_are_refused_in_one_line(damage: str, tmp_path: Path) -> N
         opened("mnist", tmp_path)
     line = str(caught.value)
     assert line.isprintable()
-    assert re.match(r"--data mnist: the files in '.*MNIST/raw' are damaged \(\w+", line), line
-    assert line.endswith("; move that folder out of the way and add --download")
+    assert re.match(r"data=mnist: the files in '.*MNIST/raw' are damaged \(\w+", line), line
+    assert line.endswith("; move that folder out of the way and add download=True")
 
 
 # Fetching: by one process, whole or not at all, and only if asked.
@@ -389,7 +389,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(
 
 @pytest.mark.parametrize("spec", ["stdlib", "glyphs", "my:own"])
 def test_what_cannot_be_fetched_refuses_the_flag(spec: str, tmp_path: Path) -> None:
-    line = f"--download fetches --data mnist or cifar10, and --data {spec!r} is neither; drop it"
+    line = f"download=True fetches data mnist or cifar10, and data={spec!r} is neither; drop it"
     with pytest.raises(UserError, match=re.escape(line)):
         data.check(spec, seq=1, cache_dir=tmp_path, download=True)
     with pytest.raises(UserError, match=re.escape(line)):

@@ -173,6 +173,17 @@ def test_a_signal_ends_all_ranks_with_its_own_status(number, status, nproc, caps
     assert not any(is_alive(pid) for pid in ready(tmp_path, 1) if nproc)
 
 
+def test_after_ctrl_c_at_a_terminal_the_prompt_has_a_line_of_its_own(capsys, monkeypatch, tmp_path):
+    def interrupt() -> None:
+        ready(tmp_path, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert launch("do=wait", f"folder={tmp_path}") == 130
+    assert capsys.readouterr() == ("", "\n")
+
+
 def test_a_second_ctrl_c_does_not_wait_for_stubborn_ranks(tmp_path):
     times = []
 

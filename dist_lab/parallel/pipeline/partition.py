@@ -55,7 +55,7 @@ def cut(costs: Sequence[float], stages: int, carried: Sequence[float] = ()) -> l
         )  # fmt: skip
         raise UserError(
             f"{stages} stages of a model of {what}: none may be empty; ask for "
-            f"{len(places)} stages at most (--mesh pp, --chunks), or give a deeper model"
+            f"{len(places)} stages at most (mesh pp, chunks=), or give a deeper model"
         )
     before = [0, *accumulate(_whole(costs))]  # before[i]: the cost of all pieces before i
     edges = [before[i] for i in places] + [before[-1]]

@@ -68,8 +68,8 @@ def apply(
     """
     if schedule not in LIBRARY_NAMES:
         raise UserError(
-            f"PyTorch's pipelining runs schedules by name, not {schedule!r:.40} (--schedule); give "
-            f"{', '.join(LIBRARY_NAMES)}, or --impl hand"
+            f"PyTorch's pipelining runs schedules by name, not {schedule!r:.40} (schedule=); give "
+            f'{", ".join(LIBRARY_NAMES)}, or impl="hand"'
         )
     if not dist.is_initialized():
         raise UserError(
@@ -218,14 +218,14 @@ class TorchPipeline:
         if self.name == "1f1b" and microbatches < ranks:
             raise UserError(
                 f"PyTorch's 1f1b takes a micro-batch a rank at least, {ranks}, not {microbatches} "
-                f"(--microbatches); give --microbatches {ranks}, --schedule gpipe or --impl hand"
+                f'(microbatches=); give microbatches={ranks}, schedule="gpipe" or impl="hand"'
             )
         rounds = max(1, microbatches // ranks)
         if self.name == "zb" and microbatches % rounds:
             raise UserError(
                 f"PyTorch's zero bubble takes micro-batches in {rounds} equal rounds of {ranks} or "
-                f"more, and {microbatches} do not divide so (--microbatches); give --microbatches "
-                f"{rounds * ranks}, or --impl hand"
+                f"more, and {microbatches} do not divide so (microbatches=); give microbatches="
+                f'{rounds * ranks}, or impl="hand"'
             )
 
 
@@ -268,7 +268,7 @@ def _refuse_unlike(microbatches: Sequence[Pair]) -> None:
     if odd is not None:
         raise UserError(
             f"PyTorch's pipelining puts micro-batches together, and a {type(odd).__name__} is not "
-            "put together; give pairs of one tensor and targets, or --impl hand"
+            'put together; give pairs of one tensor and targets, or impl="hand"'
         )
     kinds = {(x.shape, x.dtype, y.shape, y.dtype) for x, y in microbatches}
     rows = sorted({len(x) for x, _ in microbatches})
@@ -276,7 +276,7 @@ def _refuse_unlike(microbatches: Sequence[Pair]) -> None:
         raise UserError(
             "PyTorch's pipelining takes micro-batches of one shape, and of a row at least; these "
             f"have {' and '.join(map(str, rows)) or 'no'} rows, in {len(kinds)} shapes; give a "
-            "batch that divides, or --impl hand"
+            'batch that divides, or impl="hand"'
         )
 
 
@@ -299,5 +299,5 @@ def _refuse_lost_gradients(shapes: Shapes, given: Sequence[Sequence[Shape]]) -> 
         if whole != by_inputs:
             raise UserError(
                 f"stage {stage} gives what depends on its weights alone, and PyTorch's zero bubble "
-                "would lose their gradient; give --schedule 1f1b, or --impl hand"
+                'would lose their gradient; give schedule="1f1b", or impl="hand"'
             )

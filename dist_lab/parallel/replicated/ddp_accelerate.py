@@ -35,7 +35,7 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
     if axis.size != axis.wire.size:
         raise UserError(
             f"ddp@accelerate runs over all {axis.wire.size} processes, and {axis.name} has "
-            f"{axis.size}; give --impl hand or torch"
+            f'{axis.size}; give impl="hand" or impl="torch"'
         )
     on_cpu = axis.wire.device.type == "cpu"
     options = DistributedDataParallelKwargs(

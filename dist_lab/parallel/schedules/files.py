@@ -34,7 +34,7 @@ def load(path: str | Path, names: Sequence[str] = ()) -> Schedule:
     while rows and not any(cell.strip() for cell in rows[-1]):
         rows.pop()  # lines after the last rank; before it a blank one is a rank without work
     if not rows:
-        raise UserError(f"schedule {str(path)!r} is empty (--schedule); write one row a rank")
+        raise UserError(f"schedule {str(path)!r} is empty (schedule=); write one row a rank")
     ranks = []
     for r, row in enumerate(rows):
         actions = []
@@ -54,7 +54,7 @@ def load(path: str | Path, names: Sequence[str] = ()) -> Schedule:
 def _no_file(path: str | Path, names: Sequence[str], why: str) -> UserError:
     meant = f"{one_of(list(names), str(path))}, or " if names else ""
     return UserError(
-        f"no schedule {shown(str(path))}, and no such file ({why}) (--schedule); give "
+        f"no schedule {shown(str(path))}, and no such file ({why}) (schedule=); give "
         f"{meant}a file of one row a rank: 0F0,0F1,0B0,0B1"
     )
 
@@ -67,22 +67,22 @@ def check_fits(schedule: Schedule, ranks: int, microbatches: int, chunks: int | 
     """
     has_ranks, has_microbatches = len(schedule.ranks), schedule.microbatches
     for what, has, asked, fix in (
-        ("ranks", has_ranks, ranks, f"give --mesh pp={has_ranks}"),
+        ("ranks", has_ranks, ranks, f"give a mesh of pp={has_ranks}"),
         (
             "micro-batches",
             has_microbatches,
             microbatches,
-            f"give --microbatches {has_microbatches}",
+            f"give microbatches={has_microbatches}",
         ),
     ):
         if has != asked:
             raise UserError(
-                f"schedule {schedule.name} is for {has} {what}, not {asked} (--schedule); {fix}"
+                f"schedule {schedule.name} is for {has} {what}, not {asked} (schedule=); {fix}"
             )
     counts = {len(schedule.stages_of(rank)) for rank in range(ranks)}
     if chunks is not None and counts != {chunks}:
         own = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
         raise UserError(
-            f"schedule {schedule.name} has {own} stages a rank, not {chunks} (--chunks); leave it "
+            f"schedule {schedule.name} has {own} stages a rank, not {chunks} (chunks=); leave it "
             "out"
         )

@@ -80,7 +80,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
         fitting = max(1, round(microbatches / ranks)) * ranks
         raise UserError(
             f"interleaved takes micro-batches in groups of one a rank, and {microbatches} do not "
-            f"divide by {ranks} ranks of pp (--microbatches); give --microbatches {fitting}"
+            f"divide by {ranks} ranks of pp (microbatches=); give microbatches={fitting}"
         )
 
     def turn(k: int) -> tuple[int, int]:  # the k-th: which of the rank's stages, which micro-batch
@@ -219,7 +219,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
     if chunks is not None and kind.chunks not in (None, chunks):
         raise UserError(
             f"schedule {name} has {kind.chunks} stage{'s' if kind.chunks != 1 else ''} a rank, not "
-            f"{chunks} (--chunks); leave it out, or give --schedule interleaved"
+            f'{chunks} (chunks=); leave it out, or give schedule="interleaved"'
         )
     more = [chunks or 2] if kind.chunks is None else []
     schedule = kind.make(ranks, microbatches, *more)

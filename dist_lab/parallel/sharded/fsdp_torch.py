@@ -68,7 +68,7 @@ def apply(
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # a second
 
     if not prefetch:
-        raise UserError("FSDP2 always prefetches; leave prefetch as it is, or give --impl hand")
+        raise UserError('FSDP2 always prefetches; leave prefetch as it is, or give impl="hand"')
     if not dist.is_initialized():
         raise UserError("FSDP2 needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
@@ -307,7 +307,7 @@ def _own_parameters(
             said = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise UserError(
                 f"FSDP2 takes trained parameters of one dtype in a unit, {unit or 'the model'} has "
-                f"{said}; give each a unit, or --impl hand"
+                f'{said}; give each a unit, or impl="hand"'
             )
         inside = set(units[unit].modules())
         before = [m for u, m in units.items() if u in own and u != unit and m in inside]
@@ -316,7 +316,7 @@ def _own_parameters(
             if all(module in split_before for module, _ in found[name]):  # it does not look there
                 raise UserError(
                     f"FSDP2 cannot have {name} tied between units that have parameters of their "
-                    "own; make one unit around them, or give --impl hand"
+                    'own; make one unit around them, or give impl="hand"'
                 )
     return own
 

@@ -45,7 +45,7 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
         said = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(
             f"ZeroRedundancyOptimizer takes trained parameters of one dtype, this model has {said};"
-            " give --impl hand"
+            ' give impl="hand"'
         )
     sync, ddp = wrap_in_ddp(model, axis, bucket_mb=bucket_mb, find_unused=find_unused)
     about = (

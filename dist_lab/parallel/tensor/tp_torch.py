@@ -50,7 +50,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
         if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
             raise UserError(
                 f"DTensor cannot lay {name}, of which there are fewer heads than ranks; give a "
-                "smaller tp, or --impl hand"
+                'smaller tp, or impl="hand"'
             )
     _refuse_uneven(model, named, axis)
     forget_shardings()
@@ -107,7 +107,7 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
                 raise UserError(
                     f"DTensor splits in equal pieces alone, and {name} has {width} for "
                     f"{axis.size} ranks of {axis.name}; the nearest that divides is "
-                    f"{nearest_degree(divisors(width), axis.size)}, or give --impl hand"
+                    f'{nearest_degree(divisors(width), axis.size)}, or give impl="hand"'
                 )
 
 

@@ -147,7 +147,12 @@ def report(rows: Sequence[Row], setting: Mapping[str, Any], folder: Path) -> Non
         "auto": chosen,
     }
     export.write(folder, "bench_comm", everything, table, picture(by_algorithm, title))
-    console.print(f"in {folder}: bench_comm.json, .csv, .png", highlight=False, soft_wrap=True)
+    right = sum(steps == AUTO[op] for op, steps in chosen.items())
+    console.print(
+        f"auto is what these medians say of {right} of {len(chosen)} operations; in {folder}: "
+        "bench_comm.json, .csv, .png",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def times_table(rows: Sequence[Row], title: str) -> Table:

@@ -5,7 +5,7 @@ from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.processes.ranks import cores
-from dist_lab.programs.cli.config import Config, RunSettings, read_mesh
+from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy
 from dist_lab.programs.cli.settings import read
 
@@ -60,7 +60,7 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
             f"strategy {config.strategy} has no impl {shown(config.impl)} ({where['impl']}); "
             f"give {one_of(list(strategy.impls), config.impl)}"
         )
-    for axis in read_mesh(config.mesh, where["mesh"]):
+    for axis in config.mesh or {}:
         if axis not in strategy.axes:
             raise UserError(
                 f"strategy {config.strategy} does not run along {shown(axis)} ({where['mesh']}); "

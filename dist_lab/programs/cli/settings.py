@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import stat
 import sys
 import tomllib
@@ -29,12 +30,27 @@ LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
 LARGEST_FILE = 2**16  # bytes
 
 
+class AtLeast(int):
+    """A default that gives way to the next multiple of what has to divide it.
+
+    A number that somebody gave is a plain int, and is refused instead.
+    """
+
+    def divided_by(self, parts: int) -> int:
+        """
+        >>> AtLeast(32).divided_by(3), AtLeast(32).divided_by(4)
+        (33, 32)
+        """
+        return -(-self // parts) * parts
+
+
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """A field of a dataclass of settings, of type str, bool, int, float or one of them or None.
 
     Limits, all optional: `choices`; `low` and `high`, which are allowed, and `above`, which is
-    not; `table=True`, for text that TOML may give as a table, too. `metavar` stands for the value
-    in --help, and `heading` opens a group there.
+    not. A field of any other type has `read(value, where)`, which makes it of a flag's text or a
+    file's value, and raises UserError. `metavar` stands for the value in --help, and `heading`
+    opens a group there, or goes on with one; `first=True` has it stand before the others.
     """
     return field(default=default, metadata={"help": help} | limits)
 
@@ -69,6 +85,8 @@ def read(
 
 def checked(option: Field[Any], value: Any, where: str) -> Any:
     """The value as its field wants it. Raises UserError unless the field takes it."""
+    if "read" in option.metadata:
+        return option.metadata["read"](value, where)
     if kind(option) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if not accepts(option, value):
@@ -142,25 +160,36 @@ def make_parser(
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dist_lab {dist_lab.__version__}")
-    for name, option in options.items():
-        if "heading" in option.metadata:
-            group = parser.add_argument_group(option.metadata["heading"])
-        if name in without:
-            continue
-        text = option.metadata["help"].replace("%", "%%")
-        if kind(option) is bool:
-            group.add_argument(flag(name), action="append_const", const=True, help=text)
-            group.add_argument(
-                flag(f"no_{name}"),
-                action="append_const", const=False, dest=name, help=argparse.SUPPRESS,
-            )  # fmt: skip
-            continue
-        if defaults[name] not in (None, ""):
-            text += f" [{defaults[name]}]"
-        choices = "|".join(option.metadata.get("choices", ()))
-        meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
-        group.add_argument(flag(name), action="append", metavar=meta, help=text)
+    for heading, names in by_heading(options).items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            option = options[name]
+            if name in without:
+                continue
+            text = option.metadata["help"].replace("%", "%%")
+            if kind(option) is bool:
+                group.add_argument(flag(name), action="append_const", const=True, help=text)
+                group.add_argument(
+                    flag(f"no_{name}"),
+                    action="append_const", const=False, dest=name, help=argparse.SUPPRESS,
+                )  # fmt: skip
+                continue
+            if defaults[name] not in (None, ""):
+                text += f" [{defaults[name]}]"
+            choices = "|".join(option.metadata.get("choices", ()))
+            meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
+            group.add_argument(flag(name), action="append", metavar=meta, help=text)
     return parser
+
+
+def by_heading(options: Options) -> dict[str, list[str]]:
+    """The names of the options in each group of --help, in its order: see `setting`."""
+    heading, found = "settings", dict[str, list[str]]()
+    for name, option in options.items():
+        heading = option.metadata.get("heading", heading)
+        found.setdefault(heading, []).append(name)
+    first = {h: names for h, names in found.items() if "first" in options[names[0]].metadata}
+    return first | found
 
 
 def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> Given:
@@ -186,8 +215,20 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_typed(name: str, value: Any) -> str:
+    """
+    >>> as_typed("bucket_mb", 5.0), as_typed("prefetch", False)
+    ('--bucket-mb 5.0', '--no-prefetch')
+    """
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {shlex.quote(str(value))}"
+
+
 def from_text(option: Field[Any], text: str) -> Any:
     """What a flag's text means; the text itself if it means nothing, for `checked` to refuse."""
+    if "read" in option.metadata:
+        return text
     try:
         return kind(option)(text)
     except ValueError:
@@ -222,8 +263,6 @@ def read_file(path: str, options: Options) -> Given:
             near = nearest_word(key, keys)
             hint = f"did you mean {near}?" if near else "--help lists them, with dashes"
             raise UserError(f"no setting {shown(key)} ({where}); {hint}")
-        if isinstance(value, dict) and "table" in options[key].metadata:
-            value = ",".join(f"{axis}={shown(size)}" for axis, size in value.items())
         given[key] = checked(options[key], value, where), where
     return given
 

@@ -37,6 +37,11 @@ WARM_UP = 4  # steps: two that are measured for memory and FLOPs, one to settle,
 
 def run(config: Settings, mesh: Mesh) -> int:
     """Compare, show, and write the files that README describes."""
+    asked, config = config, config.fitted(mesh.size)
+    names = ("batch", "layers")
+    chosen = [f"{n} {getattr(config, n)}" for n in names if getattr(config, n) != getattr(asked, n)]
+    if chosen and mesh.rank == 0:
+        print(f"{' and '.join(chosen)}, so that every strategy runs", flush=True)
     with ExitStack() as held:
         data = setup.meet(config, mesh)
         with together(mesh.world):

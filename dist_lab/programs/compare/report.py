@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
+from dist_lab.observe.flops import utilization
 from dist_lab.programs.compare.ratios import Quartiles, Ratio, ratio
 
 # Final losses that are further apart than this, relatively, are not explained by sums in another
@@ -126,8 +127,9 @@ class Report:
         """Tokens or samples a second, over the rounds."""
         return Quartiles.of([self.batch / seconds for seconds in row.round_seconds])
 
-    def mfu(self, row: Row) -> float:
-        return row.flops_per_step / row.seconds.median / self.peak_flops_per_s
+    def mfu(self, row: Row) -> float | None:
+        """Model FLOPs utilization; None where it cannot be right: observe/flops.py."""
+        return utilization(row.flops_per_step, row.seconds.median, self.peak_flops_per_s)
 
     def summary(self, row: Row) -> dict[str, Any]:
         """One row as flat numbers: in milliseconds, bytes, and `unit`."""

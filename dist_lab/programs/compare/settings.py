@@ -1,20 +1,23 @@
 """What is compared: train.py's settings, with a list of strategies where that has one."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.mesh.topology import DATA_AXES
-from dist_lab.programs.cli.checks import check_nproc, check_together
+from dist_lab.programs.cli.checks import check_nproc, check_settings
 from dist_lab.programs.cli.config import Config, RunSettings
-from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.registry import MODELS, STRATEGIES
+from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
-from dist_lab.programs.cli.settings import setting
 from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
 
 DEFAULTS = {"steps": 3}  # a round; short rounds are close in time
-SMOKE = {"size": "tiny", "batch": 8, "seq": 32, "steps": 2, "rounds": 8}
+SMOKE = {"size": "tiny", "batch": AtLeast(8), "seq": 32, "steps": 2, "rounds": 8}
 WITHOUT = [
     "strategy", "impl", "val_every", "log_every", "log_collectives", "check_collectives",
 ]  # fmt: skip
@@ -42,7 +45,7 @@ class Settings(RunSettings):
     # fmt: off
     strategies: str = setting(ALL, "by commas, each NAME or NAME@IMPL; all: every one that the "
         "mesh allows. One that is listed twice is compared with itself",
-        heading="what is compared", metavar="LIST")
+        heading="what is compared", first=True, metavar="LIST")
     reference: str = setting("", "what the others are measured against; default: the first that "
         "runs", metavar="NAME")
     rounds: int = setting(24, "in each, every strategy runs --steps steps, in changing order",
@@ -66,7 +69,7 @@ class Settings(RunSettings):
         """Why it cannot run on the mesh that was asked for; "" if it can."""
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
             return "computes for real, and the others are emulated (--emulate-compute)"
-        asked, own = self.asked_axes, STRATEGIES[entry.strategy].axes
+        asked, own = self.mesh or {}, STRATEGIES[entry.strategy].axes
         if entry.alone or set(asked) <= set(own):
             return ""
         foreign = " and ".join(f"{name}={size}" for name, size in asked.items() if name not in own)
@@ -80,8 +83,29 @@ class Settings(RunSettings):
         own = STRATEGIES[entry.strategy].options
         known = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
         changes: dict[str, Any] = {name: None for name in known if name not in own}
-        changes |= {"mesh": "", "nproc": None} if entry.alone else {}
+        changes |= {"mesh": None, "nproc": None} if entry.alone else {}
         return self.run(strategy=entry.strategy, impl=entry.impl, **changes)
+
+    def fitted(self, size: int) -> "Settings":
+        """These settings on so many processes; what was not given is such that every entry runs.
+
+        The batch divides for all, and the model has a block for each stage of a pipeline.
+        """
+        runs = [self.of(e) for e in self.entries() if not self.misfit(e) and not e.alone]
+        meshes = [(run, run.mesh_on(size)) for run in runs]
+        changes: dict[str, Any] = {}
+        if isinstance(self.batch, AtLeast):
+            parts = math.lcm(*(run.parts(axes) for run, axes in meshes))
+            changes["batch"] = self.batch.divided_by(parts)
+        model = MODELS[self.model]
+        if self.layers is None and not model.own_blocks:
+            stages = [model.blocks(self.size)]
+            for run, axes in meshes:
+                with suppress(UserError):  # `axes` says it, of this entry alone
+                    stages.append(run.pipeline(axes["pp"]).stages if "pp" in axes else 0)
+            if max(stages) > stages[0]:
+                changes["layers"] = max(stages)
+        return replace(self, **changes)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """Where all ranks meet between rounds. Each strategy has a mesh of its own besides.
@@ -92,22 +116,26 @@ class Settings(RunSettings):
         fitting = [entry for entry in self.entries() if not self.misfit(entry)]
         if not fitting:
             raise UserError(
-                f"none of the strategies runs on mesh {self.mesh} (--mesh); drop --mesh, or name "
-                "others in --strategies"
+                f"none of the strategies runs on mesh {mesh_in_words(self.mesh or {})} (--mesh); "
+                "drop --mesh, or name others in --strategies"
             )
         if plain and not all(entry.alone for entry in fitting):
             raise UserError(
                 "a comparison runs on several processes, this is one alone (--strategies); add "
                 "--nproc 4, or start it by torchrun --nproc_per_node=4"
             )
-        unfit = {}
+        unfit, fitted = {}, self.fitted(size)
         for entry in fitting:
+            run = fitted.of(entry)
+            if not entry.alone:
+                run.check_batch(run.mesh_on(size))
             try:
-                self.of(entry).axes(1 if entry.alone else size)
+                run.axes(1 if entry.alone else size)
             except UserError as error:
                 unfit[entry.label] = error
         # Of all there are, those that fit run, and the others are listed with what they said.
-        if unfit and (self.strategies != ALL or len(unfit) == len(fitting)):
+        parallel = [entry for entry in fitting if not entry.alone]
+        if unfit and (self.strategies != ALL or len(unfit) == len(parallel)):
             raise next(iter(unfit.values()))
         return {DATA_AXES[0]: size}
 
@@ -165,5 +193,5 @@ def check(settings: Settings, where: Mapping[str, str]) -> None:
             f"({where['rounds']}); give {fewest_rounds()} or more"
         )
     for entry in fitting:
-        check_together(settings.of(entry), where)
+        check_settings(settings.of(entry), where)
     check_nproc(settings, where)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dist_lab.observe.console import empty_table, wide_console
+from dist_lab.observe.flops import in_percent
 from dist_lab.observe.memory import KINDS
 from dist_lab.programs.compare.ratios import Ratio
 from dist_lab.programs.compare.report import IN_MEMORY, Report, Row
@@ -21,7 +22,19 @@ def show(report: Report, folder: Path) -> None:
     console.print(memory(report))
     for line in notes(report):
         console.print(line, highlight=False, soft_wrap=not console.is_terminal, markup=False)
-    console.print(f"in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{found(report)}; in {folder}", highlight=False, soft_wrap=True)
+
+
+def found(report: Report) -> str:
+    """What was found, in a line: who is certainly faster than the reference, and who is not."""
+    by_verdict: dict[str, list[str]] = {}
+    for row in report.rows:
+        ratio = report.ratio(row)
+        if ratio:
+            times = f" ({ratio.median:.2f} x)" if ratio.verdict in ("faster", "slower") else ""
+            by_verdict.setdefault(ratio.verdict, []).append(row.label + times)
+    said = [f"{verdict}: {', '.join(labels)}" for verdict, labels in by_verdict.items()]
+    return f"beside {report.reference} {'; '.join(said) or 'nothing else ran'}"
 
 
 def speed(report: Report) -> Table:
@@ -44,7 +57,7 @@ def speed(report: Report) -> Table:
             as_text(found) if found else "1",
             f"[{COLOR[found.verdict]}]{found.verdict}" if found else "reference",
             f"{report.throughput(row).median:,.0f}",
-            f"{report.mfu(row):.1%}",
+            in_percent(report.mfu(row)),
             "-" if blocked is None else ms(blocked),
         )
     for label in report.refused:
@@ -110,6 +123,9 @@ def notes(report: Report) -> Iterator[str]:
     if config["model"] == "resnet18" and not config["sync_batchnorm"]:
         yield "resnet18 normalizes by each rank's rows: losses depend on how many ranks there are"
     yield "MFU: of the peak of all ranks together"
+    for row in report.rows:
+        if report.mfu(row) is None:
+            yield f"{row.label}: no MFU: each rank counts operations that others do, too"
     worst = max(report.rows, key=report.loss_error)
     if len(report.rows) > 1:
         equal = report.loss_error(worst) <= report.tolerance

@@ -100,6 +100,15 @@ class Report:
         yield Text(f"{LEGEND}\n", "dim")
         yield from _section("why not exact", _shared(reasons))
         yield from _section("what would be better", _shared(notes))
+        yield Text(self.in_a_line())
+
+    def in_a_line(self) -> str:
+        """The strategies of each verdict."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            found.setdefault(str(row.verdict.value), []).append(row.strategy)
+        said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in found.items())
+        return f"on {self.ranks} rank{'s' * (self.ranks > 1)} {said}"
 
     def _table(self) -> Table:
         numbers = ("worst error", "parameters", "gradients", "moments")

@@ -3,6 +3,7 @@ sent, and how much memory it takes.
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -27,7 +28,8 @@ def explain(config: Explain, mesh: Mesh) -> int:
             "(--impl); give --impl hand, or measure both by launch/compare.py"
         )
     run = config.run()
-    axes = run.axes(math.prod(run.asked_axes.values()))
+    size = math.prod((run.mesh or {}).values())
+    axes, run = run.axes(size), run.fitted(size)
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
     if config.strategy == "pp":
@@ -40,10 +42,20 @@ def explain(config: Explain, mesh: Mesh) -> int:
             )
         seen = observe(run, mesh)
         show(console, seen)
+        console.print(in_a_line(seen, axes), highlight=False, soft_wrap=True)
         if folder is not None:
             path = write(folder, f"{config.strategy}@{config.impl}", seen)
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def in_a_line(seen: Seen, axes: Mapping[str, int]) -> str:
+    """What was found."""
+    ranks, sent = math.prod(axes.values()), sum(call.sent for call in seen.steady)
+    what = "nothing is sent, and rank 0"
+    if seen.steady:
+        what = f"rank 0 sends {sent / 1e6:,.2f} MB a step in {len(seen.steady)} calls, and"
+    return f"{ranks} rank{'s' * (ranks > 1)}: {what} holds {seen.peak.total / 1e6:,.1f} MB at most"
 
 
 def show(console: Console, seen: Seen) -> None:
@@ -52,7 +64,6 @@ def show(console: Console, seen: Seen) -> None:
     console.print(tables.memory_table(seen))
     first, steady = seen.first, seen.steady
     if not steady:
-        console.print("nothing is sent")
         return
     console.print(tables.calls_table("collectives of a step, in order; bytes", steady))
     console.print(tables.totals_table(steady))

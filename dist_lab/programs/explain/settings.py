@@ -8,6 +8,7 @@ from dist_lab import data
 from dist_lab.errors import UserError, shown
 from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import RunSettings
+from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.cli.settings import setting
@@ -25,9 +26,9 @@ class Explain(RunSettings):
     """The settings of a run that is only looked at."""
 
     # fmt: off
-    stages: int | None = setting(None, "pp: short for --mesh pp=N", heading="what is looked at",
+    stages: int | None = setting(None, "short for --mesh pp=N", heading="pp",
         low=1, high=1024)
-    svg: str = setting("", "pp: draw the schedule, and what each rank holds, into this file: .svg, "
+    svg: str = setting("", "draw the schedule, and what each rank holds, into this file: .svg, "
         ".png or .pdf", metavar="FILE")
     # fmt: on
 
@@ -57,14 +58,13 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
             )
     if config.stages is not None and config.mesh:
         raise UserError(
-            f"stages {config.stages} is short for a mesh, and there is --mesh {config.mesh} "
-            "(--stages); give one of them"
+            f"stages {config.stages} is short for a mesh, and there is --mesh "
+            f"{mesh_in_words(config.mesh)} (--stages); give one of them"
         )
     if config.svg and Path(config.svg).suffix.lower() not in PICTURES:
         raise UserError(f"svg cannot be {shown(config.svg)} (--svg); end it .svg, .png or .pdf")
     axes = STRATEGIES[config.strategy].default_axes(config.nproc or RANKS)
     if config.stages is not None:
         axes = {"pp": config.stages}
-    mesh = config.mesh or ",".join(f"{name}={size}" for name, size in axes.items())
     data.check(**config.data_wanted())
-    return replace(config, nproc=None, mesh=mesh)
+    return replace(config, nproc=None, mesh=config.mesh or axes or None)

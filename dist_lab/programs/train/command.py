@@ -9,12 +9,16 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import batch_in_words, build, describe, meet
 from dist_lab.programs.train import loop
 
 
 def train(config: Config, mesh: Mesh) -> int:
     """Train a model of the zoo; rank 0 writes what README describes."""
+    config = config.fitted(mesh.size)
     with ExitStack() as held:
         data = meet(config, mesh)
         with together(mesh.world):
@@ -37,7 +41,24 @@ def train(config: Config, mesh: Mesh) -> int:
         finally:
             for sink in sinks:
                 sink.close(summary)
+        if mesh.rank == 0:
+            print(next_line(config, mesh.size), flush=True)
     return 0
+
+
+def next_line(config: Config, ranks: int) -> str:
+    """The command that is worth typing now: what verifies this run, or shares it out."""
+    if config.strategy == "single":
+        return "next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4"
+    usual = Config(strategy=config.strategy)
+    names = ["impl", "mesh", "model", "layers", *STRATEGIES[config.strategy].options]
+    names += ["size"] if config.strategy in ("tp", "pp") else []  # which can depend on it
+    words = [f"--strategy {config.strategy} --nproc {ranks}"]
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(usual, name) and name != "emulate_compute":
+            words.append(as_typed(name, mesh_in_words(value) if name == "mesh" else value))
+    return f"next: is it equal to one process? python launch/verify.py {' '.join(words)}"
 
 
 def opening_line(setting: Mapping[str, Any]) -> str:

@@ -85,7 +85,7 @@ class Meter:
             "peak_memory": self.memory.to_dict(),
             "flops_per_step": self.flops_per_step,
             "peak_flops_per_s": peak,
-            "mfu": self.flops_per_step / seconds / peak,
+            "mfu": flops.utilization(self.flops_per_step, seconds, peak),
         }
 
 

@@ -14,6 +14,7 @@ from dist_lab.programs.verify import engine
 
 def verify(config: Config, mesh: Mesh) -> int:
     """Compare a model of the zoo with one process. Exit status 0 only if equal."""
+    config = config.fitted(mesh.size)
     data = meet(config, mesh)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:

@@ -118,5 +118,5 @@ def test_an_input_that_the_first_module_cannot_read_is_refused_in_a_line(given, 
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_the_twin_refuses_inputs_that_it_cannot_put_together(mesh):
     job = dist_lab.parallelize(built(in_turn), mesh, "pp", "torch")
-    with pytest.raises(UserError, match=r"a dict is not put together; .* --impl hand"):
+    with pytest.raises(UserError, match=r"a dict is not put together; .* impl=\"hand\""):
         job.run(microbatches("dict"), loss)

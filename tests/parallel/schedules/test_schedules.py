@@ -495,11 +495,11 @@ def test_however_odd_its_numbers_a_file_is_judged_at_once(cells, tmp_path):
     ("args", "text"),
     [
         (("zbb", 2, 4), "no schedule 'zbb', and no such file (No such file or directory) "
-         "(--schedule); give gpipe, 1f1b, interleaved, zb or zbv (did you mean "),
-        (("zb", 2, 4, 2), "schedule zb has 1 stage a rank, not 2 (--chunks); leave it out"),
-        (("zbv", 2, 4, 3), "schedule zbv has 2 stages a rank, not 3 (--chunks)"),
-        (("interleaved", 4, 6), "6 do not divide by 4 ranks of pp (--microbatches); give "
-         "--microbatches 8"),
+         "(schedule=); give gpipe, 1f1b, interleaved, zb or zbv (did you mean "),
+        (("zb", 2, 4, 2), "schedule zb has 1 stage a rank, not 2 (chunks=); leave it out"),
+        (("zbv", 2, 4, 3), "schedule zbv has 2 stages a rank, not 3 (chunks=)"),
+        (("interleaved", 4, 6), "6 do not divide by 4 ranks of pp (microbatches=); give "
+         "microbatches=8"),
         (("zb", 0, 4), "0 ranks of a pipeline; give 1 or more"),
         (("zb", 2, -1), "-1 micro-batches of a pipeline"),
         (("interleaved", 2, 2, 0), "0 chunks of a pipeline"),
@@ -592,9 +592,9 @@ def test_a_file_without_end_and_a_name_that_none_can_have():
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ((3, 4), "is for 2 ranks, not 3 (--schedule); give --mesh pp=2"),
-        ((2, 8), "is for 4 micro-batches, not 8 (--schedule); give --microbatches 4"),
-        ((2, 4, 3), "has 2 stages a rank, not 3 (--chunks); leave it out"),
+        ((3, 4), "is for 2 ranks, not 3 (schedule=); give a mesh of pp=2"),
+        ((2, 8), "is for 4 micro-batches, not 8 (schedule=); give microbatches=4"),
+        ((2, 4, 3), "has 2 stages a rank, not 3 (chunks=); leave it out"),
     ],
 )
 def test_a_file_for_something_else_says_for_what(args, text, tmp_path):

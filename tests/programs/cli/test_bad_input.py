@@ -1,4 +1,5 @@
-"""A mistake at the real entry points: one line on stderr, exit status 2, at once, without torch.
+"""A mistake at the real entry points: one line on stderr, exit status 2, at once, without torch
+and numpy.
 
 Which mistakes there are, and what is said of each, is in test_config.py; here a few go all the way.
 """
@@ -16,10 +17,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs a program where `import torch` is fatal, in an empty folder."""
+    """Runs a program where importing torch or numpy is fatal, in an empty folder."""
     trap = tmp_path / "trap"
     trap.mkdir()
-    (trap / "torch.py").write_text("raise SystemExit('torch was imported')")
+    for name in ("torch", "numpy"):
+        (trap / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment["PYTHONPATH"] = f"{trap}{os.pathsep}{ROOT}"
 

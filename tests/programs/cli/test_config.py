@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_lab.errors import UserError, one_of
+from dist_lab.processes.launcher import in_flags
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli import registry
 from dist_lab.programs.cli.checks import parse
@@ -29,7 +30,7 @@ IN_BUCKETS = " or ".join(
 def refusal(*arguments: str) -> str:
     with pytest.raises(UserError) as caught:
         parse(arguments)
-    return str(caught.value)
+    return in_flags(str(caught.value))  # as the launcher says it
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
     for option in dataclasses.fields(Config):
         flag = "--" + option.name.replace("_", "-")
         assert f"  {flag} " in shown.replace("\n", " \n")
-        if option.name == "config":
+        if option.name in ("config", "mesh"):  # a mesh has tests of its own
             continue
         listed = option.metadata.get("choices", ("1",))[0]
         given = option.default if option.default is not None else kind(option)(listed)
@@ -91,6 +92,22 @@ def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
         text = [flag] if kind(option) is bool else [flag, str(given)]
         read = parse(text, defaults=around)
         assert getattr(read, option.name) == (kind(option) is bool or given)
+
+
+def test_help_begins_with_what_most_runs_set_and_groups_the_rest_by_strategy(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out.replace("\n", " \n")
+    headings = [line for line in shown.splitlines() if line.endswith(": ") and line[0] != " "]
+    first = ["options", "what most runs set", "ddp, zero1, zero2", "fsdp, hsdp", "tp", "pp"]
+    assert [heading.rstrip(": ") for heading in headings if heading[0].islower()][:6] == first
+    for name, row in STRATEGIES.items():
+        for option in row.options:  # the options of a strategy stand under its name
+            before = shown[: shown.index(f"  --{option.replace('_', '-')} ")].splitlines()
+            [*_, heading] = (line for line in before if line.endswith(": ") and line[0] != " ")
+            assert name in heading.rstrip(": ").split(", ")
+    [schedule] = (line for line in shown.splitlines() if "--schedule NAME|FILE" in line)
+    assert "with --layers 8 interleaved, zbv" in schedule
 
 
 def test_a_program_shows_its_own_defaults_in_help(capsys):
@@ -203,8 +220,8 @@ BAD_FLAGS = [
         "1 microbatches = 4 (--batch); give --batch 32"),
     ("--strategy dp --nproc 4 --microbatches 4 --batch 3", "batch 3 does not divide into 4 "
         "data-parallel ranks x 4 microbatches = 16 (--batch); give --batch 16"),
-    ("--nproc 1 --microbatches 3", "batch 32 does not divide into 1 data-parallel ranks x 3 "
-        "microbatches = 3 (--batch); give --batch 33"),
+    ("--nproc 1 --microbatches 3 --batch 32", "batch 32 does not divide into 1 data-parallel ranks "
+        "x 3 microbatches = 3 (--batch); give --batch 33"),
     ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
     ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp, "
@@ -215,8 +232,8 @@ BAD_FLAGS = [
         "(--regather); give both"),
     ("--strategy pp --nproc 8 --oversubscribe", "8 stages (8 ranks of pp x 1) are more than the 4 "
         "blocks of gpt tiny (--mesh); give --layers 8, or a smaller pp"),
-    ("--strategy pp --nproc 2 --microbatches 5", "batch 32 does not divide into 1 data-parallel "
-        "ranks x 5 microbatches = 5 (--batch); give --batch 30"),
+    ("--strategy pp --nproc 2 --microbatches 5 --batch 32", "batch 32 does not divide into 1 "
+        "data-parallel ranks x 5 microbatches = 5 (--batch); give --batch 30"),
     ("--strategy pp --nproc 4 --layers 8 --schedule interleaved --microbatches 2", "interleaved "
         "takes micro-batches in groups of one a rank, and 2 do not divide by 4 ranks of pp "
         "(--microbatches); give --microbatches 4"),
@@ -305,6 +322,8 @@ BAD_FILES = [
     ('out = "a\\u0000b"\n', r"out cannot be 'a\x00b' (run.toml:1); give UTF-8 text without NUL"),
     ("strategy = 'ddpp'\n", f"strategy cannot be 'ddpp' (run.toml:1); give {ALL} "
         "(did you mean ddp?)"),
+    ("mesh = 0\n", "mesh cannot be 0 (run.toml:1); give each axis once, with a size of 1 or more: "
+        "dp=2"),
     ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
         "once, with a size of 1 or more: dp=2"),
     ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp does not run along 'tp' (run.toml:3); its "
@@ -410,7 +429,26 @@ def test_one_rank_on_purpose_is_allowed_and_one_by_accident_is_told_how_to_start
         "start it by torchrun --nproc_per_node=2"
     )
     with pytest.raises(UserError, match="add --nproc 3, or"):
-        Config(strategy="dp", mesh="dp=3").axes(1, plain=True)
+        Config(strategy="dp", mesh={"dp": 3}).axes(1, plain=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batch"),
+    [
+        ("--strategy dp --nproc 3", 33),
+        ("--strategy dp --nproc 4", 32),
+        ("--strategy dp --nproc 2 --microbatches 5", 40),
+        ("--strategy pp --nproc 2 --microbatches 5", 35),
+    ],
+)
+def test_a_batch_that_nobody_gave_is_the_next_that_divides(arguments, batch):
+    config = parse(arguments.split())
+    assert config.fitted(config.nproc).batch == batch
+    config.fitted(config.nproc).axes(config.nproc)
+
+
+def test_a_batch_that_was_given_stays_even_if_it_is_the_default():
+    assert "give --batch 33" in refusal(*"--strategy dp --nproc 3 --batch 32".split())
 
 
 def test_an_oversubscribed_machine_is_a_choice():

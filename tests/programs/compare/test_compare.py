@@ -144,8 +144,8 @@ def test_each_gets_what_train_would_be_told():
     settings = read("--strategies single,dp --nproc 2 --mesh dp=2 --lr 0.5".split())
     single, dp = (settings.of(entry) for entry in settings.entries())
     assert type(dp) is Config
-    assert (dp.strategy, dp.mesh, dp.nproc, dp.lr) == ("dp", "dp=2", 2, 0.5)
-    assert (single.strategy, single.mesh, single.nproc, single.lr) == ("single", "", None, 0.5)
+    assert (dp.strategy, dp.mesh, dp.nproc, dp.lr) == ("dp", {"dp": 2}, 2, 0.5)
+    assert (single.strategy, single.mesh, single.nproc, single.lr) == ("single", None, None, 0.5)
     assert settings.axes(2) == {"dp": 2}
 
 
@@ -207,6 +207,23 @@ def test_one_that_does_not_run_along_the_mesh_is_no_reason_to_stop_the_others():
     assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "batch", "layers"),
+    [
+        ("--strategies dp,ddp --nproc 3", 33, None),
+        ("--strategies dp,pp --nproc 8", 32, 8),  # as deep as the pipeline, for both
+        ("--strategies dp,pp --nproc 8 --layers 9", 32, 9),
+        ("--strategies ddp,pp --nproc 2 --microbatches 5", 40, None),
+        ("--nproc 3", 48, None),  # tp cannot share 4 heads out: it is listed, the others run
+    ],
+)
+def test_what_was_not_given_is_such_that_every_strategy_runs(arguments, batch, layers):
+    settings = read([*arguments.split(), "--oversubscribe"])
+    fitted = settings.fitted(settings.nproc)
+    assert (fitted.batch, fitted.layers) == (batch, layers)
+    assert fitted.axes(settings.nproc) == {"dp": settings.nproc}
+
+
 def test_the_program_answers_a_mistake_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = subprocess.run(
@@ -255,6 +272,8 @@ def test_a_row_follows_from_the_times_of_its_rounds():
     assert (summary["step_ms"], summary["ratio"], summary["verdict"]) == (1000, 0.5, "slower")
     assert summary["tokens_per_s"] == Quartiles.of([128 / t for t in TIMES]).median
     assert summary["mfu"] == pytest.approx(1e9 / 1.0 / 1e11)
+    beyond = report(row("tp@torch", TIMES, flops_per_step=2e11))
+    assert beyond.summary(beyond.rows[0])["mfu"] is None  # not 400%
     assert (summary["payload_bytes"], summary["sent_bytes"]) == (4_000_008, 6_000_008)
     assert (summary["blocked_ms"], summary["final_loss"]) == (None, 2.0)
     assert found.summary(found.rows[0])["verdict"] == "reference"

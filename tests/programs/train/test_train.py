@@ -89,6 +89,9 @@ def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
     assert summary["mfu"] == pytest.approx(per_second / summary["peak_flops_per_s"])
     assert list(out.glob("events.out.tfevents.*"))
     assert "dp@hand on 2 ranks" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(
+        "next: is it equal to one process? python launch/verify.py --strategy dp --nproc 2"
+    )
     assert done.stderr == ""
 
 
@@ -215,8 +218,8 @@ def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     assert summary["config"]["data"] == summary["data"]["name"] == "glyphs"
     assert "8 images of 1 x 28 x 28 (which have no --seq) a step" in done.stdout
     accuracy = rows[-1]["val_accuracy"]
-    assert f"({accuracy:.1%} right)" in done.stdout.splitlines()[-1]
-    assert "samples/s" in done.stdout.splitlines()[-1]
+    assert f"({accuracy:.1%} right)" in done.stdout.splitlines()[-2]
+    assert "samples/s" in done.stdout.splitlines()[-2]
 
 
 @pytest.mark.slow_unless(lambda model: model == "vit")
