@@ -41,7 +41,7 @@ from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup, Sync
 from dist_lab.step.same_buffers import SameBuffers
 from dist_lab.step.writes import NoWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
-from dist_lab.transforms.deferred_init import come_to_life, is_meta, piece_by_piece
+from dist_lab.transforms.deferred_init import deferred_init, is_meta, materialize
 from dist_lab.transforms.init import InitFn
 from dist_lab.transforms.precision import compute_in
 from dist_lab.transforms.recompute import recompute as recompute_units
@@ -108,9 +108,9 @@ def parallelize(
     drawn = is_meta(model)
     full_value = _own_value(model)
     if drawn and part.impl.draws:
-        full_value = piece_by_piece(model, seed, mesh.device, init_fn)
+        full_value = deferred_init(model, seed, mesh.device, init_fn)
     elif drawn:
-        come_to_life(model, seed, mesh.device, init_fn)
+        materialize(model, seed, mesh.device, init_fn)
     _agree(model, mesh, broadcast and not drawn)
     if sync_batchnorm:
         convert_batchnorm(model, mesh.channel(*DATA_AXES))
@@ -137,7 +137,7 @@ def parallelize(
         buffers = [name for name, _ in model.named_buffers() if name in state]
         after.append(SameBuffers(model, buffers, mesh.data))
     chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
-    runner = (applied.make_runner or Runner)(model, chain, mesh.wire, named, applied)
+    runner = (applied.make_runner or Runner)(model, chain, mesh.comm, named, applied)
     if param_dtype is not None and part.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks come first: a unit computes with what is cast.
         compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)

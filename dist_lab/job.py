@@ -95,7 +95,7 @@ class Job:
         Returns:
             An int where every rank's n is a whole number's type, else a float.
         """
-        with self.mesh.wire.during("count"):
+        with self.mesh.comm.label("count"):
             return sum_of_counts(n, self._data)
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
@@ -116,7 +116,7 @@ class Job:
         total = self._runner.run(microbatches, watched)
         own = self._runner.named_parameters() if watched.strays else ()
         trains = any(p.requires_grad for _, p in own)
-        with self.mesh.wire.during("loss"):
+        with self.mesh.comm.label("loss"):
             return sum_of_losses(total, watched, self._shares, trains=trains)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
@@ -125,7 +125,7 @@ class Job:
         Running statistics are first made those of all ranks: see [Note: buffers]. Collective.
         """
         _check_pairs(microbatches)  # before anything has changed
-        with self.mesh.wire.during("buffers"):
+        with self.mesh.comm.label("buffers"):
             merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
@@ -135,7 +135,7 @@ class Job:
         finally:
             for module in training:
                 module.training = True
-        with self.mesh.wire.during("loss"):
+        with self.mesh.comm.label("loss"):
             return float(ops.all_reduce(total, self._shares))
 
     def finish(self) -> None:
@@ -153,7 +153,7 @@ class Job:
             The norm before clipping, the same on every rank and in every layout.
         """
         self._refuse_unsummed("clip_grad_norm")
-        with self.mesh.wire.during("clip"):
+        with self.mesh.comm.label("clip"):
             gradients = {
                 name: None if p.grad is None else local_part(p.grad)
                 for name, p in self.named_parameters()
@@ -174,7 +174,7 @@ class Job:
         """
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        with self.mesh.wire.during("check"):
+        with self.mesh.comm.label("check"):
             found = ops.all_gather_bytes(self._watch.take().encode(), self.mesh.world)
         name, rank = next(((n.decode(), rank) for rank, n in enumerate(found) if n), ("", 0))
         if name:
@@ -254,7 +254,7 @@ class Job:
         Running statistics are those of all ranks, other buffers rank 0's: see [Note: buffers].
         With `rank0_only` the other ranks get an empty dict. Collective.
         """
-        with self.mesh.wire.during("state_dict"):
+        with self.mesh.comm.label("state_dict"):
             self._runner.sync.settle()
             merge_statistics(self.model, self._data)
             full = self._state.gather()
@@ -288,7 +288,7 @@ class Job:
         self._refuse_unsummed("full_gradients")
         own = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
         names = list(self.layouts)
-        with self.mesh.wire.during("gradients"):
+        with self.mesh.comm.label("gradients"):
             here = torch.tensor([name in own for name in names], device=self.mesh.device).byte()
             anywhere = ops.all_reduce(here, self.mesh["pp"], "max").tolist()
             known = [name for name, yes in zip(names, anywhere, strict=True) if yes]
@@ -301,7 +301,7 @@ class Job:
         Counted from the first action of all. Ranks of one machine have one clock; those of several
         are taken to agree. Empty under any other strategy, and of a library's. Collective.
         """
-        with self.mesh.wire.during("timeline"):
+        with self.mesh.comm.label("timeline"):
             return self._runner.timeline()
 
     @property

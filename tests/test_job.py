@@ -208,7 +208,7 @@ def test_what_is_no_count_on_one_rank_is_refused_on_all(mesh, n, said):
 @pytest.mark.ranks(2)
 def test_a_count_of_whole_numbers_is_one_message_of_eight_bytes(mesh):
     job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.count(7)
     assert [call.payload for call in calls] == [8]
 
@@ -227,7 +227,7 @@ def test_a_parameter_used_on_one_rank_only_gets_that_ranks_gradient_everywhere(m
 
     job = dist_lab.parallelize(Branch(), mesh, "dp")
     job.model(torch.full((2, 4), 1.0 + mesh.rank)).sum().backward()
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.finish()
     assert job.model.never.weight.grad is None, "a parameter that nobody uses has no gradient"
     assert "never.weight" not in {call.unit for call in calls}, "and is not sent"
@@ -240,7 +240,7 @@ def test_a_parameter_used_on_one_rank_only_gets_that_ranks_gradient_everywhere(m
 def test_a_frozen_parameter_is_never_sent_and_a_tied_one_once(mesh):
     job = dist_lab.parallelize(odd(), mesh, "dp")
     backward(job)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.finish()
     sent = [call.unit for call in calls if call.unit]
     assert sent == ["scale", "embed.weight", "mix.weight", "mix.bias"]
@@ -254,9 +254,9 @@ def test_gradients_travel_once_a_step_however_many_micro_batches(mesh):
     traffic = []
     for k in (1, 4):
         pieces = [batch(i, rows=2) for i in range(k)]
-        before = mesh.wire.ledger.by["finish", "all_reduce", "dp"]
+        before = mesh.comm.ledger.by["finish", "all_reduce", "dp"]
         one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), pieces, 12)
-        traffic.append((mesh.wire.ledger.by["finish", "all_reduce", "dp"] - before).payload)
+        traffic.append((mesh.comm.ledger.by["finish", "all_reduce", "dp"] - before).payload)
     parameters = list(job.model.parameters())
     assert traffic == [8 * sum(p.numel() for p in parameters) + len(parameters)] * 2
 
@@ -307,10 +307,10 @@ def test_a_copy_or_a_pickle_of_the_model_is_the_plain_model(mesh):
     average.update_parameters(job.model)
     again = pickle.loads(pickle.dumps(job.model))
     for plain in (average.module, again):
-        before = mesh.wire.ledger.total.calls
+        before = mesh.comm.ledger.total.calls
         assert plain(batch(0)[0]).dtype == torch.float64
         plain(batch(0)[0]).sum().backward()
-        assert mesh.wire.ledger.total.calls == before
+        assert mesh.comm.ledger.total.calls == before
 
 
 def test_a_model_is_parallelized_once():

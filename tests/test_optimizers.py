@@ -129,7 +129,7 @@ def data(step):
 
 def job_of(mesh, label, bias=True):
     strategy, _, impl = label.partition("@")
-    options = {"plan": {"0": "column", "2": "row"}} if strategy == "tp" else {}
+    options = {"plan": {"0": "colwise", "2": "rowwise"}} if strategy == "tp" else {}
     model = net(bias)
     return dist_lab.parallelize(model, mesh, strategy, impl=impl or "hand", **options)
 

@@ -76,7 +76,7 @@ def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
     if axis.size == 1 or not tensors:
         return
     marks = [fingerprint(tensor) for tensor in tensors.values()]
-    mine = torch.tensor(marks, device=axis.wire.device)
+    mine = torch.tensor(marks, device=axis.device)
     rows = ops.all_gather(mine[None], axis)  # (size, tensors)
     differs = (rows != rows[0]).any(0)
     if differs.any():

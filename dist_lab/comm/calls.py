@@ -16,7 +16,7 @@ from dist_lab.comm.choice import check_algorithm, choose
 from dist_lab.comm.context import CollectiveError, CollectiveMismatch
 from dist_lab.comm.ledger import Call, backend_bytes
 from dist_lab.comm.shared.collectives import Moves
-from dist_lab.comm.shared.memory import Window
+from dist_lab.comm.shared.memory import SharedWindow
 from dist_lab.mesh.mesh import Axis
 
 BY_BACKEND: dict[str, Callable[..., dist.Work | None]] = {
@@ -94,10 +94,10 @@ class Spec(NamedTuple):
 
     def due(self, algorithm: str) -> int:
         """Bytes that an algorithm makes this rank send."""
-        n, wire = self.axis.size, self.axis.wire
+        n, comm = self.axis.size, self.axis.comm
         position = (self.axis.index - self.source) % n
         if algorithm == "backend":
-            return backend_bytes(self.op, n, position, self.payload, wire.backend)
+            return backend_bytes(self.op, n, position, self.payload, comm.backend)
         sent = ALGORITHMS[self.op][algorithm].sent(n, position, self.length)
         return sent * self.given.element_size()
 
@@ -105,7 +105,7 @@ class Spec(NamedTuple):
         """Give the collective its number and its entry for the ledger."""
         about = ", ".join(filter(None, [describe(self.given), self.detail]))
         axis = self.axis
-        return axis.wire.call(self.op, axis.name, axis.size, about, self.payload, due, algorithm)
+        return axis.comm.call(self.op, axis.name, axis.size, about, self.payload, due, algorithm)
 
 
 def start(
@@ -122,31 +122,31 @@ def start(
         algorithm: for this call alone; None: the setting of the mesh.
         by_hand, by_backend: arguments of the algorithm by hand, and of the backend's.
     """
-    op, axis, wire = spec.op, spec.axis, spec.axis.wire
+    op, axis, comm = spec.op, spec.axis, spec.axis.comm
     if algorithm is not None:
-        check_algorithm(op, algorithm, wire.backend)
-    chosen = choose(op, algorithm or wire.collectives, spec.payload, wire.backend)
+        check_algorithm(op, algorithm, comm.backend)
+    chosen = choose(op, algorithm or comm.collectives, spec.payload, comm.backend)
     call = spec.call(chosen, spec.due(chosen))
 
     def steps() -> Steps:
         if chosen != "backend":
-            post = Messages(call, axis, wire.tag(f"{axis.name}/{axis.channel}"))
+            post = Messages(call, axis, comm.tag(f"{axis.name}/{axis.channel}"))
             yield from STEPS[op][chosen](post, *by_hand)
         # On a pretended mesh an algorithm takes its memory and counts its bytes, but hears nothing.
         # The fake backend then answers as if all ranks were like this one, as comparisons need.
-        if chosen == "backend" or wire.pretended:
+        if chosen == "backend" or comm.dry_run:
             work = BY_BACKEND[op](*by_backend, group=axis.group, async_op=True)
             yield [work] if work is not None else []
 
     return _launched(call, axis, steps(), out)
 
 
-def start_shared(spec: Spec, out: Tensor, due: int, window: Window, moves: Moves) -> Pending:
+def start_shared(spec: Spec, out: Tensor, due: int, window: SharedWindow, moves: Moves) -> Pending:
     """Begin a collective on memory that all ranks map, one of shared/collectives.py."""
     call = spec.call("shared", due)
 
     def steps() -> Steps:
-        spec.axis.wire.ledger.handed_over(call, (yield from moves))
+        spec.axis.comm.ledger.handed_over(call, (yield from moves))
 
     window.call = call
     return _launched(call, spec.axis, steps(), out)
@@ -155,23 +155,23 @@ def start_shared(spec: Spec, out: Tensor, due: int, window: Window, moves: Moves
 def _launched(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
     """Compare the call with the other ranks' if asked to, count it, and take its first step."""
     check: Iterable[Sequence[Work]] = []
-    if axis.wire.check:
+    if axis.comm.check:
         check = _begun(_compare(call, axis))
         if axis.channel == 0:  # on others a rank may call much later, and is not waited for here
             _go_through(check, call, axis)
             check = []
-    axis.wire.ledger.enter(call)
+    axis.comm.ledger.enter(call)
     try:
         return Pending(out, chain(check, _begun(steps)), call, axis)
     except RuntimeError as error:
-        raise axis.wire.failure(call, error) from error
+        raise axis.comm.failure(call, error) from error
 
 
 def wait_for(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
     """Go through the steps, and charge the time to the call."""
     began = time.perf_counter()
     _go_through(steps, call, axis)
-    axis.wire.ledger.waited(call, time.perf_counter() - began)
+    axis.comm.ledger.waited(call, time.perf_counter() - began)
 
 
 def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
@@ -183,7 +183,7 @@ def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None
     except CollectiveMismatch:
         raise
     except RuntimeError as error:
-        raise axis.wire.failure(call, error) from error
+        raise axis.comm.failure(call, error) from error
 
 
 def _begun(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
@@ -203,15 +203,15 @@ def _compare(call: Call, axis: Axis) -> Steps:
     how = "" if call.algorithm == "backend" else f" by {call.algorithm}"
     mine = f"{call.op}({call.about}){how} at {call.where}, phase {call.phase}, {call.unit}"
     text = bytearray(mine.encode()[:width].ljust(width))
-    row = torch.frombuffer(text, dtype=torch.uint8).to(axis.wire.device)
+    row = torch.frombuffer(text, dtype=torch.uint8).to(axis.device)
     rows = row.new_empty(axis.size, width)
-    size, wire = axis.size, axis.wire
-    sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, wire.backend)
-    wire.ledger.enter(wire.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
+    size, comm = axis.size, axis.comm
+    sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, comm.backend)
+    comm.ledger.enter(comm.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
     try:
         work = dist.all_gather_single(rows.view(-1), row, axis.group, async_op=True)
     except RuntimeError as error:
-        raise axis.wire.failure(call, error) from error
+        raise axis.comm.failure(call, error) from error
     yield [work] if work is not None else []
     calls = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
     if len({text.split(" at ")[0] for text in calls}) > 1:

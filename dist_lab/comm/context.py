@@ -33,7 +33,7 @@ class CollectiveMismatch(CollectiveError):
     """The ranks of an axis were about to run different collectives. Nothing was sent."""
 
 
-class Wire:
+class CommContext:
     """Shared by every axis of a mesh on one rank.
 
     Args:
@@ -47,8 +47,8 @@ class Wire:
 
     Attributes:
         timeout: seconds that a message may take; the mesh sets it.
-        pretended: the other ranks do not exist; see `mesh.pretended`.
-        shared: shared buffer -> its `Window`, the memory of all ranks; see `ops.shared_buffer`.
+        dry_run: the other ranks do not exist; see `mesh.dry_run`.
+        shared: shared buffer -> the memory of all ranks; see `ops.shared_buffer`.
 
     Raises:
         UserError: no such setting of `collectives`, or not on this backend.
@@ -64,13 +64,13 @@ class Wire:
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.ledger = Ledger()
         self.phase, self.unit = "start", ""
-        self.pretended = False
+        self.dry_run = False
         self.shared = WeakTensorKeyDictionary()
         self._calls = 0
         self._tags: dict[str, int] = {}
 
     @contextmanager
-    def during(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
+    def label(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
         """Label all calls inside the block with this phase and unit."""
         before = self.phase, self.unit
         self.phase = self.phase if phase is None else phase

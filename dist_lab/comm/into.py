@@ -13,7 +13,7 @@ from dist_lab.comm.by_hand.costs import lengths
 from dist_lab.comm.by_hand.messages import Message
 from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, wait_for
 from dist_lab.comm.shared import collectives
-from dist_lab.comm.shared.memory import DEPARTED, SUMMED, Array, Barrier, Window, as_array
+from dist_lab.comm.shared.memory import DEPARTED, SUMMED, Array, Barrier, SharedWindow, as_array
 from dist_lab.mesh.mesh import Axis
 
 Reduce = Literal["sum", "max"]
@@ -133,20 +133,20 @@ def exchange(
         sent tensor must not change, and a send that nobody waits for may never leave. Payload and
         sent bytes are those of the sends.
     """
-    pendings, limit = [], timedelta(seconds=axis.wire.timeout)
+    pendings, limit = [], timedelta(seconds=axis.comm.timeout)
     sends = [(x.contiguous(), to) for x, to in sends]
     for posts, post, verb in ((receives, dist.irecv, "recv"), (sends, dist.isend, "send")):
         for x, peer in posts:
             assert peer != axis.index, f"rank {axis.ranks[peer]} cannot {verb} to itself"
-            call = axis.wire.call(
+            call = axis.comm.call(
                 verb, axis.name, axis.size, f"{describe(x)}, peer {peer}",
                 *((x.nbytes, x.nbytes) if verb == "send" else (0, 0)),
             )  # fmt: skip
-            axis.wire.ledger.enter(call)
+            axis.comm.ledger.enter(call)
             try:
                 work = post(x, axis.ranks[peer], axis.group)
             except RuntimeError as error:
-                raise axis.wire.failure(call, error) from error
+                raise axis.comm.failure(call, error) from error
             assert work is not None
             pendings.append(Pending(x, [[Message(work, limit)]], call, axis))
     return pendings
@@ -161,18 +161,18 @@ def wait_for_readers(buffer: Tensor, axis: Axis) -> None:
     window = window_of(buffer, axis)
     if window is None or window.call is None:
         return
-    assert not window.in_use, f"{axis.wire.describe(window.call)} was not waited for"
+    assert not window.in_use, f"{axis.comm.describe(window.call)} was not waited for"
     wait_for([[Barrier(window, DEPARTED, window.last())]], window.call, axis)
 
 
 def window_of(
     buffer: Tensor, axis: Axis, reduce: str = "", algorithm: str | None = None
-) -> Window | None:
+) -> SharedWindow | None:
     """Every rank's memory, if the buffer is a shared one and the collective can work on it there.
 
     A reduction can if it sums float32 or float64, and any collective if no algorithm is asked for.
     """
     if algorithm is not None or (reduce and (reduce != "sum" or buffer.dtype not in SUMMED)):
         return None
-    window: Window | None = axis.wire.shared.get(buffer)
+    window: SharedWindow | None = axis.comm.shared.get(buffer)
     return window if window is not None and window.ranks == axis.ranks else None

@@ -102,7 +102,7 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
     """The bytes of every rank, in order of position. For small data of unequal length."""
     if axis.size == 1:
         return [data]
-    device = axis.wire.device
+    device = axis.device
     lengths = all_gather(torch.tensor([len(data)], device=device), axis).tolist()
     padded = bytearray(data.ljust(max(*lengths, 1), b"\0"))
     rows = all_gather(torch.frombuffer(padded, dtype=torch.uint8)[None].to(device), axis)
@@ -122,12 +122,12 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     room in /dev/shm, and the dtype float32, float64, bfloat16 or float16. Otherwise the buffer is
     ordinary memory. Collective over the axis.
     """
-    wire = axis.wire
-    if axis.size == 1 or wire.collectives != "auto" or wire.backend != "gloo":
-        return torch.zeros(length, dtype=dtype, device=wire.device)
+    comm = axis.comm
+    if axis.size == 1 or comm.collectives != "auto" or comm.backend != "gloo":
+        return torch.zeros(length, dtype=dtype, device=comm.device)
     mine = shared.create(length, dtype)
     try:
-        with wire.during(unit="shared memory"):
+        with comm.label(unit="shared memory"):
             paths = [p.decode() for p in all_gather_bytes(str(mine or "").encode(), axis)]
             found = {path: shared.attach(path, length, dtype) for path in set(paths)}
             everyone = [memory for path in paths if (memory := found[path]) is not None]
@@ -138,7 +138,7 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     if set(said) != {b"all"}:
         return torch.zeros(length, dtype=dtype)
     buffer = torch.from_numpy(everyone[axis.index].data).view(dtype)
-    wire.shared[buffer] = shared.Window(everyone, axis.index, axis.ranks, wire.timeout)
+    comm.shared[buffer] = shared.SharedWindow(everyone, axis.index, axis.ranks, comm.timeout)
     return buffer
 
 

@@ -143,7 +143,7 @@ def _from_one(parts: Parts, layouts: Layouts, axis: Axis, index: int) -> dict[st
         flat = torch.cat([_known(name, parts).flatten() for name in parts])
         assert flat.dtype == dtype, f"{list(parts)} come in {flat.dtype}"
     else:
-        flat = torch.empty(sum(lengths), dtype=dtype, device=axis.wire.device)
+        flat = torch.empty(sum(lengths), dtype=dtype, device=axis.device)
     ops.broadcast_into(sendable(flat), axis, index).wait()
     whole = flat.split(lengths)
     return {n: x.view(s).clone() for n, x, s in zip(parts, whole, shapes, strict=True)}

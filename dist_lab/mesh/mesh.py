@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.mesh.groups import (
     connect,
@@ -46,12 +47,17 @@ class Axis:
     size: int
     index: int
     ranks: tuple[int, ...]
-    wire: Wire
+    comm: CommContext
     weak_group: "weakref.ref[dist.ProcessGroup] | None" = field(compare=False, repr=False)
     channel: int = 0
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be sent."""
+        return self.comm.device
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -66,7 +72,7 @@ class Axis:
 
     def group_even_of_one(self) -> dist.ProcessGroup:
         """The same, for a library that wants a group even of one rank."""
-        return self.group or new_group([self.ranks[self.index]], self.wire.timeout, alone=True)
+        return self.group or new_group([self.ranks[self.index]], self.comm.timeout, alone=True)
 
 
 class Mesh:
@@ -81,13 +87,13 @@ class Mesh:
         wire: the ledger and all that the axes share.
     """
 
-    def __init__(self, axes: Mapping[str, int], wire: Wire, timeout: float) -> None:
+    def __init__(self, axes: Mapping[str, int], comm: CommContext, timeout: float) -> None:
         self.axes = {name: axes[name] for name in ORDER if name in axes}
-        self.wire, self.timeout = wire, timeout
-        wire.timeout = timeout
-        self.rank, self.size = wire.rank, wire.size
+        self.comm, self.timeout = comm, timeout
+        comm.timeout = timeout
+        self.rank, self.size = comm.rank, comm.size
         self.coordinates = coordinates(self.rank, self.axes)
-        self.device = wire.device
+        self.device = comm.device
         self._subs: dict[str, Axis | None] = {}
         self._channels = 0
         self._made = {name: self._along((name,)) for name in ORDER}
@@ -189,7 +195,7 @@ class Mesh:
     ) -> Axis:
         assert group is None or dist.get_process_group_ranks(group) == list(ranks), (name, ranks)
         weak = None if group is None else weakref.ref(group)
-        return Axis(name, len(ranks), ranks.index(self.rank), ranks, self.wire, weak, channel)
+        return Axis(name, len(ranks), ranks.index(self.rank), ranks, self.comm, weak, channel)
 
 
 def init_mesh(
@@ -209,7 +215,7 @@ def init_mesh(
         timeout: seconds for every collective; default the process group's own, else 60. A mesh
             of one axis uses the world's group, and sets it there.
         backend: gloo (CPU) or nccl (GPU); default nccl where there is a GPU to each process.
-        check, collectives: see `Wire`.
+        check, collectives: see `CommContext`.
 
     Raises:
         UserError: an unknown axis, or sizes whose product is not the number of processes.
@@ -240,12 +246,12 @@ def init_mesh(
             f"mesh {asked} needs {wanted} processes, {size} were started: "
             f"torchrun --nproc_per_node={max(wanted, 1)} ..."
         )
-    wire = Wire(rank, size, backend=backend, check=check, collectives=collectives)
-    return Mesh(axes, wire, timeout)
+    comm = CommContext(rank, size, backend=backend, check=check, collectives=collectives)
+    return Mesh(axes, comm, timeout)
 
 
 @contextmanager
-def pretended(
+def dry_run(
     axes: Mapping[str, int], *, backend: str = "gloo", collectives: str = "auto"
 ) -> Iterator[Mesh]:
     """Rank 0 of a mesh whose other ranks are not there: to see what a step would send.
@@ -256,8 +262,8 @@ def pretended(
     register_fake_backend()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))
     try:
-        wire = Wire(0, dist.get_world_size(), backend=backend, collectives=collectives)
-        wire.pretended = True
-        yield Mesh(axes, wire, timeout=60.0)
+        comm = CommContext(0, dist.get_world_size(), backend=backend, collectives=collectives)
+        comm.dry_run = True
+        yield Mesh(axes, comm, timeout=60.0)
     finally:
         dist.destroy_process_group()

@@ -254,7 +254,7 @@ class Naming(Sync):
 
     def _held(self) -> None:
         """What the strategy keeps, and what it borrows, whatever size that now has."""
-        for kind, tensor in self.job.sync.held():
+        for kind, tensor in self.job.sync.extra_memory():
             self.live.note(tensor, kind)
         for leaf in self.job.leaves.values():
             if local_part(leaf).untyped_storage().nbytes() >= local_part(leaf).nbytes:

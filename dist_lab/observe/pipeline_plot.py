@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from dist_lab.errors import UserError
 from dist_lab.parallel.schedules.actions import COMPUTE, Op, Schedule
-from dist_lab.parallel.schedules.simulate import Slot, peak_activations, timeline
+from dist_lab.parallel.schedules.simulate import TimedAction, peak_activations, timeline
 
-Rows = Sequence[Sequence[Slot]]
+Rows = Sequence[Sequence[TimedAction]]
 
 # The shades of a rank's first and last stage. Each op has a band of lightness to itself, so that it
 # is known in grey too, and the hues are apart for whoever is color-blind.
@@ -131,7 +131,7 @@ def idle_shares(rows: Rows) -> list[float]:
     return [1 - sum(slot.end - slot.start for slot in row) / _end(rows) for row in rows]
 
 
-def _from_zero(rows: Rows) -> list[list[Slot]]:
+def _from_zero(rows: Rows) -> list[list[TimedAction]]:
     """What is computed, by a clock that starts with the first action."""
     rows = [[slot for slot in row if slot.action.op in COMPUTE] for row in rows]
     zero = min(slot.start for row in rows for slot in row)

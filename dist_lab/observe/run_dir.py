@@ -32,7 +32,7 @@ def claimed(config: RunSettings, what: str = "") -> Iterator[Path]:
             it is a file, or it cannot be written to.
     """
     with ExitStack() as held:
-        with explained(config.out or RUNS):
+        with as_user_error(config.out or RUNS):
             folder = Path(config.out).expanduser() if config.out else fresh(config, what)
             reserve(folder, held, overwrite=config.overwrite)
             for pattern in OURS:
@@ -47,7 +47,7 @@ def make_folder(out: str, file: str) -> Path:
     Raises:
         UserError: it cannot be made, or not be written to.
     """
-    with explained(out):
+    with as_user_error(out):
         folder = Path(out).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
@@ -59,7 +59,7 @@ def look(config: RunSettings) -> None:
 
     For the parent of ranks, so that a mistake is answered before they are started.
     """
-    with explained(config.out), ExitStack() as held:
+    with as_user_error(config.out), ExitStack() as held:
         folder = Path(config.out).expanduser()
         if config.out and folder.exists():
             reserve(folder, held, overwrite=config.overwrite)
@@ -114,7 +114,7 @@ def holder(lock: int) -> str:
 
 
 @contextmanager
-def explained(out: str | Path) -> Iterator[None]:
+def as_user_error(out: str | Path) -> Iterator[None]:
     """What the system refuses inside the block, in one line."""
     try:
         yield

@@ -13,7 +13,7 @@ from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
 from dist_lab.observe.flops import in_percent
 from dist_lab.parallel.schedules.actions import Schedule
-from dist_lab.parallel.schedules.simulate import Slot
+from dist_lab.parallel.schedules.simulate import TimedAction
 
 Row = Mapping[str, Any]
 LAST_STEP = "the last step, measured"
@@ -28,7 +28,7 @@ class Sink:
     def row(self, row: Row) -> None:
         """A logged step, as README describes the fields."""
 
-    def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
+    def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         """When each rank of a pipeline computed what in the last step, in ms."""
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
@@ -50,7 +50,7 @@ class JsonLines(Sink):
     def row(self, row: Row) -> None:
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
+    def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         """pipeline.json, and a picture of it beside the ideal."""
         from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
 
@@ -78,7 +78,7 @@ class TensorBoard(Sink):
             if name != "step":
                 self.writer.add_scalar(name, value, row["step"])
 
-    def pipeline(self, rows: Sequence[Sequence[Slot]], schedule: Schedule) -> None:
+    def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         from dist_lab.observe import pipeline_plot
 
         for name, figure in (

@@ -72,7 +72,7 @@ class FlatBuffer:
 
     def issue(self, collective: Callable[[Tensor, Axis], Pending], axis: Axis) -> None:
         """Begin `collective(memory, axis)`, and return at once."""
-        with axis.wire.during(unit=self.label):
+        with axis.comm.label(unit=self.label):
             self._pending = collective(self.memory, axis)
 
     def wait(self) -> None:

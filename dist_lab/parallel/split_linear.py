@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Owe = Callable[[Tensor], None]
+OnOutputGrad = Callable[[Tensor], None]
 
 
-def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owe: Owe) -> Tensor:
+def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, on_grad: OnOutputGrad) -> Tensor:
     """x (..., D), weight (F, D), bias (F,) -> (..., F).
 
     Args:
@@ -25,7 +25,7 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, owe: Owe) -> Te
             weight its gradient, and keeps x for that, which is not kept here. In a backward that is
         to be differentiated in its turn, dy has a history.
     """
-    return _SplitLinear.apply(x, weight, bias, owe)
+    return _SplitLinear.apply(x, weight, bias, on_grad)
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -40,9 +40,11 @@ def _rows(x: Tensor) -> Tensor:
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owe: Owe) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, on_grad: OnOutputGrad
+    ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.owe = owe
+        ctx.on_grad = on_grad
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -50,7 +52,7 @@ class _SplitLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if needs_weight:
-            ctx.owe(dy)
+            ctx.on_grad(dy)
         dx = dy @ weight if needs_x else None
         db = _rows(dy).sum(0) if needs_bias else None
         return dx, None, db, None

@@ -27,9 +27,7 @@ def sum_of_counts(n: Any, axis: Axis) -> int | float:
     value = _as_number(n)
     most = 2**62 // axis.size
     travels = isinstance(value, int) and 0 <= value <= most // axis.size
-    total = int(
-        ops.all_reduce(torch.tensor(value if travels else -most, device=axis.wire.device), axis)
-    )
+    total = int(ops.all_reduce(torch.tensor(value if travels else -most, device=axis.device), axis))
     if total >= 0:
         return total
     values = [json.loads(text) for text in ops.all_gather_bytes(json.dumps(value).encode(), axis)]

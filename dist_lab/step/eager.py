@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.loss import LossFn, Pair, share_of
 from dist_lab.step.hooks import ModuleHook, weakly
 from dist_lab.step.order import Step
@@ -43,11 +43,11 @@ class Runner(Step):
         self,
         model: nn.Module,
         sync: Chain,
-        wire: Wire,
+        comm: CommContext,
         units: Mapping[str, nn.Module],
         applied: Applied,
     ) -> None:
-        super().__init__(model, sync, wire, applied.stepped)
+        super().__init__(model, sync, comm, applied.stepped)
         self._last = True  # outside microbatch(), every backward is the last one
         self._in_block = False
         self._touched: set[str] = set()  # gradients of the micro-batch that is under way
@@ -61,7 +61,7 @@ class Runner(Step):
         for name, module in units.items():
             root = self._units.get(ROOT)
             lent = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]
-            unit = Unit(name, module, leaf_of, sync, wire, root, self._saved, lent)
+            unit = Unit(name, module, leaf_of, sync, comm, root, self._saved, lent)
             unit.must_see_outputs = applied.sharded_between_units and not applied.unit_of
             self._units[name] = unit
         lenders = {parameters[n]: self._units[owner] for n, owner in applied.unit_of.items()}
@@ -112,7 +112,7 @@ class Runner(Step):
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
         """Forward and backward of one after another. Returns the sum of their shares."""
-        total = torch.zeros((), dtype=torch.float64, device=self.wire.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for i, (inputs, targets) in enumerate(microbatches):
             with self.microbatch(last=self._last and i == len(microbatches) - 1):
                 output = self.model(inputs)
@@ -124,7 +124,7 @@ class Runner(Step):
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
         """The same by forward alone."""
-        total = torch.zeros((), dtype=torch.float64, device=self.wire.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for inputs, targets in microbatches:
             total += loss_fn(self.model(inputs), targets)
         return total
@@ -137,7 +137,7 @@ class Runner(Step):
         began, self._saved.began = self._saved.began, False
         if self._saved.lends and not (began or self._touched):
             root = self._units[ROOT]
-            with self.wire.during("forward", unit=""), torch.enable_grad():
+            with self.comm.label("forward", unit=""), torch.enable_grad():
                 root.open(Phase.FORWARD)
                 root.close(Phase.FORWARD)
             root.awaits_backward = True
@@ -147,7 +147,7 @@ class Runner(Step):
         root = self._units.get(ROOT)
         if root is not None and root.awaits_backward:
             root.awaits_backward = False
-            with self.wire.during("backward", unit=""):
+            with self.comm.label("backward", unit=""):
                 root.open(Phase.BACKWARD)
                 self.sync.grads_ready((), last=self._last)
                 root.close(Phase.BACKWARD)
@@ -162,18 +162,18 @@ class Runner(Step):
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
-            self.wire.phase, self.wire.unit = "forward", ""
+            self.comm.phase, self.comm.unit = "forward", ""
             if any(unit.is_open for unit in self._units.values()):  # by an exception in backward
                 self._forget()
 
     def _forget(self) -> None:
-        with self.wire.during("forget", unit=""):  # nothing is summed any more
+        with self.comm.label("forget", unit=""):  # nothing is summed any more
             for unit in self._units.values():
                 unit.close(Phase.ABORT)
             self.sync.forget()
 
     def _before_accumulation(self, name: str, gradients: tuple[Tensor, ...]) -> None:
-        self.wire.phase = "backward"
+        self.comm.phase = "backward"
         root = self._units.get(ROOT)
         if root is not None and root.backward == -1:
             root.enter_backward(Visit())

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.loss import LossFn, Pair
@@ -33,9 +33,9 @@ class Step(ABC):
     """
 
     def __init__(
-        self, model: nn.Module, sync: Chain, wire: Wire, stepped: Mapping[str, nn.Parameter]
+        self, model: nn.Module, sync: Chain, comm: CommContext, stepped: Mapping[str, nn.Parameter]
     ) -> None:
-        self.model, self.sync, self.wire, self._stepped = model, sync, wire, stepped
+        self.model, self.sync, self.comm, self._stepped = model, sync, comm, stepped
         self.has_gradients = False
         # Kept, because a name may mean the whole of it while backward runs.
         self._parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -88,7 +88,7 @@ class Step(ABC):
         del gradients  # or they would be there still when the strategy has let them go
         self._before_finish()
         try:
-            with self.wire.during("finish", unit=""):
+            with self.comm.label("finish", unit=""):
                 self.sync.finish()
         finally:
             self.has_gradients = False
@@ -101,12 +101,12 @@ class Step(ABC):
                 "after_step() without finish(): each rank has stepped on its own gradients and the "
                 "weights now differ; call job.finish() after backward, before optimizer.step()"
             )
-        with self.wire.during("after_step", unit=""):
+        with self.comm.label("after_step", unit=""):
             self.sync.after_step()
 
     def weights_changed(self) -> None:
         """The parameters were given new values, by no optimizer."""
-        with self.wire.during("load", unit=""):
+        with self.comm.label("load", unit=""):
             self.sync.after_step()
 
     def _refuse_other_parameters(self, now: Mapping[str, nn.Parameter]) -> None:

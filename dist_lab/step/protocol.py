@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.layout.layout import Layout, Owed
 from dist_lab.mesh.mesh import Axis, Mesh
 
@@ -70,7 +70,7 @@ class Sync:
     def forget(self) -> None:
         """The step was broken off: gradients that have not reached a parameter's `.grad` go."""
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         """What is kept besides parameters and their `.grad`, as (kind, tensor): "gathered",
         "gradients" or "buffers". A tensor whose storage is empty at the moment may be among it.
         """
@@ -123,9 +123,9 @@ class Chain(Sync):
         for link in self.links:
             link.forget()
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for link in self.links:
-            yield from link.held()
+            yield from link.extra_memory()
 
 
 @dataclass(frozen=True)
@@ -205,5 +205,5 @@ MakeOptimizer = Callable[
     [type[torch.optim.Optimizer], list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer
 ]
 # Gives a `Step`, which this file does not know.
-MakeRunner = Callable[[nn.Module, Chain, Wire, Mapping[str, nn.Module], Applied], Any]
+MakeRunner = Callable[[nn.Module, Chain, CommContext, Mapping[str, nn.Module], Applied], Any]
 Apply = Callable[..., Applied]  # (setup, **options of its own)

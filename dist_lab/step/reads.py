@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.protocol import Chain, Phase
@@ -32,7 +32,7 @@ class Lends(Protocol):
 
     name: str
     sync: Chain
-    wire: Wire
+    comm: CommContext
     saved: SavedByName
     is_open: bool
     visit: Visit
@@ -92,7 +92,7 @@ def lend(unit: Lends, attribute: str) -> bool:
         return False
     if unit.root is None:
         raise UserError(
-            f"{unit.wire.unit} was called by itself, and its forward reads {attribute}, which "
+            f"{unit.comm.unit} was called by itself, and its forward reads {attribute}, which "
             "belongs to the whole model and is sharded; call the model"
         )
     unit.visit = visit = Visit()

@@ -47,8 +47,8 @@ class SameBuffers(Sync):
             return
         buffers = dict(self.model.named_buffers())  # a forward may have assigned another
         marks = [_mark(buffers.get(name)) for name in self.names]
-        mine = torch.tensor(marks, dtype=torch.float64, device=self.axis.wire.device)
-        with self.axis.wire.during("buffers", unit=""):
+        mine = torch.tensor(marks, dtype=torch.float64, device=self.axis.device)
+        with self.axis.comm.label("buffers", unit=""):
             everybody = ops.all_gather(mine[None], self.axis)
         numbers, tolerances = everybody.unbind(-1)  # (ranks, buffers) each
         apart = numbers.amax(0) - numbers.amin(0) > tolerances.amax(0)

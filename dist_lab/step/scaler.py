@@ -28,7 +28,7 @@ class Scaler(torch.amp.GradScaler):
     """torch's GradScaler, with one decision for all ranks of an axis, whatever the optimizer."""
 
     def __init__(self, world: Axis, **options: Any) -> None:
-        super().__init__(**{"device": world.wire.device.type, **options})
+        super().__init__(**{"device": world.device.type, **options})
         self.world = world
 
     def _unscale_grads_(
@@ -41,8 +41,8 @@ class Scaler(torch.amp.GradScaler):
 
 def agree(found: Found, world: Axis) -> Found:
     """In place: whether any rank has found a gradient that is not finite. Collective."""
-    with world.wire.during("scaler"):
-        here = torch.stack([each.to(world.wire.device) for each in found.values()]).amax()
+    with world.comm.label("scaler"):
+        here = torch.stack([each.to(world.device) for each in found.values()]).amax()
         anywhere = ops.all_reduce(here, world, "max")
     for each in found.values():
         each.copy_(anywhere)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.step.protocol import Chain, Phase
@@ -36,9 +36,10 @@ class Unit:
 
     def __init__(
         self, name: str, module: nn.Module, leaf_of: Mapping[nn.Parameter, Tensor],
-        sync: Chain, wire: Wire, root: "Unit | None", saved: SavedByName, lent: Sequence[Tensor],
+        sync: Chain, comm: CommContext, root: "Unit | None", saved: SavedByName,
+        lent: Sequence[Tensor],
     ) -> None:  # fmt: skip
-        self.name, self.sync, self.wire = name, sync, wire
+        self.name, self.sync, self.comm = name, sync, comm
         self.root, self.saved = root, saved
         self.lent = {id(leaf): leaf for leaf in lent}
         parameters = list(module.parameters())
@@ -76,10 +77,10 @@ class Unit:
             self.sync.reshard(self.name, phase)
 
     def _enter_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.outer, self.wire.unit = self.wire.unit, self.name
+        self.outer, self.comm.unit = self.comm.unit, self.name
         # A forward within backward computes again what backward is about to need.
         phase = Phase.BACKWARD if in_backward() else Phase.FORWARD
-        self.wire.phase = phase.value  # also if the unit is called by itself
+        self.comm.phase = phase.value  # also if the unit is called by itself
         self.visit = visit = Visit()
         self.saved.enter(self)
         self.open(phase)
@@ -94,7 +95,7 @@ class Unit:
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.saved.leave(self):
             return None
-        self.wire.unit = self.outer
+        self.comm.unit = self.outer
         visit, found = self.visit, list(tensors_in(output))
         lent = ChainMap(self.lent, *(unit.lent for unit in self.read)) if self.read else self.lent
         returned = None  # what stands for the output
@@ -124,7 +125,7 @@ class Unit:
         """Backward has reached the unit, in whatever way."""
         now = backward_number()
         self.awaits_backward = False
-        self.wire.phase = "backward"
+        self.comm.phase = "backward"
         if self.root is not None and self.root.backward == -1:
             self.root.enter_backward(Visit())
         if self.saved.computing(self) or self.reader is not None:
@@ -132,7 +133,7 @@ class Unit:
         if visit.outer is not None and visit.outer[0] is not self.root:
             outer, of_outer = visit.outer  # which may end in the same tensor: it comes first
             outer.enter_backward(of_outer)
-        self.wire.unit = self.name or self.wire.unit  # the model's output is often a unit's, too
+        self.comm.unit = self.name or self.comm.unit  # the model's output is often a unit's, too
         if self.backward != now:
             self.backward, self.missing = now, set(self.trained)
             when_backward_ends(self._end_backward)
@@ -155,7 +156,7 @@ class Unit:
             self.close(Phase.BACKWARD)
 
     def _end_backward(self) -> None:
-        self.wire.unit = ""
+        self.comm.unit = ""
         self.backward = -1
         self.close(Phase.BACKWARD)
 

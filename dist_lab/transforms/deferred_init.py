@@ -28,13 +28,13 @@ def is_meta(model: nn.Module) -> bool:
     return True in where
 
 
-def come_to_life(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
+def materialize(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
     """Draw every parameter, in place. Raises UserError if the model does not say how."""
     with _explained():
         initialize(model, seed, device, init_fn)
 
 
-def piece_by_piece(
+def deferred_init(
     model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None
 ) -> Callable[[str], Tensor]:
     """Fill the buffers now. Returns a function that draws one whole parameter, by its name."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors
 from dist_lab.torch_private import StatisticsNorm, of_plain_tensors
-from dist_lab.transforms.recompute import Recomputed
+from dist_lab.transforms.recompute import CheckpointedForward
 
 
 def compute_in(
@@ -37,16 +37,16 @@ def compute_in(
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise UserError(f"{name} is recurrent and computes in its own dtype alone: use float32")
-    shadows = Shadows(dtype, parameters, inputs)
+    shadows = LowPrecisionView(dtype, parameters, inputs)
     for module in model.modules():
         enter = ModuleHook(shadows.enter)
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         module.register_forward_hook(ModuleHook(shadows.leave), always_call=True)
-        if isinstance(module.forward, Recomputed):  # without its hooks, in backward
+        if isinstance(module.forward, CheckpointedForward):  # without its hooks, in backward
             module.forward.around.append(shadows.around)
 
 
-class Shadows:
+class LowPrecisionView:
     """Puts the copies in place for the outermost forward, whichever module's that is.
 
     Usually it is the root's. In backward it is that of a unit which recomputes; called by itself, a

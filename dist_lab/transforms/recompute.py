@@ -18,7 +18,7 @@ lies inside are called again.
 * buffers are as they were before the first forward, and what is written to them is thrown away:
   the running statistics of BatchNorm count a batch once;
 * who surrounds a forward with something that changes its numbers surrounds the second as well:
-  `Recomputed.around`, which precision.py uses.
+  `CheckpointedForward.around`, which precision.py uses.
 Anything else that a forward changes, such as a list that it was given, it would change twice.
 """
 
@@ -62,9 +62,9 @@ def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> N
             f"k up to {len(outermost)} for each k-th, or 0 for none"
         )
     for name, unit in list(outermost.items())[::every]:
-        if isinstance(unit.forward, Recomputed):
+        if isinstance(unit.forward, CheckpointedForward):
             raise UserError(f"{name} recomputes already; call recompute() once, on a fresh model")
-        unit.forward = Recomputed(unit)
+        unit.forward = CheckpointedForward(unit)
 
 
 def _outermost(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -74,7 +74,7 @@ def _outermost(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, nn
     return {name: unit for name, unit in proper.items() if unit not in inside}
 
 
-class Recomputed(StaysBehind):
+class CheckpointedForward(StaysBehind):
     """The `forward` of a unit that recomputes. Like all hooks of training, a copy leaves it behind.
 
     Attributes:
@@ -96,14 +96,14 @@ class Recomputed(StaysBehind):
 
         # By position, where none can be taken for an option of checkpoint's own.
         kwargs_names = tuple(kwargs)
-        again = Again(self.unit, self.around)
+        again = Replay(self.unit, self.around)
         return checkpoint(
             forward, *args, *kwargs.values(),
             use_reentrant=False, preserve_rng_state=True, context_fn=lambda: (nullcontext(), again),
         )  # fmt: skip
 
 
-class Again:
+class Replay:
     """Around the second forward of one call, and around a third if backward comes twice.
 
     Made before the first, it takes copies of the unit's buffers; see [Note: twice is once].

@@ -77,11 +77,11 @@ class MLP(nn.Module):
         can be cut only after it.
         """
         return {
-            "embed": "whole",
-            "project": "cut",
+            "embed": "replicate",
+            "project": "scatter_output",
             "blocks.*.norm": "sequence",
-            "blocks.*.up": "column",
-            "blocks.*.down": "row",
+            "blocks.*.up": "colwise",
+            "blocks.*.down": "rowwise",
             "norm": "sequence",
             "head": "vocabulary",
         }

@@ -150,18 +150,18 @@ class ViT(nn.Module):
         """What tensor parallelism makes of each module. Classes are few: the head stays whole."""
         head = self.head_dim
         return {
-            "embed": "cut",
+            "embed": "scatter_output",
             "layers.*.input_layernorm": "sequence",
-            "layers.*.self_attn.q_proj": ("column", head),
-            "layers.*.self_attn.k_proj": ("column", head),
-            "layers.*.self_attn.v_proj": ("column", head),
-            "layers.*.self_attn.o_proj": "row",
+            "layers.*.self_attn.q_proj": ("colwise", head),
+            "layers.*.self_attn.k_proj": ("colwise", head),
+            "layers.*.self_attn.v_proj": ("colwise", head),
+            "layers.*.self_attn.o_proj": "rowwise",
             "layers.*.post_attention_layernorm": "sequence",
-            "layers.*.mlp.up_proj": "column",
-            "layers.*.mlp.down_proj": "row",
-            "pool": "joined",
-            "norm": "whole",
-            "head": "whole",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+            "pool": "gather_input",
+            "norm": "replicate",
+            "head": "replicate",
         }
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -11,7 +11,7 @@ from dist_lab.comm.coalesced import pack
 from dist_lab.comm.ledger import formula_bytes
 from dist_lab.comm.shared import memory as shared
 from dist_lab.comm.shared.collectives import BLOCK
-from dist_lab.mesh.mesh import init_mesh, pretended
+from dist_lab.mesh.mesh import dry_run, init_mesh
 from dist_lab.observe.memory import LiveBytes
 
 needs_linux = pytest.mark.skipif(not shared.FOLDER.is_dir(), reason="Linux alone has /dev/shm")
@@ -69,7 +69,7 @@ def test_gather_gives_every_rank_the_pieces_of_all_to_the_bit(world, setting, me
         rows = [numbers(rank, sum(LENGTHS), dtype=dtype) for rank in range(world)]
         x = filled(rows[axis.index], axis)
         outs = [torch.empty(world, length, dtype=dtype) for length in LENGTHS]
-        with axis.wire.ledger.recording() as calls:
+        with axis.comm.ledger.recording() as calls:
             assert ops.all_gather_coalesced(outs, x, axis).wait() is x
         for k, out in enumerate(outs):
             assert torch.equal(out, torch.stack([row.split(LENGTHS)[k] for row in rows])), dtype
@@ -88,7 +88,7 @@ def test_reduce_gives_each_rank_its_part_of_every_sum(world, setting, mesh):
         staging.fill_(torch.nan)  # every element of it is written
         out = torch.full((sum(LENGTHS),), torch.nan, dtype=kept)
         xs = gradients(axis.index, world, dtype)
-        with axis.wire.ledger.recording() as calls:
+        with axis.comm.ledger.recording() as calls:
             pending = ops.reduce_scatter_coalesced(out, xs, LENGTHS, staging, axis)
             for x in xs:
                 if x is not None:
@@ -132,7 +132,7 @@ def test_only_the_buffer_itself_on_its_own_axis_is_read_where_it_lies(mesh):
         (x[:], mesh["dp"], "direct"),
         (x, mesh["tp"], "direct"),
     ]:
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             ops.all_gather_coalesced([out], given, axis).wait()
         assert [call.algorithm for call in calls] == [algorithm]
         assert torch.equal(out, torch.stack([numbers(rank, 6) for rank in axis.ranks]))
@@ -204,7 +204,7 @@ def test_who_waits_until_all_have_read_may_write_and_a_late_rank_sees_what_was_t
     if mesh.rank == 1:
         time.sleep(late)
     pending.wait()
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         began = time.monotonic()
         ops.wait_for_readers(x, axis)
         waited = time.monotonic() - began
@@ -214,7 +214,7 @@ def test_who_waits_until_all_have_read_may_write_and_a_late_rank_sees_what_was_t
     assert out[1].eq(2).all()
     if mesh.rank == 0:
         assert waited > late / 2, "it did not wait for the late one"
-        assert mesh.wire.ledger.total.blocked > late / 2, "and nobody was charged for it"
+        assert mesh.comm.ledger.total.blocked > late / 2, "and nobody was charged for it"
     else:
         assert waited < late / 2
 
@@ -279,7 +279,7 @@ def account(axis, dtype=F32):
     """(op, algorithm, what it is about, payload, sent) of one gather and one reduce."""
     x, n = ops.shared_buffer(6, dtype, axis), axis.size
     staging = ops.shared_buffer(n * 6, dtype, axis)
-    with axis.wire.ledger.recording() as calls:
+    with axis.comm.ledger.recording() as calls:
         outs = [torch.empty(n, 4, dtype=dtype), torch.empty(n, 2, dtype=dtype)]
         ops.all_gather_coalesced(outs, x, axis).wait()
         xs = [torch.ones(n * 4, dtype=dtype), None]
@@ -315,7 +315,7 @@ def test_one_call_each_and_the_bytes_of_the_formula(world, setting, mesh):
 @pytest.mark.parametrize("setting", [*SETTINGS, "tree"])
 def test_a_pretended_mesh_counts_the_same(setting):
     for world in (2, 4, 16):
-        with pretended({"dp": world}, collectives=setting) as mesh:
+        with dry_run({"dp": world}, collectives=setting) as mesh:
             assert account(mesh["dp"]) == expected(world, setting)
             assert account(mesh["dp"], B16) == expected(world, setting, B16)
 
@@ -381,7 +381,7 @@ def ended():
 def test_a_dead_rank_is_missed_at_once_and_not_at_the_time_limit(mesh):
     axis, out = mesh["dp"], torch.empty(3, 3)
     x = filled(torch.ones(3), axis)
-    window = mesh.wire.shared[x]
+    window = mesh.comm.shared[x]
     if mesh.rank == 2:
         time.sleep(1.5)
         return
@@ -399,7 +399,7 @@ def test_a_rank_that_ends_after_it_has_done_its_part_is_not_missed(mesh):
     x = filled(torch.full((3,), 1.0 + mesh.rank), axis)
     pending = ops.all_gather_coalesced([out], x, axis)
     if mesh.rank == 0:
-        window = mesh.wire.shared[x]
+        window = mesh.comm.shared[x]
         window.everyone[1] = window.everyone[1]._replace(process=ended())
     pending.wait()
     ops.wait_for_readers(x, axis)
@@ -411,7 +411,7 @@ def test_a_rank_that_did_its_part_between_two_looks_and_died_is_not_missed(monke
     path = shared.create(1, F32)
     memory = shared.attach(str(path), 1, F32)
     path.unlink()
-    window = shared.Window([memory], 0, (0,), limit=5.0)
+    window = shared.SharedWindow([memory], 0, (0,), limit=5.0)
 
     def dies(process):
         window.arrive()

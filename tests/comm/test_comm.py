@@ -99,7 +99,7 @@ def test_on_one_process_every_collective_is_the_identity_and_nothing_is_counted(
         assert op(x, axis) is x
     assert ops.all_gather_bytes(b"abc", axis) == [b"abc"]
     assert ops.all_gather_into(torch.empty(6), x, axis).wait().tolist() == x.tolist()
-    assert mesh.wire.ledger.total.calls == 0
+    assert mesh.comm.ledger.total.calls == 0
 
 
 @pytest.mark.ranks(2)
@@ -154,7 +154,7 @@ def one_round(op, axis, x, by) -> tuple[int, int, int]:
     """(interface, this rank's sockets, this rank's ledger): bytes for three calls of op."""
 
     def read() -> tuple[int, int, int]:
-        sent = axis.wire.ledger.total.sent
+        sent = axis.comm.ledger.total.sent
         ops.all_reduce(torch.zeros(1), axis)
         time.sleep(0.02)  # what was handed over has arrived
         now = loopback_bytes(), socket_bytes(), sent
@@ -211,7 +211,7 @@ def test_sent_bytes_agree_with_the_loopback_interface(op, by, mesh):
 def test_sent_bytes_are_the_published_formula_but_for_gloos_reduce_scatter(mesh):
     axis, x = mesh["dp"], torch.ones(1024)
     for op, by in PAIRS:
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             OPS[op](x, axis, by)
         assert calls[0].payload == x.nbytes
         sent = int(ops.all_reduce(torch.tensor(calls[0].sent), axis))
@@ -221,9 +221,9 @@ def test_sent_bytes_are_the_published_formula_but_for_gloos_reduce_scatter(mesh)
 
 @pytest.mark.ranks(2)
 def test_the_ledger_knows_phase_unit_place_and_time_blocked(mesh):
-    ledger = mesh.wire.ledger
+    ledger = mesh.comm.ledger
     before = ledger.total
-    with mesh.wire.during("finish", "block.3"), ledger.recording() as calls:
+    with mesh.comm.label("finish", "block.3"), ledger.recording() as calls:
         if mesh.rank == 1:
             time.sleep(0.1)
         ops.all_reduce(torch.ones(256), mesh["dp"])
@@ -233,7 +233,7 @@ def test_the_ledger_knows_phase_unit_place_and_time_blocked(mesh):
     assert call.payload == 1024
     assert (ledger.total - before).calls == 1
     assert ledger.by["finish", "all_reduce", "dp"].payload == 1024
-    assert mesh.wire.phase == "start"
+    assert mesh.comm.phase == "start"
     if mesh.rank == 0:
         assert call.blocked > 0.08, "the wait for the late rank was not charged"
         assert (ledger.total - before).blocked == pytest.approx(call.blocked)
@@ -242,7 +242,7 @@ def test_the_ledger_knows_phase_unit_place_and_time_blocked(mesh):
 @pytest.mark.ranks(2)
 def test_what_the_order_check_sends_is_counted_too(mesh):
     mesh = init_mesh(dp=2, check=True)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         ops.all_reduce(torch.ones(4), mesh["dp"])
     assert [call.op for call in calls] == ["all_gather", "all_reduce"]
     assert calls[0].sent == 256
@@ -251,8 +251,8 @@ def test_what_the_order_check_sends_is_counted_too(mesh):
 @pytest.mark.ranks(2)
 def test_log_collectives_prints_each_one_as_it_fires(mesh):
     said = []
-    mesh.wire.log(said.append)
-    with mesh.wire.during("finish", "head.weight"):
+    mesh.comm.log(said.append)
+    with mesh.comm.label("finish", "head.weight"):
         ops.all_reduce(torch.ones(256), mesh["dp"])
     line = said.pop()
     for part in (f"rank {mesh.rank}", "finish", "head.weight", "all_reduce", "dp", "1,024 B"):
@@ -263,7 +263,7 @@ def test_log_collectives_prints_each_one_as_it_fires(mesh):
 @pytest.mark.ranks(4)
 def test_a_logged_line_has_the_algorithm_and_what_it_is_going_to_send(mesh):
     said = []
-    mesh.wire.log(said.append)
+    mesh.comm.log(said.append)
     ops.all_reduce(torch.ones(256), mesh["dp"], algorithm="ring")
     assert "all_reduce     ring" in said[-1]
     assert "1,024 B,       1,536 B sent" in said[-1]

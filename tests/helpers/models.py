@@ -153,7 +153,7 @@ UNITS = {
 READS_IMAGES = {"vit", "resnet"}
 PLANS = {  # of tp, for what brings none
     "odd": {
-        "embed": "vocabulary", "frozen": "column", "unused": "column", "mix": "row",
+        "embed": "vocabulary", "frozen": "colwise", "unused": "colwise", "mix": "rowwise",
         "head": "vocabulary",
     },
 }  # fmt: skip

@@ -42,7 +42,7 @@ class Healthy(Residual):
     """It also brings a plan of tp."""
 
     def tp_plan(self) -> dict[str, str]:
-        return {"blocks.*.up": "column", "blocks.*.down": "row"}
+        return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
 
 
 class Between(nn.Module):

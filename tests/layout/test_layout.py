@@ -104,7 +104,7 @@ def test_many_are_gathered_in_as_few_calls_as_there_are_ways_to_be_split(togethe
         n: sliced(wholes[n], w, mesh).clone() if is_counted(w, mesh.coordinates) else None
         for n, w in layouts.items()
     }
-    with mesh.wire.ledger.recording() as recorded:
+    with mesh.comm.ledger.recording() as recorded:
         found = gather_all(parts, layouts, mesh, together)
     assert list(found) == list(layouts)
     for name, tensor in found.items():

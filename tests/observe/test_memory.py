@@ -181,7 +181,7 @@ class Borrowing(Sync):
             self.taken[name] = self.model.get_parameter(name).grad.sum()
             self.model.get_parameter(name).grad = None
 
-    def held(self):
+    def extra_memory(self):
         yield "gathered", self.whole
         yield "buffers", self.buffer
 

@@ -15,7 +15,13 @@ from dist_lab.observe import pipeline_plot
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op
 from dist_lab.parallel.schedules.library import SCHEDULES, make
 from dist_lab.parallel.schedules.passes import add_communication
-from dist_lab.parallel.schedules.simulate import Slot, bubble, length, peak_activations, timeline
+from dist_lab.parallel.schedules.simulate import (
+    TimedAction,
+    bubble,
+    length,
+    peak_activations,
+    timeline,
+)
 
 SMALL = make("zb", 3, 4)
 
@@ -74,7 +80,9 @@ def test_idle_shares_are_those_of_the_timeline_and_of_its_messages_too(name):
 
 
 def test_what_a_rank_holds_begins_with_a_forward_and_ends_with_the_backward():
-    [row] = [[Slot(Action(0, op, 0), t, t + 1.0) for op, t in ((Op.F, 0), (Op.I, 2), (Op.W, 5))]]
+    [row] = [
+        [TimedAction(Action(0, op, 0), t, t + 1.0) for op, t in ((Op.F, 0), (Op.I, 2), (Op.W, 5))]
+    ]
     _, held = pipeline_plot.draw([row], title="", unit="ms").axes
     [area] = held.collections[:1]
     assert area.get_datalim(held.transData).bounds[0::2] == (0.0, 6.0)
@@ -82,7 +90,7 @@ def test_what_a_rank_holds_begins_with_a_forward_and_ends_with_the_backward():
 
 def test_time_begins_with_the_first_action_and_waiting_for_messages_is_idle():
     rows = measured(SMALL)
-    waits = Slot(Action(0, Op.RECV_B, 0), rows[0][0].end, rows[0][0].end + 30)
+    waits = TimedAction(Action(0, Op.RECV_B, 0), rows[0][0].end, rows[0][0].end + 30)
     figure = pipeline_plot.draw([[waits, *rows[0]], *rows[1:]], title="", unit="ms")
     lanes = figure.axes[0]
     assert min(bar.x0 for bar in bars(lanes)) == 0

@@ -6,7 +6,7 @@ from torch import nn
 
 import dist_lab
 
-COLUMN_ROW = {"0": "column", "2": "row"}
+COLUMN_ROW = {"0": "colwise", "2": "rowwise"}
 ROWS = {
     "dp": ("dp", {}),
     "ddp": ("dp", {}),

@@ -113,7 +113,7 @@ def test_a_twin_says_how_it_is_configured_and_sends_nothing_through_our_wire(str
     job = build(mesh, "mlp", strategy, impl)
     assert ABOUT[strategy] in job.about
     x, y = batch(mesh.rank)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         (dist_lab.cross_entropy_sum(job.model(x), y) / 96).backward()
         job.finish()
     assert calls == []
@@ -277,7 +277,7 @@ def test_under_each_option_the_library_sends_as_often_as_what_is_written_here(
         job.finish()
 
     step(ours), step(theirs)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         step(ours)
     with Sent() as sent:
         step(theirs)

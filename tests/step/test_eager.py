@@ -42,7 +42,7 @@ def two_layers():
 
 def runner(model, heard, *units):
     modules = {unit: model.get_submodule(unit) for unit in units}
-    return Runner(model, Chain(heard), init_mesh().wire, modules, Applied({}, heard))
+    return Runner(model, Chain(heard), init_mesh().comm, modules, Applied({}, heard))
 
 
 def test_a_strategy_hears_each_moment_of_a_step_in_order():
@@ -180,7 +180,7 @@ def test_a_unit_called_by_itself_is_in_forward_also_after_a_backward():
     run = runner(model, Heard(), "2")
     model(torch.randn(3, 2)).sum().backward()
     phases = []
-    model[2].register_forward_pre_hook(lambda *_: phases.append(run.wire.phase))
+    model[2].register_forward_pre_hook(lambda *_: phases.append(run.comm.phase))
     model[2](torch.randn(3, 2))
     assert phases == ["forward"]
 
@@ -188,10 +188,10 @@ def test_a_unit_called_by_itself_is_in_forward_also_after_a_backward():
 def test_what_is_given_up_is_not_summed():
     class Listens(Heard):
         def reshard(self, unit, phase):
-            self.log.append(f"reshard {unit} in {run.wire.phase}")
+            self.log.append(f"reshard {unit} in {run.comm.phase}")
 
         def forget(self):
-            self.log.append(f"forget in {run.wire.phase}")
+            self.log.append(f"forget in {run.comm.phase}")
 
     model, heard = nn.Sequential(Half()), Listens()
     run = runner(model, heard, "0")
@@ -236,16 +236,16 @@ def test_the_wire_knows_the_phase():
 
     class Listens(Sync):
         def grads_ready(self, names, *, last):
-            phases.append(run.wire.phase)
+            phases.append(run.comm.phase)
 
         def finish(self):
-            phases.append(run.wire.phase)
+            phases.append(run.comm.phase)
 
         def after_step(self):
-            phases.append(run.wire.phase)
+            phases.append(run.comm.phase)
 
     run = runner(model, Listens())
-    model.register_forward_hook(lambda *_: phases.append(run.wire.phase))
+    model.register_forward_hook(lambda *_: phases.append(run.comm.phase))
     model(torch.randn(3, 2)).sum().backward()
     run.finish()
     run.after_step()

@@ -75,7 +75,7 @@ def test_buffers_are_compared_in_the_steps_that_are_powers_of_two_and_in_one_mes
     job = dist_lab.parallelize(model, mesh, "ddp")
     compared = []
     for number in range(1, 10):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             step(job, mesh)
         compared += [(number, c.op, c.payload) for c in calls if c.phase == "buffers"]
         job.after_step()

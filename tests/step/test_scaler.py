@@ -117,7 +117,7 @@ def test_without_a_scaler_a_step_sends_nothing_and_the_optimizer_is_as_it_was(me
     out.sum().backward()
     job.finish()
     before = job.full_state_dict()["a.weight"]
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         optimizer.step()
         schedule.step()
     assert not calls

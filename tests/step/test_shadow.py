@@ -100,9 +100,9 @@ def test_a_rank_holds_its_share_of_the_average_and_sends_nothing_to_update_it(st
     shadow = job.shadow(0.9)
     held = sum(average.numel() for average in shadow._averages.values())
     assert held == 2 * 64 * 64 / 4
-    before = mesh.wire.ledger.total.calls
+    before = mesh.comm.ledger.total.calls
     shadow.update()
-    assert mesh.wire.ledger.total.calls == before
+    assert mesh.comm.ledger.total.calls == before
 
 
 def test_buffers_are_copied_whatever_they_are_and_put_back():

@@ -55,7 +55,12 @@ class Attention(nn.Module):
         return x + self.o(found.transpose(1, 2).flatten(2))
 
 
-SPLIT = {"q": ("column", 2), "k": ("grouped", 2), "v": ("grouped", 2), "o": "row"}
+SPLIT = {
+    "q": ("colwise", 2),
+    "k": ("colwise_grouped", 2),
+    "v": ("colwise_grouped", 2),
+    "o": "rowwise",
+}
 
 
 @situation("sgl-project/sglang#20967", refused=EXACT)
@@ -73,7 +78,7 @@ def fewer_keys_than_queries(place):
 def vocabulary_that_does_not_divide(place):
     """Embedding and head are split over 11 tokens, with biases, not tied."""
     model = nn.Sequential(nn.Embedding(11, 6), Gated(), nn.Linear(6, 11)).double()
-    plan = {"0": "vocabulary", "1.gate": "column", "1.up": "column", "1.down": "row"}
+    plan = {"0": "vocabulary", "1.gate": "colwise", "1.up": "colwise", "1.down": "rowwise"}
     job = place.job(model, units=["0", "1"], plan=plan | {"2": "vocabulary"})
     yield from loop_by_run(place, job, job.cross_entropy_sum, make=tokens)
 
@@ -99,7 +104,7 @@ class Fused(nn.Module):
 def fused_queries_keys_and_values(place):
     """The plan splits a layer whose output is cut in three; a part would mix heads."""
     model = nn.Sequential(Fused(), nn.Linear(8, 4)).double()
-    job = place.job(model, units=["0"], plan={"0.qkv": "column", "0.o": "row"})
+    job = place.job(model, units=["0"], plan={"0.qkv": "colwise", "0.o": "rowwise"})
     yield from usual_loop(place, job, make=lambda step: sequences(step, width=8))
 
 
@@ -108,7 +113,7 @@ def norm_over_split_and_whole_parameters(place):
     """The gradient norm is clipped over parameters of which some are split and some are not."""
     model = nn.Sequential(nn.LayerNorm(6), Gated(), nn.LayerNorm(6), nn.Linear(6, 4)).double()
     job = place.job(
-        model, units=["1"], plan={"1.gate": "column", "1.up": "column", "1.down": "row"}
+        model, units=["1"], plan={"1.gate": "colwise", "1.up": "colwise", "1.down": "rowwise"}
     )
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.05)
     for step in range(3):
@@ -134,7 +139,7 @@ def layer_that_is_gathered_again(place):
 def columns_that_are_never_put_together(place):
     """The plan forgets the row layer."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    yield from usual_loop(place, place.job(model, units=["0"], plan={"0": "column"}))
+    yield from usual_loop(place, place.job(model, units=["0"], plan={"0": "colwise"}))
 
 
 @situation(refused=EXACT)
@@ -151,7 +156,7 @@ def adapters_beside_split_layers(place):
             return super().forward(x) + self.high(self.low(x))
 
     model = nn.Sequential(Adapted(), Adapted(), nn.Linear(6, 4)).double()
-    plan = {"*.gate": "column", "*.up": "column", "*.down": "row"}
+    plan = {"*.gate": "colwise", "*.up": "colwise", "*.down": "rowwise"}
     yield from usual_loop(place, place.job(model, units=[Adapted], plan=plan))
 
 
@@ -169,7 +174,7 @@ def split_experts_and_a_whole_router(place):
             mixed = sum(share[:, i, None] * e(x) for i, e in enumerate(self.experts))
             return x + self.experts[0](mixed)
 
-    plan = {f"0.experts.*.{n}": "column" for n in ("gate", "up")} | {"0.experts.*.down": "row"}
+    plan = {f"0.experts.*.{n}": "colwise" for n in ("gate", "up")} | {"0.experts.*.down": "rowwise"}
     model = nn.Sequential(Experts(), nn.Linear(6, 4)).double()
     yield from usual_loop(place, place.job(model, units=["0"], plan=plan))
 
@@ -178,7 +183,7 @@ def split_experts_and_a_whole_router(place):
 def gradient_penalty_through_split_layers(place):
     """A critic of split layers with a gradient penalty: double backward through them."""
     model = nn.Sequential(Gated(), Gated(), nn.Linear(6, 1)).double()
-    plan = {"*.gate": "column", "*.up": "column", "*.down": "row"}
+    plan = {"*.gate": "colwise", "*.up": "colwise", "*.down": "rowwise"}
     job = place.job(model, units=[Gated], plan=plan)
     optimizer = job.optimizer(torch.optim.Adam, lr=0.05)
     for step in range(3):

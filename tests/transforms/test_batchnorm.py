@@ -101,7 +101,7 @@ def test_names_weights_and_eval_are_those_of_batchnorm(mesh):
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     x, _ = images(0)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         assert torch.equal(model.eval()(x), plain.eval()(x))
     assert calls == []
 
@@ -115,7 +115,7 @@ def test_a_copy_and_a_pickle_are_plain_batchnorm(mesh):
         assert [type(m) for m in copied.modules()] == [type(m) for m in Normalized().modules()]
         torch.testing.assert_close(copied.state_dict(), job.model.state_dict())
         assert copied.norm.weight is not job.model.norm.weight
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             copied(x)
         assert calls == []
 
@@ -143,7 +143,7 @@ def test_one_value_in_all_has_no_variance_and_is_refused_on_every_rank(mesh):
 def test_a_layer_costs_one_collective_each_way(mesh):
     model = Normalized()
     convert_batchnorm(model, mesh["dp"])
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         model(images(mesh.rank)[0]).square().sum().backward()
     assert [c.op for c in calls] == ["all_gather", "all_gather", "reduce_scatter", "reduce_scatter"]
     assert [c.payload for c in calls] == [2 * 8 * (2 * c + 1) for c in (5, 7, 7, 5)]

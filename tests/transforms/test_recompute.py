@@ -17,7 +17,7 @@ from dist_lab.layout.gather import local_part
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
 from dist_lab.transforms.precision import compute_in
-from dist_lab.transforms.recompute import Recomputed, recompute
+from dist_lab.transforms.recompute import CheckpointedForward, recompute
 
 NAMED = {
     "odd": ("frozen", "mix"),
@@ -83,7 +83,7 @@ def test_gradients_and_statistics_are_those_of_before_to_the_bit(name, every):
 
 
 def recomputing(model):
-    return [m for m in model.modules() if isinstance(m.forward, Recomputed)]
+    return [m for m in model.modules() if isinstance(m.forward, CheckpointedForward)]
 
 
 @pytest.mark.slow_unless(lambda strategy: strategy == "ddp")
@@ -97,7 +97,7 @@ def test_a_strategy_neither_sees_it_nor_sends_more(strategy, name, mesh):
     for _ in range(2):  # ddp sends its buckets in backward from the second step on
         sent = []
         for job in jobs:
-            with mesh.wire.ledger.recording() as calls:
+            with mesh.comm.ledger.recording() as calls:
                 job.run([(x, y), (x.flip(0), y.flip(0))], dist_lab.cross_entropy_sum)
                 job.finish()
             sent.append([(call.op, call.payload, call.phase) for call in calls])
@@ -476,7 +476,9 @@ def test_an_exception_in_either_forward_leaves_all_as_it_was():
 
 def names_recomputing(model):
     return [
-        name for name, module in model.named_modules() if isinstance(module.forward, Recomputed)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module.forward, CheckpointedForward)
     ]
 
 

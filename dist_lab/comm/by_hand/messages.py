@@ -42,7 +42,7 @@ class Messages:
         assert axis.group is not None
         self.call, self.axis, self.tag, self.group = call, axis, tag, axis.group
         self.size, self.index = axis.size, axis.index
-        self.limit = timedelta(seconds=axis.wire.timeout)
+        self.limit = timedelta(seconds=axis.comm.timeout)
 
     # A group's own send and receive, of which isend and irecv are wrappers, count positions as an
     # axis does.
@@ -50,15 +50,15 @@ class Messages:
     def send(self, x: Tensor, to: int) -> list[Work]:
         if x.numel() == 0:
             return []
-        self.axis.wire.ledger.handed_over(self.call, x.nbytes)
-        if self.axis.wire.pretended:
+        self.axis.comm.ledger.handed_over(self.call, x.nbytes)
+        if self.axis.comm.dry_run:
             return []
         return [Message(self.group.send([x], to % self.size, self.tag), self.limit)]
 
     def receive(self, into: Tensor, source: int) -> list[Work]:
         if into.numel() == 0:
             return []
-        if self.axis.wire.pretended:  # see [Note: silence]
+        if self.axis.comm.dry_run:  # see [Note: silence]
             into.zero_()
             return []
         return [Message(self.group.recv([into], source % self.size, self.tag), self.limit)]
@@ -67,8 +67,8 @@ class Messages:
         self, into: Tensor, give: Sequence[Tensor], whole: Tensor
     ) -> list[tuple[int, list[Work]]]:
         others = [(self.index - distance) % self.size for distance in range(1, self.size)]
-        if 0 < whole.nbytes <= SWAP_IN_ONE_CALL and not self.axis.wire.pretended:
-            self.axis.wire.ledger.handed_over(self.call, sum(give[j].nbytes for j in others))
+        if 0 < whole.nbytes <= SWAP_IN_ONE_CALL and not self.axis.comm.dry_run:
+            self.axis.comm.ledger.handed_over(self.call, sum(give[j].nbytes for j in others))
             work = dist.all_to_all_single(
                 into.view(-1), whole.contiguous().view(-1), [into.shape[1]] * self.size,
                 [len(piece) for piece in give], self.group, async_op=True,

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm.by_hand.algorithms import Work
-from dist_lab.comm.shared.memory import ARRIVED, DEPARTED, Array, Barrier, Window
+from dist_lab.comm.shared.memory import ARRIVED, DEPARTED, Array, Barrier, SharedWindow
 
 Moves = Generator[Sequence[Work], None, int]
 BLOCK = 1 << 15  # elements summed at once: few enough to stay in the cache
 
 
-def all_reduce(window: Window, theirs: Sequence[Array]) -> Moves:
+def all_reduce(window: SharedWindow, theirs: Sequence[Array]) -> Moves:
     """Every theirs[j], flat, becomes their sum: piece `index` of every rank's buffer.
 
     Ranks are added in one order, and only once: all ranks get the same bits.
@@ -46,7 +46,7 @@ def all_reduce(window: Window, theirs: Sequence[Array]) -> Moves:
     return 2 * (window.size - 1) * theirs[0].nbytes
 
 
-def reduce_scatter(window: Window, theirs: Sequence[Array], mine: Array | Tensor) -> Moves:
+def reduce_scatter(window: SharedWindow, theirs: Sequence[Array], mine: Array | Tensor) -> Moves:
     """mine becomes the sum of theirs, each (outer, inner).
 
     Args:
@@ -70,7 +70,7 @@ def reduce_scatter(window: Window, theirs: Sequence[Array], mine: Array | Tensor
 
 
 def all_gather(
-    window: Window,
+    window: SharedWindow,
     theirs: Sequence[Sequence[Array]],
     mine: Sequence[Sequence[Array]],
     *,

@@ -57,7 +57,7 @@ class Memory(NamedTuple):
     process: int
 
 
-class Window:
+class SharedWindow:
     """One shared buffer: every rank's memory, in order of position, and the barriers between them.
 
     Attributes:
@@ -124,7 +124,7 @@ class Window:
 class Barrier:
     """A wait until the counter of every rank has reached a number."""
 
-    window: Window
+    window: SharedWindow
     counter: int
     number: int
 

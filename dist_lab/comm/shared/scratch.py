@@ -25,7 +25,7 @@ from dist_lab.comm.by_hand.costs import lengths
 from dist_lab.comm.calls import Pending, Spec, start_shared
 from dist_lab.comm.into import window_of
 from dist_lab.comm.shared.collectives import Moves, all_gather, reduce_scatter, slices
-from dist_lab.comm.shared.memory import SUMMED, Window, as_array
+from dist_lab.comm.shared.memory import SUMMED, SharedWindow, as_array
 from dist_lab.mesh.mesh import Axis
 
 
@@ -94,11 +94,11 @@ class Scratch:
         spec = Spec("all_gather", self.axis, x, f"along {dim}")
         return start_shared(spec, out, (n - 1) * x.nbytes, window, moves)
 
-    def held(self) -> Iterator[Tensor]:
+    def extra_memory(self) -> Iterator[Tensor]:
         for buffers in self._buffers.values():
             yield from buffers
 
-    def _shared(self, x: Tensor, reduce: str = "") -> tuple[Tensor, Window | None]:
+    def _shared(self, x: Tensor, reduce: str = "") -> tuple[Tensor, SharedWindow | None]:
         """x in memory that all ranks map, and that memory; None if messages must carry it."""
         if reduce and x.dtype not in SUMMED:
             return x, None
@@ -120,7 +120,7 @@ class Scratch:
         return buffer
 
 
-def _all_reduce(window: Window, out: Tensor) -> Moves:
+def _all_reduce(window: SharedWindow, out: Tensor) -> Moves:
     """x{U_X} -> x[D_X] -> x: rank i sums piece i, and copies the sums of the other pieces.
 
     The sum of piece i takes the place of the addend in rank i's buffer, which no other rank reads.

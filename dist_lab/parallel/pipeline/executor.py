@@ -1,7 +1,7 @@
 """What each action of a pipeline's schedule does: it computes a stage, or sends what that made.
 
 An `Executor` does this rank's actions one after another. What is made, on its way and held for
-backward during one run is a `Flight`. See pp.py for what travels, and which loss it is.
+backward during one run is a `PipelineRun`. See pp.py for what travels, and which loss it is.
 """
 
 import time
@@ -19,12 +19,12 @@ from dist_lab.comm import ops
 from dist_lab.loss import LossFn, Pair, one_number, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.runner import RunnerEvents
-from dist_lab.parallel.pipeline.split_backward import Debts, SplitBackward, fresh
-from dist_lab.parallel.pipeline.stages import Shape, Shapes, check_shapes
+from dist_lab.parallel.pipeline.split_backward import SplitBackward, WeightWork, fresh
+from dist_lab.parallel.pipeline.stages import Shapes, StageInput, check_shapes
 from dist_lab.parallel.schedules.actions import COSTS, Action, Op, Schedule
 from dist_lab.parallel.schedules.library import forward_only
 from dist_lab.parallel.schedules.passes import add_communication, add_unshard
-from dist_lab.parallel.schedules.simulate import IN_FLIGHT, Slot
+from dist_lab.parallel.schedules.simulate import IN_FLIGHT, TimedAction
 from dist_lab.step.hooks import map_tensors
 
 
@@ -50,7 +50,7 @@ class Executor:
         self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
         self.forwards = cache(lambda m: add_unshard(add_communication(forward_only(rank_of, m))))
         self.splitter = SplitBackward()
-        self.slots: list[Slot] = []
+        self.slots: list[TimedAction] = []
         self.peak = 0
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
@@ -69,37 +69,37 @@ class Executor:
         self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn,
         events: RunnerEvents,
     ) -> Tensor:  # fmt: skip
-        flight = Flight(self, schedule, microbatches, loss_fn)
+        run = PipelineRun(self, schedule, microbatches, loss_fn)
         for action in schedule.ranks[self.axis.index]:
             events.on_action(action)
-            flight.do(action)
+            run.do(action)
             if action.op in (Op.B, Op.W):
                 events.on_gradients(action.stage, last=action.last)
-        flight.land()
-        if flight.training:
-            self.slots, self.peak = flight.slots, flight.peak
-        return flight.total
+        run.land()
+        if run.training:
+            self.slots, self.peak = run.slots, run.peak
+        return run.total
 
 
 Values = tuple[Tensor, ...]
 
 
 @dataclass
-class Held:
+class SavedForward:
     """What a forward leaves for its backward.
 
     inputs: what the stage was given, as leaves
     roots: where backward begins, an edge for each output that needs a gradient; unlike the output
         it keeps no memory
-    debts: what W will have to do
+    weight_work: what W will have to do
     """
 
     inputs: Values
     roots: list[GradientEdge | None]
-    debts: Debts
+    weight_work: WeightWork
 
 
-class Flight:
+class PipelineRun:
     """One run: what has been made, what is on its way, and what is held for backward."""
 
     def __init__(
@@ -110,13 +110,13 @@ class Flight:
         self.made: dict[tuple[Op, int, int], Values] = {}  # outputs (F), gradients of inputs (I)
         self.coming: dict[tuple[Op, int, int], list[ops.Pending]] = {}
         self.leaving: deque[list[ops.Pending]] = deque()
-        self.held: dict[tuple[int, int], Held] = {}
-        self.slots: list[Slot] = []
+        self.held: dict[tuple[int, int], SavedForward] = {}
+        self.slots: list[TimedAction] = []
         self.made_at = 0.0  # when, of what the next action is given: [Note: an emulated device]
         self.peak = 0
         self.training = torch.is_grad_enabled()
         self.shapes = [executor.shapes.of(x, training=self.training) for x, _ in microbatches]
-        self.total = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
+        self.total = torch.zeros((), dtype=torch.float64, device=self.axis.device)
 
     def do(self, action: Action) -> None:
         stage, m = action.stage, action.microbatch
@@ -127,7 +127,7 @@ class Flight:
                 self.backward(action, self.given(Op.I, stage + 1, m))
             case Op.W:
                 with self.timed(action):
-                    self.pay(self.held.pop((stage, m)).debts)
+                    self.run_deferred(self.held.pop((stage, m)).weight_work)
             case Op.RECV_F:
                 self.receive(Op.F, stage - 1, m, self.shapes[m][stage])
             case Op.RECV_B:
@@ -149,8 +149,8 @@ class Flight:
     def forward(self, action: Action, given: Values) -> None:
         stage, m = action.stage, action.microbatch
         inputs, targets = self.microbatches[m]
-        debts: Debts = []
-        with self.timed(action), self.executor.splitter.owing(debts):
+        weight_work: WeightWork = []
+        with self.timed(action), self.executor.splitter.deferring(weight_work):
             if stage == 0:
                 given = (inputs,)
             elif self.training:
@@ -171,7 +171,7 @@ class Flight:
                 self.made[Op.F, stage, m] = tuple(x.detach() for x in output)
         if self.training:
             roots = [get_gradient_edge(x) if x.requires_grad else None for x in results]
-            self.held[stage, m] = Held(given if stage else (), roots, debts)
+            self.held[stage, m] = SavedForward(given if stage else (), roots, weight_work)
             self.peak = max(self.peak, len(self.held))
 
     def backward(self, action: Action, gradients: Values) -> None:
@@ -190,11 +190,11 @@ class Flight:
                 )
             held.inputs, held.roots = (), []
             if action.op is Op.B:
-                self.pay(self.held.pop((stage, m)).debts)
+                self.run_deferred(self.held.pop((stage, m)).weight_work)
 
-    def pay(self, debts: Debts) -> None:
-        while debts:
-            debts.pop()()  # the last layer first, as in backward; and each frees what it kept
+    def run_deferred(self, weight_work: WeightWork) -> None:
+        while weight_work:
+            weight_work.pop()()  # the last layer first, as in backward; and each frees what it kept
 
     @contextmanager
     def timed(self, action: Action) -> Iterator[None]:
@@ -213,7 +213,7 @@ class Flight:
         yield
         ended = max(began + least, time.perf_counter())
         time.sleep(max(0.0, ended - time.perf_counter()))
-        self.slots.append(Slot(action, began, ended))
+        self.slots.append(TimedAction(action, began, ended))
         self.made_at = 0.0
 
     # --- messages ---------------------------------------------------------------------------------
@@ -227,11 +227,11 @@ class Flight:
             self.made_at = float(values.pop())
         return tuple(values)
 
-    def receive(self, made: Op, by: int, m: int, shapes: Sequence[Shape]) -> None:
+    def receive(self, made: Op, by: int, m: int, shapes: Sequence[StageInput]) -> None:
         """Post the receives of what a stage on another rank is making, or about to make."""
         # On a pretended mesh nothing comes, and what is there must at least be numbers.
-        new = torch.zeros if self.axis.wire.pretended else torch.empty
-        device, peer = self.axis.wire.device, self.schedule.rank_of[by]
+        new = torch.zeros if self.axis.comm.dry_run else torch.empty
+        device, peer = self.axis.device, self.schedule.rank_of[by]
         buffers = [new(s.shape, dtype=s.dtype, device=device) for s in shapes]
         if self.executor.seconds_per_unit:
             buffers.append(torch.zeros(1, dtype=torch.float64, device=device))

@@ -192,7 +192,7 @@ def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Any) -> list[flo
     if example is None:
         return [1.0 + sum(p.numel() for m in piece for p in m.parameters()) for piece in modules]
     costs, x = [], example
-    with on_meta() as operations, explained("the modules in `stages`, run in turn, fail"):
+    with on_meta() as operations, as_user_error("the modules in `stages`, run in turn, fail"):
         for piece in modules:
             began, put_out = operations(), 0
             for module in piece:
@@ -211,7 +211,7 @@ def check_whole(model: nn.Module, modules: Iterable[nn.Module], example: Any) ->
     Raises:
         UserError: they do something else.
     """
-    with on_meta(), explained("the modules in `stages`, run in turn, fail"):
+    with on_meta(), as_user_error("the modules in `stages`, run in turn, fail"):
         with _Operations() as wanted:
             model(example)
         with _Operations() as found:
@@ -269,7 +269,7 @@ def on_meta() -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is a refusal in one line."""
     try:
         yield

@@ -33,10 +33,10 @@ from dist_lab.loss import LossFn, Pair, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.executor import Executor
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
-from dist_lab.parallel.pipeline.stages import Shape, Shapes, Tied, check_shapes, keep_stages
+from dist_lab.parallel.pipeline.stages import Shapes, StageInput, Tied, check_shapes, keep_stages
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Schedule
 from dist_lab.parallel.schedules.library import make, placement
-from dist_lab.parallel.schedules.simulate import Slot
+from dist_lab.parallel.schedules.simulate import TimedAction
 from dist_lab.step.protocol import Applied, Phase, Setup
 from dist_lab.torch_private import is_view
 
@@ -110,7 +110,7 @@ class TorchPipeline:
         self.library: Any = pipelining
         self.axis, self.parts, self.shapes = axis, parts, shapes
         self.stages, self.name = len(rank_of), name
-        self.slots: list[Slot] = []
+        self.slots: list[TimedAction] = []
         self.group = axis.group_even_of_one()
         self.schedule_for: Callable[[int], Schedule] = cache(self._schedule)
         self.forwards = Executor(axis, parts, shapes, rank_of, self.schedule_for)
@@ -152,7 +152,7 @@ class TorchPipeline:
             raise
         for stage in stages:
             stage.clear_runtime_states()  # what it has given, which would stay till the next run
-        zero = torch.zeros((), dtype=torch.float64, device=self.axis.wire.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.axis.device)
         return sum((share.detach() for share in losses), zero)
 
     def _share(self, output: Any, targets: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class TorchPipeline:
 
     # --- the library's objects --------------------------------------------------------------------
 
-    def learn(self, x: Tensor) -> list[list[Shape]]:
+    def learn(self, x: Tensor) -> list[list[StageInput]]:
         """What stages are given of a micro-batch like x."""
         given = self.shapes.of(x, training=True)
         if not self.safe:
@@ -179,7 +179,7 @@ class TorchPipeline:
         return self.made
 
     def _make(
-        self, microbatches: int, given: Sequence[Sequence[Shape]] = ()
+        self, microbatches: int, given: Sequence[Sequence[StageInput]] = ()
     ) -> tuple[Any, list[Any]]:
         """The same. given: what each stage is given; without it they can be read, and not run."""
         # What the last one gives is not sent, and may be said to be anything.
@@ -188,7 +188,7 @@ class TorchPipeline:
         for s, module in self.parts.items():
             part = Part(s, module, given[s + 1] if s + 1 < len(given) else None)
             ends = {"input_args": metas[s], "output_args": metas[s + 1]} if given else {}
-            device = self.axis.wire.device
+            device = self.axis.device
             stages.append(
                 self.library.PipelineStage(part, s, self.stages, device, group=self.group, **ends)
             )
@@ -235,7 +235,7 @@ class Part(nn.Module):
     What is a view is copied: the library detaches outputs in place, and a view it cannot.
     """
 
-    def __init__(self, stage: int, part: nn.Module, gives: Sequence[Shape] | None) -> None:
+    def __init__(self, stage: int, part: nn.Module, gives: Sequence[StageInput] | None) -> None:
         super().__init__()
         self.stage, self.part, self.gives = stage, part, gives
 
@@ -258,7 +258,7 @@ class Part(nn.Module):
         return x
 
 
-def _meta(shape: Shape) -> Tensor:
+def _meta(shape: StageInput) -> Tensor:
     floats = shape.dtype.is_floating_point
     return torch.empty(shape.shape, dtype=shape.dtype, device="meta", requires_grad=floats)
 
@@ -280,20 +280,20 @@ def _refuse_unlike(microbatches: Sequence[Pair]) -> None:
         )
 
 
-def _refuse_lost_gradients(shapes: Shapes, given: Sequence[Sequence[Shape]]) -> None:
+def _refuse_lost_gradients(shapes: Shapes, given: Sequence[Sequence[StageInput]]) -> None:
     """The library finds the weights of a half backward by way of what the stage was given.
 
     So what a stage makes of its weights alone would have no gradient, and nobody would say so. The
     first stage, which is given nothing that has one, it leaves to do its backward whole.
     """
-    for stage, ghost in list(enumerate(shapes.ghosts))[1:-1]:
+    for stage, meta_model in list(enumerate(shapes.meta_stages))[1:-1]:
         inputs = [_meta(shape) for shape in given[stage]]
-        trained = [p for p in ghost.parameters() if p.requires_grad]
+        trained = [p for p in meta_model.parameters() if p.requires_grad]
         with torch.enable_grad():
-            whole = [x.requires_grad for x in ghost(*inputs)]
+            whole = [x.requires_grad for x in meta_model(*inputs)]
             for p in trained:
                 p.requires_grad_(False)
-            by_inputs = [x.requires_grad for x in ghost(*inputs)]
+            by_inputs = [x.requires_grad for x in meta_model(*inputs)]
             for p in trained:
                 p.requires_grad_(True)
         if whole != by_inputs:

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.schedules.actions import Action, Op, Schedule
-from dist_lab.parallel.schedules.simulate import Slot
+from dist_lab.parallel.schedules.simulate import TimedAction
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
@@ -55,7 +55,7 @@ class Pipeline(Protocol):
 
     axis: Axis
     parts: Mapping[int, nn.Module]
-    slots: list[Slot]
+    slots: list[TimedAction]
     schedule_for: Callable[[int], Schedule]
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
@@ -76,10 +76,10 @@ class PipelineRunner(Step):
     """
 
     def __init__(
-        self, model: nn.Module, sync: Chain, wire: Wire, units: Mapping[str, nn.Module],
+        self, model: nn.Module, sync: Chain, comm: CommContext, units: Mapping[str, nn.Module],
         applied: Applied, *, pipeline: Pipeline,
     ) -> None:  # fmt: skip
-        super().__init__(model, sync, wire, applied.stepped)
+        super().__init__(model, sync, comm, applied.stepped)
         self.pipeline = pipeline
         self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         self._last = True  # outside microbatch(), every run is the last one
@@ -126,13 +126,13 @@ class PipelineRunner(Step):
     @contextmanager
     def _inside_model(self) -> Iterator[None]:
         """The model itself is a unit, too, around all actions; an exception breaks the step off."""
-        with self.wire.during():  # what follows is of no action
+        with self.comm.label():  # what follows is of no action
             self.sync.unshard(ROOT, Phase.FORWARD)
             try:
                 yield
                 self.sync.reshard(ROOT, self._phase)
             except BaseException:
-                with self.wire.during("forget", unit=""):
+                with self.comm.label("forget", unit=""):
                     self._phase = Phase.ABORT
                     for stage in list(self._unsharded):
                         self._reshard(stage)
@@ -150,7 +150,7 @@ class PipelineRunner(Step):
             self._reshard(action.stage)
 
     def on_phase(self, phase: Phase, what: str) -> None:
-        self.wire.phase, self.wire.unit = phase.value, what
+        self.comm.phase, self.comm.unit = phase.value, what
 
     def _unshard(self, stage: int) -> None:
         self._unsharded.append(stage)
@@ -177,7 +177,7 @@ class PipelineRunner(Step):
         if rest:
             self.sync.grads_ready(rest, last=False)
 
-    def timeline(self) -> list[list[Slot]]:
+    def timeline(self) -> list[list[TimedAction]]:
         slots = self.pipeline.slots
         return on_one_clock(slots, self.pipeline.axis) if slots else []
 
@@ -192,7 +192,7 @@ def _refuse_forward(module: nn.Module, args: Any) -> None:
     )
 
 
-def on_one_clock(slots: Sequence[Slot], axis: Axis) -> list[list[Slot]]:
+def on_one_clock(slots: Sequence[TimedAction], axis: Axis) -> list[list[TimedAction]]:
     """The slots of all ranks, in milliseconds from the first of all. Collective.
 
     Args:
@@ -213,7 +213,7 @@ def on_one_clock(slots: Sequence[Slot], axis: Axis) -> list[list[Slot]]:
 
     return [
         [
-            Slot(Action(stage, Op(op), m), since(machine, start), since(machine, end))
+            TimedAction(Action(stage, Op(op), m), since(machine, start), since(machine, end))
             for stage, op, m, start, end in row
         ]
         for machine, _, row in said

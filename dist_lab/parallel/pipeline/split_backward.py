@@ -27,14 +27,14 @@ from dist_lab.parallel.split_linear import split_linear, weight_gradient
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.torch_private import tree_flatten, tree_unflatten
 
-Debts = list[Callable[[], None]]
+WeightWork = list[Callable[[], None]]
 
 
 class SplitBackward:
-    """Replaces forwards, and knows to whose account the debts go of what is computed now."""
+    """Replaces forwards, and knows the list to which they add their weight work."""
 
     def __init__(self) -> None:
-        self.debts: Debts | None = None  # None: nothing is put off
+        self.weight_work: WeightWork | None = None  # None: nothing is put off
 
     def split(self, module: nn.Module) -> None:
         """In place: the outermost modules that hold trained parameters themselves."""
@@ -48,15 +48,15 @@ class SplitBackward:
             self.split(child)
 
     @contextmanager
-    def owing(self, debts: Debts | None) -> Iterator[None]:
+    def deferring(self, weight_work: WeightWork | None) -> Iterator[None]:
         """Inside, weights of what is computed are owed their gradient: each debt, when called in
         any order after backward, adds it to `.grad`. None: it comes in backward.
         """
-        before, self.debts = self.debts, debts
+        before, self.weight_work = self.weight_work, weight_work
         try:
             yield
         finally:
-            self.debts = before
+            self.weight_work = before
 
 
 class SplitForward(StaysBehind):
@@ -69,34 +69,34 @@ class SplitForward(StaysBehind):
         self.linear: nn.Linear | None = module if plain else None  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        debts = self.splitter.debts
-        if debts is None or not torch.is_grad_enabled():
+        weight_work = self.splitter.weight_work
+        if weight_work is None or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if self.linear is not None and len(args) == 1 and not kwargs:
-            return _linear(self.linear, args[0], debts)
-        return _by_graph(self.module, self._whole, args, kwargs, debts)
+            return _linear(self.linear, args[0], weight_work)
+        return _by_graph(self.module, self._whole, args, kwargs, weight_work)
 
     def _whole(self, *args: Any, **kwargs: Any) -> Any:
-        with self.splitter.owing(None):  # one that lies inside owes nothing of its own
+        with self.splitter.deferring(None):  # one that lies inside owes nothing of its own
             return self.forward(*args, **kwargs)
 
 
-def _linear(linear: nn.Linear, x: Tensor, debts: Debts) -> Tensor:
+def _linear(linear: nn.Linear, x: Tensor, weight_work: WeightWork) -> Tensor:
     weight = linear.weight  # in the dtype of compute: perhaps a cast of the parameter
     kept = x.detach()
 
-    def pay(dy: Tensor) -> None:
+    def run_deferred(dy: Tensor) -> None:
         torch.autograd.backward(weight, weight_gradient(dy, kept))
 
-    def owe(dy: Tensor) -> None:
+    def defer(dy: Tensor) -> None:
         if torch.is_grad_enabled():  # what is paid later has no history
             raise UserError(
                 "a backward of which a derivative is taken cannot be split; take a schedule "
                 'that does not split it, such as "1f1b"'
             )
-        debts.append(partial(pay, dy))
+        weight_work.append(partial(run_deferred, dy))
 
-    return split_linear(x, weight, linear.bias, owe)
+    return split_linear(x, weight, linear.bias, defer)
 
 
 def _by_graph(
@@ -104,7 +104,7 @@ def _by_graph(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    debts: Debts,
+    weight_work: WeightWork,
 ) -> Any:
     values, shape = tree_flatten((args, kwargs))
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
@@ -123,7 +123,7 @@ def _by_graph(
         return [value for value in found if isinstance(value, Tensor)]
 
     inputs = [values[place] for place in places]
-    made = iter(_Graph.apply(run, debts, weights, *inputs, *weights))
+    made = iter(_Graph.apply(run, weight_work, weights, *inputs, *weights))
     whole = [next(made) if isinstance(value, Tensor) else value for value in outputs]
     return tree_unflatten(whole, form[0])
 
@@ -145,7 +145,7 @@ class _Fresh(torch.autograd.Function):
 
 
 class _Graph(torch.autograd.Function):
-    """(run, debts, weights, *inputs, *weights) -> what `run` makes of the inputs.
+    """(run, weight_work, weights, *inputs, *weights) -> what `run` makes of the inputs.
 
     The weights are inputs so that the result has a gradient where no input has one; what they are
     given is None.
@@ -153,14 +153,19 @@ class _Graph(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[list[Tensor]], list[Tensor]], debts: Debts, weights: list[Tensor],
-        *tensors: Tensor,
+        ctx: Any, run: Callable[[list[Tensor]], list[Tensor]], weight_work: WeightWork,
+        weights: list[Tensor], *tensors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         given = tensors[: len(tensors) - len(weights)]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(x.requires_grad) for x in given]
             outputs = run([fresh(x) for x in inputs])
-        ctx.inputs, ctx.outputs, ctx.debts, ctx.weights = inputs, outputs, debts, weights
+        ctx.inputs, ctx.outputs, ctx.weight_work, ctx.weights = (
+            inputs,
+            outputs,
+            weight_work,
+            weights,
+        )
         ctx.set_materialize_grads(False)
         made = tuple(y.detach() for y in outputs)
         fixed = (m for m, y in zip(made, outputs, strict=True) if not y.requires_grad)
@@ -181,7 +186,7 @@ class _Graph(torch.autograd.Function):
             ys, dys = zip(*pairs, strict=True)
             if wanted:
                 found = torch.autograd.grad(ys, wanted, dys, retain_graph=True, allow_unused=True)
-            ctx.debts.append(lambda: torch.autograd.backward(ys, dys, inputs=weights))
+            ctx.weight_work.append(lambda: torch.autograd.backward(ys, dys, inputs=weights))
         each = iter(found)
         dx = [next(each) if x.requires_grad else None for x in ctx.inputs]
         ctx.inputs = ctx.outputs = ctx.weights = None  # the debt keeps what it needs

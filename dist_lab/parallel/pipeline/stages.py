@@ -36,7 +36,7 @@ BALANCES = ("cost", "count")
 
 
 @dataclass(frozen=True)
-class Kept:
+class LocalStages:
     """The stages that this rank keeps, and what it knows of the others.
 
     parts: this rank's stages, by number
@@ -58,7 +58,7 @@ def keep_stages(
     *,
     balance: str = "cost",
     example: Any = None,
-) -> Kept:
+) -> LocalStages:
     """Cut a model into stages and keep, in place, those of this rank. See `pp.apply`.
 
     Args:
@@ -104,17 +104,17 @@ def keep_stages(
     }
     here = {stage: part for stage, part in enumerate(parts) if rank_of[stage] == axis.index}
     _leave(model, {m for stage in here for m in used[stage][0]}, kept)
-    _come_to_life([model, *here.values()], values, setup.full_value, axis.wire.device)
+    _materialize([model, *here.values()], values, setup.full_value, axis.device)
     if setup.param_dtype is not None:
         for stage, part in here.items():
             compute_in(part, setup.param_dtype, inputs=stage == 0)
-    return Kept(here, shapes, layouts, buffers, tied)
+    return LocalStages(here, shapes, layouts, buffers, tied)
 
 
 # --- parts ----------------------------------------------------------------------------------------
 
 
-class InTurn(nn.Sequential):
+class SequentialStage(nn.Sequential):
     """Modules in turn. What it gives is a tuple, as all stages give, but the last."""
 
     def __init__(self, modules: Iterable[nn.Module], *, last: bool) -> None:
@@ -136,20 +136,20 @@ def _in_stages(
         modules = [[model.get_submodule(name) for name in piece] for piece in pieces]
         costs = [1.0] * len(pieces)
         if balance == "cost":
-            ghosts = meta_copy(nn.ModuleList(nn.ModuleList(piece) for piece in modules))
-            assert isinstance(ghosts, nn.ModuleList)
+            meta_stages = meta_copy(nn.ModuleList(nn.ModuleList(piece) for piece in modules))
+            assert isinstance(meta_stages, nn.ModuleList)
             costs = seam_costs(
-                [list(piece) for piece in ghosts],  # type: ignore[call-overload]
+                [list(piece) for piece in meta_stages],  # type: ignore[call-overload]
                 None if example is None else to_meta(example),
             )
         if example is not None:
-            ghost = meta_copy(model)
+            meta_model = meta_copy(model)
             names = [name for piece in pieces for name in piece]
-            check_whole(ghost, map(ghost.get_submodule, names), to_meta(example))
+            check_whole(meta_model, map(meta_model.get_submodule, names), to_meta(example))
         _check_enough(stages, len(pieces), f"blocks of {type(model).__name__}")
         ends = [*cut(costs, stages), len(pieces)]
         parts: list[nn.Module] = [
-            InTurn((m for piece in modules[a:b] for m in piece), last=b == len(pieces))
+            SequentialStage((m for piece in modules[a:b] for m in piece), last=b == len(pieces))
             for a, b in pairwise(ends)
         ]
         return parts, [{n for piece in pieces[a:b] for n in piece} for a, b in pairwise(ends)]
@@ -182,7 +182,7 @@ def _check_enough(stages: int, pieces: int, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Shape:
+class StageInput:
     """Of one tensor that travels."""
 
     shape: torch.Size
@@ -201,15 +201,15 @@ class Shape:
 class Shapes:
     """What each stage is given, by the shape of a micro-batch: [Note: what travels] in pp.py."""
 
-    def __init__(self, ghosts: nn.Module, param_dtype: torch.dtype | None) -> None:
-        self.ghosts = list(ghosts.children())
-        self.trains = {module for module in ghosts.modules() if module.training}
-        self.known: dict[tuple[str, bool], list[list[Shape]]] = {}
-        for stage, ghost in enumerate(self.ghosts):
+    def __init__(self, meta_stages: nn.Module, param_dtype: torch.dtype | None) -> None:
+        self.meta_stages = list(meta_stages.children())
+        self.trains = {module for module in meta_stages.modules() if module.training}
+        self.known: dict[tuple[str, bool], list[list[StageInput]]] = {}
+        for stage, meta_model in enumerate(self.meta_stages):
             if param_dtype is not None:
-                compute_in(ghost, param_dtype, inputs=stage == 0)
+                compute_in(meta_model, param_dtype, inputs=stage == 0)
 
-    def of(self, x: Any, *, training: bool) -> list[list[Shape]]:
+    def of(self, x: Any, *, training: bool) -> list[list[StageInput]]:
         """For each stage the shapes of what it is given; the first is given x itself."""
         key = repr(map_tensors(lambda t: (t.shape, t.dtype), x)), training
         if key not in self.known:
@@ -219,13 +219,13 @@ class Shapes:
                 self.known[key] = list(self._pass_through(x))
         return self.known[key]
 
-    def _pass_through(self, x: Any) -> Iterable[list[Shape]]:
+    def _pass_through(self, x: Any) -> Iterable[list[StageInput]]:
         values: tuple[Any, ...] = (to_meta(x),)
         inputs = [*tensors_in(values)]
-        yield [Shape(t.shape, t.dtype) for t in tensors_in(x)]
-        for stage, ghost in enumerate(self.ghosts[:-1]):
+        yield [StageInput(t.shape, t.dtype) for t in tensors_in(x)]
+        for stage, meta_model in enumerate(self.meta_stages[:-1]):
             try:
-                values = ghost(*values)
+                values = meta_model(*values)
             except Exception as error:
                 why = next(iter(str(error).splitlines()), type(error).__name__)
                 if stage == 0 and not isinstance(x, Tensor):
@@ -243,13 +243,13 @@ class Shapes:
                     f"stage {stage} gives what is no tensor, or one of complex numbers, which is "
                     "not sent; cut elsewhere, by another number of stages"
                 )
-            yield [Shape(v.shape, v.dtype, any(v is own for own in inputs)) for v in values]
+            yield [StageInput(v.shape, v.dtype, any(v is own for own in inputs)) for v in values]
 
 
-def check_shapes(stage: int, output: object, wanted: Sequence[Shape]) -> None:
+def check_shapes(stage: int, output: object, wanted: Sequence[StageInput]) -> None:
     """Raise UserError unless a stage gives what `Shapes` has said."""
     values = output if isinstance(output, tuple) else (output,)
-    found = [Shape(x.shape, x.dtype) for x in values]
+    found = [StageInput(x.shape, x.dtype) for x in values]
     if found != list(wanted):
         raise UserError(
             f"stage {stage} gives {', '.join(map(str, found))}, and on the meta device it gave "
@@ -273,7 +273,7 @@ class Tied(Sync):
             flat = torch.zeros_like(parameter).flatten() if mine is None else mine.flatten()
             # With one more element that says whether any of them has a gradient at all.
             flat = torch.cat([flat, flat.new_tensor([mine is not None])])
-            with axis.wire.during(unit=f"tied {name}"):
+            with axis.comm.label(unit=f"tied {name}"):
                 whole = ops.all_reduce_into(flat, axis).wait()  # dW{U} -> dW
             if whole[-1] > 0:
                 parameter.grad = whole[:-1].view_as(parameter)
@@ -282,7 +282,7 @@ class Tied(Sync):
 # --- what is here, and what is not ----------------------------------------------------------------
 
 
-class Elsewhere(nn.Module):
+class MissingLayer(nn.Module):
     """Stands where a layer of another stage would be."""
 
     def forward(self, *args: object, **kwargs: object) -> NoReturn:
@@ -314,14 +314,14 @@ def _leave(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> Non
         if any(m in modules for m in child.modules()) or any(id(t) in tensors for t in state):
             _leave(child, modules, tensors)
         else:
-            module._modules[name] = Elsewhere()
+            module._modules[name] = MissingLayer()
     for held in (module._parameters, module._buffers):
         for name, tensor in held.items():
             if id(tensor) not in tensors:
                 held[name] = None
 
 
-def _come_to_life(
+def _materialize(
     roots: Sequence[nn.Module],
     values: Mapping[nn.Parameter, str],
     full_value: Callable[[str], Tensor],

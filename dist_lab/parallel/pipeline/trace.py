@@ -31,8 +31,8 @@ from torch import Tensor, fx, nn
 from dist_lab.errors import UserError
 from dist_lab.parallel.pipeline.partition import (
     BRING_STAGES,
+    as_user_error,
     elements,
-    explained,
     meta_copy,
     on_meta,
     to_meta,
@@ -59,7 +59,7 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
             + BRING_STAGES
         )
     held, tracer = set(vars(model)), _Tracer()
-    with explained(f"{name} cannot be traced for a cut"), torch.random.fork_rng(devices=[]):
+    with as_user_error(f"{name} cannot be traced for a cut"), torch.random.fork_rng(devices=[]):
         chance = torch.get_rng_state()
         try:
             graph = tracer.trace(model)
@@ -72,10 +72,10 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
                 delattr(model, new)
         if not torch.equal(chance, torch.get_rng_state()):
             raise ValueError("it draws random numbers that do not depend on its input")
-    with explained(f"{name} cannot be run without values, to see what it costs"), on_meta():
+    with as_user_error(f"{name} cannot be run without values, to see what it costs"), on_meta():
         x = to_meta(example)
         whole, its = (_about(meta_copy(m)(x)) for m in (model, traced))
-    with explained(f"{name} cannot be traced for a cut"):
+    with as_user_error(f"{name} cannot be traced for a cut"):
         if whole != its:
             raise ValueError("its trace puts out something else than it does")
     return traced
@@ -160,7 +160,7 @@ def node_costs(
     twin = meta_copy(traced)
     assert isinstance(twin, fx.GraphModule)
     name = type(traced).__name__
-    with on_meta() as operations, explained(f"{name} cannot be run without values"):
+    with on_meta() as operations, as_user_error(f"{name} cannot be run without values"):
         run = _Run(twin, operations)
         run.run(to_meta(example))
     results = {mine: run.env[its] for mine, its in zip(_all(traced), _all(twin), strict=True)}

@@ -148,7 +148,7 @@ class BucketedAllReduce(Sync):
         place = {name: i for i, name in enumerate(used)}
         places = [place.get(name, -1) for name in self.owed]
         strides = hash(tuple(self.model.get_parameter(name).stride() for name in self.owed))
-        mine = torch.tensor([*places, strides], device=self.axis.wire.device)
+        mine = torch.tensor([*places, strides], device=self.axis.device)
         rows = all_gather(mine[None], self.axis).tolist()  # (size, owed + 1)
         alike = len({row.pop() for row in rows}) == 1  # parameters lie in memory alike on all ranks
         arrived: dict[str, None] = {}

@@ -32,12 +32,12 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
     model, axis, layouts = setup.model, setup.axis, setup.owing_sums(setup.axis)
     if axis.size == 1:
         return Applied(layouts, Chain())
-    if axis.size != axis.wire.size:
+    if axis.size != axis.comm.size:
         raise UserError(
-            f"ddp@accelerate runs over all {axis.wire.size} processes, and {axis.name} has "
+            f"ddp@accelerate runs over all {axis.comm.size} processes, and {axis.name} has "
             f'{axis.size}; give impl="hand" or impl="torch"'
         )
-    on_cpu = axis.wire.device.type == "cpu"
+    on_cpu = axis.device.type == "cpu"
     options = DistributedDataParallelKwargs(
         bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,

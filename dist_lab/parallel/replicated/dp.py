@@ -39,7 +39,7 @@ class AllReduceAfterBackward(Sync):
             parameter = self.model.get_parameter(name)
             if parameter.grad is None:  # used on another rank, not on this one
                 parameter.grad = torch.zeros_like(parameter)
-            with self.axis.wire.during(unit=name):
+            with self.axis.comm.label(unit=name):
                 all_reduce_into(parameter.grad, self.axis).wait()  # dW{U_dp} -> dW
 
     def _used_somewhere(self) -> list[str]:
@@ -47,6 +47,6 @@ class AllReduceAfterBackward(Sync):
         if not self.owed:
             return []
         grads = [self.model.get_parameter(name).grad is not None for name in self.owed]
-        flags = torch.tensor(grads, dtype=torch.uint8, device=self.axis.wire.device)
+        flags = torch.tensor(grads, dtype=torch.uint8, device=self.axis.device)
         used = all_reduce(flags, self.axis, "max")
         return [name for name, yes in zip(self.owed, used.tolist(), strict=True) if yes]

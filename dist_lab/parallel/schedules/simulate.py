@@ -31,7 +31,7 @@ IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
-class Slot:
+class TimedAction:
     """An action in time, in units of the costs, or in seconds."""
 
     action: Action
@@ -39,7 +39,7 @@ class Slot:
     end: float
 
 
-def timeline(schedule: Schedule, costs: Costs = COSTS) -> list[list[Slot]]:
+def timeline(schedule: Schedule, costs: Costs = COSTS) -> list[list[TimedAction]]:
     """When each rank computes what.
 
     Raises:
@@ -47,7 +47,7 @@ def timeline(schedule: Schedule, costs: Costs = COSTS) -> list[list[Slot]]:
     """
     at: dict[Thing, float] = {}  # when each thing was there
     position, free = [0] * len(schedule.ranks), [0.0] * len(schedule.ranks)
-    played: list[list[Slot]] = [[] for _ in schedule.ranks]
+    played: list[list[TimedAction]] = [[] for _ in schedule.ranks]
     left = [_left_before(actions) for actions in schedule.ranks]
     waiting: dict[Thing, list[int]] = {}  # thing -> the ranks that wait for it
     able = list(range(len(schedule.ranks)))
@@ -64,7 +64,7 @@ def timeline(schedule: Schedule, costs: Costs = COSTS) -> list[list[Slot]]:
             free[rank] = start
             if action.op in COMPUTE:
                 free[rank] += costs[action.op]
-                played[rank].append(Slot(action, start, free[rank]))
+                played[rank].append(TimedAction(action, start, free[rank]))
             at[made_by(action)] = free[rank]
             able += waiting.pop(made_by(action), ())
             position[rank] += 1

@@ -189,7 +189,7 @@ class CommonOrder:
         returns = [each in self._returns for each in self.units]
         more = tells or (unit is None and self._wanted != self.order)
         votes = torch.tensor([*wants, *returns, self._older(), more], dtype=torch.float32)
-        with self.axis.wire.during("order", unit=""):
+        with self.axis.comm.label("order", unit=""):
             ops.wait_for_readers(self.ballot, self.axis)
             self.ballot.copy_(votes)
             told = ops.all_reduce_into(self.ballot, self.axis).wait().tolist()
@@ -227,7 +227,7 @@ class CommonOrder:
         """Some rank has more to tell. If all have wanted the same, that is the order now."""
         place = {unit: i for i, unit in enumerate(self.units)}
         mine = json.dumps([[place[unit] for unit in self._wanted], written])
-        with self.axis.wire.during("order", unit=""):
+        with self.axis.comm.label("order", unit=""):
             everybody = [json.loads(b) for b in ops.all_gather_bytes(mine.encode(), self.axis)]
         if all(wanted == everybody[0][0] for wanted, _ in everybody):
             self.order = self._wanted

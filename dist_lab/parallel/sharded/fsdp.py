@@ -70,7 +70,7 @@ def apply(
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     refuse_recurrent(model)
-    keep = maker(offload, axis.wire.device)
+    keep = maker(offload, axis.device)
     slots, gather_axis = param_slots(model), setup.channel()
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = owing | {
@@ -343,7 +343,7 @@ class FullySharded(Sync):
         for group in self.groups:
             group.forget()
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
-            yield from group.held()
+            yield from group.extra_memory()
         yield from (("buffers", held) for held in (self.order.ballot, *self.staging.values()))

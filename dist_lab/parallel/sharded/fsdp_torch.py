@@ -92,7 +92,7 @@ def apply(
     def materialize(names: Sequence[str]) -> None:
         for name in names:
             if model.get_parameter(name).is_meta:
-                set_param(found[name], setup.full_value(name).to(axis.wire.device))
+                set_param(found[name], setup.full_value(name).to(axis.device))
 
     scalars = [name for name, p in model.named_parameters() if not p.dim()]
     materialize(scalars)
@@ -157,7 +157,7 @@ class ThroughFSDP(Sync):
     find_unused: bool
 
     last = True  # nothing follows the micro-batch that is under way
-    staying = False  # units stay whole until the last micro-batch's backward
+    keep_unsharded = False  # units stay whole until the last micro-batch's backward
     owed = False  # a backward has left gradients for a later one to reduce
     begun = False  # this forward, and the library knows of it
     ended = True  # the last forward and the last backward have, without an exception
@@ -187,14 +187,14 @@ class ThroughFSDP(Sync):
             if torch.is_grad_enabled():
                 self.used.append(set())
             if self.keep_gathered:
-                keep = self.staying or not self.reshard_after_forward
+                keep = self.keep_unsharded or not self.reshard_after_forward
                 self.root.set_reshard_after_forward(not keep)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if phase is Phase.BACKWARD:
             if unit == ROOT:
                 self.ended = True
-                self.staying = self.keep_gathered and not self.last
+                self.keep_unsharded = self.keep_gathered and not self.last
                 self.owed = not self.last and (self.defer_reduce or self.replicate.size > 1)
         elif not torch.is_grad_enabled():  # no backward follows that would do it
             for name, module in self.sharded.items():
@@ -221,7 +221,7 @@ class ThroughFSDP(Sync):
         self._sum_scalars(anywhere)
         for module in self.sharded.values():
             module.reshard()
-        self.staying = False
+        self.keep_unsharded = False
 
     def _sum_scalars(self, used: set[str]) -> None:
         """Sum the gradients of scalars, and clear those of unused parameters, which come as 0."""
@@ -232,7 +232,7 @@ class ThroughFSDP(Sync):
         gradients = [self.model.get_parameter(name).grad for name in self.scalars]
         flags = [g is not None for g in gradients] + [n in used for n in names[len(gradients) :]]
         mine = [0.0 if g is None else float(g) for g in gradients]
-        both = torch.tensor([*mine, *flags], dtype=torch.float64, device=self.axis.wire.device)
+        both = torch.tensor([*mine, *flags], dtype=torch.float64, device=self.axis.device)
         for axis in (self.axis, self.replicate):
             both = ops.all_reduce(both, axis)
         for name, value in zip(self.scalars, both, strict=False):
@@ -243,7 +243,7 @@ class ThroughFSDP(Sync):
                 self.model.get_parameter(name).grad = None
 
     def forget(self) -> None:
-        self.used, self.staying, self.owed = [], False, False
+        self.used, self.keep_unsharded, self.owed = [], False, False
         if self.begun:
             self._reset()
 
@@ -255,7 +255,7 @@ class ThroughFSDP(Sync):
             forget_unsharded_gradients(module)
         self.ended = True
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for leaf in self.leaves.values():
             yield "gathered", leaf
 
@@ -338,7 +338,7 @@ def _set_norms_apart(
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
     """Make the DeviceMesh of these axes, on their own process groups."""
-    me, kind = axis.ranks[axis.index], axis.wire.device.type
+    me, kind = axis.ranks[axis.index], axis.device.type
     group = axis.group_even_of_one()
     if replicate.group is None:
         return DeviceMesh.from_group(group, kind, mesh_dim_names=(axis.name,))

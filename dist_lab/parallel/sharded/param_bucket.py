@@ -59,7 +59,7 @@ def shard_in_buckets(
             offset += numel
     for name, p in model.named_parameters():
         if not p.requires_grad and p.is_meta:  # what is frozen stays whole
-            set_param(slots[name], setup.full_value(name).to(axis.wire.device))
+            set_param(slots[name], setup.full_value(name).to(axis.device))
     return layouts, [
         ParamBucket(
             bucket_label(i, names), names, slots, flats, axis, gather_axis, setup.full_value

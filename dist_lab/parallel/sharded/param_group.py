@@ -80,7 +80,7 @@ class ParamGroup:
         lengths = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
         memory, self.sent = self._memory(sum(lengths.values()), keep)
         self.sharded = FlatBuffer(memory, {name: (n,) for name, n in lengths.items()}, self.label)
-        like = torch.empty(0, dtype=self.compute_dtype, device=axis.wire.device)
+        like = torch.empty(0, dtype=self.compute_dtype, device=axis.device)
         self.params: list[ShardedParam] = []
         for name, own in slots.items():
             value = shard_value(full_value(name), axis)
@@ -110,7 +110,7 @@ class ParamGroup:
         sent = ops.shared_buffer(length, self.compute_dtype, self.gather_axis)
         if self.kept_dtype == self.compute_dtype:
             return sent, sent
-        kept = torch.zeros(length, dtype=self.kept_dtype, device=self.axis.wire.device)
+        kept = torch.zeros(length, dtype=self.kept_dtype, device=self.axis.device)
         return kept, sent
 
     @property
@@ -143,7 +143,7 @@ class ParamGroup:
 
     def _to_send(self) -> Tensor:
         if self.sent is None:
-            return self.sharded.memory.to(self.gather_axis.wire.device, self.compute_dtype)
+            return self.sharded.memory.to(self.gather_axis.device, self.compute_dtype)
         if self.sent is not self.sharded.memory:
             self.wait_for_readers()
             self.sent.copy_(self.sharded.memory)
@@ -291,7 +291,7 @@ class ParamGroup:
         self.reshard()
         self.written = {}
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for param in self.params:
             if param.rows is not None:
                 yield "gathered", param.rows

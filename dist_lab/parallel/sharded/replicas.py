@@ -21,7 +21,7 @@ def sum_over_replicas(groups: Sequence[ParamGroup], replicate: Axis) -> None:
     if replicate.size == 1 or not groups:
         return
     have = torch.tensor([g.total is not None for g in groups], dtype=torch.uint8)
-    have = ops.all_reduce(have.to(replicate.wire.device), replicate, "max")
+    have = ops.all_reduce(have.to(replicate.device), replicate, "max")
     groups = [group for group, yes in zip(groups, have.tolist(), strict=True) if yes]
     for group in groups:
         group.issue_sum(replicate)

@@ -184,9 +184,11 @@ class ZeroSync(Sync):
         for bucket in self.buckets:
             bucket.forget()
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         yield from (("buffers", buffer) for buffer in (self.flags, *self.staging))
-        yield from (("gradients", held) for bucket in self.buckets for held in bucket.held())
+        yield from (
+            ("gradients", held) for bucket in self.buckets for held in bucket.extra_memory()
+        )
 
 
 @final
@@ -232,7 +234,7 @@ class Stage1Bucket:
     def forget(self) -> None:
         self.params.stand_in()  # as under ddp, the gradients of earlier micro-batches stay
 
-    def held(self) -> Iterator[Tensor]:
+    def extra_memory(self) -> Iterator[Tensor]:
         yield self.gradients.memory
 
 
@@ -294,7 +296,7 @@ class Stage2Bucket:
         self.params.drop_whole_grads()
         self.params.stand_in()
 
-    def held(self) -> Iterator[Tensor]:
+    def extra_memory(self) -> Iterator[Tensor]:
         if self.sums is not None:
             yield self.sums.memory
         if self.incoming is not None:

@@ -20,24 +20,23 @@ Role = str | tuple[str, int]
 Plan = Mapping[str, Role]
 
 SPLIT = {  # role -> what it can split
-    "column": nn.Linear,
-    "grouped": nn.Linear,
-    "gathered": nn.Linear,
-    "row": nn.Linear,
+    "colwise": nn.Linear,
+    "colwise_grouped": nn.Linear,
+    "colwise_gather_output": nn.Linear,
+    "rowwise": nn.Linear,
     "vocabulary": nn.Linear | nn.Embedding,
 }
-NOT_SPLIT = ("whole", "sequence", "cut", "joined")
-IN_BLOCKS = ("column", "grouped")
-ALSO_CALLED = {  # the field's names
-    "colwise": "column",
-    "rowwise": "row",
-    "colwise_grouped": "grouped",
-    "colwise_gather_output": "gathered",
-    "scatter_output": "cut",
-    "gather_input": "joined",
-    "replicate": "whole",
+NOT_SPLIT = ("replicate", "sequence", "scatter_output", "gather_input")
+IN_BLOCKS = ("colwise", "colwise_grouped")
+OLD_NAMES = {  # still accepted
+    "column": "colwise",
+    "row": "rowwise",
+    "grouped": "colwise_grouped",
+    "gathered": "colwise_gather_output",
+    "cut": "scatter_output",
+    "joined": "gather_input",
+    "whole": "replicate",
 }
-FIELD_NAMES = {ours: theirs for theirs, ours in ALSO_CALLED.items()}
 
 
 @runtime_checkable
@@ -78,7 +77,7 @@ def own_plan(model: nn.Module) -> Plan:
     if not isinstance(model, BringsItsPlan):
         raise UserError(
             f"{type(model).__name__} has no tp_plan(), which says what of it is split; give "
-            'plan={"up": "column", "down": "row", ...}'
+            'plan={"up": "colwise", "down": "rowwise", ...}'
         )
     return model.tp_plan()
 
@@ -91,7 +90,7 @@ def is_tested(model: nn.Module, plan: Plan | None) -> bool:
 def takes_whole(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
     """Whether, under sequence parallelism, the model is given whole sequences and cuts them."""
     return any(
-        planned.role == "cut"
+        planned.role == "scatter_output"
         or (planned.role == "vocabulary" and isinstance(model.get_submodule(name), nn.Embedding))
         for name, planned in plan.items()
     )
@@ -142,20 +141,21 @@ def check_all_named(
         if parameter.requires_grad and any(module not in covered for module, _ in found[name]):
             raise UserError(
                 f"{name} is in no module that the plan names: under sequence parallelism it must "
-                'say whether that sees a piece of the sequence, "sequence", or all of it, "whole"'
+                'say whether that sees a shard of the sequence, "sequence", or all of it, '
+                '"replicate"'
             )
 
 
 def _read(glob: str, role: Role) -> Planned:
     name, block = role if isinstance(role, tuple) and len(role) == 2 else (role, 1)
-    name = ALSO_CALLED.get(name, name) if isinstance(name, str) else name
+    name = OLD_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in (*SPLIT, *NOT_SPLIT):
-        roles = ", ".join((*SPLIT, *NOT_SPLIT, *ALSO_CALLED))
+        roles = ", ".join((*SPLIT, *NOT_SPLIT))
         raise UserError(f"the plan's role of {glob} is {role!r}; there are {roles}")
     if not isinstance(block, int) or block < 1 or (block > 1 and name not in IN_BLOCKS):
         raise UserError(
             f"the plan's role of {glob} is {role!r}; {' and '.join(IN_BLOCKS)} take the number of "
-            'outputs that stay together, ("column", 64), and no other role does'
+            'outputs that stay together, ("colwise", 64), and no other role does'
         )
     return Planned(name, block)
 
@@ -216,11 +216,11 @@ def _extended(
     plan: Mapping[str, Planned], cut: bool,
 ) -> Layout:  # fmt: skip
     around = next((outer for outer in (name, *_around(name)) if outer in plan), None)
-    planned = plan[around] if around is not None else Planned("whole")
+    planned = plan[around] if around is not None else Planned("replicate")
     role, block = planned.role, planned.block
-    if role == "row" and attribute == "weight":
+    if role == "rowwise" and attribute == "weight":
         return layout.split(axis.name, Shard(1))
-    if role in ("row", "sequence"):
+    if role in ("rowwise", "sequence"):
         return layout.owing(Owed(axis.name)) if cut and axis.size > 1 else layout
     if role not in SPLIT:
         return layout
@@ -228,9 +228,11 @@ def _extended(
     blocks, rest = divmod(outputs, block)
     if rest:
         raise UserError(f"{name} has {outputs} outputs, and the plan keeps {block} together")
-    even = role in ("grouped", "gathered") or block > 1  # a range of a vocabulary may be shorter
+    even = (
+        role in ("colwise_grouped", "colwise_gather_output") or block > 1
+    )  # a range of a vocabulary may be shorter
     copies = 1
-    if role == "grouped" and blocks < axis.size and axis.size % blocks == 0:
+    if role == "colwise_grouped" and blocks < axis.size and axis.size % blocks == 0:
         copies = axis.size // blocks  # neighbors have the same, as they have neighboring queries
         layout = layout.owing(Owed(axis.name, neighbours=copies))
     elif even and blocks % axis.size:

@@ -31,7 +31,7 @@ from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import MachineError, UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, Shard, shard_of, slice_local
-from dist_lab.parallel.tensor.plan import FIELD_NAMES, Planned, takes_whole
+from dist_lab.parallel.tensor.plan import Planned, takes_whole
 from dist_lab.parallel.tensor.same_inputs import random_states
 from dist_lab.parallel.tensor.sequence import T
 from dist_lab.parallel.tensor.trial import (
@@ -79,12 +79,12 @@ class PlanCheck:
         gradients = torch.is_grad_enabled()
         if self.outputs_agree and not gradients:
             return
-        devices = [torch.cuda.current_device()] if self.axis.wire.device.type == "cuda" else []
+        devices = [torch.cuda.current_device()] if self.axis.device.type == "cuda" else []
         with (
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
             torch.random.fork_rng(devices),
-            self.axis.wire.during("check", unit="plan"),
+            self.axis.comm.label("check", unit="plan"),
         ):
             self._try_out((args, kwargs))
         self.outputs_agree = True
@@ -266,7 +266,7 @@ class PlanCheck:
         planned, size, index = self.plan.get(name), self.axis.size, self.axis.index
         if full.dim() and id(mine) in split.logits:
             return shard_of(full, Shard(full.dim() - 1), size, index)
-        if full.dim() and planned is not None and planned.role in ("column", "grouped"):
+        if full.dim() and planned is not None and planned.role in ("colwise", "colwise_grouped"):
             return shard_of(full, Shard(full.dim() - 1, self._copies(name)), size, index)
         in_pieces = self.cut and full.dim() > 1 and full.shape != mine.shape
         return full.chunk(size, T)[index] if in_pieces and full.shape[T] % size == 0 else full
@@ -288,9 +288,9 @@ class PlanCheck:
         called = [name for name, _ in split.outputs[:until] if name]
         still_open: list[str] = []
         for name in called:
-            if self.plan[name].role in ("column", "grouped"):
+            if self.plan[name].role in ("colwise", "colwise_grouped"):
                 still_open.append(name)
-            elif self.plan[name].role == "row":
+            elif self.plan[name].role == "rowwise":
                 around = name.rpartition(".")[0]
                 still_open = [n for n in still_open if around and not n.startswith(f"{around}.")]
         if self.cut and not still_open:
@@ -306,10 +306,10 @@ class PlanCheck:
         names = [n for n in dict.fromkeys(names) if n.rpartition(".")[0] == parent]
         kind = type(self.model.get_submodule(parent)).__name__
         where = f"{kind} ({parent})" if parent else kind
-        role = "column" if still_open else self.plan[names[-1]].role
+        role = "colwise" if still_open else self.plan[names[-1]].role
         return (
             f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} "
-            f"{FIELD_NAMES.get(role, role)}, but {where} does something else with a part "
+            f"{role}, but {where} does something else with a part "
             f"than with the whole: {detail}; split fused layers in several, take the number of "
             "heads from the shape (-1), plan a rowwise layer after it, plan it "
             "colwise_gather_output, or leave it out of the plan"

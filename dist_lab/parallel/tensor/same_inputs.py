@@ -34,7 +34,7 @@ def compare_inputs(
     plan are of the zoo, and the mesh does not `check`, in the first.
     """
     if axis.size > 1:
-        every = axis.wire.check or not is_tested(model, plan)
+        every = axis.comm.check or not is_tested(model, plan)
         SameInputs(model, axis, every=every, pieces=cut and not takes_whole(model, named))
 
 
@@ -61,8 +61,8 @@ class SameInputs:
         self.due = self.every
         inputs = digest(tensors_in([args, kwargs]), values=not self.pieces)
         self.generators = digest(random_states(self.axis))
-        mine = torch.tensor([[inputs, self.generators]], device=self.axis.wire.device)
-        with self.axis.wire.during("check", unit="inputs"):
+        mine = torch.tensor([[inputs, self.generators]], device=self.axis.device)
+        with self.axis.comm.label("check", unit="inputs"):
             rows = ops.all_gather(mine, self.axis)
         odd_inputs, self.odd_generator = (self._odd(column) for column in rows.T.tolist())
         if odd_inputs is not None:
@@ -99,8 +99,8 @@ class SameInputs:
 def random_states(axis: Axis) -> Iterator[Tensor]:
     """The states of the generators that a forward on this device draws from."""
     yield torch.get_rng_state()
-    if axis.wire.device.type == "cuda":
-        yield torch.cuda.get_rng_state(axis.wire.device)
+    if axis.device.type == "cuda":
+        yield torch.cuda.get_rng_state(axis.device)
 
 
 def digest(tensors: Iterator[Tensor], *, values: bool = True) -> int:

@@ -14,13 +14,13 @@ from dist_lab.comm.ops import Pending
 from dist_lab.comm.shared.scratch import Scratch
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.split_linear import Owe, split_linear, weight_gradient
+from dist_lab.parallel.split_linear import OnOutputGrad, split_linear, weight_gradient
 from dist_lab.parallel.tensor.plan import divisors
 
 T = -2  # the dim of a sequence, in (..., T, D)
 
 
-class Residual:
+class ActivationLayout:
     """How what flows between the blocks lies: whole on every rank, or each a piece of the sequence.
 
     Args:
@@ -71,19 +71,19 @@ class _Summed(torch.autograd.Function):
     """x{U_tp} -> x; backward is its conjugate: nothing, or all_gather."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Residual) -> Tensor:
-        ctx.residual = residual
-        y = residual.start_sum(x).wait()
+    def forward(ctx: Any, x: Tensor, activations: ActivationLayout) -> Tensor:
+        ctx.activations = activations
+        y = activations.start_sum(x).wait()
         return y.view_as(y) if y is x else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():  # somebody will take the derivative of this
-            return entered(dy, ctx.residual), None
-        return ctx.residual.whole(dy), None
+            return entered(dy, ctx.activations), None
+        return ctx.activations.whole(dy), None
 
 
-class Entry:
+class SharedColumnInput:
     """The way from the stream into columns that read it together.
 
     The first of them that is given a tensor brings it in for all; what was brought in is let go
@@ -91,15 +91,15 @@ class Entry:
     brings that in anew.
     """
 
-    def __init__(self, residual: Residual) -> None:
-        self.residual = residual
+    def __init__(self, activations: ActivationLayout) -> None:
+        self.activations = activations
         self.columns: list[nn.Linear] = []
         self.leave()
 
     def leave(self) -> None:
         self.given: tuple[Tensor, int | None] | None = None
         self.inside: Tensor | None = None
-        self.weights: dict[nn.Linear, tuple[Tensor, Owe]] = {}  # of those still to come
+        self.weights: dict[nn.Linear, tuple[Tensor, OnOutputGrad]] = {}  # of those still to come
 
     def __call__(self, x: Tensor, column: nn.Linear) -> Tensor:
         """x W^T + b of one of them."""
@@ -110,23 +110,23 @@ class Entry:
         if not known or column not in self.weights:
             owed: dict[int, Tensor] = {}
             weights = [one.weight for one in self.columns]
-            self.inside, *entered = _Enter.apply(x, self.residual, owed, *weights)
+            self.inside, *entered = _Enter.apply(x, self.activations, owed, *weights)
             self.given = x, version
             self.weights = {
                 one: (weight, partial(owed.__setitem__, i))
                 for i, (one, weight) in enumerate(zip(self.columns, entered, strict=True))
             }
-        inside, (weight, owe) = self.inside, self.weights.pop(column)
+        inside, (weight, on_grad) = self.inside, self.weights.pop(column)
         assert inside is not None
         if not self.weights:
             self.leave()
-        return split_linear(inside, weight, column.bias, owe)
+        return split_linear(inside, weight, column.bias, on_grad)
 
 
-def entered(x: Tensor, residual: Residual) -> Tensor:
+def entered(x: Tensor, activations: ActivationLayout) -> Tensor:
     """Differentiable: x from the stream, of which each rank goes on to use a part of its own."""
     inside: Tensor
-    (inside,) = _Enter.apply(x, residual, {})
+    (inside,) = _Enter.apply(x, activations, {})
     return inside
 
 
@@ -140,13 +140,17 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Residual, owed: dict[int, Tensor], *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        activations: ActivationLayout,
+        owed: dict[int, Tensor],
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.residual, ctx.owed = residual, owed
+        ctx.activations, ctx.owed = activations, owed
         ctx.set_materialize_grads(False)
-        whole = residual.whole(x)
+        whole = activations.whole(x)
         inside = x.view_as(x) if whole is x else whole
-        ctx.save_for_backward(x if residual.regather else inside)
+        ctx.save_for_backward(x if activations.regather else inside)
         entered = [weight.view_as(weight) for weight in weights]
         outputs = [inside, *entered]
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
@@ -155,13 +159,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        residual, owed, again = ctx.residual, ctx.owed, torch.is_grad_enabled()
+        activations, owed, again = ctx.activations, ctx.owed, torch.is_grad_enabled()
         pending = None
         if dx is not None:  # dx{U_tp} -> dx
-            pending = Pending(residual.summed(dx)) if again else residual.start_sum(dx)
+            pending = Pending(activations.summed(dx)) if again else activations.start_sum(dx)
         (x,) = ctx.saved_tensors
-        if residual.regather and owed:
-            x = entered(x, residual) if again else residual.whole(x)
+        if activations.regather and owed:
+            x = entered(x, activations) if again else activations.whole(x)
         gradients = list(given)
         for i, before in enumerate(given):
             if i in owed:

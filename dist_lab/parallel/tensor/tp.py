@@ -27,21 +27,20 @@ Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.0519
 [Note: the plan] What each module does is data: globs on names, where a `*` is one name between
 dots, to a role. A model of the zoo brings its own, `tp_plan()`.
 
-    "column"              a Linear whose outputs are split, W[F_tp, D] as torch stores it
-    ("column", 64)        in whole blocks of 64 outputs: attention heads
-    ("grouped", 64)       the same; of fewer blocks than ranks each lies on several: keys and values
-    "gathered"            a column whose outputs are put together again
-    "row"                 a Linear whose inputs are split, W[D, F_tp]; it cuts whole ones itself
-    "vocabulary"          an Embedding, or the Linear that gives logits: see vocabulary.py
-    "whole"               anything else: every rank has it, and computes the same
+    "colwise"                a Linear whose outputs are split, W[F_tp, D] as torch stores it
+    ("colwise", 64)          the same in whole blocks of 64 outputs: attention heads
+    ("colwise_grouped", 64)  with fewer blocks than ranks, each on several of them: keys and values
+    "colwise_gather_output"  colwise, and its outputs are gathered again
+    "rowwise"                a Linear whose inputs are split, W[D, F_tp]; it splits unsplit inputs
+    "vocabulary"             an Embedding, or the Linear that gives logits: see vocabulary.py
+    "replicate"              anything else: every rank has it, and computes the same
                                             ... and under sequence parallelism
-    "sequence"            sees a piece of the sequence, dim -2, as it comes: norms
-    "cut"                 sees whole inputs, and its outputs are cut
-    "joined"              sees whole inputs, put together from pieces
+    "sequence"               sees a shard of the sequence, dim -2, as it comes: norms
+    "scatter_output"         sees the whole sequence, and its output is split along it
+    "gather_input"           sees the whole sequence, gathered from shards
 
-They may also be called colwise, colwise_grouped, colwise_gather_output, rowwise, replicate,
-scatter_output and gather_input. A plan that is not the zoo's is tried before its first forward,
-see plan_check.py; what every rank must be given alike is compared in each, see same_inputs.py.
+A plan that is not the zoo's is tried before its first forward: see plan_check.py. In each forward
+ranks compare the inputs that must be the same on all of them: see same_inputs.py.
 
 [Note: columns that read together] Columns of one parent that are given one and the same tensor,
 such as q, k and v, share its way in: it is gathered once, and the sum of their input gradients is
@@ -69,7 +68,7 @@ from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, is_tested
 from dist_lab.parallel.tensor.plan_check import PlanCheck
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
-from dist_lab.parallel.tensor.sequence import Entry, Residual, entered
+from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, entered
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
@@ -98,18 +97,18 @@ def apply(
     named, _, layouts = arrange(setup, plan, cut=sequence_parallel)
 
     def split(model: nn.Module, full_value: Callable[[str], Tensor]) -> Sync:
-        residual = Residual(axis, cut=sequence_parallel, regather=regather)
+        activations = ActivationLayout(axis, cut=sequence_parallel, regather=regather)
         for name, own in param_slots(model).items():
             value, how = full_value(name), dict(layouts[name].splits).get(axis.name)
             if isinstance(how, Shard):
                 value = shard_of(value, how, axis.size, axis.index)
-            set_param(own, value.to(axis.wire.device, copy=True))
-        entries = split_forwards(model, named, residual)
-        return TensorParallel(replace(setup, model=model), layouts, residual, entries)
+            set_param(own, value.to(axis.device, copy=True))
+        entries = split_forwards(model, named, activations)
+        return TensorParallel(replace(setup, model=model), layouts, activations, entries)
 
     sync = split(model, setup.full_value)
     compare_inputs(model, axis, named, plan, cut=sequence_parallel)
-    if axis.size > 1 and not is_tested(model, plan) and not axis.wire.pretended:
+    if axis.size > 1 and not is_tested(model, plan) and not axis.comm.dry_run:
         split_copy = lambda copy: split(copy, lambda name: copy.get_parameter(name).detach())  # noqa: E731
         PlanCheck(setup, named, layouts, split_copy, cut=sequence_parallel)
     return Applied(layouts, sync)
@@ -119,61 +118,75 @@ def apply(
 
 
 def split_forwards(
-    model: nn.Module, plan: Mapping[str, Planned], residual: Residual
-) -> list[Entry]:
+    model: nn.Module, plan: Mapping[str, Planned], activations: ActivationLayout
+) -> list[SharedColumnInput]:
     """Replace forwards, each as its role wants. Returns the entries of the columns."""
-    entries: dict[str, Entry] = {}  # by parent: see [Note: columns that read together]
+    entries: dict[str, SharedColumnInput] = {}  # by parent: see [Note: columns that read together]
     for name, planned in plan.items():
         module = model.get_submodule(name)
         if planned.role in FORWARDS:
-            compute, entry = FORWARDS[planned.role], None
+            compute, shared_input = FORWARDS[planned.role], None
             if isinstance(module, nn.Embedding):
                 check_embedding(name, module)
                 compute = _embedding
-            elif isinstance(module, nn.Linear) and planned.role != "row":
-                entry = entries.setdefault(name.rpartition(".")[0], Entry(residual))
-                entry.columns.append(module)
+            elif isinstance(module, nn.Linear) and planned.role != "rowwise":
+                shared_input = entries.setdefault(
+                    name.rpartition(".")[0], SharedColumnInput(activations)
+                )
+                shared_input.columns.append(module)
             in_a_copy = partial(refuse_copy, type(module).__name__)
-            module.forward = ModuleHook(partial(compute, residual, entry, module), in_a_copy)
-        elif planned.role == "cut":
-            module.register_forward_hook(ModuleHook(lambda m, args, y: residual.piece(y)))
-        elif planned.role == "joined":
+            module.forward = ModuleHook(
+                partial(compute, activations, shared_input, module), in_a_copy
+            )
+        elif planned.role == "scatter_output":
+            module.register_forward_hook(ModuleHook(lambda m, args, y: activations.piece(y)))
+        elif planned.role == "gather_input":
             module.register_forward_pre_hook(
-                ModuleHook(lambda m, args: (residual.joined(args[0]), *args[1:]))
+                ModuleHook(lambda m, args: (activations.joined(args[0]), *args[1:]))
             )
     return list(entries.values())
 
 
-def _column(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> Tensor:
-    return entry(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
+def _column(
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+) -> Tensor:
+    return shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
 
 
-def _gathered(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> Tensor:
-    y = entry(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
-    return autograd.gather_replicated(y, residual.axis, -1)  # Out[B, F]
+def _gathered(
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+) -> Tensor:
+    y = shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
+    return autograd.gather_replicated(y, activations.axis, -1)  # Out[B, F]
 
 
-def _logits(residual: Residual, entry: Entry, linear: nn.Linear, x: Tensor) -> SplitLogits:
-    return SplitLogits(entry(x, linear), linear.out_features, residual.scratch)
+def _logits(
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+) -> SplitLogits:
+    return SplitLogits(shared_input(x, linear), linear.out_features, activations.scratch)
 
 
-def _row(residual: Residual, entry: None, linear: nn.Linear, x: Tensor) -> Tensor:
+def _row(activations: ActivationLayout, shared_input: None, linear: nn.Linear, x: Tensor) -> Tensor:
     here = linear.weight.shape[1]
     if x.shape[-1] == linear.in_features != here:  # whole: no column stands before it
-        start, _ = shard_bounds(linear.in_features, residual.axis.size, residual.axis.index)
-        x = entered(x, residual).narrow(-1, start, here)  # In[B, F] -> In[B, F_tp]
-    y = residual.summed(F.linear(x, linear.weight))  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp} -> Out
+        start, _ = shard_bounds(linear.in_features, activations.axis.size, activations.axis.index)
+        x = entered(x, activations).narrow(-1, start, here)  # In[B, F] -> In[B, F_tp]
+    y = activations.summed(
+        F.linear(x, linear.weight)
+    )  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp} -> Out
     return y if linear.bias is None else y + linear.bias  # once, and not by each rank
 
 
-def _embedding(residual: Residual, entry: None, module: nn.Embedding, tokens: Tensor) -> Tensor:
+def _embedding(
+    activations: ActivationLayout, shared_input: None, module: nn.Embedding, tokens: Tensor
+) -> Tensor:
     size, padding = module.num_embeddings, module.padding_idx
-    return residual.summed(look_up(tokens, module.weight, size, padding, residual.axis))
+    return activations.summed(look_up(tokens, module.weight, size, padding, activations.axis))
 
 
 FORWARDS: Mapping[str, Callable[..., Any]] = {
-    "column": _column, "grouped": _column, "gathered": _gathered, "row": _row,
-    "vocabulary": _logits,
+    "colwise": _column, "colwise_grouped": _column, "colwise_gather_output": _gathered,
+    "rowwise": _row, "vocabulary": _logits,
 }  # fmt: skip
 
 
@@ -184,10 +197,10 @@ class TensorParallel(Sync):
     """Activations travel by themselves; here is paid what [Note: partial gradients] owes."""
 
     def __init__(
-        self, setup: Setup, layouts: Mapping[str, Layout], residual: Residual,
-        entries: Sequence[Entry],
+        self, setup: Setup, layouts: Mapping[str, Layout], activations: ActivationLayout,
+        entries: Sequence[SharedColumnInput],
     ) -> None:  # fmt: skip
-        self.model, self.residual, self.entries = setup.model, residual, entries
+        self.model, self.activations, self.entries = setup.model, activations, entries
         self.owed: dict[tuple[Axis, torch.dtype], list[str]] = {}
         for name, layout in layouts.items():
             for owed in layout.partial:
@@ -198,21 +211,21 @@ class TensorParallel(Sync):
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
-            for entry in self.entries:  # what a column has not read by now it will not
-                entry.leave()
+            for shared_input in self.entries:  # what a column has not read by now it will not
+                shared_input.leave()
 
     def finish(self) -> None:
         for (axis, _), names in self.owed.items():
             parameters = [self.model.get_parameter(name) for name in names]
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
-                with axis.wire.during(unit=f"partial gradients of {len(gradients)}"):
+                with axis.comm.label(unit=f"partial gradients of {len(gradients)}"):
                     flat = torch.cat([gradient.flatten() for gradient in gradients])
                     summed = ops.all_reduce_into(flat, axis).wait()  # dW{U_tp} -> dW
                 parts = summed.split([gradient.numel() for gradient in gradients])
                 for gradient, part in zip(gradients, parts, strict=True):
                     gradient.copy_(part.view_as(gradient))
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
-        for buffer in self.residual.scratch.held():
+    def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
+        for buffer in self.activations.scratch.extra_memory():
             yield "buffers", buffer

@@ -55,11 +55,11 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     _refuse_uneven(model, named, axis)
     forget_shardings()
     group = axis.group_even_of_one()
-    mesh = DeviceMesh.from_group(group, axis.wire.device.type, mesh_dim_names=(axis.name,))
+    mesh = DeviceMesh.from_group(group, axis.device.type, mesh_dim_names=(axis.name,))
     split = partial(_split, mesh, named, cut=sequence_parallel)
     sync = split(model)
     compare_inputs(model, axis, named, plan, cut=sequence_parallel)
-    if axis.size > 1 and not is_tested(model, plan) and not axis.wire.pretended:
+    if axis.size > 1 and not is_tested(model, plan) and not axis.comm.dry_run:
         PlanCheck(setup, named, layouts, split, cut=sequence_parallel)
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
@@ -90,7 +90,7 @@ def _split(
         module = model.get_submodule(name)
         if planned.role == "vocabulary" and isinstance(module, nn.Linear):
             module.register_forward_hook(ModuleHook(lambda m, args, y: SplitLogits(y)))
-        elif planned.role == "row":
+        elif planned.role == "rowwise":
             hook = ModuleHook(partial(_split_whole, mesh, stream))
             module.register_forward_pre_hook(hook, prepend=True)
     return ThroughDTensor(model)
@@ -99,10 +99,10 @@ def _split(
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
     """What flows between column and row is a plain tensor, and its pieces are taken to be equal."""
     for name, planned in plan.items():
-        if planned.role in ("column", "grouped", "gathered", "row"):
+        if planned.role in ("colwise", "colwise_grouped", "colwise_gather_output", "rowwise"):
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear), name
-            width = linear.in_features if planned.role == "row" else linear.out_features
+            width = linear.in_features if planned.role == "rowwise" else linear.out_features
             if width % axis.size:
                 raise UserError(
                     f"DTensor splits in equal pieces alone, and {name} has {width} for "
@@ -127,12 +127,12 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
     styles: dict[str, Any] = {}
     for name, planned in plan.items():
         match planned.role:
-            case "column" | "grouped":
+            case "colwise" | "colwise_grouped":
                 own = whole if name.rpartition(".")[0] in together else stream
                 styles[name] = ColwiseParallel(input_layouts=own)
-            case "gathered":
+            case "colwise_gather_output":
                 styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=whole)
-            case "row":
+            case "rowwise":
                 styles[name] = RowwiseParallel(output_layouts=stream)
             case "vocabulary" if isinstance(model.get_submodule(name), nn.Embedding):
                 styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=stream)
@@ -142,11 +142,11 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
                 )
             case "sequence" if cut:
                 styles[name] = SequenceParallel(use_local_output=True)
-            case "cut" if cut:
+            case "scatter_output" if cut:
                 styles[name] = PrepareModuleOutput(
                     output_layouts=whole, desired_output_layouts=stream
                 )
-            case "joined" if cut:
+            case "gather_input" if cut:
                 styles[name] = PrepareModuleInput(
                     input_layouts=stream, desired_input_layouts=whole, use_local_output=True
                 )
@@ -155,7 +155,9 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
 
 def _together(plan: Mapping[str, Planned]) -> set[str]:
     """Parents of several columns, which read their first argument."""
-    parents = [n.rpartition(".")[0] for n, p in plan.items() if p.role in ("column", "grouped")]
+    parents = [
+        n.rpartition(".")[0] for n, p in plan.items() if p.role in ("colwise", "colwise_grouped")
+    ]
     return {parent for parent in parents if parent and parents.count(parent) > 1}
 
 

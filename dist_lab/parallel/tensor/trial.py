@@ -168,7 +168,7 @@ def whole_inputs(inputs: Inputs, axis: Axis) -> Inputs:
     A tensor that is the same on every rank has not been cut, unless all are. Collective.
     """
     marks = {id(x): fingerprint(x) for x in tensors_in([*inputs])}
-    rows = ops.all_gather(torch.tensor([[*marks.values()]], device=axis.wire.device), axis)
+    rows = ops.all_gather(torch.tensor([[*marks.values()]], device=axis.device), axis)
     differs = dict(zip(marks, (rows != rows[0]).any(0).tolist(), strict=True))
 
     def together(x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class SplitLogits:
         raise UserError(
             f"{getattr(function, '__name__', function)} on logits that are split over the ranks by "
             "vocabulary; job.cross_entropy_sum(output, target) is the loss, and for whole logits "
-            'give the head "gathered" in the plan'
+            'give the head "colwise_gather_output" in the plan'
         )
 
     def __getattr__(self, name: str) -> NoReturn:

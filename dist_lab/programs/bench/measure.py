@@ -16,7 +16,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.observe.console import Progress
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.processes.ranks import cores
-from dist_lab.programs.bench.report import Row, report
+from dist_lab.programs.bench.report import BenchRow, report
 from dist_lab.programs.bench.settings import Bench
 from dist_lab.programs.compare.ratios import orders
 from dist_lab.programs.compare.rounds import block
@@ -30,7 +30,7 @@ def run(bench: Bench, mesh: Mesh) -> int:
     with together(mesh.world):
         if mesh.rank == 0:
             folder = make_folder(bench.out, "bench_comm.json")
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     todo = [(op, names, size) for op, names in bench.pairs() for size in bench.payloads()]
     progress = Progress("measured", len(todo), quiet=mesh.rank > 0, auto_refresh=False)
     with closing(progress):
@@ -50,7 +50,7 @@ def run(bench: Bench, mesh: Mesh) -> int:
     return 0
 
 
-def measure(op: str, names: list[str], size: int, rounds: int, axis: Axis) -> list[Row]:
+def measure(op: str, names: list[str], size: int, rounds: int, axis: Axis) -> list[BenchRow]:
     """Seconds of each round, of the slowest rank, from the moment when all are ready."""
     unit = 4 * axis.size
     elements = -(-size // unit) * axis.size  # equal pieces of whole float32
@@ -60,7 +60,7 @@ def measure(op: str, names: list[str], size: int, rounds: int, axis: Axis) -> li
         for name in (names[place] for place in order):
             seconds[name] += block(partial(work, name), 1, axis)
     return [
-        Row(op, name, 4 * elements, *cost(op, name, axis.size, 4 * elements), times[WARM_UP:])
+        BenchRow(op, name, 4 * elements, *cost(op, name, axis.size, 4 * elements), times[WARM_UP:])
         for name, times in seconds.items()
     ]
 

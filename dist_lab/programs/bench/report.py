@@ -20,7 +20,7 @@ CLEARLY = 1.05  # an algorithm by hand is chosen over the backend's own if so ma
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One algorithm at one size.
 
     Attributes:
@@ -77,7 +77,7 @@ class Fit:
         }  # fmt: skip
 
 
-def fit(rows: Sequence[Row]) -> Fit:
+def fit(rows: Sequence[BenchRow]) -> Fit:
     """Least squares of the relative errors, so that small messages count as much as large ones.
 
     A negative alpha or beta means nothing: it is then 0, and the other one fitted alone.
@@ -98,7 +98,7 @@ def fit(rows: Sequence[Row]) -> Fit:
     return min(fits, key=lambda found: found.error)
 
 
-def choices(rows: Sequence[Row]) -> dict[str, tuple[tuple[int, str], ...]]:
+def choices(rows: Sequence[BenchRow]) -> dict[str, tuple[tuple[int, str], ...]]:
     """What these measurements say that `auto` should do, in the form of `comm.choice.AUTO`.
 
     The fastest by median, the backend's own unless another one is clearly faster; it begins at the
@@ -118,9 +118,9 @@ def choices(rows: Sequence[Row]) -> dict[str, tuple[tuple[int, str], ...]]:
     return found
 
 
-def report(rows: Sequence[Row], setting: Mapping[str, Any], folder: Path) -> None:
+def report(rows: Sequence[BenchRow], setting: Mapping[str, Any], folder: Path) -> None:
     """Print the tables, and write bench_comm.json, bench_comm.csv and bench_comm.png."""
-    by_algorithm: dict[tuple[str, str], list[Row]] = {}
+    by_algorithm: dict[tuple[str, str], list[BenchRow]] = {}
     for row in rows:
         by_algorithm.setdefault((row.op, row.algorithm), []).append(row)
     fits = [fit(group) for group in by_algorithm.values() if len(group) > 1]
@@ -155,7 +155,7 @@ def report(rows: Sequence[Row], setting: Mapping[str, Any], folder: Path) -> Non
     )  # fmt: skip
 
 
-def times_table(rows: Sequence[Row], title: str) -> Table:
+def times_table(rows: Sequence[BenchRow], title: str) -> Table:
     """Medians and quartiles of each operation and size, one column an algorithm."""
     names = list(dict.fromkeys(row.algorithm for row in rows))
     table = Table(title=f"{title}: median ms (quartiles), times as fast as the backend's own")
@@ -196,7 +196,7 @@ def fit_table(fits: Sequence[Fit]) -> Table:
     return table
 
 
-def picture(groups: Mapping[tuple[str, str], Sequence[Row]], title: str) -> Figure:
+def picture(groups: Mapping[tuple[str, str], Sequence[BenchRow]], title: str) -> Figure:
     """Time against size, both logarithmic: a panel an operation, a line an algorithm."""
     ops = list(dict.fromkeys(op for op, _ in groups))
     colors = {"backend": "black", "ring": "tab:blue", "direct": "tab:orange", "tree": "tab:green"}

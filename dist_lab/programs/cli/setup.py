@@ -21,17 +21,17 @@ from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.registry import STRATEGIES
 
 
-def meet(config: RunSettings, mesh: Mesh) -> Data:
+def open_run(config: RunSettings, mesh: Mesh) -> Data:
     """Start of every command: compare the ranks' settings, log collectives if asked, open data."""
     check_settings_agree(config.to_dict() | versions(), mesh.world)
     if config.log_collectives:
-        mesh.wire.log(sys.stderr.write)
+        mesh.comm.log(sys.stderr.write)
     with together(mesh.world):
         data = open_data(batch=config.batch, seed=config.seed, **config.data_wanted())
     return Cast(data, parameter_dtype(config))
 
 
-def draw(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
+def draw_model(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
     """The model of the zoo in the dtype of its parameters, drawn from the seed alone."""
     return zoo.build(
         config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
@@ -65,7 +65,7 @@ def parameter_dtype(config: RunSettings) -> torch.dtype:
 
 def build(config: Config, mesh: Mesh, data: Data) -> Job:
     """The job of this rank, from a model on the meta device: parameters are made one by one."""
-    model = draw(config, data, "meta")
+    model = draw_model(config, data, "meta")
     told = arguments(config, data)
     return parallelize(model, mesh, config.strategy, config.impl, seed=config.seed, **told)
 

@@ -4,20 +4,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lab.observe import export
-from dist_lab.programs.compare.report import Report
+from dist_lab.programs.compare.report import CompareReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write(report: Report, folder: Path) -> None:
+def write(report: CompareReport, folder: Path) -> None:
     """All in JSON, the numbers of each strategy in a line of CSV, throughput as a picture."""
     rows = [report.summary(row) | {"refused": None} for row in report.rows]
     rows += [{"strategy": label, "refused": why} for label, why in report.refused.items()]
     export.write(folder, "compare", report.to_dict(), rows, draw(report))
 
 
-def draw(report: Report) -> "Figure":
+def draw(report: CompareReport) -> "Figure":
     """Bars of throughput; from the lower to the upper quartile of the rounds, a line."""
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_lab.comm import ops
 from dist_lab.comm.agree import together
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.comm.ledger import Call
 from dist_lab.data import Data, prefetch
 from dist_lab.errors import UserError
@@ -26,9 +26,14 @@ from dist_lab.programs.cli import setup
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.compare import files, tables
 from dist_lab.programs.compare.ratios import orders
-from dist_lab.programs.compare.report import Report, Row, by_collective, mean_of_ranks
+from dist_lab.programs.compare.report import (
+    CompareReport,
+    ContenderRow,
+    by_collective,
+    mean_of_ranks,
+)
 from dist_lab.programs.compare.rounds import barrier, block
-from dist_lab.programs.compare.settings import Entry, Settings
+from dist_lab.programs.compare.settings import ListedStrategy, Settings
 from dist_lab.programs.train.loop import make_optimizer, own_rows, take_step
 from dist_lab.programs.train.meter import Meter, peak_rate
 
@@ -43,7 +48,7 @@ def run(config: Settings, mesh: Mesh) -> int:
     if chosen and mesh.rank == 0:
         print(f"{' and '.join(chosen)}, so that every strategy runs", flush=True)
     with ExitStack() as held:
-        data = setup.meet(config, mesh)
+        data = setup.open_run(config, mesh)
         with together(mesh.world):
             if mesh.rank == 0:
                 folder = held.enter_context(run_dir.claimed(config, "compare"))
@@ -54,7 +59,9 @@ def run(config: Settings, mesh: Mesh) -> int:
     return 0
 
 
-def measure(config: Settings, mesh: Mesh, data: Data, entries: Sequence[Entry]) -> Report | None:
+def measure(
+    config: Settings, mesh: Mesh, data: Data, entries: Sequence[ListedStrategy]
+) -> CompareReport | None:
     """Run all entries in alternating rounds, those that can; the report is rank 0's. Collective.
 
     Raises:
@@ -92,7 +99,7 @@ def measure(config: Settings, mesh: Mesh, data: Data, entries: Sequence[Entry]) 
     text = data.image is None
     unit = "tokens/s" if text else "samples/s"
     batch = config.batch * config.seq if text else config.batch
-    return Report(setting, reference, unit, batch, peak, rows, refused)
+    return CompareReport(setting, reference, unit, batch, peak, rows, refused)
 
 
 class Contender:
@@ -103,7 +110,7 @@ class Contender:
         losses: of every step, warm-up included.
     """
 
-    def __init__(self, entry: Entry, settings: Settings, mesh: Mesh) -> None:
+    def __init__(self, entry: ListedStrategy, settings: Settings, mesh: Mesh) -> None:
         self.entry, self.mesh = entry, mesh
         self.steps = WARM_UP + settings.rounds * settings.steps
         self.config = replace(settings.of(entry), steps=self.steps)
@@ -139,7 +146,7 @@ class Contender:
         """A step of which the bytes are counted, by the ledger and by the kernel."""
         with ExitStack() as counting:
             if self.takes_part:
-                ledger = self.job.mesh.wire.ledger
+                ledger = self.job.mesh.comm.ledger
                 self.calls = counting.enter_context(ledger.recording())
             self.kernel_bytes = sent_during(self.step, self.mesh)
 
@@ -160,10 +167,10 @@ class Contender:
         }
 
 
-def own_mesh(entry: Entry, config: Config, mesh: Mesh) -> Mesh:
+def own_mesh(entry: ListedStrategy, config: Config, mesh: Mesh) -> Mesh:
     """A mesh for one strategy: on the same processes, with a ledger of its own."""
     if entry.alone:
-        return Mesh({"dp": 1}, Wire(0, 1, backend=config.backend), config.timeout)
+        return Mesh({"dp": 1}, CommContext(0, 1, backend=config.backend), config.timeout)
     axes = config.axes(mesh.size)
     return init_mesh(
         timeout=config.timeout, backend=config.backend, check=False,
@@ -212,7 +219,7 @@ def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
     return max(0, (end - middle) - (middle - start))
 
 
-def row_of(one: Contender) -> Row:
+def row_of(one: Contender) -> ContenderRow:
     """What all ranks know of one strategy together. Collective; whole on rank 0."""
     mine = json.dumps(one.own_facts()).encode()
     everyone = [json.loads(facts) for facts in ops.all_gather_bytes(mine, one.mesh.world)]
@@ -225,7 +232,7 @@ def row_of(one: Contender) -> Row:
         "traffic": mean_of_ranks([fact["traffic"] for fact in facts]),
         "kernel_bytes": None if None in kernel else statistics.fmean(kernel),
     }
-    return Row(
+    return ContenderRow(
         **asdict(one.entry), processes=len(facts), rounds=one.rounds, losses=one.losses,
         **facts[0] | of_all,
     )  # fmt: skip

@@ -32,7 +32,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Row:
+class ContenderRow:
     """One strategy.
 
     Attributes:
@@ -84,7 +84,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class CompareReport:
     """All rows.
 
     Attributes:
@@ -101,37 +101,37 @@ class Report:
     unit: str
     batch: int
     peak_flops_per_s: float
-    rows: list[Row]
+    rows: list[ContenderRow]
     refused: dict[str, str]
 
-    def ratio(self, row: Row) -> Ratio | None:
+    def ratio(self, row: ContenderRow) -> Ratio | None:
         """How many times as fast as the reference; None for the reference itself."""
         if row.label == self.reference:
             return None
         return ratio(row.round_seconds, self.reference_row.round_seconds)
 
     @property
-    def reference_row(self) -> Row:
+    def reference_row(self) -> ContenderRow:
         return next(row for row in self.rows if row.label == self.reference)
 
     @property
     def tolerance(self) -> float:
         return TOLERANCE[self.setting["config"]["dtype"]]
 
-    def loss_error(self, row: Row) -> float:
+    def loss_error(self, row: ContenderRow) -> float:
         """How far its final loss is from the reference's, relative to that."""
         final = self.reference_row.losses[-1]
         return abs(row.losses[-1] - final) / max(abs(final), 1e-300)
 
-    def throughput(self, row: Row) -> Quartiles:
+    def throughput(self, row: ContenderRow) -> Quartiles:
         """Tokens or samples a second, over the rounds."""
         return Quartiles.of([self.batch / seconds for seconds in row.round_seconds])
 
-    def mfu(self, row: Row) -> float | None:
+    def mfu(self, row: ContenderRow) -> float | None:
         """Model FLOPs utilization; None where it cannot be right: observe/flops.py."""
         return utilization(row.flops_per_step, row.seconds.median, self.peak_flops_per_s)
 
-    def summary(self, row: Row) -> dict[str, Any]:
+    def summary(self, row: ContenderRow) -> dict[str, Any]:
         """One row as flat numbers: in milliseconds, bytes, and `unit`."""
         found, rate = self.ratio(row), self.throughput(row)
         blocked = row.blocked_seconds

@@ -34,13 +34,13 @@ def block(
         ends.append(elapsed)
         if alone:
             barrier(axis)
-    with axis.wire.during("measure"):
-        mine = torch.tensor(ends, dtype=torch.float64, device=axis.wire.device)
+    with axis.comm.label("measure"):
+        mine = torch.tensor(ends, dtype=torch.float64, device=axis.device)
         last = ops.all_reduce(mine, axis, "max").tolist()
     return [after - before for before, after in pairwise([0.0, *last])]
 
 
 def barrier(axis: Axis) -> None:
     """No rank goes on before all are here."""
-    with axis.wire.during("measure"):
-        ops.all_reduce(torch.zeros(1, device=axis.wire.device), axis, algorithm="backend")
+    with axis.comm.label("measure"):
+        ops.all_reduce(torch.zeros(1, device=axis.device), axis, algorithm="backend")

@@ -25,7 +25,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedStrategy:
     """One strategy in the list. Listed twice it has two labels: dp, dp#2."""
 
     label: str
@@ -54,7 +54,7 @@ class Settings(RunSettings):
         + ", ".join(f"{name} {value}" for name, value in SMOKE.items()))
     # fmt: on
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ListedStrategy]:
         """All that are listed.
 
         Raises:
@@ -65,7 +65,7 @@ class Settings(RunSettings):
             return [entry for entry in every if not self.misfit(entry)]
         return entries(self.strategies.split(","))
 
-    def misfit(self, entry: Entry) -> str:
+    def misfit(self, entry: ListedStrategy) -> str:
         """Why it cannot run on the mesh that was asked for; "" if it can."""
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
             return "computes for real, and the others are emulated (--emulate-compute)"
@@ -75,7 +75,7 @@ class Settings(RunSettings):
         foreign = " and ".join(f"{name}={size}" for name, size in asked.items() if name not in own)
         return f"does not run along {foreign} (--mesh); its axes are {', '.join(own)}"
 
-    def of(self, entry: Entry) -> Config:
+    def of(self, entry: ListedStrategy) -> Config:
         """What train.py would have to be told to run one entry.
 
         A setting that only other strategies in the list know is left out.
@@ -140,13 +140,13 @@ class Settings(RunSettings):
         return {DATA_AXES[0]: size}
 
 
-def entries(names: Any) -> list[Entry]:
+def entries(names: Any) -> list[ListedStrategy]:
     """
     >>> [entry.label for entry in entries(["dp", "ddp@torch", "dp@hand"])]
     ['dp', 'ddp@torch', 'dp#2']
     """
     known = {f"{name}@{by}": (name, by) for name, row in STRATEGIES.items() for by in row.impls}
-    found: list[Entry] = []
+    found: list[ListedStrategy] = []
     for word in names:
         full = word.strip() if "@" in word else f"{word.strip()}@hand"
         if full not in known:
@@ -158,7 +158,7 @@ def entries(names: Any) -> list[Entry]:
         strategy, impl = known[full]
         label = full.removesuffix("@hand")
         earlier = sum((entry.strategy, entry.impl) == (strategy, impl) for entry in found)
-        found.append(Entry(label + (f"#{earlier + 1}" if earlier else ""), strategy, impl))
+        found.append(ListedStrategy(label + (f"#{earlier + 1}" if earlier else ""), strategy, impl))
     return found
 
 

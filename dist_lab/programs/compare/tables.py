@@ -9,13 +9,13 @@ from dist_lab.observe.console import empty_table, wide_console
 from dist_lab.observe.flops import in_percent
 from dist_lab.observe.memory import KINDS
 from dist_lab.programs.compare.ratios import Ratio
-from dist_lab.programs.compare.report import IN_MEMORY, Report, Row
+from dist_lab.programs.compare.report import IN_MEMORY, CompareReport, ContenderRow
 
 PADDING = (0, 1, 0, 0)  # of cells: narrow, for wide tables
 COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
 
 
-def show(report: Report, folder: Path) -> None:
+def show(report: CompareReport, folder: Path) -> None:
     console = wide_console()
     console.print(speed(report))
     console.print(cost(report))
@@ -25,7 +25,7 @@ def show(report: Report, folder: Path) -> None:
     console.print(f"{found(report)}; in {folder}", highlight=False, soft_wrap=True)
 
 
-def found(report: Report) -> str:
+def found(report: CompareReport) -> str:
     """What was found, in a line: who is certainly faster than the reference, and who is not."""
     by_verdict: dict[str, list[str]] = {}
     for row in report.rows:
@@ -37,7 +37,7 @@ def found(report: Report) -> str:
     return f"beside {report.reference} {'; '.join(said) or 'nothing else ran'}"
 
 
-def speed(report: Report) -> Table:
+def speed(report: CompareReport) -> Table:
     """Which is faster."""
     config = report.setting["config"]
     table = empty_table(
@@ -65,7 +65,7 @@ def speed(report: Report) -> Table:
     return table
 
 
-def cost(report: Report) -> Table:
+def cost(report: CompareReport) -> Table:
     """What each sent and held, and where it ended."""
     table = empty_table(
         ["strategy", "a step of a rank"],
@@ -81,7 +81,7 @@ def cost(report: Report) -> Table:
     return table
 
 
-def memory(report: Report) -> Table:
+def memory(report: CompareReport) -> Table:
     """Of the rank that needs most, at that moment of a step, by what it is for."""
     kinds = [kind for kind in KINDS if any(row.peak_memory["at_peak"][kind] for row in report.rows)]
     columns = ["peak MB", *(kind.replace("_", " ") for kind in kinds)]
@@ -92,7 +92,7 @@ def memory(report: Report) -> Table:
     return table
 
 
-def traffic_lines(row: Row) -> Iterator[list[str]]:
+def traffic_lines(row: ContenderRow) -> Iterator[list[str]]:
     if row.traffic is None:
         yield ["not counted here", "-", "-", "-", "-"]
     elif not row.traffic:
@@ -102,7 +102,7 @@ def traffic_lines(row: Row) -> Iterator[list[str]]:
         yield [found.collective, f"{found.calls:g}", *numbers]
 
 
-def notes(report: Report) -> Iterator[str]:
+def notes(report: CompareReport) -> Iterator[str]:
     """What the tables cannot say."""
     config, rounds = report.setting["config"], len(report.rows[0].rounds)
     yield (
@@ -137,7 +137,7 @@ def notes(report: Report) -> Iterator[str]:
         )
 
 
-def loss(report: Report, row: Row) -> str:
+def loss(report: CompareReport, row: ContenderRow) -> str:
     equal = report.loss_error(row) <= report.tolerance
     return f"{row.losses[-1]:.5g} {'[green]equal' if equal else '[red]differs'}"
 

@@ -34,12 +34,12 @@ from dist_lab.programs.doctor.proof import (
     prove_in_one_process,
     rounding_grows,
 )
-from dist_lab.programs.doctor.report import Report, Row, Verdict, size
+from dist_lab.programs.doctor.report import DoctorReport, StrategyRow, Verdict, size
 from dist_lab.programs.doctor.subject import Given, Subject, in_a_line, subject_of
 from dist_lab.programs.doctor.trial import Trial, Unit
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.engine import verify
-from dist_lab.programs.verify.report import Report as Comparisons
+from dist_lab.programs.verify.report import VerifyReport as Comparisons
 from dist_lab.step.hooks import tensors_in
 
 
@@ -54,7 +54,7 @@ def doctor(
     plan: Plan | None = None,
     microbatches: int = 1,
     steps: int = 3,
-) -> Report:
+) -> DoctorReport:
     """Try every strategy on a model, and say what each would do with it. Collective over the mesh.
 
     Args:
@@ -96,7 +96,7 @@ def doctor(
         proof = replace(proof, findings=(not_cut, *proof.findings), obstacle=SEE_ABOVE)
     facts = notes.Facts(built, named, proof.idle, mesh.size)
     rows = tuple(row(trial, proof, facts, name, each) for name, each in applied.items())
-    return Report(summary(trial, proof, built), mesh.size, proof.findings, rows)
+    return DoctorReport(summary(trial, proof, built), mesh.size, proof.findings, rows)
 
 
 def usual(ranks: int) -> tuple[str, ...]:
@@ -176,7 +176,9 @@ def apply(trial: Trial, strategy: str) -> Attempt:
     return Attempt(own, None if outcome.verdict is Verdict.EXACT else outcome, layouts, everywhere)
 
 
-def row(trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: Attempt) -> Row:
+def row(
+    trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: Attempt
+) -> StrategyRow:
     """Compare a strategy with one process, if it was applied, and say what would be better."""
     outcome = applied.outcome or compared(trial, proof, strategy, applied.mesh, {})
     kept: Mapping[str, int] = {}
@@ -189,7 +191,9 @@ def row(trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: 
         said = notes.of(strategy, facts, applied.layouts, held, example)
         kept = max(applied.kept, key=lambda each: sum(each.values()))
     label = str(applied.mesh) if strategy != "single" else "-"
-    return Row(strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(said), kept)
+    return StrategyRow(
+        strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(said), kept
+    )
 
 
 def compared(

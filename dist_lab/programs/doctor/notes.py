@@ -253,7 +253,7 @@ def whole_under_tp(case: Case) -> Iterator[str]:
         name = f"{path}.weight" if path else "weight"
         layout = case.layouts.get(name)
         if layout and not layout.splits and facts.sizes[name] > max(facts.total / 4, TINY):
-            role = "vocabulary" if isinstance(module, nn.Embedding) else "column"
+            role = "vocabulary" if isinstance(module, nn.Embedding) else "colwise"
             yield (
                 f"{name} ({facts.share(facts.sizes[name])} of the model) lies whole on every rank; "
                 f'the plan can split it: {{"{path}": "{role}"}}'
@@ -290,9 +290,9 @@ def stage_costs(model: nn.Module, stages: int, example: Any) -> list[float]:
         _, costs, carried = node_costs(trace(model, example), example)
     else:
         pieces = [[model.get_submodule(n) for n in piece] for piece in pieces_by_seams(model)]
-        ghosts = meta_copy(nn.ModuleList(nn.ModuleList(piece) for piece in pieces))
+        meta_stages = meta_copy(nn.ModuleList(nn.ModuleList(piece) for piece in pieces))
         inputs = None if example is None else to_meta(example)
-        costs = seam_costs([list(piece) for piece in ghosts.children()], inputs)  # type: ignore[call-overload]
+        costs = seam_costs([list(piece) for piece in meta_stages.children()], inputs)  # type: ignore[call-overload]
     ends = [*cut(costs, stages, carried), len(costs)]
     return [sum(costs[a:b]) for a, b in pairwise(ends)]
 

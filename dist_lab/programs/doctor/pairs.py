@@ -21,7 +21,7 @@ def plan_of_pairs(model: nn.Module) -> dict[str, str]:
             if isinstance(child, nn.Linear):
                 before = model.get_submodule(first) if first else None
                 if isinstance(before, nn.Linear) and before.out_features == child.in_features:
-                    plan |= {first: "column", full: "row"}
+                    plan |= {first: "colwise", full: "rowwise"}
                     first = ""
                 else:
                     first = full
@@ -45,7 +45,7 @@ def written(model: nn.Module, plan: dict[str, str]) -> str:
 
     >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3))
     >>> written(blocks, plan_of_pairs(blocks))
-    '{"*.0": "column", "*.1": "row"}'
+    '{"*.0": "colwise", "*.1": "rowwise"}'
     """
     modules = [name for name, _ in model.named_modules()]
     short: dict[str, str] = {}

@@ -35,7 +35,7 @@ LEGEND = "exact: equal to one process; parameters, gradients, Adam's moments: on
 
 
 @dataclass(frozen=True)
-class Row:
+class StrategyRow:
     """One strategy.
 
     Attributes:
@@ -56,7 +56,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """What `doctor` found, the same on every rank. `print(report)` shows it.
 
     Attributes:
@@ -67,9 +67,9 @@ class Report:
     summary: str
     ranks: int
     findings: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[StrategyRow, ...]
 
-    def __getitem__(self, strategy: str) -> Row:
+    def __getitem__(self, strategy: str) -> StrategyRow:
         return next(row for row in self.rows if row.strategy == strategy)
 
     @property

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from dist_lab.comm.context import Wire
+from dist_lab.comm.context import CommContext
 from dist_lab.loss import Pair
 from dist_lab.mesh.mesh import Mesh, init_mesh
 from dist_lab.parallel.tensor.plan import Plan
@@ -29,13 +29,13 @@ class Trial:
 
     def own_mesh(self, strategy: str) -> Mesh:
         """A mesh for one strategy, over the same ranks, or of this rank alone."""
-        wire, timeout = self.mesh.wire, self.mesh.timeout
+        comm, timeout = self.mesh.comm, self.mesh.timeout
         if not STRATEGIES[strategy].axes or self.mesh.size == 1:
             axes = STRATEGIES[strategy].default_axes(1) or {"dp": 1}
-            return Mesh(axes, Wire(0, 1, backend=wire.backend), timeout)
+            return Mesh(axes, CommContext(0, 1, backend=comm.backend), timeout)
         axes = STRATEGIES[strategy].default_axes(self.mesh.size)
         return init_mesh(
-            timeout=timeout, backend=wire.backend, check=wire.check, collectives=wire.collectives,
+            timeout=timeout, backend=comm.backend, check=comm.check, collectives=comm.collectives,
             **axes,
         )  # fmt: skip
 

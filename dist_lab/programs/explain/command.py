@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from rich.console import Console
 
 from dist_lab.errors import UserError
-from dist_lab.mesh.mesh import Mesh, pretended
+from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.observe.console import wide_console
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.parallel.schedules.actions import Schedule
@@ -38,7 +38,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
         if math.prod(axes.values()) > 1:
             console.print(tables.rank_grid(axes))
             mesh = held.enter_context(
-                pretended(axes, backend=config.backend, collectives=config.collectives)
+                dry_run(axes, backend=config.backend, collectives=config.collectives)
             )
         seen = observe(run, mesh)
         show(console, seen)

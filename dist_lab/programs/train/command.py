@@ -12,7 +12,7 @@ from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.cli.settings import as_typed
-from dist_lab.programs.cli.setup import batch_in_words, build, describe, meet
+from dist_lab.programs.cli.setup import batch_in_words, build, describe, open_run
 from dist_lab.programs.train import loop
 
 
@@ -20,7 +20,7 @@ def train(config: Config, mesh: Mesh) -> int:
     """Train a model of the zoo; rank 0 writes what README describes."""
     config = config.fitted(mesh.size)
     with ExitStack() as held:
-        data = meet(config, mesh)
+        data = open_run(config, mesh)
         with together(mesh.world):
             if mesh.rank == 0:
                 folder = held.enter_context(run_dir.claimed(config))

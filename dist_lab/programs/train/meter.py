@@ -35,7 +35,7 @@ class Meter:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        ledger = self.job.mesh.wire.ledger
+        ledger = self.job.mesh.comm.ledger
         before, began = ledger.total, time.perf_counter()
         with ExitStack() as measuring:
             if step <= WARM_UP:
@@ -91,7 +91,7 @@ class Meter:
 
 def sum_over_ranks(numbers: Tensor, mesh: Mesh) -> Tensor:
     """Collective, and no part of what a step sends."""
-    with mesh.wire.during("measure"):
+    with mesh.comm.label("measure"):
         return ops.all_reduce(numbers.to(mesh.device), mesh.world)
 
 

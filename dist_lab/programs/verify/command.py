@@ -7,7 +7,7 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.console import wide_console
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.setup import arguments, batch_in_words, draw, meet
+from dist_lab.programs.cli.setup import arguments, batch_in_words, draw_model, open_run
 from dist_lab.programs.train import loop
 from dist_lab.programs.verify import engine
 
@@ -15,12 +15,12 @@ from dist_lab.programs.verify import engine
 def verify(config: Config, mesh: Mesh) -> int:
     """Compare a model of the zoo with one process. Exit status 0 only if equal."""
     config = config.fitted(mesh.size)
-    data = meet(config, mesh)
+    data = open_run(config, mesh)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
             folder = run_dir.make_folder(config.out, "verify.json")
     report = engine.verify(
-        lambda: draw(config, data),
+        lambda: draw_model(config, data),
         lambda step: data.batch(step, slice(0, config.batch)),
         mesh,
         config.strategy,

@@ -26,7 +26,7 @@ from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
 from dist_lab.programs.verify.reference import agreed, check_model, one_process, state
 from dist_lab.programs.verify.repeat import repeated, weights_and_buffers
-from dist_lab.programs.verify.report import Comparison, Report
+from dist_lab.programs.verify.report import Comparison, VerifyReport
 from dist_lab.step.protocol import Apply
 
 
@@ -49,7 +49,7 @@ def verify(
     sync_batchnorm: bool = False,
     reference: Iterable[tuple[Pair, State]] | None = None,
     **strategy_options: Any,
-) -> Report:
+) -> VerifyReport:
     """Train a model twice, in parallel and in one process, and compare. Collective over the mesh.
 
     Args:
@@ -110,7 +110,7 @@ def verify(
         after = _tested_step(job, ours, batches.copy(batch), microbatches, clip, loss_sum)
         found += compare(step, after, expected, rounding, dtype)
     label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
-    return Report(
+    return VerifyReport(
         label, str(mesh), str(dtype).removeprefix("torch."), tolerance,
         worst_over_ranks(found, mesh),
     )  # fmt: skip

@@ -26,7 +26,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """What `verify` found.
 
     Attributes:

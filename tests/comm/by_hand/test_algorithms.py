@@ -236,7 +236,7 @@ def test_they_do_what_the_backends_do_for_every_dtype_and_shape(world, mesh):
 @pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("world", WORLDS)
 def test_small_and_large_the_ledger_has_what_the_formula_says(world, mesh):
-    axis, ledger = mesh["dp"], mesh.wire.ledger
+    axis, ledger = mesh["dp"], mesh.comm.ledger
     for (op, name), length in product(PAIRS, (12, 1_200_000)):
         x = own(axis.index, length + (op == "all_reduce"), dtype=torch.float32)
         before = ledger.total
@@ -302,7 +302,7 @@ def test_what_is_done_in_one_round_may_be_waited_for_in_any_order(mesh):
 def test_the_first_messages_leave_at_the_call_so_that_they_travel_during_other_work(mesh):
     axis, x = mesh["dp"], torch.ones(4_000_000)
     for op in (ops.all_reduce_into, ops.broadcast_into):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             pending = op(x, axis, algorithm="tree")
         starts = op is ops.all_reduce_into or axis.index == 0
         assert (calls[0].sent > 0) == starts
@@ -349,7 +349,7 @@ def test_a_mesh_uses_the_family_it_was_made_for_where_there_is_one(mesh):
     for setting in choice.SETTINGS:
         made = init_mesh(dp=2, collectives=setting)
         for op in ALGORITHMS:
-            with made.wire.ledger.recording() as calls:
+            with made.comm.ledger.recording() as calls:
                 call(op, own(mesh.rank, 8, dtype=torch.float32), made["dp"], None)
             if setting in choice.FAMILIES:
                 assert calls[0].algorithm == (setting if op in OF[setting] else "backend")
@@ -362,7 +362,7 @@ def test_an_algorithm_that_an_operation_does_not_have_is_refused_with_those_it_h
     with pytest.raises(UserError, match=r"all_gather on gloo has no algorithm 'tree' \(algorithm=\)"
                        r"; give auto, backend, ring or direct"):  # fmt: skip
         ops.all_gather(torch.ones(4), mesh["dp"], algorithm="tree")
-    assert mesh.wire.ledger.total.calls == 0
+    assert mesh.comm.ledger.total.calls == 0
 
 
 def test_a_family_that_does_not_exist_or_not_on_this_backend_is_refused():

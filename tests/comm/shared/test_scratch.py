@@ -52,7 +52,7 @@ def test_results_stay_when_the_memory_is_used_again_and_grows(mesh):
         parts = everyone(mesh, (length,), torch.float64)
         found.append((scratch.all_reduce(parts[mesh.rank]).wait(), torch.stack(parts).sum(0)))
     assert all(torch.equal(got, wanted) for got, wanted in found)
-    assert len(list(scratch.held())) == 2
+    assert len(list(scratch.extra_memory())) == 2
 
 
 @pytest.mark.ranks(4)
@@ -61,8 +61,8 @@ def test_two_may_be_on_their_way_in_memory_that_is_shared(mesh):
     parts = everyone(mesh, (6, 8), torch.float32)
     first = scratch.all_reduce(parts[mesh.rank])
     second = scratch.all_gather(parts[mesh.rank], 0)
-    assert len(list(scratch.held())) == 2
-    assert all(window_of(b, axis) for b in scratch.held()), "no memory is shared here"
+    assert len(list(scratch.extra_memory())) == 2
+    assert all(window_of(b, axis) for b in scratch.extra_memory()), "no memory is shared here"
     assert torch.equal(first.wait(), torch.stack(parts).sum(0))
     assert torch.equal(second.wait(), torch.cat(parts))
 
@@ -71,7 +71,7 @@ def test_two_may_be_on_their_way_in_memory_that_is_shared(mesh):
 def test_bytes_are_those_of_the_formula_and_every_rank_has_the_same_bits(mesh):
     scratch, axis = Scratch(mesh["dp"]), mesh["dp"]
     x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(mesh.rank))
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         y = scratch.all_reduce(x).wait()
         piece = scratch.reduce_scatter(x, 1).wait()
         scratch.all_gather(piece, 1).wait()

@@ -38,7 +38,7 @@ def test_every_rank_gets_the_sum_and_the_same_bits(world, length, dtype, mesh):
     if axis is None:
         return
     buffer, wanted = filled(length, dtype, axis)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         result = ops.all_reduce_into(buffer, axis).wait()
     assert result is buffer
     torch.testing.assert_close(buffer, wanted)
@@ -82,7 +82,7 @@ def test_a_rank_without_room_keeps_all_ranks_to_ordinary_memory(mesh):
         if mesh.rank == 1:
             patch.setattr(os, "posix_fallocate", full)
         buffer, wanted = filled(1000, torch.float32, mesh["dp"])
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         ops.all_reduce_into(buffer, mesh["dp"]).wait()
     assert [call.algorithm for call in calls] == ["backend"]
     torch.testing.assert_close(buffer, wanted)
@@ -95,7 +95,7 @@ def test_ranks_that_cannot_open_each_others_files_are_kept_to_it_too(mesh):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "attach", lambda p, n, d: real(p, n, d) if mine in p else None)
         buffer, wanted = filled(1000, torch.float32, mesh["dp"])
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         ops.all_reduce_into(buffer, mesh["dp"]).wait()
     assert [call.algorithm for call in calls] == ["backend"]
     torch.testing.assert_close(buffer, wanted)
@@ -106,7 +106,7 @@ def test_ranks_that_cannot_open_each_others_files_are_kept_to_it_too(mesh):
 def test_who_asks_for_an_algorithm_gets_that_one(setting, mesh):
     mesh = init_mesh(dp=2, collectives=setting)
     buffer, wanted = filled(1000, torch.float32, mesh["dp"])
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         ops.all_reduce_into(buffer, mesh["dp"]).wait()
     assert [call.algorithm for call in calls] == [setting]
     torch.testing.assert_close(buffer, wanted)
@@ -118,7 +118,7 @@ def test_other_dtypes_and_the_maximum_are_sent(mesh):
     narrow = ops.shared_buffer(10, torch.bfloat16, axis)
     buffer, _ = filled(10, torch.float32, axis)
     highest = ops.all_reduce(buffer.clone(), axis, "max")
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         ops.all_reduce_into(narrow, axis).wait()
         ops.all_reduce_into(buffer, axis, "max").wait()
     assert [call.algorithm for call in calls] == ["backend", "backend"]
@@ -132,13 +132,13 @@ def own_maps() -> set[str]:
 
 @pytest.mark.ranks(2)
 def test_nothing_is_left_behind(mesh):
-    before, mapped = len(mesh.wire.shared), own_maps()
+    before, mapped = len(mesh.comm.shared), own_maps()
     buffer, _ = filled(1000, torch.float32, mesh["dp"])
     assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid():010}-*")), "a name that stays"
-    assert len(mesh.wire.shared) == before + 1
+    assert len(mesh.comm.shared) == before + 1
     del buffer
     gc.collect()
-    assert len(mesh.wire.shared) == before
+    assert len(mesh.comm.shared) == before
     assert own_maps() <= mapped, "memory that stays"
 
 

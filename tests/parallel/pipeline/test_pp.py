@@ -13,7 +13,7 @@ from dist_lab import zoo
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.parallel.pipeline.executor import Flight
+from dist_lab.parallel.pipeline.executor import PipelineRun
 from dist_lab.parallel.schedules.library import SCHEDULES, make
 from dist_lab.parallel.schedules.simulate import IN_FLIGHT, peak_activations
 from dist_lab.step.protocol import Sync
@@ -235,10 +235,14 @@ def test_no_more_messages_than_two_wait_to_leave(schedule, mesh):
     # What has been sent is held until it has left, so of a gpipe that waits for it at the end alone
     # every micro-batch's output would be.
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule)
-    left, land, do = [], Flight.land, Flight.do
+    left, land, do = [], PipelineRun.land, PipelineRun.do
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Flight, "do", lambda self, a: (do(self, a), left.append(len(self.leaving))))
-        patch.setattr(Flight, "land", lambda self: (land(self), left.append(len(self.leaving))))
+        patch.setattr(
+            PipelineRun, "do", lambda self, a: (do(self, a), left.append(len(self.leaving)))
+        )
+        patch.setattr(
+            PipelineRun, "land", lambda self: (land(self), left.append(len(self.leaving)))
+        )
         job.run(pairs_of(8), cross_entropy(48))
     assert max(left) == IN_FLIGHT
     assert left[-1] == 0
@@ -364,7 +368,7 @@ def test_bfloat16_is_sent_and_computed_in(schedule, mesh):
     job = dist_lab.parallelize(
         gpt(torch.float32, layers=4), mesh, "pp", schedule=schedule, param_dtype=torch.bfloat16
     )
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.run(pairs_of(4), cross_entropy(48))
     sent = [call.payload for call in calls if call.op == "send"]
     assert set(sent) == {2 * 6 * 32 * 2}  # 2 rows of 6 tokens of 32 features of 2 bytes
@@ -373,7 +377,7 @@ def test_bfloat16_is_sent_and_computed_in(schedule, mesh):
 @pytest.mark.ranks(4, mesh={"pp": 4})
 def test_a_rank_sends_what_the_docstring_says(mesh):
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", balance="count")
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.run(pairs_of(4), cross_entropy(48))
     sent = sum(call.sent for call in calls if call.op == "send")
     sides = (mesh.rank > 0) + (mesh.rank < 3)

@@ -16,7 +16,7 @@ from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.observe.flops import CPU_ATTENTION
 from dist_lab.parallel.pipeline import pp_torch
-from dist_lab.parallel.pipeline.stages import Shape
+from dist_lab.parallel.pipeline.stages import StageInput
 from dist_lab.parallel.schedules.check import check
 from dist_lab.parallel.schedules.library import make
 from dist_lab.step.protocol import Sync
@@ -414,7 +414,7 @@ def test_a_stage_that_gives_another_shape_than_on_the_meta_device_says_so():
         def forward(self, x):
             return (x[x > 0],)
 
-    part = pp_torch.Part(1, Gives(), [Shape(torch.Size([2, 3]), torch.float32)])
+    part = pp_torch.Part(1, Gives(), [StageInput(torch.Size([2, 3]), torch.float32)])
     with pytest.raises(UserError, match=r"stage 1 gives float32\[6\], and on the meta device"):
         part(torch.ones(2, 3))
 

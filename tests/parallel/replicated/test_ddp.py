@@ -65,7 +65,7 @@ def test_nothing_to_send_makes_no_bucket():
 @pytest.mark.ranks(4)
 def test_a_step_sends_each_gradient_once_whatever_the_number_of_microbatches(microbatches, mesh):
     job, _ = ready(mesh)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         for i in range(microbatches):
             backward(job, slice(i, i + 1), last=i == microbatches - 1)
         job.finish()
@@ -82,7 +82,7 @@ def test_a_step_sends_each_gradient_once_whatever_the_number_of_microbatches(mic
 def test_buckets_leave_while_backward_is_still_computing(mesh):
     job, _ = ready(mesh)
     order = []
-    mesh.wire.ledger.listeners.append(lambda call: order.append(call.unit))
+    mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))
     first = job.model.get_parameter("model.embed_tokens.weight")
     first.register_post_accumulate_grad_hook(lambda p: order.append("the last gradient"))
     backward(job)
@@ -110,7 +110,7 @@ def test_the_order_is_the_one_that_backward_showed_and_not_that_of_the_modules(m
 
     job = dist_lab.parallelize(Backwards(), mesh, "ddp", bucket_mb=0.001, first_bucket_mb=0.001)
     for _ in range(2):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             job.model(torch.ones(2, 30)).sum().backward()
             job.finish()
         job.model.zero_grad()
@@ -135,7 +135,7 @@ def test_gradients_lie_in_the_bucket_and_are_not_copied_back(mesh):
 
 @pytest.mark.ranks(2)
 def test_what_no_rank_uses_and_what_is_frozen_is_never_sent_and_has_no_gradient(mesh):
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job, _ = ready(mesh, "odd")
         backward(job)
         job.finish()
@@ -179,7 +179,7 @@ def test_a_parameter_that_first_appears_late_is_learned_and_then_overlaps_too(me
     job = dist_lab.parallelize(Late(), mesh, "ddp")
     seen = []
     for late in (False, mesh.rank == 1, True):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             job.model(torch.ones(1, 3) * (mesh.rank + 1), late).sum().backward()
             job.finish()
         seen.append([c.op for c in calls if c.unit != "shared memory"])
@@ -437,7 +437,7 @@ def test_two_scalars_become_one(mesh):
             return self.weight * x
 
     said = []
-    mesh.wire.log(said.append)
+    mesh.comm.log(said.append)
     job = dist_lab.parallelize(Scalar(200 if mesh.rank else 2), mesh, "ddp")
     assert job.model.weight == 2  # all start from rank 0's
     optimizer = job.optimizer(torch.optim.SGD, lr=1.0)

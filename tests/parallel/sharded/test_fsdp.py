@@ -51,7 +51,7 @@ def take_step(job, optimizer, step=0, microbatches=1):
 
 def recorded(job, optimizer, microbatches=1, step=1):
     """The calls of one step but for the sum of the loss, and what the ranks say of their order."""
-    with job.mesh.wire.ledger.recording() as calls:
+    with job.mesh.comm.ledger.recording() as calls:
         take_step(job, optimizer, step, microbatches)
     about_order = [c for c in calls if c.phase == "order"]
     units = len(job.sync.links[1].groups_of)
@@ -147,7 +147,7 @@ def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
 
 
 def storages(job, kind):
-    return [t.untyped_storage() for k, t in job.sync.links[1].held() if k == kind]
+    return [t.untyped_storage() for k, t in job.sync.links[1].extra_memory() if k == kind]
 
 
 def bytes_whole(job):
@@ -159,7 +159,7 @@ class Watches(Sync):
 
     def __init__(self, job):
         self.job, self.whole, self.unreduced = job, [], []
-        job.mesh.wire.ledger.listeners.append(self.look)
+        job.mesh.comm.ledger.listeners.append(self.look)
         for module in job.model.modules():
             module.register_forward_pre_hook(self.look)
             module.register_forward_hook(self.look)
@@ -304,10 +304,10 @@ def events(job):
         if call.phase != "order" and call.op != "all_reduce":
             said.append(f"{'gather' if call.op == 'all_gather' else 'reduce'} {call.unit}")
 
-    job.mesh.wire.ledger.listeners.append(listen)
+    job.mesh.comm.ledger.listeners.append(listen)
     with job.listening(Hears()):
         yield said
-    job.mesh.wire.ledger.listeners.remove(listen)
+    job.mesh.comm.ledger.listeners.remove(listen)
 
 
 def run_once(job, step=0):
@@ -353,7 +353,7 @@ def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mes
         made, units = USES[use]
         job, _ = trained(mesh, made, units, prefetch=prefetch)
         for _ in range(3):
-            with mesh.wire.ledger.recording() as calls:
+            with mesh.comm.ledger.recording() as calls:
                 run_once(job)
         assert sum(c.op == "all_gather" for c in calls) == gathers, use
         assert sum(c.op == "reduce_scatter" for c in calls) == reductions, use
@@ -369,7 +369,7 @@ def test_units_that_are_called_twice_are_reduced_once(mesh):
     ):
         job, _ = trained(mesh, *USES[use])
         for _ in range(3):
-            with mesh.wire.ledger.recording() as calls:
+            with mesh.comm.ledger.recording() as calls:
                 run_once(job)
             assert [c.unit for c in calls if c.op == "reduce_scatter"] == units, use
 

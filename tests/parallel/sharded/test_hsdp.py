@@ -48,7 +48,7 @@ def test_units_that_are_not_always_used_are_right(use, mesh):
 def test_what_nobody_has_used_is_not_summed(mesh):
     job, _ = trained(mesh, *USES["never called"], strategy="hsdp")
     loss_of(job).backward()
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.finish()
     assert [c.unit for c in calls if c.axis == "dp"] == ["", "root", "a", "c"]
 
@@ -60,7 +60,7 @@ def test_the_pieces_are_summed_over_the_copies_once_whatever_the_number_of_micro
 ):
     job, optimizer = trained(mesh, strategy="hsdp")
     for _ in range(2):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             for i in range(microbatches):
                 with job.microbatch(last=i == microbatches - 1):
                     loss_of(job, i).backward()

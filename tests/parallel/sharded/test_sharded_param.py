@@ -613,9 +613,9 @@ def test_one_backward_may_go_through_two_forwards_and_two_through_one(options, m
         job.model.zero_grad()
         with job.microbatch(last=True):
             loss = loss_of(job)
-            with mesh.wire.ledger.recording() as first:
+            with mesh.comm.ledger.recording() as first:
                 loss.backward(retain_graph=True)
-            with mesh.wire.ledger.recording() as second:
+            with mesh.comm.ledger.recording() as second:
                 loss.backward()
         job.finish()
         assert_equal(gradients(job), wanted, 2)
@@ -683,7 +683,7 @@ def test_a_step_that_was_broken_off_owes_nothing(mesh):
     job, _ = trained(mesh, build(by_step, **ABC))
     with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
         loss_of(job, 0) / (1 // 0)  # went through a, b and c
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         loss_of(job, 1).backward()
         job.finish()
     assert sorted(c.unit for c in calls if c.op == "reduce_scatter") == ["b", "c", "root"]
@@ -750,7 +750,7 @@ def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
     job.finish()
     job.model.zero_grad()
     for name in "bc":  # c holds a tied weight, which is the root's
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             job.model.get_submodule(name)(x).sum().backward()
             job.finish()
         assert sum(c.op == "reduce_scatter" for c in calls) == (1 if name == "b" else 2)
@@ -786,7 +786,7 @@ def test_a_weight_that_is_read_is_open_until_its_reader_is_left_and_a_shard_befo
         with torch.no_grad():
             loss_of(job)
     assert seen == [(True, (WIDTH, WIDTH), False)] * 2
-    assert not any(kind == "gathered" for kind, _ in job.sync.held())
+    assert not any(kind == "gathered" for kind, _ in job.sync.extra_memory())
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
@@ -797,7 +797,7 @@ def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
     plain = build(in_turn(*"abc"), **ABC)()
     expected = float(squares(plain(rows(5)[0]), rows(5)[1]).detach() / 48)
     for around in (torch.no_grad, torch.inference_mode):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             with around():
                 job.model(x)
             job.model.eval()
@@ -953,7 +953,7 @@ def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, messag
 
     job, _ = trained(mesh, build(in_turn(*"abc"), prepare, **ABC))
     change(job)
-    with mesh.wire.ledger.recording() as calls, pytest.raises(UserError, match=message):
+    with mesh.comm.ledger.recording() as calls, pytest.raises(UserError, match=message):
         loss_of(job)
     assert calls == []
 
@@ -1070,7 +1070,7 @@ def test_forwards_to_which_no_backward_will_come_cost_the_next_nothing(mesh):
     for forwards in (0, 0, 9):
         for step in range(forwards):
             loss_of(job, step)  # somebody forgot no_grad
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             loss_of(job).backward()
         job.finish()
         optimizer.step()

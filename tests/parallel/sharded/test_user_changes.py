@@ -415,7 +415,7 @@ def test_no_bucket_waits_in_backward_for_a_frozen_parameter(strategy, mesh):
     embedding = "model.embed_tokens.weight"  # backward comes there last
     leaf = job.leaves.get(embedding, job.model.get_parameter(embedding))
     leaf.register_hook(lambda grad: order.append("the last gradient"))
-    mesh.wire.ledger.listeners.append(lambda call: order.append(call.unit))
+    mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))
     with job.microbatch(last=True):
         loss_of(job.model, 0, 0, rows_of(job)).backward()
     assert order.index("the last gradient") > 2, order

@@ -162,7 +162,7 @@ def test_reading_data_on_one_rank_is_free_and_tells_nobody(mesh):
 
     job = dist_lab.parallelize(model_of(look), mesh, "fsdp", units=["0"])
     job.model(rows(0, own(mesh)))
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         job.model(rows(0, own(mesh)))
     assert calls
     assert not [call for call in calls if call.phase == "order" and call.op != "all_reduce"]

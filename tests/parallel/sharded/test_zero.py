@@ -141,7 +141,7 @@ def test_a_model_on_meta_is_drawn_here_frozen_parts_too(strategy, mesh):
 def test_stage_1_sends_2p_and_stage_2_kp_and_p(strategy, k, mesh):
     job, optimizer = ready(mesh, strategy, "odd")
     for step in range(2):  # the first is no different
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             take_step(job, optimizer, step, k)
         by_op = {op: [c for c in calls if c.op == op] for op in {c.op for c in calls}}
         assert by_op.keys() == {"reduce_scatter", "all_gather", "all_reduce"}
@@ -161,7 +161,7 @@ def test_stage_1_sends_2p_and_stage_2_kp_and_p(strategy, k, mesh):
 def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, mesh):
     job, _ = ready(mesh, strategy)
     order = []
-    mesh.wire.ledger.listeners.append(lambda call: order.append(call.unit))
+    mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))
     first = wholes(job)["model.embed_tokens.weight"]
     first.register_hook(lambda gradient: order.append("the last gradient"))
     backward(job)
@@ -174,7 +174,7 @@ def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, me
 @pytest.mark.ranks(2)
 def test_stage_1_says_nothing_in_micro_batches_before_the_last(mesh):
     job, _ = ready(mesh, "zero1")
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         backward(job, last=False)
         backward(job, last=False)
     assert calls == []
@@ -209,7 +209,7 @@ def test_stage_1_keeps_one_whole_gradient_and_stage_2_a_part_and_a_bucket(mesh):
         job.finish()
         kinds = {"gradients": 0, "buffers": 0}
         storages = {}
-        for kind, tensor in job.sync.held():
+        for kind, tensor in job.sync.extra_memory():
             kinds[kind] += tensor.nbytes
             storages[tensor.untyped_storage()._cdata] = kind
         for p in job.parameters():
@@ -508,7 +508,7 @@ def test_a_copy_is_the_plain_model_and_trains_without_us(strategy, mesh):
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     before = job.full_state_dict()
     x, _ = batch(0)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         copied(x).sum().backward()
     assert calls == []
     torch.optim.SGD(copied.parameters(), lr=1.0).step()

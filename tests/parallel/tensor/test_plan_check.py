@@ -516,7 +516,7 @@ def test_the_trial_of_a_plan_leaves_no_trace(mode, mesh):
         assert model.training
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
         assert x.equal(batch(shape=(8, 6)))
-        held = sum(tensor.nbytes for _, tensor in job.sync.held())
+        held = sum(tensor.nbytes for _, tensor in job.sync.extra_memory())
         found[-1] += (held,)
     assert seen == ["forward"] * 2
     (y, generator, state, held), (wanted, its, other, wanted_held) = found
@@ -536,7 +536,7 @@ def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
                 torch.testing.assert_close(
                     job.model(batch()), built(lambda: Mlp(nn.PReLU()))()(batch())
                 )
-        with mesh.wire.ledger.recording() as calls, mode():
+        with mesh.comm.ledger.recording() as calls, mode():
             job.model(batch())
         assert [call.unit for call in calls if call.phase == "check"] == ["inputs"]
         job.model.eval()
@@ -709,7 +709,7 @@ def test_other_tokens_on_each_rank_are_refused_under_a_plan_of_the_zoo(mesh):
         job.model(tokens(mesh.rank)[0])
     job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
     for step in range(2):
-        with mesh.wire.ledger.recording() as calls:
+        with mesh.comm.ledger.recording() as calls:
             job.model(tokens(step)[0])
         found = [call.unit for call in calls if call.phase == "check"]
         assert found == ([] if step else ["inputs"])

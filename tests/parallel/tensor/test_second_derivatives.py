@@ -13,10 +13,10 @@ MODES = {
     "regather": {"sequence_parallel": True, "regather": True},
 }
 PLAN = {
-    "1.gate": "column", "1.up": "column", "1.down": "row",
-    "3": "colwise_gather_output", "4": "row", "5": "vocabulary",
+    "1.gate": "colwise", "1.up": "colwise", "1.down": "rowwise",
+    "3": "colwise_gather_output", "4": "rowwise", "5": "vocabulary",
 }  # fmt: skip
-CUT = {"0": "cut", "2": "sequence", "3": "column"}
+CUT = {"0": "scatter_output", "2": "sequence", "3": "colwise"}
 
 
 class Gated(nn.Module):

@@ -10,7 +10,7 @@ import dist_lab
 from dist_lab import zoo
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
-from dist_lab.parallel.tensor.plan import ALSO_CALLED, read_plan
+from dist_lab.parallel.tensor.plan import OLD_NAMES, read_plan
 
 ranks = pytest.mark.ranks(2, mesh={"tp": 2})
 
@@ -113,10 +113,10 @@ def test_under_sequence_parallelism_each_rank_may_be_given_its_piece(mesh):
 
 
 @ranks
-def test_each_role_has_the_name_that_the_field_gives_it(mesh):
-    for name, role in ALSO_CALLED.items():
+def test_the_old_names_of_roles_are_still_accepted(mesh):
+    for name, role in OLD_NAMES.items():
         assert read_plan(Mlp(), {"up": name}) == read_plan(Mlp(), {"up": role})
-    assert read_plan(Mlp(), {"up": ("colwise", 4)}) == read_plan(Mlp(), {"up": ("column", 4)})
+    assert read_plan(Mlp(), {"up": ("column", 4)}) == read_plan(Mlp(), {"up": ("colwise", 4)})
 
 
 # --- plans that are wrong -------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_the_check_of_a_plan_leaves_no_trace(mesh):
         wanted = plain(x)
         state = torch.get_rng_state()
         torch.manual_seed(step)
-        with mesh.wire.ledger.recording() as recorded:
+        with mesh.comm.ledger.recording() as recorded:
             y = job.model(x)
         torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
         assert torch.equal(torch.get_rng_state(), state)
@@ -256,7 +256,7 @@ def test_dropout_that_is_seeded_by_rank_is_refused_and_by_one_seed_is_not(kind, 
 def test_a_model_that_has_only_inferred_can_still_be_trained(mesh, cut):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    plan = {"0": "column", "2": "row"}
+    plan = {"0": "colwise", "2": "rowwise"}
     job = dist_lab.parallelize(model, mesh, "tp", plan=plan, sequence_parallel=cut)
     x = torch.ones(4, 6, dtype=torch.float64)
     with torch.inference_mode():

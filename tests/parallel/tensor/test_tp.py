@@ -166,7 +166,7 @@ def one_step(job, pair, total=48):
 
 def calls_of(mesh, model, pair, **options):
     job = dist_lab.parallelize(model, mesh, "tp", units=[zoo.gpt.Block], **options)
-    with mesh.wire.ledger.recording() as calls:
+    with mesh.comm.ledger.recording() as calls:
         one_step(job, pair)
     return calls
 
@@ -259,7 +259,7 @@ def test_weight_gradients_are_computed_while_the_sum_of_the_inputs_is_on_its_way
             happened.append("arrived")
             return self.pending.wait()
 
-    start, compute = sequence.Residual.start_sum, sequence.weight_gradient
+    start, compute = sequence.ActivationLayout.start_sum, sequence.weight_gradient
 
     def start_sum(self, x):
         happened.append("left")
@@ -270,7 +270,7 @@ def test_weight_gradients_are_computed_while_the_sum_of_the_inputs_is_on_its_way
         return compute(dy, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequence.Residual, "start_sum", start_sum)
+        patch.setattr(sequence.ActivationLayout, "start_sum", start_sum)
         patch.setattr(sequence, "weight_gradient", weight_gradient)
         output = job.model(text(0)[0])
         happened.clear()
@@ -345,7 +345,7 @@ class Pair(nn.Module):
         return self.last(x + self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
-PAIR = {"gate": "column", "up": "column", "down": "row"}
+PAIR = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
 
 
 def rows(step=0, shape=(4, 8, 6)):
@@ -353,17 +353,17 @@ def rows(step=0, shape=(4, 8, 6)):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("last", ["whole", "gathered", None])
+@pytest.mark.parametrize("last", ["whole", "colwise_gather_output", None])
 @pytest.mark.parametrize("shape", [(4, 8, 6), (8, 6), (6,)])
 @ranks(4)
 def test_a_module_of_ones_own_has_the_outputs_and_gradients_of_the_plain_one(shape, last, mesh):
-    plan = PAIR | ({"last": last} if last and last != "gathered" else {})
-    size = 5 if last != "gathered" else 8
+    plan = PAIR | ({"last": last} if last and last != "colwise_gather_output" else {})
+    size = 5 if last != "colwise_gather_output" else 8
     plain, split = Pair(), Pair()
-    if last == "gathered":  # which takes equal pieces
+    if last == "colwise_gather_output":  # which takes equal pieces
         plain.last, split.last = (nn.Linear(6, size).double() for _ in range(2))
         split.last.load_state_dict(plain.last.state_dict())
-        plan |= {"last": "gathered"}
+        plan |= {"last": "colwise_gather_output"}
     job = dist_lab.parallelize(split, mesh, "tp", plan=plan)
     plain.load_state_dict(job.full_state_dict())
     inputs = [rows(0, shape).requires_grad_() for _ in range(2)]
@@ -404,7 +404,7 @@ def test_columns_that_read_different_tensors_and_one_that_is_read_twice(mesh):
         def forward(self, x):
             return super().forward(super().forward(x))
 
-    plan = {"q": "column", "k": "column", "unused": "column", "o": "row"}
+    plan = {"q": "colwise", "k": "colwise", "unused": "colwise", "o": "rowwise"}
     plain, split = Again(), Again()
     split.k.weight.requires_grad_(False)
     plain.k.weight.requires_grad_(False)
@@ -439,7 +439,7 @@ def test_a_tensor_that_was_changed_since_is_brought_in_anew(mesh):
             x.add_(1)
             return self.o(first + self.b(x))
 
-    plan = {"a": "column", "b": "column", "o": "row"}
+    plan = {"a": "colwise", "b": "colwise", "o": "rowwise"}
     for mode in ({}, CUT):
         job = dist_lab.parallelize(Changed(), mesh, "tp", plan=plan, **mode)
         x = rows() if not mode else rows().chunk(2, 1)[mesh.rank]
@@ -562,7 +562,7 @@ def test_another_loss_on_logits_that_are_split_is_refused(foreign, mesh):
 @ranks(2)
 def test_a_head_that_is_gathered_gives_whole_logits(mesh):
     model = sized(vocab=64)
-    plan = model.tp_plan() | {"lm_head": "gathered"}
+    plan = model.tp_plan() | {"lm_head": "colwise_gather_output"}
     wanted = sized(vocab=64)(text(0)[0])
     job = dist_lab.parallelize(model, mesh, "tp", plan=plan, **CUT)
     torch.testing.assert_close(job.model(text(0)[0]), wanted, rtol=1e-11, atol=1e-11)
@@ -574,7 +574,7 @@ def test_a_head_that_is_gathered_gives_whole_logits(mesh):
 @ranks(4)
 def test_norms_whose_partial_gradients_nobody_sums_are_found(mesh):
     # Trap 7: LayerNorm under sequence parallelism.
-    wrong = sized().tp_plan() | {"model.norm": "whole"}
+    wrong = sized().tp_plan() | {"model.norm": "replicate"}
     said = (
         r"the gradient of model\.norm\.weight is off by .* outside .* or its own module 'sequence'"
     )
@@ -605,20 +605,36 @@ def test_a_tied_table_stays_one(mesh):
 
 GPT = sized().tp_plan()
 REFUSED = [
-    ({"model.layer.*": "row"}, {}, r"the plan's model.layer.\* matches no module; there are model"),
-    ({"model.norm": "column"}, {}, "splits model.norm as 'column', which takes a Linear, .* RMSN"),
-    ({"model.layers.0": "row"}, {}, "which takes a Linear, and it is a Block"),
-    ({"lm_head": "colum"}, {}, "the plan's role of lm_head is 'colum'; there are column, grouped"),
-    ({"lm_head": ("row", 4)}, {}, "column and grouped take the number of outputs that stay toge"),
-    ({"lm_head": ("column", 0)}, {}, "column and grouped take the number of outputs"),
-    ({"lm_head": ("column", 7)}, {}, "lm_head has 61 outputs, and the plan keeps 7 together"),
-    ({"lm_*": "row", "lm_head": "column"}, {}, r"gives lm_head two roles, by lm_\* and by lm_head"),
     (
-        {"model.layers.*": "whole", "model.layers.0.mlp": "whole"},
+        {"model.layer.*": "rowwise"},
+        {},
+        r"the plan's model.layer.\* matches no module; there are model",
+    ),
+    ({"model.norm": "colwise"}, {}, "splits model.norm as 'column', which takes a Linear, .* RMSN"),
+    ({"model.layers.0": "rowwise"}, {}, "which takes a Linear, and it is a Block"),
+    ({"lm_head": "colum"}, {}, "the plan's role of lm_head is 'colum'; there are column, grouped"),
+    (
+        {"lm_head": ("rowwise", 4)},
+        {},
+        "column and grouped take the number of outputs that stay toge",
+    ),
+    ({"lm_head": ("colwise", 0)}, {}, "column and grouped take the number of outputs"),
+    ({"lm_head": ("colwise", 7)}, {}, "lm_head has 61 outputs, and the plan keeps 7 together"),
+    (
+        {"lm_*": "rowwise", "lm_head": "colwise"},
+        {},
+        r"gives lm_head two roles, by lm_\* and by lm_head",
+    ),
+    (
+        {"model.layers.*": "replicate", "model.layers.0.mlp": "replicate"},
         {},
         "and model.layers.0 around it",
     ),
-    (GPT | {"lm_head": "gathered"}, {}, "lm_head has 61 outputs, which do not divide over 2 ranks"),
+    (
+        GPT | {"lm_head": "colwise_gather_output"},
+        {},
+        "lm_head has 61 outputs, which do not divide over 2 ranks",
+    ),
     ({n: r for n, r in GPT.items() if n != "model.norm"}, CUT, "model.norm.weight is in no module"),
     (GPT, {"regather": True}, "regather gathers again what sequence_parallel has cut; give both"),
 ]
@@ -662,7 +678,7 @@ def test_what_cannot_be_split_is_refused_with_the_reason(mesh):
         dist_lab.parallelize(MODELS["odd"](), mesh, "tp", "torch", plan=PLANS["odd"])
     tied = sized(tied=True)
     with pytest.raises(UserError, match=r"tied between model.embed_tokens and lm_head, which"):
-        dist_lab.parallelize(tied, mesh, "tp", plan=GPT | {"lm_head": "whole"})
+        dist_lab.parallelize(tied, mesh, "tp", plan=GPT | {"lm_head": "replicate"})
     table = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0))
     with pytest.raises(UserError, match=r"0 has max_norm=1\.0"):
         dist_lab.parallelize(table, mesh, "tp", plan={"0": "vocabulary"})
@@ -679,7 +695,7 @@ def test_a_copy_of_a_part_does_not_compute(mesh):
 def test_every_role_that_a_model_plans_is_known():
     assert registry.MODELS["gpt"].heads("tiny") == (4, 2)
     assert registry.MODELS["vit"].heads("tiny") == (4, 4)
-    assert tp.FORWARDS.keys() | {"whole", "sequence", "cut", "joined"} >= {
+    assert tp.FORWARDS.keys() | {"whole", "sequence", "cut", "gather_input"} >= {
         role if isinstance(role, str) else role[0]
         for model in (sized(), MODELS["mlp"](), vit())
         for role in model.tp_plan().values()

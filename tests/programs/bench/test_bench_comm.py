@@ -12,7 +12,7 @@ import pytest
 from dist_lab.comm.by_hand.costs import BACKEND
 from dist_lab.errors import UserError
 from dist_lab.programs.bench import report
-from dist_lab.programs.bench.report import Row, choices, fit
+from dist_lab.programs.bench.report import BenchRow, choices, fit
 from dist_lab.programs.bench.settings import ALL, HAVE, parse
 from dist_lab.programs.compare.ratios import Quartiles
 
@@ -22,14 +22,14 @@ PROGRAM = Path(__file__).parents[3] / "launch" / "bench_comm.py"
 def rows(op="all_gather", **seconds):
     """Of two sizes, 1000 and 10^6 bytes."""
     return [
-        Row(op, name, size, 3, size, [second])
+        BenchRow(op, name, size, 3, size, [second])
         for name, both in seconds.items()
         for size, second in zip((1000, 10**6), both, strict=True)
     ]
 
 
 def test_a_row_tells_median_and_quartiles():
-    row = Row("broadcast", "tree", 8, 2, 8, [5.0, 1.0, 2.0, 3.0, 4.0])
+    row = BenchRow("broadcast", "tree", 8, 2, 8, [5.0, 1.0, 2.0, 3.0, 4.0])
     assert row.quartiles == Quartiles(median=3.0, low=2.0, high=4.0)
 
 

@@ -382,10 +382,10 @@ def test_a_file_may_be_named_anything_and_its_line_is_still_one(tmp_path, monkey
 
 @pytest.mark.parametrize("seed", range(4))
 def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
-    draw = random.Random(seed)
+    draw_model = random.Random(seed)
     began, outcomes = time.perf_counter(), set()
     for _ in range(50):
-        text = mutated(draw.choice(PRESETS).read_bytes(), draw)
+        text = mutated(draw_model.choice(PRESETS).read_bytes(), draw_model)
         try:
             outcome = parse(["--config", file(text)])
         except UserError as error:
@@ -396,17 +396,17 @@ def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
     assert time.perf_counter() - began < 10  # takes half a second; a hang takes for ever
 
 
-def mutated(text: bytes, draw: random.Random) -> bytes:
+def mutated(text: bytes, draw_model: random.Random) -> bytes:
     """A file after one to three slips of the hand, or of the disk."""
     tokens = b"true nan -inf 1e999 [[ ]] { } ''' ' = . # \n \0 \xff \\ 1979-05-27 _ 0x".split(b" ")
-    for _ in range(draw.randint(1, 3)):
-        a, b = sorted(draw.randrange(len(text) + 1) for _ in range(2))
-        a = draw.choice([a, max(a, b - 5)])  # long cuts and short ones
-        text = draw.choice([
+    for _ in range(draw_model.randint(1, 3)):
+        a, b = sorted(draw_model.randrange(len(text) + 1) for _ in range(2))
+        a = draw_model.choice([a, max(a, b - 5)])  # long cuts and short ones
+        text = draw_model.choice([
             text[:a] + text[b:],
             text[:b] + text[a:],
-            text[:b] + draw.choice(tokens) + text[b:],
-            text[:b] + bytes([draw.randrange(256)]) + text[b + 1 :],
+            text[:b] + draw_model.choice(tokens) + text[b:],
+            text[:b] + bytes([draw_model.randrange(256)]) + text[b + 1 :],
             text[:b],
         ])  # fmt: skip
     return text

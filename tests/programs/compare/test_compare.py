@@ -29,8 +29,8 @@ from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.compare import files, measure, rounds, tables
 from dist_lab.programs.compare.ratios import Quartiles, depth, fewest_rounds, missed, orders, ratio
-from dist_lab.programs.compare.report import Report, Row, Traffic
-from dist_lab.programs.compare.settings import Entry, Settings, entries, read
+from dist_lab.programs.compare.report import CompareReport, ContenderRow, Traffic
+from dist_lab.programs.compare.settings import ListedStrategy, Settings, entries, read
 from dist_lab.step.protocol import Applied, Setup
 
 ROOT = Path(__file__).parents[3]
@@ -136,7 +136,8 @@ def test_every_strategy_is_compared_unless_some_are_named():
     assert {"single", "ddp@accelerate", "fsdp@torch"} <= set(every)
     some = read(["--strategies", "dp, ddp@torch,dp@hand"]).entries()
     assert some == [
-        Entry("dp", "dp", "hand"), Entry("ddp@torch", "ddp", "torch"), Entry("dp#2", "dp", "hand"),
+        ListedStrategy("dp", "dp", "hand"), ListedStrategy("ddp@torch", "ddp", "torch"),
+        ListedStrategy("dp#2", "dp", "hand"),
     ]  # fmt: skip
 
 
@@ -241,9 +242,9 @@ def test_the_program_answers_a_mistake_without_torch(tmp_path):
 AT_PEAK = dict.fromkeys(KINDS, 0) | {"parameters": 4_000_000, "activations": 36_000_000}
 
 
-def row(label: str, times: list[float], loss: float = 2.0, **changes) -> Row:
+def row(label: str, times: list[float], loss: float = 2.0, **changes) -> ContenderRow:
     strategy, _, impl = label.partition("@")
-    made = Row(
+    made = ContenderRow(
         label=label, strategy=strategy, impl=impl or "hand", about="", processes=4,
         rounds=[[t, t, 9 * t] for t in times],  # one step in three is interrupted
         losses=[5.0, loss], blocked=[0.25, 0.25], peak_memory_bytes=40_000_000,
@@ -254,9 +255,9 @@ def row(label: str, times: list[float], loss: float = 2.0, **changes) -> Row:
     return replace(made, **changes)
 
 
-def report(*rows: Row) -> Report:
+def report(*rows: ContenderRow) -> CompareReport:
     config = {"model": "gpt", "dtype": "float32", "steps": 3}
-    return Report(
+    return CompareReport(
         setting={"config": config, "parameters": 1e6, "world_size": 4, "threads": 1, "cores": 2},
         reference=rows[0].label, unit="tokens/s", batch=256, peak_flops_per_s=1e11, rows=[*rows],
         refused={"fsdp": "not on this mesh"},
@@ -280,7 +281,7 @@ def test_a_row_follows_from_the_times_of_its_rounds():
     assert found.summary(found.rows[0])["blocked_ms"] == 250
 
 
-def shown(found: Report, width: int = 120) -> str:
+def shown(found: CompareReport, width: int = 120) -> str:
     console = Console(width=width)
     with console.capture() as capture:
         console.print(tables.speed(found))

@@ -26,11 +26,11 @@ from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import settings
 from dist_lab.programs.doctor.examine import _not_equal
 from dist_lab.programs.doctor.proof import Proof, rounding_grows
-from dist_lab.programs.doctor.report import Report, Row, Verdict
+from dist_lab.programs.doctor.report import DoctorReport, StrategyRow, Verdict
 from dist_lab.programs.doctor.subject import subject_of
 from dist_lab.programs.doctor.trial import Trial
 from dist_lab.programs.verify.report import Comparison
-from dist_lab.programs.verify.report import Report as Comparisons
+from dist_lab.programs.verify.report import DoctorReport as Comparisons
 
 ROOT = Path(__file__).parents[3]
 ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp")  # whoever shares out rows, on two ranks
@@ -176,15 +176,15 @@ NOTES = {
     ),
     "tp leaves an embedding whole": (
         lambda: Words(2000), lambda: tokens(most=2000),
-        {"plan": {"block.up": "column", "block.down": "row", "head": "vocabulary"}},
+        {"plan": {"block.up": "colwise", "block.down": "rowwise", "head": "vocabulary"}},
         {"tp": [
             r'^embed.weight \(512.0 kB, 44% of the model\) lies whole .*: {"embed": "vocabulary"}$'
         ]},
     ),
     "a plan is found for tp": (
         Residual, rows, {}, {"tp": [
-            r'^a plan that was tried and is exact, by \d.\de-1\d: plan={"blocks.\*.up": "column", '
-            r'"blocks.\*.down": "row"}$'
+            r'^a plan that was tried and is exact, by \d.\de-1\d: plan={"blocks.\*.up": "colwise", '
+            r'"blocks.\*.down": "rowwise"}$'
         ]},
     ),
     "no plan is found for tp": (lambda: Between(nn.Softmax(-1)), rows, {}, {"tp": []}),
@@ -225,7 +225,7 @@ def test_what_is_said_of_unused_parameters_is_what_the_ledger_sees(mesh):
         job = dist_lab.parallelize(model, own, strategy, **told)
         optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
         for _ in range(2):  # ddp learns in the first
-            with own.wire.ledger.recording() as seen:
+            with own.comm.ledger.recording() as seen:
                 x, y = rows()
                 job.run([(x, y)], lambda out, y: dist_lab.cross_entropy_sum(out, y) / 32)
                 job.finish()
@@ -455,10 +455,10 @@ def read_back(path):
     """The report that a doctor.json holds."""
     told = json.loads(path.read_text())
     rows = [
-        Row(**row | {"verdict": Verdict(row["verdict"]), "notes": tuple(row["notes"])})
+        StrategyRow(**row | {"verdict": Verdict(row["verdict"]), "notes": tuple(row["notes"])})
         for row in told["rows"]
     ]
-    return Report(**told | {"rows": tuple(rows), "findings": tuple(told["findings"])})
+    return DoctorReport(**told | {"rows": tuple(rows), "findings": tuple(told["findings"])})
 
 
 @pytest.mark.slow
@@ -482,18 +482,18 @@ def test_the_readme_shows_what_is_printed_and_that_is_what_is_written(tmp_path, 
 
 
 def test_an_infinite_error_can_be_written():
-    row = Row("dp", "dp=2", Verdict.WRONG, "not equal", float("inf"), (), {})
-    told = Report("a summary", 2, (), (row,)).to_dict()
+    row = StrategyRow("dp", "dp=2", Verdict.WRONG, "not equal", float("inf"), (), {})
+    told = DoctorReport("a summary", 2, (), (row,)).to_dict()
     assert json.loads(json.dumps(told, allow_nan=False))["rows"][0]["worst_error"] is None
 
 
 def test_the_text_of_a_report_fits_into_100_columns_and_says_a_line_once():
     kept = {"parameters": 4_000_000, "gradients": 2000, "moments": 16}
     long = "a note " + "that goes on " * 12
-    row = Row("dp", "dp=2", Verdict.EXACT, "", 1.3e-15, (long,), kept)
+    row = StrategyRow("dp", "dp=2", Verdict.EXACT, "", 1.3e-15, (long,), kept)
     other = replace(row, strategy="ddp", verdict=Verdict.WRONG, reason="not equal: by 1")
-    refused = Row("tp", "tp=2", Verdict.REFUSED, "no plan", None, (), {})
-    text = str(Report("a summary", 2, ("it is so",), (row, other, refused)))
+    refused = StrategyRow("tp", "tp=2", Verdict.REFUSED, "no plan", None, (), {})
+    text = str(DoctorReport("a summary", 2, ("it is so",), (row, other, refused)))
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("a note") == 1
     assert "dp ddp  a note" in text

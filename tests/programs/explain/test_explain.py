@@ -13,12 +13,12 @@ from programs import run
 
 from dist_lab.errors import UserError
 from dist_lab.mesh import groups
-from dist_lab.mesh.mesh import init_mesh, pretended
+from dist_lab.mesh.mesh import dry_run, init_mesh
 from dist_lab.parallel.schedules.library import make
 from dist_lab.parallel.schedules.simulate import bubble, render
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.programs.cli.setup import build, meet
+from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.explain.command import explain
 from dist_lab.programs.explain.dry_run import observe
 from dist_lab.programs.train import loop
@@ -54,13 +54,13 @@ def told(calls):
 
 def measured(config, mesh):
     """What two steps of a run send, and the memory that they take."""
-    data = meet(config, mesh)
+    data = open_run(config, mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
     steps, meter = [], Meter(job, optimizer)
     for step in range(2):
         rows = data.batch(step, loop.own_rows(config.batch, job))
-        with meter.step(step + 1), mesh.wire.ledger.recording() as calls:
+        with meter.step(step + 1), mesh.comm.ledger.recording() as calls:
             loop.take_step(job, optimizer, *rows, step + 1, config)
         steps.append(told(calls))
     return steps, meter.memory
@@ -89,7 +89,7 @@ def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype
     if mesh.rank == 0:
         groups.disconnect()  # from here on it is alone, as whoever asks for an explanation
         gc.collect()
-        with pretended(config.axes(4)) as other:
+        with dry_run(config.axes(4)) as other:
             seen = observe(config, other)
         assert [told(seen.first), told(seen.steady)] == steps
         kinds = seen.peak.to_dict()

@@ -226,7 +226,7 @@ def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(model):
     config = parse(["--model", model, "--batch", "4", "--dtype", "float64"])
-    data = setup.meet(config, init_mesh())
+    data = setup.open_run(config, init_mesh())
     job = setup.build(config, init_mesh(), data)
     job.model.eval()
     batches = [data.validation(i, slice(0, 4)) for i in range(data.validation_batches)]
@@ -243,7 +243,7 @@ def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(mo
 def test_a_model_of_images_trains_in_every_dtype(model, dtype):
     steps = ["--data", "fake:2x12x12", "--batch", "2", "--steps", "2", "--clip", "0"]
     config = parse(["--model", model, "--dtype", dtype, *steps])
-    data = setup.meet(config, init_mesh())
+    data = setup.open_run(config, init_mesh())
     assert data.batch(0, slice(0, 1))[0].dtype == setup.parameter_dtype(config)
     job = setup.build(config, init_mesh(), data)
     before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
@@ -271,7 +271,7 @@ def test_the_fused_optimizer_makes_the_same_steps(dtype):
 
 def test_weight_decay_is_for_matrices_and_not_for_norms_and_biases():
     config = parse(["--model", "vit", "--weight-decay", "0.3", "--data", "fake:2x12x12"])
-    job = setup.build(config, init_mesh(), setup.meet(config, init_mesh()))
+    job = setup.build(config, init_mesh(), setup.open_run(config, init_mesh()))
     optimizer = make_optimizer(job, config)
     decay = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
@@ -286,7 +286,7 @@ def test_medians_are_of_the_steps_that_are_not_slow_because_they_are_measured(mo
     config = parse(["--batch", "4"])
     job = dist_lab.parallelize(torch.nn.Linear(2, 2), init_mesh(), "single")
     meter = Meter(job, job.optimizer(torch.optim.SGD, lr=0.1))
-    tally = job.mesh.wire.ledger.total
+    tally = job.mesh.comm.ledger.total
     meter.steps = [(9.0, replace(tally, blocked=9.0))] * 2 + [(1.0, replace(tally, blocked=0.5))]
     median = meter.summary(config, 100)["median"]
     assert (median["step_ms"], median["comm_ms"]) == (1000, 500)
