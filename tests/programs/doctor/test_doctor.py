@@ -463,7 +463,8 @@ def read_back(path):
 
 @pytest.mark.slow
 def test_the_readme_shows_what_is_printed_and_that_is_what_is_written(tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().partition("\n## Which strategy suits")[2]
+    page = (ROOT / "dist_lab/programs/README.md").read_text()
+    section = page.partition("\n## doctor")[2]
     model, shown = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
     command, _, shown = shown.partition("\n")
     assert command == "$ python launch/doctor.py mymodels:build --nproc 2"
