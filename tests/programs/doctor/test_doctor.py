@@ -30,7 +30,7 @@ from dist_lab.programs.doctor.report import DoctorReport, StrategyRow, Verdict
 from dist_lab.programs.doctor.subject import subject_of
 from dist_lab.programs.doctor.trial import Trial
 from dist_lab.programs.verify.report import Comparison
-from dist_lab.programs.verify.report import DoctorReport as Comparisons
+from dist_lab.programs.verify.report import VerifyReport as Comparisons
 
 ROOT = Path(__file__).parents[3]
 ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp")  # whoever shares out rows, on two ranks
