@@ -46,8 +46,8 @@ class Messages:
         self.size, self.index = axis.size, axis.index
         self.limit = timedelta(seconds=axis.comm.timeout)
 
-    # The group's own send and receive take positions on the axis. torch's isend and irecv wrap them,
-    # and take global ranks.
+    # The group's own send and receive take positions on the axis. torch's isend and irecv wrap
+    # them, and take global ranks.
 
     def send(self, x: Tensor, to: int) -> list[Work]:
         if x.numel() == 0:

@@ -428,7 +428,7 @@ def test_a_rank_that_dies_is_named_by_the_launcher_and_the_others_do_not_hang(fa
     assert launcher.main("toy.py", toy.parse, "toy:body", settings) == 1
     output = capsys.readouterr().err
     assert output.startswith("---- rank 2 of 3: killed by SIGKILL")
-    assert output.endswith("---- ranks 0, 1 of 3: waited in vain, or lost the connection ----\n")
+    assert output.endswith("---- ranks 0, 1 of 3: timed out, or lost the connection ----\n")
     assert time.monotonic() - began < 15
 
 
