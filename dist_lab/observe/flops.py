@@ -43,7 +43,7 @@ def counter() -> FlopCounterMode:
 def calibrate(
     dtype: torch.dtype, device: torch.device, *, windows: int = 5, seconds: float = 0.1
 ) -> Tensor:
-    """Returns the operations per second of a 768 x 768 matmul on this rank, in some windows of time.
+    """Returns the operations per second of a 768 x 768 matmul on this rank, in some time windows.
 
     Start it on all ranks at once, sum each window over ranks, and take the best one: other programs
     on the machine only make a window slower.
