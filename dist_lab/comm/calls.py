@@ -218,8 +218,8 @@ def _check_order(call: Call, axis: Axis) -> Steps:
     if len({text.split(" at ")[0] for text in calls}) > 1:
         each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, calls, strict=True))
         raise CollectiveMismatch(
-            f"call #{call.number}: the ranks of {axis.name} are about to launch different "
-            f"collectives, and would hang: {each}; let all ranks make the same calls in one order"
+            f"call #{call.number}: the ranks of {axis.name} disagree about their next collective, "
+            f"and would hang: {each}; let all ranks make the same calls in the same order"
         )
 
 

@@ -167,14 +167,14 @@ def _shade(op: Op, chunk: int, chunks: int) -> str:
 
 
 def _page(
-    title: str, unit: str, rows: Rows, end: float, tall: Sequence[float]
+    title: str, unit: str, rows: Rows, end: float, heights: Sequence[float]
 ) -> tuple[Figure, list[Axes]]:
     """Returns a figure with title and legend, and its panels, stacked on one time axis."""
     width = min(max(BAR * end / _short(rows) + BESIDE, NARROWEST), WIDEST)
-    size = width, AROUND + sum(tall) * len(rows)
+    size = width, AROUND + sum(heights) * len(rows)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     grid = figure.subplots(
-        len(tall), sharex=True, height_ratios=tall, subplot_kw={"xlim": (0, end)}
+        len(heights), sharex=True, height_ratios=heights, subplot_kw={"xlim": (0, end)}
     )
     panels = list[Axes](grid)
     for axes in panels:

@@ -74,9 +74,7 @@ class Task:
     filters: bytes
 
 
-Outcome = (
-    tuple[str, str] | None
-)  # of a body that did not fail: (skip or xfail, the reason), or None
+Outcome = tuple[str, str] | None  # if a body did not fail: ("skip" or "xfail", the reason), or None
 
 
 class Pool:
@@ -154,7 +152,7 @@ class Pool:
         for rank in running:
             ranks.ask_for_stack(rank)
         if running:
-            time.sleep(0.5)  # until they have written
+            time.sleep(0.5)  # until the stacks are written
         for rank in running:
             stack = self._stack(rank.number)
             stack = stack or "It prints no stack: it is stopped, or still starting.\n"

@@ -23,7 +23,7 @@ class Algorithm:
 
 
 def lengths(length: int, n: int) -> list[int]:
-    """Returns the lengths of n chunks. If n does not divide, the first ones are longer by one."""
+    """Returns the lengths of n chunks. The first ones are longer by one if n does not divide."""
     return [length // n + (j < length % n) for j in range(n)]
 
 
