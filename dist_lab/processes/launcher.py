@@ -9,9 +9,9 @@ starts in one of three ways:
     train.py                                 this process is the only rank
 
 Every failure is reported once. A refusal (UserError, MachineError) is one line and an exit status.
-Any other exception is a defect: it prints the tracebacks of the ranks that failed, the cause first,
-and one line for all ranks that only lost a peer. All other ranks are ended. The launcher does not
-import torch before a rank does, so that it answers a mistake at once.
+Any other exception is a defect. Its report has the tracebacks of the ranks that failed, the cause
+first, and one line for all ranks that only lost a peer. All other ranks are ended. The launcher
+does not import torch before a rank does, so that it answers a mistake at once.
 """
 
 import faulthandler
