@@ -51,7 +51,7 @@ CENTER: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True}
 LANE, STRIP, AROUND, BESIDE = 0.42, 0.32, 1.8, 1.3  # inches: per rank, and for the text around
 BAR, NARROWEST, WIDEST = 0.16, 9.5, 24.0  # inches: of a short bar, and of the page
 # Font sizes in points, and the width of a digit relative to its height.
-LEAST, TWO_LINES, LARGEST, DIGIT = 4.5, 6.0, 9.0, 0.7
+LEAST, LARGEST, DIGIT = 4.5, 9.0, 0.7
 
 
 def draw(rows: Rows, *, title: str, unit: str) -> Figure:
