@@ -229,7 +229,7 @@ MODELS |= {
         "CLIPModel", "CLIPConfig", "CLIPEncoderLayer", captions, alike, projection_dim=16,
         text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
         vision_config=VISION,
-        refused="its trace returns something else than the model",  # it writes into another's output
+        refused="its trace returns something else than the model",  # it writes in place
     ),
     "Whisper": words(
         "WhisperForConditionalGeneration", "WhisperConfig",
