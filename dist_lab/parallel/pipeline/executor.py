@@ -48,9 +48,7 @@ class Executor:
     ) -> None:
         self.axis, self.modules, self.shapes = axis, modules, shapes
         self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
-        self.forward_schedule_for = cache(
-            lambda m: add_unshard(add_communication(forward_only(rank_of, m)))
-        )
+        self.forwards = cache(lambda m: add_unshard(add_communication(forward_only(rank_of, m))))
         self.splitter = SplitBackward()
         self.timings: list[TimedAction] = []
         self.peak = 0
@@ -65,8 +63,7 @@ class Executor:
     def evaluate(
         self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
     ) -> Tensor:
-        schedule = self.forward_schedule_for(len(microbatches))
-        return self._execute(schedule, microbatches, loss_fn, events)
+        return self._execute(self.forwards(len(microbatches)), microbatches, loss_fn, events)
 
     def _execute(
         self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn,

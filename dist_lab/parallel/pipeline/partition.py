@@ -253,8 +253,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """A copy on the meta device. No values are copied; tied tensors stay tied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for own in (module._parameters, module._buffers, vars(module)):
-            for tensor in own.values():
+        for attributes in (module._parameters, module._buffers, vars(module)):
+            for tensor in attributes.values():
                 if isinstance(tensor, Tensor) and id(tensor) not in memo:
                     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
                     if isinstance(tensor, nn.Parameter):

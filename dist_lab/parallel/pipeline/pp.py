@@ -65,8 +65,8 @@ def apply(
             rest. It shows a schedule's effect on a machine with fewer cores than ranks.
 
     Raises:
-        UserError: there are more stages than blocks, the model cannot be split, the schedule has an
-            error or is for other ranks, or it splits the backward of recomputed blocks.
+        UserError: there are more stages than blocks; the model cannot be split; the schedule has an
+            error, is for another number of ranks, or splits the backward of recomputed blocks.
     """
     axis = setup.axis
     sample = example(schedule, axis.size, chunks)

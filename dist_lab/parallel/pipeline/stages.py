@@ -1,4 +1,4 @@
-"""Splits a model into stages: this rank's layers stay, and tensors between stages get known shapes.
+"""Splits a model into stages: keeps this rank's, and finds the shapes of tensors between stages.
 
 No name changes: a layer of this rank stays where it is in the model, and any other is replaced by
 a stand-in that refuses to run. A stage runs as a module of its own: for a model with `stages`, its
@@ -245,14 +245,14 @@ class Shapes:
             yield [StageInput(v.shape, v.dtype, any(v is i for i in model_inputs)) for v in values]
 
 
-def check_shapes(stage: int, output: object, wanted: Sequence[StageInput]) -> None:
+def check_shapes(stage: int, output: object, expected: Sequence[StageInput]) -> None:
     """Raise UserError unless a stage's outputs have the shapes that `Shapes` has found."""
     values = output if isinstance(output, tuple) else (output,)
     actual = [StageInput(x.shape, x.dtype) for x in values]
-    if actual != list(wanted):
+    if actual != list(expected):
         raise UserError(
             f"stage {stage} returns {', '.join(map(str, actual))}, but on the meta device it gave "
-            f"{', '.join(map(str, wanted))}; a pipeline needs shapes that do not depend on values"
+            f"{', '.join(map(str, expected))}; a pipeline needs shapes that do not depend on values"
         )
 
 
@@ -289,7 +289,7 @@ class MissingLayer(nn.Module):
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
-    """The modules with these names, and the ids of their tensors and of tensors so named."""
+    """The modules with these names, and the ids of the tensors in them or with such a name."""
     all_modules = dict(model.named_modules(remove_duplicate=False))
     all_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
@@ -302,9 +302,9 @@ def _named(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set
 
 
 def _remove_others(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> None:
-    """Replace all modules but these by stand-ins, and all tensors but these (by id) by None.
+    """Replace all modules but these by stand-ins, and all tensors but those of these ids by None.
 
-    Identity decides, not the name: a module or tensor may have several names.
+    Names do not count, because a module or tensor may have several.
     """
     for name, child in module._modules.items():
         if child is None or child in modules:
@@ -314,10 +314,10 @@ def _remove_others(module: nn.Module, modules: set[nn.Module], tensors: set[int]
             _remove_others(child, modules, tensors)
         else:
             module._modules[name] = MissingLayer()
-    for own in (module._parameters, module._buffers):
-        for name, tensor in own.items():
+    for registered in (module._parameters, module._buffers):
+        for name, tensor in registered.items():
             if id(tensor) not in tensors:
-                own[name] = None
+                registered[name] = None
 
 
 def _materialize(

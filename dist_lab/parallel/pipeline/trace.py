@@ -1,6 +1,6 @@
 """Traces a model without `stages`: a graph, the cost of each node, and a module for each stage.
 
-[Note: where a graph may not be cut]
+[Note: where a graph may not be split]
 Each stage is a process, so a tensor that crosses a split point is sent, and becomes a copy. The
 stages equal the whole model to the last bit, gradients included, if a copy makes no difference:
 * A value that is not a tensor (a size, a tuple before it is unpacked) cannot be sent. There is no
@@ -141,7 +141,7 @@ def _modes() -> tuple[bool, bool]:
 
 
 def _module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A module with what the graph uses of the root, under the same names and buffers as saved."""
+    """A GraphModule with the root's names, whose state_dict has no tensors but the root's."""
     module, saved = fx.GraphModule(root, graph, name), root.state_dict().keys()
     for node in graph.find_nodes(op="get_attr"):
         owner, _, attribute = str(node.target).rpartition(".")
@@ -158,7 +158,7 @@ def node_costs(
     Returns:
         the nodes; the cost of each, in operations plus output elements; and the elements to send
         if a stage begins at it, each value once. inf: no stage may begin there, see [Note: where a
-        graph may not be cut].
+        graph may not be split].
     """
     nodes, spans = _spans(traced)
     meta_traced = meta_copy(traced)

@@ -117,13 +117,13 @@ def _check_messages(schedule: Schedule) -> None:
         for i, a in enumerate(actions):
             step = 1 if a.op in (Op.F, Op.SEND_F, Op.RECV_B) else -1
             peer = schedule.rank_of.get(a.stage + step)
-            travels = peer is not None and peer != rank
-            if a.op in COMPUTE and travels and a.op is not Op.W:
+            crosses_ranks = peer is not None and peer != rank
+            if a.op in COMPUTE and crosses_ranks and a.op is not Op.W:
                 send = Action(a.stage, Op.SEND_F if a.op is Op.F else Op.SEND_B, a.microbatch)
                 for op, s, m in (result_of(send), matching_receive(send)):
                     if (op, s, m) not in where:
                         refuse_missing(schedule, Action(s, op, m))
-            if a.op in MESSAGES and not travels:
+            if a.op in MESSAGES and not crosses_ranks:
                 owner = "is on the same rank" if peer == rank else "does not exist"
                 why = f"{a} on rank {rank} exchanges with stage {a.stage + step}, which {owner}"
                 refuse(schedule, f"{why}; delete it", {rank: (i, "no other rank")})

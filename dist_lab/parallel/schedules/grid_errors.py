@@ -34,7 +34,7 @@ def refuse_missing(schedule: Schedule, action: Action) -> NoReturn:
     row = schedule.ranks[rank]
     beside = next((i for i, a in enumerate(row) if (a.stage, a.microbatch) == (s, m)), None)
     name = f"{action}, or {s}I{m} and {s}W{m}" if action.op is Op.B else str(action)
-    why = f"rank {rank}, which has stage {s}, has no {name}; add it to the rank's row"
+    why = f"rank {rank} has stage {s}, but no {name}; add it to the rank's row"
     refuse(schedule, why, {rank: (beside, f"no {name}")})
 
 

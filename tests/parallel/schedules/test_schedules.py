@@ -286,7 +286,7 @@ def test_a_missing_backward():
     assert_error(
         rows("0F0 0F1 0B0 0B1", "1F0 1B0 1F1"),
         """
-        schedule mine: rank 1, which has stage 1, has no 1B1, or 1I1 and 1W1; add it to the rank's row
+        schedule mine: rank 1 has stage 1, but no 1B1, or 1I1 and 1W1; add it to the rank's row
         rank 0: 0F0 0F1 0B0 0B1
         rank 1: 1F0 1B0 [1F1]   <-- no 1B1, or 1I1 and 1W1
     """,
@@ -303,7 +303,7 @@ def test_a_missing_backward():
 )
 def test_a_missing_forward_or_half_of_a_backward_is_named(row, missing, marked):
     text = error_of(rows(row))
-    assert f"rank 0, which has stage 0, has no {missing}; add it" in text
+    assert f"rank 0 has stage 0, but no {missing}; add it" in text
     assert marked in text
     assert f"<-- no {missing}" in text
 
@@ -416,7 +416,7 @@ def test_correct_messages_pass():
 def test_a_send_or_receive_that_is_missing(rank):
     for action in re.findall(r"\S+(?:SEND|RECV)_\S+", MESSAGES[rank]):
         text = error_of(edited((rank, action, "")))
-        assert f"rank {rank}, which has stage {rank}, has no {action}; add it" in text
+        assert f"rank {rank} has stage {rank}, but no {action}; add it" in text
 
 
 def test_a_message_that_would_overtake_another():
