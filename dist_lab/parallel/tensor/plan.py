@@ -100,8 +100,8 @@ def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
     """Returns module name -> its role.
 
     Raises:
-        UserError: a name matches no module, a role does not exist or does not suit its module, or
-            a module has two roles, or a role and a module with a role around it.
+        UserError: a name matches no module, a role does not exist or does not suit its module, a
+            module has two roles, or it lies inside another module with a role.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     planned_by_name: dict[str, Planned] = {}

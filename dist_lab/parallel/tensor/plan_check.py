@@ -187,7 +187,7 @@ class PlanCheck:
         self._agree("gradients", self._gradients_differ(reference, sharded))
 
     def _agree(self, place: str, problem: str = "") -> None:
-        """Raise the first rank's problem on every rank, so that no rank waits for another.
+        """Raise the first problem that a rank reports on every rank, so that none waits forever.
 
         Called before each planned module, because the code between them may fail on some ranks
         only, or lead ranks to different modules.

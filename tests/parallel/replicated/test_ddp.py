@@ -402,7 +402,7 @@ def test_skipping_a_step_without_finish_is_refused_with_the_way_out(mesh):
     job, _ = job_with_buckets(mesh)
     backward(job)
     job.model.zero_grad()
-    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also after"):
+    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also if"):
         backward(job)
 
 

@@ -669,7 +669,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("plan", "options", "said"), REFUSED)
+@pytest.mark.parametrize(("plan", "options", "message"), REFUSED)
 @pytest.mark.parametrize("impl", ["hand", "torch"])
 @ranks(2)
 def test_a_plan_that_does_not_fit_is_refused_in_one_line(impl, plan, options, message, mesh):
