@@ -481,7 +481,7 @@ def test_a_plan_that_fails_on_some_ranks_only_is_refused_on_all(mesh):
     make = partial(Mlp, Function(narrow, None), hidden=10)
     job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
     message = (
-        r"^up is colwise, but Mlp .*: forward fails in between \(Function\): 1 feature; split fu"
+        r"^up is colwise, but Mlp .*: forward fails in between \(Function\): 1 feature; split a"
     )
     with pytest.raises(UserError, match=message):
         job.model(batch())
