@@ -241,7 +241,7 @@ class PlanCheck:
         return ""
 
     def _gradients_differ(self, reference: Trial, sharded: Trial) -> str:
-        """A line about the last parameter, so the first in backward, whose gradient differs."""
+        """A line about the gradient that is the first in backward to differ, or ""."""
         close, least = _tolerance(reference, sharded)
         grads, full_grads, mesh = sharded.gradients(), reference.gradients(), self.setup.mesh
         total = sum(float(g.double().norm()) ** 2 for g in full_grads.values()) ** 0.5

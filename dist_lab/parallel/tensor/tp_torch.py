@@ -124,20 +124,20 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
         SequenceParallel,
     )
 
-    whole, sequence_parallel = Replicate(), isinstance(stream, Shard)
+    replicate, sequence_parallel = Replicate(), isinstance(stream, Shard)
     several = _parents_of_several(plan)
     styles: dict[str, Any] = {}
     for name, planned in plan.items():
         match planned.role:
             case "colwise" | "colwise_grouped":
-                placement = whole if name.rpartition(".")[0] in several else stream
+                placement = replicate if name.rpartition(".")[0] in several else stream
                 styles[name] = ColwiseParallel(input_layouts=placement)
             case "colwise_gather_output":
-                styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=whole)
+                styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=replicate)
             case "rowwise":
                 styles[name] = RowwiseParallel(output_layouts=stream)
             case "vocabulary" if isinstance(model.get_submodule(name), nn.Embedding):
-                styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=stream)
+                styles[name] = RowwiseParallel(input_layouts=replicate, output_layouts=stream)
             case "vocabulary":
                 styles[name] = ColwiseParallel(
                     input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
@@ -146,11 +146,11 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
                 styles[name] = SequenceParallel(use_local_output=True)
             case "scatter_output" if sequence_parallel:
                 styles[name] = PrepareModuleOutput(
-                    output_layouts=whole, desired_output_layouts=stream
+                    output_layouts=replicate, desired_output_layouts=stream
                 )
             case "gather_input" if sequence_parallel:
                 styles[name] = PrepareModuleInput(
-                    input_layouts=stream, desired_input_layouts=whole, use_local_output=True
+                    input_layouts=stream, desired_input_layouts=replicate, use_local_output=True
                 )
     return styles
 

@@ -28,7 +28,7 @@ def ranks(size):
 
 
 class Mlp(nn.Module):
-    """One block of two Linears, with something between them, and a layer before and after."""
+    """A block of two Linears with a function between them, and a layer before and after."""
 
     def __init__(self, between=None, hidden=16, norm=nn.LayerNorm, scale=None):
         super().__init__()
@@ -308,9 +308,8 @@ def test_a_correct_plan_trains_as_one_process_does_under_the_twin(mesh):
 def test_a_rowwise_layer_alone_works_under_sequence_parallelism(mesh):
     plain, x = built(Mlp)(), batch()
     job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=ROWWISE_SEQUENCE, **SEQ_PARALLEL)
-    job.model(
-        torch.ones_like(x).chunk(2, 1)[mesh.rank]
-    ).sum().backward()  # both ranks have the same shard
+    equal_shards = torch.ones_like(x).chunk(2, 1)
+    job.model(equal_shards[mesh.rank]).sum().backward()
     job.model.zero_grad()
     y, expected = job.model(x.chunk(2, 1)[mesh.rank]), plain(x)
     torch.testing.assert_close(y, expected.chunk(2, 1)[mesh.rank], rtol=1e-12, atol=1e-12)
@@ -323,15 +322,14 @@ def test_a_rowwise_layer_alone_works_under_sequence_parallelism(mesh):
 
 @ranks(2)
 def test_in_bfloat16_a_correct_plan_passes_and_a_wrong_one_is_refused(mesh):
-    class Narrowed(Mlp):
+    class CastsInput(Mlp):
         def forward(self, x):
             return super().forward(x.bfloat16())
 
-    norm = between(
-        lambda x: F.rms_norm(x, x.shape[-1:])
-    )  # off by less than rounding in bfloat16 may be
-    narrowed = partial(Narrowed, nn.Softmax(-1))
-    cases = [(Mlp, True), (Mlp, False), (norm, True), (norm, False), (narrowed, True)]
+    # The error of the norm is smaller than rounding in bfloat16 may be.
+    norm = between(lambda x: F.rms_norm(x, x.shape[-1:]))
+    casting = partial(CastsInput, nn.Softmax(-1))
+    cases = [(Mlp, True), (Mlp, False), (norm, True), (norm, False), (casting, True)]
     for make, masters in cases:
         model = built(make)().to(torch.float32 if masters else torch.bfloat16)
         narrow = torch.bfloat16 if masters else None
@@ -474,7 +472,7 @@ def test_a_wrong_plan_is_refused_in_one_line_under_the_twin(mesh):
 
 @ranks(4)
 def test_a_plan_that_fails_on_some_ranks_only_is_refused_on_all(mesh):
-    def narrow(x):  # of 10 features over 4 ranks: 3, 3, 3 and 1
+    def narrow(x):  # 10 features over 4 ranks are 3, 3, 3 and 1
         assert x.shape[-1] != 1, "1 feature"
         return x.tanh()
 
@@ -675,7 +673,7 @@ def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_doe
     plain = built(Mlp)()
     job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler, that it does not compile hooks
+        warnings.simplefilter("ignore")  # the compiler warns that it does not compile hooks
         compiled = torch.compile(job.model, backend="eager")
         for shape in ((2, 8, 6), (3, 4, 6), (5, 6)):
             total = 0.0
@@ -777,7 +775,7 @@ def test_dropout_with_different_seeds_is_refused_and_with_one_seed_ranks_stay_eq
     torch.manual_seed(mesh.rank)
     if make is nn.Dropout:
         job.model.eval()
-        job.model(batch())  # draws nothing
+        job.model(batch())  # eval mode draws no random numbers
 
 
 @ranks(2)

@@ -22,10 +22,8 @@ from dist_lab.parallel.tensor import sequence, tp
 from dist_lab.parallel.tensor.vocabulary import SplitLogits
 from dist_lab.programs.cli import registry
 
-SEQ_PARALLEL, REGATHER = (
-    {"sequence_parallel": True},
-    {"sequence_parallel": True, "regather": True},
-)
+SEQ_PARALLEL = {"sequence_parallel": True}
+REGATHER = SEQ_PARALLEL | {"regather": True}
 MODES = {"tensor": {}, "sequence": SEQ_PARALLEL, "regather": REGATHER}
 
 
@@ -195,9 +193,8 @@ def test_bytes_of_a_block_are_those_of_the_docstring(mode, sums, mesh):
     by_depth = [
         sum(c.sent for c in calls_of(mesh, sized(layers=n), text(0), **MODES[mode])) for n in (1, 3)
     ]
-    norms = (
-        2 * width * itemsize * 3 // 2 if mode != "tensor" else 0
-    )  # the partial gradients of two norms
+    # The partial gradients of two norms are summed as well.
+    norms = 2 * width * itemsize * 3 // 2 if mode != "tensor" else 0
     assert by_depth[1] - by_depth[0] == 2 * (
         2 * sums * rows * seq * width * itemsize * 3 // 4 + norms
     )
