@@ -45,7 +45,7 @@ def compiled_before(place):
 
 @situation(
     "pytorch/pytorch#82070",
-    refused={"fsdp hsdp": "a copy of a model that is split.*job.full_state_dict"},
+    refused={"fsdp hsdp": "a copy of a sharded model.*job.full_state_dict"},
 )
 def deep_copy_is_evaluated(place):
     """copy.deepcopy(job.model) is called after two steps, and must be the plain model."""
@@ -58,7 +58,7 @@ def deep_copy_is_evaluated(place):
     yield seen(job, out=copied(batch(9)[0]).detach())
 
 
-@situation(refused={"fsdp hsdp": "a copy of a model that is split.*job.full_state_dict"})
+@situation(refused={"fsdp hsdp": "a copy of a sharded model.*job.full_state_dict"})
 def whole_model_is_saved_and_loaded(place):
     """torch.save(job.model), and what is loaded is called."""
     job = place.job(net(), units=UNITS)
