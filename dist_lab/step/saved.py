@@ -34,7 +34,7 @@ class Visit:
         saved: the forward has saved parameters of the unit for backward.
     """
 
-    outer: "tuple[Opens, Visit] | None" = None
+    outer: "tuple[UnitLike, Visit] | None" = None
     inputs = 0
     saved = False
 

@@ -171,7 +171,7 @@ def parametrization_of_ones_own(place):
     yield from train(place, model, ["0"])
 
 
-@situation(refused={"zero1 zero2": "sharded over the ranks", "fsdp hsdp": "this rank's part"})
+@situation(refused={"zero1 zero2": "sharded over the ranks", "fsdp hsdp": "only this rank's shard"})
 def gradients_as_one_vector(place):
     """The cosine of this step's and the last one's gradients, each as one vector."""
     job = place.job(net(), units=UNITS)
@@ -188,7 +188,7 @@ def gradients_as_one_vector(place):
         job.model.zero_grad()
 
 
-@situation(refused={"fsdp hsdp": "this rank's part"})
+@situation(refused={"fsdp hsdp": "only this rank's shard"})
 def weights_as_one_vector(place):
     """parameters_to_vector and vector_to_parameters, to shrink all weights between steps."""
     job = place.job(net(), units=UNITS)
@@ -202,7 +202,7 @@ def weights_as_one_vector(place):
         yield seen(job, norm=vector.norm())
 
 
-@situation(refused={"fsdp hsdp": "this rank's part.*job.full_state_dict"})
+@situation(refused={"fsdp hsdp": "only this rank's shard.*job.full_state_dict"})
 def norm_of_weights_is_logged(place):
     """The norm of all weights of job.model is logged after each step."""
     job = place.job(net(), units=UNITS)

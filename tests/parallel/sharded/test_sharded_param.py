@@ -992,7 +992,7 @@ def test_parts_cannot_be_computed_with(mesh):
     job, _ = trained(mesh)
     loss = loss_of(job)
     with pytest.raises(
-        UserError, match=r"is this rank's part of it.*in its module's forward it is"
+        UserError, match=r"is only this rank's shard.*in its module's forward"
     ):
         loss + sum(p.square().sum() for p in job.model.parameters())
     loss = loss + sum(p.to_local().square().sum() for p in job.model.parameters())
