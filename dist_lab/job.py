@@ -175,7 +175,7 @@ class Job:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         with self.mesh.comm.label("check"):
-            found = ops.all_gather_bytes(self._watch.take().encode(), self.mesh.world)
+            found = ops.all_gather_bytes(self._watch.pop().encode(), self.mesh.world)
         name, rank = next(((n.decode(), rank) for rank, n in enumerate(found) if n), ("", 0))
         if name:
             cause = f"first in the gradient of {name} on rank {rank}"

@@ -42,7 +42,7 @@ def step(job, mesh, number=0):
 def test_a_buffer_that_each_rank_moves_by_its_rows_is_refused_on_all(strategy, mesh):
     job = dist_lab.parallelize(Moves(by_rows), mesh, strategy)
     with pytest.raises(
-        UserError, match=r"^the forward moves the buffer kept by the rows"
+        UserError, match=r"^the forward updates the buffer kept by the rows"
     ) as refused:
         step(job, mesh)
     assert "\n" not in str(refused.value)
@@ -57,7 +57,7 @@ def test_a_buffer_that_moves_late_is_refused_in_the_next_power_of_two(mesh):
             by_rows(model, x)
 
     job = dist_lab.parallelize(Moves(late), mesh, "ddp")
-    with pytest.raises(UserError, match=r"^the forward moves the buffer kept"):
+    with pytest.raises(UserError, match=r"^the forward updates the buffer kept"):
         for number in range(5):
             step(job, mesh)
             job.after_step()

@@ -139,7 +139,7 @@ def test_an_exception_in_the_block_puts_the_weights_back():
 
 def test_the_average_is_not_averaged_and_a_decay_is_from_0_to_1():
     job = dist_lab.parallelize(build("single", "mlp"), dist_lab.init_mesh(), "single")
-    with pytest.raises(UserError, match=r"a shadow's decay is from 0 to 1, this one 1.5"):
+    with pytest.raises(UserError, match=r"a shadow's decay must be from 0 to 1, and is 1.5"):
         job.shadow(1.5)
     shadow = job.shadow(0.5)
     with (
