@@ -134,7 +134,7 @@ def test_one_value_in_all_has_no_variance_and_is_refused_on_every_rank(mesh):
     model = nn.Sequential(nn.BatchNorm1d(3))
     convert_batchnorm(model, mesh["dp"])
     with pytest.raises(
-        UserError, match=r"needs 2 values a channel or more, .* have 1; give a larg"
+        UserError, match=r"needs at least 2 values per channel, .* have 1; use a larg"
     ):
         model(torch.ones(1 - mesh.rank, 3))
 

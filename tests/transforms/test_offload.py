@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_a_step(folder, tmp_pa
 def test_no_room_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^cannot keep 4,398,046,511,104 bytes in [^\n]*$") as told:
         on_disk(tmp_path, 1 << 40, torch.float32)
-    assert "No space left on device; name a folder that can be written and has room" in str(told)
+    assert "No space left on device; name a writable folder with enough room" in str(told)
     assert os.listdir(tmp_path) == []
 
 

@@ -520,7 +520,7 @@ def test_more_units_than_there_are_is_refused(every, message):
 def test_no_units_and_a_second_time_are_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(
-        UserError, match=r"recompute=1, and there is no unit of several .* units=\[Block\]"
+        UserError, match=r"recompute=1, but there is no unit of several .* units=\[Block\]"
     ):
         recompute(model, {"": model, "layer": nn.Linear(2, 2)}, 1)
     model = built("mlp", 1)
