@@ -53,7 +53,9 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
     for name, module in batchnorms:
         parent, _, child = name.rpartition(".")
         if not name:
-            raise UserError("a model that is a BatchNorm cannot be replaced; put it in a module")
+            raise UserError(
+                "a model that is a BatchNorm cannot be replaced in place; put it in a module"
+            )
         if module not in replacement:
             replacement[module] = SyncBatchNorm(module, axis)
         setattr(model.get_submodule(parent), child, replacement[module])

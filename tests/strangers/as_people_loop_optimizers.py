@@ -158,9 +158,7 @@ def plain_sgd_over_model_parameters(place):
         yield seen(job)
 
 
-@situation(
-    refused={"zero1 zero2 fsdp hsdp": "LBFGS looks at more than one element.*use dp or ddp"}
-)
+@situation(refused={"zero1 zero2 fsdp hsdp": "LBFGS looks at more than one element.*use dp or ddp"})
 def lbfgs_with_a_closure(place):
     """LBFGS calls a closure that is a whole step: two micro-batches, backward and finish."""
     job = place.job(net(), units=UNITS)

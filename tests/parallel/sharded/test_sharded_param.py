@@ -991,9 +991,7 @@ def test_parts_cannot_be_computed_with(mesh):
     # A penalty on the weights, which would be on the parts, and lost when the sums come in.
     job, _ = trained(mesh)
     loss = loss_of(job)
-    with pytest.raises(
-        UserError, match=r"is only this rank's shard.*in its module's forward"
-    ):
+    with pytest.raises(UserError, match=r"is only this rank's shard.*in its module's forward"):
         loss + sum(p.square().sum() for p in job.model.parameters())
     loss = loss + sum(p.to_local().square().sum() for p in job.model.parameters())
     with pytest.raises(UserError, match="used outside of its unit, where it is only this"):
