@@ -3,7 +3,7 @@
 Ranks find each other through a store: a file, if we started them, or torchrun's. This file knows
 torchrun's environment variables and the network interface.
 
-[Note: who holds a group] If a gloo group is still alive when the interpreter exits, its threads are
+[Note: group lifetime] If a gloo group is still alive when the interpreter exits, its threads are
 running, and the process aborts after all its work is done. torch.distributed holds all groups until
 destroy_process_group. We hold only weak references, so groups are freed then, even if a mesh lives
 on. But if torch.distributed.nn.functional is first imported after the world group exists, its
@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before any group: see [Note: who holds a group]
+import torch.distributed.nn.functional  # before any group: see [Note: group lifetime]
 from torch.distributed import (  # type: ignore[attr-defined]
     FileStore,
     PrefixStore,

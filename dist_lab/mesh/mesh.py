@@ -36,7 +36,7 @@ class Axis:
 
     `ranks` are the members' global ranks; this rank is `ranks[index]`. An axis of size 1 has no
     group, and every collective over it is the identity. torch.distributed owns the group until
-    destroy_process_group: see [Note: who holds a group] in groups.py.
+    destroy_process_group: see [Note: group lifetime] in groups.py.
 
     All ranks of an axis must launch its collectives in one order. Collectives whose order relative
     to the others differs by rank, such as those of gradients that are reduced when they are ready,

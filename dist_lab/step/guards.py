@@ -42,7 +42,7 @@ class Guards:
     Attributes:
         shards: the shards that no forward computes with: those of FSDP and ZeRO.
         used_in_forward: the sharded parameters that forwards compute with and save for backward.
-        stale: the full parameters of which a step updates only this rank's shard.
+        stale: the full parameters; an optimizer step updates only this rank's shard of each.
         sharded_grads: the parameters whose `.grad` is a shard.
         unsummed_grads: the parameters whose `.grad` is this rank's own until finish().
         summed: finish() has summed all gradients.

@@ -4,7 +4,7 @@
     finish()                     gradients are summed over ranks            phase "finish"
     after_step()                 new weights are sent where needed          phase "after_step"
 
-[Note: sums do not forgive] Gradients of micro-batches and ranks add up (see step/protocol.py). A
+[Note: closed gradients] Gradients of micro-batches and ranks add up (see step/protocol.py). A
 backward onto gradients that were already summed over ranks would count other ranks' shares twice;
 an average would hide such an error. So a gradient is closed after its last micro-batch, and opens
 again when it is cleared. A backward that adds to a closed gradient raises an error.
@@ -130,7 +130,7 @@ class Step(ABC):
             self._closed = {name for name in self._closed if self._has_nonzero_grad(name)}
 
     def _refuse_closed(self, name: str) -> None:
-        """Backward is about to add to this gradient: see [Note: sums do not forgive]."""
+        """Backward is about to add to this gradient: see [Note: closed gradients]."""
         if name in self._closed:
             if self._has_nonzero_grad(name):
                 raise UserError(

@@ -1,4 +1,4 @@
-"""The protocol of strategies: what a strategy is given, what it returns, and what it is told when.
+"""The protocol of strategies: their input, their result, and the events of a step.
 
 [Note: the gradient convention] There is one division in the project. The loss of a step is
 

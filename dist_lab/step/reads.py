@@ -88,7 +88,7 @@ def open_when_read(
 def open_for_reader(unit: UnitLike, attribute: str) -> bool:
     """Open a unit whose parameter is read. Returns False if the read is to return the shard."""
     reader, in_backward = unit.saver.innermost, backward_number() != -1
-    # In backward, a checkpoint may recompute a part of a forward without any unit's.
+    # In backward, an activation checkpoint may recompute code that is in no unit's forward.
     is_running = reader is not None or (in_backward and torch.is_grad_enabled())
     if not is_running or unit.is_open:  # while a unit is being opened, the shards are read
         return False

@@ -7,10 +7,10 @@
 [Note: every way into a unit] Backward may reach a unit through its outputs, and in other ways: by a
 tensor that the unit has stored on itself, by one inside an object that it returned, by one that was
 written to in place since, or once more in a second derivative. But it cannot use a parameter
-without unpacking what forward saved of it. So we unshard a unit there, whatever the way.
+without unpacking the saved tensor. So unpacking unshards the unit, whatever way backward has taken.
 
-While hooks on saved tensors of somebody else are active, such as those of activation checkpointing,
-ours stay off: those hooks keep what they are given, and their second forward unshards the unit.
+While other hooks on saved tensors are active, such as those of activation checkpointing, ours are
+off: the other hooks save the tensor itself, or recompute it in a forward that unshards the unit.
 """
 
 from collections.abc import Iterable

@@ -12,7 +12,7 @@ It changes no numbers, and no strategy knows of it. Only the unit's `forward` is
 on the unit are called as before, and not again in backward: a sharding strategy unshards the unit
 before backward computes in it, which is in time. Hooks on modules inside the unit are called again.
 
-[Note: twice is once] The second forward sees what the first one saw, and has no side effects:
+[Note: no side effects] The second forward sees what the first one saw, and has no side effects:
 * random masks are equal, because the state of the generators is saved and restored;
 * buffers are as they were before the first forward, and writes to them are discarded: the running
   statistics of BatchNorm count a batch once;
@@ -106,7 +106,7 @@ class CheckpointedForward(StaysBehind):
 class Replay:
     """The context of the second forward of one call, and of a third if backward runs twice.
 
-    Built before the first forward, when it copies the unit's buffers; see [Note: twice is once].
+    Built before the first forward, when it copies the unit's buffers; see [Note: no side effects].
     """
 
     def __init__(self, unit: nn.Module, around: Sequence[Around]) -> None:
