@@ -514,7 +514,7 @@ def test_only_outermost_units_of_several_layers_recompute():
 @pytest.mark.parametrize(
     ("every", "message"),
     [
-        (-1, "recompute=-1 does not fit a model of 2 units; give 1 for all, k up to 2 for each"),
+        (-1, "recompute=-1 does not fit a model of 2 units; give 1 for all, k up to 2 for every"),
         (3, "recompute=3 does not fit a model of 2 units"),
     ],
 )
