@@ -227,7 +227,7 @@ def test_before_finish_nonlinear_operations_on_gradients_are_refused(strategy, m
                 g.mul_(2.0)
     job.finish()
     reference = net()
-    (3 * reference(rows()).square().sum()).backward()  # two, and one
+    (3 * reference(rows()).square().sum()).backward()  # the first gradient was doubled
     full = job.full_gradients()
     for name, p in reference.named_parameters():
         torch.testing.assert_close(full[name], p.grad, rtol=1e-12, atol=1e-14)
