@@ -39,8 +39,8 @@ def compare(
     """Compares every quantity of one step.
 
     Args:
-        rounding: name -> mask of the elements whose gradient has been only rounding so far. This
-            step's are added to it.
+        rounding: name -> mask of the elements whose gradient has been only rounding so far. The
+            elements of this step are added to it.
     """
     _update_rounding(rounding, ours["gradient"], theirs["gradient"], dtype)
     comparisons = []
@@ -51,7 +51,7 @@ def compare(
             left_out, elements = int(mask.sum()) if mask is not None else 0, tensor_size(tensor)
             judged = not left_out or left_out < elements
             distance = error(ours[quantity].get(name), tensor, floor, mask if judged else None)
-            judged = judged or not math.isfinite(distance)  # rounding makes no NaN
+            judged = judged or not math.isfinite(distance)  # rounding alone never makes a NaN
             comparisons.append(
                 Comparison(step, quantity, name, distance, 0, judged, left_out, elements)
             )
@@ -75,7 +75,7 @@ def error(
     if left_out is not None:
         distances = distances.masked_fill(left_out & distances.isfinite(), 0)
     largest = float(distances.max())
-    if not math.isfinite(largest):  # a mask of -inf is -inf in both
+    if not math.isfinite(largest):  # for example a mask of -inf, equal in both
         distances = distances.masked_fill((a == b) | (a.isnan() & b.isnan()), 0)
         largest = float(distances.max())
     scale = max(_largest(b), floor)
@@ -83,6 +83,7 @@ def error(
 
 
 def floor_of(tensors: Tensors) -> float:
+    """The floor in the formula above, for one quantity."""
     return 1e-3 * _median(_magnitudes(tensors))
 
 
@@ -90,7 +91,7 @@ def rounding_only_tensors(gradients: Tensors, dtype: torch.dtype) -> set[str]:
     """Names of tensors whose gradient is so small beside the others that it may be rounding."""
     magnitudes = _magnitudes(gradients)
     threshold = _rounding_level(dtype) * _median(magnitudes)
-    return {name for name, size in magnitudes.items() if 0 < size <= threshold}
+    return {name for name, magnitude in magnitudes.items() if 0 < magnitude <= threshold}
 
 
 def _update_rounding(
@@ -101,18 +102,20 @@ def _update_rounding(
     for name, largest in magnitudes.items():
         gradient, other = theirs[name], ours.get(name)
         assert gradient is not None
-        size = gradient.abs()
+        magnitude = gradient.abs()
         if name in all_rounding:
-            small = torch.ones_like(size, dtype=torch.bool)
+            small = torch.ones_like(magnitude, dtype=torch.bool)
         else:
             threshold = _rounding_level(dtype) * max(largest, _median(magnitudes))
-            if other is not None and other.shape == size.shape:  # one run may round to exactly zero
-                size = torch.where(size > 0, size, other.abs())
-            small = (size > 0) & (size <= threshold)
+            # One of the two runs may round to exactly zero; then the other's magnitude counts.
+            if other is not None and other.shape == magnitude.shape:
+                magnitude = torch.where(magnitude > 0, magnitude, other.abs())
+            small = (magnitude > 0) & (magnitude <= threshold)
         rounding[name] = small | rounding[name] if name in rounding else small
 
 
 def _rounding_level(dtype: torch.dtype) -> float:
+    """A gradient below this fraction of the typical one may be only rounding."""
     return min(64 * torch.finfo(dtype).eps, 1e-2)
 
 
