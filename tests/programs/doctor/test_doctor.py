@@ -464,7 +464,8 @@ def read_back(path):
 
 @pytest.mark.slow
 def test_readme_the_console_and_doctor_json_show_the_same_report(tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().partition("\n## Which strategy suits")[2]
+    page = (ROOT / "dist_lab/programs/README.md").read_text()
+    section = page.partition("\n## doctor")[2]
     model, shown = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
     command, _, shown = shown.partition("\n")
     assert command == "$ python launch/doctor.py mymodels:build --nproc 2"
