@@ -303,7 +303,7 @@ class FullySharded(Sync):
     def _staging(self, dtype: torch.dtype) -> Tensor:
         """Where gradients lie on their way: as large as the largest group's, made at first use."""
         if dtype not in self.staging:
-            length = max(g.grad_length for g in self.groups if g.reduce_dtype == dtype)
+            length = max(g.sharded_grads.length for g in self.groups if g.reduce_dtype == dtype)
             self.staging[dtype] = ops.shared_buffer(self.axis.size * length, dtype, self.axis)
         return self.staging[dtype]
 
@@ -325,7 +325,7 @@ class FullySharded(Sync):
         sum_over_replicas(self.groups, self.replicate)
         self.keep_unsharded = False
         for group in self.groups:
-            group.total = None  # it lives on in `.grad`
+            group.sharded_grads.total = None  # it lives on in `.grad`
             group.reshard()
             group.wait_for_readers()  # the optimizer is about to write
 

@@ -24,6 +24,7 @@ from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.param_slots import ParamSlot, parameter_at
+from dist_lab.parallel.sharded.sharded_grads import ShardedGrads
 from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
 from dist_lab.parallel.sharded.unsharded import shard_value, take_over
 from dist_lab.transforms.offload import Make
@@ -89,14 +90,12 @@ class ParamGroup:
             self.params.append(param)
             del value  # or it would be there still when the next one is asked for
         self.trained = [param for param in self.params if param.trained]
-        self.grad_lengths = {param.name: (param.length,) for param in self.trained}
-        self.grad_length = sum(n for (n,) in self.grad_lengths.values()) + len(self.trained)
+        self.sharded_grads = ShardedGrads(self.trained, memory.dtype, memory.device, self.label)
         self.state, self.grads = Params.SHARDED, Grads.NONE
         self.users: set[str] = set()
         self.written: dict[str, int] = {}
         self.visits = 0
         self.missing: set[str] = set()  # gradients that are to come before it is COMPLETE
-        self.total: FlatBuffer | None = None  # of the micro-batches that were reduced
         self.incoming: FlatBuffer | None = None  # the reduction in flight
         self.incoming_counts = True  # it was not given up since
 
@@ -210,9 +209,11 @@ class ParamGroup:
         grads = [param.unsharded.grad for param in self.trained]
         used = torch.tensor([grad is not None for grad in grads], device=staging.device)
         xs = [*grads, used.repeat(self.axis.size)]
-        lengths = [*(n for (n,) in self.grad_lengths.values()), len(used)]
-        memory = torch.empty(self.grad_length, dtype=self.kept_dtype, device=staging.device)
-        self.incoming, self.incoming_counts = self._grad_buffer(memory), True
+        lengths = [*(param.length for param in self.trained), len(used)]
+        memory = torch.empty(
+            self.sharded_grads.length, dtype=self.kept_dtype, device=staging.device
+        )
+        self.incoming, self.incoming_counts = self.sharded_grads.buffer(memory), True
         self.incoming.issue(
             lambda out, axis: ops.reduce_scatter_coalesced(out, xs, lengths, staging, axis),
             self.axis,
@@ -227,60 +228,7 @@ class ParamGroup:
         self.incoming.wait()
         incoming, self.incoming = self.incoming, None
         if self.incoming_counts:
-            self.read_back()
-            if self.total is None:
-                self.total = incoming
-            else:
-                self.total.memory.add_(incoming.memory)
-            self.assign_grads()
-
-    def read_back(self) -> None:
-        """Take over into the total what a user has cleared or replaced since."""
-        if all(param.sharded.grad is None for param in self.trained):
-            self.total = None
-            return
-        if self.total is None:  # what is there, a user has set
-            self.total = self._zeros()
-            self.total.tail.fill_(1)
-        for param, flag in zip(self.trained, self.total.tail, strict=True):
-            own, grad = self.total.views[param.name], param.sharded.grad
-            if grad is None:  # cleared, or not used yet
-                own.zero_()
-                flag.zero_()
-            elif grad.data_ptr() != own.data_ptr():  # replaced, or on another device
-                own[: grad.numel()].copy_(grad.flatten())
-
-    def assign_grads(self) -> None:
-        """Make `.grad` of each shard its part of the total.
-
-        If no rank used it, it stays as it was: None, or zeros.
-        """
-        assert self.total is not None, self.label
-        for param, used in zip(self.trained, (self.total.tail > 0).tolist(), strict=True):
-            if used:
-                shard = param.sharded
-                own = self.total.views[param.name][: shard.numel()].view_as(shard)
-                shard.grad = own.to(shard.device)
-
-    def issue_sum(self, replicate: Axis) -> None:
-        """dW[D_X, F]{U_Y} -> dW[D_X, F]"""
-        if self.total is None:  # used by another replica alone
-            self.total = self._zeros()
-        self.total.issue(ops.all_reduce_into, replicate)
-
-    def wait_sum(self) -> None:
-        assert self.total is not None, self.label
-        self.total.wait()
-        self.assign_grads()
-
-    def _zeros(self) -> FlatBuffer:
-        like = self.sharded.memory
-        zeros = torch.zeros(self.grad_length, dtype=like.dtype, device=like.device)
-        return self._grad_buffer(zeros)
-
-    def _grad_buffer(self, memory: Tensor) -> FlatBuffer:
-        """Gradients of the shards, and a flag behind them for each."""
-        return FlatBuffer(memory, self.grad_lengths, self.label)
+            self.sharded_grads.add(incoming)
 
     def forget(self) -> None:
         """The step was broken off. A reduction in flight is waited for before the next."""
@@ -299,6 +247,6 @@ class ParamGroup:
                 yield "gradients", param.unsharded.grad
         if self.sent is not None and self.sent is not self.sharded.memory:
             yield "buffers", self.sent
-        for buffer in (self.total, self.incoming if self.incoming_counts else None):
+        for buffer in (self.sharded_grads.total, self.incoming if self.incoming_counts else None):
             if buffer is not None:
                 yield "gradients", buffer.memory

@@ -15,15 +15,15 @@ def sum_over_replicas(groups: Sequence[ParamGroup], replicate: Axis) -> None:
     Gradients are reduced along X in each micro-batch, and their shards summed along Y once a step:
     2 (M-1)/M P/N elements more.
     """
-    groups = [group for group in groups if group.trained]
-    for group in groups:
-        group.read_back()
-    if replicate.size == 1 or not groups:
+    grads = [group.sharded_grads for group in groups if group.trained]
+    for grad in grads:
+        grad.read_back()
+    if replicate.size == 1 or not grads:
         return
-    have = torch.tensor([g.total is not None for g in groups], dtype=torch.uint8)
-    have = ops.all_reduce(have.to(replicate.device), replicate, "max")
-    groups = [group for group, yes in zip(groups, have.tolist(), strict=True) if yes]
-    for group in groups:
-        group.issue_sum(replicate)
-    for group in groups:
-        group.wait_sum()
+    used = torch.tensor([grad.total is not None for grad in grads], dtype=torch.uint8)
+    used = ops.all_reduce(used.to(replicate.device), replicate, "max")
+    grads = [grad for grad, yes in zip(grads, used.tolist(), strict=True) if yes]
+    for grad in grads:
+        grad.issue_sum(replicate)
+    for grad in grads:
+        grad.wait_sum()
