@@ -90,7 +90,7 @@ def describe(tensor: Tensor | None) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def freeze_alike(one: Tensor, other: Tensor, trained: bool) -> bool:
+def sync_requires_grad(one: Tensor, other: Tensor, trained: bool) -> bool:
     """Freeze both tensors of a parameter, or neither, as a user has done with one of them.
 
     Args:

@@ -63,10 +63,10 @@ class CommonOrder:
         self.units, self.axis, self.gather, self.skip = list(units), axis, gather, skip
         self.ballot = ops.shared_buffer(2 * len(units) + 2, torch.float32, axis)
         self.order: list[str] = []
-        self.ahead: list[str] = []
+        self.upcoming: list[str] = []
         self.backward: list[tuple[str, bool]] = []
         self.returning: list[str] = []
-        self.torn: str | None = None
+        self.conflict: str | None = None
         self.is_open = False
         self._wanted: list[str] = []  # in this forward, by this rank
         self._turns: list[str] = []  # of this forward
@@ -80,7 +80,7 @@ class CommonOrder:
 
     def begin(self) -> None:
         """A forward begins."""
-        self.is_open, self.ahead = True, list(self.order)
+        self.is_open, self.upcoming = True, list(self.order)
         self._wanted, self._turns, self._returns = [], [], set()
         if not any(visit is not None and visit() is not None for visit in self._forwards):
             self._left = {}
@@ -89,8 +89,8 @@ class CommonOrder:
     def use(self, unit: str) -> None:
         """Gather a unit, when its turn has come."""
         self._wanted.append(unit)
-        if unit in self.ahead:
-            while (turn := self.ahead.pop(0)) != unit:
+        if unit in self.upcoming:
+            while (turn := self.upcoming.pop(0)) != unit:
                 self._take(turn, self.skip)
             self._take(unit, self.gather)
         elif not self.is_open or self.axis.size == 1:  # a unit called by itself
@@ -131,18 +131,18 @@ class CommonOrder:
         if self._more:
             self._learn(written)
 
-    def refuse_torn(self) -> None:
+    def refuse_conflict(self) -> None:
         """Raise UserError on every rank if they have written different values."""
-        torn, self.torn = self.torn, None
-        if torn is not None:
+        conflict, self.conflict = self.conflict, None
+        if conflict is not None:
             raise UserError(
-                f"the forward writes to {torn} by .data, and not the same on every rank, as rows "
+                f"the forward writes to {conflict} by .data, and not the same on every rank, as rows "
                 "differ by rank; write what does not depend on rows, or write after the step"
             )
 
     def break_off(self) -> None:
         """An exception has ended the step."""
-        self.is_open, self.ahead = False, []
+        self.is_open, self.upcoming = False, []
         self.backward_ends()
 
     def backward_ends(self) -> None:
@@ -162,11 +162,11 @@ class CommonOrder:
         for _ in range(here):  # one after another, so that `backward` always begins with the next
             turn, is_mine = self.backward.pop(0)
             is_to_come = is_mine and any(time < now for time in self._left.get(turn, ())[-1:])
-            yield turn, is_to_come and not self.comes_again(turn)
+            yield turn, is_to_come and not self.has_backward_turn(turn)
         if unit is not None and here >= 0:
             self.backward.pop(0)
 
-    def comes_again(self, unit: str) -> bool:
+    def has_backward_turn(self, unit: str) -> bool:
         """Whether backward has turns of the unit to come, on this rank or another."""
         return any(turn == unit for turn, _ in self.backward)
 
@@ -176,8 +176,8 @@ class CommonOrder:
 
     def _take_all(self) -> None:
         """Take part in all turns that are to come."""
-        while self.ahead:
-            self._take(self.ahead.pop(0), self.skip)
+        while self.upcoming:
+            self._take(self.upcoming.pop(0), self.skip)
 
     def _ask(self, unit: str | None, *, tells: bool = False) -> list[str]:
         """The units that ranks want, where this one wants a unit, or is through.
@@ -192,15 +192,15 @@ class CommonOrder:
         with self.axis.comm.label("order", unit=""):
             ops.wait_for_readers(self.ballot, self.axis)
             self.ballot.copy_(votes)
-            told = ops.all_reduce_into(self.ballot, self.axis).wait().tolist()
+            votes_for = ops.all_reduce_into(self.ballot, self.axis).wait().tolist()
         n = len(self.units)
         turns, returning = (
-            [u for u, yes in zip(self.units, told[i * n : (i + 1) * n], strict=True) if yes]
+            [u for u, yes in zip(self.units, votes_for[i * n : (i + 1) * n], strict=True) if yes]
             for i in range(2)
         )
         if not turns:
-            self._plan_backward(set(returning), older=bool(told[-2]))
-            self._more = bool(told[-1])
+            self._plan_backward(set(returning), older=bool(votes_for[-2]))
+            self._more = bool(votes_for[-1])
         return turns
 
     def _older(self) -> bool:
@@ -232,7 +232,7 @@ class CommonOrder:
         if all(wanted == everybody[0][0] for wanted, _ in everybody):
             self.order = self._wanted
         names = {name: None for _, writes in everybody for name in writes}
-        self.torn = next((n for n in names if len({w.get(n) for _, w in everybody}) > 1), None)
+        self.conflict = next((n for n in names if len({w.get(n) for _, w in everybody}) > 1), None)
 
 
 def _as_left(entered: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from dist_lab.parallel.param_slots import (
     ParamSlot,
     check_in_memory,
     describe,
-    freeze_alike,
+    sync_requires_grad,
     is_substituted,
     param_slots,
     parameter_at,
@@ -68,12 +68,12 @@ def shard_in_buckets(
     ]
 
 
-class Lies(Enum):
+class GradPlace(Enum):
     """Where the gradient of a parameter is."""
 
     NOWHERE = auto()
-    AT_WHOLE = auto()  # this rank's own, to be summed
-    AT_SHARD = auto()  # the sum
+    UNSHARDED = auto()  # this rank's own, to be summed
+    SHARD = auto()  # the sum
 
 
 @dataclass
@@ -85,7 +85,7 @@ class BucketParam:
         whole: the model's own, to which autograd adds gradients.
         shard: its part in this rank's shard, which the optimizer steps on.
         memory: of `whole`.
-        trains: whether it is trained now, as far as `freeze_alike` knows.
+        trains: whether it is trained now, as far as `sync_requires_grad` knows.
         version: how often the shard had been written to when all ranks had its values.
         lies: where the gradient is.
     """
@@ -97,12 +97,12 @@ class BucketParam:
     memory: Tensor
     trains: bool = True
     version: int = 0
-    lies: Lies = Lies.NOWHERE
+    grad_place: GradPlace = GradPlace.NOWHERE
 
-    def freeze_alike(self) -> None:
-        self.trains = freeze_alike(self.whole, self.shard, self.trains)
+    def sync_requires_grad(self) -> None:
+        self.trains = sync_requires_grad(self.whole, self.shard, self.trains)
 
-    def keep_in_memory(self) -> None:
+    def restore_memory(self) -> None:
         """Take over values that came by `.data`; raise UserError for what cannot be taken over."""
         whole, memory = self.whole, self.memory
         if is_substituted(self.slots):  # for this forward, by a tensor that may depend on it
@@ -113,52 +113,52 @@ class BucketParam:
             whole.data = memory.data
         check_in_memory(self.name, self.slots, whole, memory)
 
-    def show_at_shard(self) -> None:
+    def mark_grad_at_shard(self) -> None:
         """The shard has the sum: at the whole stands where it is."""
-        self.lies = Lies.AT_SHARD
+        self.grad_place = GradPlace.SHARD
         GradElsewhere.stand_at(
             self.whole, self.shard,
             f"the gradient of {self.name} is summed, and sharded over the ranks: call "
             "job.clip_grad_norm or job.full_gradients(), and give job.parameters() to optimizers",
         )  # fmt: skip
 
-    def show_at_whole(self) -> None:
+    def mark_grad_at_unsharded(self) -> None:
         """The whole has what is not summed yet: at the shard stands where it is."""
-        self.refuse_set_shard()
-        self.lies = Lies.AT_WHOLE
+        self.refuse_set_shard_grad()
+        self.grad_place = GradPlace.UNSHARDED
         GradElsewhere.stand_at(
             self.shard, self.whole,
             f"the gradient of {self.name} is not summed yet: call job.finish() before you use it, "
             "or change the one of job.model's own parameter",
         )  # fmt: skip
 
-    def show_on_its_way(self) -> None:
+    def mark_grad_in_flight(self) -> None:
         """The gradient is being summed, and until finish() nobody may touch it."""
         GradElsewhere.stand_at(
             self.whole, None,
             f"the gradient of {self.name} is being summed: call job.finish() before you use it",
         )  # fmt: skip
 
-    def refuse_set_shard(self) -> None:
+    def refuse_set_shard_grad(self) -> None:
         """Raise UserError for a gradient that a user has set where the sum is about to come."""
         grad = self.shard.grad
-        if self.lies is Lies.AT_SHARD and grad is not None and local_part(grad).any():
+        if self.grad_place is GradPlace.SHARD and grad is not None and local_part(grad).any():
             raise UserError(
                 f"the gradient of {self.name} was set before it was summed; set the one of "
                 "job.model's own parameter"
             )
 
-    def clear_alike(self) -> None:
+    def sync_cleared_grads(self) -> None:
         """A gradient that a user has cleared at one of the tensors is cleared at both."""
         whole, shard = self.whole.grad, self.shard.grad
-        if self.lies is Lies.NOWHERE:
+        if self.grad_place is GradPlace.NOWHERE:
             if shard is not None:  # a user has set it
-                self.show_at_shard()
+                self.mark_grad_at_shard()
         elif whole is None or shard is None:
             self.whole.grad = self.shard.grad = None
-            self.lies = Lies.NOWHERE
-        elif self.lies is Lies.AT_SHARD and not isinstance(whole, GradElsewhere):
-            self.show_at_shard()  # in place of what a user has put there
+            self.grad_place = GradPlace.NOWHERE
+        elif self.grad_place is GradPlace.SHARD and not isinstance(whole, GradElsewhere):
+            self.mark_grad_at_shard()  # in place of what a user has put there
             if whole.any():
                 raise UserError(
                     f"the gradient of {self.name} was replaced when it was summed and sharded "
@@ -198,8 +198,8 @@ class ParamBucket:
         self.numel = axis.size * flats[names[0]].length  # with padding
         self.dtype = before[names[0]].dtype
         memory = ops.shared_buffer(self.numel, self.dtype, gather_axis)
-        self.unsharded = self.side_by_side(memory)
-        self.sharded = self.in_shard(self.shard_of(memory))
+        self.unsharded = self.buffer_of(memory)
+        self.sharded = self.shard_buffer_of(self.shard_of(memory))
         self.params: list[BucketParam] = []
         for name in names:
             memory = self.unsharded.views[name].copy_(full_value(name))
@@ -208,15 +208,15 @@ class ParamBucket:
             shard.__dict__.update(whole.__dict__)  # what a user has written on it
             self.params.append(BucketParam(name, slots[name], whole, shard, memory.data))
         self.param_of = {param.name: param for param in self.params}
-        self.shards: dict[str, nn.Parameter] = {p.name: p.shard for p in self.params}
-        self.wholes: dict[str, nn.Parameter] = {p.name: p.whole for p in self.params}
-        self.arrivals = Arrivals(self.wholes)
+        self.sharded_params: dict[str, nn.Parameter] = {p.name: p.shard for p in self.params}
+        self.unsharded_params: dict[str, nn.Parameter] = {p.name: p.whole for p in self.params}
+        self.arrivals = Arrivals(self.unsharded_params)
 
-    def side_by_side(self, memory: Tensor) -> FlatBuffer:
+    def buffer_of(self, memory: Tensor) -> FlatBuffer:
         """A tensor for each parameter, as large as that is."""
         return FlatBuffer(memory, self.shapes, self.label)
 
-    def in_shard(self, shard: Tensor) -> FlatBuffer:
+    def shard_buffer_of(self, shard: Tensor) -> FlatBuffer:
         """A tensor for the part of each parameter that is in this rank's shard."""
         return FlatBuffer(shard, self.shard_shapes, self.label)
 
@@ -224,25 +224,25 @@ class ParamBucket:
         """This rank's shard of such memory for all."""
         return memory.view(self.axis.size, -1)[self.axis.index]
 
-    def begin(self, phase: Phase) -> None:
+    def sync_user_changes(self, phase: Phase) -> None:
         """A forward or backward begins: see what a user has done since the last."""
         self.look_for_frozen()
         if phase is Phase.FORWARD:
-            self.keep_in_memory()
-        self.clear_alike()
+            self.restore_memory()
+        self.sync_cleared_grads()
         if phase is Phase.BACKWARD:  # autograd is about to add gradients there
             self.drop_stand_ins()
 
     def look_for_frozen(self) -> None:
         """See what a user has frozen or thawed."""
         for param in self.params:
-            param.freeze_alike()
+            param.sync_requires_grad()
         self.arrivals.look_for_frozen()
 
-    def keep_in_memory(self) -> None:
+    def restore_memory(self) -> None:
         """See what a user has moved."""
         for param in self.params:
-            param.keep_in_memory()
+            param.restore_memory()
 
     def issue_gather(self) -> None:
         """W[E_dp] -> W"""
@@ -259,7 +259,7 @@ class ParamBucket:
             param.version = param.shard._version
 
     @property
-    def is_stale(self) -> bool:
+    def is_outdated(self) -> bool:
         """Whether this rank's shards were written to since all ranks had them."""
         return any(param.shard._version != param.version for param in self.params)
 
@@ -267,36 +267,36 @@ class ParamBucket:
         """Wait until no rank reads what is about to be written."""
         ops.wait_for_readers(self.unsharded.memory, self.gather_axis)
 
-    def clear_alike(self) -> None:
+    def sync_cleared_grads(self) -> None:
         """See what a user has cleared."""
         for param in self.params:
-            param.clear_alike()
+            param.sync_cleared_grads()
 
     def drop_stand_ins(self) -> None:
         """Leave the whole parameters without what says that their gradients are at the shards."""
-        for whole in self.wholes.values():
+        for whole in self.unsharded_params.values():
             if isinstance(whole.grad, GradElsewhere):
                 whole.grad = None
 
-    def stand_in(self) -> None:
+    def show_stand_ins(self) -> None:
         """Say at the whole parameters where the gradients are that backward has not added to."""
         for param in self.params:
-            if param.lies is Lies.AT_SHARD and param.whole.grad is None:
-                param.show_at_shard()
+            if param.grad_place is GradPlace.SHARD and param.whole.grad is None:
+                param.mark_grad_at_shard()
 
-    def with_grad(self) -> set[str]:
+    def names_with_grad(self) -> set[str]:
         """The parameters whose shard has a gradient: no zero_grad() has taken it away."""
-        return {name for name, shard in self.shards.items() if shard.grad is not None}
+        return {name for name, shard in self.sharded_params.items() if shard.grad is not None}
 
     def assign_grads(self, sums: FlatBuffer, names: set[str]) -> None:
         """Make `.grad` of each of these shards its part of the sums, and of others None."""
         for param in self.params:
             param.whole.grad = param.shard.grad = None
-            param.lies = Lies.NOWHERE
+            param.grad_place = GradPlace.NOWHERE
             if param.name in names:
                 param.shard.grad = sums.views[param.name].data
-                param.show_at_shard()
+                param.mark_grad_at_shard()
 
-    def drop_whole_grads(self) -> None:
-        for whole in self.wholes.values():
+    def drop_unsharded_grads(self) -> None:
+        for whole in self.unsharded_params.values():
             whole.grad = None

@@ -1,4 +1,4 @@
-"""HSDP: shards are replicated, and their gradients summed over the replicas once a step."""
+"""HSDP: shards are replicated, and their gradients are summed over the replicas once per step."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from dist_lab.parallel.sharded.param_group import ParamGroup
 
 
 def sum_over_replicas(groups: Sequence[ParamGroup], replicate: Axis) -> None:
-    """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used.
+    """dW[D_X, F]{U_Y} -> dW[D_X, F], of the groups that some replica has used.
 
-    Gradients are reduced along X in each micro-batch, and their shards summed along Y once a step:
-    2 (M-1)/M P/N elements more.
+    Gradients are reduced along X in each micro-batch, and their shards summed along Y once per
+    step: 2 (M-1)/M P/N more elements.
     """
     grads = [group.sharded_grads for group in groups if group.trained]
     for grad in grads:

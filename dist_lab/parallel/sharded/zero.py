@@ -47,7 +47,7 @@ def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     """
     layouts, buckets = shard_in_buckets(setup, bucket_mb)
     sync = ZeroSync(setup.axis, [Stage1Bucket(params) for params in buckets])
-    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.shards.items()})
+    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.sharded_params.items()})
 
 
 def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
@@ -55,12 +55,12 @@ def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     layouts, buckets = shard_in_buckets(setup, bucket_mb)
     longest = {b.dtype: b.numel for b in sorted(buckets, key=lambda bucket: bucket.numel)}
     staging = {d: ops.shared_buffer(numel, d, setup.axis) for d, numel in longest.items()}
-    of_stage2 = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
-    sync = ZeroSync(setup.axis, of_stage2, list(staging.values()))
-    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.shards.items()})
+    stage2_buckets = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
+    sync = ZeroSync(setup.axis, stage2_buckets, list(staging.values()))
+    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.sharded_params.items()})
 
 
-Bucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
+ZeroBucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
 
 
 class ZeroSync(Sync):
@@ -70,17 +70,17 @@ class ZeroSync(Sync):
     """
 
     def __init__(
-        self, axis: Axis, buckets: Sequence[Bucket], staging: Sequence[Tensor] = ()
+        self, axis: Axis, buckets: Sequence[ZeroBucket], staging: Sequence[Tensor] = ()
     ) -> None:
         self.axis, self.buckets, self.staging = axis, buckets, staging
         # Whether gradients are summed after each micro-batch, or after the last.
         self.each_microbatch = not any(isinstance(bucket, Stage1Bucket) for bucket in buckets)
-        self.place_of = {name: i for i, b in enumerate(buckets) for name in b.params.shards}
-        self.flags = ops.shared_buffer(len(self.place_of), torch.float32, axis)
+        self.bucket_index = {name: i for i, b in enumerate(buckets) for name in b.params.sharded_params}
+        self.flags = ops.shared_buffer(len(self.bucket_index), torch.float32, axis)
         self.last = True  # no micro-batch follows the one that is under way
         self.issued = 0  # buckets
-        self.told = False  # which gradients this micro-batch has here, or that it has none
-        self.in_flight: list[Bucket] = []
+        self.saw_grads_ready = False  # which gradients this micro-batch has here, or that it has none
+        self.in_flight: list[ZeroBucket] = []
 
     def microbatch(self, *, last: bool) -> None:
         if self.each_microbatch and not self.last:  # the one that is over was followed by others
@@ -91,25 +91,25 @@ class ZeroSync(Sync):
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
             for bucket in self.buckets:
-                bucket.params.begin(phase)
-            if phase is Phase.FORWARD and any(bucket.params.is_stale for bucket in self.buckets):
+                bucket.params.sync_user_changes(phase)
+            if phase is Phase.FORWARD and any(bucket.params.is_outdated for bucket in self.buckets):
                 self.after_step()  # a user has written to the shards, on every rank
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
             # Now, because others wait for it in their backward. Not after one that brought no
             # gradient: `autograd.grad` by the inputs, say, of which the loss then has a term.
-            if self.each_microbatch and self.told:
+            if self.each_microbatch and self.saw_grads_ready:
                 self._reduce_rest()
             for bucket in self.buckets:
-                bucket.params.stand_in()
+                bucket.params.show_stand_ins()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
-        self.told = True
+        self.saw_grads_ready = True
         for name in names:
-            place = self.place_of[name]
+            place = self.bucket_index[name]
             if place < self.issued:
-                self.buckets[place].params.wholes[name].grad = None
+                self.buckets[place].params.unsharded_params[name].grad = None
                 raise UserError(
                     f"backward has reached {name} again after its gradient was sent: add up the "
                     "losses and call backward once, or give each backward a job.microbatch of its "
@@ -143,33 +143,33 @@ class ZeroSync(Sync):
         self._wait_in_flight()
 
     def _start_over(self) -> None:
-        self.issued, self.told = 0, False
+        self.issued, self.saw_grads_ready = 0, False
         for bucket in self.buckets:
             bucket.params.arrivals.ready = set()
 
     def finish(self) -> None:
         for bucket in self.buckets:
-            bucket.params.clear_alike()
+            bucket.params.sync_cleared_grads()
         self._reduce_rest()
         self._start_over()
         used = self._used_somewhere()
         for bucket in self.buckets:
-            bucket.assign_grads(used & bucket.params.shards.keys())
+            bucket.assign_grads(used & bucket.params.sharded_params.keys())
 
     def _used_somewhere(self) -> set[str]:
         """The parameters that some rank has used."""
-        if not self.place_of:
+        if not self.bucket_index:
             return set()
-        flags = [n in bucket.used for bucket in self.buckets for n in bucket.params.shards]
+        flags = [n in bucket.used for bucket in self.buckets for n in bucket.params.sharded_params]
         self.flags.copy_(torch.tensor(flags))
         ops.all_reduce_into(self.flags, self.axis).wait()
-        return {n for n, count in zip(self.place_of, self.flags.tolist(), strict=True) if count}
+        return {n for n, count in zip(self.bucket_index, self.flags.tolist(), strict=True) if count}
 
     def settle(self) -> None:
         for bucket in self.buckets:
             bucket.params.look_for_frozen()
-            bucket.params.clear_alike()
-            bucket.params.keep_in_memory()
+            bucket.params.sync_cleared_grads()
+            bucket.params.restore_memory()
 
     def after_step(self) -> None:
         for bucket in self.buckets:
@@ -198,27 +198,27 @@ class Stage1Bucket:
     def __init__(self, params: ParamBucket) -> None:
         self.params = params
         gradients = ops.shared_buffer(params.numel, params.dtype, params.axis)
-        self.gradients = params.side_by_side(gradients)
-        self.sums = params.in_shard(params.shard_of(gradients))
+        self.gradients = params.buffer_of(gradients)
+        self.sums = params.shard_buffer_of(params.shard_of(gradients))
         self.used: set[str] = set()  # on this rank
 
     def copy_in(self, name: str) -> None:
         """A parameter's gradient holds this micro-batch. From now on its memory is ours."""
         param = self.params.param_of[name]
         if param.whole.grad is not self.gradients.views[name]:
-            param.show_at_whole()
+            param.mark_grad_at_unsharded()
             self.gradients.copy_in(name, param.whole)
 
     def issue(self) -> None:
         """dW{U_dp} -> dW[E_dp]"""
         for param in self.params.params:
-            param.refuse_set_shard()
+            param.refuse_set_shard_grad()
         self.params.drop_stand_ins()
-        shown = self.params.with_grad()
-        self.used = shown | {n for n, p in self.params.wholes.items() if p.grad is not None}
-        self.gradients.copy_in_all(self.params.wholes)
+        shown = self.params.names_with_grad()
+        self.used = shown | {n for n, p in self.params.unsharded_params.items() if p.grad is not None}
+        self.gradients.copy_in_all(self.params.unsharded_params)
         for name in self.used:
-            self.params.param_of[name].show_on_its_way()
+            self.params.param_of[name].mark_grad_in_flight()
         self.gradients.issue(partial(ops.reduce_scatter_into, self.sums.memory), self.params.axis)
 
     def wait(self) -> None:
@@ -232,7 +232,7 @@ class Stage1Bucket:
         ops.wait_for_readers(self.gradients.memory, self.params.axis)
 
     def forget(self) -> None:
-        self.params.stand_in()  # as under ddp, the gradients of earlier micro-batches stay
+        self.params.show_stand_ins()  # as under ddp, the gradients of earlier micro-batches stay
 
     def extra_memory(self) -> Iterator[Tensor]:
         yield self.gradients.memory
@@ -247,7 +247,7 @@ class Stage2Bucket:
 
     def __init__(self, params: ParamBucket, staging: Tensor) -> None:
         self.params, self.staging = params, staging
-        self.packed = params.side_by_side(staging[: params.numel])
+        self.packed = params.buffer_of(staging[: params.numel])
         self.sums: FlatBuffer | None = None
         self.incoming: Tensor | None = None
         self.used: set[str] = set()  # on this rank, or somewhere in a step before
@@ -256,11 +256,11 @@ class Stage2Bucket:
         """dW{U_dp} -> dW[E_dp]"""
         ops.wait_for_readers(self.staging, self.params.axis)
         self.params.drop_stand_ins()
-        used = {name for name, whole in self.params.wholes.items() if whole.grad is not None}
-        shown = self.params.with_grad()
+        used = {name for name, whole in self.params.unsharded_params.items() if whole.grad is not None}
+        shown = self.params.names_with_grad()
         self.used = used | (shown if self.sums is None else self.used & shown)
-        self.packed.copy_in_all(self.params.wholes)
-        self.params.drop_whole_grads()
+        self.packed.copy_in_all(self.params.unsharded_params)
+        self.params.drop_unsharded_grads()
         self.incoming = torch.empty_like(self.params.sharded.memory)
         collective = partial(ops.reduce_scatter_into, self.incoming, memory=self.staging)
         self.packed.issue(collective, self.params.axis)
@@ -270,20 +270,20 @@ class Stage2Bucket:
         self.packed.wait()
         incoming, self.incoming = self.incoming, None
         assert incoming is not None
-        if self.params.with_grad():
+        if self.params.names_with_grad():
             if self.sums is None:  # what is there, a user has set
-                self.sums = self.params.in_shard(torch.zeros_like(incoming))
-            for name, own in self.sums.views.items():
-                grad = self.params.shards[name].grad
+                self.sums = self.params.shard_buffer_of(torch.zeros_like(incoming))
+            for name, view in self.sums.views.items():
+                grad = self.params.sharded_params[name].grad
                 if grad is None:  # cleared since
-                    own.zero_()
-                elif grad.data_ptr() != own.data_ptr():  # replaced since
-                    own.copy_(grad)
+                    view.zero_()
+                elif grad.data_ptr() != view.data_ptr():  # replaced since
+                    view.copy_(grad)
             self.sums.memory.add_(incoming)
         else:
-            self.sums = self.params.in_shard(incoming)
+            self.sums = self.params.shard_buffer_of(incoming)
         # Of all, also of what was not used: from now on None says that it was cleared.
-        self.params.assign_grads(self.sums, set(self.params.shards))
+        self.params.assign_grads(self.sums, set(self.params.sharded_params))
 
     def assign_grads(self, names: set[str]) -> None:
         """The sums of all micro-batches are in: see ParamBucket.assign_grads."""
@@ -293,8 +293,8 @@ class Stage2Bucket:
         self.params.wait_for_readers()
 
     def forget(self) -> None:
-        self.params.drop_whole_grads()
-        self.params.stand_in()
+        self.params.drop_unsharded_grads()
+        self.params.show_stand_ins()
 
     def extra_memory(self) -> Iterator[Tensor]:
         if self.sums is not None:
