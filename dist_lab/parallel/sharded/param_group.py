@@ -27,7 +27,7 @@ from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.param_slots import ParamSlot, parameter_at
 from dist_lab.parallel.sharded.sharded_grads import ShardedGrads
 from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
-from dist_lab.parallel.sharded.unsharded import shard_value, copy_writes_to_shards
+from dist_lab.parallel.sharded.unsharded import copy_writes_to_shards, shard_value
 from dist_lab.transforms.offload import Make
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, sync_requires_grad, set_param
+from dist_lab.parallel.param_slots import ParamSlot, check_in_memory, set_param, sync_requires_grad
 from dist_lab.parallel.sharded.unsharded import UnshardedParameter
 from dist_lab.torch_private import share_hooks
 
