@@ -12,7 +12,7 @@ from dist_lab.parallel.split_linear import split_linear, weight_gradient
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (4, 5), (5,), (0, 5), (2, 3, 0)])
-def test_its_gradients_are_those_of_a_linear(shape, bias):
+def test_split_linear_has_the_gradients_of_a_linear(shape, bias):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -35,7 +35,7 @@ def test_its_gradients_are_those_of_a_linear(shape, bias):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_it_keeps_no_input_and_owes_nothing_for_a_frozen_weight():
+def test_split_linear_saves_no_input_and_defers_nothing_for_a_frozen_weight():
     kept, owed = [], []
     x, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
 
@@ -51,7 +51,7 @@ def test_it_keeps_no_input_and_owes_nothing_for_a_frozen_weight():
     assert torch.equal(x.grad, torch.full((3, 4), 5.0))
 
 
-def test_a_backward_that_is_split_in_time_has_no_second_derivative():
+def test_a_split_backward_refuses_a_second_derivative():
     x = torch.ones(2, 3, requires_grad=True)
     y = split_backward._linear(nn.Linear(3, 3), x, [])
     with pytest.raises(UserError, match="of which a derivative is taken cannot be split"):

@@ -90,7 +90,7 @@ def test_hand_and_library_train_to_the_same_weights(strategy, impl, model, mesh)
 )
 @pytest.mark.parametrize("model", ["gpt", "resnet"])
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
-def test_in_bfloat16_they_are_as_close_as_that_allows(strategy, impl, model, mesh):
+def test_hand_and_library_are_close_in_bfloat16(strategy, impl, model, mesh):
     narrow = {"param_dtype": torch.bfloat16, "dtype": torch.float32}
     ours, losses = trained(mesh, model, strategy, "hand", **narrow)
     theirs, their_losses = trained(mesh, model, strategy, impl, **narrow)
@@ -109,7 +109,7 @@ ABOUT = {
 
 
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
-def test_a_twin_says_how_it_is_configured_and_sends_nothing_through_our_wire(strategy, impl, mesh):
+def test_a_twin_describes_its_configuration_and_uses_no_collectives_of_ours(strategy, impl, mesh):
     job = build(mesh, "mlp", strategy, impl)
     assert ABOUT[strategy] in job.about
     x, y = batch(mesh.rank)
@@ -162,7 +162,7 @@ def test_outputs_that_depend_on_each_other_are_not_scaled_twice(strategy, impl, 
 
 
 @pytest.mark.ranks(2)
-def test_an_accelerator_of_the_users_own_is_as_before(mesh):
+def test_the_users_own_accelerator_is_not_changed(mesh):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -196,7 +196,7 @@ def test_accelerate_refuses_an_axis_that_is_not_the_world(mesh):
 
 
 @pytest.mark.ranks(4)
-def test_its_state_is_divided_and_groups_and_fused_steps_reach_it(mesh):
+def test_zero_redundancy_optimizer_shards_its_state_and_takes_groups_and_fused(mesh):
     def decayed(name, shape):
         return {"weight_decay": 0.3 if len(shape) > 1 else 0.0}
 
@@ -219,7 +219,7 @@ def test_its_state_is_divided_and_groups_and_fused_steps_reach_it(mesh):
 
 
 @pytest.mark.ranks(4)
-def test_ranks_for_which_no_parameter_is_left_step_on_nothing(mesh):
+def test_ranks_without_a_parameter_step_on_nothing(mesh):
     def two_parameters():
         torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(VOCAB, 5), nn.Linear(5, VOCAB, bias=False)).double()
@@ -264,9 +264,7 @@ class Sent(TorchDispatchMode):
     ids=str,
 )
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_under_each_option_the_library_sends_as_often_as_what_is_written_here(
-    strategy, option, mesh
-):
+def test_under_each_option_the_library_issues_as_many_collectives_as_ours(strategy, option, mesh):
     ours, theirs = (build(mesh, "mlp", strategy, impl, **option) for impl in ("hand", "torch"))
     rows = batch(mesh.rank)[0][:3].split(1)
     pairs = list(zip(rows, rows, strict=True))
@@ -290,7 +288,7 @@ def test_under_each_option_the_library_sends_as_often_as_what_is_written_here(
 
 @pytest.mark.parametrize("told", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
-def test_parameters_travel_as_they_compute_and_gradients_as_they_are_kept_or_told(
+def test_parameters_are_gathered_in_param_dtype_and_gradients_reduced_in_reduce_dtype(
     strategy, told, mesh
 ):
     narrow = torch.bfloat16
@@ -314,7 +312,7 @@ def test_parameters_travel_as_they_compute_and_gradients_as_they_are_kept_or_tol
 )
 @pytest.mark.parametrize("option", ["reshard_after_forward", "keep_gathered", "defer_reduce"])
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_under_each_option_they_train_alike_with_evaluations_between(strategy, option, mesh):
+def test_under_each_option_both_train_alike_with_evaluations_between_steps(strategy, option, mesh):
     options = {option: option != "reshard_after_forward"}
     jobs = [build(mesh, "odd", strategy, impl, **options) for impl in ("hand", "torch")]
     seen = []
@@ -331,7 +329,7 @@ def test_under_each_option_they_train_alike_with_evaluations_between(strategy, o
 
 
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_weights_come_and_go_whole(strategy, mesh):
+def test_full_state_dicts_of_fsdp2_are_saved_and_loaded(strategy, mesh):
     job = build(mesh, "odd", strategy, "torch")
     doubled = {name: 2 * t for name, t in job.full_state_dict().items()}
     job.load_full_state_dict(doubled)
@@ -344,7 +342,7 @@ def test_weights_come_and_go_whole(strategy, mesh):
 
 
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
-def test_a_model_on_the_meta_device_starts_as_it_does_here(strategy, mesh):
+def test_a_model_on_the_meta_device_starts_alike_by_hand_and_library(strategy, mesh):
     from dist_lab import zoo
 
     full = []
@@ -372,7 +370,7 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_told_so_it_allows_use_that_differs_and_leaves_no_gradient_where_nobody_has_one(
+def test_with_find_unused_ranks_may_use_different_parameters_and_unused_ones_get_no_gradient(
     strategy, mesh
 ):
     found = []
@@ -391,7 +389,7 @@ def test_told_so_it_allows_use_that_differs_and_leaves_no_gradient_where_nobody_
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_use_that_differs_between_microbatches_is_refused_where_it_would_be_lost(mesh):
+def test_different_use_in_different_microbatches_is_refused_if_gradients_would_be_lost(mesh):
     job = dist_lab.parallelize(Experts(), mesh, "hsdp", "torch", units=["experts.0", "experts.1"])
     for i in range(2):
         with job.microbatch(last=i == 1):
@@ -403,7 +401,7 @@ def test_use_that_differs_between_microbatches_is_refused_where_it_would_be_lost
 
 
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
-def test_gradients_that_wait_for_a_last_microbatch_are_not_forgotten(strategy, mesh):
+def test_finish_without_a_last_microbatch_is_refused_if_gradients_are_deferred(strategy, mesh):
     job = build(mesh, "mlp", strategy, "torch", defer_reduce=True)
     with job.microbatch(last=False):
         job.model(batch(0)[0]).sum().backward()
@@ -456,7 +454,7 @@ def test_a_step_that_an_exception_broke_off_leaves_nothing_behind(strategy, wher
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_the_library_cannot_do_is_refused_in_a_sentence(mesh):
+def test_what_fsdp2_cannot_do_is_refused_in_one_sentence(mesh):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -513,7 +511,7 @@ def test_fsdp2_trains_a_model_that_changes_a_units_output_in_place_and_no_filter
     assert warnings.filters == before
 
 
-def test_without_a_process_group_it_says_how_to_have_one():
+def test_fsdp2_without_a_process_group_is_refused_with_the_way_to_have_one():
     with pytest.raises(UserError, match="needs a process group, even for one: torchrun"):
         dist_lab.parallelize(nn.Linear(2, 2), dist_lab.init_mesh(), "fsdp", "torch")
 

@@ -95,7 +95,7 @@ CARRIED = [(options, "auto") for options in TRAFFIC] + [
 )
 @pytest.mark.parametrize(("options", "collectives"), CARRIED)
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, mesh):
+def test_a_step_sends_exactly_the_bytes_of_the_formula(options, collectives, mesh):
     mesh = dist_lab.init_mesh(fsdp=4, collectives=collectives)
     given, formula = TRAFFIC[options]
     job, optimizer = job_of(mesh, **given)
@@ -117,7 +117,7 @@ def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, me
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_padding_and_flags_are_all_that_it_sends_beyond_the_published_formula(mesh):
+def test_beyond_the_published_formula_only_padding_and_flags_are_sent(mesh):
     job, optimizer = job_of(mesh)
     take_step(job, optimizer)
     whole = sum(laid.shape.numel() for laid in job.layouts.values())
@@ -130,7 +130,7 @@ def test_padding_and_flags_are_all_that_it_sends_beyond_the_published_formula(me
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
+def test_frozen_parameters_are_gathered_and_never_reduced(mesh):
     job, optimizer = job_of(mesh, model=MODELS["odd"], units=["frozen", "unused", "mix"])
     take_step(job, optimizer)
     calls = recorded(job, optimizer)
@@ -190,7 +190,7 @@ def sizes(job, n, units):
 
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_at_no_moment_more_is_whole_than_the_roots_own_and_the_two_largest_units(prefetch, mesh):
+def test_at_most_the_root_and_the_two_largest_units_are_unsharded_at_once(prefetch, mesh):
     job, optimizer = job_of(mesh, prefetch=prefetch)
     watches = Watches(job)
     with job.listening(watches):
@@ -205,7 +205,7 @@ def test_at_no_moment_more_is_whole_than_the_roots_own_and_the_two_largest_units
 
 @pytest.mark.parametrize("options", TRAFFIC)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, mesh):
+def test_between_steps_all_is_sharded_and_old_values_cannot_be_read(options, mesh):
     job, optimizer = job_of(mesh, **TRAFFIC[options][0])
     take_step(job, optimizer, 0, 2)
     assert storages(job, "gathered") == storages(job, "gradients") == []
@@ -218,7 +218,7 @@ def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, m
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_to_be_kept_is_kept_and_no_more(mesh):
+def test_each_option_keeps_units_unsharded_exactly_as_long_as_it_says(mesh):
     def moments(**options):
         job, optimizer = job_of(mesh, **options)
         everything = sum(sizes(job, 2, BLOCKS).values())
@@ -250,9 +250,7 @@ KEEPING = [{}, {"reshard_after_forward": False}, {"keep_gathered": True}]
 @pytest.mark.parametrize("how", ["loaded", "written"])
 @pytest.mark.parametrize("options", KEEPING, ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_forward_computes_with_the_weights_there_are_and_not_with_those_of_before(
-    options, how, mesh
-):
+def test_a_forward_computes_with_the_current_weights_and_not_with_old_ones(options, how, mesh):
     # Trap 13. What was gathered for a forward whose backward never came is of the old weights.
     job, _ = job_of(mesh, **options)
     x, y = batch(mesh.rank)
@@ -275,7 +273,7 @@ def test_a_forward_computes_with_the_weights_there_are_and_not_with_those_of_bef
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_who_is_ahead_does_not_overwrite_what_another_still_reads(mesh):
+def test_a_rank_that_is_ahead_does_not_overwrite_what_another_still_reads(mesh):
     made = build(in_turn(*"abc"), **ABC)
     zeros = {name: torch.zeros_like(value) for name, value in made().state_dict().items()}
     job, _ = trained(mesh, made)
@@ -322,7 +320,7 @@ reduce a, reduce root"""
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_the_next_unit_is_called_for_before_this_one_computes(mesh):
+def test_the_next_unit_is_prefetched_before_this_one_computes(mesh):
     job, _ = trained(mesh)
     said = []
     for _ in range(3):
@@ -348,7 +346,7 @@ def test_the_next_unit_is_called_for_before_this_one_computes(mesh):
 
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mesh):
+def test_nested_units_and_units_called_twice_are_not_gathered_in_vain(prefetch, mesh):
     for use, gathers, reductions in (("nested", 2 * 5, 5), ("called twice", 2 * 5, 3)):
         made, units = USES[use]
         job, _ = trained(mesh, made, units, prefetch=prefetch)
@@ -375,7 +373,7 @@ def test_units_that_are_called_twice_are_reduced_once(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_was_fetched_in_vain_is_let_go(mesh):
+def test_prefetched_units_that_are_not_used_are_freed(mesh):
     made = build(by_step, **ABC)
     job, _ = trained(mesh, made, "abc")
     for step in (0, 0, 1, 1, 0, 1, 0):
@@ -392,7 +390,7 @@ def test_what_was_fetched_in_vain_is_let_go(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_unit_of_two_dtypes_is_fetched_ahead_as_a_whole(mesh):
+def test_both_groups_of_a_unit_of_two_dtypes_are_prefetched(mesh):
     def part():
         return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())
 
@@ -415,7 +413,7 @@ def test_a_unit_of_two_dtypes_is_fetched_ahead_as_a_whole(mesh):
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_half_the_bits_are_half_the_bytes_and_the_masters_stay(narrow, mesh):
+def test_a_16_bit_dtype_halves_the_bytes_and_keeps_float32_master_weights(narrow, mesh):
     seen = []
 
     def look(module, args):
@@ -468,7 +466,7 @@ def test_batchnorm_is_gathered_and_computed_in_float32(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_whole_numbers_are_borrowed_as_they_are(mesh):
+def test_integer_parameters_are_gathered_without_a_cast(mesh):
     class Looks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -502,7 +500,7 @@ def on_meta(size="tiny", **shape):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4)
-def test_a_model_that_comes_to_life_in_parts_is_the_same_to_the_bit(strategy, tied, mesh):
+def test_a_model_materialized_shard_by_shard_is_the_same_to_the_bit(strategy, tied, mesh):
     mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
     shape = {"tied": tied, "layers": 4, "width": 32, "ffn": 48}
     model = on_meta(**shape)
@@ -516,7 +514,7 @@ def test_a_model_that_comes_to_life_in_parts_is_the_same_to_the_bit(strategy, ti
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_a_rank_draws_one_parameter_at_a_time_and_keeps_its_part(mesh):
+def test_a_rank_materializes_one_parameter_at_a_time_and_keeps_its_shard(mesh):
     model = on_meta("25m")
     largest = max(4 * p.numel() for p in model.parameters())
     with LiveBytes() as live:
@@ -537,7 +535,7 @@ def fills(name, tensor, generator):
 
 
 @pytest.mark.parametrize("strategy", ["dp", "fsdp"])
-def test_a_start_from_meta_that_cannot_be_is_refused_in_one_line(strategy):
+def test_an_impossible_start_from_meta_is_refused_in_one_line(strategy):
     def start(model, **given):
         mesh = dist_lab.init_mesh(**{strategy: 1})
         return dist_lab.parallelize(model, mesh, strategy, **given)

@@ -28,7 +28,7 @@ MESHES = [{"dp": 2, "fsdp": 2}, {"dp": 1, "fsdp": 4}, {"dp": 4, "fsdp": 1}]
 @pytest.mark.parametrize(
     "shape", [pytest.param(m, marks=pytest.mark.ranks(4, mesh=m), id=str(m)) for m in MESHES]
 )
-def test_it_equals_one_process_however_the_ranks_are_laid(model, shape, mesh):
+def test_hsdp_equals_one_process_on_every_mesh_shape(model, shape, mesh):
     report = dist_lab.verify(
         MODELS[model], lambda step: batch_of(model, step), mesh, "hsdp", units=units_of(model),
         microbatches=2, clip=0.5, steps=2,
@@ -45,7 +45,7 @@ def test_units_that_are_not_always_used_are_right(use, mesh):
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_what_nobody_has_used_is_not_summed(mesh):
+def test_a_unit_that_no_rank_used_is_not_summed_over_replicas(mesh):
     job, _ = trained(mesh, *USES["never called"], strategy="hsdp")
     loss_of(job).backward()
     with mesh.comm.ledger.recording() as calls:
@@ -55,9 +55,7 @@ def test_what_nobody_has_used_is_not_summed(mesh):
 
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_the_pieces_are_summed_over_the_copies_once_whatever_the_number_of_microbatches(
-    microbatches, mesh
-):
+def test_shards_are_summed_over_replicas_once_per_step(microbatches, mesh):
     job, optimizer = trained(mesh, strategy="hsdp")
     for _ in range(2):
         with mesh.comm.ledger.recording() as calls:
@@ -83,7 +81,7 @@ def test_the_pieces_are_summed_over_the_copies_once_whatever_the_number_of_micro
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_a_unit_that_one_copy_alone_uses_gets_its_gradient_everywhere(mesh):
+def test_a_unit_that_only_one_replica_uses_gets_its_gradient_on_all(mesh):
     # All the ranks of one copy of the model, and none of the other, go through b.
     def forward(net, x):
         x = net.a(x)
@@ -103,7 +101,7 @@ def test_a_unit_that_one_copy_alone_uses_gets_its_gradient_everywhere(mesh):
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_a_gradient_that_was_given_up_does_not_come_back(set_to_none, mesh):
+def test_a_cleared_gradient_does_not_come_back(set_to_none, mesh):
     # b is used in the micro-batch that is given up (an even step), and not in the next.
     made = build(lambda net, x: (net.b(x) if x[0, 1] > 0 else net.a(x)) * net.last, **ABC)
     wanted = of_one_step(mesh, 1, made=made, strategy="hsdp")

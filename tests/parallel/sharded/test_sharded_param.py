@@ -679,7 +679,7 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrappe
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_step_that_was_broken_off_owes_nothing(mesh):
+def test_after_a_broken_off_step_only_units_of_the_next_step_are_reduced(mesh):
     job, _ = trained(mesh, build(by_step, **ABC))
     with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
         loss_of(job, 0) / (1 // 0)  # went through a, b and c
@@ -691,7 +691,7 @@ def test_a_step_that_was_broken_off_owes_nothing(mesh):
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
+def test_a_rank_that_fails_alone_raises_at_once_and_the_other_after_the_timeout(mesh):
     mesh = dist_lab.init_mesh(fsdp=2, timeout=3)
     job, _ = trained(mesh)
     if mesh.rank:
@@ -707,7 +707,7 @@ def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_gradients_set_to_zero_stay_zeros_where_nothing_comes(mesh):
+def test_gradients_set_to_zero_stay_zero_if_nothing_is_added(mesh):
     # As in one process, where an optimizer with momentum then goes on stepping.
     report = []
     for strategy in ("dp", "fsdp"):
@@ -727,7 +727,7 @@ def test_gradients_set_to_zero_stay_zeros_where_nothing_comes(mesh):
 
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 @pytest.mark.ranks(2)
-def test_one_gradient_may_be_given_up_between_micro_batches(strategy, mesh):
+def test_one_gradient_may_be_cleared_between_micro_batches(strategy, mesh):
     mesh = dist_lab.init_mesh(**axes_of(strategy, 2))
     first, second = (of_one_step(mesh, step, strategy=strategy) for step in (0, 1))
     job, _ = trained(mesh, strategy=strategy)
@@ -741,7 +741,7 @@ def test_one_gradient_may_be_given_up_between_micro_batches(strategy, mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
+def test_a_unit_called_by_itself_is_unsharded_and_gets_its_gradients(mesh):
     made = build(in_turn(*"abc"), tie("a", "c"), **ABC)
     job, _ = trained(mesh, made)
     plain = made()
@@ -769,7 +769,7 @@ def test_a_unit_called_by_itself_that_reads_the_models_own_parameter_is_refused(
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_weight_that_is_read_is_open_until_its_reader_is_left_and_a_shard_before_and_after(mesh):
+def test_a_weight_read_in_another_forward_is_unsharded_until_that_forward_ends(mesh):
     seen = []
 
     def forward(net, x):
@@ -821,7 +821,7 @@ def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 @pytest.mark.parametrize("model", [*MODELS, "empty"])
 @pytest.mark.ranks(4)
-def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, mesh):
+def test_names_stay_shards_are_rows_and_state_dicts_are_complete(model, strategy, mesh):
     mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
     make = MODELS.get(
         model, lambda: nn.ParameterDict({"a": torch.zeros(0, 5), "b": torch.ones(5, 0)})
@@ -855,14 +855,14 @@ def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, me
     assert (mesh.rank == 0) == bool(job.full_state_dict(rank0_only=True))
 
 
-def test_a_piece_is_as_long_as_the_longest():
+def test_shard_length_is_that_of_the_longest_shard():
     lengths = [
         shard_length(torch.Size(s), 4) for s in [(8, 3), (7, 3), (2, 3), (0, 3), (5, 0), (), (1,)]
     ]
     assert lengths == [6, 6, 3, 0, 0, 1, 1]
 
 
-def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
+def test_a_parameter_belongs_to_the_innermost_unit_that_contains_all_its_slots():
     made, _ = USES["tied across nested units"]
     net = made()
     units = {"": net} | {name: net.get_submodule(name) for name in ("a", "a.inner", "b")}
@@ -876,7 +876,7 @@ def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_copy_holds_the_parts_and_cannot_compute(kept, mesh):
+def test_a_copy_of_the_model_holds_shards_and_cannot_compute(kept, mesh):
     job, _ = trained(mesh, reshard_after_forward=not kept)
     before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
     wanted, loss = of_one_step(mesh), loss_of(job)
@@ -945,7 +945,7 @@ MOVED = r"was moved, cast or replaced after parallelize\(\) \(it was float64 on 
     ],
 )
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, message, mesh):
+def test_a_change_to_the_shards_is_refused_before_anything_is_sent(change, message, mesh):
     def prepare(net):
         tie("a", "c")(net)
         if change is unfreeze:
@@ -959,7 +959,7 @@ def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, messag
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_frozen_later_gets_no_gradient_and_does_again_when_it_is_not(mesh):
+def test_a_parameter_frozen_later_gets_no_gradient_until_it_is_unfrozen(mesh):
     wanted = of_one_step(mesh)
     job, _ = trained(mesh)
     for trains in (False, True):
@@ -972,7 +972,7 @@ def test_what_is_frozen_later_gets_no_gradient_and_does_again_when_it_is_not(mes
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_parts_cannot_be_computed_with(mesh):
+def test_computing_with_a_shard_outside_its_unit_is_refused(mesh):
     job, _ = trained(mesh, build(in_turn("a", "b"), a=Nested, b=Layer), ["a"])
     x = rows(0)[0]
     with pytest.raises(
@@ -1014,7 +1014,7 @@ def test_parts_cannot_be_computed_with(mesh):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(change, given, message):
+def test_wrong_arguments_are_refused_in_one_line(change, given, message):
     model = build(in_turn(*"abc"), **ABC)()
     if change is not None:
         change(model)
@@ -1023,14 +1023,14 @@ def test_what_cannot_be_is_refused_in_one_line(change, given, message):
     assert "\n" not in str(refused.value)
 
 
-def test_what_a_user_has_written_on_a_parameter_stays_there():
+def test_attributes_that_a_user_sets_on_a_parameter_stay():
     model = Layer()
     model.gain.decay = False
     dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp")
     assert model.gain.decay is False
 
 
-def test_a_scalar_lies_on_one_rank():
+def test_only_one_rank_holds_a_scalar():
     job = dist_lab.parallelize(Layer(), dist_lab.init_mesh(fsdp=1), "fsdp")
     kinds = {name: type(laid.splits[0][1]) for name, laid in job.layouts.items()}
     assert kinds == {
@@ -1044,9 +1044,7 @@ def test_a_scalar_lies_on_one_rank():
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
 @pytest.mark.parametrize("how", ["no backward", "an output of its own"])
 @pytest.mark.ranks(2, timeout=20)
-def test_a_rank_whose_backward_does_not_come_joins_in_at_the_end_of_the_micro_batch(
-    how, strategy, mesh
-):
+def test_a_rank_without_a_backward_joins_in_at_the_end_of_the_micro_batch(how, strategy, mesh):
     mesh = dist_lab.init_mesh(timeout=5, **axes_of(strategy, 2))
     model = Net(
         lambda net, x: net.a(x) if how == "no backward" or x.sum() > 0 else x, a=nn.Linear(2, 2)
@@ -1064,7 +1062,7 @@ def test_a_rank_whose_backward_does_not_come_joins_in_at_the_end_of_the_micro_ba
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_forwards_to_which_no_backward_will_come_cost_the_next_nothing(mesh):
+def test_forwards_without_a_backward_add_no_gathers_to_the_next_step(mesh):
     job, optimizer = trained(mesh)
     counts = []
     for forwards in (0, 0, 9):
@@ -1080,7 +1078,7 @@ def test_forwards_to_which_no_backward_will_come_cost_the_next_nothing(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_forward_has_saved_and_a_user_has_written_to_since_is_refused(mesh):
+def test_a_saved_tensor_that_was_written_to_in_place_is_refused(mesh):
     def add_in_place(net, x):
         y = torch.tanh(net.a(x))
         return y.add_(1) * net.last
@@ -1091,7 +1089,7 @@ def test_what_forward_has_saved_and_a_user_has_written_to_since_is_refused(mesh)
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_forward_to_which_no_backward_comes_leaves_nothing_alive(mesh):
+def test_a_forward_without_a_backward_leaves_no_tensor_alive(mesh):
     job, _ = trained(mesh)  # its tanh saves what it puts out
     alive = []
     for step in range(4):
@@ -1102,7 +1100,7 @@ def test_a_forward_to_which_no_backward_comes_leaves_nothing_alive(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_backward_may_come_to_the_first_of_many_forwards(mesh):
+def test_backward_may_go_through_the_first_of_many_forwards(mesh):
     job, _ = trained(mesh)
     wanted = of_one_step(mesh)
     losses = [loss_of(job) for _ in range(4)]

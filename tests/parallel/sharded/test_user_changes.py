@@ -196,7 +196,7 @@ def test_a_gradient_that_is_cleared_between_micro_batches_is_not_in_the_sum(
 
 
 @pytest.mark.ranks(2)
-def test_a_gradient_that_is_edited_on_its_way_is_refused(mesh):
+def test_editing_a_gradient_in_flight_is_refused(mesh):
     job = job_of("zero1", mesh)
     micro_batches(job, lambda _: None, one_parameter)
     with pytest.raises(UserError, match=r"mlp.down_proj.weight is being summed: call job.finish"):
@@ -224,7 +224,7 @@ def test_a_gradient_that_is_set_where_none_was_is_kept_or_refused_by_name(strate
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
-def test_a_micro_batch_that_is_broken_off_takes_none_of_the_others_with_it(strategy):
+def test_a_broken_off_micro_batch_does_not_lose_the_gradients_of_others(strategy):
     def fail():
         with job.microbatch(last=False):
             raise ArithmeticError
@@ -261,7 +261,7 @@ def test_an_edit_of_a_few_elements_among_zeros_is_kept(mesh):
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 @pytest.mark.ranks(2)
-def test_gradients_may_be_edited_after_finish_and_looked_past(strategy, mesh):
+def test_gradients_edited_after_finish_do_not_reach_the_next_step(strategy, mesh):
     # They are summed, so an edit is of the step: not of the next one, forwards between or not.
     job = job_of(strategy, mesh)
     for step in (0, 1):
@@ -277,7 +277,7 @@ def test_gradients_may_be_edited_after_finish_and_looked_past(strategy, mesh):
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 @pytest.mark.ranks(2)
-def test_parameters_may_be_looked_at_in_backward(strategy, mesh):
+def test_named_parameters_may_be_read_in_backward(strategy, mesh):
     job = job_of(strategy, mesh)
     job.model.model.norm.weight.register_hook(lambda _: [*job.named_parameters()] and None)
     micro_batches(job, lambda _: None, all_parameters)
@@ -327,7 +327,7 @@ def some_names(model):
     ],
 )
 @EVERY
-def test_what_is_frozen_and_unfrozen_later_trains_as_in_one_process(strategy, when, how, mesh):
+def test_parameters_frozen_and_unfrozen_later_train_as_in_one_process(strategy, when, how, mesh):
     plain = gpt()
     names = some_names(plain)
     job = job_of(strategy, mesh)
@@ -361,7 +361,7 @@ def test_what_is_frozen_and_unfrozen_later_trains_as_in_one_process(strategy, wh
 
 
 @EVERY
-def test_what_is_frozen_from_the_start_stays_and_is_refused_when_it_is_unfrozen(strategy, mesh):
+def test_unfreezing_a_parameter_that_was_frozen_from_the_start_is_refused(strategy, mesh):
     model = gpt()
     names = some_names(model)
     frozen_in(model, names)
@@ -378,7 +378,7 @@ def test_what_is_frozen_from_the_start_stays_and_is_refused_when_it_is_unfrozen(
 
 
 @under(*(name for name in BY_HAND if name != "tp"))  # whose plan is of another model
-def test_a_model_that_is_frozen_as_a_whole_stays_as_it_is(strategy, mesh):
+def test_an_entirely_frozen_model_does_not_change(strategy, mesh):
     # An input that needs a gradient, as of an adversarial example.
     class Scaled(nn.Module):
         def __init__(self):

@@ -88,7 +88,7 @@ def trained(job, mesh, steps=3, parts=2):
     ids=str,
 )  # fmt: skip
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_written_by_data_stays_as_in_one_process(options, mesh):
+def test_writes_by_data_persist_as_in_one_process(options, mesh):
     def clamp(layer, x):  # twice is as once, as recomputing does it
         layer.weight.data.clamp_(-0.5, 0.5)
 
@@ -98,13 +98,13 @@ def test_what_is_written_by_data_stays_as_in_one_process(options, mesh):
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_every_replica_takes_over_what_is_written(mesh):
+def test_writes_by_data_reach_every_replica(mesh):
     job = dist_lab.parallelize(model_of(halve_negatives), mesh, "hsdp", units=["0"])
     assert_same(trained(job, mesh), of_one_process(halve_negatives))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_not_written_keeps_the_digits_that_compute_has_not(mesh):
+def test_elements_not_written_by_data_keep_their_float32_digits(mesh):
     """A mask in bfloat16 zeroes elements of the float32 shard, and rounds no other."""
 
     def mask(layer, x):
@@ -131,7 +131,7 @@ def add_on_one_rank(layer, x):
 @pytest.mark.parametrize(("write", "name"), [(scale_by_rows, "weight"), (add_on_one_rank, "bias")])
 @pytest.mark.parametrize("options", [{}, {"units": []}, {"reshard_after_forward": False}], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_ranks_write_otherwise_is_refused_on_all(write, name, options, mesh):
+def test_different_writes_on_different_ranks_are_refused_on_all(write, name, options, mesh):
     job = dist_lab.parallelize(model_of(write), mesh, "fsdp", **{"units": ["0"], **options})
     with pytest.raises(
         UserError, match=rf"^the forward writes to 0.0.{name} by .data, and not the"
@@ -140,7 +140,7 @@ def test_what_ranks_write_otherwise_is_refused_on_all(write, name, options, mesh
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_ranks_write_otherwise_later_is_refused_on_all(mesh):
+def test_different_writes_in_a_later_forward_are_refused_on_all(mesh):
     forwards = []
 
     def write(layer, x):
@@ -155,7 +155,7 @@ def test_what_ranks_write_otherwise_later_is_refused_on_all(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_reading_data_on_one_rank_is_free_and_tells_nobody(mesh):
+def test_reading_data_on_one_rank_sends_nothing(mesh):
     def look(layer, x):
         if mesh.rank == 0:
             layer.seen = float(layer.weight.data.norm())
@@ -169,14 +169,14 @@ def test_reading_data_on_one_rank_is_free_and_tells_nobody(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_other_memory_for_data_is_refused_while_somebody_holds_the_old(mesh):
+def test_new_memory_for_data_is_refused_while_the_old_is_held(mesh):
     job = dist_lab.parallelize(model_of(give_back_what_is_held), mesh, "fsdp", units=["0"])
     with pytest.raises(UserError, match=r"^the forward gives 0.0.weight.data other memory"):
         job.model(rows(0, own(mesh)))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_write_to_what_is_frozen_is_refused_where_it_would_be_lost(mesh):
+def test_a_write_to_a_frozen_weight_is_refused_if_it_would_be_lost(mesh):
     def age(layer, x):
         with torch.no_grad():
             layer.weight.mul_(0.9)
@@ -198,7 +198,7 @@ def test_a_write_to_what_is_frozen_is_refused_where_it_would_be_lost(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_compiled_model_writes_as_well(mesh):
+def test_a_compiled_model_may_write_by_data(mesh):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler, that it does not look inside
         model = model_of(halve_negatives)

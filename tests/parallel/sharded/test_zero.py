@@ -83,7 +83,7 @@ def padded(job):
 
 @BOTH
 @pytest.mark.ranks(4)
-def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy, mesh):
+def test_each_element_is_stepped_on_by_one_rank_in_the_memory_that_forwards_read(strategy, mesh):
     job, _ = ready(mesh, strategy, "odd")
     for name, local in job.named_parameters():
         layout = job.layouts[name]
@@ -106,7 +106,7 @@ def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy
 
 @BOTH
 @pytest.mark.ranks(3)
-def test_an_optimizer_keeps_a_third_of_its_state(strategy, mesh):
+def test_an_optimizer_on_three_ranks_keeps_a_third_of_its_state(strategy, mesh):
     job, optimizer = ready(mesh, strategy, cls=torch.optim.AdamW)
     take_step(job, optimizer)
     moments = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values())
@@ -117,7 +117,7 @@ def test_an_optimizer_keeps_a_third_of_its_state(strategy, mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_model_on_meta_is_drawn_here_frozen_parts_too(strategy, mesh):
+def test_a_model_on_meta_is_materialized_with_its_frozen_parameters(strategy, mesh):
     def fill(name, tensor, generator):
         tensor.normal_(generator=generator)
 
@@ -138,7 +138,7 @@ def test_a_model_on_meta_is_drawn_here_frozen_parts_too(strategy, mesh):
 @pytest.mark.parametrize("k", [1, 3])
 @BOTH
 @pytest.mark.ranks(4)
-def test_stage_1_sends_2p_and_stage_2_kp_and_p(strategy, k, mesh):
+def test_stage_1_sends_2p_and_stage_2_sends_kp_plus_p(strategy, k, mesh):
     job, optimizer = ready(mesh, strategy, "odd")
     for step in range(2):  # the first is no different
         with mesh.comm.ledger.recording() as calls:
@@ -158,7 +158,7 @@ def test_stage_1_sends_2p_and_stage_2_kp_and_p(strategy, k, mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, mesh):
+def test_buckets_are_reduced_during_backward_the_last_layer_first(strategy, mesh):
     job, _ = ready(mesh, strategy)
     order = []
     mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))
@@ -172,7 +172,7 @@ def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, me
 
 
 @pytest.mark.ranks(2)
-def test_stage_1_says_nothing_in_micro_batches_before_the_last(mesh):
+def test_stage_1_sends_nothing_before_the_last_micro_batch(mesh):
     job, _ = ready(mesh, "zero1")
     with mesh.comm.ledger.recording() as calls:
         backward(job, last=False)
@@ -182,7 +182,7 @@ def test_stage_1_says_nothing_in_micro_batches_before_the_last(mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_gathers_have_all_begun_before_the_first_is_waited_for(strategy, mesh):
+def test_all_gathers_are_issued_before_the_first_wait(strategy, mesh):
     job, _ = ready(mesh, strategy)
     backward(job)
     job.finish()
@@ -200,7 +200,7 @@ def test_gathers_have_all_begun_before_the_first_is_waited_for(strategy, mesh):
 
 
 @pytest.mark.ranks(4)
-def test_stage_1_keeps_one_whole_gradient_and_stage_2_a_part_and_a_bucket(mesh):
+def test_stage_1_keeps_all_gradients_and_stage_2_a_shard_and_one_bucket(mesh):
     held = {}
     for strategy in ("zero1", "zero2"):
         job, optimizer = ready(mesh, strategy)
@@ -225,7 +225,7 @@ def test_stage_1_keeps_one_whole_gradient_and_stage_2_a_part_and_a_bucket(mesh):
 
 @BOTH
 @pytest.mark.ranks(4)
-def test_memory_is_the_formula_of_the_paper(strategy, mesh):
+def test_memory_follows_the_formula_of_the_paper(strategy, mesh):
     job, optimizer = ready(mesh, strategy, cls=torch.optim.AdamW)
     peaks = []
     for _ in range(2):
@@ -246,7 +246,7 @@ def test_memory_is_the_formula_of_the_paper(strategy, mesh):
 
 
 @pytest.mark.ranks(2)
-def test_stage_2_lets_go_of_gradients_while_backward_computes(mesh):
+def test_stage_2_frees_gradients_during_backward(mesh):
     job, _ = ready(mesh, "zero2")
     most = 0
 
@@ -285,7 +285,7 @@ def test_ranks_that_use_different_parameters_are_right(strategy, rows, bucket_mb
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowhere_none(
+def test_a_parameter_used_only_on_another_rank_gets_its_gradient_and_an_unused_one_none(
     strategy, mesh
 ):
     job = dist_lab.parallelize(Experts(), mesh, strategy)
@@ -306,7 +306,7 @@ def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowher
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_rank_that_had_no_rows_joins_in_the_sum(strategy, mesh):
+def test_a_rank_without_rows_takes_part_in_the_sum(strategy, mesh):
     job, optimizer = ready(mesh, strategy)
     take_step(job, optimizer)
     plain = dist_lab.parallelize(gpt(), mesh, "dp")
@@ -327,7 +327,7 @@ def test_a_rank_that_had_no_rows_joins_in_the_sum(strategy, mesh):
 @pytest.mark.parametrize("set_to_none", [True, False])
 @BOTH
 @pytest.mark.ranks(2)
-def test_what_was_cleared_in_the_middle_of_a_step_is_not_in_the_sum(strategy, set_to_none, mesh):
+def test_gradients_cleared_in_the_middle_of_a_step_are_not_in_the_sum(strategy, set_to_none, mesh):
     job, optimizer = ready(mesh, strategy)
     plain, _ = ready(mesh, strategy)
     for step in range(2):
@@ -344,7 +344,7 @@ def test_what_was_cleared_in_the_middle_of_a_step_is_not_in_the_sum(strategy, se
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_one_gradient_alone_can_be_cleared_in_the_middle_of_a_step(strategy, mesh):
+def test_a_single_gradient_can_be_cleared_in_the_middle_of_a_step(strategy, mesh):
     job, _ = ready(mesh, strategy, bucket_mb=25)
     plain, _ = ready(mesh, strategy, bucket_mb=25)
     norm = "model.norm.weight"
@@ -363,7 +363,7 @@ def test_one_gradient_alone_can_be_cleared_in_the_middle_of_a_step(strategy, mes
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_zeros_that_a_user_keeps_stay_zeros_and_do_not_become_none(strategy, mesh):
+def test_gradients_set_to_zero_stay_zero_and_do_not_become_none(strategy, mesh):
     job = dist_lab.parallelize(Experts(), mesh, strategy)
     tokens = torch.tensor([[0, 5], [1, 5]])
     job.model(tokens).sum().backward()
@@ -412,7 +412,7 @@ def test_after_an_exception_the_next_step_is_right(strategy, last, set_to_none, 
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy, mesh):
+def test_after_an_exception_in_submodules_called_directly_the_next_step_is_right(strategy, mesh):
     job, plain = (dist_lab.parallelize(Experts(), mesh, strategy) for _ in range(2))
     tokens = torch.tensor([[0, 5], [1, 5]])
     hook = wholes(job)["embed.weight"].register_hook(lambda gradient: 1 / 0)
@@ -435,7 +435,7 @@ def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy
 @pytest.mark.parametrize("collectives", ["backend", "ring", "direct"])
 @BOTH
 @pytest.mark.ranks(3)
-def test_whoever_carries_the_bytes_the_numbers_are_right(strategy, collectives, mesh):
+def test_the_numbers_are_right_with_every_algorithm_of_collectives(strategy, collectives, mesh):
     mesh = dist_lab.init_mesh(dp=3, collectives=collectives)
     report = dist_lab.verify(odd, batch, mesh, strategy, microbatches=2, clip=0.5, **TINY)
     assert report.equal, report.sentence()
@@ -443,7 +443,7 @@ def test_whoever_carries_the_bytes_the_numbers_are_right(strategy, collectives, 
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_the_order_check_finds_nothing_to_say(strategy, mesh):
+def test_the_order_check_finds_no_mismatch(strategy, mesh):
     mesh = dist_lab.init_mesh(dp=2, check=True)
     report = dist_lab.verify(
         lambda: Experts().double(), lambda step: batch(step, 3), mesh, strategy,
@@ -455,7 +455,7 @@ def test_the_order_check_finds_nothing_to_say(strategy, mesh):
 @pytest.mark.slow_unless(lambda strategy: strategy == "zero2")
 @BOTH
 @pytest.mark.ranks(4)
-def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
+def test_unsharded_parameters_are_cast_to_compute_in_bfloat16(strategy, mesh):
     report = dist_lab.verify(
         lambda: gpt(torch.float32), batch, mesh, strategy, param_dtype=torch.bfloat16,
         microbatches=2, **TINY,
@@ -474,7 +474,7 @@ def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
 @pytest.mark.slow_unless(lambda strategy: strategy == "zero1")
 @BOTH
 @pytest.mark.ranks(3)
-def test_weights_are_saved_and_loaded_whole(strategy, mesh):
+def test_full_state_dicts_are_saved_and_loaded(strategy, mesh):
     job, optimizer = ready(mesh, strategy, "gpt tied", torch.optim.AdamW)
     take_step(job, optimizer)
     full = job.full_state_dict()
@@ -500,7 +500,7 @@ def test_weights_are_saved_and_loaded_whole(strategy, mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_copy_is_the_plain_model_and_trains_without_us(strategy, mesh):
+def test_a_copy_is_the_plain_model_and_trains_by_itself(strategy, mesh):
     job, optimizer = ready(mesh, strategy, "gpt tied")
     take_step(job, optimizer)
     copied = copy.deepcopy(job.model)
@@ -521,7 +521,7 @@ def test_a_copy_is_the_plain_model_and_trains_without_us(strategy, mesh):
 
 @pytest.mark.parametrize("break_it", ["cast", "replace"])
 @BOTH
-def test_parameters_that_were_moved_since_are_refused(strategy, break_it):
+def test_parameters_moved_after_parallelize_are_refused(strategy, break_it):
     job = dist_lab.parallelize(nn.Linear(3, 2), dist_lab.init_mesh(), strategy)
     if break_it == "cast":
         job.model.double()
@@ -535,7 +535,7 @@ def test_parameters_that_were_moved_since_are_refused(strategy, break_it):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_second_backward_after_the_gradients_have_left_is_refused(strategy, mesh):
+def test_a_second_backward_after_the_gradients_were_sent_is_refused(strategy, mesh):
     job, _ = ready(mesh, strategy)
     x, y = batch(0)
     with job.microbatch(last=True):
@@ -551,7 +551,7 @@ def test_a_second_backward_after_the_gradients_have_left_is_refused(strategy, me
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(strategy, mesh):
+def test_a_step_left_without_finish_is_refused_with_the_way_out(strategy, mesh):
     job, _ = ready(mesh, strategy)
     backward(job)
     job.model.zero_grad()
