@@ -1,4 +1,4 @@
-"""A linear whose weight gradient comes when it is asked for: the sum of both is the whole."""
+"""A linear with a split backward: with its deferred weight gradient it equals a plain linear."""
 
 import pytest
 import torch
@@ -23,20 +23,22 @@ def test_split_linear_has_the_gradients_of_a_linear(shape, bias):
         [t.clone().requires_grad_() for t in (x, weight, b) if t is not None] for _ in range(2)
     )
     wanted = F.linear(*plain)
-    dy, owed = draw(*wanted.shape), []
-    y = split_linear(*ours, *([] if bias else [None]), owed.append)
+    dy, output_grads = draw(*wanted.shape), []
+    y = split_linear(*ours, *([] if bias else [None]), output_grads.append)
     assert torch.equal(y, wanted)
     y.backward(dy)
     wanted.backward(dy)
-    assert ours[1].grad is None, "the weight's has not been asked for"
-    assert len(owed) == 1
-    torch.testing.assert_close(weight_gradient(owed[0], x), plain[1].grad, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(ours[::2], plain[::2], strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    assert ours[1].grad is None, "the weight's gradient is deferred"
+    assert len(output_grads) == 1
+    torch.testing.assert_close(
+        weight_gradient(output_grads[0], x), plain[1].grad, rtol=1e-12, atol=1e-12
+    )
+    for leaf, wanted_leaf in zip(ours[::2], plain[::2], strict=True):
+        torch.testing.assert_close(leaf.grad, wanted_leaf.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_split_linear_saves_no_input_and_defers_nothing_for_a_frozen_weight():
-    kept, owed = [], []
+    kept, output_grads = [], []
     x, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
 
     def keep(tensor):
@@ -44,10 +46,10 @@ def test_split_linear_saves_no_input_and_defers_nothing_for_a_frozen_weight():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = split_linear(x, weight, None, owed.append)
+        y = split_linear(x, weight, None, output_grads.append)
     assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
     y.sum().backward()
-    assert owed == []
+    assert output_grads == []
     assert torch.equal(x.grad, torch.full((3, 4), 5.0))
 
 

@@ -1,4 +1,4 @@
-"""Hand-written against the library's own, directly: the same model, data and steps, two codes."""
+"""Our implementations against the library's own: the same model, data and steps."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from dist_lab.layout.layout import Layout
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
 from dist_lab.step.protocol import Setup
 
-# Of those that share out the rows. tp's shares out the model: tests/parallel/tensor/test_tp.py.
+# The twins of strategies that split the batch. For tp see tests/parallel/tensor/test_tp.py.
 TWINS = [
     (name, impl) for name, impl in IMPLEMENTATIONS if impl != "hand" and name not in ("tp", "pp")
 ]
@@ -29,7 +29,7 @@ SPLIT = [(name,) for name, impl in TWINS if name in ("fsdp", "hsdp")]
 
 
 def on_ranks(size, pairs=TWINS):
-    """Pairs of strategy and impl, or strategies, each on the mesh that it runs on."""
+    """Test parameters: pairs of strategy and impl, or strategies, each with its mesh."""
     return [
         pytest.param(
             *row, id="@".join(row), marks=pytest.mark.ranks(size, mesh=axes_of(row[0], size))
@@ -131,13 +131,13 @@ def test_a_twin_does_not_send_before_the_last_microbatch(strategy, impl, mesh):
     x, y = batch(mesh.rank)
     with job.microbatch(last=False):
         (dist_lab.cross_entropy_sum(job.model(x), y) / 96).backward()
-    mine = job.model.head.weight.grad.clone()
-    everyone = ops.all_gather(mine[None], mesh["dp"])
-    assert not torch.equal(everyone[0], everyone[1])
+    grad = job.model.head.weight.grad.clone()
+    grads = ops.all_gather(grad[None], mesh["dp"])
+    assert not torch.equal(grads[0], grads[1])
 
 
 class Two(nn.Module):
-    """Outputs of which one depends on the other."""
+    """Returns outputs that depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -212,10 +212,10 @@ def test_zero_redundancy_optimizer_shards_its_state_and_takes_groups_and_fused(m
             step_of(job, "gpt", optimizer, step)
     assert_same_weights(*jobs)
     state = optimizers[1].optim.state.values()
-    here = sum(value.numel() for one in state for value in one.values() if value.dim())
+    numel = sum(value.numel() for values in state for value in values.values() if value.dim())
     total = sum(p.numel() for p in jobs[1].parameters())
-    assert ops.all_reduce(torch.tensor(here), mesh["dp"]) == 2 * total
-    assert here < 2 * total / 2
+    assert ops.all_reduce(torch.tensor(numel), mesh["dp"]) == 2 * total
+    assert numel < 2 * total / 2
 
 
 @pytest.mark.ranks(4)
@@ -239,7 +239,7 @@ def test_zero_redundancy_optimizer_refuses_two_dtypes(mesh):
 
 
 class Sent(TorchDispatchMode):
-    """Counts what goes to torch's process groups."""
+    """Counts the collectives on torch's process groups."""
 
     def __init__(self):
         super().__init__()
@@ -279,28 +279,28 @@ def test_under_each_option_the_library_issues_as_many_collectives_as_ours(strate
         step(ours)
     with Sent() as sent:
         step(theirs)
-    here = Counter(call.op for call in calls if call.phase != "order")
-    assert sent.calls["allgather_base"] == here["all_gather"] > 0
-    assert sent.calls["reduce_scatter_base"] == here["reduce_scatter"] > 0
-    if strategy == "hsdp":  # ours, besides: the loss, and which group was used
-        assert sent.calls["allreduce"] - 1 == here["all_reduce"] - 2 == 4
+    counts = Counter(call.op for call in calls if call.phase != "order")
+    assert sent.calls["allgather_base"] == counts["all_gather"] > 0
+    assert sent.calls["reduce_scatter_base"] == counts["reduce_scatter"] > 0
+    if strategy == "hsdp":  # ours has two more: of the loss, and of the groups that were used
+        assert sent.calls["allreduce"] - 1 == counts["all_reduce"] - 2 == 4
 
 
-@pytest.mark.parametrize("told", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
 def test_parameters_are_gathered_in_param_dtype_and_gradients_reduced_in_reduce_dtype(
-    strategy, told, mesh
+    strategy, reduce_dtype, mesh
 ):
     narrow = torch.bfloat16
     job = build(
-        mesh, "mlp", strategy, "torch", torch.float32, param_dtype=narrow, reduce_dtype=told
+        mesh, "mlp", strategy, "torch", torch.float32, param_dtype=narrow, reduce_dtype=reduce_dtype
     )
     with Sent() as sent:
         job.model(batch(0)[0]).sum().backward()
-    wanted = told or torch.float32
+    wanted = reduce_dtype or torch.float32
     if strategy == "fsdp":
         assert sent.dtypes == {"allgather_base": narrow, "reduce_scatter_base": wanted}
-    else:  # of 2 replicas with all of it
+    else:  # two replicas, each with a shard that is all of a parameter
         assert sent.dtypes == {"allreduce": wanted}
     assert {local_part(p.grad).dtype for p in job.parameters()} == {torch.float32}
 
@@ -322,7 +322,8 @@ def test_under_each_option_both_train_alike_with_evaluations_between_steps(strat
         for step in range(3):
             losses += step_of(job, "odd", optimizer, step, microbatches=3)
             losses += [job.evaluate([batch(9)], dist_lab.cross_entropy_sum)]
-            assert sum(local_part(p).numel() for p in job.parameters()) < 1200, "some are whole"
+            numel = sum(local_part(p).numel() for p in job.parameters())
+            assert numel < 1200, "some are unsharded"
         seen.append(losses)
     assert seen[0] == pytest.approx(seen[1], rel=1e-11)
     assert_same_weights(*jobs)
@@ -335,10 +336,10 @@ def test_full_state_dicts_of_fsdp2_are_saved_and_loaded(strategy, mesh):
     job.load_full_state_dict(doubled)
     for name, tensor in job.full_state_dict().items():
         assert torch.equal(tensor, doubled[name]), name
-    whole = MODELS["odd"]()
-    whole.load_state_dict(doubled)
+    plain = MODELS["odd"]()
+    plain.load_state_dict(doubled)
     tokens = batch(0)[0]
-    torch.testing.assert_close(job.model(tokens), whole(tokens))
+    torch.testing.assert_close(job.model(tokens), plain(tokens))
 
 
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
@@ -357,7 +358,7 @@ def test_a_model_on_the_meta_device_starts_alike_by_hand_and_library(strategy, m
 
 
 class Experts(nn.Module):
-    """Which expert works is decided by the rank and by the micro-batch; the last one never does."""
+    """The caller chooses the expert, by rank and micro-batch; the last one is never used."""
 
     def __init__(self):
         super().__init__()
@@ -373,9 +374,9 @@ class Experts(nn.Module):
 def test_with_find_unused_ranks_may_use_different_parameters_and_unused_ones_get_no_gradient(
     strategy, mesh
 ):
-    found = []
-    for impl, told in (("hand", {}), ("torch", {"find_unused": True})):
-        job = dist_lab.parallelize(Experts().double(), mesh, strategy, impl, **told)
+    results = []
+    for impl, options in (("hand", {}), ("torch", {"find_unused": True})):
+        job = dist_lab.parallelize(Experts().double(), mesh, strategy, impl, **options)
         for i in range(2):
             with job.microbatch(last=i == 1):
                 x = torch.ones(2, 3, dtype=torch.float64) * (1 + mesh.rank)
@@ -384,8 +385,8 @@ def test_with_find_unused_ranks_may_use_different_parameters_and_unused_ones_get
         none = {n for n, p in job.model.named_parameters() if p.grad is None}
         assert none == {"experts.2.weight", "experts.2.bias"}
         scale = gather_full(job.model.scale.grad, job.layouts["scale"], mesh)
-        found.append((job.clip_grad_norm(None), float(scale)))
-    assert found[0] == pytest.approx(found[1], rel=1e-12)
+        results.append((job.clip_grad_norm(None), float(scale)))
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
@@ -468,7 +469,7 @@ def test_what_fsdp2_cannot_do_is_refused_in_one_sentence(mesh):
         apply(nn.Linear(2, 2), prefetch=False)
     with pytest.raises(UserError, match=r"cannot have a.weight tied between units that have"):
         apply(Tied(), units=["a", "b"])
-    apply(Tied(), units=["a"])  # b's is in the model itself, where it is found
+    apply(Tied(), units=["a"])  # b belongs to the model itself, so the weight is found there
     two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
     with pytest.raises(UserError, match=r"of one dtype in a unit, the model has float32 and float"):
         apply(two)
@@ -482,7 +483,7 @@ def test_what_fsdp2_cannot_do_is_refused_in_one_sentence(mesh):
 
 
 class ChangedInPlace(nn.Module):
-    """What its Linear gives for several rows of rows is a view."""
+    """Changes the output of a Linear in place; for a 3-dim input that output is a view."""
 
     def __init__(self):
         super().__init__()
@@ -495,10 +496,10 @@ class ChangedInPlace(nn.Module):
         return self.second(y.sin()).flatten(0, 1)
 
 
-def rows_of_rows(step):
-    draw = torch.Generator().manual_seed(step)
-    x = torch.rand(4, 3, 4, generator=draw, dtype=torch.float64)
-    return x, torch.randint(4, (4, 3), generator=draw)
+def sequences(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.rand(4, 3, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(4, (4, 3), generator=generator)
 
 
 @pytest.mark.filterwarnings("error")
@@ -506,7 +507,7 @@ def rows_of_rows(step):
 def test_fsdp2_trains_a_model_that_changes_a_units_output_in_place_and_no_filter_is_left(mesh):
     before = list(warnings.filters)
     names = ["first", "second"]
-    report = dist_lab.verify(ChangedInPlace, rows_of_rows, mesh, "fsdp", "torch", units=names)
+    report = dist_lab.verify(ChangedInPlace, sequences, mesh, "fsdp", "torch", units=names)
     assert report.equal, report.sentence()
     assert warnings.filters == before
 
@@ -532,10 +533,10 @@ def test_accelerate_leaves_its_fsdp_plugin_unused_on_cpu_and_is_refused_for_that
     with as_under_torchrun(mesh.rank, mesh.size):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        del os.environ["ACCELERATE_USE_FSDP"]  # which it sets all the same
+        del os.environ["ACCELERATE_USE_FSDP"]  # accelerate sets it even so
     assert (accelerator.distributed_type.value, accelerator.is_fsdp2) == ("MULTI_CPU", False)
     model = nn.Linear(2, 2)
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     assert type(model) is nn.parallel.DistributedDataParallel
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert math.prod(model.module.weight.shape) == 4, "all of it is here"
+    assert math.prod(model.module.weight.shape) == 4, "the weight is unsharded"
