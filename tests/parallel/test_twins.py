@@ -152,8 +152,8 @@ class Two(nn.Module):
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
 def test_outputs_that_depend_on_each_other_are_not_scaled_twice(strategy, impl, mesh):
     gradients = []
-    for who in ("hand", impl):
-        job = dist_lab.parallelize(Two().double(), mesh, strategy, who, units=["body"])
+    for implementation in ("hand", impl):
+        job = dist_lab.parallelize(Two().double(), mesh, strategy, implementation, units=["body"])
         out = job.model(torch.ones(2, 3, dtype=torch.float64) * (1 + mesh.rank))
         (out["logits"].sum() + out["hidden"][0].square().sum() + out["hidden"][1].sum()).backward()
         job.finish()

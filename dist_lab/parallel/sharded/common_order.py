@@ -9,9 +9,9 @@ the forward, and every rank takes part in every turn.
 
 The first forward learns the turns. Before each gather the ranks vote for the unit that they want,
 and every unit with a vote gets a turn. If all ranks have wanted the same units, that is the order
-of later forwards, and the ranks only vote once more, at the end of a forward. A rank that wants
-another unit first takes all remaining turns, and votes for it then; the other ranks answer at the
-end of their forwards, until no rank wants a unit.
+of later forwards, and there the ranks vote only once, at the end. A rank that wants another unit
+takes all remaining turns first, and then votes for it. The other ranks vote at the end of their
+forwards, until no rank wants a unit.
 
 At the end of a forward the ranks also vote for the units that their backwards may come to. These
 units have turns in backward, the last one left in forward first, as autograd goes. Backward may not
@@ -79,7 +79,7 @@ class CommonOrder:
         self._left_at: dict[str, list[int]] = {}  # unit -> when forwards left it
 
     def begin(self) -> None:
-        """A forward begins."""
+        """Begin a forward, with the turns of the last common order."""
         self.is_open, self.upcoming = True, list(self.order)
         self._wanted, self._turns, self._returns = [], [], set()
         if not any(visit is not None and visit() is not None for visit in self._forwards):
@@ -101,18 +101,18 @@ class CommonOrder:
                 self._take(turn, self.gather if turn == unit else self.skip)
 
     def leave(self, unit: str) -> None:
-        """A forward of this rank leaves the unit."""
+        """Note that a forward of this rank leaves the unit."""
         if unit in self._returns:
             self._left_at.setdefault(unit, []).append(next(self._clock))
 
     def returns_to(self, unit: str, visit: object) -> None:
-        """This rank's backward may come to the unit, as long as the visit lives."""
+        """Note that this rank's backward may come to the unit, as long as the visit lives."""
         self._returns.add(unit)
         if unit == ROOT:
             self._forwards[-1:] = [ref(visit)]
 
     def end(self, written: Mapping[str, int]) -> None:
-        """The forward is over on this rank. Returns when it is over on all ranks.
+        """End the forward on this rank. Returns when all ranks have ended it.
 
         Args:
             written: name -> digest, of the parameters that this rank has written to.

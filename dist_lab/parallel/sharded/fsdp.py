@@ -54,7 +54,7 @@ def apply(
     prefetch: bool = True,
     offload: str = "",
 ) -> Applied:
-    """Keep 1/N of every parameter.
+    """Shard every parameter over the ranks.
 
     Args:
         setup: parameters are sharded along fsdp, and the shards replicated along dp, whose size is
@@ -85,7 +85,7 @@ def apply(
         for (unit, dtypes), names in _names_by_group(setup, slots).items()
     ]  # fmt: skip
     for group in groups:
-        group.reduce_dtype = reduce_dtype or group.kept_dtype
+        group.reduce_dtype = reduce_dtype or group.shard_dtype
     sync = FullySharded(
         groups, groups_by_unit(groups, setup.units), axis, gather_axis, replicate,
         prefetch=prefetch,
@@ -190,7 +190,7 @@ class FullySharded(Sync):
         else:
             self.order.leave(unit)
         if unit == ROOT and phase is Phase.FORWARD:
-            self.order.end({n: mark for g in self.groups for n, mark in g.pop_written()})
+            self.order.end({n: digest for g in self.groups for n, digest in g.pop_written()})
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:

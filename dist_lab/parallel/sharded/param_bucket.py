@@ -130,7 +130,7 @@ class BucketParam:
         GradElsewhere.stand_at(
             self.sharded, self.unsharded,
             f"the gradient of {self.name} is not summed yet: call job.finish() before you use it, "
-            "or change the one of job.model's own parameter",
+            "or change the gradient of job.model's own parameter",
         )  # fmt: skip
 
     def mark_grad_in_flight(self) -> None:
@@ -145,8 +145,8 @@ class BucketParam:
         grad = self.sharded.grad
         if self.grad_place is GradPlace.SHARD and grad is not None and local_part(grad).any():
             raise UserError(
-                f"the gradient of {self.name} was set before it was summed; set the one of "
-                "job.model's own parameter"
+                f"the gradient of {self.name} was set before it was summed; set the gradient "
+                "of job.model's own parameter"
             )
 
     def sync_cleared_grads(self) -> None:
@@ -163,7 +163,7 @@ class BucketParam:
             if unsharded_grad.any():
                 raise UserError(
                     f"the gradient of {self.name} was replaced when it was already summed and "
-                    "sharded; change those of job.parameters()"
+                    "sharded; change the gradients of job.parameters()"
                 )
             sharded_grad.zero_()
 

@@ -77,8 +77,8 @@ class ParamGroup:
         make_memory: Make | None,
     ) -> None:
         self.unit, self.axis, self.gather_axis = unit, axis, gather_axis
-        self.kept_dtype, self.compute_dtype = dtypes
-        self.reduce_dtype = self.kept_dtype
+        self.shard_dtype, self.compute_dtype = dtypes
+        self.reduce_dtype = self.shard_dtype
         shapes = {name: parameter_at(places).shape for name, places in slots.items()}
         lengths = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
         memory, self.sent = self._allocate(sum(lengths.values()), make_memory)
@@ -99,7 +99,7 @@ class ParamGroup:
         self.visits = 0
         self.missing_grads: set[str] = set()  # names of those that are EXPECTED
         self.incoming: FlatBuffer | None = None  # the result of the reduction in flight
-        self.incoming_counts = True  # False: the step was broken off, so this result is dropped
+        self.keep_incoming = True  # False: the step was broken off, so this result is dropped
 
     def _allocate(self, length: int, make_memory: Make | None) -> tuple[Tensor, Tensor | None]:
         """The memory of the shards, and the send buffer of the all-gather: see `sent`.
@@ -107,11 +107,11 @@ class ParamGroup:
         Both are the same memory if the shards are in the dtype of compute.
         """
         if make_memory:
-            return make_memory(length, self.kept_dtype), None
+            return make_memory(length, self.shard_dtype), None
         sent = ops.shared_buffer(length, self.compute_dtype, self.gather_axis)
-        if self.kept_dtype == self.compute_dtype:
+        if self.shard_dtype == self.compute_dtype:
             return sent, sent
-        kept = torch.zeros(length, dtype=self.kept_dtype, device=self.axis.device)
+        kept = torch.zeros(length, dtype=self.shard_dtype, device=self.axis.device)
         return kept, sent
 
     @property
@@ -214,8 +214,8 @@ class ParamGroup:
         xs = [*grads, used.repeat(self.axis.size)]
         lengths = [*(param.length for param in self.trained), len(used)]
         length = self.sharded_grads.length
-        memory = torch.empty(length, dtype=self.kept_dtype, device=staging.device)
-        self.incoming, self.incoming_counts = self.sharded_grads.buffer(memory), True
+        memory = torch.empty(length, dtype=self.shard_dtype, device=staging.device)
+        self.incoming, self.keep_incoming = self.sharded_grads.buffer(memory), True
         self.incoming.issue(
             lambda out, axis: ops.reduce_scatter_coalesced(out, xs, lengths, staging, axis),
             self.axis,
@@ -229,14 +229,14 @@ class ParamGroup:
         assert self.incoming is not None, self.label
         self.incoming.wait()
         incoming, self.incoming = self.incoming, None
-        if self.incoming_counts:
+        if self.keep_incoming:
             self.sharded_grads.add(incoming)
 
     def forget(self) -> None:
-        """Drop the gradients of a step that was broken off; wait later for the one in flight."""
+        """Drop the gradients of a step that was broken off, and the reduction in flight, if any."""
         for param in self.trained:
             param.unsharded.grad = None
-        self.grads, self.visits, self.incoming_counts = Grads.NONE, 0, False
+        self.grads, self.visits, self.keep_incoming = Grads.NONE, 0, False
         self.users.clear()
         self.reshard()
         self.written = {}
@@ -249,6 +249,6 @@ class ParamGroup:
                 yield "gradients", param.unsharded.grad
         if self.sent is not None and self.sent is not self.sharded.memory:
             yield "buffers", self.sent
-        for buffer in (self.sharded_grads.total, self.incoming if self.incoming_counts else None):
+        for buffer in (self.sharded_grads.total, self.incoming if self.keep_incoming else None):
             if buffer is not None:
                 yield "gradients", buffer.memory

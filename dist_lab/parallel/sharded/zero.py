@@ -152,11 +152,11 @@ class ZeroSync(Sync):
             bucket.params.sync_cleared_grads()
         self._reduce_rest()
         self._start_over()
-        used = self._used_somewhere()
+        used = self._used_by_some_rank()
         for bucket in self.buckets:
             bucket.assign_grads(used & bucket.params.shards.keys())
 
-    def _used_somewhere(self) -> set[str]:
+    def _used_by_some_rank(self) -> set[str]:
         """The parameters that some rank has used."""
         if not self.bucket_index:
             return set()

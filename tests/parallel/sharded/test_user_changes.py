@@ -215,7 +215,7 @@ def test_a_gradient_that_is_set_where_none_was_is_kept_or_refused_by_name(strate
         for p in (job if whose == "job" else job.model).parameters():
             p.grad = torch.full_like(p, 10.0)
         if (name, whose) == ("zero1", "job"):
-            with pytest.raises(UserError, match="was set before it was summed; set the one of"):
+            with pytest.raises(UserError, match="was set before it was summed; set the grad"):
                 loss_of(job.model, 0, 0).backward()
             return
         loss_of(job.model, 0, 0).backward()
