@@ -25,7 +25,7 @@ class ShardedGrads:
     Args:
         params: the group's trained parameters.
         dtype, device: of the shards.
-        label: what the sum over replicas is called in logs.
+        label: the name of its collectives in logs.
 
     Attributes:
         length: elements of the shards' gradients and of their flags.

@@ -168,7 +168,7 @@ class TwoVisits(nn.Module):
         return self.second(x) if again else self.first(x)
 
 
-def keep(x, like):
+def keep_signs(x, like):
     """x with the sign columns of `like`, for later layers that read them."""
     return torch.cat([like[:, :3], x[:, 3:]], 1)
 
@@ -204,7 +204,7 @@ def in_turn(*names):
 def by_step(net, x, even="abc", odd="cb"):
     like = x
     for name in even if x[0, 1] > 0 else odd:
-        x = keep(net.get_submodule(name)(x), like)
+        x = keep_signs(net.get_submodule(name)(x), like)
     return x * net.last
 
 
@@ -214,14 +214,14 @@ def by_row(net, x):
     for sign, name in ((1, "a"), (-1, "b")):
         mask = (x[:, 2:3] * sign > 0).double()
         if mask.any():
-            x = keep(x + mask * net.get_submodule(name)(x), like)
+            x = keep_signs(x + mask * net.get_submodule(name)(x), like)
     return net.c(x) * net.last
 
 
 def deep(net, x):
     like = x
     for name in "abcdefgh":
-        x = keep(net.get_submodule(name)(x), like)
+        x = keep_signs(net.get_submodule(name)(x), like)
     return x * net.last
 
 
@@ -234,7 +234,7 @@ def each_twice(net, x):
     like = x
     for name in "abcdef":
         part = net.get_submodule(name)
-        x = keep(part(keep(part(x), like), again=True), like)
+        x = keep_signs(part(keep_signs(part(x), like), again=True), like)
     return x * net.last
 
 
@@ -348,21 +348,21 @@ def reads(name, before=False, some=False, recompute=False):
 
         def mix(x):
             weight = net.get_submodule(name).linear.weight if before else None
-            x = keep(net.b(x), like)
+            x = keep_signs(net.b(x), like)
             mask = (x[:, :1] > 0).double() if some else 1.0
             if not some or mask.any():
                 layer = net.get_submodule(name).linear
                 weight = layer.weight if weight is None else weight
-                x = keep(x + mask * torch.tanh(x @ weight.t() + layer.bias), like)
+                x = keep_signs(x + mask * torch.tanh(x @ weight.t() + layer.bias), like)
             return x
 
         if recompute:
             reentrant = recompute == "reentrant"
             x = torch.utils.checkpoint.checkpoint(
-                mix, keep(net.a(x), like), use_reentrant=reentrant
+                mix, keep_signs(net.a(x), like), use_reentrant=reentrant
             )
         else:
-            x = mix(keep(net.a(x), like))
+            x = mix(keep_signs(net.a(x), like))
         return net.c(x) * net.last
 
     return forward
@@ -377,14 +377,16 @@ class UsesOther(Layer):
 
     def forward(self, x):
         like, (other,) = x, self.other
-        x = keep(super().forward(x), like)
+        x = keep_signs(super().forward(x), like)
         mask = (x[:, :1] > 0).double() if "some" in self.how else torch.ones(len(x), 1)
         if not mask.any():
             return x
         if "calls" in self.how:
-            return keep(x + mask * torch.tanh(other(x)), like)
+            return keep_signs(x + mask * torch.tanh(other(x)), like)
         weight = other.linear.weight
-        return weight if "returns" in self.how else keep(x + mask * torch.tanh(x @ weight), like)
+        return (
+            weight if "returns" in self.how else keep_signs(x + mask * torch.tanh(x @ weight), like)
+        )
 
 
 def uses_other(how):
@@ -396,10 +398,10 @@ def again(names):
 
     def forward(net, x):
         like = x
-        x = keep(net.b(keep(net.a(x), like)), like)
+        x = keep_signs(net.b(keep_signs(net.a(x), like)), like)
         mask = (x[:, :1] > 0).double()
         for name in names if mask.any() else "":
-            x = keep(x + mask * net.get_submodule(name)(x), like)
+            x = keep_signs(x + mask * net.get_submodule(name)(x), like)
         return net.c(x) * net.last
 
     return forward
@@ -408,14 +410,14 @@ def again(names):
 def again_by_some(net, x):
     """Some ranks call a layer of a unit once more after the unit."""
     like = x
-    x = keep(net.a(x), like)
+    x = keep_signs(net.a(x), like)
     mask = (x[:, :1] > 0).double()
     if mask.any():
-        x = keep(x + mask * net.a.inner(x), like)
+        x = keep_signs(x + mask * net.a.inner(x), like)
     return net.b(x) * net.last
 
 
-def lend(net):
+def let_b_use_a(net):
     """Let b use layer a; the model may also call a itself."""
     net.b.other.append(net.a)
 
@@ -426,11 +428,11 @@ def weight_of_b(net, x):
 
 def by_expert(net, x):
     """Each rank calls a unit that no other rank calls."""
-    x = keep(net.a(x), like=x)
+    x = keep_signs(net.a(x), like=x)
     for sign, name in ((1, "b"), (-1, "c")):
         mask = (x[:, :1] * sign > 0).double()
         if mask.any():
-            x = keep(x + mask * net.get_submodule(name)(x), like=x)
+            x = keep_signs(x + mask * net.get_submodule(name)(x), like=x)
     return net.d(x) * net.last
 
 
@@ -516,21 +518,23 @@ USES = {
     "read in what is recomputed by a second backward": (
         build(reads("a", recompute="reentrant"), **ABC), "abc",
     ),
-    "read in another unit": (build(in_turn(*"abc"), lend, **ABC | {"b": uses_other("")}), "abc"),
+    "read in another unit": (
+        build(in_turn(*"abc"), let_b_use_a, **ABC | {"b": uses_other("")}), "abc",
+    ),
     "read in another unit by some ranks": (
-        build(in_turn(*"bc"), lend, **ABC | {"b": uses_other("some")}), "abc",
+        build(in_turn(*"bc"), let_b_use_a, **ABC | {"b": uses_other("some")}), "abc",
     ),
     "read in another unit that returns it": (
-        build(weight_of_b, lend, **ABC | {"b": uses_other("returns")}), "abc",
+        build(weight_of_b, let_b_use_a, **ABC | {"b": uses_other("returns")}), "abc",
     ),
     "a layer in it called after it by some ranks": (
         build(again_by_some, **ABC | {"a": Nested}), ["a", "a.inner", "b"],
     ),
     "called in another unit": (
-        build(in_turn(*"bca"), lend, **ABC | {"b": uses_other("calls")}), "abc",
+        build(in_turn(*"bca"), let_b_use_a, **ABC | {"b": uses_other("calls")}), "abc",
     ),
     "called in another unit by some ranks": (
-        build(in_turn(*"bc"), lend, **ABC | {"b": uses_other("calls some")}), "abc",
+        build(in_turn(*"bc"), let_b_use_a, **ABC | {"b": uses_other("calls some")}), "abc",
     ),
 }  # fmt: skip
 
