@@ -17,7 +17,7 @@ from dist_lab.mesh.mesh import init_mesh
 from dist_lab.observe.memory import KINDS, LiveBytes, Peak, by_layout, measured
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.programs.cli.setup import build, meet
+from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop
 from dist_lab.step.protocol import Applied, Sync
 
@@ -219,7 +219,7 @@ def test_of_two_steps_the_higher_peak_counts_and_each_kinds_own():
 def test_measured_steps_take_less_than_twice_the_time_of_others():
     config = Config(strategy="single", batch=8)  # a rank's rows in the first command of README
     mesh = init_mesh()
-    data = meet(config, mesh)
+    data = open_run(config, mesh)
     job = build(config, mesh, data)
     optimizer, rows = loop.make_optimizer(job, config), data.batch(0, slice(0, 8))
     seconds = {measured: [], nullcontext: []}

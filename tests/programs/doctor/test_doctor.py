@@ -30,7 +30,7 @@ from dist_lab.programs.doctor.report import DoctorReport, StrategyRow, Verdict
 from dist_lab.programs.doctor.subject import subject_of
 from dist_lab.programs.doctor.trial import Trial
 from dist_lab.programs.verify.report import Comparison
-from dist_lab.programs.verify.report import DoctorReport as Comparisons
+from dist_lab.programs.verify.report import VerifyReport as Comparisons
 
 ROOT = Path(__file__).parents[3]
 ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp")  # whoever shares out rows, on two ranks
@@ -463,7 +463,8 @@ def read_back(path):
 
 @pytest.mark.slow
 def test_the_readme_shows_what_is_printed_and_that_is_what_is_written(tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().partition("\n## Which strategy suits")[2]
+    page = (ROOT / "dist_lab/programs/README.md").read_text()
+    section = page.partition("\n## doctor")[2]
     model, shown = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
     command, _, shown = shown.partition("\n")
     assert command == "$ python launch/doctor.py mymodels:build --nproc 2"
