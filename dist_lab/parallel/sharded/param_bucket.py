@@ -72,7 +72,7 @@ class GradPlace(Enum):
 
     NOWHERE = auto()
     UNSHARDED = auto()  # this rank's gradient, not summed yet
-    SHARD = auto()  # the sum over the ranks
+    SHARDED = auto()  # the sum over the ranks
 
 
 @dataclass
@@ -116,7 +116,7 @@ class BucketParam:
 
     def mark_grad_at_shard(self) -> None:
         """The shard has the sum: put a stand-in at the unsharded parameter."""
-        self.grad_place = GradPlace.SHARD
+        self.grad_place = GradPlace.SHARDED
         GradElsewhere.stand_at(
             self.unsharded, self.sharded,
             f"the gradient of {self.name} is summed, and sharded over the ranks: call "
@@ -143,7 +143,7 @@ class BucketParam:
     def refuse_set_shard_grad(self) -> None:
         """Raise UserError if the user has set the shard's gradient, which the sum would replace."""
         grad = self.sharded.grad
-        if self.grad_place is GradPlace.SHARD and grad is not None and local_part(grad).any():
+        if self.grad_place is GradPlace.SHARDED and grad is not None and local_part(grad).any():
             raise UserError(
                 f"the gradient of {self.name} was set before it was summed; set the gradient "
                 "of job.model's own parameter"
@@ -158,7 +158,7 @@ class BucketParam:
         elif unsharded_grad is None or sharded_grad is None:
             self.unsharded.grad = self.sharded.grad = None
             self.grad_place = GradPlace.NOWHERE
-        elif self.grad_place is GradPlace.SHARD and not isinstance(unsharded_grad, GradElsewhere):
+        elif self.grad_place is GradPlace.SHARDED and not isinstance(unsharded_grad, GradElsewhere):
             self.mark_grad_at_shard()  # in place of the user's tensor
             if unsharded_grad.any():
                 raise UserError(
@@ -283,7 +283,7 @@ class ParamBucket:
     def show_stand_ins(self) -> None:
         """Put stand-ins back where the shard has the gradient and backward has not added to it."""
         for param in self.params:
-            if param.grad_place is GradPlace.SHARD and param.unsharded.grad is None:
+            if param.grad_place is GradPlace.SHARDED and param.unsharded.grad is None:
                 param.mark_grad_at_shard()
 
     def names_with_grad(self) -> set[str]:
