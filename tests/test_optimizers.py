@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import dist_lab
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
-from dist_lab.step.elementwise import looks_at
+from dist_lab.step.elementwise import update_scope
 
 CPU = torch.device("cpu")
 
@@ -94,20 +94,20 @@ ROWS = [(cls, sees) for sees, classes in SEES.items() for cls in classes]
 
 @pytest.mark.parametrize(("cls", "sees"), ROWS, ids=lambda value: getattr(value, "__name__", value))
 def test_what_a_class_looks_at_is_found_by_trying_it(cls, sees):
-    assert looks_at(lambda parameters: cls(parameters, lr=0.05), CPU) == sees
+    assert update_scope(lambda parameters: cls(parameters, lr=0.05), CPU) == sees
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}])
 def test_options_of_an_elementwise_class_do_not_change_that(options):
     make = lambda parameters: torch.optim.AdamW(parameters, **options)  # noqa: E731
-    assert looks_at(make, CPU) == "element"
+    assert update_scope(make, CPU) == "element"
 
 
 def test_trying_a_class_draws_no_random_number_of_the_program():
     torch.manual_seed(0)
     random.seed(0)
     before = torch.get_rng_state()
-    looks_at(Noisy, CPU)
+    update_scope(Noisy, CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -211,8 +211,8 @@ PARTS = [
 @pytest.mark.parametrize(("strategy", "cls", "parameter"), on_two(PARTS))
 def test_on_parts_of_parameters_it_is_refused_on_every_rank(mesh, strategy, cls, parameter):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)
-    where = f"step on parts of {parameter}" if parameter else "step on different ones"
-    said = f"{cls.__name__} looks at more than one .*{where}; take dp or ddp"
+    where = f"step on shards of {parameter}" if parameter else "step on different parameters"
+    said = f"{cls.__name__} looks at more than one .*{where}; use dp or ddp"
     with pytest.raises(UserError, match=said) as caught:
         job.optimizer(cls, **CLASSES[cls])
     assert "\n" not in str(caught.value)
@@ -221,7 +221,7 @@ def test_on_parts_of_parameters_it_is_refused_on_every_rank(mesh, strategy, cls,
 
 def test_on_one_rank_a_class_is_refused_only_where_parameters_lost_their_shape():
     mesh = dist_lab.init_mesh()
-    with pytest.raises(UserError, match=r"Adafactor looks at .* parts of 0\.weight"):
+    with pytest.raises(UserError, match=r"Adafactor looks at .* shards of 0\.weight"):
         job_of(mesh, "zero1").optimizer(torch.optim.Adafactor)
     for cls in (torch.optim.LBFGS, torch.optim.Adafactor):
         job = job_of(dist_lab.init_mesh(fsdp=1), "fsdp")
@@ -241,7 +241,7 @@ def test_a_group_whose_options_make_it_elementwise_is_judged_by_itself(mesh):
 
     job = job_of(mesh, "zero1")
     job.optimizer(Switched)
-    with pytest.raises(UserError, match=r"Switched looks at .* parts of 2\.weight"):
+    with pytest.raises(UserError, match=r"Switched looks at .* shards of 2\.weight"):
         job.optimizer(Switched, groups=lambda name, shape: {"clip": name == "2.weight"})
 
 

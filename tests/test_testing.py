@@ -310,7 +310,7 @@ def test_after(mesh): assert meet(mesh) == 4
         "0 of 4: no failure ----",
     ]
     assert "in forgotten\n" in parts[1]
-    assert "It does not even say where: it is stopped" in parts[2]
+    assert "It prints no stack: it is stopped" in parts[2]
     assert "in meet\n" in parts[3]
 
 

@@ -3,15 +3,15 @@
 A collective is a linear map, so its backward is its transpose, and the transpose of a collective is
 another collective:
 
-    name               forward      backward         from        to
-    scatter            slice        all_gather       one copy    shards
-    gather_replicated  all_gather   slice            shards      one copy
-    all_gather         all_gather   reduce_scatter   shards      each its own
+    name               forward      backward         input        output
+    scatter            slice        all_gather       replicated   shards
+    gather_replicated  all_gather   slice            shards       replicated
+    all_gather         all_gather   reduce_scatter   shards       used by each rank in its own way
 
-"one copy" is a tensor that all ranks hold alike and use alike: it counts once. "each its own" is
-used differently by each rank. Which transpose is right depends on that, and not on the forward:
-`gather_replicated` and `all_gather` send the same bytes forward and have different backwards.
-Sequence parallelism has all_gather before a matmul: Korthikanti et al. 2022 (arXiv:2205.05198).
+A replicated tensor is equal on all ranks and used in the same way by all: it counts once. The use
+of the output decides which transpose is right: `gather_replicated` and `all_gather` send the same
+bytes in forward, and differ in backward. Sequence parallelism has an all_gather before a matmul:
+Korthikanti et al. 2022 (arXiv:2205.05198).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map and its transpose, which is linear too: gradients of any order work."""
+    """A linear map and its transpose. That is linear too, so gradients of any order work."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Map, transpose: Map) -> Tensor:
@@ -40,26 +40,26 @@ class _Linear(torch.autograd.Function):
 
 
 def scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """x[D] -> x[D_X]: this rank's piece of a tensor that all ranks hold alike."""
+    """x[D] -> x[D_X]: this rank's shard of a replicated tensor."""
     return _Linear.apply(x, _slice(axis, dim), _gather(axis, dim))
 
 
 def gather_replicated(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """x[D_X] -> x[D], which every rank then uses alike."""
+    """x[D_X] -> x[D], which all ranks then use in the same way."""
     return _Linear.apply(x, _gather(axis, dim), _slice(axis, dim))
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """x[D_X] -> x[D], which each rank then uses in its own way: backward dx[D]{U_X} -> dx[D_X]."""
+    """x[D_X] -> x[D], which each rank then uses in its own way. Backward: dx[D]{U_X} -> dx[D_X]."""
     return _Linear.apply(x, _gather(axis, dim), _reduce_scatter(axis, dim))
 
 
 def linear_map(x: Tensor, forward: Map, transpose: Map) -> Tensor:
-    """forward(x), whose backward is the transpose, and so on for any order."""
+    """Returns forward(x). Its backward is the transpose, and so on for gradients of any order."""
     return _Linear.apply(x, forward, transpose)
 
 
-# --- the maps. Each returns a new tensor, as autograd demands -------------------------------------
+# --- the maps. Each returns a new tensor, as autograd requires ------------------------------------
 
 
 def identity(x: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def _reduce_scatter(axis: Axis, dim: int) -> Map:
 
 
 def _slice(axis: Axis, dim: int) -> Map:
-    def piece(x: Tensor) -> Tensor:
+    def shard(x: Tensor) -> Tensor:
         assert x.shape[dim] % axis.size == 0, (tuple(x.shape), dim, axis.size)
         return x.chunk(axis.size, dim)[axis.index].clone()
 
-    return piece
+    return shard

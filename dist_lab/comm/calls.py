@@ -1,4 +1,4 @@
-"""The path of every collective: it is named, compared, counted, started and waited for."""
+"""The path of every collective: name it, check it across ranks, count it, start it, wait for it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,11 +29,11 @@ BY_BACKEND: dict[str, Callable[..., dist.Work | None]] = {
 
 
 class Pending:
-    """A collective on its way. `wait()` blocks until its result may be read, and returns it.
+    """A collective in flight. `wait()` blocks until its result may be read, and returns it.
 
     Args:
-        steps: what to wait for, one step after another. Of a collective by hand, going on to the
-            next step posts its messages.
+        steps: the works to wait for, one step after another. In a collective by hand, going on to
+            the next step posts that step's messages.
     """
 
     def __init__(
@@ -63,47 +63,47 @@ class Pending:
         return self._result
 
     def then(self, make: Callable[[Tensor], Tensor]) -> "Pending":
-        """Let `wait()` return make(result); the result itself is released."""
+        """Make `wait()` return make(result) and release the result itself."""
         self._then.append(make)
         return self
 
 
 class Spec(NamedTuple):
-    """A collective as its caller asks for it, before it is decided who carries it.
+    """A collective as its caller asks for it, before an algorithm is chosen.
 
     Attributes:
-        given: what this rank gives; the ranks must agree on its dtype and shape.
-        detail: what else they must agree on.
-        source: the position at which a broadcast starts.
+        x: this rank's input. All ranks must agree on its dtype and shape.
+        detail: what else the ranks must agree on.
+        source: the position that a broadcast starts from.
     """
 
     op: str
     axis: Axis
-    given: Tensor
+    x: Tensor
     detail: str = ""
     source: int = 0
 
     @property
     def length(self) -> int:
         """Elements of the payload, the tensor that the collective is about: see `ledger`."""
-        return self.given.numel() * (self.axis.size if self.op == "all_gather" else 1)
+        return self.x.numel() * (self.axis.size if self.op == "all_gather" else 1)
 
     @property
     def payload(self) -> int:
-        return self.length * self.given.element_size()
+        return self.length * self.x.element_size()
 
     def due(self, algorithm: str) -> int:
-        """Bytes that an algorithm makes this rank send."""
+        """Bytes that this rank sends under an algorithm, by formula."""
         n, comm = self.axis.size, self.axis.comm
         position = (self.axis.index - self.source) % n
         if algorithm == "backend":
             return backend_bytes(self.op, n, position, self.payload, comm.backend)
         sent = ALGORITHMS[self.op][algorithm].sent(n, position, self.length)
-        return sent * self.given.element_size()
+        return sent * self.x.element_size()
 
     def call(self, algorithm: str, due: int) -> Call:
-        """Give the collective its number and its entry for the ledger."""
-        about = ", ".join(filter(None, [describe(self.given), self.detail]))
+        """Returns the collective's entry for the ledger, with its number."""
+        about = ", ".join(filter(None, [describe(self.x), self.detail]))
         axis = self.axis
         return axis.comm.call(self.op, axis.name, axis.size, about, self.payload, due, algorithm)
 
@@ -115,12 +115,12 @@ def start(
     by_hand: Sequence[Any],
     by_backend: Sequence[Any],
 ) -> Pending:
-    """Begin a collective by the algorithm that is chosen for it.
+    """Choose an algorithm and launch the collective with it.
 
     Args:
         out: the result.
-        algorithm: for this call alone; None: the setting of the mesh.
-        by_hand, by_backend: arguments of the algorithm by hand, and of the backend's.
+        algorithm: for this call alone. None: the setting of the mesh.
+        by_hand, by_backend: arguments for an algorithm by hand, and for the backend's function.
     """
     op, axis, comm = spec.op, spec.axis, spec.axis.comm
     if algorithm is not None:
@@ -132,50 +132,51 @@ def start(
         if chosen != "backend":
             post = Messages(call, axis, comm.tag(f"{axis.name}/{axis.channel}"))
             yield from STEPS[op][chosen](post, *by_hand)
-        # On a pretended mesh an algorithm takes its memory and counts its bytes, but hears nothing.
-        # The fake backend then answers as if all ranks were like this one, as comparisons need.
+        # In a dry run an algorithm by hand allocates its memory and counts its bytes, but receives
+        # nothing. The fake backend then answers as if all ranks held the same values as this one:
+        # a comparison between ranks must find them equal.
         if chosen == "backend" or comm.dry_run:
             work = BY_BACKEND[op](*by_backend, group=axis.group, async_op=True)
             yield [work] if work is not None else []
 
-    return _launched(call, axis, steps(), out)
+    return _launch(call, axis, steps(), out)
 
 
 def start_shared(spec: Spec, out: Tensor, due: int, window: SharedWindow, moves: Moves) -> Pending:
-    """Begin a collective on memory that all ranks map, one of shared/collectives.py."""
+    """Launch a collective of shared/collectives.py, on memory that all ranks map."""
     call = spec.call("shared", due)
 
     def steps() -> Steps:
-        spec.axis.comm.ledger.handed_over(call, (yield from moves))
+        spec.axis.comm.ledger.add_sent(call, (yield from moves))
 
     window.call = call
-    return _launched(call, spec.axis, steps(), out)
+    return _launch(call, spec.axis, steps(), out)
 
 
-def _launched(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
-    """Compare the call with the other ranks' if asked to, count it, and take its first step."""
+def _launch(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
+    """Check the order if `comm.check` is set, count the call, and take its first step."""
     check: Iterable[Sequence[Work]] = []
     if axis.comm.check:
-        check = _begun(_compare(call, axis))
-        if axis.channel == 0:  # on others a rank may call much later, and is not waited for here
+        check = _take_first(_check_order(call, axis))
+        if axis.channel == 0:  # on another channel a rank may call much later: `wait()` checks then
             _go_through(check, call, axis)
             check = []
     axis.comm.ledger.enter(call)
     try:
-        return Pending(out, chain(check, _begun(steps)), call, axis)
+        return Pending(out, chain(check, _take_first(steps)), call, axis)
     except RuntimeError as error:
         raise axis.comm.failure(call, error) from error
 
 
 def wait_for(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
-    """Go through the steps, and charge the time to the call."""
+    """Wait for all steps, and charge the time to the call."""
     began = time.perf_counter()
     _go_through(steps, call, axis)
-    axis.comm.ledger.waited(call, time.perf_counter() - began)
+    axis.comm.ledger.add_blocked(call, time.perf_counter() - began)
 
 
 def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
-    """Wait for one step after another; an error of the transport gets the name of the call."""
+    """Wait for one step after another. An error of the transport is raised with the call's name."""
     try:
         for works in steps:
             for work in works:
@@ -186,24 +187,24 @@ def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None
         raise axis.comm.failure(call, error) from error
 
 
-def _begun(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
-    """The same steps, after the first has posted its messages."""
+def _take_first(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
+    """Post the messages of the first step, and return all steps to wait for."""
     return chain([next(steps, ())], steps)
 
 
-def _compare(call: Call, axis: Axis) -> Steps:
-    """Check that all ranks of the axis are about to call the same collective.
+def _check_order(call: Call, axis: Axis) -> Steps:
+    """Check that all ranks of the axis are about to launch the same collective.
 
     [Note: the order check] Collectives have no names on the network: ranks that call different
-    ones hang, or read each other's bytes as something else. With `check` every rank first sends a
-    description of fixed length; that is the same collective, whatever the ranks are about to call.
-    If a rank calls nothing at all, the others still time out, with the line that waited.
+    ones hang, or misread each other's bytes. With `check` every rank first gathers a description
+    of fixed length. That is the same collective on all ranks, whatever they are about to launch.
+    If a rank calls nothing at all, the others still time out, and name the line that waited.
     """
     width = 256
-    how = "" if call.algorithm == "backend" else f" by {call.algorithm}"
-    mine = f"{call.op}({call.about}){how} at {call.where}, phase {call.phase}, {call.unit}"
-    text = bytearray(mine.encode()[:width].ljust(width))
-    row = torch.frombuffer(text, dtype=torch.uint8).to(axis.device)
+    by = "" if call.algorithm == "backend" else f" by {call.algorithm}"
+    text = f"{call.op}({call.about}){by} at {call.where}, phase {call.phase}, {call.unit}"
+    padded = bytearray(text.encode()[:width].ljust(width))
+    row = torch.frombuffer(padded, dtype=torch.uint8).to(axis.device)
     rows = row.new_empty(axis.size, width)
     size, comm = axis.size, axis.comm
     sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, comm.backend)
@@ -217,9 +218,11 @@ def _compare(call: Call, axis: Axis) -> Steps:
     if len({text.split(" at ")[0] for text in calls}) > 1:
         each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, calls, strict=True))
         raise CollectiveMismatch(
-            f"call #{call.number}: the ranks of {axis.name} disagree, and would have hung: {each}"
+            f"call #{call.number}: the ranks of {axis.name} disagree about their next collective, "
+            f"and would hang: {each}; let all ranks make the same calls in the same order"
         )
 
 
 def describe(x: Tensor) -> str:
+    """Returns the dtype and shape as text: float32[2, 3]."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"

@@ -1,13 +1,13 @@
-"""Choose the algorithm of a collective: the one that was asked for, or the fastest as measured."""
+"""Choose the algorithm of a collective: the one asked for, or the fastest in our measurements."""
 
 from dist_lab.comm.by_hand.costs import ALGORITHMS, FAMILIES, SETTINGS
 from dist_lab.errors import UserError, one_of, shown
 
 # op -> (payload in bytes, the fastest algorithm from there on). Measured by launch/bench_comm.py,
 # 4 ranks of one thread on 2 cores over loopback, 4 KiB to 16 MiB, while the machine was busy.
-# gloo's reduce_scatter is a whole all_reduce, and lost to one round at every size. Its all_gather
-# takes N-1 rounds, and lost or was level. No all_reduce by hand was clearly faster than gloo's, and
-# one would advance only while somebody waits for it.
+# gloo's reduce_scatter runs an all_reduce inside, and was slower than one round at every size. Its
+# all_gather takes N-1 rounds, and was slower or equal. No all_reduce by hand was clearly faster
+# than gloo's, and one by hand advances only while its rank waits for it.
 AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_reduce": ((0, "backend"),),
     "all_gather": ((0, "direct"),),
@@ -15,8 +15,7 @@ AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_to_all": ((0, "backend"),),
     "broadcast": ((0, "backend"),),
 }
-# `effective` adds this for the collectives that need no message on shared memory: see
-# shared/memory.py.
+# `effective` adds this for collectives that need no message on shared memory: see shared/memory.py.
 SHARED = {
     "all_reduce": ", shared in memory that all ranks see",
     "all_gather": ", coalesced shared",
@@ -25,7 +24,7 @@ SHARED = {
 
 
 def check_setting(setting: str, backend: str) -> None:
-    """Raises UserError for an unknown setting, or one that this backend does not take."""
+    """Raises UserError for an unknown setting, or one that this backend does not support."""
     if setting not in SETTINGS:
         raise UserError(
             f"collectives cannot be {shown(setting)} (collectives=); give "
@@ -40,18 +39,18 @@ def check_setting(setting: str, backend: str) -> None:
 
 def check_algorithm(op: str, algorithm: str, backend: str) -> None:
     """Raises UserError for an algorithm that the operation does not have."""
-    have = ("auto", "backend", *ALGORITHMS[op]) if backend == "gloo" else ("auto", "backend")
-    if algorithm not in have:
+    names = ("auto", "backend", *ALGORITHMS[op]) if backend == "gloo" else ("auto", "backend")
+    if algorithm not in names:
         raise UserError(
             f"{op} on {backend} has no algorithm {shown(algorithm)} (algorithm=); give "
-            f"{one_of(have, algorithm)}"
+            f"{one_of(names, algorithm)}"
         )
 
 
 def choose(op: str, setting: str, payload: int, backend: str) -> str:
-    """The algorithm for one call, "backend" for the backend's own.
+    """Returns the algorithm for one call; "backend" is the backend's own.
 
-    A family is used by the operations that have it; all others are the backend's.
+    An operation that the family lacks uses the backend's.
 
     >>> choose("broadcast", "ring", 1 << 20, "gloo"), choose("broadcast", "tree", 1 << 20, "gloo")
     ('backend', 'tree')
@@ -64,17 +63,18 @@ def choose(op: str, setting: str, payload: int, backend: str) -> str:
 
 
 def effective(setting: str, backend: str) -> str:
-    """What a setting means for each operation, in one line.
+    """Returns one line with the algorithm that each operation uses under a setting.
 
     >>> effective("ring", "gloo").split("; ")[:3]
     ['all_reduce ring', 'all_gather ring', 'reduce_scatter ring']
     """
-    said = []
+    phrases = []
     for op, rows in AUTO.items():
-        varies = setting == "auto" and backend == "gloo"
+        measured = setting == "auto" and backend == "gloo"
         names = [
             choose(op, setting, start, backend) + (f" from {start:,} B" if start else "")
-            for start, _ in (rows if varies else rows[:1])
+            for start, _ in (rows if measured else rows[:1])
         ]
-        said.append(f"{op} {', '.join(names)}{SHARED[op] if varies and op in SHARED else ''}")
-    return "; ".join(said)
+        shared = SHARED[op] if measured and op in SHARED else ""
+        phrases.append(f"{op} {', '.join(names)}{shared}")
+    return "; ".join(phrases)

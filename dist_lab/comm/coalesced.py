@@ -1,9 +1,9 @@
 """Coalesced collectives: many small tensors travel in one call.
 
-With lengths l_k, L = sum of l_k, and N ranks, the payload is a matrix (N, L). Row r is what rank r
-gives to an all_gather, or gets from a reduce_scatter: its pieces, one after another.
+With shard lengths l_k, L = sum of l_k, and N ranks, the payload is a matrix (N, L). Row r is rank
+r's input to an all_gather, or its output of a reduce_scatter: its shards, one after another.
 
-    all_gather        row r = [ piece 0 of rank r | piece 1 | ... ]         -> outs[k]: (N, l_k)
+    all_gather        row r = [ shard 0 of rank r | shard 1 | ... ]         -> outs[k]: (N, l_k)
     reduce_scatter    row r = [ elements r l_0 .. (r+1) l_0 of x_0 | ... ]  -> out: (L,) on rank r
 
 An x_k with fewer elements than N l_k is padded with zeros.
@@ -21,35 +21,34 @@ from dist_lab.mesh.mesh import Axis
 
 
 def all_gather_coalesced(outs: Sequence[Tensor], x: Tensor, axis: Axis) -> Pending:
-    """Many small all_gathers in one; x holds this rank's pieces one after another.
+    """Many small all_gathers in one. x holds this rank's shards one after another.
 
     Args:
-        outs: (size, length_k) each, contiguous, of the dtype of x; row j gets piece k of rank j.
-        x: flat, the pieces in the order of `outs`. A `shared_buffer` needs no other memory, and
-            must not be written to before `wait_for_readers`; any other x takes `size` times its
-            own memory.
+        outs: (size, length_k) each, contiguous, of the dtype of x. Row j gets shard k of rank j.
+        x: flat, the shards in the order of `outs`. If it is a `shared_buffer`, no other memory is
+            needed, and it must not be written to before `wait_for_readers`. Any other x needs
+            extra memory of `size` times its own.
 
     Returns:
-        A Pending whose `wait()` returns x, when all of `outs` are filled.
+        A Pending whose `wait()` returns x once all of `outs` are filled.
     """
     lengths = [out.shape[1] for out in outs]
-    assert sum(lengths) == x.numel(), f"pieces of {lengths}, and {x.numel()} elements"
+    assert sum(lengths) == x.numel(), f"shards of {lengths}, but {x.numel()} elements"
     assert all(out.dtype == x.dtype and out.is_contiguous() for out in outs)
     if window := window_of(x, axis):
-        cuts = slices(lengths)
-        theirs = [[array[cut] for cut in cuts] for array in window.arrays]
+        sources = [[array[shard] for shard in slices(lengths)] for array in window.arrays]
         arrays = [as_array(out) for out in outs]
-        mine = [[array[j] for array in arrays] for j in range(axis.size)]
-        spec = Spec("all_gather", axis, x, f"{len(lengths)} pieces")
-        moves = all_gather(window, theirs, mine)
+        targets = [[array[j] for array in arrays] for j in range(axis.size)]
+        spec = Spec("all_gather", axis, x, f"{len(lengths)} shards")
+        moves = all_gather(window, sources, targets)
         return start_shared(spec, x, (axis.size - 1) * x.nbytes, window, moves)
-    whole = x.new_empty(axis.size, x.numel())
+    matrix = x.new_empty(axis.size, x.numel())
 
-    def arrived(whole: Tensor) -> Tensor:
-        unpack(outs, whole)
+    def unpack_all(matrix: Tensor) -> Tensor:
+        unpack(outs, matrix)
         return x
 
-    return all_gather_into(whole, x, axis).then(arrived)
+    return all_gather_into(matrix, x, axis).then(unpack_all)
 
 
 def reduce_scatter_coalesced(
@@ -59,44 +58,44 @@ def reduce_scatter_coalesced(
     staging: Tensor,
     axis: Axis,
 ) -> Pending:
-    """Many small reduce_scatters in one. `xs` may be freed when it returns.
+    """Many small reduce_scatters in one. `xs` may be freed as soon as this returns.
 
     Args:
-        out: flat, sum(lengths) elements, of any dtype: gets elements [i lengths[k] : (i+1)
-            lengths[k]] of the sum of all ranks' xs[k], i this rank's position, for one k after
-            another.
+        out: flat, sum(lengths) elements, of any dtype. For each k in turn it gets this rank's shard
+            of the sum of all ranks' xs[k]: elements i lengths[k] .. (i+1) lengths[k], where i is
+            this rank's position.
         xs: at most size lengths[k] elements each, of any shape, padded with zeros. None is zeros.
-        staging: flat, size sum(lengths) elements or more, of the dtype in which they are summed. It
-            must not be touched before `wait()`. A `shared_buffer` must not be written to before
-            `wait_for_readers`; the next call with it waits for that by itself.
+        staging: flat, size sum(lengths) elements or more, of the dtype to sum in. It must not be
+            touched before `wait()`. If it is a `shared_buffer`, it must not be written to before
+            `wait_for_readers`; the next call with it waits by itself.
     """
     wait_for_readers(staging, axis)
     packed = staging.data[: axis.size * sum(lengths)]
     pack(packed.view(axis.size, -1), xs, lengths)
     if out.dtype == staging.dtype or window_of(staging, axis, "sum"):
         return reduce_scatter_into(out, packed, axis, memory=staging)
-    piece = staging.new_empty(out.numel())
-    return reduce_scatter_into(piece, packed, axis).then(out.copy_)
+    shards = staging.new_empty(out.numel())
+    return reduce_scatter_into(shards, packed, axis).then(out.copy_)
 
 
-def unpack(outs: Sequence[Tensor], whole: Tensor) -> None:
-    """(N, L) -> every outs[k], (N, l_k). Hidden from autograd: outs get their first values here."""
-    for out, columns in zip(outs, whole.split([out.shape[1] for out in outs], 1), strict=True):
+def unpack(outs: Sequence[Tensor], matrix: Tensor) -> None:
+    """(N, L) -> every outs[k], (N, l_k). Autograd does not see this write: it is their first."""
+    for out, columns in zip(outs, matrix.split([out.shape[1] for out in outs], 1), strict=True):
         out.data.copy_(columns)
 
 
-def pack(whole: Tensor, xs: Sequence[Tensor | None], lengths: Sequence[int]) -> None:
-    """Every xs[k], of any shape -> (N, L), cast to the dtype of `whole`."""
-    for x, rows in zip(xs, whole.split(list(lengths), 1), strict=True):
-        _spread(rows, rows.new_empty(0) if x is None else x.detach())
+def pack(matrix: Tensor, xs: Sequence[Tensor | None], lengths: Sequence[int]) -> None:
+    """Every xs[k], of any shape -> (N, L), cast to the dtype of `matrix`."""
+    for x, rows in zip(xs, matrix.split(list(lengths), 1), strict=True):
+        _copy_padded(rows, rows.new_empty(0) if x is None else x.detach())
 
 
-def _spread(rows: Tensor, x: Tensor) -> None:
-    """Copy the elements of x row by row, and fill the rest with zeros.
+def _copy_padded(rows: Tensor, x: Tensor) -> None:
+    """Copy the elements of x into the rows, one row after another; fill the rest with zeros.
 
     >>> import torch
     >>> rows = torch.ones(3, 2)
-    >>> _spread(rows, torch.tensor([5.0, 6.0, 7.0]))
+    >>> _copy_padded(rows, torch.tensor([5.0, 6.0, 7.0]))
     >>> rows.tolist()
     [[5.0, 6.0], [7.0, 0.0], [0.0, 0.0]]
     """

@@ -21,37 +21,39 @@ LAST_TAG = 2**31 - 1  # tags are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
 
 
-# What gloo and shared/memory.py say of a rank that was waited for in vain.
-LATE = ("Timed out", "timed out", "not so far after")
+# gloo and shared/memory.py write this when a rank did not arrive in time, and gloo writes this when
+# a rank has ended.
+LATE = ("Timed out", "timed out")
+LOST = ("Connection closed by peer", "Connection reset by peer")
 
 
 class CollectiveError(RuntimeError):
-    """A collective that failed in the transport: a peer died, or did not arrive in time."""
+    """A collective failed in the transport: a rank died, or did not arrive in time."""
 
 
 class CollectiveMismatch(CollectiveError):
-    """The ranks of an axis were about to run different collectives. Nothing was sent."""
+    """The ranks of an axis were about to launch different collectives. Nothing was sent."""
 
 
 class CommContext:
-    """Shared by every axis of a mesh on one rank.
+    """The communication state of one rank, shared by every axis of its mesh.
 
     Args:
-        rank, size: of the whole mesh.
-        backend: gloo or nccl; it decides on which device tensors must be to be sent.
-        check: before each collective the ranks compare what they are about to call, and a
-            difference is an error naming both calls instead of a hang or a wrong number.
-            Costs one small all_gather a call.
-        collectives: whose algorithms: auto, backend, or a family by hand, which is then used by
-            the operations that have it. See `choice`.
+        rank, size: this process's rank, and the number of ranks in the mesh.
+        backend: gloo or nccl. It decides which device a tensor must be on to be sent.
+        check: compare the calls of all ranks before each collective. A difference is an error that
+            names both calls, instead of a hang or a wrong number. Costs one small all_gather per
+            call.
+        collectives: the algorithms to use: auto, backend, or a family by hand. Operations that the
+            family lacks use the backend's. See `choice`.
 
     Attributes:
-        timeout: seconds that a message may take; the mesh sets it.
-        dry_run: the other ranks do not exist; see `mesh.dry_run`.
-        shared: shared buffer -> the memory of all ranks; see `ops.shared_buffer`.
+        timeout: seconds that a message may take; set by the mesh.
+        dry_run: True if the other ranks do not exist; see `mesh.dry_run`.
+        shared: shared buffer -> its window onto the memory of all ranks; see `ops.shared_buffer`.
 
     Raises:
-        UserError: no such setting of `collectives`, or not on this backend.
+        UserError: `collectives` is unknown, or the backend does not support it.
     """
 
     def __init__(
@@ -72,19 +74,19 @@ class CommContext:
     @contextmanager
     def label(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
         """Label all calls inside the block with this phase and unit."""
-        before = self.phase, self.unit
+        previous = self.phase, self.unit
         self.phase = self.phase if phase is None else phase
         self.unit = self.unit if unit is None else unit
         try:
             yield
         finally:
-            self.phase, self.unit = before
+            self.phase, self.unit = previous
 
     def call(
         self, op: str, axis: str, size: int, about: str, payload: int, due: int,
         algorithm: str = "backend",
     ) -> Call:  # fmt: skip
-        """Number and label the collective that is about to start."""
+        """Returns the ledger entry of a collective that is about to start, numbered and labeled."""
         self._calls += 1
         return Call(
             self._calls, op, axis, size, about, payload, due, self.phase, self.unit, _caller(),
@@ -92,11 +94,12 @@ class CommContext:
         )  # fmt: skip
 
     def tag(self, axis: str) -> int:
-        """The tag of the next collective by hand on an axis; see [Note: tags]."""
+        """Returns the tag of the next collective by hand on an axis; see [Note: tags]."""
         self._tags[axis] = self._tags.get(axis, 0) % LAST_TAG + 1
         return self._tags[axis]
 
     def describe(self, call: Call) -> str:
+        """Returns the rank, the phase, the call, and the line that made it, in one phrase."""
         unit = f" unit={call.unit}" if call.unit else ""
         return (
             f"rank {self.rank}/{self.size} phase={call.phase}{unit}: "
@@ -104,37 +107,39 @@ class CommContext:
         )
 
     def failure(self, call: Call, error: Exception) -> CollectiveError:
-        """The transport's error, preceded by the rank, the call and the line that made it."""
+        """Returns the transport's error with the rank, the call, its line, and what to do."""
         advice = ""
-        if any(mark in str(error) for mark in LATE):
+        if any(phrase in str(error) for phrase in LATE):
             advice = (
-                f"; if another rank was only slow, allow more than {self.timeout:g} s: "
-                "init_mesh(timeout=), --timeout"
+                "; find out where the late rank is; if it is only slow, allow more than "
+                f"{self.timeout:g} s: init_mesh(timeout=), --timeout"
             )
+        elif any(phrase in str(error) for phrase in LOST):
+            advice = "; another rank failed or ended, and its own error is the cause"
         return CollectiveError(f"{self.describe(call)}: {error}{advice}")
 
     def log(self, write: Callable[[str], object]) -> None:
-        """Write one line for each collective as it fires: the answer to "when do ranks talk?".
+        """Write one line for each collective when it starts: this shows when ranks communicate.
 
         `write` gets a whole line with its newline, so that the lines of several ranks do not mix.
         Rank 0 first writes which algorithms are used.
         """
         if self.rank == 0:
-            means = effective(self.collectives, self.backend)
-            write(f"collectives {self.collectives}: {means}\n")
+            algorithms = effective(self.collectives, self.backend)
+            write(f"collectives {self.collectives}: {algorithms}\n")
 
-        def line(call: Call) -> None:
+        def write_line(call: Call) -> None:
             write(
                 f"rank {self.rank} | {call.phase:<10} | {call.op:<14} {call.algorithm:<7} "
                 f"{call.axis:<4} {call.payload:>11,} B, {call.due:>11,} B sent | "
                 f"{call.unit or '-'} {call.about}\n"
             )
 
-        self.ledger.listeners.append(line)
+        self.ledger.listeners.append(write_line)
 
 
 def _caller() -> str:
-    """file:line of the first frame outside this package."""
+    """Returns file:line of the innermost frame outside this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back

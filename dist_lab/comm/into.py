@@ -1,4 +1,4 @@
-"""The collectives into memory of the caller, which return at once: see `ops`."""
+"""The collectives that write into the caller's memory and return at once: see `ops`."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -29,37 +29,37 @@ def all_reduce_into(
     if n == 1:
         return Pending(buffer)
     if window := window_of(buffer, axis, reduce, algorithm):
-        piece = collectives.slices(lengths(len(buffer), n))[i]
-        pieces = [array[piece] for array in window.arrays]
-        due = 2 * (n - 1) * pieces[i].nbytes
-        moves = collectives.all_reduce(window, pieces)
+        chunk = collectives.slices(lengths(len(buffer), n))[i]
+        chunks = [array[chunk] for array in window.arrays]
+        due = 2 * (n - 1) * chunks[i].nbytes
+        moves = collectives.all_reduce(window, chunks)
         return start_shared(Spec("all_reduce", axis, buffer, reduce), buffer, due, window, moves)
-    given = buffer.contiguous()  # the transport reads memory in order, whatever the strides say
-    flat = given.detach().view(-1)
-    spec = Spec("all_reduce", axis, given, reduce)
-    pending = start(spec, given, algorithm, (flat, COMBINE[reduce]), (flat, REDUCE[reduce]))
-    return pending if given is buffer else pending.then(buffer.copy_)
+    x = buffer.contiguous()  # the transport ignores strides and reads memory in order
+    flat = x.detach().view(-1)
+    spec = Spec("all_reduce", axis, x, reduce)
+    pending = start(spec, x, algorithm, (flat, COMBINE[reduce]), (flat, REDUCE[reduce]))
+    return pending if x is buffer else pending.then(buffer.copy_)
 
 
 def all_gather_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None = None) -> Pending:
-    """out, of `size` times the elements of x, gets the ranks' x one after another.
+    """out gets the x of all ranks, one after another. It has `size` times the elements of x.
 
-    If out is a `shared_buffer` and x this rank's piece of it, no other memory is needed; nobody may
-    write to x before `wait_for_readers`.
+    If out is a `shared_buffer` and x this rank's shard of it, no other memory is needed. Then call
+    `wait_for_readers` before writing to x.
     """
     n, i = axis.size, axis.index
     if n == 1:
         return Pending(out.copy_(x.view_as(out)))
     window = window_of(out, axis, algorithm=algorithm)
     if window and x.data_ptr() == out.data_ptr() + i * x.nbytes:
-        rows = [array.reshape(n, -1) for array in window.arrays]
-        theirs = [[row[j]] for j, row in enumerate(rows)]
-        mine = [[row] for row in rows[i]]
-        moves = collectives.all_gather(window, theirs, mine, own=False)
+        buffers = [array.reshape(n, -1) for array in window.arrays]
+        sources = [[shards[j]] for j, shards in enumerate(buffers)]
+        targets = [[shard] for shard in buffers[i]]
+        moves = collectives.all_gather(window, sources, targets, own=False)
         return start_shared(Spec("all_gather", axis, x), out, (n - 1) * x.nbytes, window, moves)
     x = x.contiguous()
-    both = out.detach().view(-1), x.detach().view(-1)
-    return start(Spec("all_gather", axis, x), out, algorithm, both, both)
+    arguments = out.detach().view(-1), x.detach().view(-1)
+    return start(Spec("all_gather", axis, x), out, algorithm, arguments, arguments)
 
 
 def reduce_scatter_into(
@@ -71,67 +71,68 @@ def reduce_scatter_into(
     algorithm: str | None = None,
     memory: Tensor | None = None,
 ) -> Pending:
-    """out gets piece `index` of the sum of x, which has `size` times its elements.
+    """out gets this rank's shard of the sum of x. x has `size` times the elements of out.
 
-    If x is a `shared_buffer`, or the beginning of one, `memory`, the ranks sum without a message,
-    and nobody may write to it before `wait_for_readers`.
+    If x is a `shared_buffer`, or the beginning of the one given as `memory`, the ranks sum without
+    a message. Then call `wait_for_readers` before writing to it.
     """
     n, i = axis.size, axis.index
     if n == 1:
         return Pending(out.copy_(x.view_as(out)))
-    piece, buffer = out.detach().view(-1), x if memory is None else memory
+    shard, buffer = out.detach().view(-1), x if memory is None else memory
     if window := window_of(buffer, axis, reduce, algorithm):
-        first, stop = i * len(piece), (i + 1) * len(piece)
-        if len(piece):  # an empty tensor has no address
-            assert x.data_ptr() == buffer.data_ptr(), "x is not the beginning of that memory"
-        theirs = [array[None, first:stop] for array in window.arrays]
-        mine: Array | Tensor = piece[None]
-        # A spare block is needed to cast, and where the sum would overwrite an addend.
-        if out.dtype == x.dtype and not np.may_share_memory(as_array(piece), theirs[i]):
-            mine = as_array(piece)[None]
-        moves = collectives.reduce_scatter(window, theirs, mine)
-        due = (n - 1) * theirs[i].nbytes
+        first, stop = i * len(shard), (i + 1) * len(shard)
+        if len(shard):  # an empty tensor has no address
+            assert x.data_ptr() == buffer.data_ptr(), "x is not the beginning of `memory`"
+        addends = [array[None, first:stop] for array in window.arrays]
+        target: Array | Tensor = shard[None]  # summed in a spare block, then copied
+        # Sum straight into `out`, unless that needs a cast or would overwrite an addend.
+        if out.dtype == x.dtype and not np.may_share_memory(as_array(shard), addends[i]):
+            target = as_array(shard)[None]
+        moves = collectives.reduce_scatter(window, addends, target)
+        due = (n - 1) * addends[i].nbytes
         return start_shared(Spec("reduce_scatter", axis, x, reduce), out, due, window, moves)
     x = x.contiguous()
-    whole = x.detach().view(-1)
-    by_hand, by_backend = (piece, whole, COMBINE[reduce]), (piece, whole, REDUCE[reduce])
+    flat = x.detach().view(-1)
+    by_hand, by_backend = (shard, flat, COMBINE[reduce]), (shard, flat, REDUCE[reduce])
     return start(Spec("reduce_scatter", axis, x, reduce), out, algorithm, by_hand, by_backend)
 
 
 def all_to_all_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None = None) -> Pending:
-    """Slice j of x (along dim 0) goes to rank j; slice i of out comes from rank i."""
+    """Row j of x (along dim 0) goes to rank j. Row j of out comes from rank j."""
     if axis.size == 1:
         return Pending(out.copy_(x))
     x = x.contiguous()
-    both = out.detach().view(-1), x.detach().view(-1)
-    return start(Spec("all_to_all", axis, x), out, algorithm, both, both)
+    arguments = out.detach().view(-1), x.detach().view(-1)
+    return start(Spec("all_to_all", axis, x), out, algorithm, arguments, arguments)
 
 
 def broadcast_into(
     buffer: Tensor, axis: Axis, source: int = 0, *, algorithm: str | None = None
 ) -> Pending:
-    """buffer of the rank at position `source` overwrites everyone's."""
+    """The buffer of the rank at position `source` overwrites that of every other rank."""
     if axis.size == 1:
         return Pending(buffer)
-    given = buffer.contiguous()
-    flat = given.detach().view(-1)
-    spec = Spec("broadcast", axis, given, f"from {source}", source)
-    pending = start(spec, given, algorithm, (flat, source), (flat, axis.ranks[source]))
-    return pending if given is buffer else pending.then(buffer.copy_)
+    x = buffer.contiguous()
+    flat = x.detach().view(-1)
+    spec = Spec("broadcast", axis, x, f"from {source}", source)
+    pending = start(spec, x, algorithm, (flat, source), (flat, axis.ranks[source]))
+    return pending if x is buffer else pending.then(buffer.copy_)
 
 
 def exchange(
     sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], axis: Axis
 ) -> list[Pending]:
-    """Point to point: send each (tensor, to), receive each (buffer, from); positions on the axis.
+    """Send each (tensor, to) and receive each (buffer, from), point to point.
 
-    Everything is posted at once, so no order of sends and receives can block. Between two ranks
-    messages arrive in the order they were sent; a receive must have its message's size and dtype.
+    `to` and `from` are positions on the axis. Everything is posted at once, so no order of sends
+    and receives can deadlock. Between two ranks, messages arrive in the order they were sent. A
+    receive must have the size and dtype of its message.
 
     Returns:
-        One Pending for each receive, then one for each send. Wait for all of them: until then a
-        sent tensor must not change, and a send that nobody waits for may never leave. Payload and
-        sent bytes are those of the sends.
+        One Pending for each receive, then one for each send. Wait for all of them: a sent tensor
+        must not change before its wait returns, and a send may never leave without a wait. The
+        ledger counts the bytes of the sends.
     """
     pendings, limit = [], timedelta(seconds=axis.comm.timeout)
     sends = [(x.contiguous(), to) for x, to in sends]
@@ -153,10 +154,9 @@ def exchange(
 
 
 def wait_for_readers(buffer: Tensor, axis: Axis) -> None:
-    """Wait until no rank reads from this shared buffer any more, before its owner writes to it.
+    """Wait until no rank reads from this shared buffer any more. Call it before writing there.
 
-    For any other tensor there is nothing to wait for. The time is charged to the last collective
-    on the buffer.
+    Returns at once for any other tensor. The time is charged to the last collective on the buffer.
     """
     window = window_of(buffer, axis)
     if window is None or window.call is None:
@@ -168,9 +168,10 @@ def wait_for_readers(buffer: Tensor, axis: Axis) -> None:
 def window_of(
     buffer: Tensor, axis: Axis, reduce: str = "", algorithm: str | None = None
 ) -> SharedWindow | None:
-    """Every rank's memory, if the buffer is a shared one and the collective can work on it there.
+    """Returns the window of a shared buffer; None if the collective must use messages.
 
-    A reduction can if it sums float32 or float64, and any collective if no algorithm is asked for.
+    It must if the caller asked for an algorithm, and for a reduction that is not a sum of float32
+    or float64.
     """
     if algorithm is not None or (reduce and (reduce != "sum" or buffer.dtype not in SUMMED)):
         return None

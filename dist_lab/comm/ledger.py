@@ -1,12 +1,12 @@
 """The record of all collectives: one entry for each, and running totals.
 
-Two numbers are kept apart because they answer different questions. S is `payload`:
+Two sizes are kept apart because they answer different questions. S is `payload`:
 
     payload   the size of the tensor that the collective is about: the input of all_reduce,
               reduce_scatter and broadcast, the output of all_gather
-    sent      the bytes that this rank really hands to the transport: counted at the send for our
-              own algorithms, and by formula for the backend's (`backend_bytes`), which a test
-              compares with the network interface's counters
+    sent      the bytes that this rank hands to the transport. Our own algorithms count them at
+              each send. For the backend's algorithms they come from a formula (`backend_bytes`),
+              which a test compares with the counters of the network interface
 
 The published cost formulas relate the two (N ranks, bandwidth-optimal, per rank; Chan et al. 2007,
 "Collective communication: theory, practice, and experience", section 6):
@@ -15,8 +15,8 @@ The published cost formulas relate the two (N ranks, bandwidth-optimal, per rank
     all_gather, reduce_scatter, all_to_all    (N-1)/N S
     broadcast                                 (N-1)/N S on average: N-1 copies, N ranks
 
-`formula_bytes` is that table as code. A transport may send more: gloo's own reduce_scatter runs a
-whole all_reduce and so sends twice what it needs.
+`formula_bytes` is that table as code. A transport may send more: gloo's reduce_scatter runs an
+all_reduce inside, and so sends twice the bytes it needs.
 """
 
 from collections import defaultdict
@@ -35,7 +35,7 @@ SHARE_SENT = {
 
 
 def formula_bytes(op: str, size: int, payload: int) -> Fraction:
-    """Bytes one of `size` ranks sends for a `payload` of bytes, by the table above.
+    """Returns the bytes that one of `size` ranks sends for a `payload` of bytes, by the table.
 
     >>> formula_bytes("all_reduce", 4, 1000), formula_bytes("all_gather", 4, 1000)
     (Fraction(1500, 1), Fraction(750, 1))
@@ -44,12 +44,12 @@ def formula_bytes(op: str, size: int, payload: int) -> Fraction:
 
 
 def backend_bytes(op: str, size: int, position: int, payload: int, backend: str = "gloo") -> int:
-    """Bytes that the backend's own algorithm makes one rank send.
+    """Returns the bytes that one rank sends in the backend's own algorithm.
 
     all_reduce and all_gather are rings, all_to_all is direct. gloo's reduce_scatter is an
-    all_reduce of which most is thrown away, and its broadcast a binomial tree rooted at position
-    0: in round i every rank below 2^i sends all of it to the rank 2^i after it. nccl uses rings:
-    its broadcast goes from each rank to the next.
+    all_reduce that throws most of the result away. Its broadcast is a binomial tree rooted at
+    position 0: in round i every rank below 2^i sends everything to the rank 2^i after it. nccl uses
+    rings: in its broadcast each rank sends to the next.
 
     >>> [backend_bytes("broadcast", 4, i, 100) for i in range(4)]
     [200, 100, 0, 0]
@@ -65,26 +65,26 @@ def backend_bytes(op: str, size: int, position: int, payload: int, backend: str 
 
 @dataclass
 class Call:
-    """One collective as one rank saw it. Bytes; `blocked` is seconds spent waiting for it."""
+    """One collective on one rank. Sizes are in bytes."""
 
-    number: int  # counts the calls of this rank over all axes
+    number: int  # counts this rank's calls over all axes
     op: str
     axis: str
     size: int  # ranks on that axis
     about: str  # dtype, shape and what else the ranks must agree on
     payload: int
-    due: int  # what its algorithm makes this rank send, by formula
+    due: int  # bytes that this rank sends in this algorithm, by formula
     phase: str
     unit: str
     where: str  # file:line of the caller
     algorithm: str  # "backend": the backend's own
     sent: int = 0  # so far
-    blocked: float = 0.0
+    blocked: float = 0.0  # seconds that this rank waited for it
 
 
 @dataclass(frozen=True)
 class Tally:
-    """A running sum over calls. The difference of two is the sum of the calls in between."""
+    """A running sum over calls. The difference of two is the sum over the calls in between."""
 
     calls: int = 0
     payload: int = 0
@@ -99,12 +99,12 @@ class Tally:
             self.blocked + other.blocked,
         )
 
-    def __sub__(self, before: "Tally") -> "Tally":
-        return self + Tally(-before.calls, -before.payload, -before.sent, -before.blocked)
+    def __sub__(self, other: "Tally") -> "Tally":
+        return self + Tally(-other.calls, -other.payload, -other.sent, -other.blocked)
 
 
 class Ledger:
-    """Counts every call, in `total` and `by` (phase, op, axis), and calls listeners with each."""
+    """Counts every call in `total` and in `by` (phase, op, axis), and tells the listeners."""
 
     def __init__(self) -> None:
         self.total = Tally()
@@ -112,32 +112,31 @@ class Ledger:
         self.listeners: list[Callable[[Call], None]] = []
 
     def enter(self, call: Call) -> None:
-        """Count a call when it starts, and call the listeners.
+        """Count a call when it starts, and pass it to the listeners.
 
-        Bytes that the backend sends are counted here by formula, others in `handed_over`.
+        Bytes that the backend sends are counted here by formula, all others in `add_sent`.
         """
         self._add(call, Tally(1, call.payload, call.sent, 0.0))
         for listen in self.listeners:
             listen(call)
 
-    def handed_over(self, call: Call, sent: int) -> None:
-        """Count bytes that a collective of ours sends, or moves in shared memory."""
+    def add_sent(self, call: Call, sent: int) -> None:
+        """Count bytes that a collective by hand sends, or moves in shared memory."""
         call.sent += sent
         self._add(call, Tally(sent=sent))
 
-    def waited(self, call: Call, seconds: float) -> None:
-        """Charge time that this rank spent blocked on a call."""
+    def add_blocked(self, call: Call, seconds: float) -> None:
+        """Charge the time that this rank was blocked to the call."""
         call.blocked += seconds
         self._add(call, Tally(blocked=seconds))
 
-    def _add(self, call: Call, part: Tally) -> None:
-        key = (call.phase, call.op, call.axis)
-        self.total += part
-        self.by[key] += part
+    def _add(self, call: Call, tally: Tally) -> None:
+        self.total += tally
+        self.by[call.phase, call.op, call.axis] += tally
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
-        """Collect every call made inside the block, in order."""
+        """Collect every call that is made inside the block, in order."""
         calls: list[Call] = []
         self.listeners.append(calls.append)
         try:

@@ -1,21 +1,21 @@
-"""The collectives. Each takes the axis it runs along, and the ledger counts it.
+"""The collectives. Each runs along an axis of the mesh, and the ledger counts it.
 
 Each has two forms:
 
     y = all_reduce(x, axis)                      out of place, blocking; returns the result
-    pending = all_reduce_into(buffer, axis)      into memory the caller owns, returns at once;
-    ...                                          other work
+    pending = all_reduce_into(buffer, axis)      into the caller's memory; returns at once
+    ...                                          other work, which overlaps with it
     buffer = pending.wait()                      blocks until the buffer may be read
 
-`_into` is for buckets and gather buffers, where a second copy costs more than the sum itself. A
-buffer must not be touched before `wait()`, and every rank must wait for its calls in the same
-order: a collective by hand sends its first messages at the call, and those of later rounds from
-inside `wait()`. On an axis of size 1 every operation is the identity, and the out-of-place forms
-return their argument itself. A `_coalesced` form is many collectives in one.
+`_into` is for buckets and gather buffers, where a second copy costs more than the sum itself. The
+buffer must not be touched before `wait()`. All ranks must wait for their calls in the same order,
+because a collective by hand sends the messages of its first round at the call, and those of later
+rounds inside `wait()`. On an axis of size 1 every operation is the identity, and the out-of-place
+forms return their argument itself. A `_coalesced` form does many collectives in one.
 
-The algorithm is set for a whole mesh (`init_mesh(collectives=...)`), or for one call by
-`algorithm`: "backend", a family of `by_hand/algorithms.py`, or "auto", the fastest as measured.
-Each gives every rank the same bits; in floating point, two of them may round differently.
+The algorithm is set for a whole mesh (`init_mesh(collectives=...)`) or for one call (`algorithm=`):
+"backend", a family of `by_hand/algorithms.py`, or "auto", the fastest in our measurements. An
+algorithm gives all ranks the same bits; two algorithms may round differently.
 
 Notation: `x[D_X]` is sharded over axis X, `x{U_X}` is a partial sum over X (The Scaling Book, ch.
 3).
@@ -45,7 +45,7 @@ from dist_lab.mesh.mesh import Axis
 def all_reduce(
     x: Tensor, axis: Axis, reduce: Reduce = "sum", *, algorithm: str | None = None
 ) -> Tensor:
-    """x{U_X} -> x: every rank gets the sum (or maximum) over the axis. Any shape."""
+    """x{U_X} -> x: all ranks get the sum (or maximum) over the axis. Any shape."""
     if axis.size == 1:
         return x
     copy = x.clone(memory_format=torch.contiguous_format)
@@ -53,7 +53,7 @@ def all_reduce(
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, *, algorithm: str | None = None) -> Tensor:
-    """x[D_X] -> x[D]: the ranks' x, concatenated along `dim`. Equal shapes, not 0-dim."""
+    """x[D_X] -> x[D]: all ranks' x, concatenated along `dim`. Equal shapes, not 0-dim."""
     if axis.size == 1:
         return x
     out = x.new_empty(axis.size, *x.shape)
@@ -64,34 +64,34 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0, *, algorithm: str | None = N
 def reduce_scatter(
     x: Tensor, axis: Axis, dim: int = 0, reduce: Reduce = "sum", *, algorithm: str | None = None
 ) -> Tensor:
-    """x[D]{U_X} -> x[D_X]: rank i gets the i-th of `size` equal pieces of the sum along `dim`.
+    """x[D]{U_X} -> x[D_X]: rank i gets shard i of the sum, which is split along `dim`.
 
     Raises ValueError if `dim` does not divide by the axis size.
     """
     if axis.size == 1:
         return x
-    pieces = _pieces(x, axis, dim)  # (size, ..., D/size, ...)
-    out = torch.empty_like(pieces[0])
-    return reduce_scatter_into(out, pieces, axis, reduce, algorithm=algorithm).wait()
+    chunks = _stacked_chunks(x, axis, dim)  # (size, ..., D/size, ...)
+    out = torch.empty_like(chunks[0])
+    return reduce_scatter_into(out, chunks, axis, reduce, algorithm=algorithm).wait()
 
 
 def all_to_all(
     x: Tensor, axis: Axis, split_dim: int, concat_dim: int, *, algorithm: str | None = None
 ) -> Tensor:
-    """x[A_X, B] -> x[A, B_X]: piece j along `split_dim` goes to rank j, which concatenates along
-    `concat_dim`.
+    """x[A_X, B] -> x[A, B_X]: chunk j along `split_dim` goes to rank j, which concatenates the
+    chunks it gets along `concat_dim`.
 
     Raises ValueError if `split_dim` does not divide by the axis size.
     """
     if axis.size == 1:
         return x
-    pieces = _pieces(x, axis, split_dim)
-    out = all_to_all_into(torch.empty_like(pieces), pieces, axis, algorithm=algorithm).wait()
+    chunks = _stacked_chunks(x, axis, split_dim)
+    out = all_to_all_into(torch.empty_like(chunks), chunks, axis, algorithm=algorithm).wait()
     return torch.cat(out.unbind(0), concat_dim)
 
 
 def broadcast(x: Tensor, axis: Axis, source: int = 0, *, algorithm: str | None = None) -> Tensor:
-    """Every rank gets the tensor of the rank at position `source` of the axis."""
+    """All ranks get the tensor of the rank at position `source` of the axis."""
     if axis.size == 1:
         return x
     copy = x.clone(memory_format=torch.contiguous_format)
@@ -99,7 +99,7 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0, *, algorithm: str | None =
 
 
 def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
-    """The bytes of every rank, in order of position. For small data of unequal length."""
+    """Returns the bytes of every rank, by position. For small data of unequal length."""
     if axis.size == 1:
         return [data]
     device = axis.device
@@ -109,40 +109,41 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
     return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
 
 
-@torch.inference_mode(False)  # made by whatever forward comes first, it is written to in training
+@torch.inference_mode(False)  # the first forward creates it, maybe in inference; training writes it
 def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
-    """A flat buffer of zeros, in memory that all ranks map where that is possible.
+    """Returns a flat buffer of zeros, in memory that all ranks map if possible.
 
     These collectives then need no message: `all_reduce_into` and `all_gather_into` of the buffer,
-    `reduce_scatter_into` from it, `all_gather_coalesced` with it as input and
+    `reduce_scatter_into` from it, `all_gather_coalesced` with it as input, and
     `reduce_scatter_coalesced` with it as staging. They recognise the buffer itself, not a view of
-    it. Sums of 16-bit numbers travel by messages.
+    it. Sums of 16-bit numbers still use messages.
 
-    It is possible if `collectives` is "auto", the backend gloo, all ranks on one Linux machine with
-    room in /dev/shm, and the dtype float32, float64, bfloat16 or float16. Otherwise the buffer is
-    ordinary memory. Collective over the axis.
+    Ranks can share memory if `collectives` is "auto", the backend is gloo, all ranks run on one
+    Linux machine with room in /dev/shm, and the dtype is float32, float64, bfloat16 or float16.
+    Otherwise the buffer is ordinary memory. Collective: all ranks of the axis must call it.
     """
     comm = axis.comm
     if axis.size == 1 or comm.collectives != "auto" or comm.backend != "gloo":
         return torch.zeros(length, dtype=dtype, device=comm.device)
-    mine = shared.create(length, dtype)
+    own_path = shared.create(length, dtype)
     try:
         with comm.label(unit="shared memory"):
-            paths = [p.decode() for p in all_gather_bytes(str(mine or "").encode(), axis)]
-            found = {path: shared.attach(path, length, dtype) for path in set(paths)}
-            everyone = [memory for path in paths if (memory := found[path]) is not None]
-            said = all_gather_bytes(b"all" if len(everyone) == axis.size else b"not all", axis)
+            paths = [p.decode() for p in all_gather_bytes(str(own_path or "").encode(), axis)]
+            by_path = {path: shared.attach(path, length, dtype) for path in set(paths)}
+            memories = [memory for path in paths if (memory := by_path[path]) is not None]
+            status = b"all" if len(memories) == axis.size else b"not all"
+            statuses = all_gather_bytes(status, axis)
     finally:
-        if mine is not None:
-            mine.unlink()  # the memory lives on until the last rank unmaps it
-    if set(said) != {b"all"}:
+        if own_path is not None:
+            own_path.unlink()  # the memory lives on until the last rank unmaps it
+    if set(statuses) != {b"all"}:
         return torch.zeros(length, dtype=dtype)
-    buffer = torch.from_numpy(everyone[axis.index].data).view(dtype)
-    comm.shared[buffer] = shared.SharedWindow(everyone, axis.index, axis.ranks, comm.timeout)
+    buffer = torch.from_numpy(memories[axis.index].data).view(dtype)
+    comm.shared[buffer] = shared.SharedWindow(memories, axis.index, axis.ranks, comm.timeout)
     return buffer
 
 
-def _pieces(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def _stacked_chunks(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """(..., D, ...) -> (size, ..., D/size, ...), contiguous."""
     if x.shape[dim] % axis.size:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""What a run writes down and shows: logs, progress, memory, the machine's peak."""
+"""The output of a run: logs, progress, pictures, and measurements of memory, MFU and traffic."""

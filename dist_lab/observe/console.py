@@ -1,4 +1,4 @@
-"""What a person sees while a program runs: a bar at a terminal, plain lines in a log."""
+"""Console output while a program runs: a progress bar at a terminal, plain lines in a log."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,26 +10,26 @@ from rich.table import Column, Table
 
 
 def wide_console() -> Console:
-    """The terminal as wide as it is, or a log file, which has no width of its own."""
+    """Returns a console as wide as the terminal, or 120 columns wide for a log file."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
 
 def empty_table(text: Sequence[str], numbers: Sequence[str], **options: Any) -> Table:
-    """A table of columns of text and then of numbers, which break a line rather than cut it off."""
+    """Returns a table of text columns, then number columns. Long cells are wrapped, not cut off."""
     columns = [Column(name, overflow="fold") for name in text]
     columns += [Column(name, justify="right", overflow="fold") for name in numbers]
     return Table(*columns, **{"box": SIMPLE_HEAD} | options)
 
 
 class Progress:
-    """How much of `total` is done. Close it at the end.
+    """Shows how much of `total` is done. Close it at the end.
 
     Args:
-        noun: what is counted.
-        quiet: show nothing: only rank 0 does.
-        plain: lines, even at a terminal, as others print there, too.
-        auto_refresh: redraw the bar in a thread. Without, nothing takes time from whoever runs.
+        noun: the thing that is counted.
+        quiet: show nothing, as on all ranks but rank 0.
+        plain: print lines even at a terminal, because other processes print there, too.
+        auto_refresh: redraw the bar in a thread. Set to False, it takes no time from a measurement.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Progress:
         self.bar.update(self.task, completed=done)
 
     def say(self, line: str, *, on_the_bar: str | None = None) -> None:
-        """A line of a log; at a terminal it stands on the bar, or the other text does."""
+        """Print a line to a log. At a terminal show it on the bar, or `on_the_bar` in its place."""
         self.bar.update(self.task, description=line if on_the_bar is None else on_the_bar)
         self.bar.refresh()
         if self.in_lines:
             self.print(line)
 
     def print(self, line: str) -> None:
-        """At a terminal and in a log."""
+        """Print a line, at a terminal and to a log."""
         self.console.print(line, highlight=False, soft_wrap=True)
         self.console.file.flush()
 

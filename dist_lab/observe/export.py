@@ -1,4 +1,4 @@
-"""A measurement as files: everything in JSON, a row of numbers a line in CSV, a picture."""
+"""Writes a measurement to files: everything as JSON, its rows as CSV, and a picture."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     picture: "Figure",
 ) -> None:
-    """NAME.json, NAME.csv and NAME.png in `folder`. The first row has the columns of all."""
+    """Write NAME.json, NAME.csv and NAME.png to `folder`. All rows have the first one's columns."""
     write_json(folder / f"{name}.json", everything)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))

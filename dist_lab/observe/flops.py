@@ -1,11 +1,11 @@
-"""Model FLOPs utilization against what this machine really does.
+"""Model FLOPs utilization (MFU), relative to the measured peak of this machine.
 
     MFU = floating-point operations of the model per second / peak      Chowdhery et al. 2022,
                                                                         arXiv:2204.02311, appendix B
 
-Both are measured here. The operations are counted as one step executes them. The peak is a plain
+Both are measured. The operations are counted while one step executes. The peak is that of a plain
 matmul at the run's dtype and number of threads, on all ranks at the same time, because they share
-the cores: a peak copied from a data sheet would be another machine's.
+the cores. A peak from a data sheet would be that of another machine.
 """
 
 import time
@@ -19,16 +19,16 @@ from dist_lab.torch_private import flop_counter
 
 
 def utilization(operations: float, seconds: float, peak: float) -> float | None:
-    """MFU; None where it cannot be right, as more was counted than the machine can do.
+    """Returns the MFU. None if it is above 1, which cannot be right.
 
-    A library may compute on tensors that stand for all ranks' parts, DTensors, and then each rank's
-    count is of the whole.
+    This happens if a library computes on DTensors: each rank then counts the operations of all
+    ranks.
 
     >>> utilization(3e9, 1.0, 4e9), utilization(5e9, 1.0, 4e9)
     (0.75, None)
     """
-    found = operations / seconds / peak
-    return found if found <= 1 else None
+    mfu = operations / seconds / peak
+    return mfu if mfu <= 1 else None
 
 
 def in_percent(mfu: float | None) -> str:
@@ -36,35 +36,35 @@ def in_percent(mfu: float | None) -> str:
 
 
 def counter() -> FlopCounterMode:
-    """A context that counts this rank's operations: `.get_total_flops()` afterwards."""
+    """Returns a context that counts this rank's operations; then call `.get_total_flops()`."""
     return flop_counter(CPU_ATTENTION)
 
 
 def calibrate(
     dtype: torch.dtype, device: torch.device, *, windows: int = 5, seconds: float = 0.1
 ) -> Tensor:
-    """Operations per second of a 768 x 768 matmul on this rank, in each of some windows of time.
+    """Returns the operations per second of a 768 x 768 matmul on this rank, in some time windows.
 
-    Start it on all ranks at once, add up over ranks, and take the best window: whatever else the
-    machine was doing meanwhile only takes away.
+    Start it on all ranks at once, sum each window over ranks, and take the best one: other programs
+    on the machine only make a window slower.
     """
     n = 768
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.mm(a, b)
     rates = []
     for _ in range(windows):
-        done, began = 0, time.perf_counter()
+        count, began = 0, time.perf_counter()
         while time.perf_counter() - began < seconds:
             torch.mm(a, b, out=out)
-            done += 1
+            count += 1
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        rates.append(done * 2 * n**3 / (time.perf_counter() - began))
+        rates.append(count * 2 * n**3 / (time.perf_counter() - began))
     return torch.tensor(rates, dtype=torch.float64)
 
 
-# torch's counter knows the fused attention of GPUs and not that of CPUs. Forward is two matmuls of
-# T x T x Dh for each sample and head; backward five, one of them computing the scores again.
+# torch's counter knows the fused attention of GPUs but not that of CPUs. Forward has two matmuls of
+# T x T x Dh for each sample and head. Backward has five: one of them recomputes the scores.
 
 
 def _attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:

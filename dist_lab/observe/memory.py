@@ -1,29 +1,28 @@
-"""Bytes of tensor storage alive on this rank by what they are for, and their peak within a step.
+"""Live bytes of tensor storage on this rank by kind, and their peak within a step.
 
-Not the process's resident memory, which also holds the interpreter, the libraries and whatever the
-allocator keeps for later: a number to compare with a formula must count tensors and nothing else.
-Every operation passes through a dispatch mode; a storage counts from the first operation that has
-to do with it to the moment its last reference goes, autograd's own references included. Memory of
-other ranks that this one maps is no tensor's, and counts there (comm/shared/memory.py). It costs
-some microseconds an operation, so a run measures its first two steps (the second has the
-optimizer's state) and not more.
+This is not the process's resident memory, which also holds the interpreter, the libraries and the
+allocator's reserve. A number to compare with a formula must count only tensors. A dispatch mode
+sees every operation. A storage counts from the first operation that uses it until its last
+reference is dropped, including autograd's references. Memory of other ranks that this rank maps
+counts on those ranks (comm/shared/memory.py). Measuring costs some microseconds per operation, so a
+run measures only its first two steps (the second has the optimizer state).
 
-    parameters      what lies here of the parameters
-    gradients       what autograd accumulates into, and every .grad
-    optimizer       its state: moments, step counts
-    gathered        what compute reads instead of a parameter: gathered from others, or cast
-    buffers         communication: buckets that are no gradients, what is packed to be sent
-    module_buffers  the model's own: statistics of BatchNorm, tables of positions
-    activations     everything else: the batch, what is kept for backward, all that is on its way
+    parameters      this rank's shards, or all of a parameter that is not sharded
+    gradients       tensors that autograd accumulates into, and every .grad
+    optimizer       the optimizer state: moments, step counts
+    gathered        tensors that compute reads in place of a parameter: all-gathered, or cast
+    buffers         communication: buckets that are not gradients, and packed messages
+    module_buffers  the model's buffers: statistics of BatchNorm, tables of positions
+    activations     everything else: the batch, saved tensors, temporary tensors
 
-[Note: what a storage is for] That shows after its birth: a product of backward becomes a gradient
-when autograd puts it into .grad, zeros become a moment when the optimizer keeps them. So sizes are
-written down as they change, with the storage, and added up by kind when the step is over and all is
-known. A storage counts, for all its life, as the first in the list above that it has been.
+[Note: the kind of a storage] The kind is known only after a storage is created: a result of
+backward becomes a gradient when autograd assigns it to .grad, and zeros become a moment when the
+optimizer keeps them. So each change of size is recorded with its storage, and summed by kind after
+the step. For all its life a storage counts as the first kind in the list above that it ever had.
 
 [Note: resized storages] FSDP2 grows the storage of a parameter and shrinks it to nothing again,
-which is no operation. Its size is read again at every operation that touches it, and
-at each verb of `Sync`, through a link that hears of it after the strategy.
+without an operation that the dispatch mode sees. So a storage's size is read again at every
+operation that uses it, and at each event of `Sync`, right after the strategy has handled it.
 """
 
 import weakref
@@ -50,26 +49,26 @@ KINDS = (
 
 @contextmanager
 def measured(job: Job, optimizer: torch.optim.Optimizer) -> Iterator["LiveBytes"]:
-    """Counts what is alive in a step that is taken inside the block. Then ask for `.by_kind()`."""
+    """Counts the live bytes of a step that runs inside the block. Then call `.by_kind()`."""
     live = LiveBytes()
-    naming = Naming(live, job)
-    naming.look()
-    naming.look_at(optimizer)
-    with job.listening(naming), naming.at_each_gradient(), live:
+    labels = KindLabels(live, job)
+    labels.label_all()
+    labels.label_optimizer(optimizer)
+    with job.listening(labels), labels.at_each_gradient(), live:
         yield live
-        naming.look_at(optimizer)  # which has made its state meanwhile
+        labels.label_optimizer(optimizer)  # a first step has created its state
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes. The kinds of `at_peak` add up to `total`; each of `own` has been at another moment."""
+    """Bytes. The kinds of `at_peak` sum to `total`. `own` is each kind's own peak, at any time."""
 
     total: int
     at_peak: Mapping[str, int]
     own: Mapping[str, int]
 
     def worst(self, other: "Peak") -> "Peak":
-        """Of two steps: the one with the higher peak, and each kind's own highest."""
+        """Returns the higher peak of two steps, with the higher own peak of each kind."""
         higher = max(self, other, key=lambda peak: peak.total)
         own = {kind: max(self.own[kind], other.own[kind]) for kind in KINDS}
         return Peak(higher.total, higher.at_peak, own)
@@ -82,71 +81,71 @@ NOTHING = Peak(0, dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
 
 
 def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer by what `job.layouts` says, and by nothing else.
+    """Returns the bytes of parameters, gradients and optimizer state by a formula of `job.layouts`.
 
     The formula of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3) without its table of
-    stages: so many elements lie here, each of so many bytes. Gradients are those that the optimizer
-    steps on; while backward runs there may be whole ones as well. Of the optimizer it knows what it
-    keeps for one element: 8 bytes of Adam's. Padding, and flags in a bucket, are not in it.
+    stages: local elements times bytes per element. Gradients are those that the optimizer steps on;
+    during backward there may be unsharded ones as well. The optimizer keeps a fixed number of bytes
+    per element: 8 for Adam. Padding, and flags in a bucket, are not counted.
     """
     parameters = dict(job.model.named_parameters())
-    element, tensor = bytes_of_state(optimizer)
-    found = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    per_element, per_tensor = bytes_of_state(optimizer)
+    total = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for name, layout in job.layouts.items():
         if name in parameters:
-            here = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
-            # What is split for the optimizer alone is whole in the model.
-            stays = layout.shape.numel() if name in job.stepped else here
-            found["parameters"] += stays * layout.dtype.itemsize
+            local = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
+            # A parameter that is sharded only for the optimizer is unsharded in the model.
+            in_model = layout.shape.numel() if name in job.stepped else local
+            total["parameters"] += in_model * layout.dtype.itemsize
             if parameters[name].requires_grad:
-                found["gradients"] += here * layout.dtype.itemsize
-                found["optimizer"] += here * element + tensor
-    return found
+                total["gradients"] += local * layout.dtype.itemsize
+                total["optimizer"] += local * per_element + per_tensor
+    return total
 
 
 def bytes_of_state(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """What it keeps for an element of a parameter, and besides for a parameter: a step count."""
-    element = tensor = 0
+    """Returns the bytes of state per element of a parameter, and per parameter (a step count)."""
+    per_element = per_tensor = 0
     if optimizer.state:
         largest = max(optimizer.state, key=Tensor.numel)
         for value in optimizer.state[largest].values():
             if isinstance(value, Tensor) and value.shape == largest.shape:
-                element += value.element_size()
+                per_element += value.element_size()
             elif isinstance(value, Tensor):
-                tensor += value.nbytes
-    return element, tensor
+                per_tensor += value.nbytes
+    return per_element, per_tensor
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts while entered. `held` are tensors that are alive already.
+    """Counts live bytes while it is entered. `tensors` are alive before.
 
     Attributes:
         live, peak: bytes.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        # Those alive, by address, with the reference that tells of their end as long as it is kept.
+        # Live storages by address. The weak reference must be kept: its callback reports the end.
         self._known: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
-        self._changes: list[tuple[_Storage, int]] = []  # all there ever were, in order
-        for tensor in held:
+        self._changes: list[tuple[_Storage, int]] = []  # every change of size, in order
+        for tensor in tensors:
             self.note(tensor)
 
     def note(self, tensor: Tensor, kind: str = "activations") -> None:
-        """This tensor is alive and of that kind; its storage may have been resized."""
-        if tensor.is_meta:  # it has a size, and no memory
+        """Record that this tensor is alive and of that kind, and the size of its storage."""
+        if tensor.is_meta:  # it has a size but no memory
             return
         local = local_part(tensor)
         storage, key = local.untyped_storage(), storage_key(local)
-        if key not in self._known:  # views and in-place results share what is counted already
-            self._known[key] = weakref.ref(storage, partial(self._gone, key)), _Storage()
+        if key not in self._known:  # views and in-place results share a storage that already counts
+            self._known[key] = weakref.ref(storage, partial(self._freed, key)), _Storage()
         _, known = self._known[key]
         known.kind = min(known.kind, KINDS.index(kind))
         self._resized(known, storage.nbytes())
 
     def by_kind(self) -> Peak:
-        """Of all that was seen until now: see [Note: what a storage is for]."""
+        """Returns the peak of everything recorded so far: see [Note: the kind of a storage]."""
         now, own, at_peak = (dict.fromkeys(KINDS, 0) for _ in range(3))
         live = peak = 0
         for storage, change in self._changes:
@@ -174,7 +173,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._known.clear()  # what dies from now on is nobody's business
+        self._known.clear()  # later ends of storages do not count
 
     def _resized(self, storage: "_Storage", size: int) -> None:
         if size != storage.size:
@@ -183,40 +182,40 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.live)
             storage.size = size
 
-    def _gone(self, key: int, reference: Any) -> None:
+    def _freed(self, key: int, reference: Any) -> None:
         _, storage = self._known.pop(key)
         self._resized(storage, 0)
 
 
 class _Storage:
-    """What is known of one: its size now, and its kind, as a place in KINDS."""
+    """A storage's current size, and its kind as a position in KINDS."""
 
     def __init__(self) -> None:
         self.size, self.kind = 0, len(KINDS) - 1
 
 
-class Naming(Sync):
-    """Hears of every verb after the strategy, and says of what it then finds what it is for."""
+class KindLabels(Sync):
+    """Called after the strategy at each step event; labels every live tensor with its kind."""
 
     def __init__(self, live: LiveBytes, job: Job) -> None:
         self.live, self.job = live, job
 
-    def look(self) -> None:
-        """At all there is but the optimizer."""
+    def label_all(self) -> None:
+        """Label everything except the optimizer state."""
         for parameter in self.job.parameters():
             self.live.note(parameter, "parameters")
         for buffer in self.job.model.buffers():
             self.live.note(buffer, "module_buffers")
-        self._gradients(dict(self.job.model.named_parameters()))
-        self._held()
+        self._label_gradients(dict(self.job.model.named_parameters()))
+        self._label_strategy()
 
-    def look_at(self, optimizer: torch.optim.Optimizer) -> None:
+    def label_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         for tensor in state_of(optimizer):
             self.live.note(tensor, "optimizer")
 
     @contextmanager
     def at_each_gradient(self) -> Iterator[None]:
-        """Look at a gradient before the strategy does, which may send it and drop it at once."""
+        """Label each gradient before the strategy gets it: it may send and drop it at once."""
         leaves = dict(self.job.model.named_parameters()) | dict(self.job.leaves)
 
         def note(leaf: Tensor) -> None:
@@ -230,7 +229,7 @@ class Naming(Sync):
             hook.remove()
 
     def unshard(self, unit: str, phase: Phase) -> None:
-        self._held()
+        self._label_strategy()
         for module in self.job.model.get_submodule(unit).modules():
             for name in module._parameters:
                 cast = module.__dict__.get(name)
@@ -238,27 +237,27 @@ class Naming(Sync):
                     self.live.note(cast, "gathered")
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        self._held()
+        self._label_strategy()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
-        self._gradients(names)
-        self._held()
+        self._label_gradients(names)
+        self._label_strategy()
 
-    finish = after_step = look
+    finish = after_step = label_all
 
-    def _gradients(self, names: Iterable[str]) -> None:
+    def _label_gradients(self, names: Iterable[str]) -> None:
         for name in names:
-            for held in (self.job.leaves.get(name), self.job.model.get_parameter(name)):
-                if held is not None and (gradient := real_grad(held)) is not None:
+            for leaf in (self.job.leaves.get(name), self.job.model.get_parameter(name)):
+                if leaf is not None and (gradient := real_grad(leaf)) is not None:
                     self.live.note(gradient, "gradients")
 
-    def _held(self) -> None:
-        """What the strategy keeps, and what it borrows, whatever size that now has."""
+    def _label_strategy(self) -> None:
+        """Label the strategy's extra memory and its unsharded leaves, at their current size."""
         for kind, tensor in self.job.sync.extra_memory():
             self.live.note(tensor, kind)
         for leaf in self.job.leaves.values():
             if local_part(leaf).untyped_storage().nbytes() >= local_part(leaf).nbytes:
-                self.live.note(leaf, "gathered")  # it has memory now
+                self.live.note(leaf, "gathered")  # it has memory at the moment
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -270,7 +269,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The tensors of its state, and of an optimizer that it drives, as torch's sharded one does."""
+    """Yields the tensors of the state, also of an optimizer inside, as in torch's sharded one."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
     for inner in vars(optimizer).values():

@@ -1,15 +1,16 @@
-"""Pictures of a pipeline: what each rank does when, where it waits, how much it holds meanwhile.
+"""Pictures of a pipeline: what each rank computes, when it is idle, and how many forwards it holds.
 
-One lane a rank, one bar an action; where there is no bar the rank is idle, and how much of the time
-stands beside its lane. Time runs from the first action of any rank to the end of the last one, as
-in `simulate.bubble`. Below, on the same clock: the forwards held, whose B or W has not ended.
+Each rank has one lane, and each action one bar. A rank is idle where there is no bar; its share of
+idle time is printed beside its lane. Time runs from the first action of any rank to the end of the
+last one, as in `simulate.bubble`. Below, on the same time axis, are the forwards held: those whose
+B or W has not ended.
 
-A schedule played through on paper (`ideal`) and a measured step are drawn alike; `side_by_side` has
-both, with as much work in them, so that what one is longer by is waiting. Messages are not drawn: a
-rank that waits for a message computes nothing, and is idle.
+A simulated schedule (`ideal`) and a measured step are drawn in the same way. `side_by_side` draws
+both with the same amount of work, so that the difference in length is waiting. Messages are not
+drawn: a rank that waits for a message computes nothing, and is idle.
 
-No window opens, and no global state of matplotlib changes. It takes a while to import, so import
-this where a picture is drawn.
+No window opens, and no global state of matplotlib changes. matplotlib is slow to import, so import
+this module only where a picture is drawn.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ from dist_lab.parallel.schedules.simulate import TimedAction, peak_activations, 
 
 Rows = Sequence[Sequence[TimedAction]]
 
-# The shades of a rank's first and last stage. Each op has a band of lightness to itself, so that it
-# is known in grey too, and the hues are apart for whoever is color-blind.
+# The shades of a rank's first and last stage. Each op has its own band of lightness, so that it can
+# be recognised in grey. The hues differ for color-blind readers as well.
 LOOKS = {
     Op.F: ("F, forward", "#0f3565", "#234f7d"),
     Op.B: ("B, backward", "#c2440c", "#dd6a1b"),
@@ -45,106 +46,105 @@ LOOKS = {
 }
 IDLE: dict[str, Any] = {"fc": "#f6f6f6", "ec": "#dadada", "hatch": "////", "linewidth": 0}
 HELD, QUIET = ("#8a7fa8", "#a096bb"), "#555555"
-CENTER: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True}  # not for layout to see
-LANE, STRIP, AROUND, BESIDE = 0.42, 0.32, 1.8, 1.3  # inches: of a rank, and of the text around all
-BAR, NARROWEST, WIDEST = 0.16, 9.5, 24.0  # inches: of a short bar, unless the page gets too wide
-LEAST, TWO_LINES, LARGEST, DIGIT = (
-    4.5,
-    6.0,
-    9.0,
-    0.7,
-)  # points of letters; of a digit, width : height
+# Clipped text does not count for the layout.
+CENTER: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True}
+LANE, STRIP, AROUND, BESIDE = 0.42, 0.32, 1.8, 1.3  # inches: per rank, and for the text around
+BAR, NARROWEST, WIDEST = 0.16, 9.5, 24.0  # inches: of a short bar, and of the page
+# Font sizes in points, and the width of a digit relative to its height.
+LEAST, LARGEST, DIGIT = 4.5, 9.0, 0.7
 
 
 def draw(rows: Rows, *, title: str, unit: str) -> Figure:
-    """The lanes, and below them what each rank holds. `unit`: what time is counted in."""
+    """Returns the lanes, and below them the forwards that each rank holds. `unit`: of time."""
     rows = _from_zero(rows)
-    whole = f"{title}: {fmean(idle_shares(rows)):.1%} idle"
-    figure, (lanes, strips) = _page(whole, unit, rows, _end(rows), [LANE, STRIP])
+    full_title = f"{title}: {fmean(idle_shares(rows)):.1%} idle"
+    figure, (lanes, strips) = _page(full_title, unit, rows, _end(rows), [LANE, STRIP])
     _draw_lanes(lanes, rows)
     _draw_held(strips, rows)
     return figure
 
 
 def ideal(schedule: Schedule) -> Figure:
-    """The schedule as it goes if what travels takes no time."""
+    """Returns a picture of the schedule as simulated, with messages that take no time."""
     return draw(timeline(schedule), title=_label(schedule), unit="units of one stage's forward")
 
 
 def side_by_side(measured: Rows, schedule: Schedule, title: str) -> Figure:
-    """A measured step, and below it its schedule on paper, both in ms.
+    """Returns a picture of a measured step, and below it of its simulated schedule, both in ms.
 
-    A unit on paper is so long that all ranks together compute as long as they did in the step.
+    A unit of simulated time is scaled so that both have the same total time of computation.
     """
-    measured, paper = _from_zero(measured), timeline(schedule)
-    idle = [fmean(idle_shares(rows)) for rows in (measured, paper)]
-    unit = (1 - idle[0]) * _end(measured) / ((1 - idle[1]) * _end(paper))
-    paper = [[replace(s, start=unit * s.start, end=unit * s.end) for s in row] for row in paper]
-    end = max(_end(measured), _end(paper))
+    measured, simulated = _from_zero(measured), timeline(schedule)
+    idle = [fmean(idle_shares(rows)) for rows in (measured, simulated)]
+    unit = (1 - idle[0]) * _end(measured) / ((1 - idle[1]) * _end(simulated))
+    simulated = [
+        [replace(s, start=unit * s.start, end=unit * s.end) for s in row] for row in simulated
+    ]
+    end = max(_end(measured), _end(simulated))
     figure, panels = _page(title, "ms", measured, end, [LANE, LANE])
-    names = "measured", f"ideal, for as much work: {_label(schedule)}"
-    for axes, name, rows, share in zip(panels, names, (measured, paper), idle, strict=True):
+    names = "measured", f"ideal, for the same work: {_label(schedule)}"
+    for axes, name, rows, share in zip(panels, names, (measured, simulated), idle, strict=True):
         _draw_lanes(axes, rows, f"{name}: {_end(rows):,.4g} ms, {share:.1%} idle")
     return figure
 
 
 def write(figure: Figure, path: str | Path) -> None:
-    """As .svg, .png or .pdf. The same picture is the same bytes.
+    """Write .svg, .png or .pdf. The same picture gives the same bytes.
 
     Raises:
-        UserError: another suffix, or a place that cannot be written to.
+        UserError: another suffix, or a file that cannot be written.
     """
     kind = Path(path).suffix.lower()
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
     if kind not in dates:
-        raise UserError(f"no kind of picture is called {str(path)!r}; end it .svg, .png or .pdf")
+        raise UserError(f"unknown kind of picture {str(path)!r}; end it .svg, .png or .pdf")
     try:
-        with rc_context({"svg.hashsalt": "dist_lab"}):  # its ids are random without
+        with rc_context({"svg.hashsalt": "dist_lab"}):  # otherwise ids are random
             figure.savefig(path, metadata=dates[kind])
     except OSError as error:
-        why = f"no picture can be written to {str(path)!r} ({error.strerror})"
-        raise UserError(f"{why}; name a file in a folder that exists and is yours") from None
+        problem = f"cannot write the picture to {str(path)!r} ({error.strerror})"
+        raise UserError(f"{problem}; give a file in a folder that you can write to") from None
 
 
 def image(figure: Figure) -> NDArray[numpy.uint8]:
-    """Its pixels, height x width x 3: TensorBoard's add_image takes them with dataformats="HWC"."""
+    """Returns the pixels, height x width x 3: dataformats="HWC" in TensorBoard's add_image."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def to_json(rows: Rows, schedule_name: str) -> dict[str, Any]:
-    """A step whose slots are in ms, as data."""
-    slots = [
+    """Returns a step in ms as data."""
+    actions = [
         [{"action": str(s.action), "start_ms": s.start, "end_ms": s.end} for s in row]
         for row in rows
     ]  # fmt: skip
     return {
-        "schedule": schedule_name, "unit": "ms", "ranks": slots,
+        "schedule": schedule_name, "unit": "ms", "ranks": actions,
         "idle_share": fmean(idle_shares(rows)), "peak_activations": _peaks(rows),
     }  # fmt: skip
 
 
 def idle_shares(rows: Rows) -> list[float]:
-    """Of each rank: the share of all ranks' time in which it computes nothing."""
+    """Returns for each rank the share of the step's time in which it computes nothing."""
     rows = _from_zero(rows)
-    return [1 - sum(slot.end - slot.start for slot in row) / _end(rows) for row in rows]
+    return [1 - sum(timed.end - timed.start for timed in row) / _end(rows) for row in rows]
 
 
 def _from_zero(rows: Rows) -> list[list[TimedAction]]:
-    """What is computed, by a clock that starts with the first action."""
-    rows = [[slot for slot in row if slot.action.op in COMPUTE] for row in rows]
-    zero = min(slot.start for row in rows for slot in row)
+    """Returns the computing actions, with times that start at the first one."""
+    rows = [[timed for timed in row if timed.action.op in COMPUTE] for row in rows]
+    zero = min(timed.start for row in rows for timed in row)
     return [[replace(s, start=s.start - zero, end=s.end - zero) for s in row] for row in rows]
 
 
 def _end(rows: Rows) -> float:
-    return max(slot.end for row in rows for slot in row)
+    return max(timed.end for row in rows for timed in row)
 
 
 def _short(rows: Rows) -> float:
-    """How long a short action is; a tenth of all may be shorter, as happens in a measured step."""
-    lengths = [slot.end - slot.start for row in rows for slot in row]
+    """Returns the length of a short action, the 10% quantile: a measured step has outliers."""
+    lengths = [timed.end - timed.start for row in rows for timed in row]
     return max(float(numpy.quantile(lengths, 0.1)), 1e-9)
 
 
@@ -153,7 +153,7 @@ def _peaks(rows: Rows) -> list[int]:
 
 
 def _several_stages(rows: Rows) -> bool:
-    return any(len({slot.action.stage for slot in row}) > 1 for row in rows)
+    return any(len({timed.action.stage for timed in row}) > 1 for row in rows)
 
 
 def _label(schedule: Schedule) -> str:
@@ -167,14 +167,14 @@ def _shade(op: Op, chunk: int, chunks: int) -> str:
 
 
 def _page(
-    title: str, unit: str, rows: Rows, end: float, tall: Sequence[float]
+    title: str, unit: str, rows: Rows, end: float, heights: Sequence[float]
 ) -> tuple[Figure, list[Axes]]:
-    """Panels one below the other with one clock, wide enough for the bars; title and legend."""
+    """Returns a figure with title and legend, and its panels, stacked on one time axis."""
     width = min(max(BAR * end / _short(rows) + BESIDE, NARROWEST), WIDEST)
-    size = width, AROUND + sum(tall) * len(rows)
+    size = width, AROUND + sum(heights) * len(rows)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     grid = figure.subplots(
-        len(tall), sharex=True, height_ratios=tall, subplot_kw={"xlim": (0, end)}
+        len(heights), sharex=True, height_ratios=heights, subplot_kw={"xlim": (0, end)}
     )
     panels = list[Axes](grid)
     for axes in panels:
@@ -185,7 +185,7 @@ def _page(
     clock.tick_params("x", length=3)
     clock.xaxis.set_major_locator(MaxNLocator(int(width), integer=unit != "ms"))
     clock.set_xlabel(f"time, {unit}", fontsize=8, color=QUIET)
-    used = {slot.action.op for row in rows for slot in row}
+    used = {timed.action.op for row in rows for timed in row}
     looks = [Patch(color=_shade(op, 0, 1), label=LOOKS[op][0]) for op in LOOKS if op in used]
     if _several_stages(rows):
         looks[0].set_label(f"{looks[0].get_label()} (darkest: a rank's first stage)")
@@ -199,9 +199,9 @@ def _page(
 
 
 def _draw_lanes(axes: Axes, rows: Rows, head: str = "") -> None:
-    """`head`: what stands above them; how to read a bar, if it is empty.
+    """Draw the lanes. `head` is the line above them; if it is empty, it explains the bars.
 
-    A number is as large as its bar lets it be. Where there is no room for it, it is left out.
+    Numbers are as large as their bars allow. A number without enough room is left out.
     """
     several, names = _several_stages(rows), []
     largest = max(max(s.action.microbatch, s.action.stage * several) for row in rows for s in row)
@@ -209,23 +209,26 @@ def _draw_lanes(axes: Axes, rows: Rows, head: str = "") -> None:
     size_of_one = 72 * inches / units / (DIGIT * len(str(largest)))  # in a bar of one unit
     axes.barh(range(len(rows)), _end(rows), 0.8, **IDLE)
     for rank, (row, idle) in enumerate(zip(rows, idle_shares(rows), strict=True)):
-        stages = sorted({slot.action.stage for slot in row})
-        own = f"\nstages {', '.join(map(str, stages[:2]))}{' ..' * (len(stages) > 2)}"
-        names.append(f"rank {rank}, {idle:.1%} idle" + own * (len(stages) > 1))
+        stages = sorted({timed.action.stage for timed in row})
+        stage_line = f"\nstages {', '.join(map(str, stages[:2]))}{' ..' * (len(stages) > 2)}"
+        names.append(f"rank {rank}, {idle:.1%} idle" + stage_line * (len(stages) > 1))
         shades = [_shade(s.action.op, stages.index(s.action.stage), len(stages)) for s in row]
-        bars = [(slot.start, slot.end - slot.start) for slot in row]
+        bars = [(timed.start, timed.end - timed.start) for timed in row]
         axes.broken_barh(bars, (rank - 0.4, 0.8), facecolors=shades, edgecolor="white", lw=0.5)
-        for action, (start, long) in zip((slot.action for slot in row), bars, strict=True):
-            large, ink = min(size_of_one * long, LARGEST), "white" if action.op is Op.F else "black"
+        for action, (start, duration) in zip((timed.action for timed in row), bars, strict=True):
+            large, ink = (
+                min(size_of_one * duration, LARGEST),
+                "white" if action.op is Op.F else "black",
+            )
             small = 0.75 * large * several
             up = 0.14 * (small >= LEAST)
             for number, size, y in (action.microbatch, large, -up), (action.stage, small, 0.22):
                 if size >= LEAST:
                     axes.text(
-                        start + long / 2, rank + y, str(number), size=size, color=ink, **CENTER
+                        start + duration / 2, rank + y, str(number), size=size, color=ink, **CENTER
                     )
-    reading = "in a bar: the micro-batch" + ", below it the stage, if there is room" * several
-    _label_rows(axes, head or reading, names)
+    legend = "in a bar: the micro-batch" + ", below it the stage, if there is room" * several
+    _label_rows(axes, head or legend, names)
 
 
 def _draw_held(axes: Axes, rows: Rows) -> None:
@@ -233,13 +236,13 @@ def _draw_held(axes: Axes, rows: Rows) -> None:
     unit = 0.84 / max(*peaks, 1)
     for rank, (row, peak) in enumerate(zip(rows, peaks, strict=True)):
         changes = [
-            (slot.start, 1) if slot.action.op is Op.F else (slot.end, -1)
-            for slot in row if slot.action.op is not Op.I
+            (timed.start, 1) if timed.action.op is Op.F else (timed.end, -1)
+            for timed in row if timed.action.op is not Op.I
         ]  # fmt: skip
         times = [0.0, *(time for time, _ in changes), _end(rows)]
         held = list(accumulate((by for _, by in changes), initial=0))
         floor = rank + 0.42
-        for n in range(peak):  # one above the other, in turn darker and lighter: to be counted
+        for n in range(peak):  # stacked, in alternating shades, so that they can be counted
             tops = floor - unit * numpy.clip([*held, held[-1]], n, n + 1)
             axes.fill_between(times, floor - unit * n, tops, step="post", color=HELD[n % 2], lw=0)
         axes.hlines([floor], 0, _end(rows), color="#bbbbbb", linewidth=0.6)

@@ -1,7 +1,7 @@
-"""The folder a run writes into: one run at a time, and no file is ever removed that is not ours.
+"""The folder that a run writes to: one run at a time, and only files of a run are ever removed.
 
-A run holds a lock on its folder, which the kernel drops when the process ends, however it ends: a
-killed run blocks nobody and leaves no file that says who it was. The kernel knows whose lock it is.
+A run holds a lock on its folder. The kernel releases it when the process ends for any reason, so a
+killed run blocks no other and leaves no lock file. The kernel also knows which process holds it.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from dist_lab.errors import UserError
 from dist_lab.programs.cli.config import RunSettings
 
 RUNS = Path("runs")
-OURS = (  # what a run leaves: globs
+FILES_OF_A_RUN = (  # globs
     "metrics.jsonl", "summary.json", "events.out.tfevents.*",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
@@ -23,29 +23,31 @@ OURS = (  # what a run leaves: globs
 
 @contextmanager
 def claimed(config: RunSettings, what: str = "") -> Iterator[Path]:
-    """The folder `config.out`, or a fresh one in runs/, this process's own meanwhile. Rank 0 only.
+    """Locks and yields the folder `config.out`, or a new one in runs/. Rank 0 only.
 
-    `what` stands for the strategy in the name of a fresh one.
+    `what` takes the place of the strategy in the name of a new folder.
 
     Raises:
-        UserError: another run is at work in it, it is not empty and `config.overwrite` is not set,
+        UserError: another run uses the folder, it is not empty and `config.overwrite` is not set,
             it is a file, or it cannot be written to.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with as_user_error(config.out or RUNS):
-            folder = Path(config.out).expanduser() if config.out else fresh(config, what)
-            reserve(folder, held, overwrite=config.overwrite)
-            for pattern in OURS:
+            folder = Path(config.out).expanduser() if config.out else new_folder(config, what)
+            reserve(folder, stack, overwrite=config.overwrite)
+            for pattern in FILES_OF_A_RUN:
                 for path in folder.glob(pattern):
                     path.unlink()
         yield folder
 
 
 def make_folder(out: str, file: str) -> Path:
-    """The folder `out`, in which `file` can be written; what it holds is left there. Rank 0 only.
+    """Makes the folder `out` and checks that `file` can be written there. Rank 0 only.
+
+    Files in it are kept.
 
     Raises:
-        UserError: it cannot be made, or not be written to.
+        UserError: the folder cannot be made, or cannot be written to.
     """
     with as_user_error(out):
         folder = Path(out).expanduser()
@@ -55,33 +57,35 @@ def make_folder(out: str, file: str) -> Path:
 
 
 def look(config: RunSettings) -> None:
-    """Raise what `claimed` would raise of a folder that is there, and change nothing in it.
+    """Raise what `claimed` would raise for an existing folder, without changing anything in it.
 
-    For the parent of ranks, so that a mistake is answered before they are started.
+    The parent of the ranks calls it to report a mistake before they are started.
     """
-    with as_user_error(config.out), ExitStack() as held:
+    with as_user_error(config.out), ExitStack() as stack:
         folder = Path(config.out).expanduser()
         if config.out and folder.exists():
-            reserve(folder, held, overwrite=config.overwrite)
+            reserve(folder, stack, overwrite=config.overwrite)
 
 
-def fresh(config: RunSettings, what: str) -> Path:
-    """Make a folder with the next number: runs/003-dp-gpt-tiny."""
+def new_folder(config: RunSettings, what: str) -> Path:
+    """Make a folder with the next free number: runs/003-dp-gpt-tiny."""
     RUNS.mkdir(exist_ok=True)
     name = f"{what or config.strategy}-{config.model}-{config.size}"
     while True:
-        numbers = [int(at[0]) for path in RUNS.iterdir() if (at := re.match(r"\d+", path.name))]
+        numbers = [
+            int(match[0]) for path in RUNS.iterdir() if (match := re.match(r"\d+", path.name))
+        ]
         folder = RUNS / f"{max(numbers, default=0) + 1:03}-{name}"
-        with suppress(FileExistsError):  # a run that was started at the same time has it
+        with suppress(FileExistsError):  # a run that started at the same time took this number
             folder.mkdir()
             return folder
 
 
-def reserve(folder: Path, held: ExitStack, *, overwrite: bool) -> None:
-    """Make and lock the folder until `held` ends; refuse one that holds anything else."""
+def reserve(folder: Path, stack: ExitStack, *, overwrite: bool) -> None:
+    """Make the folder and lock it until `stack` exits. Refuse one that is in use or not empty."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
-    held.callback(os.close, lock)
+    stack.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -90,17 +94,17 @@ def reserve(folder: Path, held: ExitStack, *, overwrite: bool) -> None:
             "give another"
         ) from None
     except OSError:
-        pass  # some network file systems cannot lock a folder; then nothing guards it
-    there = sorted(path.name for path in folder.iterdir())
-    if there and not overwrite:
+        pass  # some network file systems cannot lock a folder; then runs are not kept apart
+    names = sorted(path.name for path in folder.iterdir())
+    if names and not overwrite:
         raise UserError(
-            f"folder {str(folder)!r} is not empty: {len(there)} entries, first {there[0]!r} "
+            f"folder {str(folder)!r} is not empty: {len(names)} entries, first {names[0]!r} "
             "(--out); give another, or add --overwrite to replace the logs in it"
         )
 
 
 def holder(lock: int) -> str:
-    """Who holds the lock of an open folder, where the system tells: Linux does.
+    """Returns which process holds the lock of an open folder; only Linux knows.
 
     A line of /proc/locks: 1: FLOCK  ADVISORY  WRITE 4711 08:01:260072 0 EOF
     """
@@ -115,7 +119,7 @@ def holder(lock: int) -> str:
 
 @contextmanager
 def as_user_error(out: str | Path) -> Iterator[None]:
-    """What the system refuses inside the block, in one line."""
+    """Turn an OSError inside the block into a UserError of one line."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: a file of JSON lines, TensorBoard, and the person watching.
+"""Sinks for the numbers of a run: a file of JSON lines, TensorBoard, and the console.
 
-A sink takes one row a logged step, and the summary at the end. Rank 0 has all three, the others
-none.
+A sink takes one row per logged step, and the summary at the end. Rank 0 has all three sinks, the
+other ranks none.
 """
 
 import json
@@ -20,28 +20,28 @@ LAST_STEP = "the last step, measured"
 
 
 class Sink:
-    """What a sink is told. A moment it does not write is empty."""
+    """The events that a sink can write. By default it ignores them."""
 
     def tick(self, step: int) -> None:
         """A step is done."""
 
     def row(self, row: Row) -> None:
-        """A logged step, as README describes the fields."""
+        """A step is logged. README describes the fields of a row."""
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
-        """When each rank of a pipeline computed what in the last step, in ms."""
+        """The last step is measured: the timed actions of each pipeline rank, in ms."""
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """The run is over; None if it failed."""
 
 
 def open_sinks(folder: Path, steps: int, *, plain: bool = False) -> list[Sink]:
-    """All three, writing into `folder`, which exists. `plain`: no bar, as others print too."""
+    """Returns all three, writing to `folder`, which exists. `plain`: lines in place of a bar."""
     return [JsonLines(folder), TensorBoard(folder), Screen(steps, plain=plain)]
 
 
 class JsonLines(Sink):
-    """metrics.jsonl. Each line is written whole and at once: a killed run leaves no torn one."""
+    """Writes metrics.jsonl. A line is written at once, so a killed run leaves no partial line."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,8 +51,8 @@ class JsonLines(Sink):
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
-        """pipeline.json, and a picture of it beside the ideal."""
-        from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
+        """Write pipeline.json, and a picture of the measured step above the ideal one."""
+        from dist_lab.observe import pipeline_plot  # matplotlib is slow to import
 
         write_json(self.folder / "pipeline.json", pipeline_plot.to_json(rows, schedule.name))
         pipeline_plot.write(
@@ -66,7 +66,7 @@ class JsonLines(Sink):
 
 
 class TensorBoard(Sink):
-    """Every number of a row as a scalar: `tensorboard --logdir runs`."""
+    """Writes every number of a row as a scalar: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 does
@@ -92,7 +92,7 @@ class TensorBoard(Sink):
 
 
 class Screen(Sink):
-    """For the person watching: a bar with the last numbers, or a plain line a row in a log."""
+    """Shows a progress bar with the last numbers, or prints a line per row in a log."""
 
     def __init__(self, steps: int, *, plain: bool) -> None:
         self.steps, self.validation = steps, ""
@@ -134,7 +134,7 @@ def closing_line(summary: Mapping[str, Any]) -> str:
 
 
 def memory_in_words(kinds: Mapping[str, int]) -> str:
-    """Bytes by kind as one phrase, the largest first; what is less than a hundredth is left out."""
+    """Returns bytes by kind as one phrase, the largest first. Kinds below 1% are left out."""
     total = sum(kinds.values())
     large = sorted((n, kind) for kind, n in kinds.items() if 100 * n > total)
     parts = ", ".join(f"{kind.replace('_', ' ')} {n / 1e6:,.1f}" for n, kind in reversed(large))

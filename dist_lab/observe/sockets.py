@@ -1,8 +1,8 @@
-"""Bytes that the sockets of this process have sent, by the kernel's own count.
+"""Bytes that the sockets of this process have sent, counted by the kernel.
 
-A ledger knows what our code hands over, and nothing of what a library sends by itself. The kernel
-knows every TCP socket: the payload of its stream, each byte once, with the few that the transport
-puts before a message and without the headers of packets. Only Linux tells.
+A ledger counts the bytes of our own collectives, but not those that a library sends by itself. The
+kernel counts the payload of every TCP socket, each byte once. This includes the few bytes that the
+transport puts before a message, and excludes packet headers. Only Linux has these counters.
 """
 
 import os
@@ -12,16 +12,16 @@ import struct
 import sys
 from collections.abc import Iterator
 
-# Of struct tcp_info (include/uapi/linux/tcp.h), tcpi_bytes_sent and tcpi_bytes_retrans: two u64 in
-# a row, since Linux 4.19.
+# In struct tcp_info (include/uapi/linux/tcp.h): the offset of tcpi_bytes_sent, which
+# tcpi_bytes_retrans follows (both u64, since Linux 4.19), and the offset of their end.
 OFFSET, LENGTH = 200, 216
 
 
 def sent_bytes() -> int | None:
-    """Payload bytes sent so far on the TCP sockets that are open now; None where nobody counts.
+    """Returns the payload bytes sent so far on the TCP sockets that are open now. None if unknown.
 
-    A byte counts once it has left; what still waits in a send buffer does not. So read it when
-    the peers have what they were sent.
+    Bytes in a send buffer do not count until they leave. So call it after the peers have received
+    their messages.
     """
     if sys.platform != "linux":
         return None
@@ -36,17 +36,17 @@ def sent_bytes() -> int | None:
 
 
 def tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
-    """The descriptor and a duplicate of each: closing that leaves the descriptor to its owner."""
+    """Yields each TCP descriptor with a duplicate, which can be closed without closing it."""
     for name in os.listdir("/dev/fd"):
         try:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             duplicate = os.dup(int(name))
-        except OSError:  # the one that listed them, or closed by another thread
+        except OSError:  # the descriptor of this listing, or one that another thread has closed
             continue
-        with socket.socket(fileno=duplicate) as found:
-            if found.type == socket.SOCK_STREAM and found.family in INTERNET:
-                yield int(name), found
+        with socket.socket(fileno=duplicate) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.family in INTERNET:
+                yield int(name), connection
 
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)

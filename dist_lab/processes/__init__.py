@@ -1,5 +1,5 @@
-"""Rank processes: started warm, heard out together, gone when their parent is.
+"""Rank processes: they start from a warm process, report to their parent, and end with it.
 
-`ranks` starts and ends them, `failures` tells what went wrong on several at once, `pool` keeps some
-warm for tests.
+`ranks` starts and ends them, `launcher` runs a program on them, `failures` reports what went wrong
+on several at once, and `pool` keeps some warm for tests.
 """

@@ -1,13 +1,14 @@
-"""A warm pool of rank processes, each of which runs the body of one test after another.
+"""A warm pool of rank processes that run the bodies of one test after another.
 
-The parent sends a Task down the pipe of each rank and hears how its body ended. Before a body runs,
-its rank is made as good as new: it leaves the process group and joins another one (30 ms, most of
-it inside gloo), so that no message, timeout, group or thread of one test is there in the next.
+The parent sends a Task through the pipe of each rank and gets back the outcome of the body. Before
+each body, a rank leaves its process group and joins a new one (30 ms, most of it inside gloo). So
+no message, timeout, group or thread of one test is left in the next.
 
-[Note: hanging up] Before gloo closes a connection it waits until its own thread, which looks up
-every 10 ms, has let go of it: one after another, of every group. A connection that has ended wakes
-that thread, which then lets go of it by itself. So the ranks end all of them before they leave,
-which halves what a test costs. No peer misses anything: the body has ended on all ranks by then.
+[Note: closing connections] Before gloo closes a connection it waits for its own thread to release
+it. That thread looks every 10 ms, and gloo waits for one connection after another, of every group.
+A connection that has ended wakes the thread, which then releases it at once. So ranks end all
+connections before they leave a group, which halves the cost of a test. No peer misses a message: by
+then the body has ended on all ranks.
 """
 
 import ast
@@ -35,21 +36,28 @@ import pytest
 
 from dist_lab.observe.sockets import tcp_sockets
 from dist_lab.processes import ranks
-from dist_lab.processes.failures import Failure, gather, heading, how_it_ended, named, tell
+from dist_lab.processes.failures import (
+    Failure,
+    collect,
+    describe,
+    exit_in_words,
+    heading,
+    ranks_in_words,
+)
 
-AT_START = 120.0  # seconds for ranks to import torch and say that they are there
+AT_START = 120.0  # seconds for ranks to import torch and report that they are ready
 AT_EXIT = 10.0  # seconds for ranks to end after the last test
 
 
 @dataclass(frozen=True)
 class Task:
-    """One test, as it is sent to a rank.
+    """One test as it is sent to a rank.
 
     Attributes:
-        size, timeout: the ranks that run it, and the seconds they have.
-        axes: of the mesh that the body gets; None if it asks for none.
-        module, path: of the file that the test is in.
-        name: of the function in there, `TestClass.test_name` for a method.
+        size, timeout: the number of ranks that run it, and the seconds they have.
+        axes: the axes of the mesh that the body gets; None if it takes no mesh.
+        module, path: the name and the path of the test's file.
+        name: the function in that file, `TestClass.test_name` for a method.
         search: sys.path.
         values: the other arguments of the body, each pickled.
         filters: warnings.filters, pickled.
@@ -66,14 +74,14 @@ class Task:
     filters: bytes
 
 
-Ended = tuple[str, str] | None  # a rank's message if nothing failed: (skip or xfail, the reason)
+Outcome = tuple[str, str] | None  # if a body did not fail: ("skip" or "xfail", the reason), or None
 
 
 class Pool:
-    """As many ranks as the largest test so far has asked for; a test of n runs on the first n.
+    """As many ranks as the largest test so far has needed. A test of n ranks runs on the first n.
 
-    After a failure all are ended, since nobody knows what state they are in, and the next test
-    starts new ones.
+    After a failure all ranks are ended, because their state is unknown. The next test starts new
+    ones.
     """
 
     def __init__(self, preload: Sequence[str]) -> None:
@@ -89,71 +97,71 @@ class Pool:
             raise
         for outcome in outcomes:
             if outcome is not None:
-                how, reason = outcome
-                getattr(pytest, how)(reason)
+                skip_or_xfail, reason = outcome
+                getattr(pytest, skip_or_xfail)(reason)
 
     def close(self) -> list[str]:
-        """Let every rank end by itself. Returns a complaint for each that did not end well."""
+        """Let every rank end by itself. Returns a line for each that ended with an error."""
         for rank in self._ranks:
             with contextlib.suppress(OSError):
                 rank.pipe.send(None)
         ranks.join(self._ranks, AT_EXIT)
         return [
-            f"rank {number} of the pool: {how_it_ended(code)} after the last test"
+            f"rank {number} of the pool: {exit_in_words(code)} after the last test"
             for number, code in enumerate(self._end())
             if code
         ]
 
-    def _run(self, task: Task) -> list[Ended]:
+    def _run(self, task: Task) -> list[Outcome]:
         self._grow_to(task.size)
         working = self._ranks[: task.size]
         rendezvous = str(self._path("rendezvous", time.monotonic_ns()))  # a new one for each test
         for rank in working:
             os.truncate(self._path("printed", rank.number), 0)
-            with contextlib.suppress(OSError):  # of one that has just died: it will not be heard
+            with contextlib.suppress(OSError):  # a rank that has just died: `_collect` reports it
                 rank.pipe.send((rendezvous, task))
         try:
-            return self._hear(working, task.timeout)
+            return self._collect(working, task.timeout)
         finally:
             for rank in working:
                 if printed := self._path("printed", rank.number).read_text(errors="replace"):
                     print(heading(f"rank {rank.number} printed") + printed, end="")
 
     def _grow_to(self, size: int) -> None:
-        """Start the ranks that are missing. One that died between two tests is told of now."""
+        """Start the ranks that are missing, and report a rank that died between two tests."""
         for rank in self._ranks:
             if not rank.process.is_alive():
-                how = how_it_ended(rank.process.exitcode or 0)
-                text = f"rank {rank.number}: {how}, after the test before this one had passed"
+                end = exit_in_words(rank.process.exitcode or 0)
+                text = f"rank {rank.number}: {end}, after the test before this one had passed"
                 pytest.fail(text, pytrace=False)
-        if not self._ranks:  # the folder is there as long as they are
+        if not self._ranks:  # the folder exists as long as the ranks do
             self._folder = tempfile.TemporaryDirectory(prefix="dist_lab-")
         new = [
             ranks.start(number, serve, self._folder.name, preload=self._preload)
             for number in range(len(self._ranks), size)
         ]
         self._ranks += new
-        self._hear(new, AT_START)
+        self._collect(new, AT_START)
 
-    def _hear(self, working: Sequence[ranks.Rank], timeout: float) -> list[Ended]:
-        """Wait for every rank's outcome; raise the failure of the test, if there is one."""
-        ended, failures, running = gather(working, timeout)
-        failures = [f if f.story else replace(f, story=self._stack(f.rank)) for f in failures]
-        text, size = tell(failures, len(working)), len(working)
+    def _collect(self, working: Sequence[ranks.Rank], timeout: float) -> list[Outcome]:
+        """Wait for every rank's outcome, and raise the failure of the test if there is one."""
+        outcomes, failures, running = collect(working, timeout)
+        failures = [f if f.details else replace(f, details=self._stack(f.rank)) for f in failures]
+        text, size = describe(failures, len(working)), len(working)
         why = "was still running" if failures else f"had not ended after {timeout:g} s"
         for rank in running:
             ranks.ask_for_stack(rank)
         if running:
-            time.sleep(0.5)  # until they have written
+            time.sleep(0.5)  # until the stacks are written
         for rank in running:
             stack = self._stack(rank.number)
-            stack = stack or "It does not even say where: it is stopped, or starting.\n"
+            stack = stack or "It prints no stack: it is stopped, or still starting.\n"
             text += heading(f"rank {rank.number} of {size}: {why}") + stack
         if text:
-            if ended:
-                text += heading(f"{named(list(ended))} of {size}: no failure")
+            if outcomes:
+                text += heading(f"{ranks_in_words(list(outcomes))} of {size}: no failure")
             pytest.fail(text, pytrace=False)
-        return list(ended.values())
+        return list(outcomes.values())
 
     def _stack(self, number: int) -> str:
         return self._path("stack", number).read_text()
@@ -162,7 +170,7 @@ class Pool:
         return Path(self._folder.name, f"{kind}-{number}")
 
     def _end(self) -> list[int]:
-        codes = ranks.stop(self._ranks, grace=0.5)  # they have nothing to save
+        codes = ranks.stop(self._ranks, grace=0.5)  # ranks have nothing to save
         if self._ranks:
             self._folder.cleanup()
         self._ranks = []
@@ -173,39 +181,39 @@ class Pool:
 
 
 def serve(pipe: Connection, rank: int, folder: str) -> None:
-    """Run one task after another, until told None."""
+    """Run one task after another, until None arrives."""
     from dist_lab.mesh import groups
 
-    write_into(f"{folder}/printed-{rank}")
+    redirect_output(f"{folder}/printed-{rank}")
     stack = os.open(f"{folder}/stack-{rank}", os.O_WRONLY | os.O_CREAT)
     faulthandler.register(signal.SIGUSR1, stack)
     faulthandler.enable(stack)
     kept = {number for number, _ in tcp_sockets()}
-    settled: set[str] = set()
+    frozen: set[str] = set()
     pipe.send(None)
-    while (order := pipe.recv()) is not None:
-        rendezvous, task = order
-        hang_up(kept)
-        word = run_one(task, rank, rendezvous, settled)
+    while (message := pipe.recv()) is not None:
+        rendezvous, task = message
+        close_connections(kept)
+        outcome = run_one(task, rank, rendezvous, frozen)
         sys.stdout.flush()
         sys.stderr.flush()
-        pipe.send(word)
-        if isinstance(word, Failure):
-            ranks.end_process(1)  # so that peers which wait for this rank fail now
+        pipe.send(outcome)
+        if isinstance(outcome, Failure):
+            ranks.end_process(1)  # so that peers that wait for this rank fail now
     groups.disconnect()
 
 
-def hang_up(kept: set[int]) -> None:
-    """End all TCP connections but those of these descriptors. See [Note: hanging up]."""
+def close_connections(kept: set[int]) -> None:
+    """End all TCP connections but those of kept descriptors. See [Note: closing connections]."""
     for number, connection in tcp_sockets():
-        listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if number not in kept and not listens:
-            with contextlib.suppress(OSError):  # it is not connected any more
+        is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if number not in kept and not is_listening:
+            with contextlib.suppress(OSError):  # it is no longer connected
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def write_into(path: str) -> None:
-    """Let everything that this process prints, in C++ too, go into a file."""
+def redirect_output(path: str) -> None:
+    """Write everything that this process prints, also from C++, to a file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())
@@ -214,14 +222,14 @@ def write_into(path: str) -> None:
     os.close(file)
 
 
-def run_one(task: Task, rank: int, rendezvous: str, settled: set[str]) -> Failure | Ended:
+def run_one(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> Failure | Outcome:
     from dist_lab.mesh import mesh
 
     __tracebackhide__ = True
     try:
-        renew(task, rank, rendezvous, settled)
+        reset_process(task, rank, rendezvous, frozen)
         with warnings.catch_warnings():
-            function = find(task)
+            function = load_function(task)
             arguments = {name: loads(value) for name, value in task.values.items()}
             warnings.resetwarnings()
             warnings.filters = loads(task.filters)
@@ -233,16 +241,16 @@ def run_one(task: Task, rank: int, rendezvous: str, settled: set[str]) -> Failur
     except pytest.xfail.Exception as outcome:
         return "xfail", str(outcome)
     except BaseException as error:
-        shown = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
-        return replace(Failure.of(rank, error), story=f"{shown}\n")
+        traceback = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
+        return replace(Failure.of(rank, error), details=f"{traceback}\n")
     return None
 
 
-def renew(task: Task, rank: int, rendezvous: str, settled: set[str]) -> None:
-    """Undo what the last test may have left in this process, and join the ranks of this one.
+def reset_process(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> None:
+    """Undo the last test's changes to this process, and join the ranks of the next test.
 
     Args:
-        settled: the modules that collections do not look through any more.
+        frozen: modules whose objects the garbage collector no longer visits.
     """
     import torch
 
@@ -250,30 +258,31 @@ def renew(task: Task, rank: int, rendezvous: str, settled: set[str]) -> None:
 
     groups.disconnect()
     gc.collect()
-    if new := sys.modules.keys() - settled:
-        gc.freeze()  # they stay: the collection after the next test then takes 1 ms, not 100
-        settled |= new
+    if new := sys.modules.keys() - frozen:
+        gc.freeze()  # modules stay: the next collection then takes 1 ms, not 100
+        frozen |= new
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
-    # Twice the test's time, so that the pool, which can say where each rank hangs, comes first.
+    # Twice the test's time: the pool times out first, and can report where each rank hangs.
     store = groups.file_store(rendezvous, task.size)
     groups.connect(store, rank, task.size, timeout=2 * task.timeout)
 
 
-def find(task: Task) -> Callable[..., Any]:
+def load_function(task: Task) -> Callable[..., Any]:
+    """Import the test's file if needed, and return the function, or the method of a new object."""
     sys.path[:] = task.search
-    found: Any = sys.modules.get(task.module)
-    if found is None or found.__file__ != task.path:
-        found = import_test(task.module, task.path)
+    owner: Any = sys.modules.get(task.module)
+    if owner is None or owner.__file__ != task.path:
+        owner = import_test(task.module, task.path)
     for name in task.name.split("."):
-        found = getattr(found() if isinstance(found, type) else found, name)
-    return found
+        owner = getattr(owner() if isinstance(owner, type) else owner, name)
+    return owner
 
 
 def import_test(name: str, path: str) -> ModuleType:
-    """Import a file as pytest does: its asserts show their values when they fail."""
+    """Import a file as pytest does, so that a failing assert shows its values."""
     from _pytest.assertion.rewrite import rewrite_asserts  # pytest's own hook needs a session
 
     spec = importlib.util.spec_from_file_location(name, path)

@@ -1,18 +1,18 @@
-"""Rank processes: started warm, heard out together, and gone when their parent is.
+"""Rank processes: they start from a warm process, report to their parent, and end with it.
 
-A new Python spends seconds on importing torch. Here one process, multiprocessing's forkserver, has
-imported it and forks each rank from itself in a few milliseconds; it never runs a torch operation,
-because thread pools do not survive a fork. A rank talks to its parent through a pipe:
+A new Python spends seconds on importing torch. So one process, multiprocessing's forkserver,
+imports it once and forks each rank from itself in a few milliseconds. It never runs a torch
+operation, because thread pools do not survive a fork. A rank talks to its parent through a pipe:
 
     started = [start(rank, body, ..., preload=PRELOAD) for rank in range(4)]
-    heard, failed, running = failures.gather(started)   # one message of each, or how it died
+    messages, failed, running = failures.collect(started)   # one message of each, or how it died
     stop(started)
 
-[Note: orphans] Under a forkserver a rank's parent in the eyes of the kernel is the forkserver,
-which outlives the process that asked for the rank, so neither getppid() nor PR_SET_PDEATHSIG tells
-of the asker's death. The pipe through which the rank was described does: the asker holds its other
-end until it dies, however it dies. On Linux the kernel is told to send SIGKILL when that end
-closes, which also ends a rank that is stopped, or in C code that holds the GIL. Elsewhere a thread
+[Note: orphans] A rank must end when the process that started it dies. For the kernel a rank's
+parent is the forkserver, which lives longer, so neither getppid() nor PR_SET_PDEATHSIG notices that
+death. The pipe over which the rank got its arguments does: the starter holds the other end until it
+dies, for whatever reason. On Linux the kernel sends SIGKILL to the rank when that end closes. This
+also ends a rank that is stopped, or that runs C code which holds the GIL. On other systems a thread
 waits for it.
 """
 
@@ -31,9 +31,9 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn
 
-# What a rank needs, torch with it. Every optimizer imports torch._dynamo, which takes it 2 seconds.
+# Modules that every rank needs, torch among them. Every optimizer imports torch._dynamo: 2 seconds.
 PRELOAD = ("dist_lab.mesh.mesh", "torch._dynamo")
-GRACE = 2.0  # seconds for the others once one rank has failed; and from SIGTERM to SIGKILL
+GRACE = 2.0  # seconds for the other ranks after a failure, and from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,31 @@ def start(number: int, body: Callable[..., None], *arguments: Any, preload: Sequ
     """Start `body(pipe, number, *arguments)` in a new rank process.
 
     Args:
-        body, arguments: picklable; `body` is found in the child by its module and name.
+        body, arguments: picklable. The child finds `body` by its module and name.
         preload: modules for the forkserver to import. It starts once in the life of a process, so
-            the first call decides; a module that is missing there is imported by each rank.
+            only the first call counts. Each rank imports the modules that are missing there.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    ours, theirs = context.Pipe()
+    parent_end, child_end = context.Pipe()
     process = context.Process(
-        target=_enter, args=(body, theirs, number, *arguments), name=f"rank {number}"
+        target=_enter, args=(body, child_end, number, *arguments), name=f"rank {number}"
     )
     process.start()
-    theirs.close()  # the child holds the only copy now: its death is an end of file for us
-    return Rank(number, process, ours)
+    child_end.close()  # the child holds the only copy now: its death is an end of file for us
+    return Rank(number, process, parent_end)
 
 
 def ask_for_stack(rank: Rank) -> None:
-    """Send the signal at which faulthandler prints a rank's stack; it does not need the GIL."""
+    """Send the signal on which faulthandler prints a rank's stack. It does not need the GIL."""
     assert rank.process.pid is not None
     os.kill(rank.process.pid, signal.SIGUSR1)
 
 
 def stop(ranks: Sequence[Rank], *, grace: float = GRACE) -> list[int]:
-    """End what still runs: SIGTERM, `grace` seconds, SIGKILL. Returns every exit code.
+    """End the ranks that still run: SIGTERM, `grace` seconds, SIGKILL. Returns all exit codes.
 
-    An exception that arrives meanwhile, as from a second Ctrl-C, cuts the grace short.
+    An exception in between, such as a second Ctrl-C, cuts the grace short.
     """
     try:
         for rank in ranks:
@@ -91,7 +91,7 @@ def stop(ranks: Sequence[Rank], *, grace: float = GRACE) -> list[int]:
 
 
 def join(ranks: Sequence[Rank], seconds: float) -> None:
-    """Wait for all to end by themselves, together no longer than this."""
+    """Wait until all ranks have ended by themselves, for at most this many seconds in total."""
     deadline = time.monotonic() + seconds
     for rank in ranks:
         rank.process.join(max(0.0, deadline - time.monotonic()))
@@ -106,30 +106,30 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible(*signals: signal.Signals) -> Iterator[None]:
-    """Inside the block each of these signals raises Interrupted."""
+    """Make each of these signals raise Interrupted inside the block."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in signals}
+    handlers = {number: signal.signal(number, interrupt) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def end_process(status: int) -> NoReturn:
-    """At once, so that no destructor of a broken process group gets the chance to hang."""
+    """End this process at once, so that no destructor of a broken process group can hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     try:
-        return len(os.sched_getaffinity(0))  # knows of containers and taskset; Linux alone has it
+        return len(os.sched_getaffinity(0))  # respects containers and taskset; only on Linux
     except AttributeError:
         return os.cpu_count() or 1
 
@@ -139,21 +139,21 @@ def cores() -> int:
 
 def _enter(body: Callable[..., None], *arguments: Any) -> None:
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all ranks; the parent ends them
     body(*arguments)
 
 
 def _die_with_parent() -> None:
-    """See [Note: orphans]."""
+    """End this process when the one that started it dies; see [Note: orphans]."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "not a process that multiprocessing has started"
+    assert parent is not None, "this process was not started by multiprocessing"
     sentinel = parent.sentinel
     if sys.platform == "linux":
         fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
         fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-        if wait([sentinel], 0):  # it died before the kernel was told
+        if wait([sentinel], 0):  # it died before this was set up
             os._exit(1)
     else:
 

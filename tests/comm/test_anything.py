@@ -1,4 +1,4 @@
-"""Buffers of every make start as rank 0's, are gathered and are loaded, and stay as they are."""
+"""Buffers of any kind are broadcast from rank 0, gathered and loaded, and keep their strides."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from dist_lab.mesh.mesh import init_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")
 MATRIX = torch.arange(6.0).view(2, 3)
-MAKES = {
+BUFFERS = {
     "sparse": lambda f: (torch.eye(3) * f).to_sparse(),
     "csr": lambda f: (torch.eye(3) * f).to_sparse_csr(),
     "csc": lambda f: (torch.eye(3) * f).to_sparse_csc(),
@@ -32,7 +32,7 @@ MAKES = {
 }
 
 
-def look(tensor):
+def properties(tensor):
     strides = tensor.stride() if tensor.layout is torch.strided else None
     return tensor.dtype, tensor.shape, tensor.layout, strides, tensor.is_conj(), tensor.is_neg()
 
@@ -42,21 +42,21 @@ def values(tensor):
     return tensor.tolist()
 
 
-def model_with(make, factor):
+def model_with(kind, factor):
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    model.register_buffer("odd", MAKES[make](factor))
+    model.register_buffer("odd", BUFFERS[kind](factor))
     return model
 
 
 @pytest.mark.slow_unless(lambda strategy: strategy == "fsdp")
 @pytest.mark.parametrize("strategy", ["dp", "zero1", "fsdp"])
-@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("kind", BUFFERS)
 @pytest.mark.ranks(2, timeout=20)
-def test_a_buffer_of_any_make_is_rank_0s_and_is_loaded(make, strategy, mesh):
+def test_a_buffer_of_any_kind_is_broadcast_from_rank_0_and_loaded(kind, strategy, mesh):
     mesh = init_mesh(**axes_of(strategy, 2), timeout=10)
-    ones, twos = MAKES[make](1), MAKES[make](2)
-    model = model_with(make, 1 + mesh.rank)
+    ones, twos = BUFFERS[kind](1), BUFFERS[kind](2)
+    model = model_with(kind, 1 + mesh.rank)
     job = dist_lab.parallelize(model, mesh, strategy)
     full = job.full_state_dict()
     assert values(model.odd) == values(full["odd"]) == values(ones)
@@ -64,33 +64,33 @@ def test_a_buffer_of_any_make_is_rank_0s_and_is_loaded(make, strategy, mesh):
     assert full["odd"].dtype == ones.dtype
     job.load_full_state_dict(full | {"odd": twos})
     assert values(model.odd) == values(twos)
-    assert look(model.odd) == look(ones)
+    assert properties(model.odd) == properties(ones)
     model.odd = ones if mesh.rank else ones.clone()  # other strides
     check_tensors_agree({"odd": model.odd}, mesh.world)
 
 
-@pytest.mark.parametrize("make", [make for make in MAKES if make != "empty"])
+@pytest.mark.parametrize("kind", [kind for kind in BUFFERS if kind != "empty"])
 @pytest.mark.ranks(2, timeout=20)
-def test_a_buffer_that_differs_is_named(make, mesh):
-    model = model_with(make, 1 + mesh.rank)
+def test_a_buffer_that_differs_between_ranks_is_named(kind, mesh):
+    model = model_with(kind, 1 + mesh.rank)
     with pytest.raises(UserError, match=r"1 of 3 tensors differ between ranks, first odd \(rank 1"):
         dist_lab.parallelize(model, mesh, "dp", broadcast=False)
 
 
 @pytest.mark.ranks(2, timeout=20)
-def test_other_numbers_of_entries_are_refused(mesh):
+def test_sparse_buffers_of_unequal_length_are_refused(mesh):
     model = nn.Linear(3, 2)
     model.register_buffer("odd", torch.diag(torch.tensor([1.0, 1.0, mesh.rank])).to_sparse())
-    found = r"has odd as .float32 \[3, 3\], sparse coo of [23]., the others as"
-    with pytest.raises(UserError, match=found):
+    message = r"has odd as .float32 \[3, 3\], sparse coo of [23]., the others as"
+    with pytest.raises(UserError, match=message):
         dist_lab.parallelize(model, mesh, "dp")
 
 
-def test_what_has_no_plain_form_is_refused_by_name():
+def test_repeated_entries_shared_elements_and_sparse_parameters_are_refused():
     twice = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True)
     for odd, match in [
-        (twice, r"odd is sparse and has entries twice; give odd.coalesce\(\)"),
-        (torch.arange(6.0).unfold(0, 3, 1), r"elements of odd share their memory; give odd.clone"),
+        (twice, r"odd is sparse and repeats entries; give odd.coalesce\(\)"),
+        (torch.arange(6.0).unfold(0, 3, 1), r"elements of odd share memory; give odd.clone"),
     ]:
         model = nn.Linear(3, 2)
         model.register_buffer("odd", odd)

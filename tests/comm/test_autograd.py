@@ -1,7 +1,7 @@
-"""Each differentiable collective against the transpose it claims: <Ax, y> = <x, A'y>.
+"""Each differentiable collective's backward is the transpose of its forward: <Ax, y> = <x, A'y>.
 
-The inner product of a tensor that all ranks hold alike counts one copy; of one that each rank holds
-its own of, all of them. That is the whole difference between `gather_replicated` and `all_gather`.
+The inner product of replicated tensors counts one copy; of tensors that differ between ranks, all
+of them. This is the only difference between `gather_replicated` and `all_gather`.
 """
 
 import pytest
@@ -10,47 +10,51 @@ import torch
 from dist_lab.comm import autograd, ops
 
 N = 3
-COPY, OWN = "one copy", "each its own"
-PAIRS = {  # name: (map, what x is, what y is)
-    "scatter": (lambda x, axis: autograd.scatter(x, axis, 1), COPY, OWN),
-    "gather_replicated": (lambda x, axis: autograd.gather_replicated(x, axis, 1), OWN, COPY),
-    "all_gather": (lambda x, axis: autograd.all_gather(x, axis, 1), OWN, OWN),
+REPLICATED, PER_RANK = "replicated", "per rank"
+PAIRS = {  # name: (map, kind of x, kind of y)
+    "scatter": (lambda x, axis: autograd.scatter(x, axis, 1), REPLICATED, PER_RANK),
+    "gather_replicated": (
+        lambda x, axis: autograd.gather_replicated(x, axis, 1),
+        PER_RANK,
+        REPLICATED,
+    ),
+    "all_gather": (lambda x, axis: autograd.all_gather(x, axis, 1), PER_RANK, PER_RANK),
 }
 
 
-def draw(kind: str, shape: torch.Size, axis, seed: int) -> torch.Tensor:
-    rank = 0 if kind == COPY else axis.index
+def random(kind: str, shape: torch.Size, axis, seed: int) -> torch.Tensor:
+    rank = 0 if kind == REPLICATED else axis.index
     generator = torch.Generator().manual_seed(100 * seed + rank)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def inner(a: torch.Tensor, b: torch.Tensor, kind: str, axis) -> float:
     product = (a * b).sum()
-    return float((product if kind == COPY else ops.all_reduce(product, axis)).detach())
+    return float((product if kind == REPLICATED else ops.all_reduce(product, axis)).detach())
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.ranks(N)
 def test_backward_is_the_transpose_of_forward(name, mesh):
-    apply, of_x, of_y = PAIRS[name]
+    apply, kind_of_x, kind_of_y = PAIRS[name]
     axis = mesh["dp"]
-    x = draw(of_x, torch.Size((2, 2 * N)), axis, 1).requires_grad_()
+    x = random(kind_of_x, torch.Size((2, 2 * N)), axis, 1).requires_grad_()
     ax = apply(x, axis)
-    y = draw(of_y, ax.shape, axis, 2)
+    y = random(kind_of_y, ax.shape, axis, 2)
     (aty,) = torch.autograd.grad(ax, x, y)
-    want = inner(ax, y, of_y, axis)
+    want = inner(ax, y, kind_of_y, axis)
     assert want != 0
-    assert inner(x, aty, of_x, axis) == pytest.approx(want, rel=1e-12)
+    assert inner(x, aty, kind_of_x, axis) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.ranks(N)
 def test_the_second_derivative_is_the_forward_again(name, mesh):
-    apply, of_x, of_y = PAIRS[name]
+    apply, kind_of_x, kind_of_y = PAIRS[name]
     axis = mesh["dp"]
-    x = draw(of_x, torch.Size((2, 2 * N)), axis, 1).requires_grad_()
+    x = random(kind_of_x, torch.Size((2, 2 * N)), axis, 1).requires_grad_()
     ax = apply(x, axis)
-    y = draw(of_y, ax.shape, axis, 2).requires_grad_()
+    y = random(kind_of_y, ax.shape, axis, 2).requires_grad_()
     (aty,) = torch.autograd.grad(ax, x, y, create_graph=True)
     (again,) = torch.autograd.grad(aty, y, x.detach())
     assert torch.allclose(again, ax, rtol=1e-12)

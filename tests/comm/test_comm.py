@@ -1,4 +1,4 @@
-"""The collectives against their definitions, what the ledger counts, and what a wrong call says."""
+"""The collectives equal their definitions; the ledger counts them; a wrong call is an error."""
 
 import os
 import socket
@@ -26,17 +26,17 @@ WORLDS = [pytest.param(n, marks=pytest.mark.ranks(n)) for n in (2, 3, 4)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
 
 
-def own(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Small whole numbers, different on each rank, exact in every dtype and every order of sums."""
+def values(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Returns small integers that differ by rank. Their sums are exact in every dtype and order."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(-8, 8, shape, generator=generator).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world", WORLDS)
-def test_collectives_are_what_they_say(world, dtype, mesh):
+def test_every_collective_equals_its_definition(world, dtype, mesh):
     axis, n = mesh["dp"], world
-    xs = [own(r, 2 * n, n, dtype=dtype) for r in range(n)]
+    xs = [values(r, 2 * n, n, dtype=dtype) for r in range(n)]
     x = xs[axis.index].clone()
     total = torch.stack(xs).sum(0).to(dtype)
 
@@ -47,48 +47,48 @@ def test_collectives_are_what_they_say(world, dtype, mesh):
     assert torch.equal(ops.reduce_scatter(x, axis), total.chunk(n)[axis.index])
     assert torch.equal(ops.reduce_scatter(x, axis, 1), total.chunk(n, 1)[axis.index])
     assert torch.equal(ops.broadcast(x, axis, n - 1), xs[n - 1])
-    mine = torch.cat([y.chunk(n, 1)[axis.index] for y in xs])
-    assert torch.equal(ops.all_to_all(x, axis, 1, 0), mine)
+    received = torch.cat([y.chunk(n, 1)[axis.index] for y in xs])
+    assert torch.equal(ops.all_to_all(x, axis, 1, 0), received)
     assert torch.equal(x, xs[axis.index]), "an out-of-place form changed its argument"
 
 
 @pytest.mark.ranks(3)
-def test_into_forms_write_where_they_are_told_and_wait_later(mesh):
+def test_into_forms_write_to_the_given_buffers_and_several_may_be_in_flight(mesh):
     axis = mesh["dp"]
-    x, xs = own(axis.index, 6), [own(r, 6) for r in range(3)]
-    buffer, gathered, piece = x.clone(), torch.empty(18), torch.empty(2)
+    x, xs = values(axis.index, 6), [values(r, 6) for r in range(3)]
+    buffer, gathered, shard = x.clone(), torch.empty(18), torch.empty(2)
     pending = [
         ops.all_reduce_into(buffer, axis),
         ops.all_gather_into(gathered, x, axis),
-        ops.reduce_scatter_into(piece, x, axis),
+        ops.reduce_scatter_into(shard, x, axis),
     ]
     results = [p.wait() for p in pending]
     assert results[0] is buffer
     assert torch.equal(buffer, sum(xs))
     assert torch.equal(gathered, torch.cat(xs))
-    assert torch.equal(piece, sum(xs).chunk(3)[axis.index])
+    assert torch.equal(shard, sum(xs).chunk(3)[axis.index])
 
 
 @pytest.mark.ranks(2)
-def test_a_buffer_may_lie_in_memory_as_it_likes_and_otherwise_on_each_rank(mesh):
-    # The transport reads memory in order: strides that it does not see would mix up elements.
-    axis, xs = mesh["dp"], [own(r, 4, 3) for r in range(2)]
+def test_a_buffer_may_have_any_strides_and_other_ones_on_each_rank(mesh):
+    # The transport ignores strides and reads memory in order, which would mix up elements.
+    axis, xs = mesh["dp"], [values(r, 4, 3) for r in range(2)]
     x = xs[axis.index].t().contiguous().t() if mesh.rank else xs[axis.index].clone()
     assert torch.equal(ops.all_reduce_into(x.clone(), axis).wait(), sum(xs))
     assert torch.equal(ops.broadcast_into(x, axis).wait(), xs[0])
     whole = torch.full((4, 4), 1.0 + mesh.rank)
     ops.all_reduce_into(whole[:, :2], axis).wait()
     assert whole[:, :2].eq(3).all()
-    assert whole[:, 2:].eq(1 + mesh.rank).all(), "what was not in the buffer was touched"
+    assert whole[:, 2:].eq(1 + mesh.rank).all(), "memory outside the buffer was changed"
 
 
 @pytest.mark.ranks(3)
-def test_exchange_passes_messages_around_a_ring_without_an_order(mesh):
+def test_exchange_passes_messages_around_a_ring_without_deadlock(mesh):
     axis = mesh["dp"]
     right, left = (axis.index + 1) % 3, (axis.index - 1) % 3
     buffer = torch.empty(5)
-    mine = torch.full((5,), float(axis.index))
-    received, _ = [p.wait() for p in ops.exchange([(mine, right)], [(buffer, left)], axis)]
+    message = torch.full((5,), float(axis.index))
+    received, _ = [p.wait() for p in ops.exchange([(message, right)], [(buffer, left)], axis)]
     assert received.tolist() == [float(left)] * 5
 
 
@@ -103,15 +103,15 @@ def test_on_one_process_every_collective_is_the_identity_and_nothing_is_counted(
 
 
 @pytest.mark.ranks(2)
-def test_a_piece_that_does_not_divide_is_refused_with_the_numbers(mesh):
+def test_a_dim_that_does_not_divide_is_refused_with_the_numbers(mesh):
     with pytest.raises(ValueError, match=r"dim 0 of \(3,\) does not divide by 2 ranks of dp"):
         ops.reduce_scatter(torch.ones(3), mesh["dp"])
 
 
 @pytest.mark.ranks(4)
 def test_bytes_of_unequal_length_are_gathered(mesh):
-    said = ops.all_gather_bytes(b"x" * mesh.rank, mesh["dp"])
-    assert said == [b"", b"x", b"xx", b"xxx"]
+    gathered = ops.all_gather_bytes(b"x" * mesh.rank, mesh["dp"])
+    assert gathered == [b"", b"x", b"xx", b"xxx"]
 
 
 # --- the ledger -----------------------------------------------------------------------------------
@@ -129,36 +129,36 @@ PAIRS = [(op, name) for op, table in ALGORITHMS.items() for name in ("backend", 
 
 
 def loopback_bytes() -> int:
-    """What the loopback interface of this machine has moved, for whomever."""
+    """Returns the bytes that this machine's loopback interface has moved, for all programs."""
     line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x)
     return int(line.split(":")[1].split()[8])
 
 
 def socket_bytes() -> int:
-    """What the TCP sockets of this process have sent and their peers acknowledged."""
+    """Returns the bytes that this process's TCP sockets have sent and their peers acknowledged."""
     total = 0
     for entry in os.listdir("/proc/self/fd"):
         try:
             is_socket = os.readlink(f"/proc/self/fd/{entry}").startswith("socket:")
-        except FileNotFoundError:  # the one that listed them
+        except FileNotFoundError:  # the descriptor that listed the others
             continue
         if is_socket:
-            with socket.socket(fileno=os.dup(int(entry))) as found:
-                if found.family in (socket.AF_INET, socket.AF_INET6):
-                    info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+            with socket.socket(fileno=os.dup(int(entry))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
                     total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
     return total
 
 
 def one_round(op, axis, x, by) -> tuple[int, int, int]:
-    """(interface, this rank's sockets, this rank's ledger): bytes for three calls of op."""
+    """Returns the bytes of three calls of op: (interface, own sockets, own ledger)."""
 
     def read() -> tuple[int, int, int]:
         sent = axis.comm.ledger.total.sent
         ops.all_reduce(torch.zeros(1), axis)
-        time.sleep(0.02)  # what was handed over has arrived
+        time.sleep(0.02)  # until all bytes have arrived
         now = loopback_bytes(), socket_bytes(), sent
-        ops.all_reduce(torch.zeros(1), axis)  # nobody goes on before all have read
+        ops.all_reduce(torch.zeros(1), axis)  # no rank goes on before all have read
         return now
 
     before = read()
@@ -177,7 +177,7 @@ needs_linux = pytest.mark.skipif(
 @pytest.mark.parametrize(("op", "by"), PAIRS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
-def test_each_rank_sends_what_its_ledger_says_to_the_kernels_own_count(op, by, world, mesh):
+def test_sent_bytes_agree_with_the_kernels_count_of_each_ranks_sockets(op, by, world, mesh):
     # Within 2%: the sockets also carry gloo's headers.
     axis, x = mesh.sub("dp", range(world)), torch.ones(3 << 18)
     if axis is not None:
@@ -193,8 +193,8 @@ def test_each_rank_sends_what_its_ledger_says_to_the_kernels_own_count(op, by, w
 @pytest.mark.parametrize(("op", "by"), PAIRS)
 @pytest.mark.ranks(4)
 def test_sent_bytes_agree_with_the_loopback_interface(op, by, mesh):
-    # Within 2%: the interface also counts headers, acknowledgements and the barriers. Whatever else
-    # uses it only adds, so the quietest round is the one to believe, if any was quiet.
+    # Within 2%: the interface also counts headers, acknowledgements and the barriers. Others only
+    # add to it, so the round with the fewest bytes is the one to compare.
     axis, x = mesh["dp"], torch.ones(1 << 20)
     OPS[op](x, axis, by)  # connects
     idle = loopback_bytes()
@@ -203,12 +203,12 @@ def test_sent_bytes_agree_with_the_loopback_interface(op, by, mesh):
     if ops.all_reduce(torch.tensor(idle), axis, "max") > 10_000:
         pytest.skip("another program is using the loopback interface")
     moved, _, sent = min(one_round(op, axis, x, by) for _ in range(5))
-    everyone = int(ops.all_reduce(torch.tensor(sent), axis))
-    assert everyone == pytest.approx(moved, rel=0.02)
+    total = int(ops.all_reduce(torch.tensor(sent), axis))
+    assert total == pytest.approx(moved, rel=0.02)
 
 
 @pytest.mark.ranks(4)
-def test_sent_bytes_are_the_published_formula_but_for_gloos_reduce_scatter(mesh):
+def test_sent_bytes_equal_the_published_formula_except_for_gloos_reduce_scatter(mesh):
     axis, x = mesh["dp"], torch.ones(1024)
     for op, by in PAIRS:
         with mesh.comm.ledger.recording() as calls:
@@ -220,7 +220,7 @@ def test_sent_bytes_are_the_published_formula_but_for_gloos_reduce_scatter(mesh)
 
 
 @pytest.mark.ranks(2)
-def test_the_ledger_knows_phase_unit_place_and_time_blocked(mesh):
+def test_the_ledger_records_phase_unit_line_and_blocked_time(mesh):
     ledger = mesh.comm.ledger
     before = ledger.total
     with mesh.comm.label("finish", "block.3"), ledger.recording() as calls:
@@ -240,7 +240,7 @@ def test_the_ledger_knows_phase_unit_place_and_time_blocked(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_what_the_order_check_sends_is_counted_too(mesh):
+def test_the_ledger_counts_the_bytes_of_the_order_check(mesh):
     mesh = init_mesh(dp=2, check=True)
     with mesh.comm.ledger.recording() as calls:
         ops.all_reduce(torch.ones(4), mesh["dp"])
@@ -249,24 +249,24 @@ def test_what_the_order_check_sends_is_counted_too(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_log_collectives_prints_each_one_as_it_fires(mesh):
-    said = []
-    mesh.comm.log(said.append)
+def test_the_log_has_a_line_for_each_collective(mesh):
+    lines = []
+    mesh.comm.log(lines.append)
     with mesh.comm.label("finish", "head.weight"):
         ops.all_reduce(torch.ones(256), mesh["dp"])
-    line = said.pop()
+    line = lines.pop()
     for part in (f"rank {mesh.rank}", "finish", "head.weight", "all_reduce", "dp", "1,024 B"):
         assert part in line
-    assert said == ([] if mesh.rank else [f"collectives auto: {effective('auto', 'gloo')}\n"])
+    assert lines == ([] if mesh.rank else [f"collectives auto: {effective('auto', 'gloo')}\n"])
 
 
 @pytest.mark.ranks(4)
-def test_a_logged_line_has_the_algorithm_and_what_it_is_going_to_send(mesh):
-    said = []
-    mesh.comm.log(said.append)
+def test_a_logged_line_has_the_algorithm_and_the_bytes_to_send(mesh):
+    lines = []
+    mesh.comm.log(lines.append)
     ops.all_reduce(torch.ones(256), mesh["dp"], algorithm="ring")
-    assert "all_reduce     ring" in said[-1]
-    assert "1,024 B,       1,536 B sent" in said[-1]
+    assert "all_reduce     ring" in lines[-1]
+    assert "1,024 B,       1,536 B sent" in lines[-1]
 
 
 # --- wrong calls ----------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ MISMATCHES = {
 
 @pytest.mark.parametrize("kind", MISMATCHES)
 @pytest.mark.ranks(2)
-def test_a_collective_called_differently_is_named_and_does_not_hang(kind, mesh):
-    # Trap 14. Without the check these hang, abort the process, or give wrong numbers in silence.
+def test_different_collectives_on_two_ranks_are_an_error_that_names_both(kind, mesh):
+    # Trap 14. Without the check these hang, abort the process, or silently give wrong numbers.
     mesh = init_mesh(dp=2, check=True)
     began = time.monotonic()
     with pytest.raises(ops.CollectiveMismatch) as caught:
@@ -297,7 +297,7 @@ def test_a_collective_called_differently_is_named_and_does_not_hang(kind, mesh):
 
 
 @pytest.mark.ranks(2, timeout=20)
-def test_a_peer_that_does_not_arrive_is_an_error_that_names_rank_call_and_line(mesh):
+def test_a_rank_that_does_not_arrive_is_an_error_that_names_rank_call_and_line(mesh):
     mesh = init_mesh(dp=2, timeout=1)
     if mesh.rank == 0:
         with pytest.raises(ops.CollectiveError) as caught:
@@ -314,7 +314,7 @@ def test_a_peer_that_does_not_arrive_is_an_error_that_names_rank_call_and_line(m
 
 
 @pytest.mark.ranks(3)
-def test_ranks_started_with_other_settings_are_named_with_the_key(mesh):
+def test_a_rank_with_other_settings_is_named_with_the_key(mesh):
     settings = {"seed": 0, "lr": 2e-3 if mesh.rank == 1 else 1e-3}
     with pytest.raises(UserError, match=r"rank 1 was started with lr=0.002, the others with 0.001"):
         check_settings_agree(settings, mesh["dp"])
@@ -334,7 +334,7 @@ def test_weights_that_differ_by_one_bit_are_named(mesh):
 
 
 @pytest.mark.ranks(3)
-def test_what_one_rank_refuses_all_refuse_with_the_same_words(mesh):
+def test_an_error_of_one_rank_is_raised_on_all_with_the_same_message(mesh):
     with pytest.raises(MachineError, match="the disk of rank 1"), together(mesh["dp"]):
         if mesh.rank == 1:
             raise MachineError("the disk of rank 1")

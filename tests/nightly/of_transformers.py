@@ -95,7 +95,7 @@ SIZE: dict[str, Any] = {
 GROUPED = SIZE | {"num_key_value_heads": 2}
 
 IN_FLOAT32 = 1e-5  # the tolerance where a layer computes in float32, whatever the model's dtype
-ROUTED = r"cannot be run without values, to see what it costs \(.*nonzero"  # which expert works
+ROUTED = r"cannot be run on the meta device, to see what it costs \(.*nonzero"  # which expert works
 
 MODELS: dict[str, Other] = {
     "GPT-2": words(
@@ -229,7 +229,7 @@ MODELS |= {
         "CLIPModel", "CLIPConfig", "CLIPEncoderLayer", captions, alike, projection_dim=16,
         text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
         vision_config=VISION,
-        refused="its trace puts out something else than it does",  # it writes into another's output
+        refused="its trace returns something else than the model",  # it writes in place
     ),
     "Whisper": words(
         "WhisperForConditionalGeneration", "WhisperConfig",

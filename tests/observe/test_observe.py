@@ -1,4 +1,4 @@
-"""What a run measures of itself: floating-point operations; and where it writes that."""
+"""Floating-point operations of a run, the measured peak of the machine, and the sinks."""
 
 import json
 
@@ -13,21 +13,21 @@ from dist_lab.observe.sinks import open_sinks
 from dist_lab.transforms.recompute import recompute
 
 
-def test_operations_are_those_of_the_formula():
-    # 2 a multiply-add, 3 passes over each matrix, 7 T x T x Dh matmuls of attention a head.
+def test_counted_operations_equal_the_formula():
+    # 2 per multiply-add, 3 passes over each matrix, 7 T x T x Dh matmuls of attention per head.
     rows, seq, heads, width, head_dim, layers = 8, 6, 4, 32, 8, 2
     model = gpt(torch.float32)
     inputs, targets = batch(0, rows, seq)
-    with flops.counter() as counted:
+    with flops.counter() as counter:
         nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
     matrices -= VOCAB * width  # the embedding is a lookup
     attention = 7 * 2 * rows * heads * seq * seq * head_dim * layers
-    assert counted.get_total_flops() == 6 * matrices * rows * seq + attention
+    assert counter.get_total_flops() == 6 * matrices * rows * seq + attention
 
 
-def test_counting_operations_keeps_nothing_alive_that_is_measured_beside_it():
-    # torch's own tracker of modules holds on to what blocks that recompute have computed again.
+def test_counting_operations_keeps_no_activation_alive():
+    # torch's own module tracker keeps recomputed activations alive.
     model = gpt(torch.float32)
     recompute(model, {f"layers.{n}": block for n, block in model.model.layers.items()}, 1)
     peaks = []
@@ -36,17 +36,17 @@ def test_counting_operations_keeps_nothing_alive_that_is_measured_beside_it():
         inputs, targets = batch(step, 4)
         nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
 
-    backward(0)  # so that gradients are there from the start
-    held = [*model.parameters(), *(p.grad for p in model.parameters())]
+    backward(0)  # so that gradients exist from the start
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
     for microbatches in (1, 8):
-        with LiveBytes(held) as live, flops.counter():
+        with LiveBytes(tensors) as live, flops.counter():
             for step in range(microbatches):
                 backward(step)
         peaks.append(live.by_kind().own["activations"])
     assert peaks[1] < 1.1 * peaks[0]
 
 
-def test_rows_are_json_lines_and_tensorboard_scalars(tmp_path, capsys):
+def test_rows_are_written_as_json_lines_and_tensorboard_scalars(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sinks = open_sinks(tmp_path, steps=2)
@@ -66,7 +66,7 @@ def test_rows_are_json_lines_and_tensorboard_scalars(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_peak_is_calibrated_at_the_dtype_of_the_run(dtype):
+def test_the_machines_peak_is_measured_at_the_dtype_of_the_run(dtype):
     rates = flops.calibrate(dtype, torch.device("cpu"), windows=3, seconds=0.01)
     assert rates.shape == (3,)
     assert rates.min() > 1e8

@@ -1,4 +1,4 @@
-"""What a picture of a pipeline shows is what the schedule is, or what was measured."""
+"""A picture of a pipeline shows exactly its schedule, or the measured step."""
 
 import json
 import re
@@ -27,18 +27,18 @@ SMALL = make("zb", 3, 4)
 
 
 def bars(axes):
-    """Each bar's box, in units of time and ranks."""
+    """Returns each bar's box, in units of time and ranks."""
     return [path.get_extents() for row in axes.collections for path in row.get_paths()]
 
 
 def shown(figure):
-    """All text that is seen: of what a ruler could show, only what lies on it."""
-    drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    """Returns all visible texts, without tick labels beyond the end of the axis."""
+    visible = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     beyond = [
         tick for axes in figure.axes for tick in axes.get_xticklabels()
         if tick.get_position()[0] > axes.get_xlim()[1]
     ]  # fmt: skip
-    return [text for text in drawn if text not in beyond]
+    return [text for text in visible if text not in beyond]
 
 
 def texts(figure):
@@ -46,7 +46,7 @@ def texts(figure):
 
 
 def measured(schedule, begins=70.0):
-    """As if a unit were 10 ms, and each rank a little later than the one before."""
+    """Returns a step in which a unit takes 10 ms, and each rank is a little later than the last."""
     return [
         [replace(s, start=begins + 10 * s.start + r, end=begins + 10 * s.end + r) for s in row]
         for r, row in enumerate(timeline(schedule))
@@ -54,7 +54,7 @@ def measured(schedule, begins=70.0):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_each_action_has_a_bar_and_numbers_are_the_schedules_own(name):
+def test_each_action_has_a_bar_and_the_numbers_are_those_of_the_schedule(name):
     schedule = make(name, 4, 8)
     figure = pipeline_plot.ideal(schedule)
     lanes, held = figure.axes
@@ -65,21 +65,21 @@ def test_each_action_has_a_bar_and_numbers_are_the_schedules_own(name):
         legend.get_title().get_text()
         == f"{name}, 4 ranks, 8 micro-batches: {bubble(schedule):.1%} idle"
     )
-    beside = [text.get_text() for text in held.get_yticklabels()]
+    labels = [text.get_text() for text in held.get_yticklabels()]
     peaks = enumerate(peak_activations(schedule))
-    assert beside == [f"rank {rank}, {peak} at most" for rank, peak in peaks]
+    assert labels == [f"rank {rank}, {peak} at most" for rank, peak in peaks]
     assert held.get_xlim() == lanes.get_xlim()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_idle_shares_are_those_of_the_timeline_and_of_its_messages_too(name):
+def test_idle_shares_equal_the_bubble_with_and_without_messages(name):
     schedule = make(name, 4, 8)
-    for played in (schedule, add_communication(schedule)):
-        shares = pipeline_plot.idle_shares(timeline(played))
+    for variant in (schedule, add_communication(schedule)):
+        shares = pipeline_plot.idle_shares(timeline(variant))
         assert sum(shares) / 4 == pytest.approx(bubble(schedule))
 
 
-def test_what_a_rank_holds_begins_with_a_forward_and_ends_with_the_backward():
+def test_a_forward_is_held_from_its_start_until_the_end_of_its_backward():
     [row] = [
         [TimedAction(Action(0, op, 0), t, t + 1.0) for op, t in ((Op.F, 0), (Op.I, 2), (Op.W, 5))]
     ]
@@ -88,7 +88,7 @@ def test_what_a_rank_holds_begins_with_a_forward_and_ends_with_the_backward():
     assert area.get_datalim(held.transData).bounds[0::2] == (0.0, 6.0)
 
 
-def test_time_begins_with_the_first_action_and_waiting_for_messages_is_idle():
+def test_time_starts_at_the_first_action_and_waiting_for_messages_is_idle():
     rows = measured(SMALL)
     waits = TimedAction(Action(0, Op.RECV_B, 0), rows[0][0].end, rows[0][0].end + 30)
     figure = pipeline_plot.draw([[waits, *rows[0]], *rows[1:]], title="", unit="ms")
@@ -107,7 +107,7 @@ def test_time_begins_with_the_first_action_and_waiting_for_messages_is_idle():
 )
 def test_no_text_is_wider_than_its_bar_or_leaves_the_page(name, ranks, microbatches, chunks):
     figure = pipeline_plot.ideal(make(name, ranks, microbatches, chunks))
-    figure.draw_without_rendering()  # gives labels their places
+    figure.draw_without_rendering()  # sets the positions of labels
     drawer = FigureCanvasAgg(figure).get_renderer()
     page, lanes = figure.bbox, figure.axes[0]
     for artist in [*shown(figure), *figure.legends]:
@@ -116,13 +116,13 @@ def test_no_text_is_wider_than_its_bar_or_leaves_the_page(name, ranks, microbatc
         assert page.y0 <= box.y0 <= box.y1 <= page.y1, artist
     inside = lanes.texts
     boxes = [bar.transformed(lanes.transData) for bar in bars(lanes)]
-    assert len(inside) >= len(boxes)  # at least the micro-batch is everywhere
+    assert len(inside) >= len(boxes)  # every bar has at least its micro-batch
     for text in inside:
-        own = text.get_window_extent(drawer)
-        assert any(bar.x0 <= own.x0 and own.x1 <= bar.x1 for bar in boxes), text
+        box = text.get_window_extent(drawer)
+        assert any(bar.x0 <= box.x0 and box.x1 <= bar.x1 for bar in boxes), text
 
 
-def test_each_op_is_known_in_grey_whatever_the_stage():
+def test_ops_can_be_told_apart_in_grey_on_every_stage():
     def luma(color):
         return sum(a * b for a, b in zip(to_rgb(color), (0.299, 0.587, 0.114), strict=True))
 
@@ -134,15 +134,15 @@ def test_each_op_is_known_in_grey_whatever_the_stage():
 def test_measured_and_ideal_are_drawn_for_the_same_amount_of_work():
     rows = measured(SMALL)
     figure = pipeline_plot.side_by_side(rows, SMALL, "a step")
-    real, paper = ([bar.width for bar in bars(axes)] for axes in figure.axes)
-    assert len(real) == len(paper)
-    assert sum(real) == pytest.approx(sum(paper))
-    whole = sum(pipeline_plot.idle_shares(rows)) / 3
-    assert any(f"{whole:.1%} idle" in text for text in texts(figure))
+    real, simulated = ([bar.width for bar in bars(axes)] for axes in figure.axes)
+    assert len(real) == len(simulated)
+    assert sum(real) == pytest.approx(sum(simulated))
+    idle = sum(pipeline_plot.idle_shares(rows)) / 3
+    assert any(f"{idle:.1%} idle" in text for text in texts(figure))
     assert any(f"{bubble(SMALL):.1%} idle" in text for text in texts(figure))
 
 
-def test_a_measured_step_is_kept_as_json_to_the_bit():
+def test_a_measured_step_is_written_as_json_without_rounding():
     rows = measured(SMALL)
     data = json.loads(json.dumps(pipeline_plot.to_json(rows, "zb"), allow_nan=False))
     assert (data["schedule"], data["unit"]) == ("zb", "ms")
@@ -156,7 +156,7 @@ def test_a_measured_step_is_kept_as_json_to_the_bit():
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
-def test_the_same_picture_is_the_same_bytes(suffix, tmp_path):
+def test_the_same_picture_gives_the_same_bytes(suffix, tmp_path):
     paths = [tmp_path / f"{n}{suffix}" for n in range(2)]
     for path in paths:
         pipeline_plot.write(pipeline_plot.ideal(SMALL), path)
@@ -166,7 +166,7 @@ def test_the_same_picture_is_the_same_bytes(suffix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("grid.jpg", "end it .svg, .png or .pdf"),
         ("grid", "end it .svg, .png or .pdf"),
@@ -174,28 +174,28 @@ def test_the_same_picture_is_the_same_bytes(suffix, tmp_path):
         ("folder.png", "Is a directory"),
     ],
 )
-def test_where_no_picture_can_be_written_one_line_says_so(path, says, tmp_path):
+def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(path, message, tmp_path):
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UserError, match=re.escape(says)) as refused:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         pipeline_plot.write(pipeline_plot.ideal(SMALL), tmp_path / path)
-    assert "\n" not in str(refused.value)
-    assert str(tmp_path / path) in str(refused.value)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / path) in str(error.value)
 
 
-def test_a_schedules_name_is_not_taken_for_a_formula(tmp_path):
-    named = replace(SMALL, name=r"plans/$\oops$.csv")
-    pipeline_plot.write(pipeline_plot.ideal(named), tmp_path / "a.svg")
+def test_dollars_in_a_schedules_name_are_not_read_as_a_formula(tmp_path):
+    schedule = replace(SMALL, name=r"plans/$\oops$.csv")
+    pipeline_plot.write(pipeline_plot.ideal(schedule), tmp_path / "a.svg")
     pipeline_plot.write(
-        pipeline_plot.side_by_side(measured(named), named, named.name), tmp_path / "b.svg"
+        pipeline_plot.side_by_side(measured(schedule), schedule, schedule.name), tmp_path / "b.svg"
     )
 
 
-def test_a_rank_that_did_nothing_is_idle_throughout():
+def test_a_rank_without_actions_is_idle_throughout():
     figure = pipeline_plot.draw([timeline(SMALL)[0], []], title="", unit="ms")
     assert "rank 1, 100.0% idle" in texts(figure)
 
 
-def test_pixels_are_what_tensorboard_takes():
+def test_pixels_have_the_format_of_tensorboard():
     figure = pipeline_plot.ideal(SMALL)
     pixels = pipeline_plot.image(figure)
     width, height = figure.get_size_inches() * figure.dpi

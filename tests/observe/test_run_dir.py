@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what may be removed from it."""
+"""The folder of a run: one run at a time uses it, and only files of a run are removed."""
 
 import os
 import signal
@@ -23,19 +23,19 @@ with claimed(Config(out=sys.argv[1], overwrite=True)) as folder:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def refusal(**settings) -> str:
-    """Of `claimed`, and of `look` before it, where there is a folder to look at."""
+    """Returns the error message of `claimed`; `look` has the same if the folder exists."""
     with pytest.raises(UserError) as caught, claimed(Config(**settings)):
         pass
     if os.path.exists(settings.get("out", "")):
-        with pytest.raises(UserError) as seen:
+        with pytest.raises(UserError) as caught_by_look:
             look(Config(**settings))
-        assert str(seen.value) == str(caught.value)
+        assert str(caught_by_look.value) == str(caught.value)
     return str(caught.value)
 
 
@@ -47,13 +47,13 @@ def test_runs_are_numbered_and_named(tmp_path):
         assert third.name == "042-single-mlp-tiny"
 
 
-def test_a_folder_is_made_with_its_parents_and_left_clean(tmp_path):
+def test_a_folder_is_made_with_its_parents_and_without_a_lock_file(tmp_path):
     with claimed(Config(out="a/b")) as folder:
         assert list(folder.iterdir()) == []
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     line = refusal(out=str(tmp_path))
     assert line == (
@@ -88,7 +88,7 @@ def test_a_file_or_a_folder_that_cannot_be_written_is_refused(tmp_path):
     assert refusal() == "cannot write to folder 'runs': it is a file (--out); give another"
 
 
-def test_of_two_runs_on_one_folder_the_second_is_told_of_the_first(tmp_path):
+def test_a_second_run_on_one_folder_is_refused_and_names_the_first(tmp_path):
     out = str(tmp_path / "run")
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -102,20 +102,20 @@ def test_of_two_runs_on_one_folder_the_second_is_told_of_the_first(tmp_path):
             assert (tmp_path / "run" / "metrics.jsonl").exists()
         finally:
             other.send_signal(signal.SIGKILL)
-    # A killed run has left its logs behind, but no lock, and nothing else.
+    # A killed run leaves its logs, no lock, and nothing else.
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     with claimed(Config(out=out, overwrite=True)) as folder:
         assert not (folder / "metrics.jsonl").exists()
 
 
-def test_a_run_that_fails_gives_its_folder_back(tmp_path):
+def test_a_run_that_fails_unlocks_its_folder(tmp_path):
     with pytest.raises(KeyError), claimed(Config(out="run")):
         raise KeyError
     with claimed(Config(out="run")):
         pass
 
 
-def test_a_folder_for_one_file_keeps_what_it_holds(tmp_path):
+def test_a_folder_for_one_file_keeps_its_other_files(tmp_path):
     (tmp_path / "verify.json").write_text("of the run before")
     (tmp_path / "notes.txt").write_text("mine")
     assert make_folder(str(tmp_path), "verify.json") == tmp_path
@@ -132,7 +132,7 @@ def test_a_folder_for_one_file_that_cannot_be_written_is_refused(tmp_path):
         assert str(caught.value) == line
 
 
-def test_looking_changes_nothing(tmp_path):
+def test_look_changes_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("old")
     for config in (Config(), Config(out="new"), Config(out=str(tmp_path), overwrite=True)):
         look(config)

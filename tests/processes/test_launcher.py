@@ -26,12 +26,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def launch(*settings: str) -> int:
-    """In this process, where the forkserver is warm."""
+    """Run it in this process, where the forkserver is warm."""
     return launcher.main("toy.py", toy.parse, "toy:body", settings)
 
 
 def start(*settings: object, by: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
-    """As a program of its own."""
+    """Run it as a separate program."""
     command = [sys.executable, *by, toy.__file__, *settings]
     return subprocess.Popen(
         [str(word) for word in command], env=os.environ | environment,
@@ -40,7 +40,7 @@ def start(*settings: object, by: Sequence[str] = (), **environment: str) -> "sub
 
 
 def ready(folder: Path, ranks: int) -> list[int]:
-    """The process ids of ranks that `wait`, once all do."""
+    """Waits until all ranks are in `wait`, and returns their process ids."""
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*.ready"))) < ranks:
         assert time.monotonic() < deadline, f"{ranks} ranks did not start"
@@ -56,7 +56,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-# --- how it ends ----------------------------------------------------------------------------------
+# --- exit statuses and reports --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nproc", [1, 3])
@@ -71,18 +71,18 @@ def test_a_body_that_returns_is_silent_and_leaves_no_process_and_no_file(nproc, 
     assert set(multiprocessing.active_children()) == before
 
 
-def test_the_module_of_the_body_is_imported_by_ranks_alone(tmp_path, monkeypatch):
+def test_only_ranks_import_the_module_of_the_body(tmp_path, monkeypatch):
     (tmp_path / "of_ranks.py").write_text("from toy import body\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert launcher.main("toy.py", toy.parse, "of_ranks:body", ["nproc=2"]) == 0
     assert "of_ranks" not in sys.modules
 
 
-def test_the_status_is_the_largest_of_all_ranks_not_rank_0s():
+def test_the_exit_status_is_the_largest_of_all_ranks():
     assert launch("nproc=3", "do=status") == 7
 
 
-def test_each_rank_has_the_threads_that_were_asked_for_or_its_share_of_the_cores():
+def test_each_rank_has_the_threads_of_the_setting_or_its_share_of_the_cores():
     assert launch("nproc=2", "do=threads", "threads=3") == 3
     assert launch("nproc=2", "do=threads") == max(1, cores() // 2)
 
@@ -102,29 +102,29 @@ def test_a_refusal_is_one_line_and_nothing_else(settings, line, status, capsys):
     assert capsys.readouterr() == ("", f"toy.py: error: {line}\n")
 
 
-def test_debug_shows_where_a_refusal_came_from(capsys):
+def test_debug_shows_the_traceback_of_a_refusal(capsys):
     assert launch("nproc=2", "do=refuse", "debug=1") == 2
-    said = capsys.readouterr().err
-    assert "in refuse\n" in said
-    assert said.endswith("\ntoy.py: error: tp=3 does not divide 4 heads; give tp=2\n")
+    output = capsys.readouterr().err
+    assert "in refuse\n" in output
+    assert output.endswith("\ntoy.py: error: tp=3 does not divide 4 heads; give tp=2\n")
 
 
-def test_the_rank_that_failed_is_told_and_those_that_lost_it_are_a_line(capsys):
+def test_the_failed_rank_is_reported_and_ranks_that_lost_it_are_one_line(capsys):
     began = time.monotonic()
     assert launch("nproc=3", "do=fail on last") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("---- rank 2 of 3: KeyError: 'only here' ----\nTraceback")
-    assert "in fail_on_last\n" in said
-    assert said.endswith("---- ranks 0, 1 of 3: waited in vain, or lost the connection ----\n")
-    assert "Connection" not in said
+    output = capsys.readouterr().err
+    assert output.startswith("---- rank 2 of 3: KeyError: 'only here' ----\nTraceback")
+    assert "in fail_on_last\n" in output
+    assert output.endswith("---- ranks 0, 1 of 3: timed out, or lost the connection ----\n")
+    assert "Connection" not in output
     assert time.monotonic() - began < 30
 
 
-def test_a_failure_of_all_ranks_is_told_once(capsys):
+def test_a_failure_of_all_ranks_is_reported_once(capsys):
     assert launch("nproc=3", "do=fail") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("---- ranks 0, 1, 2 of 3: KeyError: 'the same everywhere' ----\n")
-    assert said.count("Traceback") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("---- ranks 0, 1, 2 of 3: KeyError: 'the same everywhere' ----\n")
+    assert output.count("Traceback") == 1
 
 
 @pytest.mark.parametrize(
@@ -139,23 +139,21 @@ def test_a_rank_that_dies_without_an_exception_is_named(do, how, capsys):
     assert capsys.readouterr().err.startswith(f"---- rank 2 of 3: {how} ----\n")
 
 
-def test_a_hung_rank_is_named_with_its_stack_and_all_is_over_soon_after_the_timeout(
-    capsys, tmp_path
-):
+def test_a_hung_rank_is_named_with_its_stack_and_all_end_soon_after_the_timeout(capsys, tmp_path):
     began = time.monotonic()
     assert launch("nproc=3", "do=hang on last", "timeout=1", f"folder={tmp_path}") == 1
     assert time.monotonic() - began < 30
-    said = capsys.readouterr().err
-    assert "---- rank 0 of 3: CollectiveError: rank 0/3 phase=start: all_reduce #2 on dp" in said
-    assert said.endswith("---- rank 2: still running ----\n")
+    output = capsys.readouterr().err
+    assert "---- rank 0 of 3: CollectiveError: rank 0/3 phase=start: all_reduce #2 on dp" in output
+    assert output.endswith("---- rank 2: still running ----\n")
     assert "in hang_on_last\n" in (tmp_path / "stderr").read_text()
 
 
-def test_a_rank_that_cannot_end_is_ended_and_told(capsys, monkeypatch):
+def test_a_rank_that_does_not_exit_is_killed_and_reported(capsys, monkeypatch):
     monkeypatch.setattr(launcher, "AT_EXIT", 0.5)
     assert launch("nproc=2", "do=keep a thread") == 1
-    said = capsys.readouterr().err
-    assert said == "---- rank 1: still running ----\n---- rank 1 of 2: killed by SIGTERM ----\n"
+    output = capsys.readouterr().err
+    assert output == "---- rank 1: still running ----\n---- rank 1 of 2: killed by SIGTERM ----\n"
 
 
 @pytest.mark.parametrize("nproc", ["nproc=2", ""])
@@ -173,7 +171,7 @@ def test_a_signal_ends_all_ranks_with_its_own_status(number, status, nproc, caps
     assert not any(is_alive(pid) for pid in ready(tmp_path, 1) if nproc)
 
 
-def test_after_ctrl_c_at_a_terminal_the_prompt_has_a_line_of_its_own(capsys, monkeypatch, tmp_path):
+def test_after_ctrl_c_at_a_terminal_the_prompt_starts_on_a_new_line(capsys, monkeypatch, tmp_path):
     def interrupt() -> None:
         ready(tmp_path, 1)
         os.kill(os.getpid(), signal.SIGINT)
@@ -196,17 +194,17 @@ def test_a_second_ctrl_c_does_not_wait_for_stubborn_ranks(tmp_path):
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert launch("nproc=2", "do=wait stubbornly", f"folder={tmp_path}") == 130
-    assert time.monotonic() - times[1] < 1.9, "it sat out the grace of 2 s"
+    assert time.monotonic() - times[1] < 1.9, "it waited for the grace of 2 s"
     assert not any(is_alive(pid) for pid in ready(tmp_path, 2))
 
 
-# --- a program of its own -------------------------------------------------------------------------
+# --- a separate program ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @linux
-def test_ranks_listen_on_loopback_alone_and_die_with_a_launcher_that_is_killed():
-    # Its temporary files would stay, so it has them in a folder of ours. Not tmp_path: the
+def test_ranks_listen_only_on_loopback_and_die_when_the_launcher_is_killed():
+    # A killed launcher leaves its temporary files, so we give it a folder. Not tmp_path: the
     # forkserver's socket goes there too, and its path can have 108 characters at most.
     with tempfile.TemporaryDirectory() as name:
         check_sockets_and_orphans(Path(name), f"TMPDIR={name}")
@@ -215,18 +213,18 @@ def test_ranks_listen_on_loopback_alone_and_die_with_a_launcher_that_is_killed()
 def check_sockets_and_orphans(folder: Path, mark: str) -> None:
     program = start("nproc=3", "do=wait", f"folder={folder}", TMPDIR=str(folder))
     pids = ready(folder, 3)
-    # One rank is stopped, which no thread of its own could notice; the launcher gets no chance.
+    # One rank is stopped, so none of its threads can notice. The launcher is killed without notice.
     os.kill(pids[0], signal.SIGSTOP)
     addresses = [address for pid in with_mark(mark) for address in listening(pid)]
     program.kill()
     assert all_gone(mark)
     program.communicate()
-    assert len(addresses) >= 3, "gloo's own sockets were not seen"
+    assert len(addresses) >= 3, "gloo's own sockets were not found"
     assert {address.split(":")[0] for address in addresses} == {"0100007F"}
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_which_every_rank_feels_ends_it_without_a_word(tmp_path):
+def test_ctrl_c_in_a_terminal_reaches_every_rank_and_ends_all_silently(tmp_path):
     program = start("nproc=2", "do=wait", f"folder={tmp_path}")
     pids = ready(tmp_path, 2)
     for pid in [*pids, program.pid]:  # a terminal sends it to all, in any order
@@ -238,63 +236,65 @@ def test_ctrl_c_in_a_terminal_which_every_rank_feels_ends_it_without_a_word(tmp_
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_too():
+def test_torchrun_can_start_the_program():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = start("do=fine", by=by)
-    _, said = program.communicate(timeout=60)
-    assert program.returncode == 0, said
+    _, output = program.communicate(timeout=60)
+    assert program.returncode == 0, output
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_mistake_is_said_once_and_every_rank_ends():
+def test_under_torchrun_a_mistake_is_reported_once_and_every_rank_ends():
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     program = start("zap=1", by=by)
-    _, said = program.communicate(timeout=60)
+    _, output = program.communicate(timeout=60)
     assert program.returncode == 1
-    assert said.count("toy.py: error: no setting zap\n") == 1
-    assert "exitcode  : 2 " in said
+    assert output.count("toy.py: error: no setting zap\n") == 1
+    assert "exitcode  : 2 " in output
 
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def test_a_rank_that_alone_is_refused_says_so_itself_after_a_moment():
+def test_under_torchrun_a_rank_other_than_0_reports_its_refusal_after_a_moment():
     began = time.monotonic()
     program = start("zap=1", **PLACE)
-    _, said = program.communicate(timeout=20)
-    assert (program.returncode, said) == (2, "toy.py: error: no setting zap\n")
+    _, output = program.communicate(timeout=20)
+    assert (program.returncode, output) == (2, "toy.py: error: no setting zap\n")
     assert time.monotonic() - began > launcher.AFTER_TORCHRUN
 
 
 @pytest.mark.parametrize(
     ("environment", "line", "status"),
     [
-        ({"RANK": "2"}, "RANK=2 is no rank of WORLD_SIZE=2", 2),
-        ({"RANK": "-1"}, "RANK=-1 is no rank of WORLD_SIZE=2", 2),
-        ({"RANK": "one"}, "RANK=one is no whole number", 2),
-        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0 is no whole number", 2),
-        ({"WORLD_SIZE": "0"}, "RANK=1 is no rank of WORLD_SIZE=0", 2),
+        ({"RANK": "2"}, "RANK=2 is not a rank of WORLD_SIZE=2", 2),
+        ({"RANK": "-1"}, "RANK=-1 is not a rank of WORLD_SIZE=2", 2),
+        ({"RANK": "one"}, "RANK=one is not an integer", 2),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0 is not an integer", 2),
+        ({"WORLD_SIZE": "0"}, "RANK=1 is not a rank of WORLD_SIZE=0", 2),
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not set, but RANK or WORLD_SIZE is", 2),
-        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port", 1),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port", 1),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused(
+def test_incomplete_or_wrong_environment_variables_are_refused(
     environment, line, status, monkeypatch, capsys
 ):
     for name, value in (PLACE | environment).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     assert launch("do=fine") == status
-    said = capsys.readouterr().err
-    assert said.startswith(f"toy.py: error: {line} (environment); ")
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"toy.py: error: {line} (environment); ")
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["^lo", "lo,eth77"])
 def test_a_network_interface_that_does_not_exist_is_refused(name, monkeypatch, capsys):
-    # gloo would say "ifa != nullptr. Unable to find address for: ^lo" and a page of traceback.
+    # gloo raises "ifa != nullptr. Unable to find address for: ^lo" with a page of traceback.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
     assert launch("nproc=2") == 1
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     wrong = name.split(",")[-1]
-    assert said.startswith(f"toy.py: error: GLOO_SOCKET_IFNAME={wrong} is no network interface")
-    assert said.count("\n") == 1
+    assert output.startswith(
+        f"toy.py: error: GLOO_SOCKET_IFNAME={wrong} is not a network interface"
+    )
+    assert output.count("\n") == 1

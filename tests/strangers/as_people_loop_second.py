@@ -147,7 +147,7 @@ def hessian_vector_product(place):
         yield take_step(job, optimizer)
 
 
-@situation(refused={"fsdp hsdp": "is this rank's part of it.*in its module's forward it is whole"})
+@situation(refused={"fsdp hsdp": "is only this rank's shard.*in its module's forward"})
 def penalty_on_weights(place):
     """An L2 term over job.model.parameters() is part of the loss of each rank's rows."""
     job = place.job(net(), units=UNITS)

@@ -96,7 +96,7 @@ def loss_with_codes(model, x, y):
 
 @situation(
     "espnet/espnet#6284", "lucidrains/vector-quantize-pytorch#10",
-    refused={RANKS: "^the forward moves the buffer 1.codes by the rows of its rank"},
+    refused={RANKS: "^the forward updates the buffer 1.codes by the rows of its own rank"},
 )  # fmt: skip
 def codebook_that_follows_its_vectors(place):
     """A codebook in buffers is moved by the vectors that a rank has seen."""
@@ -114,7 +114,7 @@ def codebook_that_follows_the_vectors_of_all_ranks(place):
 
 @situation(
     "leggedrobotics/rsl_rl#226", "speechbrain/speechbrain#2102",
-    refused={RANKS: "^the forward moves the buffer 0.mean by the rows of its rank"},
+    refused={RANKS: "^the forward updates the buffer 0.mean by the rows of its own rank"},
 )  # fmt: skip
 def a_normalizer_of_ones_own(place):
     """Inputs are normalized by a running mean and extremes, which are assigned anew."""
@@ -135,7 +135,7 @@ def a_normalizer_of_ones_own(place):
     yield from usual_loop(place, place.job(model, units=["1"]))
 
 
-@situation(refused={RANKS: "^the forward moves the buffer 0.peak by the rows of its rank"})
+@situation(refused={RANKS: "^the forward updates the buffer 0.peak by the rows of its own rank"})
 def a_buffer_that_moves_late(place):
     """A running maximum begins in the fourth step, when a quantizer is switched on."""
 

@@ -1,1 +1,1 @@
-"""The collectives as messages: `algorithms`, what they cost, how they are sent."""
+"""The collectives on sends and receives: `algorithms`, their `costs`, and their `messages`."""

@@ -1,4 +1,4 @@
-"""The collectives by hand, each as its paper tells it, on sends and receives.
+"""The collectives by hand, each as in its paper, on sends and receives.
 
     op              algorithm  rounds             bytes a rank sends
     all_reduce      ring       2 (N-1)            2 (N-1)/N S
@@ -11,17 +11,17 @@
     all_to_all      direct     1                  (N-1)/N S
     broadcast       tree       floor(log2 N)      (N-1)/N S on average, S ceil(log2 N) at the source
 
-N ranks, S the payload in bytes, P the largest power of two in N. A round is a message that could
-not leave before another had arrived: rounds are the longest chain of them. `costs` is this table
-as code, to the byte also where N does not divide S; tests hold it against the ledger, the kernel's
-counters and a simulated network.
+N is the number of ranks, S the payload in bytes, P the largest power of two up to N. Rounds are the
+length of the longest chain of messages in which each must arrive before the next can leave. `costs`
+is this table as code, exact to the byte even if N does not divide S. Tests compare it with the
+ledger, the kernel's counters and a simulated network.
 
 An algorithm is a generator. It posts messages, and yields those it must wait for before it goes on:
 
     yield post.send(give, i + 1) + post.receive(take, i - 1)
 
-so the code between two yields is what a rank can do at one moment. The one who drives it starts it
-at the call, which posts the first messages, and goes through the rest in `wait()`.
+So a rank runs the code between two yields without waiting. `calls.start` takes the first step,
+which posts the first messages, at the call. `Pending.wait()` takes the others.
 
 Ring: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations". Tree: Rabenseifner's, in Thakur, Rabenseifner and Gropp 2005, "Optimization of
@@ -39,7 +39,7 @@ from dist_lab.comm.by_hand.costs import children, halvings, lengths, power_in
 
 
 class Work(Protocol):
-    """A message on its way."""
+    """A message in flight."""
 
     def wait(self) -> object: ...
 
@@ -49,10 +49,10 @@ Combine = Callable[..., Tensor]  # torch.add, torch.maximum: combine(a, b, out=a
 
 
 class Post(Protocol):
-    """What an algorithm sees of the network. Positions are taken modulo `size`.
+    """An algorithm's view of the network. Positions are taken modulo `size`.
 
     Between two ranks, messages arrive in the order in which they were sent. An empty tensor is not
-    sent: both ends know that it is empty.
+    sent, because both ends know that it is empty.
     """
 
     @property
@@ -67,21 +67,21 @@ class Post(Protocol):
     ) -> list[tuple[int, list[Work]]]:
         """Send give[j] to each other rank j, and receive row j of `into` from it.
 
-        Only as an algorithm's first step, where every rank is at the same call: then the transport
-        may carry a small one in a single call of its own. `whole` is all of `give`, in one tensor
-        which may be expanded. What row `index` of `into` then holds is nobody's business.
+        Only as an algorithm's first step, where all ranks make the same call: then a small swap may
+        be a single call of the backend. `whole` is all of `give` in one tensor, which may be
+        expanded. Row `index` of `into` is undefined afterwards.
 
         Returns:
-            (j, what to wait for until row j is there), in the order in which they were posted.
-            The last one waits for the sends as well.
+            (j, the works to wait for before row j can be read), in the order in which they were
+            posted. The last entry waits for the sends as well.
         """
         ...
 
 
-def cut(x: Tensor, n: int) -> list[Tensor]:
-    """n pieces of a flat tensor, views of it, the first ones longer by one where n is no divisor.
+def split(x: Tensor, n: int) -> list[Tensor]:
+    """Returns n chunks of a flat tensor, as views. The first ones may be longer by one.
 
-    >>> [len(piece) for piece in cut(torch.ones(6), 4)]
+    >>> [len(chunk) for chunk in split(torch.ones(6), 4)]
     [2, 2, 1, 1]
     """
     return list(x.split(lengths(len(x), n)))
@@ -91,29 +91,31 @@ def cut(x: Tensor, n: int) -> list[Tensor]:
 
 
 def ring_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
-    """A partial sum of each piece goes around and is added to by all; then the sums go around.
+    """A partial sum of each chunk goes around the ring, and each rank adds to it; then the sums go
+    around.
 
-    x{U_X} -> x[D_X] -> x. 2 (N-1) rounds, 2 (N-1)/N S bytes: bandwidth-optimal, and slow where a
-    round is. Every link carries the same at every moment. Patarasuk and Yuan 2009.
+    x{U_X} -> x[D_X] -> x. 2 (N-1) rounds, 2 (N-1)/N S bytes: bandwidth-optimal, but slow if rounds
+    are slow. Every link carries the same load at every moment. Patarasuk and Yuan 2009.
     """
     n, i = post.size, post.index
-    pieces = cut(buffer, n)
-    spare = torch.empty_like(pieces[0])
+    chunks = split(buffer, n)
+    spare = torch.empty_like(chunks[0])
     for step in range(n - 1):
-        give, take = pieces[(i - step) % n], pieces[(i - step - 1) % n]
+        give, take = chunks[(i - step) % n], chunks[(i - step - 1) % n]
         arrived = spare[: len(take)]
         yield post.send(give, i + 1) + post.receive(arrived, i - 1)
         combine(take, arrived, out=take)
-    yield from _around(post, pieces, i + 1)  # which is the piece that is now whole here
+    yield from _around_ring(post, chunks, i + 1)  # chunk i + 1 is now fully summed on this rank
 
 
 def tree_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
     """Recursive halving, then recursive doubling: Rabenseifner's algorithm.
 
-    With the rank at distance P/2, each half of the pair gives the half of the buffer that the other
-    keeps; then at P/4 half of that, until each owns 1/P of the sum. The same way back spreads it.
-    If N is no power of two, the N-P last ranks first add theirs into a partner's, and get the
-    result at the end.
+    Each rank exchanges half of the buffer with the rank at distance P/2: it sends the half that the
+    other keeps, and adds what it receives to its own half. It goes on with half of that at distance
+    P/4, until each rank owns 1/P of the sum. The way back gathers the sums in reverse order. If N
+    is not a power of two, each of the last N-P ranks first folds its buffer into that of a partner,
+    and gets the result from it at the end.
 
     x{U_X} -> x[D_X] -> x. 2 log2 P rounds and 2 (P-1)/P S bytes; 2 rounds more if N > P, and S more
     for the ranks that fold. Thakur, Rabenseifner and Gropp 2005, section 4.5.
@@ -144,20 +146,20 @@ def tree_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
 
 
 def direct_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
-    """Rank j gets everyone's piece j, sums it, and gives the sum to everyone.
+    """Rank j receives chunk j of all ranks, sums it, and sends the sum to all ranks.
 
-    x{U_X} -> x[D_X] -> x. 2 rounds, 2 (N-1)/N S bytes: as few bytes as a ring and 2 rounds, but N-1
-    messages at once, which a network of wires and switches may not carry as well.
+    x{U_X} -> x[D_X] -> x. 2 rounds, 2 (N-1)/N S bytes: as few bytes as a ring in only 2 rounds, but
+    N-1 messages at once, which a network of wires and switches may not carry as well.
     """
     n, i = post.size, post.index
-    pieces = cut(buffer, n)
-    arrived = buffer.new_empty(n, len(pieces[i]))
-    for j, works in post.swap(arrived, pieces, buffer):
+    chunks = split(buffer, n)
+    arrived = buffer.new_empty(n, len(chunks[i]))
+    for j, works in post.swap(arrived, chunks, buffer):
         yield works
-        combine(pieces[i], arrived[j], out=pieces[i])
-    works = [work for j in _others(post) for work in post.receive(pieces[j], j)]
+        combine(chunks[i], arrived[j], out=chunks[i])
+    works = [work for j in _others(post) for work in post.receive(chunks[j], j)]
     for j in _others(post):
-        works += post.send(pieces[i], j)
+        works += post.send(chunks[i], j)
     yield works
 
 
@@ -165,30 +167,31 @@ def direct_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
 
 
 def ring_reduce_scatter(post: Post, out: Tensor, x: Tensor, combine: Combine) -> Steps:
-    """A partial sum of each piece goes around, added to by all, and ends at its owner.
+    """A partial sum of each chunk goes around the ring, each rank adds to it, and it ends at its
+    owner.
 
     N-1 rounds, (N-1)/N S bytes. The first half of `ring_all_reduce`. Chan et al. 2007, section 6.
     """
     n, i = post.size, post.index
-    pieces = cut(x, n)
+    chunks = split(x, n)
     spares = torch.empty_like(out), torch.empty_like(out)
-    give = pieces[i - 1]
+    give = chunks[i - 1]
     for step in range(n - 1):
         arrived = spares[step % 2]
         yield post.send(give, i + 1) + post.receive(arrived, i - 1)
         give = out if step == n - 2 else arrived
-        combine(arrived, pieces[(i - step - 2) % n], out=give)
+        combine(arrived, chunks[(i - step - 2) % n], out=give)
 
 
 def direct_reduce_scatter(post: Post, out: Tensor, x: Tensor, combine: Combine) -> Steps:
-    """Every rank sends every other its piece, and sums what arrives: an all_to_all and a sum.
+    """Each rank sends chunk j to every other rank j, and sums the chunks it receives.
 
-    1 round, (N-1)/N S bytes, in N-1 messages at once. It needs memory for N pieces.
+    1 round, (N-1)/N S bytes, in N-1 messages at once. It needs memory for N chunks.
     """
-    pieces = cut(x, post.size)
+    chunks = split(x, post.size)
     arrived = x.new_empty(post.size, len(out))
-    total = pieces[post.index]
-    for j, works in post.swap(arrived, pieces, x):
+    total = chunks[post.index]
+    for j, works in post.swap(arrived, chunks, x):
         yield works
         total = combine(total, arrived[j], out=out)
 
@@ -197,42 +200,42 @@ def direct_reduce_scatter(post: Post, out: Tensor, x: Tensor, combine: Combine) 
 
 
 def ring_all_gather(post: Post, out: Tensor, x: Tensor) -> Steps:
-    """Each rank hands on, to the one after it, what it got last.
+    """In each round a rank sends the shard that it received last to the next rank.
 
     N-1 rounds, (N-1)/N S bytes. Chan et al. 2007, section 6.
     """
-    pieces = cut(out, post.size)
-    pieces[post.index].copy_(x)
-    return _around(post, pieces, post.index)
+    shards = split(out, post.size)
+    shards[post.index].copy_(x)
+    return _around_ring(post, shards, post.index)
 
 
 def direct_all_gather(post: Post, out: Tensor, x: Tensor) -> Steps:
-    """Each rank sends its piece to every other.
+    """Each rank sends its shard to every other rank.
 
-    1 round, (N-1)/N S bytes, in N-1 messages at once, received where they belong.
+    1 round, (N-1)/N S bytes, in N-1 messages at once, received straight into `out`.
     """
     n = post.size
-    pieces = out.view(n, -1) if len(x) else out.view(n, 0)
-    for _, works in post.swap(pieces, [x] * n, x.expand(n, -1)):
+    shards = out.view(n, -1) if len(x) else out.view(n, 0)
+    for _, works in post.swap(shards, [x] * n, x.expand(n, -1)):
         yield works
-    pieces[post.index].copy_(x)
+    shards[post.index].copy_(x)
 
 
 # --- all_to_all: x[A_X, B] -> x[A, B_X] -----------------------------------------------------------
 
 
 def direct_all_to_all(post: Post, out: Tensor, x: Tensor) -> Steps:
-    """Each rank sends each other its piece; rank i begins with rank i+1, so that none is crowded.
+    """Each rank sends chunk j to every other rank j. Rank i starts at i+1, to spread the load.
 
     1 round, (N-1)/N S bytes, in N-1 messages at once. Thakur et al. 2005, section 4.3 (pairwise).
     """
-    theirs, mine = cut(out, post.size), cut(x, post.size)
+    targets, sources = split(out, post.size), split(x, post.size)
     works: list[Work] = []
     for j in _others(post):
-        works += post.send(mine[j], j)
+        works += post.send(sources[j], j)
     for j in reversed(_others(post)):
-        works += post.receive(theirs[j], j)
-    theirs[post.index].copy_(mine[post.index])
+        works += post.receive(targets[j], j)
+    targets[post.index].copy_(sources[post.index])
     yield works
 
 
@@ -240,11 +243,12 @@ def direct_all_to_all(post: Post, out: Tensor, x: Tensor) -> Steps:
 
 
 def tree_broadcast(post: Post, buffer: Tensor, source: int) -> Steps:
-    """A binomial tree: whoever has it gives it on, so the number of those who have it doubles.
+    """A binomial tree: in each round every rank that has the data sends it on, so their number
+    doubles.
 
-    Counted from the source, rank v < 2^k gives it to rank v + 2^k. On the longest way it is passed
-    on floor(log2 N) times, whenever it arrives; the source sends S ceil(log2 N) bytes, and all
-    ranks together (N-1) S. Chan et al. 2007, section 4 (minimum spanning tree).
+    Positions v count from the source: rank v < 2^k sends to rank v + 2^k. The longest path has
+    floor(log2 N) messages. The source sends S ceil(log2 N) bytes, and all ranks together (N-1) S.
+    Chan et al. 2007, section 4 (minimum spanning tree).
     """
     place = (post.index - source) % post.size
     if place:
@@ -252,23 +256,23 @@ def tree_broadcast(post: Post, buffer: Tensor, source: int) -> Steps:
     yield [w for step in children(place, post.size) for w in post.send(buffer, post.index + step)]
 
 
-# --- what they share ------------------------------------------------------------------------------
+# --- shared helpers -------------------------------------------------------------------------------
 
 
-def _around(post: Post, pieces: Sequence[Tensor], first: int) -> Steps:
-    """Hand pieces around the ring until all ranks have all; this rank has piece `first`."""
+def _around_ring(post: Post, chunks: Sequence[Tensor], first: int) -> Steps:
+    """Pass chunks around the ring until every rank has all. This rank starts with chunk `first`."""
     n, i = post.size, post.index
     for step in range(n - 1):
-        give, take = pieces[(first - step) % n], pieces[(first - step - 1) % n]
+        give, take = chunks[(first - step) % n], chunks[(first - step - 1) % n]
         yield post.send(give, i + 1) + post.receive(take, i - 1)
 
 
 def _others(post: Post) -> list[int]:
-    """All other positions, from the next one on: no two ranks begin with the same."""
+    """Returns all other positions, from the next one on. No two ranks start with the same one."""
     return [(post.index + distance) % post.size for distance in range(1, post.size)]
 
 
-# operation -> algorithm -> its steps; what each costs stands in costs.py
+# operation -> algorithm -> its steps; see costs.py for the cost of each
 STEPS: dict[str, dict[str, Callable[..., Steps]]] = {
     "all_reduce": {"ring": ring_all_reduce, "direct": direct_all_reduce, "tree": tree_all_reduce},
     "all_gather": {"ring": ring_all_gather, "direct": direct_all_gather},

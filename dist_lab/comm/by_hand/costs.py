@@ -1,5 +1,6 @@
-"""The cost of each algorithm by hand, exact for every length: the table in `algorithms` as code. No
-torch here.
+"""The cost of each algorithm by hand, exact for every length: the table in `algorithms` as code.
+
+No torch here: the command line reads the names of the algorithms before torch is imported.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,9 @@ class Algorithm:
     """One row of the table.
 
     Attributes:
-        rounds: of N ranks.
-        sent: elements that one rank sends, of (N ranks, its position, elements of the payload);
-            the position counts from the source of a broadcast.
+        rounds: N ranks -> rounds.
+        sent: (N ranks, a rank's position, elements of the payload) -> elements that the rank sends.
+            In a broadcast the position counts from the source.
     """
 
     rounds: Callable[[int], int]
@@ -22,16 +23,18 @@ class Algorithm:
 
 
 def lengths(length: int, n: int) -> list[int]:
+    """Returns the lengths of n chunks. The first ones are longer by one if n does not divide."""
     return [length // n + (j < length % n) for j in range(n)]
 
 
 def power_in(n: int) -> int:
-    """The largest power of two in n."""
+    """Returns the largest power of two that is not above n."""
     return 1 << (n.bit_length() - 1)
 
 
 def halvings(power: int) -> list[int]:
-    """
+    """Returns the distances of recursive halving.
+
     >>> halvings(8)
     [4, 2, 1]
     """
@@ -39,7 +42,7 @@ def halvings(power: int) -> list[int]:
 
 
 def children(place: int, n: int) -> list[int]:
-    """How far from it the ranks stand to whom it gives a broadcast; the largest subtree first.
+    """Returns the distances to a rank's children in a broadcast tree, the largest subtree first.
 
     >>> [children(place, 6) for place in range(6)]
     [[1, 2, 4], [2, 4], [], [], [], []]
@@ -49,11 +52,11 @@ def children(place: int, n: int) -> list[int]:
 
 
 def _all_but(*away: int) -> Callable[[int, int, int], int]:
-    """Bytes of all pieces but one, for each of `away`: but the piece of the rank that far away."""
+    """Returns a cost: for each of `away`, all chunks but that of the rank at this distance."""
 
     def sent(n: int, i: int, length: int) -> int:
-        pieces = lengths(length, n)
-        return sum(length - pieces[(i + far) % n] for far in away)
+        chunks = lengths(length, n)
+        return sum(length - chunks[(i + distance) % n] for distance in away)
 
     return sent
 
@@ -64,14 +67,14 @@ def _tree_sent(n: int, i: int, length: int) -> int:
         return length
     total = length if i + power < n else 0
     for distance in halvings(power):
-        total += length  # the half that it gives away now, and later the half that it keeps
+        total += length  # it sends one half now, and the other half on the way back
         length = length - length // 2 if i & distance else length // 2
     return total
 
 
 def _direct_sent(n: int, i: int, length: int) -> int:
-    mine = lengths(length, n)[i]
-    return length - mine + (n - 1) * mine
+    chunk = lengths(length, n)[i]
+    return length - chunk + (n - 1) * chunk
 
 
 ALGORITHMS: dict[str, dict[str, Algorithm]] = {
@@ -100,7 +103,8 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     },
 }
 
-# Rounds of gloo's algorithms: rings, but for all_to_all; its reduce_scatter is an all_reduce.
+# Rounds of gloo's algorithms. All but all_to_all and broadcast are rings, and its reduce_scatter is
+# an all_reduce.
 BACKEND: dict[str, Callable[[int], int]] = {
     "all_reduce": lambda n: 2 * (n - 1),
     "all_gather": lambda n: n - 1,
@@ -110,4 +114,4 @@ BACKEND: dict[str, Callable[[int], int]] = {
 }
 
 FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
-SETTINGS = ("auto", "backend", *FAMILIES)  # of a mesh's `collectives`
+SETTINGS = ("auto", "backend", *FAMILIES)  # for a mesh's `collectives`

@@ -1,4 +1,4 @@
-"""The sends and receives of a collective by hand: counted when sent, all under one tag."""
+"""The sends and receives of a collective by hand: counted when posted, all with one tag."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,17 @@ from dist_lab.comm.by_hand.algorithms import Work
 from dist_lab.comm.ledger import Call
 from dist_lab.mesh.mesh import Axis
 
-# Up to this many bytes, a swap is one call of the backend's all_to_all: N-1 calls would cost more
-# than the copy into one tensor. Above, sums begin while other pieces are still on their way.
+# Up to this many bytes, `swap` is one call of the backend's all_to_all: N-1 sends would cost more
+# than the copy into one tensor. Above it, sums start while other chunks are still in flight.
 SWAP_IN_ONE_CALL = 1 << 20
 
 
 @dataclass(frozen=True)
 class Message:
-    """A send or a receive, with our time limit. By default it would wait for the time limit that
-    its group was created with, the library's 30 minutes, whatever the group's is now."""
+    """A send or a receive with our time limit.
+
+    By default it waits as long as its group's limit at creation: torch's 30 minutes.
+    """
 
     work: dist.Work
     limit: timedelta
@@ -31,11 +33,11 @@ class Message:
 class Messages:
     """The `Post` of one call on one axis.
 
-    [Note: tags] Two collectives may be on their way at once, and the later steps of the first mix
-    with those of the second. So every call on an axis has a tag of its own, counted alike on all
+    [Note: tags] Two collectives may be in flight at once, and later messages of the first mix with
+    those of the second. So every call on an axis has its own tag, counted in the same way on all
     ranks. `exchange` has the tag 0.
 
-    [Note: silence] On a pretended mesh a send is counted and goes nowhere, and zeros are received.
+    [Note: silence] In a dry run a send is counted and not sent, and a receive yields zeros.
     """
 
     def __init__(self, call: Call, axis: Axis, tag: int) -> None:
@@ -44,13 +46,13 @@ class Messages:
         self.size, self.index = axis.size, axis.index
         self.limit = timedelta(seconds=axis.comm.timeout)
 
-    # A group's own send and receive, of which isend and irecv are wrappers, count positions as an
-    # axis does.
+    # The group's own send and receive take positions on the axis. torch's isend and irecv wrap
+    # them, and take global ranks.
 
     def send(self, x: Tensor, to: int) -> list[Work]:
         if x.numel() == 0:
             return []
-        self.axis.comm.ledger.handed_over(self.call, x.nbytes)
+        self.axis.comm.ledger.add_sent(self.call, x.nbytes)
         if self.axis.comm.dry_run:
             return []
         return [Message(self.group.send([x], to % self.size, self.tag), self.limit)]
@@ -68,10 +70,10 @@ class Messages:
     ) -> list[tuple[int, list[Work]]]:
         others = [(self.index - distance) % self.size for distance in range(1, self.size)]
         if 0 < whole.nbytes <= SWAP_IN_ONE_CALL and not self.axis.comm.dry_run:
-            self.axis.comm.ledger.handed_over(self.call, sum(give[j].nbytes for j in others))
+            self.axis.comm.ledger.add_sent(self.call, sum(give[j].nbytes for j in others))
             work = dist.all_to_all_single(
                 into.view(-1), whole.contiguous().view(-1), [into.shape[1]] * self.size,
-                [len(piece) for piece in give], self.group, async_op=True,
+                [len(chunk) for chunk in give], self.group, async_op=True,
             )  # fmt: skip
             assert work is not None
             return [(j, [work] if k == 0 else []) for k, j in enumerate(others)]

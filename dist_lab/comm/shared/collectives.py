@@ -1,17 +1,16 @@
-"""The three collectives on memory that all ranks map: they copy and add, and send no message.
+"""Three collectives on memory that all ranks map: they copy and add, and send no message.
 
-    all_reduce      x{U_X} -> x         rank i sums piece i of every rank's buffer, and writes the
+    all_reduce      x{U_X} -> x         rank i sums chunk i of every rank's buffer, and writes the
                                         sum into all of them: 2 (N-1)/N S bytes, half of them read
                                         from other ranks' memory, half written to it
     all_gather      x[D_X] -> x[D]      each rank copies from every rank's buffer: (N-1)/N S
-    reduce_scatter  x[D]{U_X} -> x[D_X]   rank i sums piece i of every rank's buffer: (N-1)/N S
+    reduce_scatter  x[D]{U_X} -> x[D_X]   rank i sums chunk i of every rank's buffer: (N-1)/N S
 
-This is `direct` of `algorithms`, without the copies of every byte into the kernel and out again.
+This is `direct` of `algorithms`, without copying every byte into the kernel and out again.
 
-The caller chooses the memory: `theirs` are views of all ranks' buffers, in order of position, which
-this rank reads; `mine` is where this rank's result goes. Each collective is a generator that yields
-the barriers to wait for, as in `algorithms`, and returns how many bytes it read from other ranks'
-memory and wrote to it.
+The caller chooses the memory, as views of the buffers in a window, in order of position. Each
+collective is a generator. Like those of `algorithms` it yields the barriers to wait for. It returns
+the number of bytes that it read from other ranks' memory and wrote to it.
 """
 
 from collections.abc import Generator, Sequence
@@ -28,66 +27,67 @@ Moves = Generator[Sequence[Work], None, int]
 BLOCK = 1 << 15  # elements summed at once: few enough to stay in the cache
 
 
-def all_reduce(window: SharedWindow, theirs: Sequence[Array]) -> Moves:
-    """Every theirs[j], flat, becomes their sum: piece `index` of every rank's buffer.
+def all_reduce(window: SharedWindow, chunks: Sequence[Array]) -> Moves:
+    """Overwrite chunks[j], this rank's chunk of rank j's buffer, with the sum of all of them.
 
-    Ranks are added in one order, and only once: all ranks get the same bits.
+    One rank adds each chunk, in the order of the ranks, so all ranks get the same bits.
     """
     number = window.arrive()
-    # A rank that has departed from the collective before no longer reads what is overwritten here.
+    # Departed from the collective before, a rank no longer reads the memory that is overwritten.
     yield [Barrier(window, ARRIVED, number), Barrier(window, DEPARTED, number - 1)]
-    for start in range(0, len(theirs[0]), BLOCK):
-        blocks = [piece[start : start + BLOCK] for piece in theirs]
+    for start in range(0, len(chunks[0]), BLOCK):
+        blocks = [chunk[start : start + BLOCK] for chunk in chunks]
         total = add_up(blocks)
         for block in blocks:
             block[:] = total
     window.depart(number)
-    yield [Barrier(window, DEPARTED, number)]  # the other ranks have written their sums here
-    return 2 * (window.size - 1) * theirs[0].nbytes
+    yield [Barrier(window, DEPARTED, number)]  # all ranks have written their sums to our buffer
+    return 2 * (window.size - 1) * chunks[0].nbytes
 
 
-def reduce_scatter(window: SharedWindow, theirs: Sequence[Array], mine: Array | Tensor) -> Moves:
-    """mine becomes the sum of theirs, each (outer, inner).
+def reduce_scatter(window: SharedWindow, addends: Sequence[Array], out: Array | Tensor) -> Moves:
+    """Write the sum of the addends to out. Each is (outer, inner).
 
     Args:
-        mine: an array of the same type that shares no memory with theirs, or any tensor: sums are
-            then made in a spare block and copied, which casts them.
+        addends: this rank's shard of every rank's buffer.
+        out: an array of the same type that shares no memory with the addends; or any tensor, for
+            which sums are made in a spare block and then copied, which casts them.
     """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
-    outer, inner = theirs[0].shape
-    spare = np.empty(min(BLOCK, inner) if isinstance(mine, Tensor) else 0, theirs[0].dtype)
+    outer, inner = addends[0].shape
+    spare = np.empty(min(BLOCK, inner) if isinstance(out, Tensor) else 0, addends[0].dtype)
     for row in range(outer):
         for start in range(0, inner, BLOCK):
-            blocks = [part[row, start : start + BLOCK] for part in theirs]
-            if isinstance(mine, Tensor):
+            blocks = [addend[row, start : start + BLOCK] for addend in addends]
+            if isinstance(out, Tensor):
                 total = add_up(blocks, spare[: len(blocks[0])])
-                mine.data[row, start : start + BLOCK].copy_(torch.from_numpy(total))
+                out.data[row, start : start + BLOCK].copy_(torch.from_numpy(total))
             else:
-                add_up(blocks, mine[row, start : start + BLOCK])
+                add_up(blocks, out[row, start : start + BLOCK])
     window.depart(number)
-    return (window.size - 1) * theirs[0].nbytes
+    return (window.size - 1) * addends[0].nbytes
 
 
 def all_gather(
     window: SharedWindow,
-    theirs: Sequence[Sequence[Array]],
-    mine: Sequence[Sequence[Array]],
+    sources: Sequence[Sequence[Array]],
+    targets: Sequence[Sequence[Array]],
     *,
     own: bool = True,
 ) -> Moves:
-    """mine[j][k] becomes a copy of theirs[j][k], which is in rank j's buffer.
+    """Copy every sources[j][k], which is in rank j's buffer, to targets[j][k].
 
     Args:
-        own: whether to copy this rank's too; False if they are in place already.
+        own: whether to copy this rank's own sources; False if they are already in place.
     """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
     moved = 0
-    for j, (sources, targets) in enumerate(zip(theirs, mine, strict=True)):
+    for j, (sources_of_j, targets_of_j) in enumerate(zip(sources, targets, strict=True)):
         if j == window.index and not own:
             continue
-        for source, target in zip(sources, targets, strict=True):
+        for source, target in zip(sources_of_j, targets_of_j, strict=True):
             target[...] = source
             moved += source.nbytes if j != window.index else 0
     window.depart(number)
@@ -95,7 +95,7 @@ def all_gather(
 
 
 def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
-    """The sum of two or more blocks, in the order of the ranks."""
+    """Returns the sum of two or more blocks, added in the order of the ranks."""
     total: Array = np.add(blocks[0], blocks[1], out=out)
     for block in blocks[2:]:
         total += block
@@ -103,7 +103,7 @@ def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
 
 
 def slices(lengths: Sequence[int]) -> list[slice]:
-    """Consecutive slices of these lengths.
+    """Returns consecutive slices of these lengths.
 
     >>> slices([2, 3])
     [slice(0, 2, None), slice(2, 5, None)]

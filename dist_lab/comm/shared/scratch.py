@@ -5,13 +5,13 @@
     y = scratch.reduce_scatter(x, dim).wait()     x[D]{U_X} -> y[D_X]
     x = scratch.all_gather(y, dim).wait()         y[D_X] -> x[D]
 
-Gradients and parameters have a shared buffer each, for good, in which they are summed and gathered.
-An activation is a new tensor each time, and the result of its collective lives until backward has
-read it. So the result here is a new tensor, and the shared memory is only passed through: the input
-is copied into it.
+Gradients and parameters have permanent shared buffers, in which they are summed and gathered. An
+activation is a new tensor each time, and the result of its collective lives until backward has read
+it. So `Scratch` copies the input into shared memory, and writes the result to a new tensor.
 
-There are two buffers, used in turn: while the slowest rank still reads from one, others fill the
-other. Messages do the same where ranks cannot share memory, and for sums of 16-bit numbers.
+It has two buffers and uses them in turn: while the slowest rank still reads from one, the others
+fill the other. Messages do the same work if ranks cannot share memory, and for sums of 16-bit
+numbers.
 """
 
 import math
@@ -30,7 +30,7 @@ from dist_lab.mesh.mesh import Axis
 
 
 class Scratch:
-    """Shared memory to pass through, along one axis. All ranks use it in one order."""
+    """Shared memory for the inputs of collectives along one axis. All ranks use it in one order."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
@@ -38,15 +38,15 @@ class Scratch:
         self._turn = 0
 
     def all_reduce(self, x: Tensor) -> Pending:
-        """x{U_X} -> x, in a new tensor. Every rank gets the same bits."""
+        """x{U_X} -> x, in a new tensor. All ranks get the same bits."""
         n, i = self.axis.size, self.axis.index
         if n == 1:
             return Pending(x)
         buffer = self._next(x.numel(), x.dtype)
         x, window = buffer[: x.numel()].view(x.shape).copy_(x), window_of(buffer, self.axis, "sum")
         if window is None:
-            # The backend's thread may hold on to a tensor for a moment after it is summed. It holds
-            # the buffer, and not the memory of the result.
+            # The backend's thread may keep a tensor alive for a moment after the sum. So it gets
+            # the buffer, and the result is a copy.
             return ops.all_reduce_into(x, self.axis).then(torch.clone)
         out = torch.empty_like(x)
         due = ((n - 2) * lengths(x.numel(), n)[i] + x.numel()) * x.element_size()
@@ -54,27 +54,27 @@ class Scratch:
         return start_shared(spec, out, due, window, _all_reduce(window, out.view(-1)))
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Pending:
-        """x[D]{U_X} -> x[D_X]: rank i gets the i-th of `size` equal pieces along `dim`."""
+        """x[D]{U_X} -> x[D_X]: rank i gets shard i of the sum, which is split along `dim`."""
         n, i = self.axis.size, self.axis.index
         if n == 1:
             return Pending(x)
         assert x.shape[dim] % n == 0, (tuple(x.shape), dim, n)
         x, window = self._shared(x, "sum")
         if window is None:
-            pieces = torch.stack(x.chunk(n, dim))
-            return ops.reduce_scatter_into(torch.empty_like(pieces[0]), pieces, self.axis)
+            chunks = torch.stack(x.chunk(n, dim))
+            return ops.reduce_scatter_into(torch.empty_like(chunks[0]), chunks, self.axis)
         shape = list(x.shape)
         shape[dim] //= n
         out = x.new_empty(shape)
         outer = math.prod(x.shape[: dim % x.dim()])
         arrays = [array[: x.numel()].reshape(outer, n, -1) for array in window.arrays]
-        mine = as_array(out).reshape(outer, -1)
-        moves = reduce_scatter(window, [array[:, i] for array in arrays], mine)
+        target = as_array(out).reshape(outer, -1)
+        moves = reduce_scatter(window, [array[:, i] for array in arrays], target)
         spec = Spec("reduce_scatter", self.axis, x, f"sum along {dim}")
         return start_shared(spec, out, (n - 1) * out.nbytes, window, moves)
 
     def all_gather(self, x: Tensor, dim: int) -> Pending:
-        """x[D_X] -> x[D]: the ranks' x, concatenated along `dim`. Equal shapes."""
+        """x[D_X] -> x[D]: all ranks' x, concatenated along `dim`. Equal shapes."""
         n = self.axis.size
         if n == 1:
             return Pending(x)
@@ -88,18 +88,19 @@ class Scratch:
         shape[dim] *= n
         out = x.new_empty(shape)
         outer = math.prod(x.shape[: dim % x.dim()])
-        theirs = [[array[: x.numel()].reshape(outer, -1)] for array in window.arrays]
-        whole = as_array(out).reshape(outer, n, -1)
-        moves = all_gather(window, theirs, [[whole[:, j]] for j in range(n)])
+        sources = [[array[: x.numel()].reshape(outer, -1)] for array in window.arrays]
+        full = as_array(out).reshape(outer, n, -1)
+        moves = all_gather(window, sources, [[full[:, j]] for j in range(n)])
         spec = Spec("all_gather", self.axis, x, f"along {dim}")
         return start_shared(spec, out, (n - 1) * x.nbytes, window, moves)
 
     def extra_memory(self) -> Iterator[Tensor]:
+        """Yields the buffers, for `Sync.extra_memory`."""
         for buffers in self._buffers.values():
             yield from buffers
 
     def _shared(self, x: Tensor, reduce: str = "") -> tuple[Tensor, SharedWindow | None]:
-        """x in memory that all ranks map, and that memory; None if messages must carry it."""
+        """Returns x copied into shared memory, and the window; x and None if it needs messages."""
         if reduce and x.dtype not in SUMMED:
             return x, None
         buffer = self._next(x.numel(), x.dtype)
@@ -107,7 +108,7 @@ class Scratch:
         return x if window is None else buffer[: x.numel()].view(x.shape).copy_(x), window
 
     def _next(self, length: int, dtype: torch.dtype) -> Tensor:
-        """The buffer whose turn it is, once no rank reads from it any more."""
+        """Returns the next buffer, once no rank reads from it any more."""
         buffers = self._buffers.setdefault(dtype, [])
         self._turn = 1 - self._turn
         if len(buffers) < 2:
@@ -121,15 +122,15 @@ class Scratch:
 
 
 def _all_reduce(window: SharedWindow, out: Tensor) -> Moves:
-    """x{U_X} -> x[D_X] -> x: rank i sums piece i, and copies the sums of the other pieces.
+    """x{U_X} -> x[D_X] -> x: rank i sums chunk i, and copies the sums of the other chunks.
 
-    The sum of piece i takes the place of the addend in rank i's buffer, which no other rank reads.
+    The sum of chunk i overwrites rank i's addend in its own buffer, which no other rank reads.
     """
-    whole, i = as_array(out), window.index
-    cuts = slices(lengths(len(out), window.size))
-    addends = [array[None, cuts[i]] for array in window.arrays]
-    moved = yield from reduce_scatter(window, addends, whole[None, cuts[i]])
-    window.arrays[i][cuts[i]] = whole[cuts[i]]
-    sums = [[array[cut]] for array, cut in zip(window.arrays, cuts, strict=True)]
-    pieces = [[whole[cut]] for cut in cuts]
-    return moved + (yield from all_gather(window, sums, pieces, own=False))
+    full, i = as_array(out), window.index
+    chunks = slices(lengths(len(out), window.size))
+    addends = [array[None, chunks[i]] for array in window.arrays]
+    moved = yield from reduce_scatter(window, addends, full[None, chunks[i]])
+    window.arrays[i][chunks[i]] = full[chunks[i]]
+    sums = [[array[chunk]] for array, chunk in zip(window.arrays, chunks, strict=True)]
+    targets = [[full[chunk]] for chunk in chunks]
+    return moved + (yield from all_gather(window, sums, targets, own=False))

@@ -1,4 +1,4 @@
-"""The collectives by hand: on a simulated network for every size, then between real ranks."""
+"""The collectives by hand: on a simulated network of any size, then between real ranks."""
 
 import random
 import time
@@ -18,32 +18,32 @@ from dist_lab.mesh.mesh import init_mesh
 from dist_lab.processes import launcher
 
 PAIRS = [(op, name) for op, table in ALGORITHMS.items() for name in table]
-OF = {name: [op for op, other in PAIRS if other == name] for name in choice.FAMILIES}
+OPS_OF_FAMILY = {family: [op for op, name in PAIRS if name == family] for family in choice.FAMILIES}
 
 
 # --- a network in one process ---------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class Letter:
-    """One end of a message: it is there once the other end has been found and the bytes moved."""
+class Message:
+    """One end of a message. It is done once it meets the other end and the bytes are copied."""
 
     tensor: torch.Tensor
-    clock: int  # messages that had to arrive, one after another, before this one could leave
+    clock: int  # the longest chain of messages that had to arrive before this one could leave
     done: bool = False
     waited: bool = False
 
     def wait(self) -> None:
-        raise AssertionError("an algorithm yields what it waits for")
+        raise AssertionError("an algorithm must yield its works and not wait itself")
 
 
 @dataclass
 class Simulated:
-    """The `Post` of one rank on a network that delivers as late as it can, in a random order."""
+    """The `Post` of one rank. Its network delivers as late as it can, and in random order."""
 
     size: int
     index: int
-    ends: dict = field(repr=False)  # (from, to) -> sends not received yet, receives not served yet
+    ends: dict = field(repr=False)  # (from, to) -> sends without a receive, receives without a send
     clock: int = 0
     sent: int = 0
     posted: list = field(default_factory=list)
@@ -54,7 +54,7 @@ class Simulated:
         assert x.is_contiguous(), "the transport reads memory in order"
         if x.numel():
             self.sent += x.numel()
-            self.posted.append(Letter(x, self.clock))
+            self.posted.append(Message(x, self.clock))
             self.ends[self.index, to][0].append(self.posted[-1])
         return self.posted[-1:] if x.numel() else []
 
@@ -63,65 +63,65 @@ class Simulated:
         assert source != self.index
         assert into.is_contiguous()
         if into.numel():
-            self.posted.append(Letter(into, self.clock))
+            self.posted.append(Message(into, self.clock))
             self.ends[source, self.index][1].append((self, self.posted[-1]))
         return self.posted[-1:] if into.numel() else []
 
     def swap(self, into, give, whole):
         others = [(self.index - d) % self.size for d in range(1, self.size)]
-        sends = [letter for j in others for letter in self.send(give[j], j)]
+        sends = [message for j in others for message in self.send(give[j], j)]
         arrivals = [(j, self.receive(into[j], j)) for j in others]
         arrivals[-1][1].extend(sends)
         return arrivals
 
 
 def simulate(n, start, seed):
-    """Run start(post) on n ranks until all are done. Returns their posts."""
+    """Run start(post) on n ranks until all are done, and return their posts."""
     order, ends = random.Random(seed), defaultdict(lambda: (deque(), deque()))
     posts = [Simulated(n, i, ends) for i in range(n)]
     running = {i: start(posts[i]) for i in range(n)}
     waits = dict.fromkeys(running, ())
     while running:
-        ready = [i for i in running if all(letter.done for letter in waits[i])]
+        ready = [i for i in running if all(message.done for message in waits[i])]
         if ready:
             i = order.choice(ready)
-            for letter in waits[i]:
-                letter.waited = True
-                posts[i].clock = max(posts[i].clock, letter.clock)
+            for message in waits[i]:
+                message.waited = True
+                posts[i].clock = max(posts[i].clock, message.clock)
             try:
                 waits[i] = next(running[i])
             except StopIteration:
                 del running[i]
             continue
-        met = [pair for pair, (sends, receives) in ends.items() if sends and receives]
-        assert met, f"ranks {list(running)} wait for messages that nobody sends"
-        sends, receives = ends[order.choice(met)]
+        matched = [pair for pair, (sends, receives) in ends.items() if sends and receives]
+        assert matched, f"ranks {list(running)} wait for messages that no rank sends"
+        sends, receives = ends[order.choice(matched)]
         give, (_, take) = sends.popleft(), receives.popleft()
         assert give.tensor.shape == take.tensor.shape
         take.tensor.copy_(give.tensor)
         take.clock = give.clock + 1
         give.done = take.done = True
     assert not any(sends or receives for sends, receives in ends.values())
-    assert all(letter.waited for post in posts for letter in post.posted), "left, or perhaps not"
+    assert all(message.waited for post in posts for message in post.posted), "a missing wait"
     return posts
 
 
-def own(rank, *shape, dtype=torch.int64):
-    """Small whole numbers, different on each rank, exact in every dtype and every order of sums."""
+def values(rank, *shape, dtype=torch.int64):
+    """Returns small integers that differ by rank. Their sums are exact in every dtype and order."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(0, 8, shape, generator=generator).to(dtype)
 
 
 def case(op, n, length, reduce):
-    """(inputs of each rank, memory for its result, what must be in it): of `length` a piece."""
+    """Returns each rank's input, its output, and the expected output, for chunks of `length`."""
     combine = {"sum": lambda xs: xs.sum(0), "max": lambda xs: xs.amax(0)}[reduce]
     if op == "all_reduce":
-        xs = [own(r, length) for r in range(n)]
+        xs = [values(r, length) for r in range(n)]
         return xs, xs, [combine(torch.stack(xs))] * n
     if op == "broadcast":
-        xs = [own(r, length) for r in range(n)]
+        xs = [values(r, length) for r in range(n)]
         return xs, xs, [xs[length % n].clone()] * n
-    xs = [own(r, length * (1 if op == "all_gather" else n)) for r in range(n)]
+    xs = [values(r, length * (1 if op == "all_gather" else n)) for r in range(n)]
     outs = [torch.full((length * (1 if op == "reduce_scatter" else n),), -1) for _ in range(n)]
     if op == "all_gather":
         return xs, outs, [torch.cat(xs)] * n
@@ -131,7 +131,7 @@ def case(op, n, length, reduce):
     return xs, outs, rows
 
 
-def begin(op, steps, xs, outs, length, reduce):
+def starter(op, steps, xs, outs, length, reduce):
     combine = {"sum": torch.add, "max": torch.maximum}[reduce]
     extra = {
         "all_reduce": (combine,), "reduce_scatter": (combine,), "broadcast": (length,),
@@ -139,8 +139,8 @@ def begin(op, steps, xs, outs, length, reduce):
 
     def start(post):
         x, out = xs[post.index], outs[post.index]
-        given = (x,) if out is x else (out, x)
-        return steps(post, *given, *(e % post.size if e is length else e for e in extra))
+        tensors = (x,) if out is x else (out, x)
+        return steps(post, *tensors, *(e % post.size if e is length else e for e in extra))
 
     return start
 
@@ -148,24 +148,26 @@ def begin(op, steps, xs, outs, length, reduce):
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 24, 53])
 @pytest.mark.parametrize(("op", "name"), PAIRS)
-def test_any_number_of_ranks_any_length_and_any_order_of_arrival(op, name, length, reduce):
+def test_algorithms_are_right_for_any_number_of_ranks_length_and_order_of_arrival(
+    op, name, length, reduce
+):
     algorithm = ALGORITHMS[op][name]
     for n in [2, 3, 4, 5, 6, 7, 8, 9, 13, 16]:
         xs, outs, wanted = case(op, n, length, reduce)
         before = None if outs is xs else [x.clone() for x in xs]
         payload = max(len(xs[0]), len(outs[0]))
-        posts = simulate(n, begin(op, STEPS[op][name], xs, outs, length, reduce), seed=n + length)
+        posts = simulate(n, starter(op, STEPS[op][name], xs, outs, length, reduce), seed=n + length)
         for out, want in zip(outs, wanted, strict=True):
             assert torch.equal(out, want), (n, out, want)
         assert before is None or all(map(torch.equal, before, xs)), "the input was changed"
         for post in posts:
-            place = (post.index - length) % n if op == "broadcast" else post.index
-            assert post.sent == algorithm.sent(n, place, payload), (n, place)
+            position = (post.index - length) % n if op == "broadcast" else post.index
+            assert post.sent == algorithm.sent(n, position, payload), (n, position)
         if length >= n:
             assert max(post.clock for post in posts) == algorithm.rounds(n), n
 
 
-FORMULAS = {  # as the docstring of algorithms.py has them: bytes of a rank by S, for P = N
+FORMULAS = {  # from the docstring of algorithms.py: bytes that a rank sends / S, for P = N
     ("all_reduce", "ring"): lambda n: 2 * (n - 1) / n,
     ("all_reduce", "tree"): lambda n: 2 * (n - 1) / n,
     ("all_reduce", "direct"): lambda n: 2 * (n - 1) / n,
@@ -178,13 +180,13 @@ FORMULAS = {  # as the docstring of algorithms.py has them: bytes of a rank by S
 
 
 @pytest.mark.parametrize(("op", "name"), FORMULAS)
-def test_the_bytes_are_the_published_ones_where_the_pieces_are_equal(op, name):
+def test_sent_bytes_equal_the_published_formula_if_chunks_are_equal(op, name):
     for n in (2, 4, 8, 16):
         sent = {ALGORITHMS[op][name].sent(n, i, 1600) for i in range(n)}
         assert sent == {1600 * FORMULAS[op, name](n)}
 
 
-def test_ranks_that_fold_into_a_tree_cost_a_whole_payload_more():
+def test_ranks_that_fold_into_a_tree_send_one_payload_more():
     sent = [ALGORITHMS["all_reduce"]["tree"].sent(6, i, 100) for i in range(6)]
     assert sent == [250, 250, 150, 150, 100, 100]
     assert sum(ALGORITHMS["broadcast"]["tree"].sent(7, i, 100) for i in range(7)) == 600
@@ -200,9 +202,9 @@ GLOO = [
 
 
 def call(op, x, axis, algorithm, reduce="sum"):
-    """(what came out, what should), out of place, of everyone's own(rank, *x.shape)."""
+    """Returns (result, expected result), out of place, for every rank's values(rank, *x.shape)."""
     n, i = axis.size, axis.index
-    xs = torch.stack([own(r, *x.shape, dtype=x.dtype) for r in range(n)])
+    xs = torch.stack([values(r, *x.shape, dtype=x.dtype) for r in range(n)])
     total = xs.sum(0, dtype=x.dtype) if reduce == "sum" else xs.amax(0)
     if op == "all_reduce":
         return ops.all_reduce(x, axis, reduce, algorithm=algorithm), total
@@ -219,26 +221,26 @@ def call(op, x, axis, algorithm, reduce="sum"):
 
 @pytest.mark.slow_unless(lambda world: world == 2)
 @pytest.mark.parametrize("world", WORLDS)
-def test_they_do_what_the_backends_do_for_every_dtype_and_shape(world, mesh):
+def test_algorithms_are_right_for_every_dtype_and_shape(world, mesh):
     axis = mesh["dp"]
     for op, name in PAIRS:
         equal = op in ("reduce_scatter", "all_to_all")
         for rows in [0, 12] if equal else [0, 1, 7, 12]:
             for dtype in GLOO:
                 for reduce in ["sum", "max"] if "reduce" in op else ["sum"]:
-                    x = own(axis.index, rows, 3, dtype=dtype)
+                    x = values(axis.index, rows, 3, dtype=dtype)
                     got, wanted = call(op, x, axis, name, reduce)
                     assert got.dtype == dtype
                     assert torch.equal(got, wanted), (op, name, rows, dtype, reduce)
-                    assert torch.equal(x, own(axis.index, rows, 3, dtype=dtype)), (op, name)
+                    assert torch.equal(x, values(axis.index, rows, 3, dtype=dtype)), (op, name)
 
 
 @pytest.mark.slow_unless(lambda world: world == 3)
 @pytest.mark.parametrize("world", WORLDS)
-def test_small_and_large_the_ledger_has_what_the_formula_says(world, mesh):
+def test_the_ledger_counts_the_bytes_of_the_formula_for_small_and_large_payloads(world, mesh):
     axis, ledger = mesh["dp"], mesh.comm.ledger
     for (op, name), length in product(PAIRS, (12, 1_200_000)):
-        x = own(axis.index, length + (op == "all_reduce"), dtype=torch.float32)
+        x = values(axis.index, length + (op == "all_reduce"), dtype=torch.float32)
         before = ledger.total
         with ledger.recording() as calls:
             got, wanted = call(op, x, axis, name)
@@ -248,15 +250,15 @@ def test_small_and_large_the_ledger_has_what_the_formula_says(world, mesh):
 
 
 @pytest.mark.ranks(3)
-def test_many_on_their_way_at_once_are_not_confused_whatever_the_order_of_waiting(mesh):
+def test_many_collectives_in_flight_are_not_mixed_up_whatever_the_order_of_waits(mesh):
     axis = mesh["dp"]
     for length in (5, 400_000):
         pendings, wanted = [], []
         for k in range(3):
             for name in ("ring", "direct", "tree", "backend"):
-                buffer = own(axis.index, length, dtype=torch.float32) + k
+                buffer = values(axis.index, length, dtype=torch.float32) + k
                 pendings.append(ops.all_reduce_into(buffer, axis, algorithm=name))
-                wanted.append(sum(own(r, length) for r in range(3)) + 3 * k)
+                wanted.append(sum(values(r, length) for r in range(3)) + 3 * k)
             out = torch.empty(3 * length)
             x = torch.full((length,), 10.0 * k + axis.index)
             pendings.append(ops.all_gather_into(out, x, axis, algorithm="ring"))
@@ -269,7 +271,7 @@ def test_many_on_their_way_at_once_are_not_confused_whatever_the_order_of_waitin
 
 
 @pytest.mark.ranks(2, timeout=20)
-def test_ranks_that_wait_in_different_orders_are_told_and_never_get_the_others_bytes(mesh):
+def test_ranks_that_wait_in_different_orders_get_an_error_and_no_wrong_bytes(mesh):
     mesh = init_mesh(dp=2, timeout=0.5)
     pendings = [
         ops.all_reduce_into(torch.full((8,), 10.0**k), mesh["dp"], algorithm="ring")
@@ -280,8 +282,8 @@ def test_ranks_that_wait_in_different_orders_are_told_and_never_get_the_others_b
 
 
 @pytest.mark.ranks(2)
-def test_what_is_done_in_one_round_may_be_waited_for_in_any_order(mesh):
-    # So does all that `auto` chooses: a bucket that is waited for late holds nobody up.
+def test_collectives_of_one_round_may_be_waited_for_in_any_order(mesh):
+    # `auto` chooses only such ones, so a late wait for a bucket does not block other ranks.
     axis, x = mesh["dp"], torch.ones(8)
     for settings in choice.AUTO["all_gather"], choice.AUTO["reduce_scatter"]:
         assert {name for _, name in settings} <= {"backend", "direct"}
@@ -299,7 +301,7 @@ def test_what_is_done_in_one_round_may_be_waited_for_in_any_order(mesh):
 
 
 @pytest.mark.ranks(4)
-def test_the_first_messages_leave_at_the_call_so_that_they_travel_during_other_work(mesh):
+def test_the_first_messages_leave_at_the_call_and_overlap_with_other_work(mesh):
     axis, x = mesh["dp"], torch.ones(4_000_000)
     for op in (ops.all_reduce_into, ops.broadcast_into):
         with mesh.comm.ledger.recording() as calls:
@@ -310,7 +312,7 @@ def test_the_first_messages_leave_at_the_call_so_that_they_travel_during_other_w
 
 
 @pytest.mark.ranks(2)
-def test_a_parameter_that_needs_a_gradient_is_summed_in_place(mesh):
+def test_a_parameter_that_requires_grad_is_summed_in_place(mesh):
     for name in ("ring", "direct", "tree", "backend"):
         weight = torch.nn.Parameter(torch.ones(5))
         assert ops.all_reduce_into(weight, mesh["dp"], algorithm=name).wait() is weight
@@ -320,7 +322,7 @@ def test_a_parameter_that_needs_a_gradient_is_summed_in_place(mesh):
 
 
 @pytest.mark.ranks(4)
-def test_every_rank_gets_the_same_bits(mesh):
+def test_all_ranks_get_the_same_bits(mesh):
     axis = mesh["dp"]
     x = torch.randn(1001, generator=torch.Generator().manual_seed(mesh.rank))
     for name in ("auto", "backend", *ALGORITHMS["all_reduce"]):
@@ -329,7 +331,7 @@ def test_every_rank_gets_the_same_bits(mesh):
 
 
 @pytest.mark.ranks(3)
-def test_the_gathered_piece_and_the_summed_one_may_be_the_callers_own(mesh):
+def test_input_and_output_may_share_memory(mesh):
     axis = mesh["dp"]
     for name in ("ring", "direct"):
         for length in (5, 500_000):
@@ -341,31 +343,33 @@ def test_the_gathered_piece_and_the_summed_one_may_be_the_callers_own(mesh):
             assert out[axis.index].eq(3.0 * (axis.index + 1)).all()
 
 
-# --- which one ------------------------------------------------------------------------------------
+# --- the choice of an algorithm -------------------------------------------------------------------
 
 
 @pytest.mark.ranks(2)
-def test_a_mesh_uses_the_family_it_was_made_for_where_there_is_one(mesh):
+def test_a_mesh_uses_its_family_for_the_operations_that_have_it(mesh):
     for setting in choice.SETTINGS:
-        made = init_mesh(dp=2, collectives=setting)
+        configured = init_mesh(dp=2, collectives=setting)
         for op in ALGORITHMS:
-            with made.comm.ledger.recording() as calls:
-                call(op, own(mesh.rank, 8, dtype=torch.float32), made["dp"], None)
+            with configured.comm.ledger.recording() as calls:
+                call(op, values(mesh.rank, 8, dtype=torch.float32), configured["dp"], None)
             if setting in choice.FAMILIES:
-                assert calls[0].algorithm == (setting if op in OF[setting] else "backend")
+                assert calls[0].algorithm == (
+                    setting if op in OPS_OF_FAMILY[setting] else "backend"
+                )
             elif setting == "backend":
                 assert calls[0].algorithm == "backend"
 
 
 @pytest.mark.ranks(2)
-def test_an_algorithm_that_an_operation_does_not_have_is_refused_with_those_it_has(mesh):
+def test_an_unknown_algorithm_is_refused_and_the_known_ones_are_listed(mesh):
     with pytest.raises(UserError, match=r"all_gather on gloo has no algorithm 'tree' \(algorithm=\)"
                        r"; give auto, backend, ring or direct"):  # fmt: skip
         ops.all_gather(torch.ones(4), mesh["dp"], algorithm="tree")
     assert mesh.comm.ledger.total.calls == 0
 
 
-def test_a_family_that_does_not_exist_or_not_on_this_backend_is_refused():
+def test_a_family_that_is_unknown_or_not_on_this_backend_is_refused():
     with pytest.raises(UserError, match=r"collectives cannot be 'rings' .*\(did you mean ring\?\)"):
         init_mesh(collectives="rings")
     with pytest.raises(UserError, match=r"by hand, for gloo alone, and the backend is nccl"):
@@ -381,7 +385,7 @@ def test_every_algorithm_has_steps_and_a_cost():
     }
 
 
-def test_the_measured_table_names_algorithms_that_exist_from_every_size_on():
+def test_the_measured_table_covers_every_operation_and_size():
     assert choice.AUTO.keys() == ALGORITHMS.keys()
     for op, rows in choice.AUTO.items():
         starts = [start for start, _ in rows]
@@ -389,7 +393,7 @@ def test_the_measured_table_names_algorithms_that_exist_from_every_size_on():
         assert {name for _, name in rows} <= {"backend", *ALGORITHMS[op]}, op
 
 
-def test_what_a_setting_means_can_be_read():
+def test_effective_lists_the_algorithm_of_each_operation():
     assert choice.effective("tree", "gloo") == (
         "all_reduce tree; all_gather backend; reduce_scatter backend; all_to_all backend; "
         "broadcast tree"
@@ -398,18 +402,18 @@ def test_what_a_setting_means_can_be_read():
     assert "direct" not in choice.effective("auto", "nccl")
 
 
-# --- when it goes wrong ---------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow_unless(lambda op, name: (op, name) == ("all_reduce", "ring"))
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 @pytest.mark.ranks(3, timeout=30)
-def test_a_peer_that_does_not_arrive_is_an_error_that_names_the_call_before_long(op, name, mesh):
+def test_a_rank_that_does_not_arrive_is_an_error_that_names_the_call(op, name, mesh):
     mesh = init_mesh(dp=3, timeout=0.5)
     began = time.monotonic()
-    if mesh.rank < 2:  # the third is also the broadcast's source
+    if mesh.rank < 2:  # rank 2 is also the source of the broadcast
         with pytest.raises(ops.CollectiveError) as caught:
-            call(op, own(mesh.rank, 3_000_000), mesh["dp"], name)
+            call(op, values(mesh.rank, 3_000_000), mesh["dp"], name)
         assert f"rank {mesh.rank}/3 phase=start: {op} #1 on dp (int64[" in str(caught.value)
         assert "at test_algorithms.py:" in str(caught.value)
         assert time.monotonic() - began < 5
@@ -418,19 +422,19 @@ def test_a_peer_that_does_not_arrive_is_an_error_that_names_the_call_before_long
 
 
 @pytest.mark.parametrize("family", choice.FAMILIES)
-def test_a_peer_that_dies_is_named_by_the_launcher_and_the_others_do_not_hang(family, capsys):
+def test_a_rank_that_dies_is_named_by_the_launcher_and_the_others_do_not_hang(family, capsys):
     began = time.monotonic()
     settings = ["nproc=3", "do=kill last", f"collectives={family}", "timeout=20"]
     assert launcher.main("toy.py", toy.parse, "toy:body", settings) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("---- rank 2 of 3: killed by SIGKILL")
-    assert said.endswith("---- ranks 0, 1 of 3: waited in vain, or lost the connection ----\n")
+    output = capsys.readouterr().err
+    assert output.startswith("---- rank 2 of 3: killed by SIGKILL")
+    assert output.endswith("---- ranks 0, 1 of 3: timed out, or lost the connection ----\n")
     assert time.monotonic() - began < 15
 
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, timeout=20)
-def test_a_failed_one_fails_again_when_it_is_waited_for_again(mesh):
+def test_a_second_wait_for_a_failed_collective_raises_again(mesh):
     mesh = init_mesh(dp=2, timeout=0.5)
     if mesh.rank == 0:
         pending = ops.all_reduce_into(torch.ones(4), mesh["dp"], algorithm="ring")
@@ -445,8 +449,8 @@ def test_a_failed_one_fails_again_when_it_is_waited_for_again(mesh):
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, timeout=20)
-def test_an_exchange_ends_with_the_timeout_of_its_mesh(mesh):
-    # A group's own timeout does not reach its sends and receives: they had 30 minutes.
+def test_an_exchange_times_out_after_the_timeout_of_its_mesh(mesh):
+    # Sends and receives ignore the timeout of their group: they had 30 minutes.
     mesh = init_mesh(dp=2, timeout=0.5)
     if mesh.rank == 0:
         [pending] = ops.exchange([], [(torch.empty(4), 1)], mesh["dp"])
@@ -459,7 +463,7 @@ def test_an_exchange_ends_with_the_timeout_of_its_mesh(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_ranks_that_chose_other_algorithms_are_told(mesh):
+def test_different_algorithms_on_two_ranks_are_an_error_that_names_both(mesh):
     mesh = init_mesh(dp=2, check=True)
     with pytest.raises(ops.CollectiveMismatch, match=r"sum\) by ring at .* sum\) by tree at"):
         ops.all_reduce(torch.ones(4), mesh["dp"], algorithm=("ring", "tree")[mesh.rank])

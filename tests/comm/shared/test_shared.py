@@ -1,4 +1,4 @@
-"""Sums in memory that all ranks see: right, counted, and never in the way where they cannot be."""
+"""Sums in shared memory: right, counted, and replaced by messages if ranks cannot share memory."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ pytestmark = needs_linux
 
 
 def filled(length, dtype, axis, seed=0):
-    """A shared buffer with numbers of this rank, and the sum over ranks that it should become."""
+    """Returns a shared buffer with this rank's numbers, and the expected sum over ranks."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(axis.size, length, generator=generator, dtype=dtype)
     buffer = ops.shared_buffer(length, dtype, axis)
@@ -52,7 +52,7 @@ def test_every_rank_gets_the_sum_and_the_same_bits(world, length, dtype, mesh):
 
 
 @pytest.mark.ranks(3)
-def test_several_may_be_on_their_way_and_the_memory_is_used_again(mesh):
+def test_several_sums_may_be_in_flight_and_buffers_are_reused(mesh):
     axis = mesh["dp"]
     pairs = [filled(100 + i, torch.float64, axis, seed=i) for i in range(4)]
     for _ in range(3):
@@ -60,12 +60,12 @@ def test_several_may_be_on_their_way_and_the_memory_is_used_again(mesh):
         pending = [ops.all_reduce_into(buffer, axis) for buffer, _ in pairs]
         for work in pending:
             work.wait()
-        for (buffer, _), mine in zip(pairs, before, strict=True):
-            torch.testing.assert_close(buffer, ops.all_reduce(mine, axis))
+        for (buffer, _), addend in zip(pairs, before, strict=True):
+            torch.testing.assert_close(buffer, ops.all_reduce(addend, axis))
 
 
 @pytest.mark.ranks(2)
-def test_the_network_carries_next_to_nothing(mesh):
+def test_a_shared_sum_sends_almost_nothing_over_the_network(mesh):
     buffer, _ = filled(1 << 20, torch.float32, mesh["dp"])
     ops.all_reduce_into(buffer, mesh["dp"]).wait()
     before = sockets.sent_bytes()
@@ -74,7 +74,7 @@ def test_the_network_carries_next_to_nothing(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_a_rank_without_room_keeps_all_ranks_to_ordinary_memory(mesh):
+def test_all_ranks_use_ordinary_memory_if_one_has_no_room(mesh):
     def full(file, start, length):
         raise OSError(28, os.strerror(28))
 
@@ -89,11 +89,11 @@ def test_a_rank_without_room_keeps_all_ranks_to_ordinary_memory(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_ranks_that_cannot_open_each_others_files_are_kept_to_it_too(mesh):
-    real = memory.attach  # as on two machines: only its own is there
-    mine = f"-{os.getpid():010}-"
+def test_ranks_on_two_machines_use_ordinary_memory(mesh):
+    real = memory.attach  # as on two machines: a rank can open only its own file
+    own_file = f"-{os.getpid():010}-"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "attach", lambda p, n, d: real(p, n, d) if mine in p else None)
+        patch.setattr(memory, "attach", lambda p, n, d: real(p, n, d) if own_file in p else None)
         buffer, wanted = filled(1000, torch.float32, mesh["dp"])
     with mesh.comm.ledger.recording() as calls:
         ops.all_reduce_into(buffer, mesh["dp"]).wait()
@@ -103,7 +103,7 @@ def test_ranks_that_cannot_open_each_others_files_are_kept_to_it_too(mesh):
 
 @pytest.mark.parametrize("setting", ["backend", "ring", "direct", "tree"])
 @pytest.mark.ranks(2)
-def test_who_asks_for_an_algorithm_gets_that_one(setting, mesh):
+def test_a_mesh_with_another_collectives_setting_does_not_use_shared_memory(setting, mesh):
     mesh = init_mesh(dp=2, collectives=setting)
     buffer, wanted = filled(1000, torch.float32, mesh["dp"])
     with mesh.comm.ledger.recording() as calls:
@@ -113,7 +113,7 @@ def test_who_asks_for_an_algorithm_gets_that_one(setting, mesh):
 
 
 @pytest.mark.ranks(2)
-def test_other_dtypes_and_the_maximum_are_sent(mesh):
+def test_bfloat16_sums_and_maxima_use_messages(mesh):
     axis = mesh["dp"]
     narrow = ops.shared_buffer(10, torch.bfloat16, axis)
     buffer, _ = filled(10, torch.float32, axis)
@@ -126,25 +126,25 @@ def test_other_dtypes_and_the_maximum_are_sent(mesh):
 
 
 def own_maps() -> set[str]:
-    """The names of this process's shared files that it still maps; of a test before, too."""
+    """Returns the names of this process's shared files that it still maps, of all tests."""
     return set(re.findall(rf"dist_lab-{os.getpid():010}-\w+", Path("/proc/self/maps").read_text()))
 
 
 @pytest.mark.ranks(2)
-def test_nothing_is_left_behind(mesh):
+def test_a_dropped_buffer_leaves_no_file_and_no_mapping(mesh):
     before, mapped = len(mesh.comm.shared), own_maps()
     buffer, _ = filled(1000, torch.float32, mesh["dp"])
-    assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid():010}-*")), "a name that stays"
+    assert not list(Path("/dev/shm").glob(f"dist_lab-{os.getpid():010}-*")), "a file is left"
     assert len(mesh.comm.shared) == before + 1
     del buffer
     gc.collect()
     assert len(mesh.comm.shared) == before
-    assert own_maps() <= mapped, "memory that stays"
+    assert own_maps() <= mapped, "memory is still mapped"
 
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
-def test_a_rank_that_does_not_come_is_an_error_that_names_the_call(mesh):
+def test_a_rank_that_does_not_call_is_an_error_that_names_the_call(mesh):
     mesh = init_mesh(dp=2, timeout=1.0)
     buffer, _ = filled(1000, torch.float32, mesh["dp"])
     if mesh.rank == 0:
