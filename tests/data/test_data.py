@@ -163,7 +163,7 @@ def test_the_seed_decides_the_order(letters: Path, cache: Path) -> None:
 
 
 def test_no_two_ranks_read_the_same_samples(text: Text) -> None:
-    """With equal data, ranks stay equal without sending gradients, so other tests would not fail."""
+    """With equal data, ranks stay equal without sending gradients, and other tests would pass."""
     for step in range(20):
         ids = [set(text.sample_ids(step, rows)) for rows in parts_of(10, [4, 3, 3])]
         if step != 12:  # in the step that spans two epochs a window may occur twice

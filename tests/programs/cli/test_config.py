@@ -293,11 +293,11 @@ BAD_FILES = [
     ("", "the file sets nothing (run.toml); write settings such as steps = 300"),
     ("# only a comment\n", "the file sets nothing (run.toml); write settings such as steps = 300"),
     ("steps 3\n", "not TOML: Expected '=' after a key in a key/value pair (run.toml:1:7); correct "
-        "that"),
-    ("steps = 3\nlr = [1", "not TOML: Unclosed array (run.toml:2:8); correct that"),
+        "it"),
+    ("steps = 3\nlr = [1", "not TOML: Unclosed array (run.toml:2:8); correct it"),
     ("steps = 3\nsteps = 4\n", "not TOML: Cannot overwrite a value (is the key set twice?) "
-        "(run.toml:2:10); correct that"),
-    ("[mesh]\n[mesh]\n", "not TOML: Cannot declare ('mesh',) twice (run.toml:2:6); correct that"),
+        "(run.toml:2:10); correct it"),
+    ("[mesh]\n[mesh]\n", "not TOML: Cannot declare ('mesh',) twice (run.toml:2:6); correct it"),
     ("a = " + 5000 * "[", "brackets nest too deep (run.toml); settings are plain values"),
     (b"a = 1\n\xff", "byte 6 is not UTF-8 ('run.toml'); save the file as UTF-8"),
     (70_000 * "#", "'run.toml' is not a settings file (--config); give a TOML file"),
@@ -343,7 +343,7 @@ def test_a_bad_value_in_the_file_is_refused_even_if_a_flag_overrides_it(file):
 
 
 def test_a_number_of_thousands_of_digits_is_refused(file):
-    assert "(run.toml); correct that" in refusal("--config", file(f"steps = {5000 * '9'}\n"))
+    assert "(run.toml); correct it" in refusal("--config", file(f"steps = {5000 * '9'}\n"))
 
 
 def test_for_a_misspelled_file_or_a_folder_an_existing_file_is_suggested(file, tmp_path):
