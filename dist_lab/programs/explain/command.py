@@ -56,7 +56,7 @@ def summary(result: DryRunResult, axes: Mapping[str, int]) -> str:
     if result.steady:
         traffic = f"rank 0 sends {sent / 1e6:,.2f} MB a step in {len(result.steady)} calls, and"
     peak = f"{result.peak.total / 1e6:,.1f} MB"
-    return f"{ranks} rank{'s' * (ranks > 1)}: {traffic} holds {peak} at its peak"
+    return f"{ranks} rank{'s' * (ranks > 1)}: {traffic} holds {peak} at most"
 
 
 def show(console: Console, result: DryRunResult) -> None:
