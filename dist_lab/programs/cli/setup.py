@@ -22,7 +22,7 @@ from dist_lab.programs.cli.registry import STRATEGIES
 
 
 def open_run(config: RunSettings, mesh: Mesh) -> Data:
-    """Start of every program: check that all ranks have the same settings, then open the data."""
+    """Start of every program: check that ranks have equal settings, log if asked, open the data."""
     check_settings_agree(config.to_dict() | versions(), mesh.world)
     if config.log_collectives:
         mesh.comm.log(sys.stderr.write)
@@ -32,7 +32,7 @@ def open_run(config: RunSettings, mesh: Mesh) -> Data:
 
 
 def draw_model(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
-    """Returns the model, its parameters initialized from the seed alone."""
+    """Returns the model, with parameters that depend on the seed only."""
     return zoo.build(
         config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
         dtype=parameter_dtype(config), device=device,
@@ -64,7 +64,7 @@ def parameter_dtype(config: RunSettings) -> torch.dtype:
 
 
 def build(config: Config, mesh: Mesh, data: Data) -> Job:
-    """Returns this rank's job. The model starts on the meta device, to materialize shards alone."""
+    """Returns this rank's job. The model is on the meta device until its shards materialize."""
     model = draw_model(config, data, "meta")
     keywords = arguments(config, data)
     return parallelize(model, mesh, config.strategy, config.impl, seed=config.seed, **keywords)

@@ -42,9 +42,10 @@ WARM_UP = 4  # steps: two to measure memory and FLOPs, one to settle, one to cou
 
 def run(config: Settings, mesh: Mesh) -> int:
     """Compare the strategies, print the tables and write the files that README describes."""
-    given, config = config, config.fitted(mesh.size)
+    requested, config = config, config.fitted(mesh.size)
     names = ("batch", "layers")
-    chosen = [f"{n} {getattr(config, n)}" for n in names if getattr(config, n) != getattr(given, n)]
+    changed = [n for n in names if getattr(config, n) != getattr(requested, n)]
+    chosen = [f"{name} {getattr(config, name)}" for name in changed]
     if chosen and mesh.rank == 0:
         print(f"{' and '.join(chosen)}, so that every strategy runs", flush=True)
     with ExitStack() as cleanup:
