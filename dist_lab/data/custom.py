@@ -44,7 +44,7 @@ def is_custom(spec: str) -> bool:
 
 
 def locate(spec: str) -> None:
-    """Raise UserError unless the module, or its package, exists. Does not import it."""
+    """Raise UserError unless the module's top-level package exists. Imports nothing."""
     module = spec.partition(":")[0]
     with calling(spec, f"looking for {module}"):
         top_level = importlib.util.find_spec(module.partition(".")[0])

@@ -43,7 +43,7 @@ class Strategy:
     impls: "hand", "torch" or "accelerate" -> that implementation
     axes: the mesh axes along which it can run, outermost first; empty: it runs in one process
     default: the axes of its default mesh, if not all of `axes`
-    options: the settings that only this strategy has
+    options: the settings that it has and not every strategy has
     """
 
     impls: Mapping[str, Impl]
