@@ -216,7 +216,7 @@ def test_images_train_in_the_same_loop_and_are_reported_as_images(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["final_val_accuracy"] == rows[-1]["val_accuracy"]
     assert summary["config"]["data"] == summary["data"]["name"] == "glyphs"
-    assert "8 images of 1 x 28 x 28 (which have no --seq) a step" in done.stdout
+    assert "8 images of 1 x 28 x 28 (--seq is unused) a step" in done.stdout
     accuracy = rows[-1]["val_accuracy"]
     assert f"({accuracy:.1%} right)" in done.stdout.splitlines()[-2]
     assert "samples/s" in done.stdout.splitlines()[-2]
