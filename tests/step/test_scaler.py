@@ -98,7 +98,7 @@ ROWS = [
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, own_optimizer: strategy in ("zero1", "fsdp") or own_optimizer
+    lambda strategy, own_optimizer: strategy in ("fsdp", "zero1@torch") or own_optimizer
 )
 @pytest.mark.parametrize(
     ("strategy", "make_scaler", "own_optimizer", "clips", "fused"), on_two_ranks(ROWS)

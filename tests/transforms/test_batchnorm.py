@@ -38,6 +38,9 @@ def images(step, rows=24):
     return x, torch.randint(7, (rows,), generator=generator)
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, impl, sync: (impl == "hand" and strategy == "ddp") or sync
+)
 @pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize(
     ("strategy", "impl"),

@@ -332,6 +332,7 @@ def test_the_librarys_schedule_is_ours_except_for_the_order_of_zbv(schedule, mes
 # --- errors ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "1f1b")
 @pytest.mark.parametrize(
     ("schedule", "count", "message"),
     [

@@ -817,7 +817,9 @@ def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
 # --- what each rank holds -------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda strategy, model: strategy == "fsdp" or model == "odd")
+@pytest.mark.slow_unless(
+    lambda strategy, model: model == "odd" or (strategy, model) == ("fsdp", "empty")
+)
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 @pytest.mark.parametrize("model", [*MODELS, "empty"])
 @pytest.mark.ranks(4)

@@ -149,11 +149,7 @@ BY_NAME = {
 @pytest.mark.slow_unless(
     lambda strategy, edit, of, whose: (
         of is all_parameters
-        and (
-            strategy == "zero1"
-            or (strategy, whose, edit) in BY_NAME
-            or (edit, whose) == (double, "model")
-        )
+        and ((strategy, whose, edit) in BY_NAME or (edit, whose) == (double, "model"))
     )
 )
 @pytest.mark.parametrize("whose", ["model", "job"])
@@ -179,9 +175,7 @@ def test_a_gradient_that_is_edited_between_micro_batches_is_kept_or_refused_by_n
     assert_same(job.full_gradients(), one_process(edit, of, steps))
 
 
-@pytest.mark.slow_unless(
-    lambda strategy, how, of: of is all_parameters and (strategy == "zero1" or how is CLEARS[0])
-)
+@pytest.mark.slow_unless(lambda how, of: of is all_parameters and how is CLEARS[0])
 @pytest.mark.parametrize("of", [all_parameters, one_parameter])
 @pytest.mark.parametrize("how", CLEARS)
 @EVERY

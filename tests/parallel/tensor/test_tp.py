@@ -666,6 +666,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow_unless(lambda impl: impl == "hand")
 @pytest.mark.parametrize(("plan", "options", "message"), REFUSED)
 @pytest.mark.parametrize("impl", ["hand", "torch"])
 @ranks(2)

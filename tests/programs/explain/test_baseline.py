@@ -49,7 +49,7 @@ def digest(arguments, folder):
     return hashlib.sha256((folder / "explain.json").read_bytes()).hexdigest()
 
 
-USUAL = ("ddp", "zero1", "fsdp", "tp, sequence", "pp, 1f1b")
+USUAL = ("ddp", "fsdp", "pp, 1f1b")
 
 
 @pytest.mark.slow_unless(lambda case: case in USUAL)

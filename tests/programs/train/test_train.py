@@ -126,6 +126,7 @@ def test_every_layout_logs_the_same_losses_on_the_same_data(text, tmp_path, mesh
                 assert a == pytest.approx(b, rel=1e-10), name
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_under_torchrun(text, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = "launch/train.py --strategy dp --steps 2 --log-collectives"
