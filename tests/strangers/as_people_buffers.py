@@ -81,7 +81,7 @@ def batchnorm_that_stays_in_eval(place):
 
 @situation(
     "pytorch/pytorch#175024", "pytorch/pytorch#22192", "pytorch/pytorch#40147",
-    refused={"tp": "shares out no rows", "pp": "shares out no rows"},
+    refused={"tp": "does not split rows", "pp": "does not split rows"},
 )  # fmt: skip
 def batchnorm_over_all_ranks(place):
     """Synchronized BatchNorm, uneven rows, two forwards before one backward, momentum None."""

@@ -634,7 +634,7 @@ def test_what_would_be_another_model_is_refused(mesh):
     with pytest.raises(UserError, match="one of complex numbers, which is not sent"):
         model = nn.Sequential(width_six(), Complex(), nn.Identity(), nn.Identity())
         dist_lab.parallelize(model, mesh, "pp", example_inputs=x, balance="count")
-    with pytest.raises(UserError, match="shares out no rows for sync_batchnorm"):
+    with pytest.raises(UserError, match="does not split rows over ranks, so sync_batchnorm"):
         model = in_place_across_the_cut()
         dist_lab.parallelize(model, mesh, "pp", sync_batchnorm=True)
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp")
