@@ -8,7 +8,7 @@ from torch import nn
 
 @situation("pytorch/pytorch#2467")
 def gradient_penalty_of_wgan(place):
-    """A WGAN's critic with a gradient penalty: double backward through the model."""
+    """A WGAN critic with gradient penalty: double backward through the model."""
     job = place.job(net(classes=1), units=UNITS)
     optimizer = job.optimizer(torch.optim.Adam, lr=0.05)
     for step in range(3):
@@ -25,8 +25,8 @@ def gradient_penalty_of_wgan(place):
 
 
 @situation()
-def gradient_with_respect_to_inputs(place):
-    """Adversarial training: inputs move along their gradient before the loss is taken."""
+def adversarial_training(place):
+    """Adversarial training: inputs first move along their own gradient."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -50,7 +50,7 @@ def generator():
 
 @situation()
 def gan_of_two_jobs(place):
-    """A GAN of two jobs; the generator learns through the critic, whose gradients are cleared."""
+    """A GAN of two jobs; the critic is frozen while the generator learns through it."""
     make = place.job(generator(), units=["0"])
     judge = place.job(net(classes=1), units=UNITS)
     by_make = make.optimizer(torch.optim.Adam, lr=0.05)
@@ -72,8 +72,8 @@ def gan_of_two_jobs(place):
 
 
 @situation()
-def gan_whose_critic_keeps_its_gradients(place):
-    """The generator's backward passes through a critic that is not frozen, then zero_grad."""
+def gan_whose_critic_is_not_frozen(place):
+    """A GAN of two jobs; critic gradients from the generator's backward are cleared."""
     make = place.job(generator(), units=["0"])
     judge = place.job(net(classes=1), units=UNITS)
     by_make = make.optimizer(torch.optim.SGD, lr=0.5)
@@ -94,8 +94,8 @@ def gan_whose_critic_keeps_its_gradients(place):
 
 
 @situation(refused={"fsdp hsdp": "functional_call puts another tensor in the place of .*sharded"})
-def functional_call_with_own_parameters(place):
-    """torch.func.functional_call of job.model with its own parameters, scaled."""
+def functional_call_with_scaled_parameters(place):
+    """torch.func.functional_call(job.model, ...) with its own parameters, scaled."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -113,7 +113,7 @@ def functional_call_with_own_parameters(place):
     }
 )
 def per_sample_gradients_by_vmap(place):
-    """torch.func.vmap of grad gives each row's gradient; their sum is put into .grad."""
+    """Per-sample gradients by torch.func.vmap(grad(...)); their sum is written to .grad."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
 
@@ -134,7 +134,7 @@ def per_sample_gradients_by_vmap(place):
 
 @situation()
 def hessian_vector_product(place):
-    """A penalty on a Hessian-vector product of the loss in the inputs."""
+    """The loss includes a Hessian-vector product with respect to the inputs."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(2):
@@ -148,8 +148,8 @@ def hessian_vector_product(place):
 
 
 @situation(refused={"fsdp hsdp": "is this rank's part of it.*in its module's forward it is whole"})
-def penalty_on_weights(place):
-    """An L2 term over job.model.parameters() is part of the loss of each rank's rows."""
+def weight_penalty_over_model_parameters(place):
+    """The loss includes an L2 penalty over job.model.parameters()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(2):
@@ -163,7 +163,7 @@ def penalty_on_weights(place):
 
 @situation()
 def loss_of_two_forwards(place):
-    """Two forwards of one batch, their distance in one loss, accumulated."""
+    """The loss compares two forwards of one batch, with gradient accumulation."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
 
@@ -178,7 +178,7 @@ def loss_of_two_forwards(place):
 
 @situation(refused={"zero2": "give each backward a job.microbatch of its own"})
 def retained_graph(place):
-    """loss.backward(retain_graph=True) of one term, then of another, in one micro-batch."""
+    """Two backwards in one job.microbatch, the first with retain_graph=True."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
     for step in range(2):
@@ -193,8 +193,8 @@ def retained_graph(place):
 
 
 @situation()
-def a_value_of_the_last_step_in_the_loss(place):
-    """The detached output of the step before is a target; nothing else is kept."""
+def target_from_the_last_step(place):
+    """The detached output of the last step is the target of this step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
     before = 0.0

@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
 @situation("pytorch/pytorch#82461", "intel/e2eAIOK#198")
 def methods_other_than_forward(place):
-    """The loss calls `encode` and `reconstruct` before the model, whose parts are all units."""
+    """The loss calls model.encode() and model.reconstruct(), whose modules are units."""
     job = place.job(Encoder().double(), units=["encoder", "decoder", "head"])
 
     def loss(model, x, y):
@@ -43,8 +43,8 @@ def methods_other_than_forward(place):
 
 
 @situation("pytorch/pytorch#86343", refused={"fsdp hsdp": "decoder was called by itself"})
-def method_whose_module_is_no_unit(place):
-    """The same, where the decoder is in no unit but the model."""
+def method_whose_module_is_not_a_unit(place):
+    """The loss calls model.reconstruct(), whose decoder is not a unit."""
     job = place.job(Encoder().double(), units=["encoder"])
 
     def loss(model, x, y):
@@ -62,7 +62,7 @@ class Output:
 
 @situation("pytorch/pytorch#77812", "pytorch/pytorch#173415")
 def outputs_in_dataclasses(place):
-    """Units return dataclasses, lists in them, None, and dicts of tuples."""
+    """Units return dataclasses that hold lists, None, and dicts of tensors."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -96,7 +96,7 @@ def outputs_in_dataclasses(place):
 
 @situation("pytorch/pytorch#181832", "huggingface/accelerate#1700")
 def in_place_on_a_view_of_an_output(place):
-    """A unit returns a view, which the next line adds to in place; activations are in place."""
+    """A unit returns a view that is changed in place; so are activations."""
 
     class Squeezed(nn.Module):
         def __init__(self):
@@ -140,7 +140,7 @@ class Odd(nn.Module):
 
 @situation()
 def units_that_return_parameters_or_their_input(place):
-    """Units return their parameter, a view of it, their input unchanged, None, and a number."""
+    """Units return a parameter, a view of it, their input, None, or a number."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -175,8 +175,8 @@ class Recurring(nn.Module):
 
 
 @situation("pytorch/pytorch#183702")
-def one_unit_many_times(place):
-    """A unit is used three times in a forward, and outputs of the earlier times are kept."""
+def unit_used_three_times(place):
+    """A unit runs three times in one forward, and earlier outputs are kept for the loss."""
     job = place.job(Recurring().double(), units=["shared", "own.0", "own.1", "head"])
 
     def loss(model, x, y):
@@ -187,7 +187,7 @@ def one_unit_many_times(place):
 
 @situation()
 def units_in_a_changing_order(place):
-    """Nested units run in another order in each forward."""
+    """Nested units run in a different order in each forward."""
 
     class Shuffled(nn.Module):
         def __init__(self):
@@ -208,7 +208,7 @@ def units_in_a_changing_order(place):
 
 @situation()
 def wrapper_that_forwards_attributes(place):
-    """A wrapper answers for its inner model by __getattr__, and has a __call__ of its own."""
+    """A wrapper with __getattr__ for its inner model and its own __call__."""
 
     class Wrapper(nn.Module):
         def __init__(self, inner):
@@ -233,7 +233,7 @@ def wrapper_that_forwards_attributes(place):
 
 @situation("facebookresearch/fairscale#899", "pytorch/pytorch#26698")
 def attention_of_torch(place):
-    """nn.MultiheadAttention with other widths for keys and values, and a padding mask."""
+    """nn.MultiheadAttention with a padding mask and other widths for keys and values."""
 
     class Cross(nn.Module):
         def __init__(self):
@@ -253,7 +253,7 @@ def attention_of_torch(place):
 
 @situation()
 def encoder_of_torch(place):
-    """nn.TransformerEncoder with a mask, pre-norm; in eval mode it takes its fast path."""
+    """nn.TransformerEncoder with a causal mask, and its fast path in eval mode."""
     layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
     model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(6, 4)})
     job = place.job(model.double(), units=[nn.TransformerEncoderLayer, "head"])
@@ -289,7 +289,7 @@ def recurrent_layers(place):
 
 @situation()
 def bags_of_embeddings(place):
-    """An EmbeddingBag with weights of the samples, and one that sums, with a padding index."""
+    """nn.EmbeddingBag with per-sample weights and a padding index."""
 
     class Bags(nn.Module):
         def __init__(self):
@@ -310,7 +310,7 @@ def bags_of_embeddings(place):
 
 @situation(refused={DATA: "has no shape yet", "tp": "has no shape yet"})
 def lazy_layers(place):
-    """A layer learns its width from the first input, which comes after parallelize()."""
+    """nn.LazyLinear layers, which get their shape after parallelize()."""
     job = place.job(nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(4)).double())
     job.model(batch(0)[0])
     yield from usual_loop(place, job)

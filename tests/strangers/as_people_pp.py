@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 @situation("pytorch/pytorch#127964", "deepspeedai/DeepSpeed#2435", refused=EXACT)
 def skips_over_all_stages(place):
-    """A U-net: the first layer's output is needed by the last, and the second's by the third."""
+    """A U-net: skip connections from the first layer to the last and the second to the third."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -46,8 +46,8 @@ def skips_over_all_stages(place):
 
 
 @situation("pytorch/torchtitan#1723", refused=EXACT)
-def dicts_with_a_mask_of_their_own(place):
-    """A micro-batch is a dict of tokens and a mask, which differs by micro-batch."""
+def microbatches_as_dicts_with_masks(place):
+    """Each micro-batch is a dict of tokens and its own mask."""
 
     class Masked(nn.Module):
         def __init__(self):
@@ -80,7 +80,7 @@ def dicts_with_a_mask_of_their_own(place):
 
 @situation("pytorch/torchtitan#2061", refused=EXACT)
 def auxiliary_losses_of_all_stages(place):
-    """Each block adds to an auxiliary loss that travels beside the activations."""
+    """Each block adds to an auxiliary loss, which is passed on with the activations."""
 
     class Routed(nn.Module):
         def __init__(self):
@@ -102,7 +102,7 @@ def auxiliary_losses_of_all_stages(place):
 
 @situation(refused=EXACT)
 def stage_without_a_parameter(place):
-    """Half of the layers have no parameter: activations, reshapes, pooling."""
+    """Half of the layers have no parameters: activations, reshapes."""
     model = nn.Sequential(
         nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
         nn.Linear(12, 4), nn.Tanh(), nn.Hardtanh(), nn.Softsign(), nn.ELU(), nn.Hardswish(),
@@ -132,7 +132,7 @@ def layer_used_in_several_stages(place):
 
 @situation("facebookresearch/fairscale#610", refused=EXACT)
 def first_stages_frozen(place):
-    """The first blocks are frozen, and of the others the norms; a block is never used."""
+    """The first blocks are frozen, and so is a norm; one module is never used."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -151,8 +151,8 @@ def first_stages_frozen(place):
 
 
 @situation("pytorch/torchtitan#2206", refused=EXACT)
-def microbatches_of_other_sizes(place):
-    """Micro-batches have 8, 4, 6 and 2 rows and lengths of their own; most labels are ignored."""
+def microbatches_of_different_sizes(place):
+    """Micro-batches of different row counts and lengths; some labels are ignored."""
     model = nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 4)).double()
     job = place.job(model, units=[Block], example_inputs=example(sequences))
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
@@ -167,7 +167,7 @@ def microbatches_of_other_sizes(place):
 
 @situation(refused=EXACT)
 def evaluated_between_steps(place):
-    """Between steps the loss is measured on other rows, with class weights."""
+    """job.evaluate runs on other rows between steps, with class weights."""
     model = nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 4)).double()
     job = place.job(model, units=[Block], example_inputs=example())
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.05)
@@ -186,7 +186,7 @@ def evaluated_between_steps(place):
 
 @situation("pytorch/pytorch#50693", refused=EXACT)
 def optional_values_between_stages(place):
-    """Blocks hand on a tuple with None and a number in it, as models of transformers do."""
+    """Blocks pass on a tuple with None and a number, as models of transformers do."""
 
     class Cached(nn.Module):
         def __init__(self):
@@ -214,7 +214,7 @@ def optional_values_between_stages(place):
 
 @situation("pytorch/pytorch#129732", refused=EXACT)
 def outputs_in_a_dict(place):
-    """The model returns a dict of logits and hidden states, and the loss picks of it."""
+    """The model returns a dict of logits and hidden states, and the loss uses both."""
 
     class Net(nn.Module):
         def __init__(self):
