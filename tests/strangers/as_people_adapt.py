@@ -1,4 +1,4 @@
-"""Parameters that train in some steps alone: frozen, unused, thawed, skipped."""
+"""Parameters that are trained only in some steps: frozen, unused, unfrozen, skipped."""
 
 import torch
 from batches import DATA, batch, classified, loss_of, microbatches, usual_loop
@@ -7,16 +7,16 @@ from torch import nn
 
 
 class Trunk(nn.Module):
-    """A trunk, and heads of which forward uses one."""
+    """A trunk and two heads; forward uses the active head."""
 
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
         self.heads = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
-        self.now = "a"
+        self.active = "a"
 
     def forward(self, x):
-        return self.heads[self.now](self.trunk(x).tanh())
+        return self.heads[self.active](self.trunk(x).tanh())
 
 
 UNITS = ["trunk", "heads.a", "heads.b"]
@@ -73,7 +73,7 @@ def head_used_in_one_microbatch_only(place):
     job = place.job(Trunk().double(), units=UNITS)
 
     def loss(model, x, y):
-        model.now = "a" if loss.times % 3 == 0 else "b" if loss.times % 3 == 2 else model.now
+        model.active = "a" if loss.times % 3 == 0 else "b" if loss.times % 3 == 2 else model.active
         loss.times += 1
         return loss_of(model, x, y)
 
@@ -88,8 +88,8 @@ def unfrozen_after_an_evaluation(place):
     for parameter in job.model.parameters():
         parameter.requires_grad_(False)
     x, y = place.rows(*batch(9))
-    before = loss_of(job.model, x, y)
-    assert not before.requires_grad
+    frozen_loss = loss_of(job.model, x, y)
+    assert not frozen_loss.requires_grad
     for parameter in job.model.parameters():
         parameter.requires_grad_(True)
     yield from usual_loop(place, job)
@@ -156,7 +156,7 @@ def layer_drop_with_one_seed(place):
 
 
 class Gated(nn.Module):
-    """A layer for rows with a large first feature, another for the others; some have no rows."""
+    """One layer for rows with a large first feature, one for the others; each may have no rows."""
 
     def __init__(self):
         super().__init__()

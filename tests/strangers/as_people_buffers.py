@@ -1,4 +1,4 @@
-"""Buffers, norms, and what computes a weight from other tensors before each forward."""
+"""Buffers, norms, and modules that compute a weight from other tensors before each forward."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 
 def convolutional(norm):
-    """A network of convolutions over sequences, with this after the first."""
+    """A network of convolutions over sequences, with `norm` after the first."""
     return nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), norm, nn.Tanh(), nn.Conv1d(6, 4, 1))
 
 
@@ -23,7 +23,7 @@ def old_weight_norm_with_another_dim(place):
     """The old torch.nn.utils.weight_norm (a forward pre-hook) with dim=2, before parallelize."""
     model = convolutional(nn.Identity()).double()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and used
+        warnings.simplefilter("ignore")  # weight_norm is deprecated, but people use it
         weight_norm(model[0], dim=2)
     yield from usual_loop(place, place.job(model, units=["0", "3"]), by_position, make=sequences)
 
@@ -93,8 +93,8 @@ def batchnorm_over_all_ranks(place):
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         real, y = place.rows(*batch(step, rows=7))
-        made = place.rows(batch(step + 10, rows=9)[0])
-        loss = loss_of(job.model, real, y) + job.model(made).square().sum()
+        fake = place.rows(batch(step + 10, rows=9)[0])
+        loss = loss_of(job.model, real, y) + job.model(fake).square().sum()
         yield take_step(job, optimizer, loss / job.count(len(y)))
 
 
@@ -111,7 +111,7 @@ def instance_norm_with_statistics(place):
 
 
 class Counting(nn.Module):
-    """Buffers of many kinds, which forward changes alike on every rank."""
+    """Buffers of many kinds, which forward changes in the same way on every rank."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Counting(nn.Module):
         self.register_buffer("level", torch.ones(2, dtype=torch.uint8))
         self.register_buffer("scratch", torch.zeros(6), persistent=False)
         self.register_buffer("nothing", None)
-        self.plain = torch.linspace(0, 1, 6, dtype=torch.float64)  # no buffer: not moved, not saved
+        self.plain = torch.linspace(0, 1, 6, dtype=torch.float64)  # not a buffer: never saved
 
     def forward(self, x):
         self.calls = self.calls + 1
@@ -165,7 +165,7 @@ def buffer_registered_in_the_first_forward(place):
 
 
 class Codebook(nn.Module):
-    """Vectors are rounded to the nearest code, which follows the vectors that it stands for."""
+    """Rounds each vector to the nearest code; the codes are parameters and learn by gradients."""
 
     def __init__(self):
         super().__init__()
@@ -173,9 +173,9 @@ class Codebook(nn.Module):
 
     def forward(self, x):
         chosen = torch.cdist(x, self.codes.detach()).argmin(-1)
-        found = self.codes[chosen]
-        self.loss = (found - x.detach()).square().sum() + (found.detach() - x).square().sum()
-        return x + (found - x).detach()
+        codes = self.codes[chosen]
+        self.loss = (codes - x.detach()).square().sum() + (codes.detach() - x).square().sum()
+        return x + (codes - x).detach()
 
 
 @situation("lucidrains/vector-quantize-pytorch#222")

@@ -1,4 +1,4 @@
-"""Parameters that are frozen, thawed, tied, unused: which of them train, and when."""
+"""Parameters that are frozen while training goes on."""
 
 import torch
 from batches import batch

@@ -1,4 +1,4 @@
-"""Averages of weights beside the ones that train: EMA, SWA, Lookahead, teachers."""
+"""Averages of the weights in training: EMA, SWA, Lookahead, teachers."""
 
 import copy
 
@@ -34,8 +34,8 @@ def teacher_copied_from_job_model(place):
     for step in range(3):
         x, _ = place.rows(*batch(step))
         with torch.no_grad():
-            wanted = teacher(x)
-        loss = (job.model(x) - wanted + 1).square().sum() / job.count(len(x))
+            target = teacher(x)
+        loss = (job.model(x) - target + 1).square().sum() / job.count(len(x))
         loss.backward()
         end_step(job, optimizer)
         with torch.no_grad():
@@ -177,8 +177,8 @@ def ema_over_job_parameters_by_hand(place):
                 p.data.copy_(average)
             average_in_place = seen(job)
             job.model(place.rows(batch(50)[0]))
-            for kept, p in zip(before, job.parameters(), strict=True):
-                p.data.copy_(kept)
+            for trained, p in zip(before, job.parameters(), strict=True):
+                p.data.copy_(trained)
         yield {f"average {n}": v for n, v in average_in_place.items()} | seen(job)
 
 
@@ -193,9 +193,9 @@ def lookahead_over_job_parameters(place):
         job.finish()
         optimizer.step()
         if step % 2:
-            for kept, p in zip(slow, job.parameters(), strict=True):
-                kept.add_(p.data - kept, alpha=0.5)
-                p.data.copy_(kept)
+            for average, p in zip(slow, job.parameters(), strict=True):
+                average.add_(p.data - average, alpha=0.5)
+                p.data.copy_(average)
         job.after_step()
         optimizer.zero_grad()
         yield seen(job)
@@ -205,7 +205,7 @@ def lookahead_over_job_parameters(place):
 def update_bn_after_averaging(place):
     """A plain model loads the average of job.shadow, and update_bn runs it on all the data."""
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
-    model[1].eval()  # trains with the statistics that it has
+    model[1].eval()  # trained with fixed statistics
     average = copy.deepcopy(model)
     job = place.job(model, units=["0"])
     optimizer, shadow = job.optimizer(torch.optim.SGD, lr=0.5), job.shadow(0.5)

@@ -1,4 +1,4 @@
-"""Batches, inputs and outputs of other makes, and losses that are odd."""
+"""Unusual batches, inputs, outputs and losses."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class Out:
     hidden: torch.Tensor
 
 
-class OfKeywords(nn.Module):
-    """Takes keywords alone, of which one may be missing, and returns a dataclass."""
+class KeywordModel(nn.Module):
+    """Takes keyword arguments only, one of them optional, and returns a dataclass."""
 
     def __init__(self):
         super().__init__()
@@ -33,21 +33,21 @@ class OfKeywords(nn.Module):
 @situation()
 def keywords_in_and_a_dataclass_out(place):
     """Forward takes keyword arguments only, one of them optional, and returns a dataclass."""
-    job = place.job(OfKeywords().double(), units=["inside", "head"])
+    job = place.job(KeywordModel().double(), units=["inside", "head"])
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(3):
         for part in range(2):
             x, y = place.rows(*batch(2 * step + part))
-            more = {"scale": x.mean(1, keepdim=True)} if part else {}
+            optional = {"scale": x.mean(1, keepdim=True)} if part else {}
             with job.microbatch(last=part == 1):
-                out = job.model(x=x, **more)
+                out = job.model(x=x, **optional)
                 size = out.hidden.square().sum() / (2 * job.count(len(y)))
                 (loss_of(job, out.logits, y, 2) + size).backward()
         yield take_step(job, optimizer)
 
 
-class OfDict(OfKeywords):
-    """Takes a dict and returns a dict with the loss of its rows."""
+class DictModel(KeywordModel):
+    """Takes a dict and returns a dict that holds the summed loss of its rows."""
 
     def forward(self, batch):
         out = super().forward(x=batch["x"])
@@ -58,7 +58,7 @@ class OfDict(OfKeywords):
 @situation()
 def dict_in_and_the_loss_out(place):
     """The model takes a dict and computes its loss itself; job.run gets a list of dicts."""
-    job = place.job(OfDict().double(), units=["inside", "head"])
+    job = place.job(DictModel().double(), units=["inside", "head"])
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(3):
         pairs = []
@@ -101,8 +101,8 @@ def loss_is_logged_by_item(place):
         yield take_step(job, optimizer) | {"loss": job.count(total)}
 
 
-class Looked(nn.Module):
-    """Looks up rows by the function, which scales those that are too long."""
+class Lookup(nn.Module):
+    """Looks up rows by F.embedding, which rescales rows with a norm above max_norm."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class Looked(nn.Module):
 )
 def embedding_function_with_max_norm(place):
     """F.embedding(..., max_norm=) rewrites the rows of the weight that it looks up."""
-    job = place.job(Looked().double(), units=["head"])
+    job = place.job(Lookup().double(), units=["head"])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)

@@ -1,4 +1,4 @@
-"""What people do to gradients between backward and the step."""
+"""Loops that change or read gradients between backward and the optimizer's step."""
 
 import warnings
 
@@ -96,11 +96,11 @@ def each_gradient_clipped_by_its_own_norm(place):
 
 
 def take_rest(job, optimizer):
-    found = gradients(job)
+    full_gradients = gradients(job)
     optimizer.step()
     job.after_step()
     optimizer.zero_grad()
-    return found | seen(job)
+    return full_gradients | seen(job)
 
 
 @situation()
@@ -153,7 +153,7 @@ def cleared_to_zeros_and_to_none(place):
     for step in range(4):
         backward(place, job, step)
         job.finish()
-        found = gradients(job)
+        full_gradients = gradients(job)
         optimizer.step()
         job.after_step()
         if step % 2:
@@ -161,7 +161,7 @@ def cleared_to_zeros_and_to_none(place):
         else:
             for p in job.model.parameters():
                 p.grad = None
-        yield found | seen(job)
+        yield full_gradients | seen(job)
 
 
 @situation()
@@ -254,7 +254,8 @@ def scaled_step(job, scaler, optimizer, clip=None):
         scaler.unscale_(optimizer)
         job.clip_grad_norm(clip)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, of how it hands over its scaler
+        # GradScaler warns about how it itself passes the scaler to the optimizer.
+        warnings.simplefilter("ignore", FutureWarning)
         scaler.step(optimizer)
     scaler.update()
     job.after_step()

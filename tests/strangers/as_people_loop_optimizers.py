@@ -1,4 +1,4 @@
-"""What people do with optimizers: several of them, schedules, groups by hand, none at all."""
+"""Loops with several optimizers, schedules, groups edited by hand, or no optimizer at all."""
 
 import copy
 import math
@@ -190,11 +190,11 @@ def optimizer_step_in_backward(place):
     """Each parameter has an optimizer, and its gradient hook steps it during backward."""
     job = place.job(net(), units=UNITS)
     for p in job.model.parameters():
-        own = torch.optim.SGD([p], lr=0.3)
+        optimizer = torch.optim.SGD([p], lr=0.3)
 
-        def hook(_, own=own):
-            own.step()
-            own.zero_grad()
+        def hook(_, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
 
         p.register_post_accumulate_grad_hook(hook)
     for step in range(2):
@@ -219,14 +219,14 @@ def norm_of_weights_before_the_step(place):
 def momentum_by_hand(place):
     """SGD with momentum by hand: the momentum is kept in a dict, without an optimizer."""
     job = place.job(net(), units=UNITS)
-    kept = {name: torch.zeros_like(p) for name, p in job.named_parameters()}
+    momentum = {name: torch.zeros_like(p) for name, p in job.named_parameters()}
     for step in range(3):
         backward(place, job, step)
         job.finish()
         with torch.no_grad():
             for name, p in job.named_parameters():
-                kept[name] = 0.9 * kept[name] + p.grad
-                p.sub_(kept[name], alpha=0.3)
+                momentum[name] = 0.9 * momentum[name] + p.grad
+                p.sub_(momentum[name], alpha=0.3)
         job.after_step()
         for p in job.parameters():
             p.grad = None
@@ -242,18 +242,18 @@ def sam_by_hand(place):
         backward(place, job, step)
         job.finish()
         scale = 0.05 / (job.clip_grad_norm(None) + 1e-12)
-        moved = []
+        moves = []
         with torch.no_grad():
             for p in job.parameters():
-                moved.append(p.grad * scale)
-                p.add_(moved[-1])
+                moves.append(p.grad * scale)
+                p.add_(moves[-1])
         job.after_step()
         optimizer.zero_grad()
         backward(place, job, step)
         job.finish()
         with torch.no_grad():
-            for p, way in zip(job.parameters(), moved, strict=True):
-                p.sub_(way)
+            for p, move in zip(job.parameters(), moves, strict=True):
+                p.sub_(move)
         optimizer.step()
         job.after_step()
         optimizer.zero_grad()

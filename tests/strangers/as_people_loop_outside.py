@@ -1,4 +1,4 @@
-"""What people do with job.model besides training: copies, compilers, hooks, utilities of nn."""
+"""Uses of job.model besides training: copies, torch.compile, hooks, utilities of torch.nn."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 
 def quietly_compiled():
-    """Without the compiler's word that it leaves alone what it is told to leave alone."""
+    """Ignores torch.compile's warning about functions that it is told not to compile."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
@@ -136,12 +136,12 @@ def activations_caught_by_a_hook(place):
     """A forward hook keeps a hidden activation, which the loss penalizes."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-    kept = {}
-    job.model[1].register_forward_hook(lambda m, args, out: kept.update(hidden=out))
+    caught = {}
+    job.model[1].register_forward_hook(lambda m, args, out: caught.update(hidden=out))
 
     def share(x, y):
         out = job.model(x)
-        return loss_of(job, out, y, 2) + kept["hidden"].square().sum() / (2 * job.count(len(y)))
+        return loss_of(job, out, y, 2) + caught["hidden"].square().sum() / (2 * job.count(len(y)))
 
     for step in range(3):
         backward(place, job, step, share=share)
@@ -157,7 +157,7 @@ def train(place, model, units):
 
 
 class Symmetric(nn.Module):
-    """A parametrization of one's own."""
+    """A parametrization that makes a weight symmetric."""
 
     def forward(self, x):
         return x.triu() + x.triu(1).T
@@ -176,12 +176,12 @@ def gradients_as_one_vector(place):
     """The cosine of this step's and the last step's gradients, each flattened to a vector."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
-    before = 0.0
+    last = 0.0
     for step in range(2):
         backward(place, job, step)
         job.finish()
-        now = torch.cat([p.grad.flatten() for p in job.model.parameters()])
-        cosine, before = float((now * before).sum() / now.norm() ** 2), now
+        vector = torch.cat([p.grad.flatten() for p in job.model.parameters()])
+        cosine, last = float((vector * last).sum() / vector.norm() ** 2), vector
         yield gradients(job) | {"cosine": cosine}
         optimizer.step()
         job.after_step()

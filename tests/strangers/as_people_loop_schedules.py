@@ -1,4 +1,4 @@
-"""Loops that change on the way: freezing, recomputing, breaking off, evaluating between."""
+"""Loops that freeze layers, recompute, raise, skip batches, or evaluate between steps."""
 
 import torch
 from loops import UNITS, backward, batch, end_step, loss_of, net
@@ -33,7 +33,7 @@ def halves_trained_alternately(place):
 
 
 class Blocks(nn.Module):
-    """Blocks, each run by a checkpoint, or all of them by one."""
+    """Blocks, each in an activation checkpoint of its own, or all of them in one."""
 
     def __init__(self, *, reentrant, together=False):
         super().__init__()
@@ -168,7 +168,7 @@ def inference_between_steps(place):
         with torch.no_grad():
             job.model(x)
         job.model.train()
-        job.model(x)  # with a graph that nobody uses
+        job.model(x)  # builds an autograd graph that is not used
         backward(place, job, step)
         yield take_step(job, optimizer)
 
@@ -242,9 +242,9 @@ def weights_are_loaded_midway(place):
     """job.load_full_state_dict loads earlier weights, and training continues."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3, momentum=0.9)
-    kept = job.full_state_dict()
+    saved = job.full_state_dict()
     for step in range(4):
         if step == 2:
-            job.load_full_state_dict(kept)
+            job.load_full_state_dict(saved)
         backward(place, job, step)
         yield take_step(job, optimizer)

@@ -1,4 +1,4 @@
-"""Losses that differentiate twice or by functions: penalties, GANs, torch.func."""
+"""Losses with second derivatives or torch.func: penalties, GANs, per-sample gradients."""
 
 import torch
 from loops import UNITS, backward, batch, end_step, loss_of, net
@@ -36,8 +36,8 @@ def adversarial_training(place):
                 x.requires_grad_()
                 loss = job.cross_entropy_sum(job.model(x), y)
                 (slope,) = torch.autograd.grad(loss, x)
-                moved = (x + 0.1 * slope.sign()).detach()
-                loss_of(job, job.model(moved), y, 2).backward()
+                attacked = (x + 0.1 * slope.sign()).detach()
+                loss_of(job, job.model(attacked), y, 2).backward()
         yield take_step(job, optimizer)
 
 
@@ -51,46 +51,46 @@ def generator():
 @situation()
 def gan_of_two_jobs(place):
     """A GAN of two jobs; the critic is frozen while the generator learns through it."""
-    make = place.job(generator(), units=["0"])
-    judge = place.job(net(classes=1), units=UNITS)
-    by_make = make.optimizer(torch.optim.Adam, lr=0.05)
-    by_judge = judge.optimizer(torch.optim.Adam, lr=0.05)
+    maker = place.job(generator(), units=["0"])
+    critic = place.job(net(classes=1), units=UNITS)
+    optimizer_g = maker.optimizer(torch.optim.Adam, lr=0.05)
+    optimizer_c = critic.optimizer(torch.optim.Adam, lr=0.05)
     for step in range(3):
         real, noise = place.rows(batch(2 * step)[0], batch(2 * step + 1)[0])
-        count = judge.count(len(real))
+        count = critic.count(len(real))
         with torch.no_grad():
-            fake = make.model(noise)
-        loss = nn.functional.softplus(judge.model(fake)) + nn.functional.softplus(
-            -judge.model(real)
+            fake = maker.model(noise)
+        loss = nn.functional.softplus(critic.model(fake)) + nn.functional.softplus(
+            -critic.model(real)
         )
         (loss.sum() / count).backward()
-        found = {f"judge {n}": v for n, v in take_step(judge, by_judge).items()}
-        judge.model.requires_grad_(False)
-        (nn.functional.softplus(-judge.model(make.model(noise))).sum() / count).backward()
-        judge.model.requires_grad_(True)
-        yield found | take_step(make, by_make)
+        critic_seen = {f"critic {n}": v for n, v in take_step(critic, optimizer_c).items()}
+        critic.model.requires_grad_(False)
+        (nn.functional.softplus(-critic.model(maker.model(noise))).sum() / count).backward()
+        critic.model.requires_grad_(True)
+        yield critic_seen | take_step(maker, optimizer_g)
 
 
 @situation()
 def gan_whose_critic_is_not_frozen(place):
     """A GAN of two jobs; critic gradients from the generator's backward are cleared."""
-    make = place.job(generator(), units=["0"])
-    judge = place.job(net(classes=1), units=UNITS)
-    by_make = make.optimizer(torch.optim.SGD, lr=0.5)
-    by_judge = judge.optimizer(torch.optim.SGD, lr=0.5)
+    maker = place.job(generator(), units=["0"])
+    critic = place.job(net(classes=1), units=UNITS)
+    optimizer_g = maker.optimizer(torch.optim.SGD, lr=0.5)
+    optimizer_c = critic.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
         real, noise = place.rows(batch(2 * step)[0], batch(2 * step + 1)[0])
-        count = judge.count(len(real))
-        (nn.functional.softplus(-judge.model(make.model(noise))).sum() / count).backward()
-        found = {f"made {n}": v for n, v in take_step(make, by_make).items()}
-        judge.finish()
-        by_judge.zero_grad()
-        fake = make.model(noise).detach()
-        loss = nn.functional.softplus(judge.model(fake)) + nn.functional.softplus(
-            -judge.model(real)
+        count = critic.count(len(real))
+        (nn.functional.softplus(-critic.model(maker.model(noise))).sum() / count).backward()
+        generator_seen = {f"generator {n}": v for n, v in take_step(maker, optimizer_g).items()}
+        critic.finish()
+        optimizer_c.zero_grad()
+        fake = maker.model(noise).detach()
+        loss = nn.functional.softplus(critic.model(fake)) + nn.functional.softplus(
+            -critic.model(real)
         )
         (loss.sum() / count).backward()
-        yield found | take_step(judge, by_judge)
+        yield generator_seen | take_step(critic, optimizer_c)
 
 
 @situation(refused={"fsdp hsdp": "functional_call puts another tensor in the place of .*sharded"})
@@ -197,13 +197,13 @@ def target_from_the_last_step(place):
     """The detached output of the last step is the target of this step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
-    before = 0.0
+    target = 0.0
     x, y = place.rows(*batch(0))
     for step in range(3):
         backward(place, job, step)
         end_step(job, optimizer)
         out = job.model(x)
-        ((out - before).square().sum() / job.count(len(y))).backward()
-        before = out.detach()
+        ((out - target).square().sum() / job.count(len(y))).backward()
+        target = out.detach()
         end_step(job, optimizer)
         yield seen(job)

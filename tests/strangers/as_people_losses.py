@@ -1,4 +1,4 @@
-"""Losses that are uneven, partial, taken twice, or differentiated more than once."""
+"""Losses that are uneven, missing on a rank, split in two, or differentiated twice."""
 
 import torch
 from batches import batch, classified, generator_of, loss_of, sequences, usual_loop
@@ -15,7 +15,7 @@ UNITS = ["0", "2"]
 
 
 def padded(step):
-    """Sequences of which some positions, and in step 1 all of the last rows, are ignored."""
+    """Sequences with some ignored positions; in step 1 all labels of the last rows are ignored."""
     x, y = sequences(step)
     y = y.masked_fill(torch.rand(y.shape, generator=generator_of(step)) < 0.4, -100)
     if step == 1:
@@ -52,7 +52,7 @@ def class_weights_and_label_smoothing(place):
 
 
 class Detector(nn.Module):
-    """Features, classes, and boxes of which the loss may use none."""
+    """A detector with features, classes, and boxes; the loss may use no box."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Detector(nn.Module):
 
 
 def detected(step):
-    """Rows of which the first half alone have boxes, and in some micro-batches none."""
+    """Rows with boxes in the first half only; in step 2 no row has one."""
     x, y = batch(step)
     y = torch.where(torch.arange(8) < 4, y, 0)
     return x, torch.zeros_like(y) if step == 2 else y
@@ -101,7 +101,7 @@ def constant_zero_loss_on_a_rank(place):
 
 
 class Branches(nn.Module):
-    """Layers within layers: a branch for rows of positive classes, and one for all."""
+    """Nested layers: one branch for rows of positive classes, one for all rows."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ def saliency_of_the_inputs(place):
 
 
 class Mixture(nn.Module):
-    """A router that keeps its auxiliary loss on itself, and dense experts."""
+    """Dense experts, and a router that keeps its auxiliary loss as an attribute."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Modules that return odd things, are called oddly, or have their parts called by themselves."""
+"""Modules with unusual outputs or calls, or whose submodules are called from outside."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class Encoder(nn.Module):
-    """A model with methods besides its forward."""
+    """A model that has other methods besides forward."""
 
     def __init__(self):
         super().__init__()
@@ -69,10 +69,10 @@ def outputs_in_dataclasses(place):
             super().__init__()
             self.mix, self.gate = nn.Linear(6, 6), nn.Linear(6, 6)
 
-        def forward(self, given):
-            x = given.logits
+        def forward(self, state):
+            x = state.logits
             out = torch.tanh(self.mix(x)) * self.gate(x).sigmoid()
-            return Output(x + out, [*given.hidden, out], {"last": out})
+            return Output(x + out, [*state.hidden, out], {"last": out})
 
     class Model(nn.Module):
         def __init__(self):
@@ -80,10 +80,10 @@ def outputs_in_dataclasses(place):
             self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(6, 4)
 
         def forward(self, x):
-            given = Output(x, [])
+            state = Output(x, [])
             for block in self.blocks:
-                given = block(given)
-            return {"logits": (self.head(given.logits),), "hidden": given.hidden, "loss": None}
+                state = block(state)
+            return {"logits": (self.head(state.logits),), "hidden": state.hidden, "loss": None}
 
     job = place.job(Model().double(), units=["blocks.0", "blocks.1"])
 
@@ -122,11 +122,11 @@ def in_place_on_a_view_of_an_output(place):
 
 
 class Odd(nn.Module):
-    """Returns something that it has not computed."""
+    """Returns a tensor or value that it has not computed, of the kind that is named."""
 
-    def __init__(self, what):
+    def __init__(self, kind):
         super().__init__()
-        self.table, self.what = nn.Parameter(torch.randn(9, 6)), what
+        self.table, self.kind = nn.Parameter(torch.randn(9, 6)), kind
 
     def forward(self, x):
         return {
@@ -135,7 +135,7 @@ class Odd(nn.Module):
             "input": lambda: x,
             "none": lambda: None,
             "number": lambda: 2.0,
-        }[self.what]()
+        }[self.kind]()
 
 
 @situation()
@@ -158,7 +158,7 @@ def units_that_return_parameters_or_their_input(place):
 
 
 class Recurring(nn.Module):
-    """One layer used many times over, as in ALBERT."""
+    """One layer that is used several times, as in ALBERT."""
 
     def __init__(self):
         super().__init__()
@@ -166,12 +166,12 @@ class Recurring(nn.Module):
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
-        kept = []
+        outputs = []
         for layer in (*self.own, self.own[0]):
             x = x + torch.tanh(self.shared(layer(x)))
-            kept.append(self.head(x))
-        self.kept = kept[:-1]
-        return kept[-1]
+            outputs.append(self.head(x))
+        self.earlier = outputs[:-1]
+        return outputs[-1]
 
 
 @situation("pytorch/pytorch#183702")
@@ -180,7 +180,7 @@ def unit_used_three_times(place):
     job = place.job(Recurring().double(), units=["shared", "own.0", "own.1", "head"])
 
     def loss(model, x, y):
-        return loss_of(model, x, y) + 0.5 * sum(classified(kept, y) for kept in model.kept)
+        return loss_of(model, x, y) + 0.5 * sum(classified(output, y) for output in model.earlier)
 
     yield from usual_loop(place, job, loss)
 
@@ -244,8 +244,8 @@ def attention_of_torch(place):
         def forward(self, x):
             masked = x[..., 0] > 1
             masked[:, 0] = False
-            found, weights = self.attention(self.query(x), x, x, key_padding_mask=masked)
-            return self.head(found) + weights.sum() * 0
+            mixed, weights = self.attention(self.query(x), x, x, key_padding_mask=masked)
+            return self.head(mixed) + weights.sum() * 0
 
     job = place.job(Cross().double(), units=["attention"])
     yield from usual_loop(place, job, make=sequences)

@@ -1,4 +1,4 @@
-"""Parameters that are shared, of odd shapes, or used elsewhere than in their module."""
+"""Parameters that are shared, have unusual shapes, or are used outside of their module."""
 
 import torch
 from batches import DATA, loop_by_run, loss_of, tokens, usual_loop
@@ -113,7 +113,7 @@ def experts_packed_into_one_parameter(place):
 
 
 class Tied(Language):
-    """A head by hand: the model multiplies by the weight of its embedding."""
+    """Without a head: the model multiplies by the weight of its embedding."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ def decoder_by_the_transposed_encoder(place):
 
 
 class Adapted(nn.Module):
-    """A frozen layer with named adapters of low rank, of which one is active."""
+    """A frozen layer with named LoRA adapters, one of which is active."""
 
     def __init__(self, base, names=("first", "second")):
         super().__init__()
@@ -208,9 +208,9 @@ def reference_by_the_model_without_its_adapters(place):
         with torch.no_grad():
             reference = model(x).log_softmax(-1)
         set_adapter(model, "first")
-        own = model(x).log_softmax(-1)
-        return functional.kl_div(own, reference, log_target=True, reduction="sum") + (
-            functional.nll_loss(own, y, reduction="sum")
+        policy = model(x).log_softmax(-1)
+        return functional.kl_div(policy, reference, log_target=True, reduction="sum") + (
+            functional.nll_loss(policy, y, reduction="sum")
         )
 
     yield from usual_loop(place, job, loss)

@@ -1,4 +1,4 @@
-"""Pipelines over models as people write them, by `job.run`."""
+"""Models that people train in pipelines, by `job.run`."""
 
 import torch
 from batches import batch, classified, generator_of, loop_by_run, sequences, tokens
@@ -8,9 +8,9 @@ from torch import nn
 EXACT = {"pp": ""}
 
 
-def example(make=batch, **told):
-    """An input of a micro-batch, by which the model is cut."""
-    return make(0, rows=4, **told)[0]
+def example(make=batch, **options):
+    """Example inputs of one micro-batch, with which the model is traced and partitioned."""
+    return make(0, rows=4, **options)[0]
 
 
 class Block(nn.Module):
@@ -59,20 +59,20 @@ def microbatches_as_dicts_with_masks(place):
             x = self.embed(batch["tokens"]) * batch["mask"][..., None]
             return self.head(self.blocks(x) * batch["mask"][..., None])
 
-    def made(step, rows=8):
+    def masked_tokens(step, rows=8):
         x, y = tokens(step, rows)
         return {
             "tokens": x,
             "mask": (torch.rand(x.shape, generator=generator_of(step)) < 0.7) * 1.0,
         }, y
 
-    job = place.job(Masked().double(), units=[Block], example_inputs=made(0, rows=4)[0])
+    job = place.job(Masked().double(), units=[Block], example_inputs=masked_tokens(0, rows=4)[0])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         each = []
         for i in range(2):
-            given, y = made(2 * step + i)
-            each.append(({name: place.rows(t) for name, t in given.items()}, place.rows(y)))
+            inputs, y = masked_tokens(2 * step + i)
+            each.append(({name: place.rows(t) for name, t in inputs.items()}, place.rows(y)))
         count = job.count(sum(y.numel() for _, y in each))
         loss = job.run(each, lambda output, y: classified(output, y) / count)  # noqa: B023
         yield take_step(job, optimizer) | {"loss": loss}
@@ -158,8 +158,8 @@ def microbatches_of_different_sizes(place):
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         sizes = ((8, 3), (4, 7), (6, 2), (4, 5))
-        made = [sequences(4 * step + i, rows=n, length=t) for i, (n, t) in enumerate(sizes)]
-        each = [place.rows(x, y.masked_fill(x[..., 0] > 0.5, -100)) for x, y in made]
+        batches = [sequences(4 * step + i, rows=n, length=t) for i, (n, t) in enumerate(sizes)]
+        each = [place.rows(x, y.masked_fill(x[..., 0] > 0.5, -100)) for x, y in batches]
         count = job.count(sum((y != -100).sum() for _, y in each))
         loss = job.run(each, lambda out, y: job.cross_entropy_sum(out, y) / count)  # noqa: B023
         yield take_step(job, optimizer) | {"loss": loss}
@@ -193,8 +193,8 @@ def optional_values_between_stages(place):
             super().__init__()
             self.block = Block()
 
-        def forward(self, given):
-            x, cache, depth = given
+        def forward(self, state):
+            x, cache, depth = state
             return self.block(x) / depth, cache, depth + 1
 
     class Net(nn.Module):
@@ -203,10 +203,10 @@ def optional_values_between_stages(place):
             self.blocks, self.head = nn.ModuleList(Cached() for _ in range(4)), nn.Linear(6, 4)
 
         def forward(self, x):
-            given = (x, None, 1)
+            state = (x, None, 1)
             for block in self.blocks:
-                given = block(given)
-            return self.head(given[0])
+                state = block(state)
+            return self.head(state[0])
 
     job = place.job(Net().double(), units=[Block], example_inputs=example())
     yield from loop_by_run(place, job)

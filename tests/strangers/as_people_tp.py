@@ -1,4 +1,4 @@
-"""Tensor parallelism, with plans as people write them: exact, or refused by the module's name."""
+"""Tensor-parallel plans that people write: exact, or refused with the module's name."""
 
 import torch
 from batches import (
@@ -38,7 +38,7 @@ def biases_of_rows_and_columns(place):
 
 
 class Attention(nn.Module):
-    """Attention whose heads may be split; keys and values have fewer."""
+    """Grouped-query attention whose heads can be split over ranks."""
 
     def __init__(self, width=8, heads=4, groups=2):
         super().__init__()
@@ -51,8 +51,8 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in (self.q, self.k, self.v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return x + self.o(found.transpose(1, 2).flatten(2))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
 
 
 SPLIT = {
@@ -84,7 +84,7 @@ def vocabulary_that_does_not_divide(place):
 
 
 class Fused(nn.Module):
-    """Queries, keys and values come out of one layer, and are cut apart."""
+    """Attention whose queries, keys and values come from one fused layer."""
 
     def __init__(self):
         super().__init__()
@@ -93,8 +93,8 @@ class Fused(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in (q, k, v))
-        found = functional.scaled_dot_product_attention(q, k, v)
-        return self.o(found.transpose(1, 2).flatten(2))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.o(mixed.transpose(1, 2).flatten(2))
 
 
 @situation(

@@ -1,4 +1,4 @@
-"""Weights and buffers that a forward writes to."""
+"""Forwards that write to weights and buffers."""
 
 import torch
 from batches import DATA, batch, generator_of, loss_of, usual_loop
@@ -11,7 +11,7 @@ RANKS = DATA.replace("single ", "")
 
 
 class Masked(nn.Linear):
-    """A layer that zeroes a part of its weight before it computes, in one of several ways."""
+    """A layer whose forward first zeroes a part of its weight, in one of several ways."""
 
     def __init__(self, way, width=6, out=6):
         super().__init__(width, out)
@@ -21,7 +21,7 @@ class Masked(nn.Linear):
     def forward(self, x):
         if self.way == "in place":
             self.weight.data *= self.mask
-        elif self.way == "given":
+        elif self.way == "replaced":
             self.weight.data = torch.mul(self.weight, self.mask).detach()
         else:
             self.weight.data[self.mask == 0] = 0
@@ -30,7 +30,7 @@ class Masked(nn.Linear):
 
 
 def masked():
-    ways = ("in place", "given", "by element")
+    ways = ("in place", "replaced", "by element")
     return nn.Sequential(*(Masked(way) for way in ways), nn.Linear(6, 4)).double()
 
 
@@ -63,8 +63,8 @@ def weights_clamped_by_data_later(place):
     yield from usual_loop(place, place.job(model, units=["0", "2"]), steps=5, lr=1.0)
 
 
-class Follows(nn.Module):
-    """Vectors are rounded to the nearest code; codes are the means of their vectors, over time."""
+class MovingCodebook(nn.Module):
+    """Rounds each vector to the nearest code; a code is the moving average of its vectors."""
 
     def __init__(self):
         super().__init__()
@@ -76,17 +76,17 @@ class Follows(nn.Module):
 
     def forward(self, x):
         chosen = torch.cdist(x, self.codes).argmin(-1)
-        found = self.codes[chosen]
+        codes = self.codes[chosen]
         hot = nn.functional.one_hot(chosen, 5).to(x.dtype)
         self.size.data.mul_(0.9).add_(self.total(hot.sum(0)), alpha=0.1)
         self.average.data.mul_(0.9).add_(self.total(hot.T @ x.detach()), alpha=0.1)
         self.codes.data.copy_(self.average / self.size[:, None])
-        self.loss = (x - found).square().sum()
-        return x + (found - x).detach()
+        self.loss = (x - codes).square().sum()
+        return x + (codes - x).detach()
 
 
 def with_codes():
-    return nn.Sequential(nn.Linear(6, 6), Follows(), nn.Linear(6, 4)).double()
+    return nn.Sequential(nn.Linear(6, 6), MovingCodebook(), nn.Linear(6, 4)).double()
 
 
 def loss_with_codes(model, x, y):
