@@ -127,9 +127,7 @@ def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str,
         try:
             values[name] = dumps(value)
         except Exception as error:
-            pytest.fail(
-                f"the fixture `{name}` cannot be pickled for the ranks: {error}", pytrace=False
-            )
+            pytest.fail(f"the fixture `{name}` cannot be pickled: {error}", pytrace=False)
     class_names = [] if item.cls is None else [item.cls.__qualname__]
     return Task(
         size=size,
