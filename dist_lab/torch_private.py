@@ -17,8 +17,8 @@ from torch import Tensor, nn
 # torch.compile's own switch: it decides whether Python frames are compiled.
 from torch._C._dynamo.eval_frame import set_eval_frame
 
-# Base classes of which torch publishes only the subclasses: _BatchNorm of every BatchNorm, _NormBase
-# of every BatchNorm and InstanceNorm (both have running statistics), _DropoutNd of every Dropout.
+# Base classes: _BatchNorm of every BatchNorm, _NormBase of every BatchNorm and InstanceNorm, which
+# both have running statistics, and _DropoutNd of every Dropout. Torch publishes only subclasses.
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as StatisticsNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
