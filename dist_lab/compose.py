@@ -48,8 +48,8 @@ from dist_lab.transforms.recompute import recompute as recompute_units
 
 
 @dataclass(frozen=True)
-class Part:
-    """One strategy that is applied: its function, and the axes that it runs along."""
+class Chosen:
+    """A strategy that was chosen: its function, and the axes that it runs along."""
 
     label: str
     apply: Apply
@@ -77,8 +77,8 @@ def parallelize(
     Args:
         model: any module, the same on every rank; it may be on the meta device.
         mesh: from `init_mesh`, with a size above 1 only on axes that the strategy runs along.
-        strategy: "single", "dp", "ddp", "zero1", "zero2", "fsdp", "tp" or "pp", or a function
-            `apply(setup)` of your own, which runs along dp.
+        strategy: "single", "dp", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tp" or "pp"; or a
+            function `apply(setup)` of your own, which runs along dp.
         impl: "hand" for ours; "torch" or "accelerate" for a library's implementation.
         units: module classes, class names or module names. Each such module is one unit: it is
             unsharded, reduced, recomputed and logged as one.
@@ -101,19 +101,19 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"parallelize() takes a built nn.Module, not {model!r:.60}")
-    part = _part(strategy, impl)
-    _refuse_other_axes(part, strategy, mesh)
-    _refuse_unknown_options(part, options)
+    chosen = _choose(strategy, impl)
+    _refuse_other_axes(chosen, strategy, mesh)
+    _refuse_unknown_options(chosen, options)
     _refuse_what_cannot_train(model, ranks=mesh.size)
     refuse_claimed(model)
     _refuse_earlier_optimizers(model)
-    if sync_batchnorm and not set(part.axes) & set(DATA_AXES):
+    if sync_batchnorm and not set(chosen.axes) & set(DATA_AXES):
         raise UserError(
             f"{strategy} does not split rows over ranks, so sync_batchnorm has no use; leave it out"
         )
     on_meta = is_meta(model)
     full_value = _current_value(model)
-    if on_meta and part.impl.draws:
+    if on_meta and chosen.impl.draws:
         full_value = deferred_init(model, seed, mesh.device, init_fn)
     elif on_meta:
         materialize(model, seed, mesh.device, init_fn)
@@ -129,7 +129,7 @@ def parallelize(
 
     layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
     setup = Setup(model, mesh, {}, layouts, full_value, units_by_name, param_dtype, recompute)
-    applied = _fold(setup, [(part, options)])
+    applied = _fold(setup, [(chosen, options)])
     local_names = [name for name, _ in model.named_parameters()]
     expected = [n for n, layout in applied.layouts.items() if holds(layout, mesh.coordinates)]
     assert names == list(applied.layouts), "a strategy keeps every parameter's name"
@@ -138,7 +138,7 @@ def parallelize(
     watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
     claim(model, applied.layouts)
     parts = Parts(model, applied, mesh)
-    # A write to a parameter inside forward would be lost on a shard, and differ between data ranks.
+    # What forward writes to a parameter would differ between data ranks, or be lost by a reshard.
     no_writes = mesh.data.size > 1 or applied.sharded_between_units
     after: list[Sync] = [NoWrites(leaves, applied.unit_of)] if no_writes else []
     if mesh.data.size > 1:
@@ -146,38 +146,38 @@ def parallelize(
         after.append(SameBuffers(model, buffers, mesh.data))
     chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.comm, units_by_name, applied)
-    if param_dtype is not None and part.impl.casts is not Casts.ALL:
+    if param_dtype is not None and chosen.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks run first: we cast the unsharded parameters.
-        compute_in(model, param_dtype, parameters=part.impl.casts is not Casts.PARAMETERS)
+        compute_in(model, param_dtype, parameters=chosen.impl.casts is not Casts.PARAMETERS)
     parts.guard_parameters()
     return Job(model, mesh, applied, runner, watch, state)
 
 
-def _fold(setup: Setup, parts: Sequence[tuple[Part, Mapping[str, Any]]]) -> Applied:
+def _fold(setup: Setup, strategies: Sequence[tuple[Chosen, Mapping[str, Any]]]) -> Applied:
     """Apply strategies one after another, outermost first: see ORDER_OF_APPLICATION.
 
     Args:
         setup: describes the model before any strategy; it has no axes yet.
-        parts: each strategy with its options.
+        strategies: each one with its options.
     """
     combined: Applied | None = None
-    for part, options in sorted(parts, key=_place_in_order):
-        setup = replace(setup, axes={name: setup.mesh.channel(name) for name in part.axes})
-        applied = part.apply(setup, **options)
+    for chosen, options in sorted(strategies, key=_place_in_order):
+        setup = replace(setup, axes={name: setup.mesh.channel(name) for name in chosen.axes})
+        applied = chosen.apply(setup, **options)
         if not isinstance(applied, Applied):
             raise UserError(
-                f"a strategy returns Applied(layouts, sync), but {part.label} gave {applied!r:.60}"
+                f"a strategy returns Applied(layouts, sync); {chosen.label} gave {applied!r:.60}"
             )
         earlier = setup.layouts.items()
-        assert all(applied.layouts[n].extends(layout) for n, layout in earlier), part.label
+        assert all(applied.layouts[n].extends(layout) for n, layout in earlier), chosen.label
         combined = applied if combined is None else _combine(combined, applied)
         setup = replace(setup, layouts=applied.layouts, full_value=_current_value(setup.model))
     assert combined is not None, "no strategy"
     return combined
 
 
-def _place_in_order(part: tuple[Part, Any]) -> int:
-    axes = set(part[0].axes)
+def _place_in_order(strategy: tuple[Chosen, Any]) -> int:
+    axes = set(strategy[0].axes)
     return next(i for i, family in enumerate(ORDER_OF_APPLICATION) if axes & set(family))
 
 
@@ -197,10 +197,10 @@ def _combine(outer: Applied, inner: Applied) -> Applied:
     )
 
 
-def _part(strategy: str | Apply, impl: str) -> Part:
+def _choose(strategy: str | Apply, impl: str) -> Chosen:
     if callable(strategy):
         name = getattr(strategy, "__qualname__", repr(strategy))
-        return Part(name, strategy, ("dp",), Impl(""))
+        return Chosen(name, strategy, ("dp",), Impl(""))
     if (strategy, impl) in REFUSED:
         raise UserError(f"no strategy {strategy}@{impl}: {REFUSED[strategy, impl]}")
     row = STRATEGIES.get(strategy)
@@ -209,16 +209,16 @@ def _part(strategy: str | Apply, impl: str) -> Part:
         raise UserError(f"no strategy {strategy}@{impl}; there are {known}")
     module, _, function = row.impls[impl].apply.partition(":")
     apply = getattr(import_module(module), function)
-    return Part(f"{strategy}@{impl}", apply, row.axes or ("dp",), row.impls[impl])
+    return Chosen(f"{strategy}@{impl}", apply, row.axes or ("dp",), row.impls[impl])
 
 
-def _refuse_other_axes(part: Part, strategy: str | Apply, mesh: Mesh) -> None:
+def _refuse_other_axes(chosen: Chosen, strategy: str | Apply, mesh: Mesh) -> None:
     """Raise UserError unless the mesh is one of the legal MIXES of the strategy's axes."""
     if strategy == "single" and mesh.size > 1:
         raise UserError(f"strategy single is for one process, but the mesh is {mesh}")
     long = {name for name, size in mesh.axes.items() if size > 1}
-    if not any(long <= mix <= set(part.axes) for mix in MIXES):
-        inner_first = part.axes[::-1]
+    if not any(long <= mix <= set(chosen.axes) for mix in MIXES):
+        inner_first = chosen.axes[::-1]
         along = " and ".join(inner_first)
         wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in inner_first)
         raise UserError(
@@ -242,13 +242,13 @@ def _current_value(model: nn.Module) -> Callable[[str], Tensor]:
     return lambda name: model.get_parameter(name).detach()
 
 
-def _refuse_unknown_options(part: Part, options: Mapping[str, Any]) -> None:
-    parameters = signature(part.apply).parameters.values()
+def _refuse_unknown_options(chosen: Chosen, options: Mapping[str, Any]) -> None:
+    parameters = signature(chosen.apply).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise UserError(f"{part.label} has no option {name}; {takes}")
+            raise UserError(f"{chosen.label} has no option {name}; {takes}")
 
 
 def find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from torch import nn
 import dist_lab
 from dist_lab import compose
 from dist_lab.comm.ops import all_gather
-from dist_lab.compose import Part
+from dist_lab.compose import Chosen
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Owed, Shard, holds, shard_of
 from dist_lab.parallel.param_slots import param_slots, set_param
@@ -45,29 +45,29 @@ def splitting(name, dim, log):
             layouts[fqn] = setup.layouts[fqn].split(axis.name, Shard(dim)).owing(Owed(axis.name))
         return Applied(layouts, LogsFinish(name, log), about=name)
 
-    return Part(name, apply, (name,), Impl(""))
+    return Chosen(name, apply, (name,), Impl(""))
 
 
-def fold(model, mesh, *parts):
+def fold(model, mesh, *strategies):
     layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
     setup = Setup(model, mesh, {}, layouts, compose._current_value(model), {"": model})
-    return compose._fold(setup, [(part, {}) for part in parts])
+    return compose._fold(setup, [(chosen, {}) for chosen in strategies])
 
 
 @pytest.mark.parametrize("order", [("tp", "fsdp"), ("fsdp", "tp")], ids=" given ".join)
 @pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
 def test_the_order_of_application_is_fixed_and_each_strategy_splits_the_earlier_shard(order, mesh):
     log, model = [], nn.Linear(6, 5, bias=False)
-    whole = model.weight.detach().clone().copy_(torch.arange(30.0).view(5, 6))
-    model.weight.data.copy_(whole)
-    parts = {"tp": splitting("tp", 0, log), "fsdp": splitting("fsdp", 1, log)}
-    applied = fold(model, mesh, *(parts[name] for name in order))
+    full = model.weight.detach().clone().copy_(torch.arange(30.0).view(5, 6))
+    model.weight.data.copy_(full)
+    strategies = {"tp": splitting("tp", 0, log), "fsdp": splitting("fsdp", 1, log)}
+    applied = fold(model, mesh, *(strategies[name] for name in order))
     layout = applied.layouts["weight"]
     assert layout.splits == (("tp", Shard(0)), ("fsdp", Shard(1)))
     assert layout.partial == (Owed("tp"), Owed("fsdp"))
     rows = slice(0, 3) if mesh["tp"].index == 0 else slice(3, 5)
     columns = slice(0, 3) if mesh["fsdp"].index == 0 else slice(3, 6)
-    assert torch.equal(model.weight.detach(), whole[rows, columns])
+    assert torch.equal(model.weight.detach(), full[rows, columns])
     applied.sync.finish()
     assert log == ["fsdp", "tp"], "gradients are summed inner to outer"
     assert applied.about == "tp, fsdp"
@@ -81,7 +81,7 @@ def test_a_strategy_that_drops_an_earlier_split_fails():
     mesh = dist_lab.init_mesh()
     outer = splitting("tp", 0, [])
     with pytest.raises(AssertionError, match="forgets"):
-        fold(nn.Linear(2, 2), mesh, outer, Part("forgets", forgets, ("dp",), Impl("")))
+        fold(nn.Linear(2, 2), mesh, outer, Chosen("forgets", forgets, ("dp",), Impl("")))
 
 
 def test_every_strategy_has_a_place_in_the_order_and_a_legal_mesh():
@@ -96,7 +96,7 @@ def test_a_mesh_with_an_axis_of_another_strategy_is_refused():
     mesh = dist_lab.init_mesh()
     mesh.axes = {"dp": 2, "tp": 2}
     with pytest.raises(UserError, match=r"the mesh is dp=2 x tp=2, but ddp runs along dp only"):
-        compose._refuse_other_axes(compose._part("ddp", "hand"), "ddp", mesh)
+        compose._refuse_other_axes(compose._choose("ddp", "hand"), "ddp", mesh)
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "fsdp"])
@@ -129,11 +129,11 @@ def test_full_gradients_before_finish_is_refused():
 def test_parameters_of_other_stages_keep_their_layouts_under_an_inner_strategy(inner, mesh):
     model = gpt(layers=2)
     names = [name for name, _ in model.named_parameters()]
-    parts = [(compose._part("pp", "hand"), {}), (compose._part(inner, "hand"), {})]
+    strategies = [(compose._choose("pp", "hand"), {}), (compose._choose(inner, "hand"), {})]
     layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
     value = compose._current_value(model)
     setup = Setup(model, mesh, {}, layouts, value, {"": model}, None, 0)
-    applied = compose._fold(setup, parts)
+    applied = compose._fold(setup, strategies)
     assert list(applied.layouts) == names
     local_names = {name for name, _ in model.named_parameters()}
     for name, layout in applied.layouts.items():

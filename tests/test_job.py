@@ -120,7 +120,7 @@ def test_a_forgotten_finish_is_refused_before_weights_drift_apart():
 def test_wrong_arguments_are_refused_with_the_right_ones():
     with pytest.raises(UserError, match=r"takes a built nn\.Module, not <class"):
         single(Odd)
-    with pytest.raises(UserError, match=r"Applied\(layouts, sync\), but .*<lambda> gave None"):
+    with pytest.raises(UserError, match=r"Applied\(layouts, sync\); .*<lambda> gave None"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), lambda setup: None)
     job = single(odd())
     with pytest.raises(UserError, match=r"list of \(input, target\) pairs"):
