@@ -45,8 +45,8 @@ class Job:
         model: the module that was given; its parameters keep their names.
         mesh: the mesh that it trains on.
         layouts: parameter name -> its Layout, which says how the parameter is sharded.
-        leaves: parameter name -> the leaf whose `.grad` backward fills, if not the parameter.
-        stepped: parameter name -> the tensor that optimizers step, if not the parameter.
+        leaves: parameter name -> the leaf whose `.grad` backward fills, if it is not the parameter.
+        stepped: parameter name -> the tensor that optimizers step, if it is not the parameter.
         about: the configuration that a library's implementation runs with; "" for ours.
     """
 

@@ -119,7 +119,7 @@ NESTED = ["trunk", "trunk.0", "trunk.1", "some", "some.0", "some.1", "some.1.1",
 
 @situation("lyuwenyu/RT-DETR#672", "ultralytics/ultralytics#26012")
 def nested_units_unused_on_a_rank(place):
-    """Nested units of which a rank's loss leaves some out, different ones in each micro-batch."""
+    """Nested units, some of which a rank's loss does not use; others in each micro-batch."""
     job = place.job(Branches().double(), units=NESTED)
     yield from usual_loop(place, job, detection_loss, make=detected, steps=4)
 

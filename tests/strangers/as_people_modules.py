@@ -162,12 +162,13 @@ class Recurring(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.shared, self.own = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.shared = nn.Linear(6, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
         outputs = []
-        for layer in (*self.own, self.own[0]):
+        for layer in (*self.layers, self.layers[0]):
             x = x + torch.tanh(self.shared(layer(x)))
             outputs.append(self.head(x))
         self.earlier = outputs[:-1]
@@ -177,7 +178,7 @@ class Recurring(nn.Module):
 @situation("pytorch/pytorch#183702")
 def unit_used_three_times(place):
     """A unit runs three times in one forward, and earlier outputs are kept for the loss."""
-    job = place.job(Recurring().double(), units=["shared", "own.0", "own.1", "head"])
+    job = place.job(Recurring().double(), units=["shared", "layers.0", "layers.1", "head"])
 
     def loss(model, x, y):
         return loss_of(model, x, y) + 0.5 * sum(classified(output, y) for output in model.earlier)

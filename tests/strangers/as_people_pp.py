@@ -118,11 +118,11 @@ def layer_used_in_several_stages(place):
     class Recurring(nn.Module):
         def __init__(self):
             super().__init__()
-            self.shared, self.own = Block(), nn.ModuleList(Block() for _ in range(3))
+            self.shared, self.blocks = Block(), nn.ModuleList(Block() for _ in range(3))
             self.head = nn.Linear(6, 4)
 
         def forward(self, x):
-            for block in self.own:
+            for block in self.blocks:
                 x = block(self.shared(x))
             return self.head(self.shared(x))
 
