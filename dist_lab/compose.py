@@ -82,7 +82,7 @@ def parallelize(
         impl: "hand" for ours; "torch" or "accelerate" for a library's implementation.
         units: module classes, class names or module names. Each such module is one unit: it is
             unsharded, reduced, recomputed and logged as one.
-        param_dtype: the dtype to compute in; the parameters stay master weights in their own.
+        param_dtype: compute in this dtype; the parameters keep theirs, as master weights.
         recompute: recompute every k-th unit in backward: 1 all, 0 none.
         broadcast: start from rank 0's weights and buffers. False: they must be equal already.
         seed, init_fn: how to initialize a model on the meta device. `init_fn(name, tensor,

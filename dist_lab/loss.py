@@ -24,8 +24,8 @@ class Split(Protocol):
 def cross_entropy_sum(logits: Tensor | Split, targets: Tensor) -> Tensor:
     """Return the sum over all positions of -log softmax(logits)[target], in nats.
 
-    To get the loss, divide it by `job.count(number of targets)`: see [Note: the gradient
-    convention] in step/protocol.py.
+    To get the loss, divide it by `job.count(number of targets)`: see
+    [Note: the gradient convention] in step/protocol.py.
 
     Args:
         logits: shape (..., V), any floating dtype; below float32 it computes in float32. Or the

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as StatisticsNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 
-# A mode that sees every operation, and a context that switches such modes off.
+# A mode that sees every operation, and a context that switches such modes off. Neither is public.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
 
@@ -60,7 +60,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def multiply_all(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiply all tensors in place, in one operation. Publicly only clipping by norm does this."""
+    """Multiply all tensors in place, in one operation. The public way also computes a norm."""
     torch._foreach_mul_(tensors, factor)
 
 
@@ -120,7 +120,7 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
 
 
 def saved_tensors_hooks_around() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """Return the innermost active (pack, unpack) hooks. Publicly one can only add others."""
+    """Return the innermost active (pack, unpack) hooks. The public API only adds others."""
     hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks
@@ -160,7 +160,7 @@ def set_scaled_step(optimizer: torch.optim.Optimizer, step: Any) -> None:
 
 
 def group_timeout(group: "ProcessGroup") -> float:
-    """Return the timeout of the group's collectives in seconds. Publicly it can only be set."""
+    """Return the timeout of the group's collectives in seconds. The public API only sets it."""
     from torch.distributed import get_backend
 
     device = torch.device("cuda" if "nccl" in str(get_backend(group)) else "cpu")
