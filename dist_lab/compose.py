@@ -34,12 +34,12 @@ from dist_lab.programs.cli.registry import (
 )
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
-from dist_lab.step.guards import Guarded, Parts, Plain
+from dist_lab.step.guards import Guards, GuardsOff, GuardsOn
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Setup, Sync
 from dist_lab.step.same_buffers import SameBuffers
-from dist_lab.step.writes import NoWrites
+from dist_lab.step.writes import RefuseWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import deferred_init, is_meta, materialize
 from dist_lab.transforms.init import InitFn
@@ -135,21 +135,21 @@ def parallelize(
     assert names == list(applied.layouts), "a strategy keeps every parameter's name"
     assert local_names == expected, "the model holds the parameters that layouts put on this rank"
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
-    watch = FirstNonFinite(leaves, kept=applied.make_runner is not None)
+    watch = FirstNonFinite(leaves, accumulates=applied.make_runner is not None)
     claim(model, applied.layouts)
-    parts = Parts(model, applied, mesh)
+    guards = Guards(model, applied, mesh)
     # What forward writes to a parameter would differ between data ranks, or be lost by a reshard.
     no_writes = mesh.data.size > 1 or applied.sharded_between_units
-    after: list[Sync] = [NoWrites(leaves, applied.unit_of)] if no_writes else []
+    after: list[Sync] = [RefuseWrites(leaves, applied.unit_of)] if no_writes else []
     if mesh.data.size > 1:
         buffers = [name for name, _ in model.named_buffers() if name in state]
         after.append(SameBuffers(model, buffers, mesh.data))
-    chain = Chain(Chain(Plain(parts), watch), applied.sync, Guarded(parts), *after)
+    chain = Chain(Chain(GuardsOff(guards), watch), applied.sync, GuardsOn(guards), *after)
     runner = (applied.make_runner or Runner)(model, chain, mesh.comm, units_by_name, applied)
     if param_dtype is not None and chosen.impl.casts is not Casts.ALL:
         # After the runner, so that its hooks run first: we cast the unsharded parameters.
         compute_in(model, param_dtype, parameters=chosen.impl.casts is not Casts.PARAMETERS)
-    parts.guard_parameters()
+    guards.guard_parameters()
     return Job(model, mesh, applied, runner, watch, state)
 
 

@@ -25,7 +25,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.count import sum_of_counts
-from dist_lab.step.detached import Watched, sum_of_losses
+from dist_lab.step.detached import RecordedLoss, sum_of_losses
 from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
@@ -116,12 +116,12 @@ class Job:
         _check_pairs(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
-        watched = Watched(loss_fn)
-        total = self._runner.run(microbatches, watched)
-        stepped = self._runner.named_parameters() if watched.strays else ()
+        recorded = RecordedLoss(loss_fn)
+        total = self._runner.run(microbatches, recorded)
+        stepped = self._runner.named_parameters() if recorded.some_detached else ()
         trains = any(p.requires_grad for _, p in stepped)
         with self.mesh.comm.label("loss"):
-            return sum_of_losses(total, watched, self._loss_axis, trains=trains)
+            return sum_of_losses(total, recorded, self._loss_axis, trains=trains)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """Return the global loss, by forward passes in eval mode. Arguments as for `run`.
@@ -190,7 +190,7 @@ class Job:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         with self.mesh.comm.label("check"):
-            names = ops.all_gather_bytes(self._watch.take().encode(), self.mesh.world)
+            names = ops.all_gather_bytes(self._watch.pop().encode(), self.mesh.world)
         name, rank = next(((n.decode(), rank) for rank, n in enumerate(names) if n), ("", 0))
         if name:
             cause = f"first in the gradient of {name} on rank {rank}"

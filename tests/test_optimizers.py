@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import dist_lab
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
-from dist_lab.step.elementwise import looks_at
+from dist_lab.step.elementwise import update_scope
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ class WantsClosure(Plain):
         closure()
 
 
-COUPLING = {
+SCOPES = {
     "element": [
         Plain, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad,
         torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
@@ -91,27 +91,27 @@ COUPLING = {
     ],
     "all": [ClipsAll, Noisy, WantsClosure, torch.optim.LBFGS],
 }  # fmt: skip
-ROWS = [(cls, coupling) for coupling, classes in COUPLING.items() for cls in classes]
+ROWS = [(cls, scope) for scope, classes in SCOPES.items() for cls in classes]
 
 
 @pytest.mark.parametrize(
-    ("cls", "coupling"), ROWS, ids=lambda value: getattr(value, "__name__", value)
+    ("cls", "scope"), ROWS, ids=lambda value: getattr(value, "__name__", value)
 )
-def test_a_trial_finds_what_an_optimizer_class_couples(cls, coupling):
-    assert looks_at(lambda parameters: cls(parameters, lr=0.05), CPU) == coupling
+def test_a_trial_finds_the_update_scope_of_an_optimizer_class(cls, scope):
+    assert update_scope(lambda parameters: cls(parameters, lr=0.05), CPU) == scope
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}])
 def test_an_elementwise_class_stays_elementwise_with_any_options(options):
     make = lambda parameters: torch.optim.AdamW(parameters, **options)  # noqa: E731
-    assert looks_at(make, CPU) == "element"
+    assert update_scope(make, CPU) == "element"
 
 
 def test_the_trial_does_not_use_the_global_random_generator():
     torch.manual_seed(0)
     random.seed(0)
     before = torch.get_rng_state()
-    looks_at(Noisy, CPU)
+    update_scope(Noisy, CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -174,7 +174,7 @@ def one_process(cls):
     return losses_of(job, job.optimizer(cls, **CLASSES[cls]))
 
 
-BY_TENSOR = [cls for cls in CLASSES if cls in COUPLING["tensor"]]
+BY_TENSOR = [cls for cls in CLASSES if cls in SCOPES["tensor"]]
 
 
 def on_two(rows):
@@ -215,8 +215,8 @@ SHARDED = [
 @pytest.mark.parametrize(("strategy", "cls", "parameter"), on_two(SHARDED))
 def test_a_class_that_is_not_elementwise_is_refused_on_shards(mesh, strategy, cls, parameter):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)
-    where = f"step on parts of {parameter}" if parameter else "step on different ones"
-    message = f"{cls.__name__} looks at more than one .*{where}; take dp or ddp"
+    where = f"step on shards of {parameter}" if parameter else "step on different parameters"
+    message = f"{cls.__name__} looks at more than one .*{where}; use dp or ddp"
     with pytest.raises(UserError, match=message) as caught:
         job.optimizer(cls, **CLASSES[cls])
     assert "\n" not in str(caught.value)
@@ -225,7 +225,7 @@ def test_a_class_that_is_not_elementwise_is_refused_on_shards(mesh, strategy, cl
 
 def test_on_one_rank_a_class_is_refused_only_on_flattened_parameters():
     mesh = dist_lab.init_mesh()
-    with pytest.raises(UserError, match=r"Adafactor looks at .* parts of 0\.weight"):
+    with pytest.raises(UserError, match=r"Adafactor looks at .* shards of 0\.weight"):
         job_of(mesh, "zero1").optimizer(torch.optim.Adafactor)
     for cls in (torch.optim.LBFGS, torch.optim.Adafactor):
         job = job_of(dist_lab.init_mesh(fsdp=1), "fsdp")
@@ -245,7 +245,7 @@ def test_each_group_is_tried_with_its_own_options(mesh):
 
     job = job_of(mesh, "zero1")
     job.optimizer(Switched)
-    with pytest.raises(UserError, match=r"Switched looks at .* parts of 2\.weight"):
+    with pytest.raises(UserError, match=r"Switched looks at .* shards of 2\.weight"):
         job.optimizer(Switched, groups=lambda name, shape: {"clip": name == "2.weight"})
 
 

@@ -1,1 +1,1 @@
-"""Where a parameter lies: `layout` says it, `gather` makes it whole again."""
+"""How a parameter is sharded (`layout`), and how its full tensor is gathered (`gather`)."""

@@ -1,7 +1,7 @@
-"""The state of a whole model, of which each rank's module holds a part.
+"""The full state dict of a model whose ranks hold shards.
 
-* gather: parts of all ranks -> every tensor whole, under the names of `model.state_dict()`
-* load: whole tensors -> this rank's parts, in place
+* gather: the shards of all ranks -> full tensors, under the names of `model.state_dict()`
+* load: full tensors -> this rank's shards, in place
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ class FullState:
     """Gathers and loads the state of one model.
 
     Attributes:
-        layouts: name -> how that parameter lies.
-        buffers: name -> how a buffer lies, where it is not on every rank.
+        layouts: name -> the layout of that parameter.
+        buffers: name -> the layout of a buffer, where it is not on every rank.
         stepped: name -> the tensor that optimizers step on, where it is not the parameter.
-        names: of the whole model's state -> of a parameter, the first of its names.
+        names: key of the full state dict -> canonical name, a tied parameter's first.
     """
 
     model: nn.Module
@@ -36,49 +36,51 @@ class FullState:
     names: Mapping[str, str]
 
     def gather(self) -> dict[str, Any]:
-        """Every tensor whole, equal on every rank; of buffers that lie on all, rank 0's."""
-        own = self.model.state_dict(keep_vars=True)
-        tensors = {name: t.detach() for name, t in own.items() if isinstance(t, Tensor)}
+        """Returns all full tensors, equal on every rank. Buffers that all hold are rank 0's."""
+        local = self.model.state_dict(keep_vars=True)
+        tensors = {name: t.detach() for name, t in local.items() if isinstance(t, Tensor)}
         tensors |= {name: shard.detach() for name, shard in self.stepped.items()}
         rank0 = tuple((axis, OnlyOn((0,))) for axis in self.mesh.axes)
         layouts = {name: Layout(t.shape, t.dtype, rank0) for name, t in tensors.items()}
         layouts |= {**self.layouts, **self.buffers}
-        held = [name for name in dict.fromkeys(self.names.values()) if name in layouts]
-        whole = gather_all({name: tensors.get(name) for name in held}, layouts, self.mesh)
+        names = [name for name in dict.fromkeys(self.names.values()) if name in layouts]
+        gathered = gather_all({name: tensors.get(name) for name in names}, layouts, self.mesh)
         # Tied tensors have several names and one value; a module's extra state is this rank's.
-        return {name: whole[n] if n in whole else own[n] for name, n in self.names.items()}
+        return {key: gathered[n] if n in gathered else local[n] for key, n in self.names.items()}
 
     def load(self, full: Mapping[str, Any]) -> None:
-        """Write this rank's parts of whole tensors.
+        """Write full tensors into this rank's shards.
 
         Raises:
-            UserError: a name or a shape that does not fit; nothing has been changed then.
+            UserError: a name or a shape does not match; nothing has been changed then.
         """
-        own = self.model.state_dict(keep_vars=True)
-        self._refuse_misfits(full, own)
-        parts = {name: full[name] for name in own}
-        canonical = {p: name for name, p in self.model.named_parameters()}
-        for name, tensor in own.items():
-            if isinstance(tensor, nn.Parameter):  # here, as a library's may claim the whole shape
-                first = canonical[tensor]
-                part = slice_local(
+        local = self.model.state_dict(keep_vars=True)
+        self._refuse_misfits(full, local)
+        to_load = {name: full[name] for name in local}
+        first_name = {p: name for name, p in self.model.named_parameters()}
+        for name, tensor in local.items():
+            if isinstance(tensor, nn.Parameter):  # by us: a DTensor would want the full shape
+                first = first_name[tensor]
+                shard = slice_local(
                     full[name], self.layouts[first], self.mesh.axes, self.mesh.coordinates
                 )
-                local_part(self.stepped.get(first, tensor).detach()).copy_(part)
-                parts[name] = tensor
+                local_part(self.stepped.get(first, tensor).detach()).copy_(shard)
+                to_load[name] = tensor
             elif isinstance(tensor, Tensor) and (index := distinct(tensor)):
                 tensor[index].copy_(full[name][index])
-                parts[name] = tensor
-        self.model.load_state_dict(parts)
+                to_load[name] = tensor
+        self.model.load_state_dict(to_load)
 
-    def _refuse_misfits(self, full: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        odd = sorted(self.names.keys() ^ full.keys())
-        if odd:
-            side = "missing from" if odd[0] in self.names else "not in the model but in"
-            raise UserError(f"{len(odd)} names do not match, first: {odd[0]} is {side} the weights")
+    def _refuse_misfits(self, full: Mapping[str, Any], local: Mapping[str, Any]) -> None:
+        odd_names = sorted(self.names.keys() ^ full.keys())
+        if odd_names:
+            side = "missing from" if odd_names[0] in self.names else "not in the model but in"
+            raise UserError(
+                f"{len(odd_names)} names do not match, first: {odd_names[0]} is {side} the weights"
+            )
         for name, first in self.names.items():
-            where, tensor = self.layouts.get(first) or self.buffers.get(name), own.get(name)
-            shape = where.shape if where else tensor.shape if isinstance(tensor, Tensor) else None
+            layout, tensor = self.layouts.get(first) or self.buffers.get(name), local.get(name)
+            shape = layout.shape if layout else tensor.shape if isinstance(tensor, Tensor) else None
             if shape is not None and full[name].shape != shape:
                 raise UserError(
                     f"{name} has shape {tuple(full[name].shape)}, the model {tuple(shape)}"

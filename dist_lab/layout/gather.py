@@ -1,4 +1,4 @@
-"""Whole tensors from the parts that ranks hold.
+"""Gathers full tensors from the shards that ranks hold.
 
 W[D_X] -> W[D]           one split after another, the last applied first
 """
@@ -24,95 +24,96 @@ from dist_lab.layout.layout import (
 )
 from dist_lab.mesh.mesh import Axis, Mesh
 
-TOGETHER = 16 * 2**20  # bytes: beyond that a tensor's own size is what it costs
+BUCKET_BYTES = 16 * 2**20  # beyond it, the cost of a collective is proportional to its size
 Layouts = Mapping[str, Layout]
-Parts = Mapping[str, Tensor | None]  # what of each tensor is here by now
+Shards = Mapping[str, Tensor | None]  # name -> this rank's shard
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's local tensor: the tensor itself, or a DTensor's local shard.
 
-    PyTorch's own shards are DTensors, which speak of the whole and communicate when asked for it.
+    PyTorch's own shards are DTensors: their shape is the full one, and some operations communicate.
     """
     to_local = getattr(tensor, "to_local", None)  # no isinstance: importing DTensor takes a second
     if to_local is None:
         return tensor
     with torch.no_grad():
-        inside: Tensor = to_local()
-    return inside
+        local: Tensor = to_local()
+    return local
 
 
 def gather_full(local: Tensor | None, layout: Layout, mesh: Mesh) -> Tensor:
-    """Gather one whole tensor: see gather_all."""
+    """Gather one full tensor: see gather_all."""
     return gather_all({"": local}, {"": layout}, mesh)[""]
 
 
 def gather_all(
-    parts: Parts, layouts: Layouts, mesh: Mesh, together: int = TOGETHER
+    shards: Shards, layouts: Layouts, mesh: Mesh, bucket_bytes: int = BUCKET_BYTES
 ) -> dict[str, Tensor]:
-    """Gather whole tensors from all ranks' parts: W[D_X] -> W[D] for each split, the last first.
+    """Gather full tensors from all ranks' shards: W[D_X] -> W[D] for each split, the last first.
 
-    What is split alike travels as one: of a thousand small tensors each alone would cost as much
-    as a large one. Results have memory of their own, in which there is no padding. Collective over
-    the axes of the splits.
+    Tensors that are split alike go into one collective: each of a thousand small tensors alone
+    would cost as much as a large one. Results have their own memory, without padding. Collective
+    over the axes of the splits.
 
     Args:
-        parts: by name, the same names in one order on every rank. None where this rank holds
-            nothing of it that counts.
-        together: bytes of whole tensors that travel as one; a larger tensor goes alone.
+        shards: by name, the same names in the same order on every rank. None where this rank holds
+            nothing of the tensor, or only a copy.
+        bucket_bytes: bytes of full tensors per collective; a larger tensor goes alone.
     """
-    now = {
-        name: local_part(part)
-        if part is not None and is_counted(layouts[name], mesh.coordinates)
+    tensors = {
+        name: local_part(shard)
+        if shard is not None and is_counted(layouts[name], mesh.coordinates)
         else None
-        for name, part in parts.items()
-        if part is None or part.layout is torch.strided
+        for name, shard in shards.items()
+        if shard is None or shard.layout is torch.strided
     }
-    for applied in reversed(range(max((len(layouts[name].splits) for name in now), default=0))):
-        for names in _alike(now, layouts, mesh, applied, together):
+    for applied in reversed(range(max((len(layouts[name].splits) for name in tensors), default=0))):
+        for names in _buckets(tensors, layouts, mesh, applied, bucket_bytes):
             axis_name, how = layouts[names[0]].splits[applied]
             axis = axis_of_parts(mesh, axis_name, how)
             if isinstance(how, OnlyOn):
-                now |= _from_one({n: now[n] for n in names}, layouts, axis, how.positions[0])
+                root = how.positions[0]
+                tensors |= _broadcast_from({n: tensors[n] for n in names}, layouts, axis, root)
             else:
-                now |= _from_all({n: now[n] for n in names}, layouts, mesh, axis, applied)
+                tensors |= _all_gather({n: tensors[n] for n in names}, layouts, mesh, axis, applied)
     return {
-        name: _known(name, now) if layouts[name].splits else _known(name, now).clone()
-        for name in now
-    } | _sparse_of_rank0(parts, mesh)
+        name: _required(name, tensors) if layouts[name].splits else _required(name, tensors).clone()
+        for name in tensors
+    } | _sparse_of_rank0(shards, mesh)
 
 
-def _sparse_of_rank0(parts: Parts, mesh: Mesh) -> dict[str, Tensor]:
-    """Sparse buffers, which are whole on every rank: rank 0's, as of any buffer."""
-    found = {
-        name: part.clone()
-        for name, part in parts.items()
-        if part is not None and part.layout is not torch.strided
+def _sparse_of_rank0(shards: Shards, mesh: Mesh) -> dict[str, Tensor]:
+    """Rank 0's sparse buffers. They are not split; each rank holds one."""
+    sparse = {
+        name: buffer.clone()
+        for name, buffer in shards.items()
+        if buffer is not None and buffer.layout is not torch.strided
     }
-    for tensor in found.values():
+    for tensor in sparse.values():
         broadcast_anything(tensor, mesh.world)
-    return found
+    return sparse
 
 
 def axis_of_parts(mesh: Mesh, name: str, how: Placement) -> Axis:
-    """The axis on which each part lies once: the named one, or every `copies`-th position."""
+    """The axis on which each shard lies once: the named one, or every `copies`-th position."""
     if isinstance(how, Shard) and how.copies > 1:
         return mesh.strided(name, how.copies)
     return mesh[name]
 
 
-def _known(name: str, now: Parts) -> Tensor:
-    part = now[name]
-    assert part is not None, f"a rank that has {name}, or a part of it, has given None"
-    return part
+def _required(name: str, shards: Shards) -> Tensor:
+    shard = shards[name]
+    assert shard is not None, f"a rank that holds {name}, or a shard of it, has passed None"
+    return shard
 
 
-def _alike(
-    names: Iterable[str], layouts: Layouts, mesh: Mesh, applied: int, together: int
+def _buckets(
+    names: Iterable[str], layouts: Layouts, mesh: Mesh, applied: int, bucket_bytes: int
 ) -> Iterator[list[str]]:
-    """Group the names of tensors that come over one axis, from one rank or all, in one dtype.
+    """Group the names of tensors with the same axis, kind of collective, root and dtype.
 
-    Where an earlier split has put a tensor elsewhere, nobody on this line has anything of it yet.
+    A tensor that an earlier split puts on other ranks is left out: no rank of this axis has it yet.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
@@ -120,62 +121,65 @@ def _alike(
         before = replace(layout, splits=layout.splits[:applied])
         if applied < len(layout.splits) and is_counted(before, mesh.coordinates):
             axis, how = layout.splits[applied]
-            whose = how.positions[0] if isinstance(how, OnlyOn) else None
+            root = how.positions[0] if isinstance(how, OnlyOn) else None
             copies = how.copies if isinstance(how, Shard) else 1
-            groups.setdefault((axis, copies, whose, layout.dtype), []).append(name)
+            groups.setdefault((axis, copies, root, layout.dtype), []).append(name)
     for group in groups.values():
         sizes = [layouts[name].shape.numel() * layouts[name].dtype.itemsize for name in group]
         first, total = 0, 0
         for i, size in enumerate(sizes):
-            if total + size > together and i > first:
+            if total + size > bucket_bytes and i > first:
                 yield group[first:i]
                 first, total = i, 0
             total += size
         yield group[first:]
 
 
-def _from_one(parts: Parts, layouts: Layouts, axis: Axis, index: int) -> dict[str, Tensor]:
-    """Broadcast tensors that lie whole on one rank of the axis."""
-    shapes = [layouts[name].shape for name in parts]
+def _broadcast_from(shards: Shards, layouts: Layouts, axis: Axis, index: int) -> dict[str, Tensor]:
+    """Broadcast tensors that only one rank of the axis holds."""
+    shapes = [layouts[name].shape for name in shards]
     lengths = [shape.numel() for shape in shapes]
-    (dtype,) = {layouts[name].dtype for name in parts}
+    (dtype,) = {layouts[name].dtype for name in shards}
     if axis.index == index:
-        flat = torch.cat([_known(name, parts).flatten() for name in parts])
-        assert flat.dtype == dtype, f"{list(parts)} come in {flat.dtype}"
+        flat = torch.cat([_required(name, shards).flatten() for name in shards])
+        assert flat.dtype == dtype, f"{list(shards)} come in {flat.dtype}"
     else:
         flat = torch.empty(sum(lengths), dtype=dtype, device=axis.device)
     ops.broadcast_into(sendable(flat), axis, index).wait()
-    whole = flat.split(lengths)
-    return {n: x.view(s).clone() for n, x, s in zip(parts, whole, shapes, strict=True)}
+    tensors = flat.split(lengths)
+    return {n: x.view(s).clone() for n, x, s in zip(shards, tensors, shapes, strict=True)}
 
 
-def _from_all(
-    parts: Parts, layouts: Layouts, mesh: Mesh, axis: Axis, applied: int
+def _all_gather(
+    shards: Shards, layouts: Layouts, mesh: Mesh, axis: Axis, applied: int
 ) -> dict[str, Tensor]:
-    """Gather tensors of which each rank of the axis has a shard."""
-    cuts = [_bounds(layouts[name], mesh, axis.size, applied) for name in parts]
+    """All-gather tensors of which each rank of the axis holds a shard."""
+    all_bounds = [_bounds(layouts[name], mesh, axis.size, applied) for name in shards]
     padded = []
-    for name, (dim, _, bounds) in zip(parts, cuts, strict=True):
-        part = _known(name, parts)
-        assert part.dtype == layouts[name].dtype, f"{name} comes in {part.dtype}"
+    for name, (dim, _, bounds) in zip(shards, all_bounds, strict=True):
+        shard = _required(name, shards)
+        assert shard.dtype == layouts[name].dtype, f"{name} comes in {shard.dtype}"
         longest = max(stop - start for start, stop in bounds)
-        after = [0, 0] * (part.dim() - 1 - dim)  # the dims behind it stay as long as they are
-        padded.append(F.pad(part, [*after, 0, longest - part.shape[dim]]))
+        no_padding = [0, 0] * (shard.dim() - 1 - dim)  # F.pad counts dims from the last
+        padded.append(F.pad(shard, [*no_padding, 0, longest - shard.shape[dim]]))
     rows = ops.all_gather(torch.cat([x.flatten() for x in padded])[None], axis)  # (size, L)
-    shards = rows.split([x.numel() for x in padded], 1)
-    joined = {}
-    for name, x, each, (dim, shape, bounds) in zip(parts, padded, shards, cuts, strict=True):
+    by_tensor = rows.split([x.numel() for x in padded], 1)
+    full = {}
+    for name, x, flat, (dim, shape, bounds) in zip(
+        shards, padded, by_tensor, all_bounds, strict=True
+    ):
         lengths = [stop - start for start, stop in bounds]
-        pieces = zip(each.unflatten(1, x.shape), lengths, strict=True)
-        joined[name] = torch.cat([p.narrow(dim, 0, n) for p, n in pieces], dim).view(shape)
-    return joined
+        by_rank = zip(flat.unflatten(1, x.shape), lengths, strict=True)
+        full[name] = torch.cat([s.narrow(dim, 0, n) for s, n in by_rank], dim).view(shape)
+    return full
 
 
 def _bounds(
     layout: Layout, mesh: Mesh, size: int, applied: int
 ) -> tuple[int, list[int], list[tuple[int, int]]]:
-    """Along which dim a split cuts, the shape before it, and where each shard begins and ends.
-    Under FlatShard it cuts the tensor as a vector.
+    """The dim that a split is along, the shape before it, and start and stop of each shard.
+
+    FlatShard splits the tensor as a vector.
     """
     _, how = layout.splits[applied]
     shape = shape_before(layout, applied, mesh.axes, mesh.coordinates)

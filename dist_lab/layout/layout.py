@@ -1,19 +1,19 @@
-"""Layout: where a parameter lies, by its name and by the names of mesh axes.
+"""Layout: how a parameter is sharded over the axes of a mesh.
 
-    W[D, F]                           every rank holds all of it           Layout(shape, dtype)
+    W[D, F]                           every rank holds a replica           Layout(shape, dtype)
     W[D_fsdp, F]                      rows are split over an axis          splits=(("fsdp", Shard(0)),)
     W[(D_tp)_fsdp, F]                 tp splits first, then fsdp           splits=(("tp", Shard(0)), ("fsdp", Shard(0)))
-    a range of a bucket's elements    where zero1 and zero2 step           splits=(("dp", FlatShard(offset, length)),)
-    on one stage of a pipeline alone  the others have nothing of it        splits=(("pp", OnlyOn((2,))),)
-    dW{U_tp}                          each rank has a part of the gradient partial=(Owed("tp"),)
+    a range of a bucket's elements    as zero1 and zero2 step on           splits=(("dp", FlatShard(offset, length)),)
+    on one pipeline stage only        the other stages hold nothing        splits=(("pp", OnlyOn((2,))),)
+    dW{U_tp}                          the gradient is partial over tp      partial=(Owed("tp"),)
 
-A layout is plain data: it holds no process group, and says of any rank of any mesh what that rank
-holds. `sizes` are the sizes of the mesh's axes by name, `coordinates` a rank's position along each
-(topology.coordinates); an axis that is not in them has one position. Initialisation, norms,
-clipping, gathering and checkpoints read layouts and nothing else.
+A layout is plain data. It holds no process group, and tells for any rank of any mesh what that rank
+holds. `sizes` are the sizes of the mesh's axes by name; `coordinates` are a rank's positions along
+them (topology.coordinates). An axis that is not listed has one position. Initialization, norms,
+clipping, gathering and checkpoints depend on layouts only.
 
-Shards have ceil(length / size) rows, as torch.chunk gives: the last may be short, or empty. So
-under Shard a rank always holds a box of the whole tensor. Under FlatShard it holds a range of
+Shards have ceil(length / size) rows, like torch.chunk's: the last ones may be short or empty. So
+under Shard a rank always holds a box of the full tensor. Under FlatShard it holds a range of
 elements, as a vector.
 """  # noqa: E501
 
@@ -27,15 +27,15 @@ from torch import Tensor
 
 Sizes = Mapping[str, int]  # axis -> number of positions
 Coordinates = Mapping[str, int]  # axis -> a rank's position
-Box = tuple[slice, ...]  # a slice for each dim of the whole tensor
+Box = tuple[slice, ...]  # a slice for each dim of the full tensor
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Split along this dim of the tensor into size / copies shards.
+    """The tensor is split along `dim` into size / copies shards.
 
-    Each lies on `copies` neighbouring positions of the axis: keys and values of which there are
-    fewer heads than ranks.
+    `copies` neighbouring positions of the axis hold the same shard. It is more than 1 where there
+    are fewer key and value heads than ranks.
     """
 
     dim: int
@@ -44,9 +44,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class FlatShard:
-    """A range of the elements, because many tensors lie side by side and are split as one.
+    """A range of the tensor's elements: it is one of many in a flat bucket, which is split evenly.
 
-    Element 0 of this tensor is element `offset` of the bucket; the rank at position i has the
+    Element 0 of this tensor is element `offset` of the bucket. The rank at position i holds the
     bucket's elements [i length, (i+1) length).
     """
 
@@ -54,7 +54,7 @@ class FlatShard:
     length: int
 
     def range(self, numel: int, index: int) -> tuple[int, int]:
-        """Start and stop of the elements of this tensor that position `index` has.
+        """Start and stop of the elements of this tensor that position `index` holds.
 
         >>> [FlatShard(3, 4).range(6, i) for i in range(4)]
         [(0, 1), (1, 5), (5, 6), (6, 6)]
@@ -66,7 +66,7 @@ class FlatShard:
 
 @dataclass(frozen=True)
 class OnlyOn:
-    """Whole, at these positions of the axis alone; the first counts, the others are copies."""
+    """The unsplit tensor, on these positions of the axis only. All but the first hold copies."""
 
     positions: tuple[int, ...]
 
@@ -76,8 +76,8 @@ Placement = Shard | FlatShard | OnlyOn
 
 @dataclass(frozen=True)
 class Owed:
-    """A sum that a gradient is owed: over all positions of an axis, over `neighbours` next to each
-    other, or over the `positions` listed.
+    """A sum that a gradient is owed: over all positions of an axis, over each group of
+    `neighbours` adjacent positions, or over the listed `positions`.
     """
 
     axis: str
@@ -87,11 +87,11 @@ class Owed:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one parameter lies.
+    """The layout of one parameter.
 
-    shape, dtype   of the whole tensor
-    splits         in the order applied; an axis that is not named holds copies; FlatShard is last
-    partial        over which its gradient is partial, and owed a sum
+    shape, dtype   of the full tensor
+    splits         in the order applied; an axis that is not named replicates; FlatShard is last
+    partial        the sums that its gradient is owed, because it is partial
     """
 
     shape: torch.Size
@@ -100,15 +100,15 @@ class Layout:
     partial: tuple[Owed, ...] = ()
 
     def split(self, axis: str, how: Placement) -> "Layout":
-        """The same, split once more."""
+        """The same layout, with one more split."""
         return replace(self, splits=(*self.splits, (axis, how)))
 
     def owing(self, *sums: Owed) -> "Layout":
-        """The same, its gradient owed these sums besides."""
+        """The same layout, whose gradient is also owed these sums."""
         return replace(self, partial=(*self.partial, *sums))
 
     def extends(self, before: "Layout") -> bool:
-        """Whether this is `before` with more splits and sums, as a strategy may make it."""
+        """Whether this is `before` with more splits and sums: all that a strategy may change."""
         return (
             (self.shape, self.dtype) == (before.shape, before.dtype)
             and self.splits[: len(before.splits)] == before.splits
@@ -126,7 +126,7 @@ def shard_bounds(length: int, size: int, index: int) -> tuple[int, int]:
     return min(index * step, length), min((index + 1) * step, length)
 
 
-# --- what any rank of any mesh holds --------------------------------------------------------------
+# --- the shard of any rank of any mesh ------------------------------------------------------------
 
 
 def holds(layout: Layout, coordinates: Coordinates) -> bool:
@@ -138,7 +138,7 @@ def holds(layout: Layout, coordinates: Coordinates) -> bool:
 
 
 def is_counted(layout: Layout, coordinates: Coordinates) -> bool:
-    """Whether what a rank holds is more than a copy of what another position of OnlyOn has."""
+    """Whether a rank is at the first position of each OnlyOn. The other positions hold copies."""
     return all(
         not isinstance(how, OnlyOn) or coordinates.get(axis, 0) == how.positions[0]
         for axis, how in layout.splits
@@ -146,8 +146,8 @@ def is_counted(layout: Layout, coordinates: Coordinates) -> bool:
 
 
 def boxes(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> list[Box]:
-    """The boxes of the whole tensor that a rank holds: one for a shard, none for an empty one, a
-    few, in order, for a range of elements.
+    """The boxes of the full tensor that a rank holds: one for a Shard, none if it is empty, and up
+    to a few for a FlatShard, in the order of its elements.
 
     >>> w = Layout(torch.Size([5, 4]), torch.float32, (("tp", Shard(1)), ("fsdp", Shard(0))))
     >>> boxes(w, {"fsdp": 2, "tp": 2}, {"fsdp": 1, "tp": 0})
@@ -164,16 +164,16 @@ def boxes(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> list[Box]:
     return [
         tuple(
             slice(outer.start + inner.start, outer.start + inner.stop)
-            for outer, inner in zip(box, part, strict=True)
+            for outer, inner in zip(box, inner_box, strict=True)
         )
-        for part in _boxes_of_range(lengths, start, stop)
+        for inner_box in _boxes_of_range(lengths, start, stop)
     ]
 
 
 def is_first_holder(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> bool:
-    """Whether a rank is the first of those that hold the same: who writes it to a checkpoint.
+    """Whether a rank is the first of those that hold the same data: it writes the checkpoint.
 
-    Over all ranks of a mesh, the boxes of first holders cover the tensor once.
+    Over all ranks of a mesh, the boxes of first holders cover the tensor exactly once.
     """
     split = dict(layout.splits)
     for axis in sizes:
@@ -190,32 +190,32 @@ def is_first_holder(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> b
 
 
 def local_numel(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> int:
-    """How many elements of the tensor a rank holds."""
-    held = boxes(layout, sizes, coordinates)
-    return sum(math.prod(side.stop - side.start for side in box) for box in held)
+    """The number of elements of the tensor that a rank holds."""
+    held_boxes = boxes(layout, sizes, coordinates)
+    return sum(math.prod(side.stop - side.start for side in box) for box in held_boxes)
 
 
-def slice_local(whole: Tensor, layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Tensor:
-    """A rank's part of a whole tensor, as its parameter has it; a view if it is contiguous."""
-    part = whole[_box(layout, sizes, coordinates)]
-    elements = _range(layout, part.shape, coordinates)
-    return part if elements is None else part.flatten()[slice(*elements)]
+def slice_local(full: Tensor, layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Tensor:
+    """A rank's local shard of a full tensor; a view if it is contiguous."""
+    shard = full[_box(layout, sizes, coordinates)]
+    elements = _range(layout, shard.shape, coordinates)
+    return shard if elements is None else shard.flatten()[slice(*elements)]
 
 
 def shard_of(value: Tensor, how: Shard, size: int, index: int) -> Tensor:
-    """The shard at one position of an axis of a value as it lies so far; a view."""
+    """The shard of a value at one position of an axis; a view."""
     start, stop = shard_bounds(value.shape[how.dim], size // how.copies, index // how.copies)
     return value.narrow(how.dim, start, stop - start)
 
 
 def shape_before(layout: Layout, applied: int, sizes: Sizes, coordinates: Coordinates) -> list[int]:
-    """The shape of what a rank holds when only so many of the splits have been applied."""
+    """The shape of a rank's shard after only the first `applied` splits."""
     box = _box(replace(layout, splits=layout.splits[:applied]), sizes, coordinates)
     return [side.stop - side.start for side in box]
 
 
 def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:
-    """What the Shards leave; a FlatShard is a range of the elements of that."""
+    """The box that all Shards together leave. A FlatShard is a range of this box's elements."""
     box = [slice(0, length) for length in layout.shape]
     for axis, how in layout.splits:
         if isinstance(how, Shard):
@@ -229,7 +229,7 @@ def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:
 def _range(
     layout: Layout, shape: Sequence[int], coordinates: Coordinates
 ) -> tuple[int, int] | None:
-    """Start and stop of the elements of a box of this shape that a FlatShard leaves; else None."""
+    """The FlatShard's range of elements in a box of this shape, or None without a FlatShard."""
     axis, how = layout.splits[-1] if layout.splits else ("", None)
     if not isinstance(how, FlatShard):
         return None
@@ -237,7 +237,8 @@ def _range(
 
 
 def _boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The elements from start to stop, in row-major order: a part of a row, rows, a part of a row.
+    """The boxes of the elements from start to stop, row-major: the end of a row, full rows, the
+    start of a row.
 
     >>> list(_boxes_of_range([], 0, 1)), list(_boxes_of_range([2, 3], 4, 5))
     ([()], [(slice(1, 2, None), slice(1, 2, None))])
@@ -248,7 +249,7 @@ def _boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box
         yield ()
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
+    first, last = -(-start // row), stop // row  # the full rows
     if first > last:
         yield from _boxes_within_row(shape, last, start, stop)
         return
@@ -270,7 +271,7 @@ def _boxes_within_row(shape: Sequence[int], r: int, start: int, stop: int) -> It
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
-    """A layout as plain data. Read back by `from_json`."""
+    """A layout as JSON data, which `from_json` reads."""
     return {
         "shape": list(layout.shape),
         "dtype": str(layout.dtype).removeprefix("torch."),
@@ -283,7 +284,7 @@ def to_json(layout: Layout) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Layout:
-    """The layout that `to_json` has written."""
+    """The layout of data that `to_json` has written."""
     return Layout(
         torch.Size(data["shape"]),
         getattr(torch, data["dtype"]),

@@ -1,1 +1,1 @@
-"""Which rank stands where: `topology` is pure, `mesh` has process groups, `groups` joins them."""
+"""Axes of ranks: `topology` is pure arithmetic, `mesh` has process groups, `groups` makes them."""

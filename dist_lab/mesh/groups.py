@@ -1,14 +1,14 @@
-"""Where processes meet, and how they join and leave the process group.
+"""Joining and leaving the process group, and making further groups.
 
-Ranks find each other in a store: a file, for those that are started here, or torchrun's. This file
-knows the environment that torchrun leaves, and the network interface.
+Ranks find each other through a store: a file, if we started them, or torchrun's. This file knows
+torchrun's environment variables and the network interface.
 
-[Note: who holds a group] A gloo group that is still held when the interpreter ends has its threads
-running, and the process aborts after having done all it should. torch.distributed holds all groups
-until destroy_process_group. We hold them weakly, so that they go with that, whatever else lives on.
-But the functions of torch.distributed.nn.functional hold the world's group, as the default of an
-argument, if they are first imported once there is one; any optimizer imports them. Hence the import
-here, without which no group is made.
+[Note: group lifetime] If a gloo group is still alive when the interpreter exits, its threads are
+running, and the process aborts after all its work is done. torch.distributed holds all groups until
+destroy_process_group. We hold only weak references, so groups are freed then, even if a mesh lives
+on. But if torch.distributed.nn.functional is first imported after the world group exists, its
+functions hold that group as the default of an argument. Any optimizer imports that module. So we
+import it here, before any group is made.
 """
 
 import os
@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before any group: see [Note: who holds a group]
+import torch.distributed.nn.functional  # before any group: see [Note: group lifetime]
 from torch.distributed import (  # type: ignore[attr-defined]
     FileStore,
     PrefixStore,
@@ -31,17 +31,17 @@ from dist_lab.errors import MachineError
 
 
 def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> None:
-    """Join the process group that meets in `store`.
+    """Join the process group of the ranks that use `store`.
 
     Raises:
-        MachineError: no GPU for nccl, or a transport that cannot be set up.
+        MachineError: there is no GPU for nccl, or the transport cannot be set up.
     """
     if backend == "nccl":
         if not torch.cuda.is_available():
             raise MachineError('backend nccl needs a GPU and torch sees none; use backend="gloo"')
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     elif isinstance(store, FileStore):
-        # We have started this process to be a rank. Libraries in it make groups, too.
+        # We started this process as a rank. Set for good: libraries in it make groups, too.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     with _over_loopback():
         dist.init_process_group(
@@ -49,11 +49,13 @@ def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str 
         )
 
 
-def new_group(ranks: Sequence[int], timeout: float, *, alone: bool = False) -> dist.ProcessGroup:
-    """A group of these ranks. Collective over all of the world, unless it is of this rank alone."""
+def new_group(
+    ranks: Sequence[int], timeout: float, *, only_this_rank: bool = False
+) -> dist.ProcessGroup:
+    """Make a group of these ranks. Collective over the world, unless it has only this rank."""
     limit = timedelta(seconds=timeout)
     with _over_loopback():
-        return dist.new_group(list(ranks), timeout=limit, use_local_synchronization=alone)
+        return dist.new_group(list(ranks), timeout=limit, use_local_synchronization=only_this_rank)
 
 
 def disconnect() -> None:
@@ -63,15 +65,15 @@ def disconnect() -> None:
 
 
 def file_store(path: str, size: int) -> Store:
-    """A meeting place in a file: no port, so none to clash and nothing that listens."""
+    """A store in a file. It needs no port, so no port can clash and nothing listens."""
     return FileStore(path, size)
 
 
 def environment_store(rank: int, size: int, timeout: float) -> Store:
-    """torchrun's store, under a prefix of its own for each restart.
+    """torchrun's store, with a different prefix for each restart.
 
-    After a rank dies, torchrun starts all again on the same store, where the addresses of the dead
-    still stand; without the prefix the new ranks try to reach them.
+    After a rank dies, torchrun restarts all ranks with the same store, which still has the old
+    addresses. Without the prefix the new ranks would try to connect to them.
     """
     limit = timedelta(seconds=timeout)
     store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=limit))
@@ -80,9 +82,9 @@ def environment_store(rank: int, size: int, timeout: float) -> Store:
 
 
 def as_under_torchrun(rank: int, size: int) -> AbstractContextManager[None]:
-    """Set the environment that torchrun gives its processes, for libraries that read it.
+    """Set torchrun's environment variables inside the block, for libraries that read them.
 
-    Ranks may have been started in other ways, which leave nothing there.
+    They are unset if the ranks were not started by torchrun.
     """
     return _where_unset({
         "RANK": str(rank),
@@ -90,13 +92,13 @@ def as_under_torchrun(rank: int, size: int) -> AbstractContextManager[None]:
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29500",  # not used: the processes have met
+        "MASTER_PORT": "29500",  # not used: the process group exists already
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     })  # fmt: skip
 
 
 def default_backend() -> str:
-    """nccl where every process of this machine can have a GPU of its own, else gloo."""
+    """nccl if every process of this machine can have its own GPU, else gloo."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return "nccl" if dist.is_nccl_available() and torch.cuda.device_count() >= local else "gloo"
 
@@ -107,10 +109,10 @@ def loopback() -> str:
 
 
 def _over_loopback() -> AbstractContextManager[None]:
-    """Groups made inside the block talk over loopback, if torchrun has all ranks on one machine.
+    """Groups made inside the block use loopback, if torchrun has all ranks on one machine.
 
-    gloo would resolve the host's name instead, which binds a public address on one machine and an
-    unreachable one on the next. It reads the environment whenever a group is made.
+    Otherwise gloo resolves the host name, which may give a public address, or one that cannot be
+    reached. gloo reads the environment each time a group is made.
     """
     ranks = os.environ.get("WORLD_SIZE")
     one_machine = ranks is not None and os.environ.get("LOCAL_WORLD_SIZE") == ranks
@@ -119,7 +121,7 @@ def _over_loopback() -> AbstractContextManager[None]:
 
 @contextmanager
 def _where_unset(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set these environment variables inside the block. One that is set already stays as it is."""
+    """Set these environment variables inside the block, except those that are set already."""
     unset = [name for name in variables if name not in os.environ]
     os.environ.update({name: variables[name] for name in unset})
     try:

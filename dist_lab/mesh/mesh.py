@@ -1,7 +1,7 @@
-"""The mesh: which rank stands where, and which ranks it can talk to along each axis.
+"""The mesh: named axes of ranks, each with its process group.
 
-topology.py says which rank stands where. This file knows the backend and the process groups;
-everything else is handed an `Axis`.
+topology.py computes each rank's coordinates. Only this file and groups.py know the backend and the
+process groups; all other code is given an `Axis`.
 """
 
 import atexit
@@ -32,15 +32,15 @@ from dist_lab.torch_private import group_timeout, register_fake_backend
 
 @dataclass(frozen=True)
 class Axis:
-    """One named line of the mesh, as this rank sees it.
+    """This rank's line of ranks along one named axis of the mesh.
 
     `ranks` are the members' global ranks; this rank is `ranks[index]`. An axis of size 1 has no
-    group, and every collective over it is the identity. A group belongs to torch.distributed, which
-    lets go of it in destroy_process_group: see [Note: who holds a group] in groups.py.
+    group, and every collective over it is the identity. torch.distributed owns the group until
+    destroy_process_group: see [Note: group lifetime] in groups.py.
 
-    All ranks of an axis start its collectives in one order. What has no order in common with the
-    rest, such as gradients that leave when they are ready, goes by a `channel` of its own: the
-    same ranks, and another process group. 0 is the channel of all the rest.
+    All ranks of an axis must launch its collectives in one order. Collectives whose order relative
+    to the others differs by rank, such as those of gradients that are reduced when they are ready,
+    use a separate `channel`: the same ranks with another process group. The default channel is 0.
     """
 
     name: str
@@ -56,35 +56,37 @@ class Axis:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must be to be sent."""
+        """The device on which tensors must be for a collective."""
         return self.comm.device
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """What torch.distributed is told to use. Raises UserError if it has been destroyed."""
+        """The process group. Raises UserError if it has been destroyed."""
         group = None if self.weak_group is None else self.weak_group()
         if self.weak_group is not None and group is None:
             raise UserError(
-                f"the process group of axis {self.name} has been destroyed; make a new mesh in the "
-                "new one: init_mesh(...)"
+                f"the process group of axis {self.name} has been destroyed; make a new mesh: "
+                "init_mesh(...)"
             )
         return group
 
     def group_even_of_one(self) -> dist.ProcessGroup:
-        """The same, for a library that wants a group even of one rank."""
-        return self.group or new_group([self.ranks[self.index]], self.comm.timeout, alone=True)
+        """The process group, also for one rank: for libraries that require one."""
+        return self.group or new_group(
+            [self.ranks[self.index]], self.comm.timeout, only_this_rank=True
+        )
 
 
 class Mesh:
-    """All axes of this rank. `mesh["tp"]` is an Axis; an axis that was not asked for has size 1.
+    """All axes of this rank. `mesh["tp"]` is an Axis; an axis that is not given has size 1.
 
     Attributes:
         rank, size: this process and the number of processes.
         axes: name -> size, in `ORDER`.
-        coordinates: name -> this rank's position along each of them.
-        device: where this rank computes.
-        timeout: seconds that any collective of any axis may take.
-        wire: the ledger and all that the axes share.
+        coordinates: name -> this rank's position along that axis.
+        device: the device on which this rank computes.
+        timeout: seconds that a collective may take.
+        comm: the ledger and all other state that the axes share.
     """
 
     def __init__(self, axes: Mapping[str, int], comm: CommContext, timeout: float) -> None:
@@ -96,31 +98,31 @@ class Mesh:
         self.device = comm.device
         self._subs: dict[str, Axis | None] = {}
         self._channels = 0
-        self._made = {name: self._along((name,)) for name in ORDER}
+        self._axes = {name: self._along((name,)) for name in ORDER}
 
     def __getitem__(self, name: str) -> Axis:
         if name not in ORDER:
             raise KeyError(f"no axis {name!r}; a mesh has {', '.join(ORDER)}")
-        return self._made[name]
+        return self._axes[name]
 
     def flatten(self, *names: str) -> Axis:
-        """One axis that runs over all positions of several: `flatten("dp", "fsdp")`.
+        """One axis over all positions of several axes: `flatten("dp", "fsdp")`.
 
         Collective: every rank of the mesh calls it.
         """
-        long = [name for name in ORDER if name in names and self[name].size > 1]
-        if len(long) < 2:
-            return self[long[0] if long else names[0]]
-        name = "_".join(long)
-        if name not in self._made:
-            self._made[name] = self._along(long)
-        return self._made[name]
+        longer = [name for name in ORDER if name in names and self[name].size > 1]
+        if len(longer) < 2:
+            return self[longer[0] if longer else names[0]]
+        name = "_".join(longer)
+        if name not in self._axes:
+            self._axes[name] = self._along(longer)
+        return self._axes[name]
 
     def sub(self, name: str, indices: Sequence[int]) -> Axis | None:
-        """The positions `indices` of an axis as an axis of their own; None for ranks elsewhere.
+        """A new axis of the positions `indices` of an axis; None on ranks at other positions.
 
         Collective: every rank of the mesh calls it. `sub("pp", [0, 3])` joins the first and last
-        stage, which is what a tied embedding needs.
+        stage, as a tied embedding needs.
         """
         indices = sorted(indices)
         key = f"{name}[{','.join(map(str, indices))}]"
@@ -134,19 +136,20 @@ class Mesh:
         return self._subs[key]
 
     def neighbours(self, name: str, count: int) -> Axis:
-        """This rank and those next to it along an axis, in groups of `count`. Collective."""
+        """The block of `count` adjacent positions that this rank is in. Collective."""
         return self._one_of(name, [range(i, i + count) for i in range(0, self[name].size, count)])
 
     def strided(self, name: str, step: int) -> Axis:
-        """Every `step`-th position of an axis, from this rank's on and back. Collective."""
+        """Every `step`-th position of an axis, including this rank's. Collective."""
         return self._one_of(name, [range(i, self[name].size, step) for i in range(step)])
 
-    def _one_of(self, name: str, parts: Sequence[Sequence[int]]) -> Axis:
-        (own,) = filter(None, [self.sub(name, indices) for indices in parts])
-        return own
+    def _one_of(self, name: str, groups: Sequence[Sequence[int]]) -> Axis:
+        """Makes a sub-axis of each group of positions. Returns the one that this rank is on."""
+        (axis,) = filter(None, [self.sub(name, indices) for indices in groups])
+        return axis
 
     def channel(self, *names: str) -> Axis:
-        """`flatten(*names)` with a process group of its own, a new one at each call: see `Axis`.
+        """`flatten(*names)` with a process group of its own, new at each call: see `Axis`.
 
         Collective: every rank of the mesh calls it.
         """
@@ -162,33 +165,33 @@ class Mesh:
 
     @property
     def data(self) -> Axis:
-        """The axis along which ranks see different rows of the batch: dp and fsdp together."""
+        """The axis along which ranks have different rows of the batch: dp and fsdp together."""
         return self.flatten(*DATA_AXES)
 
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.axes.items())
 
     def _along(self, names: Sequence[str]) -> Axis:
-        """One axis over all positions of these. If it is the whole mesh, in the world's group."""
+        """One axis over all positions of these axes. The axis of all ranks uses the world group."""
         ranks = line_through(self.rank, self.axes, names)
-        whole = len(ranks) == self.size > 1
-        group = dist.group.WORLD if whole else self._new_group(names, range(len(ranks)))
-        if whole and dist.get_backend() != "fake":
+        spans_world = len(ranks) == self.size > 1
+        group = dist.group.WORLD if spans_world else self._new_group(names, range(len(ranks)))
+        if spans_world and dist.get_backend() != "fake":
             assert group is not None
             group.set_timeout(timedelta(seconds=self.timeout))
         return self._axis("_".join(names), ranks, group)
 
     def _new_group(self, names: Sequence[str], indices: Sequence[int]) -> dist.ProcessGroup | None:
-        """A group of these positions, on every line along the axes; this rank's own, if any."""
+        """Makes a group of these positions on every line along the axes. Returns this rank's."""
         if len(indices) < 2:
             return None
-        own = None
-        # new_group is collective over the world: every line's group, in the same order.
+        own_group = None
+        # new_group is collective over the world: all ranks make all groups, in the same order.
         for line in lines(self.axes, names):
             ranks = [line[i] for i in indices]
-            made = new_group(ranks, self.timeout)
-            own = made if self.rank in ranks else own
-        return own
+            group = new_group(ranks, self.timeout)
+            own_group = group if self.rank in ranks else own_group
+        return own_group
 
     def _axis(
         self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, channel: int = 0
@@ -208,17 +211,17 @@ def init_mesh(
 ) -> Mesh:
     """Arrange the processes of this run in a mesh: `init_mesh(dp=2, tp=2)`.
 
-    Joins the process group that is already initialised, else torchrun's, else makes a mesh of this
-    one process. Without axes all processes stand along `dp`.
+    Uses the process group if it is initialized, else joins torchrun's, else makes a mesh of this
+    one process. Without axes all processes are along `dp`.
 
     Args:
-        timeout: seconds for every collective; default the process group's own, else 60. A mesh
-            of one axis uses the world's group, and sets it there.
-        backend: gloo (CPU) or nccl (GPU); default nccl where there is a GPU to each process.
+        timeout: seconds for every collective; default: the process group's timeout, else 60. An
+            axis of all ranks uses the world group and sets the timeout there.
+        backend: gloo (CPU) or nccl (GPU); default: nccl if each process has a GPU, else gloo.
         check, collectives: see `CommContext`.
 
     Raises:
-        UserError: an unknown axis, or sizes whose product is not the number of processes.
+        UserError: an unknown axis, or the product of the sizes is not the number of processes.
     """
     unknown = [name for name in axes if name not in ORDER]
     if unknown:
@@ -239,12 +242,12 @@ def init_mesh(
         rank, size, backend = 0, 1, backend or "gloo"
         timeout = 60.0 if timeout is None else timeout
     axes = axes or {"dp": size}
-    wanted = math.prod(axes.values())
-    if wanted != size or min(axes.values()) < 1:
-        asked = " x ".join(f"{name}={n}" for name, n in axes.items())
+    needed = math.prod(axes.values())
+    if needed != size or min(axes.values()) < 1:
+        text = " x ".join(f"{name}={n}" for name, n in axes.items())
         raise UserError(
-            f"mesh {asked} needs {wanted} processes, {size} were started: "
-            f"torchrun --nproc_per_node={max(wanted, 1)} ..."
+            f"mesh {text} needs {needed} processes, {size} were started: "
+            f"torchrun --nproc_per_node={max(needed, 1)} ..."
         )
     comm = CommContext(rank, size, backend=backend, check=check, collectives=collectives)
     return Mesh(axes, comm, timeout)
@@ -254,10 +257,10 @@ def init_mesh(
 def dry_run(
     axes: Mapping[str, int], *, backend: str = "gloo", collectives: str = "auto"
 ) -> Iterator[Mesh]:
-    """Rank 0 of a mesh whose other ranks are not there: to see what a step would send.
+    """Rank 0 of a mesh without its other ranks: a dry run shows what a step would send.
 
-    Everything runs as it does on a real mesh, through torch's fake process group, which sends
-    nothing and returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
+    All code runs as on a real mesh, with torch's fake process group, which sends nothing and
+    returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
     """
     register_fake_backend()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))

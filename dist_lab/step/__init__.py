@@ -1,1 +1,1 @@
-"""What happens in a step, and when: the protocol of strategies, and the plain runner."""
+"""The events of a step: the protocol of strategies, and the plain runner."""

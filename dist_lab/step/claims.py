@@ -1,8 +1,9 @@
-"""What is refused because another job trains it already.
+"""Refuses parameters that another job trains already.
 
-A parameter in two jobs would be summed by both, and its gradient be as many times too large as the
-ranks are. So a job claims what it trains or splits: a mark on the parameter itself, which a copy
-of the model leaves behind. What is frozen and whole, such as a backbone, may be in several jobs.
+Two jobs with one parameter would both sum its gradient over the ranks, which would make it too
+large by a factor of the number of ranks. So a job claims the parameters that it trains or splits:
+it sets a mark on the parameter, which copies of the model do not have. A frozen parameter that is
+not split, such as a backbone's, may be in several jobs.
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ MARK = "claimed_by_a_job"
 
 
 class Claim(StaysBehind):
-    """Stands on a parameter that a job trains or splits."""
+    """The mark on a parameter that a job trains or splits."""
 
     in_a_copy = None
 
 
 def claim(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
-    """Mark what the job of this model trains or splits."""
+    """Mark the parameters that the job of this model trains or splits."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or layouts[name].splits:
             setattr(parameter, MARK, Claim())
@@ -34,6 +35,6 @@ def refuse_claimed(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if getattr(parameter, MARK, None) is not None:
             raise UserError(
-                f"{name} is in another job already, whose sums over the ranks would be taken "
-                "twice; put all modules that share it in one, and parallelize that"
+                f"{name} is in another job already, and two jobs would sum its gradient over the "
+                "ranks twice; put all modules that share it in one module, and parallelize that"
             )

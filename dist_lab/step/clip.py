@@ -1,4 +1,4 @@
-"""The norm of the gradient of a whole model, and clipping by it, in every layout.
+"""The global gradient norm, and gradient clipping by it, in every layout.
 
 |dW|^2 = sum over parameters and shards        copies count once, shards are added up
 """
@@ -16,24 +16,24 @@ from dist_lab.torch_private import multiply_all
 
 
 def global_norm(gradients: Mapping[str, Tensor | None], layouts: Layouts, mesh: Mesh) -> Tensor:
-    """The 2-norm of the gradient of the whole model, the same 0-dim number on every rank.
+    """The 2-norm of the gradient of the full model, as a 0-dim tensor, equal on every rank.
 
-    Copies count once, shards are added up over the axes that split them, and what is OnlyOn some
-    positions counts at the first. Gradients must be complete; a name without one counts as zero.
+    Copies count once. Shards are added up over the axes that split them. A tensor that is OnlyOn
+    some positions counts at the first one. Gradients must be complete; a missing one counts as 0.
     """
     squares: dict[tuple[Axis, ...], list[Tensor]] = {}
-    for name, layout in layouts.items():  # one order, hence the same collectives, on every rank
+    for name, layout in layouts.items():  # the same order, so the same collectives, on every rank
         axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)
         group = squares.setdefault(tuple(axes), [])
         gradient = gradients.get(name)
         if gradient is not None and is_counted(layout, mesh.coordinates):
             group.append(torch.linalg.vector_norm(gradient).double().square())
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for each, parts in squares.items():
-        part = torch.stack(parts).sum() if parts else torch.zeros_like(total)
-        for axis in each:
-            part = ops.all_reduce(part, axis)
-        total = total + part
+    for sharding_axes, parts in squares.items():
+        local = torch.stack(parts).sum() if parts else torch.zeros_like(total)
+        for axis in sharding_axes:
+            local = ops.all_reduce(local, axis)
+        total = total + local
     return total.sqrt()
 
 

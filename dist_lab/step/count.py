@@ -1,10 +1,10 @@
-"""The sum of a count over ranks, exact for every number that a mask, a batch or weights add up to.
+"""Sums a count over ranks, exactly: numbers of tokens, rows, or a sum of weights.
 
-Whole numbers travel as they are, in one all_reduce. What is none of these, or so large that the
-sum might not fit in 64 bits, is announced by a number so far below zero that the sum is, too, on
-every rank. Then the ranks exchange their values as text, and each adds up the same list: whole
-numbers without limit, others as if rounded once at the end. A value that is refused goes the same
-way, so that every rank says the same line.
+Integers are summed in one all_reduce. If a rank's value is no integer, or so large that the sum
+might not fit in 64 bits, the rank sends a number so negative that the sum is negative, which all
+ranks see. Then the ranks exchange their values as text, and each adds up the same list: integers
+without limit, floats rounded once at the end. An invalid value is exchanged in the same way, so
+that every rank raises the same error.
 """
 
 import json
@@ -19,30 +19,30 @@ from dist_lab.mesh.mesh import Axis
 
 
 def sum_of_counts(n: Any, axis: Axis) -> int | float:
-    """The sum over the axis: a whole number if all are, the same on every rank.
+    """The sum over the axis, equal on every rank; an integer if all counts are integers.
 
     Raises:
-        UserError: a rank's count is not one finite number from 0 on.
+        UserError: a rank's count is not one finite number >= 0.
     """
     value = _as_number(n)
-    most = 2**62 // axis.size
-    travels = isinstance(value, int) and 0 <= value <= most // axis.size
-    total = int(ops.all_reduce(torch.tensor(value if travels else -most, device=axis.device), axis))
+    limit = 2**62 // axis.size
+    fits = isinstance(value, int) and 0 <= value <= limit // axis.size
+    total = int(ops.all_reduce(torch.tensor(value if fits else -limit, device=axis.device), axis))
     if total >= 0:
         return total
-    values = [json.loads(text) for text in ops.all_gather_bytes(json.dumps(value).encode(), axis)]
-    for index, each in enumerate(values):
-        if isinstance(each, str) or not math.isfinite(each) or each < 0:
+    counts = [json.loads(text) for text in ops.all_gather_bytes(json.dumps(value).encode(), axis)]
+    for index, count in enumerate(counts):
+        if isinstance(count, str) or not math.isfinite(count) or count < 0:
             raise UserError(
-                f"count() takes one number from 0 on, and was given {each} on rank "
+                f"count() takes one finite number >= 0, and was given {count} on rank "
                 f"{axis.ranks[index]}: give the number of tokens, or the sum of their weights"
             )
-    return sum(values) if all(isinstance(each, int) for each in values) else math.fsum(values)
+    return sum(counts) if all(isinstance(count, int) for count in counts) else math.fsum(counts)
 
 
 def _as_number(n: Any) -> int | float | str:
-    """The number that it holds; what it is instead, in words, if it holds none."""
-    item = getattr(n, "item", None)  # of a tensor, or of NumPy's
+    """The value as a Python number, or a description of it if it is not one number."""
+    item = getattr(n, "item", None)  # a tensor's or a NumPy array's
     try:
         value = n if item is None else item()
     except (RuntimeError, TypeError, ValueError):

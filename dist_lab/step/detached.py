@@ -1,9 +1,9 @@
-"""The loss of all ranks, and whether it was detached on all of them by mistake.
+"""Sums the loss over ranks, and finds out if the loss is detached on every rank by mistake.
 
-A rank's rows may have no loss that needs a gradient, for instance as all are padding: it joins in
-backward with zeros (dist_lab/loss.py). Were it so on every rank, nothing would train, silently. A
-rank that has a loss, and none that needs a gradient, says NaN in place of its share. So in the
-usual case one number is sent, and where the sum is NaN all ranks ask again.
+A rank may have no loss that needs a gradient, for instance because all its rows are padding. It
+joins backward with zeros (dist_lab/loss.py). If that is so on every rank, nothing trains, silently.
+So a rank whose losses are all detached, but not all zero, sends NaN in place of its share. Usually
+one number is sent; only if the sum is NaN do all ranks exchange more.
 """
 
 import math
@@ -18,45 +18,45 @@ from dist_lab.loss import LossFn
 from dist_lab.mesh.mesh import Axis
 
 
-class Watched:
-    """A loss_fn that remembers what came of it.
+class RecordedLoss:
+    """A loss_fn that records whether its losses need gradients.
 
     Attributes:
-        reaches: some loss of it needed a gradient.
-        strays: some loss was not zero, and needed none.
+        some_need_gradient: a loss needed a gradient.
+        some_detached: a loss was not zero and needed no gradient.
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
-        self.loss_fn, self.reaches, self.strays = loss_fn, False, False
+        self.loss_fn, self.some_need_gradient, self.some_detached = loss_fn, False, False
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         loss = self.loss_fn(output, target)
         if not isinstance(loss, Tensor) or loss.requires_grad:
-            self.reaches = True
+            self.some_need_gradient = True
         elif loss.any():
-            self.strays = True
+            self.some_detached = True
         return loss
 
 
-def sum_of_losses(total: Tensor, watched: Watched, axis: Axis, *, trains: bool) -> float:
-    """The sum over the axis of what `watched` gave.
+def sum_of_losses(total: Tensor, recorded: RecordedLoss, axis: Axis, *, trains: bool) -> float:
+    """The sum over the axis of the losses that `recorded` has returned.
 
     Args:
         trains: some parameter needs a gradient.
 
     Raises:
-        UserError: none of the ranks' losses does.
+        UserError: no loss of any rank needs a gradient, although some parameter does.
     """
-    stray = watched.strays and trains and not watched.reaches
-    loss = float(ops.all_reduce(torch.full_like(total, math.nan) if stray else total, axis))
+    detached = recorded.some_detached and trains and not recorded.some_need_gradient
+    loss = float(ops.all_reduce(torch.full_like(total, math.nan) if detached else total, axis))
     if not math.isnan(loss):
         return loss
-    vote = axis.size + 1 if watched.reaches else -int(stray)
-    both = ops.all_reduce(torch.stack([total, torch.full_like(total, vote)]), axis)
-    loss, votes = both.tolist()
+    vote = axis.size + 1 if recorded.some_need_gradient else -int(detached)
+    sums = ops.all_reduce(torch.stack([total, torch.full_like(total, vote)]), axis)
+    loss, votes = sums.tolist()
     if votes < 0:
         raise UserError(
-            "no rank's loss needs a gradient: loss_fn returns a number that was detached from the "
-            "model's output; leave out its .detach(), .data or torch.no_grad()"
+            "no rank's loss needs a gradient: loss_fn returns a tensor that is detached from the "
+            "model's output; remove .detach(), .data or torch.no_grad() from it"
         )
     return loss

@@ -1,14 +1,14 @@
-"""The plain runner: forward, backward, and telling the strategy what has happened.
+"""The plain runner: runs forward and backward, and tells the strategy about each event.
 
-It is the only place (with the pipeline's runner) that registers hooks, so the order of events in a
-step is read off here:
+Only this file and the pipeline's runner register hooks for strategies. So the order of events in a
+step can be read here:
 
-    model(x)        for each unit in turn: unshard, compute, reshard        phase "forward"
-    loss.backward() for each unit, last first: unshard, gradients ready     phase "backward"
-                    (each told to the strategy), reshard
+    model(x)        for each unit in order: unshard, compute, reshard       phase "forward"
+    loss.backward() for each unit, last first: unshard, grads_ready for     phase "backward"
+                    each of its parameters, reshard
 
-The model itself is a unit, too: named "", open from the first moment of a forward or backward to
-the last.
+The model itself is a unit, too. Its name is "", and it is open from the start of a forward or
+backward to the end.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dist_lab.comm.context import CommContext
 from dist_lab.loss import LossFn, Pair, share_of
-from dist_lab.step.hooks import ModuleHook, weakly
+from dist_lab.step.hooks import ModuleHook, weak_hook
 from dist_lab.step.order import Step
 from dist_lab.step.outside import refuse_gradients, refuse_outside
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
@@ -34,9 +34,9 @@ class Runner(Step):
     """Drives one model's forward and backward under one Sync.
 
     Args:
-        units: name -> module: what is borrowed and returned together, the model itself first; an
-            outer one before those within it.
-        applied: what the strategy did to the model: see step/protocol.py.
+        units: name -> the module that is unsharded and resharded as one. The model itself is first,
+            and an outer unit comes before the units inside it.
+        applied: the result of the strategy: see step/protocol.py.
     """
 
     def __init__(
@@ -49,81 +49,81 @@ class Runner(Step):
     ) -> None:
         super().__init__(model, sync, comm, applied.stepped)
         self._last = True  # outside microbatch(), every backward is the last one
-        self._in_block = False
-        self._touched: set[str] = set()  # gradients of the micro-batch that is under way
+        self._in_microbatch = False
+        self._touched: set[str] = set()  # names of gradients that this micro-batch has added to
         if applied.sharded_between_units:
             refuse_outside(model, units, lambda name: self._units[name].is_open)
         parameters = dict(model.named_parameters())
         leaf_of = {p: applied.leaves.get(name, p) for name, p in parameters.items()}
         self._units: dict[str, Unit] = {}
-        self._saved = SavedByName(lends=bool(applied.unit_of))
-        self._in_step = False  # there was a micro-batch since the last finish
+        self._saver = SavedByName(has_shards=bool(applied.unit_of))
+        self._in_step = False  # there was a micro-batch since the last finish()
         for name, module in units.items():
             root = self._units.get(ROOT)
-            lent = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]
-            unit = Unit(name, module, leaf_of, sync, comm, root, self._saved, lent)
+            leaves = [applied.leaves[n] for n, owner in applied.unit_of.items() if owner == name]
+            unit = Unit(name, module, leaf_of, sync, comm, root, self._saver, leaves)
             unit.must_see_outputs = applied.sharded_between_units and not applied.unit_of
             self._units[name] = unit
-        lenders = {parameters[n]: self._units[owner] for n, owner in applied.unit_of.items()}
-        open_when_read(model, lenders, leaf_of)
-        # id of a leaf -> the units that hold it, the innermost first: those around it close later.
+        unit_of = {parameters[n]: self._units[owner] for n, owner in applied.unit_of.items()}
+        open_when_read(model, unit_of, leaf_of)
+        # id of a leaf -> the units that hold it, innermost first: a unit closes before its parent.
         self._units_of: dict[int, list[Unit]] = {}
         for unit in reversed(self._units.values()):
             for leaf in unit.trained:
                 self._units_of.setdefault(leaf, []).append(unit)
         model.register_forward_pre_hook(ModuleHook(self._enter_forward), prepend=True)
-        self._watch_gradients({n: leaf_of[p] for n, p in parameters.items() if p.requires_grad})
+        self._hook_gradients({n: leaf_of[p] for n, p in parameters.items() if p.requires_grad})
         if applied.sharded_between_units:
             shards = {n: p for n, p in parameters.items() if p is not leaf_of[p]}
-            self._watched += refuse_gradients(shards)
+            self._grad_nodes += refuse_gradients(shards)
 
-    def _watch_gradients(self, leaves: Mapping[str, Tensor]) -> None:
-        """Hear of each gradient before autograd adds it up, and after all hooks of the tensor.
+    def _hook_gradients(self, leaves: Mapping[str, Tensor]) -> None:
+        """Hook the autograd node that adds to each leaf's `.grad`: it runs after the leaf's hooks.
 
-        So a hook may change a gradient, whether it was there before ours or not: what the strategy
-        is told is what is left in `.grad`.
+        So a user's hook may change a gradient, whether it was registered before ours or after. The
+        strategy sees the final `.grad`.
         """
-        # Kept here because a parameter does not keep the node that adds to its gradient alive.
-        self._watched = [get_gradient_edge(leaf).node for leaf in leaves.values()]
-        for (name, leaf), node in zip(leaves.items(), self._watched, strict=True):
-            node.register_prehook(weakly(self._before_accumulation, name))
-            node.register_hook(weakly(self._after_gradient, name, leaf))
+        # Kept in a list because a parameter does not keep this node alive.
+        self._grad_nodes = [get_gradient_edge(leaf).node for leaf in leaves.values()]
+        for (name, leaf), node in zip(leaves.items(), self._grad_nodes, strict=True):
+            node.register_prehook(weak_hook(self._before_accumulation, name))
+            node.register_hook(weak_hook(self._after_gradient, name, leaf))
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Backwards inside the block belong to one micro-batch; `last` says whether more follow."""
-        before = self._last, self._in_block
-        self._last, self._in_block, self._in_step = last, True, True
-        self._reopen()  # before other ranks' gradients come in
+        """Backwards inside the block belong to one micro-batch. `last`: no more follow."""
+        before = self._last, self._in_microbatch
+        self._last, self._in_microbatch, self._in_step = last, True, True
+        self._reopen()  # before other ranks' gradients arrive
         self.sync.microbatch(last=last)
         try:
             yield
             self._join_forward()
             self._join_backward()
         except BaseException:
-            self._forget()
+            self._abort()
             raise
         finally:
-            self._last, self._in_block = before
+            self._last, self._in_microbatch = before
             self.sync.microbatch(last=self._last)
             if last:
                 self._closed |= self._touched
             self._touched = set()
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        """Forward and backward of one after another. Returns the sum of their shares."""
+        """Forward and backward of each in order. Returns the sum of their shares of the loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for i, (inputs, targets) in enumerate(microbatches):
             with self.microbatch(last=self._last and i == len(microbatches) - 1):
                 output = self.model(inputs)
                 share = share_of(output, loss_fn(output, targets))
-                del output  # or it would be kept while backward runs
+                del output  # this reference would keep it alive during backward
                 share.backward()
                 total += share.detach()
         return total
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        """The same by forward alone."""
+        """Forward only. Returns the same sum."""
         total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for inputs, targets in microbatches:
             total += loss_fn(self.model(inputs), targets)
@@ -133,20 +133,20 @@ class Runner(Step):
         return []
 
     def _join_forward(self) -> None:
-        """Take part in the forward of other ranks, if this rank has had no rows for one."""
-        began, self._saved.began = self._saved.began, False
-        if self._saved.lends and not (began or self._touched):
+        """Join the all-gathers of other ranks' forwards, if this rank had no rows to run one."""
+        forward_ran, self._saver.forward_ran = self._saver.forward_ran, False
+        if self._saver.has_shards and not (forward_ran or self._touched):
             root = self._units[ROOT]
             with self.comm.label("forward", unit=""), torch.enable_grad():
                 root.open(Phase.FORWARD)
                 root.close(Phase.FORWARD)
-            root.awaits_backward = True
+            root.expects_backward = True
 
     def _join_backward(self) -> None:
-        """Take part in the backward of other ranks, if this rank's loss came from nothing here."""
+        """Join the collectives of other ranks' backward, if this rank's loss needs no gradient."""
         root = self._units.get(ROOT)
-        if root is not None and root.awaits_backward:
-            root.awaits_backward = False
+        if root is not None and root.expects_backward:
+            root.expects_backward = False
             with self.comm.label("backward", unit=""):
                 root.open(Phase.BACKWARD)
                 self.sync.grads_ready((), last=self._last)
@@ -155,7 +155,7 @@ class Runner(Step):
     def _before_finish(self) -> None:
         if not (self._in_step or self.has_gradients):
             self._join_forward()
-        self._in_step = self._saved.began = False
+        self._in_step = self._saver.forward_ran = False
         self._join_backward()
         for unit in reversed(self._units.values()):
             unit.close(Phase.BACKWARD)
@@ -163,11 +163,11 @@ class Runner(Step):
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
             self.comm.phase, self.comm.unit = "forward", ""
-            if any(unit.is_open for unit in self._units.values()):  # by an exception in backward
-                self._forget()
+            if any(unit.is_open for unit in self._units.values()):  # backward raised an exception
+                self._abort()
 
-    def _forget(self) -> None:
-        with self.comm.label("forget", unit=""):  # nothing is summed any more
+    def _abort(self) -> None:
+        with self.comm.label("forget", unit=""):  # no gradient is summed any more
             for unit in self._units.values():
                 unit.close(Phase.ABORT)
             self.sync.forget()
@@ -181,10 +181,10 @@ class Runner(Step):
         self._refuse_closed(name)
 
     def _after_gradient(self, name: str, leaf: Tensor, *gradients: Any) -> None:
-        if not leaf.requires_grad:  # frozen since its forward: backward has passed it by
+        if not leaf.requires_grad:  # frozen after its forward: it gets no gradient
             return
         self.has_gradients = True
-        (self._touched if self._in_block else self._closed).add(name)
+        (self._touched if self._in_microbatch else self._closed).add(name)
         self.sync.grads_ready([name], last=self._last)
         for unit in self._units_of.get(id(leaf), []):
             unit.gradient(leaf)

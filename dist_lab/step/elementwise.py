@@ -1,9 +1,10 @@
-"""Which optimizers may step on parts of a tensor: those that treat each element by itself.
+"""Finds out which optimizers may step on shards: those that update each element by itself.
 
 SGD and Adam do. Adafactor takes means over rows, Muon multiplies matrices, LAMB takes the norm of a
-tensor, LBFGS products over all of them: on a shard such a step is another step. No class says what
-it is, so each is tried: the same gradients, once with whole tensors in one optimizer, and once with
-their pieces in two, as two ranks have them. What comes out the same is exact on any layout.
+tensor, LBFGS products over all tensors: on a shard such a step is another step. No class tells
+which kind it is, so we try it with the same gradients: once with full tensors in one optimizer, and
+once with halves of them in two, as on two ranks. If the results are equal, it is exact on any
+layout.
 """
 
 import warnings
@@ -19,121 +20,127 @@ from dist_lab.layout.layout import Layout, OnlyOn, Shard
 from dist_lab.mesh.mesh import Mesh
 
 Options = Mapping[str, Any]
-Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-Cut = Callable[[Tensor], Sequence[Tensor]]  # into two views
+Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Split = Callable[[Tensor], Sequence[Tensor]]  # into two views
 
 
 def refuse_coupled(
     cls: type[torch.optim.Optimizer],
     options: Options,
-    own_options: Mapping[str, Options],
+    param_options: Mapping[str, Options],
     stepped: Mapping[str, Tensor],
     layouts: Mapping[str, Layout],
     mesh: Mesh,
     *,
     by_tensor: bool,
 ) -> None:
-    """See that a class of optimizer takes the same step on this layout as in one process.
+    """Check that an optimizer class takes the same step with these layouts as in one process.
 
     Args:
-        own_options: name of a trained parameter, also on other ranks -> options of its group.
-        stepped: name -> the tensor that the optimizer is to step on here.
+        param_options: name of a trained parameter, also on other ranks -> options of its group.
+        stepped: name -> the tensor that the optimizer steps on, on this rank.
         by_tensor: a library gives each rank some of the tensors to step on.
 
     Raises:
-        UserError: it does not; the same on every rank.
+        UserError: it does not; raised on every rank.
     """
-    parts = {name for name in own_options if _in_parts(name, stepped, layouts, mesh)}
-    scattered = (by_tensor and mesh.size > 1) or mesh["pp"].size > 1
-    if not (parts or scattered):
+    sharded_names = {name for name in param_options if _is_sharded(name, stepped, layouts, mesh)}
+    distributed = (by_tensor and mesh.size > 1) or mesh["pp"].size > 1
+    if not (sharded_names or distributed):
         return
     device = next((local_part(tensor).device for tensor in stepped.values()), mesh.device)
-    for own, names in by_options(own_options):
+    for group_options, names in by_options(param_options):
 
-        def make(parameters: list[nn.Parameter], own: Options = own) -> torch.optim.Optimizer:
-            return cls([{"params": parameters, **own}], **options)
+        def build(
+            parameters: list[nn.Parameter], group_options: Options = group_options
+        ) -> torch.optim.Optimizer:
+            return cls([{"params": parameters, **group_options}], **options)
 
-        within = next((name for name in names if name in parts), None)
-        sees = looks_at(make, device) if within or scattered else "element"
-        if sees == "element" or (sees == "tensor" and not within):
+        sharded_name = next((name for name in names if name in sharded_names), None)
+        depends_on = update_scope(build, device) if sharded_name or distributed else "element"
+        if depends_on == "element" or (depends_on == "tensor" and not sharded_name):
             continue
-        # What it does not take whole either, such as a wrong option, it refuses in its own words.
+        # A wrong option raises the optimizer's own error here, before we blame the layout.
         zero = torch.zeros((), device=device)
-        make([nn.Parameter(zero.expand(layouts[name].shape)) for name in names])
-        if within:
-            why = f"more than one element at a time, and here ranks step on parts of {within}"
+        build([nn.Parameter(zero.expand(layouts[name].shape)) for name in names])
+        if sharded_name:
+            why = f"more than one element at a time, but ranks step on shards of {sharded_name}"
         else:
-            why = "more than one parameter at a time, and here ranks step on different ones"
+            why = "more than one parameter at a time, but ranks step on different parameters"
         raise UserError(
-            f"{cls.__name__} looks at {why}; take dp or ddp, under which every rank has all whole"
+            f"{cls.__name__} looks at {why}; use dp or ddp, where every rank has full parameters"
         )
 
 
-def by_options(own_options: Mapping[str, Options]) -> list[tuple[Options, list[str]]]:
-    """Options -> the parameters that have them. Options need not be hashable."""
+def by_options(param_options: Mapping[str, Options]) -> list[tuple[Options, list[str]]]:
+    """Groups parameter names by equal options, which need not be hashable."""
     groups: list[tuple[Options, list[str]]] = []
-    for name, own in own_options.items():
-        names = next((names for known, names in groups if known == own), None)
+    for name, group_options in param_options.items():
+        names = next((names for known, names in groups if known == group_options), None)
         if names is None:
-            groups.append((own, names := []))
+            groups.append((group_options, names := []))
         names.append(name)
     return groups
 
 
-def looks_at(make: Make, device: torch.device) -> Literal["element", "tensor", "all"]:
-    """What one number that the optimizer writes depends on, tried on tiny tensors.
+def update_scope(build: Build, device: torch.device) -> Literal["element", "tensor", "all"]:
+    """What the update of one element depends on: that element, its tensor, or all tensors.
 
-    "all" also if it cannot be tried, for instance as it wants a closure.
+    Found by trying the optimizer on tiny tensors. "all" also if it cannot be tried, for instance
+    because it needs a closure.
     """
     random = torch.Generator().manual_seed(0)
 
-    def drawn(*shape: int) -> list[Tensor]:
-        """Values, and gradients of a few steps; of any size, for what is done to large ones."""
+    def random_steps(*shape: int) -> list[Tensor]:
+        """Values, then gradients for a few steps: of several scales, as some optimizers clip."""
         sizes = (1.0, 1.0, 100.0, 0.01, 1.0)
         return [
             s * torch.randn(shape, generator=random, dtype=torch.float64).to(device) for s in sizes
         ]
 
-    matrix, vector, other = drawn(4, 3), drawn(5), drawn(3, 5)
+    matrix, vector, other = random_steps(4, 3), random_steps(5), random_steps(3, 5)
     with (
         torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        if all(_same(make, [matrix, vector], cut) for cut in (_rows, _ranges)):
+        if all(_same_update(build, [matrix, vector], split) for split in (_rows, _ranges)):
             return "element"
-        for pair in ([matrix, vector], [matrix, other]):  # some take matrices alone
-            if _same(make, pair, None):
+        for pair in ([matrix, vector], [matrix, other]):  # some optimizers take only matrices
+            if _same_update(build, pair, None):
                 return "tensor"
     return "all"
 
 
-def _same(make: Make, tensors: Sequence[Sequence[Tensor]], cut: Cut | None) -> bool:
-    """Whether two optimizers, each with one piece of each tensor, do what one does with all.
+def _same_update(build: Build, tensors: Sequence[Sequence[Tensor]], split: Split | None) -> bool:
+    """Whether two optimizers, each with one half of each tensor, do the same as one with all.
 
-    Without a cut, each of the two has one of the tensors.
+    Without a split, each of the two has one of the tensors.
     """
-    whole = [[value.clone() for value in tensor] for tensor in tensors]
-    split = [[value.clone() for value in tensor] for tensor in tensors]
-    pieces = [[cut(v) for v in t] for t in split] if cut else []
-    halves = [[[v[i] for v in t] for t in pieces] for i in (0, 1)] if cut else [[t] for t in split]
+    full = [[value.clone() for value in tensor] for tensor in tensors]
+    copies = [[value.clone() for value in tensor] for tensor in tensors]
+    if split:
+        pairs = [[split(value) for value in tensor] for tensor in copies]
+        halves = [[[pair[i] for pair in tensor] for tensor in pairs] for i in (0, 1)]
+    else:
+        halves = [[tensor] for tensor in copies]
     try:
-        _step(make, whole)
+        _step(build, full)
         for half in halves:
-            _step(make, half)
-    except Exception:  # of whatever kind: it is the optimizer's
+            _step(build, half)
+    except Exception:  # of any kind: it comes from the optimizer
         return False
-    # To a rounding: the last elements of a tensor may go another way through the processor.
+    # Up to rounding: the processor may compute the last elements of a tensor in another way.
     return all(
         torch.allclose(a[0], b[0], rtol=1e-11, atol=1e-13, equal_nan=True)
-        for a, b in zip(whole, split, strict=True)
+        for a, b in zip(full, copies, strict=True)
     )
 
 
-def _step(make: Make, tensors: Sequence[Sequence[Tensor]]) -> None:
-    """Change the first of each, its value, by steps with the others, its gradients."""
+def _step(build: Build, tensors: Sequence[Sequence[Tensor]]) -> None:
+    """Update the first entry of each, its value, by a step with each further entry, a gradient."""
     parameters = [nn.Parameter(value.clone()) for value, *_ in tensors]
-    optimizer = make(parameters)
+    optimizer = build(parameters)
     for gradients in list(zip(*tensors, strict=True))[1:]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
@@ -150,10 +157,10 @@ def _ranges(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.flatten().tensor_split([tensor.numel() // 2 - 1])  # a view, as it is contiguous
 
 
-def _in_parts(
+def _is_sharded(
     name: str, stepped: Mapping[str, Tensor], layouts: Mapping[str, Layout], mesh: Mesh
 ) -> bool:
-    """Whether ranks step on parts of it, or this one on all elements in another shape."""
+    """Whether ranks step on shards of a parameter, or on all its elements in another shape."""
     layout = layouts[name]
     for axis, how in layout.splits:
         copies = how.copies if isinstance(how, Shard) else 1

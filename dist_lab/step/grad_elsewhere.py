@@ -1,11 +1,11 @@
-"""What stands as the `.grad` of a tensor whose gradient lies elsewhere.
+"""A placeholder for the `.grad` of a tensor whose gradient is on another tensor.
 
-[Note: one gradient, two tensors] Under ZeRO a parameter is two tensors: the whole one in the model,
-into whose `.grad` backward adds, and the shard that the optimizer steps on. The gradient itself is
-at one of them: at the whole until it is summed over the ranks, at the shard from then on. At the
-other stands a tensor that has no values. What can be done to a gradient element by element, such as
-to scale, clamp or clear it, is done to the gradient itself, wherever it lies; all else raises a
-UserError that says where it is. So nothing that a user does to `.grad` is lost.
+[Note: one gradient, two tensors] Under ZeRO a parameter is two tensors: the full one in the model,
+to whose `.grad` backward adds, and the shard that the optimizer steps on. Only one of them has the
+gradient: the full one until the gradient is summed over the ranks, the shard afterwards. The other
+one has a placeholder without values. Elementwise operations on a placeholder, such as scaling,
+clamping or clearing, are applied to the gradient itself; all others raise a UserError that says
+where it is. So nothing that a user does to `.grad` is lost.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ from torch import Tensor
 from dist_lab.errors import UserError
 from dist_lab.torch_private import of_plain_tensors, tree_leaves, tree_map_only
 
-# What may be asked of it, because its values do not matter.
-ABOUT = {
+# Allowed on a placeholder, because the result does not depend on values.
+METADATA = {
     "dtype", "device", "layout", "shape", "ndim", "is_sparse", "is_leaf", "grad_fn", "grad",
     "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized", "itemsize", "nbytes",
     "size", "dim", "numel", "element_size", "is_contiguous", "stride", "is_floating_point",
@@ -27,7 +27,7 @@ ABOUT = {
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
 }  # fmt: skip
 
-# What acts on each element by itself, if all else that it is given are numbers.
+# Elementwise in-place operations, if all other arguments are numbers.
 BY_ELEMENT = {
     "zero_", "fill_", "mul_", "__imul__", "div_", "__itruediv__", "add_", "__iadd__", "sub_",
     "__isub__", "neg_", "sign_", "clamp_", "clamp_min_", "clamp_max_", "clip_", "nan_to_num_",
@@ -37,11 +37,11 @@ BY_ELEMENT = {
 
 
 class GradElsewhere(Tensor):
-    """Stands as the `.grad` of one tensor, while another, the owner, has the gradient.
+    """The placeholder `.grad` of one tensor, while another tensor, the owner, has the gradient.
 
     Attributes:
-        owner: None while the gradient is on its way.
-        advice: what to do instead of what cannot be done here.
+        owner: None while the gradient is in flight.
+        advice: the error message of refused operations: where the gradient is, and what to do.
     """
 
     owner: Tensor | None
@@ -49,7 +49,7 @@ class GradElsewhere(Tensor):
 
     @staticmethod
     def stand_at(holder: Tensor, owner: Tensor | None, advice: str) -> "GradElsewhere":
-        """Make it the `.grad` of `holder`."""
+        """Make a placeholder, and set it as the `.grad` of `holder`."""
         grad = _zero(holder.dtype, holder.device).expand(holder.shape).as_subclass(GradElsewhere)
         grad.owner, grad.advice = owner, advice
         holder.grad = grad
@@ -60,33 +60,33 @@ class GradElsewhere(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
-        given = tree_leaves((args, kwargs or {}))
-        ours = [value for value in given if isinstance(value, GradElsewhere)]
+        values = tree_leaves((args, kwargs or {}))
+        grads = [value for value in values if isinstance(value, GradElsewhere)]
         name = getattr(func, "__name__", "")
         if name == "__get__":  # of an attribute
             name = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
-        if name in ABOUT:
+        if name in METADATA:
             return of_plain_tensors(func, *args, **(kwargs or {}))
         if name in ("data", "detach"):
-            return ours[0]
+            return grads[0]
         if name == "__repr__":
-            return f"<a gradient that lies elsewhere: {ours[0].advice}>"
-        numbers = all(v.dim() == 0 for v in given if type(v) is Tensor)
-        if name not in BY_ELEMENT or not numbers or any(map(_is_on_its_way, ours)):
-            raise UserError(ours[0].advice)
-        if all(_of_owner(grad) is not None for grad in ours):  # otherwise it was cleared there
+            return f"<a gradient that is on another tensor: {grads[0].advice}>"
+        only_numbers = all(v.dim() == 0 for v in values if type(v) is Tensor)
+        if name not in BY_ELEMENT or not only_numbers or any(map(_in_flight, grads)):
+            raise UserError(grads[0].advice)
+        if all(_of_owner(grad) is not None for grad in grads):  # None: it was cleared at the owner
             func(*tree_map_only(GradElsewhere, _of_owner, args), **(kwargs or {}))
         return args[0]
 
 
 @cache
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What the elements of all of them are, which nobody reads or writes."""
+    """The one element that all placeholders share, and that nobody reads or writes."""
     return torch.zeros((), dtype=dtype, device=device)
 
 
 def real_grad(tensor: Tensor) -> Tensor | None:
-    """The `.grad` of a tensor, or where that lies elsewhere the one there; None on its way."""
+    """The gradient of a tensor, also if it is on another tensor; None while it is in flight."""
     grad = tensor.grad
     return _of_owner(grad) if isinstance(grad, GradElsewhere) else grad
 
@@ -95,8 +95,8 @@ def _of_owner(grad: GradElsewhere) -> Tensor | None:
     return None if grad.owner is None else real_grad(grad.owner)
 
 
-def _is_on_its_way(grad: GradElsewhere) -> bool:
+def _in_flight(grad: GradElsewhere) -> bool:
     if grad.owner is None:
         return True
-    there = grad.owner.grad
-    return isinstance(there, GradElsewhere) and _is_on_its_way(there)
+    grad_of_owner = grad.owner.grad
+    return isinstance(grad_of_owner, GradElsewhere) and _in_flight(grad_of_owner)

@@ -1,7 +1,7 @@
-"""What training puts into a module and a copy of the module leaves behind; tensors in structures.
+"""Hooks that a copy of the module drops, and helpers for tensors in nested structures.
 
-`job.model` stays an ordinary module: copied for an average of its weights, or pickled, it is the
-plain model, without the strategy that trains the original.
+`job.model` stays an ordinary module. A deep copy or a pickle of it is the plain model, without the
+strategy that trains the original.
 """
 
 import copy
@@ -17,7 +17,7 @@ from dist_lab.torch_private import not_compiled
 
 
 class StaysBehind:
-    """Stands somewhere in a module. In a deep copy or a pickle `in_a_copy` takes its place."""
+    """An object in a module that a deep copy or a pickle replaces by its `in_a_copy`."""
 
     in_a_copy: Any
 
@@ -25,42 +25,42 @@ class StaysBehind:
         return copy.deepcopy(self.in_a_copy, memo)  # a bound method's copy is bound to the copy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return itself, (self.in_a_copy,)
+        return identity, (self.in_a_copy,)
 
 
 class ModuleHook(StaysBehind):
-    """A forward hook, or a `forward`. By default a copy has a hook that does nothing."""
+    """A forward hook, or a `forward`. By default a copy of it does nothing."""
 
     def __init__(self, function: Callable[..., Any], in_a_copy: Callable[..., Any] | None = None):
-        self.function, self.in_a_copy = function, in_a_copy or nothing
+        self.function, self.in_a_copy = function, in_a_copy or do_nothing
 
     @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
 
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """The hook of a copy."""
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Replaces a hook in a copy."""
 
 
 def refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
-    """The hook or `forward` in a copy of a module of this class, which holds a shard."""
+    """Replaces the hook or `forward` in a copy of a module of class `kind` that holds a shard."""
     raise UserError(
-        f"a copy of a model that is split holds this rank's part of {kind}; load "
-        "job.full_state_dict() into a fresh model"
+        f"a copy of a sharded model holds only this rank's shard of {kind} and cannot compute; "
+        "load job.full_state_dict() into a fresh model"
     )
 
 
-def itself(thing: Any) -> Any:
-    """By which a pickle is read back that holds what a copy has."""
+def identity(thing: Any) -> Any:
+    """Rebuilds a pickled `StaysBehind`, which pickles its `in_a_copy`."""
     return thing
 
 
-def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
-    """A hook for a parameter or its autograd node, which does not keep the hook's owner alive.
+def weak_hook(method: Callable[..., None], *first: Any) -> Callable[..., None]:
+    """A hook for a parameter or its autograd node that does not keep the hook's owner alive.
 
-    They hold hooks where the garbage collector cannot see it. A hook that held its owner, which
-    holds the model, would keep all of them for ever.
+    Autograd holds hooks where the garbage collector cannot see them. A hook that held its owner,
+    which holds the model, would keep all of them alive for ever.
     """
     reference = weakref.WeakMethod(method)
 
@@ -73,7 +73,7 @@ def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in a module's output, whatever it is made of."""
+    """Yields the tensors in a module's output: in lists, tuples, mappings and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, list | tuple):
@@ -86,23 +86,23 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A structure of the same make, with `function` of each tensor in place of the tensor."""
+    """Returns the same structure with `function` applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, list):
         return type(value)([map_tensors(function, item) for item in value])
     if isinstance(value, tuple):
-        make = getattr(value, "_make", type(value))  # the way of a namedtuple, or a tuple's
+        make = getattr(value, "_make", type(value))  # namedtuples have _make
         return make([map_tensors(function, item) for item in value])
     if isinstance(value, Mapping):
-        made: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        result: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         for key, item in value.items():
-            made[key] = map_tensors(function, item)
-        return made
+            result[key] = map_tensors(function, item)
+        return result
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for field in dataclasses.fields(value):  # one may be frozen
+        result = copy.copy(value)
+        for field in dataclasses.fields(value):
             item = map_tensors(function, getattr(value, field.name))
-            object.__setattr__(made, field.name, item)
-        return made
+            object.__setattr__(result, field.name, item)  # also if the dataclass is frozen
+        return result
     return value

@@ -1,8 +1,8 @@
-"""Remembers the first gradient of this rank that is not finite, before it travels.
+"""Records the first gradient of this rank that is not finite, before it is summed over ranks.
 
-After a sum over ranks every rank holds the NaN and none knows whose it was. This link stands first
-in the chain and looks at each gradient while it is still the rank's own. Cost: one pass over a
-gradient.
+After the sum every rank has the NaN, and none knows which rank it came from. So this link comes
+before the strategy in the chain and checks each gradient while it is still this rank's own. It
+costs one pass over each gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,33 +14,33 @@ from dist_lab.step.protocol import Sync
 
 
 class FirstNonFinite(Sync):
-    """Holds the name of the first such parameter of this step, in the order of backward.
+    """Holds the name of the first parameter of this step whose gradient is not finite.
 
-    leaves: name -> the tensor whose `.grad` is this rank's own.
-    kept: gradients stay there from the first micro-batch to the last, which is then the time to
-        look: a NaN does not go away by being added to.
+    leaves: name -> the autograd leaf, whose `.grad` is this rank's own.
+    accumulates: `.grad` accumulates all micro-batches, so it is checked after the last one only:
+        a NaN stays a NaN in a sum.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], *, kept: bool = False) -> None:
-        self.leaves, self.kept, self.found = leaves, kept, ""
+    def __init__(self, leaves: Mapping[str, Tensor], *, accumulates: bool = False) -> None:
+        self.leaves, self.accumulates, self.first_name = leaves, accumulates, ""
 
-    def take(self) -> str:
-        """The name, or "" if there is none; forgotten from now on."""
-        found, self.found = self.found, ""
-        return found
+    def pop(self) -> str:
+        """Returns the name, or "" if there is none, and forgets it."""
+        first_name, self.first_name = self.first_name, ""
+        return first_name
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
-        if self.kept and not last:
+        if self.accumulates and not last:
             return
         for name in names:
             gradient = self.leaves[name].grad
-            # A sum is the cheapest pass that any NaN or infinity survives. It may also overflow
-            # by itself, so it only accuses; isfinite convicts.
-            if not self.found and gradient is not None and not gradient.sum().isfinite():
-                self.found = "" if torch.isfinite(gradient).all() else name
+            # A sum is the cheapest pass that keeps any NaN or infinity. But a sum of finite values
+            # may overflow, so isfinite() confirms it.
+            if not self.first_name and gradient is not None and not gradient.sum().isfinite():
+                self.first_name = "" if torch.isfinite(gradient).all() else name
 
     def after_step(self) -> None:
-        self.found = ""
+        self.first_name = ""
 
     def forget(self) -> None:
-        self.found = ""
+        self.first_name = ""

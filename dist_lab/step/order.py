@@ -1,13 +1,13 @@
-"""What must come when within a step, whoever runs its forwards and backwards.
+"""The order of calls within a step, for every runner.
 
     run, or backward by hand     gradients add up
-    finish()                     whatever is still owed              phase "finish"
-    after_step()                 what the new weights owe            phase "after_step"
+    finish()                     gradients are summed over ranks            phase "finish"
+    after_step()                 new weights are sent where needed          phase "after_step"
 
-[Note: sums do not forgive] Gradients of micro-batches and ranks add up (see step/protocol.py). A
-backward onto gradients that were already summed over ranks would count the others' share again,
-where an average would have hidden it. So each gradient is closed once its last micro-batch is in,
-and opens again when it is cleared; a backward that adds to a closed one is refused.
+[Note: closed gradients] Gradients of micro-batches and ranks add up (see step/protocol.py). A
+backward onto gradients that were already summed over ranks would count other ranks' shares twice;
+an average would hide such an error. So a gradient is closed after its last micro-batch, and opens
+again when it is cleared. A backward that adds to a closed gradient raises an error.
 """
 
 from abc import ABC, abstractmethod
@@ -26,10 +26,10 @@ from dist_lab.step.protocol import Chain
 
 
 class Step(ABC):
-    """The order of a step, which both runners keep.
+    """Base class of both runners: keeps the order of a step.
 
     Attributes:
-        has_gradients: that finish() has not seen.
+        has_gradients: there are gradients that finish() has not summed.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class Step(ABC):
     ) -> None:
         self.model, self.sync, self.comm, self._stepped = model, sync, comm, stepped
         self.has_gradients = False
-        # Kept, because a name may mean the whole of it while backward runs.
+        # Looked up once: during backward the model may hold the unsharded tensor under this name.
         self._parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        self._held = dict(model.named_parameters())
-        self._closed: set[str] = set()  # gradients that hold their last micro-batch
+        self._parameters_at_start = dict(model.named_parameters())
+        self._closed: set[str] = set()  # gradients that contain their last micro-batch
 
     @abstractmethod
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """What runs inside the block is not, or is, the last before `finish`."""
+        """Marks the block as one micro-batch; `last`: the last one before `finish`."""
 
     @abstractmethod
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
@@ -52,40 +52,40 @@ class Step(ABC):
 
     @abstractmethod
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        """The same by forward alone."""
+        """Forward only. Returns the same sum."""
 
     @abstractmethod
     def timeline(self) -> list[list[Any]]:
-        """When each rank did which action of the last run; empty where there are none."""
+        """For each rank, the actions of the last run with their times; empty without a schedule."""
 
     @abstractmethod
     def _before_finish(self) -> None:
-        """Backward is over."""
+        """Completes what backward has left open, before gradients are summed."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What optimizers step on, by name."""
+        """Yields the parameters that optimizers step on, with their names."""
         for name, parameter in self.model.named_parameters():
             yield name, self._stepped.get(name, parameter)
 
     def finish(self) -> None:
-        """Raises UserError on gradients that were summed already, or that no strategy knows."""
-        now = dict(self.model.named_parameters())
-        self._refuse_other_parameters(now)
-        gradients = {n: real_grad(self._stepped.get(n, p)) for n, p in now.items()}
-        late = [n for n, g in gradients.items() if g is not None and n not in self._parameters]
-        if late:
+        """Sums gradients over ranks. Raises UserError if it was done, or the model changed."""
+        parameters = dict(self.model.named_parameters())
+        self._refuse_other_parameters(parameters)
+        grads = {n: real_grad(self._stepped.get(n, p)) for n, p in parameters.items()}
+        unfrozen = [n for n, g in grads.items() if g is not None and n not in self._parameters]
+        if unfrozen:
             raise UserError(
-                f"{late[0]} has a gradient but was frozen when parallelize() was called; unfreeze "
-                "it before, or freeze it again"
+                f"{unfrozen[0]} has a gradient but was frozen when parallelize() was called; "
+                "unfreeze it before that call, or freeze it again"
             )
-        # A rank that had no rows to compute on has nothing left over, and joins in the sum.
-        if not self.has_gradients and any(_holds(gradients.get(name)) for name in self._closed):
+        # A rank that had no rows has no closed gradients, and joins the sum with zeros.
+        if not self.has_gradients and any(_is_nonzero(grads.get(name)) for name in self._closed):
             raise UserError(
-                "finish() without a backward since the last one: the gradients are summed over "
-                "the ranks already, a second sum would multiply them; call finish() once a step, "
-                "and zero_grad() after it"
+                "finish() without a backward since the last one: the gradients are already summed "
+                "over the ranks, and a second sum would multiply them; call finish() once a step, "
+                "and zero_grad() after the step"
             )
-        del gradients  # or they would be there still when the strategy has let them go
+        del grads  # these references would keep memory alive that the strategy frees
         self._before_finish()
         try:
             with self.comm.label("finish", unit=""):
@@ -95,54 +95,54 @@ class Step(ABC):
         self._closed = set(self._parameters)
 
     def after_step(self) -> None:
-        """Raises UserError if the gradients that were stepped on had not been summed."""
+        """Raises UserError if the optimizer has stepped on gradients that were not summed."""
         if self.has_gradients:
             raise UserError(
-                "after_step() without finish(): each rank has stepped on its own gradients and the "
+                "after_step() without finish(): each rank has stepped on its own gradients, so the "
                 "weights now differ; call job.finish() after backward, before optimizer.step()"
             )
         with self.comm.label("after_step", unit=""):
             self.sync.after_step()
 
     def weights_changed(self) -> None:
-        """The parameters were given new values, by no optimizer."""
+        """The parameters have new values that no optimizer wrote, such as loaded ones."""
         with self.comm.label("load", unit=""):
             self.sync.after_step()
 
-    def _refuse_other_parameters(self, now: Mapping[str, nn.Parameter]) -> None:
-        """Raise UserError if the model holds others than it did: no strategy knows of them."""
-        before = self._held
-        odd = [n for n in {**now, **before} if now.get(n) is not before.get(n)]
-        if odd:
+    def _refuse_other_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raise UserError if a parameter was replaced, added or removed: no strategy knows it."""
+        before = self._parameters_at_start
+        changed = [n for n in {**parameters, **before} if parameters.get(n) is not before.get(n)]
+        if changed:
             what = "replaced in"
-            if odd[0] not in before:
+            if changed[0] not in before:
                 what = "added to"
-            elif odd[0] not in now:
+            elif changed[0] not in parameters:
                 what = "tied in, or removed from,"
             raise UserError(
-                f"{odd[0]} was {what} the model after parallelize(), which trains the parameters "
-                "that it was given; change the model before"
+                f"{changed[0]} was {what} the model after parallelize(), which trains only the "
+                "parameters that it was given; change the model before that call"
             )
 
     def _reopen(self) -> None:
-        """Open what has been cleared since finish(), whether or not this rank will use it."""
+        """Open the gradients that were cleared since finish(), also those this rank won't use."""
         if not self.has_gradients:
-            self._closed = {name for name in self._closed if self._holds_gradient(name)}
+            self._closed = {name for name in self._closed if self._has_nonzero_grad(name)}
 
     def _refuse_closed(self, name: str) -> None:
-        """A gradient is about to be added to: see [Note: sums do not forgive]."""
+        """Backward is about to add to this gradient: see [Note: closed gradients]."""
         if name in self._closed:
-            if self._holds_gradient(name):
+            if self._has_nonzero_grad(name):
                 raise UserError(
                     f"backward on gradients that hold their last micro-batch ({name}): call "
-                    "optimizer.zero_grad() after the step, or wrap all micro-batches but the "
-                    "last in job.microbatch(last=False)"
+                    "optimizer.zero_grad() after the step, or wrap all micro-batches but the last "
+                    "in job.microbatch(last=False)"
                 )
             self._closed.discard(name)
 
-    def _holds_gradient(self, name: str) -> bool:
-        return _holds(real_grad(self._parameters[name]))
+    def _has_nonzero_grad(self, name: str) -> bool:
+        return _is_nonzero(real_grad(self._parameters[name]))
 
 
-def _holds(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(local_part(gradient).any())
+def _is_nonzero(grad: Tensor | None) -> bool:
+    return grad is not None and bool(local_part(grad).any())

@@ -1,20 +1,20 @@
-"""The protocol of strategies: what one is handed, what it returns, and when gradients travel.
+"""The protocol of strategies: their input, their result, and the events of a step.
 
 [Note: the gradient convention] There is one division in the project. The loss of a step is
 
     loss = (sum over the tokens of the global batch) / (number of tokens in the global batch)
 
-and each micro-batch of each rank contributes its tokens' share, already divided by the global
+and each micro-batch of each rank computes its tokens' share of it, already divided by the global
 count. Shares add up: over micro-batches in `.grad`, over ranks by a plain SUM. Nothing is averaged
-anywhere, so ragged batches and unequal token counts are exact, where a mean of means would not be.
+anywhere, so ragged batches and unequal token counts are exact. A mean of means would not be.
 
-A strategy never registers hooks and never calls backward. A runner does, and tells the strategy
-what has happened through the verbs of `Sync`; so the same strategy runs under a plain loop and
-under a pipeline schedule. Strategies know parameters by name, and look the object up when they
-need it, because another strategy may have replaced it since.
+A strategy never registers hooks and never calls backward. A runner does, and calls the methods of
+`Sync` at each step event. So the same strategy runs under a plain loop and under a pipeline
+schedule. Strategies store the names of parameters and look the object up when they need it,
+because another strategy may have replaced it.
 
-[Note: strategies fold] Several strategies are applied one after another, outermost first. Each is
-handed one `Setup` and returns one `Applied`, whose layouts extend those that it was given.
+[Note: strategies fold] Several strategies are applied one after another, outermost first. Each
+takes one `Setup` and returns one `Applied`, whose layouts extend those in the setup.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ ROOT = ""  # the unit that is the model itself
 
 
 class Phase(Enum):
-    """Where in a step a unit is used: ABORT where the step was broken off by an exception."""
+    """The phase of a step in which a unit is used. ABORT: an exception has ended the step."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -41,47 +41,47 @@ class Phase(Enum):
 
 
 class Sync:
-    """What a strategy does at each moment of a step. A moment it does not write is empty."""
+    """A strategy's response to each event of a step. Methods that are not overridden do nothing."""
 
     def microbatch(self, *, last: bool) -> None:
-        """Another micro-batch begins, of which `last` says whether gradients travel after it."""
+        """A micro-batch begins. `last`: gradients are reduced after it."""
 
     def unshard(self, unit: str, phase: Phase) -> None:
         """The unit is about to be used: its parameters must be unsharded."""
 
     def backward_will_come(self, unit: str, visit: object) -> None:
-        """A forward leaves the unit, and backward may come back to it, as long as `visit` lives."""
+        """A forward has left the unit. Backward may reach the unit as long as `visit` is alive."""
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        """The unit has been used: what was gathered for it may go."""
+        """The unit has been used: its unsharded parameters may be freed."""
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
-        """This micro-batch has been added to these gradients. `last`: nothing more will be."""
+        """This micro-batch has been added to these gradients. `last`: they are complete."""
 
     def finish(self) -> None:
-        """Backward is over. On return every `.grad` is global, for the local parameter."""
+        """Backward is over. On return `.grad` is the global gradient of each local parameter."""
 
     def settle(self) -> None:
-        """What a user did to one of a parameter's two tensors is done to both. Sends nothing."""
+        """Copy what a user did to one of a parameter's two tensors to the other. Sends nothing."""
 
     def after_step(self) -> None:
-        """The optimizer has stepped: send what the new weights owe to others."""
+        """The optimizer has stepped: send the new weights to the ranks that need them."""
 
     def forget(self) -> None:
-        """The step was broken off: gradients that have not reached a parameter's `.grad` go."""
+        """The step was broken off: drop gradients that have not reached a parameter's `.grad`."""
 
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
-        """What is kept besides parameters and their `.grad`, as (kind, tensor): "gathered",
-        "gradients" or "buffers". A tensor whose storage is empty at the moment may be among it.
+        """Yields the tensors kept besides parameters and their `.grad`, as (kind, tensor), with
+        kind "gathered", "gradients" or "buffers". The storage of some may be empty at the moment.
         """
         yield from ()
 
 
 class Chain(Sync):
-    """Several Syncs as one, told of everything in this order. An empty chain does nothing.
+    """Several Syncs as one. Each event goes to the links in order. An empty chain does nothing.
 
-    The order is inner to outer, the reverse of the order in which strategies are applied: what the
-    data axis owes a gradient is summed first, then what tp owes, then what stages of pp share.
+    The order is inner to outer, the reverse of the order in which strategies are applied: gradients
+    are summed over the data axes first, then over tp, then over the pp stages that share a weight.
     """
 
     def __init__(self, *links: Sync) -> None:
@@ -130,18 +130,18 @@ class Chain(Sync):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a strategy is handed: a model as the strategies before it have left it.
+    """The input of a strategy: the model as the strategies before it have left it.
 
     model        the module, to be changed in place
-    mesh         for parts of an axis (`mesh.sub`) and for more channels of one; both collective
+    mesh         to make sub-axes (`mesh.sub`) and channels (`mesh.channel`); both collective
     axes         name -> the axes that this strategy runs along, each with a process group of its
                  own; the last is the innermost
-    layouts      name of a parameter -> how it lies so far
-    full_value   name -> its value as it lies so far: whole under the first strategy, a shard under
-                 a later one. Asked for once each, so that no rank needs all of them at once.
-    units        name -> the modules to be unsharded, reduced and recomputed as one, ROOT among them
+    layouts      name of a parameter -> its layout so far
+    full_value   name -> its value in that layout: the full tensor for the first strategy, a shard
+                 for a later one. Called once for each, so that no rank needs all values at once.
+    units        name -> a module to be unsharded, reduced and recomputed as one; ROOT is one
     param_dtype  the dtype of compute, where it is not that of the parameters
-    recompute    each k-th unit computes again in backward; 0: none
+    recompute    recompute every k-th unit in backward; 0: none
     """
 
     model: nn.Module
@@ -159,11 +159,11 @@ class Setup:
         return list(self.axes.values())[-1]
 
     def channel(self) -> Axis:
-        """`axis` with one more process group: see `Axis`. Collective."""
+        """`axis` with a process group of its own: see `Axis`. Collective."""
         return self.mesh.channel(self.axis.name)
 
     def owing_sums(self, *axes: Axis) -> dict[str, Layout]:
-        """The layouts, the gradient of each trained parameter owed a sum over these axes."""
+        """The layouts, in which each trained parameter's gradient is owed a sum over these axes."""
         sums = [Owed(axis.name) for axis in axes]
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return {**self.layouts} | {name: self.layouts[name].owing(*sums) for name in trained}
@@ -171,22 +171,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Applied:
-    """What a strategy did to a model.
+    """The result of a strategy: what it did to the model.
 
-    layouts: name -> how each parameter now lies, also those that lie on other ranks alone
-    sync: when they and their gradients travel
+    layouts: name -> the layout of each parameter, also of those that are only on other ranks
+    sync: communicates parameters and gradients at the events of a step
     about: for a library's strategy, the configuration it runs in; shown beside its numbers
-    leaves: name -> the tensor that backward reaches, where it is not the parameter in the model:
+    leaves: name -> the autograd leaf, where it is not the parameter in the model:
         see [Note: two tensors of one name] in sharded/sharded_param.py
     stepped: name -> the tensor that optimizers step on, where it is not the parameter in the model
-    sharded_between_units: outside of units the module holds shards, and cannot be computed with
-    unit_of: name -> the unit with which its leaf gets memory, and loses it, whenever backward asks
-        for it; see step/saved.py
+    sharded_between_units: outside of its unit a module holds shards, and cannot compute
+    unit_of: name -> the unit that allocates the leaf's memory when it is unsharded and frees it
+        when it is resharded, in forward and in backward; see step/saved.py
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
-        shards its state by itself
-    make_runner: (model, chain, wire, units, applied) -> what runs the steps, of a strategy that
-        splits time
-    buffers: name -> how a buffer lies, where it is not on every rank
+        shards optimizer state by itself
+    make_runner: (model, chain, comm, units, applied) -> a `Step`, for a strategy that schedules
+        forwards and backwards itself
+    buffers: name -> the layout of a buffer, where it is not on every rank
     """
 
     layouts: Mapping[str, Layout]
@@ -204,6 +204,6 @@ class Applied:
 MakeOptimizer = Callable[
     [type[torch.optim.Optimizer], list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer
 ]
-# Gives a `Step`, which this file does not know.
+# Returns a `Step` (step/order.py), which imports this file.
 MakeRunner = Callable[[nn.Module, Chain, CommContext, Mapping[str, nn.Module], Applied], Any]
-Apply = Callable[..., Applied]  # (setup, **options of its own)
+Apply = Callable[..., Applied]  # (setup, **the strategy's options)

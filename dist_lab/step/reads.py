@@ -3,14 +3,14 @@
     embed = Embedding, a unit of its own
     forward of the model:   h = embed(tokens) ...; logits = h @ embed.weight.T
 
-While a unit is open, its unsharded parameters stand before the shards in each module's `__dict__`,
-and Python does not look further. Once it is closed, the look-up of `embed.weight` goes on to the
-module's `_parameters`, where a forward of another unit would find a shard. So that dict is of a
-class that hears of it: the unit is opened, and stays open until the forward that reads it is over.
-Backward comes to it by name, as to any other unit: see saved.py.
+While a unit is open, its unsharded parameters are in each module's `__dict__`, where Python looks
+first. Once the unit is closed, the look-up of `embed.weight` goes on to the module's `_parameters`,
+where a forward of another unit would find a shard. So that dict is of a class whose `__getitem__`
+opens the unit. The unit stays open until the forward that reads it is over. Backward reaches it
+through the saved tensor, like any other unit: see saved.py.
 
-Nothing else changes: what iterates over parameters sees the shards, as before, and so does whoever
-reads one while no forward is under way.
+Nothing else changes: code that iterates over parameters sees the shards, as before, and so does
+code that reads a parameter while no forward is running.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ from dist_lab.step.saved import SavedByName, Visit
 from dist_lab.torch_private import backward_number
 
 
-class Lends(Protocol):
-    """A unit, as far as it is needed here: see units.py."""
+class UnitLike(Protocol):
+    """The part of `units.Unit` that this file uses."""
 
     name: str
     sync: Chain
     comm: CommContext
-    saved: SavedByName
+    saver: SavedByName
     is_open: bool
     visit: Visit
     reader: Any
-    read: list[Any]
+    read_units: list[Any]
 
     @property
     def root(self) -> Any: ...
@@ -46,54 +46,56 @@ class Lends(Protocol):
     def enter_backward(self, visit: Visit) -> None: ...
 
 
-class Parameters(StaysBehind, dict[str, Any]):
+class UnshardOnRead(StaysBehind, dict[str, Any]):
     """The `_parameters` of one module. A copy of the module has a plain dict.
 
     Attributes:
-        lent: attribute -> the unit that is to be opened, and the unsharded tensor it will have.
+        unsharded: attribute -> (the unit to open, the unsharded tensor that the read returns).
     """
 
-    lent: Mapping[str, tuple[Lends, Tensor]]
+    unsharded: Mapping[str, tuple[UnitLike, Tensor]]
 
     @property
     def in_a_copy(self) -> dict[str, Any]:
         return dict(self)
 
     def __getitem__(self, attribute: str) -> Any:
-        if attribute in self.lent:
-            unit, unsharded = self.lent[attribute]
-            if lend(unit, attribute):
+        if attribute in self.unsharded:
+            unit, unsharded = self.unsharded[attribute]
+            if open_for_reader(unit, attribute):
                 return unsharded
         return super().__getitem__(attribute)
 
 
 def open_when_read(
-    model: nn.Module, unit_of: Mapping[nn.Parameter, Lends], leaf_of: Mapping[nn.Parameter, Tensor]
+    model: nn.Module,
+    unit_of: Mapping[nn.Parameter, UnitLike],
+    leaf_of: Mapping[nn.Parameter, Tensor],
 ) -> None:
-    """Let each module of the model open the units of the parameters that it holds."""
+    """Make each module of the model open the unit of a parameter when it is read."""
     for module in model.modules():
-        lent = {
+        unsharded = {
             attribute: (unit_of[parameter], leaf_of[parameter])
             for attribute, parameter in module._parameters.items()
             if parameter is not None and parameter in unit_of
         }
-        if lent:
-            parameters = Parameters(module._parameters)
-            parameters.lent = lent
+        if unsharded:
+            parameters = UnshardOnRead(module._parameters)
+            parameters.unsharded = unsharded
             module._parameters = parameters
 
 
-def lend(unit: Lends, attribute: str) -> bool:
-    """A parameter of the unit is read. Returns whether its unsharded tensor is there."""
-    reader, in_backward = unit.saved.innermost, backward_number() != -1
-    # In backward a part of a forward may be under way, that is recomputed.
-    computes = reader is not None or (in_backward and torch.is_grad_enabled())
-    if not computes or unit.is_open:  # in the midst of being opened, it holds shards
+def open_for_reader(unit: UnitLike, attribute: str) -> bool:
+    """Open a unit whose parameter is read. Returns False if the read is to return the shard."""
+    reader, in_backward = unit.saver.innermost, backward_number() != -1
+    # In backward, an activation checkpoint may recompute code that is in no unit's forward.
+    is_running = reader is not None or (in_backward and torch.is_grad_enabled())
+    if not is_running or unit.is_open:  # while a unit is being opened, the shards are read
         return False
     if unit.root is None:
         raise UserError(
-            f"{unit.comm.unit} was called by itself, and its forward reads {attribute}, which "
-            "belongs to the whole model and is sharded; call the model"
+            f"{unit.comm.unit} was called by itself, but its forward reads {attribute}, which is "
+            "sharded and belongs to the unit of the whole model; call the model"
         )
     unit.visit = visit = Visit()
     if reader is not None:
@@ -104,16 +106,16 @@ def lend(unit: Lends, attribute: str) -> bool:
         unit.open(Phase.FORWARD)
     if reader is not None:
         unit.reader = reader
-        reader.read.append(unit)
+        reader.read_units.append(unit)
     return True
 
 
-def give_back(reader: Lends) -> None:
-    """A forward is over that has read parameters of other units."""
-    for unit in reversed(reader.read):
+def close_read_units(reader: UnitLike) -> None:
+    """Close the units whose parameters this unit has read: its forward is over."""
+    for unit in reversed(reader.read_units):
         unit.reader = None
         if backward_number() == -1:
             if torch.is_grad_enabled():
                 unit.sync.backward_will_come(unit.name, unit.visit)
             unit.close(Phase.FORWARD)
-    reader.read.clear()
+    reader.read_units.clear()

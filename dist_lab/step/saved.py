@@ -1,16 +1,16 @@
-"""What forward saves of a parameter for backward: its name, so that its memory may come and go.
+"""Saved tensors: parameters are saved by name, so that their memory can be freed and come back.
 
-    forward     W is unsharded; an operation saves W, or a view of it       kept: (W, how it lies)
-    between     W is sharded again; nothing of it is alive
-    backward    the operation asks for what it saved: its unit is opened    given: W as it is now
+    forward     W is unsharded; an operation saves W, or a view of it      saved: (W, the view)
+    between     W is resharded; its memory is free
+    backward    the operation unpacks W: its unit is unsharded             unpacked: W as it is now
 
-[Note: every way into a unit] Backward may reach a unit by its outputs, and by other ways: by a
-tensor that the unit has kept on itself, one inside an object that it returned, one that was written
-to in place since, or once more in a second derivative. But it can do nothing with a parameter
-without asking for what forward saved of it. So that is where a unit is opened, whatever the way.
+[Note: every way into a unit] Backward may reach a unit through its outputs, and in other ways: by a
+tensor that the unit has stored on itself, by one inside an object that it returned, by one that was
+written to in place since, or once more in a second derivative. But it cannot use a parameter
+without unpacking the saved tensor. So unpacking unshards the unit, whatever way backward has taken.
 
-Where somebody else's hooks on saved tensors are in force, such as those of activation checkpoints,
-ours stay away: what they keep is kept as it is, and what they compute again opens the unit itself.
+While other hooks on saved tensors are active, such as those of activation checkpointing, ours are
+off: the other hooks save the tensor itself, or recompute it in a forward that unshards the unit.
 """
 
 from collections.abc import Iterable
@@ -26,21 +26,21 @@ from dist_lab.torch_private import backward_number, saved_tensors_hooks_around, 
 
 
 class Visit:
-    """One forward of one unit.
+    """One forward call of one unit.
 
     Attributes:
-        outer: the unit that this one was called from, and which forward of that.
-        inputs: how many of its inputs backward has still to reach.
-        saved: whether it has saved parameters of the unit for backward.
+        outer: the unit that called this one, and the visit of that unit; None at the top.
+        inputs: the number of its inputs that backward has not reached yet.
+        saved: the forward has saved parameters of the unit for backward.
     """
 
-    outer: "tuple[Opens, Visit] | None" = None
+    outer: "tuple[UnitLike, Visit] | None" = None
     inputs = 0
     saved = False
 
 
-class Opens(Protocol):
-    """A unit, which backward may come to at any moment."""
+class UnitLike(Protocol):
+    """The part of `units.Unit` that this file uses."""
 
     visit: Visit
 
@@ -48,16 +48,16 @@ class Opens(Protocol):
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A parameter, or a view of it, as a unit's forward saved it.
+class SavedParameter:
+    """A parameter, or a view of it, that a unit's forward saved for backward.
 
     Attributes:
-        leaf: the tensor that is the parameter to autograd, whatever memory it has at the moment.
+        leaf: the autograd leaf. Its storage is empty while the unit is resharded.
         size, stride, offset: of the view.
     """
 
     leaf: Tensor
-    unit: Opens
+    unit: UnitLike
     visit: Visit
     size: torch.Size
     stride: tuple[int, ...]
@@ -65,27 +65,27 @@ class Saved:
 
 
 class SavedByName:
-    """Saves parameters of the units that are being computed by name, and all else as it is.
+    """Saves the parameters of the units that are running by name, and other tensors as they are.
 
     Args:
-        lends: units lend memory that comes and goes. Otherwise nothing is watched, at no cost.
+        has_shards: units are resharded after use. If not, no hooks are set, at no cost.
     """
 
-    def __init__(self, *, lends: bool) -> None:
-        self.lends = lends
-        self._memory: dict[int, tuple[Tensor, Opens, Visit]] = {}
-        self._inside: list[Opens] = []  # units whose forwards are under way, outermost first
+    def __init__(self, *, has_shards: bool) -> None:
+        self.has_shards = has_shards
+        self._by_storage: dict[int, tuple[Tensor, UnitLike, Visit]] = {}
+        self._running: list[UnitLike] = []  # units in the middle of their forward, outermost first
         self._hooks: saved_tensors_hooks | None = None
-        self.began = False  # a forward that backward may come back to, since somebody has looked
-        self._depth = 0  # of the unit that put the hooks in force
+        self.forward_ran = False  # one with gradients, since the runner last reset this
+        self._depth = 0  # the length of `_running` when the hooks were set
 
-    def enter(self, unit: Opens) -> None:
+    def enter(self, unit: UnitLike) -> None:
         """The forward of a unit begins."""
-        for outer in self._inside[-1:]:
+        for outer in self._running[-1:]:
             unit.visit.outer = (outer, outer.visit)
-        self._inside.append(unit)
-        self.began = self.began or torch.is_grad_enabled()
-        if not self.lends or self._hooks is not None or not torch.is_grad_enabled():
+        self._running.append(unit)
+        self.forward_ran = self.forward_ran or torch.is_grad_enabled()
+        if not self.has_shards or self._hooks is not None or not torch.is_grad_enabled():
             return
         if saved_tensors_hooks_around() is None and backward_number() == -1:
             hooks = saved_tensors_hooks(self._pack, _unpack)
@@ -93,51 +93,53 @@ class SavedByName:
                 hooks.__enter__()
             except RuntimeError as error:
                 raise UserError(
-                    "torch.func's grad and its like allow no hooks on what forward saves, by "
-                    "which sharded parameters come back in backward; take dp, ddp or zero2"
+                    "torch.func.grad and similar transforms allow no hooks on saved tensors, which "
+                    "unshard parameters in backward; use dp, ddp or zero2"
                 ) from error
-            self._depth, self._hooks = len(self._inside), hooks
+            self._depth, self._hooks = len(self._running), hooks
 
-    def leave(self, unit: Opens) -> bool:
-        """The forward of a unit is over. Returns whether it had begun: an earlier hook may fail."""
-        if not self._inside or self._inside[-1] is not unit:
+    def leave(self, unit: UnitLike) -> bool:
+        """The forward of a unit is over. Returns whether `enter` was called: an earlier hook of the
+        module may have raised an exception before it.
+        """
+        if not self._running or self._running[-1] is not unit:
             return False
-        if self._hooks is not None and len(self._inside) == self._depth:
+        if self._hooks is not None and len(self._running) == self._depth:
             self._hooks.__exit__()
             self._hooks = None
-            self._memory.clear()
-        self._inside.pop()
+            self._by_storage.clear()
+        self._running.pop()
         return True
 
     @property
     def innermost(self) -> Any:
-        """The unit whose forward is under way, if there is one."""
-        return self._inside[-1] if self._inside else None
+        """The innermost unit whose forward is running, or None."""
+        return self._running[-1] if self._running else None
 
-    def computing(self, unit: Opens) -> bool:
-        """Whether a forward of this unit is under way."""
-        return any(inside is unit for inside in self._inside)
+    def is_running(self, unit: UnitLike) -> bool:
+        """Whether a forward of this unit is running."""
+        return any(running is unit for running in self._running)
 
-    def opened(self, leaves: Iterable[Tensor], unit: Opens, visit: Visit) -> None:
-        """These leaves have their memory now, and whenever the unit is open."""
+    def watch_storages(self, leaves: Iterable[Tensor], unit: UnitLike, visit: Visit) -> None:
+        """Save these leaves by name from now on: they have memory only while the unit is open."""
         if self._hooks is not None:
-            self._memory |= {storage_key(leaf): (leaf, unit, visit) for leaf in leaves}
+            self._by_storage |= {storage_key(leaf): (leaf, unit, visit) for leaf in leaves}
 
-    def _pack(self, tensor: Tensor) -> tuple[Tensor, int] | Saved:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int] | SavedParameter:
         key = storage_key(tensor)
-        owner = self._memory.get(key)
-        # It may be of earlier memory, at an address that was used again.
-        if owner is None or storage_key(owner[0]) != key:
-            # An operation that saves its own output would hold itself by it, for ever if no
-            # backward comes. Autograd puts the history back, but leaves it to us to see that
-            # nobody has written to the tensor in between.
+        entry = self._by_storage.get(key)
+        # The entry may be of freed memory, whose address was used again.
+        if entry is None or storage_key(entry[0]) != key:
+            # Detached, because an operation that saves its own output with its grad_fn would keep
+            # itself alive, for ever if no backward comes. Autograd restores the grad_fn, but leaves
+            # the check for in-place writes in between to us.
             return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
-        _, _, visit = owner
+        _, _, visit = entry
         visit.saved = True
-        return Saved(*owner, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return SavedParameter(*entry, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-def _unpack(saved: tuple[Tensor, int] | Saved) -> Any:
+def _unpack(saved: tuple[Tensor, int] | SavedParameter) -> Any:
     if isinstance(saved, tuple):
         tensor, version = saved
         if tensor._version != version:
@@ -147,6 +149,9 @@ def _unpack(saved: tuple[Tensor, int] | Saved) -> Any:
             )
         return tensor
     if backward_number() == -1:
-        raise UserError("what backward has saved of a sharded parameter can be seen in backward")
+        raise UserError(
+            "a saved tensor of a sharded parameter can be read only in backward: elsewhere it has "
+            "no memory"
+        )
     saved.unit.enter_backward(saved.visit)
     return saved.leaf.detach().as_strided(saved.size, saved.stride, saved.offset)

@@ -1,13 +1,13 @@
-"""Loss scaling, whose decisions all ranks take together.
+"""Loss scaling that skips a step on all ranks or on none.
 
-float16 loses small gradients: a GradScaler multiplies the loss by a large number, divides the
-gradients by it before the step, and leaves the step out if one of them is not finite. Where ranks
-hold different parts of the gradients, each would decide for itself: one steps, another does not,
-and their scales part. So what one rank has found, the largest over all ranks decides.
+float16 loses small gradients. So a GradScaler multiplies the loss by a large number, divides the
+gradients by it before the step, and skips the step if one of them is not finite. If ranks hold
+different shards of the gradients, each would decide for itself: one would step, another would not,
+and their scales would differ. So the ranks all-reduce `found_inf` with max.
 
-`Scaler` is torch's GradScaler with that. torch's own, handed an optimizer that `decides_together`,
-leaves the decision to the optimizer's `step`, as it does for all that `_step_supports_amp_scaling`,
-and so is right, too. Without a scaler nothing is sent.
+`Scaler` is torch's GradScaler with this all-reduce. torch's own is right, too, with an optimizer
+that `decide_together` has changed: it leaves the decision to the optimizer's `step`, as it does for
+every optimizer with `_step_supports_amp_scaling`. Without a scaler nothing is sent.
 """
 
 import weakref
@@ -21,11 +21,11 @@ from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.torch_private import found_infs, set_scaled_step
 
-Found = dict[torch.device, Tensor]
+FoundInf = dict[torch.device, Tensor]
 
 
 class Scaler(torch.amp.GradScaler):
-    """torch's GradScaler, with one decision for all ranks of an axis, whatever the optimizer."""
+    """torch's GradScaler, with one decision for all ranks of an axis, for any optimizer."""
 
     def __init__(self, world: Axis, **options: Any) -> None:
         super().__init__(**{"device": world.device.type, **options})
@@ -33,35 +33,36 @@ class Scaler(torch.amp.GradScaler):
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow: bool
-    ) -> Found:
+    ) -> FoundInf:
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow)
         found.setdefault(found_inf.device, found_inf)  # a rank without a gradient
-        return agree(found, self.world)
+        return share_found(found, self.world)
 
 
-def agree(found: Found, world: Axis) -> Found:
-    """In place: whether any rank has found a gradient that is not finite. Collective."""
+def share_found(found: FoundInf, world: Axis) -> FoundInf:
+    """Set, in place, whether any rank has found a gradient that is not finite. Collective."""
     with world.comm.label("scaler"):
-        here = torch.stack([each.to(world.device) for each in found.values()]).amax()
-        anywhere = ops.all_reduce(here, world, "max")
-    for each in found.values():
-        each.copy_(anywhere)
+        local = torch.stack([flag.to(world.device) for flag in found.values()]).amax()
+        on_any_rank = ops.all_reduce(local, world, "max")
+    for flag in found.values():
+        flag.copy_(on_any_rank)
     return found
 
 
 def decide_together(optimizer: torch.optim.Optimizer, world: Axis) -> None:
-    """Let any GradScaler that is handed this optimizer leave out its step on all ranks or none."""
-    plain, known = type(optimizer).step, weakref.ref(optimizer)  # no circle: it goes when unused
+    """Make any GradScaler skip this optimizer's step on all ranks or on none."""
+    # A weak reference, so that there is no cycle and the optimizer is freed when it is unused.
+    plain_step, optimizer_ref = type(optimizer).step, weakref.ref(optimizer)
 
     def step(_: Any, *args: Any, grad_scaler: Any = None, **kwargs: Any) -> Any:
-        optimizer = known()
-        assert optimizer is not None, "called by way of the optimizer"
+        optimizer = optimizer_ref()
+        assert optimizer is not None, "step() is a method of the optimizer"
         if grad_scaler is None:
-            return plain(optimizer, *args, **kwargs)
+            return plain_step(optimizer, *args, **kwargs)
         found = found_infs(grad_scaler, optimizer)
         if not isinstance(grad_scaler, Scaler):
-            agree(found, world)
-        return None if any(map(bool, found.values())) else plain(optimizer, *args, **kwargs)
+            share_found(found, world)
+        return None if any(map(bool, found.values())) else plain_step(optimizer, *args, **kwargs)
 
-    # torch warns that it will hand its scaler over in another way; pyproject.toml pins the version.
+    # torch warns that it will pass its scaler in another way; pyproject.toml pins the version.
     set_scaled_step(optimizer, MethodType(step, weakref.proxy(optimizer)))

@@ -1,11 +1,12 @@
-"""Units: when the parameters of one are about to be used, and when they have been, both ways.
+"""Units: decides when a unit's parameters are unsharded and resharded, in forward and backward.
 
-[Note: when a unit is open] It is unsharded when a forward or backward reaches it and finds it
-closed: by its outputs, by what was saved of its parameters (step/saved.py), or by recomputing its
-forward. It is resharded when a forward leaves it, unless backward is recomputing that forward;
-when the last of its gradients is in, and nothing frozen is needed on the way to its inputs;
-when backward has left it by the inputs of its forward, because a frozen unit has no last
-gradient and an unused parameter never gets one; and at the end of a backward in any case.
+[Note: when a unit is open] A closed unit is unsharded when its forward begins, also one that
+backward recomputes, and when backward reaches its outputs or a saved tensor of its parameters
+(step/saved.py). It is resharded
+* when its forward ends, unless backward is recomputing that forward;
+* when its last gradient is ready and backward needs no frozen parameter to reach its inputs;
+* when backward has reached all its inputs: a frozen or unused parameter gets no gradient;
+* at the end of a backward in any case.
 """
 
 from collections import ChainMap
@@ -19,43 +20,42 @@ from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.step.protocol import Chain, Phase
-from dist_lab.step.reads import give_back
+from dist_lab.step.reads import close_read_units
 from dist_lab.step.saved import SavedByName, Visit
 from dist_lab.torch_private import backward_number, when_backward_ends
 
 
 class Unit:
-    """Tells a strategy when one unit is about to be used and has been used, in both directions.
+    """Tells a strategy when to unshard and reshard one unit, in forward and in backward.
 
     Args:
-        leaf_of: parameter -> the tensor that backward reaches.
+        leaf_of: parameter -> its autograd leaf.
         root: the unit that is the model; None: this one.
-        saved: what forwards save; shared by all units.
-        lent: leaves that have memory while it is open alone: see step/saved.py.
+        saver: saves parameters for backward; shared by all units.
+        unsharded: the leaves that have memory only while this unit is open: see step/saved.py.
     """
 
     def __init__(
         self, name: str, module: nn.Module, leaf_of: Mapping[nn.Parameter, Tensor],
-        sync: Chain, comm: CommContext, root: "Unit | None", saved: SavedByName,
-        lent: Sequence[Tensor],
+        sync: Chain, comm: CommContext, root: "Unit | None", saver: SavedByName,
+        unsharded: Sequence[Tensor],
     ) -> None:  # fmt: skip
         self.name, self.sync, self.comm = name, sync, comm
-        self.root, self.saved = root, saved
-        self.lent = {id(leaf): leaf for leaf in lent}
+        self.root, self.saver = root, saver
+        self.unsharded = {id(leaf): leaf for leaf in unsharded}
         parameters = list(module.parameters())
         self.trained = {id(leaf_of[p]) for p in parameters if p.requires_grad}
         self.partly_frozen = not all(p.requires_grad for p in parameters)
         self.is_open = self.must_see_outputs = False
-        self.awaits_backward = False  # a forward was here that backward may come back to
-        self.missing: set[int] = set()  # gradients that this backward still has to bring
-        self.outer = ""  # the unit that this one was called from
-        self.backward = -1  # the backward whose end will be told
-        self.entered: set[Visit] = set()  # forwards that this backward is in the middle of
-        self.visit = Visit()
-        self.reader: Unit | None = None  # whose forward has read a parameter, and is under way
-        self.read: list[Unit] = []  # units of which this one's forward has read parameters
-        # Before all other hooks: what they do with parameters, as the old weight_norm does, is part
-        # of the forward.
+        self.expects_backward = False  # a forward with gradients has run, and no backward yet
+        self.missing_grads: set[int] = set()  # leaves whose gradients this backward still computes
+        self.outer = ""  # the name of the unit that called this one
+        self.backward = -1  # the number of the backward that will call _end_backward
+        self.entered: set[Visit] = set()  # forwards whose inputs this backward has not reached
+        self.visit = Visit()  # the latest forward
+        self.reader: Unit | None = None  # a running unit that has read a parameter of this one
+        self.read_units: list[Unit] = []  # the units of which this unit is the reader
+        # Before all other hooks: some compute with parameters, as the old weight_norm does.
         enter = ModuleHook(self._enter_forward)
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         module.register_forward_hook(ModuleHook(self._leave_forward), always_call=True)
@@ -64,27 +64,26 @@ class Unit:
         if not self.is_open:
             self.is_open = True
             self.sync.unshard(self.name, phase)
-        self.saved.opened(self.lent.values(), self, self.visit)
+        self.saver.watch_storages(self.unsharded.values(), self, self.visit)
 
     def close(self, phase: Phase) -> None:
         self.entered.clear()
         if phase is Phase.ABORT:
-            self.backward, self.awaits_backward = -1, False  # its end will not be told
+            self.backward, self.expects_backward = -1, False  # _end_backward will not be called
             self.reader = None
-            self.read.clear()
+            self.read_units.clear()
         if self.is_open:
             self.is_open = False
             self.sync.reshard(self.name, phase)
 
     def _enter_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.outer, self.comm.unit = self.comm.unit, self.name
-        # A forward within backward computes again what backward is about to need.
-        phase = Phase.BACKWARD if in_backward() else Phase.FORWARD
+        phase = Phase.BACKWARD if in_backward() else Phase.FORWARD  # BACKWARD: recomputed
         self.comm.phase = phase.value  # also if the unit is called by itself
         self.visit = visit = Visit()
-        self.saved.enter(self)
+        self.saver.enter(self)
         self.open(phase)
-        # One that stays open for its reader is opened once in backward, too: until it has all.
+        # A unit with a reader stays open in backward until it has all gradients: no input hooks.
         if torch.is_grad_enabled() and self.reader is None:
             for tensor in tensors_in([args, kwargs]):
                 if tensor.requires_grad:
@@ -93,49 +92,49 @@ class Unit:
                         tensor.register_hook(lambda gradient: self._leave_backward(visit))
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.saved.leave(self):
+        if not self.saver.leave(self):
             return None
         self.comm.unit = self.outer
-        visit, found = self.visit, list(tensors_in(output))
-        lent = ChainMap(self.lent, *(unit.lent for unit in self.read)) if self.read else self.lent
-        returned = None  # what stands for the output
-        if any(id(tensor) in lent for tensor in found):
-            # A parameter itself is about to lose its memory, which a view of it keeps alive.
-            returned = map_tensors(lambda t: t.view_as(t) if id(t) in lent else t, output)
-            found = list(tensors_in(returned))
-        give_back(self)
+        visit, outputs = self.visit, list(tensors_in(output))
+        unsharded = ChainMap(self.unsharded, *(unit.unsharded for unit in self.read_units))
+        replaced = None  # the output that the hook returns, if it changes it
+        if any(id(tensor) in unsharded for tensor in outputs):
+            # Resharding frees the memory of a returned parameter, but not that of a view of it.
+            replaced = map_tensors(lambda t: t.view_as(t) if id(t) in unsharded else t, output)
+            outputs = list(tensors_in(replaced))
+        close_read_units(self)
         if not in_backward():
-            if visit.saved or any(tensor.requires_grad for tensor in found):
+            if visit.saved or any(tensor.requires_grad for tensor in outputs):
                 self.sync.backward_will_come(self.name, visit)
-            self.awaits_backward |= torch.is_grad_enabled()  # others may, whose rows are other ones
-            if self.reader is None:  # otherwise that may still hold a parameter
+            self.expects_backward |= torch.is_grad_enabled()  # other ranks' rows may need one
+            if self.reader is None:  # a reader may still use a parameter
                 self.close(Phase.FORWARD)
-        if self.must_see_outputs and not found and output is not None and torch.is_grad_enabled():
+        if self.must_see_outputs and not outputs and output is not None and torch.is_grad_enabled():
             raise UserError(
-                f"{self.name or 'the model'} returns a {type(output).__name__}, and backward could "
-                "not be seen to reach it; return tensors, or tuples, dicts or dataclasses of them"
+                f"{self.name or 'the model'} returns a {type(output).__name__}, in which backward "
+                "cannot be hooked; return tensors, or tuples, dicts or dataclasses of them"
             )
-        for tensor in found:
+        for tensor in outputs:
             if tensor.grad_fn is not None:
-                # Of the node, whose hooks run after the tensor's own: who leaves goes first.
+                # On the node, whose hooks run after the tensor's: _leave_backward comes first.
                 tensor.grad_fn.register_prehook(lambda gradients: self.enter_backward(visit))
-        return returned
+        return replaced
 
     def enter_backward(self, visit: Visit) -> None:
-        """Backward has reached the unit, in whatever way."""
-        now = backward_number()
-        self.awaits_backward = False
+        """Backward has reached the unit: its outputs, or a tensor that its forward saved."""
+        backward = backward_number()
+        self.expects_backward = False
         self.comm.phase = "backward"
         if self.root is not None and self.root.backward == -1:
             self.root.enter_backward(Visit())
-        if self.saved.computing(self) or self.reader is not None:
-            return  # a gradient is taken inside a forward, which keeps it open
+        if self.saver.is_running(self) or self.reader is not None:
+            return  # a gradient is computed inside a forward, which keeps the unit open
         if visit.outer is not None and visit.outer[0] is not self.root:
-            outer, of_outer = visit.outer  # which may end in the same tensor: it comes first
-            outer.enter_backward(of_outer)
-        self.comm.unit = self.name or self.comm.unit  # the model's output is often a unit's, too
-        if self.backward != now:
-            self.backward, self.missing = now, set(self.trained)
+            outer, outer_visit = visit.outer  # it may return the same tensor, and must open first
+            outer.enter_backward(outer_visit)
+        self.comm.unit = self.name or self.comm.unit  # the model's output may be a unit's, too
+        if self.backward != backward:
+            self.backward, self.missing_grads = backward, set(self.trained)
             when_backward_ends(self._end_backward)
         if visit.inputs > 0:
             self.entered.add(visit)
@@ -149,10 +148,10 @@ class Unit:
                 self.close(Phase.BACKWARD)
 
     def gradient(self, leaf: Tensor) -> None:
-        """The gradient of a parameter in the unit is complete, and has been told."""
-        self.missing.discard(id(leaf))
-        # On its way to an input, backward may still need what is frozen.
-        if not self.missing and not (self.partly_frozen and self.entered):
+        """The strategy has been told that this parameter's gradient is ready."""
+        self.missing_grads.discard(id(leaf))
+        # Backward may still need a frozen parameter to reach an input.
+        if not self.missing_grads and not (self.partly_frozen and self.entered):
             self.close(Phase.BACKWARD)
 
     def _end_backward(self) -> None:

@@ -1,9 +1,10 @@
-"""Refuses a forward that writes to a trained parameter.
+"""Refuses a forward that writes to a trained parameter in place.
 
-Ranks see different rows. What a forward writes there, as `F.embedding(max_norm=)` does to the rows
-that it looks up, would be another value on each rank, and the copies of one parameter would drift
-apart; under FSDP it would be written to memory that is about to go. Autograd counts the writes to a
-tensor. So the counts before a forward are compared with those after it, and nothing is sent.
+Ranks have different rows. So a forward that writes to a parameter, as `F.embedding(max_norm=)` does
+to the rows that it looks up, would write different values on each rank, and the replicas would
+drift apart. Under FSDP it would write to memory that is about to be freed. Autograd counts the
+in-place writes to a tensor in its `_version`. We compare the versions before and after a forward;
+nothing is sent.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,15 +15,16 @@ from dist_lab.errors import UserError
 from dist_lab.step.protocol import ROOT, Phase, Sync
 
 
-class NoWrites(Sync):
-    """Looks at what forwards compute with: the leaves, by name.
+class RefuseWrites(Sync):
+    """Compares the versions of the autograd leaves before and after each forward of the model.
 
     Args:
-        lent: those that have memory while a unit is open alone.
+        leaves: name -> the tensor that forwards compute with.
+        only_while_unsharded: names of the leaves that have memory only while their unit is open.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], lent: Collection[str]) -> None:
-        self.leaves, self.lent = leaves, lent
+    def __init__(self, leaves: Mapping[str, Tensor], only_while_unsharded: Collection[str]) -> None:
+        self.leaves, self.only_while_unsharded = leaves, only_while_unsharded
         self.versions: list[int] = []
 
     def unshard(self, unit: str, phase: Phase) -> None:
@@ -32,15 +34,15 @@ class NoWrites(Sync):
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit != ROOT or phase is not Phase.FORWARD:
             return
-        versions, self.versions = self.versions, []  # none if the forward was refused at once
+        versions, self.versions = self.versions, []  # empty if unshard() has raised
         for (name, leaf), before in zip(self.leaves.items(), versions, strict=False):
             if leaf._version != before and leaf.requires_grad:
                 raise UserError(
                     f"the forward writes to {name}, as embedding with max_norm does to the rows "
-                    "that a rank looks up, which differ by rank; write to it after the step"
+                    "that it looks up, and each rank has other rows; write to it after the step"
                 )
-            if leaf._version != before and name in self.lent:
+            if leaf._version != before and name in self.only_while_unsharded:
                 raise UserError(
-                    f"the forward writes to {name}, which is frozen and whose memory goes when its "
-                    f"unit is left; write to {name}.data"
+                    f"the forward writes to {name}, which is frozen and whose memory is freed "
+                    f"after the forward of its unit; write to {name}.data"
                 )

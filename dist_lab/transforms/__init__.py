@@ -1,1 +1,1 @@
-"""What changes a model and is no parallelism: precision, recompute, BatchNorm."""
+"""Changes to a model that are no parallelism: precision, recompute, BatchNorm, offloading."""

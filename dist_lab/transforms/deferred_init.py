@@ -1,11 +1,11 @@
-"""A model from the meta device: parameters with shapes and no values, which a rank draws as it needs.
+"""Deferred initialization: parameters on the meta device get values only when a rank needs them.
 
-    model = zoo.build(..., device="meta")             no bytes
-    job = parallelize(model, mesh, "fsdp", seed=0)    a rank draws a parameter, keeps its rows, and
-                                                      lets it go before it draws the next one
+    model = zoo.build(..., device="meta")             no memory
+    job = parallelize(model, mesh, "fsdp", seed=0)    a rank draws a parameter, keeps its shard, and
+                                                      frees the rest before it draws the next one
 
-So no rank ever holds the model. A value depends on (seed, name) alone: see transforms/init.py.
-"""  # noqa: E501
+So no rank ever holds the full model. A value depends only on (seed, name): see transforms/init.py.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,41 +18,41 @@ from dist_lab.transforms.init import InitFn, draw, initialize, initialize_buffer
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Raises UserError for a model of which some parameters have values and some have none."""
-    where = {parameter.is_meta: name for name, parameter in model.named_parameters()}
-    if len(where) == 2:
+    """Whether the parameters are on the meta device. Raises UserError if only some of them are."""
+    example = {parameter.is_meta: name for name, parameter in model.named_parameters()}
+    if len(example) == 2:
         raise UserError(
-            f"{where[True]} is on the meta device and {where[False]} is not; build the whole model "
-            "under torch.device('meta'), or none of it"
+            f"{example[True]} is on the meta device and {example[False]} is not; build the "
+            "whole model under torch.device('meta'), or none of it"
         )
-    return True in where
+    return True in example
 
 
 def materialize(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
-    """Draw every parameter, in place. Raises UserError if the model does not say how."""
-    with _explained():
+    """Draw all parameters, in place. Raises UserError if there is no function that does it."""
+    with _as_user_error():
         initialize(model, seed, device, init_fn)
 
 
 def deferred_init(
     model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None
 ) -> Callable[[str], Tensor]:
-    """Fill the buffers now. Returns a function that draws one whole parameter, by its name."""
-    with _explained():
+    """Fill the buffers now. Returns a function that draws one full parameter, given its name."""
+    with _as_user_error():
         fill = own_init(model) if init_fn is None else init_fn
         initialize_buffers(model, device)
-    about = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+    shapes_and_dtypes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
 
-    def value_of(name: str) -> Tensor:
-        shape, dtype = about[name]
-        with _explained():
+    def draw_parameter(name: str) -> Tensor:
+        shape, dtype = shapes_and_dtypes[name]
+        with _as_user_error():
             return draw(name, shape, seed, fill).to(dtype)
 
-    return value_of
+    return draw_parameter
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _as_user_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:

@@ -1,18 +1,18 @@
-"""Optimizer state that lies somewhere else than in the memory that compute needs: on disk.
+"""Offloading of optimizer state: to files, or from an accelerator to host memory.
 
-    offload_states(optimizer, partial(on_disk, "/scratch"))     8 of Adam's 16 bytes a parameter
+    offload_states(optimizer, partial(on_disk, "/scratch"))     8 of Adam's 16 bytes per parameter
 
-The optimizer's state is idle from one step to the next, while activations come and go. A tensor
-whose memory is a file is idle for free: the kernel keeps of it in memory what there is room for,
-writes the rest out, and reads it again when the next step touches it. No operation knows of it, so
-the values are the same to the bit; what changes is who owns the memory, and how long a step takes
-when there is not enough. With `pinned`, the same idea on an accelerator: the state waits in the
-memory of the host, and is on the device for the step alone. Ren et al. 2021, "ZeRO-Offload"
-(arXiv:2101.06840); Rajbhandari et al. 2021, "ZeRO-Infinity" (arXiv:2104.07857).
+Optimizer state is idle from one step to the next, while activations need memory. If a tensor's
+memory is a mapped file, the kernel keeps as much of it in memory as there is room for, writes the
+rest to disk, and reads it again in the next step. Operations see an ordinary tensor, so values are
+the same to the bit; only a step takes longer if memory is short. `pinned` is the same idea on an
+accelerator: the state stays in host memory, and is on the device only during a step. Ren et al.
+2021, "ZeRO-Offload" (arXiv:2101.06840); Rajbhandari et al. 2021, "ZeRO-Infinity"
+(arXiv:2104.07857).
 
-The files have no name: the kernel gives their space back when the tensor is gone, or the process,
-however it ends. An optimizer makes its state in its first step, and from there it is moved; so in
-that one step it is in memory all at once.
+The files have no name: the kernel frees their space when the tensor is freed or the process ends,
+in whatever way. An optimizer creates its state in its first step, and only then can it be moved. So
+during that one step all of it is in memory.
 """
 
 import errno
@@ -28,21 +28,21 @@ from torch import Tensor
 
 from dist_lab.errors import UserError
 
-Make = Callable[[int, torch.dtype], Tensor]  # (length, dtype) -> a flat tensor, somewhere
+Make = Callable[[int, torch.dtype], Tensor]  # (length, dtype) -> a flat tensor for the state
 
 
 def maker(where: str, device: torch.device) -> Make | None:
-    """What makes memory of this kind: "cpu", or the name of a folder; "": none.
+    """Returns the function that allocates state in `where`: "cpu" or a folder; None for "".
 
     Raises:
-        UserError: "cpu", for a model that computes there.
+        UserError: "cpu", for a model that computes on the CPU.
     """
     if where != "cpu":
         return partial(on_disk, where) if where else None
     if device.type == "cpu":
         raise UserError(
-            "the model computes on the CPU, and lies in its memory already (offload='cpu'); name a "
-            "folder, to keep it in files"
+            "offload='cpu', but the model computes on the CPU, where the optimizer state is "
+            "already; name a folder to keep it in files"
         )
     return pinned
 
@@ -53,82 +53,82 @@ def offloaded(
     groups: list[dict[str, Any]],
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """An optimizer that keeps its state in memory that `make` makes."""
+    """Builds an optimizer whose state is in tensors that `make` allocates."""
     optimizer = cls(groups, **options)
     offload_states(optimizer, make)
     return optimizer
 
 
 def offload_states(optimizer: torch.optim.Optimizer, make: Make) -> None:
-    """Keep the optimizer's state between steps in tensors that `make` makes.
+    """Keep the optimizer's state between steps in tensors that `make` allocates.
 
-    Where they are on the device of the parameter, the optimizer works on them in place; otherwise
-    they come to it for each step. `state_dict` and `load_state_dict` are as before. Numbers, such
-    as a count of steps, stay where they are.
+    If they are on the parameter's device, the optimizer works on them in place. Otherwise they are
+    copied to the device for each step. `state_dict` and `load_state_dict` work as before. Scalars,
+    such as the number of steps, are not moved.
 
     Raises:
-        UserError: `make` raises it; also later, in the first step, which is when sizes are known.
+        UserError: `make` raises it; also in the first step, when the sizes are known.
     """
-    homes: dict[tuple[Tensor, str], Tensor] = {}
+    stored: dict[tuple[Tensor, str], Tensor] = {}
 
-    def back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def to_device(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if (parameter, key) in homes and value is homes[parameter, key]:
+                if (parameter, key) in stored and value is stored[parameter, key]:
                     state[key] = value.to(parameter.device, non_blocking=True)
 
-    def away(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def to_storage(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
-                    if (parameter, key) not in homes:
-                        homes[parameter, key] = _like(value, make)
-                    state[key] = homes[parameter, key].copy_(value)  # onto itself: nothing
+                    if (parameter, key) not in stored:
+                        stored[parameter, key] = _make_like(value, make)
+                    state[key] = stored[parameter, key].copy_(value)  # a copy onto itself is free
 
-    make(1, torch.uint8)  # a folder that is not there is refused before any step
-    away(optimizer)
-    optimizer.register_step_pre_hook(back)
-    optimizer.register_step_post_hook(away)
-    optimizer.register_load_state_dict_post_hook(away)
+    make(1, torch.uint8)  # raises UserError for a missing folder before any step
+    to_storage(optimizer)
+    optimizer.register_step_pre_hook(to_device)
+    optimizer.register_step_post_hook(to_storage)
+    optimizer.register_load_state_dict_post_hook(to_storage)
 
 
 def on_disk(folder: str | Path, length: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, (length,), whose memory is a file without a name in this folder.
+    """Zeros, (length,), in a mapped file without a name in this folder.
 
     Raises:
-        UserError: the folder cannot be written, or has no room for as many bytes.
+        UserError: the folder cannot be written, or has not enough room.
     """
     size = length * dtype.itemsize
     if size == 0:
-        return torch.empty(0, dtype=dtype)  # there is no map of nothing
+        return torch.empty(0, dtype=dtype)  # 0 bytes cannot be mapped
     try:
         with tempfile.TemporaryFile(dir=Path(folder).expanduser()) as file:
             _reserve(file, size)
-            # By its number: it has no name any more, or never had one. The map outlives the file.
+            # By its number, because it has no name. The map stays valid after the file is closed.
             path = f"/dev/fd/{file.fileno()}"
             return torch.from_file(path, shared=True, size=length, dtype=dtype)
     except OSError as error:
         raise UserError(
-            f"cannot keep {size:,} bytes in {folder}: {error.strerror}; name a folder that can be "
-            "written and has room"
+            f"cannot keep {size:,} bytes in {folder}: {error.strerror}; name a writable folder "
+            "with enough room"
         ) from error
 
 
 def pinned(length: int, dtype: torch.dtype) -> Tensor:
-    """(length,), in memory of the host that an accelerator copies from and to by itself."""
+    """An empty tensor, (length,), in page-locked host memory, for fast copies to the device."""
     return torch.empty(length, dtype=dtype, pin_memory=True)
 
 
-def _like(value: Tensor, make: Make) -> Tensor:
-    # In the same order in memory: a fused step goes through parameter and moments side by side.
+def _make_like(value: Tensor, make: Make) -> Tensor:
+    # With the same strides: a fused step walks through parameter and state side by side.
     strides = torch.empty_like(value, device="meta").stride()
     return make(value.numel(), value.dtype).as_strided(value.shape, strides)
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Take the space now: a map that finds the disk full later ends the process."""
-    there = os.fstatvfs(file.fileno())
-    if size > there.f_bavail * there.f_frsize:  # before others find the disk full meanwhile
+    """Allocate the space now: a map that runs out of disk later kills the process."""
+    disk = os.fstatvfs(file.fileno())
+    if size > disk.f_bavail * disk.f_frsize:  # or other programs would find the disk full
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     try:
         os.posix_fallocate(file.fileno(), 0, size)

@@ -1,12 +1,12 @@
-"""Compute in a narrower dtype, on parameters that stay as they are.
+"""Mixed precision: compute in a lower precision, with float32 master weights.
 
-[Note: master weights] The parameters in the module are the float32 masters. While a forward runs,
-each is shadowed by a copy in the narrower dtype, made by a differentiable cast: compute reads the
-copy, and backward casts the gradient back and adds it up in float32. So every strategy, norm and
-optimizer sees float32 and needs to know nothing. Micikevicius et al. 2018 (arXiv:1710.03740).
+[Note: master weights] The parameters in the module are the float32 master weights. While a forward
+runs, the module's `__dict__` has a low-precision copy of each, made by a differentiable cast. The
+forward reads the copy; backward casts the gradient back and accumulates it in float32. So every
+strategy, norm and optimizer sees float32 only. Micikevicius et al. 2018 (arXiv:1710.03740).
 
-Floating-point inputs of the outermost call are cast, outputs stay narrow, buffers stay as they are.
-Normalization with running statistics keeps its float32 weights, as its statistics are float32 too.
+Floating-point inputs of the outermost call are cast. Outputs stay in low precision, buffers keep
+their dtype. Normalization with running statistics keeps float32 weights, like its statistics.
 """
 
 from collections.abc import Iterator
@@ -28,84 +28,84 @@ def compute_in(
     """Make every forward of the model, or of a module in it, compute in `dtype`.
 
     Args:
-        parameters: False where the strategy lends them in that dtype already: inputs alone.
-        inputs: False where they come from within the model, in the dtype that they have there.
+        parameters: cast parameters; False if the strategy unshards them in that dtype already.
+        inputs: cast inputs; False if they come from an earlier stage, in the right dtype.
 
     Raises:
-        UserError: a recurrent layer, which keeps its weights where no shadow reaches.
+        UserError: the model has a recurrent layer, which stores its weights in a second place.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            raise UserError(f"{name} is recurrent and computes in its own dtype alone: use float32")
-    shadows = LowPrecisionView(dtype, parameters, inputs)
+            raise UserError(f"{name} is recurrent and computes only in its own dtype: use float32")
+    view = LowPrecisionView(dtype, parameters, inputs)
     for module in model.modules():
-        enter = ModuleHook(shadows.enter)
+        enter = ModuleHook(view.enter)
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        module.register_forward_hook(ModuleHook(shadows.leave), always_call=True)
+        module.register_forward_hook(ModuleHook(view.leave), always_call=True)
         if isinstance(module.forward, CheckpointedForward):  # without its hooks, in backward
-            module.forward.around.append(shadows.around)
+            module.forward.around.append(view.around)
 
 
 class LowPrecisionView:
-    """Puts the copies in place for the outermost forward, whichever module's that is.
+    """Shows low-precision copies of the parameters during the outermost forward.
 
-    Usually it is the root's. In backward it is that of a unit which recomputes; called by itself, a
-    submodule's.
+    This is usually the model's forward. In backward it is that of a unit which recomputes, and it
+    is a submodule's if that is called by itself.
     """
 
     def __init__(self, dtype: torch.dtype, parameters: bool, inputs: bool) -> None:
         self.dtype, self.parameters, self.inputs = dtype, parameters, inputs
-        self.inside: list[nn.Module] = []  # whose forwards are under way, outermost first
-        self.shadowed: list[tuple[nn.Module, str, Tensor | None]] = []  # and what was there
+        self.running: list[nn.Module] = []  # modules in the middle of forward, outermost first
+        self.replaced: list[tuple[nn.Module, str, Tensor | None]] = []  # (module, name, before)
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        self.inside.append(module)
-        if len(self.inside) > 1:
+        self.running.append(module)
+        if len(self.running) > 1:
             return None
-        self._put(module)
+        self._show_copies(module)
         return (self._cast(args), self._cast(kwargs)) if self.inputs else None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        # It is told of every exception, also one of a hook that came before `enter`.
-        if self.inside and self.inside[-1] is module:
-            self.inside.pop()
-            if not self.inside:
-                self._take_away()
+        # Called after every exception, also after that of a hook that runs before `enter`.
+        if self.running and self.running[-1] is module:
+            self.running.pop()
+            if not self.running:
+                self._remove_copies()
 
     @contextmanager
     def around(self, unit: nn.Module) -> Iterator[None]:
-        """The second forward of a unit. Its inputs are what the first one had, cast or not."""
-        self.inside.append(unit)
-        if len(self.inside) == 1:
-            self._put(unit)
+        """Surrounds the second forward of a unit, whose inputs are those of the first."""
+        self.running.append(unit)
+        if len(self.running) == 1:
+            self._show_copies(unit)
         try:
             yield
         finally:
             self.leave(unit, (), None)
 
-    def _put(self, module: nn.Module) -> None:
+    def _show_copies(self, module: nn.Module) -> None:
         if not self.parameters:
             return
         copies: dict[Tensor, Tensor] = {}  # a tied parameter is cast once
-        for part in module.modules():
-            if not isinstance(part, StatisticsNorm):
-                for name in part._parameters:
-                    parameter = getattr(part, name)  # a strategy may have put a whole before a part
+        for submodule in module.modules():
+            if not isinstance(submodule, StatisticsNorm):
+                for name in submodule._parameters:
+                    parameter = getattr(submodule, name)  # unsharded, if the strategy shards it
                     if parameter is not None and parameter.is_floating_point():
                         if parameter not in copies:
-                            # To users a part may refuse what is done with the copy.
+                            # With guards off: the copy of a guarded parameter must be plain.
                             copies[parameter] = of_plain_tensors(parameter.to, self.dtype)
-                        self.shadowed.append((part, name, part.__dict__.get(name)))
-                        part.__dict__[name] = copies[parameter]  # found before _parameters is
+                        self.replaced.append((submodule, name, submodule.__dict__.get(name)))
+                        submodule.__dict__[name] = copies[parameter]  # found before _parameters
 
-    def _take_away(self) -> None:
-        while self.shadowed:
-            part, name, before = self.shadowed.pop()
-            part.__dict__.pop(name, None)
+    def _remove_copies(self) -> None:
+        while self.replaced:
+            submodule, name, before = self.replaced.pop()
+            submodule.__dict__.pop(name, None)
             if before is not None:
-                part.__dict__[name] = before
+                submodule.__dict__[name] = before
 
     def _cast(self, value: Any) -> Any:
         return map_tensors(lambda t: t.to(self.dtype) if t.is_floating_point() else t, value)

@@ -1,25 +1,24 @@
-"""Activation recomputation: forget what a unit computed inside, and compute it again in backward.
+"""Activation checkpointing: discard a unit's activations, and recompute them in backward.
 
-    stored, n units of activations A with inputs I:    n A  ->  n I + A       compute: 4/3 of before
+    memory for n units with activations A and inputs I:   n A  ->  n I + A    compute: 4/3 of before
 
-Backward needs what forward computed, and the first unit's waits for the longest. A unit that
-recomputes keeps its inputs alone; when backward reaches it, its forward runs once more, and what
-that yields is gone again before the next unit's turn. Recomputing each k-th unit lies in between.
-Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv:1604.06174); the engine is
-PyTorch's own `torch.utils.checkpoint`, without reentrance.
+Backward needs the activations of forward, and the first unit's are kept for the longest time. A
+unit that recomputes keeps only its inputs. When backward reaches it, its forward runs once more,
+and the new activations are freed before the next unit's turn. Recomputing every k-th unit is a
+compromise. Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv:1604.06174).
+We use PyTorch's `torch.utils.checkpoint`, the non-reentrant variant.
 
-It changes no numbers, and no strategy knows of it. Only `forward` of the unit is replaced, so hooks
-on the unit surround it as before and are not called again in backward: a strategy that lends a unit
-its parameters does so before backward computes in it, which is when they are needed. Hooks on what
-lies inside are called again.
+It changes no numbers, and no strategy knows of it. Only the unit's `forward` is replaced. So hooks
+on the unit are called as before, and not again in backward: a sharding strategy unshards the unit
+before backward computes in it, which is in time. Hooks on modules inside the unit are called again.
 
-[Note: twice is once] The second forward is to see what the first one saw, and to leave no trace:
-* random masks are the same, since the state of the generators is kept and put back;
-* buffers are as they were before the first forward, and what is written to them is thrown away:
-  the running statistics of BatchNorm count a batch once;
-* who surrounds a forward with something that changes its numbers surrounds the second as well:
+[Note: no side effects] The second forward sees what the first one saw, and has no side effects:
+* random masks are equal, because the state of the generators is saved and restored;
+* buffers are as they were before the first forward, and writes to them are discarded: the running
+  statistics of BatchNorm count a batch once;
+* a context that changes the numbers of a forward also surrounds the second forward:
   `CheckpointedForward.around`, which precision.py uses.
-Anything else that a forward changes, such as a list that it was given, it would change twice.
+Any other side effect of a forward, such as on a list that it was given, would happen twice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,28 +37,28 @@ Around = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:
-    """Make each `every`-th unit recompute, in place, beginning with the first, held the longest.
+    """Make every k-th unit recompute, in place, starting with the first, k = `every`.
 
     Args:
-        units: by name, in the order of forward. One inside another does not count, and neither does
-            the model itself: to recompute all at once would save nothing. Nor does a single layer,
-            which keeps little but its inputs.
+        units: by name, in the order of forward. Left out are units inside another one, the model
+            itself (recomputing all at once saves nothing), and single layers (they save little
+            besides their inputs).
         every: 1 for all units, 0 for none.
 
     Raises:
-        UserError: no such units, fewer than `every`, or one that recomputes already.
+        UserError: there are no such units, fewer than `every`, or one recomputes already.
     """
     if every == 0:
         return
-    outermost = _outermost(model, units)
+    outermost = _outermost_units(model, units)
     if not outermost:
         raise UserError(
-            f"recompute={every}, and there is no unit of several layers; name some: units=[Block]"
+            f"recompute={every}, but there is no unit of several layers; name some: units=[Block]"
         )
     if not 0 < every <= len(outermost):
         raise UserError(
             f"recompute={every} does not fit a model of {len(outermost)} units; give 1 for all, "
-            f"k up to {len(outermost)} for each k-th, or 0 for none"
+            f"k up to {len(outermost)} for every k-th, or 0 for none"
         )
     for name, unit in list(outermost.items())[::every]:
         if isinstance(unit.forward, CheckpointedForward):
@@ -67,15 +66,15 @@ def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> N
         unit.forward = CheckpointedForward(unit)
 
 
-def _outermost(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _outermost_units(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     layers = {unit for unit in units.values() if not any(unit.children())}
-    proper = {n: unit for n, unit in units.items() if unit is not model and unit not in layers}
-    inside = {part for unit in proper.values() for part in unit.modules() if part is not unit}
-    return {name: unit for name, unit in proper.items() if unit not in inside}
+    candidates = {n: unit for n, unit in units.items() if unit is not model and unit not in layers}
+    nested = {m for unit in candidates.values() for m in unit.modules() if m is not unit}
+    return {name: unit for name, unit in candidates.items() if unit not in nested}
 
 
 class CheckpointedForward(StaysBehind):
-    """The `forward` of a unit that recomputes. Like all hooks of training, a copy leaves it behind.
+    """The `forward` of a unit that recomputes. A copy of the unit has its original `forward`.
 
     Attributes:
         around: unit -> a context to run the second forward in.
@@ -91,41 +90,42 @@ class CheckpointedForward(StaysBehind):
             return self.forward(*args, **kwargs)
 
         def forward(*values: Any) -> Any:
-            named = zip(kwargs_names, values[len(args) :], strict=True)
-            return self.forward(*values[: len(args)], **dict(named))
+            keywords = zip(kwargs_names, values[len(args) :], strict=True)
+            return self.forward(*values[: len(args)], **dict(keywords))
 
-        # By position, where none can be taken for an option of checkpoint's own.
+        # Passed by position: a keyword could be taken for an option of checkpoint().
         kwargs_names = tuple(kwargs)
-        again = Replay(self.unit, self.around)
+        replay = Replay(self.unit, self.around)
         return checkpoint(
             forward, *args, *kwargs.values(),
-            use_reentrant=False, preserve_rng_state=True, context_fn=lambda: (nullcontext(), again),
+            use_reentrant=False, preserve_rng_state=True,
+            context_fn=lambda: (nullcontext(), replay),
         )  # fmt: skip
 
 
 class Replay:
-    """Around the second forward of one call, and around a third if backward comes twice.
+    """The context of the second forward of one call, and of a third if backward runs twice.
 
-    Made before the first, it takes copies of the unit's buffers; see [Note: twice is once].
+    Built before the first forward, when it copies the unit's buffers; see [Note: no side effects].
     """
 
     def __init__(self, unit: nn.Module, around: Sequence[Around]) -> None:
         self.unit, self.around = unit, around
         self.stack = ExitStack()
         self.buffers = [
-            (part._buffers, {name: _copy(buffer) for name, buffer in part._buffers.items()})
-            for part in unit.modules()
-            if part._buffers
+            (module._buffers, {name: _copy(buffer) for name, buffer in module._buffers.items()})
+            for module in unit.modules()
+            if module._buffers
         ]
 
     def __enter__(self) -> None:
-        with ExitStack() as entered:
-            for held, before in self.buffers:
-                entered.callback(held.update, dict(held))
-                held.update({name: _copy(buffer) for name, buffer in before.items()})
+        with ExitStack() as stack:
+            for buffers, copies in self.buffers:
+                stack.callback(buffers.update, dict(buffers))
+                buffers.update({name: _copy(buffer) for name, buffer in copies.items()})
             for surround in self.around:
-                entered.enter_context(surround(self.unit))
-            self.stack = entered.pop_all()
+                stack.enter_context(surround(self.unit))
+            self.stack = stack.pop_all()
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()

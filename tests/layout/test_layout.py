@@ -1,4 +1,4 @@
-"""Boxes, gathering, global norms and clipping, on layouts that later strategies use."""
+"""Boxes, gathering, global norms and clipping, for every kind of layout."""
 
 import json
 from dataclasses import replace
@@ -29,140 +29,140 @@ from dist_lab.step.clip import clip, global_norm
 SHAPES = [(10, 6), (7, 5), (2, 3), (1, 1), (4,)]  # even, uneven, fewer rows than ranks
 
 
-def lies(shape, *splits):
+def layout_of(shape, *splits):
     return Layout(torch.Size(shape), torch.float64, splits)
 
 
-def sliced(tensor, layout, mesh):
+def local_slice(tensor, layout, mesh):
     return slice_local(tensor, layout, mesh.axes, mesh.coordinates)
 
 
-def whole(shape, seed=0):
+def full_tensor(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("world", [pytest.param(n, marks=pytest.mark.ranks(n)) for n in (2, 3, 4)])
-def test_gather_undoes_slice_however_unevenly_it_divides(world, shape, mesh):
-    where = lies(shape, ("dp", Shard(0)))
-    local = sliced(whole(shape), where, mesh).clone()
-    assert torch.equal(gather_full(local, where, mesh), whole(shape))
+def test_gather_undoes_slice_also_for_uneven_shards(world, shape, mesh):
+    layout = layout_of(shape, ("dp", Shard(0)))
+    local = local_slice(full_tensor(shape), layout, mesh).clone()
+    assert torch.equal(gather_full(local, layout, mesh), full_tensor(shape))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (), (0, 3)], ids=str)
 @pytest.mark.parametrize("offset", [0, 3, 11])
 @pytest.mark.ranks(3)
-def test_gather_undoes_slice_wherever_the_elements_lie_among_others(offset, shape, mesh):
-    # Three ranks have 25 elements each; this tensor begins at `offset`, and may end before.
-    where = lies(shape, ("dp", FlatShard(offset, 25)))
-    local = sliced(whole(shape), where, mesh).clone()
+def test_gather_undoes_slice_at_any_offset_in_a_bucket(offset, shape, mesh):
+    # Each of three ranks has 25 elements of the bucket; the tensor begins at `offset`.
+    layout = layout_of(shape, ("dp", FlatShard(offset, 25)))
+    local = local_slice(full_tensor(shape), layout, mesh).clone()
     first, last = 25 * mesh.rank - offset, 25 * (mesh.rank + 1) - offset
-    everything = whole(shape).flatten()
+    everything = full_tensor(shape).flatten()
     assert torch.equal(local, everything[max(first, 0) : max(last, 0)])
-    assert torch.equal(gather_full(local, where, mesh), whole(shape))
+    assert torch.equal(gather_full(local, layout, mesh), full_tensor(shape))
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
-def test_a_range_of_elements_may_be_of_rows_that_were_split_before(mesh):
-    where = lies((7, 5), ("tp", Shard(0)), ("fsdp", FlatShard(2, 11)))
-    local = sliced(whole((7, 5)), where, mesh).clone()
+def test_a_flat_shard_may_be_of_rows_that_another_axis_has_split(mesh):
+    layout = layout_of((7, 5), ("tp", Shard(0)), ("fsdp", FlatShard(2, 11)))
+    local = local_slice(full_tensor((7, 5)), layout, mesh).clone()
     assert (
         len(local)
         == {(0, 0): 9, (0, 1): 11, (1, 0): 9, (1, 1): 6}[mesh["tp"].index, mesh["fsdp"].index]
     )
-    assert torch.equal(gather_full(local, where, mesh), whole((7, 5)))
-    assert local_numel(where, mesh.axes, mesh.coordinates) == len(local)
+    assert torch.equal(gather_full(local, layout, mesh), full_tensor((7, 5)))
+    assert local_numel(layout, mesh.axes, mesh.coordinates) == len(local)
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
 @pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
 def test_two_axes_split_one_tensor_in_the_order_applied(dims, mesh):
-    where = lies((7, 5), ("tp", Shard(dims[0])), ("fsdp", Shard(dims[1])))
-    local = sliced(whole((7, 5)), where, mesh).clone()
-    assert torch.equal(gather_full(local, where, mesh), whole((7, 5)))
+    layout = layout_of((7, 5), ("tp", Shard(dims[0])), ("fsdp", Shard(dims[1])))
+    local = local_slice(full_tensor((7, 5)), layout, mesh).clone()
+    assert torch.equal(gather_full(local, layout, mesh), full_tensor((7, 5)))
 
 
-@pytest.mark.parametrize(("together", "calls"), [(10**6, 5), (0, 12)])
+@pytest.mark.parametrize(("bucket_bytes", "calls"), [(10**6, 5), (0, 12)])
 @pytest.mark.ranks(4, mesh={"pp": 2, "fsdp": 2})
-def test_many_are_gathered_in_as_few_calls_as_there_are_ways_to_be_split(together, calls, mesh):
+def test_tensors_that_are_split_alike_are_gathered_in_one_call(bucket_bytes, calls, mesh):
     pp = mesh["pp"]
     layouts = {
-        "copied": lies((5, 4)),
-        "rows": lies((7, 4), ("fsdp", Shard(0))),
-        "columns": lies((3, 5), ("fsdp", Shard(1))),
-        "among others": lies((4, 4), ("fsdp", FlatShard(3, 11))),
-        "on the first": lies((2, 3), ("pp", OnlyOn((0,)))),
-        "on the last": lies((4,), ("pp", OnlyOn((1,)))),
-        "too": lies((), ("pp", OnlyOn((1,)))),
-        "rows on the last": lies((5, 2), ("pp", OnlyOn((1,))), ("fsdp", Shard(0))),
-        "rows on the first": lies((3, 2), ("pp", OnlyOn((0,))), ("fsdp", Shard(0))),
-        "so are these": lies((1, 2), ("pp", OnlyOn((0,))), ("fsdp", Shard(0))),
+        "replicated": layout_of((5, 4)),
+        "rows": layout_of((7, 4), ("fsdp", Shard(0))),
+        "columns": layout_of((3, 5), ("fsdp", Shard(1))),
+        "in a bucket": layout_of((4, 4), ("fsdp", FlatShard(3, 11))),
+        "on the first": layout_of((2, 3), ("pp", OnlyOn((0,)))),
+        "on the last": layout_of((4,), ("pp", OnlyOn((1,)))),
+        "a scalar on the last": layout_of((), ("pp", OnlyOn((1,)))),
+        "rows on the last": layout_of((5, 2), ("pp", OnlyOn((1,))), ("fsdp", Shard(0))),
+        "rows on the first": layout_of((3, 2), ("pp", OnlyOn((0,))), ("fsdp", Shard(0))),
+        "one row on the first": layout_of((1, 2), ("pp", OnlyOn((0,))), ("fsdp", Shard(0))),
     }
     layouts["narrow"] = replace(layouts["rows"], dtype=torch.float32)
-    wholes = {n: whole(w.shape, i).to(w.dtype) for i, (n, w) in enumerate(layouts.items())}
-    parts = {
-        n: sliced(wholes[n], w, mesh).clone() if is_counted(w, mesh.coordinates) else None
+    full = {n: full_tensor(w.shape, i).to(w.dtype) for i, (n, w) in enumerate(layouts.items())}
+    shards = {
+        n: local_slice(full[n], w, mesh).clone() if is_counted(w, mesh.coordinates) else None
         for n, w in layouts.items()
     }
     with mesh.comm.ledger.recording() as recorded:
-        found = gather_all(parts, layouts, mesh, together)
-    assert list(found) == list(layouts)
-    for name, tensor in found.items():
-        assert torch.equal(tensor, wholes[name]), name
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} lies in a larger memory"
-        tensor.fill_(9)  # and in none of what is given, of which the rest would be full
-    here = [name for name, where in layouts.items() if is_counted(where, mesh.coordinates)]
-    assert all(torch.equal(parts[n], sliced(wholes[n], layouts[n], mesh)) for n in here)
-    # Once for each way, axis, rank that has it, and dtype; on their own, each tensor and split.
-    assert len(recorded) == calls - (together == 0 and pp.index == 1)
+        gathered = gather_all(shards, layouts, mesh, bucket_bytes)
+    assert list(gathered) == list(layouts)
+    for name, tensor in gathered.items():
+        assert torch.equal(tensor, full[name]), name
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} shares a larger storage"
+        tensor.fill_(9)  # its storage is not an input's: the inputs are checked below
+    counted = [name for name, layout in layouts.items() if is_counted(layout, mesh.coordinates)]
+    assert all(torch.equal(shards[n], local_slice(full[n], layouts[n], mesh)) for n in counted)
+    # One call per axis, kind of split, root and dtype; without buckets, per tensor and split.
+    assert len(recorded) == calls - (bucket_bytes == 0 and pp.index == 1)
 
 
 @pytest.mark.ranks(3, mesh={"pp": 3})
-def test_what_lies_on_one_rank_comes_from_that_one(mesh):
-    layouts = {str(i): lies((2, i + 1), ("pp", OnlyOn((i,)))) for i in range(3)}
-    parts = {
-        name: whole(w.shape) if is_counted(w, mesh.coordinates) else None
+def test_a_tensor_on_one_rank_is_broadcast_from_that_rank(mesh):
+    layouts = {str(i): layout_of((2, i + 1), ("pp", OnlyOn((i,)))) for i in range(3)}
+    shards = {
+        name: full_tensor(w.shape) if is_counted(w, mesh.coordinates) else None
         for name, w in layouts.items()
     }
-    for name, found in gather_all(parts, layouts, mesh).items():
-        assert torch.equal(found, whole(layouts[name].shape)), name
+    for name, gathered in gather_all(shards, layouts, mesh).items():
+        assert torch.equal(gathered, full_tensor(layouts[name].shape)), name
 
 
 @pytest.mark.ranks(4)
 def test_boxes_tile_the_tensor_without_overlap(mesh):
-    where = lies((10, 6), ("dp", Shard(0)))
+    layout = layout_of((10, 6), ("dp", Shard(0)))
     expected = [(0, 3), (3, 6), (6, 9), (9, 10)][mesh.rank]
-    assert boxes(where, mesh.axes, mesh.coordinates) == [(slice(*expected), slice(0, 6))]
+    assert boxes(layout, mesh.axes, mesh.coordinates) == [(slice(*expected), slice(0, 6))]
 
 
-def test_a_tensor_that_is_not_split_is_its_own_box():
-    assert boxes(lies((3, 2)), {}, {}) == [(slice(0, 3), slice(0, 2))]
+def test_an_unsplit_tensor_is_one_box():
+    assert boxes(layout_of((3, 2)), {}, {}) == [(slice(0, 3), slice(0, 2))]
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
 def test_the_global_norm_is_that_of_one_process_in_every_layout(mesh):
-    # Trap 5: low by sqrt(shards) when shards are not summed, high when copies are.
+    # The norm is too low by sqrt(shards) if shards are not summed, too high if copies are.
     layouts = {
-        "copied": lies((5, 4)),
-        "rows": lies((7, 4), ("fsdp", Shard(0))),
-        "columns": lies((3, 5), ("tp", Shard(1))),
-        "both": lies((6, 4), ("tp", Shard(0)), ("fsdp", Shard(0))),
-        "empty on some ranks": lies((1, 4), ("fsdp", Shard(0))),
-        "elements": lies((3, 5), ("fsdp", FlatShard(4, 10))),
-        "elements of rows": lies((6, 4), ("tp", Shard(0)), ("fsdp", FlatShard(0, 12))),
-        "a scalar": lies((), ("fsdp", FlatShard(0, 1))),
-        "unused": lies((2, 2), ("tp", Shard(0))),
+        "replicated": layout_of((5, 4)),
+        "rows": layout_of((7, 4), ("fsdp", Shard(0))),
+        "columns": layout_of((3, 5), ("tp", Shard(1))),
+        "both": layout_of((6, 4), ("tp", Shard(0)), ("fsdp", Shard(0))),
+        "empty on some ranks": layout_of((1, 4), ("fsdp", Shard(0))),
+        "elements": layout_of((3, 5), ("fsdp", FlatShard(4, 10))),
+        "elements of rows": layout_of((6, 4), ("tp", Shard(0)), ("fsdp", FlatShard(0, 12))),
+        "a scalar": layout_of((), ("fsdp", FlatShard(0, 1))),
+        "unused": layout_of((2, 2), ("tp", Shard(0))),
     }
-    full = {n: whole(w.shape, i) for i, (n, w) in enumerate(layouts.items()) if n != "unused"}
-    local = {n: sliced(g, layouts[n], mesh).clone() for n, g in full.items()}
-    want = torch.cat([g.flatten() for g in full.values()]).norm()
-    assert float(global_norm(local, layouts, mesh)) == pytest.approx(float(want), rel=1e-14)
+    full = {n: full_tensor(w.shape, i) for i, (n, w) in enumerate(layouts.items()) if n != "unused"}
+    local = {n: local_slice(g, layouts[n], mesh).clone() for n, g in full.items()}
+    expected = torch.cat([g.flatten() for g in full.values()]).norm()
+    assert float(global_norm(local, layouts, mesh)) == pytest.approx(float(expected), rel=1e-14)
 
 
-def test_a_half_precision_norm_does_not_overflow_and_no_gradient_is_no_norm():
+def test_a_half_precision_norm_does_not_overflow_and_a_missing_gradient_counts_as_zero():
     g = torch.full((4096,), 10.0, dtype=torch.float16)  # the norm is 640, its square 409,600
-    assert global_norm({"a": g}, {"a": lies((4096,))}, init_mesh()) == 640
-    assert global_norm({}, {"a": lies((3,))}, init_mesh()) == 0
+    assert global_norm({"a": g}, {"a": layout_of((4096,))}, init_mesh()) == 640
+    assert global_norm({}, {"a": layout_of((3,))}, init_mesh()) == 0
     clip([], torch.zeros(()), 1.0)
 
 
@@ -185,28 +185,28 @@ def test_clipping_is_torchs_rule_to_the_last_digit():
 LAYOUTS_OF_TWO = {str(i): Layout(torch.Size((4,)), torch.float32) for i in range(2)}
 
 
-def test_init_mesh_alone_needs_no_group():
-    where = lies((4, 2), ("dp", Shard(0)))
-    assert torch.equal(gather_full(whole((4, 2)), where, init_mesh()), whole((4, 2)))
+def test_a_mesh_of_one_process_needs_no_process_group():
+    layout = layout_of((4, 2), ("dp", Shard(0)))
+    assert torch.equal(gather_full(full_tensor((4, 2)), layout, init_mesh()), full_tensor((4, 2)))
 
 
-# --- any rank of any mesh, with none started ------------------------------------------------------
+# --- any rank of any mesh, without starting ranks -------------------------------------------------
 
 MESH = {"pp": 2, "dp": 2, "fsdp": 3, "tp": 4}
 LAYOUTS = {
-    "whole": lies((5, 4)),
-    "rows": lies((7, 4), ("fsdp", Shard(0))),
-    "fewer rows than ranks": lies((2, 4), ("fsdp", Shard(0))),
-    "columns, then rows": lies((5, 6), ("tp", Shard(1)), ("fsdp", Shard(0))),
-    "the same dim twice": lies((11, 2), ("tp", Shard(0)), ("fsdp", Shard(0))),
-    "heads on two ranks each": lies((4, 3), ("tp", Shard(0, copies=2)), ("fsdp", Shard(1))),
-    "elements": lies((3, 2, 5), ("dp", FlatShard(4, 19))),
-    "elements of columns": lies((3, 6), ("tp", Shard(1)), ("dp", FlatShard(0, 3))),
-    "on one stage": lies((3, 2), ("pp", OnlyOn((1,)))),
-    "tied over stages": lies((3, 2), ("pp", OnlyOn((1, 0))), ("fsdp", Shard(0))),
-    "a scalar": lies((), ("dp", FlatShard(0, 1))),
-    "a scalar on all": lies(()),
-    "empty": lies((0, 3), ("fsdp", Shard(0))),
+    "replicated": layout_of((5, 4)),
+    "rows": layout_of((7, 4), ("fsdp", Shard(0))),
+    "fewer rows than ranks": layout_of((2, 4), ("fsdp", Shard(0))),
+    "columns, then rows": layout_of((5, 6), ("tp", Shard(1)), ("fsdp", Shard(0))),
+    "the same dim twice": layout_of((11, 2), ("tp", Shard(0)), ("fsdp", Shard(0))),
+    "heads on two ranks each": layout_of((4, 3), ("tp", Shard(0, copies=2)), ("fsdp", Shard(1))),
+    "elements": layout_of((3, 2, 5), ("dp", FlatShard(4, 19))),
+    "elements of columns": layout_of((3, 6), ("tp", Shard(1)), ("dp", FlatShard(0, 3))),
+    "on one stage": layout_of((3, 2), ("pp", OnlyOn((1,)))),
+    "tied over stages": layout_of((3, 2), ("pp", OnlyOn((1, 0))), ("fsdp", Shard(0))),
+    "a scalar": layout_of((), ("dp", FlatShard(0, 1))),
+    "a replicated scalar": layout_of(()),
+    "empty": layout_of((0, 3), ("fsdp", Shard(0))),
 }
 
 
@@ -225,38 +225,38 @@ def test_first_holders_cover_a_tensor_once(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_boxes_are_in_the_order_of_the_elements_that_a_rank_holds(layout):
+def test_boxes_follow_the_order_of_a_ranks_elements(layout):
     numbers = torch.arange(layout.shape.numel()).view(layout.shape)
     for position in all_ranks(MESH):
-        held = boxes(layout, MESH, position)
+        held_boxes = boxes(layout, MESH, position)
         if not holds(layout, position):
-            assert held == []
+            assert held_boxes == []
             continue
         local = slice_local(numbers, layout, MESH, position).flatten()
-        assert local.tolist() == [int(n) for box in held for n in numbers[box].flatten()]
+        assert local.tolist() == [int(n) for box in held_boxes for n in numbers[box].flatten()]
         assert local_numel(layout, MESH, position) == len(local)
         if not isinstance(layout.splits[-1][1] if layout.splits else None, FlatShard):
-            assert len(held) == (1 if len(local) else 0)
-        assert len(held) <= 2 * len(layout.shape) + 1
+            assert len(held_boxes) == (1 if len(local) else 0)
+        assert len(held_boxes) <= 2 * len(layout.shape) + 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_a_layout_is_read_back_from_json_as_it_was(layout):
+def test_a_layout_survives_json(layout):
     sums = Owed("dp"), Owed("tp", neighbours=2), Owed("pp", positions=(0, 3))
-    for told in (layout, layout.owing(*sums), replace(layout, dtype=torch.bfloat16)):
-        assert from_json(json.loads(json.dumps(to_json(told)))) == told
+    for each in (layout, layout.owing(*sums), replace(layout, dtype=torch.bfloat16)):
+        assert from_json(json.loads(json.dumps(to_json(each)))) == each
 
 
-def test_what_is_no_placement_is_not_read():
+def test_an_unknown_placement_is_an_error():
     with pytest.raises(ValueError, match="not a placement"):
         from_json({"shape": [1], "dtype": "float32", "splits": [["dp", {"x": 1}]], "partial": []})
 
 
-def test_a_strategy_may_add_to_a_layout_and_take_nothing_away():
-    tp = lies((4, 4), ("tp", Shard(0))).owing(Owed("tp"))
+def test_a_layout_extends_another_only_by_adding_splits_and_sums():
+    tp = layout_of((4, 4), ("tp", Shard(0))).owing(Owed("tp"))
     assert tp.split("fsdp", Shard(0)).owing(Owed("dp")).extends(tp)
     assert not tp.extends(tp.split("fsdp", Shard(0)))
-    assert not lies((4, 4), ("fsdp", Shard(0))).owing(Owed("tp")).extends(tp)
+    assert not layout_of((4, 4), ("fsdp", Shard(0))).owing(Owed("tp")).extends(tp)
     assert not tp.extends(replace(tp, shape=torch.Size((4, 5))))
 
 
@@ -266,17 +266,19 @@ def test_coordinates_and_ranks_are_inverse():
 
 @pytest.mark.ranks(4, mesh={"tp": 4})
 def test_shards_with_copies_are_gathered_and_counted_once(mesh):
-    where = {"keys": lies((4, 3), ("tp", Shard(0, copies=2))), "other": lies((2, 2))}
-    full = {name: whole(layout.shape) for name, layout in where.items()}
-    local = {name: sliced(full[name], layout, mesh).clone() for name, layout in where.items()}
+    layouts = {"keys": layout_of((4, 3), ("tp", Shard(0, copies=2))), "other": layout_of((2, 2))}
+    full = {name: full_tensor(layout.shape) for name, layout in layouts.items()}
+    local = {
+        name: local_slice(full[name], layout, mesh).clone() for name, layout in layouts.items()
+    }
     assert torch.equal(local["keys"], full["keys"][:2] if mesh.rank < 2 else full["keys"][2:])
-    assert torch.equal(gather_all(local, where, mesh)["keys"], full["keys"])
-    wanted = torch.cat([tensor.flatten() for tensor in full.values()]).norm()
-    assert float(global_norm(local, where, mesh)) == pytest.approx(float(wanted), rel=1e-14)
+    assert torch.equal(gather_all(local, layouts, mesh)["keys"], full["keys"])
+    expected = torch.cat([tensor.flatten() for tensor in full.values()]).norm()
+    assert float(global_norm(local, layouts, mesh)) == pytest.approx(float(expected), rel=1e-14)
 
 
 @pytest.mark.ranks(4, mesh={"pp": 2, "tp": 2})
-def test_what_lies_on_one_rank_of_two_axes_comes_from_there(mesh):
-    where = lies((2, 3), ("pp", OnlyOn((1,))), ("tp", OnlyOn((0,))))
-    own = whole((2, 3)) if mesh.coordinates == {"pp": 1, "tp": 0} else None
-    assert torch.equal(gather_full(own, where, mesh), whole((2, 3)))
+def test_a_tensor_on_one_rank_of_two_axes_is_broadcast_from_that_rank(mesh):
+    layout = layout_of((2, 3), ("pp", OnlyOn((1,))), ("tp", OnlyOn((0,))))
+    local = full_tensor((2, 3)) if mesh.coordinates == {"pp": 1, "tp": 0} else None
+    assert torch.equal(gather_full(local, layout, mesh), full_tensor((2, 3)))

@@ -1,4 +1,4 @@
-"""The mesh: pure arithmetic without processes, and the groups on real ranks."""
+"""The mesh: its arithmetic without processes, and its groups on real ranks."""
 
 import copy
 import gc
@@ -31,22 +31,22 @@ def test_a_single_process_is_a_mesh_of_size_one_on_every_axis():
 def test_every_rank_is_on_exactly_one_line_of_each_axis():
     axes = {"pp": 2, "dp": 3, "tp": 2}
     for along in (["pp"], ["dp"], ["tp"], ["pp", "tp"], ["dp", "tp"]):
-        found = lines(axes, along)
-        assert sorted(rank for line in found for rank in line) == list(range(12))
-        assert all(line_through(rank, axes, along) == line for line in found for rank in line)
+        all_lines = lines(axes, along)
+        assert sorted(rank for line in all_lines for rank in line) == list(range(12))
+        assert all(line_through(rank, axes, along) == line for line in all_lines for rank in line)
 
 
-def test_tp_neighbors_are_rank_neighbors():
+def test_adjacent_positions_on_tp_are_adjacent_ranks():
     assert lines({"pp": 2, "dp": 2, "tp": 2}, ["tp"]) == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert lines({"pp": 2, "dp": 2, "tp": 2}, ["pp"]) == [(0, 4), (1, 5), (2, 6), (3, 7)]
 
 
-def test_an_unknown_axis_is_refused_with_the_list():
+def test_an_unknown_axis_is_refused_and_the_axes_are_listed():
     with pytest.raises(UserError, match="no mesh axis 'ddp'; the axes are pp, dp, fsdp, cp, tp"):
         init_mesh(ddp=1)
 
 
-def test_a_mesh_that_does_not_fit_says_what_to_type():
+def test_a_mesh_of_the_wrong_size_names_the_torchrun_command():
     with pytest.raises(UserError, match=r"dp=3 needs 3 processes, 1 were started: torchrun --np"):
         init_mesh(dp=3)
 
@@ -61,28 +61,28 @@ def test_axes_are_ordered_outer_to_inner_whatever_order_they_are_given_in(mesh):
 
 @pytest.mark.ranks(4)
 def test_every_group_has_the_configured_timeout(mesh):
-    # DeviceMesh leaves sub-groups at 30 minutes whatever the world's timeout is.
+    # DeviceMesh gives sub-groups a timeout of 30 minutes, whatever the world group has.
     mesh = init_mesh(timeout=17, dp=2, tp=2)
     axes = [mesh["dp"], mesh["tp"], mesh.flatten("dp", "tp"), mesh.sub("tp", [1, 0])]
     assert [group_timeout(axis.group) for axis in axes] == [17.0] * 4
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_flatten_runs_over_all_positions(mesh):
-    both = mesh.flatten("fsdp", "dp")
-    assert (both.size, both.index, both.ranks) == (4, mesh.rank, (0, 1, 2, 3))
-    assert mesh.data is both
-    assert ops.all_reduce(torch.tensor(1.0), both) == 4
+def test_flatten_is_one_axis_over_all_positions(mesh):
+    flat = mesh.flatten("fsdp", "dp")
+    assert (flat.size, flat.index, flat.ranks) == (4, mesh.rank, (0, 1, 2, 3))
+    assert mesh.data is flat
+    assert ops.all_reduce(torch.tensor(1.0), flat) == 4
     assert mesh.flatten("dp", "tp") is mesh["dp"]
 
 
 @pytest.mark.ranks(4)
-def test_sub_joins_some_positions_of_each_line(mesh):
+def test_sub_makes_an_axis_of_some_positions(mesh):
     ends = mesh.sub("dp", [0, 3])
     assert (ends is None) == (mesh.rank in (1, 2))
     if ends is not None:
         assert ops.all_gather(torch.tensor([mesh.rank]), ends).tolist() == [0, 3]
-    assert mesh.sub("dp", [3, 0]) is ends, "asked again, it made another group"
+    assert mesh.sub("dp", [3, 0]) is ends, "a second call made another group"
     pair = mesh.sub("dp", [0, 1])
     if pair is not None:
         assert ops.all_reduce(torch.tensor(1), pair) == 2
@@ -90,7 +90,7 @@ def test_sub_joins_some_positions_of_each_line(mesh):
         mesh.sub("dp", [0, 4])
 
 
-def test_each_restart_of_torchrun_meets_under_a_name_of_its_own(monkeypatch):
+def test_each_restart_of_torchrun_uses_its_own_prefix_in_the_store(monkeypatch):
     # The addresses of dead ranks stay in the store; new ranks that read them never connect.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,7 +103,7 @@ def test_each_restart_of_torchrun_meets_under_a_name_of_its_own(monkeypatch):
 
 
 @pytest.mark.ranks(2)
-def test_groups_under_torchrun_are_made_over_loopback_and_the_environment_is_as_before(mesh):
+def test_groups_under_torchrun_use_loopback_and_leave_the_environment_unchanged(mesh):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = torch.tensor(probe.getsockname()[1] if mesh.rank == 0 else 0)
@@ -125,7 +125,7 @@ def test_groups_under_torchrun_are_made_over_loopback_and_the_environment_is_as_
 
 
 @pytest.mark.ranks(2)
-def test_groups_are_gone_with_the_process_group_whoever_has_kept_their_axes(mesh):
+def test_destroying_the_process_group_frees_all_groups_even_if_an_axis_is_kept(mesh):
     axes = [mesh["dp"], mesh.channel("dp"), copy.copy(mesh)["dp"]]
     groups = [weakref.ref(axis.group) for axis in axes]
     dist.destroy_process_group()
@@ -136,8 +136,8 @@ def test_groups_are_gone_with_the_process_group_whoever_has_kept_their_axes(mesh
 
 
 @pytest.mark.slow
-def test_what_would_hold_the_group_is_imported_before_there_can_be_one():
-    # Once it came with mesh.py alone, after torchrun's ranks had joined, and they aborted at exit.
+def test_the_module_that_would_hold_the_world_group_is_imported_before_any_group():
+    # If only mesh.py imports it, ranks under torchrun have joined already and abort at exit.
     code = (
         "import sys, dist_lab.mesh.groups;"
         "sys.exit('torch.distributed.nn.functional' not in sys.modules)"

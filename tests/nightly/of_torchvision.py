@@ -202,7 +202,7 @@ MODELS: dict[str, Other] = {
     "regnet_y": _other(regnet, "ResBottleneckBlock"),
     "googlenet (auxiliary heads)": _other(
         googlenet, "Inception", _auxiliary, shape=LARGER,
-        refused="its forward asks whether it is in training",
+        refused="its forward reads self.training",
     ),
     "deeplabv3": _other(deeplab, "BasicBlock ASPP", _pixels, batch=labelled),
     "fcn": _other(fcn, "BasicBlock", _pixels, batch=labelled),

@@ -97,7 +97,7 @@ GROUPED = SIZE | {"num_key_value_heads": 2}
 
 IN_FLOAT32 = 1e-5  # the tolerance of models with a layer that always computes in float32
 # The values of a router choose the experts.
-ROUTED = r"cannot be run without values, to see what it costs \(.*nonzero"
+ROUTED = r"cannot be run on the meta device, to see what it costs \(.*nonzero"
 
 MODELS: dict[str, Other] = {
     "GPT-2": words(
@@ -231,7 +231,7 @@ MODELS |= {
         "CLIPModel", "CLIPConfig", "CLIPEncoderLayer", captions, pair_loss, projection_dim=16,
         text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
         vision_config=VISION,
-        refused="its trace puts out something else than it does",  # writes to another output
+        refused="its trace returns something else than the model",  # it writes in place
     ),
     "Whisper": words(
         "WhisperForConditionalGeneration", "WhisperConfig",

@@ -54,5 +54,5 @@ def test_it_keeps_no_input_and_owes_nothing_for_a_frozen_weight():
 def test_a_backward_that_is_split_in_time_has_no_second_derivative():
     x = torch.ones(2, 3, requires_grad=True)
     y = split_backward._linear(nn.Linear(3, 3), x, [])
-    with pytest.raises(UserError, match="of which a derivative is taken cannot be split"):
+    with pytest.raises(UserError, match="that is differentiated again cannot be split"):
         torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-"""A parameter is trained by one job, and a layer sees the rows of one rank alone."""
+"""A parameter is in one job only, and layers that mix rows of the batch are refused."""
 
 import copy
 import pickle
@@ -14,8 +14,8 @@ from dist_lab.errors import UserError
 STRATEGIES = ["single", "dp", "ddp", "zero1", "zero2", "fsdp"]
 
 
-def heads(frozen=False):
-    """Two models that share a trunk."""
+def two_heads(frozen=False):
+    """Two models that share their first layer."""
     trunk = nn.Linear(3, 4).requires_grad_(not frozen)
     return nn.Sequential(trunk, nn.Linear(4, 1)), nn.Sequential(trunk, nn.Linear(4, 2))
 
@@ -26,16 +26,16 @@ def mesh_of(strategy, ranks=1):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_parameter_of_two_jobs_is_refused(strategy):
-    one, other = heads()
-    dist_lab.parallelize(one, mesh_of(strategy), strategy)
+    first, second = two_heads()
+    dist_lab.parallelize(first, mesh_of(strategy), strategy)
     with pytest.raises(
-        UserError, match=r"in another job already.*in one, and paral|parallelized already"
+        UserError, match=r"in another job already.*in one module, and paral|parallelized already"
     ):
-        dist_lab.parallelize(other, mesh_of(strategy), strategy)
+        dist_lab.parallelize(second, mesh_of(strategy), strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_part_of_a_model_in_a_job_is_refused_and_what_holds_it_as_well(strategy):
+def test_a_submodule_or_a_parent_of_a_model_in_a_job_is_refused(strategy):
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     dist_lab.parallelize(model, mesh_of(strategy), strategy)
     for other in (model[0], nn.Sequential(model, nn.Linear(2, 2))):
@@ -45,7 +45,7 @@ def test_a_part_of_a_model_in_a_job_is_refused_and_what_holds_it_as_well(strateg
 
 @pytest.mark.parametrize("strategy", ["single", "dp", "ddp", "zero1", "zero2"])
 def test_a_frozen_backbone_may_be_in_several_jobs(strategy):
-    for model in heads(frozen=True):
+    for model in two_heads(frozen=True):
         job = dist_lab.parallelize(model, mesh_of(strategy), strategy)
         job.model(torch.ones(2, 3)).sum().backward()
         job.finish()
@@ -53,7 +53,7 @@ def test_a_frozen_backbone_may_be_in_several_jobs(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["dp", "zero1"])
-def test_a_copy_of_a_model_in_a_job_may_be_given_to_another(strategy):
+def test_a_copy_of_a_model_in_a_job_may_be_parallelized(strategy):
     job = dist_lab.parallelize(nn.Linear(2, 2), mesh_of(strategy), strategy)
     for copied in (copy.deepcopy(job.model), pickle.loads(pickle.dumps(job.model))):
         fresh = nn.Sequential(nn.Linear(2, 2))
@@ -62,15 +62,15 @@ def test_a_copy_of_a_model_in_a_job_may_be_given_to_another(strategy):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"max_norm": 1.0}, "0 has max_norm=1.0 and rew"),
         ({"scale_grad_by_freq": True}, "0 has sca"),
     ],
 )
 @pytest.mark.ranks(2)
-def test_a_layer_that_depends_on_which_rows_are_together_is_refused(given, message, mesh):
+def test_a_layer_that_depends_on_which_rows_are_together_is_refused(options, message, mesh):
     for strategy in STRATEGIES[1:]:
-        model = nn.Sequential(nn.Embedding(5, 2, **given), nn.Linear(2, 2))
+        model = nn.Sequential(nn.Embedding(5, 2, **options), nn.Linear(2, 2))
         with pytest.raises(UserError, match=message):
             dist_lab.parallelize(model, mesh_of(strategy, 2), strategy)

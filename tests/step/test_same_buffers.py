@@ -1,4 +1,4 @@
-"""Buffers that forwards move: equal on all ranks, or refused before a weight is stepped."""
+"""Buffers that a forward updates: equal on all ranks, or refused before the optimizer steps."""
 
 import pytest
 import torch
@@ -15,19 +15,19 @@ STRATEGIES = [
 ]
 
 
-class Moves(nn.Module):
-    def __init__(self, move, *, dtype=torch.float64, persistent=True):
+class BufferModel(nn.Module):
+    def __init__(self, update, *, dtype=torch.float64, persistent=True):
         super().__init__()
-        self.move = move
+        self.update = update
         self.layer = nn.Linear(3, 2).double()
         self.register_buffer("kept", torch.ones(4, dtype=dtype), persistent=persistent)
 
     def forward(self, x):
-        self.move(self, x)
+        self.update(self, x)
         return self.layer(x)
 
 
-def by_rows(model, x):
+def update_by_rows(model, x):
     model.kept.data.mul_(0.9).add_(x.mean(), alpha=0.1)
 
 
@@ -39,25 +39,25 @@ def step(job, mesh, number=0):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_buffer_that_each_rank_moves_by_its_rows_is_refused_on_all(strategy, mesh):
-    job = dist_lab.parallelize(Moves(by_rows), mesh, strategy)
+def test_a_buffer_that_each_rank_updates_by_its_rows_is_refused_on_all_ranks(strategy, mesh):
+    job = dist_lab.parallelize(BufferModel(update_by_rows), mesh, strategy)
     with pytest.raises(
-        UserError, match=r"^the forward moves the buffer kept by the rows"
+        UserError, match=r"^the forward updates the buffer kept by the rows"
     ) as refused:
         step(job, mesh)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.ranks(2, mesh={"dp": 2})
-def test_a_buffer_that_moves_late_is_refused_in_the_next_power_of_two(mesh):
+def test_a_buffer_that_changes_late_is_refused_at_the_next_power_of_two(mesh):
     steps = []
 
-    def late(model, x):
+    def update_late(model, x):
         if len(steps) >= 2:
-            by_rows(model, x)
+            update_by_rows(model, x)
 
-    job = dist_lab.parallelize(Moves(late), mesh, "ddp")
-    with pytest.raises(UserError, match=r"^the forward moves the buffer kept"):
+    job = dist_lab.parallelize(BufferModel(update_late), mesh, "ddp")
+    with pytest.raises(UserError, match=r"^the forward updates the buffer kept"):
         for number in range(5):
             step(job, mesh)
             job.after_step()
@@ -67,11 +67,11 @@ def test_a_buffer_that_moves_late_is_refused_in_the_next_power_of_two(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"dp": 2})
-def test_buffers_are_compared_in_the_steps_that_are_powers_of_two_and_in_one_message(mesh):
-    def alike(model, x):
+def test_buffers_are_compared_in_one_collective_at_steps_that_are_powers_of_two(mesh):
+    def update_alike(model, x):
         model.kept += 1
 
-    model = nn.Sequential(Moves(alike), nn.BatchNorm1d(2).double())
+    model = nn.Sequential(BufferModel(update_alike), nn.BatchNorm1d(2).double())
     job = dist_lab.parallelize(model, mesh, "ddp")
     compared = []
     for number in range(1, 10):
@@ -83,22 +83,22 @@ def test_buffers_are_compared_in_the_steps_that_are_powers_of_two_and_in_one_mes
     assert compared == [(number, "all_gather", 32) for number in (1, 2, 4, 8)]
 
 
-@pytest.mark.parametrize("told", [{"dtype": torch.int64}, {"persistent": False}], ids=str)
+@pytest.mark.parametrize("options", [{"dtype": torch.int64}, {"persistent": False}], ids=str)
 @pytest.mark.ranks(2, mesh={"dp": 2})
-def test_a_count_and_what_is_not_persistent_may_be_a_ranks_own(told, mesh):
-    def of_rank(model, x):
+def test_integer_and_non_persistent_buffers_may_differ_by_rank(options, mesh):
+    def update_by_rank(model, x):
         model.kept += mesh.rank + 1
 
-    job = dist_lab.parallelize(Moves(of_rank, **told), mesh, "ddp")
+    job = dist_lab.parallelize(BufferModel(update_by_rank, **options), mesh, "ddp")
     step(job, mesh)
     assert job.model.kept.tolist() == [mesh.rank + 2] * 4
 
 
 @pytest.mark.parametrize(
-    ("values", "by", "differ"),
+    ("values", "shift", "differ"),
     [
         ([1.0, 2.0, 3.0], 0.0, False),
-        ([1.0, 2.0, 3.0], 1e-6, False),  # float32 has steps of 2.4e-7 there
+        ([1.0, 2.0, 3.0], 1e-6, False),  # the spacing of float32 there is 2.4e-7
         ([1.0, 2.0, 3.0], 1e-4, True),
         ([float("inf"), float("nan"), 3.0], 0.0, False),
         ([float("inf"), float("nan"), 3.0], 1e-4, True),
@@ -106,21 +106,21 @@ def test_a_count_and_what_is_not_persistent_may_be_a_ranks_own(told, mesh):
     ],
 )
 @pytest.mark.ranks(2, mesh={"dp": 2})
-def test_rounding_is_no_difference(values, by, differ, mesh):
+def test_buffers_that_differ_only_by_rounding_are_equal(values, shift, differ, mesh):
     model = nn.Module()
     model.register_buffer("kept", torch.tensor(values))
-    model.kept[-1] += by * mesh.rank
-    compare = SameBuffers(model, ["kept"], mesh.data)
+    model.kept[-1] += shift * mesh.rank
+    check = SameBuffers(model, ["kept"], mesh.data)
     if differ:
         with pytest.raises(UserError, match="the buffer kept"):
-            compare.finish()
+            check.finish()
     else:
-        compare.finish()
+        check.finish()
 
 
 @pytest.mark.ranks(2, mesh={"dp": 2})
-def test_elements_that_have_changed_places_are_a_difference(mesh):
-    """Two ranks have counted as many vectors, of other codes."""
+def test_permuted_buffers_are_different(mesh):
+    """Two ranks have counted the same numbers of vectors, but for different codes."""
     model = nn.Module()
     model.register_buffer("size", torch.tensor([3.0, 1.0]).roll(mesh.rank))
     with pytest.raises(UserError, match="the buffer size"):
@@ -128,11 +128,11 @@ def test_elements_that_have_changed_places_are_a_difference(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"dp": 2})
-def test_a_buffer_that_a_rank_has_lost_is_a_difference_and_no_hang(mesh):
-    def loses(model, x):
+def test_a_buffer_that_is_missing_on_one_rank_is_refused_without_a_hang(mesh):
+    def drop_buffer(model, x):
         if mesh.rank == 1:
             model.kept = None
 
-    job = dist_lab.parallelize(Moves(loses), mesh, "ddp")
+    job = dist_lab.parallelize(BufferModel(drop_buffer), mesh, "ddp")
     with pytest.raises(UserError, match="the buffer kept"):
         step(job, mesh)

@@ -1,4 +1,4 @@
-"""Loss scaling: a gradient that overflows on one rank alone is one decision of all ranks."""
+"""Loss scaling: if a gradient overflows on one rank, all ranks skip the step."""
 
 import inspect
 import warnings
@@ -12,8 +12,8 @@ import dist_lab
 from dist_lab.comm import ops
 from dist_lab.loss import cross_entropy_sum
 
-OVERFLOWS = 1  # in this step
-HOW = {"init_scale": 4.0, "growth_interval": 2}
+OVERFLOW_STEP = 1
+OPTIONS = {"init_scale": 4.0, "growth_interval": 2}
 
 
 class Net(nn.Module):
@@ -29,21 +29,21 @@ class Net(nn.Module):
 
 
 def data(step):
-    drawn = torch.Generator().manual_seed(step)
-    return torch.randn(8, 6, generator=drawn), torch.randint(4, (8,), generator=drawn)
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 6, generator=generator), torch.randint(4, (8,), generator=generator)
 
 
-def train(job, make_scaler, cls, *, own, clips, fused):
-    """(weights, the scale after each step), with an overflow of one element in one step."""
+def train(job, make_scaler, cls, *, own_optimizer, clips, fused):
+    """Returns (weights, the scale after each step). In one step one element overflows."""
     options = {"lr": 0.1} | ({"fused": True} if fused else {})
-    optimizer = cls(job.parameters(), **options) if own else job.optimizer(cls, **options)
+    optimizer = cls(job.parameters(), **options) if own_optimizer else job.optimizer(cls, **options)
     scaler, scales, size = make_scaler(job), [], job.mesh.data.size
     for step in range(4):
         x, y = (t.chunk(size)[job.mesh.data.index] for t in data(step))
         last = job.mesh.rank == job.mesh.size - 1
-        job.model.huge = 1e39 if last and step == OVERFLOWS else 0.0
-        out, more = job.model(x)
-        scaler.scale(cross_entropy_sum(out, y) / 8 + more).backward()
+        job.model.huge = 1e39 if last and step == OVERFLOW_STEP else 0.0
+        out, overflow_term = job.model(x)
+        scaler.scale(cross_entropy_sum(out, y) / 8 + overflow_term).backward()
         job.finish()
         if clips:
             scaler.unscale_(optimizer)
@@ -56,22 +56,22 @@ def train(job, make_scaler, cls, *, own, clips, fused):
     return job.full_state_dict(), scales
 
 
-def ours(job):
-    return job.scaler(**HOW)
+def our_scaler(job):
+    return job.scaler(**OPTIONS)
 
 
-def torchs(job):
-    return torch.amp.GradScaler("cpu", **HOW)
+def torch_scaler(job):
+    return torch.amp.GradScaler("cpu", **OPTIONS)
 
 
 @pytest.fixture
-def want(clips):
-    """Of one process, without any of ours."""
+def expected(clips):
+    """The result of one process with torch's scaler."""
     job = dist_lab.parallelize(Net(), dist_lab.init_mesh(), "single")
-    return train(job, torchs, torch.optim.AdamW, own=True, clips=clips, fused=False)
+    return train(job, torch_scaler, torch.optim.AdamW, own_optimizer=True, clips=clips, fused=False)
 
 
-def on_two(rows):
+def on_two_ranks(rows):
     return [
         pytest.param(*row, marks=pytest.mark.ranks(2, mesh=axes_of(row[0].partition("@")[0], 2)))
         for row in rows
@@ -79,40 +79,57 @@ def on_two(rows):
 
 
 ROWS = [
-    *((s, ours, False, False, False) for s in ("dp", "ddp", "zero1", "zero2", "fsdp")),
-    *((s, torchs, False, False, False) for s in ("dp", "ddp", "zero1", "zero2", "fsdp")),
-    *((s, make, False, True, False) for s in ("zero1", "fsdp") for make in (ours, torchs)),
-    *((s, make, False, False, True) for s in ("zero1", "fsdp") for make in (ours, torchs)),
-    *((s, ours, True, False, fused) for s in ("zero1", "fsdp") for fused in (False, True)),
-    ("fsdp@torch", ours, False, False, False),
-    ("zero1@torch", torchs, False, False, False),
+    *((s, our_scaler, False, False, False) for s in ("dp", "ddp", "zero1", "zero2", "fsdp")),
+    *((s, torch_scaler, False, False, False) for s in ("dp", "ddp", "zero1", "zero2", "fsdp")),
+    *(
+        (s, make, False, True, False)
+        for s in ("zero1", "fsdp")
+        for make in (our_scaler, torch_scaler)
+    ),
+    *(
+        (s, make, False, False, True)
+        for s in ("zero1", "fsdp")
+        for make in (our_scaler, torch_scaler)
+    ),
+    *((s, our_scaler, True, False, fused) for s in ("zero1", "fsdp") for fused in (False, True)),
+    ("fsdp@torch", our_scaler, False, False, False),
+    ("zero1@torch", torch_scaler, False, False, False),
 ]
 
 
-@pytest.mark.slow_unless(lambda strategy, own: strategy in ("zero1", "fsdp") or own)
-@pytest.mark.parametrize(("strategy", "make_scaler", "own", "clips", "fused"), on_two(ROWS))
-def test_every_rank_skips_the_step_in_which_one_overflows_and_no_other(
-    mesh, strategy, make_scaler, own, clips, fused, want
+@pytest.mark.slow_unless(
+    lambda strategy, own_optimizer: strategy in ("zero1", "fsdp") or own_optimizer
+)
+@pytest.mark.parametrize(
+    ("strategy", "make_scaler", "own_optimizer", "clips", "fused"), on_two_ranks(ROWS)
+)
+def test_all_ranks_skip_the_step_in_which_one_rank_overflows(
+    mesh, strategy, make_scaler, own_optimizer, clips, fused, expected
 ):
     name, _, impl = strategy.partition("@")
     job = dist_lab.parallelize(Net(), mesh, name, impl=impl or "hand")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, of how it hands over its scaler
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, about how it passes its scaler
         weights, scales = train(
-            job, make_scaler, torch.optim.AdamW, own=own, clips=clips, fused=fused
+            job,
+            make_scaler,
+            torch.optim.AdamW,
+            own_optimizer=own_optimizer,
+            clips=clips,
+            fused=fused,
         )
-    assert scales == want[1] == [4.0, 2.0, 2.0, 4.0]
-    for each in ops.all_gather(torch.tensor([scales]), mesh.world):
-        assert each.tolist() == scales
-    for key, whole in want[0].items():
-        assert torch.allclose(weights[key], whole, atol=1e-5), key
+    assert scales == expected[1] == [4.0, 2.0, 2.0, 4.0]
+    for gathered in ops.all_gather(torch.tensor([scales]), mesh.world):
+        assert gathered.tolist() == scales
+    for key, value in expected[0].items():
+        assert torch.allclose(weights[key], value, atol=1e-5), key
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_without_a_scaler_a_step_sends_nothing_and_the_optimizer_is_as_it_was(mesh):
+def test_without_a_scaler_a_step_sends_nothing_and_the_optimizer_works_as_usual(mesh):
     job = dist_lab.parallelize(Net(), mesh, "fsdp")
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # which wraps `step` as well
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # it wraps `step`, too
     out, _ = job.model(data(0)[0])
     out.sum().backward()
     job.finish()
@@ -128,9 +145,9 @@ def test_without_a_scaler_a_step_sends_nothing_and_the_optimizer_is_as_it_was(me
 
 @pytest.mark.ranks(2)
 @pytest.mark.filterwarnings("ignore:GradScaler is going to stop")
-def test_the_state_of_a_scaler_goes_out_and_in(mesh):
+def test_the_state_of_a_scaler_is_saved_and_loaded(mesh):
     job = dist_lab.parallelize(Net(), mesh, "zero1")
-    train(job, ours, torch.optim.SGD, own=False, clips=False, fused=False)
-    scaler, again = job.scaler(init_scale=8.0), job.scaler()
-    again.load_state_dict(scaler.state_dict())
-    assert again.get_scale() == 8.0
+    train(job, our_scaler, torch.optim.SGD, own_optimizer=False, clips=False, fused=False)
+    scaler, loaded = job.scaler(init_scale=8.0), job.scaler()
+    loaded.load_state_dict(scaler.state_dict())
+    assert loaded.get_scale() == 8.0

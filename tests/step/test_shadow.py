@@ -1,4 +1,4 @@
-"""The moving average of the weights, which each rank has of its own part."""
+"""The moving average of the weights: each rank averages what it holds."""
 
 import copy
 
@@ -37,8 +37,8 @@ def one_step(job, optimizer, step):
 
 
 @pytest.fixture
-def wanted():
-    """Of one process: the average after each step, a loss by it, and the weights at the end."""
+def expected():
+    """From one process: the average after each step, a loss with it, and the final weights."""
     model = gpt(tied=True, layers=4)
     average, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=0.01)
     averages = []
@@ -48,8 +48,8 @@ def wanted():
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for kept, p in zip(average.parameters(), model.parameters(), strict=True):
-                kept.mul_(DECAY).add_((1 - DECAY) * p)
+            for average_param, p in zip(average.parameters(), model.parameters(), strict=True):
+                average_param.mul_(DECAY).add_((1 - DECAY) * p)
         averages.append(copy.deepcopy(average.state_dict()))
     x, y = batch(9)
     return averages, loss_fn(average(x), y).item(), model.state_dict()
@@ -62,15 +62,15 @@ def wanted():
     ("strategy", "impl"),
     [pytest.param(s, i, marks=pytest.mark.ranks(n, mesh=axes_of(s, n))) for s, i, n in ROWS],
 )
-def test_the_average_of_every_layout_is_that_of_one_process(strategy, impl, mesh, wanted):
-    told = plan_of(strategy, MODEL) | (
+def test_the_average_in_every_layout_equals_one_process(strategy, impl, mesh, expected):
+    options = plan_of(strategy, MODEL) | (
         {"units": units_of(MODEL)} if strategy in ("fsdp", "hsdp") else {}
     )
-    if strategy == "fsdp" and impl == "torch":  # which cannot tie what two units hold
-        told["units"] = ["model.layers.0", "model.layers.1"]
-    job = dist_lab.parallelize(gpt(tied=True, layers=4), mesh, strategy, impl, **told)
+    if strategy == "fsdp" and impl == "torch":  # FSDP2 cannot tie parameters of two units
+        options["units"] = ["model.layers.0", "model.layers.1"]
+    job = dist_lab.parallelize(gpt(tied=True, layers=4), mesh, strategy, impl, **options)
     optimizer, shadow = job.optimizer(torch.optim.AdamW, lr=0.01), job.shadow(DECAY)
-    averages, loss, weights = wanted
+    averages, loss, weights = expected
     for step, average in enumerate(averages):
         one_step(job, optimizer, step)
         shadow.update()
@@ -79,34 +79,34 @@ def test_the_average_of_every_layout_is_that_of_one_process(strategy, impl, mesh
         assert job.evaluate(rows_of(job, 9), loss_fn) == pytest.approx(loss, rel=1e-12)
         assert_same(job.full_state_dict(), averages[-1])
     assert_same(job.full_state_dict(), weights)
-    one_step(job, optimizer, 3)  # and training goes on with the weights, not with the average
+    one_step(job, optimizer, 3)  # training continues with the weights, not with the average
     shadow.load_full_state_dict(averages[0])
     assert_same(shadow.full_state_dict(), averages[0])
 
 
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(
     "strategy",
     [pytest.param(s, marks=pytest.mark.ranks(4, mesh=axes_of(s, 4))) for s in ("zero1", "fsdp")],
 )
-def test_a_rank_holds_its_share_of_the_average_and_sends_nothing_to_update_it(strategy, mesh):
+def test_a_rank_averages_only_its_shards_and_an_update_sends_nothing(strategy, mesh):
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     job = dist_lab.parallelize(model, mesh, strategy)
     shadow = job.shadow(0.9)
-    held = sum(average.numel() for average in shadow._averages.values())
-    assert held == 2 * 64 * 64 / 4
+    numel = sum(average.numel() for average in shadow._averages.values())
+    assert numel == 2 * 64 * 64 / 4
     before = mesh.comm.ledger.total.calls
     shadow.update()
     assert mesh.comm.ledger.total.calls == before
 
 
-def test_buffers_are_copied_whatever_they_are_and_put_back():
-    class Counts(nn.Module):
+def test_buffers_of_any_kind_are_copied_and_restored():
+    class ModelWithBuffers(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(2, 2)
@@ -114,7 +114,7 @@ def test_buffers_are_copied_whatever_they_are_and_put_back():
             self.register_buffer("wide", torch.zeros(2, 1).expand(2, 3), persistent=False)
             self.frozen = nn.Parameter(torch.tensor([3, 4]), requires_grad=False)
 
-    job = dist_lab.parallelize(Counts(), dist_lab.init_mesh(), "single")
+    job = dist_lab.parallelize(ModelWithBuffers(), dist_lab.init_mesh(), "single")
     shadow = job.shadow(0.5)
     job.model.steps += 1
     job.model.wide[:, :1] += 1
@@ -127,7 +127,7 @@ def test_buffers_are_copied_whatever_they_are_and_put_back():
     assert job.model.steps == 2
 
 
-def test_an_exception_in_the_block_puts_the_weights_back():
+def test_the_weights_are_restored_after_an_exception_in_the_block():
     job = dist_lab.parallelize(build("single", "mlp"), dist_lab.init_mesh(), "single")
     shadow, before = job.shadow(0.5), job.full_state_dict()
     job.load_full_state_dict({name: value + 1 for name, value in before.items()})
@@ -137,13 +137,13 @@ def test_an_exception_in_the_block_puts_the_weights_back():
     assert_same(job.full_state_dict(), {name: value + 1 for name, value in before.items()})
 
 
-def test_the_average_is_not_averaged_and_a_decay_is_from_0_to_1():
+def test_an_update_while_swapped_in_and_a_decay_above_1_are_refused():
     job = dist_lab.parallelize(build("single", "mlp"), dist_lab.init_mesh(), "single")
-    with pytest.raises(UserError, match=r"a shadow's decay is from 0 to 1, this one 1.5"):
+    with pytest.raises(UserError, match=r"a shadow's decay must be from 0 to 1, and is 1.5"):
         job.shadow(1.5)
     shadow = job.shadow(0.5)
     with (
         shadow.swapped_in(),
-        pytest.raises(UserError, match="update it and swap it in again after"),
+        pytest.raises(UserError, match="update the shadow, or swap it in again, after"),
     ):
         shadow.update()

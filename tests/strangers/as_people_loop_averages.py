@@ -46,7 +46,7 @@ def teacher_copied_from_job_model(place):
 
 @situation(
     "facebookresearch/fairscale#1061",
-    refused={"fsdp hsdp": "0.weight.*this rank's part.*job.shadow"},
+    refused={"fsdp hsdp": "0.weight.*only this rank's shard.*job.shadow"},
 )
 def teacher_copied_before_parallelize(place):
     """An EMA teacher is copied before parallelize and updated from job.model.parameters()."""
@@ -66,7 +66,7 @@ def teacher_copied_before_parallelize(place):
 
 
 @situation(
-    refused={"fsdp hsdp": "weight.*this rank's part.*job.shadow"},
+    refused={"fsdp hsdp": "weight.*only this rank's shard.*job.shadow"},
 )
 def teacher_whose_shards_would_broadcast(place):
     """An EMA teacher with weights of two rows: a shard of one row would silently broadcast."""
@@ -88,8 +88,8 @@ def teacher_whose_shards_would_broadcast(place):
 
 @situation(
     refused={
-        "fsdp hsdp": r"meets a whole tensor.*job.shadow",
-        "zero1 zero2": r"0.weight is new in this rank's part of it alone: call job.after_step\(\)",
+        "fsdp hsdp": r"with a full tensor.*job.shadow",
+        "zero1 zero2": r"0.weight has new values only in .*: call job.after_step\(\)",
     },
 )
 def teacher_updated_before_after_step(place):

@@ -158,9 +158,7 @@ def plain_sgd_over_model_parameters(place):
         yield seen(job)
 
 
-@situation(
-    refused={"zero1 zero2 fsdp hsdp": "LBFGS looks at more than one element.*take dp or ddp"}
-)
+@situation(refused={"zero1 zero2 fsdp hsdp": "LBFGS looks at more than one element.*use dp or ddp"})
 def lbfgs_with_a_closure(place):
     """LBFGS calls a closure that runs both micro-batches, backward and job.finish()."""
     job = place.job(net(), units=UNITS)
@@ -204,7 +202,7 @@ def optimizer_step_in_backward(place):
         yield seen(job)
 
 
-@situation(refused={"zero1 zero2 fsdp hsdp": "is this rank's part of it.*job.full_state_dict"})
+@situation(refused={"zero1 zero2 fsdp hsdp": "is only this rank's shard.*job.full_state_dict"})
 def norm_of_weights_before_the_step(place):
     """Between backward and the step, the norm of job.parameters() is summed by hand."""
     job = place.job(net(), units=UNITS)

@@ -45,7 +45,7 @@ def compiled_before_parallelize(place):
 
 @situation(
     "pytorch/pytorch#82070",
-    refused={"fsdp hsdp": "a copy of a model that is split.*job.full_state_dict"},
+    refused={"fsdp hsdp": "a copy of a sharded model.*job.full_state_dict"},
 )
 def deep_copy_is_evaluated(place):
     """copy.deepcopy(job.model) after two steps, called as a plain model."""
@@ -58,7 +58,7 @@ def deep_copy_is_evaluated(place):
     yield seen(job, out=copied(batch(9)[0]).detach())
 
 
-@situation(refused={"fsdp hsdp": "a copy of a model that is split.*job.full_state_dict"})
+@situation(refused={"fsdp hsdp": "a copy of a sharded model.*job.full_state_dict"})
 def whole_model_is_saved_and_loaded(place):
     """torch.save(job.model); what torch.load returns is called as a plain model."""
     job = place.job(net(), units=UNITS)
@@ -171,7 +171,7 @@ def parametrization_by_the_user(place):
     yield from train(place, model, ["0"])
 
 
-@situation(refused={"zero1 zero2": "sharded over the ranks", "fsdp hsdp": "this rank's part"})
+@situation(refused={"zero1 zero2": "sharded over the ranks", "fsdp hsdp": "only this rank's shard"})
 def gradients_as_one_vector(place):
     """The cosine of this step's and the last step's gradients, each flattened to a vector."""
     job = place.job(net(), units=UNITS)
@@ -188,7 +188,7 @@ def gradients_as_one_vector(place):
         job.model.zero_grad()
 
 
-@situation(refused={"fsdp hsdp": "this rank's part"})
+@situation(refused={"fsdp hsdp": "only this rank's shard"})
 def weights_as_one_vector(place):
     """parameters_to_vector and vector_to_parameters shrink all weights between steps."""
     job = place.job(net(), units=UNITS)
@@ -202,7 +202,7 @@ def weights_as_one_vector(place):
         yield seen(job, norm=vector.norm())
 
 
-@situation(refused={"fsdp hsdp": "this rank's part.*job.full_state_dict"})
+@situation(refused={"fsdp hsdp": "only this rank's shard.*job.full_state_dict"})
 def norm_of_weights_is_logged(place):
     """The norm of the weights of job.model is logged after each step."""
     job = place.job(net(), units=UNITS)

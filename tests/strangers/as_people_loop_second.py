@@ -147,7 +147,7 @@ def hessian_vector_product(place):
         yield take_step(job, optimizer)
 
 
-@situation(refused={"fsdp hsdp": "is this rank's part of it.*in its module's forward it is whole"})
+@situation(refused={"fsdp hsdp": "is only this rank's shard.*in its module's forward"})
 def weight_penalty_over_model_parameters(place):
     """The loss includes an L2 penalty over job.model.parameters()."""
     job = place.job(net(), units=UNITS)

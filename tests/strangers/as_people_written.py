@@ -96,7 +96,7 @@ def loss_with_codes(model, x, y):
 
 @situation(
     "espnet/espnet#6284", "lucidrains/vector-quantize-pytorch#10",
-    refused={RANKS: "^the forward moves the buffer 1.codes by the rows of its rank"},
+    refused={RANKS: "^the forward updates the buffer 1.codes by the rows of its own rank"},
 )  # fmt: skip
 def codebook_moved_by_local_vectors(place):
     """A vector quantizer whose codes are buffers, moved by this rank's rows only."""
@@ -114,7 +114,7 @@ def codebook_moved_by_vectors_of_all_ranks(place):
 
 @situation(
     "leggedrobotics/rsl_rl#226", "speechbrain/speechbrain#2102",
-    refused={RANKS: "^the forward moves the buffer 0.mean by the rows of its rank"},
+    refused={RANKS: "^the forward updates the buffer 0.mean by the rows of its own rank"},
 )  # fmt: skip
 def input_normalizer_with_local_statistics(place):
     """Inputs are normalized by a running mean and range of this rank's rows only."""
@@ -135,7 +135,7 @@ def input_normalizer_with_local_statistics(place):
     yield from usual_loop(place, place.job(model, units=["1"]))
 
 
-@situation(refused={RANKS: "^the forward moves the buffer 0.peak by the rows of its rank"})
+@situation(refused={RANKS: "^the forward updates the buffer 0.peak by the rows of its own rank"})
 def buffer_first_moved_in_the_fourth_step(place):
     """A running maximum of this rank's rows, switched on in the fourth step."""
 

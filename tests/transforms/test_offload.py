@@ -1,4 +1,4 @@
-"""Optimizer state on disk: the same values, less memory, and nothing left behind."""
+"""Optimizer state on disk: the same values, less memory, and no files left behind."""
 
 import copy
 import errno
@@ -24,7 +24,7 @@ OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, foreach=False),
     "sgd with momentum": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
     "sgd": partial(torch.optim.SGD, lr=1e-2),
-    "adagrad": partial(torch.optim.Adagrad, lr=1e-2),  # makes its state when it is built
+    "adagrad": partial(torch.optim.Adagrad, lr=1e-2),  # creates its state when it is built
 }
 
 
@@ -36,7 +36,7 @@ def take_steps(model, optimizer, steps):
         optimizer.zero_grad()
 
 
-def pair(name, folder):
+def two_models(name, folder):
     """Two models with their optimizers; the second keeps its state in the folder."""
     plain, model = gpt(), gpt()
     optimizers = [OPTIMIZERS[name](each.parameters()) for each in (plain, model)]
@@ -45,7 +45,7 @@ def pair(name, folder):
 
 
 def states(optimizer):
-    """What has as many dims as a parameter: moments, and no counts."""
+    """The state tensors with dims, such as moments, without step counts."""
     tensors = [v for state in optimizer.state.values() for v in state.values()]
     return [t for t in tensors if isinstance(t, torch.Tensor) and t.dim()]
 
@@ -59,39 +59,39 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weights_and_states_are_those_of_before_to_the_bit(name, tmp_path):
-    plain, model, theirs, ours = pair(name, tmp_path)
-    take_steps(plain, theirs, range(3))
-    take_steps(model, ours, [0])
-    kept = [tensor.data_ptr() for tensor in states(ours)]
-    take_steps(model, ours, [1, 2])
+def test_offloading_changes_no_bit_of_weights_or_optimizer_state(name, tmp_path):
+    plain, model, plain_optimizer, optimizer = two_models(name, tmp_path)
+    take_steps(plain, plain_optimizer, range(3))
+    take_steps(model, optimizer, [0])
+    addresses = [tensor.data_ptr() for tensor in states(optimizer)]
+    take_steps(model, optimizer, [1, 2])
     assert same(model.parameters(), plain.parameters())
-    assert same(states(ours), states(theirs))
-    assert in_files(states(ours))
-    counts = [state["step"] for state in ours.state.values() if "step" in state]
-    assert not any(in_files([count]) for count in counts), "a file for a number"
-    assert kept == [tensor.data_ptr() for tensor in states(ours)], "they stay where they are"
+    assert same(states(optimizer), states(plain_optimizer))
+    assert in_files(states(optimizer))
+    counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+    assert not any(in_files([count]) for count in counts), "a step count was moved to a file"
+    assert addresses == [tensor.data_ptr() for tensor in states(optimizer)], "the state has moved"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_dict_is_given_and_taken_as_before(name, tmp_path):
-    plain, model, theirs, ours = pair(name, tmp_path)
-    take_steps(plain, theirs, range(2))
-    take_steps(model, ours, [5])  # something else, to be replaced
+def test_state_dicts_are_saved_and_loaded_with_offloading(name, tmp_path):
+    plain, model, plain_optimizer, optimizer = two_models(name, tmp_path)
+    take_steps(plain, plain_optimizer, range(2))
+    take_steps(model, optimizer, [5])  # other values, which loading replaces
     model.load_state_dict(plain.state_dict())
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    assert in_files(states(ours)), "what is loaded is moved at once"
-    take_steps(plain, theirs, [2])
-    take_steps(model, ours, [2])
+    optimizer.load_state_dict(copy.deepcopy(plain_optimizer.state_dict()))
+    assert in_files(states(optimizer)), "the loaded state was not moved"
+    take_steps(plain, plain_optimizer, [2])
+    take_steps(model, optimizer, [2])
     assert same(model.parameters(), plain.parameters())
 
-    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
-    take_steps(plain, theirs, [3])
-    take_steps(model, ours, [3])
+    plain_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(plain, plain_optimizer, [3])
+    take_steps(model, optimizer, [3])
     assert same(model.parameters(), plain.parameters())
 
 
-def test_memory_is_free_of_what_was_moved(tmp_path):
+def test_offloaded_state_is_freed_from_memory(tmp_path):
     live = []
     for make in (None, partial(on_disk, tmp_path)):
         model = nn.Linear(1000, 1000)
@@ -108,9 +108,9 @@ def test_memory_is_free_of_what_was_moved(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.ranks(1)  # a process of which no other test has grown the memory
-def test_the_kernel_sees_memory_become_files(tmp_path):
-    def anonymous():
+@pytest.mark.ranks(1)  # in a process whose memory no other test has grown
+def test_offloaded_state_is_file_memory_to_the_kernel(tmp_path):
+    def anonymous_bytes():
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
 
@@ -118,14 +118,14 @@ def test_the_kernel_sees_memory_become_files(tmp_path):
     optimizer = torch.optim.AdamW([weight], fused=True)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    before = anonymous()
-    offload_states(optimizer, partial(on_disk, tmp_path))  # what is there is moved at once
+    before = anonymous_bytes()
+    offload_states(optimizer, partial(on_disk, tmp_path))  # existing state is moved at once
     gc.collect()
-    assert before - anonymous() > 0.9 * 2 * weight.nbytes
+    assert before - anonymous_bytes() > 0.9 * 2 * weight.nbytes
 
 
-def test_no_file_is_to_be_seen_and_its_space_comes_back(tmp_path):
-    def maps():
+def test_offload_files_are_invisible_and_their_space_is_freed(tmp_path):
+    def mapped_files():
         with open("/proc/self/maps") as file:
             return sum(str(tmp_path) in line for line in file)
 
@@ -134,28 +134,28 @@ def test_no_file_is_to_be_seen_and_its_space_comes_back(tmp_path):
     assert not tensor.any()
     assert list(tmp_path.iterdir()) == []
     if sys.platform == "linux":
-        assert maps() == 1
+        assert mapped_files() == 1
         del tensor
-        assert maps() == 0
+        assert mapped_files() == 0
 
 
-def test_a_killed_process_leaves_nothing(tmp_path):
+def test_a_killed_process_leaves_no_offload_files(tmp_path):
     code = f"""
 import os, signal, torch
 from dist_lab.transforms.offload import on_disk
 tensor = on_disk({str(tmp_path)!r}, 1000, torch.float32).fill_(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code])
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", code])
+    assert process.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_empty_needs_no_file():
+def test_an_empty_tensor_needs_no_file():
     assert on_disk("/no/such/folder", 0, torch.float32).shape == (0,)
 
 
-def test_moments_lie_in_the_order_of_their_parameter(tmp_path):
+def test_offloaded_moments_have_the_strides_of_their_parameter(tmp_path):
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     model = copy.deepcopy(plain)
@@ -172,37 +172,39 @@ def test_moments_lie_in_the_order_of_their_parameter(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_on_an_accelerator_the_state_waits_in_the_hosts_memory(name):
+def test_on_an_accelerator_the_state_is_kept_in_host_memory(name):
     plain, model = gpt().cuda(), gpt().cuda()
-    theirs, ours = (OPTIMIZERS[name](each.parameters()) for each in (plain, model))
-    offload_states(ours, pinned)
+    plain_optimizer, optimizer = (OPTIMIZERS[name](each.parameters()) for each in (plain, model))
+    offload_states(optimizer, pinned)
     for step in range(3):
-        for each, optimizer in ((plain, theirs), (model, ours)):
+        for each, stepping in ((plain, plain_optimizer), (model, optimizer)):
             x, y = (tensor.cuda() for tensor in batch(step))
             dist_lab.cross_entropy_sum(each(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            stepping.step()
+            stepping.zero_grad()
     assert same(model.parameters(), plain.parameters())
-    assert all(tensor.is_pinned() for tensor in states(ours))
+    assert all(tensor.is_pinned() for tensor in states(optimizer))
 
 
 @pytest.mark.parametrize("folder", ["missing", "file"])
 def test_a_folder_that_cannot_be_written_is_refused_before_a_step(folder, tmp_path):
     (tmp_path / "file").write_text("")
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))])
-    with pytest.raises(UserError, match=rf"cannot keep 1 bytes in .*{folder}: \w.*; name a folder"):
+    with pytest.raises(UserError, match=rf"cannot keep 1 bytes in .*{folder}: \w.*; name a wri"):
         offload_states(optimizer, partial(on_disk, tmp_path / folder))
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_no_room_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"^cannot keep 4,398,046,511,104 bytes in [^\n]*$") as told:
+def test_a_full_disk_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^cannot keep 4,398,046,511,104 bytes in [^\n]*$"
+    ) as error:
         on_disk(tmp_path, 1 << 40, torch.float32)
-    assert "No space left on device; name a folder that can be written and has room" in str(told)
+    assert "No space left on device; name a writable folder with enough room" in str(error)
     assert os.listdir(tmp_path) == []
 
 
-def test_space_is_taken_at_once_where_the_system_can(tmp_path, monkeypatch):
+def test_disk_space_is_allocated_at_once_where_the_system_can(tmp_path, monkeypatch):
     def quota(number, start, size):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 

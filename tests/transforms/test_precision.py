@@ -1,4 +1,4 @@
-"""Compute in bfloat16 on float32 masters: when a forward is left in an unusual way."""
+"""Compute in bfloat16 with float32 master weights: forwards that end with an exception."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import nn
 from dist_lab.transforms.precision import compute_in
 
 
-class Tries(nn.Module):
-    """Has a second way of computing, for when the first one fails."""
+class FallbackModel(nn.Module):
+    """Uses its second layer if the first one raises an exception."""
 
     def __init__(self):
         super().__init__()
@@ -23,19 +23,19 @@ class Tries(nn.Module):
         return x, self.scale
 
 
-def test_a_hook_that_fails_before_ours_leaves_this_forward_and_the_next_whole():
-    model = Tries()
-    early = model.first.register_forward_pre_hook(lambda *_: 1 / 0)
+def test_after_an_earlier_hook_fails_no_low_precision_copy_is_left():
+    model = FallbackModel()
+    failing_hook = model.first.register_forward_pre_hook(lambda *_: 1 / 0)
     compute_in(model, torch.bfloat16)
     for _ in range(2):
         out, scale = model(torch.ones(1, 2))
         assert out.dtype == scale.dtype == torch.bfloat16
-        assert model.scale.dtype == torch.float32, "the shadow stayed"
-        early.remove()
+        assert model.scale.dtype == torch.float32, "the low-precision copy is still there"
+        failing_hook.remove()
 
-    early = model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+    failing_hook = model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
     with pytest.raises(ZeroDivisionError):
         model(torch.ones(1, 2))
-    early.remove()
+    failing_hook.remove()
     _, scale = model(torch.ones(1, 2))
     assert scale.dtype == torch.bfloat16

@@ -1,11 +1,11 @@
-"""Where a pipeline cuts a model: pieces in forward order, what each costs, and the best cut.
+"""Partitions a model into stages: pieces in forward order, the cost of each, the best split points.
 
     a model with `stages`    pieces_by_seams -> names; seam_costs of their modules; cut
-    any other                trace -> a graph; node_costs; cut; split -> one GraphModule a stage
+    any other                trace -> a graph; node_costs; cut; split -> one GraphModule per stage
 
-A pipeline runs at the speed of its slowest stage, so `cut` makes that one as fast as can be; then
-it carries as little as it can from stage to stage, then it fills the stages evenly. Costs are
-found on the meta device, where a model runs without values, in no time and in no memory.
+A pipeline is as slow as its slowest stage, so `cut` first makes that stage as fast as possible.
+Then it sends as little as possible between stages, then it balances them. Costs are measured on
+the meta device, where a model runs without values, in almost no time and memory.
 """
 
 import copy
@@ -25,15 +25,15 @@ from dist_lab.errors import UserError
 from dist_lab.step.hooks import map_tensors
 from dist_lab.torch_private import TorchDispatchMode, flop_counter, tree_leaves
 
-# --- the cut --------------------------------------------------------------------------------------
+# --- the split points -----------------------------------------------------------------------------
 
 
 def cut(costs: Sequence[float], stages: int, carried: Sequence[float] = ()) -> list[int]:
-    """Where each stage begins, when pieces are put together in their order.
+    """The first piece of each stage, if each stage is a run of consecutive pieces.
 
-    Of all cuts into stages that are not empty: one whose slowest stage costs least; of those one
-    that carries least; of those one that is filled most evenly (the least sum of squares); of those
-    the one whose stages begin first. Sums are exact, in floats too.
+    Of all partitions into stages that are not empty: those whose slowest stage costs least; of
+    these, those that send least; of these, the most even (the least sum of squares); of these, the
+    one whose stages begin first. Sums are exact, also of floats.
 
     >>> cut([1, 1, 4, 1, 1], stages=3)
     [0, 2, 3]
@@ -41,33 +41,33 @@ def cut(costs: Sequence[float], stages: int, carried: Sequence[float] = ()) -> l
     ([0, 1], [0, 2])
 
     Args:
-        costs: of each piece; none is negative.
-        carried: what crosses a cut just before each piece; inf: never cut there. The first is of no
-            account.
+        costs: of each piece, at least 0.
+        carried: what must be sent if a stage begins at each piece; inf: none may begin there. The
+            first is ignored.
 
     Raises:
-        UserError: there are more stages than pieces that may be parted.
+        UserError: there are more stages than pieces at which one may begin.
     """
-    places = [i for i in range(len(costs)) if i == 0 or not carried or not isinf(carried[i])]
-    if not 1 <= stages <= len(places):
-        what = f"{len(places)} pieces" if len(places) == len(costs) else (
-            f"{len(costs)} pieces, which may be cut in {len(places)} parts"
+    starts = [i for i in range(len(costs)) if i == 0 or not carried or not isinf(carried[i])]
+    if not 1 <= stages <= len(starts):
+        model = f"{len(starts)} pieces" if len(starts) == len(costs) else (
+            f"{len(costs)} pieces, of which only {len(starts)} can begin a stage"
         )  # fmt: skip
         raise UserError(
-            f"{stages} stages of a model of {what}: none may be empty; ask for "
-            f"{len(places)} stages at most (mesh pp, chunks=), or give a deeper model"
+            f"{stages} stages of a model of {model}: no stage may be empty; ask for "
+            f"{len(starts)} stages at most (mesh pp, chunks=), or give a deeper model"
         )
-    before = [0, *accumulate(_whole(costs))]  # before[i]: the cost of all pieces before i
-    edges = [before[i] for i in places] + [before[-1]]
-    crossing = _whole([carried[i] if carried and i else 0 for i in places])
-    slowest = _slowest(edges, stages)
-    return [places[i] for i in _lightest(edges, crossing, stages, slowest)]
+    before = [0, *accumulate(_as_integers(costs))]  # before[i]: the cost of all pieces before i
+    edges = [before[i] for i in starts] + [before[-1]]
+    crossing = _as_integers([carried[i] if carried and i else 0 for i in starts])
+    slowest = _least_slowest(edges, stages)
+    return [starts[i] for i in _best_starts(edges, crossing, stages, slowest)]
 
 
-def _whole(numbers: Sequence[float]) -> list[int]:
-    """In a unit in which they are whole, so that sums do not depend on their order.
+def _as_integers(numbers: Sequence[float]) -> list[int]:
+    """Multiples of a common unit, so that sums do not depend on their order.
 
-    >>> _whole([0.5, 2, 0.25])
+    >>> _as_integers([0.5, 2, 0.25])
     [2, 8, 1]
     """
     exact = [Fraction(n) for n in numbers]
@@ -75,34 +75,40 @@ def _whole(numbers: Sequence[float]) -> list[int]:
     return [int(n * unit) for n in exact]
 
 
-def _slowest(edges: Sequence[int], stages: int) -> int:
-    """The least cost of the slowest stage, by bisection.
+def _least_slowest(edges: Sequence[int], stages: int) -> int:
+    """The least possible cost of the slowest stage, by bisection.
 
-    A bound can be kept if parts filled as far as it allows are few enough: cutting further makes no
-    part slower.
+    A bound is possible if stages that are filled up to it are few enough: splitting them further
+    makes none slower.
     """
-    parts = len(edges) - 1
+    pieces = len(edges) - 1
     low, high = max(b - a for a, b in pairwise(edges)), edges[-1]
     while low < high:
         bound = (low + high) // 2
         at = filled = 0
-        while at < parts and filled <= stages:
+        while at < pieces and filled <= stages:
             at, filled = bisect_right(edges, edges[at] + bound) - 1, filled + 1
         low, high = (low, bound) if filled <= stages else (bound + 1, high)
     return low
 
 
-def _lightest(edges: Sequence[int], crossing: Sequence[int], stages: int, bound: int) -> list[int]:
-    """Among the cuts that keep the bound. best[i]: (carried, squares, next start) of parts i ..."""
-    parts = len(edges) - 1
-    squares = [(edges[-1] - edges[i]) ** 2 for i in range(parts)]
-    best = {i: (0, squares[i], parts) for i in range(parts) if edges[-1] - edges[i] <= bound}
+def _best_starts(
+    edges: Sequence[int], crossing: Sequence[int], stages: int, bound: int
+) -> list[int]:
+    """The starts of the best partition in which no stage costs more than the bound.
+
+    Dynamic programming from the end: best[i] is (sent, sum of squares, next start) of the best
+    partition of pieces i ... into a given number of stages.
+    """
+    pieces = len(edges) - 1
+    squares = [(edges[-1] - edges[i]) ** 2 for i in range(pieces)]
+    best = {i: (0, squares[i], pieces) for i in range(pieces) if edges[-1] - edges[i] <= bound}
     tables = [best]
-    for left in range(2, stages + 1):
+    for count in range(2, stages + 1):
         fewer, best = best, {}
-        for i in range(stages - left, parts - left + 1):
+        for i in range(stages - count, pieces - count + 1):
             options = []
-            for j in range(i + 1, parts):
+            for j in range(i + 1, pieces):
                 cost = edges[j] - edges[i]
                 if cost > bound:
                     break
@@ -122,8 +128,8 @@ def _lightest(edges: Sequence[int], crossing: Sequence[int], stages: int, bound:
 
 
 def seams(model: nn.Module) -> tuple[str, ...] | None:
-    """Its `stages`, globs on module names in forward order; of a plain nn.Sequential, its modules.
-    None if it has none, or modules there that happen to be called so.
+    """A model's `stages`, globs on module names in forward order; all modules of an nn.Sequential.
+    None if there are none, or if `stages` is something else, such as a ModuleList.
     """
     globs = ("*",) if type(model) is nn.Sequential else getattr(model, "stages", None)
     if not globs or not isinstance(globs, list | tuple):
@@ -132,101 +138,102 @@ def seams(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def pieces_by_seams(model: nn.Module) -> list[list[str]]:
-    """The names of modules that stay together, in forward order.
+    """Pieces as lists of module names, in forward order. Modules of one piece stay together.
 
-    A block, which is what a glob with a `*` matches, is one piece. What comes before the first
-    block joins it, and what comes after a block joins that one: a head or a norm alone is no stage.
-    Without any `*` each module is a piece.
+    Each block, a module that a glob with a `*` matches, begins a piece. Modules before the first
+    block join its piece, and modules after a block join that block's: a norm or a head alone is no
+    stage. If no glob has a `*`, each module is a piece.
 
     Raises:
-        UserError: no `stages`, a glob that matches nothing, a module named with one around it, or a
-            parameter that is in none of them: then they would not be the whole forward.
+        UserError: there is no `stages`; a glob matches nothing; a module is named together with one
+            that contains it; or a parameter is in none of the modules, which then would not be the
+            whole forward.
     """
     globs = seams(model)
     if globs is None:
         raise UserError(f"{type(model).__name__} has no `stages`: {BRING_STAGES}")
-    every = model.named_modules(remove_duplicate=False)  # one that is used twice is there twice
-    modules = {name: module for name, module in every if name}
+    named = model.named_modules(remove_duplicate=False)  # a module that is used twice comes twice
+    modules = {name: module for name, module in named if name}
     is_block: dict[str, bool] = {}
     for glob in globs:
         pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
         matched = [name for name in modules if pattern.fullmatch(name)]
         if not matched:
-            few = ", ".join(list(modules)[:12]) + (", ..." if len(modules) > 12 else "")
-            raise UserError(f"{glob} in `stages` matches no module; there are {few}")
+            first = ", ".join(list(modules)[:12]) + (", ..." if len(modules) > 12 else "")
+            raise UserError(f"{glob} in `stages` matches no module; there are {first}")
         for name in matched:
             is_block.setdefault(name, "*" in glob)
     for name in is_block:
-        around = next((other for other in is_block if name.startswith(f"{other}.")), None)
-        if around:
-            raise UserError(f"`stages` names {name}, and {around} around it; name one of them")
-    held = {p for name in is_block for p in modules[name].parameters()}
+        outer = next((other for other in is_block if name.startswith(f"{other}.")), None)
+        if outer:
+            raise UserError(f"`stages` names both {name} and {outer}, which contains it; name one")
+    covered = {p for name in is_block for p in modules[name].parameters()}
     for name, parameter in model.named_parameters():
-        if parameter not in held:
+        if parameter not in covered:
             raise UserError(
-                f"{name} is in no module that `stages` names, which run in turn must be the whole "
-                "forward; add the module that holds it"
+                f"{name} is in no module that `stages` names, but these modules in sequence must "
+                "be the whole forward; add the module that holds it"
             )
     blocks = sum(is_block.values())
     pieces: list[list[str]] = [[]]
-    seen = 0
+    blocks_seen = 0
     for name, block in is_block.items():
-        seen += block
-        if pieces[0] and ((block and seen > 1) or not blocks):
+        blocks_seen += block
+        if pieces[0] and ((block and blocks_seen > 1) or not blocks):
             pieces.append([])
         pieces[-1].append(name)
     return pieces
 
 
 def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Any) -> list[float]:
-    """Of each piece: floating-point operations and elements of what its modules put out.
+    """The cost of each piece: floating-point operations, plus elements of its modules' outputs.
 
     Args:
-        modules: of each piece, on the meta device; run in turn they are the forward.
-        example: what the first reads, on the meta device; None: it is not known, and a piece costs
-            as many as it has parameters, and 1.
+        modules: the modules of each piece, on the meta device; in sequence they are the forward.
+        example: the model's input, on the meta device. None: it is not known, and a piece costs
+            1 plus its number of parameters.
 
     Raises:
-        UserError: they cannot be run in turn on it.
+        UserError: the modules in sequence fail on the example.
     """
     if example is None:
         return [1.0 + sum(p.numel() for m in piece for p in m.parameters()) for piece in modules]
     costs, x = [], example
-    with on_meta() as operations, as_user_error("the modules in `stages`, run in turn, fail"):
+    with on_meta() as operations, as_user_error("the modules in `stages`, in sequence, fail"):
         for piece in modules:
-            began, put_out = operations(), 0
+            operations_before, outputs = operations(), 0
             for module in piece:
                 x = module(x)
-                put_out += elements(x)
-            costs.append(float(operations() - began + put_out))
+                outputs += elements(x)
+            costs.append(float(operations() - operations_before + outputs))
     return costs
 
 
 def check_whole(model: nn.Module, modules: Iterable[nn.Module], example: Any) -> None:
-    """See that modules run in turn do what the model does, operation for operation.
+    """Check that the modules in sequence run the same operations as the model.
 
     Args:
         model, modules, example: on the meta device.
 
     Raises:
-        UserError: they do something else.
+        UserError: they run other operations.
     """
-    with on_meta(), as_user_error("the modules in `stages`, run in turn, fail"):
-        with _Operations() as wanted:
+    with on_meta(), as_user_error("the modules in `stages`, in sequence, fail"):
+        with _Operations() as of_model:
             model(example)
-        with _Operations() as found:
+        with _Operations() as of_sequence:
             x = example
             for module in modules:
                 x = module(x)
-    if found.names != wanted.names:
+    if of_sequence.names != of_model.names:
         raise UserError(
-            f"the modules in `stages` of {type(model).__name__}, run in turn, do not do what its "
-            "forward does: that would be another model; have `stages` name all that it calls"
+            f"the modules in `stages` of {type(model).__name__}, in sequence, do not compute what "
+            "its forward computes; name in `stages` all modules that the forward calls"
         )
 
 
 class _Operations(TorchDispatchMode):
-    """Notes the operations of what runs inside."""
+    """Records the names of the operations that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,11 +250,11 @@ class _Operations(TorchDispatchMode):
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of it without values. None are copied on the way; what was tied is tied."""
+    """A copy on the meta device. No values are copied; tied tensors stay tied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for tensor in held.values():
+        for attributes in (module._parameters, module._buffers, vars(module)):
+            for tensor in attributes.values():
                 if isinstance(tensor, Tensor) and id(tensor) not in memo:
                     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
                     if isinstance(tensor, nn.Parameter):
@@ -257,20 +264,20 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def to_meta(value: Any) -> Any:
-    """Tensors, in whatever structure, without their values."""
+    """The same structure, with its tensors on the meta device."""
     return map_tensors(lambda x: torch.empty_like(x, device="meta"), value)
 
 
 @contextmanager
 def on_meta() -> Iterator[Callable[[], int]]:
-    """Gives what tells how many operations there were so far."""
+    """Run on the meta device. Yields a function that returns the operations so far."""
     with torch.no_grad(), torch.device("meta"), flop_counter() as counter:
         yield counter.get_total_flops
 
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a refusal in one line."""
+    """Turn any exception inside into a UserError of one line."""
     try:
         yield
     except Exception as error:
@@ -279,7 +286,7 @@ def as_user_error(what: str) -> Iterator[None]:
 
 
 BRING_STAGES = (
-    "give the model `stages`, globs on names of modules that run in turn are its forward: "
+    "give the model `stages`, globs on names of modules that in sequence are its forward: "
     'stages = ("embed", "layers.*", "head")'
 )
 

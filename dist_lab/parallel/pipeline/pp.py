@@ -1,29 +1,29 @@
-"""Pipeline parallelism: layers in stages, and micro-batches that follow each other through them.
+"""Pipeline parallelism: the layers are split into stages, and micro-batches flow through them.
 
     stage 0   F0 F1 F2 .  .  B0 .  ...        x -> layers 0, 1 -> send
     stage 1   .  F0 F1 .  B0 F2 B1 ...        receive -> layers 2, 3 -> send
     stage 2   .  .  F0 B0 F1 B1 F2 ...        receive -> layers 4, 5 -> loss
 
-Other strategies share out space; this one splits time, so it is run by actions and not by hooks:
-a schedule (schedules/library.py) says in which order, and executor.py does what each of them says.
-Where the model is cut is partition.py's.
+Other strategies shard tensors; this one orders work in time. So actions drive it, not hooks: a
+schedule (schedules/library.py) puts the actions in order, and executor.py executes them one by one.
+partition.py chooses the split points of the model.
 
-Cost per step, sent by a rank for each cut at its sides: m micro-batches of B T D elements forward,
-and as much backward. Memory per rank: the parameters, gradients and optimizer state of its own
-stages, 1/p of each, and the activations of so many micro-batches as the schedule holds at once.
+Cost per step: at each of its stage boundaries a rank sends m micro-batches of B T D elements, as
+activations to the next stage or as gradients to the previous one. Memory per rank: parameters,
+gradients and optimizer state of its own stages, 1/p of the model, and the activations of as many
+micro-batches as the schedule keeps in flight.
 
-[Note: what travels] Stages give each other tuples of tensors: what the next one reads, or one
-further on. Their shapes need no message: each rank has the whole model on the meta device, where it
-costs nothing, and passes the shape of each kind of micro-batch through it once; so micro-batches
-may differ in rows. A receive is posted while its message is being made (`add_communication`), and
-what is sent is held until it has left: of sends to others two at most are on their way.
+[Note: what travels] A stage sends a tuple of tensors: all that the next stage or a later one reads.
+Shapes are never sent. Each rank has a copy of the whole model on the meta device, which takes no
+memory, and runs each new shape of micro-batch through it once; so micro-batches may differ in rows.
+Receives are posted while the sender still computes (`add_communication`). A sent tensor is kept
+until its send completes; at most two sends are outstanding.
 
-[Note: whole gradients] loss_fn gives each micro-batch's share of the loss, already divided by the
-global count; shares and gradients add up (see step/protocol.py), however many micro-batches and
-in whatever order. A tensor that several stages hold, such as an embedding that is tied to the head,
-has on each a part of its gradient, which is `partial` over their ranks; the sum is in `finish`.
-Both start from one value and are updated by one gradient, so they stay equal. What comes back to a
-stage is a tensor in any case: zeros where one process would have no gradient at all.
+[Note: whole gradients] loss_fn returns the micro-batch's share of the loss, already divided by the
+global count. Shares and gradients add up (step/protocol.py), for any number and order of
+micro-batches. A parameter of several stages, such as an embedding tied to the head, gets a part of
+its gradient on each; `finish` sums them. The copies start equal and get equal gradients, so they
+stay equal. A stage sends zeros for an input that got no gradient, so its peer always gets a tensor.
 """
 
 from functools import cache, partial
@@ -52,40 +52,39 @@ def apply(
     example_inputs: Any = None,
     emulate_compute: float = 0.0,
 ) -> Applied:
-    """Keep this rank's stages of a model, and make the pipeline that runs them.
+    """Keep this rank's stages of the model, and build the pipeline that runs them.
 
     Args:
         schedule: a name in SCHEDULES, or a file: see `load`.
-        chunks: stages a rank, where the schedule leaves it open; default 2.
-        balance: "cost": cut so that the slowest stage is as fast as can be; "count": so that it
-            has as few blocks as can be.
-        example_inputs: one micro-batch, by which cost is measured. Without it a block of a model
-            that has `stages` costs its parameters, and any other model cannot be cut.
-        emulate_compute: milliseconds that a unit of compute is made to take at least, asleep:
-            to see what a schedule is worth with fewer cores than ranks.
+        chunks: stages a rank, for schedules that leave this open; default 2.
+        balance: "cost": make the slowest stage as fast as possible; "count": make the largest
+            number of blocks in a stage as small as possible.
+        example_inputs: one micro-batch, used to estimate costs. Without it a block of a model that
+            has `stages` costs its number of parameters, and other models cannot be split.
+        emulate_compute: milliseconds that a unit of compute takes at least; the rank sleeps for the
+            rest. It shows a schedule's effect on a machine with fewer cores than ranks.
 
     Raises:
-        UserError: more stages than blocks, a model that cannot be cut, a schedule that is not
-            right or not for so many ranks, or one whose backward is in two halves where blocks
-            compute again for the whole of theirs.
+        UserError: there are more stages than blocks; the model cannot be split; the schedule has an
+            error, is for another number of ranks, or splits the backward of recomputed blocks.
     """
     axis = setup.axis
-    one = example(schedule, axis.size, chunks)
-    if setup.recompute and one.splits_backward:
+    sample = example(schedule, axis.size, chunks)
+    if setup.recompute and sample.splits_backward:
         raise UserError(
-            "recompute computes a block again for the whole of its backward, which schedule "
-            f"{schedule} does in two halves; leave it out, or take schedule 1f1b"
+            f"recompute needs a backward in one piece, but schedule {schedule} splits it in two "
+            "halves; leave recompute out, or take schedule 1f1b"
         )
-    kept = keep_stages(setup, one.rank_of, balance=balance, example=example_inputs)
+    local = keep_stages(setup, sample.rank_of, balance=balance, example=example_inputs)
     if example_inputs is not None:
-        kept.shapes.of(example_inputs, training=True)  # now, and not in a step that is measured
+        local.shapes.of(example_inputs, training=True)  # now, so that no step pays for it
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
     executor = Executor(
-        axis, kept.parts, kept.shapes, one.rank_of, schedule_for, emulate_compute / 1000
+        axis, local.modules, local.shapes, sample.rank_of, schedule_for, emulate_compute / 1000
     )
     runner = partial(PipelineRunner, pipeline=executor)
     return Applied(
-        kept.layouts, Tied(setup.model, kept.tied), make_runner=runner, buffers=kept.buffers
+        local.layouts, Tied(setup.model, local.tied), make_runner=runner, buffers=local.buffers
     )
 
 

@@ -1,9 +1,9 @@
-"""The pipeline's runner: micro-batches through stages, and telling the strategy what has happened.
+"""The pipeline's runner: runs micro-batches through the stages, and tells strategies about it.
 
-Where the plain runner hears of events from hooks, this one hears of actions: a stage's parameters
-are unsharded by UNSHARD and resharded by RESHARD, and a gradient is complete when the last B of its
-stage is done, or the last W of a schedule that does backward in two halves. Strategies that waited
-for hooks would wait in vain there: nothing fires when a weight's turn comes outside of backward.
+The plain runner calls strategies from hooks; this one calls them at actions. UNSHARD and RESHARD
+unshard and reshard a stage's parameters. A gradient is complete after the last B of its stage, or
+after the last W if the schedule splits backward. Hooks would not do: none fires for a weight
+gradient that is computed outside of backward.
 """
 
 import json
@@ -30,48 +30,48 @@ FORWARD = (Op.F, Op.SEND_F, Op.RECV_F, Op.UNSHARD)
 
 
 class RunnerEvents(Protocol):
-    """What a pipeline tells the runner while it runs."""
+    """What a pipeline reports to the runner during a run."""
 
     def on_action(self, action: Action) -> None:
-        """It is about to do this action."""
+        """The pipeline is about to do this action."""
 
-    def on_phase(self, phase: Phase, what: str) -> None:
-        """It is about to do all of this phase: a library does not tell its actions one by one."""
+    def on_phase(self, phase: Phase, label: str) -> None:
+        """The pipeline is about to do this phase. A library does not report single actions."""
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
-        """A stage's gradients hold one more micro-batch. `last`: nothing will be added to them."""
+        """A micro-batch has been added to a stage's gradients. `last`: they are complete."""
 
 
 class Pipeline(Protocol):
     """Runs micro-batches through the stages of all ranks.
 
     Attributes:
-        axis: along which the stages lie.
-        parts: this rank's stages, by number.
-        slots: when each action of the last run began and ended, by this rank's clock, in seconds;
-            none of a library's.
+        axis: the mesh axis over which the stages are spread.
+        modules: stage -> its module, for this rank's stages.
+        timings: the last run's actions with start and end, in seconds of this rank's clock; empty
+            for a library's pipeline.
         schedule_for: number of micro-batches -> the schedule.
     """
 
     axis: Axis
-    parts: Mapping[int, nn.Module]
-    slots: list[TimedAction]
+    modules: Mapping[int, nn.Module]
+    timings: list[TimedAction]
     schedule_for: Callable[[int], Schedule]
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
-        """Forward and backward; the sum of the shares of the loss, 0 where that is not computed."""
+        """Forward and backward. Returns the sum of the shares of the loss that this rank has."""
 
     def evaluate(
         self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
     ) -> Tensor:
-        """The same by forward alone."""
+        """Forward only. Returns the same sum."""
 
 
 class PipelineRunner(Step):
-    """Drives this rank's stages under one Sync. The verbs are those of the plain runner.
+    """Runs this rank's stages, with the interface of the plain runner.
 
     Args:
-        units: name -> module: what strategies unshard as one; an outer one before those within it.
+        units: name -> module that strategies unshard as one; an outer unit before inner ones.
         applied: what the strategies did to the model.
     """
 
@@ -83,24 +83,24 @@ class PipelineRunner(Step):
         self.pipeline = pipeline
         self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         self._last = True  # outside microbatch(), every run is the last one
-        self._phase = Phase.FORWARD  # that a RESHARD ends: forward where there is no backward
+        self._phase = Phase.FORWARD  # the phase that RESHARD ends: FORWARD in evaluation
         name_of = {p: name for name, p in model.named_parameters()}
         self._names = {
-            stage: [name_of[p] for p in part.parameters() if p.requires_grad]
-            for stage, part in pipeline.parts.items()
+            stage: [name_of[p] for p in module.parameters() if p.requires_grad]
+            for stage, module in pipeline.modules.items()
         }
-        within = {stage: set(part.modules()) for stage, part in pipeline.parts.items()}
+        submodules = {stage: set(module.modules()) for stage, module in pipeline.modules.items()}
         self._units = {
             stage: [name for name, unit in units.items() if name and unit in modules]
-            for stage, modules in within.items()
+            for stage, modules in submodules.items()
         }
         self._unsharded: list[int] = []  # stages
-        self._open: set[int] = set()  # stages whose gradients are not complete
+        self._incomplete: set[int] = set()  # stages whose gradients are not complete
         model.register_forward_pre_hook(ModuleHook(_refuse_forward))
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Around a `run`: whether more of them follow before `finish`."""
+        """Mark the runs inside as the last before `finish`, or not."""
         before, self._last = self._last, last
         self.sync.microbatch(last=last)
         try:
@@ -112,7 +112,7 @@ class PipelineRunner(Step):
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
         for name in self._parameters:
             self._refuse_closed(name)
-        self._open = set(self._names)
+        self._incomplete = set(self._names)
         self.sync.microbatch(last=self._last)
         self._phase = Phase.BACKWARD
         with self._inside_model():
@@ -125,8 +125,8 @@ class PipelineRunner(Step):
 
     @contextmanager
     def _inside_model(self) -> Iterator[None]:
-        """The model itself is a unit, too, around all actions; an exception breaks the step off."""
-        with self.comm.label():  # what follows is of no action
+        """Unshard the root unit around all actions. An exception aborts the step."""
+        with self.comm.label():  # no label of an action outlives the run
             self.sync.unshard(ROOT, Phase.FORWARD)
             try:
                 yield
@@ -140,7 +140,7 @@ class PipelineRunner(Step):
                     self.sync.forget()
                 raise
 
-    # --- what the pipeline tells ------------------------------------------------------------------
+    # --- events of the pipeline -------------------------------------------------------------------
 
     def on_action(self, action: Action) -> None:
         self.on_phase(Phase.FORWARD if action.op in FORWARD else Phase.BACKWARD, str(action))
@@ -149,8 +149,8 @@ class PipelineRunner(Step):
         elif action.op is Op.RESHARD:
             self._reshard(action.stage)
 
-    def on_phase(self, phase: Phase, what: str) -> None:
-        self.comm.phase, self.comm.unit = phase.value, what
+    def on_phase(self, phase: Phase, label: str) -> None:
+        self.comm.phase, self.comm.unit = phase.value, label
 
     def _unshard(self, stage: int) -> None:
         self._unsharded.append(stage)
@@ -165,24 +165,25 @@ class PipelineRunner(Step):
     def on_gradients(self, stage: int, *, last: bool) -> None:
         self.has_gradients = True
         if last:
-            self._open.discard(stage)
-        elsewhere = {name for other in self._open if other != stage for name in self._names[other]}
-        there = [n for n in self._names[stage] if self._leaves[n].grad is not None]
-        done = [name for name in there if last and self._last and name not in elsewhere]
+            self._incomplete.discard(stage)
+        # A parameter of two stages of this rank is complete after the later one.
+        shared = {n for other in self._incomplete if other != stage for n in self._names[other]}
+        names = [n for n in self._names[stage] if self._leaves[n].grad is not None]
+        complete = [n for n in names if last and self._last and n not in shared]
         if last and self._last:
-            self._closed |= set(done)
-        if done:
-            self.sync.grads_ready(done, last=True)
-        rest = [name for name in there if name not in done]
+            self._closed |= set(complete)
+        if complete:
+            self.sync.grads_ready(complete, last=True)
+        rest = [n for n in names if n not in complete]
         if rest:
             self.sync.grads_ready(rest, last=False)
 
     def timeline(self) -> list[list[TimedAction]]:
-        slots = self.pipeline.slots
-        return on_one_clock(slots, self.pipeline.axis) if slots else []
+        timings = self.pipeline.timings
+        return on_one_clock(timings, self.pipeline.axis) if timings else []
 
     def _before_finish(self) -> None:
-        """Nothing is open: a run ends with all its actions."""
+        """Nothing to do: a run ends with all its actions."""
 
 
 def _refuse_forward(module: nn.Module, args: Any) -> None:
@@ -192,21 +193,22 @@ def _refuse_forward(module: nn.Module, args: Any) -> None:
     )
 
 
-def on_one_clock(slots: Sequence[TimedAction], axis: Axis) -> list[list[TimedAction]]:
-    """The slots of all ranks, in milliseconds from the first of all. Collective.
+def on_one_clock(timings: Sequence[TimedAction], axis: Axis) -> list[list[TimedAction]]:
+    """The timings of all ranks, in milliseconds since the first action began. Collective.
 
     Args:
-        slots: this rank's, in seconds by time.perf_counter, which is one clock to the processes of
-            a machine; several machines are put together by their wall clocks.
+        timings: this rank's, in seconds of time.perf_counter, a clock that all processes of a
+            machine share; the clocks of several machines are aligned by their wall clocks.
     """
-    mine = [(s.action.stage, s.action.op.value, s.action.microbatch, s.start, s.end) for s in slots]
+    local = [(t.action, t.start, t.end) for t in timings]
+    row = [(a.stage, a.op.value, a.microbatch, start, end) for a, start, end in local]
     to_wall = time.time() - time.perf_counter()
-    told = json.dumps([platform.node(), to_wall, mine]).encode()
-    said = [json.loads(row) for row in ops.all_gather_bytes(told, axis)]
-    # One `to_wall` for a machine: two readings of it differ a little, and effects that follow at
-    # once on their causes would come before them.
-    offsets = {machine: to_wall for machine, to_wall, _ in said}
-    first = min((row[0][3] + offsets[machine] for machine, _, row in said if row), default=0.0)
+    message = json.dumps([platform.node(), to_wall, row]).encode()
+    messages = [json.loads(text) for text in ops.all_gather_bytes(message, axis)]
+    # One `to_wall` per machine: two readings differ a little, and a receive could seem to come
+    # before its send.
+    offsets = {machine: to_wall for machine, to_wall, _ in messages}
+    first = min((row[0][3] + offsets[machine] for machine, _, row in messages if row), default=0.0)
 
     def since(machine: str, moment: float) -> float:
         return (moment + offsets[machine] - first) * 1e3
@@ -216,5 +218,5 @@ def on_one_clock(slots: Sequence[TimedAction], axis: Axis) -> list[list[TimedAct
             TimedAction(Action(stage, Op(op), m), since(machine, start), since(machine, end))
             for stage, op, m, start, end in row
         ]
-        for machine, _, row in said
+        for machine, _, row in messages
     ]

@@ -1,17 +1,16 @@
-"""Backward of a module in two halves: the gradient of its inputs now, those of its weights later.
+"""Splits a module's backward in two halves: gradients of its inputs now, of its weights later.
 
-    I    dx    for which the stage before waits
-    W    dW    for which nobody waits before the step ends
+    I    dx    for which the previous stage waits
+    W    dW    for which no one waits before the step ends
 
-A zero-bubble schedule does W where a rank would be idle (Qi et al. 2023, arXiv:2401.10241). So each
-module that holds parameters itself, the outermost of them, has its forward replaced: what it
-computes is a graph of its own, from detached inputs, which autograd sees from outside as one
-operation. Its backward walks that graph to the inputs alone, and notes as a debt that there are
-weights to walk to. A Linear needs no graph for that (parallel/split_linear.py); its bias comes with
-I.
+A zero-bubble schedule does W when a rank would be idle (Qi et al. 2023, arXiv:2401.10241). We
+replace the forward of each outermost module that holds parameters directly. The new forward builds
+an autograd graph of its own from detached inputs; the outer graph sees it as one operation. The
+backward of that operation runs the inner graph to the inputs only, and defers its run to the
+weights. A Linear needs no inner graph (parallel/split_linear.py); its bias gradient comes with I.
 
-Nothing is computed twice as long as such a module is one operation: a convolution, a norm, an
-embedding. In one that is many, what lies between its inputs and a weight inside is walked twice.
+Nothing is computed twice if such a module is a single operation: a convolution, a norm, an
+embedding. If it has several, the backward of those between its inputs and a weight runs twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,21 +26,20 @@ from dist_lab.parallel.split_linear import split_linear, weight_gradient
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.torch_private import tree_flatten, tree_unflatten
 
-WeightWork = list[Callable[[], None]]
+WeightWork = list[Callable[[], None]]  # each call adds some weights' gradients to their `.grad`
 
 
 class SplitBackward:
-    """Replaces forwards, and knows the list to which they add their weight work."""
+    """Replaces forwards, and holds the list to which they append their weight work."""
 
     def __init__(self) -> None:
-        self.weight_work: WeightWork | None = None  # None: nothing is put off
+        self.weight_work: WeightWork | None = None  # None: nothing is deferred
 
     def split(self, module: nn.Module) -> None:
-        """In place: the outermost modules that hold trained parameters themselves."""
+        """Replace the forwards of the outermost modules that hold trained parameters directly."""
         if isinstance(module.forward, SplitForward):
-            return  # called from two stages of this rank
-        own = module._parameters.values()
-        if any(p is not None and p.requires_grad for p in own):
+            return  # a module of two stages of this rank
+        if any(p is not None and p.requires_grad for p in module._parameters.values()):
             module.forward = SplitForward(module, self)
             return
         for child in module.children():
@@ -49,8 +47,8 @@ class SplitBackward:
 
     @contextmanager
     def deferring(self, weight_work: WeightWork | None) -> Iterator[None]:
-        """Inside, weights of what is computed are owed their gradient: each debt, when called in
-        any order after backward, adds it to `.grad`. None: it comes in backward.
+        """Forwards inside the block append their weight work to this list, during backward. It may
+        be called in any order after backward. None: weights get their gradients in backward.
         """
         before, self.weight_work = self.weight_work, weight_work
         try:
@@ -60,13 +58,13 @@ class SplitBackward:
 
 
 class SplitForward(StaysBehind):
-    """The `forward` of one such module."""
+    """The replaced `forward` of one module."""
 
     def __init__(self, module: nn.Module, splitter: SplitBackward) -> None:
         self.forward = self.in_a_copy = module.forward
         self.module, self.splitter = module, splitter
-        plain = type(module) is nn.Linear and module.weight.requires_grad
-        self.linear: nn.Linear | None = module if plain else None  # type: ignore[assignment]
+        is_linear = type(module) is nn.Linear and module.weight.requires_grad
+        self.linear: nn.Linear | None = module if is_linear else None  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         weight_work = self.splitter.weight_work
@@ -74,67 +72,67 @@ class SplitForward(StaysBehind):
             return self.forward(*args, **kwargs)
         if self.linear is not None and len(args) == 1 and not kwargs:
             return _linear(self.linear, args[0], weight_work)
-        return _by_graph(self.module, self._whole, args, kwargs, weight_work)
+        return _with_inner_graph(self.module, self._undeferred, args, kwargs, weight_work)
 
-    def _whole(self, *args: Any, **kwargs: Any) -> Any:
-        with self.splitter.deferring(None):  # one that lies inside owes nothing of its own
+    def _undeferred(self, *args: Any, **kwargs: Any) -> Any:
+        with self.splitter.deferring(None):  # inner modules are part of this one's graph
             return self.forward(*args, **kwargs)
 
 
 def _linear(linear: nn.Linear, x: Tensor, weight_work: WeightWork) -> Tensor:
-    weight = linear.weight  # in the dtype of compute: perhaps a cast of the parameter
-    kept = x.detach()
+    weight = linear.weight  # in the compute dtype: perhaps a cast of the parameter
+    saved = x.detach()
 
-    def run_deferred(dy: Tensor) -> None:
-        torch.autograd.backward(weight, weight_gradient(dy, kept))
+    def add_gradient(dy: Tensor) -> None:
+        torch.autograd.backward(weight, weight_gradient(dy, saved))
 
     def defer(dy: Tensor) -> None:
-        if torch.is_grad_enabled():  # what is paid later has no history
+        if torch.is_grad_enabled():  # create_graph=True: deferred gradients have no graph
             raise UserError(
-                "a backward of which a derivative is taken cannot be split; take a schedule "
+                "a backward that is differentiated again cannot be split in two; take a schedule "
                 'that does not split it, such as "1f1b"'
             )
-        weight_work.append(partial(run_deferred, dy))
+        weight_work.append(partial(add_gradient, dy))
 
     return split_linear(x, weight, linear.bias, defer)
 
 
-def _by_graph(
+def _with_inner_graph(
     module: nn.Module,
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     weight_work: WeightWork,
 ) -> Any:
-    values, shape = tree_flatten((args, kwargs))
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    arguments, arguments_spec = tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
     weights = [p for p in module.parameters() if p.requires_grad]
-    outputs: list[Any] = []  # of the module, some of which may be no tensors
-    form: list[Any] = []
+    inner_outputs: list[Any] = []  # tensors and other values
+    output_spec: list[Any] = []
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        inside = list(values)
-        for place, x in zip(places, inputs, strict=True):
-            inside[place] = x
-        inner_args, inner_kwargs = tree_unflatten(inside, shape)
-        found, how = tree_flatten(forward(*inner_args, **inner_kwargs))
-        outputs.extend(found)
-        form.append(how)
-        return [value for value in found if isinstance(value, Tensor)]
+        inner_arguments = list(arguments)
+        for i, x in zip(positions, inputs, strict=True):
+            inner_arguments[i] = x
+        inner_args, inner_kwargs = tree_unflatten(inner_arguments, arguments_spec)
+        values, spec = tree_flatten(forward(*inner_args, **inner_kwargs))
+        inner_outputs.extend(values)
+        output_spec.append(spec)
+        return [value for value in values if isinstance(value, Tensor)]
 
-    inputs = [values[place] for place in places]
-    made = iter(_Graph.apply(run, weight_work, weights, *inputs, *weights))
-    whole = [next(made) if isinstance(value, Tensor) else value for value in outputs]
-    return tree_unflatten(whole, form[0])
-
-
-def fresh(x: Tensor) -> Tensor:
-    """The same memory, as a tensor that may be changed in place, which a leaf may not."""
-    made: Tensor = _Fresh.apply(x) if x.requires_grad else x
-    return made
+    inputs = [arguments[i] for i in positions]
+    tensors = iter(_InnerGraph.apply(run, weight_work, weights, *inputs, *weights))
+    outputs = [next(tensors) if isinstance(value, Tensor) else value for value in inner_outputs]
+    return tree_unflatten(outputs, output_spec[0])
 
 
-class _Fresh(torch.autograd.Function):
+def as_non_leaf(x: Tensor) -> Tensor:
+    """The same memory as a tensor that may be changed in place, which a leaf may not."""
+    y: Tensor = _Identity.apply(x) if x.requires_grad else x
+    return y
+
+
+class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.detach()
@@ -144,11 +142,11 @@ class _Fresh(torch.autograd.Function):
         return gradient
 
 
-class _Graph(torch.autograd.Function):
-    """(run, weight_work, weights, *inputs, *weights) -> what `run` makes of the inputs.
+class _InnerGraph(torch.autograd.Function):
+    """(run, weight_work, weights, *inputs, *weights) -> run(inputs).
 
-    The weights are inputs so that the result has a gradient where no input has one; what they are
-    given is None.
+    The weights are inputs so that the outputs need a gradient even if no input does. Here they get
+    None as their gradient.
     """
 
     @staticmethod
@@ -156,21 +154,17 @@ class _Graph(torch.autograd.Function):
         ctx: Any, run: Callable[[list[Tensor]], list[Tensor]], weight_work: WeightWork,
         weights: list[Tensor], *tensors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        given = tensors[: len(tensors) - len(weights)]
+        outer_inputs = tensors[: len(tensors) - len(weights)]
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(x.requires_grad) for x in given]
-            outputs = run([fresh(x) for x in inputs])
-        ctx.inputs, ctx.outputs, ctx.weight_work, ctx.weights = (
-            inputs,
-            outputs,
-            weight_work,
-            weights,
-        )
+            inputs = [x.detach().requires_grad_(x.requires_grad) for x in outer_inputs]
+            outputs = run([as_non_leaf(x) for x in inputs])
+        ctx.inputs, ctx.outputs = inputs, outputs
+        ctx.weight_work, ctx.weights = weight_work, weights
         ctx.set_materialize_grads(False)
-        made = tuple(y.detach() for y in outputs)
-        fixed = (m for m, y in zip(made, outputs, strict=True) if not y.requires_grad)
-        ctx.mark_non_differentiable(*fixed)
-        return made
+        detached = tuple(y.detach() for y in outputs)
+        constant = (d for d, y in zip(detached, outputs, strict=True) if not y.requires_grad)
+        ctx.mark_non_differentiable(*constant)
+        return detached
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -179,15 +173,15 @@ class _Graph(torch.autograd.Function):
             for y, dy in zip(ctx.outputs, gradients, strict=True)
             if dy is not None and y.requires_grad
         ]
-        wanted = [x for x in ctx.inputs if x.requires_grad]
-        found: Any = [None] * len(wanted)
+        xs = [x for x in ctx.inputs if x.requires_grad]
+        grads: Any = [None] * len(xs)
         weights = ctx.weights
         if pairs:
             ys, dys = zip(*pairs, strict=True)
-            if wanted:
-                found = torch.autograd.grad(ys, wanted, dys, retain_graph=True, allow_unused=True)
+            if xs:
+                grads = torch.autograd.grad(ys, xs, dys, retain_graph=True, allow_unused=True)
             ctx.weight_work.append(lambda: torch.autograd.backward(ys, dys, inputs=weights))
-        each = iter(found)
-        dx = [next(each) if x.requires_grad else None for x in ctx.inputs]
-        ctx.inputs = ctx.outputs = ctx.weights = None  # the debt keeps what it needs
+        remaining = iter(grads)
+        dx = [next(remaining) if x.requires_grad else None for x in ctx.inputs]
+        ctx.inputs = ctx.outputs = ctx.weights = None  # the weight work keeps what it needs
         return (None, None, None, *dx, *[None] * len(weights))

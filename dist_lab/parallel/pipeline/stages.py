@@ -1,8 +1,8 @@
-"""What a rank keeps of a model whose layers are in stages, and what stages give each other.
+"""Splits a model into stages: keeps this rank's, and finds the shapes of tensors between stages.
 
-No name changes: a layer that is kept stays where it is, and one that is not has a stand-in that
-refuses to run. Layers run as parts: of a model with `stages`, modules in turn; of any other, a
-piece of its traced graph. Where they are cut is partition.py's.
+No name changes: a layer of this rank stays where it is in the model, and any other is replaced by
+a stand-in that refuses to run. A stage runs as a module of its own: for a model with `stages`, its
+modules in sequence; for any other, a part of its traced graph. partition.py chooses the split.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,15 +37,15 @@ BALANCES = ("cost", "count")
 
 @dataclass(frozen=True)
 class LocalStages:
-    """The stages that this rank keeps, and what it knows of the others.
+    """This rank's stages, and what it knows about the whole model.
 
-    parts: this rank's stages, by number
-    shapes: what stages give each other
-    layouts, buffers: of the whole model
-    tied: name -> the ranks that hold the same tensor, of what this one holds
+    modules: stage -> its module, for this rank's stages
+    shapes: the shapes of the tensors between stages
+    layouts, buffers: name -> Layout, for the whole model
+    tied: name of a parameter of this rank -> the axis of the ranks that hold it too
     """
 
-    parts: Mapping[int, nn.Module]
+    modules: Mapping[int, nn.Module]
     shapes: "Shapes"
     layouts: Mapping[str, Layout]
     buffers: Mapping[str, Layout]
@@ -59,7 +59,7 @@ def keep_stages(
     balance: str = "cost",
     example: Any = None,
 ) -> LocalStages:
-    """Cut a model into stages and keep, in place, those of this rank. See `pp.apply`.
+    """Split a model into stages and keep this rank's, in place. See `pp.apply`.
 
     Args:
         rank_of: stage -> position on the axis.
@@ -68,54 +68,54 @@ def keep_stages(
     if balance not in BALANCES:
         raise UserError(f"balance cannot be {balance!r}; give {' or '.join(BALANCES)}")
     if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
-        raise UserError("a module here has extra state, of which a stage would lose the others'")
+        raise UserError("pp would lose extra state (get_extra_state); keep it in buffers instead")
     for name, buffer in model.named_buffers():
         if buffer.layout is not torch.strided:
             raise UserError(f"{name} is sparse, which stages do not send; make it dense")
-    parts, uses = _in_stages(model, len(rank_of), balance, example)
-    shapes = Shapes(meta_copy(nn.ModuleList(parts)), setup.param_dtype)
-    used = [_objects(model, paths) for paths in uses]
+    stages, used_names = _split(model, len(rank_of), balance, example)
+    shapes = Shapes(meta_copy(nn.ModuleList(stages)), setup.param_dtype)
+    used = [_named(model, names) for names in used_names]
 
     def ranks_of(tensor: Tensor) -> list[int]:
-        """Those that use it, in the order of stages; what none does lies with the first."""
-        stages = [s for s, (_, tensors) in enumerate(used) if id(tensor) in tensors]
-        return list(dict.fromkeys(rank_of[s] for s in stages or [0]))
+        """The ranks that use a tensor, in stage order; an unused one is on the rank of stage 0."""
+        users = [s for s, (_, tensors) in enumerate(used) if id(tensor) in tensors]
+        return list(dict.fromkeys(rank_of[s] for s in users or [0]))
 
     layouts: dict[str, Layout] = {}
     tied: dict[str, Axis] = {}
-    values: dict[nn.Parameter, str] = {}  # of what is kept, the name that it is drawn by
+    local_names: dict[nn.Parameter, str] = {}  # this rank's parameters -> their first names
     kept = {id(b) for b in model.buffers() if axis.index in ranks_of(b)}
     for name, parameter in model.named_parameters():
-        on = ranks_of(parameter)
-        layouts[name] = setup.layouts[name].split(axis.name, OnlyOn(tuple(on)))
-        together = None
-        if len(on) > 1 and parameter.requires_grad:
-            layouts[name] = layouts[name].owing(Owed(axis.name, positions=tuple(sorted(on))))
-            together = setup.mesh.sub(axis.name, on)
-        if axis.index in on:
-            values[parameter] = name
+        ranks = ranks_of(parameter)
+        layouts[name] = setup.layouts[name].split(axis.name, OnlyOn(tuple(ranks)))
+        shared_by = None
+        if len(ranks) > 1 and parameter.requires_grad:
+            layouts[name] = layouts[name].owing(Owed(axis.name, positions=tuple(sorted(ranks))))
+            shared_by = setup.mesh.sub(axis.name, ranks)
+        if axis.index in ranks:
+            local_names[parameter] = name
             kept.add(id(parameter))
-        if together is not None:
-            tied[name] = together
+        if shared_by is not None:
+            tied[name] = shared_by
     buffers = {
         name: Layout(buffer.shape, buffer.dtype).split(axis.name, OnlyOn(tuple(ranks_of(buffer))))
         for name, buffer in model.named_buffers(remove_duplicate=False)
         if name in model.state_dict()
     }
-    here = {stage: part for stage, part in enumerate(parts) if rank_of[stage] == axis.index}
-    _leave(model, {m for stage in here for m in used[stage][0]}, kept)
-    _materialize([model, *here.values()], values, setup.full_value, axis.device)
+    local = {stage: module for stage, module in enumerate(stages) if rank_of[stage] == axis.index}
+    _remove_others(model, {m for stage in local for m in used[stage][0]}, kept)
+    _materialize([model, *local.values()], local_names, setup.full_value, axis.device)
     if setup.param_dtype is not None:
-        for stage, part in here.items():
-            compute_in(part, setup.param_dtype, inputs=stage == 0)
-    return LocalStages(here, shapes, layouts, buffers, tied)
+        for stage, module in local.items():
+            compute_in(module, setup.param_dtype, inputs=stage == 0)
+    return LocalStages(local, shapes, layouts, buffers, tied)
 
 
-# --- parts ----------------------------------------------------------------------------------------
+# --- stages as modules ----------------------------------------------------------------------------
 
 
 class SequentialStage(nn.Sequential):
-    """Modules in turn. What it gives is a tuple, as all stages give, but the last."""
+    """Modules in sequence. Like every stage but the last it returns a tuple."""
 
     def __init__(self, modules: Iterable[nn.Module], *, last: bool) -> None:
         super().__init__(*modules)
@@ -127,8 +127,8 @@ class SequentialStage(nn.Sequential):
         return x if self.last else (x,)
 
 
-def _in_stages(
-    model: nn.Module, stages: int, balance: str, example: Any
+def _split(
+    model: nn.Module, num_stages: int, balance: str, example: Any
 ) -> tuple[list[nn.Module], list[set[str]]]:
     """All stages of a model, and the names of the modules and tensors that each of them uses."""
     if seams(model) is not None:
@@ -146,82 +146,82 @@ def _in_stages(
             meta_model = meta_copy(model)
             names = [name for piece in pieces for name in piece]
             check_whole(meta_model, map(meta_model.get_submodule, names), to_meta(example))
-        _check_enough(stages, len(pieces), f"blocks of {type(model).__name__}")
-        ends = [*cut(costs, stages), len(pieces)]
-        parts: list[nn.Module] = [
+        _check_enough(num_stages, len(pieces), f"blocks of {type(model).__name__}")
+        ends = [*cut(costs, num_stages), len(pieces)]
+        stages: list[nn.Module] = [
             SequentialStage((m for piece in modules[a:b] for m in piece), last=b == len(pieces))
             for a, b in pairwise(ends)
         ]
-        return parts, [{n for piece in pieces[a:b] for n in piece} for a, b in pairwise(ends)]
+        return stages, [{n for piece in pieces[a:b] for n in piece} for a, b in pairwise(ends)]
     if example is None:
         raise UserError(
-            f"{type(model).__name__} has no `stages`, and to cut its graph takes an input to see "
-            "what each operation costs: give example_inputs=, one micro-batch; or give the model "
-            'stages = ("embed", "layers.*", "head")'
+            f"{type(model).__name__} has no `stages`, and to split its graph pp needs an input, to "
+            "see what each operation costs: give example_inputs=, one micro-batch; or give the "
+            'model stages = ("embed", "layers.*", "head")'
         )
     traced = trace(model, example)
     nodes, costs, carried = node_costs(traced, example)
     costs = costs if balance == "cost" else [1.0] * len(nodes)
-    _check_enough(stages, len(nodes), f"operations of {type(model).__name__}")
-    graphs = split(traced, cut(costs, stages, carried))
+    _check_enough(num_stages, len(nodes), f"operations of {type(model).__name__}")
+    graphs = split(traced, cut(costs, num_stages, carried))
     return list(graphs), [
         {str(node.target) for node in g.graph.nodes if node.op in ("call_module", "get_attr")}
         for g in graphs
     ]
 
 
-def _check_enough(stages: int, pieces: int, what: str) -> None:
-    if stages > pieces:
+def _check_enough(num_stages: int, pieces: int, noun: str) -> None:
+    if num_stages > pieces:
         raise UserError(
-            f"{stages} stages are more than the {pieces} {what}; give fewer ranks of pp, or a "
+            f"{num_stages} stages are more than the {pieces} {noun}; give fewer ranks of pp, or a "
             "deeper model"
         )
 
 
-# --- what stages give each other ------------------------------------------------------------------
+# --- the shapes of tensors between stages ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StageInput:
-    """Of one tensor that travels."""
+    """Shape and dtype of one tensor that a stage takes as input."""
 
     shape: torch.Size
     dtype: torch.dtype
-    is_input: bool = field(default=False, compare=False)  # of the model: it needs no gradient
+    is_model_input: bool = field(default=False, compare=False)  # passed through, without gradient
 
     @property
     def has_grad(self) -> bool:
-        """Whether it has one, which travels back."""
-        return self.dtype.is_floating_point and not self.is_input
+        """Whether its gradient is sent back."""
+        return self.dtype.is_floating_point and not self.is_model_input
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
 class Shapes:
-    """What each stage is given, by the shape of a micro-batch: [Note: what travels] in pp.py."""
+    """The inputs of all stages for each shape of micro-batch: [Note: what travels] in pp.py."""
 
     def __init__(self, meta_stages: nn.Module, param_dtype: torch.dtype | None) -> None:
         self.meta_stages = list(meta_stages.children())
-        self.trains = {module for module in meta_stages.modules() if module.training}
+        self.in_training = {module for module in meta_stages.modules() if module.training}
         self.known: dict[tuple[str, bool], list[list[StageInput]]] = {}
         for stage, meta_model in enumerate(self.meta_stages):
             if param_dtype is not None:
                 compute_in(meta_model, param_dtype, inputs=stage == 0)
 
     def of(self, x: Any, *, training: bool) -> list[list[StageInput]]:
-        """For each stage the shapes of what it is given; the first is given x itself."""
+        """Each stage's inputs. Those of the first stage are the tensors of x."""
         key = repr(map_tensors(lambda t: (t.shape, t.dtype), x)), training
         if key not in self.known:
-            for module in self.trains:
+            for module in self.in_training:
                 module.training = training
-            with outside_modes(), torch.no_grad():  # who counts operations counts real ones
-                self.known[key] = list(self._pass_through(x))
+            with outside_modes(), torch.no_grad():  # no FLOP counter sees this
+                self.known[key] = list(self._run_on_meta(x))
         return self.known[key]
 
-    def _pass_through(self, x: Any) -> Iterable[list[StageInput]]:
+    def _run_on_meta(self, x: Any) -> Iterable[list[StageInput]]:
         values: tuple[Any, ...] = (to_meta(x),)
-        inputs = [*tensors_in(values)]
+        model_inputs = [*tensors_in(values)]
         yield [StageInput(t.shape, t.dtype) for t in tensors_in(x)]
         for stage, meta_model in enumerate(self.meta_stages[:-1]):
             try:
@@ -230,38 +230,37 @@ class Shapes:
                 why = next(iter(str(error).splitlines()), type(error).__name__)
                 if stage == 0 and not isinstance(x, Tensor):
                     raise UserError(
-                        f"the input is a {type(x).__name__}, which the first module of stage 0 is "
-                        f"given as it is, and that fails ({why}); have that module take it apart, "
-                        "or give pairs of one tensor and targets"
+                        f"the first module of stage 0 cannot take a {type(x).__name__} as input "
+                        f"({why}); unpack it in that module, or give pairs of a tensor and targets"
                     ) from None
                 raise UserError(
-                    f"stage {stage} cannot be run on the meta device, to learn the shapes of what "
-                    f"it gives ({why}); a pipeline needs shapes that do not depend on values"
+                    f"stage {stage} cannot be run on the meta device to find the shapes of its "
+                    f"outputs ({why}); a pipeline needs shapes that do not depend on values"
                 ) from None
             if not all(isinstance(v, Tensor) and not v.is_complex() for v in values):
                 raise UserError(
-                    f"stage {stage} gives what is no tensor, or one of complex numbers, which is "
-                    "not sent; cut elsewhere, by another number of stages"
+                    f"stage {stage} returns a value that is not a tensor, or a complex tensor, "
+                    "which cannot be sent; give another number of stages, to split elsewhere"
                 )
-            yield [StageInput(v.shape, v.dtype, any(v is own for own in inputs)) for v in values]
+            yield [StageInput(v.shape, v.dtype, any(v is i for i in model_inputs)) for v in values]
 
 
-def check_shapes(stage: int, output: object, wanted: Sequence[StageInput]) -> None:
-    """Raise UserError unless a stage gives what `Shapes` has said."""
+def check_shapes(stage: int, output: object, expected: Sequence[StageInput]) -> None:
+    """Raise UserError unless a stage's outputs have the shapes that `Shapes` has found."""
     values = output if isinstance(output, tuple) else (output,)
-    found = [StageInput(x.shape, x.dtype) for x in values]
-    if found != list(wanted):
+    actual = [StageInput(x.shape, x.dtype) for x in values]
+    if actual != list(expected):
         raise UserError(
-            f"stage {stage} gives {', '.join(map(str, found))}, and on the meta device it gave "
-            f"{', '.join(map(str, wanted))}; a pipeline needs shapes that do not depend on values"
+            f"stage {stage} returns {', '.join(map(str, actual))}, but on the meta device it gave "
+            f"{', '.join(map(str, expected))}; a pipeline needs shapes that do not depend on values"
         )
 
 
-# --- what stages hold together --------------------------------------------------------------------
+# --- parameters of several stages -----------------------------------------------------------------
 
 
 class Tied(Sync):
-    """Pays what tensors that several stages hold owe: see [Note: whole gradients] in pp.py."""
+    """Sums the gradients of parameters of several stages: [Note: whole gradients] in pp.py."""
 
     def __init__(self, model: nn.Module, tied: Mapping[str, Axis]) -> None:
         self.model, self.tied = model, tied
@@ -269,73 +268,73 @@ class Tied(Sync):
     def finish(self) -> None:
         for name, axis in self.tied.items():
             parameter = self.model.get_parameter(name)
-            mine = parameter.grad
-            flat = torch.zeros_like(parameter).flatten() if mine is None else mine.flatten()
-            # With one more element that says whether any of them has a gradient at all.
-            flat = torch.cat([flat, flat.new_tensor([mine is not None])])
+            grad = parameter.grad
+            flat = torch.zeros_like(parameter).flatten() if grad is None else grad.flatten()
+            # One more element counts the ranks that have a gradient at all.
+            flat = torch.cat([flat, flat.new_tensor([grad is not None])])
             with axis.comm.label(unit=f"tied {name}"):
-                whole = ops.all_reduce_into(flat, axis).wait()  # dW{U} -> dW
-            if whole[-1] > 0:
-                parameter.grad = whole[:-1].view_as(parameter)
+                total = ops.all_reduce_into(flat, axis).wait()  # dW{U} -> dW
+            if total[-1] > 0:
+                parameter.grad = total[:-1].view_as(parameter)
 
 
-# --- what is here, and what is not ----------------------------------------------------------------
+# --- removing other ranks' layers -----------------------------------------------------------------
 
 
 class MissingLayer(nn.Module):
-    """Stands where a layer of another stage would be."""
+    """Stands in for a layer of another rank's stage."""
 
     def forward(self, *args: object, **kwargs: object) -> NoReturn:
         raise UserError("this layer is on another stage; under pp call job.run or job.evaluate")
 
 
-def _objects(model: nn.Module, paths: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
-    """The modules and tensors at these names, which may have other names as well."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    alone = dict(model.named_parameters(remove_duplicate=False)) | dict(
+def _named(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
+    """The modules with these names, and the ids of the tensors in them or with such a name."""
+    all_modules = dict(model.named_modules(remove_duplicate=False))
+    all_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
-    found = [modules[path] for path in paths if path in modules]
-    tensors = [alone[path] for path in paths if path in alone]
-    for module in found:
+    modules = [all_modules[name] for name in names if name in all_modules]
+    tensors = [all_tensors[name] for name in names if name in all_tensors]
+    for module in modules:
         tensors += [*module.parameters(), *module.buffers()]
-    return found, {id(tensor) for tensor in tensors}
+    return modules, {id(tensor) for tensor in tensors}
 
 
-def _leave(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> None:
-    """Put stand-ins for the modules, and None for the tensors, that are not among those kept.
+def _remove_others(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> None:
+    """Replace all modules but these by stand-ins, and all tensors but those of these ids by None.
 
-    By identity, as one module or tensor may stand in several places.
+    Names do not count, because a module or tensor may have several.
     """
     for name, child in module._modules.items():
         if child is None or child in modules:
             continue
         state = (*child.parameters(), *child.buffers())
         if any(m in modules for m in child.modules()) or any(id(t) in tensors for t in state):
-            _leave(child, modules, tensors)
+            _remove_others(child, modules, tensors)
         else:
             module._modules[name] = MissingLayer()
-    for held in (module._parameters, module._buffers):
-        for name, tensor in held.items():
+    for registered in (module._parameters, module._buffers):
+        for name, tensor in registered.items():
             if id(tensor) not in tensors:
-                held[name] = None
+                registered[name] = None
 
 
 def _materialize(
     roots: Sequence[nn.Module],
-    values: Mapping[nn.Parameter, str],
+    names: Mapping[nn.Parameter, str],
     full_value: Callable[[str], Tensor],
     device: torch.device,
 ) -> None:
-    """Of a model from the meta device: each parameter that is kept gets its value, where it is."""
+    """Replace this rank's parameters on the meta device by ones with values, in all modules."""
     new: dict[nn.Parameter, nn.Parameter] = {}
-    for parameter, name in values.items():
+    for parameter, name in names.items():
         if parameter.is_meta:
             value = full_value(name).to(device)
             new[parameter] = nn.Parameter(value, parameter.requires_grad)
             new[parameter].__dict__.update(parameter.__dict__)
     for root in roots:
         for module in root.modules():
-            for name, held in module._parameters.items():
-                if held in new:
-                    module._parameters[name] = new[held]
+            for name, old in module._parameters.items():
+                if old in new:
+                    module._parameters[name] = new[old]

@@ -1,1 +1,1 @@
-"""The strategies that keep every parameter whole on every rank."""
+"""The strategies that replicate every parameter on every rank."""

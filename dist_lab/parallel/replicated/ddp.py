@@ -1,35 +1,35 @@
-"""DDP: gradients travel while backward is still computing, many of them in one message.
+"""DDP: gradients are summed in buckets, while backward is still computing.
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   bucket by bucket, in backward
 
-Backward makes gradients from the last layer to the first. Those that come one after another share
-a flat buffer, a bucket; when the last gradient of a bucket is in, its sum over the ranks is issued,
-and backward goes on meanwhile. The first bucket is small, so that the network has work early.
+Backward computes gradients from the last layer to the first. Gradients that become ready one after
+another share a flat buffer, a bucket. When the last gradient of a bucket is ready, its all_reduce
+is issued, and backward goes on meanwhile. The first bucket is small, so that the network has work
+early.
 
-Cost per step, for P parameters of which none is idle: 2 (N-1)/N (P + a flag for each and for each
-bucket) elements sent, in about P / bucket_mb messages, however many micro-batches there were.
-Memory per rank: all of everything. Gradients lie in the buckets: autograd's first of a step is
-copied in, later micro-batches add to it in place, and nothing is copied back after the sum.
+Cost per step, for P parameters, all of them used: 2 (N-1)/N (P + a flag per parameter and bucket)
+elements sent, in about P / bucket_mb messages, however many micro-batches there are. Memory per
+rank: all parameters, gradients and optimizer state. Gradients live in the buckets: the first one of
+a step is copied in, later micro-batches add to it in place, and nothing is copied after the sum.
 Li et al. 2020, "PyTorch Distributed: experiences on accelerating data parallel training"
 (arXiv:2006.15704).
 
-[Note: what the first step teaches] Which parameters a model uses, and in which order backward
-reaches them, is not known before it has run. So the first step sums after backward: the ranks tell
-each other which gradients arrived and when, and make buckets in that order, of just the parameters
-that some rank has used. What no rank uses is never sent.
+[Note: the first step] Before the first backward it is not known which parameters a model uses, nor
+in which order backward reaches them. So the first step sums after backward. The ranks exchange
+which gradients arrived, and in which order, and make buckets in that order, of the parameters that
+some rank has used. A parameter that no rank uses is never sent.
 
-[Note: used elsewhere] Later steps may differ, and by rank. Each bucket carries a flag for each of
-its parameters, 1 where this rank has used it, which the same sum adds up: a parameter that nobody
-used in this step keeps `grad is None`, and one that was used only elsewhere gets the others'
-gradient. One more flag tells of parameters that are in no bucket yet; if any rank raises it, all of
-them learn again. So a rank may issue a bucket in backward that another issues in `finish`, after
-whatever lies between: the buckets have an order in common with each other alone, and their axis
-must be a channel of its own (`mesh.channel`).
+[Note: used elsewhere] Later steps may use other parameters, and ranks may differ. Each bucket has a
+flag per parameter, 1 if this rank has used it, and the all_reduce adds the flags up as well. A
+parameter that no rank has used in this step keeps `grad is None`; one that only other ranks have
+used gets their gradient. One more flag reports a used parameter that is in no bucket yet; if any
+rank sets it, all ranks make buckets for such parameters. So a rank may issue a bucket in backward
+that another issues in `finish`, after other collectives. Buckets are ordered only among themselves,
+so they need a process group of their own (`mesh.channel`).
 
-While a bucket is in flight a user may reach for its gradients, and an exception may end the step:
-see in_flight.py.
+For edits of `.grad` and exceptions while a bucket is in flight, see in_flight.py.
 
-Buffers are each rank's own: see [Note: buffers] in dist_lab/transforms/batchnorm.py.
+For buffers, which are local to each rank, see [Note: buffers] in dist_lab/transforms/batchnorm.py.
 """
 
 from collections.abc import Sequence
@@ -46,11 +46,11 @@ from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0) -> Applied:
-    """Owe the gradient of every trained parameter one sum over the axis, and pay it in buckets.
+    """Sum the gradient of every trained parameter over the axis, in buckets.
 
     Args:
-        bucket_mb, first_bucket_mb: a bucket is closed before it would hold more MiB than this; a
-            larger parameter has one of its own.
+        bucket_mb, first_bucket_mb: the most MiB that a bucket, or the first one, may hold; a
+            larger parameter has a bucket to itself.
     """
     if not (bucket_mb > 0 and first_bucket_mb > 0):
         raise UserError(f"buckets of {first_bucket_mb} and {bucket_mb} MiB; give sizes above 0")
@@ -60,29 +60,29 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0
 
 
 class BucketedAllReduce(Sync):
-    """Issues each bucket as soon as it and all before it are full: one order on every rank."""
+    """Issues each bucket once it and all before it are complete: in one order on every rank."""
 
     def __init__(self, model: nn.Module, axis: Axis, limits: tuple[int, int]) -> None:
         self.model, self.axis, self.limits = model, axis, limits
-        self.owed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.buckets: list[Bucket] = []
-        self.bucket_of: dict[str, Bucket] = {}  # where a parameter's gradient lies
-        self.unassigned: dict[str, None] = {}  # used in this step, in order, and in no bucket
-        self.issued = 0  # buckets
+        self.bucket_of: dict[str, Bucket] = {}  # parameter name -> the bucket of its gradient
+        self.unassigned: dict[str, None] = {}  # used in this step, in order, and in no bucket yet
+        self.issued = 0  # the number of buckets issued in this step
 
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
             for bucket in self.buckets:
                 bucket.arrivals.look_for_frozen()
-                if phase is Phase.BACKWARD:  # autograd is about to add gradients there
+                if phase is Phase.BACKWARD:  # autograd is about to add to the gradients
                     bucket.in_flight.refuse_lost()
-                    bucket.in_flight.drop_stand_ins()
+                    bucket.in_flight.drop_placeholders()
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
             for bucket in self.buckets:
-                if bucket.gradients.in_flight:  # and this backward may have been another one
-                    bucket.in_flight.show_stand_ins()
+                if bucket.gradients.in_flight:  # this backward may have been a later one
+                    bucket.in_flight.show_placeholders()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
@@ -98,86 +98,86 @@ class BucketedAllReduce(Sync):
             bucket.gradients.copy_in(name, bucket.parameters[name])
             if last:
                 bucket.arrivals.ready.add(name)
-        # The last bucket stays for finish(): only then is it known that no other came.
+        # finish() issues the last bucket: its last flag needs the end of backward.
         while self.issued < len(self.buckets) - 1 and self.buckets[self.issued].arrivals.complete:
             self._issue(unassigned=False)
 
     def finish(self) -> None:
-        """Issue what backward left incomplete, wait for all, and learn if there is a need."""
+        """Issue the buckets that are left, wait for all, and make new buckets if needed."""
         for bucket in self.buckets:
             bucket.in_flight.refuse_lost()
-        for name in self.owed:  # also what a user has put there, and no backward
+        for name in self.trained:  # a user may have set a gradient without a backward
             if name not in self.bucket_of and self.model.get_parameter(name).grad is not None:
                 self.unassigned.setdefault(name)
-        while self.issued < len(self.buckets):  # on this rank some of its gradients did not come
+        while self.issued < len(self.buckets):  # this rank did not use all of its parameters
             self._issue(unassigned=bool(self.unassigned))
-        more = [bucket.wait() for bucket in self.buckets]
-        if not self.buckets or more[-1]:
-            self._learn()
+        reports = [bucket.wait() for bucket in self.buckets]
+        if not self.buckets or reports[-1]:
+            self._make_buckets()
             while self.issued < len(self.buckets):
                 self._issue(unassigned=False)
-            for bucket in self.buckets[len(more) :]:
+            for bucket in self.buckets[len(reports) :]:
                 bucket.wait()
         self.issued = 0
         self.unassigned = {}
-        for bucket in self.buckets[-1:]:  # which is the last to be sent, and told by all
-            bucket.in_flight.refuse_given_up()
+        for bucket in self.buckets[-1:]:  # every rank that aborted has said so in the last one
+            bucket.in_flight.refuse_partial_abort()
 
     def forget(self) -> None:
-        """Nothing of a step comes that was broken off: on all ranks, or it is refused on all."""
-        given_up = self.issued > 0
-        while given_up and self.issued < len(self.buckets):
-            self._issue(unassigned=False, given_up=True)
+        """Abort the step: drop its sums if all ranks abort, and raise on all if only some do."""
+        aborted = self.issued > 0
+        while aborted and self.issued < len(self.buckets):
+            self._issue(unassigned=False, aborted=True)
         for bucket in self.buckets:
             bucket.arrivals.ready = set()
-            if given_up:
-                bucket.in_flight.lose()
+            if aborted:
+                bucket.in_flight.discard_sums()
         self.issued = 0
-        if given_up:
-            self.buckets[-1].in_flight.refuse_given_up()
+        if aborted:
+            self.buckets[-1].in_flight.refuse_partial_abort()
 
-    def _issue(self, *, unassigned: bool, given_up: bool = False) -> None:
-        self.buckets[self.issued].issue(unassigned=unassigned, given_up=given_up)
+    def _issue(self, *, unassigned: bool, aborted: bool = False) -> None:
+        self.buckets[self.issued].issue(unassigned=unassigned, aborted=aborted)
         self.issued += 1
 
-    def _learn(self) -> None:
-        """Make buckets for what some rank has used, in the order in which it came."""
-        if not self.owed:
+    def _make_buckets(self) -> None:
+        """Make buckets for the unassigned parameters of all ranks, in order of arrival."""
+        if not self.trained:
             return
         used = [n for n in self.unassigned if self.model.get_parameter(n).grad is not None]
-        place = {name: i for i, name in enumerate(used)}
-        places = [place.get(name, -1) for name in self.owed]
-        strides = hash(tuple(self.model.get_parameter(name).stride() for name in self.owed))
-        mine = torch.tensor([*places, strides], device=self.axis.device)
-        rows = all_gather(mine[None], self.axis).tolist()  # (size, owed + 1)
-        alike = len({row.pop() for row in rows}) == 1  # parameters lie in memory alike on all ranks
-        arrived: dict[str, None] = {}
-        for row in rows:  # in rank 0's order; then what it has not seen, in rank 1's; and so on
+        arrival_of = {name: i for i, name in enumerate(used)}
+        arrivals = [arrival_of.get(name, -1) for name in self.trained]
+        strides = hash(tuple(self.model.get_parameter(name).stride() for name in self.trained))
+        own_row = torch.tensor([*arrivals, strides], device=self.axis.device)
+        rows = all_gather(own_row[None], self.axis).tolist()  # (size, trained + 1)
+        same_strides = len({row.pop() for row in rows}) == 1
+        ordered: dict[str, None] = {}
+        for row in rows:  # rank 0's order first, then what only rank 1 has used, and so on
             order = sorted(range(len(row)), key=row.__getitem__)
-            arrived |= {self.owed[i]: None for i in order if row[i] >= 0}
-        parameters = {name: self.model.get_parameter(name) for name in arrived}
+            ordered |= {self.trained[i]: None for i in order if row[i] >= 0}
+        parameters = {name: self.model.get_parameter(name) for name in ordered}
         first, limit = self.limits
         sizes = [(name, p.dtype, p.nbytes) for name, p in parameters.items()]
         for names in group_into_buckets(sizes, limit if self.buckets else first, limit):
             members = {name: parameters[name] for name in names}
-            bucket = Bucket(len(self.buckets), members, self.axis, as_parameters=alike)
-            for name in names:  # at once, so that a gradient and its copy are not all there twice
+            bucket = Bucket(len(self.buckets), members, self.axis, same_strides=same_strides)
+            for name in names:  # now, so that at most one bucket of gradients exists twice
                 bucket.gradients.copy_in(name, members[name])
             self.buckets.append(bucket)
             self.bucket_of |= dict.fromkeys(names, bucket)
 
 
 class Bucket:
-    """Gradients in one flat buffer, with a flag for each, and one for all others.
+    """Gradients in one flat buffer, with a flag for each, and a last flag for all others.
 
-    memory = [ gradient a | gradient b | ... | a used | b used | ... | one used without a bucket ]
+    memory = [ gradient a | gradient b | ... | a used | b used | ... | unassigned or aborted ]
 
     Args:
-        as_parameters: gradients have the strides of their parameters, which are those of all ranks.
+        same_strides: each parameter has the same strides on all ranks, so its gradient may as well.
     """
 
     def __init__(
-        self, index: int, parameters: dict[str, nn.Parameter], axis: Axis, *, as_parameters: bool
+        self, index: int, parameters: dict[str, nn.Parameter], axis: Axis, *, same_strides: bool
     ) -> None:
         self.parameters, self.axis = parameters, axis
         shapes = {name: p.shape for name, p in parameters.items()}
@@ -185,7 +185,7 @@ class Bucket:
         dtype = next(iter(parameters.values())).dtype
         memory = shared_buffer(length, dtype, axis)
         self.gradients = FlatBuffer(memory, shapes, bucket_label(index, list(shapes)))
-        if as_parameters:  # or autograd would add to them element by element
+        if same_strides:  # with other strides than its parameter's, autograd adds slowly
             views = self.gradients.views
             for name, p in parameters.items():
                 strides = torch.empty_like(p, device="meta").stride()
@@ -193,22 +193,22 @@ class Bucket:
         self.arrivals = Arrivals(parameters)
         self.in_flight = GradsInFlight(parameters, self.gradients, axis.size)
 
-    def issue(self, *, unassigned: bool, given_up: bool) -> None:
-        """dW{U_dp} -> dW, and the flags with it."""
+    def issue(self, *, unassigned: bool, aborted: bool) -> None:
+        """Issue the sum dW{U_dp} -> dW, and that of the flags."""
         used = {n for n, p in self.parameters.items() if p.grad is not None}
         self.gradients.copy_in_all(self.parameters)
         flags = [name in used for name in self.parameters]
-        told = -self.axis.size if given_up else int(unassigned)
-        self.gradients.tail.copy_(torch.tensor([*flags, told]))
+        last_flag = -self.axis.size if aborted else int(unassigned)
+        self.gradients.tail.copy_(torch.tensor([*flags, last_flag]))
         self.gradients.issue(all_reduce_into, self.axis)
-        self.in_flight.leave(used)
+        self.in_flight.on_issue(used)
 
     def wait(self) -> bool:
-        """Make every `.grad` global, or None. Returns if a rank used one without a bucket."""
+        """Make every `.grad` the sum, or None. Returns whether a rank has unassigned parameters."""
         self.gradients.wait()
         self.arrivals.ready = set()
-        *used, told = self.gradients.tail.tolist()
-        cleared = self.in_flight.arrive(told)
-        kept = [n not in cleared and k > 0 for n, k in zip(self.parameters, used, strict=True)]
-        self.gradients.assign_grads(self.parameters, kept)
-        return bool(told > 0)
+        *use_counts, last_flag = self.gradients.tail.tolist()
+        cleared = self.in_flight.on_wait(last_flag)
+        pairs = zip(self.parameters, use_counts, strict=True)
+        self.gradients.assign_grads(self.parameters, [n not in cleared and k > 0 for n, k in pairs])
+        return bool(last_flag > 0)

@@ -1,11 +1,11 @@
-"""Hugging Face accelerate's data parallelism, a second twin of ddp.py: what `prepare` makes of a model.
+"""Hugging Face accelerate's data parallelism, a second twin of ddp.py.
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   bucket by bucket, in backward
 
-It uses the world's process group. An Accelerator that the process has made for itself stays as it
-is. On CPU that is torch's DistributedDataParallel, set up by accelerate: the same sums as
-ddp_torch.py by another way in. Cost as there.
-"""  # noqa: E501
+`Accelerator.prepare` wraps the model in torch's DistributedDataParallel, over the world's process
+group. The sums and the cost are those of ddp_torch.py. An Accelerator that the user has made before
+keeps its state.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from dist_lab.step.protocol import Applied, Chain, Setup
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -> Applied:
-    """Hand the gradients to what Accelerator(cpu=True).prepare(model) returns.
+    """Hand the gradients to the model that Accelerator(cpu=True).prepare returns.
 
     Args:
         bucket_mb, find_unused: as in ddp_torch.py.
 
     Raises:
-        UserError: an axis that is not the whole world, the only one that accelerate knows.
+        UserError: the axis is not the whole world, the only group that accelerate uses.
     """
-    from accelerate import Accelerator  # here, because it takes a second and others do not need it
+    from accelerate import Accelerator  # here: the import takes a second
     from accelerate.utils import DistributedDataParallelKwargs
 
     model, axis, layouts = setup.model, setup.axis, setup.owing_sums(setup.axis)
@@ -44,8 +44,8 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
         find_unused_parameters=find_unused,
         broadcast_buffers=False,
     )
-    with _state_of_its_own(), as_under_torchrun(axis.index, axis.size), warnings.catch_warnings():
-        # It says broadcast_buffers to a torch that has begun to say forward_sync_buffers.
+    with _fresh_state(), as_under_torchrun(axis.index, axis.size), warnings.catch_warnings():
+        # It passes broadcast_buffers, which torch has renamed to forward_sync_buffers.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[options])
         ddp = accelerator.prepare_model(model)
@@ -59,20 +59,20 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
 
 
 @contextmanager
-def _state_of_its_own() -> Iterator[None]:
-    """Inside the block no Accelerator has been made yet; those made before are as before after it.
+def _fresh_state() -> Iterator[None]:
+    """Empty accelerate's global state for the block, and restore it afterwards.
 
-    accelerate keeps one state for the whole process, in dicts that all its objects share.
+    accelerate keeps one state per process, in dicts that all its objects share.
     """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
-    before = [dict(state) for state in shared]
-    for state in shared:
+    states = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
+    saved = [dict(state) for state in states]
+    for state in states:
         state.clear()
     try:
         yield
     finally:
-        for state, values in zip(shared, before, strict=True):
+        for state, values in zip(states, saved, strict=True):
             state.clear()
             state.update(values)

@@ -1,9 +1,9 @@
-"""PyTorch's own DDP, the twin of ddp.py: buckets, overlap and sums are the library's.
+"""PyTorch's own DDP, the twin of ddp.py: the library does the buckets, the overlap and the sums.
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   bucket by bucket, in backward
 
 Cost per step: 2 (N-1)/N P elements sent, in buckets of 25 MiB after a first of 1 MiB. Memory per
-rank: all of everything. Li et al. 2020 (arXiv:2006.15704).
+rank: all parameters, gradients and optimizer state. Li et al. 2020 (arXiv:2006.15704).
 """
 
 from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
@@ -15,8 +15,8 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
 
     Args:
         bucket_mb: MiB in a bucket.
-        find_unused: allow parameters without a gradient, at the price of a walk over the graph in
-            every step. Without it the library raises an error about them in the second step.
+        find_unused: allow parameters without a gradient, by a walk over the autograd graph in every
+            step. Without it the library raises an error about them in the second step.
     """
     layouts = setup.owing_sums(setup.axis)
     if setup.axis.size == 1:

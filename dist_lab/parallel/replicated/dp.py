@@ -1,15 +1,15 @@
-"""Naive data parallelism: the same weights everywhere, each rank its rows, one sum at the end.
+"""Naive data parallelism: replicated weights, each rank its own rows, one all_reduce per gradient.
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   after backward
 
-Each rank's gradient is that of its own rows; their sum is that of the whole batch, and so every
-rank takes the same step. The idea is whole here and nothing else is: no byte travels while a rank
-computes, and each parameter pays the network's latency by itself. ddp mends both.
+Each rank computes the gradient of its own rows. The sum over the ranks is the gradient of the whole
+batch, so every rank takes the same optimizer step. That is the whole idea, and also its weakness:
+communication does not overlap with compute, and each parameter costs a latency. ddp mends both.
 
-Cost per step, for P parameters of which none is idle: one all_reduce each, 2 (N-1)/N P elements
-sent, however many micro-batches there were; and one all_reduce of a byte per parameter, to agree on
-which were used. Memory per rank: all of everything. Buffers (the statistics of BatchNorm) stay each
-rank's own. Bulk-synchronous SGD: Valiant 1990 (BSP),
+Cost per step, for P parameters, all of them used: one all_reduce each, 2 (N-1)/N P elements sent,
+however many micro-batches there are; and one all_reduce of a byte per parameter, to agree on which
+were used. Memory per rank: all parameters, gradients and optimizer state. Buffers (the statistics
+of BatchNorm) stay local to each rank. Bulk-synchronous SGD: Valiant 1990 (BSP),
 Zinkevich et al. 2010, "Parallelized stochastic gradient descent".
 """
 
@@ -22,7 +22,7 @@ from dist_lab.step.protocol import Applied, Setup, Sync
 
 
 def apply(setup: Setup) -> Applied:
-    """Owe the gradient of every trained parameter one sum over the axis."""
+    """Sum the gradient of every trained parameter over the axis, after backward."""
     model, axis = setup.model, setup.axis
     return Applied(setup.owing_sums(axis), AllReduceAfterBackward(model, axis))
 
@@ -32,21 +32,21 @@ class AllReduceAfterBackward(Sync):
 
     def __init__(self, model: nn.Module, axis: Axis) -> None:
         self.model, self.axis = model, axis
-        self.owed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def finish(self) -> None:
-        for name in self._used_somewhere():  # one order on every rank, or they would hang
+        for name in self._used_on_any_rank():  # in the same order on every rank, or they would hang
             parameter = self.model.get_parameter(name)
             if parameter.grad is None:  # used on another rank, not on this one
                 parameter.grad = torch.zeros_like(parameter)
             with self.axis.comm.label(unit=name):
                 all_reduce_into(parameter.grad, self.axis).wait()  # dW{U_dp} -> dW
 
-    def _used_somewhere(self) -> list[str]:
-        """Parameters with a gradient on some rank. One that has none anywhere keeps none."""
-        if not self.owed:
+    def _used_on_any_rank(self) -> list[str]:
+        """Parameters that have a gradient on some rank. All others keep `grad is None`."""
+        if not self.trained:
             return []
-        grads = [self.model.get_parameter(name).grad is not None for name in self.owed]
-        flags = torch.tensor(grads, dtype=torch.uint8, device=self.axis.device)
-        used = all_reduce(flags, self.axis, "max")
-        return [name for name, yes in zip(self.owed, used.tolist(), strict=True) if yes]
+        has_grad = [self.model.get_parameter(name).grad is not None for name in self.trained]
+        flags = torch.tensor(has_grad, dtype=torch.uint8, device=self.axis.device)
+        used = all_reduce(flags, self.axis, "max").tolist()
+        return [name for name, is_used in zip(self.trained, used, strict=True) if is_used]

@@ -1,1 +1,1 @@
-"""Who computes what when in a pipeline, as data: no torch in it."""
+"""Pipeline schedules as plain data: which rank computes what, and in which order. No torch."""

@@ -1,18 +1,17 @@
-"""The nouns of a pipeline: actions, and a schedule, which is every rank's actions in order.
+"""A pipeline's data types: an action, and a schedule: every rank's actions in order.
 
-A schedule is a value. It can be printed, drawn, checked, written to a file and edited there, and
-only then executed; nothing in it knows of tensors or networks.
+A schedule is plain data: it can be printed, drawn, checked, and edited in a file before it is
+executed. It knows nothing of tensors or networks.
 
     2F0   forward of micro-batch 0 through stage 2
-    2B0   its backward, whole; or in two:
-    2I0   the gradient of what the stage was given, for which the stage before waits
-    2W0   the gradients of its weights, for which nobody waits before the step ends; what is cheap
-          comes with 2I0: biases of linear layers
+    2B0   its full backward; or the same in two halves:
+    2I0   the gradients of the stage's inputs, for which the previous stage waits
+    2W0   the gradients of the stage's weights, for which no one waits before the step ends (cheap
+          ones, the biases of linear layers, are computed in 2I0)
 
-and, written by `add_communication`, what travels between ranks: 2SEND_F0 sends on what 2F0 made,
-3RECV_F0 receives what 3F0 is to be given; 3SEND_B0 sends back what 3B0 or 3I0 made, to 2RECV_B0;
-and, written by `add_unshard`, when a stage's parameters must be there: 2UNSHARD0, and may go:
-2RESHARD7, for strategies that keep shards of them.
+`add_communication` inserts messages: 2SEND_F0 sends the output of 2F0 to 3RECV_F0, the input of
+3F0; 3SEND_B0 sends the gradient that 3B0 or 3I0 computed to 2RECV_B0. `add_unshard` inserts, for
+strategies that shard parameters, when a stage's are all-gathered, 2UNSHARD0, and freed, 2RESHARD7.
 """
 
 import re
@@ -25,7 +24,7 @@ from functools import cached_property
 class Op(Enum):
     F = "F"
     B = "B"
-    I = "I"  # noqa: E741  Qi et al. call it B, and others so what they do whole
+    I = "I"  # noqa: E741  Qi et al. call it B, others call a full backward B
     W = "W"
     SEND_F = "SEND_F"
     RECV_F = "RECV_F"
@@ -37,13 +36,13 @@ class Op(Enum):
 
 COMPUTE = (Op.F, Op.B, Op.I, Op.W)
 MESSAGES = (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
-# In units of a forward: backward is two matrix products where forward is one.
+# In units of one forward: a backward is two matrix products for each one of the forward.
 COSTS: Mapping[Op, int] = {Op.F: 1, Op.B: 2, Op.I: 1, Op.W: 1}
 
 
 @dataclass(frozen=True)
 class Action:
-    """What a rank does next. `last`: it completes the gradients of its stage."""
+    """One step of a rank's work. `last`: after it the gradients of its stage are complete."""
 
     stage: int
     op: Op
@@ -59,22 +58,22 @@ class Action:
         >>> Action.parse("2F0"), Action.parse("F2")
         (Action(stage=2, op=<Op.F: 'F'>, microbatch=0, last=False), None)
         """
-        found = re.fullmatch(r"(\d{1,4})([A-Z_]+)(\d{1,6})", text, re.ASCII)
-        if found is None or found[2] not in {op.value for op in (*COMPUTE, *MESSAGES)}:
+        match = re.fullmatch(r"(\d{1,4})([A-Z_]+)(\d{1,6})", text, re.ASCII)
+        if match is None or match[2] not in {op.value for op in (*COMPUTE, *MESSAGES)}:
             return None
-        return cls(int(found[1]), Op[found[2]], int(found[3]))
+        return cls(int(match[1]), Op[match[2]], int(match[3]))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who does what in which order: one tuple of actions a rank."""
+    """Every rank's actions in order: one tuple per rank."""
 
     name: str
     ranks: tuple[tuple[Action, ...], ...]
 
     @cached_property
     def rank_of(self) -> dict[int, int]:
-        """stage -> the rank that has it."""
+        """stage -> the rank that holds it."""
         return {a.stage: rank for rank, actions in enumerate(self.ranks) for a in actions}
 
     @cached_property
@@ -87,7 +86,7 @@ class Schedule:
 
     @cached_property
     def sends(self) -> bool:
-        """Whether what travels is written in it, by `add_communication`."""
+        """Whether `add_communication` has inserted the sends and receives."""
         return any(action.op in MESSAGES for actions in self.ranks for action in actions)
 
     @property
@@ -99,30 +98,30 @@ class Schedule:
         return any(action.op is Op.I for actions in self.ranks for action in actions)
 
     def stages_of(self, rank: int) -> list[int]:
-        """The stages that a rank has, in the order of forward."""
+        """The stages of a rank, in forward order."""
         return sorted(stage for stage, owner in self.rank_of.items() if owner == rank)
 
 
-# --- what an action needs, and what is there once it has been done -------------------------------
+# --- what an action depends on, and what it produces ---------------------------------------------
 
 
-Thing = tuple[Op, int, int]  # op, stage, micro-batch: what is there once it has been done
+Result = tuple[Op, int, int]  # op, stage, micro-batch: it exists once that action is done
 
 
-def received(send: Action) -> Thing:
-    """The other end of a send."""
+def matching_receive(send: Action) -> Result:
+    """The receive on the other rank that takes this message."""
     if send.op is Op.SEND_F:
         return Op.RECV_F, send.stage + 1, send.microbatch
     return Op.RECV_B, send.stage - 1, send.microbatch
 
 
-def needs(action: Action, schedule: Schedule) -> Iterator[Thing]:
-    """What must be there before an action can begin.
+def dependencies(action: Action, schedule: Schedule) -> Iterator[Result]:
+    """The results that must exist before an action can begin.
 
         F(s, m)  needs F(s-1, m)      B(s, m), I(s, m)  need F(s, m), and B or I of (s+1, m)
                                       W(s, m)           needs I(s, m)
 
-    Once sends and receives are written in, what a stage is given has been sent and received.
+    Once the schedule has messages, an input from another rank must have been sent and received.
     """
     op, stage, m = action.op, action.stage, action.microbatch
     if op is Op.SEND_F:
@@ -130,31 +129,29 @@ def needs(action: Action, schedule: Schedule) -> Iterator[Thing]:
     elif op is Op.SEND_B or op is Op.W:
         yield Op.I, stage, m
     elif op is Op.F and stage > 0:
-        yield from _given(schedule, stage - 1, stage, m, Op.F, Op.SEND_F, Op.RECV_F)
+        yield from _stage_input(schedule, stage - 1, stage, m, Op.F, Op.SEND_F, Op.RECV_F)
     elif op in (Op.B, Op.I):
         yield Op.F, stage, m
         if stage < schedule.stages - 1:
-            yield from _given(schedule, stage + 1, stage, m, Op.I, Op.SEND_B, Op.RECV_B)
+            yield from _stage_input(schedule, stage + 1, stage, m, Op.I, Op.SEND_B, Op.RECV_B)
 
 
-def _given(
-    schedule: Schedule, by: int, to: int, m: int, made: Op, send: Op, receive: Op
-) -> Iterator[Thing]:
-    """What a stage gets from its neighbor: made on this very rank, or sent and received."""
-    if schedule.sends and schedule.rank_of.get(by) != schedule.rank_of[to]:
-        yield send, by, m
-        yield receive, to, m
+def _stage_input(
+    schedule: Schedule, source: int, stage: int, m: int, compute: Op, send: Op, receive: Op
+) -> Iterator[Result]:
+    """What stage `stage` takes from stage `source`: computed on its own rank, or received."""
+    if schedule.sends and schedule.rank_of.get(source) != schedule.rank_of[stage]:
+        yield send, source, m
+        yield receive, stage, m
     else:
-        yield made, by, m
+        yield compute, source, m
 
 
-def made_by(action: Action) -> Thing:
-    """B makes what I makes, and the gradients of the weights besides."""
+def result_of(action: Action) -> Result:
+    """The result of an action. B counts as I: others only wait for the gradients of its inputs."""
     return Op.I if action.op is Op.B else action.op, action.stage, action.microbatch
 
 
-def places(schedule: Schedule) -> dict[Thing, tuple[int, int]]:
-    """Where each thing is made: rank and position."""
-    return {
-        made_by(a): (rank, i) for rank, row in enumerate(schedule.ranks) for i, a in enumerate(row)
-    }
+def producers(schedule: Schedule) -> dict[Result, tuple[int, int]]:
+    """Result -> the action that produces it, as rank and position in its row."""
+    return {result_of(a): (r, i) for r, row in enumerate(schedule.ranks) for i, a in enumerate(row)}

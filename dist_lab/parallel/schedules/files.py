@@ -1,4 +1,4 @@
-"""Schedules in files: one row a rank, one cell an action. PyTorch's pipelining reads them, too."""
+"""Reads schedules from CSV files, in the format of torch.distributed.pipelining: a row per rank."""
 
 import csv
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from pathlib import Path
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Schedule
 
-LONGEST = 10_000_000  # characters of a file; 64 ranks and 1024 micro-batches are a tenth of it
+LONGEST = 10_000_000  # characters of a file; 64 ranks with 1024 micro-batches take a tenth of it
 
 
 def load(path: str | Path, names: Sequence[str] = ()) -> Schedule:
-    """A schedule, not checked. Empty cells are idle, as in a grid, and mean nothing.
+    """Read a schedule, without checking it: one cell per action. Empty cells mean nothing.
 
-    Without SEND and RECV in it they are added when it is run.
+    A file without SEND and RECV gets them when it is run.
 
     Args:
-        names: of schedules that are in no file, one of which may have been meant.
+        names: the built-in schedules, to suggest one if the path is a misspelled name.
 
     Raises:
-        UserError: no such file, or a cell that is no action; with row and column.
+        UserError: the file cannot be read, or a cell is no action; names its row and column.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -32,9 +32,9 @@ def load(path: str | Path, names: Sequence[str] = ()) -> Schedule:
     if len(text) > LONGEST or "\0" in text:
         raise _no_file(path, names, f"binary, or more than {LONGEST:,} characters")
     while rows and not any(cell.strip() for cell in rows[-1]):
-        rows.pop()  # lines after the last rank; before it a blank one is a rank without work
+        rows.pop()  # blank lines at the end; one before the last rank is a rank without work
     if not rows:
-        raise UserError(f"schedule {str(path)!r} is empty (schedule=); write one row a rank")
+        raise UserError(f"schedule {str(path)!r} is empty (schedule=); write one row per rank")
     ranks = []
     for r, row in enumerate(rows):
         actions = []
@@ -52,21 +52,17 @@ def load(path: str | Path, names: Sequence[str] = ()) -> Schedule:
 
 
 def _no_file(path: str | Path, names: Sequence[str], why: str) -> UserError:
-    meant = f"{one_of(list(names), str(path))}, or " if names else ""
+    suggestion = f"{one_of(list(names), str(path))}, or " if names else ""
     return UserError(
         f"no schedule {shown(str(path))}, and no such file ({why}) (schedule=); give "
-        f"{meant}a file of one row a rank: 0F0,0F1,0B0,0B1"
+        f"{suggestion}a file with one row per rank: 0F0,0F1,0B0,0B1"
     )
 
 
 def check_fits(schedule: Schedule, ranks: int, microbatches: int, chunks: int | None) -> None:
-    """See that it is for so many ranks and micro-batches, and has so many stages a rank.
-
-    Raises:
-        UserError: with what to give instead.
-    """
+    """Raise UserError unless a schedule is for these ranks, micro-batches and stages a rank."""
     has_ranks, has_microbatches = len(schedule.ranks), schedule.microbatches
-    for what, has, asked, fix in (
+    for noun, has, asked, fix in (
         ("ranks", has_ranks, ranks, f"give a mesh of pp={has_ranks}"),
         (
             "micro-batches",
@@ -77,12 +73,12 @@ def check_fits(schedule: Schedule, ranks: int, microbatches: int, chunks: int | 
     ):
         if has != asked:
             raise UserError(
-                f"schedule {schedule.name} is for {has} {what}, not {asked} (schedule=); {fix}"
+                f"schedule {schedule.name} is for {has} {noun}, not {asked} (schedule=); {fix}"
             )
     counts = {len(schedule.stages_of(rank)) for rank in range(ranks)}
     if chunks is not None and counts != {chunks}:
-        own = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+        actual = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
         raise UserError(
-            f"schedule {schedule.name} has {own} stages a rank, not {chunks} (chunks=); leave it "
-            "out"
+            f"schedule {schedule.name} has {actual} stages a rank, not {chunks} (chunks=); leave "
+            "it out"
         )

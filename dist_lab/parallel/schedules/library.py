@@ -1,24 +1,24 @@
 """Pipeline schedules: pure functions from (ranks, micro-batches) to every rank's list of actions.
 
-Letters: p ranks, r one of them, v stages a rank, m micro-batches. Forward, input gradient and
-weight gradient are taken to cost 1 each, and what travels nothing:
+Letters: p ranks, r one of them, v stages a rank, m micro-batches. The forward, the input gradient
+and the weight gradient of a stage are assumed to cost 1 each, and messages nothing:
 
-    schedule      idle share                  forwards held at once, at most    stages of rank r
+    schedule      idle share                  micro-batches in flight, at most  stages of rank r
     gpipe         (p-1) / (m+p-1)             m                                 r
     1f1b          (p-1) / (m+p-1)             p-r                               r
     interleaved   (p-1) / (v m+p-1)           (v-1) p + 2 (p-r) - 1             r, p+r, 2p+r ...
     zb            (p-1) / (3m+p-1), m >= p    p                                 r
     zbv           (p-1) / (6m+p-1), m >= p    2p, each of half a stage          r, 2p-1-r
 
-Nor can a rank hold more forwards than it does: m, or v m. A unit is a stage's; interleaved has v
-times and zbv twice as many stages as the others, each as much shorter. The last two waste the least
-there can be: the last rank begins p-1 units late. With m < p they take longer than this formula
-says.
+A micro-batch is in flight from its forward through a stage to its backward there; no rank has more
+than m per stage. Costs are per stage, and stages differ: interleaved has v times as many as gpipe,
+1f1b and zb, each 1/v as long, and zbv has twice as many. zb and zbv idle as little as is possible,
+since the last rank cannot begin before p-1 units; with m < p they take longer than their formula.
 
 gpipe: Huang et al. 2018 (arXiv:1811.06965). 1f1b: Narayanan et al. 2020 (arXiv:2006.09503),
 interleaved: 2021 (arXiv:2104.04473), section 2.2. zb is ZB-H1, zbv ZB-V: Qi et al. 2023
-(arXiv:2401.10241), 2024 (arXiv:2405.15362). A test holds the table for up to 8 ranks and 32
-micro-batches; for zbv, whose order is found by a rule, there is no proof beyond.
+(arXiv:2401.10241), 2024 (arXiv:2405.15362). A test checks the table for up to 8 ranks and 32
+micro-batches. The order of zbv comes from a greedy rule, so beyond that it is not proven.
 
     >>> from dist_lab.parallel.schedules.simulate import render
     >>> print(render(one_f_one_b(ranks=3, microbatches=4)))
@@ -44,7 +44,7 @@ from dist_lab.parallel.schedules.files import check_fits, load
 
 
 def gpipe(ranks: int, microbatches: int) -> Schedule:
-    """All forwards, then all backwards, which begin with the first: it has waited the longest."""
+    """All forwards, then all backwards, in the order of the micro-batches."""
     each = range(microbatches)
     return Schedule(
         "gpipe",
@@ -56,7 +56,7 @@ def gpipe(ranks: int, microbatches: int) -> Schedule:
 
 
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
-    """Rank r runs p-1-r forwards ahead, then does one forward and one backward in turn."""
+    """Rank r does p-1-r warm-up forwards, then one forward and one backward in turn."""
     return Schedule(
         "1f1b",
         tuple(
@@ -71,19 +71,19 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """1f1b of v stages a rank: p micro-batches through one stage, then the same through the next.
+    """1f1b with v stages a rank: p micro-batches through one stage, then these through the next.
 
     Raises:
-        UserError: micro-batches do not divide into groups of p.
+        UserError: the micro-batches do not divide into groups of p.
     """
     if microbatches % ranks:
         fitting = max(1, round(microbatches / ranks)) * ranks
         raise UserError(
-            f"interleaved takes micro-batches in groups of one a rank, and {microbatches} do not "
+            f"interleaved takes micro-batches in groups of one per rank, but {microbatches} do not "
             f"divide by {ranks} ranks of pp (microbatches=); give microbatches={fitting}"
         )
 
-    def turn(k: int) -> tuple[int, int]:  # the k-th: which of the rank's stages, which micro-batch
+    def turn(k: int) -> tuple[int, int]:  # the k-th forward: (chunk, micro-batch)
         group, within = divmod(k, ranks * chunks)
         return within // ranks, group * ranks + within % ranks
 
@@ -97,7 +97,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
 
 
 def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> tuple[Action, ...]:
-    """`ahead` forwards, then one of each in turn, then the backwards that are left."""
+    """`ahead` forwards, then one forward and one backward in turn, then the other backwards."""
     ahead = min(ahead, len(forward))
     pairs = zip(forward[ahead:], backward, strict=False)
     rest = backward[len(forward) - ahead :]
@@ -105,10 +105,9 @@ def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> tup
 
 
 def zero_bubble(ranks: int, microbatches: int) -> Schedule:
-    """ZB-H1: 1f1b in which the weight gradients of rank r trail its input gradients by r.
-
-    So the later a rank begins, the more it has left to do when it would be idle; and each holds as
-    much as the first rank of 1f1b, p forwards.
+    """ZB-H1: 1f1b in which the weight gradients of rank r come r micro-batches after its input
+    gradients. So a later rank has more weight gradients left when it would be idle. Each rank has
+    up to p micro-batches in flight, as the first rank of 1f1b has.
     """
     rows = []
     for r in range(ranks):
@@ -119,29 +118,28 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
                 actions.append(Action(r, Op.W, k - r))
             if k + ranks - r < microbatches:
                 actions.append(Action(r, Op.F, k + ranks - r))
-        owed = range(max(0, microbatches - r), microbatches)
-        rows.append((*actions, *(Action(r, Op.W, k) for k in owed)))
+        remaining = range(max(0, microbatches - r), microbatches)
+        rows.append((*actions, *(Action(r, Op.W, k) for k in remaining)))
     return Schedule("zb", tuple(rows))
 
 
 def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
     """ZB-V: each rank has a stage on the way out and one on the way back, so that the last rank
-    turns round by itself, and the first has the loss.
+    passes activations to itself, and the first computes the loss.
 
-    Of what it can do, a rank does the first of these, and holds 2p forwards at most: a forward on
-    the way back, where it is nearly through; on the way out an input gradient, a forward, a weight
-    gradient, which make room for the next micro-batches; on the way back an input gradient, a
-    weight gradient. Of the 180 orders with I before W, four are without waste up to p = 8.
+    A rank does the first action that is ready, of: F on the way back, which soon reaches the loss;
+    I, F, W on the way out, which make room for new micro-batches; I, W on the way back. It begins
+    no F while 2p are in flight. Of the 180 orders with I before W, four are optimal up to p = 8.
     """
-    turn, last = ranks, 2 * ranks - 1  # the first stage on the way back, and the last stage
+    last = 2 * ranks - 1
     count: Counter[tuple[Op, int]] = Counter()  # how many of each (op, stage) have begun
-    done: dict[tuple[Op, int, int], int] = {}  # when each ends
+    ends: dict[tuple[Op, int, int], int] = {}  # (op, stage, micro-batch) -> when it ends
     rows: list[list[Action]] = [[] for _ in range(ranks)]
 
-    def urgency(r: int, now: int) -> Iterable[Action]:
-        """What rank r could do now, the most urgent first."""
+    def ready(r: int, now: int) -> Iterable[Action]:
+        """The actions that rank r could do now, by priority."""
         out, back = r, last - r
-        held = sum(count[Op.F, s] - count[Op.W, s] for s in (out, back))
+        in_flight = sum(count[Op.F, s] - count[Op.W, s] for s in (out, back))
         for op, s in (
             (Op.F, back), (Op.I, out), (Op.F, out), (Op.W, out), (Op.I, back), (Op.W, back),
         ):  # fmt: skip
@@ -151,26 +149,26 @@ def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
                 Op.I: [(Op.F, s, k)] + ([(Op.I, s + 1, k)] if s < last else []),
                 Op.W: [(Op.I, s, k)],
             }[op]
-            ready = k < microbatches and all(done.get(n, now + 1) <= now for n in needed)
-            if ready and (op is not Op.F or held < 2 * turn):
+            possible = k < microbatches and all(ends.get(n, now + 1) <= now for n in needed)
+            if possible and (op is not Op.F or in_flight < 2 * ranks):
                 yield Action(s, op, k)
 
     now = 0
-    while len(done) < 6 * ranks * microbatches:
-        chosen = [next(iter(urgency(r, now)), None) for r in range(ranks)]
+    while len(ends) < 6 * ranks * microbatches:
+        chosen = [next(iter(ready(r, now)), None) for r in range(ranks)]
         for r, action in enumerate(chosen):
             if action is not None:
                 rows[r].append(action)
                 count[action.op, action.stage] += 1
-                done[action.op, action.stage, action.microbatch] = now + 1
-        assert any(chosen), "every rank is full of forwards and has none to go on with"
+                ends[action.op, action.stage, action.microbatch] = now + 1
+        assert any(chosen), "no rank has an action that is ready"
         now += 1
     return Schedule("zbv", tuple(map(tuple, rows)))
 
 
 def forward_only(rank_of: Mapping[int, int], microbatches: int) -> Schedule:
-    """Of evaluation: as many micro-batches as there are ranks through one stage of a rank after the
-    other, then the next so many. Any number of them.
+    """For evaluation: groups of p micro-batches; each group passes through all stages before the
+    next begins. Any number of micro-batches.
     """
     ranks = 1 + max(rank_of.values())
     order = sorted((m // ranks, s, m) for s in rank_of for m in range(microbatches))
@@ -182,10 +180,10 @@ def forward_only(rank_of: Mapping[int, int], microbatches: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Kind:
-    """A schedule by name.
+    """A built-in schedule.
 
-    make: (ranks, micro-batches, and chunks if they are not given here) -> the schedule
-    chunks: stages a rank; None: as many as are asked for, 2 unless told otherwise
+    make: (ranks, micro-batches, and chunks if they are None here) -> the schedule
+    chunks: stages a rank; None: the user chooses, 2 by default
     """
 
     make: Callable[..., Schedule]
@@ -202,14 +200,14 @@ SCHEDULES: Mapping[str, Kind] = {
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
-    """The schedule of this name, or in the file of this name, for so many ranks; checked.
+    """Make the schedule of this name, or read it from the file of this name, and check it.
 
     Raises:
-        UserError: no such schedule or file, one that is not right, or for other numbers.
+        UserError: there is no such schedule or file, it has an error, or it is for other numbers.
     """
-    for what, number in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
+    for noun, number in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
         if number is not None and number < 1:
-            raise UserError(f"{number} {what} of a pipeline; give 1 or more")
+            raise UserError(f"a pipeline cannot have {number} {noun}; give 1 or more")
     if name not in SCHEDULES:
         schedule = load(name, list(SCHEDULES))
         check(schedule)
@@ -221,20 +219,20 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
             f"schedule {name} has {kind.chunks} stage{'s' if kind.chunks != 1 else ''} a rank, not "
             f'{chunks} (chunks=); leave it out, or give schedule="interleaved"'
         )
-    more = [chunks or 2] if kind.chunks is None else []
-    schedule = kind.make(ranks, microbatches, *more)
+    chunks_if_chosen = [chunks or 2] if kind.chunks is None else []
+    schedule = kind.make(ranks, microbatches, *chunks_if_chosen)
     check(schedule)
     return schedule
 
 
 def placement(name: str, ranks: int, chunks: int | None = None) -> dict[int, int]:
-    """stage -> rank. Raises as `make`."""
+    """stage -> rank. Raises like `make`."""
     return example(name, ranks, chunks).rank_of
 
 
 def example(name: str, ranks: int, chunks: int | None = None) -> Schedule:
-    """For some number of micro-batches, on which neither the stages' places nor whether backward is
-    in two halves depend. Raises as `make`.
+    """The schedule for some number of micro-batches. On which ranks the stages lie and whether it
+    splits the backward does not depend on that number. Raises like `make`.
     """
     microbatches = ranks if name in SCHEDULES else load(name, list(SCHEDULES)).microbatches
     return make(name, ranks, microbatches, chunks)

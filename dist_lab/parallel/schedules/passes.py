@@ -1,8 +1,8 @@
-"""Passes: from a schedule to a schedule, with what travels and what strategies must be told.
+"""Passes over a schedule: each takes a schedule and returns it with more in it.
 
-A schedule says what is computed when. Before it is run, passes write into it when messages are sent
-and received, when a stage's parameters must be there, and when its gradients are complete. What a
-pipeline and another strategy do together is written here and nowhere else.
+A schedule orders the compute. Before it is run, passes insert when messages are sent and received
+and when a stage is unsharded, and mark when its gradients are complete. How a pipeline and another
+strategy work together is decided here and nowhere else.
 """
 
 from dataclasses import replace
@@ -12,24 +12,24 @@ from dist_lab.parallel.schedules.simulate import timeline
 
 
 def add_communication(schedule: Schedule) -> Schedule:
-    """Write in what travels: a send after what makes it, a receive where that begins to be made.
+    """Insert messages: a send right after its compute, a receive when that compute begins.
 
-    Both ends are placed in the order in which the ideal run makes things, so two messages between
-    two ranks cannot cross. A receive is posted before the compute that runs while its message is
-    being made. And no wait can end in a circle: what a rank waits for, a message, or the other
-    end's receive where it waits for its own send to leave, lies before it in the ideal run.
+    Sends and receives follow the order of the simulated run, so two messages between two ranks
+    cannot cross. A receive is posted before the compute that runs while the sender computes.
+    There is no deadlock: a rank waits for messages, and for the receives of its own sends, and
+    both come earlier in the simulated run.
     """
     if schedule.sends:
         return schedule
     rows = timeline(schedule)
-    begins = sorted(
-        (slot.start, slot.end, rank, i)
+    by_start = sorted(
+        (timed.start, timed.end, rank, i)
         for rank, row in enumerate(rows)
-        for i, slot in enumerate(row)
+        for i, timed in enumerate(row)
     )
     before: dict[tuple[int, int], list[Action]] = {}  # (rank, position) -> receives posted there
-    after: dict[tuple[int, int], list[Action]] = {}
-    for start, _, rank, i in begins:
+    after: dict[tuple[int, int], list[Action]] = {}  # (rank, position) -> sends
+    for start, _, rank, i in by_start:
         a = rows[rank][i].action
         forward = a.op is Op.F
         other = a.stage + 1 if forward else a.stage - 1
@@ -37,16 +37,16 @@ def add_communication(schedule: Schedule) -> Schedule:
         if a.op is Op.W or to is None or to == rank:
             continue
         send, receive = (Op.SEND_F, Op.RECV_F) if forward else (Op.SEND_B, Op.RECV_B)
-        place = next(j for j, slot in enumerate(rows[to]) if slot.end > start)
+        j = next(j for j, timed in enumerate(rows[to]) if timed.end > start)
         after.setdefault((rank, i), []).append(Action(a.stage, send, a.microbatch))
-        before.setdefault((to, place), []).append(Action(other, receive, a.microbatch))
+        before.setdefault((to, j), []).append(Action(other, receive, a.microbatch))
     return replace(
         schedule,
         ranks=tuple(
             tuple(
                 action
-                for i, slot in enumerate(row)
-                for action in (*before.get((rank, i), ()), slot.action, *after.get((rank, i), ()))
+                for i, timed in enumerate(row)
+                for action in (*before.get((rank, i), ()), timed.action, *after.get((rank, i), ()))
             )
             for rank, row in enumerate(rows)
         ),
@@ -54,13 +54,14 @@ def add_communication(schedule: Schedule) -> Schedule:
 
 
 def add_unshard(schedule: Schedule) -> Schedule:
-    """Write in when a stage is unsharded and resharded: before a rank's first action of it, and
-    after the last. So what a strategy gathers for a stage, it gathers once for all micro-batches.
+    """Insert UNSHARD before the first and RESHARD after the last compute action of each stage.
+
+    So a strategy all-gathers the parameters of a stage once for all micro-batches.
     """
-    return replace(schedule, ranks=tuple(map(_unsharded, schedule.ranks)))
+    return replace(schedule, ranks=tuple(map(_with_unshard, schedule.ranks)))
 
 
-def _unsharded(actions: tuple[Action, ...]) -> tuple[Action, ...]:
+def _with_unshard(actions: tuple[Action, ...]) -> tuple[Action, ...]:
     compute = [i for i, a in enumerate(actions) if a.op in COMPUTE]
     first = {actions[i].stage: i for i in reversed(compute)}
     last = {actions[i].stage: i for i in compute}

@@ -1,1 +1,1 @@
-"""Tensor parallelism: each matrix in pieces."""
+"""Tensor parallelism: each weight matrix is sharded over the ranks."""

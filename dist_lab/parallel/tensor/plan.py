@@ -1,6 +1,6 @@
-"""The plan of tensor parallelism, read and checked: see [Note: the plan] in tp.py.
+"""Reads and checks the plan of tensor parallelism: see [Note: the plan] in tp.py.
 
-First what each module is to do, then where its parameters lie for that.
+The first half gives each module its role, the second half each parameter its layout.
 """
 
 import re
@@ -19,7 +19,7 @@ from dist_lab.step.protocol import Setup
 Role = str | tuple[str, int]
 Plan = Mapping[str, Role]
 
-SPLIT = {  # role -> what it can split
+SPLIT = {  # role -> the class of module that it can shard
     "colwise": nn.Linear,
     "colwise_grouped": nn.Linear,
     "colwise_gather_output": nn.Linear,
@@ -46,49 +46,49 @@ class BringsItsPlan(Protocol):
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be done with one module; `block` outputs stay together."""
+    """The role of one module. `block`: the number of outputs that stay on one rank."""
 
     role: str
     block: int = 1
 
 
 def arrange(
-    setup: Setup, plan: Plan | None, *, cut: bool
+    setup: Setup, plan: Plan | None, *, sequence_parallel: bool
 ) -> tuple[dict[str, Planned], dict[str, list[ParamSlot]], dict[str, Layout]]:
-    """Read the plan: the role of each named module, the places and the layout of each parameter.
+    """Read the plan: the role of each planned module, the slots and the layout of each parameter.
 
     Args:
         plan: None: the model's own.
-        cut: along the sequence.
 
     Raises:
-        UserError: no plan, or one that does not fit.
+        UserError: there is no plan, or it does not fit.
     """
     model = setup.model
-    named, found = read_plan(model, own_plan(model) if plan is None else plan), param_slots(model)
-    layouts = lay_out(setup, named, found, cut=cut)
-    if cut:
-        check_all_named(model, named, found)
-    return named, found, layouts
+    planned = read_plan(model, own_plan(model) if plan is None else plan)
+    slots = param_slots(model)
+    layouts = lay_out(setup, planned, slots, sequence_parallel=sequence_parallel)
+    if sequence_parallel:
+        check_all_planned(model, planned, slots)
+    return planned, slots, layouts
 
 
 def own_plan(model: nn.Module) -> Plan:
-    """Raises UserError if the model brings none."""
+    """The plan that the model brings. Raises UserError if it brings none."""
     if not isinstance(model, BringsItsPlan):
         raise UserError(
-            f"{type(model).__name__} has no tp_plan(), which says what of it is split; give "
+            f"{type(model).__name__} has no tp_plan(), which says how to split it; give "
             'plan={"up": "colwise", "down": "rowwise", ...}'
         )
     return model.tp_plan()
 
 
 def is_tested(model: nn.Module, plan: Plan | None) -> bool:
-    """Whether the plan is one that a model of the zoo brings, which our own tests have tried."""
+    """Whether the plan is that of a zoo model, which our own tests cover."""
     return plan is None and type(model).__module__.startswith("dist_lab.zoo.")
 
 
-def takes_whole(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
-    """Whether, under sequence parallelism, the model is given whole sequences and cuts them."""
+def takes_whole_sequence(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
+    """Whether the input of a sequence-parallel model is whole, and the model itself shards it."""
     return any(
         planned.role == "scatter_output"
         or (planned.role == "vocabulary" and isinstance(model.get_submodule(name), nn.Embedding))
@@ -97,15 +97,15 @@ def takes_whole(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
 
 
 def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
-    """Module name -> what is planned for it.
+    """Returns module name -> its role.
 
     Raises:
-        UserError: a name that matches nothing, a role there is not, or one that a module cannot
-            have, two roles for one module, or for a module and for one inside it.
+        UserError: a name matches no module, a role does not exist or does not suit its module, a
+            module has two roles, or it lies inside another module with a role.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    found: dict[str, Planned] = {}
-    said: dict[str, str] = {}
+    planned_by_name: dict[str, Planned] = {}
+    glob_of: dict[str, str] = {}
     for glob, role in plan.items():
         planned = _read(glob, role)
         pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
@@ -116,32 +116,34 @@ def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
                 + (", ..." if len(modules) > 12 else "")
             )
         for name in matched:
-            if name in found and found[name] != planned:
-                raise UserError(f"the plan gives {name} two roles, by {said[name]} and by {glob}")
-            found[name], said[name] = planned, glob
+            if planned_by_name.get(name, planned) != planned:
+                raise UserError(
+                    f"the plan gives {name} two roles, by {glob_of[name]} and by {glob}"
+                )
+            planned_by_name[name], glob_of[name] = planned, glob
             _check_kind(name, modules[name], planned)
-    for name in found:
-        around = next((outer for outer in _around(name) if outer in found), None)
-        if around:
-            raise UserError(f"the plan names {name}, and {around} around it; name one of them")
-    return found
+    for name in planned_by_name:
+        outer = next((outer for outer in _enclosing(name) if outer in planned_by_name), None)
+        if outer:
+            raise UserError(f"the plan names {name}, and {outer} around it; name one of them")
+    return planned_by_name
 
 
-def check_all_named(
-    model: nn.Module, plan: Mapping[str, Planned], found: Mapping[str, list[ParamSlot]]
+def check_all_planned(
+    model: nn.Module, plan: Mapping[str, Planned], slots: Mapping[str, list[ParamSlot]]
 ) -> None:
-    """Check that the plan says of every trained parameter which part of the sequence it sees.
+    """Check that every trained parameter is in a planned module.
 
     Raises:
-        UserError: one is not covered. Its gradient might be a part of the sum, and nobody would
-            know.
+        UserError: one is not. We could not know whether it reads a shard of the sequence, so that
+            its gradient is partial.
     """
-    covered = {part for name in plan for part in model.get_submodule(name).modules()}
+    covered = {module for name in plan for module in model.get_submodule(name).modules()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and any(module not in covered for module, _ in found[name]):
+        if parameter.requires_grad and any(module not in covered for module, _ in slots[name]):
             raise UserError(
                 f"{name} is in no module that the plan names: under sequence parallelism it must "
-                'say whether that sees a shard of the sequence, "sequence", or all of it, '
+                'say whether that module reads a shard of the sequence, "sequence", or all of it, '
                 '"replicate"'
             )
 
@@ -151,7 +153,7 @@ def _read(glob: str, role: Role) -> Planned:
     name = OLD_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in (*SPLIT, *NOT_SPLIT):
         roles = ", ".join((*SPLIT, *NOT_SPLIT))
-        raise UserError(f"the plan's role of {glob} is {role!r}; there are {roles}")
+        raise UserError(f"the plan's role of {glob} is {role!r}; the roles are {roles}")
     if not isinstance(block, int) or block < 1 or (block > 1 and name not in IN_BLOCKS):
         raise UserError(
             f"the plan's role of {glob} is {role!r}; {' and '.join(IN_BLOCKS)} take the number of "
@@ -170,9 +172,9 @@ def _check_kind(name: str, module: nn.Module, planned: Planned) -> None:
         )
 
 
-def _around(name: str) -> Iterator[str]:
+def _enclosing(name: str) -> Iterator[str]:
     """
-    >>> list(_around("a.b.c"))
+    >>> list(_enclosing("a.b.c"))
     ['a.b', 'a']
     """
     while "." in name:
@@ -180,13 +182,14 @@ def _around(name: str) -> Iterator[str]:
         yield name
 
 
-# --- where parameters lie -------------------------------------------------------------------------
+# --- the layouts of parameters --------------------------------------------------------------------
 
 
 def lay_out(
-    setup: Setup, plan: Mapping[str, Planned], found: Mapping[str, list[ParamSlot]], *, cut: bool
-) -> dict[str, Layout]:
-    """Extend the layouts by what the plan says of the modules that hold each parameter.
+    setup: Setup, plan: Mapping[str, Planned], slots: Mapping[str, list[ParamSlot]], *,
+    sequence_parallel: bool,
+) -> dict[str, Layout]:  # fmt: skip
+    """Extend each parameter's layout by the role of the modules that hold it.
 
     Raises:
         UserError: the modules of a tied parameter would split it differently, or a parameter does
@@ -195,47 +198,50 @@ def lay_out(
     name_of = {module: name for name, module in setup.model.named_modules()}
     layouts = {**setup.layouts}
     for name, parameter in setup.model.named_parameters():
-        before, ways = setup.layouts[name], {}
-        for module, attribute in found[name]:
-            layout = _extended(before, name_of[module], module, attribute, setup.axis, plan, cut)
+        before, holder_of = setup.layouts[name], {}  # layout -> a module that wants it
+        for module, attribute in slots[name]:
+            holder = name_of[module]
+            layout = _extended(
+                before, holder, module, attribute, setup.axis, plan, sequence_parallel
+            )
             if not parameter.requires_grad:
                 layout = replace(layout, partial=before.partial)
-            ways[layout] = name_of[module]
-        if len(ways) > 1:
-            first, second, *_ = ways.values()
+            holder_of[layout] = holder
+        if len(holder_of) > 1:
+            first, second, *_ = holder_of.values()
             raise UserError(
                 f"{name} is tied between {first} and {second}, which the plan splits differently; "
                 "give them roles that agree, or untie them"
             )
-        (layouts[name],) = ways
+        (layouts[name],) = holder_of
     return layouts
 
 
 def _extended(
     layout: Layout, name: str, module: nn.Module, attribute: str, axis: Axis,
-    plan: Mapping[str, Planned], cut: bool,
+    plan: Mapping[str, Planned], sequence_parallel: bool,
 ) -> Layout:  # fmt: skip
-    around = next((outer for outer in (name, *_around(name)) if outer in plan), None)
-    planned = plan[around] if around is not None else Planned("replicate")
+    planned_name = next((outer for outer in (name, *_enclosing(name)) if outer in plan), None)
+    planned = Planned("replicate") if planned_name is None else plan[planned_name]
     role, block = planned.role, planned.block
     if role == "rowwise" and attribute == "weight":
         return layout.split(axis.name, Shard(1))
     if role in ("rowwise", "sequence"):
-        return layout.owing(Owed(axis.name)) if cut and axis.size > 1 else layout
+        is_partial = sequence_parallel and axis.size > 1
+        return layout.owing(Owed(axis.name)) if is_partial else layout
     if role not in SPLIT:
         return layout
     outputs = getattr(module, attribute).shape[0]
     blocks, rest = divmod(outputs, block)
     if rest:
         raise UserError(f"{name} has {outputs} outputs, and the plan keeps {block} together")
-    even = (
-        role in ("colwise_grouped", "colwise_gather_output") or block > 1
-    )  # a range of a vocabulary may be shorter
+    # Without blocks, the last shard of a hidden width or of a vocabulary may be shorter.
+    must_divide = role in ("colwise_grouped", "colwise_gather_output") or block > 1
     copies = 1
     if role == "colwise_grouped" and blocks < axis.size and axis.size % blocks == 0:
-        copies = axis.size // blocks  # neighbors have the same, as they have neighboring queries
+        copies = axis.size // blocks  # neighboring ranks share keys, as their queries are neighbors
         layout = layout.owing(Owed(axis.name, neighbours=copies))
-    elif even and blocks % axis.size:
+    elif must_divide and blocks % axis.size:
         degrees = divisors(blocks)
         what = f"{blocks} blocks of {block} outputs (heads)" if block > 1 else f"{blocks} outputs"
         raise UserError(

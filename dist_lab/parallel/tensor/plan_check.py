@@ -1,21 +1,21 @@
-"""A plan is tried before it is used: the split model must compute what the whole one computes.
+"""Tries a plan before it is used: the sharded model must compute what one process computes.
 
-    whole    a copy with whole parameters, no plan     forward, backward    outputs, gradients
-    split    a copy with this rank's parts, the plan   forward, backward    outputs, gradients
+    reference   a copy with unsharded parameters, no plan     forward, backward
+    sharded     a copy with this rank's shards, the plan      forward, backward
 
-A plan says how modules are split, and nothing of what lies between them. Whether that works on a
-part of the features cannot be read off a model: a softmax or a norm over split features, q, k and v
-out of one column by `chunk`, a number of heads that is written down, a scale that is trained and so
-has a part of its gradient on each rank. Some of these fail with an error of shapes, others train to
-other numbers. So the first forward is preceded by a trial, on its own inputs: both copies run, and
-the outputs of planned modules and of the model, and the gradients of all parameters, are compared.
-If a first forward is without gradients, outputs are compared, and gradients before the first that
-has some. How copies are made, and in which dtype they compute: see trial.py.
+A plan says how to shard modules, and nothing about the code between them. Whether that code works
+on a shard of the features cannot be read off a model. Examples are a softmax or a norm over sharded
+features, q, k and v from one colwise layer by `chunk`, a hard-coded number of heads, or a trained
+scale, whose gradient is then partial. Some of these raise an error of shapes; others train to other
+numbers. So before the first forward, and with its inputs, both copies run. The outputs of planned
+modules and of the model, and the gradients of inputs and parameters, must agree. If the first
+forward runs without gradients, outputs are compared then, and gradients before the first forward
+that has some. How copies are made, and in which dtype they compute: see trial.py.
 
-What cannot be compared is not refused: a model that cannot be copied, one that does not run whole,
-or for which there is no memory; and of a forward that draws random numbers in eval mode, too, it is
-only seen that it runs. Cost: a step of one process in float64, once, and while that lasts the
-memory of its activations and of three models of whole parameters.
+A model that cannot be compared is used as it is: one that cannot be copied, fails in one process,
+or does not fit into memory. If forward draws random numbers even in eval mode, the sharded copy
+only has to run. Cost: one step of one process in float64, and meanwhile the memory of its
+activations and of three unsharded models.
 """
 
 import json
@@ -31,26 +31,26 @@ from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import MachineError, UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, Shard, shard_of, slice_local
-from dist_lab.parallel.tensor.plan import Planned, takes_whole
+from dist_lab.parallel.tensor.plan import Planned, takes_whole_sequence
 from dist_lab.parallel.tensor.same_inputs import random_states
 from dist_lab.parallel.tensor.sequence import T
 from dist_lab.parallel.tensor.trial import (
     Inputs,
+    Mode,
     Trial,
-    Way,
-    out_of_reach,
+    frozen,
+    gather_inputs,
+    gather_parameters,
+    modes,
     plain_copy,
-    ways,
-    whole_inputs,
-    whole_parameters,
 )
 from dist_lab.step.hooks import ModuleHook, tensors_in
 from dist_lab.step.protocol import Setup, Sync
 from dist_lab.transforms.precision import compute_in
 
-# Bytes of an element -> the largest difference that rounding explains, relative to the norm of what
-# is compared; and relative to that of all gradients, the size below which one is only rounding.
-# What a wrong plan computes is off by a hundredth or more, most by a tenth.
+# Bytes of an element -> the largest difference that rounding explains, relative to the norm of the
+# tensor; and the norm below which a gradient is only rounding, relative to that of all gradients.
+# A wrong plan is off by a hundredth or more, mostly by a tenth.
 TOLERANCE = {8: (1e-5, 1e-4), 4: (1e-3, 1e-2), 2: (0.25, 0.1), 1: (0.5, 0.5)}
 NO_MEMORY = "no memory"
 
@@ -59,98 +59,100 @@ class PlanCheck:
     """Tries a plan before the first forward of a model, in a hook.
 
     Args:
-        layouts: of the model as it is split.
-        split: does to a copy that has whole parameters what was done to the model.
-        cut: under sequence parallelism.
+        layouts: of the sharded model.
+        shard: shards a copy with unsharded parameters as the model was sharded.
     """
 
     def __init__(
         self, setup: Setup, plan: Mapping[str, Planned], layouts: Mapping[str, Layout],
-        split: Callable[[nn.Module], Sync], *, cut: bool,
+        shard: Callable[[nn.Module], Sync], *, sequence_parallel: bool,
     ) -> None:  # fmt: skip
         self.setup, self.model, self.axis = setup, setup.model, setup.axis
-        self.plan, self.layouts, self.split, self.cut = plan, layouts, split, cut
-        self.pieces = cut and not takes_whole(setup.model, plan)
+        self.plan, self.layouts, self.shard = plan, layouts, shard
+        self.sequence_parallel = sequence_parallel
+        self.inputs_are_shards = sequence_parallel and not takes_whole_sequence(self.model, plan)
         self.outputs_agree = False
         hook = ModuleHook(self._before_forward)
         self.handle = setup.model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        gradients = torch.is_grad_enabled()
-        if self.outputs_agree and not gradients:
+        with_gradients = torch.is_grad_enabled()
+        if self.outputs_agree and not with_gradients:
             return
         devices = [torch.cuda.current_device()] if self.axis.device.type == "cuda" else []
         with (
             torch.inference_mode(False),
-            torch.set_grad_enabled(gradients),
+            torch.set_grad_enabled(with_gradients),
             torch.random.fork_rng(devices),
             self.axis.comm.label("check", unit="plan"),
         ):
             self._try_out((args, kwargs))
         self.outputs_agree = True
-        if gradients:
+        if with_gradients:
             self.handle.remove()
 
     def _try_out(self, inputs: Inputs) -> None:
-        """Raises UserError, the same on every rank, if the plan computes something else."""
-        values = whole_parameters(self.model, self.layouts, self.setup.mesh)
-        given = whole_inputs(inputs, self.axis) if self.pieces else inputs
-        whole, is_sure = self._run_whole(values, given)
-        if whole is None:
+        """Raise the same UserError on every rank if the sharded copy computes something else."""
+        values = gather_parameters(self.model, self.layouts, self.setup.mesh)
+        full_inputs = gather_inputs(inputs, self.axis) if self.inputs_are_shards else inputs
+        reference, is_deterministic = self._run_reference(values, full_inputs)
+        if reference is None:
             return
-        split = Trial(self._copy(values, whole.way), whole.way)
+        sharded = Trial(self._copy(values, reference.mode), reference.mode)
         del values
-        sync = self.split(split.model)
+        sync = self.shard(sharded.model)
         try:
-            self._run_split(split, inputs)
-            if is_sure:
-                self._meet("outputs", self._outputs_differ(whole, split))
+            self._run_sharded(sharded, inputs)
+            if is_deterministic:
+                self._agree("outputs", self._outputs_differ(reference, sharded))
                 if torch.is_grad_enabled():
-                    with out_of_reach(self.model):
-                        self._compare_gradients(whole, split, sync)
+                    with frozen(self.model):
+                        self._compare_gradients(reference, sharded, sync)
         except _NoMemory:
             return
         except _Agreed as agreed:
             raise UserError(str(agreed)) from None
         finally:
-            for name in self.plan:  # a cycle, that would keep the copy's memory
-                vars(split.model.get_submodule(name)).pop("forward", None)
+            for name in self.plan:  # a reference cycle, which would keep the copy's memory
+                vars(sharded.model.get_submodule(name)).pop("forward", None)
 
-    # --- what is run ------------------------------------------------------------------------------
+    # --- running both copies ----------------------------------------------------------------------
 
-    def _run_whole(self, values: Mapping[str, Tensor], inputs: Inputs) -> tuple[Trial | None, bool]:
-        """Run the whole copy in the first way in which it runs on all ranks, and draws no random
-        number. Returns it, and whether it has drawn none; None if it does not run.
+    def _run_reference(
+        self, values: Mapping[str, Tensor], inputs: Inputs
+    ) -> tuple[Trial | None, bool]:
+        """Run the reference in the first mode in which it succeeds on all ranks, if possible
+        without random numbers. Returns it, or None, and whether it is deterministic.
         """
-        for choice in ways(self.model):
-            ran: Trial | None = None
-            for way in choice:
-                trial, outcome, states = None, b"", [*random_states(self.axis)]
+        for candidates in modes(self.model):
+            random_trial: Trial | None = None
+            for mode in candidates:
+                trial, outcome, states = None, b"fails", [*random_states(self.axis)]
                 try:
-                    trial = Trial(self._copy(values, way), way)
+                    trial = Trial(self._copy(values, mode), mode)
                     trial.forward(self.plan, inputs, lambda name: None)
                     drew = not all(map(torch.equal, states, random_states(self.axis)))
-                    outcome = b"drew" if drew else b"sure"
-                except Exception:  # if it is the model's own, its own forward will raise it
+                    outcome = b"random" if drew else b"deterministic"
+                except Exception:  # an error of the model's own is raised by its own forward
                     trial = None
                 outcomes = set(ops.all_gather_bytes(outcome, self.axis))
-                if outcomes == {b"sure"}:
+                if outcomes == {b"deterministic"}:
                     return trial, True
-                ran = ran if b"" in outcomes else trial
-            if ran is not None:
-                return ran, False
+                random_trial = random_trial if b"fails" in outcomes else trial
+            if random_trial is not None:
+                return random_trial, False
         return None, False
 
-    def _copy(self, values: Mapping[str, Tensor], way: Way) -> nn.Module:
-        model = plain_copy(self.model, values, way)
-        if way.dtype is None and self.setup.param_dtype is not None:
+    def _copy(self, values: Mapping[str, Tensor], mode: Mode) -> nn.Module:
+        model = plain_copy(self.model, values, mode)
+        if mode.dtype is None and self.setup.param_dtype is not None:
             compute_in(model, self.setup.param_dtype)
         return model
 
-    def _run_split(self, split: Trial, inputs: Inputs) -> None:
+    def _run_sharded(self, sharded: Trial, inputs: Inputs) -> None:
         problem = ""
         try:
-            split.forward(self.plan, inputs, self._meet)
+            sharded.forward(self.plan, inputs, self._agree)
         except (_Agreed, _NoMemory, MachineError, CollectiveError):
             raise
         except torch.OutOfMemoryError:
@@ -158,191 +160,191 @@ class PlanCheck:
         except UserError as error:
             problem = str(error)
         except Exception as error:
-            detail = f"forward fails in {split.place}: {_line(error)}"
-            problem = self._refusal(split, len(split.outputs), detail)
-        self._meet("the end", problem)
+            detail = f"forward fails in {sharded.where}: {_first_line(error)}"
+            problem = self._refusal(sharded, len(sharded.outputs), detail)
+        self._agree("the end", problem)
 
-    def _compare_gradients(self, whole: Trial, split: Trial, sync: Sync) -> None:
-        gradients, runs = whole.output_gradients(), b"runs"
+    def _compare_gradients(self, reference: Trial, sharded: Trial, sync: Sync) -> None:
+        output_grads, outcome = reference.random_output_grads(), b"runs"
         try:
-            whole.backward(gradients)
+            reference.backward(output_grads)
         except Exception:
-            runs = b""  # it is no model to be trained, or not on such inputs
-        if set(ops.all_gather_bytes(runs, self.axis)) != {runs} or not runs:
+            outcome = b"fails"  # the model is not made for training, or not on such inputs
+        if set(ops.all_gather_bytes(outcome, self.axis)) != {b"runs"}:
             return
         problem = ""
         try:
-            pairs = zip(split.differentiable(), gradients, strict=True)
-            split.backward([self._part("", split, y, dy) for y, dy in pairs])
+            pairs = zip(sharded.differentiable(), output_grads, strict=True)
+            sharded.backward([self._expected("", sharded, y, dy) for y, dy in pairs])
         except (MachineError, CollectiveError):
             raise
         except torch.OutOfMemoryError:
             problem = NO_MEMORY
         except Exception as error:
-            problem = f"under this plan backward fails ({_line(error)}), and the whole model runs"
-        self._meet("backward", problem)
+            problem = f"backward fails under this plan only: {_first_line(error)}"
+        self._agree("backward", problem)
         sync.finish()
-        self._meet("gradients", self._gradients_differ(whole, split))
+        self._agree("gradients", self._gradients_differ(reference, sharded))
 
-    def _meet(self, place: str, problem: str = "") -> None:
-        """Raise on every rank what the first of them has found, so that none waits for it.
+    def _agree(self, place: str, problem: str = "") -> None:
+        """Raise the first problem that a rank reports on every rank, so that none waits forever.
 
-        Before each planned module, as what is between them may fail on some ranks alone, or lead
-        them to other modules.
+        Called before each planned module, because the code between them may fail on some ranks
+        only, or lead ranks to different modules.
         """
-        mine = json.dumps([place, problem]).encode()
-        places, problems = zip(*map(json.loads, ops.all_gather_bytes(mine, self.axis)), strict=True)
+        own = json.dumps([place, problem]).encode()
+        places, problems = zip(*map(json.loads, ops.all_gather_bytes(own, self.axis)), strict=True)
         odd = next((i for i, other in enumerate(places) if other != places[0]), 0)
-        found = next(filter(None, problems), "")
-        if found == NO_MEMORY:
+        problem = next(filter(None, problems), "")
+        if problem == NO_MEMORY:
             raise _NoMemory
-        if odd and not found:
-            found = (
-                f"under this plan rank {self.axis.ranks[odd]} comes to {places[odd]} where rank "
-                f"{self.axis.ranks[0]} comes to {places[0]}; what chooses modules must be computed "
-                "of whole features, before a colwise or after a rowwise layer"
+        if odd and not problem:
+            problem = (
+                f"under this plan rank {self.axis.ranks[odd]} reaches {places[odd]} where rank "
+                f"{self.axis.ranks[0]} reaches {places[0]}; choose modules by unsharded features, "
+                "before a colwise or after a rowwise layer"
             )
-        if found:
-            raise _Agreed(found)
+        if problem:
+            raise _Agreed(problem)
 
-    # --- what is compared -------------------------------------------------------------------------
+    # --- comparing them ---------------------------------------------------------------------------
 
-    def _outputs_differ(self, whole: Trial, split: Trial) -> str:
-        """Which output is the first to be another than the whole model's, in a line; or ""."""
-        close, _ = _tolerance(whole, split)
-        exact = whole.way.dtype is torch.float64  # a whole number rounds as what it was chosen by
+    def _outputs_differ(self, reference: Trial, sharded: Trial) -> str:
+        """A line about the first output that differs, or ""."""
+        close, _ = _tolerance(reference, sharded)
+        exact = reference.mode.dtype is torch.float64  # then even an argmax must agree
         kind = type(self.model).__name__
-        pairs = zip(split.outputs, whole.outputs, strict=False)
-        for i, ((name, ours), (other, theirs)) in enumerate(pairs):
-            if name != other:
+        pairs = zip(sharded.outputs, reference.outputs, strict=False)
+        for i, ((name, output), (expected_name, full_output)) in enumerate(pairs):
+            if name != expected_name:
                 return (
-                    f"under this plan {kind} comes to {name or 'its end'} where the whole model "
-                    f"comes to {other or 'its end'}; choose modules by what is whole"
+                    f"under this plan {kind} reaches {name or 'its end'} where one process reaches "
+                    f"{expected_name or 'its end'}; choose modules by unsharded features"
                 )
             what = name or kind
-            here, there = [*tensors_in(ours)], [*tensors_in(theirs)]
-            if len(here) != len(there):
-                detail = f"{what} gives {len(here)} tensors in place of {len(there)}"
-                return self._refusal(split, i, detail)
-            for mine, full in zip(here, there, strict=True):
-                part, mine = self._part(name, split, mine, full), local_part(mine)
-                if part.shape != mine.shape:
-                    detail = f"{what} gives {[*mine.shape]} in place of {[*part.shape]}"
-                elif exact or mine.is_floating_point():
-                    far = _distance(mine, part)
-                    if far <= close:
+            tensors, full_tensors = [*tensors_in(output)], [*tensors_in(full_output)]
+            if len(tensors) != len(full_tensors):
+                detail = f"{what} returns {len(tensors)} tensors instead of {len(full_tensors)}"
+                return self._refusal(sharded, i, detail)
+            for y, full in zip(tensors, full_tensors, strict=True):
+                expected, local = self._expected(name, sharded, y, full), local_part(y)
+                if expected.shape != local.shape:
+                    detail = f"{what} returns {[*local.shape]} instead of {[*expected.shape]}"
+                elif exact or local.is_floating_point():
+                    distance = _distance(local, expected)
+                    if distance <= close:
                         continue
-                    detail = f"the output of {what} is off by {far:.2g} of its norm"
+                    detail = f"the output of {what} is off by {distance:.2g} of its norm"
                 else:
                     continue
-                return self._refusal(split, i, detail)
+                return self._refusal(sharded, i, detail)
         return ""
 
-    def _gradients_differ(self, whole: Trial, split: Trial) -> str:
-        """Which gradient is the last to be another, so the first in backward, in a line; or ""."""
-        close, least = _tolerance(whole, split)
-        ours, theirs, mesh = split.gradients(), whole.gradients(), self.setup.mesh
-        total = sum(float(g.double().norm()) ** 2 for g in theirs.values()) ** 0.5
+    def _gradients_differ(self, reference: Trial, sharded: Trial) -> str:
+        """A line about the gradient that is the first in backward to differ, or ""."""
+        close, least = _tolerance(reference, sharded)
+        grads, full_grads, mesh = sharded.gradients(), reference.gradients(), self.setup.mesh
+        total = sum(float(g.double().norm()) ** 2 for g in full_grads.values()) ** 0.5
         line = ""
-        for name, full in theirs.items():
+        for name, full in full_grads.items():
             if name in self.layouts:
-                part = slice_local(full, self.layouts[name], mesh.axes, mesh.coordinates)
+                expected = slice_local(full, self.layouts[name], mesh.axes, mesh.coordinates)
             else:
-                part = self._part("", split, ours.get(name, full), full)
-            far = _distance(ours.get(name, torch.zeros_like(part)), part, least * total)
-            if far > close:
-                also = " or a piece of the sequence" if self.cut else ""
+                expected = self._expected("", sharded, grads.get(name, full), full)
+            grad = grads.get(name, torch.zeros_like(expected))
+            distance = _distance(grad, expected, least * total)
+            if distance > close:
                 line = (
-                    f"under this plan the gradient of {name} is off by {far:.2g} of its norm: each "
-                    "rank has a part of it, as it, or what it leads to, meets split features"
-                    f"{also} outside of planned layers; use it before a colwise or after a rowwise "
-                    "layer, or plan the layer before it colwise_gather_output"
-                    + (", or its own module 'sequence'" if self.cut else "")
+                    f"under this plan the gradient of {name} is off by {distance:.2g} of its norm: "
+                    "each rank has only a part of it, because it, or a result of it, meets sharded "
+                    f"features{' or a shard of the sequence' if self.sequence_parallel else ''} "
+                    "outside of planned layers; use it before a colwise or after a rowwise layer, "
+                    "or plan the layer before it as 'colwise_gather_output'"
+                    + (", or its own module as 'sequence'" if self.sequence_parallel else "")
                 )
         return line
 
-    def _part(self, name: str, split: Trial, mine: Tensor, full: Tensor) -> Tensor:
-        """What this rank should have of a tensor in an output of the whole model."""
+    def _expected(self, name: str, sharded: Trial, y: Tensor, full: Tensor) -> Tensor:
+        """This rank's shard of `full`, the reference's tensor that y stands for."""
         planned, size, index = self.plan.get(name), self.axis.size, self.axis.index
-        if full.dim() and id(mine) in split.logits:
+        if full.dim() and id(y) in sharded.logits:
             return shard_of(full, Shard(full.dim() - 1), size, index)
         if full.dim() and planned is not None and planned.role in ("colwise", "colwise_grouped"):
             return shard_of(full, Shard(full.dim() - 1, self._copies(name)), size, index)
-        in_pieces = self.cut and full.dim() > 1 and full.shape != mine.shape
-        return full.chunk(size, T)[index] if in_pieces and full.shape[T] % size == 0 else full
+        is_shard = self.sequence_parallel and full.dim() > 1 and full.shape != y.shape
+        return full.chunk(size, T)[index] if is_shard and full.shape[T] % size == 0 else full
 
     def _copies(self, name: str) -> int:
         weight = self.model.get_submodule(name)._parameters["weight"]
         layout = next(self.layouts[n] for n, p in self.model.named_parameters() if p is weight)
-        how = dict(layout.splits)[self.axis.name]
-        return how.copies if isinstance(how, Shard) else 1
+        placement = dict(layout.splits)[self.axis.name]
+        return placement.copies if isinstance(placement, Shard) else 1
 
-    # --- what is said -----------------------------------------------------------------------------
+    # --- the message ------------------------------------------------------------------------------
 
-    def _refusal(self, split: Trial, until: int, detail: str) -> str:
-        """In a line, which part of the plan is wrong: most likely columns that no row has closed.
+    def _refusal(self, sharded: Trial, until: int, detail: str) -> str:
+        """A line about the wrong part of the plan: most likely a colwise layer without a rowwise.
 
         Args:
-            until: the number of the first output that is wrong.
+            until: the index of the first wrong output.
         """
-        called = [name for name, _ in split.outputs[:until] if name]
-        still_open: list[str] = []
+        called = [name for name, _ in sharded.outputs[:until] if name]
+        unclosed: list[str] = []  # colwise, and no rowwise layer has come since
         for name in called:
             if self.plan[name].role in ("colwise", "colwise_grouped"):
-                still_open.append(name)
+                unclosed.append(name)
             elif self.plan[name].role == "rowwise":
-                around = name.rpartition(".")[0]
-                still_open = [n for n in still_open if around and not n.startswith(f"{around}.")]
-        if self.cut and not still_open:
+                parent = name.rpartition(".")[0]
+                unclosed = [n for n in unclosed if parent and not n.startswith(f"{parent}.")]
+        if self.sequence_parallel and not unclosed:
             return (
-                f"under this plan and sequence_parallel {detail}: something is done with a piece "
-                "of the sequence as if it were all of it; give what needs all of it 'gather_input' "
-                "in the plan, or leave out sequence_parallel"
+                f"under this plan and sequence_parallel {detail}: something treats a shard of the "
+                "sequence as the whole; plan a module that needs the whole sequence as "
+                "'gather_input', or leave out sequence_parallel"
             )
         ends = [n for n in called if self.plan[n].role == "vocabulary"]
-        here = [name for name, _ in split.outputs[until : until + 1] if name]
-        names = still_open or here or ends or called[-1:] or [*self.plan][:1]
+        wrong = [name for name, _ in sharded.outputs[until : until + 1] if name]
+        names = unclosed or wrong or ends or called[-1:] or [*self.plan][:1]
         parent = names[-1].rpartition(".")[0]
         names = [n for n in dict.fromkeys(names) if n.rpartition(".")[0] == parent]
         kind = type(self.model.get_submodule(parent)).__name__
         where = f"{kind} ({parent})" if parent else kind
-        role = "colwise" if still_open else self.plan[names[-1]].role
+        role = "colwise" if unclosed else self.plan[names[-1]].role
         return (
-            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} "
-            f"{role}, but {where} does something else with a part "
-            f"than with the whole: {detail}; split fused layers in several, take the number of "
-            "heads from the shape (-1), plan a rowwise layer after it, plan it "
-            "colwise_gather_output, or leave it out of the plan"
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {role}, but {where} computes "
+            f"something else on a shard than on the whole: {detail}; split a fused layer into "
+            "several, take the number of heads from the shape (-1), plan a rowwise layer after it, "
+            "plan it as 'colwise_gather_output', or leave it out of the plan"
         )
 
 
 class _Agreed(Exception):
-    """What the ranks have agreed to raise."""
+    """A refusal that all ranks raise together."""
 
 
 class _NoMemory(Exception):
-    """What the ranks have agreed to leave off for."""
+    """Some rank is out of memory, so all ranks end the trial."""
 
 
 def _tolerance(*trials: Trial) -> tuple[float, float]:
-    if all(trial.way.dtype is torch.float64 for trial in trials):
+    if all(trial.mode.dtype is torch.float64 for trial in trials):
         return TOLERANCE[8]
     tensors = (t for trial in trials for t in [*trial.model.parameters(), *trial.differentiable()])
     return TOLERANCE[min((t.dtype.itemsize for t in tensors if t.is_floating_point()), default=8)]
 
 
-def _distance(ours: Tensor, theirs: Tensor, least: float = 0.0) -> float:
-    """The norm of the difference, relative to that of theirs, or to the least that it counts as."""
-    if ours.layout is not torch.strided:
+def _distance(local: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """The norm of the difference, relative to the expected norm, or to `least` if that is more."""
+    if local.layout is not torch.strided:
         return 0.0
-    wide = torch.complex128 if theirs.is_complex() else torch.float64
-    mine, full = ours.detach().to(wide), theirs.detach().to(wide)
-    difference, norm = float((mine - full).norm()), max(float(full.norm()), least)
-    if not math.isfinite(norm):  # nothing can be told
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    local, expected = local.detach().to(wide), expected.detach().to(wide)
+    difference, norm = float((local - expected).norm()), max(float(expected.norm()), least)
+    if not math.isfinite(norm):  # there is nothing to compare with
         return 0.0
     return difference / max(norm, 1e-300) if math.isfinite(difference) else math.inf
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """The first line of an error."""
     return next((line for line in str(error).splitlines() if line), type(error).__name__)[:200]

@@ -1,14 +1,14 @@
-"""Ranks of tensor parallelism compute on the same rows, with the same random masks: is it so?
+"""Checks that tensor-parallel ranks compute with the same inputs and the same random numbers.
 
-    forward    digest of the inputs, digest of the generators -> all ranks    16 bytes a rank
+    forward    digest of the inputs, digest of the generators -> all ranks    16 bytes per rank
 
-What is not split, every rank computes for itself, and nobody compares the results. With other rows
-on each rank, or dropout by generators that were seeded by rank, the copies drift apart, and each
-rank's loss looks fine. So the ranks compare what could make them differ: the inputs of a forward
-before it begins, and the state of the generators, if the forward turns out to have drawn from them.
+Every rank computes replicated layers for itself, and nobody compares the results. If ranks read
+different rows, or draw different dropout masks, their replicas drift apart, and each rank's loss
+looks fine. So the ranks compare what could make them differ: the inputs, before each forward, and
+the state of the random generators, if the forward has drawn from them.
 
-Dropout on split activations, such as the probabilities of each rank's heads, gets the same mask on
-every rank then: other numbers than one process would draw, and no rank drifts.
+With equal generators, dropout on sharded activations, such as the probabilities of each rank's
+heads, has the same mask on every rank. One process would draw another mask, but no rank drifts.
 """
 
 import hashlib
@@ -22,34 +22,36 @@ from dist_lab.comm import ops
 from dist_lab.comm.agree import fingerprint
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.tensor.plan import Plan, Planned, is_tested, takes_whole
+from dist_lab.parallel.tensor.plan import Plan, Planned, is_tested, takes_whole_sequence
 from dist_lab.step.hooks import ModuleHook, tensors_in
 from dist_lab.torch_private import AnyDropout
 
 
 def compare_inputs(
-    model: nn.Module, axis: Axis, named: Mapping[str, Planned], plan: Plan | None, *, cut: bool
-) -> None:
-    """Have a model compare its inputs over the ranks: in every forward, or where the model and its
-    plan are of the zoo, and the mesh does not `check`, in the first.
+    model: nn.Module, axis: Axis, planned_by_name: Mapping[str, Planned], plan: Plan | None, *,
+    sequence_parallel: bool,
+) -> None:  # fmt: skip
+    """Compare the model's inputs over the ranks in every forward; only in the first if the model
+    and its plan are the zoo's, and the mesh is without `check`.
     """
     if axis.size > 1:
         every = axis.comm.check or not is_tested(model, plan)
-        SameInputs(model, axis, every=every, pieces=cut and not takes_whole(model, named))
+        shards = sequence_parallel and not takes_whole_sequence(model, planned_by_name)
+        SameInputs(model, axis, every=every, shards=shards)
 
 
 class SameInputs:
-    """Compares inputs and generators over the ranks of an axis, around forwards of a model.
+    """Compares inputs and generators over the ranks of an axis, in hooks of a model.
 
     Args:
-        every: each forward; False: the first alone.
-        pieces: each rank is given a piece of the sequence; of inputs the shapes are compared.
+        every: in every forward; False: in the first only.
+        shards: inputs are shards of the sequence, so only their shapes are compared.
     """
 
-    def __init__(self, model: nn.Module, axis: Axis, *, every: bool, pieces: bool) -> None:
-        self.axis, self.every, self.pieces = axis, every, pieces
+    def __init__(self, model: nn.Module, axis: Axis, *, every: bool, shards: bool) -> None:
+        self.axis, self.every, self.shards = axis, every, shards
         self.due = True
-        self.odd_generator: int | None = None  # the rank whose generators are in another state
+        self.odd_generator: int | None = None  # a rank whose generators are in another state
         self.generators = 0  # digest of the state before the forward
         model.register_forward_pre_hook(ModuleHook(self._enter), with_kwargs=True)
         model.register_forward_hook(ModuleHook(self._leave))
@@ -59,19 +61,19 @@ class SameInputs:
         if not self.due:
             return
         self.due = self.every
-        inputs = digest(tensors_in([args, kwargs]), values=not self.pieces)
+        inputs = digest(tensors_in([args, kwargs]), values=not self.shards)
         self.generators = digest(random_states(self.axis))
-        mine = torch.tensor([[inputs, self.generators]], device=self.axis.device)
+        row = torch.tensor([[inputs, self.generators]], device=self.axis.device)
         with self.axis.comm.label("check", unit="inputs"):
-            rows = ops.all_gather(mine, self.axis)
+            rows = ops.all_gather(row, self.axis)
         odd_inputs, self.odd_generator = (self._odd(column) for column in rows.T.tolist())
         if odd_inputs is not None:
             name = self.axis.name
-            what = "pieces of one length" if self.pieces else "the same batch"
+            what = "shards of one length" if self.shards else "the same batch"
             raise UserError(
-                f"ranks of {name} were given other inputs: rank {odd_inputs} against rank "
+                f"ranks of {name} have different inputs: rank {odd_inputs} and rank "
                 f"{self.axis.ranks[0]}; feed {what} to all ranks of {name}: choose rows by "
-                "mesh.data.index, and seed alike what shuffles or augments them"
+                "mesh.data.index, and shuffle and augment them with one seed"
             )
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -84,31 +86,31 @@ class SameInputs:
         )
         name = self.axis.name
         raise UserError(
-            f"ranks of {name} draw other random numbers: rank {self.odd_generator} against rank "
+            f"ranks of {name} draw different random numbers: rank {self.odd_generator} and rank "
             f"{self.axis.ranks[0]}; call torch.manual_seed with the same seed on all ranks of "
-            f"{name}, after parallelize(), or before each forward if features that are dropped do "
-            f"not divide over them ({next(active, 'dropout or the like')})"
+            f"{name}, after parallelize(), or before each forward if features with dropout do not "
+            f"divide over the ranks ({next(active, 'dropout or the like')})"
         )
 
     def _odd(self, digests: list[int]) -> int | None:
-        """The first rank whose digest is not that of the first."""
+        """The first rank whose digest differs from that of the axis's first rank."""
         ranks = zip(self.axis.ranks, digests, strict=True)
         return next((rank for rank, digest in ranks if digest != digests[0]), None)
 
 
 def random_states(axis: Axis) -> Iterator[Tensor]:
-    """The states of the generators that a forward on this device draws from."""
+    """The states of the random generators that a forward on this device uses."""
     yield torch.get_rng_state()
     if axis.device.type == "cuda":
         yield torch.cuda.get_rng_state(axis.device)
 
 
 def digest(tensors: Iterator[Tensor], *, values: bool = True) -> int:
-    """63 bits of shapes, dtypes and, with `values`, bytes."""
-    marks = [
+    """A hash of 63 bits of shapes, dtypes and, with `values`, bytes."""
+    parts = [
         (t.dtype, t.shape, values and fingerprint(t.resolve_conj().resolve_neg()))
         for t in tensors
         if t.layout is torch.strided and not t.is_meta
     ]
-    whole = hashlib.blake2b(repr(marks).encode(), digest_size=8).digest()
-    return int.from_bytes(whole, "little") >> 1
+    hashed = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little") >> 1

@@ -1,6 +1,8 @@
-"""The residual stream of a tensor-parallel model, and the ways out of it into a block and back.
+"""Activations between tensor-parallel blocks, and the collectives into a block and out of it.
 
-x -> Entry -> columns ... rows -> summed -> x + ...       see the table in tp.py
+    x -> SharedColumnInput -> colwise layers ... rowwise layer -> reduce -> x + ...
+
+The table in tp.py says which collective each arrow is, in forward and in backward.
 """
 
 from functools import partial
@@ -21,154 +23,156 @@ T = -2  # the dim of a sequence, in (..., T, D)
 
 
 class ActivationLayout:
-    """How what flows between the blocks lies: whole on every rank, or each a piece of the sequence.
+    """The layout of activations between blocks: replicated, or sharded along the sequence.
 
     Args:
-        cut: along the sequence.
-        regather: what a block reads is not kept whole for backward, but gathered again.
+        regather: save only this rank's shard of a block's input, and gather it again in backward.
     """
 
-    def __init__(self, axis: Axis, *, cut: bool, regather: bool) -> None:
-        self.axis, self.cut, self.regather = axis, cut, regather
+    def __init__(self, axis: Axis, *, sequence_parallel: bool, regather: bool) -> None:
+        self.axis, self.sequence_parallel, self.regather = axis, sequence_parallel, regather
         self.scratch = Scratch(axis)
 
-    def whole(self, x: Tensor) -> Tensor:
-        """x[T_tp] -> x[T], or x itself."""
-        return self.scratch.all_gather(x, T).wait() if self.cut else x
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x[T_tp] -> x[T], or x itself. Not differentiable."""
+        return self.scratch.all_gather(x, T).wait() if self.sequence_parallel else x
 
-    def start_sum(self, x: Tensor) -> Pending:
-        """x[T]{U_tp} -> x[T_tp], or x[T]."""
-        return self.scratch.reduce_scatter(x, T) if self.cut else self.scratch.all_reduce(x)
+    def start_reduce(self, x: Tensor) -> Pending:
+        """x[T]{U_tp} -> x[T_tp], or x[T]. Not differentiable."""
+        scratch = self.scratch
+        return scratch.reduce_scatter(x, T) if self.sequence_parallel else scratch.all_reduce(x)
 
-    def summed(self, x: Tensor) -> Tensor:
-        """Differentiable: what a row, or a part of an embedding, gives to the stream."""
-        if self.cut:
-            self._check(x)
-        return _Summed.apply(x, self)
+    def reduce(self, x: Tensor) -> Tensor:
+        """Sum the partial outputs of a rowwise layer or an embedding. Differentiable."""
+        if self.sequence_parallel:
+            self._check_divides(x)
+        return _Reduce.apply(x, self)
 
-    def piece(self, x: Tensor) -> Tensor:
-        """Differentiable: this rank's part of what all have computed alike, x[T] -> x[T_tp]."""
-        if not self.cut:
+    def scatter(self, x: Tensor) -> Tensor:
+        """Shard a replicated x[T] -> x[T_tp]. Differentiable."""
+        if not self.sequence_parallel:
             return x
-        self._check(x)
+        self._check_divides(x)
         return autograd.scatter(x, self.axis, T)
 
-    def joined(self, x: Tensor) -> Tensor:
-        """Differentiable: x[T_tp] -> x[T], with which all go on alike."""
-        return autograd.gather_replicated(x, self.axis, T) if self.cut else x
+    def gather(self, x: Tensor) -> Tensor:
+        """Unshard x[T_tp] -> x[T], for replicated computation. Differentiable."""
+        return autograd.gather_replicated(x, self.axis, T) if self.sequence_parallel else x
 
-    def _check(self, x: Tensor) -> None:
+    def _check_divides(self, x: Tensor) -> None:
         length, size = x.shape[T] if x.dim() > 1 else 1, self.axis.size
         if length % size:
-            near = nearest_degree(divisors(length), size)
+            degree = nearest_degree(divisors(length), size)
             raise UserError(
                 f"a sequence of {length} does not divide over {size} ranks of {self.axis.name}; "
-                f"give a multiple of {size}, a degree of {near}, or leave out sequence_parallel"
+                f"give a multiple of {size}, a degree of {degree}, or leave out sequence_parallel"
             )
 
 
-class _Summed(torch.autograd.Function):
-    """x{U_tp} -> x; backward is its conjugate: nothing, or all_gather."""
+class _Reduce(torch.autograd.Function):
+    """x{U_tp} -> x. Backward is the conjugate: nothing, or all_gather."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, activations: ActivationLayout) -> Tensor:
         ctx.activations = activations
-        y = activations.start_sum(x).wait()
+        y = activations.start_reduce(x).wait()
         return y.view_as(y) if y is x else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # somebody will take the derivative of this
-            return entered(dy, ctx.activations), None
-        return ctx.activations.whole(dy), None
+        if torch.is_grad_enabled():  # with create_graph
+            return enter_block(dy, ctx.activations), None
+        return ctx.activations.all_gather(dy), None
 
 
 class SharedColumnInput:
-    """The way from the stream into columns that read it together.
+    """The input of colwise layers that read the same tensor, such as q, k and v.
 
-    The first of them that is given a tensor brings it in for all; what was brought in is let go
-    when the last has had it. One that is given another tensor, or the same one again or changed,
-    brings that in anew.
+    The first column to be called gathers the input for all of them; it is freed after the last. A
+    column that is called with another tensor, with a changed one, or for a second time, gathers
+    again.
     """
 
     def __init__(self, activations: ActivationLayout) -> None:
         self.activations = activations
         self.columns: list[nn.Linear] = []
-        self.leave()
+        self.clear()
 
-    def leave(self) -> None:
-        self.given: tuple[Tensor, int | None] | None = None
-        self.inside: Tensor | None = None
-        self.weights: dict[nn.Linear, tuple[Tensor, OnOutputGrad]] = {}  # of those still to come
+    def clear(self) -> None:
+        self.source: tuple[Tensor, int | None] | None = None  # the input, and its version
+        self.gathered: Tensor | None = None
+        self.uncalled: dict[nn.Linear, tuple[Tensor, OnOutputGrad]] = {}
 
     def __call__(self, x: Tensor, column: nn.Linear) -> Tensor:
-        """x W^T + b of one of them."""
-        # One made in inference mode does not tell whether it was changed.
+        """x W^T + b of one column."""
+        # A tensor made in inference mode has no version that would show a change.
         version = None if x.is_inference() else x._version
-        before, then = self.given or (None, None)
-        known = before is x and then == version and version is not None
-        if not known or column not in self.weights:
-            owed: dict[int, Tensor] = {}
-            weights = [one.weight for one in self.columns]
-            self.inside, *entered = _Enter.apply(x, self.activations, owed, *weights)
-            self.given = x, version
-            self.weights = {
-                one: (weight, partial(owed.__setitem__, i))
-                for i, (one, weight) in enumerate(zip(self.columns, entered, strict=True))
+        source, source_version = self.source or (None, None)
+        is_same = source is x and source_version == version and version is not None
+        if not is_same or column not in self.uncalled:
+            output_grads: dict[int, Tensor] = {}
+            weights = [each.weight for each in self.columns]
+            self.gathered, *views = _EnterBlock.apply(x, self.activations, output_grads, *weights)
+            self.source = x, version
+            self.uncalled = {
+                each: (view, partial(output_grads.__setitem__, i))
+                for i, (each, view) in enumerate(zip(self.columns, views, strict=True))
             }
-        inside, (weight, on_grad) = self.inside, self.weights.pop(column)
-        assert inside is not None
-        if not self.weights:
-            self.leave()
-        return split_linear(inside, weight, column.bias, on_grad)
+        gathered, (weight, on_grad) = self.gathered, self.uncalled.pop(column)
+        assert gathered is not None
+        if not self.uncalled:
+            self.clear()
+        return split_linear(gathered, weight, column.bias, on_grad)
 
 
-def entered(x: Tensor, activations: ActivationLayout) -> Tensor:
-    """Differentiable: x from the stream, of which each rank goes on to use a part of its own."""
-    inside: Tensor
-    (inside,) = _Enter.apply(x, activations, {})
-    return inside
+def enter_block(x: Tensor, activations: ActivationLayout) -> Tensor:
+    """Unshard an x of which each rank uses a different part. Differentiable: dx is summed."""
+    gathered: Tensor
+    (gathered,) = _EnterBlock.apply(x, activations, {})
+    return gathered
 
 
-class _Enter(torch.autograd.Function):
-    """x, W1, W2, ... -> x[T], W1, W2, ...: what columns compute with.
+class _EnterBlock(torch.autograd.Function):
+    """x, W1, W2, ... -> x[T], and a view of each W: the operands of colwise layers.
 
-    Their backward leaves dx{U_tp}, and owes dW; both pass here. So the sum of dx is on its way
-    while dW is computed, and dW arrives at its parameter as any gradient does. A second derivative
-    goes through the same in differentiable steps, and has gradients of its own for W.
+    The backward of a colwise layer returns dx{U_tp}, and leaves dy in `output_grads`. So here the
+    sum of dx is in flight while dW is computed from dy, and dW reaches its parameter as any
+    gradient does. With create_graph all of it is differentiable, and the views of W have gradients
+    of their own, from second derivatives.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        activations: ActivationLayout,
-        owed: dict[int, Tensor],
+        ctx: Any, x: Tensor, activations: ActivationLayout, output_grads: dict[int, Tensor],
         *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.activations, ctx.owed = activations, owed
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.activations, ctx.output_grads = activations, output_grads
         ctx.set_materialize_grads(False)
-        whole = activations.whole(x)
-        inside = x.view_as(x) if whole is x else whole
-        ctx.save_for_backward(x if activations.regather else inside)
-        entered = [weight.view_as(weight) for weight in weights]
-        outputs = [inside, *entered]
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        ctx.mark_non_differentiable(*[y for y, yes in zip(outputs, needed, strict=True) if not yes])
+        full_x = activations.all_gather(x)
+        gathered = x.view_as(x) if full_x is x else full_x
+        ctx.save_for_backward(x if activations.regather else gathered)
+        outputs = [gathered, *(weight.view_as(weight) for weight in weights)]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        frozen = [y for y, needs_grad in zip(outputs, needs, strict=True) if not needs_grad]
+        ctx.mark_non_differentiable(*frozen)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        activations, owed, again = ctx.activations, ctx.owed, torch.is_grad_enabled()
-        pending = None
-        if dx is not None:  # dx{U_tp} -> dx
-            pending = Pending(activations.summed(dx)) if again else activations.start_sum(dx)
+    def backward(
+        ctx: Any, dx: Tensor | None, *view_grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        activations, output_grads = ctx.activations, ctx.output_grads
+        create_graph, pending = torch.is_grad_enabled(), None
+        if dx is not None and create_graph:
+            pending = Pending(activations.reduce(dx))
+        elif dx is not None:
+            pending = activations.start_reduce(dx)  # dx{U_tp} -> dx
         (x,) = ctx.saved_tensors
-        if activations.regather and owed:
-            x = entered(x, activations) if again else activations.whole(x)
-        gradients = list(given)
-        for i, before in enumerate(given):
-            if i in owed:
-                own = weight_gradient(owed.pop(i), x)
-                gradients[i] = own if before is None else own + before
-        return None if pending is None else pending.wait(), None, None, *gradients
+        if activations.regather and output_grads:
+            x = enter_block(x, activations) if create_graph else activations.all_gather(x)
+        weight_grads = list(view_grads)
+        for i, view_grad in enumerate(view_grads):
+            if i in output_grads:
+                dw = weight_gradient(output_grads.pop(i), x)
+                weight_grads[i] = dw if view_grad is None else dw + view_grad
+        return None if pending is None else pending.wait(), None, None, *weight_grads

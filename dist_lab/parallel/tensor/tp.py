@@ -1,54 +1,55 @@
-"""Tensor parallelism: each matrix in pieces, and every rank computes with its own on all the rows.
+"""Tensor parallelism: each weight matrix is sharded, and each rank computes its shard for all rows.
 
-    In[B, D] . W1[D, F_tp] -> H[B, F_tp]        column: outputs are split, and nothing is sent
-    H[B, F_tp] . W2[F_tp, D] -> Out[B, D]{U_tp} -> Out[B, D]   row: inputs are split; one sum
+    In[B, D] . W1[D, F_tp] -> H[B, F_tp]        colwise: outputs are sharded, nothing is sent
+    H[B, F_tp] . W2[F_tp, D] -> Out[B, D]{U_tp} -> Out[B, D]   rowwise: inputs are sharded; one sum
 
-What lies between the two, an activation or attention by heads, works on its part alone. So a block
-has one sum after its attention and one after its MLP, and in backward one before each. Those four
-are two pairs of conjugates, Megatron's f and g. Under sequence parallelism the residual stream
-between them, with its norms, is cut along the sequence T, and each sum becomes its two halves:
+Between the two, an activation function or attention by heads works on its shard alone. So a block
+has one sum after its attention and one after its MLP, and in backward one before each. These are
+Megatron's conjugate pairs f and g, twice. With sequence parallelism, the residual stream between
+blocks and its norms are sharded along the sequence T, and each sum becomes its two halves:
 
-                       before a column                  after a row
-                       forward       backward           forward          backward
-    whole              -             all_reduce         all_reduce       -
-    cut along T        all_gather    reduce_scatter     reduce_scatter   all_gather
+                        before a colwise layer          after a rowwise layer
+                        forward       backward          forward          backward
+    tensor-parallel     -             all_reduce        all_reduce       -
+    sequence-parallel   all_gather    reduce_scatter    reduce_scatter   all_gather
 
 Cost per block and micro-batch, for S = B T D elements, sent by a rank, times (N-1)/N:
 
-    whole              2 all_reduces forward, 2 backward                             8 S
-    cut                the same bytes, in halves                                     8 S
-    cut, regather      what a column has read is gathered again in backward         10 S
+    tensor-parallel               2 all_reduces forward, 2 backward                          8 S
+    sequence-parallel             the same bytes, in halves                                  8 S
+    sequence-parallel, regather   backward gathers the inputs of colwise layers again       10 S
 
-and less for what no block is: see vocabulary.py for the two ends. Memory per rank: of what is split
-1/N of parameters, gradients and optimizer state; of a block's activations, in whole, 1/N of what
-lies between column and row; cut, also of the norms and the residual stream; with regather, of all.
-Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
+For embedding and logits, which cost less, see vocabulary.py. Memory per rank: 1/N of the sharded
+weights, of their gradients and optimizer state, and of the activations between colwise and rowwise
+layers. With sequence_parallel, activations of norms and of the residual stream are sharded as well;
+with regather, all saved activations of a block. Shoeybi et al. 2019 (arXiv:1909.08053);
+Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
 
-[Note: the plan] What each module does is data: globs on names, where a `*` is one name between
-dots, to a role. A model of the zoo brings its own, `tp_plan()`.
+[Note: the plan] A plan is data. It maps globs on module names, where a `*` is one name between
+dots, to roles. A model of the zoo brings its own, `tp_plan()`.
 
-    "colwise"                a Linear whose outputs are split, W[F_tp, D] as torch stores it
-    ("colwise", 64)          the same in whole blocks of 64 outputs: attention heads
-    ("colwise_grouped", 64)  with fewer blocks than ranks, each on several of them: keys and values
+    "colwise"                a Linear with sharded outputs, W[F_tp, D] as torch stores it
+    ("colwise", 64)          the same in unsplit blocks of 64 outputs: attention heads
+    ("colwise_grouped", 64)  may have fewer blocks than ranks, which then share them: keys, values
     "colwise_gather_output"  colwise, and its outputs are gathered again
-    "rowwise"                a Linear whose inputs are split, W[D, F_tp]; it splits unsplit inputs
-    "vocabulary"             an Embedding, or the Linear that gives logits: see vocabulary.py
-    "replicate"              anything else: every rank has it, and computes the same
+    "rowwise"                a Linear with sharded inputs, W[D, F_tp]; it shards unsharded inputs
+    "vocabulary"             an Embedding, or the Linear that computes logits: see vocabulary.py
+    "replicate"              anything else: every rank holds it, and computes the same
                                             ... and under sequence parallelism
-    "sequence"               sees a shard of the sequence, dim -2, as it comes: norms
-    "scatter_output"         sees the whole sequence, and its output is split along it
-    "gather_input"           sees the whole sequence, gathered from shards
+    "sequence"               reads and returns a shard of the sequence, dim -2: norms
+    "scatter_output"         reads the whole sequence, and its output is sharded along it
+    "gather_input"           its input is a shard of the sequence, and is gathered first
 
-A plan that is not the zoo's is tried before its first forward: see plan_check.py. In each forward
-ranks compare the inputs that must be the same on all of them: see same_inputs.py.
+A plan that is not the zoo's is tried before the first forward: see plan_check.py. In each forward
+the ranks compare the inputs that must be equal on all of them: see same_inputs.py.
 
-[Note: columns that read together] Columns of one parent that are given one and the same tensor,
-such as q, k and v, share its way in: it is gathered once, and the sum of their input gradients is
-sent once, while dW of all of them is computed (parallel/split_linear.py).
+[Note: columns that share an input] Colwise layers of one parent that read the same tensor, such as
+q, k and v, share its collectives. The input is gathered once. Its gradient is summed once, while
+the weight gradients of all of them are computed (parallel/split_linear.py).
 
-[Note: partial gradients] Under sequence parallelism whatever sees a piece of the sequence has a
-gradient that is a part of the sum, dW{U_tp}; and so have keys and values that lie on several ranks.
-Such parameters are `partial` over their ranks, and the sum is paid in `finish`, in one message.
+[Note: partial gradients] Under sequence parallelism, a module that reads a shard of the sequence
+has a partial gradient dW{U_tp}. So have keys and values that several ranks share. The layouts of
+such parameters are `partial`, and `finish` sums their gradients, in one message.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +69,7 @@ from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, is_tested
 from dist_lab.parallel.tensor.plan_check import PlanCheck
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
-from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, entered
+from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, enter_block
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
 from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
@@ -81,47 +82,47 @@ def apply(
     sequence_parallel: bool = False,
     regather: bool = False,
 ) -> Applied:
-    """Split a model as the plan says.
+    """Shard a model as the plan says.
 
     Args:
         plan: see [Note: the plan]; default: the model's own.
-        sequence_parallel: cut the residual stream along the sequence.
-        regather: with it, keep of what columns read only a piece, and gather it again in backward.
+        sequence_parallel: shard the residual stream along the sequence.
+        regather: save only a shard of each colwise layer's input, and gather it in backward.
 
     Raises:
-        UserError: no plan, one that does not fit the model, heads that do not divide.
+        UserError: there is no plan, it does not fit the model, or heads do not divide.
     """
     if regather and not sequence_parallel:
-        raise UserError("regather gathers again what sequence_parallel has cut; give both")
+        raise UserError("regather gathers again what sequence_parallel has sharded; give both")
     model, axis = setup.model, setup.axis
-    named, _, layouts = arrange(setup, plan, cut=sequence_parallel)
+    planned_by_name, _, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
 
-    def split(model: nn.Module, full_value: Callable[[str], Tensor]) -> Sync:
-        activations = ActivationLayout(axis, cut=sequence_parallel, regather=regather)
-        for name, own in param_slots(model).items():
-            value, how = full_value(name), dict(layouts[name].splits).get(axis.name)
-            if isinstance(how, Shard):
-                value = shard_of(value, how, axis.size, axis.index)
-            set_param(own, value.to(axis.device, copy=True))
-        entries = split_forwards(model, named, activations)
-        return TensorParallel(replace(setup, model=model), layouts, activations, entries)
+    def shard(model: nn.Module, full_value: Callable[[str], Tensor]) -> Sync:
+        activations = ActivationLayout(axis, sequence_parallel=sequence_parallel, regather=regather)
+        for name, slots in param_slots(model).items():
+            value, placement = full_value(name), dict(layouts[name].splits).get(axis.name)
+            if isinstance(placement, Shard):
+                value = shard_of(value, placement, axis.size, axis.index)
+            set_param(slots, value.to(axis.device, copy=True))
+        inputs = replace_forwards(model, planned_by_name, activations)
+        return TensorParallel(replace(setup, model=model), layouts, activations, inputs)
 
-    sync = split(model, setup.full_value)
-    compare_inputs(model, axis, named, plan, cut=sequence_parallel)
+    sync = shard(model, setup.full_value)
+    compare_inputs(model, axis, planned_by_name, plan, sequence_parallel=sequence_parallel)
     if axis.size > 1 and not is_tested(model, plan) and not axis.comm.dry_run:
-        split_copy = lambda copy: split(copy, lambda name: copy.get_parameter(name).detach())  # noqa: E731
-        PlanCheck(setup, named, layouts, split_copy, cut=sequence_parallel)
+        shard_copy = lambda copy: shard(copy, lambda name: copy.get_parameter(name).detach())  # noqa: E731
+        PlanCheck(setup, planned_by_name, layouts, shard_copy, sequence_parallel=sequence_parallel)
     return Applied(layouts, sync)
 
 
-# --- what a rank keeps, and what it does with it --------------------------------------------------
+# --- the forwards of planned modules --------------------------------------------------------------
 
 
-def split_forwards(
+def replace_forwards(
     model: nn.Module, plan: Mapping[str, Planned], activations: ActivationLayout
 ) -> list[SharedColumnInput]:
-    """Replace forwards, each as its role wants. Returns the entries of the columns."""
-    entries: dict[str, SharedColumnInput] = {}  # by parent: see [Note: columns that read together]
+    """Replace the forward of each planned module by its role's. Returns the shared inputs."""
+    inputs: dict[str, SharedColumnInput] = {}  # by parent: [Note: columns that share an input]
     for name, planned in plan.items():
         module = model.get_submodule(name)
         if planned.role in FORWARDS:
@@ -130,30 +131,28 @@ def split_forwards(
                 check_embedding(name, module)
                 compute = _embedding
             elif isinstance(module, nn.Linear) and planned.role != "rowwise":
-                shared_input = entries.setdefault(
-                    name.rpartition(".")[0], SharedColumnInput(activations)
-                )
+                parent = name.rpartition(".")[0]
+                shared_input = inputs.setdefault(parent, SharedColumnInput(activations))
                 shared_input.columns.append(module)
+            forward = partial(compute, activations, shared_input, module)
             in_a_copy = partial(refuse_copy, type(module).__name__)
-            module.forward = ModuleHook(
-                partial(compute, activations, shared_input, module), in_a_copy
-            )
+            module.forward = ModuleHook(forward, in_a_copy)
         elif planned.role == "scatter_output":
-            module.register_forward_hook(ModuleHook(lambda m, args, y: activations.piece(y)))
+            module.register_forward_hook(ModuleHook(lambda m, args, y: activations.scatter(y)))
         elif planned.role == "gather_input":
             module.register_forward_pre_hook(
-                ModuleHook(lambda m, args: (activations.joined(args[0]), *args[1:]))
+                ModuleHook(lambda m, args: (activations.gather(args[0]), *args[1:]))
             )
-    return list(entries.values())
+    return list(inputs.values())
 
 
-def _column(
+def _colwise(
     activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
 ) -> Tensor:
     return shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
 
 
-def _gathered(
+def _colwise_gather_output(
     activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
 ) -> Tensor:
     y = shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
@@ -166,65 +165,66 @@ def _logits(
     return SplitLogits(shared_input(x, linear), linear.out_features, activations.scratch)
 
 
-def _row(activations: ActivationLayout, shared_input: None, linear: nn.Linear, x: Tensor) -> Tensor:
-    here = linear.weight.shape[1]
-    if x.shape[-1] == linear.in_features != here:  # whole: no column stands before it
-        start, _ = shard_bounds(linear.in_features, activations.axis.size, activations.axis.index)
-        x = entered(x, activations).narrow(-1, start, here)  # In[B, F] -> In[B, F_tp]
-    y = activations.summed(
-        F.linear(x, linear.weight)
-    )  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp} -> Out
-    return y if linear.bias is None else y + linear.bias  # once, and not by each rank
+def _rowwise(
+    activations: ActivationLayout, shared_input: None, linear: nn.Linear, x: Tensor
+) -> Tensor:
+    width, axis = linear.weight.shape[1], activations.axis
+    if x.shape[-1] == linear.in_features != width:  # unsharded: no colwise layer came before
+        start, _ = shard_bounds(linear.in_features, axis.size, axis.index)
+        x = enter_block(x, activations).narrow(-1, start, width)  # In[B, F] -> In[B, F_tp]
+    partial_y = F.linear(x, linear.weight)  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp}
+    y = activations.reduce(partial_y)
+    return y if linear.bias is None else y + linear.bias  # after the sum, so that it is added once
 
 
 def _embedding(
     activations: ActivationLayout, shared_input: None, module: nn.Embedding, tokens: Tensor
 ) -> Tensor:
     size, padding = module.num_embeddings, module.padding_idx
-    return activations.summed(look_up(tokens, module.weight, size, padding, activations.axis))
+    return activations.reduce(look_up(tokens, module.weight, size, padding, activations.axis))
 
 
 FORWARDS: Mapping[str, Callable[..., Any]] = {
-    "colwise": _column, "colwise_grouped": _column, "colwise_gather_output": _gathered,
-    "rowwise": _row, "vocabulary": _logits,
+    "colwise": _colwise, "colwise_grouped": _colwise,
+    "colwise_gather_output": _colwise_gather_output, "rowwise": _rowwise, "vocabulary": _logits,
 }  # fmt: skip
 
 
-# --- when gradients travel ------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 class TensorParallel(Sync):
-    """Activations travel by themselves; here is paid what [Note: partial gradients] owes."""
+    """Sums the gradients of [Note: partial gradients]. Forward and backward send activations."""
 
     def __init__(
         self, setup: Setup, layouts: Mapping[str, Layout], activations: ActivationLayout,
-        entries: Sequence[SharedColumnInput],
+        inputs: Sequence[SharedColumnInput],
     ) -> None:  # fmt: skip
-        self.model, self.activations, self.entries = setup.model, activations, entries
-        self.owed: dict[tuple[Axis, torch.dtype], list[str]] = {}
+        self.model, self.activations, self.inputs = setup.model, activations, inputs
+        self.partial_params: dict[tuple[Axis, torch.dtype], list[str]] = {}
         for name, layout in layouts.items():
             for owed in layout.partial:
                 if owed.axis == setup.axis.name:
-                    near = owed.neighbours  # ranks that have the same keys and values
+                    near = owed.neighbours  # the number of ranks that share the same keys
                     axis = setup.mesh.neighbours(owed.axis, near) if near else setup.axis
-                    self.owed.setdefault((axis, layout.dtype), []).append(name)
+                    self.partial_params.setdefault((axis, layout.dtype), []).append(name)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
-            for shared_input in self.entries:  # what a column has not read by now it will not
-                shared_input.leave()
+            for shared_input in self.inputs:  # a column that was not called must not keep it alive
+                shared_input.clear()
 
     def finish(self) -> None:
-        for (axis, _), names in self.owed.items():
+        for (axis, _), names in self.partial_params.items():
             parameters = [self.model.get_parameter(name) for name in names]
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if gradients:
-                with axis.comm.label(unit=f"partial gradients of {len(gradients)}"):
-                    flat = torch.cat([gradient.flatten() for gradient in gradients])
-                    summed = ops.all_reduce_into(flat, axis).wait()  # dW{U_tp} -> dW
-                parts = summed.split([gradient.numel() for gradient in gradients])
-                for gradient, part in zip(gradients, parts, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+            grads = [p.grad for p in parameters if p.grad is not None]
+            if grads:
+                with axis.comm.label(unit=f"partial gradients of {len(grads)}"):
+                    flat = torch.cat([grad.flatten() for grad in grads])
+                    total = ops.all_reduce_into(flat, axis).wait()  # dW{U_tp} -> dW
+                sums = total.split([grad.numel() for grad in grads])
+                for grad, grad_sum in zip(grads, sums, strict=True):
+                    grad.copy_(grad_sum.view_as(grad))
 
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for buffer in self.activations.scratch.extra_memory():

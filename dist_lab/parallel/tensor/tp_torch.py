@@ -1,14 +1,14 @@
-"""PyTorch's own tensor parallelism, DTensor, the twin of tp.py: by the same plan, the same pieces.
+"""PyTorch's own tensor parallelism, DTensor, the twin of tp.py: the same plan, the same shards.
 
-    column    ColwiseParallel         row         RowwiseParallel
-    norms     SequenceParallel        the loss    loss_parallel
+    colwise    ColwiseParallel         rowwise     RowwiseParallel
+    norms      SequenceParallel        the loss    loss_parallel
 
-It runs as it is documented to run best: columns that read together share one input layout, so that
-it is gathered, and its gradient summed, once for all of them; logits stay split. Keys and values of
-which there are fewer than ranks it cannot lay, as it would cut heads, nor pieces of unequal length.
+It runs as PyTorch documents it to run best. Colwise layers that share an input get it as one
+DTensor, which is gathered once, and whose gradient is summed once; logits stay sharded. DTensor
+cannot share a key head between ranks, nor compute on shards of unequal length.
 
-Cost per step: as tp.py, but for the loss. Memory per rank: the same. What it splits are DTensors;
-what the plan leaves whole is a plain parameter.
+Cost per step: that of tp.py, except for the loss. Memory per rank: the same. Sharded parameters are
+DTensors; replicated ones are plain parameters.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,50 +37,50 @@ from dist_lab.torch_private import forget_shardings, keeps_graph, may_be_split_a
 
 
 def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
-    """Hand each module of the plan to `parallelize_module`. Arguments as those of tp.py.
+    """Hand each module of the plan to `parallelize_module`. The arguments are those of tp.py.
 
     Raises:
-        UserError: what tp.py refuses, and fewer keys and values than ranks.
+        UserError: as in tp.py; or fewer key heads than ranks, or shards of unequal length.
     """
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis = setup.model, setup.axis
-    named, _, layouts = arrange(setup, plan, cut=sequence_parallel)
+    planned_by_name, _, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
     for name, layout in layouts.items():
         if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
             raise UserError(
-                f"DTensor cannot lay {name}, of which there are fewer heads than ranks; give a "
+                f"DTensor cannot split {name}, which has fewer heads than there are ranks; give a "
                 'smaller tp, or impl="hand"'
             )
-    _refuse_uneven(model, named, axis)
+    _refuse_uneven(model, planned_by_name, axis)
     forget_shardings()
     group = axis.group_even_of_one()
     mesh = DeviceMesh.from_group(group, axis.device.type, mesh_dim_names=(axis.name,))
-    split = partial(_split, mesh, named, cut=sequence_parallel)
-    sync = split(model)
-    compare_inputs(model, axis, named, plan, cut=sequence_parallel)
+    shard = partial(_shard, mesh, planned_by_name, sequence_parallel=sequence_parallel)
+    sync = shard(model)
+    compare_inputs(model, axis, planned_by_name, plan, sequence_parallel=sequence_parallel)
     if axis.size > 1 and not is_tested(model, plan) and not axis.comm.dry_run:
-        PlanCheck(setup, named, layouts, split, cut=sequence_parallel)
+        PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
         + ("SequenceParallel, " if sequence_parallel else "")
-        + "one shared input layout for columns that read together), loss_parallel"
+        + "one shared input layout for colwise layers that share an input), loss_parallel"
     )
-    return Applied(layouts, sync, about, make_optimizer=_apart)
+    return Applied(layouts, sync, about, make_optimizer=_optimizer_of_both)
 
 
-def _split(
-    mesh: DeviceMesh, plan: Mapping[str, Planned], model: nn.Module, *, cut: bool
+def _shard(
+    mesh: DeviceMesh, plan: Mapping[str, Planned], model: nn.Module, *, sequence_parallel: bool
 ) -> "ThroughDTensor":
-    """Split a model, which may be a copy, as the plan says."""
-    from torch.distributed.tensor import Replicate, Shard  # here: it takes a second
+    """Shard a model, or a copy of it, as the plan says."""
+    from torch.distributed.tensor import Replicate, Shard  # here: the import takes a second
     from torch.distributed.tensor.parallel import parallelize_module
 
     may_be_split_again(model)
     ties = [slots for slots in param_slots(model).values() if len(slots) > 1]
-    stream = Shard(1) if cut else Replicate()  # (B, T, D)
+    stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
     parallelize_module(model, mesh, _styles(model, plan, stream), src_data_rank=None)
-    for parent in _together(plan):
+    for parent in _parents_of_several(plan):
         hook = ModuleHook(partial(_share_input, mesh, stream))
         model.get_submodule(parent).register_forward_pre_hook(hook)
     for (module, attribute), *others in ties:
@@ -91,13 +91,15 @@ def _split(
         if planned.role == "vocabulary" and isinstance(module, nn.Linear):
             module.register_forward_hook(ModuleHook(lambda m, args, y: SplitLogits(y)))
         elif planned.role == "rowwise":
-            hook = ModuleHook(partial(_split_whole, mesh, stream))
+            hook = ModuleHook(partial(_accept_unsharded, mesh, stream))
             module.register_forward_pre_hook(hook, prepend=True)
     return ThroughDTensor(model)
 
 
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
-    """What flows between column and row is a plain tensor, and its pieces are taken to be equal."""
+    """Raise UserError if shards are unequal. Between colwise and rowwise layers shards are plain
+    tensors, which DTensor assumes to be equal on all ranks.
+    """
     for name, planned in plan.items():
         if planned.role in ("colwise", "colwise_grouped", "colwise_gather_output", "rowwise"):
             linear = model.get_submodule(name)
@@ -105,14 +107,14 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
             width = linear.in_features if planned.role == "rowwise" else linear.out_features
             if width % axis.size:
                 raise UserError(
-                    f"DTensor splits in equal pieces alone, and {name} has {width} for "
-                    f"{axis.size} ranks of {axis.name}; the nearest that divides is "
+                    f"DTensor splits into equal shards only, and {name} has {width} features for "
+                    f"{axis.size} ranks of {axis.name}; the nearest degree that divides them is "
                     f'{nearest_degree(divisors(width), axis.size)}, or give impl="hand"'
                 )
 
 
 def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[str, Any]:
-    """The plan in the library's words. `stream`: how what flows between the blocks lies."""
+    """Returns the plan as the library's styles. `stream`: the placement of the residual stream."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -122,51 +124,55 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
         SequenceParallel,
     )
 
-    whole, cut = Replicate(), isinstance(stream, Shard)
-    together = _together(plan)
+    replicate, sequence_parallel = Replicate(), isinstance(stream, Shard)
+    several = _parents_of_several(plan)
     styles: dict[str, Any] = {}
     for name, planned in plan.items():
         match planned.role:
             case "colwise" | "colwise_grouped":
-                own = whole if name.rpartition(".")[0] in together else stream
-                styles[name] = ColwiseParallel(input_layouts=own)
+                placement = replicate if name.rpartition(".")[0] in several else stream
+                styles[name] = ColwiseParallel(input_layouts=placement)
             case "colwise_gather_output":
-                styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=whole)
+                styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=replicate)
             case "rowwise":
                 styles[name] = RowwiseParallel(output_layouts=stream)
             case "vocabulary" if isinstance(model.get_submodule(name), nn.Embedding):
-                styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=stream)
+                styles[name] = RowwiseParallel(input_layouts=replicate, output_layouts=stream)
             case "vocabulary":
                 styles[name] = ColwiseParallel(
                     input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
                 )
-            case "sequence" if cut:
+            case "sequence" if sequence_parallel:
                 styles[name] = SequenceParallel(use_local_output=True)
-            case "scatter_output" if cut:
+            case "scatter_output" if sequence_parallel:
                 styles[name] = PrepareModuleOutput(
-                    output_layouts=whole, desired_output_layouts=stream
+                    output_layouts=replicate, desired_output_layouts=stream
                 )
-            case "gather_input" if cut:
+            case "gather_input" if sequence_parallel:
                 styles[name] = PrepareModuleInput(
-                    input_layouts=stream, desired_input_layouts=whole, use_local_output=True
+                    input_layouts=stream, desired_input_layouts=replicate, use_local_output=True
                 )
     return styles
 
 
-def _together(plan: Mapping[str, Planned]) -> set[str]:
-    """Parents of several columns, which read their first argument."""
+def _parents_of_several(plan: Mapping[str, Planned]) -> set[str]:
+    """Parents of several colwise layers, which are taken to read the parent's first argument."""
     parents = [
         n.rpartition(".")[0] for n, p in plan.items() if p.role in ("colwise", "colwise_grouped")
     ]
     return {parent for parent in parents if parent and parents.count(parent) > 1}
 
 
-def _split_whole(mesh: DeviceMesh, stream: Any, row: nn.Linear, args: tuple[Any, ...]) -> Any:
-    """A row that no column comes before is given whole features, and RowwiseParallel is told so."""
+def _accept_unsharded(
+    mesh: DeviceMesh, stream: Any, linear: nn.Linear, args: tuple[Any, ...]
+) -> Any:
+    """Let a rowwise layer without a colwise layer before it read unsharded features: as a DTensor,
+    which RowwiseParallel redistributes.
+    """
     from torch.distributed.tensor import DTensor
 
     x = args[0]
-    if mesh.size() == 1 or isinstance(x, DTensor) or x.shape[-1] != row.in_features:
+    if mesh.size() == 1 or isinstance(x, DTensor) or x.shape[-1] != linear.in_features:
         return None
     return DTensor.from_local(x, mesh, (stream,), run_check=False)
 
@@ -174,8 +180,8 @@ def _split_whole(mesh: DeviceMesh, stream: Any, row: nn.Linear, args: tuple[Any,
 def _share_input(
     mesh: DeviceMesh, stream: Any, module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """What PrepareModuleInput does, for a module of any number of arguments: the first is a DTensor
-    from here on, put together once for all columns that read it.
+    """Gather the first argument as a DTensor, once for all colwise layers that read it.
+    PrepareModuleInput does this too, but must know the number of arguments.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -185,12 +191,12 @@ def _share_input(
 
 @dataclass(frozen=True)
 class SplitLogits:
-    """Logits as a DTensor, which know their own loss."""
+    """Logits as a DTensor, with their cross entropy."""
 
-    here: Tensor
+    logits: Tensor
 
     def cross_entropy_sum(self, targets: Tensor) -> Tensor:
-        rows = self.here.flatten(0, -2)
+        rows = self.logits.flatten(0, -2)
         wide = rows if rows.dtype.itemsize >= 4 else rows.float()
         return _CrossEntropy.apply(wide, targets.flatten())
 
@@ -198,8 +204,8 @@ class SplitLogits:
 class _CrossEntropy(torch.autograd.Function):
     """rows (N, V_tp), targets (N,) -> the sum of their losses, as `loss_parallel` computes it.
 
-    The library wants its context around the loss and around its backward. So that it is around
-    nothing else, the loss has a graph of its own, which is run from within the outer one.
+    The loss and its backward must run inside the library's context, and nothing else should. So the
+    loss has an autograd graph of its own, which the backward of the outer graph runs.
     """
 
     @staticmethod
@@ -215,12 +221,12 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         with _loss_parallel():
-            (gradient,) = torch.autograd.grad(ctx.loss, ctx.rows, dy, retain_graph=keeps_graph())
-        return gradient, None
+            (d_rows,) = torch.autograd.grad(ctx.loss, ctx.rows, dy, retain_graph=keeps_graph())
+        return d_rows, None
 
 
 class _Root(torch.autograd.Function):
-    """The identity, where a graph begins. A leaf would keep the logits for as long as its graph."""
+    """The identity, as the root of a graph. A leaf would keep the logits as long as the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
@@ -233,7 +239,7 @@ class _Root(torch.autograd.Function):
 
 @contextmanager
 def _loss_parallel() -> Iterator[None]:
-    """torch's `loss_parallel`, left also by an exception."""
+    """torch's `loss_parallel`, but also exited after an exception."""
     from torch.distributed.tensor.parallel import loss_parallel
 
     context = loss_parallel()
@@ -245,31 +251,31 @@ def _loss_parallel() -> Iterator[None]:
 
 
 class ThroughDTensor(Sync):
-    """Leaves everything to the library, whose gradients may be partial sums until they are used."""
+    """Leaves gradients to the library. They may be partial until `finish` redistributes them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def finish(self) -> None:
         for parameter in self.model.parameters():
-            gradient: Any = parameter.grad
+            grad: Any = parameter.grad
             placements = getattr(parameter, "placements", None)
-            if gradient is not None and placements is not None:
-                parameter.grad = gradient.redistribute(placements=placements)
+            if grad is not None and placements is not None:
+                parameter.grad = grad.redistribute(placements=placements)
 
 
-def _apart(
+def _optimizer_of_both(
     cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """DTensors and plain parameters in groups of their own: no operation takes both at once."""
-    halves = [
-        group | {"params": half}
+    """Put DTensors and plain parameters into separate groups: no operation takes both at once."""
+    separate_groups = [
+        group | {"params": params}
         for group in groups
-        for split in (True, False)
-        if (half := [p for p in group["params"] if _is_split(p) is split])
+        for of_dtensors in (True, False)
+        if (params := [p for p in group["params"] if _is_dtensor(p) is of_dtensors])
     ]
-    return cls(halves, **options)
+    return cls(separate_groups, **options)
 
 
-def _is_split(parameter: Tensor) -> bool:
+def _is_dtensor(parameter: Tensor) -> bool:
     return getattr(parameter, "placements", None) is not None

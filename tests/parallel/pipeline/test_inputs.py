@@ -1,4 +1,4 @@
-"""Inputs of a pipeline that are no single tensor: dicts, tuples, and what cannot be an input."""
+"""Inputs of a pipeline that are not one tensor: dicts, tuples, and inputs that are refused."""
 
 import pytest
 import torch
@@ -8,18 +8,18 @@ import dist_lab
 from dist_lab.errors import UserError
 
 
-class TakesApart(nn.Module):
+class Unpacks(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(6, 8)
 
-    def forward(self, given):
-        x, mask = (given["x"], given["mask"]) if isinstance(given, dict) else given
+    def forward(self, inputs):
+        x, mask = (inputs["x"], inputs["mask"]) if isinstance(inputs, dict) else inputs
         return self.embed(x) * mask
 
 
-def in_turn():
-    return nn.Sequential(TakesApart(), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+def sequential():
+    return nn.Sequential(Unpacks(), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
 class OfDict(nn.Module):
@@ -27,18 +27,18 @@ class OfDict(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
 
-    def forward(self, given):
-        x = torch.tanh(self.a(given["x"]) * given["mask"])
+    def forward(self, inputs):
+        x = torch.tanh(self.a(inputs["x"]) * inputs["mask"])
         return self.c(torch.tanh(self.b(x)))
 
 
 class OfTuple(OfDict):
-    def forward(self, given):
-        return super().forward({"x": given[0], "mask": given[1]})
+    def forward(self, inputs):
+        return super().forward({"x": inputs[0], "mask": inputs[1]})
 
 
 class Skip(nn.Module):
-    """As Wav2Vec2 does with the wave that it is given: fails if what was given has a gradient."""
+    """Sets requires_grad on its input, as Wav2Vec2 does; fails if it already has a gradient."""
 
     def __init__(self):
         super().__init__()
@@ -52,14 +52,14 @@ class Skip(nn.Module):
 
 
 class InputsToTheEnd(OfDict):
-    """The input skips a stage, and is read again by the last."""
+    """The last stage reads the model's input again."""
 
     def __init__(self):
         super().__init__()
         self.skip = Skip()
 
-    def forward(self, given):
-        return super().forward(given) + self.skip(given["x"])
+    def forward(self, inputs):
+        return super().forward(inputs) + self.skip(inputs["x"])
 
 
 def built(make):
@@ -72,8 +72,8 @@ def microbatches(kind):
     pairs = []
     for _ in range(4):
         x, mask = torch.randn(3, 6).double(), torch.rand(3, 1).double()
-        given = {"x": x, "mask": mask} if kind == "dict" else (x, mask)
-        pairs.append((given, torch.randint(4, (3,))))
+        inputs = {"x": x, "mask": mask} if kind == "dict" else (x, mask)
+        pairs.append((inputs, torch.randint(4, (3,))))
     return pairs
 
 
@@ -85,38 +85,38 @@ def loss(output, target):
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
-        (in_turn, "dict"), (in_turn, "tuple"), (OfDict, "dict"), (OfTuple, "tuple"),
+        (sequential, "dict"), (sequential, "tuple"), (OfDict, "dict"), (OfTuple, "tuple"),
         (InputsToTheEnd, "dict"),
     ],
 )  # fmt: skip
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_dicts_and_tuples_are_inputs_as_in_one_process(make, kind, schedule, mesh):
+def test_dicts_and_tuples_as_inputs_equal_one_process(make, kind, schedule, mesh):
     pairs, plain = microbatches(kind), built(make)
-    options = {} if make is in_turn else {"example_inputs": pairs[0][0]}
+    options = {} if make is sequential else {"example_inputs": pairs[0][0]}
     job = dist_lab.parallelize(built(make), mesh, "pp", schedule=schedule, **options)
-    wanted = sum(loss(plain(x), y) for x, y in pairs)
-    wanted.backward()
-    assert job.run(pairs, loss) == pytest.approx(float(wanted.detach()), rel=1e-12)
+    expected = sum(loss(plain(x), y) for x, y in pairs)
+    expected.backward()
+    assert job.run(pairs, loss) == pytest.approx(float(expected.detach()), rel=1e-12)
     job.finish()
     for name, gradient in job.full_gradients().items():
-        its = plain.get_parameter(name).grad
-        torch.testing.assert_close(gradient, its, rtol=1e-10, atol=1e-12, msg=name)
-    assert job.evaluate(pairs, loss) == pytest.approx(float(wanted.detach()), rel=1e-12)
+        expected_grad = plain.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected_grad, rtol=1e-10, atol=1e-12, msg=name)
+    assert job.evaluate(pairs, loss) == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("given", [{"x": torch.ones(3, 6)}, (torch.ones(3, 6),), None, "text"])
+@pytest.mark.parametrize("inputs", [{"x": torch.ones(3, 6)}, (torch.ones(3, 6),), None, "text"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_an_input_that_the_first_module_cannot_read_is_refused_in_a_line(given, mesh):
+def test_an_input_that_the_first_module_cannot_read_is_refused_in_a_line(inputs, mesh):
     job = dist_lab.parallelize(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), mesh, "pp")
-    said = rf"the input is a {type(given).__name__}, which the first module of stage 0 is given"
+    message = rf"the first module of stage 0 cannot take a {type(inputs).__name__} as input"
     for run in (job.run, job.evaluate):
-        with pytest.raises(UserError, match=said) as refusal:
-            run([(given, torch.zeros(3).long())] * 2, loss)
+        with pytest.raises(UserError, match=message) as refusal:
+            run([(inputs, torch.zeros(3).long())] * 2, loss)
         assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_the_twin_refuses_inputs_that_it_cannot_put_together(mesh):
-    job = dist_lab.parallelize(built(in_turn), mesh, "pp", "torch")
-    with pytest.raises(UserError, match=r"a dict is not put together; .* impl=\"hand\""):
+def test_pytorchs_pipelining_refuses_inputs_that_cannot_be_concatenated(mesh):
+    job = dist_lab.parallelize(built(sequential), mesh, "pp", "torch")
+    with pytest.raises(UserError, match=r"which a dict does not allow; .* impl=\"hand\""):
         job.run(microbatches("dict"), loss)

@@ -1,4 +1,4 @@
-"""Where a pipeline cuts a model: the best cut, and stages that are the model."""
+"""Partitions of a model: the best split points, and stages that together equal the model."""
 
 import itertools
 import random
@@ -19,11 +19,11 @@ INF = float("inf")
 IMAGE = (2, 12, 8)
 
 
-# --- the cut --------------------------------------------------------------------------------------
+# --- the split points -----------------------------------------------------------------------------
 
 
-def every_cut(costs, stages, carried):
-    """(slowest, carried, squares, starts) of each, exactly."""
+def all_partitions(costs, stages, carried):
+    """(slowest, carried, squares, starts) of each partition, exactly."""
     costs = [Fraction(c) for c in costs]
     for inner in itertools.combinations(range(1, len(costs)), stages - 1):
         if any(carried[i] == INF for i in inner):
@@ -36,36 +36,36 @@ def every_cut(costs, stages, carried):
         yield max(parts), sent, sum(p * p for p in parts), starts
 
 
-def puzzles():
-    draw = random.Random(0)
+def random_problems():
+    rng = random.Random(0)
     for _ in range(400):
-        n = draw.randint(1, 9)
-        number = draw.choice([lambda: draw.randint(0, 3), draw.random, lambda: 0.1])
+        n = rng.randint(1, 9)
+        number = rng.choice([lambda: rng.randint(0, 3), rng.random, lambda: 0.1])
         costs = [number() for _ in range(n)]
-        carried = [draw.choice([0, 1, 2, 0.5, INF]) for _ in range(n)]
-        yield costs, draw.randint(1, n), draw.choice([carried, [0] * n])
+        carried = [rng.choice([0, 1, 2, 0.5, INF]) for _ in range(n)]
+        yield costs, rng.randint(1, n), rng.choice([carried, [0] * n])
 
 
-def test_no_cut_has_a_faster_slowest_stage_nor_then_carries_less_nor_then_is_more_even():
+def test_cut_finds_the_partition_that_an_exhaustive_search_finds():
     refused = 0
-    for costs, stages, carried in puzzles():
-        best = min(every_cut(costs, stages, carried), default=None)
+    for costs, stages, carried in random_problems():
+        best = min(all_partitions(costs, stages, carried), default=None)
         if best is None:
             refused += 1
-            with pytest.raises(UserError, match="may be cut in"):
+            with pytest.raises(UserError, match="can begin a stage"):
                 partition.cut(costs, stages, carried)
         else:
             assert partition.cut(costs, stages, carried) == best[-1]
     assert 0 < refused < 200
 
 
-def test_equal_blocks_are_shared_out_evenly():
+def test_equal_blocks_are_distributed_evenly():
     assert partition.cut([1] * 10, 4) == [0, 2, 4, 7]  # not 3, 3, 3, 1
 
 
-def test_a_thousand_pieces_are_cut_at_once():
-    draw = random.Random(0)
-    costs = [draw.random() for _ in range(1000)]
+def test_a_thousand_pieces_are_partitioned_quickly():
+    rng = random.Random(0)
+    costs = [rng.random() for _ in range(1000)]
     assert len(partition.cut(costs, 16, costs)) == 16
 
 
@@ -75,7 +75,7 @@ def test_stages_that_would_be_empty_are_refused(stages):
         partition.cut([1, 1, 1], stages)
 
 
-# --- by seams -------------------------------------------------------------------------------------
+# --- models with `stages` -------------------------------------------------------------------------
 
 
 def of_zoo(name, device="cpu"):
@@ -99,14 +99,14 @@ PIECES = {  # (first, last, how many)
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_blocks_are_pieces_and_what_lies_around_them_joins_them(name):
+def test_each_block_is_a_piece_with_the_modules_around_it(name):
     model = of_zoo(name, "meta")
     pieces = partition.pieces_by_seams(model)
     assert (pieces[0], pieces[-1], len(pieces)) == PIECES[name]
     assert list(itertools.chain(*pieces)) == list(in_stage_order(model))
 
 
-def test_what_lies_between_blocks_joins_the_one_before():
+def test_a_module_between_blocks_joins_the_block_before_it():
     model = nn.Module()
     model.a, model.c = (nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2))
     model.b = nn.Linear(2, 2)
@@ -126,19 +126,19 @@ def test_without_blocks_each_module_is_a_piece():
         (("embed", "layer.*"), r"layer\.\* in `stages` matches no module; there are embed"),
         (
             ("embed", "blocks.*", "blocks.0.up", "head"),
-            r"names blocks\.0\.up, and blocks\.0 around",
+            r"names both blocks\.0\.up and blocks\.0, which contains it",
         ),
         (("embed", "window", "blocks.*", "norm", "head"), r"project\.weight is in no module"),
     ],
 )
-def test_seams_that_are_not_the_whole_model_are_refused(stages, why):
+def test_stages_that_do_not_name_the_whole_model_are_refused(stages, why):
     model = of_zoo("mlp", "meta")
     model.stages = stages
     with pytest.raises(UserError, match=why):
         partition.pieces_by_seams(model)
 
 
-def test_modules_that_happen_to_be_called_stages_are_no_seams():
+def test_a_module_list_called_stages_is_ignored():
     model = nn.Module()
     model.stages = nn.ModuleList([nn.Linear(2, 2)])
     assert partition.seams(model) is None
@@ -147,7 +147,7 @@ def test_modules_that_happen_to_be_called_stages_are_no_seams():
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_a_piece_costs_its_operations_and_what_it_puts_out(name):
+def test_a_piece_costs_its_operations_plus_its_output_elements(name):
     model = of_zoo(name, "meta")
     pieces = [[model.get_submodule(n) for n in names] for names in partition.pieces_by_seams(model)]
     is_text = model.reads == "text"
@@ -160,15 +160,15 @@ def test_a_piece_costs_its_operations_and_what_it_puts_out(name):
         block = 2 * 2 * rows * width * ffn + rows * width
         assert costs[1:3] == [block, block]
         assert costs[-1] == block + rows * width + 2 * rows * width * VOCAB + rows * VOCAB
-    unknown = partition.seam_costs(pieces, None)
-    assert sum(unknown) == len(pieces) + sum(p.numel() for p in model.parameters())
+    without_example = partition.seam_costs(pieces, None)
+    assert sum(without_example) == len(pieces) + sum(p.numel() for p in model.parameters())
 
 
 # --- graphs ---------------------------------------------------------------------------------------
 
 
 class UNet(nn.Module):
-    """Three levels down and up again, and a skip at each: what is carried skips whole stages."""
+    """Three levels down and up again with a skip at each: values skip whole stages."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class Sizes(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes a value after a view of it is made, which is read after."""
+    """Changes a value in place after taking a view of it, and reads the view afterwards."""
 
     def __init__(self):
         super().__init__()
@@ -233,14 +233,14 @@ class Dict(nn.Module):
 
 
 class Ordered(Dict):
-    """What a library's models give: a dict of its own make."""
+    """Returns a library's own dict class."""
 
     def forward(self, x):
         return OrderedDict(super().forward(x))
 
 
 class GivesAParameter(nn.Module):
-    """A module is given a parameter, as where positions are projected in every layer."""
+    """A module takes a parameter as its input, as if every layer projected position embeddings."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +252,7 @@ class GivesAParameter(nn.Module):
 
 
 class TwoUses(nn.Module):
-    """One weight in the first stage and in the last, a parameter and buffers of the root itself."""
+    """One weight in the first stage and in the last; a parameter and buffers of the root itself."""
 
     def __init__(self):
         super().__init__()
@@ -276,7 +276,7 @@ class SizeToTheEnd(nn.Module):
 
 
 class Gate(nn.Module):
-    """Cannot be traced into: a loop over its input's length."""
+    """Cannot be traced: it loops over the length of its input."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ class Gate(nn.Module):
 
 
 class ReadAgain(nn.Module):
-    """Reads what a module that is not traced into has read, and statistics that one has changed."""
+    """Reads a leaf module's parameter again, and the statistics that a BatchNorm has changed."""
 
     def __init__(self):
         super().__init__()
@@ -310,7 +310,7 @@ class Off(nn.Module):
         return x + shift
 
 
-class Chance(nn.Module):
+class Random(nn.Module):
     def forward(self, x):
         return x * torch.rand(6, dtype=torch.float64)
 
@@ -330,7 +330,7 @@ def seeded(build):
         return build().to(torch.float64)
 
 
-GRAPHS = {  # name: (model, input, stages at most)
+GRAPHS = {  # name: (build_model, input, most stages)
     "odd": (odd, lambda: batch_of("odd", 0)[0], 6),
     "resnet": (resnet, lambda: batch_of("resnet", 0)[0], 8),
     "unet": (lambda: seeded(UNet), pixels, 9),
@@ -342,7 +342,7 @@ GRAPHS = {  # name: (model, input, stages at most)
     "two uses": (lambda: seeded(TwoUses), rows, 4),
     "opaque": (lambda: seeded(lambda: nn.Sequential(nn.Linear(6, 6), Gate(), Off())), rows, 3),
     "read again": (lambda: seeded(ReadAgain), rows, 4),
-    "chance": (lambda: seeded(lambda: nn.Sequential(nn.Linear(6, 6), Chance())), rows, 2),
+    "random": (lambda: seeded(lambda: nn.Sequential(nn.Linear(6, 6), Random())), rows, 2),
     "vit": (MODELS["vit"], lambda: batch_of("vit", 0)[0], 12),
 }
 CASES = [(name, n) for name, (_, _, most) in GRAPHS.items() for n in sorted({1, 2, 3, most})]
@@ -350,20 +350,20 @@ CASES = [(name, n) for name, n in CASES if n <= GRAPHS[name][2]]
 
 
 def scalar(output):
-    """Of everything put out, each element with a weight of its own."""
+    """A weighted sum of all elements of the output."""
     tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     return sum((t * torch.linspace(0.5, 2, t.numel()).view(t.shape)).sum() for t in tensors)
 
 
-def whole(model, x):
+def run_model(model, x):
     torch.manual_seed(3)
     output = model(x.clone())
     scalar(output).backward()
     return output
 
 
-def as_one(stages, x):
-    """Forward through all, then one backward."""
+def in_one_process(stages, x):
+    """Forward through all stages, then one backward."""
     torch.manual_seed(3)
     values = (x.clone(),)
     for stage in stages[:-1]:
@@ -373,8 +373,8 @@ def as_one(stages, x):
     return output
 
 
-def as_processes(stages, x):
-    """Each stage gets copies, and sends the gradients of those back: as a pipeline does."""
+def as_pipeline(stages, x):
+    """Each stage takes copies and sends their gradients back, as in a pipeline."""
     torch.manual_seed(3)
     received, sent = [(x.clone(),)], []
     for stage in stages[:-1]:
@@ -385,7 +385,7 @@ def as_processes(stages, x):
     scalar(output).backward()
     for values, copies in zip(sent[::-1], received[:0:-1], strict=True):
         pairs = [(v, c.grad) for v, c in zip(values, copies, strict=True) if c.grad is not None]
-        if pairs:  # before anything that is trained there are none
+        if pairs:  # none before the first trained layer
             torch.autograd.backward(*zip(*pairs, strict=True))
     return output
 
@@ -401,45 +401,45 @@ def stages_of(model, x, n):
 def assert_same(a, b):
     a, b = (torch.utils._pytree.tree_flatten(o) for o in (a, b))
     assert str(a[1]) == str(b[1])
-    for mine, its in zip(a[0], b[0], strict=True):
-        same = torch.equal(mine, its) if isinstance(mine, torch.Tensor) else mine == its
+    for x, y in zip(a[0], b[0], strict=True):
+        same = torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
         assert same
 
 
-@pytest.mark.slow_unless(lambda run: run is as_processes)
-@pytest.mark.parametrize("run", [as_one, as_processes])
+@pytest.mark.slow_unless(lambda run: run is as_pipeline)
+@pytest.mark.parametrize("run", [in_one_process, as_pipeline])
 @pytest.mark.parametrize(("name", "n"), CASES)
-def test_stages_in_turn_are_the_model_to_the_last_bit(name, n, run):
+def test_the_stages_in_sequence_equal_the_model_to_the_last_bit(name, n, run):
     build, example, _ = GRAPHS[name]
     reference, model = build(), build()
-    expected = whole(reference, example())
+    expected = run_model(reference, example())
     stages = stages_of(model, example(), n)
     assert_same(run(stages, example()), expected)
-    its, mine = (dict(m.named_parameters()) for m in (reference, model))
-    for parameter in its:
-        a, b = its[parameter].grad, mine[parameter].grad
-        assert (a is None and b is None) or torch.equal(a, b), parameter
+    staged = dict(model.named_parameters())
+    for parameter_name, parameter in reference.named_parameters():
+        a, b = parameter.grad, staged[parameter_name].grad
+        assert (a is None and b is None) or torch.equal(a, b), parameter_name
     for buffer, value in reference.named_buffers():
         assert torch.equal(value, model.get_buffer(buffer))
 
 
 @pytest.mark.slow_unless(lambda name: name not in ("vit", "resnet"))
 @pytest.mark.parametrize("name", GRAPHS)
-def test_wherever_a_cut_is_allowed_two_stages_are_the_model(name):
+def test_two_stages_equal_the_model_at_every_allowed_split_point(name):
     build, example, _ = GRAPHS[name]
     reference = build()
-    expected = whole(reference, example())
+    expected = run_model(reference, example())
     _, _, carried = trace.node_costs(trace.trace(build(), example()), example())
     for i in range(1, len(carried)):
         if carried[i] < INF:
             model = build()
             stages = trace.split(trace.trace(model, example()), [0, i])
-            assert_same(as_processes(stages, example()), expected)
-            for its, mine in zip(reference.parameters(), model.parameters(), strict=True):
-                same = its.grad is mine.grad is None or torch.equal(its.grad, mine.grad)
+            assert_same(as_pipeline(stages, example()), expected)
+            for a, b in zip(reference.parameters(), model.parameters(), strict=True):
+                same = a.grad is b.grad is None or torch.equal(a.grad, b.grad)
                 assert same, i
-            for its, mine in zip(reference.buffers(), model.buffers(), strict=True):
-                assert torch.equal(its, mine), i
+            for a, b in zip(reference.buffers(), model.buffers(), strict=True):
+                assert torch.equal(a, b), i
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -449,18 +449,18 @@ def test_a_stage_holds_the_model_s_own_parameters_under_their_names(name):
     before = set(vars(model))
     stages = stages_of(model, example(), most)
     assert set(vars(model)) == before
-    own = dict(model.named_parameters(remove_duplicate=False))
-    held = {}
+    of_model = dict(model.named_parameters(remove_duplicate=False))
+    of_stages = {}
     for stage in stages:
-        held |= dict(stage.named_parameters(remove_duplicate=False))
-    assert all(held[n] is own[n] for n in held)
-    dead = {n.partition(".")[0] for n in own.keys() - held.keys()}
-    assert dead <= {"unused", "alone"}
+        of_stages |= dict(stage.named_parameters(remove_duplicate=False))
+    assert all(of_stages[n] is of_model[n] for n in of_stages)
+    unused = {n.partition(".")[0] for n in of_model.keys() - of_stages.keys()}
+    assert unused <= {"unused", "alone"}
     saved = set().union(*(stage.state_dict() for stage in stages))
-    assert saved == {n for n in model.state_dict() if n.partition(".")[0] not in dead}
+    assert saved == {n for n in model.state_dict() if n.partition(".")[0] not in unused}
 
 
-def test_a_value_that_skips_stages_is_passed_through_and_counted_once_at_each_cut():
+def test_a_value_that_skips_stages_is_passed_through_and_counted_once_per_stage():
     model, x = seeded(UNet), pixels()
     traced = trace.trace(model, x)
     nodes, costs, carried = trace.node_costs(traced, x)
@@ -473,7 +473,7 @@ def test_a_value_that_skips_stages_is_passed_through_and_counted_once_at_each_cu
     assert widest == 3
 
 
-def test_a_node_costs_its_operations_and_what_it_puts_out():
+def test_a_node_costs_its_operations_plus_its_output_elements():
     x = torch.empty(5, 6, device="meta")
     traced = trace.trace(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), x)
     nodes, costs, carried = trace.node_costs(traced, x)
@@ -482,29 +482,30 @@ def test_a_node_costs_its_operations_and_what_it_puts_out():
     assert carried[1] == 20
 
 
-def forbidden(name):
+def inseparable(name):
+    """The nodes at which no stage may begin."""
     build, example, _ = GRAPHS[name]
     nodes, _, carried = trace.node_costs(trace.trace(build(), example()), example())
     return " ".join(n.name for n, sent in zip(nodes, carried, strict=True) if sent == INF)
 
 
-def test_no_cut_comes_before_what_changes_a_value_in_place():
-    between = "view c tanh add_ relu_"  # the value is made, seen otherwise, and changed twice
-    assert forbidden("in place") == f"relu {between} relu_1"
+def test_no_stage_begins_before_an_in_place_change_of_an_earlier_value():
+    between = "view c tanh add_ relu_"  # the value gets a view and is changed twice
+    assert inseparable("in place") == f"relu {between} relu_1"
 
 
-def test_no_cut_parts_a_value_that_is_no_tensor_from_its_uses():
-    assert forbidden("sizes") == "view getitem getitem_1 a_1 tanh reshape getitem_2 getitem_3"
+def test_a_value_that_is_not_a_tensor_stays_in_the_stage_of_its_uses():
+    assert inseparable("sizes") == "view getitem getitem_1 a_1 tanh reshape getitem_2 getitem_3"
 
 
-def test_no_cut_parts_two_calls_of_a_module_with_statistics():
-    assert forbidden("two uses") == "middle_0 middle_1 middle_2 norm_1"
-    assert forbidden("read again") == "a sub"  # or read after a call
+def test_two_calls_of_a_module_with_statistics_stay_in_one_stage():
+    assert inseparable("two uses") == "middle_0 middle_1 middle_2 norm_1"
+    assert inseparable("read again") == "a sub"  # the statistics are read after the call
 
 
-def test_a_size_that_is_used_to_the_end_leaves_no_place_for_a_cut():
+def test_a_size_that_the_last_node_uses_leaves_no_split_point():
     with pytest.raises(
-        UserError, match="2 stages of a model of 4 pieces, which may be cut in 1 part"
+        UserError, match="2 stages of a model of 4 pieces, of which only 1 can begin a stage"
     ):
         stages_of(SizeToTheEnd(), rows(), 2)
 
@@ -513,20 +514,20 @@ def test_stages_take_batches_of_other_sizes():
     model, x = seeded(Sizes), rows()
     stages = stages_of(model, x, 3)
     longer = torch.cat([x, x + 1, x[:1]])
-    assert torch.equal(as_one(stages, longer), model(longer))
+    assert torch.equal(in_one_process(stages, longer), model(longer))
 
 
 def test_a_meta_copy_has_no_values_and_is_tied_as_the_model_is():
     model = odd()
-    twin = partition.meta_copy(model)
-    assert twin.head.weight is twin.embed.weight
-    for (name, p), (its_name, its) in zip(
-        model.named_parameters(), twin.named_parameters(), strict=True
+    copied = partition.meta_copy(model)
+    assert copied.head.weight is copied.embed.weight
+    for (name, p), (copied_name, q) in zip(
+        model.named_parameters(), copied.named_parameters(), strict=True
     ):
         assert (name, p.shape, p.dtype, p.requires_grad) == (
-            its_name, its.shape, its.dtype, its.requires_grad,
+            copied_name, q.shape, q.dtype, q.requires_grad,
         )  # fmt: skip
-        assert its.is_meta
+        assert q.is_meta
         assert not p.is_meta
     assert all(b.is_meta for b in partition.meta_copy(resnet()).buffers())
 
@@ -558,20 +559,23 @@ class Item(nn.Module):
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (Branch, r"^Branch cannot be traced for a cut \(symbolically traced variables cannot"),
-        (lambda: nn.Sequential(Branch()), r"^Sequential cannot be run without values.*\(.*meta"),
+        (Branch, r"^Branch cannot be traced to split it \(symbolically traced variables cannot"),
+        (
+            lambda: nn.Sequential(Branch()),
+            r"^Sequential cannot be run on the meta device.*\(.*meta",
+        ),
         (TwoInputs, r"missing 1 required positional argument: 'y'"),
-        (Typed, r"its trace puts out something else"),
+        (Typed, r"its trace returns something else"),
         (Off, r"turns gradients or autocast on or off"),
-        (Chance, r"draws random numbers"),
-        (Item, r"Item cannot be run without values.*item\(\)"),
+        (Random, r"draws random numbers"),
+        (Item, r"Item cannot be run on the meta device.*item\(\)"),
     ],
 )
-def test_what_cannot_be_traced_is_refused_in_a_line_that_says_what_to_do(build, why):
+def test_a_model_that_cannot_be_traced_is_refused_in_one_line_with_the_fix(build, why):
     model = build()
-    chance = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     with pytest.raises(UserError, match=why) as refused:
         trace.trace(model, rows())
     assert "; give the model `stages`, globs" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert torch.equal(chance, torch.get_rng_state())
+    assert torch.equal(rng_state, torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: every schedule equals one process, holds what it says, and tells when."""
+"""Pipeline parallelism: every schedule equals one process, and reports its events in time."""
 
 import copy
 from itertools import pairwise
@@ -24,11 +24,12 @@ def cross_entropy(total):
 
 
 def pairs_of(m, rows=8, step=0):
+    """m micro-batches."""
     x, y = batch(step, rows)
     return list(zip(x.tensor_split(m), y.tensor_split(m), strict=True))
 
 
-def numbers(p):
+def microbatch_counts(p):
     return sorted({1, p - 1, p, 2 * p + 1})
 
 
@@ -36,11 +37,11 @@ ROWS = [
     (p, m, schedule)
     for p in (2, 3, 4)
     for schedule in SCHEDULES
-    for m in (numbers(p) if schedule != "interleaved" else (p, 2 * p))
+    for m in (microbatch_counts(p) if schedule != "interleaved" else (p, 2 * p))
 ]
 
-# One stage a rank and two, fewer micro-batches than ranks, as many, twice as many and more; tied
-# where their number is even.
+# Fewer micro-batches than ranks, as many, twice as many and more; one stage per rank and two.
+# Embeddings are tied where the number of micro-batches is even.
 USUAL = [(4, 1, "zbv"), (4, 9, "1f1b"), (4, 8, "interleaved")]
 
 
@@ -65,10 +66,10 @@ def test_every_schedule_equals_one_process(p, m, schedule, mesh):
     + [("resnet18", "zbv")],
 )
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_every_schedule_runs_every_model(model, schedule, mesh):
-    # BatchNorm normalizes a micro-batch: the one process takes the same micro-batches, and the
-    # running statistics are equal, too.
-    def made():
+def test_every_schedule_equals_one_process_on_every_model(model, schedule, mesh):
+    # BatchNorm normalizes per micro-batch: the one process takes the same micro-batches, so that
+    # the running statistics are equal too.
+    def build_model():
         if model == "resnet18":
             return zoo.build(model, "tiny", vocab=VOCAB, image=(1, 9, 9), seed=0).double()
         return build("pp", model)
@@ -81,7 +82,7 @@ def test_every_schedule_runs_every_model(model, schedule, mesh):
         return pixels, torch.randint(VOCAB, (4,), generator=generator)
 
     report = dist_lab.verify(
-        made, data, mesh, "pp", schedule=schedule, microbatches=2, steps=2,
+        build_model, data, mesh, "pp", schedule=schedule, microbatches=2, steps=2,
         example_inputs=data(0)[0][:2],
     )  # fmt: skip
     assert report.equal, report.sentence()
@@ -91,7 +92,7 @@ def test_every_schedule_runs_every_model(model, schedule, mesh):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 @pytest.mark.ranks(3, mesh={"pp": 3})
 def test_micro_batches_may_differ_in_rows(schedule, mesh):
-    # 7 rows in 3: 3, 2 and 2. Their shapes are known to each rank before anything is sent.
+    # 7 rows are split in 3, 2 and 2. Every rank knows the shapes before anything is sent.
     report = dist_lab.verify(
         lambda: gpt(layers=4), lambda step: batch(step, 7), mesh, "pp",
         schedule=schedule, microbatches=3,
@@ -102,12 +103,12 @@ def test_micro_batches_may_differ_in_rows(schedule, mesh):
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_several_runs_accumulate_and_only_the_last_completes_the_gradients(schedule, mesh):
-    # Trap 4: all but the last run's gradients dropped, or the sum divided once too often.
+    # Trap 4: the gradients of all but the last run are lost, or the sum is divided twice.
     plain = gpt(layers=4)
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule)
-    heard = Heard()
+    gradients = ReadyGradients()
     total = 0.0
-    with job.listening(heard):
+    with job.listening(gradients):
         for run in range(3):
             with job.microbatch(last=run == 2):
                 total += job.run(pairs_of(4, step=run), cross_entropy(3 * 48))
@@ -116,44 +117,46 @@ def test_several_runs_accumulate_and_only_the_last_completes_the_gradients(sched
         dist_lab.cross_entropy_sum(plain(x), y) / (3 * 48) for x, y in (batch(i) for i in range(3))
     )
     loss.backward()
-    wanted = nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    norm = nn.utils.get_total_norm([p.grad for p in plain.parameters()])
     assert total == pytest.approx(float(loss.detach()), rel=1e-12)
-    assert job.clip_grad_norm(None) == pytest.approx(float(wanted), rel=1e-12)
-    own = [name for name, _ in job.model.named_parameters()]
-    assert sorted(heard.complete) == sorted(own)  # each once, in the last run
+    assert job.clip_grad_norm(None) == pytest.approx(float(norm), rel=1e-12)
+    names = [name for name, _ in job.model.named_parameters()]
+    assert sorted(gradients.complete) == sorted(names)  # each once, in the last run
 
 
-class Heard(Sync):
+class ReadyGradients(Sync):
+    """Records the names of `grads_ready`."""
+
     def __init__(self):
-        self.complete, self.not_yet = [], []
+        self.complete, self.partial = [], []
 
     def grads_ready(self, names, *, last):
-        (self.complete if last else self.not_yet).extend(names)
+        (self.complete if last else self.partial).extend(names)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_gradient_is_told_complete_once_when_it_is(schedule, mesh):
-    # Trap 11: a weight gradient that comes outside of backward fires no hook, and strategies that
-    # wait for one reduce nothing. At the moment it is told, the gradient is the final one.
+def test_each_gradient_is_reported_complete_once_when_it_is_final(schedule, mesh):
+    # Trap 11: a weight gradient that is computed outside of backward fires no hook, and a strategy
+    # that waits for one never reduces it.
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule)
-    told = {}
+    reported = {}
 
     class Copies(Sync):
         def grads_ready(self, names, *, last):
             for name in names:
                 if last:
-                    assert name not in told
-                    told[name] = job.model.get_parameter(name).grad.clone()
+                    assert name not in reported
+                    reported[name] = job.model.get_parameter(name).grad.clone()
 
     with job.listening(Copies()):
         job.run(pairs_of(4), cross_entropy(48))
     for name, parameter in job.model.named_parameters():
-        assert torch.equal(told[name], parameter.grad), name
+        assert torch.equal(reported[name], parameter.grad), name
 
 
-class Units(Sync):
-    """Writes down when which unit must be there, may go, and has been given up."""
+class UnitEvents(Sync):
+    """Records the calls of `unshard`, `reshard` and `forget`."""
 
     def __init__(self):
         self.log = []
@@ -170,90 +173,97 @@ class Units(Sync):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_strategies_are_told_when_the_units_of_a_stage_are_used(schedule, mesh):
+def test_the_units_of_a_stage_are_unsharded_and_resharded_once_a_run(schedule, mesh):
     units = [f"model.layers.{i}" for i in range(4)]
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule, units=units)
-    mine = [
+    local_units = [
         name for name in units if any(n.startswith(name) for n, _ in job.model.named_parameters())
     ]
-    seen = Units()
-    with job.listening(seen):
+    events = UnitEvents()
+    with job.listening(events):
         job.run(pairs_of(4), cross_entropy(64))
-        told, seen.log = seen.log, []
+        of_run, events.log = events.log, []
         job.evaluate(pairs_of(3), cross_entropy(64))
-        told_in_evaluation, seen.log = seen.log, []
-    assert told[0] == ("unshard", "", "forward")
-    assert told[-1] == ("reshard", "", "backward")
-    assert sorted(told[1:-1]) == sorted(
-        entry for u in mine for entry in (("unshard", u, "forward"), ("reshard", u, "backward"))
+        of_evaluation, events.log = events.log, []
+    assert of_run[0] == ("unshard", "", "forward")
+    assert of_run[-1] == ("reshard", "", "backward")
+    assert sorted(of_run[1:-1]) == sorted(
+        event
+        for unit in local_units
+        for event in (("unshard", unit, "forward"), ("reshard", unit, "backward"))
     )
-    assert told_in_evaluation[-1] == ("reshard", "", "forward")
-    assert {entry[2] for entry in told_in_evaluation} == {"forward"}
-    assert len(told_in_evaluation) == len(told)
+    assert of_evaluation[-1] == ("reshard", "", "forward")
+    assert {event[2] for event in of_evaluation} == {"forward"}
+    assert len(of_evaluation) == len(of_run)
 
 
 @pytest.mark.ranks(1, mesh={"pp": 1})
-def test_a_step_that_is_broken_off_reshards_what_was_unsharded(mesh):
+def test_an_exception_in_a_step_reshards_all_unsharded_units(mesh):
     job = dist_lab.parallelize(gpt(layers=2), mesh, "pp", units=["model.layers.0"])
-    seen = Units()
+    events = UnitEvents()
 
     def loss(out, y):
         raise ArithmeticError
 
-    with job.listening(seen), pytest.raises(ArithmeticError):
+    with job.listening(events), pytest.raises(ArithmeticError):
         job.run(pairs_of(2), loss)
-    ended = [("reshard", "model.layers.0", "abort"), ("reshard", "", "abort"), ("forget",)]
-    assert seen.log[-3:] == ended
+    expected = [("reshard", "model.layers.0", "abort"), ("reshard", "", "abort"), ("forget",)]
+    assert events.log[-3:] == expected
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_tensor_shared_by_both_stages_of_a_rank_is_complete_after_the_later(mesh):
-    # zbv has the embedding and the head on rank 0: one parameter, in two stages.
+def test_a_parameter_of_two_stages_of_a_rank_is_reported_complete_once(mesh):
+    # Under zbv the embedding and the head are both on rank 0: one parameter in two stages.
     job = dist_lab.parallelize(gpt(layers=4, tied=True), mesh, "pp", schedule="zbv")
-    heard = Heard()
-    with job.listening(heard):
+    gradients = ReadyGradients()
+    with job.listening(gradients):
         job.run(pairs_of(4), cross_entropy(48))
-    assert len(heard.complete) == len(set(heard.complete)) == len(list(job.model.parameters()))
+    names = gradients.complete
+    assert len(names) == len(set(names)) == len(list(job.model.parameters()))
 
 
 @pytest.mark.slow_unless(lambda schedule, m: m == 7 or (schedule, m) == ("1f1b", 2))
 @pytest.mark.parametrize("m", [2, 4, 7])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb", "zbv"])
 @pytest.mark.ranks(4, mesh={"pp": 4})
-def test_a_rank_holds_as_many_forwards_as_the_schedule_says(schedule, m, mesh):
+def test_a_rank_has_as_many_microbatches_in_flight_as_the_schedule_says(schedule, m, mesh):
     job = dist_lab.parallelize(gpt(layers=8), mesh, "pp", schedule=schedule)
     job.run(pairs_of(m, rows=m), cross_entropy(m * 6))
-    rank, wanted = mesh["pp"].index, peak_activations(make(schedule, 4, m))
-    assert job._runner.pipeline.peak == wanted[rank]
+    rank, expected = mesh["pp"].index, peak_activations(make(schedule, 4, m))
+    assert job._runner.pipeline.peak == expected[rank]
     if schedule == "1f1b":
-        assert wanted[rank] == min(m, 4 - rank)
+        assert expected[rank] == min(m, 4 - rank)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zbv"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_no_more_messages_than_two_wait_to_leave(schedule, mesh):
-    # What has been sent is held until it has left, so of a gpipe that waits for it at the end alone
-    # every micro-batch's output would be.
+def test_at_most_two_sends_are_pending_and_none_after_a_run(schedule, mesh):
+    # A sent tensor is kept until its send completes. If gpipe waited at the end only, the outputs
+    # of all micro-batches would be kept.
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule)
-    left, land, do = [], PipelineRun.land, PipelineRun.do
+    pending, finish, execute = [], PipelineRun.finish, PipelineRun.execute
+
+    def execute_and_count(run, action):
+        execute(run, action)
+        pending.append(len(run.pending_sends))
+
+    def finish_and_count(run):
+        finish(run)
+        pending.append(len(run.pending_sends))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            PipelineRun, "do", lambda self, a: (do(self, a), left.append(len(self.leaving)))
-        )
-        patch.setattr(
-            PipelineRun, "land", lambda self: (land(self), left.append(len(self.leaving)))
-        )
+        patch.setattr(PipelineRun, "execute", execute_and_count)
+        patch.setattr(PipelineRun, "finish", finish_and_count)
         job.run(pairs_of(8), cross_entropy(48))
-    assert max(left) == IN_FLIGHT
-    assert left[-1] == 0
+    assert max(pending) == IN_FLIGHT
+    assert pending[-1] == 0
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_what_a_rank_holds_is_memory_of_so_many_micro_batches_and_no_more(mesh):
-    # In bytes: gpipe's peak grows with each micro-batch by as much as 1f1b's does not.
+def test_peak_memory_grows_with_the_microbatches_under_gpipe_and_not_under_1f1b(mesh):
     def peak(schedule, m):
         job = dist_lab.parallelize(mlp(layers=8), mesh, "pp", schedule=schedule)
-        job.run(pairs_of(m, rows=4 * m), cross_entropy(m))  # what is kept for good is there
+        job.run(pairs_of(m, rows=4 * m), cross_entropy(m))  # allocates what stays: gradients
         for p in job.parameters():
             p.grad.zero_()
         with LiveBytes(job.parameters()) as live:
@@ -261,7 +271,7 @@ def test_what_a_rank_holds_is_memory_of_so_many_micro_batches_and_no_more(mesh):
         return live.peak
 
     few, many = ({s: peak(s, m) for s in ("gpipe", "1f1b")} for m in (4, 8))
-    inputs = 2 * 16 * 6 * 8  # of the four more micro-batches, which the test itself makes
+    inputs = 2 * 16 * 6 * 8  # of four more micro-batches, allocated by the test itself
     one = (many["gpipe"] - few["gpipe"] - inputs) / 4
     assert one > 40_000
     assert many["1f1b"] - few["1f1b"] <= inputs + one / 4
@@ -273,26 +283,25 @@ def test_what_a_rank_holds_is_memory_of_so_many_micro_batches_and_no_more(mesh):
 def test_evaluation_gives_every_rank_the_loss_of_one_process(schedule, mesh):
     plain = gpt(layers=4)
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule)
-    val = job.evaluate(pairs_of(5), cross_entropy(48))  # any number, of other rows
+    val = job.evaluate(pairs_of(5), cross_entropy(48))  # any number, of unequal rows
     with torch.no_grad():
         x, y = batch(0)
-        wanted = float(dist_lab.cross_entropy_sum(plain(x), y) / 48)
-    assert val == pytest.approx(wanted, rel=1e-12)
-    assert job.run(pairs_of(4), cross_entropy(48)) == pytest.approx(wanted, rel=1e-12)
+        expected = float(dist_lab.cross_entropy_sum(plain(x), y) / 48)
+    assert val == pytest.approx(expected, rel=1e-12)
+    assert job.run(pairs_of(4), cross_entropy(48)) == pytest.approx(expected, rel=1e-12)
     assert all(p.grad is not None for p in job.model.parameters())
 
 
 @pytest.mark.ranks(3, mesh={"pp": 3})
-def test_weights_are_whole_in_and_out_under_the_models_own_names(mesh):
-    fresh = gpt(layers=4, tied=True, seed=1)
+def test_full_state_dicts_have_all_names_of_the_model(mesh):
+    other = gpt(layers=4, tied=True, seed=1)
     job = dist_lab.parallelize(gpt(layers=4, tied=True), mesh, "pp")
-    names = list(fresh.state_dict())
-    here = set(job.model.state_dict())
-    assert here < set(names)
-    job.load_full_state_dict(fresh.state_dict())
+    names = list(other.state_dict())
+    assert set(job.model.state_dict()) < set(names)
+    job.load_full_state_dict(other.state_dict())
     full = job.full_state_dict()
     assert list(full) == names
-    for name, value in fresh.state_dict().items():
+    for name, value in other.state_dict().items():
         assert torch.equal(full[name], value), name
     with pytest.raises(UserError, match=r"1 names do not match, first: lm_head.weight is missing"):
         job.load_full_state_dict({n: t for n, t in full.items() if n != "lm_head.weight"})
@@ -300,7 +309,7 @@ def test_weights_are_whole_in_and_out_under_the_models_own_names(mesh):
 
 @pytest.mark.ranks(3, mesh={"pp": 3})
 def test_tied_tensors_stay_equal_on_both_stages(mesh):
-    # Trap 9: two unsynchronised parameters.
+    # Trap 9: two parameters that nobody synchronizes.
     job = dist_lab.parallelize(gpt(layers=4, tied=True), mesh, "pp")
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(3):
@@ -310,14 +319,14 @@ def test_tied_tensors_stay_equal_on_both_stages(mesh):
         job.after_step()
         optimizer.zero_grad()
     name = {0: "model.embed_tokens.weight", 2: "lm_head.weight"}.get(mesh.rank)
-    mine = job.model.get_parameter(name).detach() if name else torch.zeros(VOCAB, 32).double()
-    rows = dist_lab.comm.ops.all_gather(mine[None], mesh["pp"])
-    assert torch.equal(rows[0], rows[2])
-    assert not torch.equal(rows[0], gpt(tied=True).state_dict()["lm_head.weight"])
+    weight = job.model.get_parameter(name).detach() if name else torch.zeros(VOCAB, 32).double()
+    weights = dist_lab.comm.ops.all_gather(weight[None], mesh["pp"])
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], gpt(tied=True).state_dict()["lm_head.weight"])
 
 
 class Skips(nn.Module):
-    """What the first layer makes is read by the last, over all stages between, and so is a mask."""
+    """The last layer reads the output of the first layer, and a mask, across all other stages."""
 
     def __init__(self):
         super().__init__()
@@ -335,13 +344,13 @@ class Skips(nn.Module):
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zb", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(4, mesh={"pp": 4})
-def test_values_that_skip_stages_are_carried(schedule, mesh):
-    def made():
+def test_values_that_skip_stages_are_passed_through(schedule, mesh):
+    def build_model():
         torch.manual_seed(0)
         return Skips().double()
 
     report = dist_lab.verify(
-        made, lambda step: batch(step), mesh, "pp", schedule=schedule, microbatches=4,
+        build_model, lambda step: batch(step), mesh, "pp", schedule=schedule, microbatches=4,
         example_inputs=batch(0)[0][:2],
     )  # fmt: skip
     assert report.equal, report.sentence()
@@ -359,7 +368,7 @@ def test_frozen_unused_and_tied_parameters_under_every_schedule(schedule, mesh):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_bfloat16_is_sent_and_computed_in(schedule, mesh):
+def test_param_dtype_bfloat16_computes_and_sends_bfloat16(schedule, mesh):
     report = dist_lab.verify(
         lambda: gpt(torch.float32, layers=4), lambda step: batch(step), mesh, "pp",
         schedule=schedule, microbatches=4, param_dtype=torch.bfloat16,
@@ -375,7 +384,7 @@ def test_bfloat16_is_sent_and_computed_in(schedule, mesh):
 
 
 @pytest.mark.ranks(4, mesh={"pp": 4})
-def test_a_rank_sends_what_the_docstring_says(mesh):
+def test_a_rank_sends_as_many_elements_as_the_docstring_says(mesh):
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", balance="count")
     with mesh.comm.ledger.recording() as calls:
         job.run(pairs_of(4), cross_entropy(48))
@@ -385,8 +394,8 @@ def test_a_rank_sends_what_the_docstring_says(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_schedule_of_ones_own_is_checked_and_run(mesh, tmp_path):
-    # One more forward ahead than 1f1b has on the first rank.
+def test_a_schedule_from_a_file_is_checked_and_run(mesh, tmp_path):
+    # 1f1b with one more warm-up forward on the first rank.
     path = tmp_path / f"own{mesh.rank}.csv"
     path.write_text("0F0,0F1,0F2,0B0,0F3,0B1,0B2,0B3\n1F0,1B0,1F1,1B1,,1F2,1B2,1F3,1B3\n")
     report = dist_lab.verify(
@@ -400,20 +409,20 @@ def test_a_schedule_of_ones_own_is_checked_and_run(mesh, tmp_path):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_run_can_be_seen_as_it_was(mesh):
+def test_the_timeline_has_all_actions_of_the_run_in_their_order(mesh):
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule="zb", emulate_compute=5.0)
     job.run(pairs_of(4), cross_entropy(48))
     rows = job.timeline()
-    wanted = [[a for a in r if len(a.op.value) == 1] for r in make("zb", 2, 4).ranks]
-    assert [[str(slot.action) for slot in row] for row in rows] == [[*map(str, r)] for r in wanted]
+    expected = [[str(a) for a in r if len(a.op.value) == 1] for r in make("zb", 2, 4).ranks]
+    assert [[str(timed.action) for timed in row] for row in rows] == expected
     assert min(row[0].start for row in rows) == 0.0
     for row in rows:
-        assert all(slot.end - slot.start > 4.999 for slot in row)  # milliseconds
+        assert all(timed.end - timed.start > 4.999 for timed in row)  # milliseconds
         assert all(a.end <= b.start for a, b in pairwise(row))
-    assert rows[1][0].start >= rows[0][0].end  # what is given must have been made
+    assert rows[1][0].start >= rows[0][0].end  # stage 1 waits for the output of stage 0
 
 
-# --- models with oddities -------------------------------------------------------------------------
+# --- models with shared or in-place layers --------------------------------------------------------
 
 
 def width_six():
@@ -430,12 +439,12 @@ def one_linear_twice():
     return nn.Sequential(linear, nn.Tanh(), linear, nn.Tanh())
 
 
-def in_place_across_the_cut():
+def in_place_across_stages():
     return nn.Sequential(width_six(), nn.BatchNorm1d(6), nn.ReLU(inplace=True), width_six())
 
 
 class Scaled(nn.Module):
-    """Holds a parameter itself, and around a layer that others hold, too."""
+    """Holds a parameter directly, and contains a layer that is used elsewhere too."""
 
     def __init__(self, inner):
         super().__init__()
@@ -445,13 +454,13 @@ class Scaled(nn.Module):
         return self.inner(x) * self.scale
 
 
-def a_layer_within_one_that_is_split():
+def linear_inside_a_split_module():
     linear = width_six()
     return nn.Sequential(width_six(), nn.Tanh(), nn.Sequential(linear, Scaled(linear)), nn.Tanh())
 
 
 class Aliased(nn.Module):
-    """A block that has a second name, which no forward uses."""
+    """A model in which one block has a second name that the forward does not use."""
 
     stages = ("blocks.*",)
 
@@ -479,43 +488,43 @@ def squares(out, y):
 @pytest.mark.parametrize(
     "build",
     [
-        one_relu_twice, one_linear_twice, in_place_across_the_cut,
-        a_layer_within_one_that_is_split, Aliased,
+        one_relu_twice, one_linear_twice, in_place_across_stages,
+        linear_inside_a_split_module, Aliased,
     ],
 )  # fmt: skip
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_models_with_oddities_equal_one_process(build, schedule, mesh):
+def test_models_with_shared_or_in_place_layers_equal_one_process(build, schedule, mesh):
     if build is Aliased and schedule == "zbv":
         pytest.skip("it has two blocks, zbv four stages")
 
-    def made():
+    def build_model():
         torch.manual_seed(0)
         return build().double()
 
     report = dist_lab.verify(
-        made, rows_of_six, mesh, "pp", schedule=schedule, microbatches=2, loss_sum=squares,
+        build_model, rows_of_six, mesh, "pp", schedule=schedule, microbatches=2, loss_sum=squares,
         balance="count",
     )  # fmt: skip
-    assert report.equal, report.sentence()  # buffers, too, under each of their names
+    assert report.equal, report.sentence()  # buffers too, under all their names
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_block_with_two_names_lies_on_its_stage_alone(mesh):
+def test_a_block_with_two_names_is_on_its_stage_only(mesh):
     job = dist_lab.parallelize(Aliased(), mesh, "pp")
     assert sum(p.numel() for p in job.parameters()) == 6 * 6 + 6 + 6 + 6
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_one_row_can_be_evaluated_which_batchnorm_would_not_train_on(mesh):
-    # The shapes that stages give each other are found in the mode of the run.
+def test_evaluation_takes_one_row_on_which_batchnorm_could_not_train(mesh):
+    # The shapes between stages are found in the mode of the run, train or eval.
     torch.manual_seed(0)
     model = nn.Sequential(width_six(), nn.BatchNorm1d(6), nn.Tanh(), width_six()).double()
     plain = copy.deepcopy(model).eval()
     job = dist_lab.parallelize(model, mesh, "pp", balance="count")
     x, y = rows_of_six(0, rows=1)
     with torch.no_grad():
-        wanted = float(squares(plain(x), y))
-    assert job.evaluate([(x, y)], squares) == pytest.approx(wanted, rel=1e-12)
+        expected = float(squares(plain(x), y))
+    assert job.evaluate([(x, y)], squares) == pytest.approx(expected, rel=1e-12)
 
 
 class ToFloat(nn.Module):
@@ -524,21 +533,21 @@ class ToFloat(nn.Module):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_what_a_model_computes_in_float32_stays_that_across_a_cut(mesh):
-    # One process casts what the model is given, and nothing after that.
+def test_a_float32_value_between_stages_is_not_cast_to_param_dtype(mesh):
+    # One process casts the model's inputs and nothing after them.
     model = nn.Sequential(width_six(), ToFloat(), nn.Identity(), nn.Tanh())
     job = dist_lab.parallelize(model, mesh, "pp", param_dtype=torch.bfloat16, balance="count")
-    seen = []
+    dtypes = []
 
     def loss(out, y):
-        seen.append(out.dtype)
+        dtypes.append(out.dtype)
         return squares(out, y)
 
     job.run([rows_of_six(0, dtype=torch.float32)], loss)
-    assert seen == [torch.float32] * mesh.rank  # the last stage alone sees it
+    assert dtypes == [torch.float32] * mesh.rank  # only the last stage computes a loss
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.ranks(3, mesh={"pp": 3})
@@ -548,15 +557,17 @@ def test_more_stages_than_blocks_are_refused_with_the_numbers(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_what_a_pipeline_cannot_do_is_refused_in_one_line(mesh):
+def test_unsupported_calls_and_options_are_refused_with_the_fix(mesh):
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp")
     with pytest.raises(UserError, match=r"call job.run\(microbatches, loss_fn\)"):
         job.model(batch(0)[0])
     with pytest.raises(UserError, match="no option bucket_mb; it takes schedule, chunks"):
         dist_lab.parallelize(gpt(layers=4), mesh, "pp", bucket_mb=1)
-    with pytest.raises(UserError, match="has no `stages`, and to cut its graph takes an input"):
+    with pytest.raises(
+        UserError, match="has no `stages`, and to split its graph pp needs an input"
+    ):
         dist_lab.parallelize(odd(), mesh, "pp")
-    with pytest.raises(UserError, match="recompute computes a block again for the whole of its"):
+    with pytest.raises(UserError, match="recompute needs a backward in one piece, but schedule zb"):
         model = gpt(layers=4)
         dist_lab.parallelize(model, mesh, "pp", schedule="zb", units=model.units, recompute=1)
     with pytest.raises(UserError, match="3 do not divide by 2 ranks of pp"):
@@ -565,7 +576,7 @@ def test_what_a_pipeline_cannot_do_is_refused_in_one_line(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_second_run_on_gradients_that_are_complete_is_refused(mesh):
+def test_a_second_run_onto_complete_gradients_is_refused(mesh):
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp")
     job.run(pairs_of(2), cross_entropy(48))
     with pytest.raises(UserError, match="backward on gradients that hold their last micro-batch"):
@@ -576,15 +587,15 @@ def test_a_second_run_on_gradients_that_are_complete_is_refused(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_a_copy_of_the_model_is_plain(mesh):
+def test_a_copy_of_the_model_has_its_original_forwards(mesh):
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule="zb")
     job.run(pairs_of(2), cross_entropy(48))
-    kept = copy.deepcopy(job.model)
-    assert not any("SplitForward" in type(m.forward).__name__ for m in kept.modules())
+    copied = copy.deepcopy(job.model)
+    assert not any("SplitForward" in type(m.forward).__name__ for m in copied.modules())
 
 
 @pytest.mark.ranks(1, mesh={"pp": 1})
-def test_one_stage_is_no_special_case(mesh):
+def test_every_schedule_runs_on_one_rank(mesh):
     for schedule in SCHEDULES:
         report = dist_lab.verify(
             lambda: gpt(layers=4), lambda step: batch(step), mesh, "pp",
@@ -593,7 +604,7 @@ def test_one_stage_is_no_special_case(mesh):
         assert report.equal, report.sentence()
 
 
-def test_the_whole_of_it_runs_without_a_process_group():
+def test_pp_runs_without_a_process_group():
     job = dist_lab.parallelize(vit(layers=4), init_mesh(pp=1), "pp")
     x, y = batch_of("vit", 0)
     assert job.run([(x, y)], cross_entropy(8)) > 0
@@ -625,17 +636,17 @@ class Complex(nn.Module):
 
 
 @pytest.mark.ranks(2, mesh={"pp": 2})
-def test_what_would_be_another_model_is_refused(mesh):
+def test_models_that_cannot_be_split_faithfully_are_refused(mesh):
     x, _ = rows_of_six(0, dtype=torch.float32)
-    with pytest.raises(UserError, match="do not do what its forward does: that would be another"):
+    with pytest.raises(UserError, match="in sequence, do not compute what its forward computes"):
         dist_lab.parallelize(Forgets(), mesh, "pp", example_inputs=x)
-    with pytest.raises(UserError, match="its forward asks whether it is in training"):
+    with pytest.raises(UserError, match=r"its forward reads self\.training"):
         dist_lab.parallelize(Asks(), mesh, "pp", example_inputs=x)
-    with pytest.raises(UserError, match="one of complex numbers, which is not sent"):
+    with pytest.raises(UserError, match="or a complex tensor, which cannot be sent"):
         model = nn.Sequential(width_six(), Complex(), nn.Identity(), nn.Identity())
         dist_lab.parallelize(model, mesh, "pp", example_inputs=x, balance="count")
     with pytest.raises(UserError, match="does not split rows over ranks, so sync_batchnorm"):
-        model = in_place_across_the_cut()
+        model = in_place_across_stages()
         dist_lab.parallelize(model, mesh, "pp", sync_batchnorm=True)
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp")
     with torch.no_grad(), pytest.raises(UserError, match=r"gradients, which are off here; call"):

@@ -1,7 +1,7 @@
-"""PyTorch's pipelining as the twin of ours: equal to one process and to ours, and what it refuses.
+"""PyTorch's pipelining as the twin of ours: it equals one process and ours, and refuses the rest.
 
-What the library itself does with what is refused or repaired here was seen in torch 2.13: with
-`PipelineStage` alone, each of these tests ends in an exception, in an abort, or in a wrong number.
+Each case that is refused or repaired was tried in torch 2.13 with `PipelineStage` alone: it ended
+in an exception, an abort, or a wrong number.
 """
 
 import pytest
@@ -22,7 +22,7 @@ from dist_lab.parallel.schedules.library import make
 from dist_lab.step.protocol import Sync
 
 SCHEDULES = tuple(pp_torch.LIBRARY_NAMES)
-MICROBATCHES = {1: 2, 2: 4, 3: 6, 4: 4}  # by ranks
+MICROBATCHES = {1: 2, 2: 4, 3: 6, 4: 4}  # ranks -> micro-batches
 
 
 def gpt(tied=False, dtype=torch.float64, layers=6):
@@ -39,7 +39,7 @@ def ranks(size, **options):
     return pytest.mark.ranks(size, mesh={"pp": size}, **options)
 
 
-def pieces(rows, count, step=0):
+def microbatches(rows, count, step=0):
     """`count` micro-batches."""
     x, y = batch(step, rows)
     return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
@@ -49,7 +49,7 @@ def mean_over(total):
     return lambda output, targets: cross_entropy_sum(output, targets) / total
 
 
-def equal(build, mesh, schedule, count, data=batch, **options):
+def equal_or_why(build, mesh, schedule, count, data=batch, **options):
     report = dist_lab.verify(
         build, lambda step: data(step, 2 * count), mesh, "pp", "torch", schedule=schedule,
         microbatches=count, steps=2, **options,
@@ -57,7 +57,7 @@ def equal(build, mesh, schedule, count, data=batch, **options):
     return report.equal or report.sentence()
 
 
-# --- equal ----------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow_unless(lambda size, schedule: (size, schedule) == (4, "1f1b"))
@@ -71,54 +71,56 @@ def equal(build, mesh, schedule, count, data=batch, **options):
 )
 def test_each_schedule_equals_one_process(size, tied, schedule, mesh):
     layers = size * (2 if schedule in ("interleaved", "zbv") else 1)
-    assert equal(lambda: gpt(tied, layers=layers), mesh, schedule, MICROBATCHES[size]) is True
+    assert (
+        equal_or_why(lambda: gpt(tied, layers=layers), mesh, schedule, MICROBATCHES[size]) is True
+    )
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_hand_and_twin_are_equal(schedule, mesh):
-    found = []
+    results = []
     for impl in ("hand", "torch"):
         job = dist_lab.parallelize(gpt(tied=True), mesh, "pp", impl, schedule=schedule)
         optimizer = job.optimizer(torch.optim.AdamW, lr=1e-3)
         numbers = []
         for step in range(2):
-            numbers.append(job.run(pieces(12, 6, step), mean_over(72)))
+            numbers.append(job.run(microbatches(12, 6, step), mean_over(72)))
             job.finish()
             numbers.append(job.clip_grad_norm(1.0))
             optimizer.step()
             job.after_step()
             optimizer.zero_grad()
-        found.append((numbers, job.full_state_dict()))
-    (ours, weights), (theirs, their_weights) = found
-    assert theirs == pytest.approx(ours, rel=1e-12)
-    for name, weight in weights.items():
+        results.append((numbers, job.full_state_dict()))
+    (our_numbers, our_weights), (their_numbers, their_weights) = results
+    assert their_numbers == pytest.approx(our_numbers, rel=1e-12)
+    for name, weight in our_weights.items():
         assert torch.allclose(their_weights[name], weight, rtol=0, atol=1e-12), name
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
-def test_a_model_of_images_equals_one_process(schedule, mesh):
-    assert equal(vit, mesh, schedule, 3, images) is True
+def test_a_vision_transformer_equals_one_process(schedule, mesh):
+    assert equal_or_why(vit, mesh, schedule, 3, images) is True
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule in ("gpipe", "zb"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
-def test_a_model_that_is_cut_by_its_graph_equals_one_process(schedule, mesh):
+def test_a_traced_model_equals_one_process(schedule, mesh):
     example = images(0, 2)[0]
-    assert equal(resnet, mesh, schedule, 4, images, example_inputs=example) is True
+    assert equal_or_why(resnet, mesh, schedule, 4, images, example_inputs=example) is True
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @ranks(2)
-def test_a_narrow_dtype_travels_as_it_is(schedule, mesh):
+def test_param_dtype_bfloat16_equals_one_process(schedule, mesh):
     def build():
         return gpt(dtype=torch.float32)
 
-    assert equal(build, mesh, schedule, 4, param_dtype=torch.bfloat16) is True
+    assert equal_or_why(build, mesh, schedule, 4, param_dtype=torch.bfloat16) is True
 
 
 @pytest.mark.slow_unless(lambda schedule, count: count == 7 or (schedule, count) == ("zb", 1))
@@ -128,19 +130,19 @@ def test_a_narrow_dtype_travels_as_it_is(schedule, mesh):
      ("zbv", 2), ("zbv", 7)],
 )  # fmt: skip
 @ranks(3)
-def test_numbers_of_microbatches_that_are_taken_are_right(schedule, count, mesh):
-    assert equal(gpt, mesh, schedule, count) is True
+def test_every_number_of_microbatches_that_is_accepted_equals_one_process(schedule, count, mesh):
+    assert equal_or_why(gpt, mesh, schedule, count) is True
 
 
 @ranks(2)
-def test_three_stages_a_rank(mesh):
-    assert equal(gpt, mesh, "interleaved", 4, chunks=3) is True
+def test_three_stages_per_rank_equal_one_process(mesh):
+    assert equal_or_why(gpt, mesh, "interleaved", 4, chunks=3) is True
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule == "zb")
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
 @ranks(2)
-def test_numbers_and_shapes_of_microbatches_may_change_from_step_to_step(schedule, mesh):
+def test_the_number_and_shape_of_microbatches_may_change_between_steps(schedule, mesh):
     jobs = [
         dist_lab.parallelize(gpt(), mesh, "pp", impl, schedule=schedule)
         for impl in ("hand", "torch")
@@ -148,15 +150,15 @@ def test_numbers_and_shapes_of_microbatches_may_change_from_step_to_step(schedul
     for rows, count in ((8, 4), (8, 2), (16, 4), (24, 6), (8, 4), (4, 4), (8, 4)):
         numbers = []
         for job in jobs:
-            numbers.append([job.run(pieces(rows, count), mean_over(rows)), 0.0])
+            numbers.append([job.run(microbatches(rows, count), mean_over(rows)), 0.0])
             job.finish()
             numbers[-1][1] = job.clip_grad_norm(None)
             job.model.zero_grad()
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-12)
 
 
-class Turned(nn.Module):
-    """Gives what is not contiguous, and makes a gradient that is not."""
+class Transposed(nn.Module):
+    """Its output is not contiguous, and neither is its input's gradient."""
 
     def __init__(self):
         super().__init__()
@@ -166,28 +168,28 @@ class Turned(nn.Module):
         return torch.tanh(self.linear(x.mT.contiguous().mT)).transpose(0, 1)
 
 
-class Viewed(Turned):
-    """Gives a view, and what it reads it turns over."""
+class Viewed(Transposed):
+    """Its output is a view, and it transposes its input."""
 
     def forward(self, x):
         return self.linear(x.transpose(0, 1)).view(x.shape[1], x.shape[0], 3, 4)
 
 
-class Twice(Turned):
-    """Uses its weights twice, once upon the other."""
+class Twice(Transposed):
+    """Applies its weights twice in sequence."""
 
     def forward(self, x):
         x = x.flatten(2)
         return x + self.linear(torch.tanh(self.linear(x)))
 
 
-class Corners(nn.Module):
-    stages = ("embed", "turned", "viewed", "twice", "head")
+class OddLayouts(nn.Module):
+    stages = ("embed", "transposed", "viewed", "twice", "head")
 
     def __init__(self, frozen=()):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, 12)
-        self.turned, self.viewed, self.twice = Turned(), Viewed(), Twice()
+        self.transposed, self.viewed, self.twice = Transposed(), Viewed(), Twice()
         self.head = nn.Linear(12, VOCAB)
         for name in frozen:
             self.get_submodule(name).requires_grad_(False)
@@ -198,24 +200,24 @@ class Corners(nn.Module):
         return x
 
 
-def corners(frozen=()):
+def odd_layouts(frozen=()):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Corners(frozen).double()
+        return OddLayouts(frozen).double()
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
 @ranks(4)
-def test_what_is_sent_may_be_a_view_or_not_contiguous(schedule, mesh):
-    assert equal(corners, mesh, schedule, 4, balance="count") is True
+def test_stage_outputs_may_be_views_or_not_contiguous(schedule, mesh):
+    assert equal_or_why(odd_layouts, mesh, schedule, 4, balance="count") is True
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule == "zb")
-@pytest.mark.parametrize("frozen", [("embed", "turned"), ("viewed",), ("twice", "head")])
+@pytest.mark.parametrize("frozen", [("embed", "transposed"), ("viewed",), ("twice", "head")])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 @ranks(4)
 def test_layers_may_be_frozen(schedule, frozen, mesh):
-    assert equal(lambda: corners(frozen), mesh, schedule, 4, balance="count") is True
+    assert equal_or_why(lambda: odd_layouts(frozen), mesh, schedule, 4, balance="count") is True
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
@@ -235,16 +237,16 @@ def test_batchnorm_counts_each_microbatch_once(schedule, mesh):
 @pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["gpipe", "zb", "zbv"])
 @ranks(2)
-def test_its_operations_can_be_counted_and_are_as_many_as_ours(schedule, mesh):
+def test_flop_counter_mode_counts_as_many_operations_as_for_ours(schedule, mesh):
     counts = []
     for impl in ("hand", "torch"):
         job = dist_lab.parallelize(gpt(), mesh, "pp", impl, schedule=schedule)
-        job.run(pieces(8, 4), mean_over(48))  # the first also passes shapes through
+        job.run(microbatches(8, 4), mean_over(48))  # the first run also finds the shapes
         job.finish()
         job.model.zero_grad()
-        # torch's own, as a user would: with hooks on all modules, which ours is without.
+        # torch's own counter, as users use it: unlike ours it puts hooks on all modules.
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as count:
-            job.run(pieces(8, 4), mean_over(48))
+            job.run(microbatches(8, 4), mean_over(48))
         counts.append(count.get_total_flops())
     assert counts[0] == counts[1]
 
@@ -259,13 +261,13 @@ def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule=schedule)
     x, y = batch(7, 30)
     with torch.no_grad():
-        wanted = float(cross_entropy_sum(gpt()(x), y) / y.numel())
+        expected = float(cross_entropy_sum(gpt()(x), y) / y.numel())
     norms = []
-    for _ in range(2):  # before and after a step, which it leaves as it is
-        for count in (15, 3):  # several turns, and one
-            found = job.evaluate(pieces(30, count, 7), mean_over(y.numel()))
-            assert found == pytest.approx(wanted, rel=1e-12)
-        job.run(pieces(12, 6), mean_over(72))
+    for _ in range(2):  # evaluation does not change the step between
+        for count in (15, 3):  # several groups of one per rank, and one
+            loss = job.evaluate(microbatches(30, count, 7), mean_over(y.numel()))
+            assert loss == pytest.approx(expected, rel=1e-12)
+        job.run(microbatches(12, 6), mean_over(72))
         job.finish()
         norms.append(job.clip_grad_norm(None))
         job.model.zero_grad()
@@ -275,20 +277,20 @@ def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
-def test_evaluate_takes_fewer_microbatches_than_ranks_and_of_several_shapes(schedule, mesh):
+def test_evaluate_takes_fewer_microbatches_than_ranks_and_several_shapes(schedule, mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule=schedule)
     x, y = batch(7, 4)
     with torch.no_grad():
-        wanted = float(cross_entropy_sum(gpt()(x), y) / y.numel())
-    assert job.evaluate(pieces(4, 2, 7), mean_over(y.numel())) == pytest.approx(wanted, rel=1e-12)
-    uneven = [(x[:3], y[:3]), (x[3:], y[3:])]
-    assert job.evaluate(uneven, mean_over(y.numel())) == pytest.approx(wanted, rel=1e-12)
+        expected = float(cross_entropy_sum(gpt()(x), y) / y.numel())
+    even, uneven = microbatches(4, 2, 7), [(x[:3], y[:3]), (x[3:], y[3:])]
+    assert job.evaluate(even, mean_over(y.numel())) == pytest.approx(expected, rel=1e-12)
+    assert job.evaluate(uneven, mean_over(y.numel())) == pytest.approx(expected, rel=1e-12)
 
 
-# --- what it says and tells -----------------------------------------------------------------------
+# --- events and description -----------------------------------------------------------------------
 
 
-class Heard(Sync):
+class ReadyGradients(Sync):
     def __init__(self):
         self.names = []
 
@@ -299,16 +301,16 @@ class Heard(Sync):
 @pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "interleaved", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
-def test_gradients_are_told_of_once_when_they_are_complete(schedule, mesh):
+def test_each_gradient_is_reported_complete_once(schedule, mesh):
     job = dist_lab.parallelize(gpt(tied=True), mesh, "pp", "torch", schedule=schedule)
-    heard = Heard()
-    with job.listening(heard):
-        job.run(pieces(8, 4), mean_over(48))
-    assert sorted(heard.names) == sorted(name for name, _ in job.model.named_parameters())
+    ready = ReadyGradients()
+    with job.listening(ready):
+        job.run(microbatches(8, 4), mean_over(48))
+    assert sorted(ready.names) == sorted(name for name, _ in job.model.named_parameters())
 
 
 @ranks(2)
-def test_it_says_what_it_runs_as(mesh):
+def test_about_names_the_librarys_schedule_and_options(mesh):
     jobs = [dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule=s) for s in ("zb", "zbv")]
     assert [job.about for job in jobs] == [
         "torch ScheduleInterleavedZeroBubble, one stage a rank, shapes known, scale_grads=False",
@@ -319,7 +321,7 @@ def test_it_says_what_it_runs_as(mesh):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
-def test_its_schedule_can_be_read_and_is_ours_but_for_the_order_of_zbv(schedule, mesh):
+def test_the_librarys_schedule_is_ours_except_for_the_order_of_zbv(schedule, mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule=schedule)
     theirs, ours = job._runner.pipeline.schedule_for(6), make(schedule, 3, 6)
     check(theirs)
@@ -327,15 +329,15 @@ def test_its_schedule_can_be_read_and_is_ours_but_for_the_order_of_zbv(schedule,
     assert (theirs.ranks == ours.ranks) == (schedule != "zbv")
 
 
-# --- refused --------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("schedule", "count", "message"),
     [
-        ("1f1b", 3, "PyTorch's 1f1b takes a micro-batch a rank at least, 4, not 3"),
-        ("interleaved", 6, "interleaved takes micro-batches in groups of one a rank, and 6"),
-        ("zb", 9, "PyTorch's zero bubble takes micro-batches in 2 equal rounds of 4 or more"),
+        ("1f1b", 3, "PyTorch's 1f1b takes at least one micro-batch per rank, 4, not 3"),
+        ("interleaved", 6, "interleaved takes micro-batches in groups of one per rank, but 6"),
+        ("zb", 9, "PyTorch's zero bubble takes micro-batches in 2 equal rounds of at least 4"),
     ],
 )
 @ranks(4)
@@ -344,8 +346,8 @@ def test_a_number_of_microbatches_that_the_library_does_not_take_is_refused(
 ):
     job = dist_lab.parallelize(gpt(layers=8), mesh, "pp", "torch", schedule=schedule)
     with pytest.raises(UserError, match=message):
-        job.run(pieces(2 * count, count), mean_over(12 * count))
-    assert job.run(pieces(8, 4), mean_over(48)) > 0  # and nothing was sent
+        job.run(microbatches(2 * count, count), mean_over(12 * count))
+    assert job.run(microbatches(8, 4), mean_over(48)) > 0  # no message was left over
 
 
 @ranks(2)
@@ -353,14 +355,14 @@ def test_microbatches_of_several_shapes_are_refused(mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule="gpipe")
     longer, empty = batch(0, 2, seq=7), batch(0, 0)
     for odd, message in (
-        (pieces(7, 3), "these have 2 and 3 rows, in 2 shapes"),
+        (microbatches(7, 3), "these have 2 and 3 rows, in 2 shapes"),
         ([batch(0, 2), longer], "these have 2 rows, in 2 shapes"),
         ([empty, empty], "these have 0 rows, in 1 shapes"),
         ([], "these have no rows, in 0 shapes"),
     ):
         with pytest.raises(UserError, match=message):
             job.run(odd, mean_over(42))
-    assert job.run(pieces(8, 4), mean_over(48)) > 0
+    assert job.run(microbatches(8, 4), mean_over(48)) > 0
 
 
 @ranks(2)
@@ -378,7 +380,7 @@ def test_without_a_process_group_it_is_refused():
 
 
 class Aside(nn.Module):
-    """Makes a value in the middle, of nothing that it was given there, which the end reads."""
+    """A middle stage computes a value from the model's input only, and the last stage reads it."""
 
     def __init__(self):
         super().__init__()
@@ -404,25 +406,28 @@ def aside():
 @ranks(3)
 def test_a_gradient_that_the_zero_bubble_would_lose_is_refused(mesh):
     options = {"balance": "count", "example_inputs": batch(0, 2)[0]}
-    assert equal(aside, mesh, "1f1b", 3, **options) is True
-    with pytest.raises(UserError, match="gives what depends on its weights alone, and PyTorch's"):
+    assert equal_or_why(aside, mesh, "1f1b", 3, **options) is True
+    with pytest.raises(
+        UserError, match="has an output that depends on its weights alone, and PyTorch's"
+    ):
         dist_lab.parallelize(aside(), mesh, "pp", "torch", schedule="zb", **options)
 
 
-def test_a_stage_that_gives_another_shape_than_on_the_meta_device_says_so():
-    class Gives(nn.Module):
+def test_a_stage_with_another_output_shape_than_on_the_meta_device_is_refused():
+    class DataDependent(nn.Module):
         def forward(self, x):
             return (x[x > 0],)
 
-    part = pp_torch.Part(1, Gives(), [StageInput(torch.Size([2, 3]), torch.float32)])
-    with pytest.raises(UserError, match=r"stage 1 gives float32\[6\], and on the meta device"):
-        part(torch.ones(2, 3))
+    shapes = [StageInput(torch.Size([2, 3]), torch.float32)]
+    stage = pp_torch.StageModule(1, DataDependent(), shapes)
+    with pytest.raises(UserError, match=r"stage 1 returns float32\[6\], but on the meta device"):
+        stage(torch.ones(2, 3))
 
 
 @ranks(1)
-def test_what_a_stage_refuses_is_said_in_its_own_words_and_the_next_step_is_whole(mesh):
+def test_a_user_error_in_a_stage_is_raised_unwrapped_and_the_next_step_works(mesh):
     job = dist_lab.parallelize(gpt(), mesh, "pp", "torch", schedule="zb")
-    wanted = job.run(pieces(4, 2), mean_over(24))
+    expected = job.run(microbatches(4, 2), mean_over(24))
     job.finish()
     job.model.zero_grad()
 
@@ -431,7 +436,7 @@ def test_what_a_stage_refuses_is_said_in_its_own_words_and_the_next_step_is_whol
 
     handle = job.model.get_submodule("model.layers.3").register_forward_pre_hook(refuse)
     with pytest.raises(UserError, match="no layer for this"):
-        job.run(pieces(4, 2), mean_over(24))
+        job.run(microbatches(4, 2), mean_over(24))
     handle.remove()
     job.model.zero_grad()
-    assert job.run(pieces(4, 2), mean_over(24)) == pytest.approx(wanted, rel=1e-12)
+    assert job.run(microbatches(4, 2), mean_over(24)) == pytest.approx(expected, rel=1e-12)

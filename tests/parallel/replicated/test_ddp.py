@@ -1,4 +1,4 @@
-"""ddp: what travels when, in which order, and what never does."""
+"""ddp: what is sent, when, in which order, and what is never sent."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TINY = {"bucket_mb": 0.02, "first_bucket_mb": 0.002}  # several buckets even in 
 
 
 def backward(job, rows=slice(None), step=0, last=True):
-    """One micro-batch of this rank: loss.backward(), and no more."""
+    """Run loss.backward() on one micro-batch of this rank, without finish()."""
     x, y = (t[rows] for t in batch(step))
     with job.microbatch(last=last):
         (dist_lab.cross_entropy_sum(job.model(x), y) / 48).backward()
@@ -28,18 +28,18 @@ def train_a_step(job, optimizer, step=0):
     optimizer.zero_grad()
 
 
-def ready(mesh, model="gpt", **options):
-    """A job that has done its first step, and so has buckets."""
+def job_with_buckets(mesh, model="gpt", **options):
+    """A job after its first step, which makes the buckets."""
     job = dist_lab.parallelize(MODELS[model](), mesh, "ddp", **TINY | options)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     train_a_step(job, optimizer)
     return job, optimizer
 
 
-# --- cutting: pure --------------------------------------------------------------------------------
+# --- grouping into buckets: pure ------------------------------------------------------------------
 
 
-def test_buckets_hold_everything_once_in_order_and_one_dtype_each():
+def test_buckets_hold_each_gradient_once_in_order_and_of_one_dtype():
     wide, narrow = torch.float32, torch.bfloat16
     sizes = [(f"{i}", narrow if i % 3 else wide, 1 + 7 * i % 11) for i in range(40)]
     buckets = group_into_buckets(sizes, 5, 20)
@@ -54,17 +54,17 @@ def test_buckets_hold_everything_once_in_order_and_one_dtype_each():
         assert total <= (20 if i else 5) or len(names) == 1
 
 
-def test_nothing_to_send_makes_no_bucket():
+def test_no_gradients_make_no_bucket():
     assert group_into_buckets([], 1, 1) == []
 
 
-# --- what travels ---------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.ranks(4)
 def test_a_step_sends_each_gradient_once_whatever_the_number_of_microbatches(microbatches, mesh):
-    job, _ = ready(mesh)
+    job, _ = job_with_buckets(mesh)
     with mesh.comm.ledger.recording() as calls:
         for i in range(microbatches):
             backward(job, slice(i, i + 1), last=i == microbatches - 1)
@@ -72,15 +72,15 @@ def test_a_step_sends_each_gradient_once_whatever_the_number_of_microbatches(mic
     assert {c.op for c in calls} == {"all_reduce"}
     parameters = [p for p in job.model.parameters() if p.requires_grad]
     elements = sum(p.numel() for p in parameters)
-    # One flag for each parameter, and one in each bucket for strangers.
+    # One flag for each parameter, and a last one in each bucket.
     assert sum(c.payload for c in calls) == 8 * (elements + len(parameters) + len(calls))
-    everyone = ops.all_reduce(torch.tensor(sum(c.sent for c in calls)), mesh["dp"])
-    assert everyone == 2 * 3 * sum(c.payload for c in calls)  # N ranks x 2 (N-1)/N
+    all_ranks = ops.all_reduce(torch.tensor(sum(c.sent for c in calls)), mesh["dp"])
+    assert all_ranks == 2 * 3 * sum(c.payload for c in calls)  # N ranks x 2 (N-1)/N
 
 
 @pytest.mark.ranks(2)
-def test_buckets_leave_while_backward_is_still_computing(mesh):
-    job, _ = ready(mesh)
+def test_buckets_are_issued_while_backward_is_still_computing(mesh):
+    job, _ = job_with_buckets(mesh)
     order = []
     mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))
     first = job.model.get_parameter("model.embed_tokens.weight")
@@ -98,7 +98,7 @@ def test_buckets_leave_while_backward_is_still_computing(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_the_order_is_the_one_that_backward_showed_and_not_that_of_the_modules(mesh):
+def test_buckets_follow_the_order_of_the_first_backward_and_not_of_the_modules(mesh):
     class Backwards(nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,8 +121,8 @@ def test_the_order_is_the_one_that_backward_showed_and_not_that_of_the_modules(m
 
 
 @pytest.mark.ranks(2)
-def test_gradients_lie_in_the_bucket_and_are_not_copied_back(mesh):
-    job, _ = ready(mesh)
+def test_gradients_are_views_of_the_bucket_and_are_not_copied_back(mesh):
+    job, _ = job_with_buckets(mesh)
     backward(job, last=False)
     before = {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
     backward(job, step=1)
@@ -134,9 +134,9 @@ def test_gradients_lie_in_the_bucket_and_are_not_copied_back(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_what_no_rank_uses_and_what_is_frozen_is_never_sent_and_has_no_gradient(mesh):
+def test_unused_and_frozen_parameters_are_never_sent_and_have_no_gradient(mesh):
     with mesh.comm.ledger.recording() as calls:
-        job, _ = ready(mesh, "odd")
+        job, _ = job_with_buckets(mesh, "odd")
         backward(job)
         job.finish()
     unused = {n for n, _ in job.model.named_parameters() if n.startswith(("unused", "frozen"))}
@@ -148,15 +148,15 @@ def test_what_no_rank_uses_and_what_is_frozen_is_never_sent_and_has_no_gradient(
     assert all((p.grad is None) == (n in unused) for n, p in job.model.named_parameters())
 
 
-# --- use that differs -----------------------------------------------------------------------------
+# --- ranks and steps that use different parameters ------------------------------------------------
 
 
 @pytest.mark.parametrize("bucket_mb", [0.001, 0.02])
 @pytest.mark.parametrize("rows", [3, 8])
 @pytest.mark.ranks(3, timeout=20)
 def test_ranks_that_use_different_parameters_are_right_from_the_first_step(rows, bucket_mb, mesh):
-    # With a bucket for each expert, a rank sends some before the loss and others after it, and the
-    # ranks differ in which. Once all went through one group, and loss met gradient.
+    # With a bucket for each expert, a rank issues some buckets before the loss's all_reduce and
+    # some after it, and ranks differ in which. In one process group, loss and gradient would mix.
     report = dist_lab.verify(
         lambda: Experts().double(), lambda step: batch(step, rows), mesh, "ddp", steps=6,
         microbatches=2, optimizer=torch.optim.SGD, options={"lr": 0.1, "momentum": 0.9},
@@ -166,7 +166,7 @@ def test_ranks_that_use_different_parameters_are_right_from_the_first_step(rows,
 
 
 @pytest.mark.ranks(2)
-def test_a_parameter_that_first_appears_late_is_learned_and_then_overlaps_too(mesh):
+def test_a_parameter_first_used_in_a_later_step_gets_a_bucket_and_then_overlaps(mesh):
     class Late(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,23 +177,26 @@ def test_a_parameter_that_first_appears_late_is_learned_and_then_overlaps_too(me
             return self.body(self.late(x) if late else x)
 
     job = dist_lab.parallelize(Late(), mesh, "ddp")
-    seen = []
+    ops_by_step = []
     for late in (False, mesh.rank == 1, True):
         with mesh.comm.ledger.recording() as calls:
             job.model(torch.ones(1, 3) * (mesh.rank + 1), late).sum().backward()
             job.finish()
-        seen.append([c.op for c in calls if c.unit != "shared memory"])
+        ops_by_step.append([c.op for c in calls if c.unit != "shared memory"])
         gradients = [p.grad.clone() for p in job.model.late.parameters() if p.grad is not None]
-        assert len(gradients) == (0 if not seen[1:] else 2)
+        assert len(gradients) == (0 if not ops_by_step[1:] else 2)
         for gradient in gradients:  # the same on both ranks
             assert (ops.all_reduce(gradient, mesh["dp"], "max") == gradient).all()
         job.model.zero_grad()
-    assert seen == [["all_gather", "all_reduce"], ["all_reduce", "all_gather", "all_reduce"],
-                    ["all_reduce", "all_reduce"]]  # fmt: skip
+    assert ops_by_step == [
+        ["all_gather", "all_reduce"],
+        ["all_reduce", "all_gather", "all_reduce"],
+        ["all_reduce", "all_reduce"],
+    ]
 
 
 @pytest.mark.ranks(2)
-def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowhere_none(mesh):
+def test_a_parameter_used_on_another_rank_gets_its_gradient_and_an_unused_one_none(mesh):
     job = dist_lab.parallelize(Experts(), mesh, "ddp")
     tokens = torch.tensor([[0, 5], [1, 5], [2, 5], [3, 5]])
     job.model(tokens).sum().backward()
@@ -208,7 +211,7 @@ def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowher
 
 @pytest.mark.ranks(2)
 def test_gradients_set_to_zero_instead_of_none_stay_in_their_buckets(mesh):
-    job, optimizer = ready(mesh)
+    job, optimizer = job_with_buckets(mesh)
     for step in range(2):
         backward(job, step=step)
         job.finish()
@@ -216,7 +219,7 @@ def test_gradients_set_to_zero_instead_of_none_stay_in_their_buckets(mesh):
         total = job.clip_grad_norm(None)
         job.after_step()
         optimizer.zero_grad(set_to_none=False)
-    other, _ = ready(mesh)
+    other, _ = job_with_buckets(mesh)
     backward(other, step=1)
     other.finish()
     assert other.clip_grad_norm(None) == pytest.approx(total, rel=1e-12)
@@ -225,8 +228,8 @@ def test_gradients_set_to_zero_instead_of_none_stay_in_their_buckets(mesh):
 
 @pytest.mark.parametrize("collectives", ["auto", "backend", "ring"])
 @pytest.mark.ranks(2, timeout=20)
-def test_two_jobs_on_one_mesh_do_not_meet(collectives, mesh):
-    # On rank 1 a bucket of the first is incomplete, and leaves after those of the second.
+def test_collectives_of_two_jobs_on_one_mesh_do_not_mix(collectives, mesh):
+    # On rank 1 a bucket of the first job is incomplete, and is issued after those of the second.
     mesh = dist_lab.init_mesh(dp=2, collectives=collectives)
 
     def build(seed):
@@ -258,7 +261,7 @@ def test_two_jobs_on_one_mesh_do_not_meet(collectives, mesh):
 
 
 @pytest.mark.ranks(3, timeout=30)
-def test_the_order_check_does_not_wait_for_who_sends_later(mesh):
+def test_the_order_check_does_not_wait_for_ranks_that_issue_later(mesh):
     mesh = dist_lab.init_mesh(dp=3, check=True)
     report = dist_lab.verify(
         lambda: Experts().double(), lambda step: batch(step, 3), mesh, "ddp", steps=3,
@@ -268,21 +271,21 @@ def test_the_order_check_does_not_wait_for_who_sends_later(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_on_a_lane_the_order_check_says_what_it_says_elsewhere(mesh):
+def test_the_order_check_also_works_on_a_channel(mesh):
     mesh = dist_lab.init_mesh(dp=2, check=True)
-    lane = mesh.channel("dp")
-    pending = ops.all_reduce_into(torch.ones(4), lane, ("sum", "max")[mesh.rank])
+    channel = mesh.channel("dp")
+    pending = ops.all_reduce_into(torch.ones(4), channel, ("sum", "max")[mesh.rank])
     with pytest.raises(ops.CollectiveMismatch, match="the ranks of dp disagree"):
         pending.wait()
 
 
 @pytest.mark.ranks(2)
-def test_an_exception_in_the_first_forward_leaves_nothing_to_send(mesh):
+def test_gradients_cleared_before_the_first_finish_are_not_sent(mesh):
     job = dist_lab.parallelize(Experts(), mesh, "ddp")
     tokens = torch.tensor([[0, 5], [1, 5]])
     with job.microbatch(last=False):
         job.model(tokens).sum().backward()  # uses experts 0 and 1
-    job.model.zero_grad()  # ... and is given up
+    job.model.zero_grad()  # ... and the step is skipped
     job.model(tokens[:1]).sum().backward()
     job.finish()
     assert [e.weight.grad is not None for e in job.model.experts] == [True, False, False, False]
@@ -292,9 +295,9 @@ def test_an_exception_in_the_first_forward_leaves_nothing_to_send(mesh):
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.ranks(2)
 def test_after_an_exception_in_backward_the_next_step_is_right(set_to_none, rows, mesh):
-    job, optimizer = ready(mesh)
-    plain, _ = ready(mesh)
-    own = slice(2 * mesh.rank, 2 * mesh.rank + 2)
+    job, optimizer = job_with_buckets(mesh)
+    reference, _ = job_with_buckets(mesh)
+    own_rows = slice(2 * mesh.rank, 2 * mesh.rank + 2)
 
     def fail(gradient):
         raise ZeroDivisionError
@@ -303,28 +306,28 @@ def test_after_an_exception_in_backward_the_next_step_is_right(set_to_none, rows
     for name in layers[:1] if rows == "first" else (layers[-1], layers[0]):
         hook = job.model.get_parameter(name).register_hook(fail)
         with pytest.raises(ZeroDivisionError):
-            backward(job, own)
+            backward(job, own_rows)
         hook.remove()
         with pytest.raises(UserError, match="is lost: call optimizer"):
             job.finish()
         optimizer.zero_grad(set_to_none=set_to_none)
-        for each in (job, plain):
-            backward(each, own, 1)
+        for each in (job, reference):
+            backward(each, own_rows, 1)
             each.finish()
-        found, wanted = job.full_gradients(), plain.full_gradients()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        grads, expected = job.full_gradients(), reference.full_gradients()
+        assert all(torch.equal(grads[name], expected[name]) for name in expected)
         optimizer.zero_grad()
-        plain.model.zero_grad()
+        reference.model.zero_grad()
 
 
 @pytest.mark.ranks(2)
-def test_a_step_that_one_rank_breaks_off_is_refused_on_all(mesh):
-    job, _ = ready(mesh)
-    own = slice(2 * mesh.rank, 2 * mesh.rank + 2)
+def test_a_step_that_only_one_rank_aborts_is_refused_on_all(mesh):
+    job, _ = job_with_buckets(mesh)
+    own_rows = slice(2 * mesh.rank, 2 * mesh.rank + 2)
     if mesh.rank:
         job.model.get_parameter("model.layers.0.mlp.up_proj.weight").register_hook(lambda _: 1 / 0)
-    with pytest.raises(UserError, match="1 of 2 ranks have broken off a step by an exception"):
-        backward(job, own)
+    with pytest.raises(UserError, match="1 of 2 ranks aborted a step by an exception"):
+        backward(job, own_rows)
         job.finish()
 
 
@@ -333,7 +336,7 @@ def test_a_step_that_one_rank_breaks_off_is_refused_on_all(mesh):
 
 @pytest.mark.ranks(2)
 def test_a_second_backward_after_the_gradients_have_left_is_refused(mesh):
-    job, _ = ready(mesh)
+    job, _ = job_with_buckets(mesh)
     x, y = batch(0)
     with job.microbatch(last=True):
         (dist_lab.cross_entropy_sum(job.model(x), y) / 48).backward()
@@ -355,8 +358,8 @@ def replace_by_half(p):
     [(halve, "is being summed: call job.finish"), (replace_by_half, "was replaced while it was")],
 )
 @pytest.mark.ranks(2)
-def test_a_gradient_that_is_changed_on_its_way_is_refused(edit, message, mesh):
-    job, _ = ready(mesh)
+def test_changing_a_gradient_in_flight_is_refused(edit, message, mesh):
+    job, _ = job_with_buckets(mesh)
     backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
     with pytest.raises(UserError, match=rf"the gradient of [\w.]+ {message}"):
         for p in job.model.parameters():
@@ -365,8 +368,8 @@ def test_a_gradient_that_is_changed_on_its_way_is_refused(edit, message, mesh):
 
 
 @pytest.mark.ranks(2)
-def test_a_gradient_that_is_cleared_on_its_way_stays_cleared(mesh):
-    job, optimizer = ready(mesh)
+def test_a_gradient_cleared_in_flight_stays_cleared(mesh):
+    job, optimizer = job_with_buckets(mesh)
     before = job.full_state_dict()
     backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
     optimizer.zero_grad()
@@ -379,8 +382,8 @@ def test_a_gradient_that_is_cleared_on_its_way_stays_cleared(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_a_derivative_that_is_only_asked_for_leaves_what_is_on_its_way_as_it_was(mesh):
-    job, optimizer = ready(mesh)
+def test_autograd_grad_leaves_the_gradients_in_flight_alone(mesh):
+    job, optimizer = job_with_buckets(mesh)
     x, y = batch(0)
     backward(job, slice(2 * mesh.rank, 2 * mesh.rank + 2), 1)
     hidden = []
@@ -395,11 +398,11 @@ def test_a_derivative_that_is_only_asked_for_leaves_what_is_on_its_way_as_it_was
 
 
 @pytest.mark.ranks(2)
-def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(mesh):
-    job, _ = ready(mesh)
+def test_skipping_a_step_without_finish_is_refused_with_the_way_out(mesh):
+    job, _ = job_with_buckets(mesh)
     backward(job)
     job.model.zero_grad()
-    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also after"):
+    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also if"):
         backward(job)
 
 
@@ -421,12 +424,12 @@ def test_a_wrong_option_is_refused(options, message):
         dist_lab.parallelize(nn.Linear(2, 2), dist_lab.init_mesh(), "ddp", **options)
 
 
-# --- the experiment of two scalars ----------------------------------------------------------------
+# --- the smallest example -------------------------------------------------------------------------
 
 
 @pytest.mark.ranks(2)
-def test_two_scalars_become_one(mesh):
-    """Weights 2 and 200, gradient 2 on both: after one step at learning rate 1 both are 0."""
+def test_two_scalars_start_equal_and_stay_equal(mesh):
+    """Rank 0's weight is 2, rank 1's 200, both gradients 2: after a step of rate 1 both are 0."""
 
     class Scalar(nn.Module):
         def __init__(self, value):
@@ -436,10 +439,10 @@ def test_two_scalars_become_one(mesh):
         def forward(self, x):
             return self.weight * x
 
-    said = []
-    mesh.comm.log(said.append)
+    log_lines = []
+    mesh.comm.log(log_lines.append)
     job = dist_lab.parallelize(Scalar(200 if mesh.rank else 2), mesh, "ddp")
-    assert job.model.weight == 2  # all start from rank 0's
+    assert job.model.weight == 2  # every rank starts from rank 0's weight
     optimizer = job.optimizer(torch.optim.SGD, lr=1.0)
     total = job.count(1)  # one sample on each rank: the loss is the average over both
     (job.model(torch.tensor(2.0)) / total).backward()
@@ -448,9 +451,9 @@ def test_two_scalars_become_one(mesh):
     optimizer.step()
     assert job.model.weight == 0
 
-    def when(op):
-        return [line.split("|")[1].strip() for line in said if f"| {op} " in line]
+    def phases_of(op):
+        return [line.split("|")[1].strip() for line in log_lines if f"| {op} " in line]
 
-    assert when("broadcast") == ["start"]
-    assert when("all_reduce") == ["count", "finish"]
-    assert "bucket 0: weight" in said[-1]
+    assert phases_of("broadcast") == ["start"]
+    assert phases_of("all_reduce") == ["count", "finish"]
+    assert "bucket 0: weight" in log_lines[-1]

@@ -764,7 +764,7 @@ def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
 def test_a_unit_called_by_itself_that_reads_the_models_own_parameter_is_refused(mesh):
     job, _ = trained(mesh)
     job.model.b.forward = lambda x: x * job.model.last
-    with pytest.raises(UserError, match="b was called by itself, and its forward reads last"):
+    with pytest.raises(UserError, match="b was called by itself, but its forward reads last"):
         job.model.b(torch.ones(2, WIDTH, dtype=torch.float64))
 
 
@@ -896,7 +896,7 @@ def test_a_copy_holds_the_parts_and_cannot_compute(kept, mesh):
             )
         other.how = how
         with pytest.raises(
-            UserError, match=r"a copy of a model that is split holds this rank's part"
+            UserError, match=r"a copy of a sharded model holds only this rank's shard"
         ):
             other(rows(0)[0])
     model.how = how
@@ -976,7 +976,7 @@ def test_parts_cannot_be_computed_with(mesh):
     job, _ = trained(mesh, build(in_turn("a", "b"), a=Nested, b=Layer), ["a"])
     x = rows(0)[0]
     with pytest.raises(
-        UserError, match=r"a\.inner\.linear was called by itself, and holds this rank's"
+        UserError, match=r"a\.inner\.linear was called by itself and holds only this"
     ):
         job.model.a.inner.linear(x)
     with pytest.raises(UserError, match=r"b\.linear was called by itself.*units=\['b.linear'\]"):
@@ -991,12 +991,10 @@ def test_parts_cannot_be_computed_with(mesh):
     # A penalty on the weights, which would be on the parts, and lost when the sums come in.
     job, _ = trained(mesh)
     loss = loss_of(job)
-    with pytest.raises(
-        UserError, match=r"is this rank's part of it.*in its module's forward it is"
-    ):
+    with pytest.raises(UserError, match=r"is only this rank's shard.*in its module's forward"):
         loss + sum(p.square().sum() for p in job.model.parameters())
     loss = loss + sum(p.to_local().square().sum() for p in job.model.parameters())
-    with pytest.raises(UserError, match="used outside of its unit, where it is this rank's part"):
+    with pytest.raises(UserError, match="used outside of its unit, where it is only this"):
         loss.backward()
 
 

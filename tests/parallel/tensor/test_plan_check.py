@@ -1,4 +1,4 @@
-"""A plan that people write trains as one process does, or is refused in one line on every rank."""
+"""A user's plan trains as one process does, or is refused in one line on every rank."""
 
 import gc
 import re
@@ -18,7 +18,7 @@ from dist_lab.comm import ops
 from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import UserError
 
-CUT = {"sequence_parallel": True}
+SEQ_PARALLEL = {"sequence_parallel": True}
 IMPLS = ("hand", "torch")
 BLOCK = {"up": "colwise", "down": "rowwise"}
 
@@ -28,7 +28,7 @@ def ranks(size):
 
 
 class Mlp(nn.Module):
-    """One block of two Linears, with something between them, and a layer before and after."""
+    """A block of two Linears with a function between them, and a layer before and after."""
 
     def __init__(self, between=None, hidden=16, norm=nn.LayerNorm, scale=None):
         super().__init__()
@@ -56,7 +56,7 @@ class Function(nn.Module):
 
 
 class Attention(nn.Module):
-    """`heads`: written down; by default counted by the shape."""
+    """`heads`: a hard-coded number; by default it is taken from the shape."""
 
     def __init__(self, heads=-1, kv_heads=2):
         super().__init__()
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Expanded(Attention):
-    """The number of key heads is taken to be that of the whole model."""
+    """Assumes the number of key heads of the whole model."""
 
     def repeated(self, x, q):
         return x[..., None, :, :].expand(*x.shape[:-3], 2, 2, *x.shape[-2:]).flatten(-4, -3)
@@ -112,14 +112,14 @@ class InnerResidual(Mlp):
 
 
 class ByHand(Mlp):
-    """A function uses the row's weight, sees a part of it, and adds the bias on every rank."""
+    """Calls F.linear with the rowwise weight, which is a shard, and adds the bias on every rank."""
 
     def block(self, x):
         return F.linear(self.up(x), self.down.weight, self.down.bias)
 
 
 class SplitGate(Mlp):
-    """A mixture of two experts, of which the gate itself is split."""
+    """A mixture of two experts, whose gate itself is sharded."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class SplitGate(Mlp):
 
 
 class Chosen(Mlp):
-    """What layer comes next depends on split features."""
+    """Chooses the next layer by sharded features."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ class Positions(Mlp):
 
 
 class Lm(nn.Module):
-    """A language model, whose head may be tied."""
+    """A language model. `tied`: how the head shares the embedding's weight, if it does."""
 
     def __init__(self, tied=None, norm=nn.LayerNorm):
         super().__init__()
@@ -221,35 +221,45 @@ def words(step=0):
     return torch.randint(24, (2, 8), generator=torch.Generator().manual_seed(step))
 
 
-# --- plans that are right -------------------------------------------------------------------------
+# --- correct plans --------------------------------------------------------------------------------
 
 QKV = {"q": ("colwise", 2), "k": ("colwise_grouped", 2), "v": ("colwise_grouped", 2)}
 QKV |= {"o": "rowwise"}
 INSIDE = {"block.up": "colwise", "block.down": "rowwise"}
 LM = INSIDE | {"emb": "vocabulary", "head": "vocabulary"}
-LM_CUT = LM | {f"block.{name}": "sequence" for name in "eno"}
-WHOLE_HEAD = INSIDE | {"head": "colwise_gather_output"}
-ROW_CUT = {"up": "sequence", "down": "rowwise", "e": "sequence", "n": "sequence", "o": "sequence"}
-RIGHT = {  # name: (model, input, plan, options)
-    "a row alone": (Mlp, batch, {"down": "rowwise"}, {}),
-    "a row alone that does not divide": (partial(Mlp, hidden=15), batch, {"down": "rowwise"}, {}),
-    "a row alone, first": (Mlp, batch, {"e": "rowwise", "o": "rowwise"}, {}),
-    "a row after a gathered column": (Mlp, batch, BLOCK | {"up": "colwise_gather_output"}, {}),
-    "a scale, gathered": (
+LM_SEQUENCE = LM | {f"block.{name}": "sequence" for name in "eno"}
+GATHERED_HEAD = INSIDE | {"head": "colwise_gather_output"}
+ROWWISE_SEQUENCE = {
+    "up": "sequence",
+    "down": "rowwise",
+    "e": "sequence",
+    "n": "sequence",
+    "o": "sequence",
+}
+CORRECT = {  # name: (model, input, plan, options)
+    "rowwise alone": (Mlp, batch, {"down": "rowwise"}, {}),
+    "rowwise alone, uneven": (partial(Mlp, hidden=15), batch, {"down": "rowwise"}, {}),
+    "rowwise alone, first": (Mlp, batch, {"e": "rowwise", "o": "rowwise"}, {}),
+    "rowwise after colwise_gather_output": (
+        Mlp, batch, BLOCK | {"up": "colwise_gather_output"}, {},
+    ),
+    "a scale after colwise_gather_output": (
         lambda: Mlp(nn.PReLU()), batch, BLOCK | {"up": "colwise_gather_output"}, {},
     ),
-    "a scale after the row": (partial(Mlp, scale=0.0), batch, BLOCK, {}),
-    "fused, gathered": (FusedQkv, batch, {"q": "colwise_gather_output", "o": "rowwise"}, {}),
-    "heads, grouped": (Attention, batch, QKV, {}),
+    "a scale after rowwise": (partial(Mlp, scale=0.0), batch, BLOCK, {}),
+    "fused q, k, v, colwise_gather_output": (
+        FusedQkv, batch, {"q": "colwise_gather_output", "o": "rowwise"}, {},
+    ),
+    "heads, colwise_grouped": (Attention, batch, QKV, {}),
     "one key head for all": (partial(Attention, kv_heads=1), batch, QKV, {}),
-    "statistics of rows": (partial(Mlp, norm=nn.BatchNorm1d), lambda step: batch(step, (8, 6)),
+    "BatchNorm over rows": (partial(Mlp, norm=nn.BatchNorm1d), lambda step: batch(step, (8, 6)),
                            BLOCK, {}),
     "vocabulary": (Lm, words, LM, {}),
-    "vocabulary, sequence parallel": (Lm, words, LM_CUT, CUT),
-    "recomputed": (Lm, words, LM, {"recompute": 1, "units": [Mlp]}),
-    "a head that is tied": (partial(Lm, "parameter"), words, LM, {}),
+    "vocabulary, sequence-parallel": (Lm, words, LM_SEQUENCE, SEQ_PARALLEL),
+    "recompute": (Lm, words, LM, {"recompute": 1, "units": [Mlp]}),
+    "a tied head": (partial(Lm, "parameter"), words, LM, {}),
     "outputs in a dict": (InDict, words, LM, {}),
-    "the loss in the model": (WithLoss, words, WHOLE_HEAD, {}),
+    "the loss in the model": (WithLoss, words, GATHERED_HEAD, {}),
 }  # fmt: skip
 
 
@@ -263,61 +273,63 @@ def loss_of(output, x):
 
 
 def assert_trains_as_one_process(mesh, case, impl="hand"):
-    make, read, plan, options = RIGHT[case]
+    make, read, plan, options = CORRECT[case]
     plain = built(make)()
     job = dist_lab.parallelize(built(make)(), mesh, "tp", impl, plan=plan, **options)
     for step in range(2):
-        wanted = loss_of(plain(read(step)), read(step))
+        expected = loss_of(plain(read(step)), read(step))
         loss = loss_of(job.model(read(step)), read(step))
-        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
-        wanted.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        expected.backward()
         loss.backward()
         job.finish()
         for name, gradient in job.full_gradients().items():
-            wanted = plain.get_parameter(name).grad
-            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10, msg=name)
+            expected = plain.get_parameter(name).grad
+            torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10, msg=name)
         plain.zero_grad()
         job.model.zero_grad()
 
 
-@pytest.mark.parametrize("case", RIGHT)
+@pytest.mark.parametrize("case", CORRECT)
 @ranks(2)
-def test_a_plan_that_is_right_trains_as_one_process_does(case, mesh):
+def test_a_correct_plan_trains_as_one_process_does(case, mesh):
     assert_trains_as_one_process(mesh, case)
 
 
 @pytest.mark.slow
 @ranks(2)
-def test_so_it_does_under_the_twin(mesh):
-    for case in RIGHT:
-        if "not divide" not in case and "one key" not in case:  # which DTensor cannot lay
+def test_a_correct_plan_trains_as_one_process_does_under_the_twin(mesh):
+    for case in CORRECT:
+        if "uneven" not in case and "one key" not in case:  # DTensor cannot shard these
             assert_trains_as_one_process(mesh, case, "torch")
 
 
 @ranks(2)
-def test_a_row_alone_works_on_a_stream_that_is_cut(mesh):
+def test_a_rowwise_layer_alone_works_under_sequence_parallelism(mesh):
     plain, x = built(Mlp)(), batch()
-    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=ROW_CUT, **CUT)
-    job.model(torch.ones_like(x).chunk(2, 1)[mesh.rank]).sum().backward()  # pieces that are equal
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=ROWWISE_SEQUENCE, **SEQ_PARALLEL)
+    equal_shards = torch.ones_like(x).chunk(2, 1)
+    job.model(equal_shards[mesh.rank]).sum().backward()
     job.model.zero_grad()
-    y, wanted = job.model(x.chunk(2, 1)[mesh.rank]), plain(x)
-    torch.testing.assert_close(y, wanted.chunk(2, 1)[mesh.rank], rtol=1e-12, atol=1e-12)
+    y, expected = job.model(x.chunk(2, 1)[mesh.rank]), plain(x)
+    torch.testing.assert_close(y, expected.chunk(2, 1)[mesh.rank], rtol=1e-12, atol=1e-12)
     y.square().sum().backward()
-    wanted.square().sum().backward()
+    expected.square().sum().backward()
     job.finish()
     for name, gradient in job.full_gradients().items():
         torch.testing.assert_close(gradient, plain.get_parameter(name).grad, rtol=1e-11, atol=1e-11)
 
 
 @ranks(2)
-def test_in_a_narrow_dtype_a_right_plan_passes_and_a_wrong_one_does_not(mesh):
-    class Narrowed(Mlp):
+def test_in_bfloat16_a_correct_plan_passes_and_a_wrong_one_is_refused(mesh):
+    class CastsInput(Mlp):
         def forward(self, x):
             return super().forward(x.bfloat16())
 
-    norm = between(lambda x: F.rms_norm(x, x.shape[-1:]))  # off by less than bfloat16 may be
-    narrowed = partial(Narrowed, nn.Softmax(-1))
-    cases = [(Mlp, True), (Mlp, False), (norm, True), (norm, False), (narrowed, True)]
+    # The error of the norm is smaller than rounding in bfloat16 may be.
+    norm = between(lambda x: F.rms_norm(x, x.shape[-1:]))
+    casting = partial(CastsInput, nn.Softmax(-1))
+    cases = [(Mlp, True), (Mlp, False), (norm, True), (norm, False), (casting, True)]
     for make, masters in cases:
         model = built(make)().to(torch.float32 if masters else torch.bfloat16)
         narrow = torch.bfloat16 if masters else None
@@ -330,18 +342,18 @@ def test_in_a_narrow_dtype_a_right_plan_passes_and_a_wrong_one_does_not(mesh):
                 job.model(x)
 
 
-# --- plans that are wrong -------------------------------------------------------------------------
+# --- wrong plans ----------------------------------------------------------------------------------
 
-ELSE = r"^{}, but {} does something else with a part than with the whole: {}"
-SPLIT = ELSE.format("up is colwise", r"\w+", "the output of down is off by 0")
-PART = r"^under this plan the gradient of {} is off by .* use it before a colwise or after a row"
-PIECE = r"^under this plan and sequence_parallel the output of {} is off .* 'gather_input'"
+DIFF = r"^{}, but {} computes something else on a shard than on the whole: {}"
+DOWN_IS_OFF = DIFF.format("up is colwise", r"\w+", "the output of down is off by 0")
+PARTIAL = r"^under this plan the gradient of {} is off by .* use it before a colwise or after a row"
+SHARD = r"^under this plan and sequence_parallel the output of {} is off .* 'gather_input'"
 FUSED = {"q": "colwise", "o": "rowwise"}
-PIECES = BLOCK | dict.fromkeys("eno", "sequence")
+SEQUENCE_PLAN = BLOCK | dict.fromkeys("eno", "sequence")
 
 
 def between(function, *shape):
-    """Something with a trained parameter of this shape, or with none."""
+    """An Mlp with a function between its layers, which has a trained parameter of this shape."""
     return lambda: Mlp(Function(function, *(shape or (None,))))
 
 
@@ -349,185 +361,191 @@ def rows(step=0):
     return batch(step, (8, 6))
 
 
-WRONG = {  # name: (model, input, plan, options, the refusal)
-    "a column alone": (
+WRONG = {  # name: (model, input, plan, options, message)
+    "colwise alone": (
         Mlp, batch, {"up": "colwise"}, {},
-        ELSE.format("up is colwise", "Mlp", r"forward fails in down \(Linear\): mat1 and mat2 sha"),
+        DIFF.format("up is colwise", "Mlp", r"forward fails in down \(Linear\): mat1 and mat2 sha"),
     ),
-    "an output in pieces": (
+    "a sharded output": (
         Mlp, batch, {"o": "colwise"}, {},
-        ELSE.format("o is colwise", "Mlp", r"Mlp gives \[2, 8, 2\] in place of \[2, 8, 4\]"),
+        DIFF.format("o is colwise", "Mlp", r"Mlp returns \[2, 8, 2\] instead of \[2, 8, 4\]"),
     ),
-    "q, k, v fused": (
+    "fused q, k, v": (
         FusedQkv, batch, FUSED, {},
-        ELSE.format("q is colwise", "FusedQkv", "the output of o is off by"),
+        DIFF.format("q is colwise", "FusedQkv", "the output of o is off by"),
     ),
-    "gate and up fused": (FusedGate, batch, BLOCK, {}, SPLIT),
-    "softmax": (between(lambda x: x.softmax(-1)), batch, BLOCK, {}, SPLIT),
+    "fused gate and up": (FusedGate, batch, BLOCK, {}, DOWN_IS_OFF),
+    "softmax": (between(lambda x: x.softmax(-1)), batch, BLOCK, {}, DOWN_IS_OFF),
     "a norm": (
         lambda: Mlp(nn.LayerNorm(16)), batch, BLOCK, {},
-        ELSE.format("up is colwise", "Mlp", r"forward fails in between \(LayerNorm\): Given norm"),
+        DIFF.format("up is colwise", "Mlp", r"forward fails in between \(LayerNorm\): Given norm"),
     ),
-    "RMSNorm": (between(lambda x: F.rms_norm(x, x.shape[-1:])), batch, BLOCK, {}, SPLIT),
-    "a length": (between(lambda x: F.normalize(x, dim=-1)), batch, BLOCK, {}, SPLIT),
-    "PReLU": (lambda: Mlp(nn.PReLU()), batch, BLOCK, {}, PART.format("between.weight")),
+    "RMSNorm": (between(lambda x: F.rms_norm(x, x.shape[-1:])), batch, BLOCK, {}, DOWN_IS_OFF),
+    "normalize": (between(lambda x: F.normalize(x, dim=-1)), batch, BLOCK, {}, DOWN_IS_OFF),
+    "PReLU": (lambda: Mlp(nn.PReLU()), batch, BLOCK, {}, PARTIAL.format("between.weight")),
     "a temperature": (
-        between(lambda x, w: torch.tanh(x * w), 1), batch, BLOCK, {}, PART.format("between.w"),
+        between(lambda x, w: torch.tanh(x * w), 1), batch, BLOCK, {}, PARTIAL.format("between.w"),
     ),
     "a scale behind a zero": (
-        lambda: Mlp(nn.PReLU(), scale=0.0), batch, BLOCK, {}, PART.format("between.weight"),
+        lambda: Mlp(nn.PReLU(), scale=0.0), batch, BLOCK, {}, PARTIAL.format("between.weight"),
     ),
-    "a residual within": (InnerResidual, batch, BLOCK, {}, PART.format("e.bias")),
-    "a gate that is split": (
+    "a residual inside of the block": (InnerResidual, batch, BLOCK, {}, PARTIAL.format("e.bias")),
+    "a sharded gate": (
         SplitGate, batch, BLOCK | {"gate": "colwise"}, {},
-        ELSE.format("gate, up are colwise", "SplitGate", "the output of down is off"),
+        DIFF.format("gate, up are colwise", "SplitGate", "the output of down is off"),
     ),
-    "a layer that is chosen": (
+    "a layer chosen by sharded features": (
         Chosen, batch, BLOCK | {"other": "rowwise"}, {},
-        "^under this plan rank 1 comes to other where rank 0 comes to down; what chooses",
+        "^under this plan rank 1 reaches other where rank 0 reaches down; choose modules by",
     ),
     "a bias on every rank": (
         ByHand, batch, BLOCK, {},
-        ELSE.format("up is colwise", "ByHand", "the output of ByHand is off|.* mixed torch.Tensor"),
+        DIFF.format("up is colwise", "ByHand", "the output of ByHand is off|.* mixed torch.Tensor"),
     ),
-    "heads written down": (
+    "hard-coded heads": (
         lambda: Attention(4), batch, QKV, {},
-        ELSE.format("q is colwise", "Attention", "forward fails in Attention.forward: unflatten: "),
+        DIFF.format("q is colwise", "Attention", "forward fails in Attention.forward: unflatten: "),
     ),
-    "heads repeated by their number": (
+    "hard-coded key heads": (
         Expanded, batch, QKV, {},
-        ELSE.format("q, k, v are colwise", "Expanded", "forward fails in Expanded.forward: The si"),
+        DIFF.format("q, k, v are colwise", "Expanded", "forward fails in Expanded.forward: The si"),
     ),
-    "a head tied by a function": (
+    "a head tied by F.linear": (
         partial(Lm, "function"), words, LM, {},
-        ELSE.format("emb is vocabulary", "Lm", r"Lm gives \[2, 8, 12\]|.* mixed torch.Tensor"),
+        DIFF.format("emb is vocabulary", "Lm", r"Lm returns \[2, 8, 12\]|.* mixed torch.Tensor"),
     ),
-    "a mean of a piece": (
-        Pooled, batch, PIECES | {"e": "scatter_output"}, CUT, PIECE.format("Pooled"),
+    "a mean over a sequence shard": (
+        Pooled, batch, SEQUENCE_PLAN | {"e": "scatter_output"}, SEQ_PARALLEL,
+        SHARD.format("Pooled"),
     ),
-    "positions of a piece": (Positions, batch, PIECES, CUT, PIECE.format("up")),
-    "statistics of a piece": (
-        lambda: Mlp(nn.Dropout(0.5), norm=nn.BatchNorm1d), rows, PIECES, CUT, PIECE.format("n"),
+    "positions of a sequence shard": (
+        Positions, batch, SEQUENCE_PLAN, SEQ_PARALLEL, SHARD.format("up"),
     ),
-    "softmax beside a function that drops": (Dropping, batch, BLOCK, {}, SPLIT),
-    "an index of a part": (
+    "BatchNorm over a sequence shard": (
+        lambda: Mlp(nn.Dropout(0.5), norm=nn.BatchNorm1d), rows, SEQUENCE_PLAN, SEQ_PARALLEL,
+        SHARD.format("n"),
+    ),
+    "softmax beside F.dropout": (Dropping, batch, BLOCK, {}, DOWN_IS_OFF),
+    "an argmax of sharded features": (
         Indexed, batch, BLOCK, {},
-        ELSE.format("up is colwise", "Indexed", "the output of Indexed is off"),
+        DIFF.format("up is colwise", "Indexed", "the output of Indexed is off"),
     ),
     "a backward that counts features": (
         between(lambda x: Counting.apply(x)), batch, BLOCK, {},
-        r"^under this plan backward fails \(8 features\), and the whole model runs",
+        "^backward fails under this plan only: 8 features",
     ),
-    "a norm that is said to be whole": (
-        Lm, words, LM_CUT | {"block.n": "replicate"}, CUT,
-        PART.format("block.n.bias") + ".* or its own module 'sequence'",
+    "a norm planned as replicate": (
+        Lm, words, LM_SEQUENCE | {"block.n": "replicate"}, SEQ_PARALLEL,
+        PARTIAL.format("block.n.bias") + ".* or its own module as 'sequence'",
     ),
 }  # fmt: skip
 
 
 def assert_refused(mesh, case, impl="hand"):
-    make, read, plan, options, said = WRONG[case]
+    make, read, plan, options, message = WRONG[case]
     job = dist_lab.parallelize(built(make)(), mesh, "tp", impl, plan=plan, **options)
     x = read()
     if plan.get("e") == "sequence" and options:
         x = x.chunk(2, -2)[mesh.rank]
-    for _ in range(2):  # it stays wrong
+    for _ in range(2):  # it is refused again
         with pytest.raises(UserError) as refusal:
             job.model(x)
         line = str(refusal.value)
-        assert re.search(said, line), line
+        assert re.search(message, line), line
         assert "\n" not in line
         assert len(set(ops.all_gather_bytes(line.encode(), mesh["tp"]))) == 1
 
 
 @pytest.mark.parametrize("case", WRONG)
 @ranks(2)
-def test_a_plan_that_is_wrong_is_refused_in_a_line(case, mesh):
+def test_a_wrong_plan_is_refused_in_one_line(case, mesh):
     assert_refused(mesh, case)
 
 
 @pytest.mark.slow
 @ranks(2)
-def test_so_it_is_under_the_twin(mesh):
+def test_a_wrong_plan_is_refused_in_one_line_under_the_twin(mesh):
     for case in WRONG:
-        if case != "statistics of a piece":  # whose rows have no sequence
+        if case != "BatchNorm over a sequence shard":  # its input has no sequence
             assert_refused(mesh, case, "torch")
 
 
 @ranks(4)
-def test_a_plan_that_fails_on_some_ranks_alone_is_refused_on_all(mesh):
-    def narrow(x):  # of 10 features over 4 ranks: 3, 3, 3 and 1
+def test_a_plan_that_fails_on_some_ranks_only_is_refused_on_all(mesh):
+    def narrow(x):  # 10 features over 4 ranks are 3, 3, 3 and 1
         assert x.shape[-1] != 1, "1 feature"
         return x.tanh()
 
     make = partial(Mlp, Function(narrow, None), hidden=10)
     job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
-    said = r"^up is colwise, but Mlp .*: forward fails in between \(Function\): 1 feature; split fu"
-    with pytest.raises(UserError, match=said):
+    message = (
+        r"^up is colwise, but Mlp .*: forward fails in between \(Function\): 1 feature; split a"
+    )
+    with pytest.raises(UserError, match=message):
         job.model(batch())
 
 
-# --- what the trial leaves behind, and what it does not judge -------------------------------------
+# --- the trial has no side effects, and does not refuse what it cannot try ------------------------
 
 
-class Leaves(Mlp):
-    """Notes what the trial of a plan could leave behind."""
+class WithState(Mlp):
+    """Has state that the trial of a plan could change."""
 
     def __init__(self):
         super().__init__(nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), norm=nn.BatchNorm1d)
-        self.calls, self.kept = 0, None
+        self.calls, self.saved = 0, None
 
     def forward(self, x):
         self.calls += 1
-        self.kept = [self.e(x)]
-        return F.dropout(super().forward(x), 0.1)  # in eval mode, too
+        self.saved = [self.e(x)]
+        return F.dropout(super().forward(x), 0.1)  # in eval mode too
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @ranks(2)
 def test_the_trial_of_a_plan_leaves_no_trace(mode, mesh):
-    found, seen = [], []
+    results, called = [], []
     for watched in (False, True):
-        model = built(Leaves)()
+        model = built(WithState)()
         job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK)
         if watched:
-            model.up.register_forward_hook(lambda *_: seen.append("forward"))
-            model.e.weight.register_hook(lambda g: seen.append("backward"))
-            model.o.register_full_backward_hook(lambda *_: seen.append("module"))
+            model.up.register_forward_hook(lambda *_: called.append("forward"))
+            model.e.weight.register_hook(lambda g: called.append("backward"))
+            model.o.register_full_backward_hook(lambda *_: called.append("module"))
         else:  # no trial
             for hook in list(model._forward_pre_hooks.values()):
                 if "PlanCheck" in repr(getattr(hook, "function", None)):
                     hook.function = lambda *_: None
         torch.manual_seed(1)
         gc.collect()
-        gc.disable()  # copies go by themselves
-        modules = [m for m in gc.get_objects() if type(m) in (Leaves, nn.Linear)]
+        gc.disable()  # the copies must be freed without it
+        modules = [m for m in gc.get_objects() if type(m) in (WithState, nn.Linear)]
         try:
             for _ in range(2):
                 x = batch(shape=(8, 6))
                 with mode():
                     y = model(x)
-            assert [m for m in gc.get_objects() if type(m) in (Leaves, nn.Linear)] == modules
+            assert [m for m in gc.get_objects() if type(m) in (WithState, nn.Linear)] == modules
         finally:
             gc.enable()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        found.append((y, torch.get_rng_state(), state))
+        results.append((y, torch.get_rng_state(), state))
         assert model.calls == 2
         assert model.training
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
         assert x.equal(batch(shape=(8, 6)))
-        held = sum(tensor.nbytes for _, tensor in job.sync.extra_memory())
-        found[-1] += (held,)
-    assert seen == ["forward"] * 2
-    (y, generator, state, held), (wanted, its, other, wanted_held) = found
-    assert torch.equal(y, wanted)
-    assert torch.equal(generator, its)
-    assert all(torch.equal(state[name], other[name]) for name in state)
-    assert held == wanted_held
+        extra = sum(tensor.nbytes for _, tensor in job.sync.extra_memory())
+        results[-1] += (extra,)
+    assert called == ["forward"] * 2
+    (y, generator, state, extra), (y2, generator2, state2, extra2) = results
+    assert torch.equal(y, y2)
+    assert torch.equal(generator, generator2)
+    assert all(torch.equal(state[name], state2[name]) for name in state)
+    assert extra == extra2
 
 
 @ranks(2)
-def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
+def test_gradients_are_compared_before_the_first_forward_with_gradients(mesh):
     cases = [(mode, impl) for mode in (torch.no_grad, torch.inference_mode) for impl in IMPLS]
     for mode, impl in cases:
         job = dist_lab.parallelize(built(lambda: Mlp(nn.PReLU()))(), mesh, "tp", impl, plan=BLOCK)
@@ -540,10 +558,10 @@ def test_gradients_are_compared_before_the_first_forward_that_has_some(mesh):
             job.model(batch())
         assert [call.unit for call in calls if call.phase == "check"] == ["inputs"]
         job.model.eval()
-        with pytest.raises(UserError, match=PART.format("between.weight")):
+        with pytest.raises(UserError, match=PARTIAL.format("between.weight")):
             job.model(batch())
         wrong = dist_lab.parallelize(built(FusedGate)(), mesh, "tp", impl, plan=BLOCK)
-        with mode(), pytest.raises(UserError, match=SPLIT):
+        with mode(), pytest.raises(UserError, match=DOWN_IS_OFF):
             wrong.model(batch())
 
 
@@ -557,17 +575,17 @@ def test_the_gradient_of_an_input_is_compared_too(mesh):
     x = batch(shape=(2, 8, 8))
     job.model(x.detach())
     job = dist_lab.parallelize(built(First)(), mesh, "tp", plan=BLOCK)
-    with pytest.raises(UserError, match=PART.format("input 0")):
+    with pytest.raises(UserError, match=PARTIAL.format("input 0")):
         job.model(x.requires_grad_())
 
 
 @ranks(2)
-def test_what_cannot_be_tried_is_used_as_it_is(mesh):
+def test_a_model_that_cannot_be_tried_is_used_as_it_is(mesh):
     class Uncopied(Mlp):
         def __deepcopy__(self, memo):
-            raise TypeError("one of a kind")
+            raise TypeError("cannot be copied")
 
-    class ForAPart(Mlp):
+    class OnlyOnShards(Mlp):
         def block(self, x):
             return self.down(self.between(self.up(x)).unflatten(-1, (2, 4)).flatten(-2))
 
@@ -576,7 +594,7 @@ def test_what_cannot_be_tried_is_used_as_it_is(mesh):
 
         def block(self, x):
             NoMemory.tried += 1
-            if NoMemory.tried == 2 and mesh.rank == 1:  # in the split copy
+            if NoMemory.tried == 2 and mesh.rank == 1:  # in the sharded copy
                 raise torch.OutOfMemoryError("none")
             return super().block(x)
 
@@ -587,22 +605,22 @@ def test_what_cannot_be_tried_is_used_as_it_is(mesh):
 
         @staticmethod
         def backward(ctx, dy):
-            assert dy.shape[-1] == 8 or mesh.rank == 0  # of the whole copy, on one rank
+            assert dy.shape[-1] == 8 or mesh.rank == 0  # fails in the reference, on rank 1
             return dy
 
     class Backward(Mlp):
         def block(self, x):
             return self.down(NoBackward.apply(self.between(self.up(x))))
 
-    for make in (Uncopied, ForAPart, NoMemory, Backward):
+    for make in (Uncopied, OnlyOnShards, NoMemory, Backward):
         job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
-        wanted = built(Mlp)()(batch())
-        torch.testing.assert_close(job.model(batch()), wanted, rtol=1e-12, atol=1e-12)
+        expected = built(Mlp)()(batch())
+        torch.testing.assert_close(job.model(batch()), expected, rtol=1e-12, atol=1e-12)
     assert NoMemory.tried == 3
 
 
 @ranks(2)
-def test_copies_compute_in_the_dtypes_of_a_model_that_mixes_them(mesh):
+def test_a_model_of_mixed_dtypes_is_tried_in_its_own_dtypes(mesh):
     class Mixed(Mlp):
         def forward(self, x):
             return super().forward(x.float())
@@ -618,34 +636,34 @@ def test_copies_compute_in_the_dtypes_of_a_model_that_mixes_them(mesh):
 
 
 @ranks(2)
-def test_a_model_that_recomputes_or_calls_the_original_is_tried(mesh):
-    class Again(Mlp):
+def test_a_model_that_recomputes_or_has_a_closure_as_forward_is_tried(mesh):
+    class Checkpointed(Mlp):
         reentrant = False
 
         def block(self, x):
             return checkpoint(super().block, x, use_reentrant=self.reentrant)
 
-    class Reentrant(Again):
+    class Reentrant(Checkpointed):
         reentrant = True
 
-    class Closed(Mlp):
+    class Closure(Mlp):
         def __init__(self, between=None):
             super().__init__(between)
             self.n.forward = lambda x, plain=self.n.forward: plain(x)
 
-    for make in (Again, Reentrant, Closed):
+    for make in (Checkpointed, Reentrant, Closure):
         job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=BLOCK)
         y, plain = job.model(batch()), built(Mlp)()
         assert all(p.grad is None and p.requires_grad for p in job.model.parameters())
-        wanted = plain(batch())
-        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        expected = plain(batch())
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         y.square().sum().backward()
-        wanted.square().sum().backward()
+        expected.square().sum().backward()
         job.finish()
         for name, gradient in job.full_gradients().items():
             torch.testing.assert_close(gradient, plain.get_parameter(name).grad)
         wrong = dist_lab.parallelize(built(partial(make, nn.PReLU()))(), mesh, "tp", plan=BLOCK)
-        with pytest.raises(UserError, match=PART.format("between.weight")):
+        with pytest.raises(UserError, match=PARTIAL.format("between.weight")):
             wrong.model(batch())
 
 
@@ -655,15 +673,15 @@ def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_doe
     plain = built(Mlp)()
     job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler, that it does not compile hooks
+        warnings.simplefilter("ignore")  # the compiler warns that it does not compile hooks
         compiled = torch.compile(job.model, backend="eager")
         for shape in ((2, 8, 6), (3, 4, 6), (5, 6)):
             total = 0.0
             for step in range(2):  # two forwards before a backward
-                y, wanted = compiled(batch(step, shape)), plain(batch(step, shape))
-                torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+                y, expected = compiled(batch(step, shape)), plain(batch(step, shape))
+                torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
                 total = total + y.square().sum()
-                wanted.square().sum().backward()
+                expected.square().sum().backward()
             total.backward()
             job.finish()
             for name, gradient in job.full_gradients().items():
@@ -674,58 +692,60 @@ def test_a_compiled_model_and_batches_of_several_shapes_train_as_one_process_doe
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
-def test_a_forward_on_one_rank_alone_ends_in_a_line():
+def test_a_forward_on_one_rank_only_ends_in_a_one_line_error():
     mesh = dist_lab.init_mesh(timeout=2, tp=2)
     job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=BLOCK)
     job.model(batch())
     if mesh.rank == 0:
-        said = "phase=check unit=inputs: all_gather .*on tp.*(imed out|2000ms)"
-        with pytest.raises(CollectiveError, match=said):
+        message = "phase=check unit=inputs: all_gather .*on tp.*(imed out|2000ms)"
+        with pytest.raises(CollectiveError, match=message):
             job.model(batch())
 
 
-# --- the same rows, and the same masks ------------------------------------------------------------
+# --- the same rows and the same dropout masks -----------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @ranks(2)
-def test_other_rows_on_each_rank_are_refused_in_every_forward(impl, mesh):
-    said = "^ranks of tp were given other inputs: rank 1 against rank 0; feed the same batch to all"
+def test_different_rows_on_each_rank_are_refused_in_every_forward(impl, mesh):
+    message = (
+        "^ranks of tp have different inputs: rank 1 and rank 0; feed the same batch to all ranks"
+    )
     job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", impl, plan=BLOCK)
     for mode in (torch.enable_grad, torch.no_grad):
-        with mode(), pytest.raises(UserError, match=said):
+        with mode(), pytest.raises(UserError, match=message):
             job.model(batch(mesh.rank))
         job.model(batch())
-        with mode(), pytest.raises(UserError, match=said):
+        with mode(), pytest.raises(UserError, match=message):
             job.model(x=batch(mesh.rank))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         job.model(batch()[: 2 - mesh.rank])
 
 
 @ranks(2)
-def test_other_tokens_on_each_rank_are_refused_under_a_plan_of_the_zoo(mesh):
+def test_different_tokens_on_each_rank_are_refused_under_a_zoo_plan(mesh):
     job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
-    with pytest.raises(UserError, match="rank 1 against rank 0; feed the same batch"):
+    with pytest.raises(UserError, match="rank 1 and rank 0; feed the same batch"):
         job.model(tokens(mesh.rank)[0])
     job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
     for step in range(2):
         with mesh.comm.ledger.recording() as calls:
             job.model(tokens(step)[0])
-        found = [call.unit for call in calls if call.phase == "check"]
-        assert found == ([] if step else ["inputs"])
+        checks = [call.unit for call in calls if call.phase == "check"]
+        assert checks == ([] if step else ["inputs"])
 
 
 @ranks(2)
-def test_pieces_of_a_sequence_may_differ_and_have_one_length(mesh):
+def test_shards_of_a_sequence_may_differ_but_not_in_length(mesh):
     plan = BLOCK | dict.fromkeys("eno", "sequence")
-    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=plan, **CUT)
+    job = dist_lab.parallelize(built(Mlp)(), mesh, "tp", plan=plan, **SEQ_PARALLEL)
     y = job.model(batch().chunk(2, 1)[mesh.rank])
     torch.testing.assert_close(y, built(Mlp)()(batch()).chunk(2, 1)[mesh.rank])
-    with pytest.raises(UserError, match="rank 1 against rank 0; feed pieces of one length to all"):
+    with pytest.raises(UserError, match="rank 1 and rank 0; feed shards of one length to all"):
         job.model(batch().split([3, 5], 1)[mesh.rank])
 
 
-class Dropped(nn.Module):
+class OwnDropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.rate = p
@@ -735,18 +755,18 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("make", [nn.Dropout, Dropped])
+@pytest.mark.parametrize("make", [nn.Dropout, OwnDropout])
 @ranks(2)
-def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay_alike(
+def test_dropout_with_different_seeds_is_refused_and_with_one_seed_ranks_stay_equal(
     make, impl, mesh
 ):
     dropout = nn.Sequential(make(0.5), nn.Tanh())
     job = dist_lab.parallelize(built(lambda: Mlp(dropout))(), mesh, "tp", impl, plan=BLOCK)
     torch.manual_seed(mesh.rank)
-    said = (
-        r"rank 1 against rank 0; call torch\.manual_seed .* \((dropout or the like|between\.0 \(D)"
+    message = (
+        r"rank 1 and rank 0; call torch\.manual_seed .* \((dropout or the like|between\.0 \(D)"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         job.model(batch())
     torch.manual_seed(5)
     for _ in range(2):
@@ -755,51 +775,51 @@ def test_dropout_by_generators_that_differ_is_refused_and_by_one_seed_ranks_stay
     torch.manual_seed(mesh.rank)
     if make is nn.Dropout:
         job.model.eval()
-        job.model(batch())  # draws nothing
+        job.model(batch())  # eval mode draws no random numbers
 
 
 @ranks(2)
-def test_dropout_on_features_that_do_not_divide_says_when_to_seed(mesh):
+def test_dropout_on_uneven_shards_is_refused_and_the_message_says_when_to_seed(mesh):
     job = dist_lab.parallelize(
         built(lambda: Mlp(nn.Dropout(0.5), hidden=15))(), mesh, "tp", plan=BLOCK
     )
     torch.manual_seed(5)
     job.model(batch())
-    with pytest.raises(UserError, match="or before each forward if features that are dropped"):
+    with pytest.raises(UserError, match="or before each forward if features with dropout do not"):
         job.model(batch())
     torch.manual_seed(6)
     job.model(batch())
 
 
-# --- inputs in pieces, and models that have been used ---------------------------------------------
+# --- sharded inputs, and models with stored activations -------------------------------------------
 
 
 @ranks(2)
-def test_an_input_that_is_whole_beside_pieces_stays_whole(mesh):
+def test_a_whole_input_beside_sharded_ones_is_not_gathered(mesh):
     class Masked(Mlp):
         def forward(self, x, mask):
             return super().forward(x * mask)
 
     for make in (Masked, partial(Masked, nn.Softmax(-1))):
         plain, mask = built(make)(), batch(1, (2, 1, 6))
-        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=PIECES, **CUT)
+        job = dist_lab.parallelize(built(make)(), mesh, "tp", plan=SEQUENCE_PLAN, **SEQ_PARALLEL)
         x = batch().chunk(2, 1)[mesh.rank]
         if make is Masked:
-            y, wanted = job.model(x, mask=mask), plain(batch(), mask)
-            torch.testing.assert_close(y, wanted.chunk(2, 1)[mesh.rank])
+            y, expected = job.model(x, mask=mask), plain(batch(), mask)
+            torch.testing.assert_close(y, expected.chunk(2, 1)[mesh.rank])
         else:
-            with pytest.raises(UserError, match=SPLIT):
+            with pytest.raises(UserError, match=DOWN_IS_OFF):
                 job.model(x, mask=mask)
 
 
 @ranks(2)
-def test_tokens_may_come_in_pieces_too(mesh):
+def test_tokens_may_be_sharded_too(mesh):
     plan = INSIDE | dict.fromkeys(("emb", "head", *(f"block.{n}" for n in "eno")), "sequence")
-    job = dist_lab.parallelize(built(Lm)(), mesh, "tp", plan=plan, **CUT)
+    job = dist_lab.parallelize(built(Lm)(), mesh, "tp", plan=plan, **SEQ_PARALLEL)
     y = job.model(words().chunk(2, 1)[mesh.rank])
     torch.testing.assert_close(y, built(Lm)()(words()).chunk(2, 1)[mesh.rank])
-    wrong = dist_lab.parallelize(built(LmOfLengths)(), mesh, "tp", plan=plan, **CUT)
-    with pytest.raises(UserError, match=PIECE.format("LmOfLengths")):
+    wrong = dist_lab.parallelize(built(LmOfLengths)(), mesh, "tp", plan=plan, **SEQ_PARALLEL)
+    with pytest.raises(UserError, match=SHARD.format("LmOfLengths")):
         wrong.model(words().chunk(2, 1)[mesh.rank])
 
 
@@ -809,14 +829,14 @@ class LmOfLengths(Lm):
 
 
 @ranks(2)
-def test_a_model_that_has_kept_what_it_computed_is_tried(mesh):
-    class Keeps(Mlp):
+def test_a_model_that_stores_its_activations_is_tried(mesh):
+    class Stores(Mlp):
         def forward(self, x):
-            self.kept = {"x": [self.e(x)]}
+            self.saved = {"x": [self.e(x)]}
             return super().forward(x)
 
-    model = built(lambda: Keeps(nn.PReLU()))()
+    model = built(lambda: Stores(nn.PReLU()))()
     model(batch())
     job = dist_lab.parallelize(model, mesh, "tp", plan=BLOCK)
-    with pytest.raises(UserError, match=PART.format("between.weight")):
+    with pytest.raises(UserError, match=PARTIAL.format("between.weight")):
         job.model(batch())

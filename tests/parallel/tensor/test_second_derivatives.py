@@ -1,4 +1,4 @@
-"""Second derivatives through split layers: penalties on gradients equal those of one process."""
+"""Second derivatives through sharded layers: gradient penalties equal those of one process."""
 
 import pytest
 import torch
@@ -8,19 +8,19 @@ from torch import nn
 import dist_lab
 
 MODES = {
-    "whole": {},
-    "cut": {"sequence_parallel": True},
+    "tensor-parallel": {},
+    "sequence-parallel": {"sequence_parallel": True},
     "regather": {"sequence_parallel": True, "regather": True},
 }
 PLAN = {
     "1.gate": "colwise", "1.up": "colwise", "1.down": "rowwise",
     "3": "colwise_gather_output", "4": "rowwise", "5": "vocabulary",
 }  # fmt: skip
-CUT = {"0": "scatter_output", "2": "sequence", "3": "colwise"}
+SEQUENCE_ROLES = {"0": "scatter_output", "2": "sequence", "3": "colwise"}
 
 
 class Gated(nn.Module):
-    """Two columns that read together, and a row."""
+    """Two colwise layers that share an input, and a rowwise layer."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ def batch(step):
 
 
 def penalized(net, x, y, cross_entropy):
-    """The square of a loss, and of its gradient in the inputs."""
+    """A loss with penalties on its first and second derivatives in the inputs."""
     x = x.clone().requires_grad_()
     loss = cross_entropy(net(x), y) / 12
     (slope,) = torch.autograd.grad(loss.square(), x, create_graph=True)
@@ -58,9 +58,9 @@ def plain_loss(output, y):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.ranks(2, mesh={"tp": 2}, timeout=60)
-def test_penalties_on_gradients_equal_those_of_one_process(mode, mesh):
+def test_gradient_penalties_equal_those_of_one_process(mode, mesh):
     plain = model()
-    plan = PLAN | (CUT if mode != "whole" else {})
+    plan = PLAN | (SEQUENCE_ROLES if mode != "tensor-parallel" else {})
     job = dist_lab.parallelize(model(), mesh, "tp", plan=plan, **MODES[mode])
     optimizers = [
         torch.optim.SGD(plain.parameters(), 1e-3),
@@ -69,16 +69,16 @@ def test_penalties_on_gradients_equal_those_of_one_process(mode, mesh):
     for step in range(2):
         for i in range(2):
             x, y = batch(2 * step + i)
-            wanted = penalized(plain, x, y, plain_loss)
-            wanted.backward()
+            expected = penalized(plain, x, y, plain_loss)
+            expected.backward()
             with job.microbatch(last=i == 1):
                 loss = penalized(job.model, x, y, job.cross_entropy_sum)
                 loss.backward()
-            torch.testing.assert_close(loss, wanted, rtol=1e-11, atol=0)
+            torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
         job.finish()
         for name, gradient in job.full_gradients().items():
-            own = plain.get_parameter(name).grad
-            torch.testing.assert_close(gradient, own, rtol=1e-10, atol=1e-10, msg=name)
+            grad = plain.get_parameter(name).grad
+            torch.testing.assert_close(gradient, grad, rtol=1e-10, atol=1e-10, msg=name)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

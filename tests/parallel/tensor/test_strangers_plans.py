@@ -1,4 +1,4 @@
-"""Plans of modules of one's own: equal to one process, or refused in one line."""
+"""Plans for users' modules: equal to one process, or refused in one line."""
 
 import pytest
 import torch
@@ -66,45 +66,52 @@ def train(job, step=0, x=None):
     job.model.zero_grad()
 
 
-# --- plans that are right -------------------------------------------------------------------------
+# --- correct plans --------------------------------------------------------------------------------
 
-CUT = {"e": "scatter_output", "up": "sequence", "down": "rowwise", "n": "sequence"}
-RIGHT = {
-    "both": (PLAN, 16, {}),
-    "a row alone": ({"down": "rowwise"}, 16, {}),
-    "a row alone that does not divide": ({"down": "rowwise"}, 15, {}),
-    "a row alone under sequence parallelism": (
-        CUT | {"o": "gather_input"}, 16, {"sequence_parallel": True, "regather": True},
+SEQUENCE_PLAN = {"e": "scatter_output", "up": "sequence", "down": "rowwise", "n": "sequence"}
+CORRECT = {
+    "colwise and rowwise": (PLAN, 16, {}),
+    "rowwise alone": ({"down": "rowwise"}, 16, {}),
+    "rowwise alone, uneven": ({"down": "rowwise"}, 15, {}),
+    "rowwise alone, sequence-parallel": (
+        SEQUENCE_PLAN | {"o": "gather_input"}, 16, {"sequence_parallel": True, "regather": True},
     ),
-    "a column that is gathered": ({"up": "colwise_gather_output"}, 16, {}),
+    "colwise_gather_output": ({"up": "colwise_gather_output"}, 16, {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RIGHT)
+@pytest.mark.parametrize("case", CORRECT)
 @ranks
-def test_a_right_plan_equals_one_process(case, mesh):
-    plan, width, options = RIGHT[case]
+def test_a_correct_plan_equals_one_process(case, mesh):
+    plan, width, options = CORRECT[case]
     report = dist_lab.verify(
         lambda: Mlp(width), rows, mesh, "tp", plan=plan, steps=2, tolerance=1e-9, **options
     )
     assert report.equal, report.sentence()
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "sequence parallel"])
+@pytest.mark.parametrize(
+    "sequence_parallel", [False, True], ids=["tensor-parallel", "sequence-parallel"]
+)
 @ranks
-def test_a_transformer_with_split_logits_and_shared_keys_passes(mesh, cut):
+def test_a_transformer_with_sharded_logits_and_shared_keys_passes(mesh, sequence_parallel):
     shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 1, "ffn": 48}
     model = zoo.build("gpt", "tiny", vocab=61, seed=0, **shape)
     plan = model.tp_plan()
     job = dist_lab.parallelize(
-        model, mesh, "tp", plan=plan, sequence_parallel=cut, param_dtype=torch.bfloat16
+        model,
+        mesh,
+        "tp",
+        plan=plan,
+        sequence_parallel=sequence_parallel,
+        param_dtype=torch.bfloat16,
     )
     job.run([batch(0)], lambda out, y: job.cross_entropy_sum(out, y) / 48)
     job.finish()
 
 
 @ranks
-def test_under_sequence_parallelism_each_rank_may_be_given_its_piece(mesh):
+def test_under_sequence_parallelism_each_rank_may_be_given_its_shard(mesh):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     plan = {"0": "colwise", "2": "rowwise"}
     job = dist_lab.parallelize(model, mesh, "tp", plan=plan, sequence_parallel=True)
@@ -119,31 +126,33 @@ def test_the_old_names_of_roles_are_still_accepted(mesh):
     assert read_plan(Mlp(), {"up": ("column", 4)}) == read_plan(Mlp(), {"up": ("colwise", 4)})
 
 
-# --- plans that are wrong -------------------------------------------------------------------------
+# --- wrong plans ----------------------------------------------------------------------------------
 
 WRONG = {
-    "a column alone": (Mlp, {"up": "colwise"}, r"^up is colwise, but Mlp .*mat1 and mat2 shapes"),
-    "fused": (Fused, {"qkv": "colwise", "p": "rowwise"}, "^qkv is colwise, but Fused .* off by"),
-    "heads written down": (
+    "colwise alone": (Mlp, {"up": "colwise"}, r"^up is colwise, but Mlp .*mat1 and mat2 shapes"),
+    "fused q, k, v": (
+        Fused, {"qkv": "colwise", "p": "rowwise"}, "^qkv is colwise, but Fused .* off by",
+    ),
+    "hard-coded heads": (
         lambda: Fused(4), {"qkv": "colwise", "p": "rowwise"}, "^qkv is colwise, but Fused .*shape",
     ),
-    "a softmax over split features": (
+    "a softmax over sharded features": (
         lambda: Mlp(between=lambda x: x.softmax(-1)), PLAN, "^up is colwise, but Mlp .* off by",
     ),
     "a softmax beside dropout": (
         lambda: Mlp(p=0.5, between=lambda x: x.softmax(-1)), PLAN, "^up is colwise, but Mlp .* off",
     ),
-    "something that only rank 1 gets wrong": (
+    "a function that only rank 1 computes wrong": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 16), Scaled()), nn.Linear(16, 4)).double(),
         {"0.0": "colwise", "1": "rowwise"}, "but Sequential",
     ),
-    "a norm of split features": (
+    "a norm over sharded features": (
         lambda: nn.Sequential(Mlp(between=nn.LayerNorm(16).double())),
         {"0.up": "colwise", "0.down": "rowwise"},
         r"^0.up is colwise, but Mlp \(0\) .*normalized_shape",
     ),
-    "an output in pieces": (
-        Mlp, {"o": "colwise"}, r"^o is colwise, but Mlp .* gives \[8, 2\] in place of \[8, 4\]",
+    "a sharded output": (
+        Mlp, {"o": "colwise"}, r"^o is colwise, but Mlp .* returns \[8, 2\] instead of \[8, 4\]",
     ),
 }  # fmt: skip
 
@@ -151,10 +160,10 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 @ranks
 def test_a_wrong_plan_is_refused_before_a_number_is_wrong(case, mesh):
-    build, plan, said = WRONG[case]
+    build, plan, message = WRONG[case]
     job = dist_lab.parallelize(build(), mesh, "tp", plan=plan)
-    for _ in range(2):  # it stays wrong
-        with pytest.raises(UserError, match=said) as refusal:
+    for _ in range(2):  # it is refused again
+        with pytest.raises(UserError, match=message) as refusal:
             job.model(rows()[0])
         assert "\n" not in str(refusal.value)
         assert len(set(ops.all_gather_bytes(str(refusal.value).encode(), mesh["tp"]))) == 1
@@ -162,7 +171,7 @@ def test_a_wrong_plan_is_refused_before_a_number_is_wrong(case, mesh):
 
 
 @ranks
-def test_a_wrong_plan_is_refused_in_a_narrow_dtype_too(mesh):
+def test_a_wrong_plan_is_refused_in_bfloat16_too(mesh):
     plan = {"qkv": "colwise", "p": "rowwise"}
     job = dist_lab.parallelize(Fused(), mesh, "tp", plan=plan, param_dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"^qkv is colwise, but Fused .* off by"):
@@ -177,12 +186,12 @@ def test_the_check_of_a_plan_leaves_no_trace(mesh):
     for step in range(4):
         x = rows(step)[0].requires_grad_()
         torch.manual_seed(step)
-        wanted = plain(x)
+        expected = plain(x)
         state = torch.get_rng_state()
         torch.manual_seed(step)
         with mesh.comm.ledger.recording() as recorded:
             y = job.model(x)
-        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(torch.get_rng_state(), state)
         calls.append([(c.phase, c.op, c.payload) for c in recorded])
     assert job.model.calls == len(seen) == 4
@@ -190,13 +199,13 @@ def test_the_check_of_a_plan_leaves_no_trace(mesh):
         torch.testing.assert_close(job.model.get_buffer(name), buffer, msg=name)
     compared = ("check", "all_gather", 2 * 16)
     summed = ("forward", "all_reduce", 8 * 8 * 8)
-    assert calls[2] == calls[3] == [compared, summed]  # by now there is memory to pass through
+    assert calls[2] == calls[3] == [compared, summed]  # both scratch buffers exist by now
     assert [call for call in calls[0] if call[0] == "forward"][-1] == summed
     assert len([call for call in calls[0] if call[0] == "check"]) > 1
 
 
 @ranks
-def test_a_model_that_draws_in_eval_mode_or_fails_whole_is_not_refused_for_it(mesh):
+def test_a_model_that_is_random_in_eval_mode_or_fails_in_one_process_is_not_refused(mesh):
     noisy = Mlp(between=lambda x: x + torch.randn_like(x))
     job = dist_lab.parallelize(noisy, mesh, "tp", plan=PLAN)
     train(job)
@@ -206,62 +215,66 @@ def test_a_model_that_draws_in_eval_mode_or_fails_whole_is_not_refused_for_it(me
 
 
 def fail(x):
-    raise KeyError("a defect of the model's own")
+    raise KeyError("an error of the model itself")
 
 
-# --- ranks that do not compute alike --------------------------------------------------------------
+# --- ranks with different inputs or random numbers ------------------------------------------------
 
 
 @ranks
-def test_other_rows_on_a_rank_are_refused(mesh):
+def test_different_rows_on_a_rank_are_refused(mesh):
     job = dist_lab.parallelize(Mlp(), mesh, "tp", plan=PLAN)
     train(job)
-    said = r"^ranks of tp were given other inputs: rank 1 against rank 0; feed the same batch to"
-    with pytest.raises(UserError, match=said):
+    message = r"^ranks of tp have different inputs: rank 1 and rank 0; feed the same batch to"
+    with pytest.raises(UserError, match=message):
         train(job, x=rows(mesh.rank)[0])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         job.model(rows()[0][: 8 - mesh.rank])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         job.model(rows()[0].view(8 >> mesh.rank, -1))
     with torch.no_grad():
         job.model.eval()(rows()[0])
 
 
-DRAWS = {
+DROPOUTS = {
     "a module": lambda: Mlp(p=0.5),
     "a function": lambda: Mlp(between=lambda x: F.dropout(x, 0.5)),
 }
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("kind", DROPOUTS)
 @ranks
-def test_dropout_that_is_seeded_by_rank_is_refused_and_by_one_seed_is_not(kind, mesh):
-    job = dist_lab.parallelize(DRAWS[kind](), mesh, "tp", plan=PLAN)
+def test_dropout_seeded_by_rank_is_refused_and_with_one_seed_accepted(kind, mesh):
+    job = dist_lab.parallelize(DROPOUTS[kind](), mesh, "tp", plan=PLAN)
     torch.manual_seed(mesh.rank)
-    said = r"^ranks of tp draw other random numbers: rank 1 against rank 0; call torch.manual_seed"
-    with pytest.raises(UserError, match=said):
+    message = (
+        r"^ranks of tp draw different random numbers: rank 1 and rank 0; call torch.manual_seed"
+    )
+    with pytest.raises(UserError, match=message):
         train(job)
     torch.manual_seed(5)
     train(job)
     job = dist_lab.parallelize(Mlp(), mesh, "tp", plan=PLAN)
     torch.manual_seed(mesh.rank)
-    train(job)  # it draws nothing
+    train(job)  # without dropout no random number is drawn
 
 
 # --- inference first ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "sequence parallel"])
+@pytest.mark.parametrize(
+    "sequence_parallel", [False, True], ids=["tensor-parallel", "sequence-parallel"]
+)
 @ranks
-def test_a_model_that_has_only_inferred_can_still_be_trained(mesh, cut):
+def test_a_model_used_for_inference_first_can_still_be_trained(mesh, sequence_parallel):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     plan = {"0": "colwise", "2": "rowwise"}
-    job = dist_lab.parallelize(model, mesh, "tp", plan=plan, sequence_parallel=cut)
+    job = dist_lab.parallelize(model, mesh, "tp", plan=plan, sequence_parallel=sequence_parallel)
     x = torch.ones(4, 6, dtype=torch.float64)
     with torch.inference_mode():
         inferred = job.model(x).clone()
-    for _ in range(3):  # each of the two buffers, and again
+    for _ in range(3):  # both scratch buffers, and the first again
         with torch.no_grad():
             assert torch.equal(job.model(x), inferred)
     for _ in range(3):

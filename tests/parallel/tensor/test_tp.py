@@ -1,4 +1,4 @@
-"""Tensor parallelism: equal to one process, what it sends and keeps, and what a plan may say."""
+"""Tensor parallelism: equal to one process; what it sends, and keeps; which plans are refused."""
 
 import copy
 import gc
@@ -22,8 +22,9 @@ from dist_lab.parallel.tensor import sequence, tp
 from dist_lab.parallel.tensor.vocabulary import SplitLogits
 from dist_lab.programs.cli import registry
 
-CUT, REGATHER = {"sequence_parallel": True}, {"sequence_parallel": True, "regather": True}
-MODES = {"whole": {}, "cut": CUT, "regather": REGATHER}
+SEQ_PARALLEL = {"sequence_parallel": True}
+REGATHER = SEQ_PARALLEL | {"regather": True}
+MODES = {"tensor": {}, "sequence": SEQ_PARALLEL, "regather": REGATHER}
 
 
 def sized(heads=12, kv_heads=12, width=48, vocab=VOCAB, ffn=40, layers=2, tied=False, device="cpu"):
@@ -34,7 +35,7 @@ def sized(heads=12, kv_heads=12, width=48, vocab=VOCAB, ffn=40, layers=2, tied=F
 
 
 def vit():
-    shape = {"patch": 4, "layers": 2, "width": 24, "heads": 4, "ffn": 42}  # 42 / 4 is no number
+    shape = {"patch": 4, "layers": 2, "width": 24, "heads": 4, "ffn": 42}  # 4 does not divide 42
     image = (2, 12, 4)  # 3 patches and the class token: 4
     return zoo.build(
         "vit", "tiny", vocab=VOCAB, image=image, seed=0, dtype=torch.float64, **shape
@@ -63,10 +64,10 @@ def pictures(step):
 
 
 def verified(mesh, model, impl="hand", build_batch=None, **options):
-    given = {"plan": PLANS[model]} if model in PLANS else {}
+    plan = {"plan": PLANS[model]} if model in PLANS else {}
     reads = pictures if model == "vit" else text
-    # Two steps: one in which a strategy learns, and one like all others.
-    options = {"microbatches": 2, "clip": 0.5, "steps": 2} | given | options
+    # Two steps, because the first one may differ from all others.
+    options = {"microbatches": 2, "clip": 0.5, "steps": 2} | plan | options
     return dist_lab.verify(BUILD[model], build_batch or reads, mesh, "tp", impl, **options)
 
 
@@ -82,9 +83,14 @@ EQUAL = [
 ]
 
 
-USUAL = [(4, model, "regather") for model in ("12 heads", "4 heads share 1", "vit")]
-USUAL += [(4, model, "whole") for model in ("tied", "odd")]
-USUAL += [(3, "6 heads share 3", "whole"), (2, "tied", "cut"), (2, "vit", "cut"), (2, "mlp", "cut")]
+FAST = [(4, model, "regather") for model in ("12 heads", "4 heads share 1", "vit")]
+FAST += [(4, model, "tensor") for model in ("tied", "odd")]
+FAST += [
+    (3, "6 heads share 3", "tensor"),
+    (2, "tied", "sequence"),
+    (2, "vit", "sequence"),
+    (2, "mlp", "sequence"),
+]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +98,12 @@ USUAL += [(3, "6 heads share 3", "whole"), (2, "tied", "cut"), (2, "vit", "cut")
     [
         pytest.param(
             model, mode, id=f"{size}-{model}-{mode}",
-            marks=[ranks(size), *([] if (size, model, mode) in USUAL else [pytest.mark.slow])],
+            marks=[ranks(size), *([] if (size, model, mode) in FAST else [pytest.mark.slow])],
         )
         for size, models in EQUAL
         for model in models
         for mode in MODES
-        if model != "odd" or mode == "whole"  # its layers look at nothing but one token
+        if model != "odd" or mode == "tensor"  # its layers act on each token alone
     ],
 )  # fmt: skip
 def test_every_model_in_every_mode_equals_one_process(model, mode, mesh):
@@ -105,20 +111,20 @@ def test_every_model_in_every_mode_equals_one_process(model, mode, mesh):
     assert report.equal, report.sentence()
 
 
-@pytest.mark.slow_unless(lambda model, mode: (model, mode) == ("tied", "cut"))
+@pytest.mark.slow_unless(lambda model, mode: (model, mode) == ("tied", "sequence"))
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
         pytest.param(model, mode, id=f"{size}-{model}-{mode}", marks=ranks(size))
         for size, models in [(2, ["12 heads", "tied"]), (4, ["12 heads", "mlp"])]
         for model in models
-        for mode in ("whole", "cut")
+        for mode in ("tensor", "sequence")
     ],
 )
-def test_so_does_its_twin_and_both_train_to_the_same_weights(model, mode, mesh):
+def test_the_twin_equals_one_process_and_trains_to_the_same_weights(model, mode, mesh):
     report = verified(mesh, model, "torch", **MODES[mode])
     assert report.equal, report.sentence()
-    found = []
+    weights = []
     for impl in ("hand", "torch"):
         job = dist_lab.parallelize(BUILD[model](), mesh, "tp", impl, **MODES[mode])
         optimizer = job.optimizer(torch.optim.AdamW, lr=1e-2)
@@ -127,8 +133,8 @@ def test_so_does_its_twin_and_both_train_to_the_same_weights(model, mode, mesh):
             job.clip_grad_norm(0.5)
             optimizer.step()
             optimizer.zero_grad()
-        found.append(job.full_state_dict())
-    ours, theirs = found
+        weights.append(job.full_state_dict())
+    ours, theirs = weights
     assert list(ours) == list(theirs)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11, msg=name)
@@ -137,19 +143,19 @@ def test_so_does_its_twin_and_both_train_to_the_same_weights(model, mode, mesh):
 @pytest.mark.slow_unless(lambda mode: mode == "regather")
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
-def test_narrow_and_recomputed_it_is_as_close_as_that_allows(mode, mesh):
+def test_with_bfloat16_and_with_recompute_it_equals_one_process(mode, mesh):
     narrow = verified(
         mesh, "12 heads", param_dtype=torch.bfloat16, optimizer=torch.optim.SGD,
         options={"lr": 1e-2}, **MODES[mode],
     )  # fmt: skip
     assert narrow.equal, narrow.sentence()
-    again = verified(mesh, "12 heads", recompute=1, units=[zoo.gpt.Block], **MODES[mode])
-    assert again.equal, again.sentence()
+    recomputed = verified(mesh, "12 heads", recompute=1, units=[zoo.gpt.Block], **MODES[mode])
+    assert recomputed.equal, recomputed.sentence()
 
 
 @pytest.mark.parametrize("collectives", ["backend", "direct", "auto"])
 @ranks(2)
-def test_whoever_carries_the_sums_they_are_the_same(collectives, mesh):
+def test_it_equals_one_process_with_every_implementation_of_collectives(collectives, mesh):
     other = dist_lab.init_mesh(collectives=collectives, tp=2)
     report = verified(other, "12 heads", **REGATHER)
     assert report.equal, report.sentence()
@@ -161,7 +167,7 @@ def one_step(job, pair, total=48):
     return loss
 
 
-# --- what is sent, and what is kept ---------------------------------------------------------------
+# --- bytes sent, and memory -----------------------------------------------------------------------
 
 
 def calls_of(mesh, model, pair, **options):
@@ -172,14 +178,14 @@ def calls_of(mesh, model, pair, **options):
 
 
 @ranks(4)
-def test_a_block_has_two_sums_forward_and_two_backward(mesh):
-    # q, k and v read one input, and so do gate and up: the sum of its gradient is sent once.
+def test_a_block_has_two_all_reduces_in_forward_and_two_in_backward(mesh):
+    # q, k and v share an input, and so do gate and up: its gradient is summed once.
     calls = calls_of(mesh, sized(), text(0))
     inside = [(c.phase, c.op) for c in calls if c.unit == "model.layers.1"]
     assert inside == [("forward", "all_reduce")] * 2 + [("backward", "all_reduce")] * 2
 
 
-@pytest.mark.parametrize(("mode", "sums"), [("whole", 4), ("cut", 4), ("regather", 5)])
+@pytest.mark.parametrize(("mode", "sums"), [("tensor", 4), ("sequence", 4), ("regather", 5)])
 @ranks(4)
 def test_bytes_of_a_block_are_those_of_the_docstring(mode, sums, mesh):
     # 8 S or 10 S elements, times (N-1)/N; an all_reduce is 2 S of them, its halves S each.
@@ -187,32 +193,33 @@ def test_bytes_of_a_block_are_those_of_the_docstring(mode, sums, mesh):
     by_depth = [
         sum(c.sent for c in calls_of(mesh, sized(layers=n), text(0), **MODES[mode])) for n in (1, 3)
     ]
-    norms = 2 * width * itemsize * 3 // 2 if mode != "whole" else 0  # two gradients, summed
+    # The partial gradients of two norms are summed as well.
+    norms = 2 * width * itemsize * 3 // 2 if mode != "tensor" else 0
     assert by_depth[1] - by_depth[0] == 2 * (
         2 * sums * rows * seq * width * itemsize * 3 // 4 + norms
     )
 
 
-@pytest.mark.slow_unless(lambda mode: mode != "cut")
+@pytest.mark.slow_unless(lambda mode: mode != "sequence")
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
-def test_what_a_block_keeps_for_backward_is_counted_to_the_byte(mode, mesh):
-    """Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for this block. Elements a token:
+def test_activation_memory_of_a_block_equals_the_formula_to_the_byte(mode, mesh):
+    """Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for this block. Elements per token:
 
-    residual stream   x before each of two norms, x scaled to length 1, the norm's output; and what
-                      it was scaled by: 6 D + 2
-    attention         queries and keys turned, values, what comes out, by head and by token, and a
-                      number for each head: (5 D + H) / N; the turns, the same for all rows: Dh / B
+    residual stream   for each of two norms its input, the normalized input and its output, and the
+                      scale: 6 D + 2
+    attention         rotated queries and keys, values, the output by head and by token, and a
+                      logsumexp per head: (5 D + H) / N; the rotations, shared by all rows: Dh / B
     MLP               gate, up, silu(gate) and the product: 4 F / N
 
-    `whole` has the stream on every rank. `cut` has 1/N of it, and whole the norms' outputs, which
-    it has gathered. `regather` has 1/N of all.
+    Tensor-parallel ranks each hold the whole stream. Sequence-parallel ranks hold 1/N of it, and
+    the gathered outputs of the norms. With regather they hold 1/N of everything.
     """
     n, rows, seq, width, ffn, itemsize, heads = 4, 4, 32, 48, 40, 8, 12
     inside = (5 * width + heads + 4 * ffn) / n + width / heads / rows
     stream = {
-        "whole": 6 * width + 2,
-        "cut": (4 * width + 2) / n + 2 * width,
+        "tensor": 6 * width + 2,
+        "sequence": (4 * width + 2) / n + 2 * width,
         "regather": (6 * width + 2) / n,
     }[mode]
     peaks = []
@@ -226,56 +233,56 @@ def test_what_a_block_keeps_for_backward_is_counted_to_the_byte(mode, mesh):
                 one_step(job, batch(step, rows, seq), rows * seq)
             optimizer.zero_grad()
             steps.append(live.by_kind().own["activations"])
-        peaks.append(min(steps))  # of one there may be more: what waits for the collector
+        peaks.append(min(steps))  # a step may hold more, until garbage is collected
     assert (peaks[1] - peaks[0]) / 2 == (stream + inside) * rows * seq * itemsize
 
 
 @ranks(4)
-def test_a_rank_holds_a_quarter_of_what_is_split_and_all_the_rest(mesh):
+def test_a_rank_holds_a_quarter_of_sharded_parameters_and_all_of_the_norms(mesh):
     model = sized(vocab=64)
-    whole, norms = sum(p.numel() for p in model.parameters()), 5 * 48
+    total, norms = sum(p.numel() for p in model.parameters()), 5 * 48
     job = dist_lab.parallelize(model, mesh, "tp")
     optimizer = job.optimizer(torch.optim.AdamW, lr=1e-3)
     one_step(job, text(0))
     optimizer.step()
-    here = ((whole - norms) // 4 + norms) * 8
-    found = by_layout(job, optimizer)
-    assert found["parameters"] == found["gradients"] == here
-    assert found["optimizer"] == 2 * here + 4 * len(job.layouts)  # moments, and counts of steps
+    local = ((total - norms) // 4 + norms) * 8
+    memory = by_layout(job, optimizer)
+    assert memory["parameters"] == memory["gradients"] == local
+    assert memory["optimizer"] == 2 * local + 4 * len(job.layouts)  # moments, and step counts
     assert sum(p.nbytes for p in job.parameters()) == sum(p.grad.nbytes for p in job.parameters())
-    assert sum(p.nbytes for p in job.parameters()) == here
+    assert sum(p.nbytes for p in job.parameters()) == local
 
 
 @ranks(2)
-def test_weight_gradients_are_computed_while_the_sum_of_the_inputs_is_on_its_way(mesh):
+def test_weight_gradients_are_computed_while_the_input_gradient_is_in_flight(mesh):
     job = dist_lab.parallelize(MODELS["mlp"](), mesh, "tp")
-    happened = []
+    events = []
 
     class Watched:
         def __init__(self, pending):
             self.pending = pending
 
         def wait(self):
-            happened.append("arrived")
+            events.append("wait")
             return self.pending.wait()
 
-    start, compute = sequence.ActivationLayout.start_sum, sequence.weight_gradient
+    start, compute = sequence.ActivationLayout.start_reduce, sequence.weight_gradient
 
-    def start_sum(self, x):
-        happened.append("left")
+    def start_reduce(self, x):
+        events.append("issue")
         return Watched(start(self, x))
 
     def weight_gradient(dy, x):
-        happened.append("dW")
+        events.append("dW")
         return compute(dy, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequence.ActivationLayout, "start_sum", start_sum)
+        patch.setattr(sequence.ActivationLayout, "start_reduce", start_reduce)
         patch.setattr(sequence, "weight_gradient", weight_gradient)
         output = job.model(text(0)[0])
-        happened.clear()
+        events.clear()
         job.cross_entropy_sum(output, text(0)[1]).backward()
-    assert happened == ["left", "dW", "arrived"] * 3  # the head, and a column in each block
+    assert events == ["issue", "dW", "wait"] * 3  # the head, and a colwise layer in each block
 
 
 # --- weights and gradients ------------------------------------------------------------------------
@@ -284,36 +291,35 @@ def test_weight_gradients_are_computed_while_the_sum_of_the_inputs_is_on_its_way
 @pytest.mark.parametrize("shape", [{"heads": 6, "kv_heads": 3, "width": 36}, {"tied": True}])
 @ranks(3)
 def test_a_model_from_meta_starts_from_the_weights_of_one_process(shape, mesh):
-    whole = sized(**shape).state_dict()
+    reference = sized(**shape).state_dict()
     job = dist_lab.parallelize(sized(**shape, device="meta"), mesh, "tp", seed=0)
     full = job.full_state_dict()
-    assert list(full) == list(whole)
-    for name, tensor in whole.items():
+    assert list(full) == list(reference)
+    for name, tensor in reference.items():
         torch.testing.assert_close(full[name], tensor, rtol=0, atol=0, msg=name)
-    split = [n for n, laid in job.layouts.items() if laid.splits]
-    for name in split:
-        part = slice_local(whole[name], job.layouts[name], mesh.axes, mesh.coordinates)
-        assert torch.equal(local_part(job.model.get_parameter(name)), part), name
-        assert part.numel() < whole[name].numel(), name
+    for name in [n for n, layout in job.layouts.items() if layout.splits]:
+        shard = slice_local(reference[name], job.layouts[name], mesh.axes, mesh.coordinates)
+        assert torch.equal(local_part(job.model.get_parameter(name)), shard), name
+        assert shard.numel() < reference[name].numel(), name
 
 
 @ranks(4)
-def test_weights_go_in_and_out_whole(mesh):
-    job = dist_lab.parallelize(sized(4, 1), mesh, "tp", **CUT)
-    other = {name: torch.randn_like(tensor) for name, tensor in job.full_state_dict().items()}
-    other = {n: ops.broadcast(tensor, mesh["tp"]) for n, tensor in other.items()}
-    job.load_full_state_dict(other)
-    back = job.full_state_dict()
-    assert all(torch.equal(back[name], other[name]) for name in other)
+def test_full_state_dicts_are_loaded_and_saved_unsharded(mesh):
+    job = dist_lab.parallelize(sized(4, 1), mesh, "tp", **SEQ_PARALLEL)
+    noise = {name: torch.randn_like(tensor) for name, tensor in job.full_state_dict().items()}
+    noise = {n: ops.broadcast(tensor, mesh["tp"]) for n, tensor in noise.items()}
+    job.load_full_state_dict(noise)
+    saved = job.full_state_dict()
+    assert all(torch.equal(saved[name], noise[name]) for name in noise)
     assert job.full_state_dict(rank0_only=True).keys() == (
-        other.keys() if mesh.rank == 0 else set()
+        noise.keys() if mesh.rank == 0 else set()
     )
 
 
-@pytest.mark.parametrize("mode", ["whole", "cut"])
+@pytest.mark.parametrize("mode", ["tensor", "sequence"])
 @ranks(4)
-def test_keys_that_lie_on_several_ranks_have_one_gradient_and_stay_one(mode, mesh):
-    model = sized(4, 2, 32)  # 2 of keys on 4 ranks: ranks 0 and 1 have the first, 2 and 3 the other
+def test_keys_shared_by_several_ranks_have_one_gradient_and_stay_equal(mode, mesh):
+    model = sized(4, 2, 32)  # 2 key heads on 4 ranks: the first on ranks 0 and 1, the other on 2, 3
     job = dist_lab.parallelize(model, mesh, "tp", **MODES[mode])
     optimizer = job.optimizer(torch.optim.AdamW, lr=1e-2)
     for step in range(2):
@@ -321,10 +327,10 @@ def test_keys_that_lie_on_several_ranks_have_one_gradient_and_stay_one(mode, mes
         optimizer.step()
         keys = model.model.layers["1"].self_attn.k_proj.weight
         for tensor in (keys.detach(), keys.grad):
-            everyone = ops.all_gather(local_part(tensor)[None], mesh["tp"])
-            assert torch.equal(everyone[0], everyone[1])
-            assert torch.equal(everyone[2], everyone[3])
-            assert not torch.equal(everyone[0], everyone[2])
+            by_rank = ops.all_gather(local_part(tensor)[None], mesh["tp"])
+            assert torch.equal(by_rank[0], by_rank[1])
+            assert torch.equal(by_rank[2], by_rank[3])
+            assert not torch.equal(by_rank[0], by_rank[2])
         optimizer.zero_grad()
     layout = job.layouts["model.layers.1.self_attn.k_proj.weight"]
     assert layout.partial == (Owed("tp", neighbours=2),)
@@ -332,7 +338,7 @@ def test_keys_that_lie_on_several_ranks_have_one_gradient_and_stay_one(mode, mes
 
 
 class Pair(nn.Module):
-    """A user's own module: two columns that read one input, a row, and one layer more."""
+    """A user's module: two colwise layers that share an input, a rowwise layer, and one more."""
 
     def __init__(self, bias=True):
         super().__init__()
@@ -353,38 +359,37 @@ def rows(step=0, shape=(4, 8, 6)):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("last", ["whole", "colwise_gather_output", None])
+@pytest.mark.parametrize("last", ["replicate", "colwise_gather_output", None])
 @pytest.mark.parametrize("shape", [(4, 8, 6), (8, 6), (6,)])
 @ranks(4)
-def test_a_module_of_ones_own_has_the_outputs_and_gradients_of_the_plain_one(shape, last, mesh):
+def test_a_users_module_has_the_outputs_and_gradients_of_one_process(shape, last, mesh):
     plan = PAIR | ({"last": last} if last and last != "colwise_gather_output" else {})
     size = 5 if last != "colwise_gather_output" else 8
-    plain, split = Pair(), Pair()
-    if last == "colwise_gather_output":  # which takes equal pieces
-        plain.last, split.last = (nn.Linear(6, size).double() for _ in range(2))
-        split.last.load_state_dict(plain.last.state_dict())
+    plain, model = Pair(), Pair()
+    if last == "colwise_gather_output":  # its shards must be equal
+        plain.last, model.last = (nn.Linear(6, size).double() for _ in range(2))
+        model.last.load_state_dict(plain.last.state_dict())
         plan |= {"last": "colwise_gather_output"}
-    job = dist_lab.parallelize(split, mesh, "tp", plan=plan)
+    job = dist_lab.parallelize(model, mesh, "tp", plan=plan)
     plain.load_state_dict(job.full_state_dict())
     inputs = [rows(0, shape).requires_grad_() for _ in range(2)]
-    y, wanted = job.model(inputs[0]), plain(inputs[1])
-    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
-    weights = rows(1, tuple(wanted.shape))
+    y, expected = job.model(inputs[0]), plain(inputs[1])
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    weights = rows(1, tuple(expected.shape))
     (y * weights).sum().backward()
-    (wanted * weights).sum().backward()
+    (expected * weights).sum().backward()
     job.finish()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
     for name, parameter in plain.named_parameters():
-        mine = job.model.get_parameter(name).grad
-        where = job.layouts[name]
-        wanted = slice_local(parameter.grad, where, mesh.axes, mesh.coordinates)
-        assert torch.allclose(local_part(mine), wanted, 1e-11, 1e-11), name
-        whole = gather_full(mine, job.layouts[name], mesh)
-        torch.testing.assert_close(whole, parameter.grad, rtol=1e-11, atol=1e-11, msg=name)
+        grad, layout = job.model.get_parameter(name).grad, job.layouts[name]
+        expected = slice_local(parameter.grad, layout, mesh.axes, mesh.coordinates)
+        assert torch.allclose(local_part(grad), expected, 1e-11, 1e-11), name
+        full_grad = gather_full(grad, layout, mesh)
+        torch.testing.assert_close(full_grad, parameter.grad, rtol=1e-11, atol=1e-11, msg=name)
 
 
 @ranks(2)
-def test_columns_that_read_different_tensors_and_one_that_is_read_twice(mesh):
+def test_columns_may_read_different_tensors_or_one_tensor_twice(mesh):
     class Cross(nn.Module):
         def __init__(self):
             super().__init__()
@@ -400,33 +405,35 @@ def test_columns_that_read_different_tensors_and_one_that_is_read_twice(mesh):
             y = y.mul(2)
             return self.o(twice * first * self.k(y))
 
-    class Again(Cross):
+    class CalledTwice(Cross):
         def forward(self, x):
             return super().forward(super().forward(x))
 
     plan = {"q": "colwise", "k": "colwise", "unused": "colwise", "o": "rowwise"}
-    plain, split = Again(), Again()
-    split.k.weight.requires_grad_(False)
+    plain, model = CalledTwice(), CalledTwice()
+    model.k.weight.requires_grad_(False)
     plain.k.weight.requires_grad_(False)
-    job = dist_lab.parallelize(split, mesh, "tp", plan=plan)
+    job = dist_lab.parallelize(model, mesh, "tp", plan=plan)
     for step in range(2):
-        y, wanted = job.model(rows(step)), plain(rows(step))
-        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        y, expected = job.model(rows(step)), plain(rows(step))
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         y.square().sum().backward()
-        wanted.square().sum().backward()
+        expected.square().sum().backward()
         job.finish()
         for name, parameter in plain.named_parameters():
-            mine = job.model.get_parameter(name).grad
-            assert (mine is None) == (parameter.grad is None), name
-            if mine is not None:
-                part = slice_local(parameter.grad, job.layouts[name], mesh.axes, mesh.coordinates)
-                torch.testing.assert_close(local_part(mine), part, rtol=1e-11, atol=1e-11, msg=name)
+            grad = job.model.get_parameter(name).grad
+            assert (grad is None) == (parameter.grad is None), name
+            if grad is not None:
+                shard = slice_local(parameter.grad, job.layouts[name], mesh.axes, mesh.coordinates)
+                torch.testing.assert_close(
+                    local_part(grad), shard, rtol=1e-11, atol=1e-11, msg=name
+                )
         job.model.zero_grad()
         plain.zero_grad()
 
 
 @ranks(2)
-def test_a_tensor_that_was_changed_since_is_brought_in_anew(mesh):
+def test_an_input_changed_in_place_is_gathered_again(mesh):
     class Changed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -440,44 +447,44 @@ def test_a_tensor_that_was_changed_since_is_brought_in_anew(mesh):
             return self.o(first + self.b(x))
 
     plan = {"a": "colwise", "b": "colwise", "o": "rowwise"}
-    for mode in ({}, CUT):
+    for mode in ({}, SEQ_PARALLEL):
         job = dist_lab.parallelize(Changed(), mesh, "tp", plan=plan, **mode)
         x = rows() if not mode else rows().chunk(2, 1)[mesh.rank]
         with torch.no_grad():
             y = job.model(x)
-        wanted = Changed()(rows())
-        wanted = wanted if not mode else wanted.chunk(2, 1)[mesh.rank]
-        torch.testing.assert_close(y, wanted.detach(), rtol=1e-12, atol=1e-12)
+        expected = Changed()(rows())
+        expected = expected if not mode else expected.chunk(2, 1)[mesh.rank]
+        torch.testing.assert_close(y, expected.detach(), rtol=1e-12, atol=1e-12)
         with torch.inference_mode():
             assert torch.equal(job.model(x), y)
 
 
 @ranks(2)
-def test_an_exception_in_forward_leaves_it_usable_and_nothing_behind(mesh):
-    job = dist_lab.parallelize(sized(), mesh, "tp", **CUT)
+def test_after_an_exception_in_forward_the_job_is_usable_and_no_memory_is_kept(mesh):
+    job = dist_lab.parallelize(sized(), mesh, "tp", **SEQ_PARALLEL)
     x, y = text(0)
-    wanted = one_step(job, (x, y))
+    expected = one_step(job, (x, y))
     job.model.zero_grad()
     hook = job.model.model.layers["1"].self_attn.k_proj.register_forward_pre_hook(fail)
     with pytest.raises(KeyError):
         job.run([(x, y)], lambda out, t: job.cross_entropy_sum(out, t) / 48)
     hook.remove()
-    entries = job.sync.links[1].entries
-    assert all(entry.given is entry.inside is None for entry in entries), "memory is kept"
-    assert one_step(job, (x, y)) == wanted
-    assert all(entry.given is entry.inside is None for entry in entries)
-    assert job.evaluate([(x, y)], lambda out, t: job.cross_entropy_sum(out, t) / 48) == wanted
+    inputs = job.sync.links[1].inputs
+    assert all(each.source is each.gathered is None for each in inputs), "memory is kept"
+    assert one_step(job, (x, y)) == expected
+    assert all(each.source is each.gathered is None for each in inputs)
+    assert job.evaluate([(x, y)], lambda out, t: job.cross_entropy_sum(out, t) / 48) == expected
 
 
 def fail(module, args):
     raise KeyError("in the middle of a block")
 
 
-# --- the ends, split by vocabulary ----------------------------------------------------------------
+# --- embedding and logits, sharded by vocabulary --------------------------------------------------
 
 
 @ranks(2)
-def test_targets_that_are_left_out_have_no_gradient(mesh):
+def test_ignored_targets_have_no_gradient(mesh):
     def padded(step):
         x, y = text(step)
         return x, y.masked_fill(torch.arange(y.numel()).view_as(y) % 3 == 0, -100)
@@ -487,7 +494,7 @@ def test_targets_that_are_left_out_have_no_gradient(mesh):
 
 
 @ranks(2)
-def test_the_row_of_padding_is_not_trained_on_whichever_rank_it_lies(mesh):
+def test_the_padding_row_is_not_trained_on_any_rank(mesh):
     def build():
         model = sized()
         model.model.embed_tokens.padding_idx = 40  # of 61 tokens rank 1 has the last 30
@@ -501,29 +508,29 @@ def test_the_row_of_padding_is_not_trained_on_whichever_rank_it_lies(mesh):
     assert report.equal, report.sentence()
     job = dist_lab.parallelize(build(), mesh, "tp")
     one_step(job, padded(0))
-    where = job.layouts["model.embed_tokens.weight"]
-    table = gather_full(job.model.model.embed_tokens.weight.grad, where, mesh)
-    assert [i for i in range(VOCAB) if not table[i].any() and i in padded(0)[0]] == [40]
+    layout = job.layouts["model.embed_tokens.weight"]
+    grad = gather_full(job.model.model.embed_tokens.weight.grad, layout, mesh)
+    assert [i for i in range(VOCAB) if not grad[i].any() and i in padded(0)[0]] == [40]
 
 
 @ranks(2)
-def test_the_loss_of_narrow_logits_is_summed_in_float32(mesh):
+def test_the_loss_of_bfloat16_logits_is_summed_in_float32(mesh):
     torch.manual_seed(0)
-    whole = (4 * torch.randn(3, 5, VOCAB)).bfloat16()
+    full = (4 * torch.randn(3, 5, VOCAB)).bfloat16()
     targets = torch.randint(VOCAB, (3, 5))
-    where = Layout(whole.shape, whole.dtype, (("tp", Shard(2)),))
-    here = slice_local(whole, where, mesh.axes, mesh.coordinates)
-    found = dist_lab.cross_entropy_sum(SplitLogits(here, VOCAB, Scratch(mesh["tp"])), targets)
-    assert found.dtype == torch.float32
-    wanted = dist_lab.cross_entropy_sum(whole, targets)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    layout = Layout(full.shape, full.dtype, (("tp", Shard(2)),))
+    local = slice_local(full, layout, mesh.axes, mesh.coordinates)
+    loss = dist_lab.cross_entropy_sum(SplitLogits(local, VOCAB, Scratch(mesh["tp"])), targets)
+    assert loss.dtype == torch.float32
+    expected = dist_lab.cross_entropy_sum(full, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
 # --- the loss -------------------------------------------------------------------------------------
 
 
 @ranks(2)
-def test_what_dtensor_does_with_a_loss_is_as_before_once_a_step_is_over_or_broken_off(mesh):
+def test_the_twin_leaves_no_loss_parallel_context_open_after_a_step_or_an_exception(mesh):
     from torch.distributed.tensor import DTensor
 
     handlers = DTensor._op_dispatcher._custom_op_handlers
@@ -535,14 +542,14 @@ def test_what_dtensor_does_with_a_loss_is_as_before_once_a_step_is_over_or_broke
     loss.backward(retain_graph=True)
     first = [p.grad.clone() for p in job.model.parameters()]
     job.model.zero_grad()
-    loss.backward()  # again, which needs the loss's own graph, too
+    loss.backward()  # a second backward also runs the loss's own graph again
     assert all(torch.equal(p.grad, g) for p, g in zip(job.model.parameters(), first, strict=True))
     with pytest.raises(RuntimeError):
         job.cross_entropy_sum(job.model(x), y.double())
     assert handlers == before
 
 
-FOREIGN = {
+OTHER_LOSSES = {
     "cross_entropy": lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten()),
     "log_softmax": lambda out, y: F.log_softmax(out, -1),
     "mul": lambda out, y: torch.ones(2) * out,
@@ -550,36 +557,39 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
 @ranks(2)
-def test_another_loss_on_logits_that_are_split_is_refused(foreign, mesh):
+def test_another_loss_on_sharded_logits_is_refused(loss, mesh):
     job = dist_lab.parallelize(sized(), mesh, "tp")
     x, y = text(0)
-    with pytest.raises(UserError, match=r"split over the ranks by vocabulary; job.cross_entropy"):
-        FOREIGN[foreign](job.model(x), y)
+    with pytest.raises(
+        UserError,
+        match=r"sharded over the ranks by vocabulary; compute the loss by job.cross_entropy",
+    ):
+        OTHER_LOSSES[loss](job.model(x), y)
 
 
 @ranks(2)
-def test_a_head_that_is_gathered_gives_whole_logits(mesh):
+def test_a_head_planned_colwise_gather_output_returns_unsharded_logits(mesh):
     model = sized(vocab=64)
     plan = model.tp_plan() | {"lm_head": "colwise_gather_output"}
-    wanted = sized(vocab=64)(text(0)[0])
-    job = dist_lab.parallelize(model, mesh, "tp", plan=plan, **CUT)
-    torch.testing.assert_close(job.model(text(0)[0]), wanted, rtol=1e-11, atol=1e-11)
+    expected = sized(vocab=64)(text(0)[0])
+    job = dist_lab.parallelize(model, mesh, "tp", plan=plan, **SEQ_PARALLEL)
+    torch.testing.assert_close(job.model(text(0)[0]), expected, rtol=1e-11, atol=1e-11)
 
 
 # --- bugs that shipped elsewhere ------------------------------------------------------------------
 
 
 @ranks(4)
-def test_norms_whose_partial_gradients_nobody_sums_are_found(mesh):
+def test_a_norm_whose_partial_gradient_is_not_summed_is_refused(mesh):
     # Trap 7: LayerNorm under sequence parallelism.
     wrong = sized().tp_plan() | {"model.norm": "replicate"}
-    said = (
-        r"the gradient of model\.norm\.weight is off by .* outside .* or its own module 'sequence'"
+    message = (
+        r"the gradient of model\.norm\.weight is off by .* outside .* its own module as 'sequence'"
     )
-    with pytest.raises(UserError, match=said):
-        verified(mesh, "12 heads", plan=wrong, **CUT)
+    with pytest.raises(UserError, match=message):
+        verified(mesh, "12 heads", plan=wrong, **SEQ_PARALLEL)
 
 
 @ranks(4)
@@ -587,21 +597,21 @@ def test_a_vocabulary_that_does_not_divide_is_exact(mesh):
     # Trap 8: a silent error of 50% in the loss. 61 tokens are 16, 16, 16 and 13; 5 are 2, 2, 1, 0.
     report = dist_lab.verify(
         lambda: sized(vocab=5, tied=True),
-        lambda step: tuple(t % 5 for t in text(step)), mesh, "tp", microbatches=2, **CUT,
+        lambda step: tuple(t % 5 for t in text(step)), mesh, "tp", microbatches=2, **SEQ_PARALLEL,
     )  # fmt: skip
     assert report.equal, report.sentence()
 
 
 @ranks(2)
-def test_a_tied_table_stays_one(mesh):
-    # Trap 9: embedding and head, each with a copy that goes its own way.
+def test_a_tied_embedding_stays_tied(mesh):
+    # Trap 9: embedding and head with a copy each, which drift apart.
     for impl in ("hand", "torch"):
         job = dist_lab.parallelize(sized(tied=True), mesh, "tp", impl)
         assert job.model.lm_head.weight is job.model.model.embed_tokens.weight
         assert "lm_head.weight" not in job.layouts
 
 
-# --- what a plan may say --------------------------------------------------------------------------
+# --- plans that are refused -----------------------------------------------------------------------
 
 GPT = sized().tp_plan()
 REFUSED = [
@@ -610,15 +620,23 @@ REFUSED = [
         {},
         r"the plan's model.layer.\* matches no module; there are model",
     ),
-    ({"model.norm": "colwise"}, {}, "splits model.norm as 'column', which takes a Linear, .* RMSN"),
+    (
+        {"model.norm": "colwise"},
+        {},
+        "splits model.norm as 'colwise', which takes a Linear, .* RMSN",
+    ),
     ({"model.layers.0": "rowwise"}, {}, "which takes a Linear, and it is a Block"),
-    ({"lm_head": "colum"}, {}, "the plan's role of lm_head is 'colum'; there are column, grouped"),
+    (
+        {"lm_head": "colum"},
+        {},
+        "role of lm_head is 'colum'; the roles are colwise, colwise_grouped",
+    ),
     (
         {"lm_head": ("rowwise", 4)},
         {},
-        "column and grouped take the number of outputs that stay toge",
+        "colwise and colwise_grouped take the number of outputs that stay toge",
     ),
-    ({"lm_head": ("colwise", 0)}, {}, "column and grouped take the number of outputs"),
+    ({"lm_head": ("colwise", 0)}, {}, "colwise and colwise_grouped take the number of outputs"),
     ({"lm_head": ("colwise", 7)}, {}, "lm_head has 61 outputs, and the plan keeps 7 together"),
     (
         {"lm_*": "rowwise", "lm_head": "colwise"},
@@ -635,67 +653,75 @@ REFUSED = [
         {},
         "lm_head has 61 outputs, which do not divide over 2 ranks",
     ),
-    ({n: r for n, r in GPT.items() if n != "model.norm"}, CUT, "model.norm.weight is in no module"),
-    (GPT, {"regather": True}, "regather gathers again what sequence_parallel has cut; give both"),
+    (
+        {n: r for n, r in GPT.items() if n != "model.norm"},
+        SEQ_PARALLEL,
+        "model.norm.weight is in no module",
+    ),
+    (
+        GPT,
+        {"regather": True},
+        "regather gathers again what sequence_parallel has sharded; give both",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("plan", "options", "said"), REFUSED)
+@pytest.mark.parametrize(("plan", "options", "message"), REFUSED)
 @pytest.mark.parametrize("impl", ["hand", "torch"])
 @ranks(2)
-def test_a_plan_that_does_not_fit_is_refused_in_a_line(impl, plan, options, said, mesh):
+def test_a_plan_that_does_not_fit_is_refused_in_one_line(impl, plan, options, message, mesh):
     if impl == "torch" and "regather" in options:
-        said = "tp@torch has no option regather; it takes plan, sequence_parallel"
-    with pytest.raises(UserError, match=said) as refusal:
+        message = "tp@torch has no option regather; it takes plan, sequence_parallel"
+    with pytest.raises(UserError, match=message) as refusal:
         dist_lab.parallelize(sized(), mesh, "tp", impl, plan=plan, **options)
     assert "\n" not in str(refusal.value)
 
 
 @ranks(3)
-def test_what_does_not_divide_is_refused_with_the_numbers_and_what_would(mesh):
-    said = (
+def test_heads_and_sequences_that_do_not_divide_are_refused_with_a_degree_that_does(mesh):
+    message = (
         r"q_proj has 4 blocks of 8 outputs \(heads\), .* over 3 ranks of tp; .*: 1, 2, 4, .* is 2"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         dist_lab.parallelize(gpt(), mesh, "tp")
-    said = (
+    message = (
         r"a sequence of 7 does not divide over 3 ranks of tp; give a multiple of 3, a degree of 1"
     )
-    job = dist_lab.parallelize(sized(), mesh, "tp", **CUT)
-    with pytest.raises(UserError, match=said):
+    job = dist_lab.parallelize(sized(), mesh, "tp", **SEQ_PARALLEL)
+    with pytest.raises(UserError, match=message):
         job.model(text(0, seq=7)[0])
 
 
 @ranks(4)
-def test_what_cannot_be_split_is_refused_with_the_reason(mesh):
-    with pytest.raises(UserError, match=r"Sequential has no tp_plan\(\), which says what of it is"):
+def test_a_model_that_cannot_be_sharded_is_refused_with_the_reason(mesh):
+    with pytest.raises(UserError, match=r"Sequential has no tp_plan\(\), which says how to split"):
         dist_lab.parallelize(MODELS["resnet"](), mesh, "tp")
-    with pytest.raises(
-        UserError, match=r"DTensor cannot lay .*k_proj.weight, of which there are f"
-    ):
+    with pytest.raises(UserError, match=r"DTensor cannot split .*k_proj.weight, which has fewer"):
         dist_lab.parallelize(gpt(), mesh, "tp", "torch")
-    with pytest.raises(UserError, match=r"equal pieces alone, and frozen has 13 for 4 ranks"):
+    with pytest.raises(
+        UserError, match=r"equal shards only, and frozen has 13 features for 4 ranks"
+    ):
         dist_lab.parallelize(MODELS["odd"](), mesh, "tp", "torch", plan=PLANS["odd"])
     tied = sized(tied=True)
     with pytest.raises(UserError, match=r"tied between model.embed_tokens and lm_head, which"):
         dist_lab.parallelize(tied, mesh, "tp", plan=GPT | {"lm_head": "replicate"})
-    table = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0))
+    model = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0))
     with pytest.raises(UserError, match=r"0 has max_norm=1\.0"):
-        dist_lab.parallelize(table, mesh, "tp", plan={"0": "vocabulary"})
+        dist_lab.parallelize(model, mesh, "tp", plan={"0": "vocabulary"})
 
 
 @ranks(2)
-def test_a_copy_of_a_part_does_not_compute(mesh):
+def test_a_copy_of_a_sharded_model_does_not_compute(mesh):
     job = dist_lab.parallelize(Pair(), mesh, "tp", plan=PAIR)
     for other in (copy.deepcopy(job.model), pickle.loads(pickle.dumps(job.model))):
-        with pytest.raises(UserError, match=r"holds this rank's part of Linear; load job\.full_st"):
+        with pytest.raises(UserError, match=r"this rank's shard of Linear .*; load job\.full_st"):
             other(rows())
 
 
 def test_every_role_that_a_model_plans_is_known():
     assert registry.MODELS["gpt"].heads("tiny") == (4, 2)
     assert registry.MODELS["vit"].heads("tiny") == (4, 4)
-    assert tp.FORWARDS.keys() | {"whole", "sequence", "cut", "gather_input"} >= {
+    assert tp.FORWARDS.keys() | {"replicate", "sequence", "scatter_output", "gather_input"} >= {
         role if isinstance(role, str) else role[0]
         for model in (sized(), MODELS["mlp"](), vit())
         for role in model.tp_plan().values()

@@ -235,13 +235,13 @@ BAD_FLAGS = [
     ("--strategy pp --nproc 2 --microbatches 5 --batch 32", "batch 32 does not divide into 1 "
         "data-parallel ranks x 5 microbatches = 5 (--batch); give --batch 30"),
     ("--strategy pp --nproc 4 --layers 8 --schedule interleaved --microbatches 2", "interleaved "
-        "takes micro-batches in groups of one a rank, and 2 do not divide by 4 ranks of pp "
+        "takes micro-batches in groups of one per rank, but 2 do not divide by 4 ranks of pp "
         "(--microbatches); give --microbatches 4"),
     ("--schedule zb", "strategy single has no schedule (--schedule); leave it out, or give "
         "--strategy pp"),
     ("--strategy pp --nproc 2 --schedule zbb", "no schedule 'zbb', and no such file (No such file "
         "or directory) (--schedule); give gpipe, 1f1b, interleaved, zb or zbv (did you mean zb?), "
-        "or a file of one row a rank: 0F0,0F1,0B0,0B1"),
+        "or a file with one row per rank: 0F0,0F1,0B0,0B1"),
     ("--strategy pp --nproc 2 --schedule zb --chunks 2", "schedule zb has 1 stage a rank, not 2 "
         "(--chunks); leave it out, or give --schedule interleaved"),
     ("--strategy pp --nproc 2 --schedule zb --recompute 1", "recompute computes a block again for "

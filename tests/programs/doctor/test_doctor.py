@@ -327,7 +327,7 @@ def test_what_is_the_models_or_the_loops_comes_first(mesh, case):
     assert {
         "exact": reason == "",
         "unproved": reason == "not compared, for the reason that stands first",
-        "refused": reason.startswith("the forward moves the buffer between.seen by the rows"),
+        "refused": reason.startswith("the forward updates the buffer between.seen by the rows"),
     }[verdict]
 
 
