@@ -1,10 +1,11 @@
-"""How fast are the collectives, the backend's own and those by hand? Operation x size x algorithm:
+"""How fast are the collectives, the backend's own and ours by hand? Operation x size x algorithm:
 
     python launch/bench_comm.py --nproc 4
     torchrun --nproc_per_node=4 launch/bench_comm.py --ops all_gather,reduce_scatter --sizes 1M,16M
 
-All run in the same processes, in alternating rounds. It prints medians and quartiles, a latency and
-a bandwidth fitted to each algorithm's own formula, and what --collectives auto should choose.
+All algorithms run in the same processes, in alternating rounds. The program prints medians and
+quartiles, a latency and a bandwidth fitted to each algorithm's own formula, and what
+--collectives auto should choose.
 """
 
 import sys

@@ -1,11 +1,11 @@
 """Which strategy is faster here, by how much, and is it certain?
 
     torchrun --nproc_per_node=4 launch/compare.py --strategies single,dp,ddp,ddp@torch --batch 4
-    python launch/compare.py --nproc 4 --size 25m --batch 4 --seq 64       every strategy there is
+    python launch/compare.py --nproc 4 --size 25m --batch 4 --seq 64       all strategies
     python launch/compare.py --nproc 4 --strategies dp,dp                  how large is the noise?
 
 All strategies train the same model on the same batches in the same processes, and take turns in
-rounds. Tables are printed; compare.json, .csv and .png go to runs/.
+rounds. The results are printed as tables; compare.json, .csv and .png go to runs/.
 """
 
 import sys
@@ -19,7 +19,7 @@ from dist_lab.programs.compare import settings
 
 def read(argv: Sequence[str] | None) -> settings.Settings:
     config = settings.read(argv, __doc__)
-    if config.nproc is not None:  # all that can be wrong is said before a rank starts
+    if config.nproc is not None:  # report every mistake before a rank starts
         run_dir.look(config)
         data.check(**config.data_wanted())
     return config

@@ -1,12 +1,12 @@
-"""What would each strategy do with my model? Exact, refused and why, slower than need be and why:
+"""Try every strategy on your model: which are exact, which refuse it and why, what to improve:
 
     python launch/doctor.py mymodels:build --nproc 2
     torchrun --nproc_per_node=4 launch/doctor.py mymodels:build --strategies ddp,fsdp --units Block
 
 build() returns a module, or (module, batch) with batch = (inputs, targets), all rows of one step,
 or (module, batch, loss_sum). With a batch each strategy is trained for a few steps and compared
-with one process. The exit status is 0 if all strategies that were named are exact, or, where none
-was, if any is that shares the work out. With --out DIR the report is written to DIR/doctor.json.
+with one process. The exit status is 0 if all strategies in --strategies are exact; without
+--strategies, if at least one parallel strategy is exact. --out DIR writes DIR/doctor.json.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""What would a run do? Ranks, layout, buckets and bytes of a strategy, with no rank started:
+"""What would a run do? Shows ranks, layouts, memory and collectives without starting any rank:
 
     python launch/explain.py --strategy ddp --mesh dp=8 --size 25m
     python launch/explain.py --strategy dp --microbatches 2
     python launch/explain.py --strategy pp --schedule zb --stages 4 --svg zb.svg
     python launch/explain.py --strategy fsdp --out runs/fsdp                 writes explain.json
 
-One step of rank 0 is run, against ranks that are only pretended; what it sends is what is shown.
+It is a dry run: rank 0 takes a real step in this process, and the other ranks are simulated.
 """
 
 import sys

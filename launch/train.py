@@ -1,11 +1,11 @@
-"""Train a model on this machine, by any strategy:
+"""Train a model on this machine with any strategy:
 
     python launch/train.py                                           one process
     python launch/train.py --strategy fsdp --nproc 4                 4 ranks, started here
     torchrun --nproc_per_node=4 launch/train.py --strategy fsdp      4 ranks, started by torchrun
-    python launch/train.py --config configs/02_dp.toml --steps 50    a preset; flags win over it
+    python launch/train.py --config configs/02_dp.toml --steps 50    a preset; flags override it
 
-Logs go to runs/: metrics.jsonl, summary.json, and TensorBoard's (tensorboard --logdir runs).
+Logs go to runs/: metrics.jsonl, summary.json and TensorBoard events (tensorboard --logdir runs).
 """
 
 import sys
@@ -20,7 +20,7 @@ from dist_lab.programs.cli.config import Config
 
 def read(argv: Sequence[str] | None) -> Config:
     config = parse(argv, program="train.py", description=__doc__)
-    if config.nproc is not None:  # all that can be wrong is said before a rank starts
+    if config.nproc is not None:  # report every mistake before a rank starts
         run_dir.look(config)
         data.check(**config.data_wanted())
     return config

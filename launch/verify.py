@@ -15,7 +15,7 @@ from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.settings import AtLeast
 
-# Little work, for a bug shows in the first steps; in float64, where rounding cannot hide it.
+# A bug shows in the first steps, so a small run suffices; in float64 rounding cannot hide it.
 DEFAULTS = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
 WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every"]
 
@@ -24,7 +24,7 @@ def read(argv: Sequence[str] | None) -> Config:
     config = parse(
         argv, program="verify.py", description=__doc__, defaults=DEFAULTS, without=WITHOUT
     )
-    if config.nproc is not None:  # all that can be wrong is said before a rank starts
+    if config.nproc is not None:  # report every mistake before a rank starts
         data.check(**config.data_wanted())
     return config
 

@@ -9,13 +9,13 @@ Each has two forms:
 
 `_into` is for buckets and gather buffers, where a second copy costs more than the sum itself. The
 buffer must not be touched before `wait()`. All ranks must wait for their calls in the same order,
-because a collective by hand sends the messages of its first round at the call, and those of later
+because a hand-written collective sends its first round of messages at the call, and all later
 rounds inside `wait()`. On an axis of size 1 every operation is the identity, and the out-of-place
 forms return their argument itself. A `_coalesced` form does many collectives in one.
 
 The algorithm is set for a whole mesh (`init_mesh(collectives=...)`) or for one call (`algorithm=`):
-"backend", a family of `by_hand/algorithms.py`, or "auto", the fastest in our measurements. An
-algorithm gives all ranks the same bits; two algorithms may round differently.
+"backend", "ring", "tree" or "direct" (by_hand/algorithms.py), or "auto", the fastest we measured.
+An algorithm gives all ranks the same bits; two algorithms may round differently.
 
 Notation: `x[D_X]` is sharded over axis X, `x{U_X}` is a partial sum over X (The Scaling Book, ch.
 3).
@@ -53,7 +53,7 @@ def all_reduce(
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, *, algorithm: str | None = None) -> Tensor:
-    """x[D_X] -> x[D]: all ranks' x, concatenated along `dim`. Equal shapes, not 0-dim."""
+    """x[D_X] -> x[D]: all ranks' x, concatenated along `dim`. Shapes must be equal, not 0-dim."""
     if axis.size == 1:
         return x
     out = x.new_empty(axis.size, *x.shape)
@@ -66,7 +66,7 @@ def reduce_scatter(
 ) -> Tensor:
     """x[D]{U_X} -> x[D_X]: rank i gets shard i of the sum, which is split along `dim`.
 
-    Raises ValueError if `dim` does not divide by the axis size.
+    Raises ValueError if the length of `dim` is not divisible by the axis size.
     """
     if axis.size == 1:
         return x
@@ -81,7 +81,7 @@ def all_to_all(
     """x[A_X, B] -> x[A, B_X]: chunk j along `split_dim` goes to rank j, which concatenates the
     chunks it gets along `concat_dim`.
 
-    Raises ValueError if `split_dim` does not divide by the axis size.
+    Raises ValueError if the length of `split_dim` is not divisible by the axis size.
     """
     if axis.size == 1:
         return x
@@ -109,12 +109,12 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
     return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
 
 
-@torch.inference_mode(False)  # the first forward creates it, maybe in inference; training writes it
+@torch.inference_mode(False)  # the first call may be in inference mode; training writes to it
 def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     """Returns a flat buffer of zeros, in memory that all ranks map if possible.
 
-    These collectives then need no message: `all_reduce_into` and `all_gather_into` of the buffer,
-    `reduce_scatter_into` from it, `all_gather_coalesced` with it as input, and
+    If it is shared, these collectives send no messages: `all_reduce_into` on it, `all_gather_into`
+    to it, `reduce_scatter_into` from it, `all_gather_coalesced` with it as input, and
     `reduce_scatter_coalesced` with it as staging. They recognise the buffer itself, not a view of
     it. Sums of 16-bit numbers still use messages.
 

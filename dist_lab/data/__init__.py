@@ -1,20 +1,20 @@
-"""Data: a global batch is a pure function of (seed, step), and a rank takes a slice of its rows.
+"""Data: a global batch is a pure function of (seed, step), and each rank reads a slice of its rows.
 
-Every rank knows which samples the global batch has, and makes only the rows that its data
-coordinate owns, so a run sees the same samples in the same order in every layout, and after a
-resume.
+Every rank can compute which samples are in the global batch, and loads only its own rows. So a run
+sees the same samples in the same order on any mesh, and also after a resume.
 
     corpus.py    bytes from the standard library, a text file or a folder, cached as a memory map
-    text.py      windows of those bytes, each exactly once an epoch
+    text.py      windows of those bytes, each exactly once per epoch
     glyphs.py    characters of Pillow's font, distorted at random
-    datasets.py  MNIST and CIFAR-10 on disk, or fetched by one process
-    images.py    their images, each exactly once an epoch; and noise
-    order.py     which sample comes when
-    custom.py    your own `module:function`, judged before the first step
-    prefetch.py  the next batch, made while this one is used
+    datasets.py  MNIST and CIFAR-10: are the files on disk, and downloading them once
+    images.py    the images of datasets, each exactly once per epoch; and noise
+    order.py     the order of samples
+    custom.py    your own `module:function`, checked before the first step
+    prefetch.py  loads the next batch while the current one is used
+    cast.py      images in the dtype of the model
 
-This file, corpus.py and datasets.py import no torch: the launcher calls `check` before it starts a
-rank.
+This file, corpus.py and datasets.py do not import torch, because the launcher calls `check` before
+it starts a rank.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class Data(Protocol):
     `rows` picks rows of the GLOBAL batch, as in `range(batch)[rows]`. Both methods return
     (inputs, targets).
 
-        text    int64 token ids below `vocab`, each (rows, seq); targets[r, t] is what a model
-                should say after inputs[r, : t + 1]
-        images  float32 (rows, channels, height, width), of mean 0 and deviation 1 or about that;
+        text    int64 token ids below `vocab`, both (rows, seq); targets[r, t] is the token that
+                follows inputs[r, : t + 1]
+        images  float32 (rows, channels, height, width), with mean 0 and deviation 1, roughly;
                 int64 classes below `vocab`, (rows,)
 
-    They are pure: the same arguments give the same tensors in every process, and slices laid end
-    to end give the whole batch.
+    They are pure functions: the same arguments give the same tensors in every process, and
+    consecutive slices concatenate to the whole batch.
     """
 
     name: str  # for the log
     vocab: int  # token ids, or classes, are 0 .. vocab - 1
-    image: Shape | None  # None: text. Data of your own that has no such attribute is text
-    sha256: str  # of everything there is to read, for the log; "" if there is no such hash
-    validation_batches: int  # how many different ones `validation` has; 0 means no validation
+    image: Shape | None  # the shape of an image; None, or no such attribute: text
+    sha256: str  # hash of all samples, for the log; "" if there is none
+    validation_batches: int  # number of validation batches; 0: no validation
 
     def batch(self, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the global training batch of `step`, counted from 0 and never exhausted."""
+        """Rows of the global training batch of `step`, for any step from 0."""
 
     def validation(self, index: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of global validation batch `index`, 0 <= index < validation_batches."""
@@ -73,20 +73,21 @@ def check(
     download: bool = False,
     fits: Callable[[Shape | None], None] = lambda image: None,
 ) -> corpus.Corpus | None:
-    """Answer for `--data spec` before a rank starts: the errors of `open_data`, without torch.
+    """Check `--data spec` before a rank starts: raises the errors of `open_data`, without torch.
 
-    The cached corpus is built on the way, and returned, or the dataset fetched. Of a
-    `module:function` only the module is looked for; what the function returns is judged by
-    `open_data`, because running it may well take torch.
+    This also builds the cached corpus and returns it, or downloads the dataset. For a
+    `module:function` it only checks that the module exists; `open_data` checks the data that the
+    function returns, because calling it usually needs torch.
 
     Args:
-        download: fetch a dataset that is not in the cache folder.
-        fits: told the shape of an image, None for text; raises if the model cannot take such data.
+        download: download a dataset that is not in the cache folder.
+        fits: called with the shape of an image, or None for text; raises if the model cannot take
+            such data.
     """
     if download and spec not in DATASETS:
         raise UserError(
-            f"download=True fetches data {' or '.join(DATASETS)}, and data={spec!r} is neither; "
-            "drop it"
+            f"download=True is for data {' or '.join(DATASETS)}, and data={spec!r} is neither; "
+            "leave it out"
         )
     if custom.is_custom(spec):
         custom.locate(spec)
@@ -112,16 +113,16 @@ def open_data(
     fits: Callable[[Shape | None], None] = lambda image: None,
     validation_batches: int = 8,
 ) -> Data:
-    """Open what `--data` names: `batch` samples a step, all ranks together.
+    """Open the data that `--data` names. `batch` is the number of samples per step, over all ranks.
 
-    That is the name of images (`datasets.image_of`), a `module:function`, or else text
-    (`corpus.ACCEPTED`), which comes in sequences of `seq`. At most `validation_batches` batches are
-    held ready for validation, fewer if there is no more to hold out; a custom `module:function`
-    decides for itself. `download` and `fits` as in `check`.
+    `spec` is the name of an image dataset (`datasets.image_of`), a `module:function`, or else text
+    (`corpus.ACCEPTED`), read in sequences of `seq` tokens. There are at most `validation_batches`
+    validation batches, fewer if not enough data is held out; a `module:function` decides for
+    itself. `download` and `fits` are as in `check`.
 
-    Raises UserError when there is nothing of that name, not one sequence in it, or the function
-    does not keep the protocol of Data; MachineError when the cache folder cannot be written, or a
-    dataset not be fetched.
+    Raises UserError when no data has that name, the text is shorter than one sequence, or the
+    function does not return a Data; MachineError when the cache folder cannot be written, or a
+    dataset cannot be downloaded.
     """
     text = check(spec, seq=seq, cache_dir=cache_dir, download=download, fits=fits)
     if custom.is_custom(spec):
@@ -129,7 +130,7 @@ def open_data(
         fits(data.image)
         return data
     order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
-    # What follows is imported here and not above, because it imports torch.
+    # Imported here and not above, because these files import torch.
     if text is not None:
         from dist_lab.data.text import Text
 

@@ -1,4 +1,4 @@
-"""The same data in another dtype: images in that of a model's parameters, where they are made."""
+"""Cast the images of any data to another dtype, that of the model's parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Cast:
-    """Any `Data`, its images in `dtype`. Token ids and classes stay as they are."""
+    """A `Data` with the images of another one in `dtype`. Token ids and classes do not change."""
 
     def __init__(self, data: Data, dtype: torch.dtype) -> None:
         self.name, self.vocab, self.image = data.name, data.vocab, data.image

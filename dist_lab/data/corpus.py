@@ -1,22 +1,23 @@
-"""A corpus is text as bytes: one memory-mapped array, cut into training and validation.
+"""A corpus is text as bytes: one memory-mapped array, split into training and validation.
 
-A byte-level model needs no tokenizer and no download: every Python brings some twelve megabytes of
-text, the source of its standard library, and that is the default. A text file or a folder of them
-serves as well. Nothing here imports torch, nor numpy until a cached file is opened or written: the
-launcher looks at the data before it starts a rank, and a misspelled path is answered at once.
+A byte-level model needs no tokenizer and no download: every Python comes with about 12 MB of text,
+the source of its standard library, which is the default. A text file or a folder of text files
+works as well. This file does not import torch, and numpy only when a cached file is opened or
+written: the launcher checks the data before it starts a rank, and reports a wrong path at once.
 
 [Note: what is held out]
-Validation must look like training and be no part of it. From ten files on, every tenth in sorted
-order is held out whole: neighbors in that order are of one package, so each package gives its
-tenth. Of fewer files, the last tenth of their bytes is held out.
+Validation data must be similar to training data and disjoint from it. If there are ten files or
+more, every tenth file in sorted order is held out. Neighbors in that order belong to one package,
+so a tenth of each package is held out. If there are fewer files, the last tenth of their bytes is
+held out.
 
 [Note: one file, renamed into place]
-A cached corpus is a .npy file of bytes: those to train on, those to validate on, and FOOTER bytes
-that tell where the first end and what the SHA-256 of both is. It is written under a hidden name and
-renamed when complete, so its name stands for all of it or for nothing: two ranks that build at once
-both end up right, and a killed build is never opened. The name carries a hash of the source's files
-(path, size, time of change), so a changed source is another corpus. Opening one checks that nothing
-is missing, not its bytes. All cached files may be deleted.
+A cached corpus is a .npy file of bytes: the training bytes, the validation bytes, and FOOTER bytes
+with the length of the first part and the SHA-256 of both. It is written under a hidden name and
+renamed when complete, so a file with the final name is always complete: two ranks may build it at
+once, and a killed build is never opened. The name contains a hash of the source files (path, size,
+modification time), so a changed source is another corpus. Opening a corpus checks its length, not
+its bytes. All cached files may be deleted.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 
-ACCEPTED = {  # what --data takes
+ACCEPTED = {  # values of --data -> their meaning
     "stdlib": "the source of Python's standard library",
     "FILE": "a text file",
     "FOLDER": "a folder of text files",
@@ -45,19 +46,19 @@ ACCEPTED = {  # what --data takes
 DEFAULT_CACHE = Path("~/.cache/dist_lab")
 
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-HELD_OUT = 10  # one in ten is for validation
+HELD_OUT = 10  # every tenth file, or the last tenth of the bytes, is for validation
 SUFFIX = ".corpus"
 FOOTER = 8 + 32  # bytes: the number of training bytes, little-endian, and the digest
-FORMAT = 2  # part of every cached file's name: raise it when the layout or the split changes
-HEAD = 1 << 20  # bytes of a file that tell whether it is text
+FORMAT = 2  # in the hash in a cached file's name: raise it when the format or the split changes
+HEAD = 1 << 20  # bytes at the start of a file that are searched for a NUL: then it is not text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two disjoint runs of bytes, mapped read-only from the cached file at `path`.
+    """Training and validation bytes, mapped read-only from the cached file at `path`.
 
-    `name` is what was asked for. `sha256` is of the training bytes followed by the validation
-    bytes, whatever the machine and the path they came from.
+    `name` is the value of --data. `sha256` is the hash of the training bytes followed by the
+    validation bytes; it does not depend on the machine or on paths.
     """
 
     name: str
@@ -68,14 +69,14 @@ class Corpus:
 
 
 def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
-    """Open the corpus that `spec` names (see ACCEPTED), building its cached file if need be.
+    """Open the corpus that `spec` names (see ACCEPTED), and build its cached file if it is missing.
 
-    Raises UserError when `spec` gives no text, MachineError when the cache cannot be written.
+    Raises UserError when `spec` names no text, MachineError when the cache cannot be written.
     """
     try:
         label, files = standard_library() if spec == "stdlib" else files_of(spec)
-        known = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
-        key = hashlib.sha256(ascii((FORMAT, known)).encode()).hexdigest()[:16]
+        stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
+        key = hashlib.sha256(ascii((FORMAT, stats)).encode()).hexdigest()[:16]
         path = Path(os.path.expanduser(cache_dir), f"{label}-{key}{SUFFIX}")
         corpus = load(spec, path)
         if corpus is None:
@@ -91,28 +92,29 @@ def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
 
 
 def require(corpus: Corpus, seq: int) -> None:
-    """Raise UserError unless both splits hold one window: `seq` bytes and the one that follows."""
+    """Raise UserError unless both splits have at least one window of `seq` + 1 bytes."""
     train, validation = len(corpus.train), len(corpus.validation)
     longest = min(train, validation) - 1
     if seq > longest:
         shorter = f"use seq={longest} or less, or " if longest > 0 else ""
         raise UserError(
-            f"data={corpus.name!r} has {train} bytes to train on and {validation} to validate "
-            f"on, and a sequence of seq={seq} takes {seq + 1} of each; {shorter}give more text"
+            f"data={corpus.name!r} has {train} training and {validation} validation bytes, and "
+            f"seq={seq} needs {seq + 1} of each; {shorter}give more text"
         )
 
 
-# Where the text lies: how the cached file's name begins, and the files, sorted.
+# The source files of a corpus: each function returns a prefix for the cached file's name, and the
+# sorted files.
 
 
 def standard_library() -> tuple[str, list[Path]]:
     """Every .py file of this Python's standard library except its tests, about 12 MB."""
     root = Path(sysconfig.get_path("stdlib"))
-    below = walk(root, NOT_THE_LIBRARY) if root.is_dir() else []
-    files = [path for path in below if path.suffix == ".py"]
+    candidates = walk(root, NOT_THE_LIBRARY) if root.is_dir() else []
+    files = [path for path in candidates if path.suffix == ".py"]
     if not files:
         raise MachineError(
-            f"this Python keeps no source of its standard library in {str(root)!r}; "
+            f"this Python has no source of its standard library in {str(root)!r}; "
             f"give other text: data=FILE or data=FOLDER"
         )
     return "stdlib", files
@@ -132,14 +134,14 @@ def files_of(spec: str) -> tuple[str, list[Path]]:
 
 
 def walk(root: Path, pruned: Collection[str] = ()) -> list[Path]:
-    """All files below `root`, but hidden ones, broken links, pipes and our own cached files."""
+    """All files below `root`, except hidden files, broken links, pipes and cached corpora."""
 
-    def refuse(error: OSError) -> None:  # else os.walk passes over what it cannot list
+    def refuse(error: OSError) -> None:  # by default os.walk skips folders that it cannot list
         raise error
 
     paths: list[Path] = []
-    for folder, below, names in os.walk(root, onerror=refuse):
-        below[:] = [name for name in below if not name.startswith(".") and name not in pruned]
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in pruned]
         paths += [Path(folder, name) for name in names if not name.startswith(".")]
     kept = [path for path in paths if path.suffix != SUFFIX and os.path.isfile(path)]
     return sorted(kept, key=Path.as_posix)
@@ -149,7 +151,7 @@ def walk(root: Path, pruned: Collection[str] = ()) -> list[Path]:
 
 
 def load(name: str, path: Path) -> Corpus | None:
-    """Map the cached file; None when there is none, or it is cut short or not one of ours."""
+    """Map the cached file; None if it is missing, too short or not a cached corpus."""
     import numpy as np
 
     try:
@@ -162,7 +164,7 @@ def load(name: str, path: Path) -> Corpus | None:
 
 
 def build(spec: str, texts: list[bytes], path: Path) -> None:
-    """Write the cached file, complete or not at all."""
+    """Write the cached file: either it is complete, or there is none."""
     from numpy.lib.format import write_array_header_1_0
 
     held_out = texts[HELD_OUT - 1 :: HELD_OUT]  # see [Note: what is held out]
@@ -170,14 +172,14 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
     whole = bytearray().join(kept + held_out)
     train = len(whole) - (sum(map(len, held_out)) or len(whole) // HELD_OUT)
     whole += train.to_bytes(8, "little") + hashlib.sha256(whole).digest()
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # no two builders share one
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique for each builder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "xb") as file:
                 shape = {"descr": "|u1", "fortran_order": False, "shape": (len(whole),)}
                 write_array_header_1_0(file, shape)
-                file.write(whole)  # np.save would not say why it cannot
+                file.write(whole)  # np.save does not report why a write fails
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
             os.replace(partial, path)
@@ -191,7 +193,7 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
 
 
 def read_texts(spec: str, files: list[Path]) -> list[bytes]:
-    """The text of each file that has any: that is not empty, and has no NUL byte in its head."""
+    """Read all text files: those that are not empty and have no NUL in the first HEAD bytes."""
     texts, empty = [], 0
     for path in files:
         with open(path, "rb") as file:

@@ -1,11 +1,11 @@
-"""Data of your own: `--data module:function`, found by name and judged before the first step.
+"""Your own data: `--data module:function`, imported by name and checked before the first step.
 
     def function(*, batch: int, seq: int, seed: int) -> dist_lab.data.Data: ...
 
-What it returns is text, unless its `image` is the shape of one; `seq` then means nothing to it. The
-module is found as `python -m` would find it, the current folder first. What the function returns is
-asked for its first batch at once: a wrong shape is named in one line, while in the first step it
-would be a traceback out of the model from every rank.
+The data is text, unless its `image` is the shape of an image; then `seq` is unused. The module is
+found as by `python -m`, in the current folder first. The first batch is loaded and checked at once:
+a wrong shape is reported in one line, where the first step would fail with a traceback from the
+model on every rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from dist_lab.data import Data, Shape
 
-NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # a file a:b is given as ./a:b
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # type ./a:b for a file a:b
 
 ATTRIBUTES = {"name": str, "vocab": int, "sha256": str, "validation_batches": int}
 METHODS = ("batch", "validation")
@@ -35,7 +35,7 @@ SEE = "see the protocol dist_lab.data.Data"
 
 
 def is_custom(spec: str) -> bool:
-    """Whether `spec` has the form module:function.
+    """Whether `spec` is of the form module:function.
 
     >>> [is_custom(spec) for spec in ("words:small", "my.words:small", "./a:b", "stdlib")]
     [True, True, False, False]
@@ -44,20 +44,20 @@ def is_custom(spec: str) -> bool:
 
 
 def locate(spec: str) -> None:
-    """Raise UserError unless the module, or the package it lies in, is there; none of it is run."""
+    """Raise UserError unless the module's top-level package exists. Imports nothing."""
     module = spec.partition(":")[0]
     with calling(spec, f"looking for {module}"):
-        there = importlib.util.find_spec(module.partition(".")[0])
-    if there is None:
-        missing = f"no module {module!r} in {os.getcwd()!r} nor among the installed ones"
-        fix = f"run in the folder it lies in, or write ./{spec} if it is a path"
+        top_level = importlib.util.find_spec(module.partition(".")[0])
+    if top_level is None:
+        missing = f"no module {module!r} in {os.getcwd()!r} or among the installed ones"
+        fix = f"run in the folder of the module, or write ./{spec} if it is a path"
         raise refusal(spec, f"{missing}; {fix}")
 
 
 def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
-    """Call the function, and raise UserError unless it returns a Data with a right first batch."""
+    """Call the function. Raises UserError unless it returns a Data whose first batch is right."""
     module, _, name = spec.partition(":")
-    fix_torchvision()  # the module may well import it
+    fix_torchvision()  # the module may import torchvision
     with calling(spec, f"importing {module}"):
         function = getattr(importlib.import_module(module), name, None)
     if not callable(function):
@@ -65,14 +65,14 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
     with calling(spec, f"{name}(batch={batch}, seq={seq}, seed={seed})"):
         data: Data = function(batch=batch, seq=seq, seed=seed)
     returned = f"{name}() returned a {type(data).__name__}"
-    lacking = [
+    missing = [
         f"{attribute}: {kind.__name__}"
         for attribute, kind in ATTRIBUTES.items()
         if not isinstance(getattr(data, attribute, None), kind)
     ]
-    lacking += [f"{method}()" for method in METHODS if not callable(getattr(data, method, None))]
-    if lacking:
-        raise refusal(spec, f"{returned} that lacks {', '.join(lacking)}; {SEE}")
+    missing += [f"{method}()" for method in METHODS if not callable(getattr(data, method, None))]
+    if missing:
+        raise refusal(spec, f"{returned} without {', '.join(missing)}; {SEE}")
     custom = Custom(data)
     image = custom.image
     sides = image if isinstance(image, tuple) else ()
@@ -84,13 +84,16 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
         if any((a[:1] != b).any() for a, b in zip(whole, first, strict=True)):
             rows = f"{method}(0, slice(0, {batch})) is not that of {method}(0, slice(0, 1))"
             raise refusal(
-                spec, f"the first row of {rows}; let nothing but the step and the row decide it"
+                spec, f"the first row of {rows}; a row may depend only on the step and its index"
             )
     return custom
 
 
 class Custom:
-    """Data of your own, with an `image` if it has none, and its folder importable as it runs."""
+    """Your own data, with `image` = None if it has no `image`.
+
+    While its methods run, the folder that was current at the start can be imported from.
+    """
 
     def __init__(self, data: Data) -> None:
         self.name, self.vocab, self.sha256 = data.name, data.vocab, data.sha256
@@ -110,21 +113,21 @@ class Custom:
 def first_rows(
     spec: str, data: Data, method: str, rows: int, sample: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Rows 0 .. rows - 1 of the first batch; UserError unless they are what Data promises."""
+    """Returns rows 0 .. rows - 1 of the first batch. Raises UserError if they are wrong."""
     call = f"{method}(0, slice(0, {rows}))"
     with calling(spec, call):
         pair: tuple[Tensor, Tensor] = getattr(data, method)(0, slice(0, rows))
-    if wrong := fault(pair, rows, sample, data.vocab):
-        raise refusal(spec, f"{call} returned {wrong}; {SEE}")
+    if problem := mismatch(pair, rows, sample, data.vocab):
+        raise refusal(spec, f"{call} returned {problem}; {SEE}")
     return pair
 
 
-def fault(pair: object, rows: int, sample: tuple[int, ...], vocab: int) -> str | None:
-    """Why `pair` is not inputs and targets of so many rows, or None.
+def mismatch(pair: object, rows: int, sample: tuple[int, ...], vocab: int) -> str | None:
+    """Returns why `pair` is not (inputs, targets) with this many rows; None if it is.
 
-    `sample` is the shape of an image, or (length,) of a sequence of text.
+    `sample` is the shape of one sample: that of an image, or (seq,) for text.
     """
-    import torch  # not at the top: the launcher calls locate(), and is free of torch
+    import torch  # not at the top: the launcher calls locate() without torch
 
     if not isinstance(pair, tuple) or [isinstance(x, torch.Tensor) for x in pair] != [True, True]:
         return f"a {type(pair).__name__} that is not (inputs, targets), two tensors"
@@ -143,25 +146,25 @@ def fault(pair: object, rows: int, sample: tuple[int, ...], vocab: int) -> str |
     return None
 
 
-# Running somebody else's code.
+# Running the user's code.
 
 
 @contextmanager
 def calling(spec: str, call: str) -> Iterator[None]:
-    """Run somebody else's code: what it raises is a UserError that says where, in one line."""
+    """Run the user's code. An exception in it becomes a UserError that names the call."""
     try:
         with importable_from(os.getcwd()):
             yield
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise refusal(spec, f"{call} raised {said}; --debug shows where") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise refusal(spec, f"{call} raised {message}; --debug shows where") from error
 
 
 @contextmanager
 def importable_from(folder: str) -> Iterator[None]:
-    """Put a folder first on sys.path, and take it off again.
+    """Put a folder first on sys.path, and remove it afterwards.
 
-    Threads may overlap in here (prefetch.py): each puts in an entry of its own, and takes out one.
+    Threads may overlap here (prefetch.py): each adds one entry and removes one.
     """
     sys.path.insert(0, folder)
     try:

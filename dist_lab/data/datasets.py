@@ -1,14 +1,14 @@
-"""Images by name; of MNIST and CIFAR-10, whether the files are there, and fetching them once.
+"""The names of image datasets; for MNIST and CIFAR-10, checking for the files and downloading them.
 
-The files are torchvision's: the same in the same folders below --cache as torchvision keeps below
-its `root`, so a copy made by torchvision serves, and the other way round. Nothing is fetched
-unless asked for, by --download. No torch is imported unless something is fetched: the launcher
-looks whether the files are there before it starts a rank.
+The files are torchvision's, in the same folders below --cache as torchvision has below its `root`.
+So a copy made by torchvision works here, and the other way round. Nothing is downloaded without
+--download. torch is imported only for a download: the launcher checks for the files before it
+starts a rank.
 
-[Note: fetched by one, whole or not at all]
-Ranks that find nothing all come here, and one lock lets them in one after the other: the first
-fetches, the others then find it done. They wait for the lock and not in a collective, which would
-give up long before. Files are fetched into a hidden folder that is renamed when complete.
+[Note: one download]
+If files are missing, all ranks call `fetch`. A file lock admits one at a time: the first downloads,
+and the others then find the files. They wait for the lock and not in a collective, which would time
+out long before. Files are downloaded into a hidden folder that is renamed when complete.
 """
 
 import fcntl
@@ -24,15 +24,15 @@ from dist_lab.torchvision_import import fix_torchvision
 
 @dataclass(frozen=True)
 class Dataset:
-    """A set of images that torchvision knows."""
+    """An image dataset of torchvision."""
 
     torchvision: str  # the class in torchvision.datasets
     folder: str  # below the cache folder
-    files: tuple[str, ...]  # in it
-    megabytes: int  # to fetch
+    files: tuple[str, ...]  # in the folder
+    megabytes: int  # to download
     image: tuple[int, int, int]  # channels, height, width
     classes: int
-    mean: tuple[float, ...]  # of each channel over the training images, pixels being in [0, 1]
+    mean: tuple[float, ...]  # per channel, over the training images with pixels in [0, 1]
     deviation: tuple[float, ...]
 
 
@@ -50,12 +50,12 @@ DATASETS = {
     ),
 }  # fmt: skip
 
-GLYPHS = (1, 28, 28)  # made here, of any size one likes
+GLYPHS = (1, 28, 28)  # a choice of ours, because glyphs.py draws them
 IMAGES = {"glyphs": GLYPHS, "fake": (3, 32, 32)} | {n: d.image for n, d in DATASETS.items()}
 
 
 def image_of(spec: str) -> tuple[int, int, int] | None:
-    """The shape of the images that --data names; None for all else, which may have some or none.
+    """The shape of the images that --data names; None for text and for `module:function`.
 
     >>> image_of("mnist"), image_of("fake"), image_of("fake:1x20x24"), image_of("stdlib")
     ((1, 28, 28), (3, 32, 32), (1, 20, 24), None)
@@ -67,53 +67,54 @@ def image_of(spec: str) -> tuple[int, int, int] | None:
 
 
 def require(spec: str, cache_dir: Path, *, download: bool) -> None:
-    """Raise UserError unless the files are there; with `download`, fetch them if they are not.
+    """Raise UserError if files are missing; with `download`, download them instead.
 
-    Raises MachineError when fetching fails.
+    Raises MachineError when the download fails.
     """
     dataset, cache = DATASETS[spec], Path(os.path.expanduser(cache_dir))
     folder = cache / dataset.folder
-    lacking = missing(folder, dataset)
-    if not lacking:
+    absent = missing(folder, dataset)
+    if not absent:
         return
     if not download:
         raise UserError(
-            f"data={spec} is not on this machine: {str(folder)!r} lacks {len(lacking)} of "
-            f"{len(dataset.files)} files, first {lacking[0]!r}; fetch {dataset.megabytes} MB by "
-            "download=True, or name the folder that torchvision was given: cache=DIR"
+            f"data={spec} is not on this machine: {str(folder)!r} lacks {len(absent)} of "
+            f"{len(dataset.files)} files, first {absent[0]!r}; download {dataset.megabytes} MB by "
+            "download=True, or name the root folder of torchvision's datasets: cache=DIR"
         )
     try:
         fetch(spec, cache)
-    except (OSError, RuntimeError) as error:  # torchvision tells by a RuntimeError of many lines
-        said = " ".join(f"{error}".split())[:200]
+    except (OSError, RuntimeError) as error:  # torchvision raises a RuntimeError of many lines
+        message = " ".join(f"{error}".split())[:200]
         raise MachineError(
-            f"data={spec}: cannot fetch it into {str(cache)!r} ({said}); put the files of "
+            f"data={spec}: cannot download it to {str(cache)!r} ({message}); put the files of "
             f"torchvision's {dataset.torchvision} there by hand, or name another folder: cache=DIR"
         ) from error
 
 
 def missing(folder: Path, dataset: Dataset) -> list[str]:
+    """The names of files that are not in the folder."""
     return [name for name in dataset.files if not (folder / name).is_file()]
 
 
 def fetch(spec: str, cache: Path) -> None:
-    """Fetch the files, unless another process does: [Note: fetched by one, whole or not at all]."""
+    """Download the files unless another process has done so: [Note: one download]."""
     dataset = DATASETS[spec]
-    place = cache / dataset.folder.partition("/")[0]
+    target = cache / dataset.folder.partition("/")[0]
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{spec}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
-        lacking = missing(cache / dataset.folder, dataset)
-        if not lacking:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        absent = missing(cache / dataset.folder, dataset)
+        if not absent:
             return
-        if place.exists():
+        if target.exists():
             raise UserError(
-                f"data={spec}: {str(place)!r} is there, but lacks {lacking[0]!r}; move it out of "
-                "the way for download=True"
+                f"data={spec}: {str(target)!r} exists, but lacks {absent[0]!r}; move it away, and "
+                "download=True will replace it"
             )
         fix_torchvision()
         import torchvision
 
         with tempfile.TemporaryDirectory(prefix=f".{spec}-", dir=cache) as partial:
             getattr(torchvision.datasets, dataset.torchvision)(partial, download=True)
-            os.rename(Path(partial, place.name), place)
+            os.rename(Path(partial, target.name), target)

@@ -1,9 +1,9 @@
-"""Images that are the same every time: a dataset from disk, and noise that stands for one.
+"""Images from a finite set: a dataset on disk, or noise with the shape of one.
 
-Which image is row r of step s is order.py's arithmetic; pixels are centered and scaled by the
-dataset's own mean and deviation, and nothing is augmented.
+order.py computes which image is row r of step s. Pixels are normalized by the dataset's mean and
+deviation. There is no augmentation.
 
-Letters: N images, C channels, H and W sides, R rows asked for.
+Letters: N images, C channels, H and W sides, R rows.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Stored:
-    """The `Data` of a dataset on disk, held in memory as bytes; its test images for validation.
+    """The `Data` of a dataset on disk, loaded into memory as bytes; validation has its test images.
 
-    Raises UserError if the files do not hold what they should.
+    Raises UserError if the files are damaged.
     """
 
     def __init__(
@@ -40,61 +40,61 @@ class Stored:
         self.sha256 = hashlib.sha256(b"".join(parts)).hexdigest()
         self._order = Order(len(self._train[0]), batch=batch, seed=seed)
         self._batch = batch
-        # Test images too few for one batch still give one, in which they come more than once.
+        # Too few test images for one batch still give one batch, which repeats some of them.
         self._held_out = len(self._validation[0])
         self.validation_batches = min(validation_batches, max(1, self._held_out // batch))
         self._mean = torch.tensor(dataset.mean)[:, None, None]
         self._deviation = torch.tensor(dataset.deviation)[:, None, None]
 
     def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Images (R, C, H, W) float32 and their classes (R,) int64, each image once an epoch."""
-        return self._picked(*self._train, self._order(step, rows))
+        """Images (R, C, H, W) float32 and their classes (R,) int64, each image once per epoch."""
+        return self._select(*self._train, self._order(step, rows))
 
     def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """The same images at every call, spread evenly over all test images."""
         number = positions(index, rows, self._batch)
         ids = number * self._held_out // (self.validation_batches * self._batch)
-        return self._picked(*self._validation, ids)
+        return self._select(*self._validation, ids)
 
-    def _picked(self, images: Pixels, classes: Ids, ids: Ids) -> tuple[Tensor, Tensor]:
+    def _select(self, images: Pixels, classes: Ids, ids: Ids) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(images[ids]).float() / 255
         return (pixels - self._mean) / self._deviation, torch.from_numpy(classes[ids])
 
 
 def load(spec: str, cache_dir: Path, *, train: bool) -> tuple[Pixels, Ids]:
-    """Images (N, C, H, W) and their classes (N,). torchvision checks CIFAR-10's files by MD5."""
+    """Load images (N, C, H, W) and their classes (N,). torchvision checks the MD5 of CIFAR-10."""
     fix_torchvision()
     import torchvision
 
     dataset = DATASETS[spec]
     root = Path(os.path.expanduser(cache_dir))
     try:
-        found = getattr(torchvision.datasets, dataset.torchvision)(root, train=train)
-        images, classes = np.asarray(found.data), np.asarray(found.targets, np.int64)
+        loaded = getattr(torchvision.datasets, dataset.torchvision)(root, train=train)
+        images, classes = np.asarray(loaded.data), np.asarray(loaded.targets, np.int64)
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
         if images.shape != (len(classes), *dataset.image) or not len(classes):
             raise ValueError(f"images {images.shape} and classes {classes.shape}")
         if classes.min() < 0 or classes.max() >= dataset.classes:
             raise ValueError(f"classes from {classes.min()} to {classes.max()}")
-    except Exception as error:  # whatever a damaged file provokes in somebody else's reader
-        said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+    except Exception as error:  # torchvision's reader may raise anything for a damaged file
+        message = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(
-            f"data={spec}: the files in {str(root / dataset.folder)!r} are damaged ({said}); "
-            "move that folder out of the way and add download=True"
+            f"data={spec}: the files in {str(root / dataset.folder)!r} are damaged ({message}); "
+            "move that folder away and add download=True"
         ) from error
     return np.ascontiguousarray(images, np.uint8), classes
 
 
 class Fake:
-    """Noise with classes by chance, for measuring speed: there is nothing to learn but by heart.
+    """Noise with random classes, for measuring speed: a model can only memorize it.
 
-    Sample i is that of torchvision's FakeData, before FakeData makes it a picture: a normal tensor
-    and a class, drawn in this order by a generator that i seeds.
+    Sample i is sample i of torchvision's FakeData, before FakeData converts it to a picture: a
+    normal tensor and then a class, drawn by a generator with seed i.
     """
 
     vocab = 10
     sha256 = ""
-    samples = 1000  # FakeData's own default; validation has the samples after these
+    samples = 1000  # FakeData's default; the samples after these are for validation
 
     def __init__(self, spec: str, *, batch: int, seed: int, validation_batches: int) -> None:
         self.name, self.image = spec, image_of(spec)
@@ -103,14 +103,14 @@ class Fake:
         self._order = Order(self.samples, batch=batch, seed=seed)
 
     def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Images (R, C, H, W) float32 and their classes (R,) int64, each image once an epoch."""
-        return self._drawn(self._order(step, rows))
+        """Images (R, C, H, W) float32 and their classes (R,) int64, each image once per epoch."""
+        return self._noise(self._order(step, rows))
 
     def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """The same images at every call."""
-        return self._drawn(self.samples + positions(index, rows, self._batch))
+        return self._noise(self.samples + positions(index, rows, self._batch))
 
-    def _drawn(self, ids: Ids) -> tuple[Tensor, Tensor]:
+    def _noise(self, ids: Ids) -> tuple[Tensor, Tensor]:
         assert self.image is not None
         images = torch.empty(len(ids), *self.image)
         classes = torch.empty(len(ids), dtype=torch.int64)

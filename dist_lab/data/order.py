@@ -1,11 +1,11 @@
-"""Which samples of a finite set come when, by arithmetic alone.
+"""The order in which the samples of a finite set are read, as a formula.
 
     position = step * batch + row           rows of all steps form one endless stream
-    epoch, place = divmod(position, n)      n samples an epoch; a batch may straddle two
+    epoch, place = divmod(position, n)      n samples per epoch; a batch may span two epochs
     sample = permutation(n, seed, epoch)[place]
 
-No rank, no world size and no state occurs in it. That is why any layout reads the same samples,
-and why a resumed run needs only the number of its step.
+The formula has no rank, no world size and no state. So every mesh reads the same samples, and a
+resumed run needs only its step number.
 """
 
 from functools import lru_cache, partial
@@ -17,15 +17,15 @@ Ids = npt.NDArray[np.int64]
 
 
 class Order:
-    """The order of `n` samples, each exactly once an epoch, `batch` a step."""
+    """The order of `n` samples, each exactly once per epoch, `batch` per step."""
 
     def __init__(self, n: int, *, batch: int, seed: int) -> None:
         self.n, self._batch = n, batch
-        # A memo of a pure function, for speed only. Two, because a batch may straddle epochs.
+        # A cache, for speed only. Two permutations, because a batch may span two epochs.
         self._permutation = lru_cache(maxsize=2)(partial(permutation, n, seed))
 
     def __call__(self, step: int, rows: slice) -> Ids:
-        """The numbers of the samples in these rows of the global batch of `step`, (R,)."""
+        """The sample numbers of these rows of the global batch of `step`, (R,)."""
         epochs, places = np.divmod(positions(step, rows, self._batch), self.n)
         ids = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -34,10 +34,10 @@ class Order:
 
 
 def permutation(n: int, seed: int, epoch: int) -> Ids:
-    """An order of n samples: of n random 64-bit words, which is smallest, which next, and so on.
+    """A random permutation of n samples: the argsort of n random 64-bit words.
 
-    numpy promises that a bit generator's raw words never change, and promises no such thing of its
-    shuffles (NEP 19): a run resumed under a newer numpy must not see another order.
+    A run that is resumed under a newer numpy must see the same order. numpy guarantees that the raw
+    words of a bit generator never change, but gives no such guarantee for shuffles (NEP 19).
 
     >>> [permutation(5, seed=0, epoch=epoch).tolist() for epoch in (0, 1)]
     [[3, 1, 4, 2, 0], [1, 3, 2, 0, 4]]
@@ -47,7 +47,7 @@ def permutation(n: int, seed: int, epoch: int) -> Ids:
 
 
 def positions(step: int, rows: slice, batch: int) -> Ids:
-    """Where in the endless stream these rows of the global batch of `step` stand, (R,).
+    """The positions in the endless stream of these rows of the global batch of `step`, (R,).
 
     >>> positions(2, slice(1, 3), batch=4)
     array([ 9, 10])

@@ -1,8 +1,8 @@
-"""The next batch, made in a thread while this one is used.
+"""Prefetch: a thread loads the next batch while the current one is used.
 
-Making a batch gathers bytes from a memory map: short, but it would stand in the way of every step,
-and be long where the bytes are still on disk. A generator that is left early is closed, and closing
-this one ends its thread.
+Loading a batch reads bytes from a memory map. That is short, but it would delay every step, and it
+takes long if the bytes are still on disk. A generator that is not exhausted is closed in the end,
+and closing this one ends its thread.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def prefetch(
     data: Data, rows: slice, start: int, stop: int
 ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-    """Yield `data.batch(step, rows)` for every step of range(start, stop), always one ahead.
+    """Yield `data.batch(step, rows)` for each step of range(start, stop), loading one batch ahead.
 
-    What `data.batch` raises is raised here, at the step it belongs to. Python closes a generator
-    when nothing refers to it anymore: `for ... in prefetch(...)` may be left at any time, and an
-    iterator bound to a name wants `contextlib.closing`.
+    An exception in `data.batch` is raised here, at its step. Python closes a generator when nothing
+    refers to it anymore: `for ... in prefetch(...)` may be left at any time, but an iterator that
+    is bound to a name needs `contextlib.closing`.
     """
     if start >= stop:
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as worker:
-        coming = worker.submit(data.batch, start, rows)
+        next_batch = worker.submit(data.batch, start, rows)
         for step in range(start + 1, stop):
-            ready = coming.result()
-            coming = worker.submit(data.batch, step, rows)
-            yield ready
-        yield coming.result()
+            batch = next_batch.result()
+            next_batch = worker.submit(data.batch, step, rows)
+            yield batch
+        yield next_batch.result()

@@ -3,13 +3,13 @@
     W[D, F]                           every rank holds a replica           Layout(shape, dtype)
     W[D_fsdp, F]                      rows are split over an axis          splits=(("fsdp", Shard(0)),)
     W[(D_tp)_fsdp, F]                 tp splits first, then fsdp           splits=(("tp", Shard(0)), ("fsdp", Shard(0)))
-    a range of a bucket's elements    as zero1 and zero2 step on           splits=(("dp", FlatShard(offset, length)),)
+    a range of a bucket's elements    optimizer shards of zero1 and zero2  splits=(("dp", FlatShard(offset, length)),)
     on one pipeline stage only        the other stages hold nothing        splits=(("pp", OnlyOn((2,))),)
     dW{U_tp}                          the gradient is partial over tp      partial=(Owed("tp"),)
 
 A layout is plain data. It holds no process group, and tells for any rank of any mesh what that rank
 holds. `sizes` are the sizes of the mesh's axes by name; `coordinates` are a rank's positions along
-them (topology.coordinates). An axis that is not listed has one position. Initialization, norms,
+them (topology.coordinates). An axis missing from `sizes` has size 1. Initialization, norms,
 clipping, gathering and checkpoints depend on layouts only.
 
 Shards have ceil(length / size) rows, like torch.chunk's: the last ones may be short or empty. So
@@ -44,7 +44,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class FlatShard:
-    """A range of the tensor's elements: it is one of many in a flat bucket, which is split evenly.
+    """A range of the tensor's elements. The flat bucket that contains the tensor is split evenly.
 
     Element 0 of this tensor is element `offset` of the bucket. The rank at position i holds the
     bucket's elements [i length, (i+1) length).
@@ -76,7 +76,7 @@ Placement = Shard | FlatShard | OnlyOn
 
 @dataclass(frozen=True)
 class Owed:
-    """A sum that a gradient is owed: over all positions of an axis, over each group of
+    """A sum that a gradient still needs: over all positions of an axis, over each group of
     `neighbours` adjacent positions, or over the listed `positions`.
     """
 
@@ -90,8 +90,8 @@ class Layout:
     """The layout of one parameter.
 
     shape, dtype   of the full tensor
-    splits         in the order applied; an axis that is not named replicates; FlatShard is last
-    partial        the sums that its gradient is owed, because it is partial
+    splits         in the order applied, FlatShard last; over all other axes it is replicated
+    partial        the sums that its gradient, which is partial, still needs
     """
 
     shape: torch.Size
@@ -104,11 +104,11 @@ class Layout:
         return replace(self, splits=(*self.splits, (axis, how)))
 
     def owing(self, *sums: Owed) -> "Layout":
-        """The same layout, whose gradient is also owed these sums."""
+        """The same layout, with these sums appended to `partial`."""
         return replace(self, partial=(*self.partial, *sums))
 
     def extends(self, before: "Layout") -> bool:
-        """Whether this is `before` with more splits and sums: all that a strategy may change."""
+        """Whether this is `before` with splits and sums appended. A strategy may change no more."""
         return (
             (self.shape, self.dtype) == (before.shape, before.dtype)
             and self.splits[: len(before.splits)] == before.splits
@@ -138,7 +138,7 @@ def holds(layout: Layout, coordinates: Coordinates) -> bool:
 
 
 def is_counted(layout: Layout, coordinates: Coordinates) -> bool:
-    """Whether a rank is at the first position of each OnlyOn. The other positions hold copies."""
+    """Whether a rank is at the first position of each OnlyOn. Copies on others do not count."""
     return all(
         not isinstance(how, OnlyOn) or coordinates.get(axis, 0) == how.positions[0]
         for axis, how in layout.splits
@@ -215,7 +215,7 @@ def shape_before(layout: Layout, applied: int, sizes: Sizes, coordinates: Coordi
 
 
 def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:
-    """The box that all Shards together leave. A FlatShard is a range of this box's elements."""
+    """The box that remains after all Shards. A FlatShard is a range of this box's elements."""
     box = [slice(0, length) for length in layout.shape]
     for axis, how in layout.splits:
         if isinstance(how, Shard):

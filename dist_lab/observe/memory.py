@@ -1,10 +1,10 @@
 """Live bytes of tensor storage on this rank by kind, and their peak within a step.
 
 This is not the process's resident memory, which also holds the interpreter, the libraries and the
-allocator's reserve. A number to compare with a formula must count only tensors. A dispatch mode
+allocator's reserve. To match a formula, a number must count only tensors. A dispatch mode
 sees every operation. A storage counts from the first operation that uses it until its last
-reference is dropped, including autograd's references. Memory of other ranks that this rank maps
-counts on those ranks (comm/shared/memory.py). Measuring costs some microseconds per operation, so a
+reference is dropped, including autograd's references. Shared memory of another rank is counted
+on that rank only (comm/shared/memory.py). Measuring costs some microseconds per operation, so a
 run measures only its first two steps (the second has the optimizer state).
 
     parameters      this rank's shards, or all of a parameter that is not sharded
@@ -16,9 +16,9 @@ run measures only its first two steps (the second has the optimizer state).
     activations     everything else: the batch, saved tensors, temporary tensors
 
 [Note: the kind of a storage] The kind is known only after a storage is created: a result of
-backward becomes a gradient when autograd assigns it to .grad, and zeros become a moment when the
-optimizer keeps them. So each change of size is recorded with its storage, and summed by kind after
-the step. For all its life a storage counts as the first kind in the list above that it ever had.
+backward becomes a gradient when autograd sets .grad, and a new tensor becomes a moment when the
+optimizer stores it. So each change of size is recorded with its storage, and summed by kind after
+the step. If a storage had several kinds, it always counts as the one listed first above.
 
 [Note: resized storages] FSDP2 grows the storage of a parameter and shrinks it to nothing again,
 without an operation that the dispatch mode sees. So a storage's size is read again at every
@@ -61,7 +61,7 @@ def measured(job: Job, optimizer: torch.optim.Optimizer) -> Iterator["LiveBytes"
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes. The kinds of `at_peak` sum to `total`. `own` is each kind's own peak, at any time."""
+    """Bytes. The kinds of `at_peak` sum to `total`. `own` is the maximum of each kind over time."""
 
     total: int
     at_peak: Mapping[str, int]
@@ -81,10 +81,10 @@ NOTHING = Peak(0, dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
 
 
 def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Returns the bytes of parameters, gradients and optimizer state by a formula of `job.layouts`.
+    """Returns the bytes of parameters, gradients and optimizer state computed from `job.layouts`.
 
-    The formula of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3) without its table of
-    stages: local elements times bytes per element. Gradients are those that the optimizer steps on;
+    As in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3), not by stage but by
+    layout: local elements times bytes per element. Gradients are those that the optimizer steps on;
     during backward there may be unsharded ones as well. The optimizer keeps a fixed number of bytes
     per element: 8 for Adam. Padding, and flags in a bucket, are not counted.
     """
@@ -117,7 +117,7 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts live bytes while it is entered. `tensors` are alive before.
+    """Counts live bytes inside its `with` block, beginning with those of `tensors`.
 
     Attributes:
         live, peak: bytes.
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        # Live storages by address. The weak reference must be kept: its callback reports the end.
+        # Live storages by address. Keep the weak reference: its callback reports the free.
         self._known: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
         self._changes: list[tuple[_Storage, int]] = []  # every change of size, in order
         for tensor in tensors:
@@ -173,7 +173,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._known.clear()  # later ends of storages do not count
+        self._known.clear()  # storages freed later do not count
 
     def _resized(self, storage: "_Storage", size: int) -> None:
         if size != storage.size:
@@ -215,7 +215,7 @@ class KindLabels(Sync):
 
     @contextmanager
     def at_each_gradient(self) -> Iterator[None]:
-        """Label each gradient before the strategy gets it: it may send and drop it at once."""
+        """Label each gradient before the strategy sees it, which may send and free it at once."""
         leaves = dict(self.job.model.named_parameters()) | dict(self.job.leaves)
 
         def note(leaf: Tensor) -> None:
@@ -269,7 +269,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yields the tensors of the state, also of an optimizer inside, as in torch's sharded one."""
+    """Yields the state's tensors, also of a wrapped optimizer, as in ZeroRedundancyOptimizer."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
     for inner in vars(optimizer).values():

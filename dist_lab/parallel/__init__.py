@@ -1,1 +1,1 @@
-"""The strategies: one short file each, next to PyTorch's own version of the same thing."""
+"""The strategies, one short file each, next to PyTorch's own versions of them."""

@@ -1,9 +1,8 @@
-"""A library's wrapper around a model, entered through the model itself.
+"""Torch's DistributedDataParallel without its wrapper: the user goes on calling the model itself.
 
-Libraries return a new module that holds the old one, and all parameters have longer names then.
-Here the model stays what one calls: hooks on it do what the wrapper's own forward does before and
-after it calls the model. So names, units and the user's code are the same under every impl, and
-nothing of ours comes between the library and its collectives.
+A wrapper is a new module around the model, so every parameter gets a longer name. Here hooks on the
+model do what the wrapper's forward does before and after it calls the model. So names, units and
+the user's code are the same under every impl, and the library's collectives run as they always do.
 """
 
 from typing import Any
@@ -22,11 +21,13 @@ from dist_lab.torch_private import ddp_forward_begins, ddp_forward_ends, tree_ma
 def wrap_in_ddp(
     model: nn.Module, axis: Axis, *, bucket_mb: float, find_unused: bool
 ) -> tuple["ThroughDDP", str]:
-    """Wrap the model in DistributedDataParallel, in its fastest documented configuration.
+    """Hand the model to DistributedDataParallel, in its fastest documented configuration.
 
-    Gradients are views into its buckets. Without its broadcast of buffers, which would overwrite
-    what a rank has measured by what rank 0 has, and of weights: parallelize() has seen to those.
-    Returns its Sync, and a description of the configuration.
+    Gradients are views into its buckets. It does not broadcast buffers, which would overwrite each
+    rank's statistics by rank 0's; nor weights, which parallelize() has made equal already.
+
+    Returns:
+        The Sync, and a description of the configuration.
     """
     ddp = DistributedDataParallel(
         model,
@@ -45,13 +46,12 @@ def wrap_in_ddp(
 
 
 class ThroughDDP(Sync):
-    """Leaves everything to torch's DistributedDataParallel, which sums in its own backward hooks.
+    """Leaves gradients to torch's DistributedDataParallel, which sums them in its backward hooks.
 
-    The library averages over the ranks where the convention here is to add up (step/protocol.py).
-    So the gradient is multiplied by the number of ranks where it enters the model, at its output:
-    that is the smallest tensor there is to multiply, and the library runs as it always does. (A
-    term of the loss that reaches a parameter past the output, such as a weight's norm, is
-    averaged.)
+    The library averages over the ranks, and our convention is to sum (step/protocol.py). So the
+    gradient is multiplied by the number of ranks where it enters the model, at the model's output:
+    a small tensor, and the library needs no change. A term of the loss that does not go through the
+    output, such as a weight's norm, is still averaged.
     """
 
     def __init__(self, ddp: DistributedDataParallel, axis: Axis) -> None:
@@ -67,26 +67,26 @@ class ThroughDDP(Sync):
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         output = ddp_forward_ends(self.ddp, output)
-        scaled: dict[int, Tensor] = {}  # a tensor that is returned twice is one
+        scaled: dict[int, Tensor] = {}  # by id, because a tensor may be returned twice
 
         def scale(tensor: Tensor) -> Tensor:
             if id(tensor) not in scaled and tensor.requires_grad:
-                scaled[id(tensor)] = Times.apply(tensor, self.axis.size)
+                scaled[id(tensor)] = ScaleGrad.apply(tensor, self.axis.size)
             return scaled.get(id(tensor), tensor)
 
-        # Each gets a node of its own, so that one which depends on another is not scaled with it.
+        # Each output gets its own node, so an output that depends on another is scaled only once.
         output = tree_map_only(Tensor, scale, output)
-        ours = {id(tensor) for tensor in scaled.values()}
-        if any(t.requires_grad and id(t) not in ours for t in tensors_in(output)):
+        scaled_ids = {id(tensor) for tensor in scaled.values()}
+        if any(t.requires_grad and id(t) not in scaled_ids for t in tensors_in(output)):
             raise UserError(
-                f"the model returns a {type(output).__name__}, into which torch's pytree does not "
-                "look; register it there, or return a tuple or a dict"
+                f"the model returns a {type(output).__name__}, and torch's pytree does not look "
+                "into it; register it there, or return a tuple or a dict"
             )
         return output
 
 
-class Times(torch.autograd.Function):
-    """The identity, with a gradient that is so many times as large."""
+class ScaleGrad(torch.autograd.Function):
+    """The identity, whose backward multiplies the gradient by a factor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:

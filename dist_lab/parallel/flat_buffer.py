@@ -1,11 +1,11 @@
-"""A flat buffer: tensors side by side in one piece of memory, so that they travel as one message.
+"""A flat buffer: tensors side by side in one memory, so that one collective sends them all.
 
-    memory = [ a | b | c | ... | tail ]         views["b"] is a tensor on its part of the memory
+    memory = [ a | b | c | ... | tail ]         views["b"] is a tensor on b's part of the memory
 
-A message costs a latency, however short it is, and a model has hundreds of small tensors. Whoever
-computes works on the views; whoever sends takes the memory; nothing is packed or unpacked between.
-Gradients get there by being copied once: `.grad` becomes the view, and autograd adds to it in
-place from then on. Every strategy with buckets stands on this file, and says `issue` and `wait`.
+Every message costs a latency, however short it is, and a model has hundreds of small tensors.
+Compute works on the views, and collectives on the memory, so nothing is packed or unpacked. A
+gradient is copied in once: then `.grad` is the view, and autograd adds to it in place. Every
+strategy with buckets builds on this file: `issue` launches a collective, and `wait` waits for it.
 """
 
 import math
@@ -19,16 +19,16 @@ from dist_lab.mesh.mesh import Axis
 
 
 class FlatBuffer:
-    """Tensors side by side in one piece of memory, and the collective on it that is in flight.
+    """Tensors side by side in one memory, and the collective on it that is in flight.
 
     Args:
         memory: flat, with at least as many elements as the tensors have.
-        shapes: name -> the shape of its tensor, in the order in which they lie.
-        label: what its collectives are called in logs.
+        shapes: name -> shape of the tensor, in the order of the tensors in memory.
+        label: the name of its collectives in logs.
 
     Attributes:
-        views: name -> the tensor.
-        tail: the memory behind the last tensor: flags, or padding.
+        views: name -> the tensor, a view of the memory.
+        tail: the memory after the last tensor: flags, or padding.
     """
 
     def __init__(self, memory: Tensor, shapes: Mapping[str, Sequence[int]], label: str) -> None:
@@ -51,7 +51,7 @@ class FlatBuffer:
             parameter.grad = view
 
     def copy_in_all(self, parameters: Mapping[str, Tensor]) -> None:
-        """Make every `.grad` its view, and what has none zeros, in place of an earlier step's."""
+        """Make every `.grad` its view. Where a parameter has no gradient, the view is zeroed."""
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 self.views[name].zero_()
@@ -59,9 +59,9 @@ class FlatBuffer:
                 self.copy_in(name, parameter)
 
     def assign_grads(self, parameters: Mapping[str, Tensor], used: Iterable[bool]) -> None:
-        """Make `.grad` the view of each parameter that was used, and None of the others."""
-        for (name, parameter), yes in zip(parameters.items(), used, strict=True):
-            parameter.grad = self.views[name] if yes else None
+        """Make `.grad` the view for each parameter that was used, and None for the others."""
+        for (name, parameter), is_used in zip(parameters.items(), used, strict=True):
+            parameter.grad = self.views[name] if is_used else None
 
     # --- collectives ------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class FlatBuffer:
         return self._pending is not None
 
     def issue(self, collective: Callable[[Tensor, Axis], Pending], axis: Axis) -> None:
-        """Begin `collective(memory, axis)`, and return at once."""
+        """Launch `collective(memory, axis)`, and return at once."""
         with axis.comm.label(unit=self.label):
             self._pending = collective(self.memory, axis)
 
@@ -79,35 +79,35 @@ class FlatBuffer:
         """Wait for the collective that was issued."""
         assert self._pending is not None, self.label
         self._pending.wait()
-        self._pending = None  # or it would keep alive what it has read from
+        self._pending = None  # so that it does not keep its inputs alive
 
 
 class Arrivals:
-    """The gradients of a bucket that are complete: nothing will be added to them in this step."""
+    """Which gradients of a bucket are complete: nothing more is added to them in this step."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
         self.ready: set[str] = set()
-        self.frozen: set[str] = set()  # since parallelize(): they will not come
+        self.frozen: set[str] = set()  # frozen since parallelize(): they get no gradient
 
     def look_for_frozen(self) -> None:
-        """A forward or backward begins."""
+        """Note which parameters are frozen now, when a forward or backward begins."""
         self.frozen = {name for name, p in self.parameters.items() if not p.requires_grad}
 
     @property
     def complete(self) -> bool:
-        """Whether all are in that can come."""
+        """Whether every gradient that can come is complete."""
         return len(self.ready | self.frozen) == len(self.parameters)
 
 
 def group_into_buckets(
     sizes: Iterable[tuple[str, torch.dtype, int]], first: int, limit: int
 ) -> list[list[str]]:
-    """Cut names, in the order in which their gradients arrive, into buckets of one dtype each.
+    """Group names, in the order in which their gradients arrive, into buckets of one dtype each.
 
     Args:
         sizes: (name, dtype, bytes).
-        first, limit: bytes that the first bucket, and any other, may hold.
+        first, limit: the most bytes that the first bucket, and each other one, may hold.
 
     >>> f = torch.float32
     >>> sizes = [("head", f, 6), ("b", f, 1), ("c", f, 2), ("d", f, 2), ("e", f, 1)]
@@ -115,20 +115,20 @@ def group_into_buckets(
     [['head'], ['b', 'c', 'd'], ['e']]
     """
     buckets: list[list[str]] = []
-    open_now: dict[torch.dtype, tuple[list[str], int]] = {}  # the bucket to fill, and its bytes
+    open_buckets: dict[torch.dtype, tuple[list[str], int]] = {}  # the one to fill, and its bytes
     for name, dtype, size in sizes:
-        bucket, filled = open_now.get(dtype, ([], 0))
+        bucket, filled = open_buckets.get(dtype, ([], 0))
         most = first if buckets and bucket is buckets[0] else limit
         if not bucket or filled + size > most:
             bucket, filled = [], 0
             buckets.append(bucket)
         bucket.append(name)
-        open_now[dtype] = bucket, filled + size
+        open_buckets[dtype] = bucket, filled + size
     return buckets
 
 
 def bucket_label(index: int, names: Sequence[str]) -> str:
-    """What a bucket is called in logs.
+    """The name of a bucket in logs.
 
     >>> bucket_label(1, ["a", "b", "c"]), bucket_label(2, ["d"])
     ('bucket 1: a .. c (3)', 'bucket 2: d')

@@ -1,4 +1,4 @@
-"""Where a model holds its parameters, and how one is put in the place of another."""
+"""Where a model holds its parameters, and how a parameter gets other memory."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ ParamSlot = tuple[nn.Module, str]  # a module, and the name under which it holds
 
 
 def param_slots(model: nn.Module) -> dict[str, list[ParamSlot]]:
-    """Every parameter's slots, by the first of its names; a tied parameter has several."""
+    """Name -> the parameter's slots. A tied parameter has several; the first name counts."""
     name_of = {p: name for name, p in model.named_parameters()}
     slots: dict[str, list[ParamSlot]] = {name: [] for name in name_of.values()}
     for module in model.modules():
@@ -22,19 +22,20 @@ def param_slots(model: nn.Module) -> dict[str, list[ParamSlot]]:
 
 
 def refuse_recurrent(model: nn.Module) -> None:
-    """Raise UserError for a recurrent layer, which holds its weights where nothing is put before
-    them.
-    """
+    """Raise UserError for a recurrent layer: it computes with weights that are not in its slots."""
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            raise UserError(f"{path} is recurrent and holds its weights twice: it cannot be split")
+            raise UserError(
+                f"{path} is recurrent and holds its weights twice, so fsdp cannot shard it: give "
+                "ddp, zero1 or zero2"
+            )
 
 
 def set_param(slots: Sequence[ParamSlot], tensor: Tensor) -> nn.Parameter:
     """Give the parameter in these slots the memory, shape and dtype of a tensor.
 
-    It stays the same object, with all that a user has written on it or hooked to it. From the meta
-    device it cannot be taken along: there it is replaced, and what is on it moves over.
+    It stays the same object, and keeps the user's attributes and hooks. A parameter on the meta
+    device cannot: it is replaced, and its attributes and hooks move to the new one.
     """
     parameter = parameter_at(slots)
     if parameter.device == tensor.device and parameter.dtype == tensor.dtype:
@@ -57,46 +58,47 @@ def parameter_at(slots: Sequence[ParamSlot]) -> nn.Parameter:
 
 
 def is_substituted(slots: Sequence[ParamSlot]) -> bool:
-    """Whether another tensor stands in these slots for a forward, as functional_call puts it."""
-    held = [module._parameters.get(attribute) for module, attribute in slots]
-    return any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in held)
+    """Whether `functional_call` has put another tensor into these slots for a forward."""
+    tensors = [module._parameters.get(attribute) for module, attribute in slots]
+    return any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in tensors)
 
 
 def check_in_memory(
     name: str, slots: list[ParamSlot], parameter: nn.Parameter, memory: Tensor
 ) -> None:
-    """Raise UserError if these slots hold another parameter, or this one lies elsewhere."""
+    """Raise UserError if these slots hold another parameter, or this one is not in `memory`."""
     if is_substituted(slots):
         raise UserError(
-            f"functional_call puts another tensor in the place of {name}, which is sharded; take "
+            f"functional_call puts another tensor in the place of {name}, which is sharded; use "
             "job.shadow for an average, job.load_full_state_dict for other weights, or dp, ddp or "
             "zero2 for weights that are computed"
         )
-    held = [module._parameters.get(attribute) for module, attribute in slots]
-    now = next((tensor for tensor in held if tensor is not parameter), parameter)
+    tensors = [module._parameters.get(attribute) for module, attribute in slots]
+    current = next((tensor for tensor in tensors if tensor is not parameter), parameter)
     inside = parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
-    if now is not parameter or parameter.dtype != memory.dtype or not inside:
+    if current is not parameter or parameter.dtype != memory.dtype or not inside:
         raise UserError(
             f"{name} was moved, cast or replaced after parallelize() (it was "
-            f"{describe(memory)}, it is {describe(now)}); do that before, and load values by "
+            f"{describe(memory)}, it is {describe(current)}); do that before, and load values by "
             "job.load_full_state_dict()"
         )
 
 
 def describe(tensor: Tensor | None) -> str:
-    """The dtype and device of a tensor, for an error."""
+    """The dtype and device of a tensor, for an error message."""
     if tensor is None:
         return "none"
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def freeze_alike(one: Tensor, other: Tensor, trained: bool) -> bool:
-    """Freeze both tensors of a parameter, or neither, as a user has done with one of them.
+def sync_requires_grad(one: Tensor, other: Tensor, trained: bool) -> bool:
+    """Freeze or unfreeze both tensors of a parameter, if the user has done so with one of them.
 
     Args:
-        trained: whether it was, as far as is known: the tensor that is not so has been changed.
+        trained: `requires_grad` of both at the last call, so the tensor that differs was changed.
 
-    Returns whether it is trained now.
+    Returns:
+        `requires_grad` of both now.
     """
     if one.requires_grad != other.requires_grad:
         one.requires_grad_(not trained)
@@ -105,21 +107,21 @@ def freeze_alike(one: Tensor, other: Tensor, trained: bool) -> bool:
 
 
 def owners(slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The unit of each parameter: the innermost that contains all its slots.
+    """Name of a parameter -> its unit: the innermost that contains all its slots.
 
-    A parameter that is tied across units, or lies in a module that units which are apart share,
-    belongs to what contains them all, in the end to the model itself, the unit "". It is unsharded
-    as long as any of them may need it.
+    If several units that are not nested use the parameter, because it is tied across them or is in
+    a module that they share, it belongs to the innermost unit around them all, in the end to the
+    model itself, the unit "". So it stays unsharded as long as any of them may need it.
     """
     within = {name: set(module.modules()) for name, module in units.items()}
     owner = {}
-    for name, own in slots.items():
-        touched = [m for m in within.values() if any(module in m for module, _ in own)]
-        around = [
+    for name, places in slots.items():
+        users = [m for m in within.values() if any(module in m for module, _ in places)]
+        candidates = [
             unit
             for unit, modules in within.items()
-            if all(module in modules for module, _ in own)
-            and all(modules <= other or other <= modules for other in touched)
+            if all(module in modules for module, _ in places)
+            and all(modules <= other or other <= modules for other in users)
         ]
-        owner[name] = min(around, key=lambda unit: len(within[unit]))
+        owner[name] = min(candidates, key=lambda unit: len(within[unit]))
     return owner

@@ -1,11 +1,11 @@
-"""A linear layer whose backward comes in two halves: for its input now, for its weight when asked.
+"""A linear layer with a split backward: the input's gradient at once, the weight's gradient later.
 
     y = x W^T + b          dx = dy W,  db = sum of dy       in backward
-                           dW = dy^T x                      by `weight_gradient`, whenever it suits
+                           dW = dy^T x                      by `weight_gradient`, at any later time
 
-dx is what others wait for; dW is needed by nobody before the step ends. Tensor parallelism sums dx
-over ranks, and computes dW while that is on its way; a zero-bubble pipeline computes dW where it
-would have nothing to do (Qi et al. 2023, arXiv:2401.10241).
+Other layers and ranks wait for dx; dW is not needed before the step ends. Tensor parallelism
+computes dW while the sum of dx over the ranks is in flight. A zero-bubble pipeline computes dW
+where a rank would otherwise be idle (Qi et al. 2023, arXiv:2401.10241).
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, on_grad: OnOutp
     """x (..., D), weight (F, D), bias (F,) -> (..., F).
 
     Args:
-        owe: is given dy (..., F) in backward, if the weight is trained. Who takes it owes the
-            weight its gradient, and keeps x for that, which is not kept here. In a backward that is
-        to be differentiated in its turn, dy has a history.
+        on_grad: called with dy (..., F) in backward, if the weight is trained. It must see to the
+            weight's gradient, and keep x for it; this function does not save x. If backward builds
+            a graph (create_graph), dy is part of it.
     """
     return _SplitLinear.apply(x, weight, bias, on_grad)
 
@@ -34,7 +34,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., D) -> (N, D), of one vector too; D may be 0."""
+    """(..., D) -> (N, D), or (D,) -> (1, D); D may be 0."""
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 

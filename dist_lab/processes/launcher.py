@@ -2,7 +2,7 @@
 
     sys.exit(launcher.main("own.py", parse, "own:run"))   # run(config, mesh) -> status
 
-starts in one of three ways:
+Such a program can be started in three ways:
 
     train.py --nproc 4                       the launcher starts 4 ranks on this machine
     torchrun --nproc_per_node=4 train.py     this process is one of 4 ranks, by its environment
@@ -11,7 +11,7 @@ starts in one of three ways:
 Every failure is reported once. A refusal (UserError, MachineError) is one line and an exit status.
 Any other exception is a defect. Its report has the tracebacks of the ranks that failed, the cause
 first, and one line for all ranks that only lost a peer. All other ranks are ended. The launcher
-does not import torch before a rank does, so that it answers a mistake at once.
+does not import torch before a rank does, so that wrong flags are reported at once.
 """
 
 import faulthandler
@@ -42,7 +42,7 @@ from dist_lab.processes.failures import (
 )
 from dist_lab.processes.ranks import cores
 
-AFTER_TORCHRUN = 1.5  # seconds in which torchrun ends the other ranks after one has ended
+AFTER_TORCHRUN = 1.5  # seconds within which torchrun ends the other ranks after one has ended
 AT_EXIT = 5.0  # seconds for a rank to end after its body has returned
 
 
@@ -77,13 +77,13 @@ def main(
     Args:
         program: the start of the error line, `train.py: error: ...`.
         parse: command line -> configuration; raises UserError.
-        body: "module:function". Only ranks import the module, and ranks started here do so once,
-            before the fork.
+        body: "module:function". Only ranks import the module. If the launcher starts the ranks,
+            it is imported once, before the fork.
 
     Returns:
         The exit status: the body's own (the largest of all ranks), 2 for a mistake of the user, 1
-        for a refusal by the machine or a defect, 130 and 143 after SIGINT and SIGTERM. A rank under
-        torchrun that fails ends its process instead: leaving a broken group may hang.
+        for a refusal by the machine or a defect, 130 and 143 after SIGINT and SIGTERM. If a rank
+        under torchrun fails, we end the process: destroying a broken process group may hang.
     """
     rank_and_size, debug = None, False
     try:
@@ -109,7 +109,7 @@ def main(
         if rank_and_size is None and not failure.refused:
             raise
         if failure.distance or (failure.refused and rank > 0):
-            time.sleep(AFTER_TORCHRUN)  # the rank with the better report ends, and torchrun ends us
+            time.sleep(AFTER_TORCHRUN)  # a rank with a better report ends first; torchrun ends us
         status = report(program, [failure], size, debug)
     if rank_and_size is not None:
         ranks.end_process(status)
@@ -190,7 +190,7 @@ def show_stacks(running: Sequence[ranks.Rank]) -> None:
         line = heading(f"rank {rank.number}: still running")
         print(line, end="", file=sys.stderr, flush=True)
         ranks.ask_for_stack(rank)
-        ranks.join([rank], 0.2)  # time to print; a rank that is stopped never will
+        ranks.join([rank], 0.2)  # time to print; a suspended rank (SIGSTOP) prints nothing
 
 
 # --- a rank that torchrun started -----------------------------------------------------------------
@@ -265,8 +265,8 @@ def check_interface(backend: str) -> None:
             )
 
 
-# A parameter of the library in an error message: `name=`, maybe with a value. After a comma it is
-# an argument of a call that the message quotes, and stays.
+# A Python parameter in an error message of dist_lab: `name=`, maybe with a value. After a comma it
+# belongs to a call that the message quotes, and is not replaced.
 PARAMETER = re.compile(
     r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download)="""
     r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
@@ -274,7 +274,7 @@ PARAMETER = re.compile(
 
 
 def in_flags(line: str) -> str:
-    """Returns an error message of the library with flags in place of parameters.
+    """Returns an error message of dist_lab with flags in place of Python parameters.
 
     >>> in_flags('not in 3 (microbatches=); give microbatches=4, or impl="hand"')
     'not in 3 (--microbatches); give --microbatches 4, or --impl hand'

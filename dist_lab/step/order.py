@@ -6,7 +6,7 @@
 
 [Note: closed gradients] Gradients of micro-batches and ranks add up (see step/protocol.py). A
 backward onto gradients that were already summed over ranks would count other ranks' shares twice;
-an average would hide such an error. So a gradient is closed after its last micro-batch, and opens
+averaging over ranks would hide this. So a gradient is closed after its last micro-batch, and opens
 again when it is cleared. A backward that adds to a closed gradient raises an error.
 """
 
@@ -40,7 +40,7 @@ class Step(ABC):
         # Looked up once: during backward the model may hold the unsharded tensor under this name.
         self._parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
         self._parameters_at_start = dict(model.named_parameters())
-        self._closed: set[str] = set()  # gradients that contain their last micro-batch
+        self._closed: set[str] = set()  # complete gradients: see [Note: closed gradients]
 
     @abstractmethod
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -60,7 +60,7 @@ class Step(ABC):
 
     @abstractmethod
     def _before_finish(self) -> None:
-        """Completes what backward has left open, before gradients are summed."""
+        """Completes unfinished work of backward, before gradients are summed."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters that optimizers step on, with their names."""
@@ -68,7 +68,7 @@ class Step(ABC):
             yield name, self._stepped.get(name, parameter)
 
     def finish(self) -> None:
-        """Sums gradients over ranks. Raises UserError if it was done, or the model changed."""
+        """Sums gradients over ranks. Raises UserError if already summed, or the model changed."""
         parameters = dict(self.model.named_parameters())
         self._refuse_other_parameters(parameters)
         grads = {n: real_grad(self._stepped.get(n, p)) for n, p in parameters.items()}
@@ -78,7 +78,7 @@ class Step(ABC):
                 f"{unfrozen[0]} has a gradient but was frozen when parallelize() was called; "
                 "unfreeze it before that call, or freeze it again"
             )
-        # A rank that had no rows has no closed gradients, and joins the sum with zeros.
+        # A rank whose batch was empty has no closed gradients, and adds zeros to the sum.
         if not self.has_gradients and any(_is_nonzero(grads.get(name)) for name in self._closed):
             raise UserError(
                 "finish() without a backward since the last one: the gradients are already summed "
@@ -105,7 +105,7 @@ class Step(ABC):
             self.sync.after_step()
 
     def weights_changed(self) -> None:
-        """The parameters have new values that no optimizer wrote, such as loaded ones."""
+        """Parameters have changed without an optimizer step, such as by loading a checkpoint."""
         with self.comm.label("load", unit=""):
             self.sync.after_step()
 
@@ -120,12 +120,12 @@ class Step(ABC):
             elif changed[0] not in parameters:
                 what = "tied in, or removed from,"
             raise UserError(
-                f"{changed[0]} was {what} the model after parallelize(), which trains only the "
-                "parameters that it was given; change the model before that call"
+                f"{changed[0]} was {what} the model after parallelize(), but only parameters "
+                "given to parallelize() are trained; change the model before that call"
             )
 
     def _reopen(self) -> None:
-        """Open the gradients that were cleared since finish(), also those this rank won't use."""
+        """Open all gradients that were cleared since finish(), even if this rank won't use them."""
         if not self.has_gradients:
             self._closed = {name for name in self._closed if self._has_nonzero_grad(name)}
 

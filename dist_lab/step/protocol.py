@@ -4,16 +4,16 @@
 
     loss = (sum over the tokens of the global batch) / (number of tokens in the global batch)
 
-and each micro-batch of each rank computes its tokens' share of it, already divided by the global
-count. Shares add up: over micro-batches in `.grad`, over ranks by a plain SUM. Nothing is averaged
-anywhere, so ragged batches and unequal token counts are exact. A mean of means would not be.
+and each micro-batch on each rank computes its own tokens' share of this loss, already divided by
+the global count. Gradients accumulate over micro-batches in `.grad` and are summed over ranks. We
+average nothing, so ragged batches and unequal token counts are exact. A mean of means would not be.
 
-A strategy never registers hooks and never calls backward. A runner does, and calls the methods of
-`Sync` at each step event. So the same strategy runs under a plain loop and under a pipeline
-schedule. Strategies store the names of parameters and look the object up when they need it,
+A strategy never registers hooks and never calls backward. The runner does both, and calls the
+methods of `Sync` at each step event. So the same strategy runs under a plain loop and under a
+pipeline schedule. Strategies store parameter names, and look up the parameter when they need it,
 because another strategy may have replaced it.
 
-[Note: strategies fold] Several strategies are applied one after another, outermost first. Each
+[Note: composing strategies] Several strategies are applied one after another, outermost first. Each
 takes one `Setup` and returns one `Applied`, whose layouts extend those in the setup.
 """
 
@@ -50,25 +50,25 @@ class Sync:
         """The unit is about to be used: its parameters must be unsharded."""
 
     def backward_will_come(self, unit: str, visit: object) -> None:
-        """A forward has left the unit. Backward may reach the unit as long as `visit` is alive."""
+        """A forward of the unit has ended. Its backward may come as long as `visit` is alive."""
 
     def reshard(self, unit: str, phase: Phase) -> None:
         """The unit has been used: its unsharded parameters may be freed."""
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
-        """This micro-batch has been added to these gradients. `last`: they are complete."""
+        """These gradients now include this micro-batch. `last`: they are complete."""
 
     def finish(self) -> None:
         """Backward is over. On return `.grad` is the global gradient of each local parameter."""
 
     def settle(self) -> None:
-        """Copy what a user did to one of a parameter's two tensors to the other. Sends nothing."""
+        """Copy a user's changes between a parameter's two tensors, if it has two. Sends nothing."""
 
     def after_step(self) -> None:
         """The optimizer has stepped: send the new weights to the ranks that need them."""
 
     def forget(self) -> None:
-        """The step was broken off: drop gradients that have not reached a parameter's `.grad`."""
+        """The step was aborted: drop gradients that have not reached a parameter's `.grad`."""
 
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors kept besides parameters and their `.grad`, as (kind, tensor), with
@@ -130,7 +130,7 @@ class Chain(Sync):
 
 @dataclass(frozen=True)
 class Setup:
-    """The input of a strategy: the model as the strategies before it have left it.
+    """The input of a strategy: the model after the strategies applied before this one.
 
     model        the module, to be changed in place
     mesh         to make sub-axes (`mesh.sub`) and channels (`mesh.channel`); both collective
@@ -139,8 +139,8 @@ class Setup:
     layouts      name of a parameter -> its layout so far
     full_value   name -> its value in that layout: the full tensor for the first strategy, a shard
                  for a later one. Called once for each, so that no rank needs all values at once.
-    units        name -> a module to be unsharded, reduced and recomputed as one; ROOT is one
-    param_dtype  the dtype of compute, where it is not that of the parameters
+    units        name -> a module to be unsharded, reduced and recomputed as a whole; includes ROOT
+    param_dtype  the compute dtype, if it differs from the parameters' dtype
     recompute    recompute every k-th unit in backward; 0: none
     """
 
@@ -155,7 +155,7 @@ class Setup:
 
     @property
     def axis(self) -> Axis:
-        """The innermost axis, the only one of most strategies."""
+        """The innermost axis. Most strategies have only one axis."""
         return list(self.axes.values())[-1]
 
     def channel(self) -> Axis:
@@ -163,7 +163,7 @@ class Setup:
         return self.mesh.channel(self.axis.name)
 
     def owing_sums(self, *axes: Axis) -> dict[str, Layout]:
-        """The layouts, in which each trained parameter's gradient is owed a sum over these axes."""
+        """The layouts, with a pending sum over these axes for each trained parameter's gradient."""
         sums = [Owed(axis.name) for axis in axes]
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return {**self.layouts} | {name: self.layouts[name].owing(*sums) for name in trained}
@@ -175,13 +175,13 @@ class Applied:
 
     layouts: name -> the layout of each parameter, also of those that are only on other ranks
     sync: communicates parameters and gradients at the events of a step
-    about: for a library's strategy, the configuration it runs in; shown beside its numbers
+    about: for a strategy of a library, its configuration; shown beside its measurements
     leaves: name -> the autograd leaf, where it is not the parameter in the model:
         see [Note: two tensors of one name] in sharded/sharded_param.py
     stepped: name -> the tensor that optimizers step on, where it is not the parameter in the model
-    sharded_between_units: outside of its unit a module holds shards, and cannot compute
-    unit_of: name -> the unit that allocates the leaf's memory when it is unsharded and frees it
-        when it is resharded, in forward and in backward; see step/saved.py
+    sharded_between_units: a module holds shards, and cannot compute, while its unit is resharded
+    unit_of: name -> the unit whose unshard allocates the leaf's memory and whose reshard frees it,
+        in forward and in backward; see step/saved.py
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
         shards optimizer state by itself
     make_runner: (model, chain, comm, units, applied) -> a `Step`, for a strategy that schedules

@@ -1,6 +1,6 @@
 """Activation checkpointing: discard a unit's activations, and recompute them in backward.
 
-    memory for n units with activations A and inputs I:   n A  ->  n I + A    compute: 4/3 of before
+    memory for n units with activations A and inputs I:   n A  ->  n I + A    compute: 4/3 as much
 
 Backward needs the activations of forward, and the first unit's are kept for the longest time. A
 unit that recomputes keeps only its inputs. When backward reaches it, its forward runs once more,
@@ -8,9 +8,9 @@ and the new activations are freed before the next unit's turn. Recomputing every
 compromise. Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv:1604.06174).
 We use PyTorch's `torch.utils.checkpoint`, the non-reentrant variant.
 
-It changes no numbers, and no strategy knows of it. Only the unit's `forward` is replaced. So hooks
-on the unit are called as before, and not again in backward: a sharding strategy unshards the unit
-before backward computes in it, which is in time. Hooks on modules inside the unit are called again.
+Recomputing changes no numbers, and strategies need not know of it. Only `unit.forward` is replaced.
+So hooks on the unit are called as before, and not again in backward: a sharding strategy unshards
+the unit before the second forward begins. Hooks on modules inside the unit are called again.
 
 [Note: no side effects] The second forward sees what the first one saw, and has no side effects:
 * random masks are equal, because the state of the generators is saved and restored;
@@ -18,7 +18,7 @@ before backward computes in it, which is in time. Hooks on modules inside the un
   statistics of BatchNorm count a batch once;
 * a context that changes the numbers of a forward also surrounds the second forward:
   `CheckpointedForward.around`, which precision.py uses.
-Any other side effect of a forward, such as on a list that it was given, would happen twice.
+Any other side effect of a forward, such as an append to a list, would happen twice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,10 @@ Around = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:
-    """Make every k-th unit recompute, in place, starting with the first, k = `every`.
+    """Replace, in place, the forward of every k-th unit, k = `every`, beginning with the first.
 
     Args:
-        units: by name, in the order of forward. Left out are units inside another one, the model
+        units: by name, in the order of forward. We skip units inside another one, the model
             itself (recomputing all at once saves nothing), and single layers (they save little
             besides their inputs).
         every: 1 for all units, 0 for none.
@@ -53,7 +53,7 @@ def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> N
     outermost = _outermost_units(model, units)
     if not outermost:
         raise UserError(
-            f"recompute={every}, but there is no unit of several layers; name some: units=[Block]"
+            f"recompute={every}, but there is no unit of several layers; pass some: units=[Block]"
         )
     if not 0 < every <= len(outermost):
         raise UserError(
@@ -106,7 +106,7 @@ class CheckpointedForward(StaysBehind):
 class Replay:
     """The context of the second forward of one call, and of a third if backward runs twice.
 
-    Built before the first forward, when it copies the unit's buffers; see [Note: no side effects].
+    The constructor copies the buffers before the first forward; see [Note: no side effects].
     """
 
     def __init__(self, unit: nn.Module, around: Sequence[Around]) -> None:

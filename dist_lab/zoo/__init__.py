@@ -1,10 +1,15 @@
-"""The models: plain nn.Modules that know nothing of the rest, and the table of their sizes.
+"""The models: plain nn.Modules that do not depend on the rest of the package, and their sizes.
 
-A model class carries, as data, what it `reads`, "text" or "images", and what a strategy has to know
-of it: `units`, the classes or names of its blocks, `ends`, the names of large layers before and
-after them, and `stages`, globs on module names (a `*` is one name between dots) where a pipeline
-may cut it; `tp_plan()` says what tensor parallelism splits. `init_weight(fqn, tensor, generator)`
-fills one of its parameters, and `init_buffer(fqn, buffer)` one of its buffers, if it has any.
+A model class has attributes for the data loader and for strategies:
+
+    reads       "text" or "images"
+    units       the classes or names of its blocks
+    ends        the names of large layers before and after the blocks
+    stages      globs on module names (`*`: one name between dots); a pipeline cuts between them
+    tp_plan()   the role of each module under tensor parallelism
+
+`init_weight(fqn, tensor, generator)` initializes one parameter, and `init_buffer(fqn, buffer)` one
+buffer, if the model has buffers.
 """
 
 from importlib import import_module
@@ -23,7 +28,7 @@ __all__ = ["GPT", "MLP", "MODELS", "SIZES", "Model", "ResNet18", "ViT", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name, and torch, when it is first used: the table of sizes is read without."""
+    """Import a name, and torch, at its first use. The table of sizes needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.models"), name)

@@ -6,28 +6,29 @@ RoPE arXiv:2104.09864, RMSNorm arXiv:1910.07467, SwiGLU arXiv:2002.05202, groupe
 arXiv:2305.13245. Parameter names and arithmetic are those of Hugging Face's LlamaForCausalLM, so
 its weights load with `load_state_dict` and give the same logits.
 
-Letters: B sequences, T tokens of each, S tokens seen so far (these T included), V vocabulary,
-D width, F hidden width of the MLP, H query heads, K key and value heads, Dh = D / H.
+Letters: B sequences, T tokens in each, S tokens so far (including these T), V vocabulary, D width,
+F hidden width of the MLP, H query heads, K key and value heads, Dh = D / H.
 
-[Note: where it may be cut]
-* Between layers. Each name in `GPT.stages` is a module from x to x, and running them in turn is
-  the whole forward. A pipeline stage deletes the layers it lacks, which renames no other because
-  they live in a ModuleDict, and puts nn.Identity for whatever else it lacks.
-* Across heads, and across F. The views take H and K from the width that came out of a projection,
-  never from the configuration, so a tensor-parallel rank with fewer heads runs this same code.
-  q, k and v read one input, and so do gate and up: the seams are `self_attn` and `mlp`, where the
-  gradient of that input is summed over ranks once instead of once per projection.
+[Note: how parallelism splits it]
+* A pipeline cuts between layers. Each name in `GPT.stages` is a module from x to x, and running
+  them in order is the whole forward. A pipeline stage deletes the layers of other stages; the names
+  of the rest do not change, because layers are in a ModuleDict. It replaces other modules by
+  nn.Identity.
+* Tensor parallelism splits heads, and F. The views take H and K from the output width of a
+  projection, not from the configuration, so a rank with fewer heads runs the same code. q, k and v
+  have the same input, and so do gate and up. Therefore the gradient of that input is summed over
+  ranks once in `self_attn` and once in `mlp`, not once per projection.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Past = list[Tensor]  # what decoding remembers of a layer: [], then [keys, values], (B, K, S, Dh)
+Past = list[Tensor]  # the KV cache of a layer: [], then [keys, values], each (B, K, S, Dh)
 
 
 class Attention(nn.Module):
-    """Each token reads those up to itself; H / K neighboring query heads share keys and values."""
+    """Causal attention. Each key and value head serves H / K neighboring query heads."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, rope_base: float):
         super().__init__()
@@ -40,7 +41,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, past: Past | None = None
     ) -> Tensor:
-        by_head = (-1, self.head_dim)  # -1, not H or K: [Note: where it may be cut]
+        by_head = (-1, self.head_dim)  # -1, not H or K: [Note: how parallelism splits it]
         q = self.q_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
         k = self.k_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, K, T, Dh)
         v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, K, T, Dh)
@@ -53,9 +54,9 @@ class Attention(nn.Module):
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # T -> S
         if past is not None:
             past[:] = k, v
-        sharing = q.size(1) // k.size(1)  # enable_gqa=True would sum their gradients in bfloat16
+        sharing = q.size(1) // k.size(1)  # enable_gqa=True would sum gradients in bfloat16
         k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)  # K -> H
-        # is_causal pairs the first query with the first key, which is wrong as soon as T < S.
+        # is_causal aligns the first query with the first key, which is wrong if T < S.
         mask = torch.ones(new, seen + new, dtype=torch.bool, device=x.device).tril(seen)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask if seen else None, is_causal=not seen
@@ -66,10 +67,10 @@ class Attention(nn.Module):
 def rope_table(
     positions: Tensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position x base^(-2i/Dh), each (T, Dh/2), from angles in float32 or more:
-    bfloat16 cannot tell position 257 from 256.
+    """Cosine and sine of position x base^(-2i/Dh), each (T, Dh/2).
 
-    Every layer makes its own, at next to no cost, and so there is no buffer to materialize from
+    Angles are in float32 or more, because in bfloat16 positions 256 and 257 are equal. Every layer
+    computes its own table, which costs almost nothing. So there is no buffer to materialize from
     the meta device, to shard or to save.
     """
     precise = torch.promote_types(dtype, torch.float32)
@@ -79,13 +80,13 @@ def rope_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + Dh/2]): Llama's pairing, where the paper takes neighbors."""
+    """Rotate each pair (x[i], x[i + Dh/2]). These are Llama's pairs; the paper pairs neighbors."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, Dh) -> 2 of (B, H, T, Dh/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class SwiGLU(nn.Module):
-    """x (B, T, D) -> (B, T, D) through F gated hidden units."""
+    """A gated MLP with F hidden units: x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, ffn: int):
         super().__init__()
@@ -98,7 +99,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, D) -> (B, T, D)."""
+    """One transformer layer: x (B, T, D) -> (B, T, D)."""
 
     def __init__(
         self, width: int, heads: int, kv_heads: int, ffn: int, rope_base: float, eps: float
@@ -117,7 +118,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All but the head: tokens (B, T) -> x (B, T, D)."""
+    """Everything except the head: tokens (B, T) -> x (B, T, D)."""
 
     def __init__(self, vocab: int, width: int, blocks: list[Block], eps: float):
         super().__init__()
@@ -138,15 +139,15 @@ class Decoder(nn.Module):
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V).
 
-    `tied` makes the head's weight the embedding itself. `rope_base` and `eps` shape no parameter;
-    they are arguments because published Llama weights differ in them.
+    With `tied` the head and the embedding share one weight. `rope_base` and `eps` are arguments
+    because published Llama weights differ in them.
 
-    Raises ValueError if the width does not divide into heads, or the heads into groups.
+    Raises ValueError unless width is divisible by 2 x heads, and heads by kv_heads.
     """
 
     reads = "text"
-    units = (Block,)  # what FSDP and recomputation handle as one
-    ends = ("model.embed_tokens", "lm_head")  # what else FSDP does: as large as the vocabulary
+    units = (Block,)  # FSDP gathers, and recomputation recomputes, one unit at a time
+    ends = ("model.embed_tokens", "lm_head")  # more FSDP units: as large as the vocabulary
     stages = ("model.embed_tokens", "model.layers.*", "model.norm", "lm_head")  # in forward order
 
     def __init__(
@@ -169,7 +170,7 @@ class GPT(nn.Module):
                 f"not width={width} heads={heads} kv_heads={kv_heads}"
             )
         self.head_dim = width // heads
-        self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
+        self.depth = layers  # of the whole model: a pipeline stage initializes its layers with it
         blocks = [Block(width, heads, kv_heads, ffn, rope_base, eps) for _ in range(layers)]
         self.model = Decoder(vocab, width, blocks, eps)
         self.lm_head = nn.Linear(width, vocab, bias=False)
@@ -179,18 +180,17 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: list[Past] | None = None
     ) -> Tensor:
-        """`positions` (T,) default to 0, 1, ..., or to what follows the tokens in the cache.
+        """`positions` (T,) default to 0, 1, ..., continuing after the tokens in the cache.
 
-        To decode, make `cache = [[] for _ in range(layers)]` and pass it along with each piece of
-        the text: it grows in place, and the logits are those of the whole text at once.
+        To decode, create `cache = [[] for _ in range(layers)]` and pass it with each part of the
+        text. It grows in place, and the logits equal those of the whole text at once.
         """
         return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
 
     def tp_plan(self) -> dict[str, str | tuple[str, int]]:
-        """What tensor parallelism makes of each module: globs on names, to roles
-        (parallel/tensor/tp.py).
+        """Globs on module names -> roles under tensor parallelism: see parallel/tensor/tp.py.
 
-        q, k and v are split by heads; there may be fewer keys and values than ranks.
+        q, k and v are split by heads; there may be fewer key and value heads than ranks.
         """
         head = self.head_dim
         return {
@@ -209,8 +209,9 @@ class GPT(nn.Module):
         }
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large as what went
-        in. The 2 x depth projections that add to one residual stream share that size.
+        """Norms are 1, matrices Normal(0, 1/sqrt(columns)), so outputs are as large as inputs.
+
+        Each o_proj and down_proj adds to the residual stream, and is smaller by sqrt(2 x depth).
         """
         if fqn.endswith("norm.weight"):
             tensor.fill_(1.0)

@@ -3,11 +3,11 @@
     x = project(the embeddings of the last C tokens, side by side);
     per block: x += down(gelu(up(norm(x))));   head(norm(x))
 
-The plain counterpart of the gpt, on the same text: no attention, a fixed window instead, and
-biases and LayerNorm throughout. The paper has one hidden layer of tanh; a residual stack of GELU
-goes as deep as one likes.
+A simpler model than the gpt for the same text. It has a fixed context window instead of attention,
+and biases and LayerNorm throughout. The paper has one hidden layer with tanh; here residual blocks
+with GELU allow any depth.
 
-Letters: B sequences, T tokens of each, V vocabulary, E features of an embedding, C tokens of
+Letters: B sequences, T tokens in each, V vocabulary, E features of an embedding, C tokens of
 context, D width, F hidden width of a block.
 """
 
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Window(nn.Module):
-    """Lays the features of the last C tokens side by side: (B, T, E) -> (B, T, C*E), oldest first.
+class ContextWindow(nn.Module):
+    """Concatenate the features of the last C tokens, oldest first: (B, T, E) -> (B, T, C*E).
 
-    Before the text begins there are zeros.
+    Tokens before the start of the text are zeros.
     """
 
     def __init__(self, context: int):
@@ -33,7 +33,7 @@ class Window(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, D) -> (B, T, D)."""
+    """One residual block: x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, ffn: int):
         super().__init__()
@@ -49,17 +49,17 @@ class MLP(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V)."""
 
     reads = "text"
-    units = (Block,)  # what FSDP and recomputation handle as one
-    ends = ("embed", "project", "head")  # what else FSDP does
+    units = (Block,)  # FSDP gathers, and recomputation recomputes, one unit at a time
+    ends = ("embed", "project", "head")  # more FSDP units
     stages = ("embed", "window", "project", "blocks.*", "norm", "head")  # in forward order
 
     def __init__(
         self, vocab: int, *, layers: int, width: int, ffn: int, context: int, features: int
     ):
         super().__init__()
-        self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
+        self.depth = layers  # of the whole model: a pipeline stage initializes its layers with it
         self.embed = nn.Embedding(vocab, features)
-        self.window = Window(context)
+        self.window = ContextWindow(context)
         self.project = nn.Linear(context * features, width)
         self.blocks = nn.ModuleDict({str(index): Block(width, ffn) for index in range(layers)})
         self.norm = nn.LayerNorm(width)
@@ -73,8 +73,9 @@ class MLP(nn.Module):
         return self.head(self.norm(x))  # (B, T, D) -> (B, T, V)
 
     def tp_plan(self) -> dict[str, str | tuple[str, int]]:
-        """What tensor parallelism makes of each module; the window looks across the sequence, which
-        can be cut only after it.
+        """Globs on module names -> roles under tensor parallelism: see parallel/tensor/tp.py.
+
+        The sequence can be sharded only after the window, which reads across it.
         """
         return {
             "embed": "replicate",
@@ -87,8 +88,9 @@ class MLP(nn.Module):
         }
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Biases zero, norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large
-        as what went in. The blocks that add to one residual stream share that size.
+        """Biases are 0, norms 1, matrices Normal(0, 1/sqrt(columns)): outputs as large as inputs.
+
+        Each `down` adds to the residual stream, and is smaller by sqrt(depth).
         """
         if fqn.endswith("bias"):
             tensor.zero_()

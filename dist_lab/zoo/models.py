@@ -1,4 +1,4 @@
-"""The table of models, and `build`, which makes one of a size."""
+"""The table of model classes, and `build`, which creates a model of a given size."""
 
 from typing import Any
 
@@ -31,15 +31,15 @@ def build(
     device: torch.device | str = "cpu",
     **overrides: Any,
 ) -> Model:
-    """A model of the zoo, initialized by (seed, parameter name) and by nothing else.
+    """Create a model. Its weights are a function of (seed, parameter name) only.
 
-    `vocab` is the number of tokens, or of classes; `image` the (channels, height, width) that a
-    model of images reads. `overrides` replace constructor arguments of SIZES: `layers=2`,
-    `tied=True`. On the "meta" device nothing is drawn and nothing allocated;
+    `vocab` is the number of tokens or of classes, `image` the (channels, height, width) of the
+    images that an image model reads. `overrides` replace constructor arguments from SIZES:
+    `layers=2`, `tied=True`. On the "meta" device nothing is allocated or initialized;
     `initialize(model, seed)` does both later.
 
-    Raises ValueError for a name or size that is not in SIZES, an `image` that is missing or for
-    nothing, or one that the model cannot take.
+    Raises ValueError for a name or size that is not in SIZES, for an `image` that is missing, given
+    for a text model, or of a shape that the model cannot take.
     """
     if name not in SIZES:
         raise ValueError(f"no model named {name!r}: choose from {', '.join(SIZES)}")

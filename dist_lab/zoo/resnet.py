@@ -1,10 +1,11 @@
-"""ResNet-18 (He et al. 2015, arXiv:1512.03385), torchvision's, with the stem that small images get.
+"""torchvision's ResNet-18 (He et al. 2015, arXiv:1512.03385) with a stem for small images.
 
-Its own stem halves the image twice before the first block: right for 224 pixels, and nothing would
-be left of 32. For images of that size it is customary, as in section 4.2 of the paper, to begin
-with a 3 x 3 convolution of stride 1 and no max-pooling. All else is torchvision's, parameter names
-included. It is the model of the zoo with buffers: BatchNorm keeps running statistics, and in
-training normalizes by those of the rows that it sees, which is where a parallel run may differ.
+The original stem halves the image twice before the first block, which suits 224 pixels but leaves
+too little of 32. For small images it is customary, as in section 4.2 of the paper, to start with a
+3 x 3 convolution of stride 1 and no max-pooling. Everything else is torchvision's, including
+parameter names. It is the only model here with buffers: BatchNorm keeps running statistics. In
+training it normalizes by the statistics of the samples on its rank, so a parallel run may differ
+from one process.
 
 Letters: B images, C channels, V classes.
 """
@@ -18,14 +19,14 @@ from dist_lab.torchvision_import import fix_torchvision
 
 
 class ResNet18(nn.Module):
-    """images (B, C, height, width) of the dtype of the weights -> logits (B, V). 11 M parameters.
+    """images (B, C, height, width) in the dtype of the weights -> logits (B, V). 11 M parameters.
 
-    Sides of 9 or more leave 2 x 2 pixels after the three halvings, so that BatchNorm has something
-    to average even where a rank sees one image.
+    Height and width must be 9 or more. Then 2 x 2 pixels are left after three halvings, and
+    BatchNorm can compute a variance even if a rank has a single image.
     """
 
     reads = "images"
-    units = tuple(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))  # its BasicBlocks
+    units = tuple(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))  # the BasicBlocks
     ends = ("conv1", "fc")
     stages = (
         "conv1", "bn1", "relu", "layer1.*", "layer2.*", "layer3.*", "layer4.*", "avgpool",
@@ -35,7 +36,7 @@ class ResNet18(nn.Module):
     def __init__(self, classes: int, *, image: tuple[int, int, int]):
         super().__init__()
         fix_torchvision()
-        from torchvision.models import resnet18  # here: it takes a second that no other model needs
+        from torchvision.models import resnet18  # here, because the import takes a second
 
         theirs = resnet18(num_classes=classes)
         self.conv1 = nn.Conv2d(image[0], 64, kernel_size=3, padding=1, bias=False)
@@ -50,8 +51,9 @@ class ResNet18(nn.Module):
         return self.fc(self.flatten(self.avgpool(x)))  # -> (B, 512, 1, 1) -> (B, 512) -> (B, V)
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Convolutions Normal(0, sqrt(2 / fan-out)) (He et al. 2015, arXiv:1502.01852), the head
-        Normal(0, 1/sqrt(columns)), norms one, biases zero.
+        """Convolutions are Normal(0, sqrt(2 / fan-out)), after He et al. 2015, arXiv:1502.01852.
+
+        The head is Normal(0, 1/sqrt(columns)), norms are 1 and biases 0.
         """
         if fqn.endswith("bias"):
             tensor.zero_()
@@ -64,5 +66,5 @@ class ResNet18(nn.Module):
             tensor.normal_(0.0, math.sqrt(2 / fan_out), generator=generator)
 
     def init_buffer(self, fqn: str, buffer: Tensor) -> None:
-        """The statistics of nothing seen: mean 0, variance 1, 0 batches."""
+        """Initial running statistics: mean 0, variance 1, 0 batches."""
         buffer.fill_(1 if fqn.endswith("running_var") else 0)

@@ -1,6 +1,6 @@
-"""The sizes of the models: what each is made of. No torch here."""
+"""The sizes of the models, as constructor arguments. This file does not import torch."""
 
-# Parameters on the right: at a vocabulary of 256, and for images of 1 x 28 x 28 of 34 classes.
+# Comments: the number of parameters, for a vocabulary of 256, or 1 x 28 x 28 images and 34 classes.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "gpt": {
         "tiny": {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 480},  #     1.0 M
@@ -20,5 +20,5 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "25m": {"patch": 4, "layers": 8, "width": 512, "heads": 8, "ffn": 2048},  #   25.3 M
         "124m": {"patch": 4, "layers": 12, "width": 928, "heads": 16, "ffn": 3712},  # 124.2 M
     },
-    "resnet18": {"tiny": {}},  # it has one size, its own: 11.2 M
+    "resnet18": {"tiny": {}},  # it has only one size: 11.2 M
 }

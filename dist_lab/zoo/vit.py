@@ -1,11 +1,11 @@
-"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): patches read like words.
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): image patches as tokens.
 
     x = [class token, project(patches)] + positions;
     per layer: x += attention(norm(x)), x += mlp(norm(x));   head(norm(x[class token]))
 
-Pre-norm, GELU and biases throughout, as in the paper; the arithmetic is torchvision's, so that its
-weights give the same logits (`from_torchvision`). Parameters have the gpt's names where they play
-the gpt's part, and q, k and v are linears of their own: what cuts the one cuts the other.
+Pre-norm, GELU and biases throughout, as in the paper. The arithmetic is torchvision's, so its
+weights give the same logits (`from_torchvision`). Parameters have the names of the gpt's where they
+have the same function, and q, k and v are separate linears, so both models are split alike.
 
 Letters: B images, C channels, P side of a patch, N patches, T = 1 + N tokens, V classes, D width,
 F hidden width of the MLP, H heads, Dh = D / H.
@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-6  # of the norms: the paper's code has it, torch's own default is ten times that
+EPS = 1e-6  # of the norms, as in the paper's code; torch's default is 1e-5
 
 
 class Patches(nn.Module):
-    """Images (B, C, height, width) -> x (B, T, D): the patches row by row, after the class token.
+    """Images (B, C, height, width) -> x (B, T, D): the class token, then the patches row by row.
 
-    Projecting each patch is a convolution that never looks at a pixel twice; as a linear on the
-    pixels of a patch it is one matmul, whose weight is cut like any other.
+    The projection of patches is usually a convolution whose stride is its kernel size. As a linear
+    on the pixels of a patch it is one matmul, and its weight can be split like any other.
     """
 
     def __init__(self, image: tuple[int, int, int], patch: int, width: int):
@@ -47,10 +47,10 @@ class Patches(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token reads every token: x (B, T, D) -> (B, T, D).
+    """Full attention: x (B, T, D) -> (B, T, D).
 
-    The views take H from the width that came out of a projection, never from the configuration: a
-    tensor-parallel rank with fewer heads runs this same code.
+    The views take H from the output width of a projection, not from the configuration, so a
+    tensor-parallel rank with fewer heads runs the same code.
     """
 
     def __init__(self, width: int, heads: int):
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """x (B, T, D) -> (B, T, D) through F hidden units."""
+    """An MLP with F hidden units: x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, ffn: int):
         super().__init__()
@@ -83,7 +83,7 @@ class Perceptron(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, D) -> (B, T, D)."""
+    """One transformer layer: x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, heads: int, ffn: int):
         super().__init__()
@@ -98,21 +98,21 @@ class Block(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """What the first token has read of the others: (B, T, D) -> (B, D)."""
+    """Select the class token, which is the first: (B, T, D) -> (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 0]
 
 
 class ViT(nn.Module):
-    """images (B, C, height, width) of the dtype of the weights -> logits (B, V).
+    """images (B, C, height, width) in the dtype of the weights -> logits (B, V).
 
-    Raises ValueError if the image does not divide into patches, or the width into heads.
+    Raises ValueError unless the image divides into patches, and width is divisible by heads.
     """
 
     reads = "images"
-    units = (Block,)  # what FSDP and recomputation handle as one
-    ends = ("embed", "head")  # what else FSDP does
+    units = (Block,)  # FSDP gathers, and recomputation recomputes, one unit at a time
+    ends = ("embed", "head")  # more FSDP units
     stages = ("embed", "layers.*", "pool", "norm", "head")  # in forward order
 
     def __init__(
@@ -133,11 +133,11 @@ class ViT(nn.Module):
                 f"{image[1]} x {image[2]} by patch={patch} and width={width} by heads={heads}"
             )
         self.head_dim = width // heads
-        self.depth = layers  # the whole model's, to start alike on a pipeline stage with fewer
+        self.depth = layers  # of the whole model: a pipeline stage initializes its layers with it
         self.embed = Patches(image, patch, width)
         self.layers = nn.ModuleDict({str(i): Block(width, heads, ffn) for i in range(layers)})
         self.pool = ClassToken()
-        self.norm = nn.LayerNorm(width, EPS)  # of each token by itself, so of this one alone
+        self.norm = nn.LayerNorm(width, EPS)  # after the pool, because it is per token
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.pool(x)))  # (B, T, D) -> (B, D) -> (B, V)
 
     def tp_plan(self) -> dict[str, str | tuple[str, int]]:
-        """What tensor parallelism makes of each module. Classes are few: the head stays whole."""
+        """Globs on module names -> roles under tensor parallelism. The small head is replicated."""
         head = self.head_dim
         return {
             "embed": "scatter_output",
@@ -165,10 +165,11 @@ class ViT(nn.Module):
         }
 
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Biases zero, norms one, matrices Normal(0, 1/sqrt(columns)): what comes out is as large
-        as what went in. The 2 x depth projections that add to one residual stream share that size.
-        The class token is zero, as in the paper's code. Positions are Normal(0, 1/2): with the 0.02
-        that is customary, a short training spends its steps on telling one place from another.
+        """Biases are 0, norms 1, matrices Normal(0, 1/sqrt(columns)): outputs as large as inputs.
+
+        Each o_proj and down_proj adds to the residual stream, and is smaller by sqrt(2 x depth).
+        The class token is 0, as in the paper's code. Positions are Normal(0, 1/2): with the usual
+        0.02, a short training spends its steps on learning to distinguish positions.
         """
         if fqn.endswith(("bias", "class_token")):
             tensor.zero_()
@@ -181,7 +182,7 @@ class ViT(nn.Module):
             tensor.normal_(0.0, (tensor.size(1) * sharers) ** -0.5, generator=generator)
 
 
-TORCHVISION = {  # its name of a parameter -> ours, as patterns; the first that matches
+TORCHVISION = {  # pattern of torchvision's parameter name -> our name; the first match counts
     r"conv_proj\.": "embed.project.",
     r"class_token": "embed.class_token",
     r"encoder\.pos_embedding": "embed.positions",
@@ -199,23 +200,23 @@ TORCHVISION = {  # its name of a parameter -> ours, as patterns; the first that 
 
 
 def from_torchvision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a torchvision VisionTransformer (vit_b_16 and its like) under our names.
+    """Convert the state dict of a torchvision VisionTransformer (such as vit_b_16) to our names.
 
     A `ViT` of the same sizes loads the result with `load_state_dict`, and gives the same logits.
-    torchvision stacks the projections to q, k and v in one tensor; here they are three.
+    torchvision has one stacked tensor for the projections to q, k and v; here they are three.
 
-    Raises ValueError for a name that is not a VisionTransformer's.
+    Raises ValueError for a parameter name that a VisionTransformer does not have.
     """
     ours: dict[str, Tensor] = {}
     for theirs, tensor in weights.items():
         pattern = next((p for p in TORCHVISION if re.match(p, theirs)), None)
         if pattern is None:
-            raise ValueError(f"{theirs} is no parameter of torchvision's VisionTransformer")
+            raise ValueError(f"{theirs} is not a parameter of torchvision's VisionTransformer")
         name = re.sub(pattern, TORCHVISION[pattern], theirs, count=1)
         if ".in_proj_" in theirs:
-            at, kind = name.rsplit(".", 1)  # layers.0.self_attn, weight
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                ours[f"{at}.{letter}_proj.{kind}"] = part
+            module, kind = name.rsplit(".", 1)  # layers.0.self_attn, weight
+            for letter, projection in zip("qkv", tensor.chunk(3), strict=True):
+                ours[f"{module}.{letter}_proj.{kind}"] = projection
         elif theirs == "conv_proj.weight":
             ours[name] = tensor.flatten(1)  # (D, C, P, P) -> (D, C*P*P)
         elif theirs in ("class_token", "encoder.pos_embedding"):

@@ -1,4 +1,4 @@
-"""The same samples in every layout, each once an epoch, from a cache that survives its builders."""
+"""Text data: every mesh reads the same samples, each once per epoch; the cache is never broken."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def no_cache_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test that forgets its cache folder writes below tmp_path, and fails."""
+    """A test that does not set its cache folder writes to this home, and fails."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -44,13 +44,13 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests that read the standard library: it is built once, as for a user."""
+    """One cache for all tests that read the standard library, built once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def letters(tmp_path: Path) -> Path:
-    """A text file of 1,000 bytes in which any four neighbors tell where they stand."""
+    """A text file of 1,000 bytes in which any four neighbors determine their position."""
     path = tmp_path / "letters.txt"
     path.write_bytes(b"".join(b"%04d" % number for number in range(250)))
     return path
@@ -58,11 +58,11 @@ def letters(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def text(letters: Path, cache: Path) -> Text:
-    """900 training bytes in 128 windows of 7, and 100 to validate on; 10 rows a step."""
-    found = data.open_data(str(letters), batch=10, seq=7, seed=3, cache_dir=cache)
-    assert isinstance(found, Text)
-    assert found.windows == 128
-    return found
+    """900 training bytes in 128 windows of 7, and 100 for validation; 10 rows per step."""
+    opened = data.open_data(str(letters), batch=10, seq=7, seed=3, cache_dir=cache)
+    assert isinstance(opened, Text)
+    assert opened.windows == 128
+    return opened
 
 
 def folder_of(tmp_path: Path, count: int) -> Path:
@@ -71,7 +71,7 @@ def folder_of(tmp_path: Path, count: int) -> Path:
         path = folder / f"chapter{number // 6}" / f"{number:02}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"<file {number:02}>")
-        os.utime(path, (0, 0))  # all of one age, as after unpacking an archive
+        os.utime(path, (0, 0))  # the same time for all, as after unpacking an archive
     return folder
 
 
@@ -85,7 +85,7 @@ def parts_of(rows: int, sizes: list[int]) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
 
-# Batches: a pure function of (seed, step), and of nothing else.
+# Batches: a pure function of (seed, step).
 
 
 def test_targets_are_the_inputs_shifted_by_one(text: Text) -> None:
@@ -97,7 +97,7 @@ def test_targets_are_the_inputs_shifted_by_one(text: Text) -> None:
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-def test_a_window_is_the_bytes_its_id_says(text: Text, letters: Path) -> None:
+def test_window_i_has_the_bytes_from_i_times_seq(text: Text, letters: Path) -> None:
     whole = letters.read_bytes()
     inputs, targets = text.batch(5, slice(0, 10))
     for i, row, target in zip(text.sample_ids(5, slice(0, 10)), inputs, targets, strict=True):
@@ -105,29 +105,29 @@ def test_a_window_is_the_bytes_its_id_says(text: Text, letters: Path) -> None:
         assert bytes(target.tolist()) == whole[7 * i + 1 : 7 * i + 8]
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before(letters: Path, cache: Path) -> None:
+def test_a_batch_does_not_depend_on_earlier_calls(letters: Path, cache: Path) -> None:
     def fresh() -> Data:
         return data.open_data(str(letters), batch=10, seq=7, seed=3, cache_dir=cache)
 
     used, rows = fresh(), slice(0, 10)
-    for step in (0, 1, 40, 2, 13):  # epochs 0, 0, 3, 0, 1: forwards, back, and out of the memo
+    for step in (0, 1, 40, 2, 13):  # epochs 0, 0, 3, 0, 1: forwards, backwards, not in the cache
         assert torch.equal(used.batch(step, rows)[0], fresh().batch(step, rows)[0])
         used.validation(0, rows)
 
 
 @pytest.mark.parametrize("step", [0, 12, 1000])
 @pytest.mark.parametrize("sizes", [[10], [5, 5], [4, 3, 3], [1, 2, 3, 4], [10, 0], [1] * 10])
-def test_slices_laid_end_to_end_are_the_whole_batch(
+def test_consecutive_slices_concatenate_to_the_whole_batch(
     text: Text, sizes: list[int], step: int
 ) -> None:
     for batch in (text.batch, text.validation):
         at = step if batch == text.batch else 0
         parts = [batch(at, rows) for rows in parts_of(10, sizes)]
-        for whole, pieces in zip(batch(at, slice(None)), zip(*parts, strict=True), strict=True):
-            assert torch.equal(torch.cat(pieces), whole)
+        for whole, slices in zip(batch(at, slice(None)), zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(slices), whole)
 
 
-def test_every_window_comes_exactly_once_an_epoch(text: Text) -> None:
+def test_every_window_is_read_exactly_once_per_epoch(text: Text) -> None:
     stream = np.concatenate([text.sample_ids(step, slice(0, 10)) for step in range(64)])
     epochs = stream.reshape(5, 128)  # 640 samples are 5 epochs, though 10 does not divide 128
     for epoch in epochs:
@@ -135,7 +135,7 @@ def test_every_window_comes_exactly_once_an_epoch(text: Text) -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 5, "two epochs in the same order"
 
 
-def test_a_batch_may_straddle_epochs(text: Text) -> None:
+def test_a_batch_may_span_two_epochs(text: Text) -> None:
     ids = text.sample_ids(12, slice(0, 10))  # positions 120 to 129; an epoch is 0 to 127
     assert list(ids[:8]) == list(permutation(128, 3, epoch=0)[120:])
     assert list(ids[8:]) == list(permutation(128, 3, epoch=1)[:2])
@@ -162,20 +162,20 @@ def test_the_seed_decides_the_order(letters: Path, cache: Path) -> None:
     assert first_epoch(0) != list(range(128))
 
 
-def test_no_two_ranks_are_fed_the_same_data(text: Text) -> None:
-    """Fed the same data, ranks agree without ever sending a gradient: such a test passes broken."""
+def test_no_two_ranks_read_the_same_samples(text: Text) -> None:
+    """With equal data, ranks stay equal without sending gradients, and other tests would pass."""
     for step in range(20):
         ids = [set(text.sample_ids(step, rows)) for rows in parts_of(10, [4, 3, 3])]
-        if step != 12:  # in the step that straddles epochs a window may meet itself
+        if step != 12:  # in the step that spans two epochs a window may occur twice
             assert len(set.union(*ids)) == 10
 
 
-def test_rows_beyond_the_global_batch_are_our_own_mistake(text: Text) -> None:
+def test_rows_beyond_the_global_batch_are_an_assertion_error(text: Text) -> None:
     with pytest.raises(AssertionError, match="global batch of 10"):
         text.batch(0, slice(8, 12))
 
 
-# Validation: the same at every call, and never trained on.
+# Validation: the same at every call, and disjoint from training.
 
 
 def test_validation_is_the_same_at_every_call_and_for_every_seed(
@@ -192,21 +192,21 @@ def test_validation_is_the_same_at_every_call_and_for_every_seed(
 
 
 def test_validation_is_spread_over_the_whole_split(warm_cache: Path) -> None:
-    found = corpus.find("stdlib", warm_cache)
-    few = Text(found, batch=2, seq=64, seed=0, validation_batches=3)
+    loaded = corpus.find("stdlib", warm_cache)
+    few = Text(loaded, batch=2, seq=64, seed=0, validation_batches=3)
     assert few.validation_batches == 3
     seen = torch.cat([few.validation(index, slice(0, 2))[0] for index in range(3)])
-    last = len(found.validation) - 65
+    last = len(loaded.validation) - 65
     for number, row in enumerate(seen):
         start = number * last // 5
-        assert bytes(row.tolist()) == found.validation[start : start + 64].tobytes()
-    assert bytes(few.validation(2, slice(1, 2))[1][0].tolist()) == found.validation[-64:].tobytes()
+        assert bytes(row.tolist()) == loaded.validation[start : start + 64].tobytes()
+    assert bytes(few.validation(2, slice(1, 2))[1][0].tolist()) == loaded.validation[-64:].tobytes()
 
 
 def test_validation_windows_are_disjoint_where_the_split_has_room(cache: Path, text: Text) -> None:
     inputs, _ = text.validation(0, slice(0, 10))  # 14 windows fit, 10 are taken
-    found = corpus.find(text.name, cache).validation.tobytes()
-    starts = [found.index(bytes(row.tolist())) for row in inputs]
+    held_out = corpus.find(text.name, cache).validation.tobytes()
+    starts = [held_out.index(bytes(row.tolist())) for row in inputs]
     assert min(np.diff(starts)) >= 7
 
 
@@ -218,7 +218,7 @@ def test_a_short_split_still_gives_one_batch_of_validation(letters: Path, cache:
     assert none.validation_batches == 0
 
 
-def test_training_and_validation_share_no_byte(text: Text, letters: Path) -> None:
+def test_training_and_validation_are_disjoint(text: Text, letters: Path) -> None:
     whole = letters.read_bytes()
     trained = {
         bytes(text.batch(s, slice(r, r + 1))[1][0].tolist()) for s in range(13) for r in range(10)
@@ -228,50 +228,50 @@ def test_training_and_validation_share_no_byte(text: Text, letters: Path) -> Non
     assert reached <= 900 <= held_out
 
 
-# The corpus: what is read, and how it is cut in two.
+# The corpus: which files are read, and how they are split.
 
 
-def test_the_standard_library_is_the_corpus_of_every_machine(warm_cache: Path) -> None:
-    found = corpus.find("stdlib", warm_cache)
-    total = len(found.train) + len(found.validation)
+def test_the_default_corpus_is_the_standard_library_without_its_tests(warm_cache: Path) -> None:
+    loaded = corpus.find("stdlib", warm_cache)
+    total = len(loaded.train) + len(loaded.validation)
     assert total > 5_000_000
-    assert 0.05 < len(found.validation) / total < 0.15
-    assert found.name == "stdlib"
-    everything = found.train.tobytes() + found.validation.tobytes()
-    assert found.sha256 == hashlib.sha256(everything).hexdigest()
+    assert 0.05 < len(loaded.validation) / total < 0.15
+    assert loaded.name == "stdlib"
+    everything = loaded.train.tobytes() + loaded.validation.tobytes()
+    assert loaded.sha256 == hashlib.sha256(everything).hexdigest()
     library = Path(sysconfig.get_path("stdlib"))
     assert (library / "argparse.py").read_bytes() in everything
-    for spared in ("test/test_argparse.py", "idlelib/idle_test/htest.py"):
-        path = library / spared
+    for excluded in ("test/test_argparse.py", "idlelib/idle_test/htest.py"):
+        path = library / excluded
         assert not path.exists() or path.read_bytes() not in everything
 
 
-def test_training_and_validation_text_look_alike(warm_cache: Path) -> None:
-    found = corpus.find("stdlib", warm_cache)
+def test_training_and_validation_text_have_similar_bytes(warm_cache: Path) -> None:
+    loaded = corpus.find("stdlib", warm_cache)
     train, validation = (
-        np.bincount(part, minlength=256) / len(part) for part in (found.train, found.validation)
+        np.bincount(part, minlength=256) / len(part) for part in (loaded.train, loaded.validation)
     )
-    assert np.abs(train - validation).sum() < 0.2  # 2 if they had no byte in common
+    assert np.abs(train - validation).sum() < 0.2  # it is 2 if they have no byte in common
 
 
-def test_from_ten_files_on_every_tenth_is_held_out_whole(tmp_path: Path, cache: Path) -> None:
-    found = corpus.find(str(folder_of(tmp_path, 23)), cache)
-    assert found.validation.tobytes() == b"<file 10><file 20>"
+def test_of_ten_or_more_files_every_tenth_is_held_out(tmp_path: Path, cache: Path) -> None:
+    loaded = corpus.find(str(folder_of(tmp_path, 23)), cache)
+    assert loaded.validation.tobytes() == b"<file 10><file 20>"
     kept = [number for number in range(1, 24) if number not in (10, 20)]
-    assert found.train.tobytes() == b"".join(b"<file %02d>" % number for number in kept)
+    assert loaded.train.tobytes() == b"".join(b"<file %02d>" % number for number in kept)
 
 
 @pytest.mark.parametrize("count", [1, 9])
-def test_of_fewer_files_the_last_tenth_of_the_bytes(
+def test_of_fewer_files_the_last_tenth_of_the_bytes_is_held_out(
     tmp_path: Path, cache: Path, count: int
 ) -> None:
-    found = corpus.find(str(folder_of(tmp_path, count)), cache)
+    loaded = corpus.find(str(folder_of(tmp_path, count)), cache)
     whole = b"".join(b"<file %02d>" % number for number in range(1, count + 1))
-    assert found.train.tobytes() + found.validation.tobytes() == whole
-    assert len(found.validation) == len(whole) // 10
+    assert loaded.train.tobytes() + loaded.validation.tobytes() == whole
+    assert len(loaded.validation) == len(whole) // 10
 
 
-def test_a_folder_gives_its_text_and_nothing_else(tmp_path: Path, cache: Path) -> None:
+def test_only_the_text_files_of_a_folder_are_read(tmp_path: Path, cache: Path) -> None:
     folder = folder_of(tmp_path, 3)
     whole = corpus.find(str(folder), cache)
     (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
@@ -280,7 +280,7 @@ def test_a_folder_gives_its_text_and_nothing_else(tmp_path: Path, cache: Path) -
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("secret")
     (folder / "broken.txt").symlink_to(folder / "nowhere")
-    os.mkfifo(folder / "pipe")  # to open it would be to wait for its writer
+    os.mkfifo(folder / "pipe")  # opening it would wait for a writer
     assert corpus.find(str(folder), cache).sha256 == whole.sha256
 
 
@@ -291,14 +291,14 @@ def test_a_cache_inside_the_folder_is_not_read_as_text(tmp_path: Path) -> None:
     assert files_in(folder / "cache") == [first.path]
 
 
-# The cache: built once, replaced when it must be, whole or absent.
+# The cache: built once, rebuilt when needed, complete or absent.
 
 
 def no_building(*_: object) -> None:
     raise AssertionError("built again")
 
 
-def test_the_second_run_builds_nothing(
+def test_the_second_run_reuses_the_cache(
     letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = corpus.find(str(letters), cache)
@@ -310,7 +310,7 @@ def test_the_second_run_builds_nothing(
     assert files_in(cache) == [first.path]
 
 
-def test_a_relative_path_is_the_same_corpus(
+def test_a_relative_path_finds_the_same_corpus(
     letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = corpus.find(str(letters), cache)
@@ -319,7 +319,7 @@ def test_a_relative_path_is_the_same_corpus(
 
 
 def edit(folder: Path) -> None:
-    """The same length: only the time of change tells."""
+    """Write the same length, so that only the modification time differs."""
     path = folder / "chapter0" / "01.txt"
     before = path.stat()
     path.write_text("<FILE 01>")
@@ -368,15 +368,17 @@ def test_a_damaged_cache_is_built_again(letters: Path, cache: Path, damage: str)
     assert after.train.tobytes() + after.validation.tobytes() == letters.read_bytes()
 
 
-def test_processes_that_build_at_once_all_end_up_right(letters: Path, cache: Path) -> None:
-    letters.write_bytes(bytes(range(1, 201)) * 50_000)  # 10 MB, so that they do meet
+def test_processes_that_build_at_the_same_time_all_get_the_right_corpus(
+    letters: Path, cache: Path
+) -> None:
+    letters.write_bytes(bytes(range(1, 201)) * 50_000)  # 10 MB, so that the builds overlap
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
         from dist_lab.data import corpus
         sys.stdin.readline()
-        found = corpus.find(sys.argv[1], Path(sys.argv[2]))
-        print(found.sha256, len(found.train), len(found.validation))
+        loaded = corpus.find(sys.argv[1], Path(sys.argv[2]))
+        print(loaded.sha256, len(loaded.train), len(loaded.validation))
     """)
     command = [sys.executable, "-c", program, str(letters), str(cache)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
@@ -384,37 +386,39 @@ def test_processes_that_build_at_once_all_end_up_right(letters: Path, cache: Pat
     for builder in builders:
         builder.stdin.write("go\n")
         builder.stdin.flush()
-    said = {builder.communicate(timeout=60)[0].strip() for builder in builders}
+    outputs = {builder.communicate(timeout=60)[0].strip() for builder in builders}
     sha256 = hashlib.sha256(letters.read_bytes()).hexdigest()
-    assert said == {f"{sha256} 9000000 1000000"}
+    assert outputs == {f"{sha256} 9000000 1000000"}
     assert len(files_in(cache)) == 1
 
 
-def test_threads_that_build_at_once_all_end_up_right(letters: Path, cache: Path) -> None:
-    ready, found = threading.Barrier(4), []
+def test_threads_that_build_at_the_same_time_all_get_the_right_corpus(
+    letters: Path, cache: Path
+) -> None:
+    ready, corpora = threading.Barrier(4), []
 
     def build() -> None:
         ready.wait()
-        found.append(corpus.find(str(letters), cache))
+        corpora.append(corpus.find(str(letters), cache))
 
     threads = [threading.Thread(target=build) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {(c.path, c.sha256, len(c.train)) for c in found} == {
-        (found[0].path, hashlib.sha256(letters.read_bytes()).hexdigest(), 900)
+    assert {(c.path, c.sha256, len(c.train)) for c in corpora} == {
+        (corpora[0].path, hashlib.sha256(letters.read_bytes()).hexdigest(), 900)
     }
     assert len(files_in(cache)) == 1
 
 
-def test_a_build_that_stops_halfway_leaves_nothing(
+def test_an_interrupted_build_leaves_no_file(
     letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", interrupted)  # all bytes written, the name not yet given
+    monkeypatch.setattr(os, "fsync", interrupted)  # all bytes are written, but no rename yet
     with pytest.raises(KeyboardInterrupt):
         corpus.find(str(letters), cache)
     assert files_in(cache) == []
@@ -431,17 +435,19 @@ def test_a_killed_build_is_never_opened(letters: Path, cache: Path) -> None:
     command = [sys.executable, "-c", program, str(letters), str(cache)]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -9
     assert all(path.name.startswith(".") for path in files_in(cache))
-    found = corpus.find(str(letters), cache)
-    assert found.train.tobytes() + found.validation.tobytes() == letters.read_bytes()
+    loaded = corpus.find(str(letters), cache)
+    assert loaded.train.tobytes() + loaded.validation.tobytes() == letters.read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_names_the_parameter(letters: Path, tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("a file, where the cache would be a folder")
+def test_if_the_cache_cannot_be_written_the_error_names_the_parameter(
+    letters: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("a file where the cache needs a folder")
     with pytest.raises(MachineError, match=r"cannot write the cache of data=.*cache=DIR"):
         corpus.find(str(letters), tmp_path / "taken" / "cache")
 
 
-def test_a_full_disk_names_the_flag_and_leaves_nothing(
+def test_for_a_full_disk_the_error_names_the_parameter_and_no_file_is_left(
     letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -453,13 +459,15 @@ def test_a_full_disk_names_the_flag_and_leaves_nothing(
     assert files_in(cache) == []
 
 
-def test_a_write_that_fails_halfway_says_why_and_leaves_nothing(letters: Path, cache: Path) -> None:
+def test_if_a_write_fails_the_error_says_why_and_no_file_is_left(
+    letters: Path, cache: Path
+) -> None:
     program = textwrap.dedent("""
         import resource, signal, sys
         from pathlib import Path
         from dist_lab.data import corpus
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes, of each file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes per file
         try:
             corpus.find(sys.argv[1], Path(sys.argv[2]))
         except RuntimeError as error:
@@ -472,11 +480,11 @@ def test_a_write_that_fails_halfway_says_why_and_leaves_nothing(letters: Path, c
     assert files_in(cache) == []
 
 
-# Bad input: one line, with the numbers and what to type. `check` answers as `open_data` does.
+# Bad input: an error of one line. `check` and `open_data` raise the same.
 
 
 def refusal(spec: str, seq: int, cache: Path) -> str:
-    """The line both answer with."""
+    """Returns the message, which is the same from `check` and `open_data`."""
     with pytest.raises(UserError) as checked:
         data.check(spec, seq=seq, cache_dir=cache)
     with pytest.raises(UserError) as opened:
@@ -487,7 +495,7 @@ def refusal(spec: str, seq: int, cache: Path) -> str:
 
 
 @pytest.mark.parametrize("spec", ["nowhere.txt", "no/such/folder", "", "a\0b", "sdtlib"])
-def test_a_missing_path_lists_what_data_can_be(spec: str, cache: Path) -> None:
+def test_for_a_missing_path_the_error_lists_the_forms_of_data(spec: str, cache: Path) -> None:
     line = refusal(spec, 8, cache)
     assert line.startswith(f"data={spec!r}: no such file or folder")
     assert all(form in line for form in ("stdlib", "FILE", "FOLDER", "module:function"))
@@ -514,14 +522,14 @@ def test_a_folder_without_text_is_refused(tmp_path: Path, cache: Path) -> None:
     assert "of 2 files (hidden ones aside) 1 are empty and 1 binary" in line
 
 
-def test_what_is_neither_file_nor_folder_is_refused(cache: Path) -> None:
+def test_a_path_that_is_neither_file_nor_folder_is_refused(cache: Path) -> None:
     assert "neither a file nor a folder" in refusal(os.devnull, 8, cache)
 
 
 def test_an_unreadable_file_is_refused_by_name(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Simulated, because root may read everything."""
+    """The error is simulated, because root may read every file."""
     folder = folder_of(tmp_path, 3)
 
     def denied(path: Path, mode: str) -> object:
@@ -546,34 +554,38 @@ def test_an_unreadable_folder_is_refused_by_name(
         corpus.find(str(folder), cache)
 
 
-def test_text_shorter_than_one_sequence_says_which_seq_fits(letters: Path, cache: Path) -> None:
+def test_for_text_shorter_than_one_sequence_the_error_gives_a_seq_that_fits(
+    letters: Path, cache: Path
+) -> None:
     line = refusal(str(letters), 100, cache)
-    assert "900 bytes to train on and 100 to validate on" in line
-    assert "a sequence of seq=100 takes 101 of each" in line
+    assert "900 training and 100 validation bytes" in line
+    assert "seq=100 needs 101 of each" in line
     assert "use seq=99 or less" in line
     data.check(str(letters), seq=99, cache_dir=cache)
     fits = data.open_data(str(letters), batch=2, seq=99, seed=0, cache_dir=cache)
     assert fits.validation(0, slice(0, 2))[0].shape == (2, 99)
 
 
-def test_text_too_short_for_any_sequence_offers_no_seq(tmp_path: Path, cache: Path) -> None:
+def test_for_text_too_short_for_any_sequence_the_error_gives_no_seq(
+    tmp_path: Path, cache: Path
+) -> None:
     (tmp_path / "short.txt").write_text("short")
     line = refusal(str(tmp_path / "short.txt"), 8, cache)
-    assert "5 bytes to train on and 0 to validate on" in line
+    assert "5 training and 0 validation bytes" in line
     assert "use seq=" not in line
 
 
-def test_a_good_path_is_checked_without_a_word(letters: Path, cache: Path) -> None:
+def test_checking_a_good_path_builds_its_cache(letters: Path, cache: Path) -> None:
     data.check(str(letters), seq=8, cache_dir=cache)
-    assert len(files_in(cache)) == 1  # and the ranks find it built
+    assert len(files_in(cache)) == 1  # the ranks will find it
 
 
-def test_a_python_without_its_sources_is_the_machines_fault(
+def test_a_python_without_its_sources_is_a_machine_error(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in (tmp_path / "nowhere", tmp_path):  # no such folder; one without .py files
         monkeypatch.setattr(sysconfig, "get_path", lambda _, path=path: str(path))
-        with pytest.raises(MachineError, match="keeps no source of its standard library"):
+        with pytest.raises(MachineError, match="has no source of its standard library"):
             corpus.find("stdlib", cache)
 
 
@@ -596,7 +608,7 @@ def test_the_launcher_checks_data_without_torch(letters: Path, cache: Path) -> N
     assert (ran.stdout, ran.stderr) == ("False\n", "")
 
 
-# module:function: data of one's own.
+# module:function: the user's own data.
 
 GOOD = """
 import torch
@@ -619,7 +631,7 @@ def words(batch, seq, seed):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Write mine.py into the current folder, which is on nobody's path, and never stays there."""
+    """Writes mine.py into the current folder, which is not on sys.path before or after."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -642,27 +654,27 @@ def refused(spec: str) -> str:
     return str(refusal.value)
 
 
-def test_a_function_of_ones_own_is_found_in_the_current_folder(
+def test_the_module_is_found_in_the_current_folder(
     module: Callable[[str], None],
 ) -> None:
     module(GOOD)
-    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
-    assert (found.name, found.vocab) == ("words", 50)
-    assert found.batch(0, slice(2, 3))[0].tolist() == [[28, 30, 32, 34, 36, 38]]
+    opened = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    assert (opened.name, opened.vocab) == ("words", 50)
+    assert opened.batch(0, slice(2, 3))[0].tolist() == [[28, 30, 32, 34, 36, 38]]
     data.check("mine:words", seq=6)
 
 
-def test_a_neighbor_of_the_module_may_be_imported_at_any_step(
+def test_data_may_import_from_the_folder_of_its_module_at_any_step(
     module: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = "        if step == 3: import near\n        return self.whole[rows, :-1], "
     module(GOOD.replace("        return self.whole[rows, :-1], ", late))
     Path("near.py").touch()
-    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
-    monkeypatch.chdir(Path.cwd().parent)  # it is found where the module was
-    with closing(prefetch(found, slice(0, 4), 0, 5)) as batches:
+    opened = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    monkeypatch.chdir(Path.cwd().parent)  # imports are still from the first folder
+    with closing(prefetch(opened, slice(0, 4), 0, 5)) as batches:
         for step, _ in enumerate(batches):
-            found.validation(0, slice(0, 4))  # while a thread is at the next batch
+            opened.validation(0, slice(0, 4))  # while a thread loads the next batch
             assert ("near" in sys.modules) >= (step == 3)
 
 
@@ -691,11 +703,11 @@ class Loaded(Words):
 @pytest.mark.slow
 def test_worker_processes_find_the_module_at_any_step(module: Callable[[str], None]) -> None:
     module(WITH_WORKERS.replace("return Words(", "return Loaded("))
-    found = data.open_data("mine:words", batch=4, seq=6, seed=1)
-    assert found.batch(1, slice(2, 3))[0].tolist() == [[2, 3, 4, 5, 6, 7]]
+    opened = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    assert opened.batch(1, slice(2, 3))[0].tolist() == [[2, 3, 4, 5, 6, 7]]
 
 
-def test_a_function_may_lie_in_a_package(module: Callable[[str], None]) -> None:
+def test_the_function_may_be_in_a_package(module: Callable[[str], None]) -> None:
     module("")
     Path("package").mkdir()
     Path("package", "inner.py").write_text(GOOD)
@@ -705,7 +717,7 @@ def test_a_function_may_lie_in_a_package(module: Callable[[str], None]) -> None:
     )
 
 
-def test_a_module_that_is_not_there(module: Callable[[str], None], cache: Path) -> None:
+def test_a_missing_module_is_refused(module: Callable[[str], None], cache: Path) -> None:
     module(GOOD)
     line = refusal("nine:words", 8, cache)
     assert f"no module 'nine' in '{Path.cwd()}'" in line
@@ -714,14 +726,14 @@ def test_a_module_that_is_not_there(module: Callable[[str], None], cache: Path) 
     refusal("__main__:f" if sys.modules["__main__"].__spec__ is None else "nine:f", 8, cache)
 
 
-def test_a_file_with_a_colon_in_its_name_is_reached_by_its_path(
+def test_a_file_with_a_colon_in_its_name_is_opened_by_its_path(
     module: Callable[[str], None], cache: Path
 ) -> None:
     Path("a:b").write_text("text of a file " * 20)
     assert data.open_data("./a:b", batch=2, seq=6, seed=1, cache_dir=cache).vocab == 256
 
 
-def test_a_function_that_is_not_there(module: Callable[[str], None]) -> None:
+def test_a_missing_function_is_refused(module: Callable[[str], None]) -> None:
     module(GOOD + "number = 3\n")
     assert "module 'mine' has no function 'wards'" in refused("mine:wards")
     assert "module 'mine' has no function 'number'" in refused("mine:number")
@@ -738,12 +750,12 @@ BROKEN = {
         "def words(batch): pass",
         "words(batch=4, seq=6, seed=1) raised TypeError: words() got an unexpected keyword",
     ),
-    "nothing": ("def words(**_): pass", "words() returned a NoneType that lacks name: str, vocab:"),
+    "nothing": ("def words(**_): pass", "words() returned a NoneType without name: str, vocab:"),
 }
-MISSHAPEN = {  # one change to GOOD: what is replaced, by what, and what is said about it
-    "no vocab": ("name, vocab,", "name, vocabulary,", "returned a Words that lacks vocab: int;"),
-    "vocab is text": ("50, ", "'50', ", "lacks vocab: int;"),
-    "no validation": ("validation = batch", "", "lacks validation();"),
+MISSHAPEN = {  # case -> (old, new, message): replace old by new in GOOD
+    "no vocab": ("name, vocab,", "name, vocabulary,", "returned a Words without vocab: int;"),
+    "vocab is text": ("50, ", "'50', ", "without vocab: int;"),
+    "no validation": ("validation = batch", "", "without validation();"),
     "too few rows": (
         "self.whole[rows, :-1],",
         "self.whole[rows, :-1][:3],",
@@ -776,21 +788,25 @@ MISSHAPEN = {  # one change to GOOD: what is replaced, by what, and what is said
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_function_that_cannot_be_called(case: str, module: Callable[[str], None]) -> None:
-    code, said = BROKEN[case]
+def test_a_module_or_function_that_fails_is_refused_in_one_line(
+    case: str, module: Callable[[str], None]
+) -> None:
+    code, message = BROKEN[case]
     module(code)
-    assert said in refused("mine:words")
+    assert message in refused("mine:words")
 
 
 @pytest.mark.parametrize("case", MISSHAPEN)
-def test_a_function_that_returns_something_else(case: str, module: Callable[[str], None]) -> None:
-    old, new, said = MISSHAPEN[case]
+def test_data_with_a_wrong_attribute_or_first_batch_is_refused(
+    case: str, module: Callable[[str], None]
+) -> None:
+    old, new, message = MISSHAPEN[case]
     assert old in GOOD
     module(GOOD.replace(old, new, 1))
-    assert said in refused("mine:words")
+    assert message in refused("mine:words")
 
 
-def test_without_validation_batches_validation_is_never_called(
+def test_with_no_validation_batches_validation_is_never_called(
     module: Callable[[str], None],
 ) -> None:
     old, new, _ = MISSHAPEN["validation raises"]
@@ -798,18 +814,18 @@ def test_without_validation_batches_validation_is_never_called(
     assert data.open_data("mine:words", batch=4, seq=6, seed=1).validation_batches == 0
 
 
-def test_what_is_demanded_is_the_protocol() -> None:
+def test_the_checked_attributes_and_methods_are_those_of_the_protocol() -> None:
     optional = {"image"}  # without it, data is text
     assert set(custom.ATTRIBUTES) | optional == set(Data.__annotations__)
     public = {name for name in vars(Data) if not name.startswith("_")}
     assert set(custom.METHODS) == public - set(Data.__annotations__)
 
 
-# Prefetch: one step ahead, and nothing left behind.
+# Prefetch: one step ahead, and no thread is left behind.
 
 
 class Counted:
-    """Data that knows what was asked of it, and fails at one step."""
+    """Data that records the steps it was asked for, and fails at one of them."""
 
     name, vocab, sha256, validation_batches = "counted", 10, "", 0
 
@@ -841,7 +857,7 @@ def no_thread_left() -> Iterator[None]:
     assert set(threading.enumerate()) == before
 
 
-def test_prefetched_batches_are_the_same_batches(text: Text, no_thread_left: None) -> None:
+def test_prefetched_batches_equal_those_of_data(text: Text, no_thread_left: None) -> None:
     rows = slice(2, 7)
     for step, (inputs, targets) in enumerate(prefetch(text, rows, 3, 20), start=3):
         assert torch.equal(inputs, text.batch(step, rows)[0])
@@ -849,7 +865,7 @@ def test_prefetched_batches_are_the_same_batches(text: Text, no_thread_left: Non
     assert step == 19
 
 
-def test_the_next_batch_is_made_while_this_one_is_used(no_thread_left: None) -> None:
+def test_the_next_batch_is_loaded_while_the_current_one_is_used(no_thread_left: None) -> None:
     counted = Counted()
     for step, (inputs, thread) in enumerate(prefetch(counted, slice(0, 1), 0, 4)):
         assert inputs.item() == step
@@ -858,13 +874,13 @@ def test_the_next_batch_is_made_while_this_one_is_used(no_thread_left: None) -> 
 
 
 @pytest.mark.parametrize(("start", "stop"), [(5, 5), (5, 3)])
-def test_no_steps_are_no_batches(start: int, stop: int, no_thread_left: None) -> None:
+def test_without_steps_there_are_no_batches(start: int, stop: int, no_thread_left: None) -> None:
     counted = Counted()
     assert list(prefetch(counted, slice(0, 1), start, stop)) == []
     assert counted.asked == []
 
 
-def test_an_error_in_the_thread_is_raised_at_its_step(no_thread_left: None) -> None:
+def test_an_error_in_the_thread_is_raised_at_the_step_of_its_batch(no_thread_left: None) -> None:
     batches = prefetch(Counted(fails_at=2), slice(0, 1), 0, 9)
     assert [next(batches)[0].item() for _ in range(2)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone at step 2"):

@@ -1,4 +1,4 @@
-"""Images: the same in every layout, distorted as never before, from datasets there or not."""
+"""Image data: every mesh reads the same samples; glyphs, noise, datasets on disk, downloads."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ from dist_lab import data
 from dist_lab.data import Data, datasets, images
 from dist_lab.data.cast import Cast
 from dist_lab.data.datasets import DATASETS
-from dist_lab.data.glyphs import CLASSES, MEAN, STD, Glyphs, drawn
+from dist_lab.data.glyphs import CLASSES, MEAN, STD, Glyphs, draw_characters
 from dist_lab.errors import MachineError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +27,13 @@ SPLITS = [[10], [5, 5], [4, 3, 3], [1, 2, 3, 4], [10, 0], [1] * 10]
 
 
 def idx(folder: Path, name: str, array: np.ndarray) -> None:
-    """A file as MNIST has them: magic number, sizes, bytes."""
+    """Write a file in the format of MNIST: magic number, sizes, bytes."""
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     (folder / name).write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def write_mnist(cache: Path, *, train: int = 25, test: int = 12) -> None:
-    """Image number i has i as every pixel and the class i modulo 10; test images begin at 100."""
+    """Write images with all pixels i and class i % 10; test images have i from 100."""
     folder = cache / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for split, first, count in (("train", 0, train), ("t10k", 100, test)):
@@ -60,10 +60,10 @@ def any_images(request: pytest.FixtureRequest, tmp_path: Path) -> Data:
     return opened(request.param, tmp_path)
 
 
-# Batches: a pure function of (seed, step), and of nothing else.
+# Batches: a pure function of (seed, step).
 
 
-def test_a_batch_is_what_data_promises(any_images: Data) -> None:
+def test_a_batch_has_the_shapes_and_dtypes_of_the_data_protocol(any_images: Data) -> None:
     pixels, classes = any_images.batch(0, slice(0, 10))
     assert pixels.shape == (10, *any_images.image)
     assert (pixels.dtype, classes.dtype, classes.shape) == (torch.float32, torch.int64, (10,))
@@ -75,17 +75,17 @@ def test_a_batch_is_what_data_promises(any_images: Data) -> None:
 
 @pytest.mark.parametrize("step", [0, 2, 1000])
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_slices_laid_end_to_end_are_the_whole_batch(
+def test_consecutive_slices_concatenate_to_the_whole_batch(
     any_images: Data, sizes: list[int], step: int
 ) -> None:
     edges = np.cumsum([0, *sizes])
     for batch, at in ((any_images.batch, step), (any_images.validation, 0)):
         parts = [batch(at, slice(int(a), int(b))) for a, b in pairwise(edges)]
-        for whole, pieces in zip(batch(at, slice(None)), zip(*parts, strict=True), strict=True):
-            assert torch.equal(torch.cat(pieces), whole)
+        for whole, slices in zip(batch(at, slice(None)), zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(slices), whole)
 
 
-def test_the_order_and_the_past_decide_nothing_and_the_seed_does(tmp_path: Path) -> None:
+def test_a_batch_depends_on_seed_and_step_and_not_on_earlier_calls(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     rows = slice(0, 10)
     for spec in ("glyphs", "fake", "mnist"):
@@ -100,7 +100,7 @@ def test_the_order_and_the_past_decide_nothing_and_the_seed_does(tmp_path: Path)
         assert opened(spec, tmp_path).sha256 == other.sha256
 
 
-def test_a_step_is_a_stretch_of_one_stream_whatever_the_batch() -> None:
+def test_batches_of_any_size_are_consecutive_ranges_of_one_stream() -> None:
     large, small = opened("glyphs", batch=12), opened("glyphs", batch=4)
     steps = [small.batch(step, slice(None))[0] for step in range(3)]
     assert torch.equal(torch.cat(steps), large.batch(0, slice(None))[0])
@@ -109,7 +109,7 @@ def test_a_step_is_a_stretch_of_one_stream_whatever_the_batch() -> None:
 # Glyphs.
 
 
-def test_no_two_glyphs_are_alike_and_none_is_held_out_that_was_trained_on() -> None:
+def test_no_two_glyphs_are_equal_in_training_or_validation() -> None:
     glyphs = Glyphs(batch=500, seed=0, validation_batches=2)
     trained = [glyphs.batch(step, slice(None))[0].flatten(1) for step in range(4)]
     held_out = [glyphs.validation(i, slice(None))[0].flatten(1) for i in range(2)]
@@ -117,7 +117,7 @@ def test_no_two_glyphs_are_alike_and_none_is_held_out_that_was_trained_on() -> N
     assert len(everything.unique(dim=0)) == len(everything) == 3000
 
 
-def test_glyphs_are_centered_scaled_and_of_every_class_alike_often() -> None:
+def test_glyphs_are_normalized_and_all_classes_are_equally_frequent() -> None:
     pixels, classes = Glyphs(batch=6000, seed=1, validation_batches=1).batch(0, slice(None))
     assert abs(pixels.mean()) < 0.02
     assert abs(pixels.std() - 1) < 0.02
@@ -125,17 +125,17 @@ def test_glyphs_are_centered_scaled_and_of_every_class_alike_often() -> None:
     assert counts.min() > 0.6 * 6000 / len(CLASSES)
 
 
-def test_a_glyph_is_its_character_distorted() -> None:
-    """The nearest of the drawn pictures, once blurred, is the right one far above chance."""
-    atlas = torch.from_numpy(drawn()).float()[:, None] / 255
+def test_a_glyph_resembles_its_character() -> None:
+    """The nearest drawn picture, after blurring, is the right one far more often than by chance."""
+    atlas = torch.from_numpy(draw_characters()).float()[:, None] / 255
     pixels, classes = Glyphs(batch=400, seed=0, validation_batches=1).batch(0, slice(None))
     blur = torch.nn.AvgPool2d(9, 2, padding=4)
     near = torch.cdist(blur(pixels * STD + MEAN).flatten(1), blur(atlas).flatten(1)).argmin(1)
     assert (near == classes).float().mean() > 8 / len(CLASSES)
 
 
-def test_the_characters_differ_and_stay_inside_their_square() -> None:
-    atlas = drawn()
+def test_the_drawn_characters_differ_and_fit_into_their_square() -> None:
+    atlas = draw_characters()
     assert len(np.unique(atlas.reshape(len(CLASSES), -1), axis=0)) == len(CLASSES) == 34
     frame = np.ones_like(atlas[0], dtype=bool)
     frame[1:-1, 1:-1] = False
@@ -143,7 +143,7 @@ def test_the_characters_differ_and_stay_inside_their_square() -> None:
     assert (atlas.reshape(len(CLASSES), -1).max(1) > 200).all()
 
 
-def test_a_pillow_without_freetype_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pillow_without_freetype_is_a_machine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import ImageFont
 
     def unable(size: int) -> object:
@@ -157,7 +157,7 @@ def test_a_pillow_without_freetype_is_the_machines_fault(monkeypatch: pytest.Mon
 # Noise.
 
 
-def test_fake_images_are_those_of_torchvisions_fakedata() -> None:
+def test_fake_images_equal_those_of_torchvisions_fakedata() -> None:
     from torchvision.datasets import FakeData
     from torchvision.transforms.functional import to_pil_image
 
@@ -173,7 +173,7 @@ def test_fake_images_are_those_of_torchvisions_fakedata() -> None:
     assert held_out.tolist() == [theirs[1000 + i][1] for i in range(7)]
 
 
-def test_making_noise_leaves_the_global_generator_alone() -> None:
+def test_fake_images_do_not_use_the_global_random_generator() -> None:
     before = torch.random.get_rng_state()
     opened("fake").batch(0, slice(None))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -182,14 +182,14 @@ def test_making_noise_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(
     "spec", ["fake:", "fake:3x30", "fake:0x8x8", "fake:3x8x8x8", "fake:3x8x99999"]
 )
-def test_a_shape_that_is_none_is_no_image(spec: str) -> None:
+def test_a_malformed_shape_of_fake_images_is_not_accepted(spec: str) -> None:
     assert datasets.image_of(spec) is None
 
 
 # Datasets on disk.
 
 
-def test_every_stored_image_comes_once_an_epoch_with_its_class(mnist: Data) -> None:
+def test_every_stored_image_is_read_once_per_epoch_with_its_class(mnist: Data) -> None:
     for epoch in range(2):
         numbers = []
         for position in range(25 * epoch, 25 * (epoch + 1)):
@@ -202,7 +202,7 @@ def test_every_stored_image_comes_once_an_epoch_with_its_class(mnist: Data) -> N
         assert sorted(numbers) == list(range(25))
 
 
-def test_validation_is_of_the_test_images_spread_evenly(tmp_path: Path) -> None:
+def test_validation_is_spread_evenly_over_the_test_images(tmp_path: Path) -> None:
     write_mnist(tmp_path, test=50)
     few = opened("mnist", tmp_path)
     assert few.validation_batches == 5
@@ -239,45 +239,45 @@ def test_cifar_is_read_in_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for attribute, files in lists.items():
         monkeypatch.setattr(CIFAR10, attribute, [[name, sums[name]] for name, _ in files])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
-    found = opened("cifar10", tmp_path, batch=20)
-    pixels, classes = found.batch(0, slice(None))
+    cifar10 = opened("cifar10", tmp_path, batch=20)
+    pixels, classes = cifar10.batch(0, slice(None))
     assert sorted(classes.tolist()) == 5 * [0] + 5 * [1] + 5 * [2] + 5 * [9]
     row = DATASETS["cifar10"]
     for channel in range(3):
         expected = (channel * 50 / 255 - row.mean[channel]) / row.deviation[channel]
         torch.testing.assert_close(pixels[:, channel], torch.full((20, 32, 32), expected))
 
-    (folder / "data_batch_3").write_bytes(b"cut short")  # unpickled only if its MD5 is right
+    (folder / "data_batch_3").write_bytes(b"cut short")  # it is unpickled only if its MD5 is right
     with pytest.raises(UserError, match=r"are damaged \(RuntimeError Dataset not found or"):
         opened("cifar10", tmp_path)
 
 
 def refusal(spec: str, cache: Path) -> str:
-    """The line that both answer with, before ranks start and on them."""
+    """Returns the message, which is the same from `check` and `open_data`."""
     with pytest.raises(UserError) as checked:
         data.check(spec, seq=1, cache_dir=cache)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as raised:
         opened(spec, cache)
-    assert str(checked.value) == str(found.value)
-    assert "\n" not in str(found.value)
-    return str(found.value)
+    assert str(checked.value) == str(raised.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize("spec", DATASETS)
-def test_a_dataset_that_is_not_there_says_how_to_fetch_it(spec: str, tmp_path: Path) -> None:
+def test_for_a_missing_dataset_the_error_says_how_to_download_it(spec: str, tmp_path: Path) -> None:
     line = refusal(spec, tmp_path / "cache")
     assert line.startswith(f"data={spec} is not on this machine: '{tmp_path}/cache/")
     count, size = len(DATASETS[spec].files), DATASETS[spec].megabytes
     assert f"lacks {count} of {count} files, first " in line
-    assert f"fetch {size} MB by download=True, or name the folder" in line
+    assert f"download {size} MB by download=True, or name the root folder" in line
     assert not (tmp_path / "cache").exists()
 
 
-def test_half_a_dataset_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_an_incomplete_dataset_is_refused_and_not_changed(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
     assert "lacks 1 of 4 files, first 't10k-labels-idx1-ubyte'" in refusal("mnist", tmp_path)
-    with pytest.raises(UserError, match=r"is there, but lacks 't10k-labels.*out of the way"):
+    with pytest.raises(UserError, match=r"exists, but lacks 't10k-labels.*move it away"):
         data.check("mnist", seq=1, cache_dir=tmp_path, download=True)
     assert len(list((tmp_path / "MNIST" / "raw").iterdir())) == 3
 
@@ -296,7 +296,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.filterwarnings("default")  # torchvision's reader warns of some of this itself
+@pytest.mark.filterwarnings("default")  # torchvision's reader warns about some of these
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_files_are_refused_in_one_line(damage: str, tmp_path: Path) -> None:
     write_mnist(tmp_path)
@@ -306,15 +306,15 @@ def test_damaged_files_are_refused_in_one_line(damage: str, tmp_path: Path) -> N
     line = str(caught.value)
     assert line.isprintable()
     assert re.match(r"data=mnist: the files in '.*MNIST/raw' are damaged \(\w+", line), line
-    assert line.endswith("; move that folder out of the way and add download=True")
+    assert line.endswith("; move that folder away and add download=True")
 
 
-# Fetching: by one process, whole or not at all, and only if asked.
+# Downloads: by one process, complete or not at all, and only with --download.
 
 
 @pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """torchvision's MNIST, fetching what `write_mnist` writes. Returns where it was told to."""
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Makes torchvision download MNIST by `write_mnist`. Returns the folders it was called with."""
     from torchvision.datasets import MNIST
 
     folders: list[Path] = []
@@ -327,20 +327,22 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def test_a_dataset_is_fetched_once_and_only_if_asked(fetched: list[Path], tmp_path: Path) -> None:
+def test_a_dataset_is_downloaded_once_and_only_with_download(
+    downloads: list[Path], tmp_path: Path
+) -> None:
     cache = tmp_path / "new" / "cache"
     refusal("mnist", cache)
-    assert fetched == []
+    assert downloads == []
     data.check("mnist", seq=1, cache_dir=cache, download=True)
     again = data.open_data("mnist", batch=2, seq=1, seed=0, cache_dir=cache, download=True)
     assert again.batch(0, slice(None))[0].shape == (2, 1, 28, 28)
-    assert len(fetched) == 1
-    assert fetched[0].parent == cache  # beside its place, so that it takes a rename to get there
+    assert len(downloads) == 1
+    assert downloads[0].parent == cache  # on the same disk, so that a rename moves it to its place
     assert sorted(path.name for path in cache.iterdir()) == [".mnist.lock", "MNIST"]
 
 
 @pytest.mark.slow
-def test_who_comes_while_another_fetches_waits_and_fetches_nothing(tmp_path: Path) -> None:
+def test_a_process_waits_while_another_downloads_and_then_downloads_nothing(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
@@ -348,10 +350,10 @@ def test_who_comes_while_another_fetches_waits_and_fetches_nothing(tmp_path: Pat
         dist_lab.fix_torchvision()
         import torchvision
         from dist_lab.data import datasets
-        torchvision.datasets.MNIST.download = lambda self: sys.exit("fetched again")
+        torchvision.datasets.MNIST.download = lambda self: sys.exit("downloaded again")
         print("ready", flush=True)
         datasets.require("mnist", Path(sys.argv[1]), download=True)
-        print("there", flush=True)
+        print("complete", flush=True)
     """)
     with open(tmp_path / ".mnist.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -363,11 +365,11 @@ def test_who_comes_while_another_fetches_waits_and_fetches_nothing(tmp_path: Pat
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(1)
         write_mnist(tmp_path)
-    said, complained = waiting.communicate(timeout=60)
-    assert (said, waiting.returncode) == ("there\n", 0), complained
+    stdout, stderr = waiting.communicate(timeout=60)
+    assert (stdout, waiting.returncode) == ("complete\n", 0), stderr
 
 
-def test_a_download_that_fails_is_one_line_and_leaves_nothing(
+def test_a_failed_download_is_reported_in_one_line_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision.datasets import MNIST
@@ -383,20 +385,20 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(
     assert str(caught.value).isprintable()
     assert [path.name for path in tmp_path.iterdir()] == [".mnist.lock"]
     (tmp_path / "file").touch()
-    with pytest.raises(MachineError, match=r"cannot fetch it into '.*file'"):
+    with pytest.raises(MachineError, match=r"cannot download it to '.*file'"):
         data.check("mnist", seq=1, cache_dir=tmp_path / "file", download=True)
 
 
 @pytest.mark.parametrize("spec", ["stdlib", "glyphs", "my:own"])
-def test_what_cannot_be_fetched_refuses_the_flag(spec: str, tmp_path: Path) -> None:
-    line = f"download=True fetches data mnist or cifar10, and data={spec!r} is neither; drop it"
+def test_download_is_refused_for_data_that_cannot_be_downloaded(spec: str, tmp_path: Path) -> None:
+    line = f"download=True is for data mnist or cifar10, and data={spec!r} is neither; leave it out"
     with pytest.raises(UserError, match=re.escape(line)):
         data.check(spec, seq=1, cache_dir=tmp_path, download=True)
     with pytest.raises(UserError, match=re.escape(line)):
         data.open_data(spec, batch=1, seq=1, seed=0, cache_dir=tmp_path, download=True)
 
 
-def test_what_a_model_cannot_take_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_data_that_the_model_cannot_take_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     def fits(image: object) -> None:
         raise UserError(f"not {image}")
 
@@ -452,14 +454,14 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     sys.modules.pop("pictures", None)
 
 
-def test_images_of_ones_own(module: Callable[[str], None]) -> None:
+def test_a_users_own_data_may_be_images(module: Callable[[str], None]) -> None:
     module(OWN)
-    found = opened("pictures:dots", batch=4)
-    assert (found.name, found.vocab, found.image) == ("dots", 3, (2, 4, 6))
-    assert found.batch(0, slice(2, 4))[1].tolist() == [2, 0]
+    own = opened("pictures:dots", batch=4)
+    assert (own.name, own.vocab, own.image) == ("dots", 3, (2, 4, 6))
+    assert own.batch(0, slice(2, 4))[1].tolist() == [2, 0]
 
 
-def test_data_of_ones_own_without_an_image_is_text(module: Callable[[str], None]) -> None:
+def test_a_users_own_data_without_an_image_attribute_is_text(module: Callable[[str], None]) -> None:
     tokens = "torch.zeros(len(torch.arange(100)[rows]), 1).long()"
     body = OWN.replace("    image = (2, 4, 6)\n", "    __slots__ = ()\n")
     start, end = body.index("        classes ="), body.index("    validation =")
@@ -485,15 +487,15 @@ MISSHAPEN = {
 
 
 @pytest.mark.parametrize("case", MISSHAPEN)
-def test_images_of_ones_own_that_are_something_else(
+def test_a_users_own_images_with_a_wrong_shape_dtype_or_class_are_refused(
     case: str, module: Callable[[str], None]
 ) -> None:
-    old, new, said = MISSHAPEN[case]
+    old, new, message = MISSHAPEN[case]
     assert old in OWN
     module(OWN.replace(old, new, 1))
     with pytest.raises(UserError) as caught:
         opened("pictures:dots", batch=4)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""A forward in inference mode comes first, and training goes on as if it had not been."""
+"""A forward in inference mode before training does not change the training."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A linear whose weight gradient comes when it is asked for: the sum of both is the whole."""
+"""A linear with a split backward: with its deferred weight gradient it equals a plain linear."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from dist_lab.parallel.split_linear import split_linear, weight_gradient
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (4, 5), (5,), (0, 5), (2, 3, 0)])
-def test_its_gradients_are_those_of_a_linear(shape, bias):
+def test_split_linear_has_the_gradients_of_a_linear(shape, bias):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -23,20 +23,22 @@ def test_its_gradients_are_those_of_a_linear(shape, bias):
         [t.clone().requires_grad_() for t in (x, weight, b) if t is not None] for _ in range(2)
     )
     wanted = F.linear(*plain)
-    dy, owed = draw(*wanted.shape), []
-    y = split_linear(*ours, *([] if bias else [None]), owed.append)
+    dy, output_grads = draw(*wanted.shape), []
+    y = split_linear(*ours, *([] if bias else [None]), output_grads.append)
     assert torch.equal(y, wanted)
     y.backward(dy)
     wanted.backward(dy)
-    assert ours[1].grad is None, "the weight's has not been asked for"
-    assert len(owed) == 1
-    torch.testing.assert_close(weight_gradient(owed[0], x), plain[1].grad, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(ours[::2], plain[::2], strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    assert ours[1].grad is None, "the weight's gradient is deferred"
+    assert len(output_grads) == 1
+    torch.testing.assert_close(
+        weight_gradient(output_grads[0], x), plain[1].grad, rtol=1e-12, atol=1e-12
+    )
+    for leaf, wanted_leaf in zip(ours[::2], plain[::2], strict=True):
+        torch.testing.assert_close(leaf.grad, wanted_leaf.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_it_keeps_no_input_and_owes_nothing_for_a_frozen_weight():
-    kept, owed = [], []
+def test_split_linear_saves_no_input_and_defers_nothing_for_a_frozen_weight():
+    kept, output_grads = [], []
     x, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
 
     def keep(tensor):
@@ -44,14 +46,14 @@ def test_it_keeps_no_input_and_owes_nothing_for_a_frozen_weight():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = split_linear(x, weight, None, owed.append)
+        y = split_linear(x, weight, None, output_grads.append)
     assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
     y.sum().backward()
-    assert owed == []
+    assert output_grads == []
     assert torch.equal(x.grad, torch.full((3, 4), 5.0))
 
 
-def test_a_backward_that_is_split_in_time_has_no_second_derivative():
+def test_a_split_backward_refuses_a_second_derivative():
     x = torch.ones(2, 3, requires_grad=True)
     y = split_backward._linear(nn.Linear(3, 3), x, [])
     with pytest.raises(UserError, match="that is differentiated again cannot be split"):

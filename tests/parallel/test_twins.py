@@ -1,4 +1,4 @@
-"""Hand-written against the library's own, directly: the same model, data and steps, two codes."""
+"""Our implementations against the library's own: the same model, data and steps."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from dist_lab.layout.layout import Layout
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
 from dist_lab.step.protocol import Setup
 
-# Of those that share out the rows. tp's shares out the model: tests/parallel/tensor/test_tp.py.
+# The twins of strategies that split the batch. For tp see tests/parallel/tensor/test_tp.py.
 TWINS = [
     (name, impl) for name, impl in IMPLEMENTATIONS if impl != "hand" and name not in ("tp", "pp")
 ]
@@ -29,7 +29,7 @@ SPLIT = [(name,) for name, impl in TWINS if name in ("fsdp", "hsdp")]
 
 
 def on_ranks(size, pairs=TWINS):
-    """Pairs of strategy and impl, or strategies, each on the mesh that it runs on."""
+    """Test parameters: pairs of strategy and impl, or strategies, each with its mesh."""
     return [
         pytest.param(
             *row, id="@".join(row), marks=pytest.mark.ranks(size, mesh=axes_of(row[0], size))
@@ -90,7 +90,7 @@ def test_hand_and_library_train_to_the_same_weights(strategy, impl, model, mesh)
 )
 @pytest.mark.parametrize("model", ["gpt", "resnet"])
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
-def test_in_bfloat16_they_are_as_close_as_that_allows(strategy, impl, model, mesh):
+def test_hand_and_library_are_close_in_bfloat16(strategy, impl, model, mesh):
     narrow = {"param_dtype": torch.bfloat16, "dtype": torch.float32}
     ours, losses = trained(mesh, model, strategy, "hand", **narrow)
     theirs, their_losses = trained(mesh, model, strategy, impl, **narrow)
@@ -109,7 +109,7 @@ ABOUT = {
 
 
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
-def test_a_twin_says_how_it_is_configured_and_sends_nothing_through_our_wire(strategy, impl, mesh):
+def test_a_twin_describes_its_configuration_and_uses_no_collectives_of_ours(strategy, impl, mesh):
     job = build(mesh, "mlp", strategy, impl)
     assert ABOUT[strategy] in job.about
     x, y = batch(mesh.rank)
@@ -131,13 +131,13 @@ def test_a_twin_does_not_send_before_the_last_microbatch(strategy, impl, mesh):
     x, y = batch(mesh.rank)
     with job.microbatch(last=False):
         (dist_lab.cross_entropy_sum(job.model(x), y) / 96).backward()
-    mine = job.model.head.weight.grad.clone()
-    everyone = ops.all_gather(mine[None], mesh["dp"])
-    assert not torch.equal(everyone[0], everyone[1])
+    grad = job.model.head.weight.grad.clone()
+    grads = ops.all_gather(grad[None], mesh["dp"])
+    assert not torch.equal(grads[0], grads[1])
 
 
 class Two(nn.Module):
-    """Outputs of which one depends on the other."""
+    """Returns outputs that depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -152,8 +152,8 @@ class Two(nn.Module):
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(2))
 def test_outputs_that_depend_on_each_other_are_not_scaled_twice(strategy, impl, mesh):
     gradients = []
-    for who in ("hand", impl):
-        job = dist_lab.parallelize(Two().double(), mesh, strategy, who, units=["body"])
+    for implementation in ("hand", impl):
+        job = dist_lab.parallelize(Two().double(), mesh, strategy, implementation, units=["body"])
         out = job.model(torch.ones(2, 3, dtype=torch.float64) * (1 + mesh.rank))
         (out["logits"].sum() + out["hidden"][0].square().sum() + out["hidden"][1].sum()).backward()
         job.finish()
@@ -162,7 +162,7 @@ def test_outputs_that_depend_on_each_other_are_not_scaled_twice(strategy, impl, 
 
 
 @pytest.mark.ranks(2)
-def test_an_accelerator_of_the_users_own_is_as_before(mesh):
+def test_the_users_own_accelerator_is_not_changed(mesh):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -196,7 +196,7 @@ def test_accelerate_refuses_an_axis_that_is_not_the_world(mesh):
 
 
 @pytest.mark.ranks(4)
-def test_its_state_is_divided_and_groups_and_fused_steps_reach_it(mesh):
+def test_zero_redundancy_optimizer_shards_its_state_and_takes_groups_and_fused(mesh):
     def decayed(name, shape):
         return {"weight_decay": 0.3 if len(shape) > 1 else 0.0}
 
@@ -212,14 +212,14 @@ def test_its_state_is_divided_and_groups_and_fused_steps_reach_it(mesh):
             step_of(job, "gpt", optimizer, step)
     assert_same_weights(*jobs)
     state = optimizers[1].optim.state.values()
-    here = sum(value.numel() for one in state for value in one.values() if value.dim())
+    numel = sum(value.numel() for values in state for value in values.values() if value.dim())
     total = sum(p.numel() for p in jobs[1].parameters())
-    assert ops.all_reduce(torch.tensor(here), mesh["dp"]) == 2 * total
-    assert here < 2 * total / 2
+    assert ops.all_reduce(torch.tensor(numel), mesh["dp"]) == 2 * total
+    assert numel < 2 * total / 2
 
 
 @pytest.mark.ranks(4)
-def test_ranks_for_which_no_parameter_is_left_step_on_nothing(mesh):
+def test_ranks_without_a_parameter_step_on_nothing(mesh):
     def two_parameters():
         torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(VOCAB, 5), nn.Linear(5, VOCAB, bias=False)).double()
@@ -239,7 +239,7 @@ def test_zero_redundancy_optimizer_refuses_two_dtypes(mesh):
 
 
 class Sent(TorchDispatchMode):
-    """Counts what goes to torch's process groups."""
+    """Counts the collectives on torch's process groups."""
 
     def __init__(self):
         super().__init__()
@@ -264,9 +264,7 @@ class Sent(TorchDispatchMode):
     ids=str,
 )
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_under_each_option_the_library_sends_as_often_as_what_is_written_here(
-    strategy, option, mesh
-):
+def test_under_each_option_the_library_issues_as_many_collectives_as_ours(strategy, option, mesh):
     ours, theirs = (build(mesh, "mlp", strategy, impl, **option) for impl in ("hand", "torch"))
     rows = batch(mesh.rank)[0][:3].split(1)
     pairs = list(zip(rows, rows, strict=True))
@@ -281,28 +279,28 @@ def test_under_each_option_the_library_sends_as_often_as_what_is_written_here(
         step(ours)
     with Sent() as sent:
         step(theirs)
-    here = Counter(call.op for call in calls if call.phase != "order")
-    assert sent.calls["allgather_base"] == here["all_gather"] > 0
-    assert sent.calls["reduce_scatter_base"] == here["reduce_scatter"] > 0
-    if strategy == "hsdp":  # ours, besides: the loss, and which group was used
-        assert sent.calls["allreduce"] - 1 == here["all_reduce"] - 2 == 4
+    counts = Counter(call.op for call in calls if call.phase != "order")
+    assert sent.calls["allgather_base"] == counts["all_gather"] > 0
+    assert sent.calls["reduce_scatter_base"] == counts["reduce_scatter"] > 0
+    if strategy == "hsdp":  # ours has two more: of the loss, and of the groups that were used
+        assert sent.calls["allreduce"] - 1 == counts["all_reduce"] - 2 == 4
 
 
-@pytest.mark.parametrize("told", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
-def test_parameters_travel_as_they_compute_and_gradients_as_they_are_kept_or_told(
-    strategy, told, mesh
+def test_parameters_are_gathered_in_param_dtype_and_gradients_reduced_in_reduce_dtype(
+    strategy, reduce_dtype, mesh
 ):
     narrow = torch.bfloat16
     job = build(
-        mesh, "mlp", strategy, "torch", torch.float32, param_dtype=narrow, reduce_dtype=told
+        mesh, "mlp", strategy, "torch", torch.float32, param_dtype=narrow, reduce_dtype=reduce_dtype
     )
     with Sent() as sent:
         job.model(batch(0)[0]).sum().backward()
-    wanted = told or torch.float32
+    wanted = reduce_dtype or torch.float32
     if strategy == "fsdp":
         assert sent.dtypes == {"allgather_base": narrow, "reduce_scatter_base": wanted}
-    else:  # of 2 replicas with all of it
+    else:  # two replicas, each with a shard that is all of a parameter
         assert sent.dtypes == {"allreduce": wanted}
     assert {local_part(p.grad).dtype for p in job.parameters()} == {torch.float32}
 
@@ -314,7 +312,7 @@ def test_parameters_travel_as_they_compute_and_gradients_as_they_are_kept_or_tol
 )
 @pytest.mark.parametrize("option", ["reshard_after_forward", "keep_gathered", "defer_reduce"])
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_under_each_option_they_train_alike_with_evaluations_between(strategy, option, mesh):
+def test_under_each_option_both_train_alike_with_evaluations_between_steps(strategy, option, mesh):
     options = {option: option != "reshard_after_forward"}
     jobs = [build(mesh, "odd", strategy, impl, **options) for impl in ("hand", "torch")]
     seen = []
@@ -324,27 +322,28 @@ def test_under_each_option_they_train_alike_with_evaluations_between(strategy, o
         for step in range(3):
             losses += step_of(job, "odd", optimizer, step, microbatches=3)
             losses += [job.evaluate([batch(9)], dist_lab.cross_entropy_sum)]
-            assert sum(local_part(p).numel() for p in job.parameters()) < 1200, "some are whole"
+            numel = sum(local_part(p).numel() for p in job.parameters())
+            assert numel < 1200, "some are unsharded"
         seen.append(losses)
     assert seen[0] == pytest.approx(seen[1], rel=1e-11)
     assert_same_weights(*jobs)
 
 
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_weights_come_and_go_whole(strategy, mesh):
+def test_full_state_dicts_of_fsdp2_are_saved_and_loaded(strategy, mesh):
     job = build(mesh, "odd", strategy, "torch")
     doubled = {name: 2 * t for name, t in job.full_state_dict().items()}
     job.load_full_state_dict(doubled)
     for name, tensor in job.full_state_dict().items():
         assert torch.equal(tensor, doubled[name]), name
-    whole = MODELS["odd"]()
-    whole.load_state_dict(doubled)
+    plain = MODELS["odd"]()
+    plain.load_state_dict(doubled)
     tokens = batch(0)[0]
-    torch.testing.assert_close(job.model(tokens), whole(tokens))
+    torch.testing.assert_close(job.model(tokens), plain(tokens))
 
 
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
-def test_a_model_on_the_meta_device_starts_as_it_does_here(strategy, mesh):
+def test_a_model_on_the_meta_device_starts_alike_by_hand_and_library(strategy, mesh):
     from dist_lab import zoo
 
     full = []
@@ -359,7 +358,7 @@ def test_a_model_on_the_meta_device_starts_as_it_does_here(strategy, mesh):
 
 
 class Experts(nn.Module):
-    """Which expert works is decided by the rank and by the micro-batch; the last one never does."""
+    """The caller chooses the expert, by rank and micro-batch; the last one is never used."""
 
     def __init__(self):
         super().__init__()
@@ -372,12 +371,12 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("strategy", on_ranks(4, SPLIT))
-def test_told_so_it_allows_use_that_differs_and_leaves_no_gradient_where_nobody_has_one(
+def test_with_find_unused_ranks_may_use_different_parameters_and_unused_ones_get_no_gradient(
     strategy, mesh
 ):
-    found = []
-    for impl, told in (("hand", {}), ("torch", {"find_unused": True})):
-        job = dist_lab.parallelize(Experts().double(), mesh, strategy, impl, **told)
+    results = []
+    for impl, options in (("hand", {}), ("torch", {"find_unused": True})):
+        job = dist_lab.parallelize(Experts().double(), mesh, strategy, impl, **options)
         for i in range(2):
             with job.microbatch(last=i == 1):
                 x = torch.ones(2, 3, dtype=torch.float64) * (1 + mesh.rank)
@@ -386,12 +385,12 @@ def test_told_so_it_allows_use_that_differs_and_leaves_no_gradient_where_nobody_
         none = {n for n, p in job.model.named_parameters() if p.grad is None}
         assert none == {"experts.2.weight", "experts.2.bias"}
         scale = gather_full(job.model.scale.grad, job.layouts["scale"], mesh)
-        found.append((job.clip_grad_norm(None), float(scale)))
-    assert found[0] == pytest.approx(found[1], rel=1e-12)
+        results.append((job.clip_grad_norm(None), float(scale)))
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_use_that_differs_between_microbatches_is_refused_where_it_would_be_lost(mesh):
+def test_different_use_in_different_microbatches_is_refused_if_gradients_would_be_lost(mesh):
     job = dist_lab.parallelize(Experts(), mesh, "hsdp", "torch", units=["experts.0", "experts.1"])
     for i in range(2):
         with job.microbatch(last=i == 1):
@@ -403,7 +402,7 @@ def test_use_that_differs_between_microbatches_is_refused_where_it_would_be_lost
 
 
 @pytest.mark.parametrize("strategy", on_ranks(2, SPLIT))
-def test_gradients_that_wait_for_a_last_microbatch_are_not_forgotten(strategy, mesh):
+def test_finish_without_a_last_microbatch_is_refused_if_gradients_are_deferred(strategy, mesh):
     job = build(mesh, "mlp", strategy, "torch", defer_reduce=True)
     with job.microbatch(last=False):
         job.model(batch(0)[0]).sum().backward()
@@ -456,7 +455,7 @@ def test_a_step_that_an_exception_broke_off_leaves_nothing_behind(strategy, wher
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_the_library_cannot_do_is_refused_in_a_sentence(mesh):
+def test_what_fsdp2_cannot_do_is_refused_in_one_sentence(mesh):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -470,7 +469,7 @@ def test_what_the_library_cannot_do_is_refused_in_a_sentence(mesh):
         apply(nn.Linear(2, 2), prefetch=False)
     with pytest.raises(UserError, match=r"cannot have a.weight tied between units that have"):
         apply(Tied(), units=["a", "b"])
-    apply(Tied(), units=["a"])  # b's is in the model itself, where it is found
+    apply(Tied(), units=["a"])  # b belongs to the model itself, so the weight is found there
     two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
     with pytest.raises(UserError, match=r"of one dtype in a unit, the model has float32 and float"):
         apply(two)
@@ -484,7 +483,7 @@ def test_what_the_library_cannot_do_is_refused_in_a_sentence(mesh):
 
 
 class ChangedInPlace(nn.Module):
-    """What its Linear gives for several rows of rows is a view."""
+    """Changes the output of a Linear in place; for a 3-dim input that output is a view."""
 
     def __init__(self):
         super().__init__()
@@ -497,10 +496,10 @@ class ChangedInPlace(nn.Module):
         return self.second(y.sin()).flatten(0, 1)
 
 
-def rows_of_rows(step):
-    draw = torch.Generator().manual_seed(step)
-    x = torch.rand(4, 3, 4, generator=draw, dtype=torch.float64)
-    return x, torch.randint(4, (4, 3), generator=draw)
+def sequences(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.rand(4, 3, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(4, (4, 3), generator=generator)
 
 
 @pytest.mark.filterwarnings("error")
@@ -508,12 +507,12 @@ def rows_of_rows(step):
 def test_fsdp2_trains_a_model_that_changes_a_units_output_in_place_and_no_filter_is_left(mesh):
     before = list(warnings.filters)
     names = ["first", "second"]
-    report = dist_lab.verify(ChangedInPlace, rows_of_rows, mesh, "fsdp", "torch", units=names)
+    report = dist_lab.verify(ChangedInPlace, sequences, mesh, "fsdp", "torch", units=names)
     assert report.equal, report.sentence()
     assert warnings.filters == before
 
 
-def test_without_a_process_group_it_says_how_to_have_one():
+def test_fsdp2_without_a_process_group_is_refused_with_the_way_to_have_one():
     with pytest.raises(UserError, match="needs a process group, even for one: torchrun"):
         dist_lab.parallelize(nn.Linear(2, 2), dist_lab.init_mesh(), "fsdp", "torch")
 
@@ -534,10 +533,10 @@ def test_accelerate_leaves_its_fsdp_plugin_unused_on_cpu_and_is_refused_for_that
     with as_under_torchrun(mesh.rank, mesh.size):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        del os.environ["ACCELERATE_USE_FSDP"]  # which it sets all the same
+        del os.environ["ACCELERATE_USE_FSDP"]  # accelerate sets it even so
     assert (accelerator.distributed_type.value, accelerator.is_fsdp2) == ("MULTI_CPU", False)
     model = nn.Linear(2, 2)
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     assert type(model) is nn.parallel.DistributedDataParallel
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert math.prod(model.module.weight.shape) == 4, "all of it is here"
+    assert math.prod(model.module.weight.shape) == 4, "the weight is unsharded"

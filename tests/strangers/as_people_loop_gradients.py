@@ -130,7 +130,7 @@ def job_clips_twice_and_scales(place):
         yield take_rest(job, optimizer) | {"first": first, "second": second}
 
 
-@situation(refused={SHARDED: "noise.*whole"})
+@situation(refused={SHARDED: "noise of the full tensor"})
 def noise_on_gradients(place):
     """After job.finish() noise is added to the gradients, with one seed on all ranks."""
     job = place.job(net(), units=UNITS)

@@ -108,7 +108,7 @@ def functional_call_with_scaled_parameters(place):
 
 @situation(
     refused={
-        "fsdp hsdp": "torch.func's grad.*take dp, ddp or zero2",
+        "fsdp hsdp": "torch.func.grad.*use dp, ddp or zero2",
         "single dp ddp": r"finish\(\) without a backward",
     }
 )

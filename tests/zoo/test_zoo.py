@@ -1,4 +1,4 @@
-"""Models of text against references written another way, and what strategies rely on in them."""
+"""Text models: equal to independent references, and with the properties that strategies rely on."""
 
 import pytest
 import torch
@@ -34,21 +34,21 @@ def some_tokens(batch: int = 2, length: int = 11) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """In float64 another order of the same sums is off by about 1e-15, a wrong term by far more."""
+    """In float64 a different order of sums changes about 1e-15, and a wrong term far more."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-# ---- what they compute
+# ---- logits
 
 
 def gpt_by_hand(w: dict[str, Tensor], sequence: Tensor) -> Tensor:
-    """One head and one position at a time; rotations are complex numbers. (T,) -> (T, V)"""
+    """The gpt, one head and one position at a time, with complex rotations. (T,) -> (T, V)"""
     heads, sharing, size = 6, 3, 8
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x / ((x * x).sum(-1, keepdim=True) / 48 + 1e-5).sqrt() * w[name]
 
-    def turned(x: Tensor) -> Tensor:  # (T, Dh): row t turned by t
+    def rotated(x: Tensor) -> Tensor:  # (T, Dh): row t is rotated by t
         angles = [[t / 10_000 ** (2 * i / size) for i in range(size // 2)] for t in range(len(x))]
         turn = torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
         pairs = turn * torch.complex(x[:, : size // 2], x[:, size // 2 :])
@@ -57,9 +57,9 @@ def gpt_by_hand(w: dict[str, Tensor], sequence: Tensor) -> Tensor:
     def attention(x: Tensor, at: str) -> Tensor:
         mixed = []
         for head in range(heads):
-            mine, shared = (slice(i * size, (i + 1) * size) for i in (head, head // sharing))
-            q = turned(x @ w[f"{at}.q_proj.weight"][mine].T)
-            k = turned(x @ w[f"{at}.k_proj.weight"][shared].T)
+            own, shared = (slice(i * size, (i + 1) * size) for i in (head, head // sharing))
+            q = rotated(x @ w[f"{at}.q_proj.weight"][own].T)
+            k = rotated(x @ w[f"{at}.k_proj.weight"][shared].T)
             v = x @ w[f"{at}.v_proj.weight"][shared].T
             scores = [q[t] @ k[: t + 1].T / size**0.5 for t in range(len(x))]
             mixed.append(torch.stack([s.softmax(0) @ v[: len(s)] for s in scores]))
@@ -77,7 +77,7 @@ def gpt_by_hand(w: dict[str, Tensor], sequence: Tensor) -> Tensor:
 
 
 def mlp_by_hand(w: dict[str, Tensor], sequence: Tensor) -> Tensor:
-    """One position at a time. (T,) -> (T, V)"""
+    """The mlp, one position at a time. (T,) -> (T, V)"""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
@@ -98,7 +98,7 @@ def mlp_by_hand(w: dict[str, Tensor], sequence: Tensor) -> Tensor:
 
 
 @every_model
-def test_logits_are_those_of_the_formulas_spelled_out(name: str) -> None:
+def test_logits_equal_those_of_a_reference_written_out_by_hand(name: str) -> None:
     model, by_hand = make(name), mlp_by_hand if name == "mlp" else gpt_by_hand
     with torch.no_grad():
         for parameter in model.parameters():  # norms of one and biases of zero would hide mistakes
@@ -114,31 +114,31 @@ def where_logits_change(model: nn.Module, position: int) -> list[bool]:
 
 
 @each_gpt
-def test_every_byte_only_sees_the_past(name: str) -> None:
+def test_logits_depend_only_on_past_tokens(name: str) -> None:
     assert where_logits_change(make(name), 6) == [False] * 6 + [True] * 5
 
 
-def test_every_byte_of_the_mlp_only_sees_its_context() -> None:
+def test_logits_of_the_mlp_depend_only_on_its_context() -> None:
     assert where_logits_change(make("mlp"), 3) == [False] * 3 + [True] * 4 + [False] * 4
 
 
-@pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [11]], ids=str)
-def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(pieces: list[int]) -> None:
+@pytest.mark.parametrize("lengths", [[1] * 11, [4, 1, 6], [11]], ids=str)
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(lengths: list[int]) -> None:
     model, tokens = make("gpt"), some_tokens()
     cache: list[list[Tensor]] = [[] for _ in range(GPT_SHAPE["layers"])]
-    decoded = [model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)]
+    decoded = [model(part, cache=cache) for part in tokens.split(lengths, dim=1)]
     assert_same(torch.cat(decoded, dim=1), model(tokens))
 
 
-def test_only_the_distance_between_positions_matters() -> None:
+def test_logits_depend_only_on_distances_between_positions() -> None:
     model, tokens = make("gpt"), some_tokens()
     assert_same(model(tokens, positions=torch.arange(100, 111)), model(tokens))
     stretched = model(tokens, positions=torch.arange(0, 22, 2))
     assert not torch.isclose(stretched[:, 1:], model(tokens)[:, 1:]).any()
 
 
-def test_bfloat16_rounds_no_position() -> None:
-    """In bfloat16 257 is 256: tables made there would put these two tokens in one place."""
+def test_positions_are_exact_in_bfloat16() -> None:
+    """257 rounds to 256 in bfloat16: a table in bfloat16 would give both tokens one position."""
     model, tokens = make("gpt", torch.bfloat16), some_tokens(batch=8, length=2)
     near, far, same = (
         model(tokens, positions=torch.tensor(at)).float() for at in ([0, 1], [256, 257], [0, 0])
@@ -160,7 +160,7 @@ def test_every_parameter_gets_a_finite_gradient_of_its_dtype(name: str, dtype: t
         assert parameter.grad.any(), fqn
 
 
-# ---- what they are called, and where they may be cut
+# ---- names, stages and units
 
 
 @each_gpt
@@ -189,7 +189,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 @every_model
-def test_stages_run_one_after_another_are_the_forward(name: str) -> None:
+def test_running_the_stages_in_order_equals_the_forward(name: str) -> None:
     model, x = make(name), some_tokens()
     for module in in_stage_order(model).values():
         x = module(x)
@@ -197,7 +197,7 @@ def test_stages_run_one_after_another_are_the_forward(name: str) -> None:
 
 
 @every_model
-def test_stages_hold_every_parameter_once_and_there_are_no_buffers(name: str) -> None:
+def test_every_parameter_is_in_exactly_one_stage_and_there_are_no_buffers(name: str) -> None:
     model = make(name)
     held = [
         f"{stage}.{fqn}"
@@ -208,7 +208,7 @@ def test_stages_hold_every_parameter_once_and_there_are_no_buffers(name: str) ->
     assert not list(model.buffers())
 
 
-def test_a_stage_that_deletes_layers_keeps_the_names_of_the_others() -> None:
+def test_deleting_layers_on_a_stage_does_not_rename_the_others() -> None:
     whole, first, last = make("gpt"), make("gpt"), make("gpt")
     first.model.norm = first.lm_head = last.model.embed_tokens = nn.Identity()
     del first.model.layers["2"], last.model.layers["0"], last.model.layers["1"]
@@ -224,7 +224,7 @@ def test_units_are_the_blocks(name: str) -> None:
     assert units == list(blocks.values())
 
 
-def test_attention_runs_unchanged_on_the_heads_that_a_rank_owns() -> None:
+def test_attention_on_two_halves_of_the_heads_adds_up_to_the_whole() -> None:
     whole = make("gpt").model.layers["0"].self_attn
     x = torch.randn(2, 5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     parts = [Attention(width=48, heads=6, kv_heads=2, rope_base=10_000.0) for _ in range(2)]
@@ -246,14 +246,14 @@ def test_attention_runs_unchanged_on_the_heads_that_a_rank_owns() -> None:
         ("124m", 124_019_712, 124_867_344),
     ],
 )
-def test_sizes_have_the_parameters_they_promise(size: str, gpt: int, mlp: int) -> None:
+def test_each_size_has_the_documented_number_of_parameters(size: str, gpt: int, mlp: int) -> None:
     for name, expected in {"gpt": gpt, "mlp": mlp}.items():
         model = zoo.build(name, size, vocab=256, seed=0, device="meta")
         assert all(parameter.is_meta for parameter in model.parameters())
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
-def test_unknown_names_are_answered_with_the_choices() -> None:
+def test_for_an_unknown_name_or_size_the_error_lists_the_choices() -> None:
     with pytest.raises(ValueError, match="no model named 'gtp': choose from gpt, mlp"):
         zoo.build("gtp", "tiny", vocab=V, seed=0)
     with pytest.raises(ValueError, match="gpt has no size '7b': choose from tiny, small, 25m, 124"):
@@ -264,7 +264,7 @@ def test_unknown_names_are_answered_with_the_choices() -> None:
 
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_each_parameter_is_the_same_alone_from_meta_and_in_any_dtype(
+def test_a_parameter_is_the_same_drawn_alone_or_from_meta_and_in_any_dtype(
     name: str, dtype: torch.dtype
 ) -> None:
     random_state = torch.random.get_rng_state()
@@ -280,26 +280,26 @@ def test_each_parameter_is_the_same_alone_from_meta_and_in_any_dtype(
         assert parameter.ndim == 1 or not torch.isclose(parameter, other[fqn]).all(), fqn
 
 
-def test_the_numbers_behind_a_seed_and_a_name_never_change() -> None:
+def test_the_random_numbers_of_a_seed_and_a_name_never_change() -> None:
     def normal(fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(generator=generator)
 
-    drawn = torch.cat([draw(fqn, [1], seed, normal) for seed in (0, 1) for fqn in ("a.w", "b.w")])
+    numbers = torch.cat([draw(fqn, [1], seed, normal) for seed in (0, 1) for fqn in ("a.w", "b.w")])
     torch.testing.assert_close(
-        drawn, torch.tensor([0.8792, 1.0263, 0.2350, 1.5513]), rtol=0, atol=1e-4
+        numbers, torch.tensor([0.8792, 1.0263, 0.2350, 1.5513]), rtol=0, atol=1e-4
     )
 
 
 @every_model
 def test_the_first_loss_is_that_of_guessing(name: str) -> None:
-    """Logits of size 1 cost about 1/2 nat more than ln V; a wrong scale costs several."""
+    """Logits with deviation 1 give about ln V + 1/2 nat; a wrong scale gives several nats more."""
     tokens = some_tokens(8, 65)
     logits = make(name)(tokens[:, :-1]).flatten(0, 1)
     loss = F.cross_entropy(logits, tokens[:, 1:].flatten())
     assert abs(loss - torch.tensor(V).log() - 0.5) < 0.5
 
 
-def test_a_tie_a_freeze_and_an_optimizer_survive_materialization() -> None:
+def test_initialize_keeps_tied_weights_frozen_weights_and_the_optimizers_parameters() -> None:
     with torch.device("meta"):
         model = GPT(V, **GPT_SHAPE, tied=True)
     model.model.norm.weight.requires_grad_(False)
@@ -323,7 +323,7 @@ def fill_weights_only(fqn: str, tensor: Tensor, generator: torch.Generator) -> N
         tensor.fill_(0.5)
 
 
-def test_a_foreign_module_brings_an_init_fn_and_its_buffers() -> None:
+def test_a_module_without_init_weight_needs_an_init_fn_and_real_buffers() -> None:
     model = Foreign()
     initialize(model, seed=0, init_fn=lambda fqn, tensor, generator: tensor.fill_(0.5))
     assert model.linear.bias.tolist() == [0.5, 0.5]

@@ -1,4 +1,4 @@
-"""The models of images against torchvision's, and what the strategies rely on in them."""
+"""Image models: equal to torchvision's, and with the properties that strategies rely on."""
 
 import dataclasses
 
@@ -34,13 +34,13 @@ def images(rows: int = 4, shape: tuple[int, ...] = IMAGE) -> Tensor:
 
 
 def disturb(model: nn.Module) -> None:
-    """Norms of one and biases of zero would hide mistakes."""
+    """Change all parameters, because norms of one and biases of zero would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
 
 
-# ---- what they compute
+# ---- logits
 
 
 def test_torchvisions_vision_transformer_loads_and_gives_the_same_logits() -> None:
@@ -52,7 +52,7 @@ def test_torchvisions_vision_transformer_loads_and_gives_the_same_logits() -> No
             image_size=24, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=56,
             num_classes=V,
         ).double()  # fmt: skip
-    disturb(theirs)  # its head and biases begin at zero
+    disturb(theirs)  # its head and biases are initially zero
     ours = ViT(V, image=(3, 24, 24), patch=8, layers=3, width=32, heads=4, ffn=56).double()
     ours.load_state_dict(from_torchvision(theirs.state_dict()))
     pixels = images(shape=(3, 24, 24))
@@ -61,7 +61,7 @@ def test_torchvisions_vision_transformer_loads_and_gives_the_same_logits() -> No
     torch.testing.assert_close(ours(pixels), expected, rtol=0, atol=1e-12)
 
 
-def test_vit_b_16_has_a_place_for_every_weight() -> None:
+def test_every_weight_of_vit_b_16_is_converted() -> None:
     from torchvision.models import vit_b_16
 
     with torch.device("meta"):
@@ -73,12 +73,12 @@ def test_vit_b_16_has_a_place_for_every_weight() -> None:
     assert sum(t.numel() for t in converted.values()) == sum(t.numel() for t in theirs.values())
 
 
-def test_what_is_no_vision_transformers_is_not_converted() -> None:
-    with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.weight is no parameter of torchv"):
+def test_a_weight_that_a_vision_transformer_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.weight is not a parameter of torchv"):
         from_torchvision({"layer1.0.conv1.weight": torch.zeros(1)})
 
 
-def test_the_resnet_is_torchvisions_but_for_its_stem() -> None:
+def test_the_resnet_equals_torchvisions_except_for_its_stem() -> None:
     from torchvision.models import resnet18
 
     ours = make("resnet18")
@@ -87,18 +87,18 @@ def test_the_resnet_is_torchvisions_but_for_its_stem() -> None:
     theirs.conv1 = nn.Conv2d(2, 64, 3, padding=1, bias=False).double()
     theirs.maxpool = nn.Identity()
     theirs.load_state_dict(ours.state_dict())
-    for train in (True, False):  # by the statistics of these rows, then by the running ones
+    for train in (True, False):  # with batch statistics, then with running statistics
         expected = theirs.train(train)(images())
         torch.testing.assert_close(ours.train(train)(images()), expected, rtol=0, atol=1e-12)
     assert ours.bn1.num_batches_tracked == 1
     assert torch.equal(ours.bn1.running_var, theirs.bn1.running_var)
 
 
-def test_a_patch_is_read_where_it_stands() -> None:
-    """Each token but the class token sees its own patch and position alone."""
+def test_each_token_depends_only_on_its_own_patch() -> None:
+    """The class token depends on none."""
     embed = make("vit").embed
     changed = images()
-    changed[:, :, 4:8, 8:12] += 1  # the second row of five patches, the third of them
+    changed[:, :, 4:8, 8:12] += 1  # the third patch of the second row; a row has five
     differs = (embed(images()) - embed(changed)).abs().amax((0, 2)) > 1e-12
     assert differs.nonzero().flatten().tolist() == [1 + 5 + 2]
 
@@ -113,24 +113,24 @@ def test_every_parameter_gets_a_finite_gradient_of_its_dtype(name: str, dtype: t
     for fqn, parameter in model.named_parameters():
         assert parameter.grad is not None, fqn
         assert parameter.grad.dtype == dtype, fqn
-        assert parameter.grad.stride() == parameter.stride(), fqn  # or DDP copies, and warns
+        assert parameter.grad.stride() == parameter.stride(), fqn  # otherwise DDP warns
         assert parameter.grad.isfinite().all(), fqn
-        assert parameter.grad.any() or fqn.endswith("k_proj.bias"), fqn  # softmax does not see it
+        assert parameter.grad.any() or fqn.endswith("k_proj.bias"), fqn  # softmax cancels it
 
 
 @every_model
 def test_the_first_loss_is_that_of_guessing(name: str) -> None:
-    """Logits of size 1 cost about 1/2 nat more than ln V; a wrong scale costs several."""
+    """Logits with deviation 1 give about ln V + 1/2 nat; a wrong scale gives several nats more."""
     targets = torch.arange(64) % V
     loss = F.cross_entropy(make(name, torch.float32)(images(64).float()), targets)
     assert abs(loss - torch.tensor(V).log() - 0.5) < 0.8
 
 
-# ---- what they are called, and where they may be cut
+# ---- stages and units
 
 
 @every_model
-def test_stages_run_one_after_another_are_the_forward(name: str) -> None:
+def test_running_the_stages_in_order_equals_the_forward(name: str) -> None:
     model, x = make(name).eval(), images()
     for module in in_stage_order(model).values():
         x = module(x)
@@ -138,7 +138,7 @@ def test_stages_run_one_after_another_are_the_forward(name: str) -> None:
 
 
 @every_model
-def test_stages_hold_every_parameter_and_buffer_once(name: str) -> None:
+def test_every_parameter_and_buffer_is_in_exactly_one_stage(name: str) -> None:
     model = make(name)
     stages = in_stage_order(model).items()
     held = [f"{stage}.{fqn}" for stage, module in stages for fqn in module.state_dict()]
@@ -155,7 +155,7 @@ def test_units_are_the_blocks() -> None:
     assert len(blocks) == 8
 
 
-def test_attention_runs_unchanged_on_the_heads_that_a_rank_owns() -> None:
+def test_attention_on_two_halves_of_the_heads_adds_up_to_the_whole() -> None:
     whole = make("vit").layers["0"].self_attn
     disturb(whole)
     x = images(shape=(5, 48))
@@ -163,9 +163,9 @@ def test_attention_runs_unchanged_on_the_heads_that_a_rank_owns() -> None:
     for name, dim in {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}.items():
         linear = getattr(whole, name)
         for i, part in enumerate(parts):
-            own = getattr(part, name)
-            own.weight = nn.Parameter(linear.weight.chunk(2, dim)[i])
-            own.bias = nn.Parameter(linear.bias.chunk(2)[i] if dim == 0 else linear.bias / 2)
+            half = getattr(part, name)
+            half.weight = nn.Parameter(linear.weight.chunk(2, dim)[i])
+            half.bias = nn.Parameter(linear.bias.chunk(2)[i] if dim == 0 else linear.bias / 2)
     torch.testing.assert_close(parts[0](x) + parts[1](x), whole(x), rtol=0, atol=1e-12)
 
 
@@ -182,12 +182,14 @@ def test_attention_runs_unchanged_on_the_heads_that_a_rank_owns() -> None:
         ("resnet18", "tiny", 11_185_122),
     ],
 )
-def test_sizes_have_the_parameters_they_promise(name: str, size: str, expected: int) -> None:
+def test_each_size_has_the_documented_number_of_parameters(
+    name: str, size: str, expected: int
+) -> None:
     model = zoo.build(name, size, vocab=34, image=(1, 28, 28), seed=0, device="meta")
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
-def test_the_command_line_knows_what_each_model_reads_and_its_sizes() -> None:
+def test_the_registry_agrees_with_the_models_on_what_they_read_and_their_sizes() -> None:
     assert config.MODELS.keys() == zoo.MODELS.keys()
     for name, row in config.MODELS.items():
         assert row.reads == zoo.MODELS[name].reads
@@ -197,7 +199,9 @@ def test_the_command_line_knows_what_each_model_reads_and_its_sizes() -> None:
 
 @pytest.mark.slow_unless(lambda image: image == (3, 17, 9))
 @pytest.mark.parametrize("image", [(1, 9, 9), (3, 17, 9)])
-def test_the_smallest_image_of_the_resnet_trains_alone(image: tuple[int, int, int]) -> None:
+def test_the_resnet_trains_on_a_single_image_of_the_smallest_size(
+    image: tuple[int, int, int],
+) -> None:
     row = config.MODELS["resnet18"]
     assert row.smallest == min(image[1:])
     model = zoo.build("resnet18", "tiny", vocab=V, image=image, seed=0)
@@ -207,7 +211,7 @@ def test_the_smallest_image_of_the_resnet_trains_alone(image: tuple[int, int, in
         smaller(torch.zeros(1, 1, 8, 8))
 
 
-def test_a_model_is_told_what_it_reads() -> None:
+def test_an_image_shape_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="vit reads images, not image=None"):
         zoo.build("vit", "tiny", vocab=V, seed=0)
     with pytest.raises(ValueError, match=r"gpt reads text, not image=\(1, 28, 28\)"):
@@ -219,7 +223,7 @@ def test_a_model_is_told_what_it_reads() -> None:
 @pytest.mark.slow_unless(lambda name, dtype: name == "vit" or dtype == torch.float32)
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_each_tensor_is_the_same_alone_from_meta_and_in_place(
+def test_a_tensor_is_the_same_drawn_alone_or_from_meta_or_in_place(
     name: str, dtype: torch.dtype
 ) -> None:
     random_state = torch.random.get_rng_state()
@@ -227,7 +231,7 @@ def test_each_tensor_is_the_same_alone_from_meta_and_in_place(
     assert torch.equal(torch.random.get_rng_state(), random_state)
     with torch.random.fork_rng():
         used = MODELS[name]().to(dtype)
-    used(images().to(dtype))  # its running statistics are no longer those of the beginning
+    used(images().to(dtype))  # changes the running statistics
     initialize(used, seed=5)
     for fqn, tensor in used.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[fqn]), fqn
@@ -236,7 +240,7 @@ def test_each_tensor_is_the_same_alone_from_meta_and_in_place(
         assert torch.equal(parameter, alone.to(dtype)), fqn
 
 
-def test_buffers_begin_as_torchvisions_and_keep_their_dtype() -> None:
+def test_initial_buffers_equal_torchvisions_and_keep_their_dtype() -> None:
     from torchvision.models import resnet18
 
     theirs = resnet18().state_dict()
@@ -247,7 +251,7 @@ def test_buffers_begin_as_torchvisions_and_keep_their_dtype() -> None:
     assert {buffer.dtype for buffer in buffers.values()} == {torch.float64, torch.int64}
 
 
-def test_the_config_chooses_the_data_that_its_model_reads() -> None:
+def test_the_default_data_is_what_the_model_reads() -> None:
     chosen = {name: config.Config(model=name).to_dict()["data"] for name in config.MODELS}
     assert chosen == {"gpt": "stdlib", "mlp": "stdlib", "vit": "glyphs", "resnet18": "glyphs"}
     given = config.Config(model="vit", data="mnist")

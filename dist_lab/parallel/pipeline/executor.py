@@ -1,7 +1,7 @@
 """Executes this rank's actions of a schedule: computes a stage, or sends and receives its tensors.
 
 An `Executor` lives as long as the job. The results, messages and saved forwards of one run are in a
-`PipelineRun`. pp.py explains what travels and how the loss adds up.
+`PipelineRun`. pp.py explains which tensors are sent and how the loss is summed.
 """
 
 import time
@@ -34,7 +34,7 @@ class Executor:
     Attributes:
         modules: stage -> its module, for this rank's stages.
         timings: the last run's actions with start and end, in seconds of this rank's clock.
-        peak: the last run's most micro-batches in flight on this rank.
+        peak: the maximum number of micro-batches in flight on this rank in the last run.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class SavedForward:
     """What a forward saves for its backward.
 
     inputs: the stage's inputs, as leaves
-    roots: where backward begins: a gradient edge for each output that needs a gradient. Unlike the
-        output an edge keeps no memory.
+    roots: where backward begins: a gradient edge for each output that needs a gradient. An edge
+        does not keep the output's memory alive.
     weight_work: the weight gradients that W will compute
     """
 
@@ -140,7 +140,7 @@ class PipelineRun:
 
     def finish(self) -> None:
         self.wait_for_sends(at_most=0)
-        assert not {*self.results, *self.pending_receives, *self.saved}, "something is never used"
+        assert not {*self.results, *self.pending_receives, *self.saved}, "unused results are left"
 
     # --- compute ----------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class PipelineRun:
                 share = share_of(output, loss) if self.training else one_number(loss)
                 self.total += share.detach()
                 outputs: Values = (share,)
-                if self.training:  # as if a stage after the last had sent back its gradient
+                if self.training:  # d loss / d loss, as if a next stage had sent it
                     self.results[Op.I, stage + 1, m] = (torch.ones_like(share),)
             else:
                 check_shapes(stage, output, self.shapes[m][stage + 1])
@@ -191,18 +191,18 @@ class PipelineRun:
                 self.run_deferred(self.saved.pop((stage, m)).weight_work)
 
     def run_deferred(self, weight_work: WeightWork) -> None:
-        while weight_work:  # the last layer first, as in backward; each frees what it saved
+        while weight_work:  # the last layer first, as in backward; each call frees its tensors
             weight_work.pop()()
 
     @contextmanager
     def timed(self, action: Action) -> Iterator[None]:
         """Record when the action begins and ends, and sleep for the rest of its emulated time.
 
-        [Note: an emulated device] A real device has its work queued, and a fast network. So an
-        emulated action begins, by the clock, as soon as the previous one has ended and its inputs
-        have been computed, and ends its emulated time later. A process that wakes up late and a
-        slow message cost nothing, unless they take longer than the action. To this end a message
-        carries the time at which it was computed. All ranks must be on one machine, with one clock.
+        [Note: an emulated device] On a real device, work is queued ahead and the network is
+        fast. So the recorded start of an action is the time at which the previous one had ended
+        and its inputs were computed, and its end is at least its emulated duration later. A process
+        that wakes up late, or a slow message, adds no time unless it takes longer than the action.
+        Each message carries the time its tensors were computed; all ranks must be on one machine.
         """
         least = COSTS[action.op] * self.executor.seconds_per_unit
         start = time.perf_counter()
@@ -227,7 +227,7 @@ class PipelineRun:
 
     def receive(self, result: Result, shapes: Sequence[StageInput]) -> None:
         """Post the receives of a result that another rank computes, or will compute."""
-        # In a dry run nothing arrives, and the buffers must hold numbers all the same.
+        # In a dry run nothing is received, so the buffers must be initialized.
         new = torch.zeros if self.axis.comm.dry_run else torch.empty
         device, peer = self.axis.device, self.schedule.rank_of[result[1]]
         buffers = [new(s.shape, dtype=s.dtype, device=device) for s in shapes]

@@ -9,23 +9,23 @@ early.
 
 Cost per step, for P parameters, all of them used: 2 (N-1)/N (P + a flag per parameter and bucket)
 elements sent, in about P / bucket_mb messages, however many micro-batches there are. Memory per
-rank: all parameters, gradients and optimizer state. Gradients live in the buckets: the first one of
-a step is copied in, later micro-batches add to it in place, and nothing is copied after the sum.
+rank: all parameters, gradients and optimizer state. Gradients live in the buckets: those of
+the first micro-batch are copied in, later ones accumulate in place, and the sum is not copied out.
 Li et al. 2020, "PyTorch Distributed: experiences on accelerating data parallel training"
 (arXiv:2006.15704).
 
 [Note: the first step] Before the first backward it is not known which parameters a model uses, nor
 in which order backward reaches them. So the first step sums after backward. The ranks exchange
-which gradients arrived, and in which order, and make buckets in that order, of the parameters that
-some rank has used. A parameter that no rank uses is never sent.
+which gradients arrived, and in which order. The parameters that any rank has used are put into
+buckets in that order. A parameter that no rank uses is never sent.
 
 [Note: used elsewhere] Later steps may use other parameters, and ranks may differ. Each bucket has a
 flag per parameter, 1 if this rank has used it, and the all_reduce adds the flags up as well. A
 parameter that no rank has used in this step keeps `grad is None`; one that only other ranks have
 used gets their gradient. One more flag reports a used parameter that is in no bucket yet; if any
 rank sets it, all ranks make buckets for such parameters. So a rank may issue a bucket in backward
-that another issues in `finish`, after other collectives. Buckets are ordered only among themselves,
-so they need a process group of their own (`mesh.channel`).
+that another issues in `finish`, after other collectives. Only the order of buckets among each other
+is equal on all ranks, so they need a process group of their own (`mesh.channel`).
 
 For edits of `.grad` and exceptions while a bucket is in flight, see in_flight.py.
 
@@ -49,7 +49,7 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0
     """Sum the gradient of every trained parameter over the axis, in buckets.
 
     Args:
-        bucket_mb, first_bucket_mb: the most MiB that a bucket, or the first one, may hold; a
+        bucket_mb, first_bucket_mb: the maximum size in MiB of a bucket, and of the first one; a
             larger parameter has a bucket to itself.
     """
     if not (bucket_mb > 0 and first_bucket_mb > 0):
@@ -60,14 +60,14 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0
 
 
 class BucketedAllReduce(Sync):
-    """Issues each bucket once it and all before it are complete: in one order on every rank."""
+    """Issues a bucket once it and all earlier ones are complete: the same order on all ranks."""
 
     def __init__(self, model: nn.Module, axis: Axis, limits: tuple[int, int]) -> None:
         self.model, self.axis, self.limits = model, axis, limits
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[str, Bucket] = {}  # parameter name -> the bucket of its gradient
-        self.unassigned: dict[str, None] = {}  # used in this step, in order, and in no bucket yet
+        self.unassigned: dict[str, None] = {}  # used but not yet in a bucket, in arrival order
         self.issued = 0  # the number of buckets issued in this step
 
     def unshard(self, unit: str, phase: Phase) -> None:
@@ -81,7 +81,7 @@ class BucketedAllReduce(Sync):
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
             for bucket in self.buckets:
-                if bucket.gradients.in_flight:  # this backward may have been a later one
+                if bucket.gradients.in_flight:  # also after a backward that dropped them
                     bucket.in_flight.show_placeholders()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
@@ -98,7 +98,7 @@ class BucketedAllReduce(Sync):
             bucket.gradients.copy_in(name, bucket.parameters[name])
             if last:
                 bucket.arrivals.ready.add(name)
-        # finish() issues the last bucket: its last flag needs the end of backward.
+        # finish() issues the last bucket: its last flag is known only after backward.
         while self.issued < len(self.buckets) - 1 and self.buckets[self.issued].arrivals.complete:
             self._issue(unassigned=False)
 
@@ -109,7 +109,7 @@ class BucketedAllReduce(Sync):
         for name in self.trained:  # a user may have set a gradient without a backward
             if name not in self.bucket_of and self.model.get_parameter(name).grad is not None:
                 self.unassigned.setdefault(name)
-        while self.issued < len(self.buckets):  # this rank did not use all of its parameters
+        while self.issued < len(self.buckets):  # the last one, or incomplete on this rank
             self._issue(unassigned=bool(self.unassigned))
         reports = [bucket.wait() for bucket in self.buckets]
         if not self.buckets or reports[-1]:
@@ -120,7 +120,7 @@ class BucketedAllReduce(Sync):
                 bucket.wait()
         self.issued = 0
         self.unassigned = {}
-        for bucket in self.buckets[-1:]:  # every rank that aborted has said so in the last one
+        for bucket in self.buckets[-1:]:  # the last bucket's last flag counts aborted ranks
             bucket.in_flight.refuse_partial_abort()
 
     def forget(self) -> None:
@@ -161,19 +161,19 @@ class BucketedAllReduce(Sync):
         for names in group_into_buckets(sizes, limit if self.buckets else first, limit):
             members = {name: parameters[name] for name in names}
             bucket = Bucket(len(self.buckets), members, self.axis, same_strides=same_strides)
-            for name in names:  # now, so that at most one bucket of gradients exists twice
+            for name in names:  # at once: only one bucket's gradients exist twice
                 bucket.gradients.copy_in(name, members[name])
             self.buckets.append(bucket)
             self.bucket_of |= dict.fromkeys(names, bucket)
 
 
 class Bucket:
-    """Gradients in one flat buffer, with a flag for each, and a last flag for all others.
+    """Gradients in one flat buffer, a flag for each, and one flag: unassigned or aborted.
 
     memory = [ gradient a | gradient b | ... | a used | b used | ... | unassigned or aborted ]
 
     Args:
-        same_strides: each parameter has the same strides on all ranks, so its gradient may as well.
+        same_strides: each parameter has equal strides on all ranks; its gradient gets the same.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Bucket:
         dtype = next(iter(parameters.values())).dtype
         memory = shared_buffer(length, dtype, axis)
         self.gradients = FlatBuffer(memory, shapes, bucket_label(index, list(shapes)))
-        if same_strides:  # with other strides than its parameter's, autograd adds slowly
+        if same_strides:  # autograd accumulates slowly if strides differ from the parameter's
             views = self.gradients.views
             for name, p in parameters.items():
                 strides = torch.empty_like(p, device="meta").stride()
@@ -194,7 +194,7 @@ class Bucket:
         self.in_flight = GradsInFlight(parameters, self.gradients, axis.size)
 
     def issue(self, *, unassigned: bool, aborted: bool) -> None:
-        """Issue the sum dW{U_dp} -> dW, and that of the flags."""
+        """Issue the all_reduce of the gradients, dW{U_dp} -> dW, and of the flags."""
         used = {n for n, p in self.parameters.items() if p.grad is not None}
         self.gradients.copy_in_all(self.parameters)
         flags = [name in used for name in self.parameters]

@@ -1,1 +1,1 @@
-"""The strategies that keep a part of every parameter: ZeRO and FSDP."""
+"""The strategies that shard optimizer state, gradients or parameters: ZeRO and FSDP."""

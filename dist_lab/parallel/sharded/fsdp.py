@@ -1,27 +1,27 @@
-"""FSDP, which is ZeRO-3: a rank keeps a shard of every parameter, and gathers it for a moment.
+"""FSDP, or ZeRO-3: each rank keeps a shard of every parameter, and gathers a unit to use it.
 
     In[B_X, D] . W[D_X, F] -> Out[B_X, F]     W[D_X, F] -> W[D, F]         before a unit is used
                                               dW[D, F]{U_X} -> dW[D_X, F]  after its backward
 
-A unit, such as a block of a transformer, is unsharded just before its forward and resharded after
-it, and once more around its backward; then its gradient is reduced. While one unit computes, the
-next one is on its way. Every rank stores, and steps on, 1/N of the model.
+A unit, such as a transformer block, is unsharded just before its forward and resharded after it.
+The same happens around its backward, and then its gradient is reduced. While one unit computes, the
+next one's all-gather is in flight. Each rank stores, and steps on, 1/N of the model.
 
-Cost per step of k micro-batches, for P parameters, in elements sent, times (N-1)/N, and for each
-parameter and reduction N flags that say who used it:
+Elements sent per step of k micro-batches, for P parameters, times (N-1)/N. Each reduction also
+sends N flags per parameter, which tell whether a rank used it.
 
-    3kP           gathered for each forward and each backward, gradients reduced after each
-    2kP           reshard_after_forward=False: gathered once for both
-    (k+1)P + P    keep_gathered: from the first backward on, units stay unsharded until the last
-    2kP + P       defer_reduce: whole gradients are kept, and reduced after the last backward
+    3kP           the default: gather for each forward and each backward, reduce after each backward
+    2kP           reshard_after_forward=False: gather once for both
+    (k+1)P + P    keep_gathered: units stay unsharded from the first backward to the last
+    2kP + P       defer_reduce: keep unsharded gradients, and reduce them after the last backward
 
-Memory per rank: 1/N of parameters, gradients and optimizer state; besides, two units and the root's
-own parameters while they are unsharded, and two units' gradients before they are reduced.
+Memory per rank: 1/N of parameters, gradients and optimizer state. On top come the root's own
+parameters and two units while they are unsharded, and two units' gradients before their reduction.
 HSDP repeats all this along a second axis Y, of M replicas: see replicas.py.
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277).
 
 To read: `apply` and FullySharded here (what happens when), param_group.py (a group's memory),
-sharded_param.py (a parameter as two tensors); then common_order.py.
+sharded_param.py (a parameter as two tensors); then common_order.py and sharded_grads.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,23 +54,23 @@ def apply(
     prefetch: bool = True,
     offload: str = "",
 ) -> Applied:
-    """Keep 1/N of every parameter.
+    """Shard every parameter over the ranks.
 
     Args:
         setup: parameters are sharded along fsdp, and the shards replicated along dp, whose size is
-            1 under plain FSDP. Units are gathered, and computed with, in its param_dtype.
-        reduce_dtype: sum gradients in this; default: that of the shards.
+            1 under plain FSDP. Units are gathered, and compute, in setup.param_dtype.
+        reduce_dtype: the dtype in which gradients are summed; default: that of the shards.
         reshard_after_forward, keep_gathered, defer_reduce: see the table above.
         prefetch: gather the next unit while one computes.
-        offload: where the shards and the optimizer's state are kept: a folder, in whose files they
-            lie; or "cpu", for an accelerator, whose optimizer then runs on the CPU.
+        offload: a folder, in whose files shards and optimizer state are kept; or "cpu", for an
+            accelerator: shards stay in CPU memory, and the optimizer runs on the CPU.
     """
     model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
     for dtype in (setup.param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     refuse_recurrent(model)
-    keep = maker(offload, axis.device)
+    make_memory = maker(offload, axis.device)
     slots, gather_axis = param_slots(model), setup.channel()
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = owing | {
@@ -80,12 +80,12 @@ def apply(
     groups = [
         ParamGroup(
             unit, {name: slots[name] for name in names}, dtypes, axis, gather_axis,
-            setup.full_value, keep,
+            setup.full_value, make_memory,
         )
-        for (unit, dtypes), names in _gathered_as_one(setup, slots).items()
+        for (unit, dtypes), names in _names_by_group(setup, slots).items()
     ]  # fmt: skip
     for group in groups:
-        group.reduce_dtype = reduce_dtype or group.kept_dtype
+        group.reduce_dtype = reduce_dtype or group.shard_dtype
     sync = FullySharded(
         groups, groups_by_unit(groups, setup.units), axis, gather_axis, replicate,
         prefetch=prefetch,
@@ -93,7 +93,7 @@ def apply(
         defer_reduce=defer_reduce,
     )  # fmt: skip
     leaves = {param.name: param.unsharded for group in groups for param in group.params}
-    make_optimizer = partial(offloaded, keep) if keep and offload != "cpu" else None
+    make_optimizer = partial(offloaded, make_memory) if make_memory and offload != "cpu" else None
     return Applied(
         layouts, sync, leaves=leaves, sharded_between_units=True,
         unit_of={param.name: group.unit for group in groups for param in group.params},
@@ -101,28 +101,28 @@ def apply(
     )  # fmt: skip
 
 
-def _gathered_as_one(
+def _names_by_group(
     setup: Setup, slots: Mapping[str, list[ParamSlot]]
 ) -> dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]]:
-    """(unit, (dtype kept, dtype of compute)) -> its parameters."""
+    """(unit, (dtype of the shards, dtype of compute)) -> names of the parameters in this group."""
     owner = owners(slots, setup.units)
     groups: dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]] = {}
     for name, p in setup.model.named_parameters():
-        # Normalization with running statistics computes in their dtype: see
-        # transforms/precision.py.
-        keeps = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
-        narrow = p.dtype if keeps or not p.is_floating_point() else setup.param_dtype or p.dtype
-        groups.setdefault((owner[name], (p.dtype, narrow)), []).append(name)
+        # A norm with running statistics computes in their dtype: see transforms/precision.py.
+        in_norm = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
+        is_cast = p.is_floating_point() and not in_norm
+        compute_dtype = (setup.param_dtype or p.dtype) if is_cast else p.dtype
+        groups.setdefault((owner[name], (p.dtype, compute_dtype)), []).append(name)
     return groups
 
 
 class FullySharded(Sync):
     """Decides when groups are unsharded and resharded, and when their gradients are reduced.
 
-    [Note: one order] All ranks must issue their collectives in one order. Gathers have theirs from
-    common_order.py. Gradients become ready in different orders, so units are reduced in reverse
-    forward order, each once a micro-batch, on a process group of their own, whether or not some
-    rank has used all of a unit's parameters.
+    [Note: one order] All ranks must issue collectives in one order. For gathers, common_order.py
+    sees to that. Gradients become ready in different orders on different ranks, so units are
+    reduced in reverse forward order, once per micro-batch, on a process group of their own. A unit
+    is reduced even if no rank has used all of its parameters.
 
     Args:
         groups_of: unit -> the groups to unshard while it runs.
@@ -146,14 +146,14 @@ class FullySharded(Sync):
         self.defer_reduce, self.prefetch = defer_reduce, prefetch
         self.group_of = {param.name: group for group in groups for param in group.params}
         self.staging: dict[torch.dtype, Tensor] = {}
-        self.last = True  # nothing follows the micro-batch that is under way
-        self.keep_unsharded = False  # until the last micro-batch's backward
+        self.last = True  # this micro-batch is the last of the step
+        self.keep_unsharded = False  # units stay unsharded until the last micro-batch's backward
         gather, skip = (partial(turn, Phase.FORWARD) for turn in (self._gather, self._skip))
         self.order = CommonOrder(list(groups_of), gather_axis, gather, skip)
-        self.prefetched: str | None = None  # the unit that is gathered before it is asked for
-        self.kept: list[str] = []  # units that were gathered before backward has come to them
+        self.prefetched: str | None = None  # the next unit, whose gather was issued in advance
+        self.gathered_early: list[str] = []  # units whose turn came before this rank's backward did
         self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
-        self.in_flight: ParamGroup | None = None  # whose reduction was issued
+        self.in_flight: ParamGroup | None = None  # the group whose reduction was issued
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -168,10 +168,10 @@ class FullySharded(Sync):
             if not self.order.is_open and torch.is_grad_enabled():  # a unit called by itself
                 self._expect_grads(unit)
         else:
-            for turn, comes in self.order.turns_before(unit):
-                if comes:
+            for turn, is_still_to_come in self.order.turns_before(unit):
+                if is_still_to_come:
                     self._gather(phase, turn)
-                    self.kept.append(turn)
+                    self.gathered_early.append(turn)
                     self._reduce_ready()
                 else:
                     self._skip(phase, turn)
@@ -190,75 +190,75 @@ class FullySharded(Sync):
         else:
             self.order.leave(unit)
         if unit == ROOT and phase is Phase.FORWARD:
-            self.order.end({n: mark for g in self.groups for n, mark in g.take_written()})
+            self.order.end({n: digest for g in self.groups for n, digest in g.pop_written()})
             for turn in self.order.returning:
                 self._expect_grads(turn)
         elif unit == ROOT:
             for turn, _ in self.order.turns_before(None):
                 self._skip(phase, turn)
-            for kept in self.kept:
-                self._let_go(phase, kept)
-            self.kept.clear()
-        self._let_go(phase, unit)
+            for early in self.gathered_early:
+                self._release(phase, early)
+            self.gathered_early.clear()
+        self._release(phase, unit)
         if unit == ROOT:
             self._leave_model(phase)
-        self.order.refuse_torn()
+        self.order.refuse_conflict()
 
     def _gather(self, phase: Phase, unit: str) -> None:
-        """Unshard a unit. While it computes, the next one is on its way."""
+        """Unshard a unit, and prefetch the next one."""
         self.prefetched = None
         for group in self.groups_of[unit]:
             group.users.add(unit)
             group.issue_unshard()
             group.wait_unshard()
-        following = self._next(phase)
-        if self.prefetch and following is not None:
-            issued = [group.issue_unshard() for group in self.groups_of[following]]
-            self.prefetched = following if any(issued) else None
+        next_unit = self._next(phase)
+        if self.prefetch and next_unit is not None:
+            issued = [group.issue_unshard() for group in self.groups_of[next_unit]]
+            self.prefetched = next_unit if any(issued) else None
 
     def _next(self, phase: Phase) -> str | None:
-        """The unit whose turn comes next."""
-        back = [unit for unit, _ in self.order.backward[:1]]
-        return next(iter(self.order.ahead if phase is Phase.FORWARD else back), None)
+        """The unit that has the next turn."""
+        backward_turns = [unit for unit, _ in self.order.backward[:1]]
+        return next(iter(self.order.upcoming if phase is Phase.FORWARD else backward_turns), None)
 
     def _drop_prefetched(self) -> None:
-        """Reshard what was gathered in advance and not used after all."""
+        """Reshard the prefetched unit, if it turns out not to be used."""
         for group in self.groups_of[self.prefetched] if self.prefetched is not None else ():
             if not group.users:
                 group.reshard()
         self.prefetched = None
 
-    def _let_go(self, phase: Phase, unit: str) -> None:
-        """Reshard a unit, if nothing else needs it; its gradients may be complete."""
-        stays = self.keep_unsharded or (phase is Phase.FORWARD and not self.reshard_after_forward)
-        stays = stays and (phase is Phase.BACKWARD or torch.is_grad_enabled())
+    def _release(self, phase: Phase, unit: str) -> None:
+        """Reshard a unit unless another one needs it, and reduce gradients that are complete."""
+        keep = self.keep_unsharded or (phase is Phase.FORWARD and not self.reshard_after_forward)
+        keep = keep and (phase is Phase.BACKWARD or torch.is_grad_enabled())
         for group in self.groups_of[unit]:
             group.users.discard(unit)
-            if not group.users and not stays:
+            if not group.users and not keep:
                 group.reshard()
         if phase is Phase.BACKWARD:
             for group in self.groups_of[unit]:
                 if group.unit == unit:
-                    group.visit_is_over()
+                    group.visit_ended()
             self._reduce_ready()
 
     def _skip(self, phase: Phase, unit: str) -> None:
-        """Other ranks use the unit, and this one does not."""
+        """Take part in the gather of a unit that only other ranks use."""
         in_use = any(unit in group.users for group in self.groups_of[unit])
         self._gather(phase, unit)
         if not in_use:
-            self._let_go(phase, unit)
+            self._release(phase, unit)
 
     def _enter_model(self, phase: Phase) -> None:
         for group in self.groups:
-            group.freeze_alike()
+            group.sync_requires_grad()
             if phase is Phase.FORWARD:
-                group.check()
+                group.check_in_memory()
                 if not self.keep_unsharded:  # a forward without backward may have left it unsharded
                     group.reshard()
         if phase is Phase.FORWARD:
             self.order.begin()
-        elif not self.to_reduce:  # a second one through one forward
+        elif not self.to_reduce:  # a second backward through the same forward
             for unit in self.order.returning:
                 self._expect_grads(unit)
 
@@ -268,21 +268,21 @@ class FullySharded(Sync):
             self._reduce_all()
             self.order.backward_ends()
         for group in self.groups:
-            group.wait_for_readers()  # whoever has left the model may write to it
+            group.wait_for_readers()  # the user may now write to the shards
 
     # --- gradients --------------------------------------------------------------------------------
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             group = self.group_of[name]
-            if group.grads is Grads.NONE:  # of a unit that this forward had not shown
+            if group.grads is Grads.NONE:  # this forward did not announce the unit
                 group.expect_grads()
                 self.to_reduce.append(group)
             group.grad_arrived(name)
         self._reduce_ready()
 
     def _expect_grads(self, unit: str) -> None:
-        """Gradients are to come; what is used first in forward is reached last."""
+        """Expect the unit's gradients, after those of all units that follow it in forward."""
         for group in self.groups_of[unit]:
             if group.trained:
                 group.visits += group.unit == unit
@@ -294,24 +294,24 @@ class FullySharded(Sync):
         """Reduce, in order, the groups that have all their gradients."""
         if self.last or not self.defer_reduce:
             while self.to_reduce and self.to_reduce[0].grads is Grads.COMPLETE:
-                if self.order.comes_again(self.to_reduce[0].unit):
-                    break  # another rank may have to gather it before it can reduce it
-                self._wait_in_flight()  # so whole gradients are there of two groups at most
+                if self.order.has_backward_turn(self.to_reduce[0].unit):
+                    break  # another rank may have to gather the unit before it can reduce it
+                self._wait_in_flight()  # so at most two groups' unsharded gradients exist
                 self.in_flight = self.to_reduce.pop(0)
                 self.in_flight.issue_reduce(self._staging(self.in_flight.reduce_dtype))
 
     def _staging(self, dtype: torch.dtype) -> Tensor:
-        """Where gradients lie on their way: as large as the largest group's, made at first use."""
+        """The send buffer of reductions, as large as the largest group; made at first use."""
         if dtype not in self.staging:
-            length = max(g.grad_length for g in self.groups if g.reduce_dtype == dtype)
+            length = max(g.sharded_grads.length for g in self.groups if g.reduce_dtype == dtype)
             self.staging[dtype] = ops.shared_buffer(self.axis.size * length, dtype, self.axis)
         return self.staging[dtype]
 
     def _reduce_all(self) -> None:
-        """Backward is over: what has not come will not."""
+        """Backward is over: reduce all remaining groups, without gradients that did not come."""
         for group in self.groups:
             group.visits = 0
-            group.no_more_grads()
+            group.expect_no_more_grads()
         self._reduce_ready()
         self._wait_in_flight()
 
@@ -325,7 +325,7 @@ class FullySharded(Sync):
         sum_over_replicas(self.groups, self.replicate)
         self.keep_unsharded = False
         for group in self.groups:
-            group.total = None  # it lives on in `.grad`
+            group.sharded_grads.total = None  # `.grad` keeps it alive
             group.reshard()
             group.wait_for_readers()  # the optimizer is about to write
 
@@ -339,11 +339,11 @@ class FullySharded(Sync):
         self.keep_unsharded = False
         self.order.break_off()
         self.prefetched = None
-        self.kept.clear()
+        self.gathered_early.clear()
         for group in self.groups:
             group.forget()
 
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
             yield from group.extra_memory()
-        yield from (("buffers", held) for held in (self.order.ballot, *self.staging.values()))
+        yield from (("buffers", buffer) for buffer in (self.order.ballot, *self.staging.values()))

@@ -1,15 +1,15 @@
-"""PyTorch's own FSDP2, `fully_shard`, the twin of fsdp.py: the same pieces, sums and moments.
+"""PyTorch's own FSDP2, `fully_shard`, the twin of fsdp.py: the same shards, sums and order.
 
     In[B_X, D] . W[D_X, F] -> Out[B_X, F]     W[D_X, F] -> W[D, F]         before a unit is used
                                               dW[D, F]{U_X} -> dW[D_X, F]  after its backward
 
-Parameters are DTensors, split along dim 0, and optimizers step on those. Gradients are added up and
-not averaged, by the library's own switches. The model's own parameters are resharded as any unit's
-are, where the library would by default keep them, so that both send the same. On CPU it waits for
-each collective where it starts it, also for one that it prefetches.
+Parameters are DTensors, sharded along dim 0, and optimizers step on those. The library is set to
+sum gradients, not to average them. By default it would keep the root's own parameters unsharded
+after forward; here they are resharded like any unit's, so that both implementations send the same.
+On CPU the library waits for each collective as soon as it has issued it, even for a prefetch.
 
-Scalars it does not split: they stay whole on every rank, their gradients are summed in `finish`.
-Normalization with running statistics stays out of mixed precision by being a unit of its own.
+FSDP2 does not shard scalars: they are replicated, and their gradients are summed in `finish`.
+A norm with running statistics stays out of mixed precision, because it becomes a unit of its own.
 
 Cost per step and memory: as fsdp.py, without flags. Zhao et al. 2023 (arXiv:2304.11277).
 """
@@ -58,12 +58,12 @@ def apply(
 
     Args:
         find_unused: allow parameters that are not used by every rank in every micro-batch. Without
-            it, ranks that differ in this wait for each other until they run out of time.
-        The others are those of fsdp.py.
+            it, ranks that use different parameters wait for each other until a timeout. The other
+            options are those of fsdp.py.
 
     Raises:
-        UserError: what the library cannot do: a parameter tied between two units that have others
-            too, trained ones of several dtypes in one unit, no prefetching.
+        UserError: for what the library cannot do: a parameter tied between two units that both have
+            other parameters, trained parameters of several dtypes in one unit, no prefetching.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # a second
 
@@ -77,41 +77,42 @@ def apply(
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     refuse_recurrent(model)
-    found = param_slots(model)
+    slots = param_slots(model)
     owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
     layouts = owing | {
         name: owing[name].split(axis.name, Shard(0)) if p.dim() else owing[name]
         for name, p in model.named_parameters()
     }
-    own = _own_parameters(model, found, units)
+    names_of = _names_by_unit(model, slots, units)
     modules = dict(units)
     if param_dtype is not None:
-        modules |= _set_norms_apart(model, found, own)
+        modules |= _make_norms_units(model, slots, names_of)
     mesh = _device_mesh(axis, replicate)
 
     def materialize(names: Sequence[str]) -> None:
         for name in names:
             if model.get_parameter(name).is_meta:
-                set_param(found[name], setup.full_value(name).to(axis.device))
+                set_param(slots[name], setup.full_value(name).to(axis.device))
 
     scalars = [name for name, p in model.named_parameters() if not p.dim()]
     materialize(scalars)
 
     sharded: dict[str, FSDPModule] = {}
     leaves: dict[str, Tensor] = {}
-    for unit in sorted(own, key=lambda unit: sum(1 for _ in modules[unit].modules())):
-        materialize(own[unit])
-        mine = {model.get_parameter(name) for name in own[unit]}
-        narrow = None if isinstance(modules[unit], StatisticsNorm) else param_dtype
-        modules[unit].register_forward_hook(ModuleHook(_own_output))  # before the library's own
-        summed_in = reduce_dtype or next((p.dtype for p in mine if p.requires_grad), None)
+    for unit in sorted(names_of, key=lambda unit: sum(1 for _ in modules[unit].modules())):
+        materialize(names_of[unit])
+        params = {model.get_parameter(name) for name in names_of[unit]}
+        compute_dtype = None if isinstance(modules[unit], StatisticsNorm) else param_dtype
+        modules[unit].register_forward_hook(ModuleHook(_without_views))  # before the library's own
+        own_dtype = next((p.dtype for p in params if p.requires_grad), None)
+        sum_dtype = reduce_dtype or (own_dtype if compute_dtype else None)
         try:
             fully_shard(
                 modules[unit],
                 mesh=mesh,
                 reshard_after_forward=reshard_after_forward,
-                mp_policy=MixedPrecisionPolicy(narrow, summed_in if narrow else reduce_dtype),
-                ignored_params={p for p in modules[unit].parameters() if p not in mine},
+                mp_policy=MixedPrecisionPolicy(compute_dtype, sum_dtype),
+                ignored_params={p for p in modules[unit].parameters() if p not in params},
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"FSDP2 refuses {unit or 'the model'}: {error}") from error
@@ -119,8 +120,8 @@ def apply(
         assert isinstance(module, FSDPModule), unit
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        module.unshard()  # this once, because the leaves are made by it
-        leaves |= {name: model.get_parameter(name) for name in own[unit]}
+        module.unshard()  # once, so that the library makes the leaves
+        leaves |= {name: model.get_parameter(name) for name in names_of[unit]}
         module.reshard()
         sharded[unit] = module
     sharded[ROOT].set_reduce_scatter_unused_params(find_unused)
@@ -143,29 +144,29 @@ def apply(
 
 @dataclass(eq=False, kw_only=True)
 class ThroughFSDP(Sync):
-    """Leaves everything to the library, which has hooks of its own; tells it which moment it is."""
+    """Leaves communication to the library's hooks, and sets its switches as a step goes on."""
 
     model: nn.Module
-    sharded: Mapping[str, Any]  # unit -> the module that it has become, an FSDPModule
-    leaves: Mapping[str, Tensor]  # name -> the whole parameter, into which backward adds
+    sharded: Mapping[str, Any]  # unit -> its module, which is an FSDPModule now
+    leaves: Mapping[str, Tensor]  # name -> the unsharded parameter, to whose `.grad` backward adds
     axis: Axis
     replicate: Axis
-    scalars: Sequence[str]  # trained parameters that the library knows nothing of
+    scalars: Sequence[str]  # names of trained parameters that the library does not see
     reshard_after_forward: bool
     keep_gathered: bool
     defer_reduce: bool
     find_unused: bool
 
-    last = True  # nothing follows the micro-batch that is under way
-    keep_unsharded = False  # units stay whole until the last micro-batch's backward
-    owed = False  # a backward has left gradients for a later one to reduce
-    begun = False  # this forward, and the library knows of it
-    ended = True  # the last forward and the last backward have, without an exception
+    last = True  # this micro-batch is the last of the step
+    keep_unsharded = False  # units stay unsharded until the last micro-batch's backward
+    is_reduction_due = False  # a backward has left gradients for a later one to reduce
+    has_begun = False  # the library's hooks have seen this forward begin
+    has_ended = True  # the last forward or backward ended without an exception
 
     def __post_init__(self) -> None:
         self.root = self.sharded[ROOT]
-        self.used: list[set[str]] = []  # by each forward since finish(), as its backward shows
-        # Before the library's own hook, which an exception in the last step may have confused.
+        self.used: list[set[str]] = []  # names with a gradient, for each forward since finish()
+        # Before the library's own hook, whose state an exception in the last step may have spoilt.
         self.model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
         self.model.register_forward_hook(ModuleHook(self._after_forward))
 
@@ -181,9 +182,9 @@ class ThroughFSDP(Sync):
 
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
-            self.ended = False
+            self.has_ended = False
         elif unit == ROOT:
-            self.begun = True
+            self.has_begun = True
             if torch.is_grad_enabled():
                 self.used.append(set())
             if self.keep_gathered:
@@ -193,10 +194,12 @@ class ThroughFSDP(Sync):
     def reshard(self, unit: str, phase: Phase) -> None:
         if phase is Phase.BACKWARD:
             if unit == ROOT:
-                self.ended = True
+                self.has_ended = True
                 self.keep_unsharded = self.keep_gathered and not self.last
-                self.owed = not self.last and (self.defer_reduce or self.replicate.size > 1)
-        elif not torch.is_grad_enabled():  # no backward follows that would do it
+                self.is_reduction_due = not self.last and (
+                    self.defer_reduce or self.replicate.size > 1
+                )
+        elif not torch.is_grad_enabled():  # no backward follows, which would reshard it
             for name, module in self.sharded.items():
                 if unit in (ROOT, name):
                     module.reshard()
@@ -206,45 +209,45 @@ class ThroughFSDP(Sync):
 
     def finish(self) -> None:
         used, self.used = [names for names in self.used if names], []
-        if self.owed:
+        if self.is_reduction_due:
             raise UserError(
                 "finish() before a last micro-batch, in whose backward FSDP2 sums the gradients of "
-                "all: wrap that one in job.microbatch(last=True)"
+                "all micro-batches: wrap the last one in job.microbatch(last=True)"
             )
-        anywhere: set[str] = set().union(*used)
-        uneven = sorted(name for name in anywhere if not all(name in names for names in used))
+        used_once: set[str] = set().union(*used)
+        uneven = sorted(name for name in used_once if not all(name in names for names in used))
         if uneven and not self.find_unused and not self.defer_reduce and self.replicate.size > 1:
             raise UserError(
-                f"{uneven[0]} was not used in each micro-batch, and FSDP2 has lost what its "
-                "gradient was on other replicas; give find_unused=True"
+                f"{uneven[0]} was not used in each micro-batch, and FSDP2 has lost its gradient of "
+                "other replicas; give find_unused=True"
             )
-        self._sum_scalars(anywhere)
+        self._sum_scalars(used_once)
         for module in self.sharded.values():
             module.reshard()
         self.keep_unsharded = False
 
     def _sum_scalars(self, used: set[str]) -> None:
         """Sum the gradients of scalars, and clear those of unused parameters, which come as 0."""
-        told = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
-        names = [*self.scalars, *(told if self.find_unused else ())]
+        trained = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
+        names = [*self.scalars, *(trained if self.find_unused else ())]
         if not names:
             return
         gradients = [self.model.get_parameter(name).grad for name in self.scalars]
         flags = [g is not None for g in gradients] + [n in used for n in names[len(gradients) :]]
-        mine = [0.0 if g is None else float(g) for g in gradients]
-        both = torch.tensor([*mine, *flags], dtype=torch.float64, device=self.axis.device)
+        values = [0.0 if g is None else float(g) for g in gradients]
+        sums = torch.tensor([*values, *flags], dtype=torch.float64, device=self.axis.device)
         for axis in (self.axis, self.replicate):
-            both = ops.all_reduce(both, axis)
-        for name, value in zip(self.scalars, both, strict=False):
+            sums = ops.all_reduce(sums, axis)
+        for name, value in zip(self.scalars, sums, strict=False):
             parameter = self.model.get_parameter(name)
             parameter.grad = value.to(parameter.dtype)
-        for name, ranks in zip(names, both[len(self.scalars) :].tolist(), strict=True):
-            if ranks == 0:
+        for name, users in zip(names, sums[len(self.scalars) :].tolist(), strict=True):
+            if users == 0:
                 self.model.get_parameter(name).grad = None
 
     def forget(self) -> None:
-        self.used, self.keep_unsharded, self.owed = [], False, False
-        if self.begun:
+        self.used, self.keep_unsharded, self.is_reduction_due = [], False, False
+        if self.has_begun:
             self._reset()
 
     def _reset(self) -> None:
@@ -253,32 +256,32 @@ class ThroughFSDP(Sync):
             leaf.grad = None
         for module in self.sharded.values():
             forget_unsharded_gradients(module)
-        self.ended = True
+        self.has_ended = True
 
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for leaf in self.leaves.values():
             yield "gathered", leaf
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if not self.ended:
+        if not self.has_ended:
             self._reset()
-        self.begun = self.ended = False
+        self.has_begun = self.has_ended = False
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ended = True
+        self.has_ended = True
 
 
-def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Return the output with no tensor in it a view, as a Linear's often is.
+def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
+    """Replace each view in the output, such as a Linear's, by a tensor that is none.
 
-    The library hooks its backward into the output. Of a view that is changed in place the hook is
-    lost, of which it warns at every view.
+    The library hooks backward at the output. A view that is changed in place would lose the hook,
+    so the library warns of every view.
     """
     return tree_map_only(Tensor, lambda x: _NoView.apply(x) if is_view(x) else x, output)
 
 
 class _NoView(torch.autograd.Function):
-    """The identity on the same memory; what it gives is a view of nothing to autograd."""
+    """The identity on the same memory; autograd does not take its output for a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -289,60 +292,56 @@ class _NoView(torch.autograd.Function):
         return dy[0]
 
 
-def _own_parameters(
-    model: nn.Module, found: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]
+def _names_by_unit(
+    model: nn.Module, slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]
 ) -> dict[str, list[str]]:
-    """Map each unit to the parameters that it is to split. A unit that has none is left out.
-
-    Raises:
-        UserError: the library would not find one, or cannot have it in a unit with the others.
-    """
-    own: dict[str, list[str]] = {ROOT: []}
-    for name, unit in owners(found, units).items():
+    """Unit -> names of the parameters that it shards, if any; raise UserError if FSDP2 cannot."""
+    names_of: dict[str, list[str]] = {ROOT: []}
+    for name, unit in owners(slots, units).items():
         if model.get_parameter(name).dim():
-            own.setdefault(unit, []).append(name)
-    for unit, names in own.items():
+            names_of.setdefault(unit, []).append(name)
+    for unit, names in names_of.items():
         dtypes = {p.dtype for p in map(model.get_parameter, names) if p.requires_grad}
         if len(dtypes) > 1:
-            said = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            dtype_names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
             raise UserError(
                 f"FSDP2 takes trained parameters of one dtype in a unit, {unit or 'the model'} has "
-                f'{said}; give each a unit, or impl="hand"'
+                f'{dtype_names}; give each a unit, or impl="hand"'
             )
         inside = set(units[unit].modules())
-        before = [m for u, m in units.items() if u in own and u != unit and m in inside]
-        split_before = {part for module in before for part in module.modules()}
+        inner = [m for u, m in units.items() if u in names_of and u != unit and m in inside]
+        in_inner = {module for unit_module in inner for module in unit_module.modules()}
         for name in names:
-            if all(module in split_before for module, _ in found[name]):  # it does not look there
+            if all(module in in_inner for module, _ in slots[name]):  # it does not look there
                 raise UserError(
                     f"FSDP2 cannot have {name} tied between units that have parameters of their "
                     'own; make one unit around them, or give impl="hand"'
                 )
-    return own
+    return names_of
 
 
-def _set_norms_apart(
-    model: nn.Module, found: Mapping[str, list[ParamSlot]], own: dict[str, list[str]]
+def _make_norms_units(
+    model: nn.Module, slots: Mapping[str, list[ParamSlot]], names_of: dict[str, list[str]]
 ) -> dict[str, nn.Module]:
-    """Make units of what computes in the dtype of its running statistics: see precision.py."""
-    apart: dict[str, nn.Module] = {
+    """Make each norm with running statistics a unit: see transforms/precision.py."""
+    norms: dict[str, nn.Module] = {
         path: m for path, m in model.named_modules() if isinstance(m, StatisticsNorm)
     }
-    for path, norm in apart.items():
-        names = [name for name, own in found.items() if all(module is norm for module, _ in own)]
-        for unit in own:
-            own[unit] = [name for name in own[unit] if name not in names]
-        own[path] = names
-    return apart
+    for path, norm in norms.items():
+        in_norm = [n for n, places in slots.items() if all(module is norm for module, _ in places)]
+        for unit, names in names_of.items():
+            names_of[unit] = [name for name in names if name not in in_norm]
+        names_of[path] = in_norm
+    return norms
 
 
 def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
     """Make the DeviceMesh of these axes, on their own process groups."""
-    me, kind = axis.ranks[axis.index], axis.device.type
+    rank, kind = axis.ranks[axis.index], axis.device.type
     group = axis.group_even_of_one()
     if replicate.group is None:
         return DeviceMesh.from_group(group, kind, mesh_dim_names=(axis.name,))
-    rows = [[split + copy - me for split in axis.ranks] for copy in replicate.ranks]
+    rows = [[shard + copy - rank for shard in axis.ranks] for copy in replicate.ranks]
     return DeviceMesh.from_group(
         [replicate.group, group], kind, rows, mesh_dim_names=(replicate.name, axis.name)
     )

@@ -1,14 +1,13 @@
-"""A bucket of parameters, whole for every forward, of which each rank steps on a shard.
+"""A bucket of parameters that every rank holds unsharded, and steps on only a shard of.
 
     unsharded = [ a | b | c    ... | padding ]     the model's own parameters: W
     sharded   =       [        ]                   this rank's shard, in the same memory: W[E_dp]
 
-The optimizer writes to the shard, and with that to the memory which forwards read; a gather brings
-the other ranks' shards. Gradients lie alike: each in the place of its parameter, in such memory for
-all, or in such a shard.
+The optimizer writes to the shard, and so to memory that forwards read; an all-gather brings the
+other ranks' shards. Gradients lie in buffers of the same two shapes, each at its parameter's place.
 
-To a user the model is what it was before, whole parameters and all: they may be frozen, hooked,
-penalized, and written to on every rank alike. Only what optimizers step on is another tensor.
+To a user the model is as before, and its parameters are unsharded: they may be frozen, hooked and
+penalized, and written to if all ranks write the same. Only optimizers step on other tensors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +27,11 @@ from dist_lab.parallel.param_slots import (
     ParamSlot,
     check_in_memory,
     describe,
-    freeze_alike,
     is_substituted,
     param_slots,
     parameter_at,
     set_param,
+    sync_requires_grad,
 )
 from dist_lab.step.grad_elsewhere import GradElsewhere
 from dist_lab.step.protocol import Phase, Setup
@@ -46,7 +45,7 @@ def shard_in_buckets(
         raise UserError(f"buckets of {bucket_mb} MiB; give a size above 0")
     model, axis, limit = setup.model, setup.axis, int(bucket_mb * 2**20)
     gather_axis, slots, layouts = setup.channel(), param_slots(model), setup.owing_sums(axis)
-    # Backward comes to the last layer first, and as a rule that was also made last.
+    # Backward reaches the last layer first, and that was usually made last.
     trained = [(n, p.dtype, p.nbytes) for n, p in model.named_parameters() if p.requires_grad]
     buckets = group_into_buckets(reversed(trained), limit, limit)
     flats: dict[str, FlatShard] = {}
@@ -58,7 +57,7 @@ def shard_in_buckets(
             layouts[name] = layouts[name].split(axis.name, flats[name])
             offset += numel
     for name, p in model.named_parameters():
-        if not p.requires_grad and p.is_meta:  # what is frozen stays whole
+        if not p.requires_grad and p.is_meta:  # a frozen parameter is in no bucket
             set_param(slots[name], setup.full_value(name).to(axis.device))
     return layouts, [
         ParamBucket(
@@ -68,12 +67,12 @@ def shard_in_buckets(
     ]
 
 
-class Lies(Enum):
-    """Where the gradient of a parameter is."""
+class GradPlace(Enum):
+    """Which of a parameter's two tensors has the gradient."""
 
     NOWHERE = auto()
-    AT_WHOLE = auto()  # this rank's own, to be summed
-    AT_SHARD = auto()  # the sum
+    UNSHARDED = auto()  # this rank's gradient, not summed yet
+    SHARDED = auto()  # the sum over the ranks
 
 
 @dataclass
@@ -82,89 +81,91 @@ class BucketParam:
 
     Attributes:
         slots: where the model holds it.
-        whole: the model's own, to which autograd adds gradients.
-        shard: its part in this rank's shard, which the optimizer steps on.
-        memory: of `whole`.
-        trains: whether it is trained now, as far as `freeze_alike` knows.
-        version: how often the shard had been written to when all ranks had its values.
-        lies: where the gradient is.
+        unsharded: the model's own parameter, to whose `.grad` autograd adds.
+        sharded: the elements of it in this rank's shard, which the optimizer steps on.
+        memory: the part of the bucket that `unsharded` lies in.
+        trains: whether it requires a gradient now, as `sync_requires_grad` last saw it.
+        version: torch's version counter of `sharded` when all ranks last had its values.
+        grad_place: the tensor that has the gradient; the other one's `.grad` is a stand-in.
     """
 
     name: str
     slots: list[ParamSlot]
-    whole: nn.Parameter
-    shard: nn.Parameter
+    unsharded: nn.Parameter
+    sharded: nn.Parameter
     memory: Tensor
     trains: bool = True
     version: int = 0
-    lies: Lies = Lies.NOWHERE
+    grad_place: GradPlace = GradPlace.NOWHERE
 
-    def freeze_alike(self) -> None:
-        self.trains = freeze_alike(self.whole, self.shard, self.trains)
+    def sync_requires_grad(self) -> None:
+        self.trains = sync_requires_grad(self.unsharded, self.sharded, self.trains)
 
-    def keep_in_memory(self) -> None:
-        """Take over values that came by `.data`; raise UserError for what cannot be taken over."""
-        whole, memory = self.whole, self.memory
-        if is_substituted(self.slots):  # for this forward, by a tensor that may depend on it
+    def restore_memory(self) -> None:
+        """Copy values that the user assigned to `.data` into the bucket; raise UserError if they do
+        not fit.
+        """
+        unsharded, memory = self.unsharded, self.memory
+        if is_substituted(self.slots):  # by functional_call, for this forward
             return
-        alike = whole.shape == memory.shape and describe(whole) == describe(memory)
-        if alike and whole.data_ptr() != memory.data_ptr():
-            memory.copy_(whole.detach())
-            whole.data = memory.data
-        check_in_memory(self.name, self.slots, whole, memory)
+        fits = unsharded.shape == memory.shape and describe(unsharded) == describe(memory)
+        if fits and unsharded.data_ptr() != memory.data_ptr():
+            memory.copy_(unsharded.detach())
+            unsharded.data = memory.data
+        check_in_memory(self.name, self.slots, unsharded, memory)
 
-    def show_at_shard(self) -> None:
-        """The shard has the sum: at the whole stands where it is."""
-        self.lies = Lies.AT_SHARD
+    def mark_grad_at_shard(self) -> None:
+        """The shard has the sum: put a stand-in at the unsharded parameter."""
+        self.grad_place = GradPlace.SHARDED
         GradElsewhere.stand_at(
-            self.whole, self.shard,
+            self.unsharded, self.sharded,
             f"the gradient of {self.name} is summed, and sharded over the ranks: call "
             "job.clip_grad_norm or job.full_gradients(), and give job.parameters() to optimizers",
         )  # fmt: skip
 
-    def show_at_whole(self) -> None:
-        """The whole has what is not summed yet: at the shard stands where it is."""
-        self.refuse_set_shard()
-        self.lies = Lies.AT_WHOLE
+    def mark_grad_at_unsharded(self) -> None:
+        """The unsharded parameter has a gradient to be summed: put a stand-in at the shard."""
+        self.refuse_set_shard_grad()
+        self.grad_place = GradPlace.UNSHARDED
         GradElsewhere.stand_at(
-            self.shard, self.whole,
+            self.sharded, self.unsharded,
             f"the gradient of {self.name} is not summed yet: call job.finish() before you use it, "
-            "or change the one of job.model's own parameter",
+            "or change the gradient of job.model's own parameter",
         )  # fmt: skip
 
-    def show_on_its_way(self) -> None:
-        """The gradient is being summed, and until finish() nobody may touch it."""
+    def mark_grad_in_flight(self) -> None:
+        """The gradient is being summed: refuse its use until finish()."""
         GradElsewhere.stand_at(
-            self.whole, None,
+            self.unsharded, None,
             f"the gradient of {self.name} is being summed: call job.finish() before you use it",
         )  # fmt: skip
 
-    def refuse_set_shard(self) -> None:
-        """Raise UserError for a gradient that a user has set where the sum is about to come."""
-        grad = self.shard.grad
-        if self.lies is Lies.AT_SHARD and grad is not None and local_part(grad).any():
+    def refuse_set_shard_grad(self) -> None:
+        """Raise UserError if the user has set the shard's gradient, which the sum would replace."""
+        grad = self.sharded.grad
+        if self.grad_place is GradPlace.SHARDED and grad is not None and local_part(grad).any():
             raise UserError(
-                f"the gradient of {self.name} was set before it was summed; set the one of "
-                "job.model's own parameter"
+                f"the gradient of {self.name} was set before it was summed; set the gradient "
+                "of job.model's own parameter"
             )
 
-    def clear_alike(self) -> None:
-        """A gradient that a user has cleared at one of the tensors is cleared at both."""
-        whole, shard = self.whole.grad, self.shard.grad
-        if self.lies is Lies.NOWHERE:
-            if shard is not None:  # a user has set it
-                self.show_at_shard()
-        elif whole is None or shard is None:
-            self.whole.grad = self.shard.grad = None
-            self.lies = Lies.NOWHERE
-        elif self.lies is Lies.AT_SHARD and not isinstance(whole, GradElsewhere):
-            self.show_at_shard()  # in place of what a user has put there
-            if whole.any():
+    def sync_cleared_grads(self) -> None:
+        """Clear the gradient at both tensors, if the user has cleared it at one."""
+        unsharded_grad, sharded_grad = self.unsharded.grad, self.sharded.grad
+        if self.grad_place is GradPlace.NOWHERE:
+            if sharded_grad is not None:  # the user has set it
+                self.mark_grad_at_shard()
+        elif unsharded_grad is None or sharded_grad is None:
+            self.unsharded.grad = self.sharded.grad = None
+            self.grad_place = GradPlace.NOWHERE
+        elif self.grad_place is GradPlace.SHARDED and not isinstance(unsharded_grad, GradElsewhere):
+            self.mark_grad_at_shard()  # in place of the user's tensor
+            if unsharded_grad.any():
                 raise UserError(
-                    f"the gradient of {self.name} was replaced when it was summed and sharded "
-                    "already; change those of job.parameters()"
+                    f"the gradient of {self.name} was replaced when it was already summed and "
+                    "sharded; change the gradients of job.parameters()"
                 )
-            shard.zero_()
+            sharded_grad.zero_()
 
 
 @final
@@ -172,12 +173,13 @@ class ParamBucket:
     """Parameters of one dtype, side by side.
 
     Args:
-        slots, flats: name -> where the model holds it, and its range in the bucket.
-        axis, gather_axis: where gradients and parameters travel.
-        full_value: name -> its value.
+        slots, flats: name -> where the model holds the parameter, and its range in the bucket.
+        axis, gather_axis: the axes of the reduce-scatter and of the all-gather.
+        full_value: name -> the unsharded value.
 
     Attributes:
-        shards, wholes: name -> what the optimizer steps on, and what backward fills the `.grad` of.
+        shards: name -> the tensor that the optimizer steps on.
+        leaves: name -> the model's own parameter, to whose `.grad` backward adds.
     """
 
     def __init__(
@@ -191,58 +193,58 @@ class ParamBucket:
         full_value: Callable[[str], Tensor],
     ) -> None:
         self.label, self.axis, self.gather_axis = label, axis, gather_axis
-        before = {name: parameter_at(slots[name]) for name in names}
-        self.shapes = {name: p.shape for name, p in before.items()}
-        ranges = {n: flats[n].range(p.numel(), axis.index) for n, p in before.items()}
+        originals = {name: parameter_at(slots[name]) for name in names}
+        self.shapes = {name: p.shape for name, p in originals.items()}
+        ranges = {n: flats[n].range(p.numel(), axis.index) for n, p in originals.items()}
         self.shard_shapes = {name: (stop - start,) for name, (start, stop) in ranges.items()}
         self.numel = axis.size * flats[names[0]].length  # with padding
-        self.dtype = before[names[0]].dtype
+        self.dtype = originals[names[0]].dtype
         memory = ops.shared_buffer(self.numel, self.dtype, gather_axis)
-        self.unsharded = self.side_by_side(memory)
-        self.sharded = self.in_shard(self.shard_of(memory))
+        self.unsharded = self.buffer_of(memory)
+        self.sharded = self.shard_buffer_of(self.shard_of(memory))
         self.params: list[BucketParam] = []
         for name in names:
             memory = self.unsharded.views[name].copy_(full_value(name))
-            whole = set_param(slots[name], memory)
-            shard = nn.Parameter(self.sharded.views[name].data)  # written to, and counted, apart
-            shard.__dict__.update(whole.__dict__)  # what a user has written on it
-            self.params.append(BucketParam(name, slots[name], whole, shard, memory.data))
+            unsharded = set_param(slots[name], memory)
+            sharded = nn.Parameter(self.sharded.views[name].data)  # with a version of its own
+            sharded.__dict__.update(unsharded.__dict__)  # the user's attributes
+            self.params.append(BucketParam(name, slots[name], unsharded, sharded, memory.data))
         self.param_of = {param.name: param for param in self.params}
-        self.shards: dict[str, nn.Parameter] = {p.name: p.shard for p in self.params}
-        self.wholes: dict[str, nn.Parameter] = {p.name: p.whole for p in self.params}
-        self.arrivals = Arrivals(self.wholes)
+        self.shards: dict[str, nn.Parameter] = {p.name: p.sharded for p in self.params}
+        self.leaves: dict[str, nn.Parameter] = {p.name: p.unsharded for p in self.params}
+        self.arrivals = Arrivals(self.leaves)
 
-    def side_by_side(self, memory: Tensor) -> FlatBuffer:
-        """A tensor for each parameter, as large as that is."""
+    def buffer_of(self, memory: Tensor) -> FlatBuffer:
+        """Lay one tensor per parameter, of the parameter's shape, into this memory."""
         return FlatBuffer(memory, self.shapes, self.label)
 
-    def in_shard(self, shard: Tensor) -> FlatBuffer:
-        """A tensor for the part of each parameter that is in this rank's shard."""
-        return FlatBuffer(shard, self.shard_shapes, self.label)
+    def shard_buffer_of(self, sharded: Tensor) -> FlatBuffer:
+        """Lay one tensor per parameter, of its elements in this rank's shard, into this memory."""
+        return FlatBuffer(sharded, self.shard_shapes, self.label)
 
     def shard_of(self, memory: Tensor) -> Tensor:
-        """This rank's shard of such memory for all."""
+        """This rank's shard of memory that is as long as the bucket."""
         return memory.view(self.axis.size, -1)[self.axis.index]
 
-    def begin(self, phase: Phase) -> None:
-        """A forward or backward begins: see what a user has done since the last."""
+    def sync_user_changes(self, phase: Phase) -> None:
+        """Apply to both tensors what the user has done to one; call when `phase` begins."""
         self.look_for_frozen()
         if phase is Phase.FORWARD:
-            self.keep_in_memory()
-        self.clear_alike()
-        if phase is Phase.BACKWARD:  # autograd is about to add gradients there
+            self.restore_memory()
+        self.sync_cleared_grads()
+        if phase is Phase.BACKWARD:  # autograd is about to add to `.grad`
             self.drop_stand_ins()
 
     def look_for_frozen(self) -> None:
-        """See what a user has frozen or thawed."""
+        """Note which parameters the user has frozen or unfrozen."""
         for param in self.params:
-            param.freeze_alike()
+            param.sync_requires_grad()
         self.arrivals.look_for_frozen()
 
-    def keep_in_memory(self) -> None:
-        """See what a user has moved."""
+    def restore_memory(self) -> None:
+        """See BucketParam.restore_memory."""
         for param in self.params:
-            param.keep_in_memory()
+            param.restore_memory()
 
     def issue_gather(self) -> None:
         """W[E_dp] -> W"""
@@ -252,51 +254,51 @@ class ParamBucket:
         )
 
     def wait_gather(self) -> None:
-        """On return whoever likes may write to the parameters, as no rank reads them."""
+        """Wait for the all-gather, and until no rank reads the parameters: they may be written."""
         self.unsharded.wait()
         self.wait_for_readers()
         for param in self.params:
-            param.version = param.shard._version
+            param.version = param.sharded._version
 
     @property
-    def is_stale(self) -> bool:
-        """Whether this rank's shards were written to since all ranks had them."""
-        return any(param.shard._version != param.version for param in self.params)
+    def is_outdated(self) -> bool:
+        """Whether this rank's shards were written to since they were last gathered."""
+        return any(param.sharded._version != param.version for param in self.params)
 
     def wait_for_readers(self) -> None:
-        """Wait until no rank reads what is about to be written."""
+        """Wait until no rank reads this rank's parameters, so that they may be written."""
         ops.wait_for_readers(self.unsharded.memory, self.gather_axis)
 
-    def clear_alike(self) -> None:
-        """See what a user has cleared."""
+    def sync_cleared_grads(self) -> None:
+        """See BucketParam.sync_cleared_grads."""
         for param in self.params:
-            param.clear_alike()
+            param.sync_cleared_grads()
 
     def drop_stand_ins(self) -> None:
-        """Leave the whole parameters without what says that their gradients are at the shards."""
-        for whole in self.wholes.values():
-            if isinstance(whole.grad, GradElsewhere):
-                whole.grad = None
+        """Remove the stand-ins from the unsharded parameters' `.grad`."""
+        for leaf in self.leaves.values():
+            if isinstance(leaf.grad, GradElsewhere):
+                leaf.grad = None
 
-    def stand_in(self) -> None:
-        """Say at the whole parameters where the gradients are that backward has not added to."""
+    def show_stand_ins(self) -> None:
+        """Put stand-ins back where the shard has the gradient and backward has not added to it."""
         for param in self.params:
-            if param.lies is Lies.AT_SHARD and param.whole.grad is None:
-                param.show_at_shard()
+            if param.grad_place is GradPlace.SHARDED and param.unsharded.grad is None:
+                param.mark_grad_at_shard()
 
-    def with_grad(self) -> set[str]:
-        """The parameters whose shard has a gradient: no zero_grad() has taken it away."""
-        return {name for name, shard in self.shards.items() if shard.grad is not None}
+    def names_with_grad(self) -> set[str]:
+        """The parameters whose shard has a gradient, which no zero_grad() has cleared."""
+        return {name for name, sharded in self.shards.items() if sharded.grad is not None}
 
     def assign_grads(self, sums: FlatBuffer, names: set[str]) -> None:
-        """Make `.grad` of each of these shards its part of the sums, and of others None."""
+        """Make `.grad` of each named shard its view of the sums, and of all others None."""
         for param in self.params:
-            param.whole.grad = param.shard.grad = None
-            param.lies = Lies.NOWHERE
+            param.unsharded.grad = param.sharded.grad = None
+            param.grad_place = GradPlace.NOWHERE
             if param.name in names:
-                param.shard.grad = sums.views[param.name].data
-                param.show_at_shard()
+                param.sharded.grad = sums.views[param.name].data
+                param.mark_grad_at_shard()
 
-    def drop_whole_grads(self) -> None:
-        for whole in self.wholes.values():
-            whole.grad = None
+    def drop_leaf_grads(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.grad = None

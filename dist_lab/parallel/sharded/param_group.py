@@ -1,16 +1,17 @@
 """A group of sharded parameters: those of one unit and dtype, gathered and reduced as one message.
 
-    sharded = [ rows of a | rows of b | ... ]                       this rank's shards
-    total   = [ gradient of these rows of a | of b | ... | flags ]  a flag for each: who used it
+    sharded  = [ rows of a | rows of b | ... ]                   this rank's shards
+    incoming = [ gradient of a's rows | of b's | ... | flags ]   what a reduction gives this rank
 
-Shards are as long on every rank; one that has fewer rows than others has padding at its end.
+A shard has the same length on every rank: where a rank has fewer rows, padding follows them.
+Incoming gradients are added to those of earlier micro-batches: see sharded_grads.py.
 
     parameters   SHARDED  -- issue_unshard -->  GATHERING  -- wait_unshard -->  UNSHARDED
                     ^------------------------- reshard -----------------------------'
-    gradients    NONE  -- expect_grads -->  EXPECTED  -- the last is in -->  COMPLETE
-                    ^------------------ issue_reduce, wait_reduce -------------------'
+    gradients    NONE  -- expect_grads -->  EXPECTED  -- the last one came -->  COMPLETE
+                    ^------------------- issue_reduce, wait_reduce -------------------'
 
-A reduction may be in flight while the next gradients are expected already.
+The next micro-batch's gradients may be expected while a reduction is still in flight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,25 +25,26 @@ from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.param_slots import ParamSlot, parameter_at
+from dist_lab.parallel.sharded.sharded_grads import ShardedGrads
 from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
-from dist_lab.parallel.sharded.unsharded import shard_value, take_over
+from dist_lab.parallel.sharded.unsharded import copy_writes_to_shards, shard_value
 from dist_lab.transforms.offload import Make
 
 
 class Params(Enum):
-    """Where the unsharded parameters of a group are."""
+    """Whether the parameters of a group are unsharded."""
 
-    SHARDED = auto()  # nowhere
-    GATHERING = auto()  # on their way
-    UNSHARDED = auto()  # in the modules
+    SHARDED = auto()
+    GATHERING = auto()  # an all-gather is in flight
+    UNSHARDED = auto()  # the modules hold the unsharded tensors
 
 
 class Grads(Enum):
-    """What backward has still to bring for the next reduction of a group."""
+    """What a group's next reduction waits for."""
 
-    NONE = auto()  # nothing is owed
-    EXPECTED = auto()  # gradients
-    COMPLETE = auto()  # no more: they may be reduced
+    NONE = auto()  # no backward is to come, so there is nothing to reduce
+    EXPECTED = auto()  # gradients that backward has still to compute
+    COMPLETE = auto()  # nothing: the gradients may be reduced
 
 
 @final
@@ -50,17 +52,18 @@ class ParamGroup:
     """Parameters that are unsharded together, and whose gradients are reduced together.
 
     Args:
-        slots: name -> where the model holds it.
-        dtypes: of what is kept, and of what is gathered and computed with.
-        axis, gather_axis: where gradients and parameters travel.
-        full_value: gives the whole of a parameter; each is asked for, and let go, in turn.
-        keep: makes the memory for the shards, where that is not the memory for compute.
+        slots: name -> where the model holds the parameter.
+        dtypes: of the shards; and of the unsharded parameters, which are gathered and compute.
+        axis, gather_axis: the axes of the reduce-scatter and of the all-gather.
+        full_value: name -> the unsharded value; asked for, and freed, one parameter at a time.
+        make_memory: allocates offloaded shards; None: they are not offloaded.
 
     Attributes:
-        users: units that are open and need the parameters.
-        visits: of its unit in forward, which backward has still to come through.
-        reduce_dtype: that gradients are summed in.
-        written: parameters that forwards have written to, and a digest of what they are then.
+        sent: what the all-gather sends; None: a copy is made for each gather.
+        users: open units that need the parameters.
+        visits: forwards through the group's unit that backward has still to return to.
+        reduce_dtype: the dtype in which gradients are summed.
+        written: name -> digest, of the parameters that forwards have written to by `.data`.
     """
 
     def __init__(
@@ -71,70 +74,68 @@ class ParamGroup:
         axis: Axis,
         gather_axis: Axis,
         full_value: Callable[[str], Tensor],
-        keep: Make | None,
+        make_memory: Make | None,
     ) -> None:
         self.unit, self.axis, self.gather_axis = unit, axis, gather_axis
-        self.kept_dtype, self.compute_dtype = dtypes
-        self.reduce_dtype = self.kept_dtype
-        shapes = {name: parameter_at(own).shape for name, own in slots.items()}
+        self.shard_dtype, self.compute_dtype = dtypes
+        self.reduce_dtype = self.shard_dtype
+        shapes = {name: parameter_at(places).shape for name, places in slots.items()}
         lengths = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
-        memory, self.sent = self._memory(sum(lengths.values()), keep)
+        memory, self.sent = self._allocate(sum(lengths.values()), make_memory)
         self.sharded = FlatBuffer(memory, {name: (n,) for name, n in lengths.items()}, self.label)
         like = torch.empty(0, dtype=self.compute_dtype, device=axis.device)
         self.params: list[ShardedParam] = []
-        for name, own in slots.items():
+        for name, places in slots.items():
             value = shard_value(full_value(name), axis)
             shard = self.sharded.views[name][: value.numel()].view(value.shape).copy_(value)
-            param = shard_param(name, own, shard, shapes[name], lengths[name], like)
+            param = shard_param(name, places, shard, shapes[name], lengths[name], like)
             self.params.append(param)
-            del value  # or it would be there still when the next one is asked for
+            del value  # so that it is freed before the next one is made
         self.trained = [param for param in self.params if param.trained]
-        self.grad_lengths = {param.name: (param.length,) for param in self.trained}
-        self.grad_length = sum(n for (n,) in self.grad_lengths.values()) + len(self.trained)
+        self.sharded_grads = ShardedGrads(self.trained, memory.dtype, memory.device, self.label)
         self.state, self.grads = Params.SHARDED, Grads.NONE
         self.users: set[str] = set()
         self.written: dict[str, int] = {}
         self.visits = 0
-        self.missing: set[str] = set()  # gradients that are to come before it is COMPLETE
-        self.total: FlatBuffer | None = None  # of the micro-batches that were reduced
-        self.incoming: FlatBuffer | None = None  # the reduction in flight
-        self.incoming_counts = True  # it was not given up since
+        self.missing_grads: set[str] = set()  # names of those that are EXPECTED
+        self.incoming: FlatBuffer | None = None  # the result of the reduction in flight
+        self.keep_incoming = True  # False: the step was broken off, so this result is dropped
 
-    def _memory(self, length: int, keep: Make | None) -> tuple[Tensor, Tensor | None]:
-        """The memory of the shards, and of what others read where that is not made at each gather.
+    def _allocate(self, length: int, make_memory: Make | None) -> tuple[Tensor, Tensor | None]:
+        """The memory of the shards, and the send buffer of the all-gather: see `sent`.
 
-        They are one where shards are computed with as they are kept.
+        Both are the same memory if the shards are in the dtype of compute.
         """
-        if keep:
-            return keep(length, self.kept_dtype), None
+        if make_memory:
+            return make_memory(length, self.shard_dtype), None
         sent = ops.shared_buffer(length, self.compute_dtype, self.gather_axis)
-        if self.kept_dtype == self.compute_dtype:
+        if self.shard_dtype == self.compute_dtype:
             return sent, sent
-        kept = torch.zeros(length, dtype=self.kept_dtype, device=self.axis.device)
+        kept = torch.zeros(length, dtype=self.shard_dtype, device=self.axis.device)
         return kept, sent
 
     @property
     def label(self) -> str:
         return self.unit or "root"
 
-    def check(self) -> None:
-        """See that the shards are in place."""
+    def check_in_memory(self) -> None:
+        """Raise UserError if a shard is not in the group's memory any more."""
         for param in self.params:
-            param.check(self.sharded.memory)
+            param.check_in_memory(self.sharded.memory)
 
-    def freeze_alike(self) -> None:
-        """A forward or backward begins: a parameter may have been frozen since the last."""
+    def sync_requires_grad(self) -> None:
+        """Note which parameters the user has frozen or unfrozen since the last forward."""
         for param in self.params:
-            param.freeze_alike()
+            param.sync_requires_grad()
 
     # --- parameters: W[D_X, F] -> W[D, F] ---------------------------------------------------------
 
     def issue_unshard(self) -> bool:
-        """Returns whether there was a need to."""
+        """Issue the all-gather. Returns False if there is no need for one."""
         if self.state is not Params.SHARDED:
             return False
         self.state = Params.GATHERING
-        with torch.inference_mode(False):  # backward may read what a gather in the mode has left
+        with torch.inference_mode(False):  # backward may use memory gathered in inference mode
             rows = [param.allocate(self.axis.size) for param in self.params]
         self.sharded.issue(
             lambda _, axis: ops.all_gather_coalesced(rows, self._to_send(), axis), self.gather_axis
@@ -142,6 +143,7 @@ class ParamGroup:
         return True
 
     def _to_send(self) -> Tensor:
+        """This rank's shards, in the dtype of compute."""
         if self.sent is None:
             return self.sharded.memory.to(self.gather_axis.device, self.compute_dtype)
         if self.sent is not self.sharded.memory:
@@ -150,7 +152,7 @@ class ParamGroup:
         return self.sent
 
     def wait_unshard(self) -> None:
-        """Wait for a gather, if there is one."""
+        """Wait for the all-gather, if one is in flight."""
         if self.state is Params.GATHERING:
             self.sharded.wait()
             self.state = Params.UNSHARDED
@@ -158,61 +160,62 @@ class ParamGroup:
                 param.show()
 
     def reshard(self) -> None:
-        """Let go of the memory of the unsharded parameters."""
-        self.wait_unshard()  # what is still being written must not be somebody else's memory
+        """Free the memory of the unsharded parameters."""
+        self.wait_unshard()  # or the gather would go on writing to freed memory
         if self.state is Params.UNSHARDED:
-            self.keep_written()
+            self.collect_written()
             self.state = Params.SHARDED
             for param in self.params:
                 param.hide()
                 param.free()
 
-    def keep_written(self) -> None:
-        """Take over into the shards what a forward has written by `.data`."""
+    def collect_written(self) -> None:
+        """Copy into the shards what a forward has written by `.data`."""
         pairs = ((param.unsharded, self.sharded.views[param.name]) for param in self.params)
-        self.written |= take_over(pairs, self.axis, self.wait_for_readers)
+        self.written |= copy_writes_to_shards(pairs, self.axis, self.wait_for_readers)
 
-    def take_written(self) -> Iterable[tuple[str, int]]:
-        """What was written since the last call, each with its digest."""
-        self.keep_written()
+    def pop_written(self) -> Iterable[tuple[str, int]]:
+        """(name, digest) of each parameter that was written to since the last call."""
+        self.collect_written()
         written, self.written = self.written, {}
         return written.items()
 
     def wait_for_readers(self) -> None:
-        """Wait until no rank reads what is about to be written."""
+        """Wait until no rank reads this rank's shards, so that they may be written."""
         if self.sent is not None:
             ops.wait_for_readers(self.sent, self.gather_axis)
 
     # --- gradients: dW[D, F]{U_X} -> dW[D_X, F] ---------------------------------------------------
 
     def expect_grads(self) -> None:
-        """A forward was here, so a backward will be. What is frozen now gets no gradient."""
-        self.missing = {p.name for p in self.trained if p.unsharded.requires_grad}
-        self.grads = Grads.EXPECTED if self.missing else Grads.COMPLETE
+        """A forward has used the group, so backward will. A frozen parameter gets no gradient."""
+        self.missing_grads = {p.name for p in self.trained if p.unsharded.requires_grad}
+        self.grads = Grads.EXPECTED if self.missing_grads else Grads.COMPLETE
 
     def grad_arrived(self, name: str) -> None:
-        self.missing.discard(name)
-        if not self.missing:
+        self.missing_grads.discard(name)
+        if not self.missing_grads:
             self.grads = Grads.COMPLETE
 
-    def visit_is_over(self) -> None:
-        """Backward has left its unit. After the last visit what did not come will not."""
+    def visit_ended(self) -> None:
+        """Backward has left the unit. After its last visit, no more gradients come."""
         self.visits = max(self.visits - 1, 0)
         if not self.visits:
-            self.no_more_grads()
+            self.expect_no_more_grads()
 
-    def no_more_grads(self) -> None:
+    def expect_no_more_grads(self) -> None:
         if self.grads is Grads.EXPECTED:
             self.grads = Grads.COMPLETE
 
     def issue_reduce(self, staging: Tensor) -> None:
-        """Give away this micro-batch's gradients."""
+        """Issue the reduce-scatter of this micro-batch's gradients, and free them."""
         grads = [param.unsharded.grad for param in self.trained]
         used = torch.tensor([grad is not None for grad in grads], device=staging.device)
         xs = [*grads, used.repeat(self.axis.size)]
-        lengths = [*(n for (n,) in self.grad_lengths.values()), len(used)]
-        memory = torch.empty(self.grad_length, dtype=self.kept_dtype, device=staging.device)
-        self.incoming, self.incoming_counts = self._grad_buffer(memory), True
+        lengths = [*(param.length for param in self.trained), len(used)]
+        length = self.sharded_grads.length
+        memory = torch.empty(length, dtype=self.shard_dtype, device=staging.device)
+        self.incoming, self.keep_incoming = self.sharded_grads.buffer(memory), True
         self.incoming.issue(
             lambda out, axis: ops.reduce_scatter_coalesced(out, xs, lengths, staging, axis),
             self.axis,
@@ -222,71 +225,18 @@ class ParamGroup:
             param.unsharded.grad = None
 
     def wait_reduce(self) -> None:
-        """Wait for a reduction, and add it to those of the micro-batches before."""
+        """Wait for the reduce-scatter, and add its result to those of earlier micro-batches."""
         assert self.incoming is not None, self.label
         self.incoming.wait()
         incoming, self.incoming = self.incoming, None
-        if self.incoming_counts:
-            self.read_back()
-            if self.total is None:
-                self.total = incoming
-            else:
-                self.total.memory.add_(incoming.memory)
-            self.assign_grads()
-
-    def read_back(self) -> None:
-        """Take over into the total what a user has cleared or replaced since."""
-        if all(param.sharded.grad is None for param in self.trained):
-            self.total = None
-            return
-        if self.total is None:  # what is there, a user has set
-            self.total = self._zeros()
-            self.total.tail.fill_(1)
-        for param, flag in zip(self.trained, self.total.tail, strict=True):
-            own, grad = self.total.views[param.name], param.sharded.grad
-            if grad is None:  # cleared, or not used yet
-                own.zero_()
-                flag.zero_()
-            elif grad.data_ptr() != own.data_ptr():  # replaced, or on another device
-                own[: grad.numel()].copy_(grad.flatten())
-
-    def assign_grads(self) -> None:
-        """Make `.grad` of each shard its part of the total.
-
-        If no rank used it, it stays as it was: None, or zeros.
-        """
-        assert self.total is not None, self.label
-        for param, used in zip(self.trained, (self.total.tail > 0).tolist(), strict=True):
-            if used:
-                shard = param.sharded
-                own = self.total.views[param.name][: shard.numel()].view_as(shard)
-                shard.grad = own.to(shard.device)
-
-    def issue_sum(self, replicate: Axis) -> None:
-        """dW[D_X, F]{U_Y} -> dW[D_X, F]"""
-        if self.total is None:  # used by another replica alone
-            self.total = self._zeros()
-        self.total.issue(ops.all_reduce_into, replicate)
-
-    def wait_sum(self) -> None:
-        assert self.total is not None, self.label
-        self.total.wait()
-        self.assign_grads()
-
-    def _zeros(self) -> FlatBuffer:
-        like = self.sharded.memory
-        zeros = torch.zeros(self.grad_length, dtype=like.dtype, device=like.device)
-        return self._grad_buffer(zeros)
-
-    def _grad_buffer(self, memory: Tensor) -> FlatBuffer:
-        """Gradients of the shards, and a flag behind them for each."""
-        return FlatBuffer(memory, self.grad_lengths, self.label)
+        if self.keep_incoming:
+            self.sharded_grads.add(incoming)
 
     def forget(self) -> None:
-        """The step was broken off. A reduction in flight is waited for before the next."""
+        """Drop the gradients of a step that was broken off, and the reduction in flight, if any."""
         for param in self.trained:
             param.unsharded.grad = None
-        self.grads, self.visits, self.incoming_counts = Grads.NONE, 0, False
+        self.grads, self.visits, self.keep_incoming = Grads.NONE, 0, False
         self.users.clear()
         self.reshard()
         self.written = {}
@@ -299,6 +249,6 @@ class ParamGroup:
                 yield "gradients", param.unsharded.grad
         if self.sent is not None and self.sent is not self.sharded.memory:
             yield "buffers", self.sent
-        for buffer in (self.total, self.incoming if self.incoming_counts else None):
+        for buffer in (self.sharded_grads.total, self.incoming if self.keep_incoming else None):
             if buffer is not None:
                 yield "gradients", buffer.memory

@@ -1,4 +1,4 @@
-"""HSDP: shards are replicated, and their gradients summed over the replicas once a step."""
+"""HSDP: shards are replicated, and their gradients are summed over the replicas once per step."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,20 @@ from dist_lab.parallel.sharded.param_group import ParamGroup
 
 
 def sum_over_replicas(groups: Sequence[ParamGroup], replicate: Axis) -> None:
-    """dW[D_X, F]{U_Y} -> dW[D_X, F], of what some replica has used.
+    """dW[D_X, F]{U_Y} -> dW[D_X, F], of the groups that some replica has used.
 
-    Gradients are reduced along X in each micro-batch, and their shards summed along Y once a step:
-    2 (M-1)/M P/N elements more.
+    Gradients are reduced along X in each micro-batch, and their shards summed along Y once per
+    step: 2 (M-1)/M P/N more elements.
     """
-    groups = [group for group in groups if group.trained]
-    for group in groups:
-        group.read_back()
-    if replicate.size == 1 or not groups:
+    grads = [group.sharded_grads for group in groups if group.trained]
+    for grad in grads:
+        grad.read_back()
+    if replicate.size == 1 or not grads:
         return
-    have = torch.tensor([g.total is not None for g in groups], dtype=torch.uint8)
-    have = ops.all_reduce(have.to(replicate.device), replicate, "max")
-    groups = [group for group, yes in zip(groups, have.tolist(), strict=True) if yes]
-    for group in groups:
-        group.issue_sum(replicate)
-    for group in groups:
-        group.wait_sum()
+    used = torch.tensor([grad.total is not None for grad in grads], dtype=torch.uint8)
+    used = ops.all_reduce(used.to(replicate.device), replicate, "max")
+    grads = [grad for grad, yes in zip(grads, used.tolist(), strict=True) if yes]
+    for grad in grads:
+        grad.issue_sum(replicate)
+    for grad in grads:
+        grad.wait_sum()

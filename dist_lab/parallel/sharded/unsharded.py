@@ -1,10 +1,10 @@
-"""The unsharded tensor, of which it is seen when a forward writes to it by `.data`.
+"""The unsharded tensor, which notices when a forward writes to it by `.data`.
 
-A forward that masks or clamps its weight by `weight.data` writes to memory that is about to go,
-and autograd counts no such write. So the tensor keeps what it was when `.data` was first asked for.
-When the unit is left, each rank takes over into its shard what has changed; and at the end of the
-forward the ranks see whether all have written the same: see common_order.py. Where nobody asks for
-`.data`, nothing is kept or compared.
+A forward that masks or clamps its weight by `weight.data` writes to memory that is freed when the
+unit is resharded, and autograd does not count such a write. So the tensor keeps a copy of its
+values from when `.data` was first read. When the unit is resharded, each rank copies the elements
+that changed into its shard. At the end of the forward the ranks compare what they have written: see
+common_order.py. If no code reads `.data`, nothing is kept or compared.
 """
 
 import copy
@@ -24,28 +24,28 @@ from dist_lab.torch_private import not_compiled
 
 
 class UnshardedParameter(nn.Parameter):
-    """The leaf that forwards use, in memory that comes and goes.
+    """The leaf that forwards use, whose memory is there only while the unit is unsharded.
 
     Attributes:
         label: the parameter's name.
-        before: what it was when somebody first asked for `.data`; None: nobody has.
-        given: what was given to those who asked.
+        before: a copy of the values when `.data` was first read; None: it was not read.
+        aliases: the tensors that `.data` has returned, if they still live.
     """
 
-    __slots__ = ("before", "given", "label")
+    __slots__ = ("aliases", "before", "label")
     label: str
     before: Tensor | None
-    given: list[ReferenceType[Tensor]]
+    aliases: list[ReferenceType[Tensor]]
 
     @classmethod
-    def hollow(
+    def placeholder(
         cls, label: str, shape: torch.Size, like: Tensor, trained: bool
     ) -> "UnshardedParameter":
-        """One that has a single number for all its elements, NaN where there is one."""
-        nothing = math.nan if like.is_floating_point() else 0
-        number = torch.full((), nothing, dtype=like.dtype, device=like.device)
+        """A leaf whose elements are one number in memory: NaN, or 0 if the dtype has no NaN."""
+        value = math.nan if like.is_floating_point() else 0
+        number = torch.full((), value, dtype=like.dtype, device=like.device)
         leaf = cls(number.expand(shape), trained)
-        leaf.label, leaf.before, leaf.given = label, None, []
+        leaf.label, leaf.before, leaf.aliases = label, None, []
         return leaf
 
     @property
@@ -53,37 +53,37 @@ class UnshardedParameter(nn.Parameter):
     def data(self) -> Tensor:
         if self.before is None:
             self.before = self.detach().clone()
-        given = self.detached()
-        self.given = [*(r for r in self.given if r() is not None), ref(given)]
-        return given
+        alias = self.detached()
+        self.aliases = [*(r for r in self.aliases if r() is not None), ref(alias)]
+        return alias
 
     @data.setter
     @not_compiled
     def data(self, value: Tensor) -> None:
-        mine = self.detached()
-        if any(value is r() for r in self.given):  # as `weight.data *= 2` ends
+        current = self.detached()
+        if any(value is r() for r in self.aliases):  # the assignment at the end of `.data *= 2`
             return
-        alike = value.shape == mine.shape and value.dtype == mine.dtype
-        if not alike or any(r() is not None for r in self.given):
+        same_kind = value.shape == current.shape and value.dtype == current.dtype
+        if not same_kind or any(r() is not None for r in self.aliases):
             raise UserError(
-                f"the forward gives {self.label}.data other memory, and what it was is held or has "
-                "another shape; write in place, as by .data.mul_(mask) or .data.copy_(value)"
+                f"the forward gives {self.label}.data other memory, while the old is still held or "
+                "has another shape; write in place, as by .data.mul_(mask) or .data.copy_(value)"
             )
         if self.before is None:
-            self.before = mine.clone()
-        mine.copy_(value)
+            self.before = current.clone()
+        current.copy_(value)
 
     def detached(self) -> Tensor:
-        """`.data`, unseen."""
+        """`.data`, without counting as a read of it."""
         return nn.Parameter.data.__get__(self)  # type: ignore[attr-defined]
 
-    def lie_in(self, memory: Tensor) -> None:
-        """Take this memory, to which nobody has written yet."""
+    def set_memory(self, memory: Tensor) -> None:
+        """Use this memory from now on."""
         self.before = None
         nn.Parameter.data.__set__(self, memory)  # type: ignore[attr-defined]
 
     def plain(self) -> nn.Parameter:
-        """An ordinary parameter in the same memory, which is what is copied and pickled."""
+        """An ordinary parameter in the same memory: copies and pickles contain it."""
         parameter = nn.Parameter(self.detach(), self.requires_grad)
         parameter.__dict__ = self.__dict__
         return parameter
@@ -96,25 +96,25 @@ class UnshardedParameter(nn.Parameter):
         return self.plain().__reduce_ex__(protocol)
 
     def written(self) -> Tensor | None:
-        """Which elements somebody has written to by `.data` since the last call; None: none."""
+        """A mask of the elements written to by `.data` since the last call; None: none."""
         before, self.before = self.before, None
         if before is None:
             return None
-        same = torch.isclose(self.detach(), before, rtol=0, atol=0, equal_nan=True)
-        return None if same.all() else ~same
+        unchanged = torch.isclose(self.detach(), before, rtol=0, atol=0, equal_nan=True)
+        return None if unchanged.all() else ~unchanged
 
 
-def take_over(
+def copy_writes_to_shards(
     pairs: Iterable[tuple[UnshardedParameter, Tensor]], axis: Axis, wait: Callable[[], None]
 ) -> dict[str, int]:
-    """Write to the shards what somebody has written to the unsharded tensors.
+    """Copy to the shards the elements of unsharded tensors that were written to by `.data`.
 
     Args:
-        pairs: each with the memory of its shard, whose end may be padding.
-        wait: until nobody reads the shards.
+        pairs: each unsharded tensor with the memory of its shard, whose end may be padding.
+        wait: blocks until no rank reads the shards.
 
     Returns:
-        Name of what was written to -> a digest of the unsharded tensor.
+        The name of each parameter that was written to -> a digest of its unsharded tensor.
     """
     digests: dict[str, int] = {}
     for unsharded, shard in pairs:
@@ -129,7 +129,7 @@ def take_over(
 
 
 def shard_value(value: Tensor, axis: Axis) -> Tensor:
-    """This rank's rows of a value; of a 0-dim one, which only the first rank keeps, as a vector."""
+    """This rank's rows of a value. A 0-dim value is a vector of one row, which rank 0 keeps."""
     if value.dim():
         return shard_of(value, Shard(0), axis.size, axis.index)
     return value.flatten()[axis.index :]

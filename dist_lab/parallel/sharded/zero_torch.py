@@ -1,14 +1,14 @@
 """PyTorch's own ZeRO-1, the twin of zero.py: its DDP, and then ZeroRedundancyOptimizer.
 
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   bucket by bucket, in backward
-                                                  W -> W           from whoever has stepped on it
+                                                  W -> W           from the rank that steps on it
 
-Each parameter belongs to one rank as a whole, so that the ranks' shares are about equal. After its
-step, which it takes on its share alone, a rank broadcasts that in one message, as the parameters
-are views into one piece of memory. Whoever does without `job.optimizer` has DDP and no more.
+Each parameter belongs to one rank as a whole, and the ranks' shares are about equal. The optimizer
+steps on this rank's share only; then each rank broadcasts its share in one message, because its
+parameters are views into one buffer. Without `job.optimizer` this is plain DDP.
 
-Its `overlap_with_ddp` is off: with it the first two steps update nothing, as it is documented, and
-no comparison would hold.
+The library's `overlap_with_ddp` is off. With it the first two steps update nothing, as its
+documentation says, and no comparison would hold.
 
 Cost per step: 2 (N-1)/N P elements sent for gradients, and P/N to each other rank for parameters.
 Memory per rank: all of parameters and gradients, 1/N of the optimizer's state. Rajbhandari et al.
@@ -35,35 +35,35 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
         bucket_mb, find_unused: as in replicated/ddp_torch.py.
 
     Raises:
-        UserError: trained parameters of several dtypes, which it cannot have side by side.
+        UserError: for trained parameters of several dtypes, which cannot share one buffer.
     """
     model, axis, layouts = setup.model, setup.axis, setup.owing_sums(setup.axis)
     if axis.size == 1:
         return Applied(layouts, Chain())
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
-        said = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(
-            f"ZeroRedundancyOptimizer takes trained parameters of one dtype, this model has {said};"
-            ' give impl="hand"'
+            "ZeroRedundancyOptimizer takes trained parameters of one dtype, this model has "
+            f'{names}; give impl="hand"'
         )
     sync, ddp = wrap_in_ddp(model, axis, bucket_mb=bucket_mb, find_unused=find_unused)
     about = (
         f"{ddp}, torch ZeroRedundancyOptimizer(parameters_as_bucket_view=True, "
         "overlap_with_ddp=False)"
     )
-    return Applied(layouts, sync, about, make_optimizer=partial(_sharded, axis))
+    return Applied(layouts, sync, about, make_optimizer=partial(_sharded_optimizer, axis))
 
 
-def _sharded(
+def _sharded_optimizer(
     axis: Axis,
     cls: type[torch.optim.Optimizer],
     groups: list[dict[str, Any]],
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    with warnings.catch_warnings():  # it comes with much that torch itself calls deprecated
+    with warnings.catch_warnings():  # its imports use parts of torch that are deprecated
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # here: it takes half a second
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # half a second
 
     return ZeroRedundancyOptimizer(
         groups,

@@ -3,34 +3,34 @@
     In[B, D] . W1[D, F_tp] -> H[B, F_tp]        colwise: outputs are sharded, nothing is sent
     H[B, F_tp] . W2[F_tp, D] -> Out[B, D]{U_tp} -> Out[B, D]   rowwise: inputs are sharded; one sum
 
-Between the two, an activation function or attention by heads works on its shard alone. So a block
-has one sum after its attention and one after its MLP, and in backward one before each. These are
+Between the two, an activation function, or attention over this rank's heads, needs only the shard.
+So a block has one sum after attention and one after the MLP, and in backward one at each input:
 Megatron's conjugate pairs f and g, twice. With sequence parallelism, the residual stream between
-blocks and its norms are sharded along the sequence T, and each sum becomes its two halves:
+blocks and its norms are sharded along the sequence T, and each sum is split in two collectives:
 
                         before a colwise layer          after a rowwise layer
                         forward       backward          forward          backward
     tensor-parallel     -             all_reduce        all_reduce       -
     sequence-parallel   all_gather    reduce_scatter    reduce_scatter   all_gather
 
-Cost per block and micro-batch, for S = B T D elements, sent by a rank, times (N-1)/N:
+Elements sent by a rank per block and micro-batch, in units of (N-1)/N, with S = B T D:
 
     tensor-parallel               2 all_reduces forward, 2 backward                          8 S
-    sequence-parallel             the same bytes, in halves                                  8 S
+    sequence-parallel             the same number of elements, in twice as many collectives  8 S
     sequence-parallel, regather   backward gathers the inputs of colwise layers again       10 S
 
 For embedding and logits, which cost less, see vocabulary.py. Memory per rank: 1/N of the sharded
 weights, of their gradients and optimizer state, and of the activations between colwise and rowwise
 layers. With sequence_parallel, activations of norms and of the residual stream are sharded as well;
-with regather, all saved activations of a block. Shoeybi et al. 2019 (arXiv:1909.08053);
+with regather, so are all saved activations of a block. Shoeybi et al. 2019 (arXiv:1909.08053);
 Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
 
 [Note: the plan] A plan is data. It maps globs on module names, where a `*` is one name between
-dots, to roles. A model of the zoo brings its own, `tp_plan()`.
+dots, to roles. Models in zoo/ have their own, `tp_plan()`.
 
     "colwise"                a Linear with sharded outputs, W[F_tp, D] as torch stores it
-    ("colwise", 64)          the same in unsplit blocks of 64 outputs: attention heads
-    ("colwise_grouped", 64)  may have fewer blocks than ranks, which then share them: keys, values
+    ("colwise", 64)          the same, but never splits a block of 64 outputs: attention heads
+    ("colwise_grouped", 64)  the same, but ranks may share a block: key and value heads
     "colwise_gather_output"  colwise, and its outputs are gathered again
     "rowwise"                a Linear with sharded inputs, W[D, F_tp]; it shards unsharded inputs
     "vocabulary"             an Embedding, or the Linear that computes logits: see vocabulary.py
@@ -40,7 +40,7 @@ dots, to roles. A model of the zoo brings its own, `tp_plan()`.
     "scatter_output"         reads the whole sequence, and its output is sharded along it
     "gather_input"           its input is a shard of the sequence, and is gathered first
 
-A plan that is not the zoo's is tried before the first forward: see plan_check.py. In each forward
+A plan that is not from zoo/ is tested before the first forward: see plan_check.py. In each forward
 the ranks compare the inputs that must be equal on all of them: see same_inputs.py.
 
 [Note: columns that share an input] Colwise layers of one parent that read the same tensor, such as
@@ -48,7 +48,7 @@ q, k and v, share its collectives. The input is gathered once. Its gradient is s
 the weight gradients of all of them are computed (parallel/split_linear.py).
 
 [Note: partial gradients] Under sequence parallelism, a module that reads a shard of the sequence
-has a partial gradient dW{U_tp}. So have keys and values that several ranks share. The layouts of
+has a partial gradient dW{U_tp}; so do key and value weights that ranks share. The layouts of
 such parameters are `partial`, and `finish` sums their gradients, in one message.
 """
 
@@ -194,7 +194,7 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
 
 
 class TensorParallel(Sync):
-    """Sums the gradients of [Note: partial gradients]. Forward and backward send activations."""
+    """Sums the gradients of [Note: partial gradients]. The replaced forwards communicate."""
 
     def __init__(
         self, setup: Setup, layouts: Mapping[str, Layout], activations: ActivationLayout,
@@ -211,7 +211,7 @@ class TensorParallel(Sync):
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
-            for shared_input in self.inputs:  # a column that was not called must not keep it alive
+            for shared_input in self.inputs:  # an uncalled column must not keep its input alive
                 shared_input.clear()
 
     def finish(self) -> None:

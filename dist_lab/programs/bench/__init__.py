@@ -1,4 +1,4 @@
-"""The collectives against each other and the clock: what `launch/bench_comm.py` runs.
+"""`launch/bench_comm.py`: time the algorithms of each collective.
 
-`settings` is the command line, `measure` runs on every rank, `report` is what is made of it.
+`settings` reads the command line, `measure` runs on every rank, `report` shows and writes results.
 """

@@ -1,4 +1,4 @@
-"""From seconds to a table, a fit, a picture, and the choice that they speak for."""
+"""Turn measured seconds into a table, a latency-bandwidth fit, a plot and the choice for `auto`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from dist_lab.observe import export
 from dist_lab.observe.console import wide_console
 from dist_lab.programs.compare.ratios import Quartiles
 
-CLEARLY = 1.05  # an algorithm by hand is chosen over the backend's own if so many times as fast
+CLEARLY = 1.05  # choose an algorithm by hand only if it is this many times as fast as the backend's
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One algorithm at one size.
+    """The measurements of one algorithm at one size.
 
     Attributes:
-        payload: bytes.
-        steps: messages of which each had to wait for the one before.
-        sent: bytes that the busiest rank sends.
-        seconds: of each round.
+        payload: the bytes of the tensor.
+        steps: the number of messages in sequence, each waiting for the one before.
+        sent: the bytes that the busiest rank sends.
+        seconds: the time of each round.
     """
 
     op: str
@@ -56,12 +56,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Fit:
-    """seconds = steps x latency + sent / bandwidth, as near as it comes to the medians.
+    """The best fit of seconds = steps x latency + sent / bandwidth to the medians.
 
     Attributes:
-        latency: alpha, seconds a step.
-        inverse_bandwidth: beta, seconds a byte.
-        error: root mean square of (fitted - measured) / measured.
+        latency: alpha, seconds per step.
+        inverse_bandwidth: beta, seconds per byte.
+        error: the root mean square of (fitted - measured) / measured.
     """
 
     op: str
@@ -78,47 +78,47 @@ class Fit:
 
 
 def fit(rows: Sequence[BenchRow]) -> Fit:
-    """Least squares of the relative errors, so that small messages count as much as large ones.
+    """Fits by least squares of the relative errors, so that small messages count as much as large.
 
-    A negative alpha or beta means nothing: it is then 0, and the other one fitted alone.
+    A negative alpha or beta has no meaning. It is then set to 0, and the other one is fitted alone.
 
-    >>> rows = [Row("all_reduce", "ring", 4 * b, 6, b, [6e-4 + b * 1e-9]) for b in (10, 10**6)]
-    >>> found = fit(rows)
-    >>> round(1e6 * found.latency), round(1e9 * found.inverse_bandwidth, 3), round(found.error, 6)
+    >>> rows = [BenchRow("all_reduce", "ring", 4 * b, 6, b, [6e-4 + b * 1e-9]) for b in (10, 10**6)]
+    >>> f = fit(rows)
+    >>> round(1e6 * f.latency), round(1e9 * f.inverse_bandwidth, 3), round(f.error, 6)
     (100, 1.0, 0.0)
     """
     a = numpy.array([[row.steps / row.median, row.sent / row.median] for row in rows])
     fits = []
-    for used in ([0, 1], [0], [1]):  # alpha and beta, or one of them, so that a x is 1 in each row
+    for used in ([0, 1], [0], [1]):  # alpha and beta, or one of them; a x = 1 is a perfect fit
         x = numpy.zeros(2)
         x[used], _, rank, _ = numpy.linalg.lstsq(a[:, used], numpy.ones(len(rows)))
         if rank == len(used) and min(x) >= 0:
             error = float(numpy.sqrt(numpy.mean((a @ x - 1) ** 2)))
             fits.append(Fit(rows[0].op, rows[0].algorithm, float(x[0]), float(x[1]), error))
-    return min(fits, key=lambda found: found.error)
+    return min(fits, key=lambda fitted: fitted.error)
 
 
 def choices(rows: Sequence[BenchRow]) -> dict[str, tuple[tuple[int, str], ...]]:
-    """What these measurements say that `auto` should do, in the form of `comm.choice.AUTO`.
+    """The choice that `auto` should make by these measurements, in the form of `comm.choice.AUTO`.
 
-    The fastest by median, the backend's own unless another one is clearly faster; it begins at the
-    size at which it was measured, the first at 0.
+    For each size it takes the fastest algorithm by median, or the backend's own unless another is
+    clearly faster. A choice applies from the size at which it was measured; the first, from 0.
     """
-    found: dict[str, tuple[tuple[int, str], ...]] = {}
+    chosen: dict[str, tuple[tuple[int, str], ...]] = {}
     for op in dict.fromkeys(row.op for row in rows):
-        steps: list[tuple[int, str]] = []
+        choice: list[tuple[int, str]] = []
         for size in sorted({row.payload for row in rows if row.op == op}):
-            here = {r.algorithm: r.median for r in rows if (r.op, r.payload) == (op, size)}
-            best = min(here, key=here.__getitem__)
-            if "backend" in here and here["backend"] < CLEARLY * here[best]:
+            medians = {r.algorithm: r.median for r in rows if (r.op, r.payload) == (op, size)}
+            best = min(medians, key=medians.__getitem__)
+            if "backend" in medians and medians["backend"] < CLEARLY * medians[best]:
                 best = "backend"
-            if not steps or steps[-1][1] != best:
-                steps.append((size if steps else 0, best))
-        found[op] = tuple(steps)
-    return found
+            if not choice or choice[-1][1] != best:
+                choice.append((size if choice else 0, best))
+        chosen[op] = tuple(choice)
+    return chosen
 
 
-def report(rows: Sequence[BenchRow], setting: Mapping[str, Any], folder: Path) -> None:
+def report(rows: Sequence[BenchRow], run_info: Mapping[str, Any], folder: Path) -> None:
     """Print the tables, and write bench_comm.json, bench_comm.csv and bench_comm.png."""
     by_algorithm: dict[tuple[str, str], list[BenchRow]] = {}
     for row in rows:
@@ -126,55 +126,55 @@ def report(rows: Sequence[BenchRow], setting: Mapping[str, Any], folder: Path) -
     fits = [fit(group) for group in by_algorithm.values() if len(group) > 1]
     chosen = choices(rows)
     console = wide_console()
-    title = (
-        f"{setting['world_size']} ranks x {setting['threads']} threads ({setting['cores']} cores)"
-    )
+    machine = f"{run_info['threads']} threads ({run_info['cores']} cores)"
+    title = f"{run_info['world_size']} ranks x {machine}"
     console.print(times_table(rows, title))
     if fits:
         console.print(fit_table(fits))
-    console.print("what auto should do, by these medians:")
-    for op, steps in chosen.items():
-        now = "as in comm/choice.py" if steps == AUTO[op] else f"comm/choice.py has {AUTO[op]}"
-        console.print(f'    "{op}": {steps},  # {now}', highlight=False, soft_wrap=True)
+    console.print("what auto should choose, by these medians:")
+    for op, choice in chosen.items():
+        same = choice == AUTO[op]
+        current = "as in comm/choice.py" if same else f"comm/choice.py has {AUTO[op]}"
+        console.print(f'    "{op}": {choice},  # {current}', highlight=False, soft_wrap=True)
 
     table = [row.to_dict() for row in rows]
-    everything = dict(setting) | {
+    everything = dict(run_info) | {
         "rows": [
             entry | {"ms": [1e3 * second for second in row.seconds]}
             for entry, row in zip(table, rows, strict=True)
         ],
-        "fits": [found.to_dict() for found in fits],
+        "fits": [fitted.to_dict() for fitted in fits],
         "auto": chosen,
     }
     export.write(folder, "bench_comm", everything, table, picture(by_algorithm, title))
-    right = sum(steps == AUTO[op] for op, steps in chosen.items())
+    agreeing = sum(choice == AUTO[op] for op, choice in chosen.items())
     console.print(
-        f"auto is what these medians say of {right} of {len(chosen)} operations; in {folder}: "
-        "bench_comm.json, .csv, .png",
+        f"auto agrees with these medians for {agreeing} of {len(chosen)} operations; wrote to "
+        f"{folder}: bench_comm.json, .csv, .png",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
 def times_table(rows: Sequence[BenchRow], title: str) -> Table:
-    """Medians and quartiles of each operation and size, one column an algorithm."""
+    """A table of medians and quartiles: a row per operation and size, a column per algorithm."""
     names = list(dict.fromkeys(row.algorithm for row in rows))
-    table = Table(title=f"{title}: median ms (quartiles), times as fast as the backend's own")
+    table = Table(title=f"{title}: median ms (quartiles), speed relative to the backend's own")
     for column in ("", "payload", *names):
         table.add_column(column, justify="left" if column == "" else "right")
     last = ""
     for op, payload in dict.fromkeys((row.op, row.payload) for row in rows):
-        here = {r.algorithm: r for r in rows if (r.op, r.payload) == (op, payload)}
-        fastest = min(here.values(), key=lambda row: row.median)
+        by_algorithm = {r.algorithm: r for r in rows if (r.op, r.payload) == (op, payload)}
+        fastest = min(by_algorithm.values(), key=lambda row: row.median)
         cells = []
         for name in names:
-            row = here.get(name)
+            row = by_algorithm.get(name)
             if row is None:
                 cells.append("")
                 continue
             low, high = 1e3 * row.quartiles.low, 1e3 * row.quartiles.high
             text = f"{1e3 * row.median:.2f} ({low:.2f}-{high:.2f})"
-            if "backend" in here and name != "backend":
-                text += f" {here['backend'].median / row.median:.2f}x"
+            if "backend" in by_algorithm and name != "backend":
+                text += f" {by_algorithm['backend'].median / row.median:.2f}x"
             cells.append(f"[bold]{text}[/bold]" if row is fastest else text)
         if last and op != last:
             table.add_section()
@@ -187,27 +187,27 @@ def fit_table(fits: Sequence[Fit]) -> Table:
     table = Table(title="seconds = steps x alpha + sent x beta, fitted to the medians")
     for column in ("", "algorithm", "alpha, us", "1 / beta, GB/s", "error"):
         table.add_column(column, justify="left" if column in ("", "algorithm") else "right")
-    for found in fits:
-        beta = found.inverse_bandwidth
+    for fitted in fits:
+        beta = fitted.inverse_bandwidth
         table.add_row(
-            found.op, found.algorithm, f"{1e6 * found.latency:.0f}",
-            f"{1e-9 / beta:.2f}" if beta else "-", f"{found.error:.0%}",
+            fitted.op, fitted.algorithm, f"{1e6 * fitted.latency:.0f}",
+            f"{1e-9 / beta:.2f}" if beta else "-", f"{fitted.error:.0%}",
         )  # fmt: skip
     return table
 
 
 def picture(groups: Mapping[tuple[str, str], Sequence[BenchRow]], title: str) -> Figure:
-    """Time against size, both logarithmic: a panel an operation, a line an algorithm."""
+    """A log-log plot of time against size: one panel per operation, one line per algorithm."""
     ops = list(dict.fromkeys(op for op, _ in groups))
     colors = {"backend": "black", "ring": "tab:blue", "direct": "tab:orange", "tree": "tab:green"}
     across = min(3, len(ops))
     down = -(-len(ops) // across)
     figure = Figure(figsize=(4.6 * across, 3.8 * down), dpi=130, layout="constrained")
     figure.suptitle(f"Collectives on {title}: median and quartiles")
-    for place, op in enumerate(ops, start=1):
-        axes = figure.add_subplot(down, across, place)
-        for (of, name), rows in groups.items():
-            if of == op:
+    for index, op in enumerate(ops, start=1):
+        axes = figure.add_subplot(down, across, index)
+        for (group_op, name), rows in groups.items():
+            if group_op == op:
                 sizes = [row.payload for row in rows]
                 low = [1e3 * row.quartiles.low for row in rows]
                 high = [1e3 * row.quartiles.high for row in rows]
@@ -221,7 +221,12 @@ def picture(groups: Mapping[tuple[str, str], Sequence[BenchRow]], title: str) ->
         axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         ticks = sorted(
-            {row.payload for (of, _), rows in groups.items() if of == op for row in rows}
+            {
+                row.payload
+                for (group_op, _), rows in groups.items()
+                if group_op == op
+                for row in rows
+            }
         )
         axes.set_xticks(ticks, [size_text(tick) for tick in ticks], rotation=60)
         axes.set_title(op)
@@ -233,7 +238,8 @@ def picture(groups: Mapping[tuple[str, str], Sequence[BenchRow]], title: str) ->
 
 
 def size_text(size: int) -> str:
-    """
+    """A number of bytes as text.
+
     >>> size_text(4096), size_text(1 << 20), size_text(12)
     ('4 KiB', '1 MiB', '12 B')
     """

@@ -1,3 +1,3 @@
-"""The command line of every program: settings, their names and limits, and the model,
-data and job that they mean. Only `setup` imports torch.
+"""The command line of every program: settings, their limits, and the model, data and job built from
+them. Only `setup` imports torch.
 """

@@ -1,4 +1,4 @@
-"""Reading the settings of a program, and refusing what no setting shows alone: one line each."""
+"""Read the settings of a program, and refuse in one line settings that do not go together."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,16 +18,16 @@ def parse(
     defaults: Mapping[str, Any] = {},
     without: Sequence[str] = (),
 ) -> Config:
-    """Read the command line and the file that its --config names.
+    """Read the command line and the file that --config names.
 
     Args:
-        argv: without the program's name; default this process's own.
-        description: opens --help.
-        defaults: this program's own, where they differ from the fields'.
-        without: settings that mean nothing to this program and have no flag in it.
+        argv: the arguments without the program's name; default: sys.argv[1:].
+        description: the text at the top of --help.
+        defaults: this program's defaults, where they differ from the fields' defaults.
+        without: settings that this program does not use, and has no flags for.
 
     Raises:
-        UserError: anything wrong in either.
+        UserError: a mistake in the command line or the file.
         SystemExit: 0, after --help or --version.
     """
     config, where = read(Config, argv, program, description, defaults, without)
@@ -36,24 +36,24 @@ def parse(
 
 
 def check_together(config: Config, where: Mapping[str, str]) -> None:
-    """Check what no setting shows alone. `where` says who set each: a flag, a line of a file."""
+    """Check the settings against each other. `where`: the flag or file line that set each."""
     check_settings(config, where)
     check_nproc(config, where)
 
 
 def check_settings(config: Config, where: Mapping[str, str]) -> None:
-    """Check the settings against each other, but for the number of ranks."""
+    """Check the settings against each other, apart from the number of ranks."""
     check_strategy(config, where)
     check_model(config, where)
     if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
         raise UserError(
-            f"collectives {config.collectives} are by hand, for gloo alone, and the backend is "
-            f"nccl ({where['collectives']}); give auto or backend"
+            f"collectives {config.collectives} work on gloo only, and the backend is nccl "
+            f"({where['collectives']}); give auto or backend"
         )
 
 
 def check_strategy(config: Config, where: Mapping[str, str]) -> None:
-    """Check the implementation, the mesh and the options of the strategy."""
+    """Check that the strategy has this implementation, these mesh axes and these options."""
     strategy = STRATEGIES[config.strategy]
     if config.impl not in strategy.impls:
         raise UserError(
@@ -63,30 +63,29 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
     for axis in config.mesh or {}:
         if axis not in strategy.axes:
             raise UserError(
-                f"strategy {config.strategy} does not run along {shown(axis)} ({where['mesh']}); "
+                f"strategy {config.strategy} has no mesh axis {shown(axis)} ({where['mesh']}); "
                 + _axes_to_give(strategy, axis)
             )
     if config.regather and not config.sequence_parallel:
         raise UserError(
-            f"regather gathers again what --sequence-parallel has cut ({where['regather']}); give "
-            "both"
+            f"regather all-gathers what --sequence-parallel shards ({where['regather']}); give both"
         )
     if config.emulate_compute is not None and config.impl != "hand":
         raise UserError(
-            f"emulate_compute is of what is written here, {config.strategy}@{config.impl} is a "
+            f"emulate_compute works with impl hand only, and {config.strategy}@{config.impl} is a "
             f"library's ({where['emulate_compute']}); leave it out, or give --impl hand"
         )
     for name in {option for other in STRATEGIES.values() for option in other.options}:
         if getattr(config, name) is not None and name not in strategy.options:
-            takers = [f"--strategy {n}" for n, s in STRATEGIES.items() if name in s.options]
+            fitting = [f"--strategy {n}" for n, s in STRATEGIES.items() if name in s.options]
             raise UserError(
                 f"strategy {config.strategy} has no {name} ({where[name]}); leave it out, or give "
-                + " or ".join(takers)
+                + " or ".join(fitting)
             )
 
 
 def check_model(config: Config, where: Mapping[str, str]) -> None:
-    """Check the size of the model, and the settings that not every model can follow."""
+    """Check the size of the model, and the settings that only some models have."""
     sizes = MODELS[config.model].sizes
     if config.size not in sizes:
         raise UserError(
@@ -94,13 +93,11 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
             f"{one_of(sizes, config.size)}, its only one"
         )
     if config.layers is not None and config.model == "resnet18":
-        raise UserError(
-            f"model resnet18 has 8 blocks, no more and no fewer ({where['layers']}); leave it out"
-        )
+        raise UserError(f"model resnet18 always has 8 blocks ({where['layers']}); leave it out")
     if config.sync_batchnorm and config.strategy == "pp":
         raise UserError(
-            f"pp shares out no rows, which BatchNorm could put together ({where['sync_batchnorm']}"
-            "); leave it out"
+            f"under pp no two ranks share a BatchNorm to synchronize ({where['sync_batchnorm']}); "
+            "leave it out"
         )
     if config.sync_batchnorm and config.model != "resnet18":
         raise UserError(
@@ -110,7 +107,7 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
-    """Check the number of ranks that this program starts itself, and the run on them."""
+    """Check --nproc against the cores of this machine, and the run against --nproc."""
     if config.nproc is not None:
         most = 4 * cores()
         if config.nproc > most and not config.oversubscribe:
@@ -123,5 +120,5 @@ def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
 
 def _axes_to_give(strategy: Strategy, axis: str) -> str:
     others = [f"--strategy {name}" for name, other in STRATEGIES.items() if axis in other.axes]
-    own = f"its axes are {', '.join(strategy.axes)}" if strategy.axes else "it takes no mesh"
-    return f"{own}, or give {' or '.join(others)}" if others else own
+    possible = f"its axes are {', '.join(strategy.axes)}" if strategy.axes else "it takes no mesh"
+    return f"{possible}, or give {' or '.join(others)}" if others else possible

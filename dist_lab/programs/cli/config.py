@@ -1,9 +1,9 @@
-"""What a run is asked to do: one frozen Config, from defaults < a TOML file < the command line.
+"""The settings of a run: a frozen Config, from defaults < a TOML file < the command line.
 
-A setting is a field: its type, default, help and limits are data, from which `settings` derives its
-flag (`--val-every`), its TOML key (`val_every`), its checks and its line in --help. To add a
-setting is to add a field. What no field can know alone is checked in checks.py, and what depends on
-the number of processes in `Config.axes`.
+Each setting is a field with a type, a default, a help text and limits. From these settings.py
+derives the flag (`--val-every`), the TOML key (`val_every`), the checks and the line in --help. To
+add a setting, add a field. checks.py checks settings against each other; `Config.axes` checks them
+against the number of processes.
 """
 
 import math
@@ -25,104 +25,115 @@ from dist_lab.programs.cli.settings import AtLeast, setting
 
 @dataclass(frozen=True)
 class RunSettings(ABC):
-    """The settings that programs of runs share. None: chosen when the run starts, as help says."""
+    """The settings that programs share. None means a default that depends on other settings."""
 
     # fmt: off
-    strategy: str = setting("single", "how the work is shared out over processes",
-        choices=tuple(STRATEGIES), heading="what most runs set")
-    impl: str = setting("hand", "who wrote the strategy: this project, PyTorch or accelerate",
-        choices=("hand", "torch", "accelerate"))
-    mesh: Mapping[str, int] | None = setting(None, "processes along each axis; default: all on the "
-        "strategy's own", metavar="dp=N", read=read_mesh)
-    nproc: int | None = setting(None, "start so many ranks on this machine; default: this process, "
-        "or those that torchrun started", low=1)
-    model: str = setting("gpt", "of text: a transformer, or a neural n-gram of residual MLP "
-        "blocks; of images: a vision transformer, or a ResNet", choices=tuple(MODELS))
-    size: str = setting("tiny", "about 1, 8, 25 or 124 million parameters; resnet18 has 11 million "
-        "and one size, tiny", choices=ALL_SIZES)
-    data: str = setting("", "text: stdlib (Python's own source), a file, a folder; images: glyphs "
-        "(characters drawn at random), mnist, cifar10, fake (noise) or fake:3x64x64; or "
-        "module:function; default: stdlib or glyphs, as the model reads", metavar="SPEC")
+    strategy: str = setting("single", "dp, ddp: data parallelism; zero1, zero2, fsdp, hsdp: with "
+        "sharding; tp: tensor parallelism; pp: pipeline parallelism; single: one process",
+        choices=tuple(STRATEGIES), heading="common settings")
+    impl: str = setting("hand", "whose implementation of the strategy: hand (this project's), "
+        "torch (PyTorch's) or accelerate", choices=("hand", "torch", "accelerate"))
+    mesh: Mapping[str, int] | None = setting(None, "ranks along each mesh axis: dp=2,fsdp=4; "
+        "default: all ranks along the strategy's own axis", metavar="dp=N", read=read_mesh)
+    nproc: int | None = setting(None, "start N ranks on this machine; default: run in this process "
+        "alone, or in the ranks that torchrun started", low=1)
+    model: str = setting("gpt", "text: gpt (a Llama-style transformer) or mlp (residual MLP on the "
+        "last 16 bytes); images: vit or resnet18", choices=tuple(MODELS))
+    size: str = setting("tiny", "number of parameters: about 1, 8, 25 or 124 million; resnet18 has "
+        "only tiny, with 11 million", choices=ALL_SIZES)
+    data: str = setting("", "text: stdlib (the source of Python's standard library), a file or a "
+        "folder; images: glyphs (distorted characters), mnist, cifar10, fake (noise) or "
+        "fake:3x64x64; your own: module:function; default: stdlib for text models, glyphs for "
+        "image models", metavar="SPEC")
     steps: int = setting(200, "optimizer steps", low=1)
-    batch: int = setting(AtLeast(32), "samples a step, over all ranks; unless given, the next "
-        "multiple of data-parallel ranks x microbatches", low=1)
-    seq: int = setting(128, "tokens a sample of text; images have none", low=1)
-    microbatches: int = setting(None, "pieces whose gradients a rank adds up before a step, and "
-        "which under pp follow each other through the stages; default: 1, under pp 8", low=1)
-    dtype: str = setting("float32", "of compute; bfloat16 keeps float32 master weights",
-        choices=("float32", "bfloat16", "float64"))
-    lr: float = setting(2e-3, "learning rate, after the warm-up", above=0)
-    config: str = setting("", "a TOML file of these settings, keys with underscores; flags win",
-        metavar="FILE")
-    out: str = setting("", "folder to write into; train.py's default: a fresh runs/N-STRATEGY-...",
-        metavar="DIR")
+    batch: int = setting(AtLeast(32), "samples per step, over all ranks; the default is rounded up "
+        "to a multiple of data-parallel ranks x micro-batches", low=1)
+    seq: int = setting(128, "tokens per sample of text; unused for images", low=1)
+    microbatches: int = setting(None, "split each rank's samples into N micro-batches, to "
+        "accumulate gradients and, under pp, to keep all stages busy; default: 1, under pp 8",
+        low=1)
+    dtype: str = setting("float32", "dtype of forward and backward; bfloat16 keeps float32 master "
+        "weights", choices=("float32", "bfloat16", "float64"))
+    lr: float = setting(2e-3, "learning rate after warm-up", above=0)
+    config: str = setting("", "TOML file of these settings, with underscores in names: val_every = "
+        "50; flags override it", metavar="FILE")
+    out: str = setting("", "output folder; default: a new one in runs/ for train.py and "
+        "compare.py, no files for others", metavar="DIR")
 
-    bucket_mb: float | None = setting(None, "MiB of gradients that travel as one; default: 25",
+    bucket_mb: float | None = setting(None, "largest gradient bucket, in MiB; default: 25",
         heading="ddp, zero1, zero2", above=0, high=2**20)
 
-    reshard_after_forward: bool | None = setting(None, "let a unit go after its forward and "
-        "gather it again for its backward; on unless --no-reshard-after-forward",
-        heading="fsdp, hsdp")
-    keep_gathered: bool | None = setting(None, "units stay whole from the first micro-batch's "
-        "backward to the last one's")
-    defer_reduce: bool | None = setting(None, "whole gradients are kept, and reduced after "
-        "the last micro-batch alone")
-    prefetch: bool | None = setting(None, "gather the next unit while one computes; on unless "
-        "--no-prefetch")
-    reduce_dtype: str | None = setting(None, "gradients travel, and are summed, in this; "
-        "default: as they are kept", choices=("float32", "bfloat16", "float16"))
-    offload: str | None = setting(None, "keep parameters and optimizer state in files in this "
-        "folder; or, of an accelerator, in the memory of the host: cpu", metavar="DIR")
+    reshard_after_forward: bool | None = setting(None, "free a unit's unsharded parameters after "
+        "its forward and all-gather them again for backward; default: on, "
+        "--no-reshard-after-forward keeps them", heading="fsdp, hsdp")
+    keep_gathered: bool | None = setting(None, "keep parameters unsharded from the first "
+        "micro-batch's backward to the last one's: fewer bytes, more memory")
+    defer_reduce: bool | None = setting(None, "accumulate unsharded gradients over micro-batches "
+        "and reduce-scatter only after the last: fewer bytes, more memory")
+    prefetch: bool | None = setting(None, "all-gather the next unit while the current one "
+        "computes; default: on, --no-prefetch turns it off")
+    reduce_dtype: str | None = setting(None, "dtype in which gradients are sent and summed; "
+        "default: that of the sharded parameters", choices=("float32", "bfloat16", "float16"))
+    offload: str | None = setting(None, "keep sharded parameters and optimizer state in files in "
+        "this folder; or cpu, with an accelerator: in host memory", metavar="DIR")
 
-    sequence_parallel: bool | None = setting(None, "what flows between the blocks is cut along the "
-        "sequence, so that norms and residuals are shared out as well", heading="tp")
-    regather: bool | None = setting(None, "with --sequence-parallel, what a block reads is not "
-        "kept whole for backward but gathered again: less memory, 1.25 times the bytes")
+    sequence_parallel: bool | None = setting(None, "shard activations between blocks along the "
+        "sequence, so that norms and residuals are shared out too: less memory, the same bytes",
+        heading="tp")
+    regather: bool | None = setting(None, "with --sequence-parallel: save a linear layer's input "
+        "sharded and all-gather it again in backward: less memory, 1.25 times the bytes")
 
-    schedule: str | None = setting(None, "gpipe, 1f1b, zb; with --layers 8 interleaved, zbv, whose "
-        "8 stages on 4 ranks the 4 blocks of tiny cannot fill; or a file, one row a rank, cells "
-        "such as 2F0: who computes what when; default: 1f1b", heading="pp", metavar="NAME|FILE")
-    chunks: int | None = setting(None, "stages a rank, of interleaved; default: 2", low=1)
-    pp_balance: str | None = setting(None, "cut the model so that the slowest stage is as fast "
-        "as can be, or has as few blocks; default: cost", choices=("cost", "count"))
-    emulate_compute: float | None = setting(None, "each forward is made to take so many "
-        "milliseconds at least, each backward twice as many, without holding a core", above=0,
-        high=1e5, metavar="MS")
+    schedule: str | None = setting(None, "gpipe, 1f1b, zb; with --layers 8 interleaved or zbv (2 "
+        "stages per rank, so 8 on 4 ranks, and size tiny has 4 blocks); or a file with one row per "
+        "rank and cells such as 2F0 (stage 2, forward, micro-batch 0); default: 1f1b",
+        heading="pp", metavar="NAME|FILE")
+    chunks: int | None = setting(None, "stages per rank for --schedule interleaved; default: 2",
+        low=1)
+    pp_balance: str | None = setting(None, "partition the model into stages so that the slowest "
+        "has the least compute (cost) or the fewest blocks (count); default: cost",
+        choices=("cost", "count"))
+    emulate_compute: float | None = setting(None, "make each forward take at least MS "
+        "milliseconds and each backward twice that, by sleeping: shows a schedule on few cores",
+        above=0, high=1e5, metavar="MS")
 
-    layers: int | None = setting(None, "blocks of the model; default: as its size has", low=1,
+    layers: int | None = setting(None, "number of blocks; default: that of --size", low=1,
         high=10_000, heading="model and data")
-    recompute: int = setting(0, "each k-th block forgets its activations, and computes them again "
-        "in backward; 1: all; 0: none", low=0)
-    sync_batchnorm: bool = setting(False, "BatchNorm over the rows of all ranks (resnet18)")
-    download: bool = setting(False, "fetch mnist or cifar10 into --cache, if it is not there")
-    cache: str = setting("~/.cache/dist_lab", "folder for text as bytes, and for mnist and cifar10",
+    recompute: int = setting(0, "activation checkpointing: recompute every N-th block in backward; "
+        "1: all, 0: none", low=0)
+    sync_batchnorm: bool = setting(False, "BatchNorm over the samples of all ranks (resnet18)")
+    download: bool = setting(False, "download mnist or cifar10 into --cache if it is not there")
+    cache: str = setting("~/.cache/dist_lab", "folder for cached text, mnist and cifar10",
         metavar="DIR")
 
-    optimizer: str = setting("adamw", "what updates the weights", heading="optimizer",
+    optimizer: str = setting("adamw", "the optimizer", heading="optimizer",
         choices=("adamw", "sgd"))
-    weight_decay: float = setting(0.1, "on matrices; norms and biases have none", low=0)
-    warmup: int = setting(20, "steps over which the learning rate rises from 0", low=0)
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0: any", low=0)
-    seed: int = setting(0, "of weights and data", low=0, high=2**63 - 1)
+    weight_decay: float = setting(0.1, "weight decay of matrices; norms and biases have none",
+        low=0)
+    warmup: int = setting(20, "steps of linear learning-rate warm-up from 0", low=0)
+    clip: float = setting(1.0, "clip the global gradient norm to this; 0: no clipping", low=0)
+    seed: int = setting(0, "seed of the initial weights and of the data order", low=0,
+        high=2**63 - 1)
 
-    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks a core",
-        heading="ranks, and what they say to each other")
-    threads: int | None = setting(None, "of each rank; default: cores // ranks", low=1, high=1024)
-    backend: str = setting("gloo", "who carries the bytes: gloo (CPU) or nccl (GPU)",
+    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks per core",
+        heading="ranks and communication")
+    threads: int | None = setting(None, "CPU threads per rank; default: cores // ranks", low=1,
+        high=1024)
+    backend: str = setting("gloo", "torch.distributed backend: gloo (CPU) or nccl (GPU)",
         choices=("gloo", "nccl"))
-    collectives: str = setting("auto", "whose algorithms: the fastest as measured, the backend's "
-        "own, or one family by hand where it has the operation; a library's strategy uses the "
-        "backend's", choices=SETTINGS)
-    timeout: float = setting(60.0, "seconds that any collective may take", low=0.1, high=86400)
-    log_collectives: bool = setting(False, "print every collective as it is called")
-    check_collectives: bool = setting(False, "before each collective, compare what the ranks are "
-        "about to call")
+    collectives: str = setting("auto", "algorithms of collectives: auto (the fastest as measured), "
+        "backend (gloo's or nccl's own), or one hand-written family, where it has the operation; "
+        "--impl torch and accelerate always use the backend's", choices=SETTINGS)
+    timeout: float = setting(60.0, "seconds until a collective that does not complete is an error",
+        low=0.1, high=86400)
+    log_collectives: bool = setting(False, "print every collective when it is launched")
+    check_collectives: bool = setting(False, "before each collective, check that all ranks launch "
+        "the same one")
 
     val_every: int = setting(100, "steps between validations; 0: only at the end", low=0,
-        heading="logs, and errors")
+        heading="logs and errors")
     log_every: int = setting(10, "steps between logged rows", low=1)
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
-    about: str = setting("", "what this run is for; kept in its summary", metavar="TEXT")
+    about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
 
@@ -132,22 +143,22 @@ class RunSettings(ABC):
 
     @abstractmethod
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """The mesh that a program starts on so many processes; {}: one process alone.
+        """Returns the mesh for `size` processes, axis -> size; {} for one process without ranks.
 
         Args:
-            plain: this is one process that nobody started as a rank: no --nproc, no torchrun.
+            plain: this process was not started as a rank: no --nproc and no torchrun.
 
         Raises:
-            UserError: the settings do not fit so many processes.
+            UserError: the settings do not fit `size` processes.
         """
 
     def run(self, **changes: Any) -> "Config":
-        """One run with these settings, but for some."""
-        own = {option.name: getattr(self, option.name) for option in fields(Config)}
-        return Config(**own | changes)
+        """Returns the Config of one run with these settings and some `changes`."""
+        values = {option.name: getattr(self, option.name) for option in fields(Config)}
+        return Config(**values | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON values: for the summary, and to compare ranks by."""
+        """All settings as JSON values, for the summary and to compare ranks."""
         return asdict(self)
 
     def data_wanted(self) -> dict[str, Any]:
@@ -161,7 +172,7 @@ class RunSettings(ABC):
         }
 
     def check_fits(self, image: tuple[int, int, int] | None) -> None:
-        """Raise UserError unless the model takes such data: images of that shape, or None, text."""
+        """Raise UserError unless the model takes images of this shape, or text (`image` None)."""
         MODELS[self.model].check_fits(self.data, image)
 
 
@@ -175,26 +186,26 @@ class Config(RunSettings):
             object.__setattr__(self, "microbatches", 8 if self.strategy == "pp" else 1)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """The mesh of the run on so many processes, axis -> processes along it."""
-        own, asked = STRATEGIES[self.strategy].axes, dict(self.mesh or {})
-        wanted = math.prod(asked.values())
-        if not own and size > 1:
+        """Returns the mesh for `size` processes, and checks that the run fits it."""
+        possible, mesh = STRATEGIES[self.strategy].axes, dict(self.mesh or {})
+        mesh_size = math.prod(mesh.values())
+        if not possible and size > 1:
             raise UserError(
-                f"strategy {self.strategy} is for 1 process, {size} were started (--strategy); "
+                f"strategy {self.strategy} runs in 1 process, {size} were started (--strategy); "
                 "start 1, or give --strategy dp"
             )
-        if own and plain:
-            ranks = wanted if asked else 2
+        if possible and plain:
+            ranks = mesh_size if mesh else 2
             raise UserError(
-                f"strategy {self.strategy} runs on several processes, this is one alone "
-                f"(--strategy); add --nproc {ranks}, or start it by torchrun "
+                f"strategy {self.strategy} needs several processes, this is a single one "
+                f"(--strategy); add --nproc {ranks}, or start it with torchrun "
                 f"--nproc_per_node={ranks}"
             )
-        if asked and wanted != size:
-            by_axis = " x ".join(f"{name}={n}" for name, n in asked.items())
+        if mesh and mesh_size != size:
+            by_axis = " x ".join(f"{name}={n}" for name, n in mesh.items())
             raise UserError(
-                f"mesh {by_axis} needs {wanted} processes, {size} were started (--mesh); type "
-                f"torchrun --nproc_per_node={wanted} ... or --nproc {wanted}"
+                f"mesh {by_axis} needs {mesh_size} processes, {size} were started (--mesh); type "
+                f"torchrun --nproc_per_node={mesh_size} ... or --nproc {mesh_size}"
             )
         axes = self.mesh_on(size)
         if "pp" in axes:
@@ -205,22 +216,22 @@ class Config(RunSettings):
         return axes
 
     def mesh_on(self, size: int) -> dict[str, int]:
-        """The mesh that was asked for, or the strategy's own for so many processes; not checked."""
+        """Returns --mesh, or else the strategy's default mesh for `size` processes, unchecked."""
         return dict(self.mesh or STRATEGIES[self.strategy].default_axes(size))
 
     def fitted(self, size: int) -> "Config":
-        """This run on so many processes: a batch that was not given is one that divides."""
+        """Returns the run with a default batch rounded up so that `size` processes share it."""
         if isinstance(self.batch, AtLeast):
             return replace(self, batch=self.batch.divided_by(self.parts(self.mesh_on(size))))
         return self
 
     def parts(self, axes: Mapping[str, int]) -> int:
-        """Into so many parts the rows of a batch are shared out."""
+        """The number of equal parts of a batch: data-parallel ranks x micro-batches."""
         ranks = math.prod(axes.get(name, 1) for name in DATA_AXES)
         return ranks * self.microbatches
 
     def check_split(self, ranks: int) -> None:
-        """Raises UserError if so many ranks cannot share the model, or its sequence, out."""
+        """Raise UserError unless heads and sequence divide over this many tensor-parallel ranks."""
         MODELS[self.model].check_split(self.size, self.impl, ranks)
         if self.sequence_parallel and MODELS[self.model].reads == "text" and self.seq % ranks:
             fitting = max(1, round(self.seq / ranks)) * ranks
@@ -230,11 +241,11 @@ class Config(RunSettings):
             )
 
     def pipeline(self, ranks: int) -> Schedule:
-        """The schedule of a run under pp. Raises UserError if there is none for so many ranks."""
+        """Returns the pipeline schedule; raises UserError if there is none for `ranks`."""
         return make(self.schedule or "1f1b", ranks, self.microbatches, self.chunks)
 
     def check_pipeline(self, ranks: int) -> None:
-        """Raises UserError if there is no such schedule for so many ranks, or too few blocks."""
+        """Raise UserError unless the schedule fits the number of ranks and the model's blocks."""
         schedule = self.pipeline(ranks)
         blocks = self.layers or MODELS[self.model].blocks(self.size)
         if schedule.stages > blocks:
@@ -246,18 +257,18 @@ class Config(RunSettings):
             )
         if schedule.splits_backward and self.recompute:
             raise UserError(
-                f"recompute computes a block again for the whole of its backward, which schedule "
-                f"{self.schedule} does in two halves (--recompute); leave it out, or give "
+                f"recompute needs the backward of a block in one piece, and schedule "
+                f"{self.schedule} splits it in two (--recompute); leave it out, or give "
                 "--schedule 1f1b"
             )
 
     def check_batch(self, axes: Mapping[str, int]) -> None:
-        """Raises UserError if the ranks of this mesh cannot share out the rows that were given."""
+        """Raise UserError unless --batch, if given, divides over the mesh and micro-batches."""
         parts = self.parts(axes)
         if self.batch % parts and not isinstance(self.batch, AtLeast):
             fitting = max(1, round(self.batch / parts)) * parts
             raise UserError(
-                f"batch {self.batch} does not divide into {parts // self.microbatches} "
-                f"data-parallel ranks x "
-                f"{self.microbatches} microbatches = {parts} (--batch); give --batch {fitting}"
+                f"batch {self.batch} is not a multiple of {parts // self.microbatches} "
+                f"data-parallel ranks x {self.microbatches} micro-batches = {parts} (--batch); "
+                f"give --batch {fitting}"
             )

@@ -1,6 +1,6 @@
-"""The text of a mesh: "pp=2,tp=2" on a command line, or a table in a file.
+"""Meshes as text: "pp=2,tp=2" on a command line, or a table in a file.
 
-It is read once, where it is given; from there on a mesh is a mapping.
+`read_mesh` turns either into a mapping, axis -> size, which is what all other code uses.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dist_lab.errors import UserError, shown
 
 
 def read_mesh(value: Any, where: str) -> dict[str, int] | None:
-    """The axes that "dp=2,tp=2", or a table in a file, names, with their sizes; None: no axis.
+    """Returns axis -> size, read from "dp=2,tp=2" or a table in a file; None if there is no axis.
 
     >>> read_mesh("dp=2, tp=4", "--mesh"), read_mesh("", "--mesh")
     ({'dp': 2, 'tp': 4}, None)

@@ -1,6 +1,7 @@
-"""The table of strategies, and that of models: what there is to choose from, as data without torch.
+"""The tables of strategies and of models, as data without torch.
 
-A strategy's row says what it does and where its code is; compose.py reads it.
+A strategy's row says where its code is, along which mesh axes it runs and which settings it has.
+compose.py reads it.
 """
 
 import math
@@ -13,10 +14,10 @@ from dist_lab.zoo.sizes import SIZES
 
 
 class Casts(Enum):
-    """What a strategy casts to the dtype of compute by itself."""
+    """The tensors that a strategy itself casts to the dtype of forward and backward."""
 
     NOTHING = "nothing"
-    PARAMETERS = "parameters"  # what it gathers; inputs are cast for it
+    PARAMETERS = "parameters"  # when it all-gathers them; compose.py casts inputs
     ALL = "parameters and inputs"
 
 
@@ -25,8 +26,9 @@ class Impl:
     """One implementation of a strategy.
 
     apply: "module:function"
-    draws: it asks for the value of each parameter and keeps what it needs, so that no rank has to
-        hold a whole model from the meta device
+    draws: it initializes parameters one by one and keeps only this rank's shards, so a model on
+        the meta device is never materialized in full
+    casts: what it casts itself
     """
 
     apply: str
@@ -36,12 +38,12 @@ class Impl:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy, by whom it is written, and where it can run.
+    """A strategy: its implementations, its mesh axes and its settings.
 
     impls: "hand", "torch" or "accelerate" -> that implementation
-    axes: of a mesh, along which it can run, outer first; none: it takes one process
-    default: those of them that a mesh has by default
-    options: settings that are its own
+    axes: the mesh axes along which it can run, outermost first; empty: it runs in one process
+    default: the axes of its default mesh, if not all of `axes`
+    options: the settings that it has and not every strategy has
     """
 
     impls: Mapping[str, Impl]
@@ -50,7 +52,7 @@ class Strategy:
     options: tuple[str, ...] = ()
 
     def default_axes(self, size: int) -> dict[str, int]:
-        """The mesh for so many processes: all along the first axis, or, of two, 2 along it.
+        """Returns the default mesh: all ranks along a single axis, or 2 along the first of two.
 
         >>> STRATEGIES["fsdp"].default_axes(4), STRATEGIES["hsdp"].default_axes(6)
         ({'fsdp': 4}, {'dp': 2, 'fsdp': 3})
@@ -100,17 +102,17 @@ STRATEGIES: Mapping[str, Strategy] = {
         PP, axes=("pp",), options=("schedule", "chunks", "pp_balance", "emulate_compute")
     ),
 }
-# Every strategy by everyone who has written it.
+# All (strategy, implementation) pairs.
 IMPLEMENTATIONS = tuple((name, by) for name, row in STRATEGIES.items() for by in row.impls)
 
-# Strategies are applied in this order, outermost first, each along the axes that it has here.
+# Strategies are applied in this order, outermost first, each along its axes in this table.
 ORDER_OF_APPLICATION = (("pp",), ("tp",), ("dp", "fsdp"))
-# Axes that may have more than one position at once.
+# The sets of axes that may be larger than 1 in one mesh.
 MIXES = (frozenset({"pp"}), frozenset({"tp"}), frozenset({"dp", "fsdp"}), frozenset({"dp"}))
 
 IGNORED = (
-    "accelerate leaves its FSDP plugin unused on CPU: it takes the processes for MULTI_CPU, and "
-    "what it prepares is DistributedDataParallel; give --impl torch, or strategy ddp"
+    "accelerate ignores its FSDP plugin on CPU: it treats the processes as MULTI_CPU and wraps "
+    "the model in DistributedDataParallel; give --impl torch, or strategy ddp"
 )
 # Library implementations that we do not offer, and the reason we give.
 REFUSED = {(strategy, "accelerate"): IGNORED for strategy in ("fsdp", "hsdp")}
@@ -118,17 +120,17 @@ REFUSED = {(strategy, "accelerate"): IGNORED for strategy in ("fsdp", "hsdp")}
 
 @dataclass(frozen=True)
 class Model:
-    """A model: the data it reads, the images it can take, and what of it cannot be split.
+    """A model: the data it reads, the images it accepts, and why tp cannot split it, if so.
 
-    Its sizes stand in zoo/sizes.py.
+    Its sizes are in zoo/sizes.py.
     """
 
     name: str
     reads: str  # text or images
-    data: str  # that it learns from unless told otherwise
-    patch: int = 1  # sides of an image divide by it
-    smallest: int = 1  # side of an image
-    own_blocks: int = 0  # of a model without `layers`
+    data: str  # its default --data
+    patch: int = 1  # height and width of an image must be multiples of it
+    smallest: int = 1  # height and width of an image, at least
+    own_blocks: int = 0  # the number of blocks of a model without `layers`
     whole: str = ""  # why tp cannot split it
 
     @property
@@ -136,20 +138,22 @@ class Model:
         return tuple(SIZES[self.name])
 
     def blocks(self, size: str) -> int:
-        """The number of blocks, between which a pipeline may cut the model."""
+        """The number of blocks; a pipeline cuts the model between blocks."""
         return SIZES[self.name][size].get("layers", self.own_blocks)
 
     def heads(self, size: str) -> tuple[int, int] | None:
-        """The heads of queries, and those of keys and values; None without attention."""
+        """The number of query heads and of key and value heads; None without attention."""
         shape = SIZES[self.name][size]
         return (shape["heads"], shape.get("kv_heads", shape["heads"])) if "heads" in shape else None
 
     def check_split(self, size: str, impl: str, ranks: int) -> None:
-        """Raise UserError unless so many ranks can share the heads of the model of this size."""
+        """Raise UserError unless the attention heads divide over `ranks` tensor-parallel ranks."""
         name, heads = self.name, self.heads(size)
         if self.whole:
-            able = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
-            raise UserError(f"no tp of {name}: {self.whole} (--model); give {' or '.join(able)}")
+            splittable = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
+            raise UserError(
+                f"model {name} has no tp: {self.whole} (--model); give {' or '.join(splittable)}"
+            )
         if heads is None:
             return
         queries, keys = heads
@@ -161,43 +165,43 @@ class Model:
         if not fits(ranks):
             degrees = [n for n in range(1, queries + 1) if fits(n)]
             raise UserError(
-                f"{name} {size} has {queries} heads and {keys} of keys and values, which {ranks} "
-                f"ranks of tp@{impl} cannot share out (--mesh); degrees that work: "
+                f"{name} {size} has {queries} query heads and {keys} key and value heads, which do "
+                f"not divide over {ranks} ranks of tp@{impl} (--mesh); sizes that work: "
                 f"{', '.join(map(str, degrees))}; give --mesh tp={nearest_degree(degrees, ranks)}"
             )
 
     def check_fits(self, data: str, image: tuple[int, int, int] | None) -> None:
-        """Raise UserError unless the model takes images of this shape, or None, text.
+        """Raise UserError unless the model takes images of this shape, or text (`image` None).
 
         Args:
-            data: what --data said.
+            data: the value of --data.
         """
-        name, what = self.name, f"--data {shown(data)}"
+        name, flag = self.name, f"--data {shown(data)}"
         if image is None:
             if self.reads != "text":
                 raise UserError(
-                    f"model {name} reads images, and {what} is text (--model); give --data "
+                    f"model {name} reads images, and {flag} is text (--model); give --data "
                     f"{one_of(IMAGES, data)}"
                 )
             return
         _, height, width = image
         if self.reads != "images":
-            others = [f"--model {other}" for other, m in MODELS.items() if m.reads == "images"]
+            readers = [f"--model {other}" for other, m in MODELS.items() if m.reads == "images"]
             raise UserError(
-                f"model {name} reads text, and {what} is images of {height} x {width} "
-                f"(--model); give --data {self.data}, or {' or '.join(others)}"
+                f"model {name} reads text, and {flag} is images of {height} x {width} "
+                f"(--model); give --data {self.data}, or {' or '.join(readers)}"
             )
         if height % self.patch or width % self.patch:
             near = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
             raise UserError(
                 f"model {name} cuts an image into patches of {self.patch} x {self.patch}, "
-                f"which {height} x {width} does not divide into ({what}); give images of "
+                f"and {height} x {width} does not divide into them ({flag}); give images of "
                 f"{near[0]} x {near[1]}"
             )
         if min(height, width) < self.smallest:
             raise UserError(
-                f"model {name} halves an image three times, which {height} x {width} is too "
-                f"small for ({what}); give images of {self.smallest} x {self.smallest} or more"
+                f"model {name} halves an image three times, and {height} x {width} is too "
+                f"small for that ({flag}); give images of {self.smallest} x {self.smallest} or more"
             )
 
 
@@ -215,4 +219,4 @@ MODELS = {
     ),
 }
 ALL_SIZES = tuple(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))
-IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # what --data takes for images
+IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # values of --data

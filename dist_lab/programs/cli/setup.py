@@ -1,5 +1,5 @@
-"""From settings to a model, its data and a job, on one rank: where a name on the command line
-becomes a thing in torch.
+"""Build the model, the data and the job of one rank from the settings. Here names on the command
+line become torch objects.
 """
 
 import math
@@ -22,7 +22,7 @@ from dist_lab.programs.cli.registry import STRATEGIES
 
 
 def open_run(config: RunSettings, mesh: Mesh) -> Data:
-    """Start of every command: compare the ranks' settings, log collectives if asked, open data."""
+    """Start of every program: check that ranks have equal settings, log if asked, open the data."""
     check_settings_agree(config.to_dict() | versions(), mesh.world)
     if config.log_collectives:
         mesh.comm.log(sys.stderr.write)
@@ -32,7 +32,7 @@ def open_run(config: RunSettings, mesh: Mesh) -> Data:
 
 
 def draw_model(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
-    """The model of the zoo in the dtype of its parameters, drawn from the seed alone."""
+    """Returns the model, with parameters that depend on the seed only."""
     return zoo.build(
         config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
         dtype=parameter_dtype(config), device=device,
@@ -41,17 +41,17 @@ def draw_model(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
 
 
 def arguments(config: Config, data: Data) -> dict[str, Any]:
-    """The arguments of `parallelize` besides the model, the mesh and the name of the strategy."""
+    """The keyword arguments of `parallelize` that the settings determine."""
     model = zoo.MODELS[config.model]
-    own = {name: getattr(config, name) for name in STRATEGIES[config.strategy].options}
-    own = {name: value for name, value in own.items() if value is not None}
-    if "reduce_dtype" in own:
-        own["reduce_dtype"] = getattr(torch, own["reduce_dtype"])
-    if "pp_balance" in own:
-        own["balance"] = own.pop("pp_balance")
+    options = {name: getattr(config, name) for name in STRATEGIES[config.strategy].options}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "reduce_dtype" in options:
+        options["reduce_dtype"] = getattr(torch, options["reduce_dtype"])
+    if "pp_balance" in options:
+        options["balance"] = options.pop("pp_balance")
     if config.strategy == "pp":
-        own["example_inputs"] = data.batch(0, slice(0, config.batch // config.microbatches))[0]
-    return own | {
+        options["example_inputs"] = data.batch(0, slice(0, config.batch // config.microbatches))[0]
+    return options | {
         "units": (*model.units, *model.ends),
         "param_dtype": torch.bfloat16 if config.dtype == "bfloat16" else None,
         "recompute": config.recompute,
@@ -64,10 +64,10 @@ def parameter_dtype(config: RunSettings) -> torch.dtype:
 
 
 def build(config: Config, mesh: Mesh, data: Data) -> Job:
-    """The job of this rank, from a model on the meta device: parameters are made one by one."""
+    """Returns this rank's job. The model is on the meta device until its shards materialize."""
     model = draw_model(config, data, "meta")
-    told = arguments(config, data)
-    return parallelize(model, mesh, config.strategy, config.impl, seed=config.seed, **told)
+    keywords = arguments(config, data)
+    return parallelize(model, mesh, config.strategy, config.impl, seed=config.seed, **keywords)
 
 
 def versions() -> dict[str, str]:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
-    """The settings, mesh, machine and versions that a measured number depends on."""
+    """Returns the settings, mesh, machine and versions that a measured number depends on."""
     return {
         "config": config.to_dict(),
         "mesh": job.mesh.axes,
@@ -89,6 +89,7 @@ def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
 
 
 def batch_in_words(config: Mapping[str, Any], image: Sequence[int] | None) -> str:
+    """The batch in a printed line: "32 x 128" for text."""
     if image is None:
         return f"{config['batch']} x {config['seq']}"
-    return f"{config['batch']} images of {' x '.join(map(str, image))} (which have no --seq)"
+    return f"{config['batch']} images of {' x '.join(map(str, image))} (--seq is unused)"

@@ -1,4 +1,4 @@
-"""A report as files: compare.json, compare.csv and compare.png."""
+"""Write the report to files: compare.json, compare.csv and compare.png."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def write(report: CompareReport, folder: Path) -> None:
-    """All in JSON, the numbers of each strategy in a line of CSV, throughput as a picture."""
+    """Write everything as JSON, one CSV line per strategy, and a plot of throughput."""
     rows = [report.summary(row) | {"refused": None} for row in report.rows]
     rows += [{"strategy": label, "refused": why} for label, why in report.refused.items()]
     export.write(folder, "compare", report.to_dict(), rows, draw(report))
 
 
 def draw(report: CompareReport) -> "Figure":
-    """Bars of throughput; from the lower to the upper quartile of the rounds, a line."""
+    """Plot throughput as bars, with error bars from the lower to the upper quartile of rounds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.55 * len(report.rows)), dpi=150, layout="constrained")
@@ -28,22 +28,22 @@ def draw(report: CompareReport) -> "Figure":
     below = [rate.median - rate.low for rate in rates]
     above = [rate.high - rate.median for rate in rates]
     labels = [row.label for row in report.rows]
-    places = range(len(labels))
-    axes.barh(places, medians, xerr=[below, above], color="#7aa6c2", ecolor="#333333", capsize=4)
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()  # the first on top
+    positions = range(len(labels))
+    axes.barh(positions, medians, xerr=[below, above], color="#7aa6c2", ecolor="#333333", capsize=4)
+    axes.set_yticks(positions, labels)
+    axes.invert_yaxis()  # the first strategy at the top
     end = max(rate.high for rate in rates)
     axes.set_xlim(0, end * 1.45)
-    for place, row, rate in zip(places, report.rows, rates, strict=True):
-        found = report.ratio(row)
-        says = "reference"
-        if found:
-            says = f"x {found.median:.3f}  ({found.low:.3f}-{found.high:.3f})\n{found.verdict}"
-        axes.text(rate.high + end * 0.02, place, says, va="center", fontsize=8)
+    for position, row, rate in zip(positions, report.rows, rates, strict=True):
+        ratio = report.ratio(row)
+        text = "reference"
+        if ratio:
+            text = f"x {ratio.median:.3f}  ({ratio.low:.3f}-{ratio.high:.3f})\n{ratio.verdict}"
+        axes.text(rate.high + end * 0.02, position, text, va="center", fontsize=8)
     config = report.setting["config"]
     axes.set_xlabel(
-        f"{report.unit}: median and quartiles of {len(report.rows[0].rounds)} rounds; beside it "
-        f"the ratio to {report.reference} (99% interval)",
+        f"{report.unit}: median and quartiles of {len(report.rows[0].rounds)} rounds; right: "
+        f"ratio to {report.reference} (99% confidence interval)",
         fontsize=8,
     )
     axes.set_title(

@@ -1,8 +1,8 @@
-"""The alternating rounds, on every rank. Read `measure` first; the rest is what it calls.
+"""The alternating rounds, on every rank. Read `measure` first; it calls the rest.
 
-All strategies live side by side in the same processes, each with a model, an optimizer and batches
-of its own, drawn from the same seed; so they take the same steps, and differ in when bytes travel.
-In each round every strategy runs a few steps, in an order that ratios.py makes fair.
+All strategies live side by side in the same processes. Each has its own model, optimizer and
+batches, all from the same seed. So they compute the same steps, and differ only in communication
+and memory. In each round every strategy runs a few steps, in an order that ratios.py makes fair.
 """
 
 import gc
@@ -37,21 +37,22 @@ from dist_lab.programs.compare.settings import ListedStrategy, Settings
 from dist_lab.programs.train.loop import make_optimizer, own_rows, take_step
 from dist_lab.programs.train.meter import Meter, peak_rate
 
-WARM_UP = 4  # steps: two that are measured for memory and FLOPs, one to settle, one for its bytes
+WARM_UP = 4  # steps: two to measure memory and FLOPs, one to settle, one to count bytes
 
 
 def run(config: Settings, mesh: Mesh) -> int:
-    """Compare, show, and write the files that README describes."""
-    asked, config = config, config.fitted(mesh.size)
+    """Compare the strategies, print the tables and write the files that README describes."""
+    requested, config = config, config.fitted(mesh.size)
     names = ("batch", "layers")
-    chosen = [f"{n} {getattr(config, n)}" for n in names if getattr(config, n) != getattr(asked, n)]
+    changed = [n for n in names if getattr(config, n) != getattr(requested, n)]
+    chosen = [f"{name} {getattr(config, name)}" for name in changed]
     if chosen and mesh.rank == 0:
         print(f"{' and '.join(chosen)}, so that every strategy runs", flush=True)
-    with ExitStack() as held:
+    with ExitStack() as cleanup:
         data = setup.open_run(config, mesh)
         with together(mesh.world):
             if mesh.rank == 0:
-                folder = held.enter_context(run_dir.claimed(config, "compare"))
+                folder = cleanup.enter_context(run_dir.claimed(config, "compare"))
         report = measure(config, mesh, data, config.entries())
         if report is not None:
             files.write(report, folder)
@@ -62,23 +63,23 @@ def run(config: Settings, mesh: Mesh) -> int:
 def measure(
     config: Settings, mesh: Mesh, data: Data, entries: Sequence[ListedStrategy]
 ) -> CompareReport | None:
-    """Run all entries in alternating rounds, those that can; the report is rank 0's. Collective.
+    """Run all entries that can run in alternating rounds. Collective; rank 0 gets the report.
 
     Raises:
-        UserError: none of the entries can run, or not the one to measure against.
+        UserError: none of the entries can run, or the reference cannot.
     """
-    with ExitStack() as held:
+    with ExitStack() as cleanup:
         progress = Progress("rounds", config.rounds, quiet=mesh.rank > 0, auto_refresh=False)
-        held.callback(progress.close)
+        cleanup.callback(progress.close)
         running: list[Contender] = []
         refused: dict[str, str] = {}
         for entry in entries:
             progress.say(f"warm-up of {entry.label}")
             try:
-                running.append(warmed_up(Contender(entry, config, mesh), data, held))
+                running.append(warmed_up(Contender(entry, config, mesh), data, cleanup))
             except UserError as error:
                 refused[entry.label] = str(error)
-            gc.collect()  # what a refused one leaves: its model and hooks refer to each other
+            gc.collect()  # frees a refused one: its model and hooks refer to each other
         reference = find_reference(config, running, refused)
         for done, order in enumerate(orders(len(running), config.rounds, config.seed), start=1):
             for one in (running[place] for place in order):
@@ -103,11 +104,13 @@ def measure(
 
 
 class Contender:
-    """One strategy on this rank, with all that it trains. Where it sits out, its steps are empty.
+    """One strategy on this rank, with its model, optimizer and batches.
+
+    On a rank that takes no part its steps are empty.
 
     Attributes:
-        rounds: seconds of each step of each round, by the slowest rank.
-        losses: of every step, warm-up included.
+        rounds: seconds of each step of each round, on the slowest rank.
+        losses: the loss of every step, including warm-up.
     """
 
     def __init__(self, entry: ListedStrategy, settings: Settings, mesh: Mesh) -> None:
@@ -119,20 +122,20 @@ class Contender:
         self.taken = 0
         self.rounds: list[list[float]] = []
         self.losses: list[float] = []
-        self.calls: list[Call] = []  # of one step
-        self.kernel_bytes: int | None = None  # of the same step
+        self.calls: list[Call] = []  # collectives of one step
+        self.kernel_bytes: int | None = None  # sent in that step
 
-    def build(self, data: Data, held: ExitStack) -> None:
+    def build(self, data: Data, cleanup: ExitStack) -> None:
         if self.takes_part:
             config = self.config
             self.job = setup.build(config, own_mesh(self.entry, config, self.mesh), data)
             self.optimizer = make_optimizer(self.job, config)
             rows = own_rows(config.batch, self.job)
-            self.batches = held.enter_context(closing(prefetch(data, rows, 0, self.steps)))
+            self.batches = cleanup.enter_context(closing(prefetch(data, rows, 0, self.steps)))
             self.meter = Meter(self.job, self.optimizer)
 
     def step(self) -> None:
-        """The step of train.py, with nothing left out."""
+        """Take one complete step, as train.py does."""
         if not self.takes_part:
             return
         self.taken += 1
@@ -143,7 +146,7 @@ class Contender:
         self.losses.append(loss)
 
     def counted_step(self) -> None:
-        """A step of which the bytes are counted, by the ledger and by the kernel."""
+        """Take a step while the ledger and the kernel count its bytes."""
         with ExitStack() as counting:
             if self.takes_part:
                 ledger = self.job.mesh.comm.ledger
@@ -151,7 +154,7 @@ class Contender:
             self.kernel_bytes = sent_during(self.step, self.mesh)
 
     def own_facts(self) -> dict[str, Any]:
-        """What this rank knows, as JSON; nothing if it sat out."""
+        """This rank's measurements, as JSON values; empty if it took no part."""
         if not self.takes_part:
             return {}
         counted = self.entry.impl == "hand"  # a library's calls do not pass through our ledger
@@ -168,7 +171,7 @@ class Contender:
 
 
 def own_mesh(entry: ListedStrategy, config: Config, mesh: Mesh) -> Mesh:
-    """A mesh for one strategy: on the same processes, with a ledger of its own."""
+    """Returns a mesh for one strategy: the same processes, but its own ledger."""
     if entry.alone:
         return Mesh({"dp": 1}, CommContext(0, 1, backend=config.backend), config.timeout)
     axes = config.axes(mesh.size)
@@ -178,12 +181,12 @@ def own_mesh(entry: ListedStrategy, config: Config, mesh: Mesh) -> Mesh:
     )  # fmt: skip
 
 
-def warmed_up(one: Contender, data: Data, held: ExitStack) -> Contender:
-    """Build it and take the steps that do not count. What one rank refuses, all refuse."""
+def warmed_up(one: Contender, data: Data, cleanup: ExitStack) -> Contender:
+    """Build it and take the warm-up steps. If one rank raises a UserError, all do."""
     with together(one.mesh.world):
         if why := one.misfit:
             raise UserError(why)
-        one.build(data, held)
+        one.build(data, cleanup)
     for _ in range(WARM_UP - 1):
         with together(one.mesh.world):
             one.step()
@@ -195,24 +198,25 @@ def warmed_up(one: Contender, data: Data, held: ExitStack) -> Contender:
 def find_reference(
     config: Settings, running: Sequence[Contender], refused: Mapping[str, str]
 ) -> str:
+    """Returns the label of the reference: --reference, or else the first that runs."""
     labels = [one.entry.label for one in running]
-    asked = config.reference.removesuffix("@hand")
-    if asked in refused:
-        raise UserError(f"reference {asked} cannot run: {refused[asked]}; give another --reference")
+    label = config.reference.removesuffix("@hand")
+    if label in refused:
+        raise UserError(f"reference {label} cannot run: {refused[label]}; give another --reference")
     if not labels:
         why = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
         raise UserError(f"none of the strategies can run; {why}")
-    return asked or labels[0]
+    return label or labels[0]
 
 
 def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
-    """Bytes that this rank's sockets send for some work, by the kernel's count."""
+    """Returns the bytes that this rank's sockets send during `work`, as the kernel counts them."""
     marks = []
     barrier(mesh.world)
-    for action in (lambda: None, work):  # the first to know what it costs to meet
+    for action in (lambda: None, work):  # the first measures the barrier alone
         marks.append(sockets.sent_bytes())
         action()
-        barrier(mesh.world)  # now all that was sent has arrived
+        barrier(mesh.world)  # after it, everything that was sent has arrived
     start, middle, end = [*marks, sockets.sent_bytes()]
     if start is None or middle is None or end is None:
         return None
@@ -220,13 +224,13 @@ def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
 
 
 def row_of(one: Contender) -> ContenderRow:
-    """What all ranks know of one strategy together. Collective; whole on rank 0."""
-    mine = json.dumps(one.own_facts()).encode()
-    everyone = [json.loads(facts) for facts in ops.all_gather_bytes(mine, one.mesh.world)]
-    facts = [fact for fact in everyone if fact]
+    """Combine the measurements of all ranks for one strategy. Collective."""
+    own_facts = json.dumps(one.own_facts()).encode()
+    gathered = [json.loads(facts) for facts in ops.all_gather_bytes(own_facts, one.mesh.world)]
+    facts = [fact for fact in gathered if fact]  # of the ranks that took part
     kernel = [fact["kernel_bytes"] for fact in facts]
     fullest = max(facts, key=lambda fact: fact["peak_memory_bytes"])
-    of_all = {
+    over_ranks = {
         "peak_memory_bytes": fullest["peak_memory_bytes"],
         "peak_memory": fullest["peak_memory"],
         "traffic": mean_of_ranks([fact["traffic"] for fact in facts]),
@@ -234,5 +238,5 @@ def row_of(one: Contender) -> ContenderRow:
     }
     return ContenderRow(
         **asdict(one.entry), processes=len(facts), rounds=one.rounds, losses=one.losses,
-        **facts[0] | of_all,
+        **facts[0] | over_ranks,
     )  # fmt: skip

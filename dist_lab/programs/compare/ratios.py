@@ -1,22 +1,23 @@
-"""From the times of alternating rounds to a ratio, how certain it is, and a word for it.
+"""From the times of alternating rounds to a speed ratio, its confidence interval and a verdict.
 
-A machine is slower for a while and then faster again, by more than the difference that is looked
-for. So strategies are compared within a round, where the same minute was everybody's, and a round's
-ratio is of medians of steps, which a single interrupted step does not move. What is left of noise
-is anything but normal: hence the median of the rounds' ratios, with an interval that holds for
-every distribution.
+A machine gets slower for a while and then faster again, often by more than the difference between
+two strategies. So strategies are compared within a round, where all run in the same minute. A
+round's ratio divides medians over steps, which one interrupted step does not change. The remaining
+noise is not normally distributed, so the result is the median of the rounds' ratios, with an
+interval that holds for every distribution.
 
 [Note: the interval] Each of n independent rounds is as likely above the median as below it, like a
-coin. The k-th smallest and the k-th largest of n values miss the median between them only if fewer
-than k values fall on one side of it: with probability 2 P(B < k), B ~ Binomial(n, 1/2). The largest
-k for which this is at most 1% gives the narrowest such interval that is right 99 times in 100
-whatever the noise looks like. W. R. Thompson 1936, "On confidence ranges for the median and other
-expectation distributions for populations of unknown distribution form", Annals of Mathematical
-Statistics 7(3); it is the sign test turned round.
+coin toss. The interval from the k-th smallest to the k-th largest of n values misses the median
+only if fewer than k values fall on one side of it. That has probability 2 P(B < k) for
+B ~ Binomial(n, 1/2). The largest k for which this is at most 1% gives the narrowest such interval
+that is right 99 times in 100, whatever the distribution. W. R. Thompson 1936, "On confidence ranges
+for the median and other expectation distributions for populations of unknown distribution form",
+Annals of Mathematical Statistics 7(3). It is the inverse of the sign test.
 
-[Note: the order of a round] Whoever runs first, or after a greedy neighbour, may be slower by it.
-Every second round runs the order of the one before backwards, so that nobody is early or late on
-the average of two, and a steady drift cancels; the order itself is drawn anew for each such pair.
+[Note: the order of a round] A strategy may be slower because it runs first, or right after a
+certain other one. So every second round runs in the reverse order of the round before: over the
+two, each strategy has the same average position, and a steady drift cancels. Each such pair of
+rounds has a new random order.
 """
 
 import random
@@ -31,7 +32,7 @@ CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The median of some numbers and their quartiles."""
+    """The median of some numbers, and their lower and upper quartile."""
 
     median: float
     low: float
@@ -51,10 +52,10 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the reference, over paired rounds.
+    """A speed relative to the reference's, over paired rounds: 2 is twice as fast.
 
-    low, high: the interval that holds the true median with `confidence`.
-    quartiles: of the rounds' own ratios.
+    low, high: the interval that contains the true median with probability `confidence`.
+    quartiles: those of the rounds' ratios.
     """
 
     median: float
@@ -70,12 +71,12 @@ class Ratio:
         return "slower" if self.high < 1 else "too noisy to tell"
 
 
-def ratio(mine: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """Compare seconds a step, round by round: above 1 is faster than the reference.
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
+    """Compare seconds per step, round by round: a ratio above 1 is faster than the reference.
 
     Raises ValueError if there are fewer rounds than `fewest_rounds()`.
     """
-    ratios = sorted(theirs / ours for ours, theirs in zip(mine, reference, strict=True))
+    ratios = sorted(theirs / ours for ours, theirs in zip(seconds, reference, strict=True))
     k = depth(len(ratios))
     if k == 0:
         raise ValueError(f"{len(ratios)} rounds give no interval of {CONFIDENCE:.0%}")
@@ -86,7 +87,7 @@ def ratio(mine: Sequence[float], reference: Sequence[float]) -> Ratio:
 
 
 def missed(n: int, k: int) -> float:
-    """How often the k-th smallest and the k-th largest of n miss the median between them.
+    """The probability that the k-th smallest to k-th largest of n values miss the median.
 
     >>> missed(8, 1)  # all eight on one side: 2 / 256
     0.0078125
@@ -95,7 +96,7 @@ def missed(n: int, k: int) -> float:
 
 
 def depth(n: int) -> int:
-    """The largest k whose interval is right with `CONFIDENCE`; 0 if none of n values is.
+    """The largest k whose interval has `CONFIDENCE`; 0 if n is too small for any.
 
     >>> [depth(n) for n in (7, 8, 16, 24)]
     [0, 1, 3, 6]
@@ -107,7 +108,7 @@ def depth(n: int) -> int:
 
 
 def fewest_rounds() -> int:
-    """Rounds without which no interval has `CONFIDENCE`.
+    """The smallest number of rounds for which an interval has `CONFIDENCE`.
 
     >>> fewest_rounds()
     8
@@ -119,13 +120,15 @@ def fewest_rounds() -> int:
 
 
 def orders(contenders: int, rounds: int, seed: int) -> list[list[int]]:
-    """Who runs when in each round; see [Note: the order of a round]. The same on every rank.
+    """Returns the order of contenders in each round: [Note: the order of a round].
+
+    It is the same on every rank.
 
     >>> orders(3, 4, seed=1)
     [[0, 2, 1], [1, 2, 0], [0, 1, 2], [2, 1, 0]]
     """
-    draw, made = random.Random(seed), list[list[int]]()
+    rng, rounds_in_order = random.Random(seed), list[list[int]]()
     for _ in range(0, rounds, 2):
-        order = draw.sample(range(contenders), contenders)
-        made += [order, order[::-1]]
-    return made[:rounds]
+        order = rng.sample(range(contenders), contenders)
+        rounds_in_order += [order, order[::-1]]
+    return rounds_in_order[:rounds]

@@ -1,4 +1,4 @@
-"""What a comparison found: a row a strategy, and what follows from it."""
+"""The results of a comparison as data: one row per strategy, and the numbers derived from it."""
 
 import statistics
 from collections import defaultdict
@@ -11,20 +11,20 @@ from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.observe.flops import utilization
 from dist_lab.programs.compare.ratios import Quartiles, Ratio, ratio
 
-# Final losses that are further apart than this, relatively, are not explained by sums in another
-# order. Training amplifies rounding: after 200 steps of the tiny gpt, 4e-7 in float32 and 3e-3 in
-# bfloat16 were seen.
+# The largest relative difference of final losses that a different order of sums can explain.
+# Training amplifies rounding: after 200 steps of the tiny gpt it was 4e-7 in float32 and 3e-3 in
+# bfloat16.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective in one step of one rank, in bytes. On the mean over ranks.
+    """The bytes of one kind of collective in one step of a rank; the mean over ranks.
 
-    formula: what the published formula says of this payload: see comm/ledger.py.
+    formula: the bytes that the published formula gives for this payload: see comm/ledger.py.
     """
 
-    collective: str  # "all_reduce dp": the operation, and the axis
+    collective: str  # the operation and the axis: "all_reduce dp"
     calls: float
     payload: float
     sent: float
@@ -33,19 +33,19 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ContenderRow:
-    """One strategy.
+    """The results of one strategy.
 
     Attributes:
         about: the configuration of a library's strategy.
-        processes: those that took part.
+        processes: the number of ranks that took part.
         rounds: seconds of each step of each round.
-        losses: of every step since the first, warm-up included.
-        blocked: seconds that rank 0 waited for others, of each step of the rounds; None: a
-            library's own waiting is not counted.
-        peak_memory: of the rank that needs most, by kind: at that peak, and at each kind's own.
-        traffic: of one step; None, as for `blocked`.
-        kernel_bytes: sent in that step by the kernel's count, on the mean over ranks; None where
-            nobody counts.
+        losses: the loss of every step, including warm-up.
+        blocked: seconds that rank 0 waited for others in each step of the rounds; None for a
+            library's strategy, whose waiting is not counted.
+        peak_memory: bytes by kind on the rank that needs most, at its peak and at each kind's peak.
+        traffic: the collectives of one step; None for a library's strategy.
+        kernel_bytes: bytes sent in that step as the kernel counts them, mean over ranks; None
+            where the system does not count them.
     """
 
     label: str
@@ -64,12 +64,12 @@ class ContenderRow:
 
     @cached_property
     def round_seconds(self) -> list[float]:
-        """Seconds a step in each round: the median of its steps."""
+        """Seconds per step in each round: the median over its steps."""
         return [statistics.median(steps) for steps in self.rounds]
 
     @cached_property
     def seconds(self) -> Quartiles:
-        """Of a step, over the rounds."""
+        """Seconds per step: median and quartiles over the rounds."""
         return Quartiles.of(self.round_seconds)
 
     @property
@@ -77,7 +77,7 @@ class ContenderRow:
         return None if self.blocked is None else statistics.median(self.blocked)
 
     def total(self, what: Literal["payload", "sent", "formula"]) -> float | None:
-        """Bytes of all collectives of a step together."""
+        """The bytes of all collectives of a step."""
         if self.traffic is None:
             return None
         return sum(getattr(collective, what) for collective in self.traffic)
@@ -85,15 +85,15 @@ class ContenderRow:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """All rows.
+    """The results of all strategies.
 
     Attributes:
-        setting: settings, mesh, threads, cores, versions: what a number needs beside it.
-        reference: the label that ratios are to.
+        setting: settings, mesh, threads, cores and versions, on which the numbers depend.
+        reference: the label of the strategy that the others are compared with.
         unit: "tokens/s" or "samples/s".
-        batch: tokens or samples of a step, over all ranks.
-        peak_flops_per_s: of all ranks together.
-        refused: label -> why it did not run.
+        batch: tokens or samples per step, over all ranks.
+        peak_flops_per_s: the sum over all ranks.
+        refused: label -> why the strategy did not run.
     """
 
     setting: Mapping[str, Any]
@@ -105,7 +105,7 @@ class CompareReport:
     refused: dict[str, str]
 
     def ratio(self, row: ContenderRow) -> Ratio | None:
-        """How many times as fast as the reference; None for the reference itself."""
+        """The speed relative to the reference's; None for the reference itself."""
         if row.label == self.reference:
             return None
         return ratio(row.round_seconds, self.reference_row.round_seconds)
@@ -119,21 +119,21 @@ class CompareReport:
         return TOLERANCE[self.setting["config"]["dtype"]]
 
     def loss_error(self, row: ContenderRow) -> float:
-        """How far its final loss is from the reference's, relative to that."""
+        """The relative difference of the final loss from the reference's."""
         final = self.reference_row.losses[-1]
         return abs(row.losses[-1] - final) / max(abs(final), 1e-300)
 
     def throughput(self, row: ContenderRow) -> Quartiles:
-        """Tokens or samples a second, over the rounds."""
+        """Tokens or samples per second: median and quartiles over the rounds."""
         return Quartiles.of([self.batch / seconds for seconds in row.round_seconds])
 
     def mfu(self, row: ContenderRow) -> float | None:
-        """Model FLOPs utilization; None where it cannot be right: observe/flops.py."""
+        """Model FLOPs utilization; None where it would be wrong: see observe/flops.py."""
         return utilization(row.flops_per_step, row.seconds.median, self.peak_flops_per_s)
 
     def summary(self, row: ContenderRow) -> dict[str, Any]:
-        """One row as flat numbers: in milliseconds, bytes, and `unit`."""
-        found, rate = self.ratio(row), self.throughput(row)
+        """One row as a flat dict of numbers, in milliseconds, bytes and `unit`."""
+        ratio, rate = self.ratio(row), self.throughput(row)
         blocked = row.blocked_seconds
         return {
             "strategy": row.label,
@@ -142,12 +142,12 @@ class CompareReport:
             "step_ms_lower_quartile": row.seconds.low * 1e3,
             "step_ms_upper_quartile": row.seconds.high * 1e3,
             "rounds": len(row.rounds),
-            "ratio": found.median if found else 1.0,
-            "ratio_low": found.low if found else None,
-            "ratio_high": found.high if found else None,
-            "ratio_lower_quartile": found.quartiles.low if found else None,
-            "ratio_upper_quartile": found.quartiles.high if found else None,
-            "verdict": found.verdict if found else "reference",
+            "ratio": ratio.median if ratio else 1.0,
+            "ratio_low": ratio.low if ratio else None,
+            "ratio_high": ratio.high if ratio else None,
+            "ratio_lower_quartile": ratio.quartiles.low if ratio else None,
+            "ratio_upper_quartile": ratio.quartiles.high if ratio else None,
+            "verdict": ratio.verdict if ratio else "reference",
             self.unit.replace("/", "_per_"): rate.median,
             "mfu": self.mfu(row),
             "blocked_ms": None if blocked is None else blocked * 1e3,
@@ -162,7 +162,7 @@ class CompareReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """All results, as JSON values."""
         return {
             "setting": dict(self.setting),
             "reference": self.reference,
@@ -176,24 +176,24 @@ class CompareReport:
         }
 
 
-IN_MEMORY = "in memory"  # that all ranks see: comm/shared/memory.py
+IN_MEMORY = "in memory"  # through memory that ranks share: comm/shared/memory.py
 
 
 def by_collective(calls: Iterable[Call]) -> list[list[Any]]:
-    """Calls of one rank, added up: [collective, calls, payload, sent, formula] of each."""
+    """Sum the calls of one rank per collective: [collective, calls, payload, sent, formula]."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     for call in calls:
-        formula = float(call.payload)  # of a message from one rank to another
+        formula = float(call.payload)  # right for send and recv
         if call.op in SHARE_SENT:
             formula = float(formula_bytes(call.op, call.size, call.payload))
-        place = f", {IN_MEMORY}" if call.algorithm == "shared" else ""
-        for i, part in enumerate((1, call.payload, call.sent, formula)):
-            sums[f"{call.op} {call.axis}{place}"][i] += part
+        transport = f", {IN_MEMORY}" if call.algorithm == "shared" else ""
+        for i, number in enumerate((1, call.payload, call.sent, formula)):
+            sums[f"{call.op} {call.axis}{transport}"][i] += number
     return [[name, *numbers] for name, numbers in sums.items()]
 
 
 def mean_of_ranks(ranks: Sequence[list[list[Any]] | None]) -> list[Traffic] | None:
-    """`by_collective` of all ranks as one. None if the ranks do not count."""
+    """The mean over ranks of their `by_collective`; None if the ranks do not count."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     for rank in ranks:
         if rank is None:

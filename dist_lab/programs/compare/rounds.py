@@ -1,9 +1,9 @@
-"""The clock of alternating rounds, on every rank.
+"""Measure the time of steps, on every rank.
 
-[Note: the time of a step] A step is done when the last rank has done it. Every rank notes when it
-has done each, counted from where all met before the first; the maximum over ranks is taken after
-the last, so that nothing is sent or waited for, while the clock runs, that the step itself does not
-send. Ranks may drift apart inside a block as they do in a real run.
+[Note: the time of a step] A step ends when the slowest rank ends it. Each rank notes when it ends
+each step, counted from a barrier before the first. The maximum over ranks is taken after the last
+step. So while the clock runs, nothing is sent or waited for but by the step itself, and ranks may
+drift apart within a block as they do in a real run.
 """
 
 import time
@@ -19,11 +19,11 @@ from dist_lab.mesh.mesh import Axis
 def block(
     step: Callable[[], object], steps: int, axis: Axis, *, alone: bool = False
 ) -> list[float]:
-    """Seconds of each of some steps by the slowest rank; see [Note: the time of a step].
+    """Returns the seconds of each step on the slowest rank; see [Note: the time of a step].
 
     Args:
-        alone: only rank 0 has work. The others must not wait for it until they time out, so all
-            meet after each step, while no clock runs.
+        alone: only rank 0 has work. There is a barrier after each step, outside the measured time,
+            so that the other ranks do not wait until they time out.
     """
     ends, elapsed = [], 0.0
     barrier(axis)
@@ -35,12 +35,12 @@ def block(
         if alone:
             barrier(axis)
     with axis.comm.label("measure"):
-        mine = torch.tensor(ends, dtype=torch.float64, device=axis.device)
-        last = ops.all_reduce(mine, axis, "max").tolist()
-    return [after - before for before, after in pairwise([0.0, *last])]
+        own_ends = torch.tensor(ends, dtype=torch.float64, device=axis.device)
+        last_ends = ops.all_reduce(own_ends, axis, "max").tolist()
+    return [after - before for before, after in pairwise([0.0, *last_ends])]
 
 
 def barrier(axis: Axis) -> None:
-    """No rank goes on before all are here."""
+    """Wait until all ranks have called this."""
     with axis.comm.label("measure"):
         ops.all_reduce(torch.zeros(1, device=axis.device), axis, algorithm="backend")

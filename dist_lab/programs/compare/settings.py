@@ -1,4 +1,4 @@
-"""What is compared: train.py's settings, with a list of strategies where that has one."""
+"""The settings of compare.py: those of train.py, with a list of strategies instead of one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
 
-DEFAULTS = {"steps": 3}  # a round; short rounds are close in time
+DEFAULTS = {"steps": 3}  # per round; strategies are compared best within short rounds
 SMOKE = {"size": "tiny", "batch": AtLeast(8), "seq": 32, "steps": 2, "rounds": 8}
 WITHOUT = [
     "strategy", "impl", "val_every", "log_every", "log_collectives", "check_collectives",
@@ -26,7 +26,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class ListedStrategy:
-    """One strategy in the list. Listed twice it has two labels: dp, dp#2."""
+    """One strategy in --strategies. If it is listed twice, the labels are dp and dp#2."""
 
     label: str
     strategy: str
@@ -34,62 +34,64 @@ class ListedStrategy:
 
     @property
     def alone(self) -> bool:
-        """It takes one process: rank 0 runs it on the whole batch, and the others wait."""
+        """Whether it runs in one process: rank 0 runs the whole batch, and the other ranks wait."""
         return not STRATEGIES[self.strategy].axes
 
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """The settings of runs, of which `steps` are those of each strategy in each round."""
+    """The settings of a comparison. `steps` is per strategy and round."""
 
     # fmt: off
-    strategies: str = setting(ALL, "by commas, each NAME or NAME@IMPL; all: every one that the "
-        "mesh allows. One that is listed twice is compared with itself",
-        heading="what is compared", first=True, metavar="LIST")
-    reference: str = setting("", "what the others are measured against; default: the first that "
-        "runs", metavar="NAME")
-    rounds: int = setting(24, "in each, every strategy runs --steps steps, in changing order",
-        low=1)
-    smoke: bool = setting(False, "a small one, to see that all works: "
+    strategies: str = setting(ALL, "strategies to compare, separated by commas, each NAME or "
+        "NAME@IMPL; all: every one that --mesh allows; listed twice, a strategy is compared with "
+        "itself", heading="comparison", first=True, metavar="LIST")
+    reference: str = setting("", "the strategy that the others are compared with; default: the "
+        "first that runs", metavar="NAME")
+    rounds: int = setting(24, "number of rounds; in each, every strategy runs --steps steps, and "
+        "the order changes", low=1)
+    smoke: bool = setting(False, "a quick run to see that everything works; changes the defaults "
+        "to: "
         + ", ".join(f"{name} {value}" for name, value in SMOKE.items()))
     # fmt: on
 
     def entries(self) -> list[ListedStrategy]:
-        """All that are listed.
+        """Returns the strategies of --strategies; for `all`, those that --mesh allows.
 
         Raises:
-            UserError: an empty list, or something in it that is no strategy.
+            UserError: the list is empty, or a name in it is not a strategy.
         """
         if self.strategies == ALL:
-            every = entries(f"{n}@{by}" for n, row in STRATEGIES.items() for by in row.impls)
-            return [entry for entry in every if not self.misfit(entry)]
+            all_entries = entries(f"{n}@{by}" for n, row in STRATEGIES.items() for by in row.impls)
+            return [entry for entry in all_entries if not self.misfit(entry)]
         return entries(self.strategies.split(","))
 
     def misfit(self, entry: ListedStrategy) -> str:
-        """Why it cannot run on the mesh that was asked for; "" if it can."""
+        """Returns why the strategy cannot run on --mesh; "" if it can."""
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
-            return "computes for real, and the others are emulated (--emulate-compute)"
-        asked, own = self.mesh or {}, STRATEGIES[entry.strategy].axes
-        if entry.alone or set(asked) <= set(own):
+            return "cannot emulate its compute as pp does (--emulate-compute)"
+        mesh, axes = self.mesh or {}, STRATEGIES[entry.strategy].axes
+        if entry.alone or set(mesh) <= set(axes):
             return ""
-        foreign = " and ".join(f"{name}={size}" for name, size in asked.items() if name not in own)
-        return f"does not run along {foreign} (--mesh); its axes are {', '.join(own)}"
+        foreign = " and ".join(f"{name}={size}" for name, size in mesh.items() if name not in axes)
+        return f"has no mesh axis {foreign} (--mesh); its axes are {', '.join(axes)}"
 
     def of(self, entry: ListedStrategy) -> Config:
-        """What train.py would have to be told to run one entry.
+        """Returns the settings with which train.py runs one entry.
 
-        A setting that only other strategies in the list know is left out.
+        Settings that only other listed strategies have are left out.
         """
-        own = STRATEGIES[entry.strategy].options
-        known = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
-        changes: dict[str, Any] = {name: None for name in known if name not in own}
+        options = STRATEGIES[entry.strategy].options
+        of_any = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
+        changes: dict[str, Any] = {name: None for name in of_any if name not in options}
         changes |= {"mesh": None, "nproc": None} if entry.alone else {}
         return self.run(strategy=entry.strategy, impl=entry.impl, **changes)
 
     def fitted(self, size: int) -> "Settings":
-        """These settings on so many processes; what was not given is such that every entry runs.
+        """Returns these settings with a default batch and default layers that suit every entry.
 
-        The batch divides for all, and the model has a block for each stage of a pipeline.
+        The batch divides over the ranks of every entry, and the model has at least as many blocks
+        as a pipeline has stages.
         """
         runs = [self.of(e) for e in self.entries() if not self.misfit(e) and not e.alone]
         meshes = [(run, run.mesh_on(size)) for run in runs]
@@ -101,30 +103,30 @@ class Settings(RunSettings):
         if self.layers is None and not model.own_blocks:
             stages = [model.blocks(self.size)]
             for run, axes in meshes:
-                with suppress(UserError):  # `axes` says it, of this entry alone
+                with suppress(UserError):  # `axes` reports it, for this entry
                     stages.append(run.pipeline(axes["pp"]).stages if "pp" in axes else 0)
             if max(stages) > stages[0]:
                 changes["layers"] = max(stages)
         return replace(self, **changes)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """Where all ranks meet between rounds. Each strategy has a mesh of its own besides.
+        """Returns the mesh for the barriers between rounds. Each strategy also has its own mesh.
 
         Raises:
-            UserError: no strategy, or a batch, that fits so many processes.
+            UserError: no strategy, or not the batch, fits `size` processes.
         """
         fitting = [entry for entry in self.entries() if not self.misfit(entry)]
         if not fitting:
             raise UserError(
                 f"none of the strategies runs on mesh {mesh_in_words(self.mesh or {})} (--mesh); "
-                "drop --mesh, or name others in --strategies"
+                "leave out --mesh, or name others in --strategies"
             )
         if plain and not all(entry.alone for entry in fitting):
             raise UserError(
-                "a comparison runs on several processes, this is one alone (--strategies); add "
-                "--nproc 4, or start it by torchrun --nproc_per_node=4"
+                "a comparison needs several processes, this is a single one (--strategies); add "
+                "--nproc 4, or start it with torchrun --nproc_per_node=4"
             )
-        unfit, fitted = {}, self.fitted(size)
+        errors, fitted = {}, self.fitted(size)
         for entry in fitting:
             run = fitted.of(entry)
             if not entry.alone:
@@ -132,38 +134,41 @@ class Settings(RunSettings):
             try:
                 run.axes(1 if entry.alone else size)
             except UserError as error:
-                unfit[entry.label] = error
-        # Of all there are, those that fit run, and the others are listed with what they said.
+                errors[entry.label] = error
+        # With `all`, the strategies that fit run, and the others are listed with their errors.
         parallel = [entry for entry in fitting if not entry.alone]
-        if unfit and (self.strategies != ALL or len(unfit) == len(parallel)):
-            raise next(iter(unfit.values()))
+        if errors and (self.strategies != ALL or len(errors) == len(parallel)):
+            raise next(iter(errors.values()))
         return {DATA_AXES[0]: size}
 
 
 def entries(names: Any) -> list[ListedStrategy]:
-    """
+    """Parse names of strategies, each NAME or NAME@IMPL.
+
     >>> [entry.label for entry in entries(["dp", "ddp@torch", "dp@hand"])]
     ['dp', 'ddp@torch', 'dp#2']
     """
     known = {f"{name}@{by}": (name, by) for name, row in STRATEGIES.items() for by in row.impls}
-    found: list[ListedStrategy] = []
+    listed: list[ListedStrategy] = []
     for word in names:
         full = word.strip() if "@" in word else f"{word.strip()}@hand"
         if full not in known:
             choices = [name.removesuffix("@hand") for name in known]
             raise UserError(
-                f"no strategy {shown(word)} (--strategies); give, by commas, "
+                f"no strategy {shown(word)} (--strategies); give, separated by commas, "
                 f"{one_of(choices, word)}"
             )
         strategy, impl = known[full]
         label = full.removesuffix("@hand")
-        earlier = sum((entry.strategy, entry.impl) == (strategy, impl) for entry in found)
-        found.append(ListedStrategy(label + (f"#{earlier + 1}" if earlier else ""), strategy, impl))
-    return found
+        earlier = sum((entry.strategy, entry.impl) == (strategy, impl) for entry in listed)
+        listed.append(
+            ListedStrategy(label + (f"#{earlier + 1}" if earlier else ""), strategy, impl)
+        )
+    return listed
 
 
 def read(argv: Sequence[str] | None, description: str | None = None) -> Settings:
-    """The command line of compare.py; a `--smoke` in it changes the defaults of the others."""
+    """Read the command line of compare.py. --smoke changes the defaults of other settings."""
 
     def parse(defaults: Mapping[str, Any]) -> Settings:
         settings, where = read_settings(
@@ -177,19 +182,19 @@ def read(argv: Sequence[str] | None, description: str | None = None) -> Settings
 
 
 def check(settings: Settings, where: Mapping[str, str]) -> None:
-    """What no setting shows alone, and what train.py would refuse of any of the strategies."""
+    """Check the settings together, and each listed strategy as train.py checks it."""
     listed = settings.entries()
     fitting = [entry for entry in listed if not settings.misfit(entry)]
     if settings.reference:
         labels = [entry.label for entry in listed]
         if settings.reference.removesuffix("@hand") not in labels:
             raise UserError(
-                f"reference {shown(settings.reference)} is not compared ({where['reference']}); "
+                f"reference {shown(settings.reference)} is not listed ({where['reference']}); "
                 f"give {one_of(labels, settings.reference)}, or name it in --strategies"
             )
     if settings.rounds < fewest_rounds():
         raise UserError(
-            f"{settings.rounds} rounds are too few for an interval of {CONFIDENCE:.0%} "
+            f"{settings.rounds} rounds are too few for a {CONFIDENCE:.0%} confidence interval "
             f"({where['rounds']}); give {fewest_rounds()} or more"
         )
     for entry in fitting:

@@ -1,4 +1,4 @@
-"""A report for a person: a table of speed, one of what it cost, and what they need beside them."""
+"""Print the report: tables of speed, communication and memory, and notes below them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,34 +11,35 @@ from dist_lab.observe.memory import KINDS
 from dist_lab.programs.compare.ratios import Ratio
 from dist_lab.programs.compare.report import IN_MEMORY, CompareReport, ContenderRow
 
-PADDING = (0, 1, 0, 0)  # of cells: narrow, for wide tables
+PADDING = (0, 1, 0, 0)  # narrow cells, because the tables are wide
 COLOR = {"faster": "green", "slower": "red", "too noisy to tell": "yellow"}
 
 
 def show(report: CompareReport, folder: Path) -> None:
+    """Print the tables, the notes, and the result in one line."""
     console = wide_console()
     console.print(speed(report))
     console.print(cost(report))
     console.print(memory(report))
     for line in notes(report):
         console.print(line, highlight=False, soft_wrap=not console.is_terminal, markup=False)
-    console.print(f"{found(report)}; in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{verdicts(report)}; files in {folder}", highlight=False, soft_wrap=True)
 
 
-def found(report: CompareReport) -> str:
-    """What was found, in a line: who is certainly faster than the reference, and who is not."""
+def verdicts(report: CompareReport) -> str:
+    """The result in one line: which strategies are faster or slower than the reference."""
     by_verdict: dict[str, list[str]] = {}
     for row in report.rows:
         ratio = report.ratio(row)
         if ratio:
             times = f" ({ratio.median:.2f} x)" if ratio.verdict in ("faster", "slower") else ""
             by_verdict.setdefault(ratio.verdict, []).append(row.label + times)
-    said = [f"{verdict}: {', '.join(labels)}" for verdict, labels in by_verdict.items()]
-    return f"beside {report.reference} {'; '.join(said) or 'nothing else ran'}"
+    parts = [f"{verdict}: {', '.join(labels)}" for verdict, labels in by_verdict.items()]
+    return f"compared with {report.reference}: {'; '.join(parts) or 'nothing else ran'}"
 
 
 def speed(report: CompareReport) -> Table:
-    """Which is faster."""
+    """The table of step times and of ratios to the reference."""
     config = report.setting["config"]
     table = empty_table(
         ["strategy", "step ms (quartiles)", f"x {report.reference} (99% interval)", "verdict"],
@@ -50,12 +51,12 @@ def speed(report: CompareReport) -> Table:
         padding=PADDING,
     )
     for row in report.rows:
-        found, blocked = report.ratio(row), row.blocked_seconds
+        ratio, blocked = report.ratio(row), row.blocked_seconds
         table.add_row(
             row.label,
             f"{ms(row.seconds.median)} ({ms(row.seconds.low)} - {ms(row.seconds.high)})",
-            as_text(found) if found else "1",
-            f"[{COLOR[found.verdict]}]{found.verdict}" if found else "reference",
+            as_text(ratio) if ratio else "1",
+            f"[{COLOR[ratio.verdict]}]{ratio.verdict}" if ratio else "reference",
             f"{report.throughput(row).median:,.0f}",
             in_percent(report.mfu(row)),
             "-" if blocked is None else ms(blocked),
@@ -66,7 +67,7 @@ def speed(report: CompareReport) -> Table:
 
 
 def cost(report: CompareReport) -> Table:
-    """What each sent and held, and where it ended."""
+    """The table of the bytes that each strategy sends per step, and of its final loss."""
     table = empty_table(
         ["strategy", "a step of a rank"],
         ["calls", "payload MB", "sent MB", "formula MB", "kernel MB", "final loss"],
@@ -74,65 +75,66 @@ def cost(report: CompareReport) -> Table:
     )
     for row in report.rows:
         kernel = "-" if row.kernel_bytes is None else mb(row.kernel_bytes)
-        first, *others = traffic_lines(row)
+        first, *more = traffic_lines(row)
         table.add_row(row.label, *first, kernel, loss(report, row))
-        for line in others:
+        for line in more:
             table.add_row("", *line)
     return table
 
 
 def memory(report: CompareReport) -> Table:
-    """Of the rank that needs most, at that moment of a step, by what it is for."""
+    """The table of memory by kind, at the peak of the rank that needs most."""
     kinds = [kind for kind in KINDS if any(row.peak_memory["at_peak"][kind] for row in report.rows)]
     columns = ["peak MB", *(kind.replace("_", " ") for kind in kinds)]
     table = empty_table(["strategy"], columns, padding=PADDING)
     for row in report.rows:
-        parts = [mb(row.peak_memory["at_peak"][kind]) for kind in kinds]
-        table.add_row(row.label, mb(row.peak_memory_bytes), *parts)
+        by_kind = [mb(row.peak_memory["at_peak"][kind]) for kind in kinds]
+        table.add_row(row.label, mb(row.peak_memory_bytes), *by_kind)
     return table
 
 
 def traffic_lines(row: ContenderRow) -> Iterator[list[str]]:
+    """Yields the cells of each collective: name, calls, and bytes in MB."""
     if row.traffic is None:
         yield ["not counted here", "-", "-", "-", "-"]
     elif not row.traffic:
         yield ["nothing", "0", "0", "0", "0"]
-    for found in row.traffic or []:
-        numbers = [mb(found.payload), mb(found.sent), mb(found.formula)]
-        yield [found.collective, f"{found.calls:g}", *numbers]
+    for traffic in row.traffic or []:
+        numbers = [mb(traffic.payload), mb(traffic.sent), mb(traffic.formula)]
+        yield [traffic.collective, f"{traffic.calls:g}", *numbers]
 
 
 def notes(report: CompareReport) -> Iterator[str]:
-    """What the tables cannot say."""
+    """Yields the notes below the tables."""
     config, rounds = report.setting["config"], len(report.rows[0].rounds)
     yield (
         f"{rounds} rounds of {config['steps']} steps each, in changing order; step ms: the median "
-        f"over rounds; x {report.reference}: throughput over {report.reference}'s, by round"
+        f"over rounds; x {report.reference}: throughput relative to {report.reference}'s, by round"
     )
     for row in report.rows:
         if row.processes < report.setting["world_size"]:
-            yield f"{row.label}: the whole batch on rank 0 alone, with its threads; the others wait"
+            yield f"{row.label}: the whole batch on rank 0 alone; the other ranks wait"
         if row.about:
             yield f"{row.label}: {row.about}"
     for label, reason in report.refused.items():
         yield f"{label}: refused: {reason}"
     if any(IN_MEMORY in traffic.collective for row in report.rows for traffic in row.traffic or []):
-        yield f"{IN_MEMORY}: read from and written to memory that ranks share, unseen by the kernel"
+        yield f"{IN_MEMORY}: through memory that the ranks share; the kernel does not count it"
     if any(row.traffic is None for row in report.rows):
-        yield "not counted here: a library's own calls pass by our ledger, and not by the kernel"
+        yield "not counted here: a library's own collectives; the kernel counts their bytes"
     if config["model"] == "resnet18" and not config["sync_batchnorm"]:
-        yield "resnet18 normalizes by each rank's rows: losses depend on how many ranks there are"
-    yield "MFU: of the peak of all ranks together"
+        yield "resnet18 normalizes by each rank's samples: losses depend on the number of ranks"
+    yield "MFU: relative to the peak FLOP/s of all ranks together"
     for row in report.rows:
         if report.mfu(row) is None:
-            yield f"{row.label}: no MFU: each rank counts operations that others do, too"
+            yield f"{row.label}: no MFU, because each rank also counts operations of other ranks"
     worst = max(report.rows, key=report.loss_error)
     if len(report.rows) > 1:
         equal = report.loss_error(worst) <= report.tolerance
         yield (
             f"final losses after {len(worst.losses)} steps each "
-            f"{'are equal' if equal else 'differ'}: the furthest from {report.reference}'s is "
-            f"{worst.label}'s, by {report.loss_error(worst):.1e} of it "
+            f"{'are equal' if equal else 'differ'}: {worst.label}'s is the furthest from "
+            f"{report.reference}'s, relative difference {report.loss_error(worst):.1e} "
             f"(tolerance {report.tolerance:.0e}, {config['dtype']})"
         )
 
@@ -142,8 +144,8 @@ def loss(report: CompareReport, row: ContenderRow) -> str:
     return f"{row.losses[-1]:.5g} {'[green]equal' if equal else '[red]differs'}"
 
 
-def as_text(found: Ratio) -> str:
-    return f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"  # a space to break a line at
+def as_text(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f} ({ratio.low:.3f} - {ratio.high:.3f})"  # spaces allow a line break
 
 
 def ms(seconds: float) -> str:

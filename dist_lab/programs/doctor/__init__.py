@@ -1,1 +1,1 @@
-"""What `launch/doctor.py` runs: a user's model, looked at before it is trained."""
+"""`dist_lab.doctor` and `launch/doctor.py`: examine a user's model before it is trained."""

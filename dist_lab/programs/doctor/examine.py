@@ -1,10 +1,10 @@
-"""doctor(): what each strategy would do with a model, found by trying it.
+"""doctor(): try every strategy on a model, and report what happens.
 
-Each strategy is applied to a fresh model, in the model's own dtype: that is where it refuses, and
-where its memory is read off the layouts. Then one process runs a few steps of the batch, the first
-of them twice, and what cannot be trained in parallel or not be compared, whoever trains it, is
-found (proof.py). If there is nothing of the kind, each strategy that was applied trains in float64,
-and is compared with the one process. What could be cheaper is read off the model (notes.py).
+First each strategy is applied to a fresh model in the model's own dtype. Here a strategy may refuse
+the model, and the layouts give its memory. Then one process runs a few steps on the batch, the
+first one twice (proof.py). This finds problems that no strategy causes. If there are none, each
+applied strategy trains in float64 and is compared with the one process. notes.py finds what could
+be cheaper.
 """
 
 import gc
@@ -31,20 +31,20 @@ from dist_lab.programs.doctor.proof import (
     ADAM,
     SEE_ABOVE,
     Proof,
+    amplified_rounding,
     prove_in_one_process,
-    rounding_grows,
 )
 from dist_lab.programs.doctor.report import DoctorReport, StrategyRow, Verdict, size
-from dist_lab.programs.doctor.subject import Given, Subject, in_a_line, subject_of
+from dist_lab.programs.doctor.subject import ModelSource, Subject, one_line, subject_of
 from dist_lab.programs.doctor.trial import Trial, Unit
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.engine import verify
-from dist_lab.programs.verify.report import VerifyReport as Comparisons
+from dist_lab.programs.verify.report import VerifyReport
 from dist_lab.step.hooks import tensors_in
 
 
 def doctor(
-    model: Given,
+    model: ModelSource,
     mesh: Mesh,
     *,
     batch: Pair | None = None,
@@ -55,27 +55,27 @@ def doctor(
     microbatches: int = 1,
     steps: int = 3,
 ) -> DoctorReport:
-    """Try every strategy on a model, and say what each would do with it. Collective over the mesh.
+    """Try every strategy on a model, and report what each does with it. Collective over the mesh.
 
     Args:
-        model: a module, which is copied and never changed; or a function that builds one, called
-            anew for each strategy, every generator of random numbers at the same seed. It may also
-            return (module, batch) or (module, batch, loss_sum).
-        mesh: its ranks are those of all strategies, each of which has axes of its own over them.
-        batch: (inputs, targets) of one step, all rows; None: nothing can be proved.
+        model: a module, which is copied and never changed; or a function that builds one. It is
+            called for each strategy, with every random number generator at the same seed. It may
+            also return (module, batch) or (module, batch, loss_sum).
+        mesh: its ranks run all strategies; each strategy has a mesh of its own over them.
+        batch: (inputs, targets) of one step, all rows. None: no strategy can be called exact.
         loss_sum: (output, target) -> the sum over the rows; default cross_entropy_sum.
-        units: of fsdp and hsdp, see `parallelize`; names of classes are taken, too.
-        strategies: default: all that so many ranks allow.
-        plan: of tp; default: the model's own.
-        microbatches: in how many pieces a rank takes its rows.
-        steps: how many are compared with one process.
+        units: the units of fsdp and hsdp, see `parallelize`; class names work too.
+        strategies: default: all that the number of ranks allows.
+        plan: the tp plan; default: the model's own.
+        microbatches: the number of micro-batches of each rank.
+        steps: the number of steps that are compared with one process.
 
     Returns:
         The report, the same on every rank.
 
     Raises:
-        UserError: what cannot be looked at: no module, a function that fails, a unit or a strategy
-            there is not.
+        UserError: the model cannot be examined: it is not a module, its function fails, or a unit
+            or a strategy does not exist.
     """
     unknown = [name for name in strategies if name not in STRATEGIES]
     if unknown:
@@ -86,23 +86,23 @@ def doctor(
         subject = subject_of(model, batch, loss_sum, cross_entropy_sum)
         built = subject.build()
         named = find_units(built, units)
-    subject, not_cut = with_a_batch_of_rows(subject, mesh)
+    subject, unsplittable = drop_unsplittable_batch(subject, mesh)
     trial = Trial(subject, mesh, tuple(named), plan, microbatches, steps)
-    applied = {name: apply(trial, name) for name in strategies or usual(mesh.size)}
+    attempts = {name: apply(trial, name) for name in strategies or default_strategies(mesh.size)}
     proof = Proof(obstacle="no strategy applies")
-    if any(each.outcome is None or lacks_a_plan(each.outcome) for each in applied.values()):
+    if any(a.outcome is None or lacks_a_plan(a.outcome) for a in attempts.values()):
         proof = prove_in_one_process(trial)
-    if not_cut:
-        proof = replace(proof, findings=(not_cut, *proof.findings), obstacle=SEE_ABOVE)
+    if unsplittable:
+        proof = replace(proof, findings=(unsplittable, *proof.findings), obstacle=SEE_ABOVE)
     facts = notes.Facts(built, named, proof.idle, mesh.size)
-    rows = tuple(row(trial, proof, facts, name, each) for name, each in applied.items())
+    rows = tuple(strategy_row(trial, proof, facts, name, a) for name, a in attempts.items())
     return DoctorReport(summary(trial, proof, built), mesh.size, proof.findings, rows)
 
 
-def usual(ranks: int) -> tuple[str, ...]:
-    """All strategies that so many ranks can tell apart: hsdp takes two axes of two.
+def default_strategies(ranks: int) -> tuple[str, ...]:
+    """All strategies that the number of ranks allows: hsdp needs two axes of two or more.
 
-    >>> usual(1), "hsdp" in usual(2), "hsdp" in usual(4)
+    >>> default_strategies(1), "hsdp" in default_strategies(2), "hsdp" in default_strategies(4)
     (('single',), False, True)
     """
     if ranks == 1:
@@ -111,14 +111,14 @@ def usual(ranks: int) -> tuple[str, ...]:
     return tuple(name for name in STRATEGIES if name != "hsdp" or two_axes)
 
 
-def with_a_batch_of_rows(subject: Subject, mesh: Mesh) -> tuple[Subject, str]:
-    """The subject, without its batch if that cannot be cut by rows, and why not. Collective."""
+def drop_unsplittable_batch(subject: Subject, mesh: Mesh) -> tuple[Subject, str]:
+    """Drops the batch if it cannot be split by rows. Also returns the reason. Collective."""
     try:
         with together(mesh.world):
             if (batch := subject.batch) is not None:
                 if any(tensor.is_meta for tensor in tensors_in(batch)):
                     raise UserError("the batch is on the meta device, where it has no values")
-                batches.take(lambda step: batch, 0, mesh.device)
+                batches.checked_batch(lambda step: batch, 0, mesh.device)
         return subject, ""
     except UserError as error:
         return replace(subject, batch=None), str(error)
@@ -129,7 +129,7 @@ def with_a_batch_of_rows(subject: Subject, mesh: Mesh) -> tuple[Subject, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one attempt."""
+    """The outcome of trying one strategy."""
 
     verdict: Verdict
     reason: str = ""
@@ -138,12 +138,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of applying a strategy.
+    """The result of applying a strategy.
 
     Attributes:
-        mesh: the strategy's own.
-        outcome: None: it was applied; else why not.
-        kept: of each rank, see `bytes_kept`.
+        mesh: the strategy's own mesh.
+        outcome: None if it was applied; otherwise why not.
+        kept: for each rank, see `bytes_kept`.
     """
 
     mesh: Mesh
@@ -153,16 +153,16 @@ class Attempt:
 
 
 def apply(trial: Trial, strategy: str) -> Attempt:
-    """Apply a strategy to a fresh model, in the model's own dtype. Collective."""
-    own = trial.own_mesh(strategy)
+    """Applies a strategy to a fresh model, in the model's own dtype. Collective."""
+    mesh = trial.mesh_for(strategy)
     outcome, kept = Outcome(Verdict.EXACT), dict[str, int]()
     layouts: Mapping[str, Layout] = {}
     try:
-        with together(trial.mesh.world):  # it may fail on one rank alone
+        with together(trial.mesh.world):  # building may fail on one rank only
             model = trial.subject.build()
         if not any(p.is_meta for p in model.parameters()):
-            model = model.to(own.device)
-        job = parallelize(model, own, strategy, **trial.options(strategy, trial.subject.batch))
+            model = model.to(mesh.device)
+        job = parallelize(model, mesh, strategy, **trial.options(strategy, trial.subject.batch))
         kept, layouts = bytes_kept(job, strategy), job.layouts
         del job, model
     except UserError as error:
@@ -170,36 +170,37 @@ def apply(trial: Trial, strategy: str) -> Attempt:
     except CollectiveError:
         raise
     except Exception as error:
-        outcome = Outcome(Verdict.FAILED, in_a_line(error))
+        outcome = Outcome(Verdict.FAILED, one_line(error))
     gc.collect()  # a job and its model refer to each other
-    outcome, everywhere = over_ranks(outcome, kept, trial.mesh)
-    return Attempt(own, None if outcome.verdict is Verdict.EXACT else outcome, layouts, everywhere)
+    outcome, kept_by_rank = worst_over_ranks(outcome, kept, trial.mesh)
+    applied = outcome.verdict is Verdict.EXACT
+    return Attempt(mesh, None if applied else outcome, layouts, kept_by_rank)
 
 
-def row(
-    trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, applied: Attempt
+def strategy_row(
+    trial: Trial, proof: Proof, facts: notes.Facts, strategy: str, attempt: Attempt
 ) -> StrategyRow:
-    """Compare a strategy with one process, if it was applied, and say what would be better."""
-    outcome = applied.outcome or compared(trial, proof, strategy, applied.mesh, {})
+    """Compares a strategy with one process, if it was applied, and adds the notes. Collective."""
+    outcome = attempt.outcome or compare_with_one_process(trial, proof, strategy, attempt.mesh, {})
     kept: Mapping[str, int] = {}
-    said: list[str] = []
+    lines: list[str] = []
     if lacks_a_plan(outcome):
-        said = suggested_plan(trial, proof, facts.model, applied.mesh)
+        lines = suggested_plan(trial, proof, facts.model, attempt.mesh)
     elif outcome.verdict not in (Verdict.REFUSED, Verdict.FAILED):
         example = trial.options(strategy, trial.subject.batch).get("example_inputs")
-        held = [each["parameters"] for each in applied.kept]
-        said = notes.of(strategy, facts, applied.layouts, held, example)
-        kept = max(applied.kept, key=lambda each: sum(each.values()))
-    label = str(applied.mesh) if strategy != "single" else "-"
+        parameter_bytes = [rank_bytes["parameters"] for rank_bytes in attempt.kept]
+        lines = notes.notes_for(strategy, facts, attempt.layouts, parameter_bytes, example)
+        kept = max(attempt.kept, key=lambda rank_bytes: sum(rank_bytes.values()))
+    label = str(attempt.mesh) if strategy != "single" else "-"
     return StrategyRow(
-        strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(said), kept
+        strategy, label, outcome.verdict, outcome.reason, outcome.error, tuple(lines), kept
     )
 
 
-def compared(
-    trial: Trial, proof: Proof, strategy: str, mesh: Mesh, told: Mapping[str, Any]
+def compare_with_one_process(
+    trial: Trial, proof: Proof, strategy: str, mesh: Mesh, extra_options: Mapping[str, Any]
 ) -> Outcome:
-    """Train by the strategy and in one process. Collective."""
+    """Trains with the strategy and compares it with one process. Collective."""
     subject = trial.subject
     if proof.obstacle or subject.batch is None:
         return Outcome(Verdict.UNPROVED, proof.obstacle)
@@ -209,79 +210,79 @@ def compared(
             lambda: proof.build(subject), lambda step: batch, mesh, strategy,
             steps=trial.steps, microbatches=trial.microbatches_of(strategy), options=ADAM,
             loss_sum=subject.loss_sum, reference=proof.steps,
-            **{**trial.options(strategy, batch), **told},
+            **{**trial.options(strategy, batch), **extra_options},
         )  # fmt: skip
         worst = max(c.error for c in report.comparisons if c.judged)
         outcome = Outcome(Verdict.EXACT, "", worst)
         if not report.equal:
-            pieces = mesh.data.size, trial.microbatches_of(strategy)
-            outcome = Outcome(*_not_equal(report, rounding_grows(trial, proof, *pieces)), worst)
+            splits = mesh.data.size, trial.microbatches_of(strategy)
+            outcome = Outcome(*_not_equal(report, amplified_rounding(trial, proof, *splits)), worst)
     except UserError as error:
         outcome = Outcome(Verdict.REFUSED, str(error))
     except CollectiveError:
         raise
     except Exception as error:
-        outcome = Outcome(Verdict.FAILED, in_a_line(error))
+        outcome = Outcome(Verdict.FAILED, one_line(error))
     gc.collect()
-    return over_ranks(outcome, {}, trial.mesh)[0]
+    return worst_over_ranks(outcome, {}, trial.mesh)[0]
 
 
-def _not_equal(found: Comparisons, grows: Mapping[int, float]) -> tuple[Verdict, str]:
-    """Whether the strategy is wrong, or the model turns rounding into as much by itself."""
-    judged = [c for c in found.comparisons if c.judged]
-    if any(not c.error <= max(found.tolerance, 10 * grows[c.step]) for c in judged):
-        return Verdict.WRONG, found.sentence()
+def _not_equal(report: VerifyReport, amplified: Mapping[int, float]) -> tuple[Verdict, str]:
+    """Decides whether the strategy is wrong, or the model itself amplifies rounding that much."""
+    judged = [c for c in report.comparisons if c.judged]
+    if any(not c.error <= max(report.tolerance, 10 * amplified[c.step]) for c in judged):
+        return Verdict.WRONG, report.sentence()
     return Verdict.UNPROVED, (
-        f"{found.sentence()}; but one process gets as far from itself, by {max(grows.values()):.1e}"
-        ", if its weights differ in the last digit: the model makes rounding large; give it more "
-        "rows, or fewer --steps"
+        f"{report.sentence()}; but one process differs from itself by "
+        f"{max(amplified.values()):.1e} when its weights change in the last digit: the model "
+        "amplifies rounding; give more rows or fewer --steps"
     )
 
 
-def over_ranks(
+def worst_over_ranks(
     outcome: Outcome, kept: Mapping[str, int], mesh: Mesh
 ) -> tuple[Outcome, list[dict[str, int]]]:
-    """The worst outcome of all ranks, and what each of them keeps."""
-    mine = [outcome.verdict.value, outcome.reason, str(outcome.error), kept]
-    rows = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(mine).encode(), mesh.world)]
+    """Gathers the worst outcome of all ranks, and the bytes that each rank keeps. Collective."""
+    local = [outcome.verdict.value, outcome.reason, str(outcome.error), kept]
+    gathered = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(local).encode(), mesh.world)]
     order = list(Verdict)
-    verdict, reason, error, _ = max(rows, key=lambda row: order.index(Verdict(row[0])))
+    verdict, reason, error, _ = max(gathered, key=lambda row: order.index(Verdict(row[0])))
     worst = Outcome(Verdict(verdict), reason, None if error == "None" else float(error))
-    return worst, [row[3] for row in rows if row[3]]
+    return worst, [row[3] for row in gathered if row[3]]
 
 
 def bytes_kept(job: Job, strategy: str) -> dict[str, int]:
-    """Bytes on this rank, by the layouts: parameters, gradients, and two moments of Adam's."""
-    found = {"parameters": 0, "gradients": 0, "moments": 0}
+    """Bytes on this rank, from the layouts: parameters, gradients and Adam's two moments."""
+    kept = {"parameters": 0, "gradients": 0, "moments": 0}
     parameters = dict(job.model.named_parameters())
     for name, layout in job.layouts.items():
         if name in parameters:
-            here = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
-            stays = layout.shape.numel() if name in job.stepped else here
-            found["parameters"] += stays * layout.dtype.itemsize
+            sharded = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
+            stored = layout.shape.numel() if name in job.stepped else sharded
+            kept["parameters"] += stored * layout.dtype.itemsize
             if parameters[name].requires_grad:
-                gradient = stays if strategy == "zero1" else here  # whole until the step
-                found["gradients"] += gradient * layout.dtype.itemsize
-                found["moments"] += 2 * here * layout.dtype.itemsize
-    return found
+                gradient = stored if strategy == "zero1" else sharded  # unsharded until the step
+                kept["gradients"] += gradient * layout.dtype.itemsize
+                kept["moments"] += 2 * sharded * layout.dtype.itemsize
+    return kept
 
 
 def lacks_a_plan(outcome: Outcome) -> bool:
-    """Whether tp was refused because nobody has said what to split."""
+    """Whether tp was refused because the model has no plan."""
     return outcome.verdict is Verdict.REFUSED and " has no tp_plan()" in outcome.reason
 
 
 def suggested_plan(trial: Trial, proof: Proof, model: nn.Module, mesh: Mesh) -> list[str]:
-    """A plan of tp of pairs of Linear layers, in a line, if it has been proved. Collective."""
+    """One line with a tp plan of Linear pairs, if it was tried and is exact. Collective."""
     plan = pairs.plan_of_pairs(model)
     while plan and not proof.obstacle and trial.mesh.size > 1:
-        found = compared(trial, proof, "tp", mesh, {"plan": plan})
-        if found.verdict is Verdict.EXACT:
-            written = pairs.written(model, plan)
-            return [f"a plan that was tried and is exact, by {found.error:.1e}: plan={written}"]
-        if found.verdict is not Verdict.REFUSED:
+        outcome = compare_with_one_process(trial, proof, "tp", mesh, {"plan": plan})
+        if outcome.verdict is Verdict.EXACT:
+            text = pairs.plan_text(model, plan)
+            return [f"this plan was tried and is exact (error {outcome.error:.1e}): plan={text}"]
+        if outcome.verdict is not Verdict.REFUSED:
             return []
-        shorter = pairs.without(plan, found.reason)
+        shorter = pairs.drop_refused_pair(plan, outcome.reason)
         plan = shorter if len(shorter) < len(plan) else {}
     return []
 
@@ -295,6 +296,6 @@ def summary(trial: Trial, proof: Proof, built: nn.Module) -> str:
     words = [f"{trial.subject.name} on {ranks}: {count:,} parameters ({size(total)}, {dtypes})"]
     if trial.subject.batch is not None and not proof.obstacle:
         rows = batches.rows_in(trial.subject.batch[0])
-        dtype = "float64" if proof.wide else "its own dtype"
+        dtype = "float64" if proof.in_float64 else "its own dtype"
         words.append(f"{trial.steps} steps of {rows} rows, compared in {dtype}")
     return "; ".join(words)

@@ -1,4 +1,4 @@
-"""What concerns a model, its loss or its batch, whatever the strategy, and is no obstacle."""
+"""Findings on a model, its loss or its batch that hold for every strategy and block none."""
 
 from collections.abc import Sequence
 
@@ -18,39 +18,40 @@ def findings(
     steps: Sequence[tuple[Pair, State]] | None,
     ranks: int,
 ) -> list[str]:
-    """Each in a line, with what to do.
+    """Returns the findings, one line each, with the fix.
 
     Args:
-        model: as it was built.
-        dropped: what `without_dropout` has switched off.
-        steps: what one process has done with the batch; None: it was not run, or failed.
+        model: the model as it was built.
+        dropped: the dropout that `without_dropout` has switched off.
+        steps: the steps of one process; None if it was not run or failed.
     """
-    found = []
+    messages = []
     if dropped:
         name, p = dropped[0]
-        more = f", and {len(dropped) - 1} more" if len(dropped) > 1 else ""
-        found.append(
-            f"dropout of {p} in {name}{more}: no two layouts draw the same masks, so all below is "
-            "of the model with p=0; under tp call torch.manual_seed alike on all ranks"
+        more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+        messages.append(
+            f"dropout of {p} in {name}{more}: every layout draws different masks, so everything "
+            "below is for the model with p=0; under tp call torch.manual_seed with the same seed "
+            "on all ranks"
         )
     narrow = [n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     if narrow:
-        kept = model.get_parameter(narrow[0]).dtype
-        dtype, last = str(kept).removeprefix("torch."), round(2 / torch.finfo(kept).eps)
-        found.append(
-            f"{len(narrow)} parameters are {dtype}, first {narrow[0]}, without float32 masters: "
-            f"updates smaller than 1/{last} of a weight are lost; build it in float32, and give "
-            f"parallelize(param_dtype=torch.{dtype})"
+        dtype = model.get_parameter(narrow[0]).dtype
+        dtype_name, smallest = str(dtype).removeprefix("torch."), round(2 / torch.finfo(dtype).eps)
+        messages.append(
+            f"{len(narrow)} parameters are {dtype_name}, first {narrow[0]}, without float32 master "
+            f"weights: updates smaller than 1/{smallest} of a weight are lost; build the model in "
+            f"float32 and give parallelize(param_dtype=torch.{dtype_name})"
         )
     if batch is not None and steps is not None:
-        found += _of_the_batch(batch, ranks)
-        found += _of_the_steps(model, steps, ranks)
-    return found
+        messages += _uneven_rows(batch, ranks)
+        messages += _training_findings(model, steps, ranks)
+    return messages
 
 
 def without_dropout(model: nn.Module) -> list[tuple[str, float]]:
-    """Set the dropout of torch's own layers to 0. Returns where there was any, and how much."""
-    found = []
+    """Sets the dropout of torch's own layers to 0. Returns (module name, p) of each active one."""
+    dropped = []
     for name, module in model.named_modules():
         p = 0.0
         if isinstance(module, AnyDropout):
@@ -58,35 +59,37 @@ def without_dropout(model: nn.Module) -> list[tuple[str, float]]:
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             p, module.dropout = module.dropout, 0.0
         if p > 0 and module.training:
-            found.append((name or "the model", p))
-    return found
+            dropped.append((name or "the model", p))
+    return dropped
 
 
-def _of_the_batch(batch: Pair, ranks: int) -> list[str]:
+def _uneven_rows(batch: Pair, ranks: int) -> list[str]:
     rows = batches.rows_in(batch[0])
     if rows % ranks == 0:
         return []
     most, least = -(-rows // ranks), rows // ranks
-    fitting = most * ranks
     return [
         f"{rows} rows on {ranks} ranks: some ranks have {most} and some {least}; job.count keeps "
-        f"the loss exact, but the others wait for the fullest: give {fitting} rows"
+        f"the loss exact, but the ranks with fewer rows wait for the others: give {most * ranks} "
+        "rows"
     ]
 
 
-def _of_the_steps(model: nn.Module, steps: Sequence[tuple[Pair, State]], ranks: int) -> list[str]:
-    found, gradients = [], steps[0][1]["gradient"]
+def _training_findings(
+    model: nn.Module, steps: Sequence[tuple[Pair, State]], ranks: int
+) -> list[str]:
+    messages, gradients = [], steps[0][1]["gradient"]
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     idle = [n for n in trained if gradients[n] is None]
     zero = [
         n for n in trained
         if (g := gradients[n]) is not None and g.numel() and not bool(g.any())
     ]  # fmt: skip
-    for names, what in ((idle, "there is no gradient"), (zero, "the gradient is zero")):
+    for names, problem in ((idle, "there is no gradient"), (zero, "the gradient is zero")):
         if names:
-            found.append(
-                f"nothing trains {_listed(names)} on this batch: {what}; freeze or remove what is "
-                "not used, or give a batch that reaches it"
+            messages.append(
+                f"this batch does not train {_join_names(names)}: {problem}; freeze or remove "
+                "unused parameters, or give a batch that uses them"
             )
     norms = {n for n, m in model.named_modules() if isinstance(m, StatisticsNorm)}
     before, after = dict(model.named_buffers()), steps[-1][1]["buffer"]
@@ -97,14 +100,14 @@ def _of_the_steps(model: nn.Module, steps: Sequence[tuple[Pair, State]], ranks: 
             same = torch.equal(now, buffer.to(now.device, now.dtype))
             changed += [] if same else [name]
     if changed and ranks > 1:
-        found.append(
-            f"forward changes {_listed(changed)}: under dp, ddp, zero and fsdp each rank does by "
-            "its own rows, and job.finish() refuses it where they differ; sum over the ranks what "
-            "goes into it"
+        messages.append(
+            f"forward changes the buffers {_join_names(changed)}: under dp, ddp, zero and fsdp "
+            "each rank updates them from its own rows, and job.finish() raises an error if the "
+            "results differ; sum the update over the ranks"
         )
-    return found
+    return messages
 
 
-def _listed(names: Sequence[str], most: int = 3) -> str:
+def _join_names(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

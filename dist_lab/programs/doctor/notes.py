@@ -1,7 +1,7 @@
-"""What makes a strategy slower or larger than it need be, read off the model and its layouts.
+"""Notes on what makes a strategy slower or larger than necessary, from the model and its layouts.
 
-Each rule is a function `rule(case) -> lines`, and RULES says of which strategies it speaks. A line
-has numbers of this model, and what to do; of a healthy model no rule says anything.
+Each rule is a function `rule(case) -> lines`; RULES lists the strategies it applies to. Every line
+has numbers of this model and the fix. For a healthy model no rule yields a line.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,19 +29,19 @@ from dist_lab.programs.doctor.units import bytes_of, repeated_class
 from dist_lab.step.protocol import ROOT
 from dist_lab.torch_private import AnyBatchNorm
 
-# Bytes of a message below which starting it costs more than carrying it: 0.05 ms at about 1 GB/s.
+# Bytes of a message below which its latency exceeds its transfer time: 0.05 ms at about 1 GB/s.
 TINY = 1 << 16
-UNEVEN = 1.25  # times the mean: what may be called uneven
+UNEVEN = 1.25  # a maximum above this many times the mean counts as uneven
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model before any strategy is applied.
+    """Facts about a model before any strategy is applied.
 
     Attributes:
-        model: as it was built.
-        units: of fsdp, by name.
-        idle: trained parameters without a gradient on the batch.
+        model: the model as it was built.
+        units: the fsdp units, by name.
+        idle: trained parameters that get no gradient on the batch.
     """
 
     model: nn.Module
@@ -63,12 +63,12 @@ class Facts:
 
     @cached_property
     def owner(self) -> dict[str, str]:
-        """Parameter -> the unit with which it is gathered."""
+        """Parameter -> the unit that it is gathered with."""
         return owners(param_slots(self.model), {ROOT: self.model, **self.units})
 
     @cached_property
     def tied_across(self) -> list[str]:
-        """Parameters with places in several units, which lie in the model itself for that."""
+        """Parameters used in several units; they belong to the root unit for that reason."""
         inside = {module for unit in self.units.values() for module in unit.modules()}
         return [
             name
@@ -82,11 +82,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Case:
-    """One strategy that has been applied.
+    """The case of one applied strategy.
 
     Attributes:
-        kept: bytes of parameters on each rank.
-        example: a micro-batch of pp.
+        kept: the bytes of parameters on each rank.
+        example: the inputs of one micro-batch, for pp.
     """
 
     facts: Facts
@@ -98,25 +98,26 @@ class Case:
 Rule = Callable[[Case], Iterator[str]]
 
 
-def of(
+def notes_for(
     strategy: str, facts: Facts, layouts: Mapping[str, Layout], kept: Sequence[int], example: Any
 ) -> list[str]:
-    """The lines on one strategy."""
+    """Returns the lines on one strategy."""
     if facts.ranks == 1:
         return []
     case = Case(facts, layouts, kept, example)
     return [line for rule, strategies in RULES if strategy in strategies for line in rule(case)]
 
 
-# --- whoever shares out rows ----------------------------------------------------------------------
+# --- strategies that split the rows ---------------------------------------------------------------
 
 
 def batchnorm(case: Case) -> Iterator[str]:
     names = [n for n, m in case.facts.model.named_modules() if isinstance(m, AnyBatchNorm)]
     if names:
         yield (
-            f"BatchNorm ({_first(names)}) normalizes by each rank's own rows: "
-            "parallelize(sync_batchnorm=True) takes those of all ranks, for two messages a layer"
+            f"BatchNorm ({_first(names)}) normalizes over each rank's own rows: "
+            "parallelize(sync_batchnorm=True) uses the rows of all ranks, at two collectives per "
+            "layer"
         )
 
 
@@ -125,9 +126,9 @@ def idle_in_buckets(case: Case) -> Iterator[str]:
     if facts.idle:
         total = sum(facts.sizes[name] for name in facts.idle)
         yield (
-            f"parameters without a gradient ({size(total)}, {_first(facts.idle)}) travel as zeros, "
-            "and the buckets from theirs on are summed only when backward is over; freeze them, or "
-            "take ddp, which never sends them"
+            f"parameters without a gradient ({size(total)}, {_first(facts.idle)}) are sent as "
+            "zeros, and their bucket and all later ones are reduced only after backward; freeze "
+            "them, or use ddp, which never sends them"
         )
 
 
@@ -141,22 +142,22 @@ def no_units(case: Case) -> Iterator[str]:
         kind, modules = repeated
         largest = max(map(bytes_of, modules.values()))
         yield (
-            f"without units all of the model ({size(facts.total)}) is gathered at once, before "
-            f"anything computes; units=[{kind}] gathers {len(modules)} modules of "
-            f"{size(largest)} in turn"
+            f"without units the whole model ({size(facts.total)}) is all-gathered before anything "
+            f"computes; units=[{kind}] all-gathers {len(modules)} modules of {size(largest)} one "
+            "at a time"
         )
 
 
 def large_unit(case: Case) -> Iterator[str]:
     facts = case.facts
     for name in facts.units:
-        own = facts.bytes_of(name)
-        if own > facts.total / 2 and own >= 2 * TINY:
+        unit_bytes = facts.bytes_of(name)
+        if unit_bytes > facts.total / 2 and unit_bytes >= 2 * TINY:
             inside = repeated_class(facts.units[name])
             fix = f"units=[{inside[0]}, ...]" if inside else "make units of the modules inside it"
             yield (
-                f"the unit {name} holds most of the model ({facts.share(own)}), which is gathered "
-                f"at once; {fix}"
+                f"the unit {name} holds most of the model ({facts.share(unit_bytes)}) and is "
+                f"all-gathered at once; {fix}"
             )
 
 
@@ -169,21 +170,21 @@ def outside_units(case: Case) -> Iterator[str]:
         by_size = sorted(names, key=lambda n: -facts.sizes[n])
         modules = list(dict.fromkeys(n.rpartition(".")[0] for n in by_size))
         yield (
-            f"parameters outside of the units ({facts.share(outside)}, {_first(by_size)}) stay "
-            "gathered as long as a forward or a backward takes; make units of what holds them: "
-            f"{', '.join(m for m in modules[:3] if m) or 'put them into a module'}"
+            f"parameters outside the units ({facts.share(outside)}, {_first(by_size)}) stay "
+            "unsharded during the whole forward and backward; make units of the modules that hold "
+            f"them: {', '.join(m for m in modules[:3] if m) or 'put them into a module'}"
         )
 
 
 def tiny_units(case: Case) -> Iterator[str]:
     facts = case.facts
-    small = {u: own for u in facts.units if 0 < (own := facts.bytes_of(u)) < TINY}
+    small = {u: unit_bytes for u in facts.units if 0 < (unit_bytes := facts.bytes_of(u)) < TINY}
     if len(small) > 1 and facts.total >= 2 * TINY:
         least = min(small, key=lambda unit: small[unit])
         yield (
-            f"{len(small)} of {len(facts.units)} units have less than {size(TINY)}, the smallest "
-            f"{least} {size(small[least])}: to start their messages takes longer than to carry "
-            "them; make the module around them the unit"
+            f"{len(small)} of {len(facts.units)} units are below {size(TINY)}, the smallest is "
+            f"{least} with {size(small[least])}: starting their messages takes longer than sending "
+            "the bytes; make the module around them the unit"
         )
 
 
@@ -194,9 +195,9 @@ def tied_units(case: Case) -> Iterator[str]:
         parameter = facts.model.get_parameter(name)
         places = " and ".join(n for n, p in every if p is parameter)
         yield (
-            f"{places} are one parameter ({size(facts.sizes[name])}) of several units, so it lies "
-            "with the model itself, and stays gathered as long as a forward or a backward takes; "
-            "untie it, or let one unit hold all its places"
+            f"{places} are one parameter ({size(facts.sizes[name])}) of several units, so it "
+            "belongs to the root unit and stays unsharded during the whole forward and backward; "
+            "untie it, or let one unit hold all its uses"
         )
 
 
@@ -207,9 +208,9 @@ def idle_in_units(case: Case) -> Iterator[str]:
     if idle:
         total = sum(facts.sizes[name] for name in idle)
         yield (
-            f"parameters without a gradient ({size(total)}, {_first(idle)}) are gathered, and "
-            "their zeros reduced, with the unit around them; a unit of their own is left alone "
-            "while nothing calls it"
+            f"parameters without a gradient ({size(total)}, {_first(idle)}) are all-gathered with "
+            "their unit, and their zero gradients reduced; make them a unit of their own, which "
+            "sends nothing while it is not called"
         )
 
 
@@ -219,9 +220,9 @@ def frozen_gathered(case: Case) -> Iterator[str]:
     total = sum(facts.sizes[n] for n in frozen)
     if total >= TINY:
         yield (
-            f"frozen parameters ({facts.share(total)}, {_first(frozen)}) are gathered in every "
-            "step though they never change; if they fit on a rank, ddp and zero send nothing for "
-            "them"
+            f"frozen parameters ({facts.share(total)}, {_first(frozen)}) are all-gathered in every "
+            "step although they never change; if they fit on one rank, use ddp or zero, which send "
+            "nothing for them"
         )
 
 
@@ -234,18 +235,18 @@ def uneven_shards(case: Case) -> Iterator[str]:
             if len(layout.shape) and layout.shape[0] % case.facts.ranks
         }  # fmt: skip
         worst = max(rows, key=lambda name: case.facts.sizes[name], default="")
-        of_it = f", first {worst} of {rows[worst]} rows" if worst else ""
+        example = f", first {worst} with {rows[worst]} rows" if worst else ""
         yield (
             f"rank {rank} keeps {size(max(case.kept))}, {max(case.kept) / average:.1f} times the "
-            f"mean: shards are rows of dim 0, which do not divide over the ranks{of_it}; put the "
-            "long dim first, or take zero1 or zero2, which cut by elements"
+            "mean: a shard is rows of dim 0, and some do not divide evenly over the ranks"
+            f"{example}; put the long dim first, or use zero1 or zero2, which shard by elements"
         )
 
 
 # --- tp and pp ------------------------------------------------------------------------------------
 
 
-def whole_under_tp(case: Case) -> Iterator[str]:
+def replicated_under_tp(case: Case) -> Iterator[str]:
     facts = case.facts
     for path, module in facts.model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding):
@@ -255,8 +256,8 @@ def whole_under_tp(case: Case) -> Iterator[str]:
         if layout and not layout.splits and facts.sizes[name] > max(facts.total / 4, TINY):
             role = "vocabulary" if isinstance(module, nn.Embedding) else "colwise"
             yield (
-                f"{name} ({facts.share(facts.sizes[name])} of the model) lies whole on every rank; "
-                f'the plan can split it: {{"{path}": "{role}"}}'
+                f"{name} ({facts.share(facts.sizes[name])} of the model) is replicated on every "
+                f'rank; the plan can split it: {{"{path}": "{role}"}}'
             )
 
 
@@ -266,25 +267,25 @@ def uneven_stages(case: Case) -> Iterator[str]:
         slowest = costs.index(max(costs))
         shares = ", ".join(f"{cost / sum(costs):.0%}" for cost in costs)
         yield (
-            f"stage {slowest} costs {max(costs) / mean(costs):.1f} times the mean (of the work "
-            f"{shares}), and the others wait for it; give the model more and smaller pieces, or "
-            "fewer stages"
+            f"stage {slowest} costs {max(costs) / mean(costs):.1f} times the mean (the stages' "
+            f"shares of the work: {shares}), and the others wait for it; give the model more and "
+            "smaller modules, or use fewer stages"
         )
 
 
 def tied_stages(case: Case) -> Iterator[str]:
     for name, layout in case.layouts.items():
-        on = next((owed.positions for owed in layout.partial if owed.positions), None)
-        if on:
-            stages = " and ".join(map(str, on))
+        ranks = next((owed.positions for owed in layout.partial if owed.positions), None)
+        if ranks:
             yield (
-                f"{name} lies on ranks {stages} of pp: each keeps all of it, and its gradient "
-                f"({size(case.facts.sizes[name])}) travels when backward is over; untie it"
+                f"{name} is on pp ranks {' and '.join(map(str, ranks))}: each keeps a full copy, "
+                f"and its gradient ({size(case.facts.sizes[name])}) is summed over them after "
+                "backward; untie it to avoid both"
             )
 
 
 def stage_costs(model: nn.Module, stages: int, example: Any) -> list[float]:
-    """What each stage costs, where pp cuts a model: operations, and elements put out."""
+    """The cost of each stage where pp splits the model: operations, plus output elements."""
     carried: Sequence[float] = ()
     if seams(model) is None:
         _, costs, carried = node_costs(trace(model, example), example)
@@ -314,7 +315,7 @@ RULES: Sequence[tuple[Rule, Sequence[str]]] = (
     (tied_units, SHARDED),
     (frozen_gathered, SHARDED),
     (uneven_shards, SHARDED),
-    (whole_under_tp, ("tp",)),
+    (replicated_under_tp, ("tp",)),
     (uneven_stages, ("pp",)),
     (tied_stages, ("pp",)),
 )

@@ -1,8 +1,9 @@
-"""A plan of tp for a model that brings none: pairs of Linear layers, split by column and by row.
+"""Guess a tp plan for a model without one: pairs of Linear layers, colwise then rowwise.
 
-A pair are two that follow each other in one parent, the second as wide as the first puts out, with
-nothing that has weights between them. Whether what lies between works on a part alone cannot be
-read; the plan is a guess, and is shown to nobody before it has been tried.
+The two layers of a pair follow each other in one parent, the second's in_features equal the first's
+out_features, and no module with weights lies between them. We cannot see whether the modules
+between them work on a shard of their input. So the plan is a guess, and we show it only once it has
+been tried.
 """
 
 import json
@@ -12,7 +13,7 @@ from torch import nn
 
 
 def plan_of_pairs(model: nn.Module) -> dict[str, str]:
-    """Linear -> column or row."""
+    """Maps the name of each paired Linear to colwise or rowwise."""
     plan: dict[str, str] = {}
     for path, parent in model.named_modules():
         first = ""
@@ -30,21 +31,21 @@ def plan_of_pairs(model: nn.Module) -> dict[str, str]:
     return plan
 
 
-def without(plan: dict[str, str], refusal: str) -> dict[str, str]:
-    """The plan but for the pair of which a refusal speaks."""
-    named = re.match(r"(\S+) is (colwise|rowwise)", refusal)
-    places = list(plan)
-    if not named or named[1] not in places:
+def drop_refused_pair(plan: dict[str, str], refusal: str) -> dict[str, str]:
+    """The plan without the pair that a refusal names; empty if it names none."""
+    match = re.match(r"(\S+) is (colwise|rowwise)", refusal)
+    names = list(plan)
+    if not match or match[1] not in names:
         return {}
-    start = places.index(named[1]) // 2 * 2
-    return {name: plan[name] for i, name in enumerate(places) if i not in (start, start + 1)}
+    start = names.index(match[1]) // 2 * 2
+    return {name: plan[name] for i, name in enumerate(names) if i not in (start, start + 1)}
 
 
-def written(model: nn.Module, plan: dict[str, str]) -> str:
-    """The plan as a person writes it, blocks that are alike by one glob.
+def plan_text(model: nn.Module, plan: dict[str, str]) -> str:
+    """The plan as text. One glob stands for the same layer of all blocks, where that is exact.
 
     >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3))
-    >>> written(blocks, plan_of_pairs(blocks))
+    >>> plan_text(blocks, plan_of_pairs(blocks))
     '{"*.0": "colwise", "*.1": "rowwise"}'
     """
     modules = [name for name, _ in model.named_modules()]
@@ -52,7 +53,7 @@ def written(model: nn.Module, plan: dict[str, str]) -> str:
     for name, role in plan.items():
         glob = re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
         pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
-        alike = [other for other in modules if pattern.fullmatch(other)]
-        same = all(plan.get(other) == role for other in alike)
+        matching = [other for other in modules if pattern.fullmatch(other)]
+        same = all(plan.get(other) == role for other in matching)
         short[glob if same else name] = role
     return json.dumps(short)

@@ -1,4 +1,4 @@
-"""What the examination found: a row for each strategy, and what a person reads of them."""
+"""The doctor's report: one row per strategy, and the text that a person reads."""
 
 import io
 import math
@@ -16,13 +16,13 @@ from dist_lab.observe.console import empty_table
 
 
 class Verdict(StrEnum):
-    """Of a strategy. From EXACT on, each is worse than the one before it."""
+    """The verdict on one strategy, from best to worst."""
 
-    EXACT = "exact"  # trained in parallel and in one process, with equal results
-    UNPROVED = "unproved"  # it applies; whether it is equal was not to be seen
-    WRONG = "wrong"  # not equal to one process
-    REFUSED = "refused"  # parallelize or the first step raises the line that is the reason
-    FAILED = "failed"  # an error that is no refusal
+    EXACT = "exact"  # training in parallel gave the same results as one process
+    UNPROVED = "unproved"  # it can be applied, but could not be compared with one process
+    WRONG = "wrong"  # the results differ from one process
+    REFUSED = "refused"  # parallelize or the first step raised a UserError; it is the reason
+    FAILED = "failed"  # any other error
 
 
 COLORS = {
@@ -31,19 +31,19 @@ COLORS = {
 }  # fmt: skip
 
 
-LEGEND = "exact: equal to one process; parameters, gradients, Adam's moments: on the fullest rank"
+LEGEND = "exact: equal to one process; bytes: on the rank that keeps the most; moments: Adam's two"
 
 
 @dataclass(frozen=True)
 class StrategyRow:
-    """One strategy.
+    """The result for one strategy.
 
     Attributes:
-        reason: why it is not exact; "" where it is.
-        worst_error: of all that was compared with one process; None where nothing was.
-        notes: what makes it slower or larger than it need be, each with what to do.
-        bytes: parameters, gradients and moments (two of Adam's) that the fullest rank keeps; empty
-            where it was refused.
+        reason: why it is not exact; "" if it is.
+        worst_error: the largest error against one process; None if nothing was compared.
+        notes: what makes it slower or larger than necessary, each with the fix.
+        bytes: of parameters, gradients and Adam's two moments on the rank that keeps most; empty if
+            the strategy was refused or failed.
     """
 
     strategy: str
@@ -57,11 +57,11 @@ class StrategyRow:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What `doctor` found, the same on every rank. `print(report)` shows it.
+    """The result of `doctor`, the same on every rank. `print(report)` shows it.
 
     Attributes:
-        summary: the model and how it was looked at, in a line.
-        findings: what concerns the model, the loss or the batch, whatever the strategy.
+        summary: one line on the model and how it was compared.
+        findings: problems of the model, the loss or the batch, which hold for every strategy.
     """
 
     summary: str
@@ -74,16 +74,16 @@ class DoctorReport:
 
     @property
     def exact(self) -> list[str]:
-        """The strategies that were proved."""
+        """The names of the strategies that are exact."""
         return [row.strategy for row in self.rows if row.verdict is Verdict.EXACT]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, which knows no infinity: a worst error that is infinite is null."""
-        told = asdict(self)
-        for row in told["rows"]:
+        """The report as JSON values. JSON has no infinity, so an infinite worst error is null."""
+        json_ready = asdict(self)
+        for row in json_ready["rows"]:
             if row["worst_error"] is not None and not math.isfinite(row["worst_error"]):
                 row["worst_error"] = None
-        return told
+        return json_ready
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -92,23 +92,23 @@ class DoctorReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.summary}\n")
-        every = [("", finding) for finding in self.findings]
+        findings = [("", finding) for finding in self.findings]
         reasons = [(row.strategy, row.reason) for row in self.rows if row.reason]
         notes = [(row.strategy, note) for row in self.rows for note in row.notes]
-        yield from _section("the model and the loop", every)
+        yield from _section("the model and the training loop", findings)
         yield self._table()
         yield Text(f"{LEGEND}\n", "dim")
-        yield from _section("why not exact", _shared(reasons))
-        yield from _section("what would be better", _shared(notes))
-        yield Text(self.in_a_line())
+        yield from _section("why not exact", _merge_equal(reasons))
+        yield from _section("how to improve", _merge_equal(notes))
+        yield Text(self.verdict_line())
 
-    def in_a_line(self) -> str:
-        """The strategies of each verdict."""
-        found: dict[str, list[str]] = {}
+    def verdict_line(self) -> str:
+        """One line: each verdict with its strategies."""
+        by_verdict: dict[str, list[str]] = {}
         for row in self.rows:
-            found.setdefault(str(row.verdict.value), []).append(row.strategy)
-        said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in found.items())
-        return f"on {self.ranks} rank{'s' * (self.ranks > 1)} {said}"
+            by_verdict.setdefault(str(row.verdict.value), []).append(row.strategy)
+        verdicts = [f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items()]
+        return f"on {self.ranks} rank{'s' * (self.ranks > 1)} {'; '.join(verdicts)}"
 
     def _table(self) -> Table:
         numbers = ("worst error", "parameters", "gradients", "moments")
@@ -123,7 +123,7 @@ class DoctorReport:
 
 
 def size(number: float) -> str:
-    """Bytes, for a person.
+    """A number of bytes as text.
 
     >>> size(512), size(65536), size(12_345_678)
     ('512 B', '65.5 kB', '12.3 MB')
@@ -134,16 +134,16 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _shared(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Each line once, with all strategies of which it is said."""
-    who: dict[str, list[str]] = {}
-    for strategy, line in said:
-        who.setdefault(line, []).append(strategy)
-    return [(" ".join(strategies), line) for line, strategies in who.items()]
+def _merge_equal(labeled: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Merges equal lines: each line once, labeled with all its strategies."""
+    strategies_of: dict[str, list[str]] = {}
+    for strategy, line in labeled:
+        strategies_of.setdefault(line, []).append(strategy)
+    return [(" ".join(strategies), line) for line, strategies in strategies_of.items()]
 
 
 def _section(title: str, lines: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
-    """A heading, and lines that hang beneath it, each with its label; nothing without lines."""
+    """A heading and its labeled lines, indented; yields nothing if there are no lines."""
     if not lines:
         return
     widest = max(len(label) for label, _ in lines)

@@ -1,4 +1,4 @@
-"""The settings of doctor.py: whose model, on how many ranks, by which strategies. No torch here."""
+"""The settings of doctor.py: the model, the ranks and the strategies. Does not import torch."""
 
 import importlib.util
 import os
@@ -20,24 +20,25 @@ class Doctor:
     """The settings of one examination."""
 
     # fmt: off
-    function: str = setting("", "the function that builds the model: what stands first on the "
-        "command line, without a flag", heading="what is looked at", metavar="MODULE:FUNCTION")
-    strategies: str = setting("", "by commas; default: all that so many ranks allow",
-        metavar="LIST")
-    units: str = setting("", "fsdp, hsdp: what is gathered as one: classes or names of modules, by "
-        "commas", metavar="LIST")
-    microbatches: int = setting(1, "in so many pieces a rank takes its rows; pp: two a rank, "
-        "as far as each has four rows, unless there are more", low=1)
-    steps: int = setting(3, "that are compared with one process", low=1)
-    out: str = setting("", "folder in which doctor.json is written", metavar="DIR")
+    function: str = setting("", "the function that builds the model; it may come first on the "
+        "command line, without the flag", heading="the model", metavar="MODULE:FUNCTION")
+    strategies: str = setting("", "separated by commas; default: all that the number of ranks "
+        "allows", metavar="LIST")
+    units: str = setting("", "fsdp, hsdp: modules that are gathered as one unit: classes or module "
+        "names, separated by commas", metavar="LIST")
+    microbatches: int = setting(1, "micro-batches of each rank; pp raises it to two per stage if "
+        "each keeps four rows", low=1)
+    steps: int = setting(3, "steps to compare with one process", low=1)
+    out: str = setting("", "write doctor.json to this folder", metavar="DIR")
 
-    nproc: int | None = setting(None, "start so many ranks on this machine; default: those that "
-        "torchrun started", heading="where", low=1)
-    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks a core")
-    threads: int | None = setting(None, "of each rank; default: cores // ranks", low=1, high=1024)
-    backend: str = setting("gloo", "who carries the bytes: gloo (CPU) or nccl (GPU)",
+    nproc: int | None = setting(None, "start this many ranks on this machine; default: the ranks "
+        "that torchrun started", heading="where", low=1)
+    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks per core")
+    threads: int | None = setting(None, "threads per rank; default: cores // ranks", low=1,
+        high=1024)
+    backend: str = setting("gloo", "backend of collectives: gloo (CPU) or nccl (GPU)",
         choices=("gloo", "nccl"))
-    timeout: float = setting(60.0, "seconds that any collective may take", low=0.1, high=86400)
+    timeout: float = setting(60.0, "seconds that a collective may take", low=0.1, high=86400)
     debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
 
@@ -45,17 +46,17 @@ class Doctor:
     check_collectives = False
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """Where all ranks meet. Each strategy has a mesh of its own besides."""
-        if plain and self.listed != ("single",):
+        """The axes of the mesh of all ranks. Each strategy also builds its own mesh."""
+        if plain and self.strategy_list != ("single",):
             raise UserError(
-                "strategies are tried on several ranks, this is one process alone (--nproc); add "
+                "doctor tries strategies on several ranks, and this is one process (--nproc); add "
                 "--nproc 2, or start it by torchrun --nproc_per_node=2"
             )
         return {"dp": size}
 
     @property
-    def listed(self) -> tuple[str, ...]:
-        """The strategies that were asked for; (): all."""
+    def strategy_list(self) -> tuple[str, ...]:
+        """The strategies named in --strategies; () means all."""
         return tuple(word.strip() for word in self.strategies.split(",")) if self.strategies else ()
 
     @property
@@ -67,28 +68,28 @@ class Doctor:
 
 
 def read(argv: Sequence[str] | None, description: str | None) -> Doctor:
-    """The command line of doctor.py. Raises UserError for all that it alone shows to be wrong."""
-    words = with_flag(list(sys.argv[1:] if argv is None else argv))
-    config, where = read_settings(Doctor, words, "doctor.py", description, {})
+    """Reads the command line of doctor.py. Raises UserError for every mistake visible in it."""
+    words = add_function_flag(list(sys.argv[1:] if argv is None else argv))
+    config, sources = read_settings(Doctor, words, "doctor.py", description, {})
     if not is_custom(config.function):
-        what = f"cannot be {shown(config.function)}" if config.function else "is missing"
+        problem = f"cannot be {shown(config.function)}" if config.function else "is missing"
         raise UserError(
-            f"the function that builds the model {what} ({where['function']}); give module:function"
-            ", such as mymodels:build, first on the command line"
+            f"the function that builds the model {problem} ({sources['function']}); give "
+            "module:function, such as mymodels:build, first on the command line"
         )
-    for name in config.listed:
+    for name in config.strategy_list:
         if name not in STRATEGIES:
             raise UserError(
-                f"no strategy {shown(name)} (--strategies); give, by commas, "
+                f"no strategy {shown(name)} (--strategies); give, separated by commas, "
                 f"{one_of(list(STRATEGIES), name)}"
             )
     module = config.function.partition(":")[0].partition(".")[0]
     with importable_from(os.getcwd()):
-        found = importlib.util.find_spec(module)
-    if found is None:
+        spec = importlib.util.find_spec(module)
+    if spec is None:
         raise UserError(
-            f"no module {module!r} in {os.getcwd()!r} nor among the installed ones "
-            f"({where['function']}); run in the folder it lies in"
+            f"no module {module!r} in {os.getcwd()!r} or among the installed modules "
+            f"({sources['function']}); run doctor.py in the folder that contains it"
         )
     if config.nproc is not None and config.nproc > 4 * cores() and not config.oversubscribe:
         raise UserError(
@@ -98,14 +99,14 @@ def read(argv: Sequence[str] | None, description: str | None) -> Doctor:
     return config
 
 
-def with_flag(words: list[str]) -> list[str]:
-    """The one word that belongs to no flag is the function's; here it gets its flag.
+def add_function_flag(argv: list[str]) -> list[str]:
+    """Puts --function= in front of the first word that belongs to no flag.
 
-    >>> with_flag(["--nproc", "2", "mymodels:build"])
+    >>> add_function_flag(["--nproc", "2", "mymodels:build"])
     ['--nproc', '2', '--function=mymodels:build']
     """
     wants_value = {flag(option.name) for option in fields(Doctor) if kind(option) is not bool}
-    for place, word in enumerate(words):
-        if not word.startswith("-") and (place == 0 or words[place - 1] not in wants_value):
-            return [*words[:place], f"{flag('function')}={word}", *words[place + 1 :]]
-    return words
+    for place, word in enumerate(argv):
+        if not word.startswith("-") and (place == 0 or argv[place - 1] not in wants_value):
+            return [*argv[:place], f"{flag('function')}={word}", *argv[place + 1 :]]
+    return argv

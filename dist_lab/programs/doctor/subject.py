@@ -1,4 +1,4 @@
-"""What is examined: a function or a module of somebody else's, as fresh models of one seed."""
+"""The model under examination: a user's function or module, built anew with the same seed."""
 
 import copy
 import importlib
@@ -16,15 +16,17 @@ from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
 from dist_lab.torchvision_import import fix_torchvision
 
-Given = nn.Module | Callable[[], Any]
+ModelSource = nn.Module | Callable[[], Any]
 RETURNS = "return a module, (module, batch) or (module, batch, loss_sum)"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Attributes:
-    build: gives a fresh model at each call, on the CPU.
-    batch: (inputs, targets), all rows of one step; None: it is not known.
+    """The model under examination, with its batch and loss.
+
+    Attributes:
+        build: returns a fresh model on the CPU at each call.
+        batch: (inputs, targets), all rows of one step; None if no batch was given.
     """
 
     name: str
@@ -33,50 +35,53 @@ class Subject:
     loss_sum: LossFn
 
 
-def subject_of(given: Given, batch: Pair | None, loss_sum: LossFn | None, usual: LossFn) -> Subject:
-    """Build once, to see what there is. What is given here wins over what the function returns.
+def subject_of(
+    source: ModelSource, batch: Pair | None, loss_sum: LossFn | None, default_loss: LossFn
+) -> Subject:
+    """Builds once to check. `batch` and `loss_sum` win over those that the function returns.
 
     Raises:
-        UserError: it is no module, returns none, raises, or cannot be copied.
+        UserError: the source is not a module or function, the module cannot be copied, or the
+            function raises or does not return a module.
     """
-    if isinstance(given, nn.Module):
-        build = _copies_of(given)
+    if isinstance(source, nn.Module):
+        build = _copies_of(source)
         build()
-        return Subject(type(given).__name__, build, batch, loss_sum or usual)
-    if not callable(given):
-        raise UserError(f"doctor takes a module, or a function that builds one, not {given!r:.60}")
-    name = getattr(given, "__name__", type(given).__name__)
-    _, own_batch, own_loss = _called(name, given)
-    chosen = loss_sum or own_loss or usual
-    return Subject(name, lambda: _called(name, given)[0], batch or own_batch, chosen)
+        return Subject(type(source).__name__, build, batch, loss_sum or default_loss)
+    if not callable(source):
+        raise UserError(f"doctor takes a module, or a function that builds one, not {source!r:.60}")
+    name = getattr(source, "__name__", type(source).__name__)
+    _, built_batch, built_loss = _call(name, source)
+    chosen = loss_sum or built_loss or default_loss
+    return Subject(name, lambda: _call(name, source)[0], batch or built_batch, chosen)
 
 
 def load(spec: str) -> Callable[[], Any]:
-    """The function that `module:function` names. Raises UserError if there is none."""
+    """Imports the function named by `module:function`. Raises UserError if there is none."""
     module, _, name = spec.partition(":")
-    fix_torchvision()  # the module may well import it
+    fix_torchvision()  # in case the module imports torchvision
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:
         raise UserError(
-            f"importing {module} raised {in_a_line(error)}; --debug shows where"
+            f"importing {module} raised {one_line(error)}; add --debug to see where"
         ) from error
     if isinstance(function, nn.Module):
-        raise UserError(f"{spec} is a module that has been built; name a function that builds it")
+        raise UserError(f"{spec} is a built module; name a function that builds it")
     if not callable(function):
         raise UserError(f"module {module!r} has no function {name!r}; define it there")
     return function
 
 
-def in_a_line(error: Exception) -> str:
-    """The kind of an error of somebody else's, and what it says, cut to a line."""
+def one_line(error: Exception) -> str:
+    """The type and message of an error in one line, at most 200 characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Every global generator of random numbers stands at 0, and afterwards where it stood."""
+    """Seeds every global random number generator with 0, and restores its state afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -95,31 +100,30 @@ def _copies_of(model: nn.Module) -> Callable[[], nn.Module]:
             return copy.deepcopy(model)
         except Exception as error:
             raise UserError(
-                f"{type(model).__name__} cannot be copied ({in_a_line(error)}); give a function "
+                f"{type(model).__name__} cannot be copied ({one_line(error)}); give a function "
                 "that builds it"
             ) from error
 
     return build
 
 
-def _called(name: str, function: Callable[[], Any]) -> tuple[nn.Module, Pair | None, LossFn | None]:
-    """(module, batch, loss_sum), the last two None where the function does not return them."""
+def _call(name: str, function: Callable[[], Any]) -> tuple[nn.Module, Pair | None, LossFn | None]:
+    """Calls the user's function: (module, batch, loss_sum), None for what it does not return."""
     try:
         with seeded():
-            made = function()
+            returned = function()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}() raised {in_a_line(error)}; --debug shows where") from error
-    parts = made if isinstance(made, tuple) else (made,)
+        raise UserError(f"{name}() raised {one_line(error)}; add --debug to see where") from error
+    parts = returned if isinstance(returned, tuple) else (returned,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise UserError(f"{name}() returned {kinds or 'nothing'}; {RETURNS}")
     model, batch, loss_sum = parts[0], *(*parts[1:], None, None)[:2]
     if batch is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise UserError(
-            f"{name}() returned a {type(batch).__name__} beside the module; a batch is (inputs, "
-            "targets)"
+            f"{name}() returned a {type(batch).__name__} as batch; return (inputs, targets)"
         )
     if loss_sum is not None and not callable(loss_sum):
         raise UserError(f"{name}() returned a {type(loss_sum).__name__} as loss_sum; {RETURNS}")

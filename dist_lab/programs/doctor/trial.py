@@ -1,4 +1,4 @@
-"""What is tried: somebody's model on some ranks, and what each strategy is told of it."""
+"""A trial of a user's model: the model, the ranks, and the options of each strategy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ Unit = type[nn.Module] | str
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried, on which ranks, and what it is told. `units` are names of modules."""
+    """A model under examination, its ranks and its settings. `units` are module names."""
 
     subject: Subject
     mesh: Mesh
@@ -27,8 +27,8 @@ class Trial:
     microbatches: int
     steps: int
 
-    def own_mesh(self, strategy: str) -> Mesh:
-        """A mesh for one strategy, over the same ranks, or of this rank alone."""
+    def mesh_for(self, strategy: str) -> Mesh:
+        """A mesh for one strategy: over the same ranks, or of this rank alone for `single`."""
         comm, timeout = self.mesh.comm, self.mesh.timeout
         if not STRATEGIES[strategy].axes or self.mesh.size == 1:
             axes = STRATEGIES[strategy].default_axes(1) or {"dp": 1}
@@ -40,7 +40,10 @@ class Trial:
         )  # fmt: skip
 
     def microbatches_of(self, strategy: str) -> int:
-        """A pipeline of p ranks has 2p, if each then has four rows: of fewer BatchNorm is rough."""
+        """The number of micro-batches of one rank.
+
+        pp on p ranks uses 2p, as long as each keeps four rows: BatchNorm over fewer is too noisy.
+        """
         if strategy != "pp" or self.subject.batch is None:
             return self.microbatches
         rows = batches.rows_in(self.subject.batch[0])
@@ -48,7 +51,7 @@ class Trial:
         return max(self.microbatches, min(most, 2 * self.mesh.size))
 
     def options(self, strategy: str, batch: Pair | None) -> dict[str, Any]:
-        """What `parallelize` is told besides."""
+        """The strategy's options for `parallelize`."""
         if strategy in ("fsdp", "hsdp"):
             return {"units": self.units}
         if strategy == "tp" and self.plan is not None:

@@ -1,1 +1,1 @@
-"""What `launch/explain.py` runs: one step of rank 0, looked at."""
+"""The code of `launch/explain.py`: a dry run of one step of rank 0."""

@@ -1,5 +1,5 @@
-"""Explain a strategy before any rank is started: which rank stands where, what lies where, what is
-sent, and how much memory it takes.
+"""Explain a run before any rank is started: the ranks of the mesh, the layout of parameters, and
+the collectives and the memory of a step.
 """
 
 import math
@@ -15,17 +15,17 @@ from dist_lab.observe.run_dir import make_folder
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import bubble, peak_activations, render
 from dist_lab.programs.explain import tables
-from dist_lab.programs.explain.dry_run import Seen, observe
+from dist_lab.programs.explain.dry_run import DryRunResult, observe
 from dist_lab.programs.explain.file import write
 from dist_lab.programs.explain.settings import Explain
 
 
 def explain(config: Explain, mesh: Mesh) -> int:
-    """Print rank grid, layout, memory and one step's traffic of `config` on its mesh."""
+    """Print the rank grid, layouts, memory and one step's collectives of `config` on its mesh."""
     if config.impl != "hand":
         raise UserError(
-            f"explain runs what is written here, {config.strategy}@{config.impl} is a library's "
-            "(--impl); give --impl hand, or measure both by launch/compare.py"
+            f"explain works with impl hand only, and {config.strategy}@{config.impl} is a "
+            "library's (--impl); give --impl hand, or measure both with launch/compare.py"
         )
     run = config.run()
     size = math.prod((run.mesh or {}).values())
@@ -34,35 +34,36 @@ def explain(config: Explain, mesh: Mesh) -> int:
     console = wide_console()
     if config.strategy == "pp":
         show_schedule(console, run.pipeline(axes["pp"]), config.svg)
-    with ExitStack() as held:
+    with ExitStack() as cleanup:
         if math.prod(axes.values()) > 1:
             console.print(tables.rank_grid(axes))
-            mesh = held.enter_context(
+            mesh = cleanup.enter_context(
                 dry_run(axes, backend=config.backend, collectives=config.collectives)
             )
-        seen = observe(run, mesh)
-        show(console, seen)
-        console.print(in_a_line(seen, axes), highlight=False, soft_wrap=True)
+        result = observe(run, mesh)
+        show(console, result)
+        console.print(summary(result, axes), highlight=False, soft_wrap=True)
         if folder is not None:
-            path = write(folder, f"{config.strategy}@{config.impl}", seen)
+            path = write(folder, f"{config.strategy}@{config.impl}", result)
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
 
 
-def in_a_line(seen: Seen, axes: Mapping[str, int]) -> str:
-    """What was found."""
-    ranks, sent = math.prod(axes.values()), sum(call.sent for call in seen.steady)
-    what = "nothing is sent, and rank 0"
-    if seen.steady:
-        what = f"rank 0 sends {sent / 1e6:,.2f} MB a step in {len(seen.steady)} calls, and"
-    return f"{ranks} rank{'s' * (ranks > 1)}: {what} holds {seen.peak.total / 1e6:,.1f} MB at most"
+def summary(result: DryRunResult, axes: Mapping[str, int]) -> str:
+    """The result in one line."""
+    ranks, sent = math.prod(axes.values()), sum(call.sent for call in result.steady)
+    traffic = "nothing is sent, and rank 0"
+    if result.steady:
+        traffic = f"rank 0 sends {sent / 1e6:,.2f} MB a step in {len(result.steady)} calls, and"
+    peak = f"{result.peak.total / 1e6:,.1f} MB"
+    return f"{ranks} rank{'s' * (ranks > 1)}: {traffic} holds {peak} at most"
 
 
-def show(console: Console, seen: Seen) -> None:
-    """The tables of what was seen."""
-    console.print(tables.layout_table(seen.job))
-    console.print(tables.memory_table(seen))
-    first, steady = seen.first, seen.steady
+def show(console: Console, result: DryRunResult) -> None:
+    """Print the tables of layouts, memory and collectives."""
+    console.print(tables.layout_table(result.job))
+    console.print(tables.memory_table(result))
+    first, steady = result.first, result.steady
     if not steady:
         return
     console.print(tables.calls_table("collectives of a step, in order; bytes", steady))
@@ -72,15 +73,16 @@ def show(console: Console, seen: Seen) -> None:
 
 
 def show_schedule(console: Console, schedule: Schedule, svg: str) -> None:
-    """The grid, idle time and activations of a schedule; drawn, too, if `svg` names a file."""
+    """Print a schedule, its idle time and its activations; plot it if `svg` names a file."""
     console.print(
-        f"{schedule.name}, one column a unit: F 1, B 2, or I 1 and W 1; {bubble(schedule):.1%} idle"
+        f"{schedule.name}, one column per unit of time (F takes 1, B 2; or split: I 1, W 1); "
+        f"{bubble(schedule):.1%} idle"
     )
     console.print(render(schedule), soft_wrap=True, highlight=False)
-    held = ", ".join(map(str, peak_activations(schedule)))
-    console.print(f"forwards that each rank holds at once, at most: {held}", highlight=False)
+    peaks = ", ".join(map(str, peak_activations(schedule)))
+    console.print(f"most forwards held at once, by rank: {peaks}", highlight=False)
     if svg:
         from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
 
         pipeline_plot.write(pipeline_plot.ideal(schedule), svg)
-        console.print(f"drawn in {svg}", highlight=False, soft_wrap=True)
+        console.print(f"plotted in {svg}", highlight=False, soft_wrap=True)

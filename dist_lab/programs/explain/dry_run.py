@@ -1,8 +1,8 @@
-"""Two steps of rank 0, run against ranks that are only simulated.
+"""A dry run: two steps of rank 0, with all other ranks simulated.
 
-The step is not described, it is run: rank 0's real model, strategy and loop, on a mesh whose other
-ranks are pretended (`mesh.dry_run`). So what is shown cannot differ from what a run does, and
-costs two steps of one rank in time and memory.
+Rank 0 runs its real model, strategy and training loop on a mesh whose other ranks are simulated
+(`mesh.dry_run`). So the result cannot differ from what a run does. It costs the time and memory of
+two steps of one rank.
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +20,12 @@ from dist_lab.programs.train.meter import Meter
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Two steps of rank 0: the first, in which a strategy may learn, and one like all others."""
+class DryRunResult:
+    """The collectives and the memory of two steps of rank 0.
+
+    In the first step a strategy may learn the order of its buckets or units; the second is like all
+    later steps.
+    """
 
     job: Job
     optimizer: Optimizer
@@ -30,8 +34,8 @@ class Seen:
     peak: memory.Peak
 
 
-def observe(config: Config, mesh: Mesh) -> Seen:
-    """Run the two steps on a mesh, of which this process is rank 0."""
+def observe(config: Config, mesh: Mesh) -> DryRunResult:
+    """Take the two steps as rank 0 of the mesh."""
     data = open_run(replace(config, log_collectives=False), mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
@@ -41,4 +45,4 @@ def observe(config: Config, mesh: Mesh) -> Seen:
         with meter.step(number + 1), mesh.comm.ledger.recording() as calls:
             loop.take_step(job, optimizer, *rows, number + 1, config)
         steps.append(calls)
-    return Seen(job, optimizer, steps[0], steps[1], meter.memory)
+    return DryRunResult(job, optimizer, steps[0], steps[1], meter.memory)

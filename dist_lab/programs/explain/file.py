@@ -1,4 +1,4 @@
-"""explain.json: where each parameter lies, what rank 0 keeps, and every collective, as plain data.
+"""Write explain.json: the layout of each parameter, the memory of rank 0 and every collective.
 
     {"strategy": "fsdp@hand", "mesh": {"fsdp": 4},
      "layouts": {"norm.weight": {"shape": [128], "dtype": "float32",
@@ -6,8 +6,8 @@
      "memory": {"peak": 1, "kinds": {"parameters": {"at_peak": 1, "own_peak": 1, "by_layout": 1}}},
      "calls": [{"step": 1, "phase": "forward", "op": "all_gather", "payload": 1, "sent": 1, ...}]}
 
-Bytes everywhere. Step 1 is the first, in which a strategy may learn; step 2 is like all others.
-Nothing in it depends on the moment, the machine or the place in the code.
+All sizes are in bytes. In step 1 a strategy may learn the order of its buckets or units; step 2 is
+like all later steps. Nothing in the file depends on the time, the machine or line numbers.
 """
 
 from pathlib import Path
@@ -16,40 +16,40 @@ from typing import Any
 from dist_lab.comm.ledger import Call
 from dist_lab.layout.layout import to_json
 from dist_lab.observe import export, memory
-from dist_lab.programs.explain.dry_run import Seen
+from dist_lab.programs.explain.dry_run import DryRunResult
 
 
-def write(folder: Path, strategy: str, seen: Seen) -> Path:
-    """Write the file for two steps that `observe` has seen. Returns its path."""
+def write(folder: Path, strategy: str, result: DryRunResult) -> Path:
+    """Write the result of `observe` to the file. Returns its path."""
     path = folder / "explain.json"
-    export.write_json(path, described(strategy, seen))
+    export.write_json(path, to_dict(strategy, result))
     return path
 
 
-def described(strategy: str, seen: Seen) -> dict[str, Any]:
+def to_dict(strategy: str, result: DryRunResult) -> dict[str, Any]:
     """The contents of the file."""
-    job = seen.job
-    by_layout = memory.by_layout(job, seen.optimizer)
+    job = result.job
+    by_layout = memory.by_layout(job, result.optimizer)
     kinds = {
         kind: {
-            "at_peak": seen.peak.at_peak[kind],
-            "own_peak": seen.peak.own[kind],
+            "at_peak": result.peak.at_peak[kind],
+            "own_peak": result.peak.own[kind],
             "by_layout": by_layout.get(kind),
         }
         for kind in memory.KINDS
     }
-    steps = enumerate((seen.first, seen.steady), start=1)
+    steps = enumerate((result.first, result.steady), start=1)
     return {
         "strategy": strategy,
         "mesh": dict(job.mesh.axes),
         "layouts": {name: to_json(layout) for name, layout in job.layouts.items()},
-        "memory": {"peak": seen.peak.total, "kinds": kinds},
-        "calls": [{"step": step} | call(each) for step, calls in steps for each in calls],
+        "memory": {"peak": result.peak.total, "kinds": kinds},
+        "calls": [{"step": step} | call_to_dict(call) for step, calls in steps for call in calls],
     }
 
 
-def call(call: Call) -> dict[str, Any]:
-    """One collective."""
+def call_to_dict(call: Call) -> dict[str, Any]:
+    """One collective in the file."""
     return {
         "phase": call.phase,
         "op": call.op,

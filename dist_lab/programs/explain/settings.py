@@ -1,4 +1,4 @@
-"""The settings of explain.py: those of a run that is only looked at, and what to draw of it."""
+"""The settings of explain.py: those of a run, without the settings of training and launching."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,36 +17,36 @@ WITHOUT = [
     "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
     "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
 ]  # fmt: skip
-RANKS = 4  # where no setting says how many
+RANKS = 4  # the number of ranks unless --mesh, --stages or a file's nproc sets it
 PICTURES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True)
 class Explain(RunSettings):
-    """The settings of a run that is only looked at."""
+    """The settings of the run to explain."""
 
     # fmt: off
-    stages: int | None = setting(None, "short for --mesh pp=N", heading="pp",
+    stages: int | None = setting(None, "pipeline stages: short for --mesh pp=N", heading="pp",
         low=1, high=1024)
-    svg: str = setting("", "draw the schedule, and what each rank holds, into this file: .svg, "
-        ".png or .pdf", metavar="FILE")
+    svg: str = setting("", "plot the schedule and the activations that each rank holds to this "
+        "file: .svg, .png or .pdf", metavar="FILE")
     # fmt: on
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """No mesh: explain is one process, whatever mesh is asked about."""
+        """Returns {}: explain itself runs in one process, whatever --mesh says."""
         if size > 1:
             raise UserError(
-                f"explain starts no ranks and needs none, {size} were started; type python "
+                f"explain runs in one process, {size} were started; type python "
                 "launch/explain.py --mesh dp=4 ..."
             )
         return {}
 
 
 def read(argv: Sequence[str] | None, description: str | None) -> Explain:
-    """The command line of explain.py; its mesh says the ranks, of which none is started.
+    """Read the command line of explain.py. Its mesh gives the number of ranks to explain.
 
     Raises:
-        UserError: all that can be wrong before the step is run.
+        UserError: any mistake that can be found before the step is run.
     """
     config, where = read_settings(Explain, argv, "explain.py", description, {}, WITHOUT)
     check_settings(config.run(), where)
@@ -58,11 +58,11 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
             )
     if config.stages is not None and config.mesh:
         raise UserError(
-            f"stages {config.stages} is short for a mesh, and there is --mesh "
+            f"stages {config.stages} is short for --mesh pp={config.stages}, and there is --mesh "
             f"{mesh_in_words(config.mesh)} (--stages); give one of them"
         )
     if config.svg and Path(config.svg).suffix.lower() not in PICTURES:
-        raise UserError(f"svg cannot be {shown(config.svg)} (--svg); end it .svg, .png or .pdf")
+        raise UserError(f"svg cannot be {shown(config.svg)} (--svg); name it .svg, .png or .pdf")
     axes = STRATEGIES[config.strategy].default_axes(config.nproc or RANKS)
     if config.stages is not None:
         axes = {"pp": config.stages}

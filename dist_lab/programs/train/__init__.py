@@ -1,1 +1,1 @@
-"""What `launch/train.py` runs."""
+"""`launch/train.py`: the training loop and its measurements."""

@@ -1,4 +1,4 @@
-"""`launch/train.py`, on one rank."""
+"""What one rank of `launch/train.py` runs."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,24 +17,24 @@ from dist_lab.programs.train import loop
 
 
 def train(config: Config, mesh: Mesh) -> int:
-    """Train a model of the zoo; rank 0 writes what README describes."""
+    """Train a model of the zoo; rank 0 writes the files that README describes."""
     config = config.fitted(mesh.size)
-    with ExitStack() as held:
+    with ExitStack() as resources:
         data = open_run(config, mesh)
         with together(mesh.world):
             if mesh.rank == 0:
-                folder = held.enter_context(run_dir.claimed(config))
+                folder = resources.enter_context(run_dir.claimed(config))
         job = build(config, mesh, data)
-        setting = describe(config, job, data)
+        run_info = describe(config, job, data)
         sinks: list[Sink] = []
         if mesh.rank == 0:
-            print(opening_line(setting), flush=True)
+            print(opening_line(run_info), flush=True)
             sinks = open_sinks(folder, config.steps, plain=config.log_collectives)
-            setting["out"] = str(folder)
+            run_info["out"] = str(folder)
         summary: Mapping[str, Any] | None = None
         try:
-            summary = setting | loop.train(job, data, config, sinks)
-            rows = job.timeline()  # of the last step
+            summary = run_info | loop.train(job, data, config, sinks)
+            rows = job.timeline()  # of the last step; empty rows unless it is a pipeline
             if any(rows):
                 for sink in sinks:
                     sink.pipeline(rows, config.pipeline(mesh["pp"].size))
@@ -47,26 +47,29 @@ def train(config: Config, mesh: Mesh) -> int:
 
 
 def next_line(config: Config, ranks: int) -> str:
-    """The command that is worth typing now: what verifies this run, or shares it out."""
+    """Suggests the next command: verify this run, or run it on several ranks."""
     if config.strategy == "single":
         return "next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4"
-    usual = Config(strategy=config.strategy)
+    default = Config(strategy=config.strategy)
     names = ["impl", "mesh", "model", "layers", *STRATEGIES[config.strategy].options]
-    names += ["size"] if config.strategy in ("tp", "pp") else []  # which can depend on it
-    words = [f"--strategy {config.strategy} --nproc {ranks}"]
+    names += (
+        ["size"] if config.strategy in ("tp", "pp") else []
+    )  # which decides whether the model can be split
+    flags = [f"--strategy {config.strategy} --nproc {ranks}"]
     for name in names:
         value = getattr(config, name)
-        if value != getattr(usual, name) and name != "emulate_compute":
-            words.append(as_typed(name, mesh_in_words(value) if name == "mesh" else value))
-    return f"next: is it equal to one process? python launch/verify.py {' '.join(words)}"
+        if value != getattr(default, name) and name != "emulate_compute":
+            flags.append(as_typed(name, mesh_in_words(value) if name == "mesh" else value))
+    return f"next: is it equal to one process? python launch/verify.py {' '.join(flags)}"
 
 
-def opening_line(setting: Mapping[str, Any]) -> str:
-    config, data = setting["config"], setting["data"]
+def opening_line(run_info: Mapping[str, Any]) -> str:
+    """Describes the run in one line: strategy, ranks, model, dtype, data and batch."""
+    config, data = run_info["config"], run_info["data"]
     return (
-        f"{config['strategy']}@{config['impl']} on {setting['world_size']} ranks x "
-        f"{setting['threads']} threads ({setting['cores']} cores): {config['model']} "
-        f"{setting['parameters'] / 1e6:.1f}M in {config['dtype']}, {data['name']}"
+        f"{config['strategy']}@{config['impl']} on {run_info['world_size']} ranks x "
+        f"{run_info['threads']} threads ({run_info['cores']} cores): {config['model']} "
+        f"{run_info['parameters'] / 1e6:.1f}M in {config['dtype']}, {data['name']}"
         + (f" sha256 {data['sha256'][:12]}" if data["sha256"] else "")
         + f", {batch_in_words(config, data['image'])} a step"
     )

@@ -1,4 +1,4 @@
-"""The training loop: one, for every strategy. `train` and `take_step` first; the rest serves."""
+"""The training loop, the same for every strategy: `train` and `take_step`, then their helpers."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from dist_lab.programs.cli.config import Config
 from dist_lab.programs.train.meter import Meter
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# One pass over the weights on the CPU, too, where torch's default takes three times as long.
+# fused: one pass over the weights. On the CPU, torch's default takes three times as long.
 OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}, "sgd": {}}
 
 
 def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[str, Any]:
-    """Train, tell the sinks, and return the medians and final losses for summary.json."""
+    """Train, send rows to the sinks, and return the medians and final losses for summary.json."""
     optimizer = make_optimizer(job, config)
     rows = own_rows(config.batch, job)
     meter = Meter(job, optimizer)
@@ -34,13 +34,15 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
             with meter.step(step):
                 loss, norm = take_step(job, optimizer, *next(batches), step, config)
 
-            due = step == config.steps or (config.val_every > 0 and step % config.val_every == 0)
-            validate = due and data.validation_batches > 0
+            evaluation_due = step == config.steps or (
+                config.val_every > 0 and step % config.val_every == 0
+            )
+            validate = evaluation_due and data.validation_batches > 0
             if validate:
                 validation = evaluate(job, data, config, rows)
             for sink in sinks:
                 sink.tick(step)
-            if due or step == 1 or step % config.log_every == 0:
+            if evaluation_due or step == 1 or step % config.log_every == 0:
                 lr = optimizer.param_groups[0]["lr"]
                 row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
                 row |= validation if validate else {}
@@ -60,14 +62,14 @@ def take_step(
     step: int,
     config: Config,
 ) -> tuple[float, float]:
-    """One optimizer step on this rank's rows, the same under every strategy.
+    """Take one optimizer step on this rank's rows. The code is the same for every strategy.
 
     Returns:
         The loss of the global batch, and the norm of its gradient before clipping.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    total = job.count(targets.numel())  # over all ranks: what the loss is divided by
+    total = job.count(targets.numel())  # over all ranks; the summed loss is divided by it
     loss = job.run(microbatches(inputs, targets, config, job), mean_over(total))
     job.finish()  # every .grad is now the global gradient
     norm = job.clip_grad_norm(config.clip or None)
@@ -88,38 +90,39 @@ def make_optimizer(job: Job, config: Config) -> torch.optim.Optimizer:
 
 
 def evaluate(job: Job, data: Data, config: Config, rows: slice) -> dict[str, float]:
-    """`val_loss`, the mean over all validation batches; of images `val_accuracy`, too, the fraction
-    whose class is the likeliest. The same numbers on every rank.
+    """Returns `val_loss`, the mean over all validation batches, the same on every rank.
+
+    For images also `val_accuracy`: the fraction whose most likely class is the right one.
     """
     batches = [data.validation(i, rows) for i in range(data.validation_batches)]
     total = job.count(sum(targets.numel() for _, targets in batches))
-    pieces = [pair for batch in batches for pair in microbatches(*batch, config, job)]
-    found = {"val_loss": job.evaluate(pieces, mean_over(total))}
+    pairs = [pair for batch in batches for pair in microbatches(*batch, config, job)]
+    values = {"val_loss": job.evaluate(pairs, mean_over(total))}
     if data.image is not None:  # a second pass, because a job evaluates one number at a time
-        found["val_accuracy"] = job.evaluate(pieces, right_out_of(total))
-    return found
+        values["val_accuracy"] = job.evaluate(pairs, accuracy_over(total))
+    return values
 
 
 def mean_over(total: int) -> LossFn:
-    """A micro-batch's share of the mean loss over the `total` targets of the global batch."""
+    """The loss function of a micro-batch: its share of the mean over all `total` targets."""
     return lambda logits, targets: cross_entropy_sum(logits, targets) / total
 
 
-def right_out_of(total: int) -> LossFn:
-    """A micro-batch's share of the accuracy over `total` targets."""
+def accuracy_over(total: int) -> LossFn:
+    """The accuracy function of a micro-batch: its share of the mean over all `total` targets."""
     return lambda logits, targets: (logits.argmax(-1) == targets).sum(dtype=torch.float64) / total
 
 
 def microbatches(
     inputs: Tensor, targets: Tensor, config: Config, job: Job
 ) -> list[tuple[Tensor, Tensor]]:
-    """This rank's rows, in the order in which they are accumulated."""
-    parts = (t.to(job.mesh.device).chunk(config.microbatches) for t in (inputs, targets))
-    return list(zip(*parts, strict=True))
+    """Splits this rank's rows into micro-batches, in the order of accumulation."""
+    chunks = (t.to(job.mesh.device).chunk(config.microbatches) for t in (inputs, targets))
+    return list(zip(*chunks, strict=True))
 
 
 def own_rows(batch: int, job: Job) -> slice:
-    """The rows of the global batch that this rank's data coordinate sees."""
+    """The rows of the global batch that this rank trains on, by its data coordinate."""
     return slice(*shard_bounds(batch, job.mesh.data.size, job.mesh.data.index))
 
 
@@ -127,10 +130,10 @@ def learning_rate(step: int, config: Config) -> float:
     """Linear warm-up, then a cosine down to a tenth (Loshchilov & Hutter, arXiv:1608.03983)."""
     if step <= config.warmup:
         return config.lr * step / config.warmup
-    through = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * through)) / 2)
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def decay_groups(weight_decay: float) -> Any:
-    """Weight decay for matrices; none for biases and norms, which have no scale to be pulled to."""
+    """Applies weight decay to matrices, and none to biases and norms, whose scale is meaningful."""
     return lambda name, shape: {"weight_decay": weight_decay if len(shape) > 1 else 0.0}

@@ -1,7 +1,7 @@
 """The meter of a training loop: seconds, bytes, memory and floating-point operations of its steps.
 
-The first steps are measured for memory and operations, which makes them slow; so they are left out
-of the times.
+Memory and operations are measured in the first steps only. Measuring slows them down, so the times
+leave them out.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import flops, memory
 from dist_lab.programs.cli.config import Config
 
-WARM_UP = 2  # steps that are measured for memory and FLOPs, and left out of the medians
+WARM_UP = 2  # first steps, measured for memory and FLOPs and left out of the medians
 
 
 class Meter:
@@ -30,45 +30,46 @@ class Meter:
         self.job, self.optimizer = job, optimizer
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
         self.reported = 0
-        self.memory = memory.NOTHING  # at the worst of the steps that are measured
-        self.flops_per_step = 0.0  # of all ranks together
+        self.memory = memory.NOTHING  # the largest of the measured steps
+        self.flops_per_step = 0.0  # summed over all ranks
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
+        """Measures one step."""
         ledger = self.job.mesh.comm.ledger
         before, began = ledger.total, time.perf_counter()
-        with ExitStack() as measuring:
+        with ExitStack() as measurements:
             if step <= WARM_UP:
-                live = measuring.enter_context(memory.measured(self.job, self.optimizer))
+                live = measurements.enter_context(memory.measured(self.job, self.optimizer))
             if step == 1:
-                count = measuring.enter_context(flops.counter())
+                count = measurements.enter_context(flops.counter())
             yield
         self.steps.append((time.perf_counter() - began, ledger.total - before))
         if step <= WARM_UP:
             self.memory = self.memory.worst(live.by_kind())
         if step == 1:
-            mine = torch.tensor(count.get_total_flops())
-            self.flops_per_step = float(sum_over_ranks(mine, self.job.mesh))
+            local = torch.tensor(count.get_total_flops())
+            self.flops_per_step = float(sum_over_ranks(local, self.job.mesh))
 
     def since_last_row(self, samples: int, tokens: int | None) -> dict[str, float]:
-        """The fields of a row, as means over the steps since the last one; images have no tokens.
+        """Returns the fields of a row: means over the steps since the last row. Images: no tokens.
 
-        Of steps that are slow because they are measured only a row of nothing else is made.
+        The slow warm-up steps count only if the row has no other steps.
         """
-        begin, self.reported = self.reported, len(self.steps)
-        window = self.steps[max(begin, WARM_UP) :] or self.steps[begin:]
-        seconds = statistics.fmean(s for s, _ in window)
+        start, self.reported = self.reported, len(self.steps)
+        recent = self.steps[max(start, WARM_UP) :] or self.steps[start:]
+        seconds = statistics.fmean(s for s, _ in recent)
         return {
             "step_ms": seconds * 1e3,
             **rates(samples, tokens, seconds),
-            "comm_payload_bytes": window[-1][1].payload,
-            "comm_sent_bytes": window[-1][1].sent,
-            "comm_ms": statistics.fmean(t.blocked for _, t in window) * 1e3,
+            "comm_payload_bytes": recent[-1][1].payload,
+            "comm_sent_bytes": recent[-1][1].sent,
+            "comm_ms": statistics.fmean(t.blocked for _, t in recent) * 1e3,
             "peak_memory_bytes": self.memory.total,
         }
 
     def summary(self, config: Config, tokens: int | None) -> dict[str, Any]:
-        """Medians over the steps after the warm-up, and the MFU they amount to. Collective."""
+        """Returns medians over the steps after the warm-up, and the MFU. Collective."""
         steady = self.steps[WARM_UP:] or self.steps
         seconds = statistics.median(s for s, _ in steady)
         peak = peak_rate(config.dtype, self.job.mesh)
@@ -90,18 +91,18 @@ class Meter:
 
 
 def sum_over_ranks(numbers: Tensor, mesh: Mesh) -> Tensor:
-    """Collective, and no part of what a step sends."""
+    """Sums measurements over all ranks, which is not part of a step's traffic. Collective."""
     with mesh.comm.label("measure"):
         return ops.all_reduce(numbers.to(mesh.device), mesh.world)
 
 
 def peak_rate(dtype: str, mesh: Mesh) -> float:
-    """Floating-point operations a second of all ranks together: observe/flops.py. Collective."""
-    sum_over_ranks(torch.zeros(1), mesh)  # now all start together
+    """Peak floating-point operations per second of all ranks: observe/flops.py. Collective."""
+    sum_over_ranks(torch.zeros(1), mesh)  # a barrier, so that all ranks start together
     return float(sum_over_ranks(flops.calibrate(getattr(torch, dtype), mesh.device), mesh).max())
 
 
 def rates(samples: int, tokens: int | None, seconds: float) -> dict[str, float]:
-    """Throughput of all ranks together."""
-    found = {"samples_per_s": samples / seconds}
-    return found if tokens is None else found | {"tokens_per_s": tokens / seconds}
+    """The throughput of all ranks together."""
+    values = {"samples_per_s": samples / seconds}
+    return values if tokens is None else values | {"tokens_per_s": tokens / seconds}

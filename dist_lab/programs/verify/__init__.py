@@ -1,1 +1,1 @@
-"""What `launch/verify.py` runs, and `dist_lab.verify`: a run compared with one process."""
+"""`dist_lab.verify` and `launch/verify.py`: compare a parallel run with one process."""

@@ -1,4 +1,4 @@
-"""`launch/verify.py`, on one rank."""
+"""What one rank of `launch/verify.py` runs."""
 
 import json
 
@@ -13,7 +13,7 @@ from dist_lab.programs.verify import engine
 
 
 def verify(config: Config, mesh: Mesh) -> int:
-    """Compare a model of the zoo with one process. Exit status 0 only if equal."""
+    """Verify a model of the zoo against one process. Returns exit status 0 only if equal."""
     config = config.fitted(mesh.size)
     data = open_run(config, mesh)
     with together(mesh.world):
@@ -35,8 +35,8 @@ def verify(config: Config, mesh: Mesh) -> int:
     if mesh.rank == 0:
         console = wide_console()
         if data.image is not None:
-            what = batch_in_words(config.to_dict(), data.image)
-            console.print(f"{data.name}, {what} a step", highlight=False, soft_wrap=True)
+            batch_text = batch_in_words(config.to_dict(), data.image)
+            console.print(f"{data.name}, {batch_text} a step", highlight=False, soft_wrap=True)
         console.print(report.table())
         console.print(report.sentence(), soft_wrap=True)
         if config.out:

@@ -1,16 +1,17 @@
-"""What is compared, and how far apart two of it are.
+"""The error between two tensors, and the comparison of all tensors of one step.
 
     error = max|a - b| / max(max|b|, 1e-3 x the median over tensors of max|b|)
 
-The floor is for tensors that are nearly zero: relative to nothing, rounding is everything. Truth
-values and integers are equal or not.
+The floor is for tensors that are nearly zero, where rounding is large relative to the values.
+Booleans and integers must be equal.
 
-[Note: rounding only] Where the true gradient is zero, the computed one holds only rounding, which
-Adam divides by itself and turns into a full step: two right runs have other weights there. The key
-bias of attention is so (softmax does not see it), and with it a third of the `in_proj_bias` of
-nn.MultiheadAttention. So the elements of a weight whose gradient has been rounding alone, at this
-step or before, are left out, counted and listed. A gradient of exactly zero in both runs (a row of
-an embedding that nobody looked up) is no rounding: that weight is judged. Gradients are always.
+[Note: rounding only] Where the true gradient is zero, the computed gradient is rounding error.
+Adam divides it by its own size and takes a full step, so two correct runs end with different
+weights there. One example is the key bias of attention, which softmax cancels; it is a third of
+the `in_proj_bias` of nn.MultiheadAttention. So we leave out the elements of a weight whose gradient
+has been only rounding at this step or an earlier one; the report counts and lists them. A gradient
+of exactly zero in both runs (an embedding row that was not looked up) is not rounding, and its
+weight is judged. Gradients are always judged.
 """
 
 import math
@@ -25,8 +26,8 @@ from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.verify.report import Comparison
 
-# The largest error that rounding explains, by the dtype of compute: sums in another order, through
-# a few optimizer steps. A bug is larger than any of them by orders of magnitude in float64.
+# Compute dtype -> the largest error that rounding explains: sums in a different order, over a few
+# optimizer steps. In float64 a bug is orders of magnitude larger.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 Tensors = Mapping[str, Tensor | None]
 State = dict[str, Tensors]  # quantity -> name -> its value after a step, in the order of comparison
@@ -35,31 +36,34 @@ State = dict[str, Tensors]  # quantity -> name -> its value after a step, in the
 def compare(
     step: int, ours: State, theirs: State, rounding: dict[str, Tensor], dtype: torch.dtype
 ) -> list[Comparison]:
-    """Every quantity of one step.
+    """Compares every quantity of one step.
 
     Args:
-        rounding: name -> which elements have had a gradient of rounding alone; kept up to date.
+        rounding: name -> mask of the elements whose gradient has been only rounding so far. The
+            elements of this step are added to it.
     """
-    _note_rounding(rounding, ours["gradient"], theirs["gradient"], dtype)
-    found = []
+    _update_rounding(rounding, ours["gradient"], theirs["gradient"], dtype)
+    comparisons = []
     for quantity, tensors in theirs.items():
         floor = floor_of(tensors)
         for name, tensor in tensors.items():
-            out = rounding.get(name) if quantity == "weight" else None
-            left, elements = int(out.sum()) if out is not None else 0, tensor_size(tensor)
-            judged = not left or left < elements
-            distance = error(ours[quantity].get(name), tensor, floor, out if judged else None)
-            judged = judged or not math.isfinite(distance)  # rounding makes no NaN
-            found.append(Comparison(step, quantity, name, distance, 0, judged, left, elements))
-    return found
+            mask = rounding.get(name) if quantity == "weight" else None
+            left_out, elements = int(mask.sum()) if mask is not None else 0, tensor_size(tensor)
+            judged = not left_out or left_out < elements
+            distance = error(ours[quantity].get(name), tensor, floor, mask if judged else None)
+            judged = judged or not math.isfinite(distance)  # rounding alone never makes a NaN
+            comparisons.append(
+                Comparison(step, quantity, name, distance, 0, judged, left_out, elements)
+            )
+    return comparisons
 
 
 def error(
     a: Tensor | None, b: Tensor | None, floor: float, left_out: Tensor | None = None
 ) -> float:
-    """How far a is from b, relative to the largest element of b or to the floor."""
+    """The largest difference between a and b, relative to b's largest element or to the floor."""
     if a is None or b is None:
-        return 0.0 if a is b else math.inf  # one has a gradient where the other has none
+        return 0.0 if a is b else math.inf  # only one of them has a gradient
     a, b = _dense(a), _dense(b)
     if a.shape != b.shape:
         return math.inf
@@ -71,7 +75,7 @@ def error(
     if left_out is not None:
         distances = distances.masked_fill(left_out & distances.isfinite(), 0)
     largest = float(distances.max())
-    if not math.isfinite(largest):  # a mask of -inf is -inf in both
+    if not math.isfinite(largest):  # for example a mask of -inf, equal in both
         distances = distances.masked_fill((a == b) | (a.isnan() & b.isnan()), 0)
         largest = float(distances.max())
     scale = max(_largest(b), floor)
@@ -79,58 +83,61 @@ def error(
 
 
 def floor_of(tensors: Tensors) -> float:
-    return 1e-3 * _median(_sizes(tensors))
+    """The floor in the formula above, for one quantity."""
+    return 1e-3 * _median(_magnitudes(tensors))
 
 
-def only_rounding(gradients: Tensors, dtype: torch.dtype) -> set[str]:
-    """Tensors whose gradient is so small beside the others' that it may be rounding alone."""
-    sizes = _sizes(gradients)
-    below = _rounding(dtype) * _median(sizes)
-    return {name for name, size in sizes.items() if 0 < size <= below}
+def rounding_only_tensors(gradients: Tensors, dtype: torch.dtype) -> set[str]:
+    """Names of tensors whose gradient is so small beside the others that it may be rounding."""
+    magnitudes = _magnitudes(gradients)
+    threshold = _rounding_level(dtype) * _median(magnitudes)
+    return {name for name, magnitude in magnitudes.items() if 0 < magnitude <= threshold}
 
 
-def _note_rounding(
+def _update_rounding(
     rounding: dict[str, Tensor], ours: Tensors, theirs: Tensors, dtype: torch.dtype
 ) -> None:
-    """Add the elements that are small beside the rest of their tensor, or beside other tensors."""
-    sizes, whole = _sizes(theirs), only_rounding(theirs, dtype)
-    for name, largest in sizes.items():
+    """Adds the elements that are tiny relative to the rest of their tensor, or to other tensors."""
+    magnitudes, all_rounding = _magnitudes(theirs), rounding_only_tensors(theirs, dtype)
+    for name, largest in magnitudes.items():
         gradient, other = theirs[name], ours.get(name)
         assert gradient is not None
-        size = gradient.abs()
-        if name in whole:
-            small = torch.ones_like(size, dtype=torch.bool)
+        magnitude = gradient.abs()
+        if name in all_rounding:
+            small = torch.ones_like(magnitude, dtype=torch.bool)
         else:
-            below = _rounding(dtype) * max(largest, _median(sizes))
-            if other is not None and other.shape == size.shape:  # zero by chance in one of both
-                size = torch.where(size > 0, size, other.abs())
-            small = (size > 0) & (size <= below)
+            threshold = _rounding_level(dtype) * max(largest, _median(magnitudes))
+            # One of the two runs may round to exactly zero; then the other's magnitude counts.
+            if other is not None and other.shape == magnitude.shape:
+                magnitude = torch.where(magnitude > 0, magnitude, other.abs())
+            small = (magnitude > 0) & (magnitude <= threshold)
         rounding[name] = small | rounding[name] if name in rounding else small
 
 
-def _rounding(dtype: torch.dtype) -> float:
+def _rounding_level(dtype: torch.dtype) -> float:
+    """A gradient below this fraction of the typical one may be only rounding."""
     return min(64 * torch.finfo(dtype).eps, 1e-2)
 
 
-def _sizes(tensors: Tensors) -> dict[str, float]:
-    """The largest magnitude in each tensor that has elements, and a magnitude."""
+def _magnitudes(tensors: Tensors) -> dict[str, float]:
+    """The largest magnitude of each floating-point or complex tensor that is not empty."""
     dense = {name: _dense(t) for name, t in tensors.items() if t is not None and t.numel()}
     return {n: _largest(t) for n, t in dense.items() if t.is_floating_point() or t.is_complex()}
 
 
 def _largest(tensor: Tensor) -> float:
     """The largest finite magnitude."""
-    sizes = tensor.abs()
-    largest = float(sizes.max())
-    return largest if math.isfinite(largest) else float(sizes.nan_to_num(0, 0, 0).max())
+    magnitudes = tensor.abs()
+    largest = float(magnitudes.max())
+    return largest if math.isfinite(largest) else float(magnitudes.nan_to_num(0, 0, 0).max())
 
 
-def _median(sizes: Mapping[str, float]) -> float:
-    return statistics.median(sizes.values()) if sizes else 0.0
+def _median(magnitudes: Mapping[str, float]) -> float:
+    return statistics.median(magnitudes.values()) if magnitudes else 0.0
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The same numbers in a make that can be subtracted."""
+    """Returns the same numbers in a layout and dtype that can be subtracted."""
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_quantized:
@@ -146,13 +153,13 @@ def tensor_size(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel()
 
 
-def worst_over_ranks(found: list[Comparison], mesh: Mesh) -> list[Comparison]:
-    """One report for all: of each comparison, the rank that is furthest off."""
-    rows = [[[c.error, c.left_out, c.judged] for c in found]]
-    mine = torch.tensor(rows, dtype=torch.float64).nan_to_num(nan=math.inf, posinf=math.inf)
-    everyone = ops.all_gather(mine, mesh.world)  # (rank, comparison, 3)
-    rank = everyone[..., 0].argmax(0)
+def worst_over_ranks(comparisons: list[Comparison], mesh: Mesh) -> list[Comparison]:
+    """For each comparison, takes the values of the rank with the largest error. Collective."""
+    rows = [[[c.error, c.left_out, c.judged] for c in comparisons]]
+    local = torch.tensor(rows, dtype=torch.float64).nan_to_num(nan=math.inf, posinf=math.inf)
+    gathered = ops.all_gather(local, mesh.world)  # (rank, comparison, 3)
+    worst_ranks, worst = gathered[..., 0].argmax(0), gathered.amax(0).tolist()
     return [
-        replace(c, error=e, rank=int(r), left_out=int(left), judged=bool(judged))
-        for c, r, (e, left, judged) in zip(found, rank, everyone.amax(0).tolist(), strict=True)
+        replace(c, error=e, rank=int(rank), left_out=int(left_out), judged=bool(judged))
+        for c, rank, (e, left_out, judged) in zip(comparisons, worst_ranks, worst, strict=True)
     ]

@@ -1,12 +1,12 @@
 """The comparison engine: is a parallel run equal to one process?
 
-Agreement among ranks is not enough, and a falling loss is not enough. The reference is a dozen
-lines of plain PyTorch on the whole batch, with nothing of ours in it: see reference.py. Every rank
-runs it, and compares with it what the job under test has after every step: the loss, every gradient
-(summed, before clipping), the global gradient norm and every weight after the update. How far two
-tensors are apart, and what is rounding, says compare.py.
+It is not enough that the ranks agree, or that the loss falls. The reference is a dozen lines of
+plain PyTorch on the whole batch, with none of our code in it: see reference.py. Every rank runs it.
+After every step each rank compares the job under test with the reference: the loss, every gradient
+(summed, before clipping), the global gradient norm and every weight after the update. compare.py
+defines the error between two tensors and decides what is only rounding.
 
-In float64 a bug shows at 1e-10 and rounding does not; that is the dtype to verify in.
+Verify in float64: there a bug exceeds 1e-10, and rounding does not.
 """
 
 import math
@@ -24,8 +24,8 @@ from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
-from dist_lab.programs.verify.reference import agreed, check_model, one_process, state
-from dist_lab.programs.verify.repeat import repeated, weights_and_buffers
+from dist_lab.programs.verify.reference import check_model, checked_steps, one_process, state
+from dist_lab.programs.verify.repeat import repeat_first_step, weights_and_buffers
 from dist_lab.programs.verify.report import Comparison, VerifyReport
 from dist_lab.step.protocol import Apply
 
@@ -50,33 +50,33 @@ def verify(
     reference: Iterable[tuple[Pair, State]] | None = None,
     **strategy_options: Any,
 ) -> VerifyReport:
-    """Train a model twice, in parallel and in one process, and compare. Collective over the mesh.
+    """Train a model in parallel and in one process, and compare the two. Collective over the mesh.
 
     Args:
-        build_model: gives the same weights at every call on every rank; its dtype is the dtype of
-            the comparison, the coarsest if it has several.
+        build_model: must return the same weights at every call on every rank. Its dtype is the
+            dtype of the comparison; of several dtypes, the coarsest.
         build_batch: step -> (inputs, targets), the whole global batch: tensors, or dicts, tuples,
-            lists and dataclasses of tensors, rows first in each. The same at every call on every
-            rank; each takes its rows, so any number of rows is right.
-        microbatches: in how many pieces a rank accumulates.
-        options: of the optimizer; default lr=1e-3.
-        loss_sum: (output, target) -> the sum over the rows; the engine divides by the number of
-            targets: the elements of the target tensor, of a structure those of its first tensor.
+            lists and dataclasses of tensors, with the rows in dim 0. It must return the same at
+            every call on every rank. Each rank takes its own rows; any number of rows works.
+        microbatches: the number of micro-batches that each rank accumulates.
+        options: the optimizer's keyword arguments; default lr=1e-3.
+        loss_sum: (output, target) -> the sum over the rows. The engine divides it by the number of
+            targets: the elements of the target tensor, or of the first tensor in a structure.
         param_dtype: see `parallelize`; the reference then computes in it too.
         tolerance: default by dtype, see TOLERANCE.
-        reference: the steps of the one process, where they are known: see `one_process`. They are
-            not run again to see whether they come out the same.
+        reference: the steps of the one process, if they are known: see `one_process`. The first
+            one is then not run again to check that it is repeatable.
         sync_batchnorm, strategy_options: see `parallelize`.
 
     Raises:
-        UserError: on every rank, where no strategy is to blame. Rows that are all alike (a
-            forgotten sum over ranks would go unseen); dropout, or whatever else one process does
-            otherwise the second time, see `repeated`; a batch that ranks do not have in common, or
-            that cannot be cut by rows; nothing to train; a reference that is not finite.
+        UserError: on every rank, for a problem that no strategy causes. All rows are equal, which
+            would hide a missing sum over ranks; one process is not repeatable, as with dropout: see
+            `repeat_first_step`; the batch differs between ranks or cannot be split by rows; there
+            is nothing to train; the reference is not finite.
     """
     options = {"lr": 1e-3} if options is None else options
     if min(steps, microbatches) < 1:
-        raise UserError(f"steps={steps} and microbatches={microbatches} are 1 at least")
+        raise UserError(f"steps={steps} and microbatches={microbatches} must be 1 or more")
     with together(mesh.world):
         tested = build_model()
         check_model(tested)
@@ -88,31 +88,34 @@ def verify(
         tested, mesh, strategy, impl, units=units, param_dtype=param_dtype,
         broadcast=False, sync_batchnorm=sync_batchnorm, **strategy_options,
     )  # fmt: skip
-    ours = job.optimizer(optimizer, **options)
+    opt = job.optimizer(optimizer, **options)
     if reference is None:
-        made: dict[str, Any] = {
+        run_options: dict[str, Any] = {
             "microbatches": microbatches, "loss_sum": loss_sum, "param_dtype": param_dtype,
             "sync_batchnorm": sync_batchnorm,
         }  # fmt: skip
-        where = build_model, build_batch, mesh.data.size, mesh.device
+        source = build_model, build_batch, mesh.data.size, mesh.device
         reference = one_process(
-            *where, steps=steps, clip=clip, optimizer=optimizer, options=options, **made
+            *source, steps=steps, clip=clip, optimizer=optimizer, options=options, **run_options
         )
-        reference = repeated(
-            reference, built, *where, dtype=dtype,
-            tolerance=max(tolerance, TOLERANCE.get(dtype, 0.0)), **made,
+        reference = repeat_first_step(
+            reference, built, *source, dtype=dtype,
+            tolerance=max(tolerance, TOLERANCE.get(dtype, 0.0)), **run_options,
         )  # fmt: skip
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     rounding: dict[str, Tensor] = {}
-    for step, (batch, expected) in enumerate(agreed(reference, mesh)):
-        if step == 0 and mesh.data.size > 1 and batches.rows_are_alike(batch[0]):
-            raise UserError("every row of the batch is alike; ranks need different data to verify")
-        after = _tested_step(job, ours, batches.copy(batch), microbatches, clip, loss_sum)
-        found += compare(step, after, expected, rounding, dtype)
+    for step, (batch, expected) in enumerate(checked_steps(reference, mesh)):
+        if step == 0 and mesh.data.size > 1 and batches.all_rows_equal(batch[0]):
+            raise UserError(
+                "all rows of the batch are equal, which would hide a missing sum over ranks; give "
+                "rows that differ"
+            )
+        ours = _tested_step(job, opt, batches.copy(batch), microbatches, clip, loss_sum)
+        comparisons += compare(step, ours, expected, rounding, dtype)
     label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
     return VerifyReport(
         label, str(mesh), str(dtype).removeprefix("torch."), tolerance,
-        worst_over_ranks(found, mesh),
+        worst_over_ranks(comparisons, mesh),
     )  # fmt: skip
 
 
@@ -124,12 +127,12 @@ def _tested_step(
     clip: float | None,
     loss_sum: LossFn,
 ) -> State:
-    """The same step as a user of the library would write it."""
+    """Runs the same step as a user of the library would write it."""
     data = job.mesh.data
-    mine = batches.slice_rows(batch, data.size)[data.index]
-    total = job.count(batches.count(mine[1]))
+    rank_batch = batches.slice_rows(batch, data.size)[data.index]
+    total = job.count(batches.count(rank_batch[1]))
     loss = job.run(
-        batches.slice_rows(mine, microbatches),
+        batches.slice_rows(rank_batch, microbatches),
         lambda output, target: loss_sum(output, target) / total,
     )
     job.finish()
@@ -145,15 +148,15 @@ def _tested_step(
 def coarsest(
     model: nn.Module, param_dtype: torch.dtype | None, tolerance: float | None
 ) -> torch.dtype:
-    """The dtype whose rounding is the largest of those that the model computes in."""
-    named = reversed([*model.named_parameters()])
-    of = {p.dtype: name for name, p in named if p.is_floating_point()}  # the first that has it
-    dtypes = [param_dtype] if param_dtype is not None else list(of)
+    """Of the dtypes that the model computes in, the one that rounds most."""
+    named = reversed([*model.named_parameters()])  # so that a dtype keeps its first parameter
+    first_of_dtype = {p.dtype: name for name, p in named if p.is_floating_point()}
+    dtypes = [param_dtype] if param_dtype is not None else list(first_of_dtype)
     coarsest = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, math.inf))
     if coarsest not in TOLERANCE and tolerance is None:
         name = str(coarsest).removeprefix("torch.")
         raise UserError(
-            f"{of.get(coarsest, 'param_dtype')} is {name}, for which no tolerance is known; build "
-            "the model in float64 to verify, or give tolerance="
+            f"{first_of_dtype.get(coarsest, 'param_dtype')} is {name}, which has no default "
+            "tolerance; build the model in float64 to verify, or give tolerance="
         )
     return coarsest

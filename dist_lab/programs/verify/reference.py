@@ -1,13 +1,13 @@
-"""The one process that a parallel run is compared with: plain PyTorch on the whole batch.
+"""The reference that a parallel run is compared with: one process, plain PyTorch, the whole batch.
 
-What would make a right run look wrong is refused in one line on every rank: here a model of which
-nothing can be compared, a step that is not finite, a batch that ranks do not have in common; in
-repeat.py what does not come out the same when one process runs it twice.
+Whatever would make a correct run look wrong is refused in one line on every rank. This file refuses
+a model without anything to compare, a step that is not finite, and a batch that differs between
+ranks. repeat.py refuses a step that one process cannot repeat.
 
-[Note: BatchNorm] It makes the gradient depend on which rows are normalized together. So the one
-process then takes the batch in the same pieces: each rank's micro-batches one by one, or, where
-SyncBatchNorm is asked for, the micro-batches of all ranks together. In the second case the buffers
-are compared as well; in the first there is nothing to compare those of several ranks with.
+[Note: BatchNorm] BatchNorm makes the gradient depend on which rows are normalized together. So the
+reference splits the batch as the ranks do: it runs each rank's micro-batches one by one, or with
+SyncBatchNorm the i-th micro-batches of all ranks as one. With SyncBatchNorm the buffers are
+compared too. Without it each rank has buffers of its own, and one process has no counterpart.
 """
 
 import math
@@ -43,34 +43,34 @@ def one_process(
     param_dtype: torch.dtype | None = None,
     sync_batchnorm: bool = False,
 ) -> Iterator[tuple[Pair, State]]:
-    """Train in one process, by PyTorch alone; yield each step's batch and the state after it.
+    """Train in one process with PyTorch alone; yield each step's batch and the state after it.
 
-    The next step changes a state in place: copy it to compare several jobs with one reference.
+    The next step changes the state in place: copy it to compare several jobs with one reference.
 
     Args:
-        ranks: a model with BatchNorm takes the batch in their pieces; to others it does not matter.
+        ranks: how many ranks split the batch. Only a model with BatchNorm needs it.
     """
     model = build(build_model, device, param_dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
-    stepped = optimizer(trained, **options)
+    reference_optimizer = optimizer(trained, **options)
     for step in range(steps):
-        batch = batches.take(build_batch, step, device)
-        pieces = normalized_together(model, batch, ranks, microbatches, sync_batchnorm)
+        batch = batches.checked_batch(build_batch, step, device)
+        pieces = batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)
         loss, gradients = loss_and_gradients(model, pieces, loss_sum)
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
-        stepped.step()
-        stepped.zero_grad()
+        reference_optimizer.step()
+        reference_optimizer.zero_grad()
         weights = {name: p.detach() for name, p in model.named_parameters()}
         comparable = sync_batchnorm or ranks == 1 or not has_batchnorm(model)
-        kept = model.state_dict() if comparable else {}
-        buffers = {name: b for name, b in model.named_buffers() if name in kept}
+        persistent = model.state_dict() if comparable else {}
+        buffers = {name: b for name, b in model.named_buffers() if name in persistent}
         yield batch, state(loss, gradients, float(norm), weights, buffers)
 
 
 def state(
     loss: float, gradients: Tensors, norm: float, weights: Tensors, buffers: Tensors
 ) -> State:
-    """The state after a step. Gradients are summed over ranks, and not yet clipped."""
+    """The state after a step. The gradients are summed over ranks and not clipped."""
 
     def number(value: float) -> Tensors:
         return {"": torch.tensor(value, dtype=torch.float64)}
@@ -96,17 +96,19 @@ def build(
 def loss_and_gradients(
     model: nn.Module, pieces: list[Pair], loss_sum: LossFn
 ) -> tuple[float, dict[str, Tensor | None]]:
-    """Of the whole batch, whose pieces are run one by one. Leaves the gradients in `.grad`."""
-    total, loss, reached = sum(batches.count(y) for _, y in pieces), 0.0, False
+    """Loss and gradients of the whole batch, run piece by piece. Leaves gradients in `.grad`."""
+    total, loss, has_gradient = sum(batches.count(y) for _, y in pieces), 0.0, False
     for piece in pieces:
         x, y = batches.copy(piece)
-        share = one_number(loss_sum(model(x), y)) / total
-        if share.requires_grad:
-            share.backward()
-            reached = True
-        loss += float(share.detach())
-    if not reached:
-        raise UserError("the loss depends on no parameter that is trained; was it detached?")
+        piece_loss = one_number(loss_sum(model(x), y)) / total
+        if piece_loss.requires_grad:
+            piece_loss.backward()
+            has_gradient = True
+        loss += float(piece_loss.detach())
+    if not has_gradient:
+        raise UserError(
+            "the loss does not depend on any trained parameter; check that it is not detached"
+        )
     return loss, {
         name: None if p.grad is None else p.grad.clone()
         for name, p in reversed(list(model.named_parameters()))  # in the order of backward
@@ -117,58 +119,62 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(isinstance(module, AnyBatchNorm) for module in model.modules())
 
 
-def normalized_together(
+def batchnorm_pieces(
     model: nn.Module, batch: Pair, ranks: int, microbatches: int, over_ranks: bool
 ) -> list[Pair]:
-    """The global batch in the pieces whose rows depend on each other: see [Note: BatchNorm]."""
-    if not has_batchnorm(model):  # the rows do not depend on each other: the batch is one piece
+    """Splits the global batch into the rows that are normalized together: [Note: BatchNorm]."""
+    if not has_batchnorm(model):  # no row depends on another, so the batch stays in one piece
         return [batch]
-    by_rank = [batches.slice_rows(part, microbatches) for part in batches.slice_rows(batch, ranks)]
+    by_rank = [batches.slice_rows(rows, microbatches) for rows in batches.slice_rows(batch, ranks)]
     if not over_ranks:
         return [pair for pairs in by_rank for pair in pairs if batches.rows_in(pair[0])]
     return [batches.join(list(pairs)) for pairs in zip(*by_rank, strict=True)]
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises UserError for a model of which nothing can be compared."""
+    """Raises UserError if the model has nothing to compare, or active dropout."""
     if not isinstance(model, nn.Module):
-        raise UserError(f"build_model() gives a module that has been built, not {model!r:.60}")
+        raise UserError(f"build_model() must return a built module, not {model!r:.60}")
     parameters = dict(model.named_parameters())
     if not parameters:
-        raise UserError("the model has no parameter; there is nothing to train and to compare")
+        raise UserError("the model has no parameters; give one that has something to train")
     for name, parameter in parameters.items():
         if parameter.is_meta or nn.parameter.is_lazy(parameter):
-            raise UserError(f"{name} has no values yet; build_model() gives a model that has all")
+            raise UserError(
+                f"{name} has no values yet; build_model() must return an initialized model"
+            )
     if not any(p.requires_grad for p in parameters.values()):
         raise UserError(
-            "every parameter of the model is frozen; leave requires_grad=True for what is trained"
+            "every parameter of the model is frozen; set requires_grad=True on those to train"
         )
     for name, module in model.named_modules():
         if isinstance(module, AnyDropout) and module.p > 0 and module.training:
             raise UserError(
-                f"{name or 'the model'} drops with p={module.p}: every layout draws other masks, "
-                "so no two runs are equal; set p=0 to verify"
+                f"{name or 'the model'} is dropout with p={module.p}: every layout draws different "
+                "masks, so no two runs are equal; set p=0 to verify"
             )
 
 
-def agreed(reference: Iterable[tuple[Pair, State]], mesh: Mesh) -> Iterator[tuple[Pair, State]]:
-    """Each step of the reference, once it is found finite and of one batch on all ranks.
+def checked_steps(
+    reference: Iterable[tuple[Pair, State]], mesh: Mesh
+) -> Iterator[tuple[Pair, State]]:
+    """Yields the reference's steps, each checked: it is finite, and all ranks have its batch.
 
-    Collective. What a rank refuses, all refuse.
+    Collective: if one rank refuses a step, all ranks raise.
     """
     steps = iter(reference)
     for step in count():
         with together(mesh.world):
-            taken = next(steps, None)
-        if taken is None:
+            reference_step = next(steps, None)
+        if reference_step is None:
             return
-        batches.check_ranks_agree(taken[0], step, mesh)
+        batches.check_ranks_agree(reference_step[0], step, mesh)
         with together(mesh.world):
-            _check_finite(step, taken[1])
-        yield taken
+            _check_finite(step, reference_step[1])
+        yield reference_step
 
 
 def _check_finite(step: int, expected: State) -> None:
@@ -179,6 +185,6 @@ def _check_finite(step: int, expected: State) -> None:
             if tensor is not None and not may_be_infinite and not bool(tensor.isfinite().all()):
                 raise UserError(
                     f"the reference itself is not finite at step {step}: the {quantity}"
-                    f"{' of ' * bool(name)}{name} in one process; lower the learning rate or look "
-                    "at the model and the batch"
+                    f"{' of ' * bool(name)}{name} in one process; lower the learning rate, or "
+                    "check the model and the batch"
                 )

@@ -1,10 +1,10 @@
-"""What does not come out the same in one process twice cannot come out the same in parallel.
+"""Check that one process can repeat its first step; otherwise no parallel run can be equal to it.
 
-No strategy is to blame for that. So before anything is compared the first step of the reference is
-run again: by a model that is built again, on the batch that is asked for again, while every
-generator of random numbers stands elsewhere, and the batch in two pieces where the parallel run
-will cut it. The refusal names what has changed: the batch, the weights, the module that draws
-random numbers (dropout in whatever form), or the cut.
+No strategy causes such a difference. So before anything is compared, the first step of the
+reference runs a second time: with a model built again, a batch built again and every random number
+generator at another seed. If the parallel run will split the batch, this run splits it in two. The
+error names what changed: the batch, the weights, the module that draws random numbers (any form of
+dropout), or the effect of the split.
 """
 
 import random
@@ -26,22 +26,22 @@ from dist_lab.programs.verify.compare import (
     Tensors,
     error,
     floor_of,
-    only_rounding,
+    rounding_only_tensors,
 )
 from dist_lab.programs.verify.reference import (
+    batchnorm_pieces,
     build,
     has_batchnorm,
     loss_and_gradients,
-    normalized_together,
 )
 from dist_lab.step.hooks import tensors_in
 
-# How often a first step is run again that draws random numbers, which may do nothing: a layer that
-# is left out one time in ten shows itself in 32 with a probability of 97 %.
+# The most reruns of a first step that draws random numbers. A draw may have no effect: a layer that
+# is skipped one time in ten is skipped at least once in 32 runs with a probability of 97 %.
 ATTEMPTS = 32
 
 
-def repeated(
+def repeat_first_step(
     reference: Iterable[tuple[Pair, State]],
     built: Mapping[str, Tensor],
     build_model: Callable[[], nn.Module],
@@ -56,38 +56,38 @@ def repeated(
     dtype: torch.dtype,
     tolerance: float,
 ) -> Iterator[tuple[Pair, State]]:
-    """The steps of `one_process`, of which the first is run again.
+    """Yields the steps of `one_process`, after running the first one a second time.
 
     Args:
-        built: the weights and buffers of the model that is tested.
+        built: the weights and buffers of the model under test.
 
     Raises:
-        UserError: it comes out otherwise; names the batch, the weights, the module or the cut.
+        UserError: the second run differs; names the batch, the weights, the module or the split.
     """
     steps = iter(reference)
     batch, expected = next(steps)
-    if name := batches.first_difference(batch, batches.take(build_batch, 0, device)):
+    if name := batches.first_difference(batch, batches.checked_batch(build_batch, 0, device)):
         raise UserError(
-            f"build_batch(0) gives another batch when it is called again, first {name}; draw it "
-            "from a generator that is seeded by the step"
+            f"build_batch(0) returns a different batch at its second call, first in {name}; draw "
+            "it from a generator that is seeded by the step"
         )
 
     def pieces(model: nn.Module) -> list[Pair]:
-        return normalized_together(model, batch, ranks, microbatches, sync_batchnorm)
+        return batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)
 
     for seed in range(ATTEMPTS):
         model = build(build_model, device, param_dtype)
         if seed == 0:
             _check_weights(built, model)
-        cut = ranks * microbatches > 1 and not has_batchnorm(model)
-        halves = [half for half in batches.slice_rows(batch, 2) if batches.rows_in(half[0])]
-        with _random_numbers_from(seed, model, device) as have_been_drawn:
-            found = loss_and_gradients(model, halves if cut else pieces(model), loss_sum)
-            drawn = have_been_drawn()
-        if other := difference(*found, expected, dtype, tolerance):
-            makers = (lambda: build(build_model, device, param_dtype)), pieces, loss_sum, device
-            raise UserError(_what_changes(*makers) or _of_the_cut(*other, dtype))
-        if not drawn:
+        split = ranks * microbatches > 1 and not has_batchnorm(model)
+        half_batches = [half for half in batches.slice_rows(batch, 2) if batches.rows_in(half[0])]
+        with _seeded(seed, model, device) as has_drawn:
+            rerun = loss_and_gradients(model, half_batches if split else pieces(model), loss_sum)
+            drew = has_drawn()
+        if mismatch := difference(*rerun, expected, dtype, tolerance):
+            rerun_args = (lambda: build(build_model, device, param_dtype)), pieces, loss_sum, device
+            raise UserError(_find_change(*rerun_args) or _split_message(*mismatch, dtype))
+        if not drew:
             break
     yield batch, expected
     yield from steps
@@ -95,16 +95,16 @@ def repeated(
 
 def _check_weights(built: Mapping[str, Tensor], model: nn.Module) -> None:
     for name, tensor in weights_and_buffers(model).items():
-        other = built.get(name)
-        if other is None or error(other, tensor, 0.0):
+        earlier = built.get(name)
+        if earlier is None or error(earlier, tensor, 0.0):
             raise UserError(
-                f"build_model() gives another model when it is called again, first {name}; seed "
-                "it inside: torch.manual_seed(0)"
+                f"build_model() returns a different model at its second call, first in {name}; "
+                "call torch.manual_seed(0) inside it"
             )
 
 
 def weights_and_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies, by name."""
+    """Copies of all parameters and buffers, by name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in named}
 
@@ -112,94 +112,94 @@ def weights_and_buffers(model: nn.Module) -> dict[str, Tensor]:
 def difference(
     loss: float, gradients: Tensors, expected: State, dtype: torch.dtype, tolerance: float
 ) -> tuple[str, float] | None:
-    """What of the loss and the gradients is not equal within the tolerance, and by how much."""
+    """The first of the loss and the gradients that is not within the tolerance, and its error."""
     theirs = expected["gradient"]
-    floor, noise = floor_of(theirs), only_rounding(theirs, dtype)
+    floor, rounding_only = floor_of(theirs), rounding_only_tensors(theirs, dtype)
     errors = {"loss": error(torch.tensor(loss, dtype=torch.float64), expected["loss"][""], 0.0)}
     for name, gradient in theirs.items():
-        if name not in noise:
+        if name not in rounding_only:
             errors[f"gradient of {name}"] = error(gradients[name], gradient, floor)
-    return next((found for found in errors.items() if not found[1] <= tolerance), None)
+    return next((item for item in errors.items() if not item[1] <= tolerance), None)
 
 
-def _of_the_cut(what: str, by: float, dtype: torch.dtype) -> str:
+def _split_message(quantity: str, by: float, dtype: torch.dtype) -> str:
     narrow = TOLERANCE[torch.float32]
+    start = f"in one process the {quantity} changes by {by:.1e} when the batch is split in two"
     if dtype is torch.float64 and by <= narrow:
         return (
-            f"in one process a batch in two pieces gives another {what} than the whole, by "
-            f"{by:.1e}, as rounding to float32 does: a layer computes in float32, though the model "
-            f"is float64 (.float() in a norm?); have it follow its input's dtype, or give "
-            f"tolerance={narrow:.0e} and optimizer=torch.optim.SGD, which rounding misleads least"
+            f"{start}, as rounding to float32 does: a layer computes in float32 although the model "
+            "is float64 (.float() in a norm?); let it follow its input's dtype, or give "
+            f"tolerance={narrow:.0e} and optimizer=torch.optim.SGD, which amplifies rounding least"
         )
     return (
-        f"in one process a batch in two pieces gives another {what} than the whole, by {by:.1e}, "
-        "so ranks or micro-batches cannot give the same: loss_sum is no sum over the rows (a "
-        "mean?), or a row's output depends on the other rows"
+        f"{start}, so ranks or micro-batches cannot match it: loss_sum must be a sum over the rows "
+        "(is it a mean?), and a row's output must not depend on other rows"
     )
 
 
 # --- finding what changes -------------------------------------------------------------------------
 
-Call = tuple[str, int]  # a module by its name and class, and which of its calls in the step
-Seen = tuple[list[int], list[int]]  # digests of the tensors that went in and came out
+Call = tuple[str, int]  # (name and class of a module, index of its call within the step)
+Seen = tuple[list[int], list[int]]  # digests of the input tensors and of the output tensors
 
 
-def _what_changes(
+def _find_change(
     fresh: Callable[[], nn.Module],
     pieces: Callable[[nn.Module], list[Pair]],
     loss_sum: LossFn,
     device: torch.device,
 ) -> str:
-    """What gives something else when the same first step is run again; "" if nothing does.
+    """Names what changes when the same first step runs again; "" if nothing does.
 
-    The first module that does so with the same inputs: those after it were given others.
+    That is the first module whose output changes for equal inputs. Later modules get other inputs.
     """
 
     def run(seed: int) -> tuple[dict[Call, Seen], float, dict[str, list[int]], bool]:
         model = fresh()
-        calls = _watch(model)
-        with _random_numbers_from(seed, model, device) as have_been_drawn:
+        calls = _record_calls(model)
+        with _seeded(seed, model, device) as has_drawn:
             loss, gradients = loss_and_gradients(model, pieces(model), loss_sum)
-            marks = {name: _digests(g) for name, g in gradients.items()}
-            return calls, loss, marks, have_been_drawn()
+            grad_digests = {name: _digests(g) for name, g in gradients.items()}
+            return calls, loss, grad_digests, has_drawn()
 
-    calls, loss, gradients, _ = run(0)
+    calls, loss, grad_digests, _ = run(0)
     for seed in range(1, ATTEMPTS):
-        again, other_loss, others, drawn = run(seed)
+        calls_again, loss_again, grad_digests_again, drew = run(seed)
         why = (
-            "draws random numbers: every layout draws others, so no two runs are equal; set its "
-            "dropout, or whatever draws, to 0 to verify"
-            if drawn
-            else "gives something else when it is run again on the same, so no two runs are equal; "
-            "let it depend on weights and inputs alone, not on a clock, a count of its calls or a "
-            "generator of its own"
+            "draws random numbers: every layout draws different ones, so no two runs are equal; "
+            "set its dropout, or its other noise, to 0 to verify"
+            if drew
+            else "gives a different result for the same inputs when it runs again, so no two runs "
+            "are equal; let it depend only on weights and inputs, not on a clock, a call counter "
+            "or its own generator"
         )
-        for call, (before, after) in calls.items():
-            if call in again and again[call][0] == before and again[call][1] != after:
+        for call, (inputs, outputs) in calls.items():
+            inputs_again, outputs_again = calls_again.get(call, (None, None))
+            if inputs_again == inputs and outputs_again != outputs:
                 return f"{call[0]} {why}"
-        if loss != other_loss:
+        if loss != loss_again:
             return f"loss_sum {why}"
-        for name, marks in gradients.items():
-            if marks != others[name]:
+        for name, digests in grad_digests.items():
+            if digests != grad_digests_again[name]:
                 return f"the backward of the model, first seen in the gradient of {name}, {why}"
-        if not drawn:
+        if not drew:
             break
     return ""
 
 
-def _watch(model: nn.Module) -> dict[Call, Seen]:
-    """Fills itself in the order in which calls of modules end, so inner ones come first."""
+def _record_calls(model: nn.Module) -> dict[Call, Seen]:
+    """Hooks every module; the returned dict fills as calls end, so inner modules come first."""
     calls: dict[Call, Seen] = {}
-    times: dict[str, int] = {}
-    begun: list[tuple[Call, list[int]]] = []
+    call_counts: dict[str, int] = {}
+    open_calls: list[tuple[Call, list[int]]] = []
 
     def watch(name: str, module: nn.Module) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            times[name] = times.get(name, -1) + 1
-            begun.append(((name, times[name]), _digests([args, kwargs])))
+            call_counts[name] = call_counts.get(name, -1) + 1
+            open_calls.append(((name, call_counts[name]), _digests([args, kwargs])))
 
         def leave(_: nn.Module, args: Any, output: Any) -> None:
-            call, inputs = begun.pop()
+            call, inputs = open_calls.pop()
             calls[call] = inputs, _digests(output)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -216,12 +216,10 @@ def _digests(value: Any) -> list[int]:
 
 
 @contextmanager
-def _random_numbers_from(
-    seed: int, model: nn.Module, device: torch.device
-) -> Iterator[Callable[[], bool]]:
-    """Every generator stands at the seed, and afterwards where it stood before.
+def _seeded(seed: int, model: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Seeds every global generator and every generator kept by a module; restores the global ones.
 
-    Yields what says whether one has been drawn from. A generator that a module keeps is set, too.
+    Yields a function that returns whether any global generator has been drawn from.
     """
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):
@@ -232,15 +230,15 @@ def _random_numbers_from(
         random.seed(seed)
         np.random.seed(seed)
         for module in model.modules():
-            for kept in vars(module).values():
-                if isinstance(kept, torch.Generator):
-                    kept.manual_seed(seed)
+            for generator in vars(module).values():
+                if isinstance(generator, torch.Generator):
+                    generator.manual_seed(seed)
 
         def states() -> tuple[object, ...]:
             gpu = torch.cuda.get_rng_state(device).tolist() if on_gpu else None
             twister = np.random.get_state(legacy=False)["state"]
-            of_numpy = twister["key"].tobytes(), twister["pos"]
-            return torch.get_rng_state().tolist(), gpu, random.getstate(), of_numpy
+            numpy_state = twister["key"].tobytes(), twister["pos"]
+            return torch.get_rng_state().tolist(), gpu, random.getstate(), numpy_state
 
         before = states()
         try:

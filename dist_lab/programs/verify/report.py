@@ -1,4 +1,4 @@
-"""What a comparison with one process found: the numbers, and the sentence a person wants."""
+"""The report of a comparison with one process: the numbers, a table and a one-line verdict."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,26 +13,26 @@ QUANTITIES = ("loss", "gradient", "grad norm", "weight", "buffer")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number compared: how far the worst rank is from the reference."""
+    """One tensor or number compared with the reference, at the rank with the largest error."""
 
     step: int
     quantity: str
     tensor: str  # "" for loss and grad norm
     error: float
-    rank: int  # the worst one
-    judged: bool  # False: holds rounding only
-    left_out: int = 0  # elements that hold rounding only, see [Note: rounding only]
+    rank: int  # with the largest error
+    judged: bool  # False: it holds only rounding, and the verdict ignores it
+    left_out: int = 0  # elements that hold only rounding, see [Note: rounding only]
     elements: int = 0
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         equal: every judged error is within the tolerance.
-        first: the first comparison that is not: earliest step, then loss, gradients in the order
-            of backward, norm, weights.
+        first: the first comparison that is not. The order is: step, then loss, gradients in the
+            order of backward, gradient norm, weights, buffers.
     """
 
     strategy: str
@@ -50,8 +50,8 @@ class VerifyReport:
         return self.first is None
 
     def worst(self, quantity: str) -> Comparison:
-        mine = [c for c in self.comparisons if c.quantity == quantity and c.judged]
-        return max(mine, key=lambda c: c.error)
+        judged = [c for c in self.comparisons if c.quantity == quantity and c.judged]
+        return max(judged, key=lambda c: c.error)
 
     def _wrong(self, c: Comparison) -> bool:
         return c.judged and not c.error <= self.tolerance  # a NaN is wrong
@@ -64,7 +64,7 @@ class VerifyReport:
         return (
             f"not equal: the first to diverge is the {c.quantity}{name} at step {c.step} on rank "
             f"{c.rank}, by {c.error:.1e} (tolerance {self.tolerance:.0e})"
-            + ("" if self.dtype == "float64" else f"; {self.dtype} rounds: repeat in float64")
+            + ("" if self.dtype == "float64" else f"; {self.dtype} rounds, so repeat in float64")
         )
 
     def table(self) -> Table:
@@ -80,17 +80,17 @@ class VerifyReport:
                     f"{worst.error:.1e}", str(worst.step), worst.tensor,
                     "[red]differs" if any(map(self._wrong, rows)) else "[green]equal",
                 )  # fmt: skip
-        if noise := self.rounding_only():
-            more = f" and {len(noise) - 8} more tensors" if len(noise) > 8 else ""
-            table.caption = f"rounding only, not judged: {', '.join(noise[:8])}{more}"
+        if names := self.rounding_only():
+            more = f" and {len(names) - 8} more tensors" if len(names) > 8 else ""
+            table.caption = f"only rounding, not judged: {', '.join(names[:8])}{more}"
         return table
 
     def rounding_only(self) -> list[str]:
-        """The tensors of which something is not judged, and how many of their elements."""
-        worst = {c.tensor: c for c in self.comparisons if c.left_out}  # they only become more
+        """The tensors that are not fully judged, each with the number of elements left out."""
+        last = {c.tensor: c for c in self.comparisons if c.left_out}  # the number only grows
         return [
             f"{name} ({c.left_out} of {c.elements})" if c.left_out < c.elements else name
-            for name, c in sorted(worst.items())
+            for name, c in sorted(last.items())
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""fsdp: what travels when, what is whole at any moment, and in which dtype; starts from meta."""
+"""fsdp: what is sent and when, what is unsharded at each moment, dtypes, models on meta."""
 
 import time
 from contextlib import contextmanager
@@ -50,18 +50,18 @@ def take_step(job, optimizer, step=0, microbatches=1):
 
 
 def recorded(job, optimizer, microbatches=1, step=1):
-    """The calls of one step but for the sum of the loss, and what the ranks say of their order."""
+    """The collectives of one step, without the sum of the loss and the votes on the order."""
     with job.mesh.comm.ledger.recording() as calls:
         take_step(job, optimizer, step, microbatches)
-    about_order = [c for c in calls if c.phase == "order"]
+    votes = [c for c in calls if c.phase == "order"]
     units = len(job.sync.links[1].groups_of)
-    assert [c.payload for c in about_order] == microbatches * [4 * (2 * units + 2)]
+    assert [c.payload for c in votes] == microbatches * [4 * (2 * units + 2)]
     return [c for c in calls if c.phase not in ("loss", "order")]
 
 
-# --- what travels ---------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
-# Gathers of a unit in a step of k micro-batches, and reductions of its gradient.
+# option -> (its arguments, k micro-batches -> (gathers, reductions) of each unit in a step)
 TRAFFIC = {
     "default": ({}, lambda k: (2 * k, k)),
     "kept after forward": ({"reshard_after_forward": False}, lambda k: (k, k)),
@@ -73,16 +73,16 @@ TRAFFIC = {
 
 
 def elements(job, ranks, n=None):
-    """Of so many ranks' pieces of n, each padded to the longest."""
-    return ranks * sum(shard_length(laid.shape, n or ranks) for laid in job.layouts.values())
+    """Elements of the shards of `ranks` ranks out of n, each padded to the longest."""
+    return ranks * sum(shard_length(layout.shape, n or ranks) for layout in job.layouts.values())
 
 
 def flags(job, n):
     return n * sum(p.requires_grad for p in job.model.parameters())
 
 
-# Whoever carries them, the calls are the same: two of the options will do.
-CARRIED = [(options, "auto") for options in TRAFFIC] + [
+# The calls are the same with every algorithm, so two of the options are enough.
+OPTIONS_AND_COLLECTIVES = [(options, "auto") for options in TRAFFIC] + [
     (options, by) for options in ("default", "kept and deferred") for by in ("backend", "direct")
 ]
 
@@ -93,44 +93,43 @@ CARRIED = [(options, "auto") for options in TRAFFIC] + [
         or (options, collectives) == ("default", "direct")
     )
 )
-@pytest.mark.parametrize(("options", "collectives"), CARRIED)
+@pytest.mark.parametrize(("options", "collectives"), OPTIONS_AND_COLLECTIVES)
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_a_step_sends_what_the_formula_says_to_the_byte(options, collectives, mesh):
+def test_a_step_sends_exactly_the_bytes_of_the_formula(options, collectives, mesh):
     mesh = dist_lab.init_mesh(fsdp=4, collectives=collectives)
-    given, formula = TRAFFIC[options]
-    job, optimizer = job_of(mesh, **given)
+    arguments, formula = TRAFFIC[options]
+    job, optimizer = job_of(mesh, **arguments)
     for k in (1, 3):
         take_step(job, optimizer, 0, k)
         calls = recorded(job, optimizer, k)
         gathers, reductions = formula(k)
-        bytes_of = {op: [c for c in calls if c.op == op] for op in ("all_gather", "reduce_scatter")}
-        assert sum(map(len, bytes_of.values())) == len(calls)
-        gathered, reduced = (sum(c.payload for c in calls) for calls in bytes_of.values())
+        calls_of = {op: [c for c in calls if c.op == op] for op in ("all_gather", "reduce_scatter")}
+        assert sum(map(len, calls_of.values())) == len(calls)
+        gathered, reduced = (sum(c.payload for c in calls) for calls in calls_of.values())
         assert gathered == 8 * gathers * elements(job, 4)
         assert reduced == 8 * reductions * (elements(job, 4) + flags(job, 4))
         for unit in ("root", *BLOCKS):
-            counts = [sum(c.unit == unit for c in calls) for calls in bytes_of.values()]
+            counts = [sum(c.unit == unit for c in calls) for calls in calls_of.values()]
             assert counts == [gathers, reductions], unit
         sent = ops.all_reduce(torch.tensor(sum(c.sent for c in calls)), mesh["fsdp"])
-        wasted = 2 if collectives == "backend" else 1  # gloo's reduce_scatter is an all_reduce
-        assert int(sent) == 4 * 3 * (gathered + wasted * reduced) // 4
+        factor = 2 if collectives == "backend" else 1  # gloo's reduce_scatter is an all_reduce
+        assert int(sent) == 4 * 3 * (gathered + factor * reduced) // 4
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_padding_and_flags_are_all_that_it_sends_beyond_the_published_formula(mesh):
+def test_beyond_the_published_formula_only_padding_and_flags_are_sent(mesh):
     job, optimizer = job_of(mesh)
     take_step(job, optimizer)
-    whole = sum(laid.shape.numel() for laid in job.layouts.values())
-    rest = sum(
-        4 * shard_length(laid.shape, 4) - laid.shape.numel() for laid in job.layouts.values()
-    )
-    assert 0 < rest < whole / 20
+    shapes = [layout.shape for layout in job.layouts.values()]
+    numel = sum(shape.numel() for shape in shapes)
+    padding = sum(4 * shard_length(shape, 4) - shape.numel() for shape in shapes)
+    assert 0 < padding < numel / 20
     payload = sum(c.payload for c in recorded(job, optimizer))
-    assert payload == 8 * (3 * whole + 3 * rest + flags(job, 4))
+    assert payload == 8 * (3 * numel + 3 * padding + flags(job, 4))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
+def test_frozen_parameters_are_gathered_and_never_reduced(mesh):
     job, optimizer = job_of(mesh, model=MODELS["odd"], units=["frozen", "unused", "mix"])
     take_step(job, optimizer)
     calls = recorded(job, optimizer)
@@ -139,26 +138,26 @@ def test_what_is_frozen_is_gathered_and_never_reduced(mesh):
     assert sum(c.unit == "frozen" for c in calls) == 2
     assert not any(c.unit == "unused" for c in calls)
     trained = [n for n in job.layouts if n.startswith(("mix", "embed", "scale"))]
-    pieces = sum(shard_length(job.layouts[name].shape, 2) for name in trained)
-    assert sum(c.payload for c in reduced) == 2 * 8 * (pieces + len(trained))
+    length = sum(shard_length(job.layouts[name].shape, 2) for name in trained)
+    assert sum(c.payload for c in reduced) == 2 * 8 * (length + len(trained))
 
 
-# --- what is whole --------------------------------------------------------------------------------
+# --- what is unsharded ----------------------------------------------------------------------------
 
 
 def storages(job, kind):
     return [t.untyped_storage() for k, t in job.sync.links[1].extra_memory() if k == kind]
 
 
-def bytes_whole(job):
+def unsharded_bytes(job):
     return sum(storage.nbytes() for storage in storages(job, "gathered"))
 
 
-class Watches(Sync):
-    """Looks at every verb, every call and every module."""
+class MemoryLog(Sync):
+    """Measures at every step event, every collective and every hook of a module or leaf."""
 
     def __init__(self, job):
-        self.job, self.whole, self.unreduced = job, [], []
+        self.job, self.unsharded, self.unreduced = job, [], []
         job.mesh.comm.ledger.listeners.append(self.look)
         for module in job.model.modules():
             module.register_forward_pre_hook(self.look)
@@ -169,7 +168,7 @@ class Watches(Sync):
 
     def look(self, *_):
         leaves = self.job.leaves.values()
-        self.whole.append(bytes_whole(self.job))
+        self.unsharded.append(unsharded_bytes(self.job))
         self.unreduced.append(sum(p.grad.nbytes for p in leaves if p.grad is not None))
 
     def unshard(self, unit, phase):
@@ -180,32 +179,33 @@ class Watches(Sync):
 
 
 def sizes(job, n, units):
-    """Bytes of each unit while it is whole, and of the root's own."""
+    """Bytes of the root's own parameters, and of each unit, while they are unsharded."""
     inside = {u: [m for m in job.layouts if m.startswith(u + ".")] for u in units}
-    own = {
-        "": [m for m in job.layouts if not any(m in names for names in inside.values())]
-    } | inside
-    return {u: 8 * n * sum(shard_length(job.layouts[m].shape, n) for m in own[u]) for u in own}
+    root = [m for m in job.layouts if not any(m in names for names in inside.values())]
+    return {
+        unit: 8 * n * sum(shard_length(job.layouts[name].shape, n) for name in names)
+        for unit, names in ({"": root} | inside).items()
+    }
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_at_no_moment_more_is_whole_than_the_roots_own_and_the_two_largest_units(prefetch, mesh):
+def test_at_most_the_root_and_the_two_largest_units_are_unsharded_at_once(prefetch, mesh):
     job, optimizer = job_of(mesh, prefetch=prefetch)
-    watches = Watches(job)
-    with job.listening(watches):
+    log = MemoryLog(job)
+    with job.listening(log):
         for step in range(2):
             take_step(job, optimizer, step, 2)
     root, *others = sizes(job, 4, BLOCKS).values()
     largest, second, *_ = sorted(others, reverse=True)
-    assert root + largest <= max(watches.whole) <= root + largest + (second if prefetch else 0)
-    unreduced = max(watches.unreduced)
+    assert root + largest <= max(log.unsharded) <= root + largest + (second if prefetch else 0)
+    unreduced = max(log.unreduced)
     assert largest / 2 < unreduced <= root + largest + second
 
 
 @pytest.mark.parametrize("options", TRAFFIC)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, mesh):
+def test_between_steps_all_is_sharded_and_old_values_cannot_be_read(options, mesh):
     job, optimizer = job_of(mesh, **TRAFFIC[options][0])
     take_step(job, optimizer, 0, 2)
     assert storages(job, "gathered") == storages(job, "gradients") == []
@@ -218,30 +218,32 @@ def test_between_steps_nothing_is_whole_and_nothing_stale_can_be_read(options, m
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_to_be_kept_is_kept_and_no_more(mesh):
-    def moments(**options):
+def test_each_option_keeps_units_unsharded_exactly_as_long_as_it_says(mesh):
+    def unsharded_fractions(**options):
+        """After forward and backward of each of two micro-batches, and after the step."""
         job, optimizer = job_of(mesh, **options)
-        everything = sum(sizes(job, 2, BLOCKS).values())
+        model_bytes = sum(sizes(job, 2, BLOCKS).values())
         x, y = batch(mesh.rank)
-        seen = []
+        fractions = []
         with torch.no_grad():
             job.model(x)
-        assert bytes_whole(job) == 0
+        assert unsharded_bytes(job) == 0
         for last in (False, True):
             with job.microbatch(last=last):
                 loss = dist_lab.cross_entropy_sum(job.model(x), y) / 96
-                seen.append(bytes_whole(job) / everything)
+                fractions.append(unsharded_bytes(job) / model_bytes)
                 loss.backward()
-                seen.append(bytes_whole(job) / everything)
+                fractions.append(unsharded_bytes(job) / model_bytes)
         job.finish()
         optimizer.step()
         job.after_step()
-        return [*seen, bytes_whole(job)]
+        return [*fractions, unsharded_bytes(job)]
 
-    assert moments() == [0, 0, 0, 0, 0]
-    assert moments(reshard_after_forward=False) == [1, 0, 1, 0, 0]
-    assert moments(keep_gathered=True) == [0, 1, 1, 0, 0]
-    assert moments(reshard_after_forward=False, keep_gathered=True) == [1, 1, 1, 0, 0]
+    assert unsharded_fractions() == [0, 0, 0, 0, 0]
+    assert unsharded_fractions(reshard_after_forward=False) == [1, 0, 1, 0, 0]
+    assert unsharded_fractions(keep_gathered=True) == [0, 1, 1, 0, 0]
+    both = {"reshard_after_forward": False, "keep_gathered": True}
+    assert unsharded_fractions(**both) == [1, 1, 1, 0, 0]
 
 
 KEEPING = [{}, {"reshard_after_forward": False}, {"keep_gathered": True}]
@@ -250,10 +252,8 @@ KEEPING = [{}, {"reshard_after_forward": False}, {"keep_gathered": True}]
 @pytest.mark.parametrize("how", ["loaded", "written"])
 @pytest.mark.parametrize("options", KEEPING, ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_forward_computes_with_the_weights_there_are_and_not_with_those_of_before(
-    options, how, mesh
-):
-    # Trap 13. What was gathered for a forward whose backward never came is of the old weights.
+def test_a_forward_computes_with_the_current_weights_and_not_with_old_ones(options, how, mesh):
+    # Trap 13: a unit gathered for a forward whose backward never came holds the old weights.
     job, _ = job_of(mesh, **options)
     x, y = batch(mesh.rank)
     if "keep_gathered" in options and how == "loaded":
@@ -275,38 +275,38 @@ def test_a_forward_computes_with_the_weights_there_are_and_not_with_those_of_bef
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_who_is_ahead_does_not_overwrite_what_another_still_reads(mesh):
-    made = build(in_turn(*"abc"), **ABC)
-    zeros = {name: torch.zeros_like(value) for name, value in made().state_dict().items()}
-    job, _ = trained(mesh, made)
+def test_a_rank_that_is_ahead_does_not_overwrite_what_another_still_reads(mesh):
+    make_model = build(in_turn(*"abc"), **ABC)
+    zeros = {name: torch.zeros_like(value) for name, value in make_model().state_dict().items()}
+    job, _ = trained(mesh, make_model)
     x = rows(0)[0]
-    job.model(x)  # from now on units are fetched ahead
+    job.model(x)  # from now on units are prefetched
     if mesh.rank:
         job.model.b.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     out = job.model(x)
     job.load_full_state_dict(zeros)
-    torch.testing.assert_close(out, made()(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, make_model()(x), rtol=1e-12, atol=1e-12)
 
 
-# --- when it travels ------------------------------------------------------------------------------
+# --- when it is sent ------------------------------------------------------------------------------
 
 
 @contextmanager
-def events(job):
-    """Gathers, as they are called, and the beginning and the end of a unit's work."""
-    said = []
+def recorded_events(job):
+    """Gathers and reductions when they are issued, and the start of each unit's compute."""
+    events = []
 
-    class Hears(Sync):
+    class Listener(Sync):
         def unshard(self, unit, phase):
-            said.append(f"use {unit or 'root'}")
+            events.append(f"use {unit or 'root'}")
 
     def listen(call):
         if call.phase != "order" and call.op != "all_reduce":
-            said.append(f"{'gather' if call.op == 'all_gather' else 'reduce'} {call.unit}")
+            events.append(f"{'gather' if call.op == 'all_gather' else 'reduce'} {call.unit}")
 
     job.mesh.comm.ledger.listeners.append(listen)
-    with job.listening(Hears()):
-        yield said
+    with job.listening(Listener()):
+        yield events
     job.mesh.comm.ledger.listeners.remove(listen)
 
 
@@ -316,42 +316,42 @@ def run_once(job, step=0):
     job.model.zero_grad()
 
 
-AHEAD = """gather root, gather a, use root, gather b, use a, gather c, use b, use c,
+WITH_PREFETCH = """gather root, gather a, use root, gather b, use a, gather c, use b, use c,
 gather root, gather c, use root, gather b, use c, reduce c, gather a, use b, reduce b, use a,
 reduce a, reduce root"""
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_the_next_unit_is_called_for_before_this_one_computes(mesh):
+def test_the_next_unit_is_prefetched_before_this_one_computes(mesh):
     job, _ = trained(mesh)
-    said = []
+    steps = []
     for _ in range(3):
-        with events(job) as new:
+        with recorded_events(job) as events:
             run_once(job)
-        said.append([event for event in new if "shared" not in event])
-    in_order = AHEAD.replace("\n", " ").split(", ")
-    assert said[2] == in_order
-    # The first step has not seen what comes next.
-    assert sorted(said[0]) == sorted(in_order)
-    assert said[0][:4] == ["gather root", "use root", "gather a", "use a"]
+        steps.append([event for event in events if "shared" not in event])
+    in_order = WITH_PREFETCH.replace("\n", " ").split(", ")
+    assert steps[2] == in_order
+    # In the first step the next unit is not known.
+    assert sorted(steps[0]) == sorted(in_order)
+    assert steps[0][:4] == ["gather root", "use root", "gather a", "use a"]
 
-    alone, _ = trained(mesh, prefetch=False)
+    job, _ = trained(mesh, prefetch=False)
     for _ in range(2):
-        with events(alone) as new:
-            run_once(alone)
-    assert [e for e in new if e.startswith("gather")] == [
+        with recorded_events(job) as events:
+            run_once(job)
+    assert [e for e in events if e.startswith("gather")] == [
         "gather root", *(f"gather {u}" for u in "abc"),
         "gather root", *(f"gather {u}" for u in "cba"),
     ]  # fmt: skip
-    assert sorted(e for e in new if "shared" not in e) == sorted(in_order)
+    assert sorted(e for e in events if "shared" not in e) == sorted(in_order)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mesh):
+def test_nested_units_and_units_called_twice_are_not_gathered_in_vain(prefetch, mesh):
     for use, gathers, reductions in (("nested", 2 * 5, 5), ("called twice", 2 * 5, 3)):
-        made, units = USES[use]
-        job, _ = trained(mesh, made, units, prefetch=prefetch)
+        make_model, units = USES[use]
+        job, _ = trained(mesh, make_model, units, prefetch=prefetch)
         for _ in range(3):
             with mesh.comm.ledger.recording() as calls:
                 run_once(job)
@@ -361,7 +361,7 @@ def test_nested_units_and_those_called_twice_fetch_nothing_in_vain(prefetch, mes
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_units_that_are_called_twice_are_reduced_once(mesh):
-    # Complete is a unit with the return from its last visit, and not from its first.
+    # A unit's gradients are complete when backward leaves its last visit, not its first.
     for use, units in (
         ("called twice", ["b", "a", "root"]),
         ("called twice side by side", ["b", "a", "root"]),
@@ -375,16 +375,15 @@ def test_units_that_are_called_twice_are_reduced_once(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_was_fetched_in_vain_is_let_go(mesh):
-    made = build(by_step, **ABC)
-    job, _ = trained(mesh, made, "abc")
+def test_prefetched_units_that_are_not_used_are_freed(mesh):
+    make_model = build(by_step, **ABC)
+    job, _ = trained(mesh, make_model, "abc")
     for step in (0, 0, 1, 1, 0, 1, 0):
-        watches = bytes_whole(job)
-        assert watches == 0
+        assert unsharded_bytes(job) == 0
         loss_of(job, step).backward()
         job.finish()
-        assert bytes_whole(job) == 0
-        other, _ = trained(mesh, made, "abc", prefetch=False)
+        assert unsharded_bytes(job) == 0
+        other, _ = trained(mesh, make_model, "abc", prefetch=False)
         loss_of(other, step).backward()
         other.finish()
         assert_equal(gradients(job), gradients(other))
@@ -392,20 +391,18 @@ def test_what_was_fetched_in_vain_is_let_go(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_unit_of_two_dtypes_is_fetched_ahead_as_a_whole(mesh):
+def test_both_groups_of_a_unit_of_two_dtypes_are_prefetched(mesh):
     def part():
         return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())
 
-    made = build(in_turn(*"abc"), **dict.fromkeys("abc", part))
-    job = dist_lab.parallelize(
-        made().float(), mesh, "fsdp", units="abc", param_dtype=torch.bfloat16
-    )
+    model = build(in_turn(*"abc"), **dict.fromkeys("abc", part))().float()
+    job = dist_lab.parallelize(model, mesh, "fsdp", units="abc", param_dtype=torch.bfloat16)
     for _ in range(2):
-        with events(job) as said:
+        with recorded_events(job) as events:
             job.model(rows(0)[0].float()).float().sum().backward()
             job.finish()
             job.model.zero_grad()
-    assert said[said.index("use root") + 1 :][:6] == [
+    assert events[events.index("use root") + 1 :][:6] == [
         "gather b", "gather b", "use a", "gather c", "gather c", "use b",
     ]  # fmt: skip
 
@@ -415,29 +412,29 @@ def test_a_unit_of_two_dtypes_is_fetched_ahead_as_a_whole(mesh):
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_half_the_bits_are_half_the_bytes_and_the_masters_stay(narrow, mesh):
-    seen = []
+def test_a_16_bit_dtype_halves_the_bytes_and_keeps_float32_master_weights(narrow, mesh):
+    dtypes = set()
 
     def look(module, args):
-        seen.append((module.weight.dtype, args[0].dtype))
+        dtypes.add((module.weight.dtype, args[0].dtype))
 
-    wide, optimizer = job_of(mesh, torch.float32)
-    take_step(wide, optimizer)
-    of_wide = recorded(wide, optimizer)
+    job, optimizer = job_of(mesh, torch.float32)
+    take_step(job, optimizer)
+    float32_calls = recorded(job, optimizer)
     for reduce_dtype in (None, narrow):
         job, optimizer = job_of(mesh, torch.float32, param_dtype=narrow, reduce_dtype=reduce_dtype)
         job.model.get_submodule("lm_head").register_forward_pre_hook(look)
         take_step(job, optimizer)
         for op in ("all_gather", "reduce_scatter"):
-            ours, theirs = (
+            payload, float32_payload = (
                 sum(c.payload for c in calls if c.op == op)
-                for calls in (recorded(job, optimizer), of_wide)
+                for calls in (recorded(job, optimizer), float32_calls)
             )
-            half = op == "all_gather" or reduce_dtype is narrow
-            assert theirs == ours * (2 if half else 1), op
+            is_half = op == "all_gather" or reduce_dtype is narrow
+            assert float32_payload == payload * (2 if is_half else 1), op
         for p in job.model.parameters():
             assert p.dtype == torch.float32
-        assert set(seen) == {(narrow, narrow)}
+        assert dtypes == {(narrow, narrow)}
         assert {v.dtype for v in job.full_state_dict().values()} == {torch.float32}
 
 
@@ -455,21 +452,21 @@ def test_bfloat16_is_close_to_bfloat16_in_one_process(mesh):
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_batchnorm_is_gathered_and_computed_in_float32(mesh):
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)).float()
-    seen = []
+    dtypes = []
     job = dist_lab.parallelize(model, mesh, "fsdp", units=["1"], param_dtype=torch.bfloat16)
     for layer in model:
-        layer.register_forward_hook(lambda m, args, out: seen.append((m.weight.dtype, out.dtype)))
+        layer.register_forward_hook(lambda m, args, out: dtypes.append((m.weight.dtype, out.dtype)))
     model(rows(mesh.rank)[0].float()).float().square().sum().backward()
     job.finish()
     f32, b16 = torch.float32, torch.bfloat16
-    assert seen == [(b16, b16), (f32, b16), (b16, b16)]
+    assert dtypes == [(b16, b16), (f32, b16), (b16, b16)]
     assert {p.grad.dtype for p in model.parameters()} == {f32}
     assert model[1].running_mean.dtype == f32
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_whole_numbers_are_borrowed_as_they_are(mesh):
-    class Looks(nn.Module):
+def test_integer_parameters_are_gathered_without_a_cast(mesh):
+    class ScaleFromTable(nn.Module):
         def __init__(self):
             super().__init__()
             self.table = nn.Parameter(torch.arange(7), requires_grad=False)
@@ -480,7 +477,7 @@ def test_whole_numbers_are_borrowed_as_they_are(mesh):
             assert self.table.tolist() == list(range(7))
             return x * self.scale[self.table[3]]
 
-    job = dist_lab.parallelize(Looks(), mesh, "fsdp", param_dtype=torch.bfloat16)
+    job = dist_lab.parallelize(ScaleFromTable(), mesh, "fsdp", param_dtype=torch.bfloat16)
     job.model(torch.ones(2)).float().sum().backward()
     job.finish()
     assert job.model.scale.grad.to_local().sum() == (4 if mesh.rank == 0 else 0)
@@ -502,7 +499,7 @@ def on_meta(size="tiny", **shape):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4)
-def test_a_model_that_comes_to_life_in_parts_is_the_same_to_the_bit(strategy, tied, mesh):
+def test_a_model_materialized_shard_by_shard_is_the_same_to_the_bit(strategy, tied, mesh):
     mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
     shape = {"tied": tied, "layers": 4, "width": 32, "ffn": 48}
     model = on_meta(**shape)
@@ -516,31 +513,32 @@ def test_a_model_that_comes_to_life_in_parts_is_the_same_to_the_bit(strategy, ti
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_a_rank_draws_one_parameter_at_a_time_and_keeps_its_part(mesh):
+def test_a_rank_materializes_one_parameter_at_a_time_and_keeps_its_shard(mesh):
     model = on_meta("25m")
     largest = max(4 * p.numel() for p in model.parameters())
     with LiveBytes() as live:
         job = dist_lab.parallelize(model, mesh, "fsdp", units=model.units)
-    own = 4 * elements(job, 1, n=4)
-    assert own + largest <= live.peak <= own + largest + 64 * 1024  # what the ranks ask each other
-    assert own < 4.01 * sum(laid.shape.numel() for laid in job.layouts.values()) / 4
-    assert live.live <= own + 64 * 1024
+    shards = 4 * elements(job, 1, n=4)
+    small = 64 * 1024  # the ballot, and what the ranks compare
+    assert shards + largest <= live.peak <= shards + largest + small
+    assert shards < 4.01 * sum(layout.shape.numel() for layout in job.layouts.values()) / 4
+    assert live.live <= shards + small
 
 
-def fills_most(name, tensor, generator):
+def init_with_nan(name, tensor, generator):
     tensor.normal_(generator=generator)
     tensor.view(-1)[:-1] = 0 if name.startswith("c") else torch.nan
 
 
-def fills(name, tensor, generator):
+def init_all(name, tensor, generator):
     tensor.fill_(len(name))
 
 
 @pytest.mark.parametrize("strategy", ["dp", "fsdp"])
-def test_a_start_from_meta_that_cannot_be_is_refused_in_one_line(strategy):
-    def start(model, **given):
+def test_an_impossible_start_from_meta_is_refused_in_one_line(strategy):
+    def start(model, **options):
         mesh = dist_lab.init_mesh(**{strategy: 1})
-        return dist_lab.parallelize(model, mesh, strategy, **given)
+        return dist_lab.parallelize(model, mesh, strategy, **options)
 
     def model():
         with torch.device("meta"):
@@ -549,10 +547,10 @@ def test_a_start_from_meta_that_cannot_be_is_refused_in_one_line(strategy):
     partly = model()
     partly[1] = nn.Linear(3, 3)
     with pytest.raises(UserError, match=r"0\.bias is on the meta device and 1\.bias is not"):
-        start(partly, init_fn=fills)
+        start(partly, init_fn=init_all)
     with pytest.raises(ValueError, match=r"init_fn left values of 0\.weight unset"):
-        start(model(), init_fn=fills_most)
+        start(model(), init_fn=init_with_nan)
     with pytest.raises(ValueError, match=r"Sequential has no init_weight.*: pass init_fn="):
         start(model())
-    job = start(model(), init_fn=fills)
+    job = start(model(), init_fn=init_all)
     assert all((p == len(name)).all() for name, p in job.model.named_parameters())

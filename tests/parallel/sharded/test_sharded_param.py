@@ -1,4 +1,4 @@
-"""What is split, what of it a rank keeps, and what a model may do with its units meanwhile."""
+"""Sharded parameters: what each rank keeps, and what a model may do with its units."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 class Layer(nn.Module):
-    """A linear, a scale of the prime length 7 of which one is used, and a scalar."""
+    """A linear; 7 scales, of which one is used (7 does not divide by the ranks); and a scalar."""
 
     def __init__(self):
         super().__init__()
@@ -45,39 +45,39 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    """`forward` is a function of this and x; parts are its children."""
+    """A module whose forward is a function of itself and x, and whose children are `parts`."""
 
     def __init__(self, forward, **parts):
         super().__init__()
-        self.how = forward
+        self.forward_fn = forward
         self.last = nn.Parameter(torch.randn(WIDTH))
         for name, part in parts.items():
             setattr(self, name, part)
 
     def forward(self, x):
-        return self.how(self, x)
+        return self.forward_fn(self, x)
 
 
-def build(forward, more=lambda net: None, **parts):
-    """The same weights at every call, in float64."""
+def build(forward, change=lambda net: None, **parts):
+    """A function that makes a Net with the same float64 weights at every call."""
 
-    def made():
+    def make_model():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net = Net(forward, **{name: part() for name, part in parts.items()})
-        more(net)
+        change(net)
         return net.double()
 
-    return made
+    return make_model
 
 
 def rows(step, count=8):
-    """Numbers, of which two are signs: is the row in the first half; is the step even."""
+    """Inputs and targets. Column 0 is the sign "in the first half", column 1 "the step is even"."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(2, count, WIDTH, generator=generator, dtype=torch.float64)
     x[:, 0] = torch.where(torch.arange(count) < count // 2, 1.0, -1.0)
     x[:, 1] = 1.0 if step % 2 == 0 else -1.0
-    x[:, 2] = torch.where(torch.arange(count) % 4 < 2, 1.0, -1.0)  # of a rank's rows, of two ranks
+    x[:, 2] = torch.where(torch.arange(count) % 4 < 2, 1.0, -1.0)  # first half of a rank's rows
     return x, y
 
 
@@ -85,9 +85,9 @@ def squares(out, target):
     return (out - target).square().sum()
 
 
-def check(mesh, made, units, strategy="fsdp", batch=rows, **options):
+def check(mesh, make_model, units, strategy="fsdp", batch=rows, **options):
     report = dist_lab.verify(
-        made, batch, mesh, strategy, units=units, loss_sum=squares,
+        make_model, batch, mesh, strategy, units=units, loss_sum=squares,
         **{"microbatches": 2, "steps": 2} | options,
     )  # fmt: skip
     assert report.equal, report.sentence()
@@ -102,8 +102,8 @@ class Both:
     right: dict[str, torch.Tensor]
 
 
-class Takes(nn.Module):
-    """Inputs by keyword, and an output of any make."""
+class TwoInputs(nn.Module):
+    """Takes inputs by keyword, and returns what `pack` makes of two outputs."""
 
     def __init__(self, pack):
         super().__init__()
@@ -114,7 +114,7 @@ class Takes(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Two linears on the same rows, of which a rank may use one, or none."""
+    """Two linears, each for rows of one sign, so a rank may use one of them only."""
 
     def __init__(self):
         super().__init__()
@@ -157,8 +157,8 @@ class OnEvenSteps(Layer):
         return super().forward(self.more(x) if x[0, 1] > 0 else x)
 
 
-class Differently(nn.Module):
-    """In each of two visits another layer, of which some ranks use the second."""
+class TwoVisits(nn.Module):
+    """Uses one layer in its first visit and another in its second, which only some ranks use."""
 
     def __init__(self):
         super().__init__()
@@ -168,13 +168,9 @@ class Differently(nn.Module):
         return self.second(x) if again else self.first(x)
 
 
-def signs(x):
-    """x with its signs as they were, for who looks at them after a layer."""
-    return x[:, :3]
-
-
-def keep(x, like):
-    return torch.cat([signs(like), x[:, 3:]], 1)
+def keep_signs(x, like):
+    """x with the sign columns of `like`, for later layers that read them."""
+    return torch.cat([like[:, :3], x[:, 3:]], 1)
 
 
 def tie(*names):
@@ -195,7 +191,7 @@ def freeze(*names):
 
 
 def in_turn(*names):
-    """One part after another, and then the root's own parameter."""
+    """A forward of one part after another, and then the root's own parameter."""
 
     def forward(net, x):
         for name in names:
@@ -208,24 +204,24 @@ def in_turn(*names):
 def by_step(net, x, even="abc", odd="cb"):
     like = x
     for name in even if x[0, 1] > 0 else odd:
-        x = keep(net.get_submodule(name)(x), like)
+        x = keep_signs(net.get_submodule(name)(x), like)
     return x * net.last
 
 
 def by_row(net, x):
-    """Another unit for each kind of row, so another for each micro-batch."""
+    """Use one unit for each sign in column 2, so another unit in each micro-batch."""
     like = x
     for sign, name in ((1, "a"), (-1, "b")):
         mask = (x[:, 2:3] * sign > 0).double()
         if mask.any():
-            x = keep(x + mask * net.get_submodule(name)(x), like)
+            x = keep_signs(x + mask * net.get_submodule(name)(x), like)
     return net.c(x) * net.last
 
 
 def deep(net, x):
     like = x
     for name in "abcdefgh":
-        x = keep(net.get_submodule(name)(x), like)
+        x = keep_signs(net.get_submodule(name)(x), like)
     return x * net.last
 
 
@@ -238,7 +234,7 @@ def each_twice(net, x):
     like = x
     for name in "abcdef":
         part = net.get_submodule(name)
-        x = keep(part(keep(part(x), like), again=True), like)
+        x = keep_signs(part(keep_signs(part(x), like), again=True), like)
     return x * net.last
 
 
@@ -289,14 +285,14 @@ def hidden(net, x):
 
 
 def by_attribute(net, x):
-    """What backward needs of b it reaches by what b has kept on itself."""
+    """Backward reaches b through a tensor that b has kept as an attribute."""
     x = net.a(x)
     net.b(x)
     return net.c(x + net.b.kept) * net.last
 
 
 def within_forward(net, x):
-    """A derivative in the forward, as of an energy, whose own derivative backward takes."""
+    """A derivative in the forward, such as a force, which backward differentiates again."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         energy = net.b(net.a(x)).square().sum()
@@ -309,27 +305,27 @@ class Hidden:
         self.x = x
 
 
-class Hides(Layer):
+class ReturnsHidden(Layer):
     def forward(self, x):
         return Hidden(super().forward(x))
 
 
-class Keeps(Layer):
+class KeepsOutput(Layer):
     def forward(self, x):
         self.kept = super().forward(x)
 
 
-class Returns(nn.Module):
-    """Adds a parameter to what it is given, after having been asked for it."""
+class ReturnsParameter(nn.Module):
+    """Returns its parameter, a view of it, or a list of views."""
 
-    def __init__(self, how):
+    def __init__(self, kind):
         super().__init__()
         self.positions = nn.Parameter(torch.randn(2, WIDTH, dtype=torch.float64))
-        self.how = how
+        self.kind = kind
 
     def forward(self, x):
         return {"itself": self.positions, "a row": self.positions[1], "both": list(self.positions)}[
-            self.how
+            self.kind
         ]
 
 
@@ -340,40 +336,40 @@ def added(net, x):
     return net.c(torch.tanh(net.a(x) * positions.view(-1, WIDTH)[-1])) * net.last
 
 
-def returns(how):
-    return lambda: Returns(how)
+def returns(kind):
+    return lambda: ReturnsParameter(kind)
 
 
 def reads(name, before=False, some=False, recompute=False):
-    """A weight of another unit is read in the forward of the model, as a tied head's is."""
+    """A forward of the model that reads the weight of another unit, as a tied head does."""
 
     def forward(net, x):
         like = x
 
         def mix(x):
             weight = net.get_submodule(name).linear.weight if before else None
-            x = keep(net.b(x), like)
+            x = keep_signs(net.b(x), like)
             mask = (x[:, :1] > 0).double() if some else 1.0
             if not some or mask.any():
                 layer = net.get_submodule(name).linear
                 weight = layer.weight if weight is None else weight
-                x = keep(x + mask * torch.tanh(x @ weight.t() + layer.bias), like)
+                x = keep_signs(x + mask * torch.tanh(x @ weight.t() + layer.bias), like)
             return x
 
         if recompute:
             reentrant = recompute == "reentrant"
             x = torch.utils.checkpoint.checkpoint(
-                mix, keep(net.a(x), like), use_reentrant=reentrant
+                mix, keep_signs(net.a(x), like), use_reentrant=reentrant
             )
         else:
-            x = mix(keep(net.a(x), like))
+            x = mix(keep_signs(net.a(x), like))
         return net.c(x) * net.last
 
     return forward
 
 
-class Borrows(Layer):
-    """Computes with another layer, which it does not hold by a name of its own."""
+class UsesOther(Layer):
+    """Computes with another layer, which is not among its children."""
 
     def __init__(self, how):
         super().__init__()
@@ -381,46 +377,48 @@ class Borrows(Layer):
 
     def forward(self, x):
         like, (other,) = x, self.other
-        x = keep(super().forward(x), like)
+        x = keep_signs(super().forward(x), like)
         mask = (x[:, :1] > 0).double() if "some" in self.how else torch.ones(len(x), 1)
         if not mask.any():
             return x
         if "calls" in self.how:
-            return keep(x + mask * torch.tanh(other(x)), like)
+            return keep_signs(x + mask * torch.tanh(other(x)), like)
         weight = other.linear.weight
-        return weight if "returns" in self.how else keep(x + mask * torch.tanh(x @ weight), like)
+        return (
+            weight if "returns" in self.how else keep_signs(x + mask * torch.tanh(x @ weight), like)
+        )
 
 
-def borrows(how):
-    return lambda: Borrows(how)
+def uses_other(how):
+    return lambda: UsesOther(how)
 
 
 def again(names):
-    """Units are called once more by some ranks."""
+    """A forward in which some ranks call units once more."""
 
     def forward(net, x):
         like = x
-        x = keep(net.b(keep(net.a(x), like)), like)
+        x = keep_signs(net.b(keep_signs(net.a(x), like)), like)
         mask = (x[:, :1] > 0).double()
         for name in names if mask.any() else "":
-            x = keep(x + mask * net.get_submodule(name)(x), like)
+            x = keep_signs(x + mask * net.get_submodule(name)(x), like)
         return net.c(x) * net.last
 
     return forward
 
 
 def again_by_some(net, x):
-    """A layer of a unit is called once more after it, by some ranks."""
+    """Some ranks call a layer of a unit once more after the unit."""
     like = x
-    x = keep(net.a(x), like)
+    x = keep_signs(net.a(x), like)
     mask = (x[:, :1] > 0).double()
     if mask.any():
-        x = keep(x + mask * net.a.inner(x), like)
+        x = keep_signs(x + mask * net.a.inner(x), like)
     return net.b(x) * net.last
 
 
-def lend(net):
-    """Layer a is used inside b, and besides by itself, if the model calls it."""
+def let_b_use_a(net):
+    """Let b use layer a; the model may also call a itself."""
     net.b.other.append(net.a)
 
 
@@ -429,12 +427,12 @@ def weight_of_b(net, x):
 
 
 def by_expert(net, x):
-    """A unit for the rows of each rank, which no other rank calls."""
-    x = keep(net.a(x), like=x)
+    """Each rank calls a unit that no other rank calls."""
+    x = keep_signs(net.a(x), like=x)
     for sign, name in ((1, "b"), (-1, "c")):
         mask = (x[:, :1] * sign > 0).double()
         if mask.any():
-            x = keep(x + mask * net.get_submodule(name)(x), like=x)
+            x = keep_signs(x + mask * net.get_submodule(name)(x), like=x)
     return net.d(x) * net.last
 
 
@@ -450,11 +448,11 @@ def twice_nested():
 
 
 def pair():
-    return Takes(lambda *both: both)
+    return TwoInputs(lambda *both: both)
 
 
 USES = {
-    # name: (how to build it, units)
+    # name: (a function that makes the model, units)
     "tied within a unit": (
         build(in_turn("a", "b"), tie("a.before", "a.after"), a=Nested, b=Layer), "ab",
     ),
@@ -482,7 +480,7 @@ USES = {
     "others in other micro-batches": (build(by_row, **ABC), "abc"),
     "outputs in a tuple": (build(tuples, **ABC | {"b": pair}), "abc"),
     "outputs in a dataclass": (
-        build(dataclasses, **ABC | {"b": lambda: Takes(lambda a, b: Both(a, {"x": b}))}), "abc",
+        build(dataclasses, **ABC | {"b": lambda: TwoInputs(lambda a, b: Both(a, {"x": b}))}), "abc",
     ),
     "an output that is not used": (build(half_of_it, **ABC | {"b": pair}), "abc"),
     "frozen in the middle": (build(in_turn(*"abc"), freeze("b"), **ABC), "abc"),
@@ -490,7 +488,7 @@ USES = {
     "partly frozen": (build(in_turn(*"abc"), freeze("a.linear", "c.linear"), **ABC), "abc"),
     "used in part by some ranks": (build(deep, **parts("abcdefgh", Mixed)), "abcdefgh"),
     "used in part by some ranks in one of two visits": (
-        build(each_twice, **parts("abcdef", Differently)), "abcdef",
+        build(each_twice, **parts("abcdef", TwoVisits)), "abcdef",
     ),
     "not used by some ranks": (
         build(deep, **parts("abcdefgh", OnFirstHalf) | parts("a")), "abcdefgh",
@@ -503,8 +501,8 @@ USES = {
     "without gradients for a while": (build(without_gradients, **ABC), "abc"),
     "written to in place": (build(in_place, **ABC), "abc"),
     "written to in place as a view": (build(in_place_on_a_view, **ABC), "abc"),
-    "hidden in an object": (build(hidden, a=Hides, b=Layer), "ab"),
-    "used by what it has kept": (build(by_attribute, **ABC | {"b": Keeps}), "abc"),
+    "hidden in an object": (build(hidden, a=ReturnsHidden, b=Layer), "ab"),
+    "used by what it has kept": (build(by_attribute, **ABC | {"b": KeepsOutput}), "abc"),
     "differentiated in the forward": (build(within_forward, **ABC), "abc"),
     "a parameter that it returns": (build(added, **ABC | {"b": returns("itself")}), "abc"),
     "a view of a parameter": (build(added, **ABC | {"b": returns("a row")}), "abc"),
@@ -520,26 +518,28 @@ USES = {
     "read in what is recomputed by a second backward": (
         build(reads("a", recompute="reentrant"), **ABC), "abc",
     ),
-    "read in another unit": (build(in_turn(*"abc"), lend, **ABC | {"b": borrows("")}), "abc"),
+    "read in another unit": (
+        build(in_turn(*"abc"), let_b_use_a, **ABC | {"b": uses_other("")}), "abc",
+    ),
     "read in another unit by some ranks": (
-        build(in_turn(*"bc"), lend, **ABC | {"b": borrows("some")}), "abc",
+        build(in_turn(*"bc"), let_b_use_a, **ABC | {"b": uses_other("some")}), "abc",
     ),
     "read in another unit that returns it": (
-        build(weight_of_b, lend, **ABC | {"b": borrows("returns")}), "abc",
+        build(weight_of_b, let_b_use_a, **ABC | {"b": uses_other("returns")}), "abc",
     ),
     "a layer in it called after it by some ranks": (
         build(again_by_some, **ABC | {"a": Nested}), ["a", "a.inner", "b"],
     ),
     "called in another unit": (
-        build(in_turn(*"bca"), lend, **ABC | {"b": borrows("calls")}), "abc",
+        build(in_turn(*"bca"), let_b_use_a, **ABC | {"b": uses_other("calls")}), "abc",
     ),
     "called in another unit by some ranks": (
-        build(in_turn(*"bc"), lend, **ABC | {"b": borrows("calls some")}), "abc",
+        build(in_turn(*"bc"), let_b_use_a, **ABC | {"b": uses_other("calls some")}), "abc",
     ),
 }  # fmt: skip
 
 
-# Every use under the defaults, and those that are most unlike each other under every option.
+# All uses are tested with default options; these, which differ most, with every option.
 SOME = (
     "tied across units", "nested", "called twice", "another order in another step",
     "others in other micro-batches", "partly frozen", "not used by some ranks",
@@ -561,13 +561,13 @@ SOME = (
 )
 @pytest.mark.ranks(2, mesh={"fsdp": 2}, timeout=30)
 def test_units_may_be(use, options, mesh):
-    made, units = USES[use]
-    check(mesh, made, units, **OPTIONS[options])
+    make_model, units = USES[use]
+    check(mesh, make_model, units, **OPTIONS[options])
 
 
-def trained(mesh, made=None, units="abc", strategy="fsdp", **options):
+def trained(mesh, make_model=None, units="abc", strategy="fsdp", **options):
     """A job and its optimizer."""
-    model = (made or build(in_turn(*"abc"), **ABC))()
+    model = (make_model or build(in_turn(*"abc"), **ABC))()
     job = dist_lab.parallelize(model, mesh, strategy, units=units, **options)
     return job, job.optimizer(torch.optim.SGD, lr=0.1)
 
@@ -585,17 +585,17 @@ def gradients(job):
     }
 
 
-def assert_equal(found, wanted, factor=1.0):
-    assert found.keys() == wanted.keys()
+def assert_equal(actual, wanted, factor=1.0):
+    assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert (found[name] is None) == (value is None), name
+        assert (actual[name] is None) == (value is None), name
         if value is not None:
-            torch.testing.assert_close(found[name], factor * value, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(actual[name], factor * value, rtol=1e-12, atol=1e-14)
 
 
-def of_one_step(mesh, step=0, **given):
-    """The gradients of a fresh job."""
-    job, _ = trained(mesh, **given)
+def of_one_step(mesh, step=0, **options):
+    """The gradients of one step of a new job."""
+    job, _ = trained(mesh, **options)
     loss_of(job, step).backward()
     job.finish()
     return gradients(job)
@@ -631,8 +631,8 @@ def test_one_backward_may_go_through_two_forwards_and_two_through_one(options, m
         job.model.zero_grad()
 
 
-# Outside of a block deferred gradients have nobody who would tell that they were given up.
-BROKEN = [
+# Outside a microbatch() block nothing tells that deferred gradients were dropped.
+BROKEN_OFF = [
     (options, fails, wrapped)
     for options in OPTIONS
     for fails in ("forward", "backward")
@@ -646,7 +646,7 @@ BROKEN = [
         (fails, wrapped) == ("backward", "in a block") or (options, wrapped) == ("plain", "alone")
     )
 )
-@pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN)
+@pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN_OFF)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrapped, mesh):
     job, optimizer = trained(mesh, **OPTIONS[options])
@@ -662,7 +662,7 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrappe
             out.register_hook(fail)
 
     job.model.a.register_forward_hook(hook)
-    for steps in (1, 2):  # in the first step, and in one that has a step before it
+    for steps in (1, 2):  # in the first step, and in a later one
         with job.microbatch(last=False):
             loss_of(job, 7).backward()
         block = job.microbatch(last=True) if wrapped == "in a block" else nullcontext()
@@ -679,7 +679,7 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(options, fails, wrappe
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_step_that_was_broken_off_owes_nothing(mesh):
+def test_after_a_broken_off_step_only_units_of_the_next_step_are_reduced(mesh):
     job, _ = trained(mesh, build(by_step, **ABC))
     with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
         loss_of(job, 0) / (1 // 0)  # went through a, b and c
@@ -691,7 +691,7 @@ def test_a_step_that_was_broken_off_owes_nothing(mesh):
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
+def test_a_rank_that_fails_alone_raises_at_once_and_the_other_after_the_timeout(mesh):
     mesh = dist_lab.init_mesh(fsdp=2, timeout=3)
     job, _ = trained(mesh)
     if mesh.rank:
@@ -700,34 +700,34 @@ def test_who_fails_alone_says_so_at_once_and_the_other_is_told_in_time(mesh):
         with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
             loss_of(job).backward()
         assert time.monotonic() - began < 2
-        time.sleep(4)  # this process stays, so nobody hears of its end
+        time.sleep(4)  # this process stays alive, so the other can only time out
     else:
         with pytest.raises(CollectiveError), job.microbatch(last=True):
             loss_of(job).backward()
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_gradients_set_to_zero_stay_zeros_where_nothing_comes(mesh):
+def test_gradients_set_to_zero_stay_zero_if_nothing_is_added(mesh):
     # As in one process, where an optimizer with momentum then goes on stepping.
-    report = []
+    grads = []
     for strategy in ("dp", "fsdp"):
         axes = {"dp": 2} if strategy == "dp" else {"fsdp": 2}
-        made = build(by_step, **ABC | {"c": OnEvenSteps})
-        job, optimizer = trained(dist_lab.init_mesh(**axes), made, "abc", strategy)
+        make_model = build(by_step, **ABC | {"c": OnEvenSteps})
+        job, optimizer = trained(dist_lab.init_mesh(**axes), make_model, "abc", strategy)
         for step in range(3):
             loss_of(job, step).backward()
             job.finish()
-            report.append(gradients(job))
+            grads.append(gradients(job))
             optimizer.zero_grad(set_to_none=False)
-    for name in ("a.gain", "c.more.weight"):  # of a unit not used, and not used in a unit
-        assert report[1][name] is not None
-    for one, other in zip(report[:3], report[3:], strict=True):
-        assert_equal(one, other)
+    for name in ("a.gain", "c.more.weight"):  # an unused unit, and an unused parameter of a unit
+        assert grads[1][name] is not None
+    for of_dp, of_fsdp in zip(grads[:3], grads[3:], strict=True):
+        assert_equal(of_dp, of_fsdp)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 @pytest.mark.ranks(2)
-def test_one_gradient_may_be_given_up_between_micro_batches(strategy, mesh):
+def test_one_gradient_may_be_cleared_between_micro_batches(strategy, mesh):
     mesh = dist_lab.init_mesh(**axes_of(strategy, 2))
     first, second = (of_one_step(mesh, step, strategy=strategy) for step in (0, 1))
     job, _ = trained(mesh, strategy=strategy)
@@ -741,15 +741,15 @@ def test_one_gradient_may_be_given_up_between_micro_batches(strategy, mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_unit_called_by_itself_is_whole_and_its_gradients_come(mesh):
-    made = build(in_turn(*"abc"), tie("a", "c"), **ABC)
-    job, _ = trained(mesh, made)
-    plain = made()
+def test_a_unit_called_by_itself_is_unsharded_and_gets_its_gradients(mesh):
+    make_model = build(in_turn(*"abc"), tie("a", "c"), **ABC)
+    job, _ = trained(mesh, make_model)
+    plain = make_model()
     x = rows(0)[0].tensor_split(2)[mesh.rank]
     loss_of(job).backward()
     job.finish()
     job.model.zero_grad()
-    for name in "bc":  # c holds a tied weight, which is the root's
+    for name in "bc":  # c holds a tied weight, which belongs to the root
         with mesh.comm.ledger.recording() as calls:
             job.model.get_submodule(name)(x).sum().backward()
             job.finish()
@@ -769,7 +769,7 @@ def test_a_unit_called_by_itself_that_reads_the_models_own_parameter_is_refused(
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_weight_that_is_read_is_open_until_its_reader_is_left_and_a_shard_before_and_after(mesh):
+def test_a_weight_read_in_another_forward_is_unsharded_until_that_forward_ends(mesh):
     seen = []
 
     def forward(net, x):
@@ -814,14 +814,14 @@ def test_forwards_without_gradients_reduce_nothing_and_change_nothing(mesh):
         job.model.zero_grad()
 
 
-# --- what lies where ------------------------------------------------------------------------------
+# --- what each rank holds -------------------------------------------------------------------------
 
 
 @pytest.mark.slow_unless(lambda strategy, model: strategy == "fsdp" or model == "odd")
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 @pytest.mark.parametrize("model", [*MODELS, "empty"])
 @pytest.mark.ranks(4)
-def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, mesh):
+def test_names_stay_shards_are_rows_and_state_dicts_are_complete(model, strategy, mesh):
     mesh = dist_lab.init_mesh(timeout=mesh.timeout, **axes_of(strategy, 4))
     make = MODELS.get(
         model, lambda: nn.ParameterDict({"a": torch.zeros(0, 5), "b": torch.ones(5, 0)})
@@ -834,12 +834,12 @@ def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, me
     assert [name for name, _ in job.model.named_parameters()] == names
     n, i = mesh["fsdp"].size, mesh["fsdp"].index
     for name, p in job.model.named_parameters():
-        whole = plain.get_parameter(name).detach()
-        if whole.dim():
-            step = -(-len(whole) // n)
-            wanted = whole[i * step : (i + 1) * step]
+        value = plain.get_parameter(name).detach()
+        if value.dim():
+            length = -(-len(value) // n)
+            wanted = value[i * length : (i + 1) * length]
         else:
-            wanted = whole.view(1)[: i == 0]
+            wanted = value.view(1)[: i == 0]
         assert torch.equal(local_part(p), wanted), name
         assert p.requires_grad == plain.get_parameter(name).requires_grad
     full = job.full_state_dict()
@@ -855,19 +855,19 @@ def test_names_stay_parts_are_rows_and_state_dicts_are_whole(model, strategy, me
     assert (mesh.rank == 0) == bool(job.full_state_dict(rank0_only=True))
 
 
-def test_a_piece_is_as_long_as_the_longest():
+def test_shard_length_is_that_of_the_longest_shard():
     lengths = [
         shard_length(torch.Size(s), 4) for s in [(8, 3), (7, 3), (2, 3), (0, 3), (5, 0), (), (1,)]
     ]
     assert lengths == [6, 6, 3, 0, 0, 1, 1]
 
 
-def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
-    made, _ = USES["tied across nested units"]
-    net = made()
+def test_a_parameter_belongs_to_the_innermost_unit_that_contains_all_its_slots():
+    make_model, _ = USES["tied across nested units"]
+    net = make_model()
     units = {"": net} | {name: net.get_submodule(name) for name in ("a", "a.inner", "b")}
     owner = owners(param_slots(net), units)
-    assert owner["a.before.linear.weight"] == "a"  # and it stands in a.inner as well
+    assert owner["a.before.linear.weight"] == "a"  # it has a slot in a.inner as well
     assert owner["a.inner.before.linear.weight"] == "a.inner"
     assert owner["b.linear.weight"] == "b"
     assert owner["last"] == ""
@@ -876,14 +876,14 @@ def test_a_parameter_belongs_to_the_innermost_unit_that_holds_all_its_places():
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_copy_holds_the_parts_and_cannot_compute(kept, mesh):
+def test_a_copy_of_the_model_holds_shards_and_cannot_compute(kept, mesh):
     job, _ = trained(mesh, reshard_after_forward=not kept)
     before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
     wanted, loss = of_one_step(mesh), loss_of(job)
     saved = io.BytesIO()
-    torch.save(job.model.state_dict(), saved)  # the parts, and not what is gathered
+    torch.save(job.model.state_dict(), saved)  # the shards, not the unsharded tensors
     model = job.model
-    how, model.how = model.how, None  # a function of a function, which pickle does not know
+    forward_fn, model.forward_fn = model.forward_fn, None  # a closure, which pickle refuses
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert {name: p.shape for name, p in other.named_parameters()} == {
             name: p.shape for name, p in before.items()
@@ -894,12 +894,12 @@ def test_a_copy_holds_the_parts_and_cannot_compute(kept, mesh):
                 p.untyped_storage().data_ptr()
                 != model.get_parameter(name).untyped_storage().data_ptr()
             )
-        other.how = how
+        other.forward_fn = forward_fn
         with pytest.raises(
             UserError, match=r"a copy of a sharded model holds only this rank's shard"
         ):
             other(rows(0)[0])
-    model.how = how
+    model.forward_fn = forward_fn
     loss.backward()
     job.finish()
     assert_equal(gradients(job), wanted)
@@ -945,7 +945,7 @@ MOVED = r"was moved, cast or replaced after parallelize\(\) \(it was float64 on 
     ],
 )
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, message, mesh):
+def test_a_change_to_the_shards_is_refused_before_anything_is_sent(change, message, mesh):
     def prepare(net):
         tie("a", "c")(net)
         if change is unfreeze:
@@ -959,7 +959,7 @@ def test_a_change_to_the_parts_is_refused_before_anything_is_sent(change, messag
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_frozen_later_gets_no_gradient_and_does_again_when_it_is_not(mesh):
+def test_a_parameter_frozen_later_gets_no_gradient_until_it_is_unfrozen(mesh):
     wanted = of_one_step(mesh)
     job, _ = trained(mesh)
     for trains in (False, True):
@@ -972,7 +972,7 @@ def test_what_is_frozen_later_gets_no_gradient_and_does_again_when_it_is_not(mes
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_parts_cannot_be_computed_with(mesh):
+def test_computing_with_a_shard_outside_its_unit_is_refused(mesh):
     job, _ = trained(mesh, build(in_turn("a", "b"), a=Nested, b=Layer), ["a"])
     x = rows(0)[0]
     with pytest.raises(
@@ -982,13 +982,13 @@ def test_parts_cannot_be_computed_with(mesh):
     with pytest.raises(UserError, match=r"b\.linear was called by itself.*units=\['b.linear'\]"):
         job.model.b.linear(x)
 
-    # In the forward of the model, which is open, but past the unit that holds it.
-    past = build(lambda net, x: net.b(net.a.inner(x)) * net.last, a=Nested, b=Layer)
-    job, _ = trained(mesh, past, ["a"])
+    # In the forward of the model, which is unsharded, but without entering the parameter's unit.
+    bypass = build(lambda net, x: net.b(net.a.inner(x)) * net.last, a=Nested, b=Layer)
+    job, _ = trained(mesh, bypass, ["a"])
     with pytest.raises(UserError, match=r"a\.inner was called by itself"):
         loss_of(job)
 
-    # A penalty on the weights, which would be on the parts, and lost when the sums come in.
+    # A penalty on the weights: it would be of the shards, and lost when gradients are reduced.
     job, _ = trained(mesh)
     loss = loss_of(job)
     with pytest.raises(UserError, match=r"is only this rank's shard.*in its module's forward"):
@@ -999,7 +999,7 @@ def test_parts_cannot_be_computed_with(mesh):
 
 
 @pytest.mark.parametrize(
-    ("change", "given", "message"),
+    ("change", "options", "message"),
     [
         (None, {"units": ["d"]}, "unit d matches no module; classes here: Layer, Linear, Net"),
         (None, {"param_dtype": torch.int32}, "and gradients cannot be torch.int32; give a"),
@@ -1012,25 +1012,27 @@ def test_parts_cannot_be_computed_with(mesh):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(change, given, message):
+def test_wrong_arguments_are_refused_in_one_line(change, options, message):
     model = build(in_turn(*"abc"), **ABC)()
     if change is not None:
         change(model)
     with pytest.raises(UserError, match=message) as refused:
-        dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp", **{"units": "abc"} | given)
+        dist_lab.parallelize(
+            model, dist_lab.init_mesh(fsdp=1), "fsdp", **{"units": "abc"} | options
+        )
     assert "\n" not in str(refused.value)
 
 
-def test_what_a_user_has_written_on_a_parameter_stays_there():
+def test_attributes_that_a_user_sets_on_a_parameter_stay():
     model = Layer()
     model.gain.decay = False
     dist_lab.parallelize(model, dist_lab.init_mesh(fsdp=1), "fsdp")
     assert model.gain.decay is False
 
 
-def test_a_scalar_lies_on_one_rank():
+def test_only_one_rank_holds_a_scalar():
     job = dist_lab.parallelize(Layer(), dist_lab.init_mesh(fsdp=1), "fsdp")
-    kinds = {name: type(laid.splits[0][1]) for name, laid in job.layouts.items()}
+    kinds = {name: type(layout.splits[0][1]) for name, layout in job.layouts.items()}
     assert kinds == {
         "gain": FlatShard,
         "scales": Shard,
@@ -1042,9 +1044,7 @@ def test_a_scalar_lies_on_one_rank():
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
 @pytest.mark.parametrize("how", ["no backward", "an output of its own"])
 @pytest.mark.ranks(2, timeout=20)
-def test_a_rank_whose_backward_does_not_come_joins_in_at_the_end_of_the_micro_batch(
-    how, strategy, mesh
-):
+def test_a_rank_without_a_backward_joins_in_at_the_end_of_the_micro_batch(how, strategy, mesh):
     mesh = dist_lab.init_mesh(timeout=5, **axes_of(strategy, 2))
     model = Net(
         lambda net, x: net.a(x) if how == "no backward" or x.sum() > 0 else x, a=nn.Linear(2, 2)
@@ -1056,18 +1056,18 @@ def test_a_rank_whose_backward_does_not_come_joins_in_at_the_end_of_the_micro_ba
             loss = job.model(x).sum()
             if mesh.rank == 0:
                 loss.backward()
-        assert job.count(1) == 2  # a rank that waited in backward would not come
+        assert job.count(1) == 2  # no rank is still waiting in backward
     job.finish()
     assert torch.equal(job.full_gradients()["a.bias"], torch.full((2,), 2.0, dtype=torch.float64))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_forwards_to_which_no_backward_will_come_cost_the_next_nothing(mesh):
+def test_forwards_without_a_backward_add_no_gathers_to_the_next_step(mesh):
     job, optimizer = trained(mesh)
     counts = []
     for forwards in (0, 0, 9):
         for step in range(forwards):
-            loss_of(job, step)  # somebody forgot no_grad
+            loss_of(job, step)  # the user forgot no_grad
         with mesh.comm.ledger.recording() as calls:
             loss_of(job).backward()
         job.finish()
@@ -1078,7 +1078,7 @@ def test_forwards_to_which_no_backward_will_come_cost_the_next_nothing(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_forward_has_saved_and_a_user_has_written_to_since_is_refused(mesh):
+def test_a_saved_tensor_that_was_written_to_in_place_is_refused(mesh):
     def add_in_place(net, x):
         y = torch.tanh(net.a(x))
         return y.add_(1) * net.last
@@ -1089,8 +1089,8 @@ def test_what_forward_has_saved_and_a_user_has_written_to_since_is_refused(mesh)
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_forward_to_which_no_backward_comes_leaves_nothing_alive(mesh):
-    job, _ = trained(mesh)  # its tanh saves what it puts out
+def test_a_forward_without_a_backward_leaves_no_tensor_alive(mesh):
+    job, _ = trained(mesh)  # its tanh saves its output
     alive = []
     for step in range(4):
         loss_of(job, step)
@@ -1100,7 +1100,7 @@ def test_a_forward_to_which_no_backward_comes_leaves_nothing_alive(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_backward_may_come_to_the_first_of_many_forwards(mesh):
+def test_backward_may_go_through_the_first_of_many_forwards(mesh):
     job, _ = trained(mesh)
     wanted = of_one_step(mesh)
     losses = [loss_of(job) for _ in range(4)]

@@ -1,6 +1,7 @@
-"""What a user changes between the verbs of a step: gradients edited or cleared, parameters frozen.
+"""Changes that a user makes during a step: gradients edited or cleared, parameters frozen.
 
-Right is what one process does, or one line that names the parameter, on every rank. Never silence.
+Each must have the effect that it has in one process, or raise one line that names the parameter, on
+every rank.
 """
 
 import pytest
@@ -40,23 +41,23 @@ def job_of(strategy, mesh, model=None):
 
 
 def loss_of(model, rows, step, part=slice(None)):
-    """Of the second or the first half of the rows of a global batch of 8."""
+    """The loss of one half (0 or 1) of a global batch of 8 rows, or of `part` of that half."""
     x, y = (t[4 * rows : 4 * rows + 4][part] for t in batch(step))
     return dist_lab.cross_entropy_sum(model(x), y) / 48
 
 
 def rows_of(job):
-    """Which of the 4 rows of a micro-batch this rank computes on."""
+    """This rank's rows of the 4 in a micro-batch."""
     data = job.mesh.data
     return slice(4 // data.size * data.index, 4 // data.size * (data.index + 1))
 
 
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
+def assert_same(actual, wanted):
+    assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert (found[name] is None) == (value is None), name
+        assert (actual[name] is None) == (value is None), name
         if value is not None:
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def replace(parameters):
 
 
 def unscale(parameters):
-    """What a GradScaler does, which no version counts."""
+    """Do what a GradScaler does: it changes gradients without a change of their version."""
     grads = [p.grad for p in parameters]
     half = torch.tensor(0.5)
     torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(()), half)
@@ -109,7 +110,7 @@ CLEARS = [clear, replace_by_zeros, none_of_them]
 
 
 def one_process(edit, of, steps=(0,)):
-    """The gradients of two micro-batches, with an edit between, in one process."""
+    """The gradients of two micro-batches in one process, with an edit between them."""
     model = gpt()
     for step in steps:
         model.zero_grad()
@@ -128,7 +129,7 @@ def one_parameter(model):
 
 
 def micro_batches(job, edit, of, step=0):
-    """Two of them, without finish()."""
+    """Run two micro-batches, with an edit between them, without finish()."""
     for i in (0, 1):
         with job.microbatch(last=i == 1):
             loss_of(job.model, i, step, rows_of(job)).backward()
@@ -136,7 +137,7 @@ def micro_batches(job, edit, of, step=0):
             edit(of(job.model))
 
 
-# Where the gradient is not, only what acts on each element by itself reaches it: see zero.py.
+# Through a stand-in only elementwise edits reach the gradient: see step/grad_elsewhere.py.
 BY_NAME = {
     ("zero1", "job", replace): "is not summed yet",
     ("zero1", "job", unscale): "is not summed yet",
@@ -172,7 +173,7 @@ def test_a_gradient_that_is_edited_between_micro_batches_is_kept_or_refused_by_n
         with pytest.raises(UserError, match=rf"the gradient of [\w.]+weight {message}"):
             micro_batches(job, edit, parameters)
         job.model.zero_grad()
-        edit, steps = (lambda _: None), (1,)  # and the next step is right
+        edit, steps = (lambda _: None), (1,)  # the next step is right
     micro_batches(job, edit, parameters, steps[0])
     job.finish()
     assert_same(job.full_gradients(), one_process(edit, of, steps))
@@ -196,7 +197,7 @@ def test_a_gradient_that_is_cleared_between_micro_batches_is_not_in_the_sum(
 
 
 @pytest.mark.ranks(2)
-def test_a_gradient_that_is_edited_on_its_way_is_refused(mesh):
+def test_editing_a_gradient_in_flight_is_refused(mesh):
     job = job_of("zero1", mesh)
     micro_batches(job, lambda _: None, one_parameter)
     with pytest.raises(UserError, match=r"mlp.down_proj.weight is being summed: call job.finish"):
@@ -208,28 +209,28 @@ def test_a_gradient_that_is_edited_on_its_way_is_refused(mesh):
 @pytest.mark.parametrize("whose", ["model", "job"])
 @pytest.mark.parametrize("strategy", [name for name in BY_HAND if name != "tp"])
 def test_a_gradient_that_is_set_where_none_was_is_kept_or_refused_by_name(strategy, whose):
-    found = []
+    grads = []
     for name in ("single", strategy):
         job = job_of(name, dist_lab.init_mesh(**axes_of(name, 1)))
         for p in (job if whose == "job" else job.model).parameters():
             p.grad = torch.full_like(p, 10.0)
         if (name, whose) == ("zero1", "job"):
-            with pytest.raises(UserError, match="was set before it was summed; set the one of"):
+            with pytest.raises(UserError, match="was set before it was summed; set the grad"):
                 loss_of(job.model, 0, 0).backward()
             return
         loss_of(job.model, 0, 0).backward()
         job.finish()
-        found.append(job.full_gradients())
-    assert_same(*found)
+        grads.append(job.full_gradients())
+    assert_same(*grads)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
-def test_a_micro_batch_that_is_broken_off_takes_none_of_the_others_with_it(strategy):
+def test_a_broken_off_micro_batch_does_not_lose_the_gradients_of_others(strategy):
     def fail():
         with job.microbatch(last=False):
             raise ArithmeticError
 
-    found = []
+    grads = []
     for name in ("single", strategy):
         job = job_of(name, dist_lab.init_mesh(**axes_of(name, 1)))
         with job.microbatch(last=False):
@@ -239,8 +240,8 @@ def test_a_micro_batch_that_is_broken_off_takes_none_of_the_others_with_it(strat
         with job.microbatch(last=True):
             loss_of(job.model, 1, 0).backward()
         job.finish()
-        found.append(job.full_gradients())
-    assert_same(*found)
+        grads.append(job.full_gradients())
+    assert_same(*grads)
 
 
 @pytest.mark.ranks(2)
@@ -261,8 +262,8 @@ def test_an_edit_of_a_few_elements_among_zeros_is_kept(mesh):
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 @pytest.mark.ranks(2)
-def test_gradients_may_be_edited_after_finish_and_looked_past(strategy, mesh):
-    # They are summed, so an edit is of the step: not of the next one, forwards between or not.
+def test_gradients_edited_after_finish_do_not_reach_the_next_step(strategy, mesh):
+    # They are summed already, so an edit must not reach the next step, even after a forward.
     job = job_of(strategy, mesh)
     for step in (0, 1):
         micro_batches(job, lambda _: None, all_parameters, step)
@@ -277,7 +278,7 @@ def test_gradients_may_be_edited_after_finish_and_looked_past(strategy, mesh):
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 @pytest.mark.ranks(2)
-def test_parameters_may_be_looked_at_in_backward(strategy, mesh):
+def test_named_parameters_may_be_read_in_backward(strategy, mesh):
     job = job_of(strategy, mesh)
     job.model.model.norm.weight.register_hook(lambda _: [*job.named_parameters()] and None)
     micro_batches(job, lambda _: None, all_parameters)
@@ -298,10 +299,9 @@ def test_a_gradient_that_is_not_finite_is_not_taken_for_an_edited_one(mesh):
 
 
 def frozen_in(model, names, yes=True, how=None):
-    """Of parameters as an optimizer is given them, or as a module has them."""
-    find = (
-        model.get_parameter if how == "as the module has it" else dict(model.named_parameters()).get
-    )
+    """Freeze or unfreeze parameters, taken from named_parameters() or from their modules."""
+    by_name = dict(model.named_parameters()).get
+    find = model.get_parameter if how == "as the module has it" else by_name
     for name in names:
         find(name).requires_grad_(not yes)
 
@@ -327,7 +327,7 @@ def some_names(model):
     ],
 )
 @EVERY
-def test_what_is_frozen_and_unfrozen_later_trains_as_in_one_process(strategy, when, how, mesh):
+def test_parameters_frozen_and_unfrozen_later_train_as_in_one_process(strategy, when, how, mesh):
     plain = gpt()
     names = some_names(plain)
     job = job_of(strategy, mesh)
@@ -361,7 +361,7 @@ def test_what_is_frozen_and_unfrozen_later_trains_as_in_one_process(strategy, wh
 
 
 @EVERY
-def test_what_is_frozen_from_the_start_stays_and_is_refused_when_it_is_unfrozen(strategy, mesh):
+def test_unfreezing_a_parameter_that_was_frozen_from_the_start_is_refused(strategy, mesh):
     model = gpt()
     names = some_names(model)
     frozen_in(model, names)
@@ -377,9 +377,9 @@ def test_what_is_frozen_from_the_start_stays_and_is_refused_when_it_is_unfrozen(
         job.finish()
 
 
-@under(*(name for name in BY_HAND if name != "tp"))  # whose plan is of another model
-def test_a_model_that_is_frozen_as_a_whole_stays_as_it_is(strategy, mesh):
-    # An input that needs a gradient, as of an adversarial example.
+@under(*(name for name in BY_HAND if name != "tp"))  # its plan is for another model
+def test_an_entirely_frozen_model_does_not_change(strategy, mesh):
+    # The input needs a gradient, as for an adversarial example.
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -407,12 +407,12 @@ def test_a_model_that_is_frozen_as_a_whole_stays_as_it_is(strategy, mesh):
 def test_no_bucket_waits_in_backward_for_a_frozen_parameter(strategy, mesh):
     job = job_of(strategy, mesh)
     order = []
-    for _ in range(2):  # ddp has buckets from the second step on
+    for _ in range(2):  # ddp makes its buckets in the first step
         micro_batches(job, lambda _: None, one_parameter)
         job.finish()
         job.model.zero_grad()
     frozen_in(job.model, ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
-    embedding = "model.embed_tokens.weight"  # backward comes there last
+    embedding = "model.embed_tokens.weight"  # backward reaches it last
     leaf = job.leaves.get(embedding, job.model.get_parameter(embedding))
     leaf.register_hook(lambda grad: order.append("the last gradient"))
     mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))

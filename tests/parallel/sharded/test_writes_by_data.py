@@ -1,7 +1,7 @@
-"""Forwards that write to a weight by .data, which autograd does not count.
+"""Forwards that write to a weight by .data, a write that autograd does not count.
 
-Under fsdp the memory they write to goes when the unit is left. Each rank takes over into its shard
-what was written, if all ranks have written the same.
+Under fsdp the memory that they write to is freed when the unit is resharded. If all ranks have
+written the same, each copies the written elements into its shard.
 """
 
 import copy
@@ -16,8 +16,8 @@ import dist_lab
 from dist_lab.errors import UserError
 
 
-class Writes(nn.Linear):
-    """Does something to its weight before it computes."""
+class WritingLinear(nn.Linear):
+    """A linear whose forward first writes to its weight or bias."""
 
     def __init__(self, write):
         super().__init__(6, 7)
@@ -30,17 +30,17 @@ class Writes(nn.Linear):
 
 def model_of(write):
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Sequential(Writes(write), nn.Tanh()), nn.Linear(7, 3)).double()
+    model = nn.Sequential(nn.Sequential(WritingLinear(write), nn.Tanh()), nn.Linear(7, 3)).double()
     for p in model.parameters():
         p.data.normal_(generator=generator)
     return model
 
 
-def rows(step, place=slice(None)):
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).double()[place]
+def rows(step, part=slice(None)):
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).double()[part]
 
 
-def own(mesh):
+def rows_of(mesh):
     n = 8 // mesh.data.size
     return slice(n * mesh.data.index, n * mesh.data.index + n)
 
@@ -49,10 +49,10 @@ def halve_negatives(layer, x):
     layer.weight.data[layer.weight < 0] *= 0.5
 
 
-def give_back_what_is_held(layer, x):
-    held = layer.weight.data
-    layer.weight.data = held * 2
-    layer.weight.data = held
+def assign_and_restore(layer, x):
+    old = layer.weight.data
+    layer.weight.data = old * 2
+    layer.weight.data = old
 
 
 def of_one_process(write, steps=3, parts=2):
@@ -71,7 +71,7 @@ def trained(job, mesh, steps=3, parts=2):
     for step in range(steps):
         for part in range(parts):
             with job.microbatch(last=part == parts - 1):
-                job.model(rows(parts * step + part, own(mesh))).square().sum().backward()
+                job.model(rows(parts * step + part, rows_of(mesh))).square().sum().backward()
         job.finish()
         optimizer.step()
         job.after_step()
@@ -88,8 +88,8 @@ def trained(job, mesh, steps=3, parts=2):
     ids=str,
 )  # fmt: skip
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_written_by_data_stays_as_in_one_process(options, mesh):
-    def clamp(layer, x):  # twice is as once, as recomputing does it
+def test_writes_by_data_persist_as_in_one_process(options, mesh):
+    def clamp(layer, x):  # idempotent, because recompute runs it twice
         layer.weight.data.clamp_(-0.5, 0.5)
 
     write = clamp if "recompute" in options else halve_negatives
@@ -98,13 +98,13 @@ def test_what_is_written_by_data_stays_as_in_one_process(options, mesh):
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
-def test_every_replica_takes_over_what_is_written(mesh):
+def test_writes_by_data_reach_every_replica(mesh):
     job = dist_lab.parallelize(model_of(halve_negatives), mesh, "hsdp", units=["0"])
     assert_same(trained(job, mesh), of_one_process(halve_negatives))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_is_not_written_keeps_the_digits_that_compute_has_not(mesh):
+def test_elements_not_written_by_data_keep_their_float32_digits(mesh):
     """A mask in bfloat16 zeroes elements of the float32 shard, and rounds no other."""
 
     def mask(layer, x):
@@ -115,8 +115,8 @@ def test_what_is_not_written_keeps_the_digits_that_compute_has_not(mesh):
     wanted["0.0.weight"][:, ::2] = 0
     job = dist_lab.parallelize(model, mesh, "fsdp", units=["0"], param_dtype=torch.bfloat16)
     job.model(rows(0).float())
-    found = job.full_state_dict()
-    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    weights = job.full_state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in wanted.items())
 
 
 def scale_by_rows(layer, x):
@@ -125,22 +125,22 @@ def scale_by_rows(layer, x):
 
 def add_on_one_rank(layer, x):
     if torch.distributed.get_rank() == 1:
-        layer.bias.data[0] += 1  # a row that the other rank keeps
+        layer.bias.data[0] += 1  # a row of the other rank's shard
 
 
 @pytest.mark.parametrize(("write", "name"), [(scale_by_rows, "weight"), (add_on_one_rank, "bias")])
 @pytest.mark.parametrize("options", [{}, {"units": []}, {"reshard_after_forward": False}], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_ranks_write_otherwise_is_refused_on_all(write, name, options, mesh):
+def test_different_writes_on_different_ranks_are_refused_on_all(write, name, options, mesh):
     job = dist_lab.parallelize(model_of(write), mesh, "fsdp", **{"units": ["0"], **options})
     with pytest.raises(
         UserError, match=rf"^the forward writes to 0.0.{name} by .data, and not the"
     ):
-        job.model(rows(0, own(mesh)))
+        job.model(rows(0, rows_of(mesh)))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_what_ranks_write_otherwise_later_is_refused_on_all(mesh):
+def test_different_writes_in_a_later_forward_are_refused_on_all(mesh):
     forwards = []
 
     def write(layer, x):
@@ -148,35 +148,35 @@ def test_what_ranks_write_otherwise_later_is_refused_on_all(mesh):
             scale_by_rows(layer, x)
 
     job = dist_lab.parallelize(model_of(write), mesh, "fsdp", units=["0"])
-    job.model(rows(0, own(mesh)))
+    job.model(rows(0, rows_of(mesh)))
     forwards.append(1)
     with pytest.raises(UserError, match=r"^the forward writes to 0.0.weight by .data, and not the"):
-        job.model(rows(0, own(mesh)))
+        job.model(rows(0, rows_of(mesh)))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_reading_data_on_one_rank_is_free_and_tells_nobody(mesh):
+def test_reading_data_on_one_rank_sends_nothing(mesh):
     def look(layer, x):
         if mesh.rank == 0:
             layer.seen = float(layer.weight.data.norm())
 
     job = dist_lab.parallelize(model_of(look), mesh, "fsdp", units=["0"])
-    job.model(rows(0, own(mesh)))
+    job.model(rows(0, rows_of(mesh)))
     with mesh.comm.ledger.recording() as calls:
-        job.model(rows(0, own(mesh)))
+        job.model(rows(0, rows_of(mesh)))
     assert calls
     assert not [call for call in calls if call.phase == "order" and call.op != "all_reduce"]
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_other_memory_for_data_is_refused_while_somebody_holds_the_old(mesh):
-    job = dist_lab.parallelize(model_of(give_back_what_is_held), mesh, "fsdp", units=["0"])
+def test_new_memory_for_data_is_refused_while_the_old_is_held(mesh):
+    job = dist_lab.parallelize(model_of(assign_and_restore), mesh, "fsdp", units=["0"])
     with pytest.raises(UserError, match=r"^the forward gives 0.0.weight.data other memory"):
-        job.model(rows(0, own(mesh)))
+        job.model(rows(0, rows_of(mesh)))
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_write_to_what_is_frozen_is_refused_where_it_would_be_lost(mesh):
+def test_a_write_to_a_frozen_weight_is_refused_if_it_would_be_lost(mesh):
     def age(layer, x):
         with torch.no_grad():
             layer.weight.mul_(0.9)
@@ -191,18 +191,18 @@ def test_a_write_to_what_is_frozen_is_refused_where_it_would_be_lost(mesh):
         job = dist_lab.parallelize(model, mesh, "fsdp", units=["0"])
         if write is age:
             with pytest.raises(UserError, match=r"^the forward writes to 0.0.weight, which is fr"):
-                job.model(rows(0, own(mesh)))
+                job.model(rows(0, rows_of(mesh)))
         else:
-            job.model(rows(0, own(mesh)))
+            job.model(rows(0, rows_of(mesh)))
             assert torch.equal(job.full_state_dict()["0.0.weight"], before * 0.9)
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_compiled_model_writes_as_well(mesh):
+def test_a_compiled_model_may_write_by_data(mesh):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler, that it does not look inside
+        warnings.simplefilter("ignore")  # the compiler says that it skips a function
         model = model_of(halve_negatives)
         job = dist_lab.parallelize(model, mesh, "fsdp", units=["0"])
         job.model[0][0].compile(backend="eager")
-        found = trained(job, mesh)
-    assert_same(found, of_one_process(halve_negatives))
+        weights = trained(job, mesh)
+    assert_same(weights, of_one_process(halve_negatives))

@@ -1,4 +1,4 @@
-"""zero1 and zero2: who steps on what, what travels when, what is kept, what zero_grad clears."""
+"""zero1 and zero2: what each rank steps on, sends and keeps, and what zero_grad clears."""
 
 import copy
 
@@ -26,7 +26,7 @@ def ready(mesh, strategy, model="gpt", cls=torch.optim.SGD, **options):
 
 
 def backward(job, rows=slice(None), step=0, last=True):
-    """One micro-batch of this rank: loss.backward(), and no more."""
+    """Forward and backward of one micro-batch on this rank, without finish()."""
     x, y = (t[rows] for t in batch(step))
     with job.microbatch(last=last):
         (dist_lab.cross_entropy_sum(job.model(x), y) / 48).backward()
@@ -42,34 +42,34 @@ def take_step(job, optimizer, step=0, k=1, **zero_grad):
 
 
 def gradients(job):
-    """The global gradient of each parameter, whole, or None."""
+    """Name -> the parameter's full global gradient, or None."""
     return {
         name: None if p.grad is None else gather_full(p.grad, job.layouts[name], job.mesh)
         for name, p in job.named_parameters()
     }
 
 
-def wholes(job):
-    """The model's own parameters of which optimizers step on shards."""
+def sharded_leaves(job):
+    """The model's own parameters, without those that are not sharded."""
     return {name: p for name, p in job.model.named_parameters() if name in job.stepped}
 
 
 def assert_same(ours, theirs):
     assert ours.keys() == theirs.keys()
-    for name, ours_ in ours.items():
+    for name, value in ours.items():
         if theirs[name] is None:
-            assert ours_ is None, name
+            assert value is None, name
         else:
-            torch.testing.assert_close(ours_, theirs[name], msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-def pieces(job):
-    """The padded length of each bucket."""
+def shard_lengths(job):
+    """The padded shard length of each bucket."""
     return {layout.splits[0][1].length for layout in job.layouts.values()}
 
 
 def padded(job):
-    """Elements of all buckets with their padding. A bucket is known by its first parameter."""
+    """Elements of all buckets with padding. The first parameter of a bucket has offset 0."""
     first = [
         layout.splits[0][1].length
         for layout in job.layouts.values()
@@ -78,12 +78,12 @@ def padded(job):
     return job.mesh.size * sum(first)
 
 
-# --- what lies where ------------------------------------------------------------------------------
+# --- what each rank holds -------------------------------------------------------------------------
 
 
 @BOTH
 @pytest.mark.ranks(4)
-def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy, mesh):
+def test_each_element_is_stepped_on_by_one_rank_in_the_memory_that_forwards_read(strategy, mesh):
     job, _ = ready(mesh, strategy, "odd")
     for name, local in job.named_parameters():
         layout = job.layouts[name]
@@ -94,19 +94,19 @@ def test_every_element_is_stepped_on_by_one_rank_where_forwards_read_it(strategy
         ((_, flat),) = layout.splits
         assert isinstance(flat, FlatShard)
         assert local.dim() == 1
-        everywhere = ops.all_reduce(torch.tensor(local.numel()), mesh["dp"])
-        assert everywhere == layout.shape.numel()
-        whole = job.model.get_parameter(name)
-        assert local.untyped_storage()._cdata == whole.untyped_storage()._cdata
-        start, _ = flat.range(whole.numel(), mesh.rank)
+        numel = ops.all_reduce(torch.tensor(local.numel()), mesh["dp"])
+        assert numel == layout.shape.numel()
+        leaf = job.model.get_parameter(name)
+        assert local.untyped_storage()._cdata == leaf.untyped_storage()._cdata
+        start, _ = flat.range(leaf.numel(), mesh.rank)
         if local.numel():
-            assert local.data_ptr() == whole.data_ptr() + 8 * start
-    assert padded(job) - sum(w.numel() for w in wholes(job).values()) < 4 * 10
+            assert local.data_ptr() == leaf.data_ptr() + 8 * start
+    assert padded(job) - sum(leaf.numel() for leaf in sharded_leaves(job).values()) < 4 * 10
 
 
 @BOTH
 @pytest.mark.ranks(3)
-def test_an_optimizer_keeps_a_third_of_its_state(strategy, mesh):
+def test_an_optimizer_on_three_ranks_keeps_a_third_of_its_state(strategy, mesh):
     job, optimizer = ready(mesh, strategy, cls=torch.optim.AdamW)
     take_step(job, optimizer)
     moments = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values())
@@ -117,7 +117,7 @@ def test_an_optimizer_keeps_a_third_of_its_state(strategy, mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_model_on_meta_is_drawn_here_frozen_parts_too(strategy, mesh):
+def test_a_model_on_meta_is_materialized_with_its_frozen_parameters(strategy, mesh):
     def fill(name, tensor, generator):
         tensor.normal_(generator=generator)
 
@@ -132,37 +132,37 @@ def test_a_model_on_meta_is_drawn_here_frozen_parts_too(strategy, mesh):
     assert not job.model.frozen.weight.requires_grad
 
 
-# --- what travels ---------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 3])
 @BOTH
 @pytest.mark.ranks(4)
-def test_stage_1_sends_2p_and_stage_2_kp_and_p(strategy, k, mesh):
+def test_stage_1_sends_2p_and_stage_2_sends_kp_plus_p(strategy, k, mesh):
     job, optimizer = ready(mesh, strategy, "odd")
-    for step in range(2):  # the first is no different
+    for step in range(2):  # the first step sends the same as later ones
         with mesh.comm.ledger.recording() as calls:
             take_step(job, optimizer, step, k)
         by_op = {op: [c for c in calls if c.op == op] for op in {c.op for c in calls}}
         assert by_op.keys() == {"reduce_scatter", "all_gather", "all_reduce"}
         rounds = k if strategy == "zero2" else 1
-        length = 8 * padded(job)  # frozen parameters are not in it
-        assert sum(c.payload for c in by_op["reduce_scatter"]) == rounds * length
-        assert sum(c.sent for c in by_op["reduce_scatter"]) == rounds * length * 3 / 4
-        assert sum(c.payload for c in by_op["all_gather"]) == length
-        assert sum(c.sent for c in by_op["all_gather"]) == length * 3 / 4
+        nbytes = 8 * padded(job)  # without frozen parameters
+        assert sum(c.payload for c in by_op["reduce_scatter"]) == rounds * nbytes
+        assert sum(c.sent for c in by_op["reduce_scatter"]) == rounds * nbytes * 3 / 4
+        assert sum(c.payload for c in by_op["all_gather"]) == nbytes
+        assert sum(c.sent for c in by_op["all_gather"]) == nbytes * 3 / 4
         (flags,) = by_op["all_reduce"]
-        assert flags.payload == 4 * len(wholes(job))
+        assert flags.payload == 4 * len(sharded_leaves(job))
         assert {c.phase for c in by_op["all_gather"]} == {"after_step"}
 
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, mesh):
+def test_buckets_are_reduced_during_backward_the_last_layer_first(strategy, mesh):
     job, _ = ready(mesh, strategy)
     order = []
     mesh.comm.ledger.listeners.append(lambda call: order.append(call.unit))
-    first = wholes(job)["model.embed_tokens.weight"]
+    first = sharded_leaves(job)["model.embed_tokens.weight"]
     first.register_hook(lambda gradient: order.append("the last gradient"))
     backward(job)
     assert order.index("the last gradient") == len(order) - 2 > 3
@@ -172,7 +172,7 @@ def test_buckets_leave_while_backward_computes_the_last_layer_first(strategy, me
 
 
 @pytest.mark.ranks(2)
-def test_stage_1_says_nothing_in_micro_batches_before_the_last(mesh):
+def test_stage_1_sends_nothing_before_the_last_micro_batch(mesh):
     job, _ = ready(mesh, "zero1")
     with mesh.comm.ledger.recording() as calls:
         backward(job, last=False)
@@ -182,26 +182,26 @@ def test_stage_1_says_nothing_in_micro_batches_before_the_last(mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_gathers_have_all_begun_before_the_first_is_waited_for(strategy, mesh):
+def test_all_gathers_are_issued_before_the_first_wait(strategy, mesh):
     job, _ = ready(mesh, strategy)
     backward(job)
     job.finish()
-    said = []
+    events = []
     with pytest.MonkeyPatch.context() as patch:
-        start, wait = ops.all_gather_into, ops.Pending.wait
-        patch.setattr(ops, "all_gather_into", lambda *a: said.append("start") or start(*a))
-        patch.setattr(ops.Pending, "wait", lambda self: said.append("wait") or wait(self))
+        issue, wait = ops.all_gather_into, ops.Pending.wait
+        patch.setattr(ops, "all_gather_into", lambda *a: events.append("issue") or issue(*a))
+        patch.setattr(ops.Pending, "wait", lambda self: events.append("wait") or wait(self))
         job.after_step()
-    assert said == sorted(said, key=["start", "wait"].index)
-    assert said.count("start") == said.count("wait") > 3
+    assert events == sorted(events, key=["issue", "wait"].index)
+    assert events.count("issue") == events.count("wait") > 3
 
 
 # --- what is kept ---------------------------------------------------------------------------------
 
 
 @pytest.mark.ranks(4)
-def test_stage_1_keeps_one_whole_gradient_and_stage_2_a_part_and_a_bucket(mesh):
-    held = {}
+def test_stage_1_keeps_all_gradients_and_stage_2_a_shard_and_one_bucket(mesh):
+    bytes_of = {}
     for strategy in ("zero1", "zero2"):
         job, optimizer = ready(mesh, strategy)
         take_step(job, optimizer, k=2)
@@ -214,55 +214,55 @@ def test_stage_1_keeps_one_whole_gradient_and_stage_2_a_part_and_a_bucket(mesh):
             storages[tensor.untyped_storage()._cdata] = kind
         for p in job.parameters():
             assert storages[p.grad.untyped_storage()._cdata] == "gradients"
-        assert all(isinstance(p.grad, GradElsewhere) for p in wholes(job).values())
-        held[strategy] = kinds
+        assert all(isinstance(p.grad, GradElsewhere) for p in sharded_leaves(job).values())
+        bytes_of[strategy] = kinds
         length = padded(job)
-    largest = 4 * max(pieces(job))
-    flags = 4 * len(wholes(job))
-    assert held["zero1"] == {"gradients": 8 * length, "buffers": flags}
-    assert held["zero2"] == {"gradients": 8 * length // 4, "buffers": 8 * largest + flags}
+    largest = 4 * max(shard_lengths(job))
+    flags = 4 * len(sharded_leaves(job))
+    assert bytes_of["zero1"] == {"gradients": 8 * length, "buffers": flags}
+    assert bytes_of["zero2"] == {"gradients": 8 * length // 4, "buffers": 8 * largest + flags}
 
 
 @BOTH
 @pytest.mark.ranks(4)
-def test_memory_is_the_formula_of_the_paper(strategy, mesh):
+def test_memory_follows_the_formula_of_the_paper(strategy, mesh):
     job, optimizer = ready(mesh, strategy, cls=torch.optim.AdamW)
     peaks = []
     for _ in range(2):
         with memory.measured(job, optimizer) as live:
             take_step(job, optimizer, k=2)
         peaks.append(live.by_kind().own)
-    length, own = 8 * padded(job), peaks[-1]
-    assert own["parameters"] == length
-    largest = 8 * 4 * max(pieces(job))
+    nbytes, peak = 8 * padded(job), peaks[-1]
+    assert peak["parameters"] == nbytes
+    largest = 8 * 4 * max(shard_lengths(job))
     if strategy == "zero1":
-        # Autograd's own are there until they have been copied in, and those of one bucket arrive.
-        assert length <= own["gradients"] <= length + 2 * largest
+        # Besides the buckets: autograd's tensors until they are copied in, and one bucket's result.
+        assert nbytes <= peak["gradients"] <= nbytes + 2 * largest
     else:
-        assert length / 4 <= own["gradients"] <= length / 4 + 2 * largest
-        assert own["buffers"] <= 2 * largest
+        assert nbytes / 4 <= peak["gradients"] <= nbytes / 4 + 2 * largest
+        assert peak["buffers"] <= 2 * largest
     of_layout = memory.by_layout(job, optimizer)
-    assert own["optimizer"] == of_layout["optimizer"]
+    assert peak["optimizer"] == of_layout["optimizer"]
 
 
 @pytest.mark.ranks(2)
-def test_stage_2_lets_go_of_gradients_while_backward_computes(mesh):
+def test_stage_2_frees_gradients_during_backward(mesh):
     job, _ = ready(mesh, "zero2")
     most = 0
 
     def look(parameter):
         nonlocal most
-        there = [w.grad.nbytes for w in wholes(job).values() if type(w.grad) is torch.Tensor]
-        most = max(most, sum(there))
+        grads = [leaf.grad for leaf in sharded_leaves(job).values()]
+        most = max(most, sum(grad.nbytes for grad in grads if type(grad) is torch.Tensor))
 
-    for whole in wholes(job).values():
-        whole.register_post_accumulate_grad_hook(look)
+    for leaf in sharded_leaves(job).values():
+        leaf.register_post_accumulate_grad_hook(look)
     backward(job, last=False)
-    assert 0 < most <= 8 * 2 * max(pieces(job))
-    assert all(isinstance(whole.grad, GradElsewhere) for whole in wholes(job).values())
+    assert 0 < most <= 8 * 2 * max(shard_lengths(job))
+    assert all(isinstance(leaf.grad, GradElsewhere) for leaf in sharded_leaves(job).values())
 
 
-# --- use that differs -----------------------------------------------------------------------------
+# --- ranks that use different parameters ----------------------------------------------------------
 
 
 @pytest.mark.slow_unless(
@@ -285,14 +285,14 @@ def test_ranks_that_use_different_parameters_are_right(strategy, rows, bucket_mb
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowhere_none(
+def test_a_parameter_used_only_on_another_rank_gets_its_gradient_and_an_unused_one_none(
     strategy, mesh
 ):
     job = dist_lab.parallelize(Experts(), mesh, strategy)
     plain = dist_lab.parallelize(Experts(), mesh, "dp")
     tokens = torch.tensor([[0, 5], [1, 5], [2, 5], [3, 5]])
     for each in (job, plain):
-        each.model(tokens).sum().backward()  # so that something is there to be left behind
+        each.model(tokens).sum().backward()  # a step whose gradients must leave no trace
         each.finish()
         each.model.zero_grad()
         with each.microbatch(last=False):
@@ -306,7 +306,7 @@ def test_a_parameter_used_elsewhere_gets_the_others_gradient_and_one_used_nowher
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_rank_that_had_no_rows_joins_in_the_sum(strategy, mesh):
+def test_a_rank_without_rows_takes_part_in_the_sum(strategy, mesh):
     job, optimizer = ready(mesh, strategy)
     take_step(job, optimizer)
     plain = dist_lab.parallelize(gpt(), mesh, "dp")
@@ -327,7 +327,7 @@ def test_a_rank_that_had_no_rows_joins_in_the_sum(strategy, mesh):
 @pytest.mark.parametrize("set_to_none", [True, False])
 @BOTH
 @pytest.mark.ranks(2)
-def test_what_was_cleared_in_the_middle_of_a_step_is_not_in_the_sum(strategy, set_to_none, mesh):
+def test_gradients_cleared_in_the_middle_of_a_step_are_not_in_the_sum(strategy, set_to_none, mesh):
     job, optimizer = ready(mesh, strategy)
     plain, _ = ready(mesh, strategy)
     for step in range(2):
@@ -344,7 +344,7 @@ def test_what_was_cleared_in_the_middle_of_a_step_is_not_in_the_sum(strategy, se
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_one_gradient_alone_can_be_cleared_in_the_middle_of_a_step(strategy, mesh):
+def test_a_single_gradient_can_be_cleared_in_the_middle_of_a_step(strategy, mesh):
     job, _ = ready(mesh, strategy, bucket_mb=25)
     plain, _ = ready(mesh, strategy, bucket_mb=25)
     norm = "model.norm.weight"
@@ -363,7 +363,7 @@ def test_one_gradient_alone_can_be_cleared_in_the_middle_of_a_step(strategy, mes
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_zeros_that_a_user_keeps_stay_zeros_and_do_not_become_none(strategy, mesh):
+def test_gradients_set_to_zero_stay_zero_and_do_not_become_none(strategy, mesh):
     job = dist_lab.parallelize(Experts(), mesh, strategy)
     tokens = torch.tensor([[0, 5], [1, 5]])
     job.model(tokens).sum().backward()
@@ -371,10 +371,10 @@ def test_zeros_that_a_user_keeps_stay_zeros_and_do_not_become_none(strategy, mes
     job.model.zero_grad(set_to_none=False)
     job.model(tokens[:1]).sum().backward()
     job.finish()
-    found = gradients(job)
-    assert found["experts.0.weight"].any()
-    assert not found["experts.1.weight"].any()
-    assert found["experts.2.weight"] is None
+    grads = gradients(job)
+    assert grads["experts.0.weight"].any()
+    assert not grads["experts.1.weight"].any()
+    assert grads["experts.2.weight"] is None
 
 
 @pytest.mark.slow_unless(
@@ -389,7 +389,7 @@ def test_after_an_exception_the_next_step_is_right(strategy, last, set_to_none, 
     plain, _ = ready(mesh, strategy)
     take_step(job, optimizer, set_to_none=set_to_none)
     plain.load_full_state_dict(job.full_state_dict())
-    first = wholes(job)["model.layers.0.mlp.up_proj.weight"]
+    first = sharded_leaves(job)["model.layers.0.mlp.up_proj.weight"]
     hook = first.register_hook(lambda gradient: 1 / 0)
     backward_rows = slice(mesh.rank, mesh.rank + 2)
     if last:
@@ -412,10 +412,10 @@ def test_after_an_exception_the_next_step_is_right(strategy, last, set_to_none, 
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy, mesh):
+def test_after_an_exception_in_submodules_called_directly_the_next_step_is_right(strategy, mesh):
     job, plain = (dist_lab.parallelize(Experts(), mesh, strategy) for _ in range(2))
     tokens = torch.tensor([[0, 5], [1, 5]])
-    hook = wholes(job)["embed.weight"].register_hook(lambda gradient: 1 / 0)
+    hook = sharded_leaves(job)["embed.weight"].register_hook(lambda gradient: 1 / 0)
     with pytest.raises(ZeroDivisionError), job.microbatch(last=False):
         job.model.head(job.model.embed(tokens)).sum().backward()
     hook.remove()
@@ -435,7 +435,7 @@ def test_after_an_exception_in_parts_that_were_called_by_themselves_too(strategy
 @pytest.mark.parametrize("collectives", ["backend", "ring", "direct"])
 @BOTH
 @pytest.mark.ranks(3)
-def test_whoever_carries_the_bytes_the_numbers_are_right(strategy, collectives, mesh):
+def test_the_numbers_are_right_with_every_algorithm_of_collectives(strategy, collectives, mesh):
     mesh = dist_lab.init_mesh(dp=3, collectives=collectives)
     report = dist_lab.verify(odd, batch, mesh, strategy, microbatches=2, clip=0.5, **TINY)
     assert report.equal, report.sentence()
@@ -443,7 +443,7 @@ def test_whoever_carries_the_bytes_the_numbers_are_right(strategy, collectives, 
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_the_order_check_finds_nothing_to_say(strategy, mesh):
+def test_the_order_check_finds_no_mismatch(strategy, mesh):
     mesh = dist_lab.init_mesh(dp=2, check=True)
     report = dist_lab.verify(
         lambda: Experts().double(), lambda step: batch(step, 3), mesh, strategy,
@@ -455,7 +455,7 @@ def test_the_order_check_finds_nothing_to_say(strategy, mesh):
 @pytest.mark.slow_unless(lambda strategy: strategy == "zero2")
 @BOTH
 @pytest.mark.ranks(4)
-def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
+def test_unsharded_parameters_are_cast_to_compute_in_bfloat16(strategy, mesh):
     report = dist_lab.verify(
         lambda: gpt(torch.float32), batch, mesh, strategy, param_dtype=torch.bfloat16,
         microbatches=2, **TINY,
@@ -466,15 +466,15 @@ def test_parameters_are_cast_whole_to_compute_in_bfloat16(strategy, mesh):
         gpt(torch.float32), mesh, strategy, param_dtype=torch.bfloat16, **TINY
     )
     assert job.model(batch(0)[0]).dtype == torch.bfloat16
-    for name, whole in wholes(job).items():
+    for name, leaf in sharded_leaves(job).items():
         module, _, attribute = name.rpartition(".")
-        assert getattr(job.model.get_submodule(module), attribute) is whole, "the cast stayed"
+        assert getattr(job.model.get_submodule(module), attribute) is leaf, "the cast stayed"
 
 
 @pytest.mark.slow_unless(lambda strategy: strategy == "zero1")
 @BOTH
 @pytest.mark.ranks(3)
-def test_weights_are_saved_and_loaded_whole(strategy, mesh):
+def test_full_state_dicts_are_saved_and_loaded(strategy, mesh):
     job, optimizer = ready(mesh, strategy, "gpt tied", torch.optim.AdamW)
     take_step(job, optimizer)
     full = job.full_state_dict()
@@ -500,7 +500,7 @@ def test_weights_are_saved_and_loaded_whole(strategy, mesh):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_copy_is_the_plain_model_and_trains_without_us(strategy, mesh):
+def test_a_copy_is_the_plain_model_and_trains_by_itself(strategy, mesh):
     job, optimizer = ready(mesh, strategy, "gpt tied")
     take_step(job, optimizer)
     copied = copy.deepcopy(job.model)
@@ -521,7 +521,7 @@ def test_a_copy_is_the_plain_model_and_trains_without_us(strategy, mesh):
 
 @pytest.mark.parametrize("break_it", ["cast", "replace"])
 @BOTH
-def test_parameters_that_were_moved_since_are_refused(strategy, break_it):
+def test_parameters_moved_after_parallelize_are_refused(strategy, break_it):
     job = dist_lab.parallelize(nn.Linear(3, 2), dist_lab.init_mesh(), strategy)
     if break_it == "cast":
         job.model.double()
@@ -535,7 +535,7 @@ def test_parameters_that_were_moved_since_are_refused(strategy, break_it):
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_second_backward_after_the_gradients_have_left_is_refused(strategy, mesh):
+def test_a_second_backward_after_the_gradients_were_sent_is_refused(strategy, mesh):
     job, _ = ready(mesh, strategy)
     x, y = batch(0)
     with job.microbatch(last=True):
@@ -546,12 +546,12 @@ def test_a_second_backward_after_the_gradients_have_left_is_refused(strategy, me
     job.finish()
     job.model.zero_grad()
     backward(job)
-    job.finish()  # and all is well again
+    job.finish()  # the next step is right
 
 
 @BOTH
 @pytest.mark.ranks(2)
-def test_a_step_that_is_left_without_finish_is_told_how_to_be_left(strategy, mesh):
+def test_a_step_left_without_finish_is_refused_with_the_way_out(strategy, mesh):
     job, _ = ready(mesh, strategy)
     backward(job)
     job.model.zero_grad()

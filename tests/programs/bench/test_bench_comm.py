@@ -1,4 +1,4 @@
-"""The instrument for collectives: its arithmetic, what it refuses, and a whole small run."""
+"""bench_comm.py: its arithmetic, the mistakes that it refuses, and a small run."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).parents[3] / "launch" / "bench_comm.py"
 
 
 def rows(op="all_gather", **seconds):
-    """Of two sizes, 1000 and 10^6 bytes."""
+    """Rows of two sizes, 1000 and 10^6 bytes."""
     return [
         BenchRow(op, name, size, 3, size, [second])
         for name, both in seconds.items()
@@ -28,32 +28,32 @@ def rows(op="all_gather", **seconds):
     ]
 
 
-def test_a_row_tells_median_and_quartiles():
+def test_a_row_has_the_median_and_quartiles():
     row = BenchRow("broadcast", "tree", 8, 2, 8, [5.0, 1.0, 2.0, 3.0, 4.0])
     assert row.quartiles == Quartiles(median=3.0, low=2.0, high=4.0)
 
 
-def test_a_fit_finds_the_latency_and_the_bandwidth_that_made_the_times():
-    made = [3 * 2e-5 + size * 5e-10 for size in (1000, 10**6)]
-    found = fit(rows(ring=made))
-    assert found.latency == pytest.approx(2e-5)
-    assert found.inverse_bandwidth == pytest.approx(5e-10)
-    assert found.error == pytest.approx(0, abs=1e-9)
+def test_a_fit_recovers_the_latency_and_the_bandwidth():
+    seconds = [3 * 2e-5 + size * 5e-10 for size in (1000, 10**6)]
+    fitted = fit(rows(ring=seconds))
+    assert fitted.latency == pytest.approx(2e-5)
+    assert fitted.inverse_bandwidth == pytest.approx(5e-10)
+    assert fitted.error == pytest.approx(0, abs=1e-9)
 
 
 def test_a_fit_is_never_negative():
     assert fit(rows(ring=[1e-3, 9e-4])).inverse_bandwidth == 0
-    found = fit(rows(ring=[1e-6, 2e-3]))
-    assert found.latency == 0
-    assert found.error > 0.1
+    fitted = fit(rows(ring=[1e-6, 2e-3]))
+    assert fitted.latency == 0
+    assert fitted.error > 0.1
 
 
-def test_the_fastest_is_chosen_from_the_size_at_which_it_was_measured():
+def test_the_fastest_algorithm_is_chosen_from_its_measured_size_on():
     measured = rows(backend=[1.0, 3.0], direct=[2.0, 1.0], ring=[2.0, 2.0])
     assert choices(measured) == {"all_gather": ((0, "backend"), (10**6, "direct"))}
 
 
-def test_the_backend_is_kept_where_another_one_is_not_clearly_faster():
+def test_the_backend_is_kept_unless_another_algorithm_is_clearly_faster():
     assert choices(rows(backend=[1.0, 1.0], direct=[0.99, 0.5])) == {
         "all_gather": ((0, "backend"), (10**6, "direct"))
     }
@@ -66,7 +66,7 @@ def test_the_command_line_knows_the_algorithms_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_an_operation_is_measured_with_those_that_it_has():
+def test_each_operation_is_measured_with_the_algorithms_it_has():
     bench = parse("--ops broadcast,all_gather --algorithms tree,direct".split(), "b.py")
     assert bench.pairs() == [("broadcast", ["tree"]), ("all_gather", ["direct"])]
     assert parse([], "b.py").ops == ALL
@@ -80,7 +80,7 @@ def test_an_operation_is_measured_with_those_that_it_has():
         ("--algorithms rings", r"no algorithm 'rings' \(--algorithms\); give backend, .*ring\?"),
         ("--ops broadcast --algorithms ring",
          r"broadcast has no algorithm 'ring' \(--algorithms\); give backend or tree"),
-        ("--sizes 4q", r"no size '4q' \(--sizes\); give bytes by commas"),
+        ("--sizes 4q", r"no size '4q' \(--sizes\); give bytes from 1 to 1024M"),
         ("--sizes 0", r"no size '0' \(--sizes\)"),
         ("--sizes 2000M", r"no size '2000M' \(--sizes\)"),
         ("--nproc 1", r"nproc cannot be 1 \(--nproc\); give a whole number, 2 or more"),
@@ -88,7 +88,7 @@ def test_an_operation_is_measured_with_those_that_it_has():
         ("--rounds 0", r"rounds cannot be 0 \(--rounds\)"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_what_to_give(argv, line):
+def test_a_mistake_raises_one_line_with_the_valid_values(argv, line):
     with pytest.raises(UserError, match=line):
         parse(argv.split(), "b.py")
 
@@ -98,7 +98,7 @@ def test_one_process_alone_is_refused():
         parse([], "b.py").axes(1, plain=True)
 
 
-def test_the_picture_has_a_panel_an_operation_and_a_line_an_algorithm(tmp_path):
+def test_the_plot_has_a_panel_per_operation_and_a_line_per_algorithm(tmp_path):
     groups = {("all_gather", name): rows(**{name: [1.0, 2.0]}) for name in ("backend", "ring")}
     groups["broadcast", "tree"] = rows("broadcast", tree=[1.0, 2.0])
     figure = report.picture(groups, "4 ranks")
@@ -116,10 +116,10 @@ def run(*argv):
 
 
 @pytest.mark.slow
-def test_a_small_run_measures_everything_and_writes_what_it_says(tmp_path):
+def test_a_small_run_measures_every_algorithm_and_writes_the_results(tmp_path):
     done = run("--nproc", 3, "--smoke", "--out", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "what auto should do" in done.stdout
+    assert "what auto should choose" in done.stdout
     written = json.loads((tmp_path / "bench_comm.json").read_text())
     assert written["world_size"] == 3
     pairs = {(row["op"], row["algorithm"]) for row in written["rows"]}

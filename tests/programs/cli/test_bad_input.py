@@ -1,7 +1,7 @@
-"""A mistake at the real entry points: one line on stderr, exit status 2, at once, without torch
-and numpy.
+"""A mistake on the command line of the real programs: one line on stderr and exit status 2, at once
+and without importing torch or numpy.
 
-Which mistakes there are, and what is said of each, is in test_config.py; here a few go all the way.
+test_config.py checks the message of every mistake; here a few run in a real process.
 """
 
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs a program where importing torch or numpy is fatal, in an empty folder."""
+    """Runs a program in an empty folder; importing torch or numpy ends it."""
     trap = tmp_path / "trap"
     trap.mkdir()
     for name in ("torch", "numpy"):
@@ -77,43 +77,43 @@ USUAL = (
 
 @pytest.mark.slow_unless(lambda arguments: arguments in [MISTAKES[name] for name in USUAL])
 @pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_answered_by_one_line_and_status_2(start, tmp_path, arguments):
+def test_a_mistake_is_answered_by_one_line_and_exit_status_2(start, tmp_path, arguments):
     (tmp_path / "broken.toml").write_text("steps = \n")
     (tmp_path / "half" / "cifar-10-batches-py").mkdir(parents=True)
     done = start(*arguments)
     [line] = done.stderr.splitlines()
     assert line.startswith("train.py: error: ")
-    assert "; " in line  # what; how to put it right
+    assert "; " in line  # what is wrong; how to fix it
     assert (done.returncode, done.stdout) == (2, "")
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_answer_comes_at_once(start):
+def test_a_mistake_is_answered_without_the_delay_of_importing_torch(start):
     began = time.perf_counter()
     start("--strategy", "zp")
-    assert time.perf_counter() - began < 1.5  # 0.1 s; importing torch alone takes more
+    assert time.perf_counter() - began < 1.5  # it takes 0.1 s; importing torch alone takes more
 
 
-def test_verify_answers_in_its_own_name(start):
+def test_the_message_names_the_program_that_was_started(start):
     done = start("--strategy", "zp", program="verify.py")
     assert done.stderr.startswith("verify.py: error: strategy cannot be 'zp' (--strategy); ")
     assert done.returncode == 2
 
 
-def test_doctor_answers_before_the_module_is_imported(start):
+def test_doctor_reports_a_missing_module_without_importing_it(start):
     done = start("no_such:build", "--nproc", "2", program="doctor.py")
     assert done.stderr.startswith("doctor.py: error: no module 'no_such' in ")
     assert done.returncode == 2
 
 
 @pytest.mark.parametrize("program", ["train.py", "verify.py", "doctor.py"])
-def test_help_opens_with_how_to_launch_it(start, program):
+def test_help_starts_with_how_to_launch_the_program(start, program):
     done = start("--help", program=program)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"torchrun --nproc_per_node=4 launch/{program}" in done.stdout
 
 
-def test_under_torchrun_rank_0_speaks_for_all(start):
+def test_under_torchrun_rank_0_prints_the_message(start):
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     done = start("--strategy", "zp", RANK="0", **place)
     assert done.stderr.startswith("train.py: error: strategy cannot be 'zp'")

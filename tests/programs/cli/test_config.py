@@ -1,4 +1,4 @@
-"""The command line and the presets: what they mean, and the one line that refuses a bad one."""
+"""The command line and the presets: how they are read, and the one line that answers a mistake."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ IN_BUCKETS = " or ".join(
 def refusal(*arguments: str) -> str:
     with pytest.raises(UserError) as caught:
         parse(arguments)
-    return in_flags(str(caught.value))  # as the launcher says it
+    return in_flags(str(caught.value))  # as the launcher prints it
 
 
 @pytest.fixture
@@ -46,20 +46,20 @@ def file(tmp_path, monkeypatch):
     return write
 
 
-# --- what is understood ---------------------------------------------------------------------------
+# --- what is accepted -----------------------------------------------------------------------------
 
 
-def test_nothing_given_means_the_defaults():
+def test_without_arguments_every_setting_has_its_default():
     assert parse([]) == Config()
 
 
-def test_the_command_line_wins_over_the_file_which_wins_over_the_program(file):
+def test_a_flag_overrides_the_file_and_the_file_overrides_the_programs_defaults(file):
     path = file("steps = 20\nlr = 0.5\n")
     config = parse(["--config", path, "--lr", "0.25"], defaults={"steps": 10, "seq": 16})
     assert (config.steps, config.lr, config.seq, config.batch) == (20, 0.25, 16, 32)
 
 
-# Settings that only go with another.
+# setting -> other settings that it needs.
 ONLY_WITH = (
     {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
     | {name: {"strategy": "fsdp"} for name in registry.SHARDING}
@@ -71,20 +71,20 @@ ONLY_WITH = (
 )
 
 
-def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
+def test_every_setting_is_a_flag_and_a_toml_key_and_is_listed_in_help(file, capsys):
     with pytest.raises(SystemExit) as left:
         parse(["--help"], description="How to launch it.")
     assert left.value.code == 0
-    shown = capsys.readouterr().out
-    assert shown.index("How to launch it.") < shown.index("--strategy single|dp")
+    help_text = capsys.readouterr().out
+    assert help_text.index("How to launch it.") < help_text.index("--strategy single|dp")
     for option in dataclasses.fields(Config):
         flag = "--" + option.name.replace("_", "-")
-        assert f"  {flag} " in shown.replace("\n", " \n")
-        if option.name in ("config", "mesh"):  # a mesh has tests of its own
+        assert f"  {flag} " in help_text.replace("\n", " \n")
+        if option.name in ("config", "mesh"):  # the mesh has tests of its own
             continue
         listed = option.metadata.get("choices", ("1",))[0]
         given = option.default if option.default is not None else kind(option)(listed)
-        if option.name == "data":  # where nothing means what the model reads
+        if option.name == "data":  # the default "" means the default of the model
             given = "words.txt"
         word, around = json.dumps(given), {"batch": 1} | ONLY_WITH.get(option.name, {})
         read = parse(["--config", file(f"{option.name} = {word}\n")], defaults=around)
@@ -94,70 +94,70 @@ def test_every_setting_is_a_flag_and_a_key_and_shows_in_help(file, capsys):
         assert getattr(read, option.name) == (kind(option) is bool or given)
 
 
-def test_help_begins_with_what_most_runs_set_and_groups_the_rest_by_strategy(capsys):
+def test_help_starts_with_common_settings_and_groups_the_rest_by_strategy(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
-    shown = capsys.readouterr().out.replace("\n", " \n")
-    headings = [line for line in shown.splitlines() if line.endswith(": ") and line[0] != " "]
-    first = ["options", "what most runs set", "ddp, zero1, zero2", "fsdp, hsdp", "tp", "pp"]
+    help_text = capsys.readouterr().out.replace("\n", " \n")
+    headings = [line for line in help_text.splitlines() if line.endswith(": ") and line[0] != " "]
+    first = ["options", "common settings", "ddp, zero1, zero2", "fsdp, hsdp", "tp", "pp"]
     assert [heading.rstrip(": ") for heading in headings if heading[0].islower()][:6] == first
     for name, row in STRATEGIES.items():
         for option in row.options:  # the options of a strategy stand under its name
-            before = shown[: shown.index(f"  --{option.replace('_', '-')} ")].splitlines()
+            before = help_text[: help_text.index(f"  --{option.replace('_', '-')} ")].splitlines()
             [*_, heading] = (line for line in before if line.endswith(": ") and line[0] != " ")
             assert name in heading.rstrip(": ").split(", ")
-    [schedule] = (line for line in shown.splitlines() if "--schedule NAME|FILE" in line)
-    assert "with --layers 8 interleaved, zbv" in schedule
+    [schedule] = (line for line in help_text.splitlines() if "--schedule NAME|FILE" in line)
+    assert "with --layers 8 interleaved or zbv" in schedule
 
 
-def test_a_program_shows_its_own_defaults_in_help(capsys):
+def test_help_shows_the_defaults_of_this_program(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"], program="verify.py", defaults={"steps": 3})
-    shown = capsys.readouterr().out
-    assert shown.startswith("usage: verify.py")
-    assert "optimizer steps [3]" in shown
+    help_text = capsys.readouterr().out
+    assert help_text.startswith("usage: verify.py")
+    assert "optimizer steps [3]" in help_text
 
 
-def test_version_is_shown(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as left:
         parse(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out.startswith("dist_lab 0.")
 
 
-def test_a_switch_of_the_file_can_be_taken_back(file):
+def test_a_no_flag_turns_off_a_switch_that_the_file_turns_on(file):
     path = file("log_collectives = true\n")
     assert parse(["--config", path]).log_collectives
     assert not parse(["--config", path, "--no-log-collectives"]).log_collectives
 
 
-def test_the_same_value_twice_is_no_contradiction():
+def test_a_flag_may_be_repeated_with_the_same_value():
     assert parse(["--lr", "0.1", "--lr", "0.1"]).lr == 0.1
 
 
 @pytest.mark.parametrize("text", ['mesh = "dp=2"', "mesh = { dp = 2 }", "[mesh]\ndp = 2"])
-def test_a_mesh_is_text_or_a_table(file, text):
+def test_a_mesh_in_a_file_is_text_or_a_table(file, text):
     config = parse(["--config", file(f'strategy = "dp"\n{text}\n')])
     assert config.axes(2) == {"dp": 2}
 
 
-def test_a_whole_number_is_a_number(file):
+def test_an_integer_is_accepted_for_a_float_setting(file):
     value = parse(["--config", file("lr = 1\n")]).lr
     assert (value, type(value)) == (1.0, float)
 
 
-def test_a_file_saved_by_notepad_is_read(file):
+def test_a_file_with_a_byte_order_mark_and_windows_line_ends_is_read(file):
     assert parse(["--config", file(b"\xef\xbb\xbfsteps = 5\r\n")]).steps == 5
 
 
-def test_a_config_is_frozen_and_json():
+def test_a_config_is_frozen_and_converts_to_json_and_back():
     config = parse(["--strategy", "dp", "--mesh", "dp=2"])
     assert Config(**json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 1
 
 
-# --- what is refused: each with the whole line ----------------------------------------------------
+# --- what is refused: each message in full --------------------------------------------------------
 
 BAD_FLAGS = [
     ("--strategy zp", f"strategy cannot be 'zp' (--strategy); give {ALL} "
@@ -214,26 +214,26 @@ BAD_FLAGS = [
     ("--nproc abc", "nproc cannot be 'abc' (--nproc); give a whole number, 1 or more"),
     (f"--strategy dp --nproc {TOO_MANY}", f"nproc {TOO_MANY} is more than 4 ranks for each of "
         f"{cores()} cores (--nproc); give {TOO_MANY - 1} or less, or add --oversubscribe"),
-    ("--nproc 2", "strategy single is for 1 process, 2 were started (--strategy); start 1, or give "
-        "--strategy dp"),
-    ("--strategy dp --nproc 4 --batch 30", "batch 30 does not divide into 4 data-parallel ranks x "
-        "1 microbatches = 4 (--batch); give --batch 32"),
-    ("--strategy dp --nproc 4 --microbatches 4 --batch 3", "batch 3 does not divide into 4 "
-        "data-parallel ranks x 4 microbatches = 16 (--batch); give --batch 16"),
-    ("--nproc 1 --microbatches 3 --batch 32", "batch 32 does not divide into 1 data-parallel ranks "
-        "x 3 microbatches = 3 (--batch); give --batch 33"),
+    ("--nproc 2", "strategy single runs in 1 process, 2 were started (--strategy); start 1, or "
+        "give --strategy dp"),
+    ("--strategy dp --nproc 4 --batch 30", "batch 30 is not a multiple of 4 data-parallel "
+        "ranks x 1 micro-batches = 4 (--batch); give --batch 32"),
+    ("--strategy dp --nproc 4 --microbatches 4 --batch 3", "batch 3 is not a multiple of "
+        "4 data-parallel ranks x 4 micro-batches = 16 (--batch); give --batch 16"),
+    ("--nproc 1 --microbatches 3 --batch 32", "batch 32 is not a multiple of 1 data-parallel "
+        "ranks x 3 micro-batches = 3 (--batch); give --batch 33"),
     ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
-    ("--strategy dp --mesh tp=2", "strategy dp does not run along 'tp' (--mesh); its axes are dp, "
+    ("--strategy dp --mesh tp=2", "strategy dp has no mesh axis 'tp' (--mesh); its axes are dp, "
         "or give --strategy tp"),
     ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
         "it out, or give --strategy tp"),
-    ("--strategy tp --regather", "regather gathers again what --sequence-parallel has cut "
+    ("--strategy tp --regather", "regather all-gathers what --sequence-parallel shards "
         "(--regather); give both"),
     ("--strategy pp --nproc 8 --oversubscribe", "8 stages (8 ranks of pp x 1) are more than the 4 "
         "blocks of gpt tiny (--mesh); give --layers 8, or a smaller pp"),
-    ("--strategy pp --nproc 2 --microbatches 5 --batch 32", "batch 32 does not divide into 1 "
-        "data-parallel ranks x 5 microbatches = 5 (--batch); give --batch 30"),
+    ("--strategy pp --nproc 2 --microbatches 5 --batch 32", "batch 32 is not a multiple of 1 "
+        "data-parallel ranks x 5 micro-batches = 5 (--batch); give --batch 30"),
     ("--strategy pp --nproc 4 --layers 8 --schedule interleaved --microbatches 2", "interleaved "
         "takes micro-batches in groups of one per rank, but 2 do not divide by 4 ranks of pp "
         "(--microbatches); give --microbatches 4"),
@@ -244,25 +244,25 @@ BAD_FLAGS = [
         "or a file with one row per rank: 0F0,0F1,0B0,0B1"),
     ("--strategy pp --nproc 2 --schedule zb --chunks 2", "schedule zb has 1 stage a rank, not 2 "
         "(--chunks); leave it out, or give --schedule interleaved"),
-    ("--strategy pp --nproc 2 --schedule zb --recompute 1", "recompute computes a block again for "
-        "the whole of its backward, which schedule zb does in two halves (--recompute); leave it "
-        "out, or give --schedule 1f1b"),
-    ("--strategy pp --impl torch --emulate-compute 20", "emulate_compute is of what is written "
-        "here, pp@torch is a library's (--emulate-compute); leave it out, or give --impl hand"),
+    ("--strategy pp --nproc 2 --schedule zb --recompute 1", "recompute needs the backward of a "
+        "block in one piece, and schedule zb splits it in two (--recompute); leave it out, or give "
+        "--schedule 1f1b"),
+    ("--strategy pp --impl torch --emulate-compute 20", "emulate_compute works with impl hand "
+        "only, and pp@torch is a library's (--emulate-compute); leave it out, or give --impl hand"),
     ("--strategy pp --emulate-compute 0", "emulate_compute cannot be 0.0 (--emulate-compute); give "
         "a finite number above 0"),
-    ("--model resnet18 --layers 3", "model resnet18 has 8 blocks, no more and no fewer (--layers); "
-        "leave it out"),
-    ("--strategy tp --nproc 3", "gpt tiny has 4 heads and 2 of keys and values, which 3 ranks of "
-        "tp@hand cannot share out (--mesh); degrees that work: 1, 2, 4; give --mesh tp=2"),
-    ("--strategy tp --impl torch --nproc 4", "gpt tiny has 4 heads and 2 of keys and values, which "
-        "4 ranks of tp@torch cannot share out (--mesh); degrees that work: 1, 2; give --mesh tp=2"),
-    ("--strategy tp --model resnet18 --nproc 2", "no tp of resnet18: tp splits matrices, and all "
-        "but 17,442 of its parameters are convolutions and norms (--model); give --model gpt or "
-        "--model mlp or --model vit"),
+    ("--model resnet18 --layers 3", "model resnet18 always has 8 blocks (--layers); leave it out"),
+    ("--strategy tp --nproc 3", "gpt tiny has 4 query heads and 2 key and value heads, which do "
+        "not divide over 3 ranks of tp@hand (--mesh); sizes that work: 1, 2, 4; give --mesh tp=2"),
+    ("--strategy tp --impl torch --nproc 4", "gpt tiny has 4 query heads and 2 key and value "
+        "heads, which do not divide over 4 ranks of tp@torch (--mesh); sizes that work: 1, 2; "
+        "give --mesh tp=2"),
+    ("--strategy tp --model resnet18 --nproc 2", "model resnet18 has no tp: tp splits matrices, "
+        "and all but 17,442 of its parameters are convolutions and norms (--model); give --model "
+        "gpt or --model mlp or --model vit"),
     ("--strategy tp --sequence-parallel --seq 30 --nproc 4", "seq 30 does not divide over 4 ranks "
         "of tp (--seq, --sequence-parallel); give --seq 32"),
-    ("--mesh dp=2", "strategy single does not run along 'dp' (--mesh); it takes no mesh, or give "
+    ("--mesh dp=2", "strategy single has no mesh axis 'dp' (--mesh); it takes no mesh, or give "
         + ALONG_DP),
     ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
     ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
@@ -272,7 +272,7 @@ BAD_FLAGS = [
     ("--config nope.toml", "no file 'nope.toml' (--config); give a TOML file, such as "
         "configs/02_dp.toml"),
     ("--config=", "no file '' (--config); give a TOML file, such as configs/02_dp.toml"),
-    ("--config /dev/zero", "'/dev/zero' is no settings file (--config); give a TOML file"),
+    ("--config /dev/zero", "'/dev/zero' is not a settings file (--config); give a TOML file"),
 ]  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_a_bad_command_line_is_refused_in_one_line(arguments, line):
 @pytest.mark.parametrize(
     "mesh", ["dp", "dp=", "dp=0", "dp=x", "dp=2,dp=2", "dp=2,", f"dp={10**10}"]
 )
-def test_a_mesh_that_is_none_is_refused(mesh):
+def test_a_malformed_mesh_is_refused(mesh):
     line = f"mesh cannot be '{mesh}' (--mesh); give each axis once, with a size of 1 or more: dp=2"
     assert refusal("--strategy", "dp", "--mesh", mesh) == line
 
@@ -293,14 +293,14 @@ BAD_FILES = [
     ("", "the file sets nothing (run.toml); write settings such as steps = 300"),
     ("# only a comment\n", "the file sets nothing (run.toml); write settings such as steps = 300"),
     ("steps 3\n", "not TOML: Expected '=' after a key in a key/value pair (run.toml:1:7); correct "
-        "that"),
-    ("steps = 3\nlr = [1", "not TOML: Unclosed array (run.toml:2:8); correct that"),
+        "it"),
+    ("steps = 3\nlr = [1", "not TOML: Unclosed array (run.toml:2:8); correct it"),
     ("steps = 3\nsteps = 4\n", "not TOML: Cannot overwrite a value (is the key set twice?) "
-        "(run.toml:2:10); correct that"),
-    ("[mesh]\n[mesh]\n", "not TOML: Cannot declare ('mesh',) twice (run.toml:2:6); correct that"),
+        "(run.toml:2:10); correct it"),
+    ("[mesh]\n[mesh]\n", "not TOML: Cannot declare ('mesh',) twice (run.toml:2:6); correct it"),
     ("a = " + 5000 * "[", "brackets nest too deep (run.toml); settings are plain values"),
     (b"a = 1\n\xff", "byte 6 is not UTF-8 ('run.toml'); save the file as UTF-8"),
-    (70_000 * "#", "'run.toml' is no settings file (--config); give a TOML file"),
+    (70_000 * "#", "'run.toml' is not a settings file (--config); give a TOML file"),
     ("# lr\n\nbatchsize = 3\n", "no setting 'batchsize' (run.toml:3); did you mean batch?"),
     ("qqq = 3\n", "no setting 'qqq' (run.toml:1); --help lists them, with dashes"),
     ("[model]\nname = 'gpt'\n", "model cannot be a table (run.toml:1); give gpt, mlp, vit or "
@@ -326,7 +326,7 @@ BAD_FILES = [
         "dp=2"),
     ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
         "once, with a size of 1 or more: dp=2"),
-    ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp does not run along 'tp' (run.toml:3); its "
+    ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp has no mesh axis 'tp' (run.toml:3); its "
         "axes are dp, or give --strategy tp"),
     (f"strategy = 'dp'\nnproc = {TOO_MANY}\n", f"nproc {TOO_MANY} is more than 4 ranks for each of "
         f"{cores()} cores (run.toml:2); give {TOO_MANY - 1} or less, or add --oversubscribe"),
@@ -334,7 +334,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("content", "line"), BAD_FILES, ids=[repr(c[:30]) for c, _ in BAD_FILES])
-def test_a_bad_file_is_refused_in_one_line_with_the_place(file, content, line):
+def test_a_bad_file_is_refused_in_one_line_with_file_and_line_number(file, content, line):
     assert refusal("--config", file(content)) == line
 
 
@@ -343,10 +343,10 @@ def test_a_bad_value_in_the_file_is_refused_even_if_a_flag_overrides_it(file):
 
 
 def test_a_number_of_thousands_of_digits_is_refused(file):
-    assert "(run.toml); correct that" in refusal("--config", file(f"steps = {5000 * '9'}\n"))
+    assert "(run.toml); correct it" in refusal("--config", file(f"steps = {5000 * '9'}\n"))
 
 
-def test_a_misspelled_file_or_a_folder_is_answered_with_a_file_that_is_there(file, tmp_path):
+def test_for_a_misspelled_file_or_a_folder_an_existing_file_is_suggested(file, tmp_path):
     file("steps = 3\n")
     assert refusal("--config", "runs.toml").endswith("did you mean run.toml?")
     assert refusal("--config", ".") == "'.' is a folder (--config); give a file: run.toml"
@@ -357,7 +357,7 @@ def test_a_misspelled_file_or_a_folder_is_answered_with_a_file_that_is_there(fil
 def test_a_file_that_cannot_be_read_is_refused(file, monkeypatch):
     path = file("steps = 3\n")
 
-    def deny(self):  # tests may run as root, to whom nothing is unreadable
+    def deny(self):  # tests may run as root, who can read every file
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", deny)
@@ -365,7 +365,7 @@ def test_a_file_that_cannot_be_read_is_refused(file, monkeypatch):
     assert refusal("--config", path) == line
 
 
-def test_whatever_is_typed_the_answer_is_one_printable_line():
+def test_any_nonsense_argument_is_answered_by_one_printable_line():
     for nasty in ("\x1b[31m\n\r\t", "x\n" * 500, "\u2028", "%s %(x)d {0}"):
         for arguments in ([nasty], ["--" + nasty], ["--strategy", nasty], ["--config", nasty]):
             line = refusal(*arguments)
@@ -373,7 +373,7 @@ def test_whatever_is_typed_the_answer_is_one_printable_line():
             assert len(line) < 300
 
 
-def test_a_file_may_be_named_anything_and_its_line_is_still_one(tmp_path, monkeypatch):
+def test_a_newline_in_a_file_name_does_not_break_the_message_into_two_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a\nb.toml").write_text("steps = 0\n")
     line = r"steps cannot be 0 ('a\nb.toml':1); give a whole number, 1 or more"
@@ -381,11 +381,11 @@ def test_a_file_may_be_named_anything_and_its_line_is_still_one(tmp_path, monkey
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
-    draw_model = random.Random(seed)
+def test_a_randomly_damaged_preset_gives_a_config_or_a_one_line_error(file, seed):
+    rng = random.Random(seed)
     began, outcomes = time.perf_counter(), set()
     for _ in range(50):
-        text = mutated(draw_model.choice(PRESETS).read_bytes(), draw_model)
+        text = mutated(rng.choice(PRESETS).read_bytes(), rng)
         try:
             outcome = parse(["--config", file(text)])
         except UserError as error:
@@ -393,40 +393,40 @@ def test_of_mutated_presets_each_is_a_config_or_one_line(file, seed):
         assert isinstance(outcome, Config) or (outcome.isprintable() and len(outcome) < 300), text
         outcomes.add(type(outcome))
     assert outcomes == {Config, str}
-    assert time.perf_counter() - began < 10  # takes half a second; a hang takes for ever
+    assert time.perf_counter() - began < 10  # it takes half a second; this catches a hang
 
 
-def mutated(text: bytes, draw_model: random.Random) -> bytes:
-    """A file after one to three slips of the hand, or of the disk."""
+def mutated(text: bytes, rng: random.Random) -> bytes:
+    """Returns the text with one to three random edits."""
     tokens = b"true nan -inf 1e999 [[ ]] { } ''' ' = . # \n \0 \xff \\ 1979-05-27 _ 0x".split(b" ")
-    for _ in range(draw_model.randint(1, 3)):
-        a, b = sorted(draw_model.randrange(len(text) + 1) for _ in range(2))
-        a = draw_model.choice([a, max(a, b - 5)])  # long cuts and short ones
-        text = draw_model.choice([
+    for _ in range(rng.randint(1, 3)):
+        a, b = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        a = rng.choice([a, max(a, b - 5)])  # long cuts and short ones
+        text = rng.choice([
             text[:a] + text[b:],
             text[:b] + text[a:],
-            text[:b] + draw_model.choice(tokens) + text[b:],
-            text[:b] + bytes([draw_model.randrange(256)]) + text[b + 1 :],
+            text[:b] + rng.choice(tokens) + text[b:],
+            text[:b] + bytes([rng.randrange(256)]) + text[b + 1 :],
             text[:b],
         ])  # fmt: skip
     return text
 
 
-# --- the mesh for so many processes ---------------------------------------------------------------
+# --- the mesh for a number of processes -----------------------------------------------------------
 
 
-def test_the_default_mesh_is_all_ranks_on_the_strategys_own_axis():
+def test_the_default_mesh_has_all_ranks_along_the_strategys_own_axis():
     assert Config(strategy="dp").axes(4) == {"dp": 4}
     assert Config(strategy="single").axes(1, plain=True) == {}
 
 
-def test_one_rank_on_purpose_is_allowed_and_one_by_accident_is_told_how_to_start():
+def test_one_rank_is_allowed_if_started_as_a_rank_and_otherwise_told_how_to_start():
     assert Config(strategy="dp").axes(1) == {"dp": 1}
     with pytest.raises(UserError) as caught:
         Config(strategy="dp").axes(1, plain=True)
     assert str(caught.value) == (
-        "strategy dp runs on several processes, this is one alone (--strategy); add --nproc 2, or "
-        "start it by torchrun --nproc_per_node=2"
+        "strategy dp needs several processes, this is a single one (--strategy); add --nproc 2, or "
+        "start it with torchrun --nproc_per_node=2"
     )
     with pytest.raises(UserError, match="add --nproc 3, or"):
         Config(strategy="dp", mesh={"dp": 3}).axes(1, plain=True)
@@ -441,23 +441,23 @@ def test_one_rank_on_purpose_is_allowed_and_one_by_accident_is_told_how_to_start
         ("--strategy pp --nproc 2 --microbatches 5", 35),
     ],
 )
-def test_a_batch_that_nobody_gave_is_the_next_that_divides(arguments, batch):
+def test_the_default_batch_is_rounded_up_to_one_that_divides(arguments, batch):
     config = parse(arguments.split())
     assert config.fitted(config.nproc).batch == batch
     config.fitted(config.nproc).axes(config.nproc)
 
 
-def test_a_batch_that_was_given_stays_even_if_it_is_the_default():
+def test_a_given_batch_is_never_rounded_even_if_it_equals_the_default():
     assert "give --batch 33" in refusal(*"--strategy dp --nproc 3 --batch 32".split())
 
 
-def test_an_oversubscribed_machine_is_a_choice():
+def test_oversubscribe_allows_more_ranks_than_4_per_core():
     arguments = ["--strategy", "dp", "--nproc", str(TOO_MANY), "--batch", str(TOO_MANY)]
     assert parse([*arguments, "--oversubscribe"]).nproc == TOO_MANY
 
 
 @pytest.mark.parametrize("batch", range(1, 40))
-def test_the_batch_that_is_offered_works_and_none_is_nearer(batch):
+def test_the_suggested_batch_works_and_is_the_nearest_that_does(batch):
     config = Config(strategy="dp", batch=batch, microbatches=2)
     try:
         config.axes(3)
@@ -479,12 +479,12 @@ MISFITS = [
         "glyphs?)"),
     ("gpt", "mnist", (1, 28, 28), "model gpt reads text, and --data 'mnist' is images of 28 x 28 "
         "(--model); give --data stdlib, or --model vit or --model resnet18"),
-    ("vit", "fake:3x30x45", (3, 30, 45), "model vit cuts an image into patches of 4 x 4, which 30 "
-        "x 45 does not divide into (--data 'fake:3x30x45'); give images of 32 x 44"),
-    ("vit", "my:own", (3, 1, 4), "model vit cuts an image into patches of 4 x 4, which 1 x 4 does "
-        "not divide into (--data 'my:own'); give images of 4 x 4"),
-    ("resnet18", "fake:3x64x8", (3, 64, 8), "model resnet18 halves an image three times, which 64 "
-        "x 8 is too small for (--data 'fake:3x64x8'); give images of 9 x 9 or more"),
+    ("vit", "fake:3x30x45", (3, 30, 45), "model vit cuts an image into patches of 4 x 4, and 30 "
+        "x 45 does not divide into them (--data 'fake:3x30x45'); give images of 32 x 44"),
+    ("vit", "my:own", (3, 1, 4), "model vit cuts an image into patches of 4 x 4, and 1 x 4 does "
+        "not divide into them (--data 'my:own'); give images of 4 x 4"),
+    ("resnet18", "fake:3x64x8", (3, 64, 8), "model resnet18 halves an image three times, and 64 "
+        "x 8 is too small for that (--data 'fake:3x64x8'); give images of 9 x 9 or more"),
 ]  # fmt: skip
 
 
@@ -495,12 +495,12 @@ def test_data_that_a_model_cannot_take_is_refused_in_one_line(model, data, image
     assert str(caught.value) == line
 
 
-def test_data_that_fits_is_taken_without_a_word():
+def test_data_that_fits_the_model_is_accepted():
     for model, image in [("gpt", None), ("vit", (1, 28, 28)), ("resnet18", (3, 9, 30))]:
         Config(model=model).check_fits(image)
 
 
-# --- presets, and tables that others keep, too ----------------------------------------------------
+# --- presets, and tables that other modules also have ---------------------------------------------
 
 
 def test_presets_are_numbered_in_reading_order():
@@ -508,16 +508,16 @@ def test_presets_are_numbered_in_reading_order():
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_says_what_it_is_about_and_sets_what_differs(path):
+def test_a_preset_describes_itself_and_sets_only_what_differs_from_the_defaults(path):
     config = parse(["--config", str(path), "--oversubscribe"])
     assert 20 < len(config.about) < 100
     config.axes(config.nproc or 1, plain=config.nproc is None)
-    if path != PRESETS[0]:  # the first shows what there is to set
+    if path != PRESETS[0]:  # the first preset shows common settings with their defaults
         repeated = {k for k, v in config.to_dict().items() if v == getattr(Config(), k)}
         assert not repeated & tomllib.loads(path.read_text()).keys()
 
 
-def test_the_command_line_offers_what_the_library_has():
+def test_the_choices_on_the_command_line_are_those_of_the_library():
     import torch
 
     from dist_lab import zoo
@@ -536,7 +536,7 @@ def test_the_command_line_offers_what_the_library_has():
     assert choices["optimizer"] == set(loop.OPTIMIZERS)
 
 
-def test_a_flag_that_means_nothing_to_a_program_is_unknown_there_but_a_shared_file_may_set_it(
+def test_a_program_has_no_flag_for_a_setting_it_does_not_use_but_a_shared_file_may_set_it(
     tmp_path,
 ):
     preset = tmp_path / "run.toml"
@@ -547,10 +547,10 @@ def test_a_flag_that_means_nothing_to_a_program_is_unknown_there_but_a_shared_fi
         parse(["--val-every", "3"], without=["val_every"])
 
 
-def test_a_schedule_that_deadlocks_is_shown_with_the_place_before_a_rank_starts(file):
+def test_a_deadlocking_schedule_is_refused_with_its_place_before_a_rank_starts(file):
     path = file("0F0,0B0,0F1,0B1\n1F1,1F0,1B0,1B1\n")
-    said = refusal("--strategy", "pp", "--nproc", "2", "--microbatches", "2", "--schedule", path)
-    assert said.splitlines() == [
+    message = refusal("--strategy", "pp", "--nproc", "2", "--microbatches", "2", "--schedule", path)
+    assert message.splitlines() == [
         "schedule run.toml: deadlock: rank 0 waits in 0B0 for 1B0, rank 1 waits in 1F1 for 0F1; on "
         "rank 0 move 0F1 before 0B0",
         "  rank 0: 0F0 [0B0] 0F1 0B1   <-- waits for 1B0",

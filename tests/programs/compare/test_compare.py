@@ -1,4 +1,4 @@
-"""The comparison of strategies: how certain it is, what it refuses, and what it leaves behind."""
+"""The comparison of strategies: its statistics, its settings, its report and its runs on ranks."""
 
 import csv
 import gc
@@ -45,34 +45,34 @@ IN_BUCKETS = " or ".join(
 TOO_MANY = 4 * cores() + 1
 
 
-# --- how certain it is ----------------------------------------------------------------------------
+# --- the statistics -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [8, 9, 12])
-def test_the_interval_misses_the_median_as_often_as_counting_every_case_says(n):
+def test_the_probability_of_missing_the_median_equals_a_count_of_all_cases(n):
     for k in range(1, n // 2 + 1):
         sides = itertools.product([0, 1], repeat=n)  # each value below the median, or above it
         misses = sum(sum(side) < k or n - sum(side) < k for side in sides)
         assert missed(n, k) == pytest.approx(misses / 2**n)
 
 
-def test_it_is_the_narrowest_that_is_right_99_times_in_100():
+def test_the_interval_is_the_narrowest_that_is_right_99_times_in_100():
     for n in range(8, 200):
         assert missed(n, depth(n)) <= 0.01 < missed(n, depth(n) + 1)
 
 
-def test_fewer_than_8_rounds_have_no_such_interval():
+def test_fewer_than_8_rounds_have_no_interval_of_99_percent():
     assert fewest_rounds() == 8
     with pytest.raises(ValueError, match="7 rounds"):
         ratio([1.0] * 7, [1.0] * 7)
 
 
-def test_the_ratio_is_of_paired_rounds():
+def test_the_ratio_compares_times_of_the_same_round():
     slow_machine = [1.0, 5.0, 2.0, 9.0, 1.0, 3.0, 7.0, 2.0]  # different in every round
-    found = ratio(slow_machine, [1.25 * seconds for seconds in slow_machine])
-    assert (found.median, found.low, found.high) == (1.25, 1.25, 1.25)
-    assert found.verdict == "faster"
-    assert found.confidence == 1 - 2 / 2**8
+    result = ratio(slow_machine, [1.25 * seconds for seconds in slow_machine])
+    assert (result.median, result.low, result.high) == (1.25, 1.25, 1.25)
+    assert result.verdict == "faster"
+    assert result.confidence == 1 - 2 / 2**8
 
 
 def test_the_verdict_follows_from_the_interval():
@@ -83,54 +83,54 @@ def test_the_verdict_follows_from_the_interval():
     assert ratio([0.9] * 8, times).verdict == "faster"
 
 
-def noisy_rounds(speedup: float, draw: random.Random, rounds: int = 24, steps: int = 3):
-    """Times of two strategies, the first `speedup` times as fast, as a bad machine gives them.
+def noisy_rounds(speedup: float, rng: random.Random, rounds: int = 24, steps: int = 3):
+    """Round times of two strategies on a noisy machine; the first is `speedup` times as fast.
 
-    It drifts, has bad minutes, interrupts, and favours whoever runs first.
+    The machine drifts, has slow minutes and interruptions, and favors the strategy that runs first.
     """
-    found: list[list[float]] = [[], []]
+    round_times: list[list[float]] = [[], []]
     slow = 0.0
-    for number, order in enumerate(orders(2, rounds, seed=draw.randrange(10**6))):
-        slow = 0.8 * slow + draw.expovariate(20)  # what is slow now stays so for a while
-        for position, who in enumerate(order):
+    for number, order in enumerate(orders(2, rounds, seed=rng.randrange(10**6))):
+        slow = 0.8 * slow + rng.expovariate(20)  # a slow machine stays slow for a while
+        for position, contender in enumerate(order):
             times = []
             for _ in range(steps):
                 seconds = (1 + slow + 0.01 * number) * (1 if position else 0.97)
-                seconds *= draw.lognormvariate(0, 0.03) * (5 if draw.random() < 0.1 else 1)
-                times.append(seconds / (speedup if who == 0 else 1))
-            found[who].append(statistics.median(times))
-    return found
+                seconds *= rng.lognormvariate(0, 0.03) * (5 if rng.random() < 0.1 else 1)
+                times.append(seconds / (speedup if contender == 0 else 1))
+            round_times[contender].append(statistics.median(times))
+    return round_times
 
 
-def test_a_strategy_compared_with_itself_is_not_told_apart_99_times_in_100():
-    draw = random.Random(0)
-    verdicts = [ratio(*noisy_rounds(1, draw)).verdict for _ in range(500)]
+def test_equal_strategies_are_called_too_noisy_to_tell_99_times_in_100():
+    rng = random.Random(0)
+    verdicts = [ratio(*noisy_rounds(1, rng)).verdict for _ in range(500)]
     assert verdicts.count("too noisy to tell") >= 495
 
 
-def test_a_tenth_is_found_in_the_same_noise():
-    draw = random.Random(0)
-    verdicts = [ratio(*noisy_rounds(1.1, draw)).verdict for _ in range(200)]
+def test_a_speedup_of_a_tenth_is_found_in_the_same_noise():
+    rng = random.Random(0)
+    verdicts = [ratio(*noisy_rounds(1.1, rng)).verdict for _ in range(200)]
     assert verdicts.count("faster") >= 180
     assert verdicts.count("slower") == 0
 
 
 @pytest.mark.parametrize("contenders", [1, 2, 5])
-def test_no_place_in_a_round_is_favoured(contenders):
-    made = orders(contenders, 20, seed=3)
-    assert all(sorted(order) == list(range(contenders)) for order in made)
+def test_every_contender_has_the_same_average_position_in_a_round(contenders):
+    drawn = orders(contenders, 20, seed=3)
+    assert all(sorted(order) == list(range(contenders)) for order in drawn)
     for who in range(contenders):
-        places = [order.index(who) for order in made]
+        places = [order.index(who) for order in drawn]
         assert statistics.fmean(places) == (contenders - 1) / 2
-    assert made == orders(contenders, 20, seed=3), "every rank draws it for itself"
-    assert contenders == 1 or made != orders(contenders, 20, seed=4)
-    assert orders(contenders, 9, seed=3) == made[:9]
+    assert drawn == orders(contenders, 20, seed=3), "every rank computes the same order"
+    assert contenders == 1 or drawn != orders(contenders, 20, seed=4)
+    assert orders(contenders, 9, seed=3) == drawn[:9]
 
 
-# --- what is asked for ----------------------------------------------------------------------------
+# --- the settings ---------------------------------------------------------------------------------
 
 
-def test_every_strategy_is_compared_unless_some_are_named():
+def test_all_strategies_are_compared_unless_some_are_listed():
     every = [entry.label for entry in read([]).entries()]
     assert every == LABELS
     assert {"single", "ddp@accelerate", "fsdp@torch"} <= set(every)
@@ -141,7 +141,7 @@ def test_every_strategy_is_compared_unless_some_are_named():
     ]  # fmt: skip
 
 
-def test_each_gets_what_train_would_be_told():
+def test_each_strategy_gets_the_settings_that_train_would_get():
     settings = read("--strategies single,dp --nproc 2 --mesh dp=2 --lr 0.5".split())
     single, dp = (settings.of(entry) for entry in settings.entries())
     assert type(dp) is Config
@@ -150,12 +150,12 @@ def test_each_gets_what_train_would_be_told():
     assert settings.axes(2) == {"dp": 2}
 
 
-def test_a_setting_of_one_strategy_is_not_told_to_the_others():
+def test_a_setting_of_one_strategy_is_left_out_for_the_others():
     settings = read("--strategies dp,ddp --nproc 2 --bucket-mb 3".split())
     assert [settings.of(entry).bucket_mb for entry in settings.entries()] == [None, 3]
 
 
-def test_smoke_is_small_and_flags_win_over_it():
+def test_smoke_changes_defaults_and_flags_override_it():
     smoke = read("--smoke --rounds 9".split())
     assert (smoke.size, smoke.batch, smoke.seq, smoke.rounds) == ("tiny", 8, 32, 9)
 
@@ -167,25 +167,26 @@ def refusal(*arguments: str) -> str:
     return str(caught.value)
 
 
-ALL = one_of(LABELS, "")
+FROM_LIST = f"give, separated by commas, {one_of(LABELS, '')}"
 BAD_FLAGS = [
-    ("--strategies ddpp", f"no strategy 'ddpp' (--strategies); give, by commas, {ALL} (did you "
+    ("--strategies ddpp", f"no strategy 'ddpp' (--strategies); {FROM_LIST} (did you "
         "mean ddp?)"),
-    ("--strategies dp,ddp@jax", f"no strategy 'ddp@jax' (--strategies); give, by commas, {ALL} "
+    ("--strategies dp,ddp@jax", f"no strategy 'ddp@jax' (--strategies); {FROM_LIST} "
         "(did you mean ddp?)"),
-    ("--strategies=", f"no strategy '' (--strategies); give, by commas, {ALL}"),
-    ("--strategies dp,", f"no strategy '' (--strategies); give, by commas, {ALL}"),
-    ("--strategies single,dp --reference dpp", "reference 'dpp' is not compared (--reference); "
+    ("--strategies=", f"no strategy '' (--strategies); {FROM_LIST}"),
+    ("--strategies dp,", f"no strategy '' (--strategies); {FROM_LIST}"),
+    ("--strategies single,dp --reference dpp", "reference 'dpp' is not listed (--reference); "
         "give single or dp (did you mean dp?), or name it in --strategies"),
-    ("--rounds 7", "7 rounds are too few for an interval of 99% (--rounds); give 8 or more"),
-    ("--nproc 4 --batch 30", "batch 30 does not divide into 4 data-parallel ranks x 1 microbatches "
-        "= 4 (--batch); give --batch 32"),
+    ("--rounds 7", "7 rounds are too few for a 99% confidence interval (--rounds); give 8 or "
+        "more"),
+    ("--nproc 4 --batch 30", "batch 30 is not a multiple of 4 data-parallel ranks x 1 "
+        "micro-batches = 4 (--batch); give --batch 32"),
     ("--nproc 4 --mesh dp=2", "mesh dp=2 needs 2 processes, 4 were started (--mesh); type torchrun "
         "--nproc_per_node=2 ... or --nproc 2"),
     ("--strategies dp --nproc 2 --mesh tp=2", "none of the strategies runs on mesh tp=2 (--mesh); "
-        "drop --mesh, or name others in --strategies"),
-    ("--strategies dp", "a comparison runs on several processes, this is one alone (--strategies); "
-        "add --nproc 4, or start it by torchrun --nproc_per_node=4"),
+        "leave out --mesh, or name others in --strategies"),
+    ("--strategies dp", "a comparison needs several processes, this is a single one "
+        "(--strategies); add --nproc 4, or start it with torchrun --nproc_per_node=4"),
     (f"--strategies single --nproc {TOO_MANY}", f"nproc {TOO_MANY} is more than 4 ranks for each "
         f"of {cores()} cores (--nproc); give {TOO_MANY - 1} or less, or add --oversubscribe"),
     ("--strategies single,dp --nproc 2 --bucket-mb 3", "strategy single has no bucket_mb "
@@ -199,11 +200,11 @@ def test_a_bad_command_line_is_refused_in_one_line(arguments, line):
     assert refusal(*arguments.split(" ")) == line
 
 
-def test_one_that_does_not_run_along_the_mesh_is_no_reason_to_stop_the_others():
+def test_a_strategy_that_cannot_use_the_mesh_does_not_stop_the_others():
     settings = read("--strategies single,dp --nproc 2 --mesh tp=2".split())
     single, dp = settings.entries()
     assert settings.misfit(single) == ""
-    assert settings.misfit(dp) == "does not run along tp=2 (--mesh); its axes are dp"
+    assert settings.misfit(dp) == "has no mesh axis tp=2 (--mesh); its axes are dp"
     every = read("--nproc 2 --mesh tp=2".split()).entries()
     assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
 
@@ -212,13 +213,13 @@ def test_one_that_does_not_run_along_the_mesh_is_no_reason_to_stop_the_others():
     ("arguments", "batch", "layers"),
     [
         ("--strategies dp,ddp --nproc 3", 33, None),
-        ("--strategies dp,pp --nproc 8", 32, 8),  # as deep as the pipeline, for both
+        ("--strategies dp,pp --nproc 8", 32, 8),  # as many blocks as stages, for both
         ("--strategies dp,pp --nproc 8 --layers 9", 32, 9),
         ("--strategies ddp,pp --nproc 2 --microbatches 5", 40, None),
-        ("--nproc 3", 48, None),  # tp cannot share 4 heads out: it is listed, the others run
+        ("--nproc 3", 48, None),  # tp cannot divide 4 heads by 3: it is refused, the others run
     ],
 )
-def test_what_was_not_given_is_such_that_every_strategy_runs(arguments, batch, layers):
+def test_default_batch_and_layers_are_such_that_every_strategy_runs(arguments, batch, layers):
     settings = read([*arguments.split(), "--oversubscribe"])
     fitted = settings.fitted(settings.nproc)
     assert (fitted.batch, fitted.layers) == (batch, layers)
@@ -236,7 +237,7 @@ def test_the_program_answers_a_mistake_without_torch(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-# --- what is found --------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 AT_PEAK = dict.fromkeys(KINDS, 0) | {"parameters": 4_000_000, "activations": 36_000_000}
@@ -267,9 +268,9 @@ def report(*rows: ContenderRow) -> CompareReport:
 TIMES = [0.5, 0.5, 0.6, 0.5, 0.7, 0.5, 0.6, 0.5]
 
 
-def test_a_row_follows_from_the_times_of_its_rounds():
-    found = report(row("ddp", TIMES), row("dp", [2 * t for t in TIMES], blocked=None))
-    summary = found.summary(found.rows[1])
+def test_the_numbers_of_a_row_follow_from_the_times_of_its_rounds():
+    result = report(row("ddp", TIMES), row("dp", [2 * t for t in TIMES], blocked=None))
+    summary = result.summary(result.rows[1])
     assert (summary["step_ms"], summary["ratio"], summary["verdict"]) == (1000, 0.5, "slower")
     assert summary["tokens_per_s"] == Quartiles.of([128 / t for t in TIMES]).median
     assert summary["mfu"] == pytest.approx(1e9 / 1.0 / 1e11)
@@ -277,49 +278,49 @@ def test_a_row_follows_from_the_times_of_its_rounds():
     assert beyond.summary(beyond.rows[0])["mfu"] is None  # not 400%
     assert (summary["payload_bytes"], summary["sent_bytes"]) == (4_000_008, 6_000_008)
     assert (summary["blocked_ms"], summary["final_loss"]) == (None, 2.0)
-    assert found.summary(found.rows[0])["verdict"] == "reference"
-    assert found.summary(found.rows[0])["blocked_ms"] == 250
+    assert result.summary(result.rows[0])["verdict"] == "reference"
+    assert result.summary(result.rows[0])["blocked_ms"] == 250
 
 
-def shown(found: CompareReport, width: int = 120) -> str:
+def printed(result: CompareReport, width: int = 120) -> str:
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(tables.speed(found))
-        console.print(tables.cost(found))
-        console.print(tables.memory(found))
-        for line in tables.notes(found):
+        console.print(tables.speed(result))
+        console.print(tables.cost(result))
+        console.print(tables.memory(result))
+        for line in tables.notes(result):
             console.print(line, highlight=False, markup=False)
     return capture.get()
 
 
 def test_the_tables_fit_120_columns_and_a_narrow_terminal():
     twin = row("ddp@accelerate", TIMES, traffic=None, blocked=None, about="[bucket_cap_mb=25]")
-    found = report(row("ddp", TIMES), twin, row("dp", [12345.6] * 8))
-    wide = shown(found)
+    result = report(row("ddp", TIMES), twin, row("dp", [12345.6] * 8))
+    wide = printed(result)
     assert max(map(len, wide.splitlines())) <= 120
     for word in ("ddp@accelerate ", "not counted here ", "all_reduce dp", "[bucket_cap_mb=25]"):
         assert word in wide
     assert "fsdp: refused: not on this mesh" in wide
-    narrow = shown(found, 60)
+    narrow = printed(result, 60)
     assert max(map(len, narrow.splitlines())) <= 60
     assert "\u2026" not in narrow, "no number is cut short"
 
 
-def test_losses_that_differ_are_shown_to():
-    alike = shown(report(row("ddp", TIMES), row("dp", TIMES, loss=2.0001)))
+def test_the_tables_show_whether_final_losses_differ():
+    alike = printed(report(row("ddp", TIMES), row("dp", TIMES, loss=2.0001)))
     assert "differs" not in alike
     assert "final losses after 2 steps each are equal" in alike
-    unlike = shown(report(row("ddp", TIMES), row("dp", TIMES, loss=2.1)))
+    unlike = printed(report(row("ddp", TIMES), row("dp", TIMES, loss=2.1)))
     assert "2.1 differs" in unlike
-    assert "differ: the furthest from ddp's is dp's, by 5.0e-02 of it" in unlike
+    assert "differ: dp's is the furthest from ddp's, relative difference 5.0e-02" in unlike
 
 
-def test_what_is_written_can_be_read_again(tmp_path):
-    found = report(row("ddp", TIMES), row("ddp@torch", TIMES, traffic=None, kernel_bytes=None))
-    files.write(found, tmp_path)
+def test_the_files_that_are_written_can_be_read_again(tmp_path):
+    result = report(row("ddp", TIMES), row("ddp@torch", TIMES, traffic=None, kernel_bytes=None))
+    files.write(result, tmp_path)
     kept = json.loads((tmp_path / "compare.json").read_text())
     assert [one["strategy"] for one in kept["strategies"]] == ["ddp", "ddp@torch"]
-    assert kept["measured"][0]["rounds"] == found.rows[0].rounds
+    assert kept["measured"][0]["rounds"] == result.rows[0].rounds
     with (tmp_path / "compare.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["strategy"] for line in lines] == ["ddp", "ddp@torch", "fsdp"]
@@ -354,26 +355,26 @@ def opened(settings: Settings):
     return open_data(settings.data, batch=settings.batch, seq=settings.seq, seed=0, cache_dir=cache)
 
 
-@pytest.mark.slow  # verify's tests say so of each by itself
+@pytest.mark.slow  # verify's tests check each strategy by itself
 @pytest.mark.ranks(2)
-def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
+def test_all_strategies_take_the_same_steps_and_end_with_equal_losses(text, mesh):
     settings = small(text)
-    found = measure.measure(
+    result = measure.measure(
         settings, mesh, opened(settings), entries(["single", "dp", "ddp", "dp"])
     )
-    assert (found is None) == (mesh.rank == 1)
-    if found is None:
+    assert (result is None) == (mesh.rank == 1)
+    if result is None:
         return
-    assert [one.label for one in found.rows] == ["single", "dp", "ddp", "dp#2"]
-    single, dp, ddp, again = found.rows
-    assert [one.processes for one in found.rows] == [1, 2, 2, 2]
-    assert all(len(one.losses) == measure.WARM_UP + 8 for one in found.rows)
-    assert all(found.loss_error(one) < 1e-10 for one in found.rows)
+    assert [one.label for one in result.rows] == ["single", "dp", "ddp", "dp#2"]
+    single, dp, ddp, again = result.rows
+    assert [one.processes for one in result.rows] == [1, 2, 2, 2]
+    assert all(len(one.losses) == measure.WARM_UP + 8 for one in result.rows)
+    assert all(result.loss_error(one) < 1e-10 for one in result.rows)
     assert dp.losses == again.losses
-    assert all(len(one.rounds) == 8 and len(one.rounds[0]) == 1 for one in found.rows)
-    assert (found.unit, found.batch) == ("tokens/s", 4 * 16)
+    assert all(len(one.rounds) == 8 and len(one.rounds[0]) == 1 for one in result.rows)
+    assert (result.unit, result.batch) == ("tokens/s", 4 * 16)
     assert single.flops_per_step == dp.flops_per_step > 0
-    gradients = 8 * found.setting["parameters"]
+    gradients = 8 * result.setting["parameters"]
     assert single.traffic == []
     for one in (dp, ddp):
         assert all(traffic.collective.startswith("all_reduce dp") for traffic in one.traffic)
@@ -382,8 +383,8 @@ def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
         # 2 (N-1)/N at N = 2
         assert sum(traffic.formula for traffic in one.traffic) == pytest.approx(payload)
     assert sum(t.calls for t in ddp.traffic) < sum(t.calls for t in dp.traffic)
-    # Weights, gradients and two moments at the least, and some activations.
-    assert all(4 * gradients < one.peak_memory_bytes < 12 * gradients for one in found.rows)
+    # At least weights, gradients and two moments, and some activations.
+    assert all(4 * gradients < one.peak_memory_bytes < 12 * gradients for one in result.rows)
     if sockets.sent_bytes() is not None:
         assert single.kernel_bytes < 1000
         assert dp.kernel_bytes == pytest.approx(dp.traffic[0].sent, rel=0.03)
@@ -391,7 +392,7 @@ def test_all_that_can_run_take_the_same_steps_and_end_alike(text, mesh):
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
-def test_what_cannot_run_is_refused_on_all_ranks_leaves_nothing_and_the_others_run(text, mesh):
+def test_a_strategy_that_cannot_run_is_refused_on_all_ranks_and_the_others_run(text, mesh):
     models = []
 
     def refuse(setup: Setup) -> Applied:
@@ -408,21 +409,21 @@ def test_what_cannot_run_is_refused_on_all_ranks_leaves_nothing_and_the_others_r
         patch.setattr(ddp, "apply", refuse)
         patch.setattr(ddp_torch, "apply", refuse_on_rank_1)
         listed = entries(["ddp", "dp", "ddp@torch"])
-        found = measure.measure(settings, mesh, opened(settings), listed)
+        result = measure.measure(settings, mesh, opened(settings), listed)
         with pytest.raises(UserError, match=r"^reference ddp cannot run: not today; give another"):
             measure.measure(replace(settings, reference="ddp"), mesh, opened(settings), listed)
         with pytest.raises(UserError, match=r"^none of the strategies can run; ddp: not today"):
             measure.measure(settings, mesh, opened(settings), listed[:1])
-    if found is not None:
-        assert found.refused == {"ddp": "not today", "ddp@torch": "not here"}
-        assert ([one.label for one in found.rows], found.reference) == (["dp"], "dp")
+    if result is not None:
+        assert result.refused == {"ddp": "not today", "ddp@torch": "not here"}
+        assert ([one.label for one in result.rows], result.reference) == (["dp"], "dp")
     gc.collect()
     assert len(models) == 3
     assert not any(model() for model in models)
 
 
 @pytest.mark.ranks(2)
-def test_a_step_is_done_when_the_slowest_rank_has_done_it(mesh):
+def test_the_time_of_a_step_is_that_of_the_slowest_rank(mesh):
     def step() -> None:
         time.sleep(0.2 if mesh.rank == 1 else 0.15)
 
@@ -432,15 +433,15 @@ def test_a_step_is_done_when_the_slowest_rank_has_done_it(mesh):
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
-def test_who_sits_out_a_long_block_does_not_time_out(mesh):
+def test_ranks_without_work_do_not_time_out_in_a_long_block(mesh):
     short = init_mesh(timeout=1.0, dp=2)
     taken = rounds.block(lambda: time.sleep(0.6 * (mesh.rank == 0)), 3, short.world, alone=True)
     assert all(0.6 <= seconds < 0.9 for seconds in taken)
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-def test_the_kernel_counts_what_this_rank_sends_and_not_the_meetings_around_it(mesh):
+@pytest.mark.skipif(sys.platform != "linux", reason="the byte count is Linux's")
+def test_the_kernel_count_includes_what_this_rank_sends_but_not_the_barriers(mesh):
     import torch
 
     from dist_lab.comm import ops
@@ -460,7 +461,7 @@ def test_the_kernel_counts_what_this_rank_sends_and_not_the_meetings_around_it(m
 
 
 @pytest.mark.slow
-def test_the_program_prints_tables_and_leaves_its_files(text, tmp_path):
+def test_the_program_prints_tables_and_writes_its_files(text, tmp_path):
     out = tmp_path / "run"
     flags = "--nproc 2 --smoke --steps 1 --seq 16 --strategies single,dp --reference dp"
     place = ["--data", text, "--cache", tmp_path / "cache", "--out", out]

@@ -1,4 +1,4 @@
-"""What doctor says is so: what is exact is proved, a refusal is raised, a note has its numbers."""
+"""The doctor's report is true: exact is proved, a refusal is raised, a note has its numbers."""
 
 import json
 import os
@@ -25,25 +25,22 @@ from dist_lab.parallel.replicated import dp
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import settings
 from dist_lab.programs.doctor.examine import _not_equal
-from dist_lab.programs.doctor.proof import Proof, rounding_grows
+from dist_lab.programs.doctor.proof import Proof, amplified_rounding
 from dist_lab.programs.doctor.report import DoctorReport, StrategyRow, Verdict
 from dist_lab.programs.doctor.subject import subject_of
 from dist_lab.programs.doctor.trial import Trial
-from dist_lab.programs.verify.report import Comparison
-from dist_lab.programs.verify.report import VerifyReport as Comparisons
+from dist_lab.programs.verify.report import Comparison, VerifyReport
 
 ROOT = Path(__file__).parents[3]
-ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp")  # whoever shares out rows, on two ranks
+ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp")  # the strategies that split rows, on two ranks
 
 
 def verdicts(report):
     return {row.strategy: str(row.verdict) for row in report.rows}
 
 
-def check_claims(
-    report, build, batch, told=lambda strategy: {}, told_to_verify=lambda strategy: {}
-):
-    """Whatever is called refused is refused in that line, and whatever is called exact is equal."""
+def check_verdicts(report, build, batch):
+    """Checks the verdicts: refused means that line is raised, and exact means equal."""
     x, y = batch
     wide = (x.double() if x.is_floating_point() else x), y
 
@@ -53,15 +50,15 @@ def check_claims(
 
     for row in (row for row in report.rows if row.strategy != "single"):
         mesh = dist_lab.init_mesh(**axes_of(row.strategy, report.ranks))
-        told = {"example_inputs": wide[0]} if row.strategy == "pp" else {}
+        options = {"example_inputs": wide[0]} if row.strategy == "pp" else {}
         if row.verdict is Verdict.REFUSED:
             with pytest.raises(UserError) as refusal:
-                dist_lab.parallelize(fresh(), mesh, row.strategy, **told)
+                dist_lab.parallelize(fresh(), mesh, row.strategy, **options)
             assert str(refusal.value) == row.reason
         else:
-            again = dist_lab.verify(fresh, lambda step: wide, mesh, row.strategy, **told)
+            verified = dist_lab.verify(fresh, lambda step: wide, mesh, row.strategy, **options)
             assert row.verdict is Verdict.EXACT
-            assert again.equal, (row.strategy, again.sentence())
+            assert verified.equal, (row.strategy, verified.sentence())
 
 
 # --- a healthy model ------------------------------------------------------------------------------
@@ -69,26 +66,26 @@ def check_claims(
 
 @pytest.mark.slow
 @pytest.mark.ranks(4, timeout=120)
-def test_a_healthy_model_is_exact_everywhere_and_has_no_note(mesh):
+def test_a_healthy_model_is_exact_under_every_strategy_and_gets_no_note(mesh):
     report = dist_lab.doctor(Healthy, mesh, batch=rows(), units=[Block])
     assert verdicts(report) == dict.fromkeys(STRATEGIES, "exact")
     assert report.findings == ()
     assert [row.notes for row in report.rows] == [()] * len(STRATEGIES)
     assert all(row.worst_error < 1e-10 and row.reason == "" for row in report.rows)
-    # Memory is that of the formulas.
+    # The memory follows the formulas.
     count = sum(p.numel() for p in Healthy().parameters())
-    whole, quarter = 4 * count, pytest.approx(count, rel=0.01)  # bytes of P, and of P/4
+    full, quarter = 4 * count, pytest.approx(count, rel=0.01)  # bytes of P, and of P/4
     half = pytest.approx(2 * count, rel=0.01)
     for strategy, parameters, gradients, moments in (
-        ("single", whole, whole, 2 * whole),
-        ("ddp", whole, whole, 2 * whole),
-        ("zero1", whole, whole, pytest.approx(2 * count, rel=0.01)),
-        ("zero2", whole, quarter, half),
+        ("single", full, full, 2 * full),
+        ("ddp", full, full, 2 * full),
+        ("zero1", full, full, pytest.approx(2 * count, rel=0.01)),
+        ("zero2", full, quarter, half),
         ("fsdp", quarter, quarter, half),
         ("hsdp", half, half, pytest.approx(4 * count, rel=0.01)),
     ):
-        wanted = {"parameters": parameters, "gradients": gradients, "moments": moments}
-        assert report[strategy].bytes == wanted, strategy
+        expected = {"parameters": parameters, "gradients": gradients, "moments": moments}
+        assert report[strategy].bytes == expected, strategy
 
 
 @pytest.mark.ranks(2)
@@ -98,13 +95,13 @@ def test_a_module_is_copied_and_not_changed_and_every_rank_has_the_same_report(m
     report = dist_lab.doctor(model, mesh, batch=rows(), strategies=["ddp", "fsdp", "tp"])
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
     assert not model._forward_pre_hooks
-    dist_lab.parallelize(model, mesh, "ddp")  # nothing is left on it that would be refused
+    dist_lab.parallelize(model, mesh, "ddp")  # doctor left nothing on it that would be refused
     from dist_lab.comm import ops
 
     assert len(set(ops.all_gather_bytes(repr(report).encode(), mesh.world))) == 1
 
 
-# --- what would be better -------------------------------------------------------------------------
+# --- notes ----------------------------------------------------------------------------------------
 
 
 def norm():
@@ -123,32 +120,33 @@ def frozen():
 
 
 BATCHNORM = (
-    r"^BatchNorm \(between\) normalizes by each rank's own rows: parallelize\(sync_batchnorm=True\)"
+    r"^BatchNorm \(between\) normalizes over each rank's own rows: "
+    r"parallelize\(sync_batchnorm=True\) uses"
 )
 TIED = r"^embed.weight and head.weight are one parameter \(153.6 kB\) of several units"
-# Model, batch (if it takes one to see), what doctor is told, strategies, and of each all its notes.
+# Model, batch (if the note needs one), options of doctor, and strategy -> all its notes.
 NOTES = {
     "no units": (
         Residual, None, {}, {"fsdp": [
-            r"^without units all of the model \(538.1 kB\) .* units=\[Block\] gathers 4 modules of "
-            r"132.9 kB in turn$"
+            r"^without units the whole model \(538.1 kB\) .* units=\[Block\] all-gathers 4 modules "
+            r"of 132.9 kB one at a time$"
         ]},
     ),
     "one unit holds most": (
         deep, None, {"units": ["1"]}, {"fsdp": [
-            r"^the unit 1 holds most of the model \(531.5 kB, 99%\), .*; units=\[Block, ...\]$"
+            r"^the unit 1 holds most of the model \(531.5 kB, 99%\) .*; units=\[Block, ...\]$"
         ]},
     ),
-    "much lies outside of units": (
+    "many parameters outside units": (
         lambda: Words(5000), None, {"units": ["block"]}, {"fsdp": [
-            r"^parameters outside of the units \(2.6 MB, 95%, embed.weight and 1 more\) .* make "
-            r"units of what holds them: embed, head$"
+            r"^parameters outside the units \(2.6 MB, 95%, embed.weight and 1 more\) .* make "
+            r"units of the modules that hold them: embed, head$"
         ]},
     ),
     "units are tiny": (
         Residual, None, {"units": [Block, nn.LayerNorm]}, {"fsdp": [
-            r"^4 of 8 units have less than 65.5 kB, the smallest blocks.0.norm 512 B: .* make the "
-            r"module around them the unit$"
+            r"^4 of 8 units are below 65.5 kB, the smallest is blocks.0.norm with 512 B: .* make "
+            r"the module around them the unit$"
         ]},
     ),
     "tied across units": (
@@ -157,12 +155,12 @@ NOTES = {
     ),
     "frozen and gathered": (
         frozen, None, {"units": [Block]}, {"ddp": [], "zero1": [], "fsdp": [
-            r"^frozen parameters \(132.9 kB, 25%, blocks.0.norm.weight and 5 more\) are gathered"
+            r"^frozen parameters \(132.9 kB, 25%, blocks.0.norm.weight and 5 more\) are all-gather"
         ]},
     ),
     "unused": (
         HalfUsed, rows, {}, {"dp": [], "ddp": [], "zero1": [
-            r"^parameters without a gradient \(16.6 kB, unused.weight and 1 more\) travel as zeros"
+            r"^parameters without a gradient \(16.6 kB, unused.weight and 1 more\) are sent as zer"
         ], "fsdp": [r"^parameters without a gradient \(16.6 kB, .* a unit of their own"]},
     ),
     "unused, in a unit of its own": (
@@ -171,31 +169,31 @@ NOTES = {
     "BatchNorm": (norm, None, {}, {"single": [], **{s: [BATCHNORM] for s in ROWS}}),
     "shards of rows do not divide": (
         sick.ThreeRows, None, {}, {"zero1": [], "fsdp": [
-            r"^rank 0 keeps 160.0 kB, 1.3 times the mean: .* first rows.weight of 3 rows"
+            r"^rank 0 keeps 160.0 kB, 1.3 times the mean: .* first rows.weight with 3 rows"
         ]},
     ),
-    "tp leaves an embedding whole": (
+    "tp replicates an embedding": (
         lambda: Words(2000), lambda: tokens(most=2000),
         {"plan": {"block.up": "colwise", "block.down": "rowwise", "head": "vocabulary"}},
         {"tp": [
-            r'^embed.weight \(512.0 kB, 44% of the model\) lies whole .*: {"embed": "vocabulary"}$'
+            r'^embed.weight \(512.0 kB, 44% of the model\) is replica.*: {"embed": "vocabulary"}$'
         ]},
     ),
     "a plan is found for tp": (
         Residual, rows, {}, {"tp": [
-            r'^a plan that was tried and is exact, by \d.\de-1\d: plan={"blocks.\*.up": "colwise", '
-            r'"blocks.\*.down": "rowwise"}$'
+            r'^this plan was tried and is exact \(error \d.\de-1\d\): plan={"blocks.\*.up": '
+            r'"colwise", "blocks.\*.down": "rowwise"}$'
         ]},
     ),
     "no plan is found for tp": (lambda: Between(nn.Softmax(-1)), rows, {}, {"tp": []}),
     "stages are uneven": (
         lambda: nn.Sequential(nn.Linear(20, 400), nn.Linear(400, 5)), None, {}, {"pp": [
-            r"^stage 0 costs 1.6 times the mean \(of the work 81%, 19%\), and the others wait"
+            r"^stage 0 costs 1.6 times the mean \(the stages' shares of the work: 81%, 19%\), and "
         ]},
     ),
     "tied across stages": (
         lambda: Words(tied=True), tokens, {}, {"pp": [
-            r"^embed.weight lies on ranks 0 and 1 of pp: .* its gradient \(128.0 kB\) travels"
+            r"^embed.weight is on pp ranks 0 and 1: .* its gradient \(128.0 kB\) is summed"
         ]},
     ),
 }  # fmt: skip
@@ -203,29 +201,29 @@ NOTES = {
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("case", NOTES)
-def test_what_would_be_better_is_said_with_numbers_of_the_model(mesh, case):
-    build, batch, told, expected = NOTES[case]
-    given = batch() if batch else None
-    report = dist_lab.doctor(build, mesh, batch=given, strategies=[*expected], **told)
+def test_notes_have_the_numbers_of_the_model(mesh, case):
+    build, batch, options, expected = NOTES[case]
+    data = batch() if batch else None
+    report = dist_lab.doctor(build, mesh, batch=data, strategies=[*expected], **options)
     for row in report.rows:
         applied = "exact" if batch else "unproved"
-        assert row.verdict == ("refused" if row.strategy == "tp" and not told else applied)
+        assert row.verdict == ("refused" if row.strategy == "tp" and not options else applied)
         patterns = expected[row.strategy]
         assert len(row.notes) == len(patterns), row
         for note, pattern in zip(row.notes, patterns, strict=True):
             assert re.search(pattern, note), note
-    no_plan = "tp" in expected and not told
+    no_plan = "tp" in expected and not options
     assert not no_plan or "has no tp_plan()" in report["tp"].reason
 
 
 @pytest.mark.ranks(2)
-def test_what_is_said_of_unused_parameters_is_what_the_ledger_sees(mesh):
-    def calls(strategy, model, **told):
-        own = dist_lab.init_mesh(**axes_of(strategy, 2))
-        job = dist_lab.parallelize(model, own, strategy, **told)
+def test_notes_on_unused_parameters_match_the_ledger(mesh):
+    def calls(strategy, model, **options):
+        strategy_mesh = dist_lab.init_mesh(**axes_of(strategy, 2))
+        job = dist_lab.parallelize(model, strategy_mesh, strategy, **options)
         optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-        for _ in range(2):  # ddp learns in the first
-            with own.comm.ledger.recording() as seen:
+        for _ in range(2):  # ddp learns the order in the first step
+            with strategy_mesh.comm.ledger.recording() as seen:
                 x, y = rows()
                 job.run([(x, y)], lambda out, y: dist_lab.cross_entropy_sum(out, y) / 32)
                 job.finish()
@@ -236,7 +234,7 @@ def test_what_is_said_of_unused_parameters_is_what_the_ledger_sees(mesh):
 
     unused, everything = 16_640, sum(p.nbytes for p in HalfUsed().parameters())
     [ddp] = calls("ddp", HalfUsed())
-    assert ddp.payload < everything - unused + 100  # with a flag for each
+    assert ddp.payload < everything - unused + 100  # plus one flag per parameter
     assert sum(c.payload for c in calls("zero1", HalfUsed())) >= 2 * everything
     late = [c.phase for c in calls("zero1", HalfUsed(), bucket_mb=0.001) if "scatter" in c.op]
     assert "finish" in late
@@ -269,43 +267,46 @@ def between(make):
     return lambda: Between(make())
 
 
-# model, batch, what doctor is told, what is found, and the verdict on ddp
-FOUND = {
+# Model, batch, options of doctor, pattern of the finding, and the verdict on ddp.
+FINDINGS = {
     "dropout": (
         between(lambda: nn.Dropout(0.3)), rows(), {},
-        "^dropout of 0.3 in between: .* all below is of the model with p=0; under tp", "exact",
+        "^dropout of 0.3 in between: .* below is for the model with p=0; under tp", "exact",
     ),
     "random numbers": (
         between(sick.Drops), rows(), {}, r"^between \(Drops\) draws random numbers", "unproved",
     ),
-    "a mean": (Residual, rows(), {"loss_sum": mean_loss}, r"is no sum over the rows", "unproved"),
+    "a mean": (Residual, rows(), {"loss_sum": mean_loss}, "must be a sum over the ro", "unproved"),
     "a buffer": (
-        between(sick.KeepsItsMean), rows(), {}, "^forward changes between.seen: under d", "refused",
+        between(sick.KeepsItsMean), rows(), {}, "^forward changes the buffers between.seen: under",
+        "refused",
     ),
     "an error": (
-        between(sick.Halves), rows(), {}, "^in one process it fails on the batch: RuntimeError: ",
+        between(sick.Halves), rows(), {}, "^the model fails on the batch in one process: RuntimeE",
         "unproved",
     ),
-    "float32": (between(sick.InFloat32), rows(), {}, "^it does not compute in float64", "exact"),
+    "float32": (
+        between(sick.InFloat32), rows(), {}, "^the model does not compute in float64", "exact",
+    ),
     "bfloat16": (
         in_bfloat16, (rows()[0].bfloat16(), rows()[1]), {},
-        r"^28 parameters are bfloat16, first embed.weight, .* smaller than 1/256 .* build it in "
-        r"float32, and give parallelize\(param_dtype=torch.bfloat16\)$", "exact",
+        r"^28 parameters are bfloat16, first embed.weight, .* smaller than 1/256 .* build the "
+        r"model in float32 and give parallelize\(param_dtype=torch.bfloat16\)$", "exact",
     ),
     "uneven rows": (
         Residual, rows(7), {}, "^7 rows on 2 ranks: some ranks have 4 and some 3; .* give 8 rows$",
         "exact",
     ),
     "unused": (
-        HalfUsed, rows(), {}, "^nothing trains unused.weight, unused.bias on this batch", "exact",
+        HalfUsed, rows(), {}, "^this batch does not train unused.weight, unused.bias: ", "exact",
     ),
     "no rows": (
-        Residual, (rows()[0], torch.zeros(7)), {}, r"^targets of the batch has shape \(7,\) beside",
+        Residual, (rows()[0], torch.zeros(7)), {}, r"^targets of the batch has shape \(7,\), but",
         "unproved",
     ),
     "other weights by rank": (by_rank, rows(), {}, "tensors differ between ranks", "unproved"),
-    "rows alike": (
-        Residual, (torch.ones(16, 20), rows()[1]), {}, "^every row of the batch is alike",
+    "equal rows": (
+        Residual, (torch.ones(16, 20), rows()[1]), {}, "^all rows of the batch are equal",
         "unproved",
     ),
     "all frozen": (
@@ -316,24 +317,24 @@ FOUND = {
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("case", FOUND)
-def test_what_is_the_models_or_the_loops_comes_first(mesh, case):
-    build, batch, told, pattern, verdict = FOUND[case]
-    report = dist_lab.doctor(build, mesh, batch=batch, strategies=["ddp"], steps=1, **told)
+@pytest.mark.parametrize("case", FINDINGS)
+def test_problems_of_the_model_or_the_loop_are_findings(mesh, case):
+    build, batch, options, pattern, verdict = FINDINGS[case]
+    report = dist_lab.doctor(build, mesh, batch=batch, strategies=["ddp"], steps=1, **options)
     [finding] = report.findings
     assert re.search(pattern, finding), finding
     assert verdicts(report) == {"ddp": verdict}
     reason = report["ddp"].reason
     assert {
         "exact": reason == "",
-        "unproved": reason == "not compared, for the reason that stands first",
+        "unproved": reason == "not compared with one process; the first finding above says why",
         "refused": reason.startswith("the forward updates the buffer between.seen by the rows"),
     }[verdict]
 
 
 @pytest.mark.ranks(2)
-def test_other_weights_at_each_call_are_named(mesh):
-    weights = iter(range(99))  # not drawn from what the same seed would give again
+def test_weights_that_change_at_each_call_are_named(mesh):
+    weights = iter(range(99))  # not random, because doctor seeds every call the same
 
     def build():
         model = Residual()
@@ -342,12 +343,12 @@ def test_other_weights_at_each_call_are_named(mesh):
 
     report = dist_lab.doctor(build, mesh, batch=rows(), strategies=["dp"])
     [finding] = report.findings
-    assert finding.startswith("build_model() gives another model when it is called again, first")
+    assert finding.startswith("build_model() returns a different model at its second call, first")
     assert "head.bias" in finding
 
 
 @pytest.mark.ranks(2)
-def test_weights_of_the_global_generators_are_drawn_from_one_seed(mesh):
+def test_every_model_is_built_with_the_same_seed(mesh):
     torch.manual_seed(mesh.rank)
     before = torch.get_rng_state()
     report = dist_lab.doctor(Residual, mesh, batch=rows(), strategies=["dp"])
@@ -356,7 +357,7 @@ def test_weights_of_the_global_generators_are_drawn_from_one_seed(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_a_strategy_with_a_bug_is_wrong(mesh):
+def test_a_strategy_with_a_bug_gets_the_verdict_wrong(mesh):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dp.AllReduceAfterBackward, "finish", lambda self: None)
         report = dist_lab.doctor(Residual, mesh, batch=rows(), strategies=["dp", "ddp"])
@@ -366,31 +367,31 @@ def test_a_strategy_with_a_bug_is_wrong(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_a_model_that_makes_rounding_large_is_no_strategys_fault(mesh):
-    def grows(build, n):
+def test_no_strategy_is_called_wrong_for_a_model_that_amplifies_rounding(mesh):
+    def amplified(build, n):
         subject = subject_of(build, rows(n), None, dist_lab.cross_entropy_sum)
-        return rounding_grows(Trial(subject, mesh, (), None, 1, 6), Proof(), 2, 1)
+        return amplified_rounding(Trial(subject, mesh, (), None, 1, 6), Proof(), 2, 1)
 
-    smooth, rough = grows(Residual, 16), grows(sick.Rough, 4)
+    smooth, rough = amplified(Residual, 16), amplified(sick.Rough, 4)
     assert max(smooth.values()) < 1e-10 < max(rough.values())
     report = dist_lab.doctor(
         sick.Rough, mesh, batch=rows(4), steps=6, strategies=["zero1", "fsdp", "pp"]
     )
-    for row in report.rows:  # whether rounding differs at all is the processor's
+    for row in report.rows:  # whether rounding differs at all depends on the processor
         assert row.verdict in (Verdict.EXACT, Verdict.UNPROVED), row
-        assert "the model makes rounding large" in row.reason or row.verdict is Verdict.EXACT
+        assert "the model amplifies rounding" in row.reason or row.verdict is Verdict.EXACT
 
 
-def test_what_rounding_does_not_explain_is_wrong():
-    def verdict(error, step, grows):
+def test_an_error_that_rounding_does_not_explain_is_wrong():
+    def verdict(error, step, amplified):
         found = Comparison(step, "gradient", "w", error, 0, True)
-        return _not_equal(Comparisons("dp@hand", "dp=2", "float64", 1e-10, [found]), grows)[0]
+        return _not_equal(VerifyReport("dp@hand", "dp=2", "float64", 1e-10, [found]), amplified)[0]
 
-    grows = {0: 1e-14, 1: 1e-6}
-    assert verdict(1e-6, 1, grows) is Verdict.UNPROVED
-    assert verdict(1e-6, 0, grows) is Verdict.WRONG  # before it had grown
-    assert verdict(1e-3, 1, grows) is Verdict.WRONG
-    assert verdict(float("nan"), 1, grows) is Verdict.WRONG
+    amplified = {0: 1e-14, 1: 1e-6}
+    assert verdict(1e-6, 1, amplified) is Verdict.UNPROVED
+    assert verdict(1e-6, 0, amplified) is Verdict.WRONG  # before rounding had grown
+    assert verdict(1e-3, 1, amplified) is Verdict.WRONG
+    assert verdict(float("nan"), 1, amplified) is Verdict.WRONG
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -405,46 +406,46 @@ REFUSED = {
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_is_the_line_that_parallelize_raises(mesh, case):
-    build, pattern, who = REFUSED[case]
+    build, pattern, strategies = REFUSED[case]
     batch = rows() if case == "recurrent" else tokens()
     report = dist_lab.doctor(build, mesh, batch=batch)
     refused = {row.strategy for row in report.rows if row.verdict is Verdict.REFUSED}
-    expected = {*who} - {"hsdp"} - ({"single"} if case == "max_norm" else set())
+    expected = {*strategies} - {"hsdp"} - ({"single"} if case == "max_norm" else set())
     assert refused - {"tp"} == expected - {"tp"}
     assert all(re.search(pattern, report[s].reason) for s in expected)
     assert report.findings == ()
-    check_claims(report, build, batch)
+    check_verdicts(report, build, batch)
 
 
 @pytest.mark.ranks(2)
-def test_without_a_batch_parallelize_alone_is_tried(mesh):
+def test_without_a_batch_only_parallelize_is_tried(mesh):
     report = dist_lab.doctor(Residual, mesh)
     assert verdicts(report) == dict.fromkeys(("single", *ROWS, "pp"), "unproved") | {
         "tp": "refused"
     }
-    assert report["fsdp"].reason.startswith("no batch was given: parallelize() alone was tried")
+    assert report["fsdp"].reason.startswith("no batch was given, so only parallelize() was tried")
     assert report["fsdp"].worst_error is None
     assert report["fsdp"].bytes["parameters"] < report["ddp"].bytes["parameters"]
-    assert report["fsdp"].notes  # which are read off the model
+    assert report["fsdp"].notes  # which need no batch
 
 
 @pytest.mark.ranks(2)
-def test_what_cannot_be_looked_at_is_one_line(mesh):
+def test_a_model_that_cannot_be_examined_raises_one_line(mesh):
     class NoCopy(nn.Linear):
         def __deepcopy__(self, memo):
             raise TypeError("cannot pickle 'generator' object")
 
-    for given, told, line in (
+    for model, options, line in (
         (3, {}, "doctor takes a module, or a function that builds one, not 3"),
-        (sick.raising, {}, r"raising\(\) raised ValueError: no such file as that; --debug shows"),
+        (sick.raising, {}, r"raising\(\) raised ValueError: no such file as that; add --debug"),
         (sick.nothing, {}, r"nothing\(\) returned NoneType; return a module, \(module, batch\)"),
-        (sick.odd_batch, {}, r"odd_batch\(\) returned a Tensor beside the module; a batch is"),
+        (sick.odd_batch, {}, r"odd_batch\(\) returned a Tensor as batch; return \(inputs, tar"),
         (NoCopy(2, 2), {}, "NoCopy cannot be copied .* give a function that builds it"),
         (Residual, {"units": ["Blok"]}, "unit Blok matches no module; classes here: Block, "),
         (Residual, {"strategies": ["ddq"]}, "no strategy 'ddq'; there is .*did you mean ddp?"),
     ):
         with pytest.raises(UserError, match=line) as refusal:
-            dist_lab.doctor(given, mesh, **told)
+            dist_lab.doctor(model, mesh, **options)
         assert "\n" not in str(refusal.value)
 
 
@@ -452,17 +453,17 @@ def test_what_cannot_be_looked_at_is_one_line(mesh):
 
 
 def read_back(path):
-    """The report that a doctor.json holds."""
-    told = json.loads(path.read_text())
+    """Reads the report from a doctor.json."""
+    fields = json.loads(path.read_text())
     rows = [
         StrategyRow(**row | {"verdict": Verdict(row["verdict"]), "notes": tuple(row["notes"])})
-        for row in told["rows"]
+        for row in fields["rows"]
     ]
-    return DoctorReport(**told | {"rows": tuple(rows), "findings": tuple(told["findings"])})
+    return DoctorReport(**fields | {"rows": tuple(rows), "findings": tuple(fields["findings"])})
 
 
 @pytest.mark.slow
-def test_the_readme_shows_what_is_printed_and_that_is_what_is_written(tmp_path, monkeypatch):
+def test_readme_the_console_and_doctor_json_show_the_same_report(tmp_path, monkeypatch):
     page = (ROOT / "dist_lab/programs/README.md").read_text()
     section = page.partition("\n## doctor")[2]
     model, shown = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
@@ -476,19 +477,19 @@ def test_the_readme_shows_what_is_printed_and_that_is_what_is_written(tmp_path, 
     console.print(report)
     assert console.file.getvalue() == done.stdout
 
-    def but_for_errors(text):
+    def mask_errors(text):
         return re.sub(r"\d\.\de-\d\d", "?.?e-??", text).split()
 
-    assert but_for_errors(str(report)) == but_for_errors(shown)
+    assert mask_errors(str(report)) == mask_errors(shown)
 
 
-def test_an_infinite_error_can_be_written():
+def test_an_infinite_error_is_null_in_json():
     row = StrategyRow("dp", "dp=2", Verdict.WRONG, "not equal", float("inf"), (), {})
-    told = DoctorReport("a summary", 2, (), (row,)).to_dict()
-    assert json.loads(json.dumps(told, allow_nan=False))["rows"][0]["worst_error"] is None
+    written = json.dumps(DoctorReport("a summary", 2, (), (row,)).to_dict(), allow_nan=False)
+    assert json.loads(written)["rows"][0]["worst_error"] is None
 
 
-def test_the_text_of_a_report_fits_into_100_columns_and_says_a_line_once():
+def test_the_text_of_a_report_fits_100_columns_and_merges_equal_lines():
     kept = {"parameters": 4_000_000, "gradients": 2000, "moments": 16}
     long = "a note " + "that goes on " * 12
     row = StrategyRow("dp", "dp=2", Verdict.EXACT, "", 1.3e-15, (long,), kept)
@@ -505,31 +506,31 @@ def test_the_text_of_a_report_fits_into_100_columns_and_says_a_line_once():
         ["tp", "tp=2", "refused", "-", "-", "-", "-"],
     ]
     assert "why not exact\nddp  not equal: by 1\ntp   no plan\n" in text
-    assert "the model and the loop\n" in text
+    assert "the model and the training loop\n" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
         (["--units", "Block", "sick_models:healthy", "--strategies", "ddp,hsdp"], 0),
-        (["sick_models:Residual", "--strategies", "ddp"], 1),  # without a batch nothing is proved
+        (["sick_models:Residual", "--strategies", "ddp"], 1),  # without a batch nothing is exact
     ],
 )
-def test_the_exit_status_says_whether_all_that_were_asked_for_are_exact(arguments, status):
+def test_the_exit_status_says_whether_all_named_strategies_are_exact(arguments, status):
     done = run("doctor.py", *arguments, "--nproc", 2)
     assert (done.returncode, done.stderr) == (status, "")
 
 
 WRONG = {
     "sick_models:no_function": "module 'sick_models' has no function 'no_function'",
-    "sick_models:built": "sick_models:built is a module that has been built; name a function",
-    "sick_models:raising": "raising() raised ValueError: no such file as that; --debug",
+    "sick_models:built": "sick_models:built is a built module; name a function",
+    "sick_models:raising": "raising() raised ValueError: no such file as that; add --debug",
     "sick_models:nothing": "nothing() returned NoneType; return a module, (module, batch) or",
 }
 
 
 @pytest.mark.parametrize("function", WRONG)
-def test_a_function_that_cannot_be_called_is_one_line_and_status_2(function):
+def test_a_function_that_cannot_be_called_prints_one_line_and_exits_with_2(function):
     done = run("doctor.py", function, "--nproc", 2)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
@@ -542,7 +543,7 @@ MISTAKES = {
     "mymodels --nproc 2": "the function that builds the model cannot be 'mymodels' (--function)",
     "no_such:build --nproc 2": "no module 'no_such' in",
     "sick_models:healthy a:b --nproc 2": "stray argument 'a:b'",
-    "sick_models:healthy --nproc 2 --strategies dpp": "no strategy 'dpp' (--strategies); give, by",
+    "sick_models:healthy --nproc 2 --strategies dpp": "no strategy 'dpp' (--strategies); give, sep",
     "sick_models:healthy --nproc 2 --steps 0": "steps cannot be 0 (--steps)",
     "sick_models:healthy --nproc 999": "nproc 999 is more than 4 ranks for each",
     "sick_models:healthy --nprocs 2": "no flag '--nprocs'; did you mean --nproc?",
@@ -550,7 +551,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_a_mistake_on_the_command_line_is_one_line(words):
+def test_a_mistake_on_the_command_line_raises_one_line(words):
     with pytest.raises(UserError) as refusal:
         settings.read(words.split(), None)
     assert str(refusal.value).startswith(MISTAKES[words])
@@ -566,7 +567,7 @@ def test_one_process_alone_is_told_to_start_several():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("starter", ["--nproc", "torchrun"])
-def test_it_is_a_program_that_finds_a_module_in_the_current_folder(tmp_path, starter):
+def test_doctor_py_finds_a_module_in_the_current_folder(tmp_path, starter):
     (tmp_path / "mymodels.py").write_text(
         "from torch import nn, randn, zeros\n"
         "def build():\n"

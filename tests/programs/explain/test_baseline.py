@@ -1,6 +1,6 @@
-"""explain.json of every preset and strategy stays, to the byte, what it was.
+"""explain.json of every preset and strategy is the same as before, to the byte.
 
-baseline.json holds the SHA-256 of each. Where one differs, write both files and compare them:
+baseline.json has the SHA-256 of each file. If one differs, write both files and compare them:
 `python launch/explain.py ARGUMENTS --out DIR`, here and in a checkout of the commit before.
 """
 
@@ -54,6 +54,6 @@ USUAL = ("ddp", "zero1", "fsdp", "tp, sequence", "pp, 1f1b")
 
 @pytest.mark.slow_unless(lambda case: case in USUAL)
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_explained_is_to_the_byte_what_it_was(case, tmp_path, monkeypatch):
+def test_explain_json_is_the_same_as_before_to_the_byte(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert digest(CASES[case], tmp_path) == json.loads(WANTED.read_text())[case]

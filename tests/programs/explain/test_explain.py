@@ -1,4 +1,4 @@
-"""explain shows what a run does, because it runs it."""
+"""explain shows what a run does, because it runs the step itself."""
 
 import gc
 import json
@@ -35,25 +35,25 @@ def program(*arguments):
 
 
 @pytest.fixture
-def shown(capsys):
-    """What the program prints, without starting it: that takes a second or more."""
+def printed(capsys):
+    """Returns the output of explain.py, run in this process because a start takes a second."""
     read = runpy.run_path(str(ROOT / "launch/explain.py"))["read"]
 
-    def show(*arguments):
+    def run_explain(*arguments):
         assert explain(read(arguments), init_mesh()) == 0
-        said = capsys.readouterr()
-        assert said.err == ""
-        return said.out
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out
 
-    return show
+    return run_explain
 
 
-def told(calls):
+def as_tuples(calls):
     return [(c.phase, c.op, c.unit, c.payload, c.sent) for c in calls]
 
 
 def measured(config, mesh):
-    """What two steps of a run send, and the memory that they take."""
+    """Returns the collectives of two real steps, and their peak memory."""
     data = open_run(config, mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)
@@ -62,7 +62,7 @@ def measured(config, mesh):
         rows = data.batch(step, loop.own_rows(config.batch, job))
         with meter.step(step + 1), mesh.comm.ledger.recording() as calls:
             loop.take_step(job, optimizer, *rows, step + 1, config)
-        steps.append(told(calls))
+        steps.append(as_tuples(calls))
     return steps, meter.memory
 
 
@@ -81,25 +81,25 @@ def measured(config, mesh):
     + [(strategy, "bfloat16") for strategy in ("ddp", "fsdp", "tp", "pp")],
 )
 @pytest.mark.ranks(4, timeout=120)
-def test_what_is_shown_is_what_a_run_sends_and_holds_to_the_byte(strategy, dtype, mesh):
-    own = {"bucket_mb": 0.5} if strategy == "ddp" else {}
+def test_a_dry_run_sends_and_holds_the_same_bytes_as_a_real_run(strategy, dtype, mesh):
+    options = {"bucket_mb": 0.5} if strategy == "ddp" else {}
     layers = 4 if strategy == "pp" else 2
-    config = Config(strategy=strategy, dtype=dtype, layers=layers, **SMALL, **own)
+    config = Config(strategy=strategy, dtype=dtype, layers=layers, **SMALL, **options)
     steps, memory = measured(config, init_mesh(timeout=mesh.timeout, **config.axes(4)))
     if mesh.rank == 0:
-        groups.disconnect()  # from here on it is alone, as whoever asks for an explanation
+        groups.disconnect()  # from here on it is a single process, as explain.py is
         gc.collect()
         with dry_run(config.axes(4)) as other:
-            seen = observe(config, other)
-        assert [told(seen.first), told(seen.steady)] == steps
-        kinds = seen.peak.to_dict()
-        for moment, found in memory.to_dict().items():
-            assert (moment, kinds[moment]) == (moment, found)
-        assert seen.peak.total == memory.total == sum(kinds["at_peak"].values())
+            result = observe(config, other)
+        assert [as_tuples(result.first), as_tuples(result.steady)] == steps
+        kinds = result.peak.to_dict()
+        for moment, measured_kinds in memory.to_dict().items():
+            assert (moment, kinds[moment]) == (moment, measured_kinds)
+        assert result.peak.total == memory.total == sum(kinds["at_peak"].values())
 
 
-def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted(shown):
-    text = shown("--strategy", "ddp", "--mesh", "dp=64", "--batch", "64", "--seq", "8")
+def test_explain_shows_ranks_layouts_buckets_and_bytes_of_a_large_mesh(printed):
+    text = printed("--strategy", "ddp", "--mesh", "dp=64", "--batch", "64", "--seq", "8")
     assert "ranks of dp=64" in text
     assert "model.layers.0-3.self_attn.q_proj.weight" in text
     assert "bucket 0: lm_head.weight" in text
@@ -108,24 +108,24 @@ def test_a_mesh_of_ranks_that_do_not_exist_is_laid_out_cut_and_counted(shown):
     payload, by_formula, sent = (int(row[i].replace(",", "")) for i in (3, -2, -1))
     assert payload > 4 * 1_000_576  # all parameters, and the flags
     assert by_formula == pytest.approx(2 * 63 / 64 * payload, abs=1)
-    assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest pieces
+    assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest shards
 
 
-def test_memory_stands_beside_what_the_layout_says(shown):
-    text = shown("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
+def test_measured_memory_equals_the_bytes_computed_from_layouts(printed):
+    text = printed("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
     table = text[text.index("memory of rank 0") :]
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.split()}
     assert rows["parameters"] == ["4,002,304", "4,002,304", "4.00", "4,002,304"]
     assert rows["gradients"][1:] == ["4,002,304", "4.00", "4,002,304"]
     assert rows["optimizer"] == ["8,004,764", "8,004,764", "8.00", "8,004,764"]
     assert "gathered" not in rows
-    assert len(rows["activations"]) == 3  # of which no layout knows
+    assert len(rows["activations"]) == 3  # layouts do not determine them
 
 
 @pytest.mark.slow_unless(lambda collectives: collectives == "direct")
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
-def test_algorithms_by_hand_are_explained_without_anyone_to_send_to(collectives, shown):
-    text = shown("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
+def test_hand_written_algorithms_are_explained_without_other_ranks(collectives, printed):
+    text = printed("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
     row = next(line.split() for line in text.splitlines() if line.lstrip().startswith("all_reduce"))
     by_formula, sent = (int(row[i].replace(",", "")) for i in (-2, -1))
     assert sent == pytest.approx(by_formula, rel=1e-2)
@@ -144,72 +144,75 @@ def test_one_process_sends_nothing():
         (["--strategy", "ddp", "--impl", "torch"], "ddp@torch is a library's (--impl); give"),
         (
             ["--strategy", "dp", "--mesh", "dp=3", "--batch", "32"],
-            "batch 32 does not divide into 3 data-parallel",
+            "batch 32 is not a multiple of 3 data-parallel",
         ),
-        (["--strategy", "dp", "--mesh", "tp=3"], "strategy dp does not run along 'tp' (--mesh)"),
+        (["--strategy", "dp", "--mesh", "tp=3"], "strategy dp has no mesh axis 'tp' (--mesh)"),
         (["--strategy", "dp", "--nproc", "2"], "no flag '--nproc'"),
     ],
 )
-def test_what_cannot_be_explained_is_refused_in_one_line(arguments, line):
+def test_a_run_that_cannot_be_explained_is_refused_in_one_line(arguments, line):
     done = run("explain.py", *arguments)
-    [said] = done.stderr.splitlines()
-    assert said.startswith("explain.py: error: ")
-    assert line in said
+    [message] = done.stderr.splitlines()
+    assert message.startswith("explain.py: error: ")
+    assert line in message
     assert (done.returncode, done.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("--strategy dp --stages 2", "strategy dp has no stages (--stages); leave it out"),
         ("--strategy ddp --svg a.svg", "strategy ddp has no svg (--svg); leave it out"),
         ("--strategy pp --stages 2 --mesh pp=4", "and there is --mesh pp=4 (--stages); give one"),
-        ("--strategy pp --svg a.txt", "svg cannot be 'a.txt' (--svg); end it .svg, .png or .pdf"),
+        (
+            "--strategy pp --svg a.txt",
+            "svg cannot be 'a.txt' (--svg); name it .svg, .png or .pdf",
+        ),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused_before_anything_is_run(arguments, said, shown):
-    with pytest.raises(UserError, match=re.escape(said)):
-        shown(*arguments.split())
+def test_wrong_settings_are_refused_before_the_step_is_run(arguments, message, printed):
+    with pytest.raises(UserError, match=re.escape(message)):
+        printed(*arguments.split())
 
 
 @pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb", "zbv"])
-def test_a_schedule_is_drawn_and_said_in_numbers(schedule, shown, tmp_path):
+def test_a_schedule_is_printed_and_plotted(schedule, printed, tmp_path):
     path = tmp_path / "grid.svg"
     few = "--strategy pp --stages 2 --microbatches 4 --batch 4 --seq 8".split()
-    said = shown(*few, "--schedule", schedule, "--svg", str(path))
-    drawn = make(schedule, 2, 4)
-    assert said.startswith(f"{schedule}, one column a unit")
-    assert f"{bubble(drawn):.1%} idle" in said
-    assert render(drawn).splitlines()[1] in said
+    output = printed(*few, "--schedule", schedule, "--svg", str(path))
+    expected = make(schedule, 2, 4)
+    assert output.startswith(f"{schedule}, one column per unit of time")
+    assert f"{bubble(expected):.1%} idle" in output
+    assert render(expected).splitlines()[1] in output
     assert path.read_text().startswith("<?xml")
 
 
-def test_the_file_holds_layouts_memory_and_calls(shown, tmp_path):
-    out = tmp_path / "made"
-    said = shown("--strategy", "fsdp", "--batch", "4", "--seq", "8", "--out", str(out))
-    assert f"written to {out / 'explain.json'}" in said
-    found = json.loads((out / "explain.json").read_text())
-    assert (found["strategy"], found["mesh"]) == ("fsdp@hand", {"fsdp": 4})
-    assert found["layouts"]["lm_head.weight"] == {
+def test_explain_json_has_layouts_memory_and_calls(printed, tmp_path):
+    out = tmp_path / "out"
+    output = printed("--strategy", "fsdp", "--batch", "4", "--seq", "8", "--out", str(out))
+    assert f"written to {out / 'explain.json'}" in output
+    contents = json.loads((out / "explain.json").read_text())
+    assert (contents["strategy"], contents["mesh"]) == ("fsdp@hand", {"fsdp": 4})
+    assert contents["layouts"]["lm_head.weight"] == {
         "shape": [256, 128],
         "dtype": "float32",
         "splits": [["fsdp", {"shard": 0, "copies": 1}]],
         "partial": [{"axis": "fsdp"}],
     }
-    kinds = found["memory"]["kinds"]
-    assert sum(kind["at_peak"] for kind in kinds.values()) == found["memory"]["peak"]
-    assert {call["op"] for call in found["calls"]} >= {"all_gather", "reduce_scatter"}
-    assert {call["step"] for call in found["calls"]} == {1, 2}
+    kinds = contents["memory"]["kinds"]
+    assert sum(kind["at_peak"] for kind in kinds.values()) == contents["memory"]["peak"]
+    assert {call["op"] for call in contents["calls"]} >= {"all_gather", "reduce_scatter"}
+    assert {call["step"] for call in contents["calls"]} == {1, 2}
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, shown):
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, printed):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file.*\(--out\)"):
-        shown("--strategy", "dp", "--out", str(tmp_path / "file"))
+        printed("--strategy", "dp", "--out", str(tmp_path / "file"))
 
 
-def test_a_presets_ranks_are_explained_and_not_started(shown):
-    assert "ranks of dp=2 x fsdp=2" in shown(
+def test_nproc_in_a_preset_is_explained_but_not_started(printed):
+    assert "ranks of dp=2 x fsdp=2" in printed(
         "--config", str(ROOT / "configs/08_hsdp.toml"), "--batch", "4", "--seq", "8"
     )

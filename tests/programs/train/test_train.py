@@ -1,4 +1,4 @@
-"""The main job, as a person starts it, and what it leaves behind."""
+"""launch/train.py as a user starts it, and the files that it writes."""
 
 import json
 import math
@@ -43,7 +43,7 @@ SMALL = "--size tiny --batch 8 --seq 32 --log-every 1".split()
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """Something to learn: Python source, 60 kB of it."""
+    """A text to learn: 60 kB of Python source."""
     path = tmp_path_factory.mktemp("data") / "source.txt"
     path.write_bytes(Path(subprocess.__file__).read_bytes()[:60_000])
     return path
@@ -57,7 +57,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
+def test_a_run_writes_metrics_a_summary_and_tensorboard_events(text, tmp_path):
     out = tmp_path / "run"
     flags = "--nproc 2 --strategy dp --steps 6 --val-every 3"
     done = run("train.py", *flags.split(), *place(text, tmp_path))
@@ -71,11 +71,11 @@ def test_a_run_on_ranks_leaves_metrics_summary_and_events(text, tmp_path):
 
     summary = json.loads((out / "summary.json").read_text())
     parameters = summary["parameters"]
-    # Every gradient once, a byte a tensor for which were used, and a few numbers.
+    # Every gradient once, one byte per tensor for whether it was used, and a few numbers.
     gradients = 4 * parameters
     assert gradients < rows[-1]["comm_payload_bytes"] < gradients + 200
     assert rows[-1]["comm_sent_bytes"] == rows[-1]["comm_payload_bytes"]  # 2 (N-1)/N at N = 2
-    # Weights, gradients and two moments at the least, and some activations.
+    # At least the weights, gradients and Adam's two moments, and some activations.
     assert 4 * gradients < rows[-1]["peak_memory_bytes"] < 12 * gradients
     by_kind = summary["peak_memory"]
     assert sum(by_kind["at_peak"].values()) == summary["peak_memory_bytes"]
@@ -102,9 +102,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow  # parity and the traps say so of each strategy; this of whole runs
+@pytest.mark.slow  # the parity tests cover each strategy; this covers whole runs
 @pytest.mark.ranks(4)
-def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text, tmp_path, mesh):
+def test_every_layout_logs_the_same_losses_on_the_same_data(text, tmp_path, mesh):
     for name, (size, flags) in LAYOUTS.items():
         groups.disconnect()
         if mesh.rank >= size:
@@ -112,9 +112,9 @@ def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text
         if size > 1:
             store = groups.file_store(str(tmp_path / f"{name}.store"), size)
             groups.connect(store, mesh.rank, size, timeout=mesh.timeout)
-        own = [*flags.split(), "--data", str(text), "--cache", str(tmp_path / "cache")]
+        words = [*flags.split(), "--data", str(text), "--cache", str(tmp_path / "cache")]
         place = ["--steps", "4", "--dtype", "float64", "--out", str(tmp_path / name)]
-        config = parse([*SMALL, *own, *place])
+        config = parse([*SMALL, *words, *place])
         assert commands.train(config, init_mesh(**config.axes(size))) == 0
     if mesh.rank == 0:
         losses = {
@@ -126,7 +126,7 @@ def test_every_layout_learns_the_same_from_the_same_bytes_in_the_same_order(text
                 assert a == pytest.approx(b, rel=1e-10), name
 
 
-def test_the_same_command_under_torchrun(text, tmp_path):
+def test_the_same_command_runs_under_torchrun(text, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = "launch/train.py --strategy dp --steps 2 --log-collectives"
     command = [*torchrun, *flags.split(), *map(str, place(text, tmp_path))]
@@ -149,15 +149,15 @@ def test_a_run_that_diverges_stops_all_ranks_with_one_line(text, tmp_path):
 
 
 @pytest.mark.ranks(2)
-def test_ranks_with_different_settings_are_told_which(text, tmp_path, mesh):
-    own = ["--strategy", "dp", "--lr", f"{mesh.rank + 1}", "--data", str(text)]
-    config = parse([*SMALL, *own, "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
+def test_a_setting_that_differs_between_ranks_is_named(text, tmp_path, mesh):
+    flags = ["--strategy", "dp", "--lr", f"{mesh.rank + 1}", "--data", str(text)]
+    config = parse([*SMALL, *flags, "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"rank 1 was started with lr=2"):
         commands.train(config, mesh)
 
 
 @pytest.mark.slow
-def test_ranks_started_with_different_settings_are_told_which(text, tmp_path):
+def test_a_setting_that_differs_between_started_ranks_is_named(text, tmp_path):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
     with __import__("socket").socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -174,10 +174,10 @@ def test_ranks_started_with_different_settings_are_told_which(text, tmp_path):
         )
         for rank, lr in enumerate(["0.001", "0.002"])
     ]  # fmt: skip
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
-    assert "was started with lr=" in said[0]
-    assert "Traceback" not in "".join(said)
+    assert "was started with lr=" in errors[0]
+    assert "Traceback" not in "".join(errors)
 
 
 def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
@@ -190,22 +190,22 @@ def test_validation_is_the_mean_over_every_held_out_batch(text, tmp_path):
         cross_entropy(job.model(inputs).flatten(0, 1), targets.flatten()).item()
         for inputs, targets in batches
     ]
-    found = evaluate(job, data, config, slice(0, 8))
-    assert found == {"val_loss": pytest.approx(sum(losses) / len(losses), rel=1e-12)}
+    values = evaluate(job, data, config, slice(0, 8))
+    assert values == {"val_loss": pytest.approx(sum(losses) / len(losses), rel=1e-12)}
 
 
-def test_a_run_that_fails_leaves_no_thread_that_makes_batches(text, tmp_path):
+def test_a_failed_run_leaves_no_prefetch_thread(text, tmp_path):
     config = parse([*SMALL, *"--steps 9 --lr 1e30 --clip 0 --optimizer sgd --warmup 0".split()])
     data = open_data(str(text), batch=8, seq=32, seed=0, cache_dir=tmp_path)
     job = setup.build(config, init_mesh(), data)
-    with pytest.raises(TrainingDiverged, match="step ") as held:  # and its frames with it
+    with pytest.raises(TrainingDiverged, match="step ") as raised:  # keeps the frames alive
         train(job, data, config, [])
     assert [t for t in threading.enumerate() if t.name.startswith("prefetch")] == []
-    assert held.value.__traceback__ is not None
+    assert raised.value.__traceback__ is not None
 
 
 @pytest.mark.slow
-def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
+def test_images_train_in_the_same_loop_and_are_reported_as_images(tmp_path):
     flags = "--nproc 2 --strategy dp --model vit --batch 8 --steps 3 --log-every 1 --out"
     done = run("train.py", *flags.split(), tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["final_val_accuracy"] == rows[-1]["val_accuracy"]
     assert summary["config"]["data"] == summary["data"]["name"] == "glyphs"
-    assert "8 images of 1 x 28 x 28 (which have no --seq) a step" in done.stdout
+    assert "8 images of 1 x 28 x 28 (--seq is unused) a step" in done.stdout
     accuracy = rows[-1]["val_accuracy"]
     assert f"({accuracy:.1%} right)" in done.stdout.splitlines()[-2]
     assert "samples/s" in done.stdout.splitlines()[-2]
@@ -224,7 +224,7 @@ def test_images_are_trained_on_by_the_same_loop_and_told_in_images(tmp_path):
 
 @pytest.mark.slow_unless(lambda model: model == "vit")
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
-def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(model):
+def test_accuracy_is_the_fraction_of_held_out_images_classified_right(model):
     config = parse(["--model", model, "--batch", "4", "--dtype", "float64"])
     data = setup.open_run(config, init_mesh())
     job = setup.build(config, init_mesh(), data)
@@ -232,15 +232,15 @@ def test_accuracy_is_the_fraction_of_held_out_images_whose_class_is_likeliest(mo
     batches = [data.validation(i, slice(0, 4)) for i in range(data.validation_batches)]
     logits = torch.cat([job.model(inputs) for inputs, _ in batches])
     targets = torch.cat([targets for _, targets in batches])
-    found = evaluate(job, data, config, slice(0, 4))
-    assert found["val_loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-12)
-    assert found["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
+    values = evaluate(job, data, config, slice(0, 4))
+    assert values["val_loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-12)
+    assert values["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
 
 
 @pytest.mark.slow_unless(lambda model, dtype: (model, dtype) == ("vit", "bfloat16"))
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
-def test_a_model_of_images_trains_in_every_dtype(model, dtype):
+def test_an_image_model_trains_in_every_dtype(model, dtype):
     steps = ["--data", "fake:2x12x12", "--batch", "2", "--steps", "2", "--clip", "0"]
     config = parse(["--model", model, "--dtype", dtype, *steps])
     data = setup.open_run(config, init_mesh())
@@ -254,7 +254,7 @@ def test_a_model_of_images_trains_in_every_dtype(model, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_fused_optimizer_makes_the_same_steps(dtype):
+def test_the_fused_optimizer_takes_the_same_steps(dtype):
     torch.manual_seed(0)
     start, gradient = torch.randn(50, 50, dtype=dtype), torch.randn(50, 50, dtype=dtype)
     ends = []
@@ -265,23 +265,23 @@ def test_the_fused_optimizer_makes_the_same_steps(dtype):
             weight.grad = gradient * (step + 1)
             optimizer.step()
         ends.append(weight.detach())
-    eps = torch.finfo(dtype).eps  # a weight is off by the rounding of steps as large as itself
+    eps = torch.finfo(dtype).eps  # the error is the rounding of steps as large as the weight
     torch.testing.assert_close(*ends, rtol=16 * eps, atol=eps)
 
 
-def test_weight_decay_is_for_matrices_and_not_for_norms_and_biases():
+def test_weight_decay_applies_to_matrices_but_not_to_norms_and_biases():
     config = parse(["--model", "vit", "--weight-decay", "0.3", "--data", "fake:2x12x12"])
     job = setup.build(config, init_mesh(), setup.open_run(config, init_mesh()))
     optimizer = make_optimizer(job, config)
     decay = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
-    found = {name: decay[id(p)] for name, p in job.model.named_parameters()}
-    assert found == {n: 0.3 if p.dim() > 1 else 0.0 for n, p in job.model.named_parameters()}
-    assert set(found.values()) == {0.3, 0.0}
+    decays = {name: decay[id(p)] for name, p in job.model.named_parameters()}
+    assert decays == {n: 0.3 if p.dim() > 1 else 0.0 for n, p in job.model.named_parameters()}
+    assert set(decays.values()) == {0.3, 0.0}
 
 
-def test_medians_are_of_the_steps_that_are_not_slow_because_they_are_measured(monkeypatch):
+def test_medians_leave_out_the_steps_that_are_measured_for_memory(monkeypatch):
     monkeypatch.setattr(flops, "calibrate", lambda dtype, device: torch.ones(3))
     config = parse(["--batch", "4"])
     job = dist_lab.parallelize(torch.nn.Linear(2, 2), init_mesh(), "single")
@@ -291,11 +291,11 @@ def test_medians_are_of_the_steps_that_are_not_slow_because_they_are_measured(mo
     median = meter.summary(config, 100)["median"]
     assert (median["step_ms"], median["comm_ms"]) == (1000, 500)
     assert (median["samples_per_s"], median["tokens_per_s"]) == (4, 100)
-    meter.steps = meter.steps[:2]  # all there is
+    meter.steps = meter.steps[:2]  # only measured steps
     assert meter.summary(config, 100)["median"]["step_ms"] == 9000
 
 
-def test_the_learning_rate_warms_up_and_follows_a_cosine_down_to_a_tenth():
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine_down_to_a_tenth():
     config = parse("--lr 1 --warmup 10 --steps 110".split())
     assert learning_rate(1, config) == pytest.approx(0.1)
     assert learning_rate(10, config) == 1

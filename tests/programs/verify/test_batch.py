@@ -1,4 +1,4 @@
-"""Batches of every structure are cut by rows; what has no rows is refused by its name."""
+"""Batches of every structure are split by rows; a batch that cannot be split is refused by name."""
 
 import collections
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ def rows(step, n=7):
 
 
 class Reads(nn.Module):
-    """A head over the sum of all tensors in its input, and a second output."""
+    """A linear head over the sum of all tensors in its input."""
 
     def __init__(self):
         super().__init__()
@@ -56,13 +56,13 @@ STRUCTURES = {
     "namedtuple": lambda x: Named(x, "a word"),
     "dataclass": lambda x: Plain(x, {"deep": [x.abs(), (x,)]}),
     "frozen": lambda x: Frozen(x),
-    "of two sorts": lambda x: [Plain(x), collections.OrderedDict(x=x)],
+    "mixed": lambda x: [Plain(x), collections.OrderedDict(x=x)],
 }
 
 
 @pytest.mark.parametrize("kind", STRUCTURES)
 @pytest.mark.ranks(2)
-def test_a_batch_of_any_structure_is_taken_apart_by_rows(kind, mesh):
+def test_a_batch_of_any_structure_is_split_by_rows(kind, mesh):
     def build_batch(step):
         x, y = rows(step)
         return STRUCTURES[kind](x), y
@@ -73,7 +73,7 @@ def test_a_batch_of_any_structure_is_taken_apart_by_rows(kind, mesh):
     for strategy in ("dp", "zero1"):
         report = dist_lab.verify(Reads, build_batch, mesh, strategy, microbatches=2)
         assert report.equal, report.sentence()
-    assert not dist_lab.verify(Reads, build_batch, mesh, apply).equal, "and ranks have other rows"
+    assert not dist_lab.verify(Reads, build_batch, mesh, apply).equal, "rows differ by rank"
 
 
 class NeverSums(dp.AllReduceAfterBackward):
@@ -82,7 +82,7 @@ class NeverSums(dp.AllReduceAfterBackward):
 
 
 @pytest.mark.ranks(2)
-def test_targets_of_any_structure_go_to_the_loss_as_they_are(mesh):
+def test_targets_of_any_structure_reach_the_loss_unchanged(mesh):
     def build_batch(step):
         x, y = rows(step)
         return x, {"class": y, "weight": x[:, :3]}
@@ -105,7 +105,7 @@ def test_the_loss_is_divided_by_the_elements_of_the_first_target():
     from dist_lab.programs.verify.engine import one_process
 
     x, y = rows(0)
-    given = {"steps": 1, "microbatches": 1, "clip": None, "optimizer": torch.optim.SGD}
+    options = {"steps": 1, "microbatches": 1, "clip": None, "optimizer": torch.optim.SGD}
     cpu = torch.device("cpu")
 
     def loss_of(targets):
@@ -113,7 +113,7 @@ def test_the_loss_is_divided_by_the_elements_of_the_first_target():
             return dist_lab.cross_entropy_sum(output, next(tensors_in(target)))
 
         steps = one_process(
-            Reads, lambda _: (x, targets), 1, cpu, options={}, loss_sum=loss_sum, **given
+            Reads, lambda _: (x, targets), 1, cpu, options={}, loss_sum=loss_sum, **options
         )
         return float(next(iter(steps))[1]["loss"][""])
 
@@ -123,7 +123,7 @@ def test_the_loss_is_divided_by_the_elements_of_the_first_target():
 
 
 @pytest.mark.ranks(2)
-def test_targets_of_several_entries_a_row_may_be_flat(mesh):
+def test_targets_with_several_entries_per_row_may_be_flattened(mesh):
     def flat(step):
         x, y = batch_of("gpt", step, rows=7)
         return x, y.flatten()
@@ -133,7 +133,7 @@ def test_targets_of_several_entries_a_row_may_be_flat(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_targets_that_are_left_out_count_all_the_same(mesh):
+def test_ignored_targets_still_count_in_the_mean(mesh):
     def padded(step):
         x, y = rows(step)
         return {"x": x}, torch.where(torch.arange(len(y)) % 3 == 0, -100, y)
@@ -143,7 +143,7 @@ def test_targets_that_are_left_out_count_all_the_same(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_rows_of_a_structure_are_put_together_for_batchnorm_over_ranks(mesh):
+def test_rows_of_a_structure_are_joined_for_sync_batchnorm(mesh):
     class Normalizes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -165,13 +165,13 @@ def test_rows_of_a_structure_are_put_together_for_batchnorm_over_ranks(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_rows_that_are_alike_in_every_tensor_prove_nothing(mesh):
-    def alike(step):
+def test_rows_that_are_equal_in_every_tensor_are_refused(mesh):
+    def equal_rows(step):
         x, y = rows(step)
         return {"a": x[:1].expand(7, -1), "b": torch.ones(7, 6, dtype=torch.float64)}, y
 
-    with pytest.raises(UserError, match="every row of the batch is alike"):
-        dist_lab.verify(Reads, alike, mesh)
+    with pytest.raises(UserError, match="all rows of the batch are equal"):
+        dist_lab.verify(Reads, equal_rows, mesh)
 
     def one_differs(step):
         x, y = rows(step)
@@ -181,35 +181,38 @@ def test_rows_that_are_alike_in_every_tensor_prove_nothing(mesh):
 
 
 REFUSED = {
-    "no pair": (lambda x, y: x, r"build_batch\(step\) gives a pair \(inputs, targets\), not tens"),
-    "three": (lambda x, y: (x, y, y), "gives a pair"),
+    "no pair": (lambda x, y: x, r"build_batch\(step\) must return \(inputs, targets\), not tens"),
+    "three": (lambda x, y: (x, y, y), "must return"),
     "unequal rows": (
         lambda x, y: ({"x": x, "mask": torch.ones(6, 6)}, y),
-        r"inputs\['mask'\] of the batch has shape \(6, 6\) beside 7 rows; rows come first",
+        r"inputs\['mask'\] of the batch has shape \(6, 6\), but the batch has 7 rows; put the rows",
     ),
     "no rows": (lambda x, y: (Plain(x, x.sum()), y), r"inputs\.more of the batch has shape \(\)"),
-    "one row of others": (lambda x, y: ([x[:1], x], y), r"inputs\[1\] .* beside 1 rows"),
-    "empty": (lambda x, y: (x[:0], y[:0]), r"inputs of the batch has shape \(0, 6\) beside 0 rows"),
-    "targets of other rows": (lambda x, y: (x, [y[:6]]), r"targets\[0\] .* \(6,\) beside 7 rows"),
+    "one row in the first": (lambda x, y: ([x[:1], x], y), r"inputs\[1\] .* batch has 1 rows"),
+    "empty": (
+        lambda x, y: (x[:0], y[:0]),
+        r"inputs of the batch has shape \(0, 6\), but the batch has 0 rows",
+    ),
+    "targets with fewer rows": (lambda x, y: (x, [y[:6]]), r"targets\[0\] .* \(6,\), .* 7 rows"),
     "no tensor": (lambda x, y: ("text", y), "the inputs of the batch hold no tensor"),
     "no target": (lambda x, y: (x, None), "the targets of the batch hold no tensor"),
-    "numpy": (lambda x, y: (np.ones(7), y), "inputs of the batch is a ndarray; a batch is made of"),
-    "object": (lambda x, y: ([x, object()], y), r"inputs\[1\] of the batch is a object"),
-    "sparse": (lambda x, y: (x.to_sparse(), y), "inputs of the batch is no dense tensor"),
+    "numpy": (lambda x, y: (np.ones(7), y), "inputs of the batch is of type ndarray; build the"),
+    "object": (lambda x, y: ([x, object()], y), r"inputs\[1\] of the batch is of type object"),
+    "sparse": (lambda x, y: (x.to_sparse(), y), "inputs of the batch is not a dense tensor"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_batch_that_cannot_be_cut_by_rows_is_refused_by_name(kind):
-    made, words = REFUSED[kind]
+def test_a_batch_that_cannot_be_split_by_rows_is_refused_by_name(kind):
+    make_batch, words = REFUSED[kind]
     with pytest.raises(UserError, match=words) as refusal:
-        dist_lab.verify(Reads, lambda step: made(*rows(step)), dist_lab.init_mesh(), "single")
+        dist_lab.verify(Reads, lambda step: make_batch(*rows(step)), dist_lab.init_mesh(), "single")
     assert "\n" not in str(refusal.value)
 
 
-def test_mapping_tensors_keeps_the_make_of_every_structure():
+def test_map_tensors_keeps_the_type_of_every_structure():
     x = torch.arange(3.0)
-    given = {
+    original = {
         "list": [x, 1],
         "tuple": (x, None),
         "named": Named(x, "flag"),
@@ -219,10 +222,10 @@ def test_mapping_tensors_keeps_the_make_of_every_structure():
         "default": collections.defaultdict(list, x=x),
         "class": Plain,
     }
-    mapped = map_tensors(lambda t: t + 1, given)
-    assert [type(v) for v in mapped.values()] == [type(v) for v in given.values()]
+    mapped = map_tensors(lambda t: t + 1, original)
+    assert [type(v) for v in mapped.values()] == [type(v) for v in original.values()]
     assert all(torch.equal(t, x + 1) for t in tensors_in(mapped))
-    assert len(list(tensors_in(mapped))) == len(list(tensors_in(given))) == 8
+    assert len(list(tensors_in(mapped))) == len(list(tensors_in(original))) == 8
     assert (mapped["named"].flag, mapped["frozen"].flag) == ("flag", True)
-    assert torch.equal(given["plain"].more["deep"], x), "and the given one as it was"
+    assert torch.equal(original["plain"].more["deep"], x), "the original is unchanged"
     assert mapped["default"]["missing"] == []

@@ -1,7 +1,6 @@
 """The parity table: every strategy equals one process, on every model, in float64.
 
-The comparison engine itself is tested by what it must not let pass:
-tests/programs/verify/test_traps.py.
+tests/programs/verify/test_traps.py tests the comparison engine itself, by bugs that it must detect.
 """
 
 import copy
@@ -22,51 +21,57 @@ PARALLEL = [key for key in IMPLEMENTATIONS if key[0] != "single"]
 assert PARALLEL, "a table without rows would pass by testing nothing"
 
 
-def test_the_command_line_offers_just_the_strategies_that_there_are():
+def test_the_command_line_offers_exactly_the_implemented_strategies():
     offered = {(name, impl) for name, row in registry.STRATEGIES.items() for impl in row.impls}
     assert offered == set(IMPLEMENTATIONS)
 
 
-def trained_on(is_deep, model, rows, held):
+def trained_on(is_deep, model, rows, stored_dtype):
     """The model and the batches of a comparison, as `verify` takes them."""
     name = "pp" if is_deep else ""
-    return (lambda: build(name, model, held), lambda step: batch_of(model, step, rows, held))
+    return (
+        lambda: build(name, model, stored_dtype),
+        lambda step: batch_of(model, step, rows, stored_dtype),
+    )
 
 
 def steps_of(build_model, build_batch, ranks, device, **training):
-    """The steps of the one process, copied, for its tensors change at the next."""
+    """Copies of the steps of one process; the next step changes their tensors in place."""
     return [
         copy.deepcopy(s) for s in one_process(build_model, build_batch, ranks, device, **training)
     ]
 
 
-@functools.cache  # in each rank, which runs one test after another: trained once for all strategies
+@functools.cache  # one per rank process, which runs many tests: train once for all strategies
 def reference(source, ranks, device, *, lr, **training):
     return steps_of(*trained_on(*source), ranks, device, options={"lr": lr}, **training)
 
 
 def compare(
-    mesh, strategy, impl, model, dtype=torch.float64, rows=8, told=None, *, lr=1e-3, **training
+    mesh, strategy, impl, model, dtype=torch.float64, rows=8, extra=None, *, lr=1e-3, **training
 ):
-    held = torch.float32 if dtype == torch.bfloat16 else dtype  # of parameters and images
-    source = (strategy == "pp" and model in BLOCKS, model, rows, held)
-    usual = {"steps": 3, "microbatches": 1, "clip": 1.0, "optimizer": torch.optim.AdamW}
-    training = usual | training | {"param_dtype": dtype if dtype == torch.bfloat16 else None}
+    stored_dtype = torch.float32 if dtype == torch.bfloat16 else dtype  # of parameters and images
+    source = (strategy == "pp" and model in BLOCKS, model, rows, stored_dtype)
+    defaults = {"steps": 3, "microbatches": 1, "clip": 1.0, "optimizer": torch.optim.AdamW}
+    training = defaults | training | {"param_dtype": dtype if dtype == torch.bfloat16 else None}
     ranks = mesh.data.size if model == "resnet" else 1
     return dist_lab.verify(
         *trained_on(*source), mesh, strategy, impl, options={"lr": lr}, units=units_of(model),
         reference=reference(source, ranks, mesh.device, lr=lr, **training), **training,
-        **plan_of(strategy, model, impl), **(told or {}),
+        **plan_of(strategy, model, impl), **(extra or {}),
     )  # fmt: skip
 
 
-# What a library has to be told: it raises an error over a parameter that no forward uses.
-TOLD = {("torch", "odd"): {"find_unused": True}, ("accelerate", "odd"): {"find_unused": True}}
+# Options that a library needs, because it raises an error for a parameter that no forward uses.
+LIBRARY_OPTIONS = {
+    ("torch", "odd"): {"find_unused": True},
+    ("accelerate", "odd"): {"find_unused": True},
+}
 
 
-# Every strategy has the model with every oddity, a tied head too; every model has a strategy
-# that splits it. tests/parallel/tensor/test_tp.py has models for tp.
-USUAL_MODELS = {
+# Every strategy runs the "odd" model, which has every oddity including a tied head. Every model
+# runs under a strategy that splits it. tests/parallel/tensor/test_tp.py has models for tp.
+NOT_SLOW_MODELS = {
     ("ddp", "hand"): ("odd", "resnet"),
     ("fsdp", "hand"): ("gpt tied", "odd", "resnet"),
     ("pp", "hand"): ("gpt tied", "odd", "vit"),
@@ -75,7 +80,7 @@ USUAL_MODELS = {
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, impl, model: model in USUAL_MODELS.get((strategy, impl), ("odd",))
+    lambda strategy, impl, model: model in NOT_SLOW_MODELS.get((strategy, impl), ("odd",))
 )
 @pytest.mark.parametrize(
     ("strategy", "impl", "model"),
@@ -87,13 +92,13 @@ USUAL_MODELS = {
     ],
 )
 def test_every_strategy_equals_one_process_on_every_model(strategy, impl, model, mesh):
-    told = TOLD.get((impl, model), {}) if strategy not in ("tp", "pp") else {}
-    report = compare(mesh, strategy, impl, model, told=told, microbatches=2, clip=0.5)
+    extra = LIBRARY_OPTIONS.get((impl, model), {}) if strategy not in ("tp", "pp") else {}
+    report = compare(mesh, strategy, impl, model, extra=extra, microbatches=2, clip=0.5)
     assert report.equal, report.sentence()
     assert len(report.comparisons) > 3 * len(list(MODELS[model]().parameters()))
 
 
-# Pairwise: each value of each column meets each value of every other at least once.
+# Pairwise: each value of a column meets each value of every other column at least once.
 PAIRWISE = [
     # world, microbatches, clip, dtype, optimizer
     (1, 1, 0.1, torch.float64, torch.optim.AdamW),
@@ -111,9 +116,9 @@ PAIRWISE = [
 ]
 
 
-# With the test above these have every value of the columns but 3 ranks.
-USUAL = [
-    # world, microbatches, dtype, of a strategy by hand; and of a library's the first
+# Together with the test above, these cover every value of the columns except 3 ranks.
+NOT_SLOW = [
+    # world, microbatches, dtype: for strategies by hand; for a library's, only the first row
     (2, 1, torch.bfloat16),
     (4, 1, torch.float32),
 ]
@@ -121,7 +126,7 @@ USUAL = [
 
 @pytest.mark.slow_unless(
     lambda strategy, impl, world, microbatches, dtype: (
-        (world, microbatches, dtype) in (USUAL if impl == "hand" else USUAL[:1])
+        (world, microbatches, dtype) in (NOT_SLOW if impl == "hand" else NOT_SLOW[:1])
         or (strategy, impl, world, microbatches, dtype) == ("fsdp", "hand", 1, 1, torch.float64)
     )
 )
@@ -134,7 +139,7 @@ USUAL = [
         )
         for strategy, impl in PARALLEL
         for i, row in enumerate(PAIRWISE)
-        if impl == "hand" or row[0] in (2, 4)  # of a library's, half of them: it has its own tests
+        if impl == "hand" or row[0] in (2, 4)  # a library runs half of them: it has its own tests
         if not refused(strategy, impl, "gpt", row[0])
     ],
 )  # fmt: skip
@@ -144,12 +149,12 @@ def test_equality_holds_for_every_pair_of_settings(
     report = compare(
         mesh, strategy, impl, "gpt", dtype, microbatches=microbatches, clip=clip,
         optimizer=optimizer, lr=1e-2 if optimizer is torch.optim.SGD else 1e-3,
-        steps=2,  # in which a strategy learns, and one like all others, on what the first has left
+        steps=2,  # a first step, in which a strategy may learn, and a normal one after it
     )  # fmt: skip
     assert report.equal, report.sentence()
 
 
-def test_one_process_under_the_library_equals_one_process_without():
+def test_the_single_strategy_equals_plain_pytorch():
     report = compare(dist_lab.init_mesh(), "single", "hand", "odd", microbatches=3)
     assert report.equal, report.sentence()
 
@@ -158,18 +163,18 @@ def test_one_process_under_the_library_equals_one_process_without():
 @pytest.mark.parametrize("rows", [7, 5, 1])
 @pytest.mark.parametrize("strategy", ["dp", "ddp"])
 @pytest.mark.ranks(3)
-def test_a_batch_that_does_not_divide_is_exact(rows, strategy, mesh):
-    # Trap 21: a mean of means is not the mean. With one row, two of the ranks have nothing at all.
+def test_a_batch_that_does_not_divide_over_the_ranks_is_exact(rows, strategy, mesh):
+    # Trap 21: a mean of means is not the mean. With one row, two of the ranks have no rows at all.
     report = compare(mesh, strategy, "hand", "gpt", rows=rows, microbatches=2)
     assert report.equal, report.sentence()
 
 
 @pytest.mark.parametrize("model", ["gpt", "resnet"])
 @pytest.mark.ranks(2)
-def test_a_reference_that_is_kept_says_the_same_and_is_trained_once(model, mesh):
+def test_a_reused_reference_gives_the_same_report_and_is_trained_once(model, mesh):
     built = []
 
-    def made():
+    def build():
         built.append(MODELS[model]())
         return built[-1]
 
@@ -178,50 +183,50 @@ def test_a_reference_that_is_kept_says_the_same_and_is_trained_once(model, mesh)
         {"microbatches": 2, "clip": 0.5, "options": {}},
     )
     known = steps_of(
-        made, batches, mesh.data.size, mesh.device, steps=3, optimizer=torch.optim.AdamW, **options
+        build, batches, mesh.data.size, mesh.device, steps=3, optimizer=torch.optim.AdamW, **options
     )
-    kept = [
-        dist_lab.verify(made, batches, mesh, strategy, reference=known, **options)
+    reports = [
+        dist_lab.verify(build, batches, mesh, strategy, reference=known, **options)
         for strategy in ("dp", "ddp", "dp")
     ]
-    assert len(built) == 4  # one, and three that were held against it
-    assert kept[0].comparisons == kept[2].comparisons
+    assert len(built) == 4  # one reference, and three models that are compared with it
+    assert reports[0].comparisons == reports[2].comparisons
     fresh = dist_lab.verify(MODELS[model], batches, mesh, "ddp", **options)
-    assert kept[1] == fresh
+    assert reports[1] == fresh
     assert fresh.equal, fresh.sentence()
 
 
 @pytest.mark.ranks(2)
-def test_rows_that_are_all_alike_prove_nothing_and_are_refused(mesh):
-    # Trap 6: with the same data on every rank a missing sum goes unseen.
-    def alike(step):
+def test_a_batch_of_equal_rows_is_refused(mesh):
+    # Trap 6: with the same data on every rank a missing sum is not detected.
+    def equal_rows(step):
         return tuple(t[:1].expand(8, -1) for t in batch(step))
 
-    with pytest.raises(UserError, match="every row of the batch is alike"):
-        dist_lab.verify(gpt, alike, mesh, "dp")
+    with pytest.raises(UserError, match="all rows of the batch are equal"):
+        dist_lab.verify(gpt, equal_rows, mesh, "dp")
 
 
 def test_dropout_is_refused_by_name():
     def build():
         return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
 
-    with pytest.raises(UserError, match=r"1 drops with p=0.1: .* set p=0 to verify"):
+    with pytest.raises(UserError, match=r"1 is dropout with p=0.1: .* set p=0 to verify"):
         dist_lab.verify(build, batch, dist_lab.init_mesh(), "single")
 
 
 @pytest.mark.ranks(2)
 def test_the_report_is_the_same_on_every_rank_and_is_json(mesh):
     report = compare(mesh, "dp", "hand", "mlp", steps=1)
-    said = json.loads(json.dumps(report.to_dict()))
-    assert said["equal"] is True
-    assert said["first"] is None
-    assert {c["quantity"] for c in said["comparisons"]} == {
+    written = json.loads(json.dumps(report.to_dict()))
+    assert written["equal"] is True
+    assert written["first"] is None
+    assert {c["quantity"] for c in written["comparisons"]} == {
         "loss", "gradient", "grad norm", "weight",
     }  # fmt: skip
 
 
-def test_a_weight_whose_gradient_is_rounding_alone_is_listed_and_not_judged():
-    # The key bias: softmax does not see what is added to all its scores alike.
+def test_a_weight_whose_gradient_is_only_rounding_is_listed_and_not_judged():
+    # The key bias: softmax cancels a term that is added equally to all its scores.
     class Attention(torch.nn.Module):
         def __init__(self):
             super().__init__()

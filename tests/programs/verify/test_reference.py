@@ -1,4 +1,4 @@
-"""What is the model's or the loop's is refused by name, and no strategy is blamed for it."""
+"""Problems of the model or the loop are refused by name, and no strategy is blamed for them."""
 
 import random
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def rows(step, n=8):
 
 
 class Does(nn.Module):
-    """A linear layer, and a function between it and the head."""
+    """A linear layer and a head, with a given function between them."""
 
     def __init__(self, between: Callable, kept: object = None):
         super().__init__()
@@ -45,11 +45,11 @@ def seeded(make):
     return build
 
 
-def alone(make, build_batch=rows, **told):
-    """In one process, whose batch is cut by micro-batches."""
-    told = {"microbatches": 2, "steps": 2} | told
-    build = make if told.pop("as_it_is", False) else seeded(make)
-    return dist_lab.verify(build, build_batch, dist_lab.init_mesh(), "single", **told)
+def alone(make, build_batch=rows, **options):
+    """Verifies in one process, which splits the batch into micro-batches."""
+    options = {"microbatches": 2, "steps": 2} | options
+    build = make if options.pop("as_it_is", False) else seeded(make)
+    return dist_lab.verify(build, build_batch, dist_lab.init_mesh(), "single", **options)
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -105,15 +105,15 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_whatever_draws_random_numbers_is_named(kind):
+def test_a_module_that_draws_random_numbers_is_named(kind):
     make, name = DRAWS[kind]
     with pytest.raises(UserError) as refusal:
         alone(make)
-    assert str(refusal.value).startswith(f"{name} draws random numbers: every layout draws others")
+    assert str(refusal.value).startswith(f"{name} draws random numbers: every layout draws diff")
     assert "\n" not in str(refusal.value)
 
 
-def test_drawing_without_effect_is_no_reason_to_refuse():
+def test_random_draws_without_effect_are_allowed():
     for nothing in (
         lambda x, _: x if torch.rand(()) >= 0 else 2 * x,
         lambda x, _: F.dropout(x, 0.0),
@@ -121,11 +121,11 @@ def test_drawing_without_effect_is_no_reason_to_refuse():
         assert alone(lambda nothing=nothing: Does(nothing)).equal
 
 
-def test_dropout_that_is_not_active_is_no_reason_to_refuse():
+def test_inactive_dropout_is_allowed():
     assert alone(lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)).eval()).equal
 
 
-def test_the_callers_random_numbers_go_on_where_they_were():
+def test_verify_leaves_the_callers_random_state_unchanged():
     def states():
         of_numpy = np.random.get_state()[1].tolist()
         return torch.get_rng_state().tolist(), random.getstate(), of_numpy
@@ -146,11 +146,11 @@ def test_a_forward_that_depends_on_more_than_its_input_is_named(kind):
         change = lambda x, _: (calls.append(0), x * len(calls))[1]  # noqa: E731
     else:
         change = lambda x, m: x + torch.randn(x.shape, generator=m.kept)  # noqa: E731
-    with pytest.raises(UserError, match=r"the model itself \(Does\) gives something else when it "):
+    with pytest.raises(UserError, match=r"the model itself \(Does\) gives a different result for "):
         alone(lambda: Does(change, torch.Generator()))
 
 
-def test_a_loss_that_draws_is_named():
+def test_a_loss_that_draws_random_numbers_is_named():
     def loss_sum(output, target):
         return (output * torch.rand(())).sum()
 
@@ -158,7 +158,7 @@ def test_a_loss_that_draws_is_named():
         alone(lambda: nn.Linear(6, 4), loss_sum=loss_sum)
 
 
-def test_a_backward_that_draws_is_named():
+def test_a_backward_that_draws_random_numbers_is_named():
     def noisy(x, _):
         x.register_hook(lambda g: g * torch.rand(()))
         return x
@@ -169,7 +169,7 @@ def test_a_backward_that_draws_is_named():
         alone(lambda: Does(noisy))
 
 
-# --- what is asked for twice ----------------------------------------------------------------------
+# --- building twice -------------------------------------------------------------------------------
 
 
 def test_a_batch_that_changes_at_the_second_call_is_named():
@@ -180,13 +180,13 @@ def test_a_batch_that_changes_at_the_second_call_is_named():
         x, y = rows(step)
         return {"x": x, "n": x + len(calls)}, y
 
-    with pytest.raises(UserError, match=r"build_batch\(0\) gives another batch .* inputs\['n'\]"):
+    with pytest.raises(UserError, match=r"build_batch\(0\) returns a different .* inputs\['n'\]"):
         alone(lambda: Does(lambda x, _: x).of("x"), changes)
 
 
 def test_weights_or_buffers_that_change_at_the_second_call_are_named():
     with pytest.raises(
-        UserError, match=r"build_model\(\) gives another model .* first weight; seed"
+        UserError, match=r"build_model\(\) returns a different model .* in weight; call torch"
     ):
         alone(lambda: nn.Linear(6, 4).double(), as_it_is=True)
 
@@ -197,65 +197,65 @@ def test_weights_or_buffers_that_change_at_the_second_call_are_named():
         return model
 
     built = []
-    with pytest.raises(UserError, match=r"gives another model .* first noise"):
+    with pytest.raises(UserError, match=r"returns a different model .* first in noise"):
         alone(with_buffer, as_it_is=True)
 
 
 @pytest.mark.ranks(2)
-def test_a_batch_that_depends_on_the_rank_is_refused_in_the_step_that_it_does(mesh):
+def test_a_batch_that_depends_on_the_rank_is_refused_with_the_step(mesh):
     def by_rank(step):
         x, y = rows(step)
         return [x, x + mesh.rank * (step == 1)], y
 
     with pytest.raises(
-        UserError, match=r"rank 1 has another batch .* at step 1, first inputs\[1\]"
+        UserError, match=r"rank 1 has a different batch .* at step 1, first in inputs\[1\]"
     ):
         dist_lab.verify(seeded(lambda: Does(lambda x, _: x).of(0)), by_rank, mesh)
 
 
 @pytest.mark.ranks(2)
-def test_what_one_rank_refuses_all_refuse(mesh):
+def test_a_batch_that_one_rank_refuses_is_refused_on_all_ranks(mesh):
     def odd_on_one(step):
         x, y = rows(step)
         return (x, y, y) if mesh.rank else (x, y)
 
-    with pytest.raises(UserError, match=r"build_batch\(step\) gives a pair"):
+    with pytest.raises(UserError, match=r"build_batch\(step\) must return"):
         dist_lab.verify(seeded(lambda: nn.Linear(6, 4)), odd_on_one, mesh)
 
 
 @pytest.mark.ranks(2)
-def test_a_model_that_one_rank_refuses_all_refuse(mesh):
+def test_a_model_that_one_rank_refuses_is_refused_on_all_ranks(mesh):
     build = seeded(lambda: nn.Linear(6, 4).requires_grad_(mesh.rank == 0))
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
         dist_lab.verify(build, rows, mesh)
 
 
-def test_a_tensor_of_rounding_alone_is_no_difference_between_two_runs():
+def test_a_tensor_of_only_rounding_does_not_count_as_a_difference():
     def gradients(noise):
         return {"a": torch.ones(2), "b": torch.ones(2), "key": torch.tensor([noise])}
 
     expected = {"loss": {"": torch.tensor(1.0)}, "gradient": gradients(7e-6)}
-    told = expected, torch.float32, 1e-4
-    assert difference(1.0, gradients(-7e-6), *told) is None
-    assert difference(1.1, gradients(7e-6), *told)[0] == "loss"
-    assert difference(1.0, gradients(7e-6) | {"b": torch.zeros(2)}, *told) == ("gradient of b", 1.0)
+    rest = expected, torch.float32, 1e-4
+    assert difference(1.0, gradients(-7e-6), *rest) is None
+    assert difference(1.1, gradients(7e-6), *rest)[0] == "loss"
+    assert difference(1.0, gradients(7e-6) | {"b": torch.zeros(2)}, *rest) == ("gradient of b", 1.0)
 
 
-# --- the cut --------------------------------------------------------------------------------------
+# --- the split of the batch -----------------------------------------------------------------------
 
 
-CUT = {
-    "mean": (lambda: nn.Linear(6, 4), F.cross_entropy, "another loss than the whole"),
+SPLIT = {
+    "mean": (lambda: nn.Linear(6, 4), F.cross_entropy, "the loss changes by"),
     "rows": (
         lambda: Does(lambda x, _: x - x.mean(0)),
         dist_lab.cross_entropy_sum,
-        "another loss than the whole",
+        "the loss changes by",
     ),
 }
 
 
 class NarrowNorm(nn.Module):
-    """As Gemma's norm: in float32, whatever the model is."""
+    """A norm like Gemma's: it computes in float32 whatever the model's dtype is."""
 
     def __init__(self):
         super().__init__()
@@ -266,22 +266,22 @@ class NarrowNorm(nn.Module):
         return (x * x.square().mean(-1, keepdim=True).rsqrt() * self.scale.float()).double()
 
 
-def test_a_layer_in_float32_is_told_from_a_loss_that_is_no_sum():
+def test_a_float32_layer_and_a_loss_that_is_not_a_sum_get_different_messages():
     with pytest.raises(UserError, match=r"as rounding to float32 does: .* give tolerance=1e-04"):
         alone(NarrowNorm)
     assert alone(NarrowNorm, tolerance=1e-4, optimizer=torch.optim.SGD).equal
 
 
-@pytest.mark.parametrize("kind", CUT)
-def test_what_the_cut_of_the_batch_changes_is_no_fault_of_the_strategy(kind):
-    make, loss_sum, words = CUT[kind]
+@pytest.mark.parametrize("kind", SPLIT)
+def test_a_result_that_changes_when_the_batch_is_split_is_refused(kind):
+    make, loss_sum, words = SPLIT[kind]
     with pytest.raises(UserError, match=words):
         alone(make, loss_sum=loss_sum)
-    assert alone(make, loss_sum=loss_sum, microbatches=1).equal, "nobody cuts, nothing changes"
+    assert alone(make, loss_sum=loss_sum, microbatches=1).equal, "without a split nothing changes"
 
 
 @pytest.mark.ranks(2)
-def test_what_a_model_with_batchnorm_repeats_is_cut_as_the_ranks_cut_it(mesh):
+def test_the_repeated_step_with_batchnorm_splits_the_batch_as_the_ranks_do(mesh):
     for sync in (False, True):
         report = dist_lab.verify(
             resnet, images, mesh, "ddp", microbatches=2, steps=1, sync_batchnorm=sync
@@ -289,36 +289,36 @@ def test_what_a_model_with_batchnorm_repeats_is_cut_as_the_ranks_cut_it(mesh):
         assert report.equal, report.sentence()
 
 
-def test_a_model_that_changes_its_inputs_in_place_is_given_fresh_ones():
+def test_a_model_that_changes_its_inputs_in_place_gets_copies():
     x, y = rows(0)
     assert alone(
         lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 4)), lambda _: (x, y)
     ).equal
-    assert torch.equal(x, rows(0)[0]), "nor are the caller's changed"
+    assert torch.equal(x, rows(0)[0]), "the caller's batch is unchanged"
 
 
 # --- models and references ------------------------------------------------------------------------
 
 
 MODELS = {
-    "no parameter": (nn.Flatten, "the model has no parameter"),
+    "no parameter": (nn.Flatten, "the model has no parameters"),
     "frozen": (lambda: nn.Linear(6, 4).requires_grad_(False), "every parameter .* is frozen"),
     "meta": (lambda: nn.Linear(6, 4, device="meta"), "weight has no values yet"),
     "lazy": (lambda: nn.LazyLinear(4), "weight has no values yet"),
-    "float16": (lambda: nn.Linear(6, 4).half(), "weight is float16, for which no tolerance is"),
-    "no module": (lambda: torch.relu, r"build_model\(\) gives a module"),
+    "float16": (lambda: nn.Linear(6, 4).half(), "weight is float16, which has no default tol"),
+    "no module": (lambda: torch.relu, r"build_model\(\) must return a built module"),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_model_of_which_nothing_can_be_compared_is_refused(kind):
+def test_a_model_that_cannot_be_compared_is_refused(kind):
     make, words = MODELS[kind]
     with pytest.raises(UserError, match=words):
         alone(make, as_it_is=True)
 
 
 def test_a_loss_that_reaches_no_parameter_is_refused():
-    with pytest.raises(UserError, match="the loss depends on no parameter that is trained"):
+    with pytest.raises(UserError, match="the loss does not depend on any trained parameter"):
         alone(lambda: nn.Linear(6, 4), loss_sum=lambda out, _: out.detach().sum())
 
 
@@ -327,12 +327,12 @@ def test_a_loss_of_several_numbers_is_refused():
         alone(lambda: nn.Linear(6, 4), loss_sum=lambda out, _: out)
 
 
-def test_less_than_a_step_is_refused():
+def test_zero_steps_are_refused():
     with pytest.raises(UserError, match="steps=0"):
         alone(lambda: nn.Linear(6, 4), steps=0)
 
 
-def test_a_model_of_two_dtypes_is_judged_by_the_coarser():
+def test_a_model_of_two_dtypes_is_judged_with_the_coarser_tolerance():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -365,11 +365,11 @@ def test_a_reference_that_is_not_finite_is_refused_with_the_step(mesh):
     ):
         dist_lab.verify(build, breaks, mesh)
     with pytest.raises(UserError, match="at step 0: the weight of weight in one process; lower"):
-        told = {"optimizer": torch.optim.SGD, "options": {"lr": 1e308}, "clip": None}
-        dist_lab.verify(build, rows, mesh, loss_sum=lambda out, _: 1e3 * out.sum(), **told)
+        options = {"optimizer": torch.optim.SGD, "options": {"lr": 1e308}, "clip": None}
+        dist_lab.verify(build, rows, mesh, loss_sum=lambda out, _: 1e3 * out.sum(), **options)
 
 
-def test_a_reference_that_is_kept_is_not_run_again():
+def test_a_given_reference_is_not_run_again():
     from dist_lab.programs.verify.engine import one_process
 
     calls = []
@@ -382,9 +382,9 @@ def test_a_reference_that_is_kept_is_not_run_again():
         calls.append("batch")
         return batch(step)
 
-    mesh, told = dist_lab.init_mesh(), {"steps": 1, "microbatches": 1, "clip": None}
-    told |= {"optimizer": torch.optim.SGD, "options": {"lr": 0.1}}
-    known = list(one_process(build, counted, 1, mesh.device, **told))
+    mesh, options = dist_lab.init_mesh(), {"steps": 1, "microbatches": 1, "clip": None}
+    options |= {"optimizer": torch.optim.SGD, "options": {"lr": 0.1}}
+    known = list(one_process(build, counted, 1, mesh.device, **options))
     calls.clear()
-    assert dist_lab.verify(build, counted, mesh, "single", reference=known, **told).equal
+    assert dist_lab.verify(build, counted, mesh, "single", reference=known, **options).equal
     assert calls == ["model"]

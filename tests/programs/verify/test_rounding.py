@@ -1,4 +1,4 @@
-"""How far two tensors are apart: of every make; and what is rounding, element by element."""
+"""The error between tensors of every dtype and layout, and which elements are only rounding."""
 
 import math
 from dataclasses import replace
@@ -41,7 +41,7 @@ MAKES = {
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("kind", MAKES)
-def test_tensors_of_every_make_are_compared(kind):
+def test_tensors_of_every_dtype_and_layout_are_compared(kind):
     class Holds(nn.Linear):
         def __init__(self):
             torch.manual_seed(0)
@@ -54,14 +54,14 @@ def test_tensors_of_every_make_are_compared(kind):
         return x, torch.randint(0, 4, (8,), generator=generator)
 
     assert error(MAKES[kind](), MAKES[kind](), 0.0) == 0
-    if kind not in ("sparse", "csr"):  # of which parallelize makes no layout
+    if kind not in ("sparse", "csr"):  # parallelize has no layout for them
         report = dist_lab.verify(Holds, rows, dist_lab.init_mesh(), "single", steps=1)
         assert [c.error for c in report.comparisons if c.quantity == "buffer"] == [0]
         assert report.equal, report.sentence()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKES if kind != "empty"])
-def test_one_other_element_is_seen_in_tensors_of_every_make(kind):
+def test_one_changed_element_is_detected_in_every_dtype_and_layout(kind):
     right = MAKES[kind]()
     wrong = right.to_dense() if right.layout != torch.strided else right.clone()
     if kind == "float8 powers":
@@ -74,13 +74,13 @@ def test_one_other_element_is_seen_in_tensors_of_every_make(kind):
     assert error(wrong, right, 0.0) >= (math.inf if exact else 0.1)
 
 
-def test_integers_are_equal_or_not():
+def test_integers_that_differ_have_an_infinite_error():
     big = torch.tensor([2**53, 1])
     assert error(big + torch.tensor([1, 0]), big, 0.0) == math.inf
-    assert error(eye().int(), eye().long(), 0.0) == math.inf, "another dtype is another buffer"
+    assert error(eye().int(), eye().long(), 0.0) == math.inf, "a different dtype is a difference"
 
 
-def test_nan_or_another_shape_is_never_equal():
+def test_nan_or_a_different_shape_is_never_equal():
     x = eye()
     for wrong in (x * torch.nan, x.masked_fill(x > 0, torch.nan), x[0], x[None], x / 0):
         assert not error(wrong, x, 0.0) <= 1e300
@@ -88,7 +88,7 @@ def test_nan_or_another_shape_is_never_equal():
     infinite = x.masked_fill(x > 0, math.inf)
     assert error(infinite, infinite, 0.0) == 0
     assert error(-infinite, infinite, 0.0) == math.inf
-    assert error(infinite + (1 - x) * 0.1, infinite, 0.0) > 0.01, "the rest is judged beside them"
+    assert error(infinite + (1 - x) * 0.1, infinite, 0.0) > 0.01, "finite elements are judged"
 
 
 # --- rounding -------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Attends(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(TOKENS + 3, 8)  # of which three are never looked up
+        self.embed = nn.Embedding(TOKENS + 3, 8)  # three rows are never looked up
         self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
         self.head = nn.Linear(8, TOKENS)
         self.double()
@@ -115,21 +115,21 @@ def tokens(step):
 
 
 BIAS = "attend.in_proj_bias"
-KEY = slice(8, 16)  # its third
+KEY = slice(8, 16)  # the key's third of it
 
 
 @pytest.mark.ranks(4)
-def test_the_third_of_a_bias_that_has_no_true_gradient_does_not_make_a_right_run_wrong(mesh):
+def test_the_key_bias_without_a_true_gradient_does_not_fail_a_correct_run(mesh):
     for strategy in ("dp", "zero1"):
         report = dist_lab.verify(Attends, tokens, mesh, strategy, steps=4)
         assert report.equal, report.sentence()
         assert report.rounding_only() == [f"{BIAS} (8 of 24)"]
-        assert report.table().caption == f"rounding only, not judged: {BIAS} (8 of 24)"
+        assert report.table().caption == f"only rounding, not judged: {BIAS} (8 of 24)"
         assert all(c.judged for c in report.comparisons)
 
 
 class Spoils(dp.AllReduceAfterBackward):
-    """A right run, but that one element of a weight is another after the first update."""
+    """A correct run, except that one element of a weight is changed after the first update."""
 
     name, element, by = "", 0, 0.0
 
@@ -152,21 +152,21 @@ def spoiled(mesh, name, element, by):
     ("name", "element"), [(BIAS, 0), (BIAS, 23), ("embed.weight", 11 * 8), ("head.bias", 2)]
 )
 @pytest.mark.ranks(2)
-def test_a_wrong_weight_beside_the_rounding_is_seen(name, element, mesh):
-    # An embedding that nobody looked up has a gradient of exactly zero: no rounding at all.
+def test_a_wrong_weight_element_next_to_rounding_is_detected(name, element, mesh):
+    # An embedding row that is never looked up has a gradient of exactly zero: that is not rounding.
     first = spoiled(mesh, name, element, 1e-9).first
     assert first is not None
     assert (first.quantity, first.tensor) == ("weight", name)
 
 
 @pytest.mark.ranks(2)
-def test_rounding_makes_no_nan(mesh):
+def test_a_nan_among_rounding_elements_is_detected(mesh):
     first = spoiled(mesh, BIAS, KEY.start, torch.nan).first
     assert (first.quantity, first.tensor, first.error) == ("weight", BIAS, math.inf)
 
 
 def judged(ours, theirs, weight_off, rounding=None, dtype=torch.float64):
-    """The weight's comparison, where `weight_off` is the error of each element."""
+    """Returns the weight's comparison; `weight_off` is the error of each element."""
     ours, theirs = (torch.tensor(g, dtype=torch.float64) for g in (ours, theirs))
     weight = torch.ones_like(theirs)
     other = weight + torch.tensor(weight_off, dtype=torch.float64)
@@ -174,11 +174,11 @@ def judged(ours, theirs, weight_off, rounding=None, dtype=torch.float64):
         {"gradient": {"w": g, "usual": torch.ones(2)}, "weight": {"w": w}}
         for g, w in ((ours, other), (theirs, weight))
     ]
-    found = compare(0, *states, {} if rounding is None else rounding, dtype)
-    return next(c for c in found if c.quantity == "weight")
+    comparisons = compare(0, *states, {} if rounding is None else rounding, dtype)
+    return next(c for c in comparisons if c.quantity == "weight")
 
 
-def test_what_is_rounding_is_decided_by_the_element():
+def test_rounding_is_decided_element_by_element():
     right = [1.0, 1e-16, 0.0]
     assert judged(right, right, [0, 0.5, 0]).error == 0
     assert judged(right, right, [0, 0, 0.5]).error == 0.5, "exactly zero in both is judged"
@@ -186,30 +186,30 @@ def test_what_is_rounding_is_decided_by_the_element():
     by_chance = judged([1.0, 1e-16, 1e-17], right, [0, 0.5, 0.5])
     assert (by_chance.error, by_chance.left_out, by_chance.elements) == (0, 2, 3)
     too_large = judged([1.0, 1e-16, 1e-9], right, [0, 0, 0.5])
-    assert too_large.error == 0.5, "which is no rounding"
+    assert too_large.error == 0.5, "1e-9 is not rounding"
 
 
-def test_an_element_is_small_beside_other_tensors_too():
+def test_an_element_can_be_rounding_relative_to_other_tensors():
     small = [1e-6, 1e-15]  # the second is a billionth of the first, and the usual gradient is 1
     assert judged(small, small, [0, 0.5]).left_out == 1
     assert judged(small, small, [0.5, 0]).error == 0.5
 
 
-def test_gradients_are_judged_where_weights_are_left_out():
+def test_gradients_are_judged_even_where_weights_are_left_out():
     gradients = [torch.tensor([1.0, small], dtype=torch.float64) for small in (1e-6, 1e-16)]
     states = [{"gradient": {"w": g}, "weight": {"w": torch.ones(2)}} for g in gradients]
-    found = compare(0, *states, {}, torch.float64)
-    assert [(c.quantity, c.error > 1e-7) for c in found] == [("gradient", True), ("weight", False)]
+    rows = compare(0, *states, {}, torch.float64)
+    assert [(c.quantity, c.error > 1e-7) for c in rows] == [("gradient", True), ("weight", False)]
 
 
-def test_what_has_been_rounding_once_is_never_judged_again():
+def test_an_element_that_was_rounding_once_is_never_judged_again():
     rounding = {}
     judged([1.0, 1e-16], [1.0, 1e-16], [0, 0.5], rounding)
     later = judged([1.0, 1.0], [1.0, 1.0], [0, 0.5], rounding)
     assert (later.error, later.left_out) == (0, 1)
 
 
-def test_a_tensor_that_is_rounding_throughout_is_listed_as_a_whole():
-    whole = judged([1e-16, 2e-16, 0.0], [1e-16, 2e-16, 0.0], [0.5, 0, 0])
-    assert (whole.judged, whole.left_out, whole.error) == (False, 3, 0.5)
+def test_a_tensor_of_only_rounding_is_left_out_whole():
+    result = judged([1e-16, 2e-16, 0.0], [1e-16, 2e-16, 0.0], [0.5, 0, 0])
+    assert (result.judged, result.left_out, result.error) == (False, 3, 0.5)
     assert judged([1e-16, 2e-16, 0.0], [1e-16, 2e-16, 0.0], [torch.nan, 0, 0]).judged

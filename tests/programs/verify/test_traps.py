@@ -1,7 +1,7 @@
-"""Bugs that shipped in public hand-written trainers, and proof that each is seen.
+"""Bugs that shipped in public hand-written trainers: the engine detects every one.
 
-Each exhibit is a strategy with the bug in it. The parity table is only worth as much as this file:
-a test that cannot fail proves nothing.
+Each exhibit is a strategy with one bug. The parity table is worth only as much as this file: a test
+that cannot fail proves nothing.
 """
 
 import inspect
@@ -41,7 +41,7 @@ class Buggy(Sync):
 
 
 class ReducesTheParameter(Buggy):
-    """1. A hook is handed the parameter, which was then reduced as if it were the gradient."""
+    """1. A hook gets the parameter, and the parameter is reduced instead of its gradient."""
 
     def finish(self):
         for p in self.parameters():
@@ -49,7 +49,7 @@ class ReducesTheParameter(Buggy):
 
 
 class ReducesTheLastMicrobatchOnly(Buggy):
-    """2. Sums only what the last micro-batch added. Right without accumulation."""
+    """2. Sums only the last micro-batch's gradient. Correct without accumulation."""
 
     def grads_ready(self, names, *, last):
         for name in names:
@@ -63,7 +63,7 @@ class ReducesTheLastMicrobatchOnly(Buggy):
 
 
 class TooLargeByTheNumberOfMicrobatches(Buggy):
-    """3. Only the logged loss was divided. AdamW hides it from the weights, the norm does not."""
+    """3. Only the logged loss is divided. AdamW hides this in the weights; the norm shows it."""
 
     def finish(self):
         for p in self.parameters():
@@ -84,11 +84,11 @@ class DropsAllButTheLastMicrobatch(Buggy):
 
 
 class NeverSums(Buggy):
-    """6. Unseen when every rank is fed the same data."""
+    """6. Not detected if every rank has the same data."""
 
 
 class AveragesInsteadOfSumming(Buggy):
-    """The library's loss is divided by the global count already."""
+    """Averages, although dist_lab's loss is already divided by the global count."""
 
     def finish(self):
         for p in self.parameters():
@@ -96,7 +96,7 @@ class AveragesInsteadOfSumming(Buggy):
 
 
 class SumsTwice(Buggy):
-    """5. The gradient, or its norm, reduced twice."""
+    """5. The gradient or its norm is reduced twice."""
 
     def finish(self):
         for p in self.parameters():
@@ -104,7 +104,7 @@ class SumsTwice(Buggy):
 
 
 class ForgetsOneRank(Buggy):
-    """An `if rank`: one rank keeps its own gradient of one parameter."""
+    """An `if rank`: one rank keeps its local gradient of one parameter."""
 
     def finish(self):
         for i, p in enumerate(self.parameters()):
@@ -113,7 +113,7 @@ class ForgetsOneRank(Buggy):
 
 
 class MakesNaN(Buggy):
-    """An element that no number is furthest from: max() and > pass it by."""
+    """One element is NaN, which max() and > may ignore."""
 
     def finish(self):
         for p in self.parameters():
@@ -147,7 +147,7 @@ def strategy(kind):
 
 @pytest.mark.parametrize("bug", EXHIBITS)
 @pytest.mark.ranks(2)
-def test_the_engine_sees(bug, mesh):
+def test_the_engine_detects(bug, mesh):
     kind = strategy(EXHIBITS[bug])
     report = dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=2)
     assert not report.equal
@@ -156,16 +156,16 @@ def test_the_engine_sees(bug, mesh):
 
 
 @pytest.mark.ranks(2)
-def test_without_accumulation_the_second_bug_goes_unseen(mesh):
-    # Which is why the parity table accumulates.
+def test_without_accumulation_the_second_bug_is_not_detected(mesh):
+    # This is why the parity table accumulates.
     kind = strategy(ReducesTheLastMicrobatchOnly)
     assert dist_lab.verify(gpt, batch, mesh, kind, microbatches=1).equal
     assert not dist_lab.verify(gpt, batch, mesh, kind, microbatches=4).equal
 
 
 @pytest.mark.ranks(2)
-def test_a_wrong_gradient_is_seen_where_the_right_one_is_zero(mesh):
-    # Nothing to be relative to: the error is infinite, on the rank that has it, and nobody hangs.
+def test_a_wrong_gradient_is_detected_where_the_right_one_is_zero(mesh):
+    # A relative error to zero is infinite; the report names the rank, and no rank hangs.
     class Breaks(dp.AllReduceAfterBackward):
         def finish(self):
             super().finish()
@@ -199,7 +199,7 @@ def test_the_rank_that_is_wrong_is_named(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_a_step_that_goes_wrong_later_is_dated(mesh):
+def test_the_step_that_first_goes_wrong_is_named(mesh):
     class WrongAtStepTwo(dp.AllReduceAfterBackward):
         steps = 0
 
@@ -219,7 +219,7 @@ def test_a_step_that_goes_wrong_later_is_dated(mesh):
 
 @pytest.mark.ranks(2)
 def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh):
-    # Trap 10: each rank drew from its own seed.
+    # Trap 10: each rank draws its weights from its own seed.
     with pytest.raises(UserError, match=r"tensors differ between ranks, first model\.embed_tokens"):
         dist_lab.parallelize(gpt(seed=mesh.rank), mesh, "dp", broadcast=False)
 
@@ -227,7 +227,7 @@ def test_weights_that_depend_on_the_rank_are_refused_before_the_first_step(mesh)
 @pytest.mark.slow_unless(lambda name: name in ("dp", "fsdp", "pp"))
 @pytest.mark.parametrize("name", [name for name, impl in IMPLEMENTATIONS if impl == "hand"])
 def test_an_optimizer_built_before_parallelize_is_refused(name):
-    # Trap 22, under every strategy, so that changing the strategy is changing one word.
+    # Trap 22, under every strategy, so that a user changes strategies by changing one word.
     model, mesh = gpt(), dist_lab.init_mesh(**axes_of(name, 1))
     early = torch.optim.AdamW(model.parameters())
     with pytest.raises(UserError, match=r"AdamW was built before parallelize\(\)"):
@@ -240,7 +240,7 @@ def test_an_optimizer_built_before_parallelize_is_refused(name):
 def test_an_earlier_optimizer_of_one_parameter_that_has_been_stepped_is_refused(which):
     model, mesh = gpt(tied=which == "tied"), dist_lab.init_mesh()
     parameters = list(model.parameters())
-    one = parameters[0 if which == "tied" else -1]  # the embedding, or the last of all
+    one = parameters[0 if which == "tied" else -1]  # the tied embedding, or the last parameter
     del parameters
     model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
     early = torch.optim.SGD([one])
@@ -250,20 +250,20 @@ def test_an_earlier_optimizer_of_one_parameter_that_has_been_stepped_is_refused(
 
 
 @pytest.mark.parametrize("name", [name for name, impl in IMPLEMENTATIONS if impl == "hand"])
-def test_nothing_is_looked_through_where_the_model_alone_holds_its_parameters(name, monkeypatch):
-    monkeypatch.setattr("gc.get_objects", lambda: pytest.fail("all live objects are asked for"))
+def test_no_objects_are_searched_if_only_the_model_holds_its_parameters(name, monkeypatch):
+    monkeypatch.setattr("gc.get_objects", lambda: pytest.fail("all live objects are searched"))
     dist_lab.parallelize(gpt(), dist_lab.init_mesh(**axes_of(name, 1)), name)
 
 
-# --- what is split --------------------------------------------------------------------------------
+# --- sharded parameters ---------------------------------------------------------------------------
 
 
 def report_of(mesh, spoil, model="gpt", steps=2):
-    """fsdp, with a bug put in: `spoil(group)` of each group that is gathered as one."""
+    """The report of fsdp with a bug: `spoil(group)` is called on each parameter group."""
     real = fsdp.apply
 
-    def apply(*args, **given):
-        applied = real(*args, **given)
+    def apply(*args, **kwargs):
+        applied = real(*args, **kwargs)
         for group in applied.sync.groups:
             spoil(group)
         return applied
@@ -281,25 +281,26 @@ def with_signature_of(real, function):
 
 
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_a_norm_of_parts_is_low_by_the_root_of_the_ranks_and_is_seen(mesh):
-    # Trap 5. Clipping then lets too much through, and nobody sees that in the loss.
+def test_a_norm_over_one_shard_is_too_low_and_is_detected(mesh):
+    # Trap 5: the norm is low by about the root of the ranks. Clipping then lets too much through,
+    # which the loss does not show.
     real = clip.global_norm
 
-    def of_parts(gradients, layouts, mesh):
-        whole = {n: Layout(where.shape, where.dtype) for n, where in layouts.items()}
-        return real(gradients, whole, mesh)
+    def norm_of_local_shard(gradients, layouts, mesh):
+        unsharded = {n: Layout(layout.shape, layout.dtype) for n, layout in layouts.items()}
+        return real(gradients, unsharded, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "global_norm", of_parts)
+        patch.setattr(job, "global_norm", norm_of_local_shard)
         report = report_of(mesh, lambda group: None)
     assert report.first.quantity == "grad norm"
-    assert report.first.error == pytest.approx(0.5, abs=0.25)  # the ranks' parts are not alike
+    assert report.first.error == pytest.approx(0.5, abs=0.25)  # the shards' norms are not equal
     assert report_of(mesh, lambda group: None).equal
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_tied_weight_that_became_two_is_seen(mesh):
-    # Trap 9: each place has its own, and the gradient of the second is nobody's.
+def test_a_tied_weight_that_became_two_is_detected(mesh):
+    # Trap 9: each use has its own tensor, and the gradient of the second is lost.
     def untie(group):
         real = group.wait_unshard
 
@@ -317,8 +318,8 @@ def test_a_tied_weight_that_became_two_is_seen(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_weights_of_the_step_before_are_seen(mesh):
-    # Trap 13: what is let go is not given back, and the next gather finds it there.
+def test_stale_weights_of_the_previous_step_are_detected(mesh):
+    # Trap 13: the memory of freed parameters is kept, and the next gather reuses the old values.
     def keep(group):
         real, times = group.issue_unshard, []
 
@@ -342,8 +343,9 @@ def test_weights_of_the_step_before_are_seen(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_an_optimizer_that_slipped_through_steps_what_the_model_computes_with(mesh):
-    # Trap 22: elsewhere it goes on stepping tensors of before. Here a shard is the same parameter.
+def test_an_optimizer_over_old_parameters_steps_the_fsdp_shards(mesh):
+    # Trap 22: in other libraries it keeps stepping the old tensors. Here a shard is the same
+    # Parameter object.
     model = gpt()
     before = list(model.parameters())
     job = dist_lab.parallelize(model, mesh, "fsdp", units=units_of("gpt"))
@@ -360,7 +362,7 @@ def test_an_optimizer_that_slipped_through_steps_what_the_model_computes_with(me
 
 
 def test_the_machines_peak_is_measured_and_not_looked_up(monkeypatch):
-    # Trap 17: a peak that was some other machine's.
+    # Trap 17: a peak copied from another machine.
     import time
 
     from dist_lab.observe import flops
@@ -373,19 +375,20 @@ def test_the_machines_peak_is_measured_and_not_looked_up(monkeypatch):
 
 
 @pytest.mark.ranks(2)
-def test_a_length_that_does_not_divide_is_right_or_refused_with_the_numbers(mesh):
-    # Trap 8: elsewhere a vocabulary that 2 ranks do not divide cost half the loss, silently.
+def test_a_length_that_does_not_divide_is_exact_or_refused_with_the_numbers(mesh):
+    # Trap 8: in a public trainer, a vocabulary that 2 ranks do not divide silently lost half the
+    # loss.
     axis = mesh["dp"]
     uneven = torch.arange(61.0)
     with pytest.raises(ValueError, match=r"dim 0 of \(61,\) does not divide by 2 ranks of dp"):
         reduce_scatter(uneven, axis)
     assert torch.equal(all_reduce(uneven, axis), 2 * uneven)
-    assert gpt().lm_head.weight.shape[0] == 61  # so the whole parity table is about such a length
+    assert gpt().lm_head.weight.shape[0] == 61  # so the whole parity table tests such a length
 
 
 @pytest.mark.ranks(2)
 def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(mesh):
-    # Trap 12. Libraries do this by default, in every forward.
+    # Trap 12. Libraries broadcast buffers by default, in every forward.
     class BroadcastsBuffers(dp.AllReduceAfterBackward):
         def after_step(self):
             for buffer in self.model.buffers():
@@ -421,15 +424,15 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
         if s != "single"
     ],
 )
-def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
-    # Trap 16: a CPU mode that nobody had run, with a torch.cuda.synchronize() after each message.
+def test_training_on_cpu_never_calls_cuda(strategy, impl, mesh):
+    # Trap 16: a CPU mode that was never run, with a torch.cuda.synchronize() after each message.
     def forbidden(*args, **kwargs):
         raise AssertionError("a call to CUDA on a machine without it")
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("synchronize", "current_device", "current_stream", "Stream", "_lazy_init"):
             patch.setattr(torch.cuda, name, forbidden)
-        told = plan_of(strategy, "gpt", impl)
+        options = plan_of(strategy, "gpt", impl)
         report = dist_lab.verify(
             lambda: build(strategy, "gpt"),
             batch,
@@ -438,6 +441,6 @@ def test_training_on_cpu_makes_no_call_to_cuda(strategy, impl, mesh):
             impl,
             steps=1,
             microbatches=2,
-            **told,
+            **options,
         )
     assert report.equal, report.sentence()
