@@ -1,10 +1,10 @@
-"""dist_lab: distributed training, each strategy written by hand, on one laptop.
+"""dist_lab: distributed training on one laptop, with every strategy written by hand.
 
     mesh = dist_lab.init_mesh(dp=4)
     job = dist_lab.parallelize(model, mesh, strategy="dp")
 
-`import dist_lab` is instant and changes nothing: names are loaded when they are first used, torch
-with them.
+`import dist_lab` is instant and changes nothing in the process. A name is imported, and torch with
+it, when it is first used.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""The two ways a run is refused, and the words of a refusal: one line for the person who typed it.
+"""The errors that we raise on purpose, and helpers for their one-line messages.
 
 A message says what is wrong, with the numbers, and what to type instead. The launcher prints it
-once, without a traceback; library users catch them as the ValueError and RuntimeError they are.
-Everything else that is raised is a defect of ours and keeps its traceback.
+once, without a traceback. Library users catch these errors as ValueError or RuntimeError. Any other
+exception is a bug of ours and keeps its traceback.
 """
 
 import difflib
@@ -11,27 +11,27 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """What was asked for cannot be: a wrong flag, a batch that does not divide, a misused call."""
+    """The request is wrong: a bad flag, a batch that does not divide, or a misused call."""
 
     exit_status = 2
 
 
 class Drawn(UserError):
-    """One whose line is followed by a drawing of the place, line by line."""
+    """A UserError whose one line is followed by a drawing that shows the place of the mistake."""
 
 
 class MachineError(RuntimeError):
-    """What was asked for is fine; the machine, its files or its network refuse."""
+    """The request is fine, but the machine, its files or its network fail."""
 
     exit_status = 1
 
 
 class TrainingDiverged(MachineError):
-    """The loss or a gradient is no longer a number. The weights are those of the step before."""
+    """The loss or a gradient is not finite. The weights are still those of the last step."""
 
 
 def nearest_degree(degrees: Sequence[int], wanted: int) -> int:
-    """Of degrees that work the one to try instead.
+    """Return the degree nearest to `wanted`; if two are equally near, the smaller.
 
     >>> nearest_degree([1, 2, 4], 3)
     2
@@ -40,24 +40,24 @@ def nearest_degree(degrees: Sequence[int], wanted: int) -> int:
 
 
 def one_of(choices: Sequence[str], value: Any) -> str:
-    """What there is to choose from, and what was probably meant.
+    """List the choices for an error message, with a guess at what was meant.
 
     >>> one_of(["adamw", "sgd"], "adam")
     'adamw or sgd (did you mean adamw?)'
     """
-    near = nearest_word(str(value), choices) if len(choices) > 1 else None
+    guess = nearest_word(str(value), choices) if len(choices) > 1 else None
     listed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
-    return f"{listed} (did you mean {near}?)" if near else listed
+    return f"{listed} (did you mean {guess}?)" if guess else listed
 
 
 def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The one that `word` is probably a slip of, if any."""
-    found = difflib.get_close_matches(word[:99], list(words), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """Return the word that `word` is probably a misspelling of, or None."""
+    matches = difflib.get_close_matches(word[:99], list(words), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def shown(value: Any) -> str:
-    """A value as a short piece of one line, whatever is in it."""
+    """Format any value for an error message, on one line and in at most 80 characters."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):

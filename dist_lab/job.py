@@ -1,4 +1,4 @@
-"""A model in training: what `parallelize` returns. The same few verbs under every strategy.
+"""Job: a model in training, as `parallelize` returns it. Every strategy has the same methods.
 
 loss = job.run(microbatches, loss_fn)        or: with job.microbatch(last=True): loss.backward()
 job.finish()                                 every .grad is now the global gradient
@@ -39,15 +39,15 @@ Groups = Callable[[str, torch.Size], Mapping[str, Any]]
 
 
 class Job:
-    """One model on one mesh under one strategy.
+    """One model on one mesh under one strategy. `parallelize` builds it.
 
     Attributes:
-        model: an ordinary module; its parameters keep their names.
-        mesh: where it runs.
-        layouts: name -> how that parameter lies.
-        leaves: name -> the tensor whose `.grad` backward fills, where it is not the parameter.
-        stepped: name -> the tensor that optimizers step on, where it is not the parameter.
-        about: the configuration that a library's strategy runs in; "" for ours.
+        model: the module that was given; its parameters keep their names.
+        mesh: the mesh that it trains on.
+        layouts: parameter name -> its Layout, which says how the parameter is sharded.
+        leaves: parameter name -> the leaf whose `.grad` backward fills, if it is not the parameter.
+        stepped: parameter name -> the tensor that optimizers step, if it is not the parameter.
+        about: the configuration that a library's implementation runs with; "" for ours.
     """
 
     def __init__(
@@ -68,63 +68,68 @@ class Job:
             model, mesh, applied.layouts, applied.buffers, applied.stepped, names
         )
         self._data: Axis = mesh.data
-        self._shares: Axis = mesh.flatten("pp", *DATA_AXES)  # along which a loss is in parts
-        for layout in self.layouts.values():  # now, as making a process group takes a while
+        self._loss_axis: Axis = mesh.flatten("pp", *DATA_AXES)  # its ranks' losses add up
+        for layout in self.layouts.values():  # creates process groups now: that takes a while
             for axis, how in layout.splits:
                 axis_of_parts(mesh, axis, how)
 
     # --- one step ---------------------------------------------------------------------------------
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch; outside, every backward is the last."""
+        """Return a context manager for forward and backward of one micro-batch.
+
+        `last` says that no other micro-batch of this step follows: most strategies reduce
+        gradients only then. A backward outside of such a block counts as the last.
+        """
         return self._runner.microbatch(last=last)
 
     def cross_entropy_sum(self, output: Any, target: Tensor) -> Tensor:
-        """The loss of a language model or classifier, also where its logits are split over ranks.
-
-        The same as `dist_lab.cross_entropy_sum`.
-        """
+        """Return the summed cross entropy: the same function as `dist_lab.cross_entropy_sum`."""
         return cross_entropy_sum(output, target)
 
     def count(self, n: Any) -> Any:
-        """The sum of n over the ranks that see different rows: the denominator of the loss.
+        """Return the sum of n over all data-parallel ranks, to divide the loss by. Collective.
 
         Args:
-            n: one number, as Python, NumPy or a tensor has it; also the sum of weights.
+            n: this rank's number of tokens or rows, or the sum of their weights.
 
         Returns:
-            An int where every rank's n is a whole number's type, else a float.
+            The same on every rank: an int if n has an integer type on all ranks, else a float.
         """
         with self.mesh.comm.label("count"):
             return sum_of_counts(n, self._data)
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
-        """Forward and backward over this rank's micro-batches.
+        """Run forward and backward for each of this rank's micro-batches. Collective.
 
         Args:
-            microbatches: (input, target) pairs.
-            loss_fn: (output, target) -> this micro-batch's share of the global loss, already
-                divided by the global count; see `count`.
+            microbatches: a list of (input, target) pairs.
+            loss_fn: called as loss_fn(output, target); returns one number as a tensor, this
+                micro-batch's share of the global loss: its summed loss / `job.count(...)`.
 
         Returns:
             The loss of the global batch, the same number on every rank.
+
+        Raises:
+            UserError: gradients are off, microbatches are not pairs, or losses are detached.
         """
         _check_pairs(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         recorded = RecordedLoss(loss_fn)
         total = self._runner.run(microbatches, recorded)
-        own = self._runner.named_parameters() if recorded.some_detached else ()
-        trains = any(p.requires_grad for _, p in own)
+        stepped = self._runner.named_parameters() if recorded.some_detached else ()
+        trains = any(p.requires_grad for _, p in stepped)
         with self.mesh.comm.label("loss"):
-            return sum_of_losses(total, recorded, self._shares, trains=trains)
+            return sum_of_losses(total, recorded, self._loss_axis, trains=trains)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
-        """The global loss by forward passes alone, in eval mode. Arguments and result as `run`.
+        """Return the global loss, by forward passes in eval mode. Arguments as for `run`.
 
-        Running statistics are first made those of all ranks: see [Note: buffers]. Collective.
+        First combines BatchNorm's running statistics over the ranks: see [Note: buffers].
+        Afterwards every module is in its earlier mode again. Collective.
         """
-        _check_pairs(microbatches)  # before anything has changed
+        _check_pairs(microbatches)  # first, so that a refused call changes nothing
         with self.mesh.comm.label("buffers"):
             merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
@@ -136,21 +141,27 @@ class Job:
             for module in training:
                 module.training = True
         with self.mesh.comm.label("loss"):
-            return float(ops.all_reduce(total, self._shares))
+            return float(ops.all_reduce(total, self._loss_axis))
 
     def finish(self) -> None:
-        """Backward is over: every `.grad` becomes the global gradient of the local parameter.
+        """End the backward of a step: every `.grad` becomes the global gradient. Collective.
+
+        A sharded parameter's `.grad` is this rank's shard of it. A parameter that no rank used
+        keeps `grad is None`.
 
         Raises:
-            UserError: called twice without a backward between; a parameter unfrozen too late.
+            UserError: there was no backward since the last `finish`, or a parameter was unfrozen
+                too late for its gradient to be complete.
         """
         self._runner.finish()
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
-        """Clip the global gradient norm in place; None only measures. After `finish`.
+        """Scale all gradients in place so that their global L2 norm is at most max_norm.
+
+        Call it after `finish`: before, it raises UserError. None only measures. Collective.
 
         Returns:
-            The norm before clipping, the same on every rank and in every layout.
+            The norm before clipping, the same on every rank and under every strategy.
         """
         self._refuse_unsummed("clip_grad_norm")
         with self.mesh.comm.label("clip"):
@@ -164,78 +175,90 @@ class Job:
         return float(norm)
 
     def check_finite(self, step: int, loss: float, norm: float) -> None:
-        """Stop every rank in this step, before the update, if loss or gradient norm is not finite.
+        """Raise TrainingDiverged on every rank if the loss or the gradient norm is not finite.
+
+        Call it before the optimizer's step. Collective if one of them is not finite.
 
         Args:
+            step: the number of this step, for the message.
             loss, norm: as `run` and `clip_grad_norm` return them, the same on every rank.
 
         Raises:
-            TrainingDiverged: names step, parameter and rank, the same on every rank.
+            TrainingDiverged: names the step, and the parameter and rank whose gradient was first
+                not finite, if there was one; the same line on every rank.
         """
         if math.isfinite(loss) and math.isfinite(norm):
             return
         with self.mesh.comm.label("check"):
-            found = ops.all_gather_bytes(self._watch.pop().encode(), self.mesh.world)
-        name, rank = next(((n.decode(), rank) for rank, n in enumerate(found) if n), ("", 0))
+            names = ops.all_gather_bytes(self._watch.pop().encode(), self.mesh.world)
+        name, rank = next(((n.decode(), rank) for rank, n in enumerate(names) if n), ("", 0))
         if name:
             cause = f"first in the gradient of {name} on rank {rank}"
         elif math.isfinite(norm):
-            cause = "though all gradients are finite"
+            cause = "but all gradients are finite"
         else:
-            cause = "though each rank's own gradients are finite: their sum overflowed"
+            cause = "but each rank's own gradients are finite: their sum overflowed"
         raise TrainingDiverged(
             f"step {step}: loss {loss}, gradient norm {norm}, {cause}; no weight was updated; "
             "lower the learning rate, lengthen the warm-up or look at that rank's batch"
         )
 
     def after_step(self) -> None:
-        """After `optimizer.step()`: pay what the new weights owe to other ranks."""
+        """Send updated weights to the ranks that need them. Call it after `optimizer.step()`."""
         self._runner.after_step()
 
     # --- parameters -------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What optimizers step on, by name: of a parameter that is split, this rank's part."""
-        if backward_number() == -1:  # in backward gradients are on their way
+        """Iterate over the parameters to optimize, as (name, parameter).
+
+        A sharded parameter comes as this rank's shard. Under pp there are only this stage's.
+        """
+        if backward_number() == -1:  # not in backward, when gradients are in flight
             self._runner.sync.settle()
         return self._runner.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer of one's own is given; whether its class fits is not looked at."""
+        """Iterate over the parameters to optimize. Whether an optimizer suits is not checked."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def optimizer(
         self, cls: type[torch.optim.Optimizer], *, groups: Groups | None = None, **options: Any
     ) -> torch.optim.Optimizer:
-        """Build an optimizer over the trained parameters, under any strategy.
+        """Build an optimizer over the parameters that require gradients.
 
         Args:
-            groups: (name, shape of the whole tensor) -> options of that parameter's group, for
-                instance no weight decay for vectors. Parameters with equal options share a group.
+            cls: the optimizer's class, such as torch.optim.AdamW.
+            groups: called as groups(name, unsharded shape); returns the options of this
+                parameter's group, such as {"weight_decay": 0} for vectors. Parameters with equal
+                options share a group.
             options: passed on to `cls`.
 
         Raises:
-            UserError: where ranks step on parts of parameters, and `cls` looks at more than one
-                element at a time; see step/elementwise.py.
+            UserError: ranks hold shards of parameters, and an update of `cls` depends on more than
+                one element of a tensor; see step/elementwise.py.
         """
-        here = dict(self.named_parameters())
-        own_options = {
+        params = dict(self.named_parameters())
+        group_options = {
             name: groups(name, layout.shape) if groups else {}
             for name, layout in self.layouts.items()
-            if name not in here or here[name].requires_grad
+            if name not in params or params[name].requires_grad
         }
         by_tensor = self._make_optimizer is not None
         refuse_coupled(
-            cls, options, own_options, here, self.layouts, self.mesh, by_tensor=by_tensor
+            cls, options, group_options, params, self.layouts, self.mesh, by_tensor=by_tensor
         )
-        held = {name: own for name, own in own_options.items() if name in here}
-        each = [{"params": [here[n] for n in names], **own} for own, names in by_options(held)]
-        each = each or [{"params": [nn.Parameter(torch.empty(0))]}]  # a stage without a weight
+        local = {name: extra for name, extra in group_options.items() if name in params}
+        param_groups = [
+            {"params": [params[n] for n in names], **extra} for extra, names in by_options(local)
+        ]
+        # A pipeline stage may have no weight, but torch's optimizers refuse an empty list.
+        param_groups = param_groups or [{"params": [nn.Parameter(torch.empty(0))]}]
         if self._make_optimizer is not None:
-            optimizer = self._make_optimizer(cls, each, options)
+            optimizer = self._make_optimizer(cls, param_groups, options)
         else:
-            optimizer = cls(each, **options)
+            optimizer = cls(param_groups, **options)
         if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
             decide_together(optimizer, self.mesh.world)
         return optimizer
@@ -244,15 +267,15 @@ class Job:
         """Build a GradScaler that skips a step on all ranks or on none: see step/scaler.py.
 
         scaler.scale(loss).backward(); job.finish(); scaler.step(optimizer); scaler.update();
-        job.after_step(). With `scaler.unscale_(optimizer)` before `clip_grad_norm`.
+        job.after_step(). Call `scaler.unscale_(optimizer)` before `clip_grad_norm`.
         """
         return Scaler(self.mesh.world, **options)
 
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
-        """Every tensor whole, under the names of `model.state_dict()`, equal on every rank.
+        """Return the unsharded state_dict of the plain model, equal on every rank. Collective.
 
-        Running statistics are those of all ranks, other buffers rank 0's: see [Note: buffers].
-        With `rank0_only` the other ranks get an empty dict. Collective.
+        Running statistics are combined over the ranks, other buffers are rank 0's: see
+        [Note: buffers]. With `rank0_only` all other ranks return an empty dict.
         """
         with self.mesh.comm.label("state_dict"):
             self._runner.sync.settle()
@@ -261,57 +284,54 @@ class Job:
         return {} if rank0_only and self.mesh.rank else full
 
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
-        """Take each rank's part of whole tensors, the inverse of `full_state_dict`.
+        """Load an unsharded state_dict, of which each rank keeps its shards.
 
         Raises:
-            UserError: a name or a shape that does not fit; nothing has been changed then.
+            UserError: a name or a shape does not fit the model; nothing has been changed then.
         """
         self._state.load(full)
         self._runner.weights_changed()
 
     def shadow(self, decay: float) -> Shadow:
-        """Begin an exponential moving average of the weights, each rank of its own part.
+        """Start an exponential moving average of the weights; each rank averages its shards.
 
-        shadow.update() after each `after_step`; then `with shadow.swapped_in(): job.evaluate(...)`,
-        or shadow.full_state_dict(). See step/shadow.py.
+        Call shadow.update() after each `after_step`. Evaluate inside `with shadow.swapped_in():`,
+        save shadow.full_state_dict(). See step/shadow.py.
         """
         return Shadow(self, decay, self._runner.weights_changed)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
-        """The whole gradient of every parameter, equal on every rank; None where no rank has one.
+        """Return each parameter's unsharded gradient, equal on every rank. Collective.
 
-        Collective.
-
-        Raises:
-            UserError: before `finish`.
+        The entry of a parameter that no rank used is None. Raises UserError before `finish`.
         """
         self._refuse_unsummed("full_gradients")
-        own = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+        local = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
         names = list(self.layouts)
         with self.mesh.comm.label("gradients"):
-            here = torch.tensor([name in own for name in names], device=self.mesh.device).byte()
-            anywhere = ops.all_reduce(here, self.mesh["pp"], "max").tolist()
-            known = [name for name, yes in zip(names, anywhere, strict=True) if yes]
-            whole = gather_all({n: own.get(n) for n in known}, self.layouts, self.mesh)
-        return {name: whole.get(name) for name in names}
+            is_local = torch.tensor([n in local for n in names], device=self.mesh.device).byte()
+            on_any_stage = ops.all_reduce(is_local, self.mesh["pp"], "max").tolist()
+            with_grad = [name for name, yes in zip(names, on_any_stage, strict=True) if yes]
+            full = gather_all({n: local.get(n) for n in with_grad}, self.layouts, self.mesh)
+        return {name: full.get(name) for name in names}
 
     def timeline(self) -> list[list[Any]]:
-        """When each rank of a pipeline computed what, in the last `run`: a row of each, in ms.
+        """Return when each pipeline rank computed each action of the last `run`, in ms. Collective.
 
-        Counted from the first action of all. Ranks of one machine have one clock; those of several
-        are taken to agree. Empty under any other strategy, and of a library's. Collective.
+        One list a rank; time zero is the first action's start. Ranks on several machines are
+        assumed to have equal clocks. Empty under other strategies and for a library's pipeline.
         """
         with self.mesh.comm.label("timeline"):
             return self._runner.timeline()
 
     @property
     def sync(self) -> Chain:
-        """The strategy, as what hears of every moment of a step."""
+        """The Sync that the runner calls at each event of a step: the strategy and its guards."""
         return self._runner.sync
 
     @contextmanager
     def listening(self, link: Sync) -> Iterator[None]:
-        """Inside the block `link` is told of every moment, too, after the strategy has been."""
+        """Inside the block, call `link` too at each event of a step, after the strategy."""
         chain = self._runner.sync
         before, chain.links = chain.links, (*chain.links, link)
         try:
@@ -321,7 +341,7 @@ class Job:
 
     def _refuse_unsummed(self, what: str) -> None:
         if self._runner.has_gradients:
-            raise UserError(f"{what}() before finish(): gradients are not summed yet")
+            raise UserError(f"{what}() before finish(): gradients are not summed over ranks yet")
 
 
 def _check_pairs(microbatches: Sequence[Pair]) -> None:

@@ -1,4 +1,4 @@
-"""The loss of language models and classifiers, as the sum that the one division expects."""
+"""The summed loss of language models and classifiers, to be divided once by the global count."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,20 +16,24 @@ LossFn = Callable[[Any, Any], Tensor]  # output, target -> a share of the loss: 
 
 
 class Split(Protocol):
-    """Logits that no rank has whole, and that know their own loss."""
+    """Logits that are split over ranks by vocabulary and compute their own loss."""
 
     def cross_entropy_sum(self, targets: Tensor) -> Tensor: ...
 
 
 def cross_entropy_sum(logits: Tensor | Split, targets: Tensor) -> Tensor:
-    """Sum over all positions of -log softmax(logits)[target], in nats.
+    """Return the sum over all positions of -log softmax(logits)[target], in nats.
+
+    To get the loss, divide it by `job.count(number of targets)`: see
+    [Note: the gradient convention] in step/protocol.py.
 
     Args:
-        logits: (..., V), of any floating dtype; narrower than float32 is computed in float32. Or
-            what a model gives whose head is split by vocabulary.
-        targets: (...) of int64; -100 is left out.
+        logits: shape (..., V), any floating dtype; below float32 it computes in float32. Or the
+            output of a model whose head is split by vocabulary.
+        targets: shape (...), int64; positions with target -100 are ignored.
 
-    Divide by `job.count(number of targets)`: see [Note: the gradient convention].
+    Returns:
+        A scalar tensor.
     """
     if not isinstance(logits, Tensor):
         return logits.cross_entropy_sum(targets)
@@ -38,26 +42,26 @@ def cross_entropy_sum(logits: Tensor | Split, targets: Tensor) -> Tensor:
 
 
 def share_of(output: Any, loss: Any) -> Tensor:
-    """What a loss_fn has made of a model's output, as a number whose backward reaches the model.
+    """Return the loss that a loss_fn computed, as a scalar whose backward reaches the model.
 
-    The rows of a rank may all be padding, and its loss a constant. It joins in backward all the
-    same, with gradients of zero, since the other ranks wait for it there. Where no output needs a
-    gradient, backward ends at once.
+    A rank's rows may all be padding, and then its loss is a constant. The rank must still run
+    backward, because the other ranks wait for it there: the result sends zero gradients into the
+    model's output. If no output requires a gradient, backward ends at once.
     """
-    reached = [x for x in tensors_in(output) if x.requires_grad]
+    outputs = [x for x in tensors_in(output) if x.requires_grad]
     share = one_number(torch.zeros(()) if isinstance(loss, int | float) and loss == 0 else loss)
     if share.requires_grad:
         return share
     share = share if share.is_floating_point() else share.double()
-    return _Constant.apply(share, *reached) if reached else share.detach().requires_grad_()
+    return _Constant.apply(share, *outputs) if outputs else share.detach().requires_grad_()
 
 
 class _Constant(torch.autograd.Function):
-    """A number that does not depend on the tensors, whose values may be infinite."""
+    """A constant with zero gradients for the outputs, even if their values are infinite."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, *reached: Tensor) -> Tensor:
-        ctx.like = [(x.shape, x.dtype, x.device) for x in reached]
+    def forward(ctx: Any, share: Tensor, *outputs: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in outputs]
         return share.clone()
 
     @staticmethod
@@ -68,7 +72,7 @@ class _Constant(torch.autograd.Function):
 
 
 def one_number(share: Any) -> Tensor:
-    """Raises UserError unless it is what a loss_fn returns."""
+    """Return the loss unchanged; raise UserError unless it is a tensor with one element."""
     if not isinstance(share, Tensor) or share.numel() != 1:
-        raise UserError("loss_fn returns one number as a tensor: a sum / job.count(n)")
+        raise UserError("loss_fn returns one number as a tensor: a summed loss / job.count(n)")
     return share

@@ -1,4 +1,4 @@
-"""A pytest plugin: the body of a test runs on several ranks at once.
+"""A pytest plugin that runs the body of a test on several ranks at once.
 
     @pytest.mark.ranks(4)
     def test_gradients_are_summed(mesh):
@@ -7,19 +7,20 @@
     @pytest.mark.ranks(4, mesh={"dp": 2, "tp": 2}, timeout=20)
     def test_...
 
-The ranks are processes of a warm pool: after the first test, one on 4 ranks costs 0.05 s. Each
-test has a process group of its own, and TCP connections that it leaves open are ended after it.
-Fixtures and parameters are made in pytest's process, and whatever can be pickled is sent to the
-ranks; what a fixture does to its own process (monkeypatch, the current folder) does not happen
-there. The body does such things itself, with `pytest.MonkeyPatch.context()`. Asserts show their
-values; pytest.raises, approx, skip and xfail work.
+The ranks are processes of a warm pool: after the first test, a test on 4 ranks costs 0.05 s. Each
+test has its own process group, and TCP connections that it leaves open are closed after it.
 
-A failed test shows the traceback of every rank, the cause first and peers that merely lost their
-connection last, and what each rank printed. A rank that hangs is named, with the stack where it
-hangs. Then the ranks are ended and the next test starts fresh ones; nothing is ever retried.
+Fixtures and parameters are evaluated in pytest's process, pickled, and sent to the ranks. So a
+fixture that changes its process (monkeypatch, the current folder) does not change the ranks. The
+body of the test does that itself, with `pytest.MonkeyPatch.context()`. Asserts show their values;
+pytest.raises, approx, skip and xfail work.
 
-A project's `ranks_preload` (in its pytest settings) names modules that its tests import and that
-take long: they are imported once, before the ranks fork.
+A failed test shows what each rank printed and the traceback of every rank. The cause comes first,
+ranks that only lost their connection come last. A rank that hangs is named, with its stack. Then
+the ranks are ended, and the next test starts fresh ones. Nothing is ever retried.
+
+The pytest setting `ranks_preload` names modules that the tests import and that take long to import.
+They are imported once, before the ranks fork.
 """
 
 import inspect
@@ -40,12 +41,12 @@ COMPLAINTS = pytest.StashKey[list[str]]()
 
 
 class OnEachRank:
-    """What the fixture `mesh` is in pytest's own process: a promise. There is no rank here."""
+    """Stands for the fixture `mesh` in pytest's own process, which is no rank and has no mesh."""
 
 
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest) -> OnEachRank:
-    """In the body of a test marked `ranks`: a fresh Mesh over them."""
+    """A fresh Mesh over all ranks, in the body of a test that is marked `ranks`."""
     if request.node.get_closest_marker("ranks") is None:
         pytest.fail("the fixture `mesh` is for tests marked @pytest.mark.ranks(n)", pytrace=False)
     return OnEachRank()
@@ -81,12 +82,15 @@ def ranks(
     """Check the arguments of `@pytest.mark.ranks`.
 
     Args:
-        size: ranks that run the body.
-        timeout: seconds after which a test that has not ended counts as hung.
-        mesh: axes of the fixture `mesh`; default: one, dp, over all ranks.
+        size: number of ranks that run the body.
+        timeout: seconds after which the test counts as hung.
+        mesh: axis -> size, for the fixture `mesh`; default: one axis, dp, over all ranks.
+
+    Raises:
+        ValueError: size is no positive int, or the mesh is not for that many ranks.
     """
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{size!r} is no number of ranks; give one: ranks(4)")
+        raise ValueError(f"{size!r} is not a number of ranks; write for instance ranks(4)")
     axes = mesh or {"dp": size}
     if math.prod(axes.values()) != size:
         raise ValueError(f"mesh {dict(axes)} is not for {size} ranks")
@@ -107,7 +111,7 @@ def pytest_terminal_summary(
 
 
 def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str, int]) -> Task:
-    """Everything that a rank needs to run the body of this test."""
+    """Return the Task that holds all that a rank needs to run the body of this test."""
     wants_mesh, values = False, {}
     for name in inspect.signature(item.obj).parameters:
         value = item.funcargs[name]
@@ -115,7 +119,7 @@ def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str,
             wants_mesh = True
             continue
         if isinstance(value, pytest.MonkeyPatch):
-            # A copy of it would patch the rank, and nobody would take that back after the test.
+            # A copy of it would patch the rank, and nothing would undo the patch after the test.
             pytest.fail(
                 "the fixture `monkeypatch` changes pytest's own process; on a rank, use "
                 "pytest.MonkeyPatch.context() in the body of the test", pytrace=False,
@@ -123,15 +127,15 @@ def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str,
         try:
             values[name] = dumps(value)
         except Exception as error:
-            pytest.fail(f"the fixture `{name}` cannot travel to the ranks: {error}", pytrace=False)
-    method_of = [] if item.cls is None else [item.cls.__qualname__]
+            pytest.fail(f"the fixture `{name}` cannot be pickled: {error}", pytrace=False)
+    class_names = [] if item.cls is None else [item.cls.__qualname__]
     return Task(
         size=size,
         timeout=timeout,
         axes=axes if wants_mesh else None,
         module=item.module.__name__,
         path=item.module.__file__,
-        name=".".join([*method_of, item.originalname]),
+        name=".".join([*class_names, item.originalname]),
         search=sys.path,
         values=values,
         filters=dumps(warnings.filters),

@@ -1,7 +1,7 @@
-"""Everything that the package uses of torch under a private name, each with its reason.
+"""Every private name of torch that the package uses, each with the reason.
 
-Checked on torch 2.13.0; pyproject.toml allows no other minor version. A name that has moved is
-mended here: tests/test_structure.py holds the rest of the package to public names.
+Checked on torch 2.13.0; pyproject.toml allows no other minor version. If a name moves, this is the
+only file to change: tests/test_structure.py checks that all other files use public names.
 """
 
 from collections import OrderedDict
@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-# By which torch.compile takes over the frames of Python, and is told not to.
+# torch.compile's own switch: it decides whether Python frames are compiled.
 from torch._C._dynamo.eval_frame import set_eval_frame
 
-# Base classes of which torch publishes only the heirs: of every BatchNorm, and besides of
-# InstanceNorm, which keeps running statistics, too; and of every Dropout.
+# Base classes: _BatchNorm of every BatchNorm, _NormBase of every BatchNorm and InstanceNorm, which
+# both have running statistics, and _DropoutNd of every Dropout. Torch publishes only subclasses.
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as StatisticsNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 
-# What torch itself uses to see every operation, and not to be seen. The module has no public name.
+# A mode that sees every operation, and a context that switches such modes off. Neither is public.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
 
-# The tensors in nested structures, with classes that users have registered there.
+# Finds tensors in nested structures, including classes that users registered with pytree.
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,81 +50,84 @@ __all__ = [
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Whether it is a view to autograd, which no public name says."""
+    """Return whether autograd sees the tensor as a view."""
     return tensor._is_view()
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same for tensors that share memory, also while it is empty and has no address."""
+    """Return a key that is equal for tensors that share memory, even if the storage is empty."""
     return tensor.untyped_storage()._cdata
 
 
 def multiply_all(tensors: list[Tensor], factor: Tensor) -> None:
-    """In place, in one operation. What is public computes the norm with it."""
+    """Multiply all tensors in place, in one operation. The public way also computes a norm."""
     torch._foreach_mul_(tensors, factor)
 
 
 def of_plain_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call it as if there were no subclasses of Tensor."""
+    """Call the function with subclasses of Tensor treated as plain tensors."""
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)
 
 
 def share_hooks(parameter: Tensor, other: Tensor) -> None:
-    """Let a gradient hook on either fire for both: those there are, and those that are to come."""
-    for held in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        hooks = getattr(parameter, held)
-        setattr(parameter, held, OrderedDict() if hooks is None else hooks)
-        setattr(other, held, getattr(parameter, held))
+    """Make gradient hooks on either tensor fire for both, including hooks registered later."""
+    for attribute in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(parameter, attribute)
+        setattr(parameter, attribute, OrderedDict() if hooks is None else hooks)
+        setattr(other, attribute, getattr(parameter, attribute))
 
 
 def move_hooks(parameter: Tensor, other: Tensor) -> None:
-    """Give another tensor the gradient hooks of one that it takes the place of."""
-    for held in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if (hooks := getattr(parameter, held)) is not None:
-            setattr(other, held, hooks)
+    """Give the gradient hooks of a parameter to the tensor that replaces it."""
+    for attribute in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if (hooks := getattr(parameter, attribute)) is not None:
+            setattr(other, attribute, hooks)
 
 
 # --- torch.compile --------------------------------------------------------------------------------
 
 
 def not_compiled(function: F) -> F:
-    """Let torch.compile call it as it is. What is public for this imports the compiler at once."""
+    """Wrap a function so that torch.compile runs it uncompiled.
+
+    The public torch.compiler.disable would import the compiler at once.
+    """
 
     @wraps(function)
-    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
         before = set_eval_frame(None)
         try:
             return function(*args, **kwargs)
         finally:
             set_eval_frame(before)
 
-    as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return cast(F, as_it_is)
+    uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, uncompiled)
 
 
 # --- backward -------------------------------------------------------------------------------------
 
 
 def backward_number() -> int:
-    """Which backward this thread is in the middle of; -1 outside of any."""
+    """Return the number of the backward that this thread is running; -1 outside of backward."""
     return torch._C._current_graph_task_id()
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:
-    """Call it at the end of the backward that is under way. Hooks know of single nodes alone."""
+    """Call `callback` at the end of the running backward. Public hooks only see single nodes."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def saved_tensors_hooks_around() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """The innermost (pack, unpack) that is in force. Public is only how to put others above it."""
-    found: tuple[Callable[..., Any], Callable[..., Any]] | None
-    found = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return found
+    """Return the innermost active (pack, unpack) hooks. The public API only adds others."""
+    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 def keeps_graph() -> bool:
-    """Whether the backward that is under way was asked to retain its graph."""
+    """Return whether the running backward was called with retain_graph=True."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -132,31 +135,32 @@ def keeps_graph() -> bool:
 
 
 def found_infs(scaler: Any, optimizer: Any) -> dict[torch.device, Tensor]:
-    """Unscale, if that has not been done, and give what a GradScaler has then found, to be changed.
+    """Unscale if that has not been done; return the GradScaler's own found_inf of each device.
 
-    For each device whether a gradient was not finite: both its `step` and `update` read it there.
+    It is above 0 if a gradient was not finite. The caller may change it: the scaler's `step` and
+    `update` read it from there.
     """
     state = scaler._per_optimizer_states[id(optimizer)]
     if state["stage"].name == "READY":
         scaler.unscale_(optimizer)
-    found: dict[torch.device, Tensor] = state["found_inf_per_device"]
-    if not found:  # there was no gradient
+    infs: dict[torch.device, Tensor] = state["found_inf_per_device"]
+    if not infs:  # there was no gradient
         device = scaler._scale.device
-        found[device] = torch.zeros((), device=device)
-    return found
+        infs[device] = torch.zeros((), device=device)
+    return infs
 
 
 def set_scaled_step(optimizer: torch.optim.Optimizer, step: Any) -> None:
-    """Give one optimizer a `step` that is handed the scaler: a contract with no public name."""
+    """Give an optimizer a `step` that gets the GradScaler as an argument."""
     optimizer.step = step  # type: ignore[method-assign]
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
 
-# --- torch.distributed, which is imported by those who call ---------------------------------------
+# --- torch.distributed, imported only when it is used ---------------------------------------------
 
 
 def group_timeout(group: "ProcessGroup") -> float:
-    """Seconds that a collective of this group may take. Public is only how to set it."""
+    """Return the timeout of the group's collectives in seconds. The public API only sets it."""
     from torch.distributed import get_backend
 
     device = torch.device("cuda" if "nccl" in str(get_backend(group)) else "cpu")
@@ -165,16 +169,16 @@ def group_timeout(group: "ProcessGroup") -> float:
 
 
 def may_be_split_again(model: nn.Module) -> None:
-    """Let `distribute_module` split the modules of a copy, which it marks as those of the model."""
+    """Allow `distribute_module` on a copy of a model: remove the marks copied from the original."""
     for module in model.modules():
         vars(module).pop("_distribute_module_applied", None)
 
 
 def forget_shardings() -> None:
-    """Forget how operations on DTensors came out on earlier meshes.
+    """Clear DTensor's cache of sharding propagation.
 
-    The library takes a mesh of the same ranks for the same, and would go on to use its process
-    group, which may have been destroyed with the world that it was of.
+    DTensor treats two meshes of the same ranks as equal. So it would reuse the cached mesh and its
+    process group, which may have been destroyed with its world.
     """
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
@@ -182,22 +186,22 @@ def forget_shardings() -> None:
 
 
 def register_fake_backend() -> None:
-    """The backend "fake", which sends nothing, is of torch's tests, and registered by import."""
+    """Register the backend "fake" of torch's own tests, which sends nothing."""
     import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
 
 def ddp_forward_begins(ddp: nn.parallel.DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
-    """What DistributedDataParallel does before it calls its module; gives (args, kwargs)."""
+    """Do what DistributedDataParallel does before its module's forward; return (args, kwargs)."""
     return ddp._pre_forward(*args, **kwargs)
 
 
 def ddp_forward_ends(ddp: nn.parallel.DistributedDataParallel, output: Any) -> Any:
-    """What it does afterwards. Both, because we call the module itself: see ddp_wrapper.py."""
+    """Do what it does after forward. We call the module ourselves: see ddp_wrapper.py."""
     return ddp._post_forward(output)
 
 
 def forget_unsharded_gradients(module: Any) -> None:
-    """Gradients that an FSDPModule holds back; its `reset_iter_state` says that it forgets them."""
+    """Drop the accumulated gradients of an FSDPModule, which its `reset_iter_state` does not."""
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
@@ -207,23 +211,22 @@ def forget_unsharded_gradients(module: Any) -> None:
 
 
 def flop_counter(operations: Mapping[Any, Callable[..., int]] | None = None) -> FlopCounterMode:
-    """A context that counts operations, not told apart by module: `.get_total_flops()`.
+    """Return a context that counts floating-point operations: read `.get_total_flops()`.
 
     Args:
-        operations: which torch's counter does not know, each with what it costs.
+        operations: operation -> function of its cost, for those that torch's counter lacks.
     """
     mode = FlopCounterMode(display=False, custom_mapping=dict(operations or {}))
-    mode.mod_tracker = _Untold()  # type: ignore[assignment]
+    mode.mod_tracker = _NoModules()  # type: ignore[assignment]
     return mode
 
 
-class _Untold(nullcontext[None]):
-    """In place of the counter's own tracker, which tells modules apart by hooks.
+class _NoModules(nullcontext[None]):
+    """Replaces the counter's module tracker, which tells modules apart by hooks.
 
-    One is for what each module gives, and holds on to it until the count is over: of blocks that
-    recompute, all that every micro-batch has computed again. It would be in the peak of the memory
-    that is measured in the same step. Another fails where a module is given a parameter while
-    gradients are off.
+    One of its hooks keeps each module's output until the count ends. With recomputed blocks that is
+    every recomputed tensor of every micro-batch, which would add to the peak memory measured in the
+    same step. Another hook fails if a module gets a parameter as input while gradients are off.
     """
 
     parents = frozenset({"Global"})

@@ -1,9 +1,9 @@
-"""Make `import torchvision` work beside a CPU-only torch.
+"""Make `import torchvision` work with a CPU-only torch.
 
-torchvision's wheel on PyPI is built against CUDA. Its compiled part does not load beside a CPU-only
-torch, and its Python part then stops at `operator torchvision::nms does not exist`, because it
-registers shapes for two operators that the compiled part would have declared. Declaring them is
-enough: models, datasets and transforms need neither.
+torchvision's wheel on PyPI is built for CUDA. Its compiled library does not load with a CPU-only
+torch. Then its Python code fails with `operator torchvision::nms does not exist`, because it
+registers shapes for two operators that the compiled library would have declared. It is enough to
+declare them: models, datasets and transforms use neither.
 """
 
 from importlib.machinery import PathFinder
@@ -11,10 +11,10 @@ from importlib.util import find_spec
 
 
 def fix_torchvision() -> None:
-    """Declare torchvision's operators if its compiled part cannot; call it before `import`.
+    """Declare torchvision's operators if its compiled library cannot. Call it before the import.
 
-    A torchvision that matches its torch, or is not installed, is left alone. Calling it again does
-    nothing. It takes milliseconds once torch is imported.
+    It does nothing if torchvision matches torch or is not installed, or if it is called again. It
+    takes milliseconds once torch is imported.
     """
     import torch  # not at the top: `import dist_lab` must stay instant
 
@@ -28,5 +28,5 @@ def fix_torchvision() -> None:
         torch.ops.load_library(compiled.origin)  # as torchvision itself is about to do
     except OSError:
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for name in ("nms", "qnms"):  # torch keeps what is declared without a Library of ours
+        for name in ("nms", "qnms"):  # stays declared without a Library object of ours
             torch.library.define(f"torchvision::{name}", schema)

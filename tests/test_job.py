@@ -1,4 +1,4 @@
-"""The verbs of a job: what they do on any module, and what they refuse."""
+"""The methods of a Job: what they do on any module, and what they refuse."""
 
 import copy
 import pickle
@@ -16,8 +16,8 @@ from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.loss import cross_entropy_sum
 
 
-def one_step(job, optimizer, pieces, total):
-    loss = job.run(pieces, lambda out, target: cross_entropy_sum(out, target) / total)
+def one_step(job, optimizer, microbatches, total):
+    loss = job.run(microbatches, lambda out, target: cross_entropy_sum(out, target) / total)
     job.finish()
     norm = job.clip_grad_norm(None)
     optimizer.step()
@@ -35,7 +35,7 @@ def backward(job):
     cross_entropy_sum(job.model(inputs), targets).backward()
 
 
-# --- sums do not forgive --------------------------------------------------------------------------
+# --- summing twice is refused ---------------------------------------------------------------------
 
 
 def test_a_second_finish_is_refused():
@@ -46,7 +46,7 @@ def test_a_second_finish_is_refused():
         job.finish()
 
 
-def test_a_backward_on_summed_gradients_is_refused_and_says_what_to_call():
+def test_a_backward_after_finish_is_refused_with_the_call_that_is_missing():
     job = single(gpt())
     backward(job)
     job.finish()
@@ -54,14 +54,14 @@ def test_a_backward_on_summed_gradients_is_refused_and_says_what_to_call():
         backward(job)
 
 
-def test_two_backwards_that_both_claim_to_be_the_last_are_refused():
+def test_a_second_backward_without_job_microbatch_is_refused():
     job = single(gpt())
     backward(job)
     with pytest.raises(UserError, match="hold their last micro-batch"):
         backward(job)
 
 
-def test_accumulating_with_microbatch_is_fine():
+def test_job_microbatch_allows_accumulation():
     job = single(gpt())
     with job.microbatch(last=False):
         backward(job)
@@ -71,7 +71,7 @@ def test_accumulating_with_microbatch_is_fine():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_clearing_the_gradients_opens_them_again(set_to_none):
+def test_zero_grad_allows_the_next_backward(set_to_none):
     job = single(gpt())
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_clearing_the_gradients_opens_them_again(set_to_none):
         optimizer.zero_grad(set_to_none=set_to_none)
 
 
-def test_several_backwards_may_make_up_the_last_micro_batch():
+def test_the_last_micro_batch_may_have_several_backwards():
     job = single(gpt())
     with job.microbatch(last=True):
         backward(job)
@@ -92,7 +92,7 @@ def test_several_backwards_may_make_up_the_last_micro_batch():
     job.finish()
 
 
-def test_gradients_that_are_only_asked_for_accumulate_nothing_and_are_no_misuse():
+def test_torch_autograd_grad_is_allowed_after_finish():
     job = single(gpt())
     backward(job)
     job.finish()
@@ -117,10 +117,10 @@ def test_a_forgotten_finish_is_refused_before_weights_drift_apart():
         job.after_step()
 
 
-def test_calls_of_the_wrong_shape_are_told_the_right_one():
-    with pytest.raises(UserError, match="a module that has been built"):
+def test_wrong_arguments_are_refused_with_the_right_ones():
+    with pytest.raises(UserError, match=r"takes a built nn\.Module, not <class"):
         single(Odd)
-    with pytest.raises(UserError, match=r"returns Applied\(layouts, sync\), this one None"):
+    with pytest.raises(UserError, match=r"Applied\(layouts, sync\); .*<lambda> gave None"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), lambda setup: None)
     job = single(odd())
     with pytest.raises(UserError, match=r"list of \(input, target\) pairs"):
@@ -145,12 +145,12 @@ def test_ranks_with_unequal_token_counts_give_the_mean_over_all_tokens(mesh):
     targets = targets.clone()
     targets[1, 2:] = -100  # the middle rank has fewer tokens
     job = dist_lab.parallelize(gpt(), mesh, "dp")
-    mine = inputs[mesh.rank : mesh.rank + 1], targets[mesh.rank : mesh.rank + 1]
-    total = job.count(int((mine[1] != -100).sum()))
-    loss, _ = one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), [mine], total)
+    local = inputs[mesh.rank : mesh.rank + 1], targets[mesh.rank : mesh.rank + 1]
+    total = job.count(int((local[1] != -100).sum()))
+    loss, _ = one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), [local], total)
     assert total == int((targets != -100).sum())
-    want = nn.functional.cross_entropy(gpt()(inputs).flatten(0, 1), targets.flatten())
-    assert loss == pytest.approx(float(want.detach()), rel=1e-12)
+    expected = nn.functional.cross_entropy(gpt()(inputs).flatten(0, 1), targets.flatten())
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
 COUNTS = {
@@ -172,18 +172,18 @@ COUNTS = {
 
 
 @pytest.mark.ranks(2)
-def test_a_count_is_summed_exactly_and_stays_whole_if_every_rank_counts_in_whole_numbers(mesh):
+def test_a_count_is_exact_and_an_int_if_every_rank_gives_an_integer(mesh):
     job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
-    for what, (n, want) in COUNTS.items():
-        got = job.count(n)
-        assert (got, type(got)) == (want, type(want)), what
-    mixed = job.count(2 if mesh.rank else 0.5)  # one has weights, the other has none
+    for kind, (n, expected) in COUNTS.items():
+        total = job.count(n)
+        assert (total, type(total)) == (expected, type(expected)), kind
+    mixed = job.count(2 if mesh.rank else 0.5)  # one rank weights its rows, the other counts them
     assert (mixed, type(mixed)) == (2.5, float)
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
-    ("n", "said"),
+    ("n", "description"),
     [
         (torch.ones(2), r"a Tensor of shape \(2,\)"),
         (np.ones(3), r"a ndarray of shape \(3,\)"),
@@ -195,10 +195,10 @@ def test_a_count_is_summed_exactly_and_stays_whole_if_every_rank_counts_in_whole
         (1j, "a complex"),
     ],
 )
-def test_what_is_no_count_on_one_rank_is_refused_on_all(mesh, n, said):
+def test_a_bad_count_on_one_rank_is_refused_on_all_ranks(mesh, n, description):
     job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
     with pytest.raises(
-        UserError, match=f"was given {said} on rank 1: .*number of tokens"
+        UserError, match=f"was given {description} on rank 1: .*number of tokens"
     ) as caught:
         job.count(n if mesh.rank == 1 else 5)
     assert "\n" not in str(caught.value)
@@ -206,7 +206,7 @@ def test_what_is_no_count_on_one_rank_is_refused_on_all(mesh, n, said):
 
 
 @pytest.mark.ranks(2)
-def test_a_count_of_whole_numbers_is_one_message_of_eight_bytes(mesh):
+def test_counting_integers_sends_one_message_of_eight_bytes(mesh):
     job = dist_lab.parallelize(nn.Linear(2, 2), mesh, "dp")
     with mesh.comm.ledger.recording() as calls:
         job.count(7)
@@ -229,7 +229,7 @@ def test_a_parameter_used_on_one_rank_only_gets_that_ranks_gradient_everywhere(m
     job.model(torch.full((2, 4), 1.0 + mesh.rank)).sum().backward()
     with mesh.comm.ledger.recording() as calls:
         job.finish()
-    assert job.model.never.weight.grad is None, "a parameter that nobody uses has no gradient"
+    assert job.model.never.weight.grad is None, "a parameter that no rank uses has no gradient"
     assert "never.weight" not in {call.unit for call in calls}, "and is not sent"
     alone = Branch()
     alone.common(alone.rare(torch.full((2, 4), 2.0))).sum().backward()
@@ -237,7 +237,7 @@ def test_a_parameter_used_on_one_rank_only_gets_that_ranks_gradient_everywhere(m
 
 
 @pytest.mark.ranks(2)
-def test_a_frozen_parameter_is_never_sent_and_a_tied_one_once(mesh):
+def test_a_frozen_parameter_is_never_sent_and_a_tied_one_is_sent_once(mesh):
     job = dist_lab.parallelize(odd(), mesh, "dp")
     backward(job)
     with mesh.comm.ledger.recording() as calls:
@@ -249,20 +249,20 @@ def test_a_frozen_parameter_is_never_sent_and_a_tied_one_once(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_gradients_travel_once_a_step_however_many_micro_batches(mesh):
+def test_gradients_are_reduced_once_a_step_for_any_number_of_micro_batches(mesh):
     job = dist_lab.parallelize(gpt(), mesh, "dp")
-    traffic = []
+    traffic_by_run = []
     for k in (1, 4):
-        pieces = [batch(i, rows=2) for i in range(k)]
+        microbatches = [batch(i, rows=2) for i in range(k)]
         before = mesh.comm.ledger.by["finish", "all_reduce", "dp"]
-        one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), pieces, 12)
-        traffic.append((mesh.comm.ledger.by["finish", "all_reduce", "dp"] - before).payload)
+        one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), microbatches, 12)
+        traffic_by_run.append((mesh.comm.ledger.by["finish", "all_reduce", "dp"] - before).payload)
     parameters = list(job.model.parameters())
-    assert traffic == [8 * sum(p.numel() for p in parameters) + len(parameters)] * 2
+    assert traffic_by_run == [8 * sum(p.numel() for p in parameters) + len(parameters)] * 2
 
 
 @pytest.mark.ranks(2)
-def test_everyone_starts_from_rank_zeros_weights_and_buffers(mesh):
+def test_every_rank_starts_from_the_weights_and_buffers_of_rank_0(mesh):
     torch.manual_seed(mesh.rank)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[1].running_mean += mesh.rank
@@ -276,7 +276,7 @@ def test_everyone_starts_from_rank_zeros_weights_and_buffers(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_evaluate_is_the_global_loss_and_leaves_no_trace(mesh):
+def test_evaluate_returns_the_global_loss_and_changes_nothing(mesh):
     job = dist_lab.parallelize(gpt(), mesh, "dp")
     inputs, targets = batch(0)
     halves = list(zip(inputs.chunk(2), targets.chunk(2), strict=True))
@@ -284,18 +284,18 @@ def test_evaluate_is_the_global_loss_and_leaves_no_trace(mesh):
     loss = job.evaluate(
         [halves[mesh.rank]], lambda out, target: cross_entropy_sum(out, target) / total
     )
-    want = cross_entropy_sum(gpt()(inputs), targets) / targets.numel()
-    assert loss == pytest.approx(float(want.detach()), rel=1e-12)
+    expected = cross_entropy_sum(gpt()(inputs), targets) / targets.numel()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
     assert job.model.training
     assert all(p.grad is None for p in job.model.parameters())
 
 
 @pytest.mark.ranks(2)
-def test_a_rank_without_rows_joins_in_the_sum(mesh):
+def test_a_rank_without_rows_takes_part_in_every_step(mesh):
     job = dist_lab.parallelize(gpt(), mesh, "dp")
-    pieces = [batch(0)] if mesh.rank == 0 else []
+    microbatches = [batch(0)] if mesh.rank == 0 else []
     for _ in range(2):
-        one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), pieces, 48)
+        one_step(job, job.optimizer(torch.optim.SGD, lr=0.1), microbatches, 48)
     check = [p.detach() for p in job.model.parameters()]
     check_tensors_agree({str(i): p for i, p in enumerate(check)}, mesh["dp"])
 
@@ -313,13 +313,13 @@ def test_a_copy_or_a_pickle_of_the_model_is_the_plain_model(mesh):
         assert mesh.comm.ledger.total.calls == before
 
 
-def test_a_model_is_parallelized_once():
+def test_parallelizing_a_model_twice_is_refused():
     job = single(odd())
     with pytest.raises(UserError, match="parallelized already"):
         single(job.model)
 
 
-def test_evaluating_keeps_each_modules_own_mode_even_through_an_exception():
+def test_evaluate_restores_the_mode_of_each_module_even_after_an_exception():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     model[1].eval()  # frozen statistics
     job = single(model)
@@ -332,7 +332,7 @@ def test_evaluating_keeps_each_modules_own_mode_even_through_an_exception():
 
 
 @pytest.mark.ranks(2)
-def test_weights_go_out_and_in_whole_under_the_names_of_before(mesh):
+def test_a_full_state_dict_has_the_plain_models_names_and_loads_again(mesh):
     before = odd().state_dict()
     job = dist_lab.parallelize(odd(), mesh, "dp")
     full = job.full_state_dict()
@@ -345,7 +345,7 @@ def test_weights_go_out_and_in_whole_under_the_names_of_before(mesh):
     assert (job.full_state_dict(rank0_only=True) == {}) == (mesh.rank == 1)
 
 
-def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed():
+def test_loading_weights_that_do_not_fit_is_refused_and_changes_nothing():
     job = single(odd())
     full = job.full_state_dict()
     with pytest.raises(UserError, match="1 names do not match, first: scale is missing from"):
@@ -358,7 +358,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed():
     assert all(torch.equal(t, full[n]) for n, t in job.full_state_dict().items())
 
 
-def test_buffers_and_extra_state_travel_too():
+def test_a_full_state_dict_holds_buffers_and_extra_state():
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -382,21 +382,21 @@ def test_buffers_and_extra_state_travel_too():
     assert job.model.note == {"a": 2}
 
 
-def test_decay_groups_are_made_by_name_and_whole_shape():
+def test_optimizer_groups_are_made_by_name_and_unsharded_shape():
     job = single(Odd())
     optimizer = job.optimizer(
         torch.optim.AdamW, lr=1.0,
         groups=lambda name, shape: {"weight_decay": 0.1 if len(shape) > 1 else 0.0},
     )  # fmt: skip
     groups = {g["weight_decay"]: len(g["params"]) for g in optimizer.param_groups}
-    assert groups == {0.1: 3, 0.0: 3}  # the frozen layer is in neither
+    assert groups == {0.1: 3, 0.0: 3}  # the frozen layer is in no group
 
 
-# --- numbers that are none ------------------------------------------------------------------------
+# --- numbers that are not finite ------------------------------------------------------------------
 
 
 @pytest.mark.ranks(3)
-def test_a_nan_stops_every_rank_in_the_same_step_and_names_parameter_and_rank(mesh):
+def test_a_nan_stops_every_rank_in_the_same_step_and_the_message_names_parameter_and_rank(mesh):
     job = dist_lab.parallelize(gpt(), mesh, "dp")
     before = copy.deepcopy(job.model.state_dict())
 
@@ -416,7 +416,7 @@ def test_a_nan_stops_every_rank_in_the_same_step_and_names_parameter_and_rank(me
 
 
 @pytest.mark.ranks(2)
-def test_an_infinite_gradient_under_a_finite_loss_is_found_where_it_arose(mesh):
+def test_an_infinite_gradient_with_a_finite_loss_is_reported_with_its_rank(mesh):
     job = dist_lab.parallelize(odd(), mesh, "dp")
     job.check_finite(1, 0.5, 0.5)
     if mesh.rank == 1:
@@ -431,7 +431,7 @@ def test_an_infinite_gradient_under_a_finite_loss_is_found_where_it_arose(mesh):
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_the_projection_of_torchs_attention_is_no_unit(mesh):
+def test_out_proj_of_torchs_attention_cannot_be_a_unit(mesh):
     def build():
         torch.manual_seed(0)
         return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
@@ -450,12 +450,12 @@ def test_the_projection_of_torchs_attention_is_no_unit(mesh):
     assert loss == pytest.approx(plain.eval()(x).square().sum().item(), rel=1e-12)
 
 
-def test_a_unit_that_matches_nothing_names_what_there_is():
+def test_a_unit_that_matches_nothing_is_refused_with_the_classes_of_the_model():
     with pytest.raises(UserError, match=r"unit Conv2d matches no module; classes here: .*Linear"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), "single", units=[nn.Conv2d])
 
 
-def test_a_model_without_values_and_a_sparse_gradient_are_refused():
+def test_a_meta_model_without_init_weight_and_a_sparse_gradient_are_refused():
     with torch.device("meta"):
         empty = nn.Linear(2, 2)
     with pytest.raises(UserError, match="without values, and Linear has no init_weight"):
@@ -464,18 +464,18 @@ def test_a_model_without_values_and_a_sparse_gradient_are_refused():
         single(nn.Sequential(nn.Embedding(3, 2, sparse=True)))
 
 
-def test_an_unknown_strategy_lists_those_there_are():
-    with pytest.raises(UserError, match="no strategy dpp@hand; there is single@hand, dp@hand"):
+def test_an_unknown_strategy_is_refused_with_the_list_of_strategies():
+    with pytest.raises(UserError, match="no strategy dpp@hand; there are single@hand, dp@hand"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), "dpp")
 
 
 @pytest.mark.ranks(2)
 def test_single_on_two_processes_is_refused(mesh):
-    with pytest.raises(UserError, match="strategy single is for one process, the mesh is dp=2"):
+    with pytest.raises(UserError, match="strategy single is for one process, but the mesh is dp=2"):
         dist_lab.parallelize(odd(), mesh, "single")
 
 
-def test_names_do_not_change():
+def test_param_dtype_keeps_names_and_master_weights():
     names = [name for name, _ in odd().named_parameters()]
     job = dist_lab.parallelize(
         odd(torch.float32), dist_lab.init_mesh(), "single", param_dtype=torch.bfloat16

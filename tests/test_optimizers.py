@@ -1,4 +1,4 @@
-"""Which optimizers a job builds: on parts of parameters those that see one element at a time."""
+"""Job.optimizer on shards builds only elementwise optimizers, which treat each element alone."""
 
 import math
 import random
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Plain(Optimizer):
-    """SGD. Those below change the gradient of each tensor, or of all, before."""
+    """SGD. Its subclasses first change the gradient of each tensor, or of all tensors."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -26,51 +26,53 @@ class Plain(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None]
-            for p, change in zip(held, self.changes(held), strict=True):
+            params = [p for p in group["params"] if p.grad is not None]
+            for p, change in zip(params, self.changes(params), strict=True):
                 p -= group["lr"] * change
 
-    def changes(self, held):
-        return [p.grad for p in held]
+    def changes(self, params):
+        return [p.grad for p in params]
 
 
 class TrustRatio(Plain):
-    """As LAMB does."""
+    """Scales by a trust ratio, like LAMB."""
 
-    def changes(self, held):
-        return [p.grad * p.norm() / p.grad.norm() for p in held]
+    def changes(self, params):
+        return [p.grad * p.norm() / p.grad.norm() for p in params]
 
 
 class ClipsTensors(Plain):
-    """Only large ones."""
+    """Clips each large gradient by its own norm."""
 
-    def changes(self, held):
-        return [p.grad * min(1.0, 20 / float(p.grad.norm())) for p in held]
+    def changes(self, params):
+        return [p.grad * min(1.0, 20 / float(p.grad.norm())) for p in params]
 
 
 class ClipsAll(Plain):
-    """By the norm of all, which is the same however tensors are cut."""
+    """Clips by the global norm, which is the same however tensors are split."""
 
-    def changes(self, held):
-        norm = math.hypot(*(float(p.grad.norm()) for p in held))
-        return [p.grad * min(1.0, 20 / norm) for p in held]
+    def changes(self, params):
+        norm = math.hypot(*(float(p.grad.norm()) for p in params))
+        return [p.grad * min(1.0, 20 / norm) for p in params]
 
 
 class ByRow(Plain):
-    def changes(self, held):
-        return [p.grad / p.grad.norm(dim=-1, keepdim=True) if p.dim() > 1 else p.grad for p in held]
+    def changes(self, params):
+        return [
+            p.grad / p.grad.norm(dim=-1, keepdim=True) if p.dim() > 1 else p.grad for p in params
+        ]
 
 
 class DecaysMatrices(Plain):
-    """Each element by itself, but it asks for the shape, which a range of elements has lost."""
+    """Treats each element alone, but reads the shape, which a flat shard has lost."""
 
-    def changes(self, held):
-        return [p.grad + 0.1 * p if p.dim() > 1 else p.grad for p in held]
+    def changes(self, params):
+        return [p.grad + 0.1 * p if p.dim() > 1 else p.grad for p in params]
 
 
 class Noisy(Plain):
-    def changes(self, held):
-        return [p.grad + torch.randn_like(p) for p in held]
+    def changes(self, params):
+        return [p.grad + torch.randn_like(p) for p in params]
 
 
 class WantsClosure(Plain):
@@ -78,7 +80,7 @@ class WantsClosure(Plain):
         closure()
 
 
-SEES = {
+SCOPES = {
     "element": [
         Plain, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad,
         torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
@@ -89,21 +91,23 @@ SEES = {
     ],
     "all": [ClipsAll, Noisy, WantsClosure, torch.optim.LBFGS],
 }  # fmt: skip
-ROWS = [(cls, sees) for sees, classes in SEES.items() for cls in classes]
+ROWS = [(cls, scope) for scope, classes in SCOPES.items() for cls in classes]
 
 
-@pytest.mark.parametrize(("cls", "sees"), ROWS, ids=lambda value: getattr(value, "__name__", value))
-def test_what_a_class_looks_at_is_found_by_trying_it(cls, sees):
-    assert update_scope(lambda parameters: cls(parameters, lr=0.05), CPU) == sees
+@pytest.mark.parametrize(
+    ("cls", "scope"), ROWS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_a_trial_finds_the_update_scope_of_an_optimizer_class(cls, scope):
+    assert update_scope(lambda parameters: cls(parameters, lr=0.05), CPU) == scope
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}])
-def test_options_of_an_elementwise_class_do_not_change_that(options):
+def test_an_elementwise_class_stays_elementwise_with_any_options(options):
     make = lambda parameters: torch.optim.AdamW(parameters, **options)  # noqa: E731
     assert update_scope(make, CPU) == "element"
 
 
-def test_trying_a_class_draws_no_random_number_of_the_program():
+def test_the_trial_does_not_use_the_global_random_generator():
     torch.manual_seed(0)
     random.seed(0)
     before = torch.get_rng_state()
@@ -122,9 +126,9 @@ def net(bias=True):
 
 
 def data(step):
-    drawn = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 6, generator=drawn, dtype=torch.float64)
-    return x, torch.randint(4, (8,), generator=drawn)
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(4, (8,), generator=generator)
 
 
 def job_of(mesh, label, bias=True):
@@ -135,25 +139,25 @@ def job_of(mesh, label, bias=True):
 
 
 def losses_of(job, optimizer, steps=3):
-    """Train, with whatever optimizer: a closure where it wants one."""
-    found = []
+    """Train with any optimizer, LBFGS with a closure; return the losses."""
+    losses = []
     for step in range(steps):
         pair = (t.chunk(job.mesh.data.size)[job.mesh.data.index] for t in data(step))
-        pieces = list(zip(*(t.chunk(2) for t in pair), strict=True))
+        microbatches = list(zip(*(t.chunk(2) for t in pair), strict=True))
 
-        def closure(pieces=pieces):
+        def closure(microbatches=microbatches):
             optimizer.zero_grad()
-            loss = job.run(pieces, lambda out, target: cross_entropy_sum(out, target) / 8)
+            loss = job.run(microbatches, lambda out, target: cross_entropy_sum(out, target) / 8)
             job.finish()
             return torch.tensor(loss)
 
         if isinstance(optimizer, torch.optim.LBFGS):
-            found.append(float(optimizer.step(closure)))
+            losses.append(float(optimizer.step(closure)))
         else:
-            found.append(float(closure()))
+            losses.append(float(closure()))
             optimizer.step()
         job.after_step()
-    return found
+    return losses
 
 
 CLASSES = {
@@ -170,11 +174,11 @@ def one_process(cls):
     return losses_of(job, job.optimizer(cls, **CLASSES[cls]))
 
 
-BY_TENSOR = [cls for cls in CLASSES if cls in SEES["tensor"]]
+BY_TENSOR = [cls for cls in CLASSES if cls in SCOPES["tensor"]]
 
 
 def on_two(rows):
-    """(strategy, ...) -> the same on two ranks, along the axis that the strategy runs along."""
+    """Mark each row (strategy, ...) to run on two ranks along the strategy's axis."""
     return [
         pytest.param(*row, marks=pytest.mark.ranks(2, mesh=axes_of(row[0].partition("@")[0], 2)))
         for row in rows
@@ -182,24 +186,24 @@ def on_two(rows):
 
 
 @pytest.fixture
-def want(cls):
+def expected(cls):
     return one_process(cls)
 
 
-WHOLE = [
+REPLICATED = [
     *((strategy, cls) for strategy in ("dp", "ddp") for cls in CLASSES),
     *((strategy, cls) for strategy in ("zero1@torch", "pp") for cls in BY_TENSOR),
 ]
 
 
-@pytest.mark.parametrize(("strategy", "cls"), on_two(WHOLE))
-def test_on_whole_parameters_any_class_trains_as_one_process_does(mesh, strategy, cls, want):
+@pytest.mark.parametrize(("strategy", "cls"), on_two(REPLICATED))
+def test_any_class_is_exact_where_every_tensor_is_whole(mesh, strategy, cls, expected):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)
-    got = losses_of(job, job.optimizer(cls, **CLASSES[cls]))
-    assert got == pytest.approx(want, rel=1e-12)
+    losses = losses_of(job, job.optimizer(cls, **CLASSES[cls]))
+    assert losses == pytest.approx(expected, rel=1e-12)
 
 
-PARTS = [
+SHARDED = [
     *((s, cls, "0.weight") for s in ("zero1", "zero2", "fsdp", "tp") for cls in CLASSES),
     *((s, torch.optim.Adafactor, "0.weight") for s in ("fsdp@torch", "tp@torch")),
     *((s, torch.optim.LBFGS, "") for s in ("pp", "pp@torch", "zero1@torch")),
@@ -208,36 +212,36 @@ PARTS = [
 
 
 @pytest.mark.slow_unless(lambda strategy: strategy in ("zero1", "fsdp", "pp", "fsdp@torch"))
-@pytest.mark.parametrize(("strategy", "cls", "parameter"), on_two(PARTS))
-def test_on_parts_of_parameters_it_is_refused_on_every_rank(mesh, strategy, cls, parameter):
+@pytest.mark.parametrize(("strategy", "cls", "parameter"), on_two(SHARDED))
+def test_a_class_that_is_not_elementwise_is_refused_on_shards(mesh, strategy, cls, parameter):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)
     where = f"step on shards of {parameter}" if parameter else "step on different parameters"
-    said = f"{cls.__name__} looks at more than one .*{where}; use dp or ddp"
-    with pytest.raises(UserError, match=said) as caught:
+    message = f"{cls.__name__} looks at more than one .*{where}; use dp or ddp"
+    with pytest.raises(UserError, match=message) as caught:
         job.optimizer(cls, **CLASSES[cls])
     assert "\n" not in str(caught.value)
     job.optimizer(torch.optim.AdamW, lr=0.1)
 
 
-def test_on_one_rank_a_class_is_refused_only_where_parameters_lost_their_shape():
+def test_on_one_rank_a_class_is_refused_only_on_flattened_parameters():
     mesh = dist_lab.init_mesh()
     with pytest.raises(UserError, match=r"Adafactor looks at .* shards of 0\.weight"):
         job_of(mesh, "zero1").optimizer(torch.optim.Adafactor)
     for cls in (torch.optim.LBFGS, torch.optim.Adafactor):
         job = job_of(dist_lab.init_mesh(fsdp=1), "fsdp")
-        got = losses_of(job, job.optimizer(cls, **CLASSES[cls]))
-        assert got == pytest.approx(one_process(cls), rel=1e-12)
+        losses = losses_of(job, job.optimizer(cls, **CLASSES[cls]))
+        assert losses == pytest.approx(one_process(cls), rel=1e-12)
 
 
 @pytest.mark.ranks(2)
-def test_a_group_whose_options_make_it_elementwise_is_judged_by_itself(mesh):
+def test_each_group_is_tried_with_its_own_options(mesh):
     class Switched(ClipsTensors):
         def __init__(self, params, lr=0.1):
             super().__init__([{"clip": False, **group} for group in params], lr)
 
-        def changes(self, held):
-            clips = [g["clip"] for g in self.param_groups if g["params"][0] is held[0]]
-            return super().changes(held) if clips[0] else [p.grad for p in held]
+        def changes(self, params):
+            clips = [g["clip"] for g in self.param_groups if g["params"][0] is params[0]]
+            return super().changes(params) if clips[0] else [p.grad for p in params]
 
     job = job_of(mesh, "zero1")
     job.optimizer(Switched)
@@ -246,7 +250,7 @@ def test_a_group_whose_options_make_it_elementwise_is_judged_by_itself(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_what_one_process_refuses_too_keeps_its_own_words(mesh):
+def test_an_error_of_the_optimizer_itself_keeps_its_message(mesh):
     job = job_of(mesh, "zero1")
     with pytest.raises(ValueError, match="Invalid learning rate"):
         job.optimizer(torch.optim.AdamW, lr=-1.0)

@@ -1,7 +1,7 @@
-"""The pytest plugin: what runs on the ranks, what each way to fail looks like, and what is left.
+"""The pytest plugin: what runs on the ranks, how failures are reported, and what is left behind.
 
-A test of a failure runs a pytest of its own on a small test file, in this process, where the
-forkserver is warm; a test of what is left behind runs it as a program.
+A test of a failure runs an inner pytest on a small test file, in this process, where the forkserver
+is warm. A test of what is left behind runs the inner pytest as a program.
 """
 
 import importlib
@@ -36,7 +36,7 @@ from dist_lab.comm import ops
 def meet(mesh):
     return ops.all_reduce(torch.tensor(1.0), mesh["dp"])
 """
-# Without pytest's own collections of garbage, which take a second beside torch.
+# Without pytest's own garbage collections, which take a second when torch is imported.
 QUIET = ("-p", "dist_lab.testing", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-q")
 
 
@@ -46,14 +46,14 @@ class Point:
 
 
 @pytest.fixture(autouse=True)
-def _ours_is_the_only_plugin_inside(monkeypatch):
+def _only_our_plugin_is_loaded(monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 @pytest.fixture
 def inner(pytester):
-    """Runs a test file in a pytest of its own; returns its result, with all of stdout as `text`."""
-    # Modules first imported inside are forgotten afterwards; the one forkserver must not be.
+    """Runs a test file in an inner pytest; returns its result, with all of stdout as `text`."""
+    # Modules that the inner pytest imports are forgotten after it; the forkserver must not be.
     importlib.import_module("multiprocessing.popen_forkserver")
 
     def run(body, *arguments):
@@ -69,12 +69,12 @@ def inner(pytester):
 
 
 @pytest.mark.ranks(3)
-def test_the_body_runs_on_every_rank_at_once(mesh):
+def test_the_body_runs_on_all_ranks_at_once(mesh):
     assert ops.all_gather(torch.tensor([mesh.rank]), mesh["dp"]).tolist() == [0, 1, 2]
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "tp": 2})
-def test_the_mesh_has_the_axes_that_were_asked_for(mesh):
+def test_the_mesh_has_the_axes_of_the_marker(mesh):
     assert (mesh["dp"].size, mesh["tp"].ranks) == (2, (0, 1) if mesh.rank < 2 else (2, 3))
 
 
@@ -85,9 +85,7 @@ def a_tensor():
 
 @pytest.mark.parametrize("point", [Point(3)])
 @pytest.mark.ranks(2)
-def test_values_of_fixtures_and_parameters_travel_each_rank_has_its_own(
-    mesh, tmp_path, a_tensor, point
-):
+def test_each_rank_gets_its_own_copy_of_fixtures_and_parameters(mesh, tmp_path, a_tensor, point):
     assert point == Point(3)
     (tmp_path / str(mesh.rank)).touch()
     ops.all_reduce(torch.zeros(1), mesh["dp"])
@@ -99,15 +97,15 @@ def test_values_of_fixtures_and_parameters_travel_each_rank_has_its_own(
 
 class TestClass:
     @pytest.mark.ranks(2)
-    def test_methods_and_pytests_own_verbs_work(self, mesh):
+    def test_methods_and_pytest_raises_warns_and_approx_work(self, mesh):
         with pytest.raises(KeyError, match="nobody"):
             {}["nobody"]
         with pytest.warns(UserWarning, match="look"):
             warnings.warn("look", UserWarning, stacklevel=1)
-        assert torch.rand(1).item() == pytest.approx(0.4963, abs=1e-4), "not seeded alike"
+        assert torch.rand(1).item() == pytest.approx(0.4963, abs=1e-4), "ranks have different seeds"
 
 
-def test_the_ranks_are_warm_and_a_smaller_test_runs_on_the_first_of_them(inner):
+def test_the_ranks_are_reused_and_a_smaller_test_runs_on_the_first_of_them(inner):
     result = inner(
         """
 @pytest.mark.ranks(3)
@@ -122,30 +120,30 @@ def test_b(mesh): print("B", os.getpid())
     assert b == a[:2]
 
 
-def test_nothing_of_a_test_is_there_in_the_next(inner):
-    # A message that nobody has received, groups that nobody has closed, a timeout of half a second:
-    # in a shared process group the first one alone would make the next test read wrong numbers.
+def test_a_test_does_not_change_the_next_one(inner):
+    # The test leaves a message that is never received, groups that are never destroyed, and a
+    # timeout of half a second. In a shared process group, the next test would receive the message.
     result = inner("""
-FOUND = []
+THREADS = []
 
 @pytest.mark.parametrize("i", range(4))
 @pytest.mark.ranks(2)
 def test_leaves_things_behind(mesh, i):
-    FOUND.append(len(os.listdir("/proc/self/task")) if os.path.exists("/proc") else 0)
-    assert max(FOUND) == min(FOUND), "threads pile up"
+    THREADS.append(len(os.listdir("/proc/self/task")) if os.path.exists("/proc") else 0)
+    assert max(THREADS) == min(THREADS), "threads pile up"
     assert torch.get_default_dtype() == torch.float32
     assert torch.get_num_threads() == 1
     assert torch.is_grad_enabled()
     assert torch.rand(1).item() == pytest.approx(0.4963, abs=1e-4)
     assert mesh.timeout > 60
-    got = torch.zeros(1)
-    mine, other = torch.full((1,), 10.0 * i), 1 - mesh.rank
+    received = torch.zeros(1)
+    sent, peer = torch.full((1,), 10.0 * i), 1 - mesh.rank
     if mesh.rank == 0:
-        dist.send(mine, other)
-        dist.isend(mine + 1, other)
+        dist.send(sent, peer)
+        dist.isend(sent + 1, peer)
     else:
-        dist.recv(got, other)
-        assert got == mine
+        dist.recv(received, peer)
+        assert received == sent
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(2)
     torch.set_grad_enabled(False)
@@ -156,7 +154,7 @@ def test_leaves_things_behind(mesh, i):
     result.assert_outcomes(passed=4)
 
 
-def test_tcp_connections_that_a_test_leaves_are_ended_and_nothing_else(inner):
+def test_only_tcp_connections_that_a_test_leaves_open_are_closed(inner):
     result = inner("""
 LEFT = []
 
@@ -166,21 +164,21 @@ def test_leaves_sockets_open(mesh, i):
     if i == 0:
         server = socket.create_server(("127.0.0.1", 0))
         LEFT.extend([server, socket.create_connection(server.getsockname()), *socket.socketpair()])
-    server, connected, mine, other = LEFT
+    server, connected, local, remote = LEFT
     connected.setblocking(False)
     if i == 0:
         with pytest.raises(BlockingIOError): connected.recv(1)
     else:
         assert connected.recv(1) == b""
-    other.send(b"x")
-    assert mine.recv(1) == b"x"
+    remote.send(b"x")
+    assert local.recv(1) == b"x"
     with socket.create_connection(server.getsockname(), timeout=5): pass
     assert meet(mesh) == 2
 """)
     result.assert_outcomes(passed=2)
 
 
-def test_a_test_of_four_ranks_costs_a_third_of_a_second_at_most_after_the_first(pytester):
+def test_a_test_on_four_ranks_takes_at_most_0_3_seconds_after_the_first(pytester):
     pytester.makepyfile(
         HEAD
         + """
@@ -192,7 +190,7 @@ def test_sum(mesh, i): assert meet(mesh) == 4
     reports = pytester.inline_run(*QUIET).getreports("pytest_runtest_logreport")
     seconds = [report.duration for report in reports if report.when == "call"]
     assert len(seconds) == 6
-    assert min(seconds[1:]) <= 0.3  # the best of five: a busy machine is not our doing
+    assert min(seconds[1:]) <= 0.3  # the best of five, because the machine may be busy
 
 
 def test_collecting_starts_no_rank_and_imports_no_torch(pytester, monkeypatch):
@@ -213,7 +211,7 @@ def test_b(): assert "torch" not in sys.modules
 # --- what a failure looks like --------------------------------------------------------------------
 
 
-def test_one_rank_that_fails_is_told_first_and_the_next_test_has_new_ranks(inner):
+def test_the_rank_that_fails_is_reported_first_and_the_next_test_has_new_ranks(inner):
     result = inner(
         """
 @pytest.mark.ranks(3)
@@ -237,18 +235,18 @@ def test_after(mesh):
         "-rP",
     )
     result.assert_outcomes(passed=2, failed=1)
-    told = result.text[result.text.index("---- rank 1 of 3") :]
-    assert told.startswith("---- rank 1 of 3: AssertionError: assert 3 == (3 + 1) ----\n")
-    assert "where 3 = sum([1, 2])" in told, "the assert does not show its values"
+    report = result.text[result.text.index("---- rank 1 of 3") :]
+    assert report.startswith("---- rank 1 of 3: AssertionError: assert 3 == (3 + 1) ----\n")
+    assert "where 3 = sum([1, 2])" in report, "the assert does not show its values"
     for rank in (0, 2):
-        assert f"---- rank {rank} of 3: CollectiveError: rank {rank}/3 " in told
-        assert "Connection closed by peer" in told
+        assert f"---- rank {rank} of 3: CollectiveError: rank {rank}/3 " in report
+        assert "Connection closed by peer" in report
     for rank in (0, 1, 2):
-        assert f"---- rank {rank} printed ----\nhello from {rank}\nand from C++\n" in told
+        assert f"---- rank {rank} printed ----\nhello from {rank}\nand from C++\n" in report
     assert len({line for line in result.outlines if line.startswith("PID")}) == 6
 
 
-def test_a_failure_of_all_ranks_is_told_once_and_a_warning_is_one_where_pytest_says_so(inner):
+def test_a_failure_of_all_ranks_is_reported_once_and_pytests_warning_filters_apply(inner):
     result = inner(
         "@pytest.mark.ranks(3)\n"
         "def test_warns(mesh): warnings.warn('old name', DeprecationWarning)\n",
@@ -256,13 +254,13 @@ def test_a_failure_of_all_ranks_is_told_once_and_a_warning_is_one_where_pytest_s
         "error::DeprecationWarning",
     )
     result.assert_outcomes(failed=1)
-    # A line of its own; pytest's summary quotes it too where it does not cut lines, as under CI.
+    # We count whole lines, because pytest's summary may quote the line too, as under CI.
     assert result.outlines.count("---- ranks 0, 1, 2 of 3: DeprecationWarning: old name ----") == 1
 
 
 @pytest.mark.slow_unless(lambda line: line in ("killed by SIGSEGV", "SystemExit: 0"))
 @pytest.mark.parametrize(
-    ("how", "line", "stack"),
+    ("death", "line", "stack"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL", ""),
         ("os._exit(3)", "exited with status 3", ""),
@@ -270,12 +268,12 @@ def test_a_failure_of_all_ranks_is_told_once_and_a_warning_is_one_where_pytest_s
         ("raise SystemExit(0)", "SystemExit: 0", "in test_dies\n"),
     ],
 )
-def test_a_rank_that_dies_is_named_with_how(how, line, stack, inner):
+def test_a_rank_that_dies_is_named_with_the_cause(death, line, stack, inner):
     result = inner(f"""
 @pytest.mark.ranks(2)
 def test_dies(mesh):
     if mesh.rank == 1:
-        {how}
+        {death}
     meet(mesh)
 """)
     result.assert_outcomes(failed=1)
@@ -284,7 +282,7 @@ def test_dies(mesh):
     assert stack in first
 
 
-def test_a_hang_is_ended_after_its_time_with_the_stack_of_every_rank_in_it(inner):
+def test_a_hang_is_ended_after_the_timeout_with_the_stack_of_every_hanging_rank(inner):
     began = time.monotonic()
     result = inner("""
 def forgotten(): time.sleep(600)
@@ -315,7 +313,7 @@ def test_after(mesh): assert meet(mesh) == 4
 
 
 @pytest.mark.slow
-def test_when_one_has_failed_the_others_have_two_seconds(inner):
+def test_after_a_failure_the_other_ranks_have_two_seconds_to_end(inner):
     began = time.monotonic()
     result = inner("""
 @pytest.mark.ranks(2)
@@ -330,7 +328,7 @@ def test_fails(mesh):
     assert "in test_fails" in result.text.partition("was still running")[2]
 
 
-def test_a_skip_is_a_skip_and_an_expected_failure_is_one(inner):
+def test_skip_and_xfail_work_on_ranks(inner):
     result = inner(
         """
 @pytest.mark.ranks(2)
@@ -349,7 +347,7 @@ def test_marked(mesh): assert mesh.size == 1
     assert "no GPU here" in result.text
 
 
-def test_misuse_is_answered_in_one_line(inner):
+def test_misuse_is_reported_in_one_line(inner):
     result = inner("""
 def test_a(mesh): pass
 @pytest.mark.ranks(2)
@@ -371,8 +369,8 @@ def test_f(size): pass
     for line in (
         "on a rank, use pytest.MonkeyPatch.context() in the body of the test",
         "the fixture `mesh` is for tests marked @pytest.mark.ranks(n)",
-        "the fixture `request` cannot travel to the ranks: ",
-        "@pytest.mark.ranks: 'two' is no number of ranks",
+        "the fixture `request` cannot be pickled: ",
+        "@pytest.mark.ranks: 'two' is not a number of ranks",
         "@pytest.mark.ranks: mesh {'dp': 3} is not for 4 ranks",
         "unexpected keyword argument 'timout'",
         "'OnEachRank' object has no attribute 'size'",
@@ -380,7 +378,7 @@ def test_f(size): pass
         assert line in result.text
 
 
-def test_a_rank_that_dies_between_two_tests_is_told_as_such(inner):
+def test_a_rank_that_dies_between_two_tests_is_reported(inner):
     result = inner("""
 @pytest.mark.ranks(2)
 def test_before(mesh):
@@ -390,11 +388,11 @@ def test_between(): time.sleep(0.3)
 def test_next(mesh): pass
 """)
     result.assert_outcomes(passed=2, failed=1)
-    said = "rank 1: exited with status 4, after the test before this one had passed"
-    assert said in result.text
+    line = "rank 1: exited with status 4, after the test before this one had passed"
+    assert line in result.text
 
 
-def test_the_exit_code_of_every_rank_is_looked_at(inner):
+def test_a_nonzero_exit_code_of_a_rank_fails_the_session(inner):
     result = inner("""
 @pytest.mark.ranks(2)
 def test_a(mesh):
@@ -404,13 +402,13 @@ def test_a(mesh):
     assert "rank 1 of the pool: exited with status 5 after the last test" in result.outlines
 
 
-# --- what is left ---------------------------------------------------------------------------------
+# --- what is left behind --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def program(pytester):
-    """Starts a test file in a pytest of its own process, which keeps its files in `folder`."""
-    folder = Path(tempfile.mkdtemp())  # short: the path of a socket has 108 characters at most
+    """Starts a pytest process on a test file; its temporary files are in `folder`."""
+    folder = Path(tempfile.mkdtemp())  # a short path: that of a socket has at most 108 characters
     mark = f"TMPDIR={folder}"
     started = []
 
@@ -454,12 +452,12 @@ def test_hangs(mesh, tmp_path):
 def test_ctrl_c_leaves_no_process_and_no_file(program):
     start, folder, mark = program
     running = start(HANGS)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does, to the ranks as well
+    os.killpg(running.pid, signal.SIGINT)  # like a terminal, which signals the ranks as well
     text, _ = running.communicate(timeout=10)
     assert running.returncode == pytest.ExitCode.INTERRUPTED
     assert "1 passed" in text
     assert all_gone(mark)
-    # torch._dynamo makes a folder for its own cache when it is imported, as every optimizer does.
+    # torch._dynamo, which every optimizer imports, makes a folder for its own cache.
     assert not [path for path in folder.iterdir() if "torchinductor" not in path.name]
 
 

@@ -1,4 +1,4 @@
-"""Small models for the tests: of the zoo, and one with every oddity a parameter can have."""
+"""Small models for the tests: models of the zoo, and Odd with every unusual kind of parameter."""
 
 import re
 from functools import partial
@@ -33,9 +33,9 @@ def vit(dtype: torch.dtype = torch.float64, *, seed: int = 0, layers: int = 2) -
 
 
 def resnet(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Two of resnet18's blocks, one that halves: the whole of it is too much for a table of tests.
+    """Two of resnet18's blocks, one of them with stride 2: all of resnet18 would take too long.
 
-    No bias stands before a BatchNorm, where its true gradient would be zero.
+    No layer before a BatchNorm has a bias, because its gradient would be zero in theory.
     """
     fix_torchvision()
     from torchvision.models.resnet import BasicBlock
@@ -56,7 +56,7 @@ def resnet(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 class Odd(nn.Module):
-    """A tied head, a frozen layer, one that no forward uses, a scalar, a prime width, biases."""
+    """A tied head, a frozen layer, an unused layer, a 0-dim parameter, a prime width, biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def odd(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 class Experts(nn.Module):
-    """Which expert works is decided by the input: by the rank and by the step."""
+    """The input decides which experts run, so it differs by rank and step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def images(step: int, rows: int = 8, dtype: torch.dtype = torch.float64) -> tupl
 def batch_of(
     model: str, step: int, rows: int = 8, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """What the model of that name in MODELS reads; images in `dtype`."""
+    """A global batch for the model of that name in MODELS; images are in `dtype`."""
     return images(step, rows, dtype) if model in READS_IMAGES else batch(step, rows)
 
 
@@ -127,18 +127,18 @@ def axes_of(strategy: str, size: int) -> dict[str, int]:
 
 
 def in_stage_order(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that `stages` names, by name, in that order."""
-    found = {}
+    """Return the modules that match `stages`, by name, in the order of the globs."""
+    modules_by_name = {}
     for glob in model.stages:
         pattern = re.escape(glob).replace(r"\*", r"[^.]+")
         matched = {fqn: m for fqn, m in model.named_modules() if re.fullmatch(pattern, fqn)}
         assert matched, f"{glob} names no module"
-        found |= matched
-    return found
+        modules_by_name |= matched
+    return modules_by_name
 
 
 def units_of(model: str) -> tuple[str, ...]:
-    """What FSDP gathers as one: blocks, and layers of which one is frozen and one never used."""
+    """The units of FSDP: blocks, and layers of which one is frozen and one is never used."""
     return UNITS[model]
 
 
@@ -151,7 +151,7 @@ UNITS = {
     "resnet": ("3", "4"),
 }
 READS_IMAGES = {"vit", "resnet"}
-PLANS = {  # of tp, for what brings none
+PLANS = {  # tp plans of models without a tp_plan()
     "odd": {
         "embed": "vocabulary", "frozen": "colwise", "unused": "colwise", "mix": "rowwise",
         "head": "vocabulary",
@@ -160,22 +160,24 @@ PLANS = {  # of tp, for what brings none
 
 
 def plan_of(strategy: str, model: str, impl: str = "hand") -> dict[str, Any]:
-    """What `parallelize` has to be told besides, under this strategy."""
-    if strategy == "pp":  # torch's 1f1b takes no fewer micro-batches than ranks
-        told = {"schedule": "1f1b" if impl == "hand" else "gpipe"}
-        return told if model in BLOCKS else told | {"example_inputs": batch_of(model, 0, rows=2)[0]}
+    """Return the options that `parallelize` needs for this model under this strategy."""
+    if strategy == "pp":  # torch's 1f1b needs at least as many micro-batches as ranks
+        options = {"schedule": "1f1b" if impl == "hand" else "gpipe"}
+        if model in BLOCKS:
+            return options
+        return options | {"example_inputs": batch_of(model, 0, rows=2)[0]}
     return {"plan": PLANS[model]} if strategy == "tp" and model in PLANS else {}
 
 
 def build(strategy: str, model: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The model of that name, deep enough for four stages where that is wanted."""
+    """Build the model of that name; under pp with four layers, if it has layers."""
     if strategy != "pp" or model not in BLOCKS:
         return MODELS[model](dtype)
     return BLOCKS[model](dtype, layers=4)
 
 
 def refused(strategy: str, impl: str, model: str, size: int) -> bool:
-    """Whether it is, on so many ranks; test_tp.py sees that it is, and why."""
+    """Return whether tp refuses the model on `size` ranks; test_tp.py checks the reasons."""
     few_keys = impl == "torch" and model.startswith("gpt") and size > 2
     uneven = impl == "torch" and model == "odd" and size > 1
     return strategy == "tp" and (

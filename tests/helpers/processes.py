@@ -1,23 +1,23 @@
-"""What a program has left running, seen from outside. Linux only: it reads /proc."""
+"""Finds processes and sockets that a program left behind. Linux only: it reads /proc."""
 
 import time
 from pathlib import Path
 
 
 def with_mark(mark: str) -> list[int]:
-    """Processes that have `mark` in their environment: those of one program and its children."""
-    found = []
+    """Return the ids of processes with `mark` in their environment: a program and its children."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:  # another user's, or it has just ended
+                pids.append(int(path.parent.name))
+        except OSError:  # a process of another user, or one that has just ended
             continue
-    return found
+    return pids
 
 
 def all_gone(mark: str, within: float = 15.0) -> bool:
-    """Whether they all end in so many seconds."""
+    """Return whether all processes with this mark end within so many seconds."""
     deadline = time.monotonic() + within
     while with_mark(mark):
         if time.monotonic() > deadline:
@@ -27,17 +27,17 @@ def all_gone(mark: str, within: float = 15.0) -> bool:
 
 
 def listening(pid: int) -> list[str]:
-    """Addresses on which a process listens, as /proc shows them: hexadecimal, `0100007F:1F90`."""
-    mine = set()
+    """Return the addresses on which a process listens, in hexadecimal: `0100007F:1F90`."""
+    open_files = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            mine.add(str(link.readlink()))
+            open_files.add(str(link.readlink()))
         except OSError:
             continue
-    found = []
+    addresses = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             _, address, _, state, *_, inode = line.split()[:10]
-            if state == "0A" and f"socket:[{inode}]" in mine:
-                found.append(address)
-    return found
+            if state == "0A" and f"socket:[{inode}]" in open_files:
+                addresses.append(address)
+    return addresses

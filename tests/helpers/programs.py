@@ -1,6 +1,6 @@
-"""The programs of launch/, run in this process, whose forkserver is warm: 0.3 s and not 3.
+"""Runs the programs of launch/ in this process, whose forkserver is warm: 0.3 s instead of 3 s.
 
-Each is started by a Python of its own, or by torchrun, in one test at least.
+At least one test of each program starts it in a new Python process, or by torchrun.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Done:
-    """How a program has ended, in the names of subprocess.CompletedProcess."""
+    """The result of a program, with the names of subprocess.CompletedProcess."""
 
     returncode: int
     stdout: str
@@ -44,15 +44,15 @@ def run(program: str, *arguments: Any) -> Done:
             pytest.raises(SystemExit) as ended,
         ):
             runpy.run_path(path, run_name="__main__")
-        printed, complained = (
+        rank_out, rank_err = (
             "".join(file.read_text() for file in sorted(Path(folder).glob(f"{kind}-*")))
             for kind in ("stdout", "stderr")
         )
-    return Done(ended.value.code, out.getvalue() + printed, err.getvalue() + complained)
+    return Done(ended.value.code, out.getvalue() + rank_out, err.getvalue() + rank_err)
 
 
 def rank_that_prints_into(folder: str, pipe: Any, rank: int, *arguments: Any) -> None:
-    """What the launcher starts on a rank. A rank's stdout is that of the forkserver, not ours."""
+    """Run a rank with its output in files, because its stdout is the forkserver's, not ours."""
     for stream, kind in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         file = os.open(f"{folder}/{kind}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream.fileno())

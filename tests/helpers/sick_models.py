@@ -1,4 +1,4 @@
-"""A healthy model, and sick ones, each with one thing that doctor should find."""
+"""A healthy model, and models with one problem each that doctor should find."""
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Four blocks, which says itself how it is cut for pp."""
+    """Four blocks, with the attribute `stages` for pp."""
 
     stages = ("embed", "blocks.*", "head")
 
@@ -39,14 +39,14 @@ class Residual(nn.Module):
 
 
 class Healthy(Residual):
-    """It also brings a plan of tp."""
+    """Residual with a plan for tp."""
 
     def tp_plan(self) -> dict[str, str]:
         return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
 
 
 class Between(nn.Module):
-    """Two layers, and one thing between them."""
+    """Two layers with the given module between them."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Halves(nn.Module):
 
 
 class KeepsItsMean(nn.Module):
-    """A buffer that forward changes, and that no output depends on."""
+    """Has a buffer that forward changes and on which no output depends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class InFloat32(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding, and a head that may be tied to it. `tokens` x 64 x 4 bytes."""
+    """An embedding of `tokens` x 64 x 4 bytes, and a head that may be tied to it."""
 
     def __init__(self, tokens: int = 500, *, tied: bool = False, **options: object) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Words(nn.Module):
 
 
 class HalfUsed(nn.Module):
-    """Between two layers that are used stands one that is not: 16,640 bytes."""
+    """Three layers, of which forward never uses the second: 16,640 bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class HalfUsed(nn.Module):
 
 
 class ThreeRows(nn.Module):
-    """All of its weight is three long rows: 3 x 20,000 x 4 bytes."""
+    """Its only weight has three long rows: 3 x 20,000 x 4 bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Recurrent(nn.Module):
 
 
 class Rough(nn.Module):
-    """Each BatchNorm divides by how far apart a few rows are, which may be next to nothing."""
+    """Six BatchNorms, each of which may divide by a variance of almost zero."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A toy program for tests/processes/test_launcher.py: `toy.py nproc=3 do=fail` runs fail() on every
-rank.
+"""A toy program for tests/processes/test_launcher.py: `toy.py nproc=3 do=fail` runs fail().
 
-Like a real one it imports torch on a rank only, so that a mistake is answered at once.
+The function named by `do` runs on every rank. Like a real program it imports torch only on ranks,
+so that a wrong setting is refused at once.
 """
 
 import os
@@ -40,11 +40,11 @@ class Toy:
 
 
 def parse(argv: Sequence[str] | None = None) -> Toy:
-    given = dict(word.split("=") for word in (sys.argv[1:] if argv is None else argv))
-    if unknown := given.keys() - Toy.__annotations__.keys():
+    settings = dict(word.split("=") for word in (sys.argv[1:] if argv is None else argv))
+    if unknown := settings.keys() - Toy.__annotations__.keys():
         raise UserError(f"no setting {unknown.pop()}")
-    of = {"nproc": int, "timeout": float, "folder": Path, "threads": int, "debug": bool}
-    return Toy(**{name: of.get(name, str)(value) for name, value in given.items()})
+    types = {"nproc": int, "timeout": float, "folder": Path, "threads": int, "debug": bool}
+    return Toy(**{name: types.get(name, str)(value) for name, value in settings.items()})
 
 
 def body(config: Toy, mesh: "Mesh") -> int:
@@ -55,7 +55,7 @@ def body(config: Toy, mesh: "Mesh") -> int:
     assert ops.all_reduce(torch.tensor(1.0), mesh["dp"]) == mesh.size
     last = mesh.rank == mesh.size - 1
     status = DO[config.do](config, mesh, last)
-    ops.all_reduce(torch.tensor(1.0), mesh["dp"])  # in which survivors wait for the others
+    ops.all_reduce(torch.tensor(1.0), mesh["dp"])  # here the surviving ranks wait for the others
     return status or 0
 
 
@@ -79,9 +79,9 @@ def fail(config: Toy, mesh: "Mesh", last: bool) -> None:
 
 
 def fail_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
-    keep_a_thread(config, mesh, last)  # which must not keep the process, and so the connections
+    keep_a_thread(config, mesh, last)  # it must not keep the process and its connections
     if last:
-        time.sleep(0.05)  # the others are waiting by now
+        time.sleep(0.05)  # by now the other ranks wait
         raise KeyError("only here")
 
 
@@ -104,7 +104,7 @@ def hang_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
 def wait(config: Toy, mesh: "Mesh", last: bool) -> None:
     (config.folder / f"{mesh.rank}.tmp").write_text(str(os.getpid()))
     (config.folder / f"{mesh.rank}.tmp").rename(config.folder / f"{mesh.rank}.ready")
-    for _ in range(6000):  # not all at once: who is told just before it sleeps would sleep through
+    for _ in range(6000):  # many short sleeps, so that a signal just before one is handled soon
         time.sleep(0.1)
 
 

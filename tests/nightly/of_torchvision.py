@@ -1,4 +1,4 @@
-"""Architectures of torchvision, by its own classes, as shallow and as narrow as they can be."""
+"""Architectures of torchvision: its own classes, as shallow and narrow as possible."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any
 from others import CLASSES, Batch, Other, entropy, images, labelled
 from torch import Tensor, nn
 
-SIZE = 48  # of an image: the last feature map must not be a single pixel, for BatchNorm's sake
+SIZE = 48  # of an image; BatchNorm needs a last feature map of more than one pixel
 
 
 def resnet() -> nn.Module:
@@ -99,7 +99,7 @@ def vgg() -> nn.Module:
     from torchvision.models.vgg import VGG, make_layers
 
     features = make_layers([8, "M", 16, "M", 32, 32, "M"], batch_norm=True)
-    with torch.device("meta"):  # 120 million weights, which are replaced
+    with torch.device("meta"):  # do not allocate 120 million weights, as we replace the classifier
         model = VGG(features, CLASSES, init_weights=False, dropout=0.0)
     model.classifier = nn.Sequential(nn.Linear(32 * 49, 32), nn.ReLU(True), nn.Linear(32, CLASSES))
     return model
@@ -133,9 +133,9 @@ def googlenet() -> nn.Module:
 
 
 def _auxiliary(output: Any, targets: Tensor) -> Tensor:
-    """GoogLeNet's three heads, by the weights of its paper."""
-    aside = sum(entropy(aux, targets) for aux in (output.aux_logits1, output.aux_logits2))
-    return entropy(output.logits, targets) + 0.3 * aside
+    """The loss of GoogLeNet's three heads, with the weights of its paper."""
+    auxiliary = sum(entropy(aux, targets) for aux in (output.aux_logits1, output.aux_logits2))
+    return entropy(output.logits, targets) + 0.3 * auxiliary
 
 
 def _backbone() -> nn.Module:
@@ -158,7 +158,7 @@ def fcn() -> nn.Module:
 
 
 def _pixels(output: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-    """Of every pixel, by the head and by the auxiliary one."""
+    """The loss of every pixel, for the head and the auxiliary head."""
     losses = (entropy(output[name].movedim(1, -1), targets) for name in ("out", "aux"))
     return next(losses) + 0.5 * next(losses)
 
@@ -202,7 +202,7 @@ MODELS: dict[str, Other] = {
     "regnet_y": _other(regnet, "ResBottleneckBlock"),
     "googlenet (auxiliary heads)": _other(
         googlenet, "Inception", _auxiliary, shape=LARGER,
-        refused="its forward asks whether it is in training",
+        refused="its forward reads self.training",
     ),
     "deeplabv3": _other(deeplab, "BasicBlock ASPP", _pixels, batch=labelled),
     "fcn": _other(fcn, "BasicBlock", _pixels, batch=labelled),

@@ -1,4 +1,4 @@
-"""Architectures of transformers, from configurations alone: no weights, nothing downloaded."""
+"""Architectures of transformers, built from configurations: no weights are downloaded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +20,13 @@ from others import (
 from torch import Tensor, nn
 
 
-def made(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    """Build a class of transformers from a configuration of these options, with dropout off."""
+def builder(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """Return a function that builds this class from a configuration, with dropout off."""
 
     def make() -> nn.Module:
-        import transformers  # not at the top: pytest imports every file, and it may be missing
+        import transformers  # not at the top: it may not be installed
 
-        transformers.logging.set_verbosity_error()  # ids of tokens of larger vocabularies
+        transformers.logging.set_verbosity_error()  # token ids beyond our small vocabulary
         configuration = getattr(transformers, config)(**options)
         for each in (configuration, *vars(configuration).values()):
             for name, value in list(vars(each).items()) if hasattr(each, "to_dict") else ():
@@ -49,19 +49,19 @@ def other(
     pp_mask: bool = True,
     **options: Any,
 ) -> Other:
-    """A model of these classes and options.
+    """Describe a model of these classes and options.
 
     Args:
-        refused: a pattern of the line by which pp refuses it, if it does.
-        pp_mask: under pp there is an attention mask, too.
+        refused: a pattern of pp's error message, if pp refuses the model.
+        pp_mask: give the model its attention mask under pp, too.
     """
-    seen_by_pp = batch if pp_mask else without_mask(batch)
+    pp_batch = batch if pp_mask else without_mask(batch)
     for_pp = Other(
-        made(model, config, **options, **FOR_PP), seen_by_pp, loss_sum, (), tolerance=tolerance,
+        builder(model, config, **options, **FOR_PP), pp_batch, loss_sum, (), tolerance=tolerance,
         adam=adam,
     )  # fmt: skip
     return Other(
-        made(model, config, **options), batch, loss_sum, tuple(units.split()),
+        builder(model, config, **options), batch, loss_sum, tuple(units.split()),
         {"pp": refused} if refused else {}, tolerance, adam, for_pp,
     )  # fmt: skip
 
@@ -72,11 +72,12 @@ def words(
     return other(model, config, units, batch, vocab_size=VOCAB, pad_token_id=0, **options)
 
 
-FOR_PP = {"attn_implementation": "eager", "use_cache": False}  # no look at values, no object kept
+# Under pp a forward must not read values or keep objects.
+FOR_PP = {"attn_implementation": "eager", "use_cache": False}
 
 
 def without_mask(batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
-    """BERT looks at the values of a mask, to see whether it is needed."""
+    """Leave out the attention mask: BERT reads its values to decide whether it needs it."""
 
     def tokens(step: int) -> Batch:
         inputs, targets = batch(step)
@@ -94,8 +95,9 @@ SIZE: dict[str, Any] = {
 }
 GROUPED = SIZE | {"num_key_value_heads": 2}
 
-IN_FLOAT32 = 1e-5  # the tolerance where a layer computes in float32, whatever the model's dtype
-ROUTED = r"cannot be run on the meta device, to see what it costs \(.*nonzero"  # which expert works
+IN_FLOAT32 = 1e-5  # the tolerance of models with a layer that always computes in float32
+# The values of a router choose the experts.
+ROUTED = r"cannot be run on the meta device, to see what it costs \(.*nonzero"
 
 MODELS: dict[str, Other] = {
     "GPT-2": words(
@@ -185,14 +187,14 @@ def pixels(step: int) -> Batch:
 
 
 def sound(step: int) -> Batch:
-    """A wave, and a class for each frame that the feature encoder makes of it."""
+    """Waves, and a class for each frame that the feature encoder makes."""
     generator = torch.Generator().manual_seed(step)
     wave = torch.randn(ROWS, 200, generator=generator, dtype=torch.float64)
     return {"input_values": wave}, torch.randint(VOCAB, (ROWS, 19), generator=generator)
 
 
 def speech(step: int) -> Batch:
-    """A spectrogram, and words, with the mask without which Whisper looks at their values."""
+    """Spectrograms and tokens. Without the mask, Whisper would read the values of the tokens."""
     generator = torch.Generator().manual_seed(step)
     frames = torch.randn(ROWS, 8, 20, generator=generator, dtype=torch.float64)
     words = torch.randint(3, VOCAB, (ROWS, LENGTH + 1), generator=generator)
@@ -201,14 +203,14 @@ def speech(step: int) -> Batch:
 
 
 def captions(step: int) -> Batch:
-    """Images, each with its words, and how alike the two are."""
+    """Images with captions, and a target similarity for each pair."""
     inputs, _ = text(step)
-    likeness = torch.randn(ROWS, generator=torch.Generator().manual_seed(step)).double()
-    return inputs | pixels(step)[0], likeness
+    similarity = torch.randn(ROWS, generator=torch.Generator().manual_seed(step)).double()
+    return inputs | pixels(step)[0], similarity
 
 
-def alike(output: Any, targets: Tensor) -> Tensor:
-    """A loss of each pair by itself: CLIP's own compares all rows of a batch with each other."""
+def pair_loss(output: Any, targets: Tensor) -> Tensor:
+    """A loss for each pair. CLIP's own loss compares all rows of a batch with each other."""
     return ((output.image_embeds * output.text_embeds).sum(-1) - targets).square().sum()
 
 
@@ -226,7 +228,7 @@ MODELS |= {
         hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
     ),
     "CLIP": other(
-        "CLIPModel", "CLIPConfig", "CLIPEncoderLayer", captions, alike, projection_dim=16,
+        "CLIPModel", "CLIPConfig", "CLIPEncoderLayer", captions, pair_loss, projection_dim=16,
         text_config=SIZE | {"vocab_size": VOCAB, "eos_token_id": 2, "pad_token_id": 0},
         vision_config=VISION,
         refused="its trace returns something else than the model",  # it writes in place

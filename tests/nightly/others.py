@@ -1,7 +1,7 @@
-"""A model of others: how it is built from random weights, what it reads, what is expected of it.
+"""Other: a library's model, with its random weights, its batches, its loss, and what we expect.
 
-Each is the library's own class, tiny, in float64, with dropout off: of_transformers.py and
-of_torchvision.py have the tables, real_models.py runs them.
+Each model is the library's own class, tiny, in float64, with dropout off. of_transformers.py and
+of_torchvision.py have the tables, and real_models.py runs them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from dist_lab.step.hooks import map_tensors
 from dist_lab.torch_private import AnyBatchNorm
 
 VOCAB = 61  # prime: nothing divides it
-LENGTH = 6  # tokens of a row
+LENGTH = 6  # tokens per row
 CLASSES = 5
 ROWS = 8
 
@@ -27,14 +27,14 @@ Batch = tuple[Any, Tensor]
 @dataclass(frozen=True)
 class Other:
     """Attributes:
-    make: gives the model, drawn from torch's generator, in whatever dtype and mode.
-    batch: step -> what a forward takes (a dict: its keyword arguments), and the targets.
-    loss_sum: of what the forward gives, and the targets: a sum over the rows.
-    units: names of classes: what fsdp gathers as one.
-    refused: strategy -> a pattern of the line that is expected of it.
-    tolerance: of the comparison; None: float64's.
-    adam: train by AdamW; see `optimizer`.
-    for_pp: what pp trains instead, as nothing in a graph that is cut may depend on values.
+    make: builds the model with random weights from torch's generator, in any dtype and mode.
+    batch: step -> (inputs, targets); inputs that are a dict are keyword arguments.
+    loss_sum: (output, targets) -> the loss, summed over the rows.
+    units: class names of fsdp's units.
+    refused: strategy -> a pattern of the expected error message.
+    tolerance: of the comparison; None: the default of float64.
+    adam: train with AdamW; see `optimizer`.
+    for_pp: the model that pp trains instead, because a traced graph must not depend on values.
     """
 
     make: Callable[[], nn.Module]
@@ -47,8 +47,8 @@ class Other:
     for_pp: "Other | None" = None
 
     def build(self) -> nn.Module:
-        """The same weights at every call."""
-        fix_torchvision()  # which transformers imports, too
+        """Build the model, with the same weights at every call."""
+        fix_torchvision()  # because transformers imports torchvision
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = without_dropout(self.make().double().train())
@@ -57,9 +57,10 @@ class Other:
 
     @property
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, float]]:
-        """AdamW, unless true gradients are zero, of whose rounding it makes a full step.
+        """AdamW, or SGD with momentum if some gradients are zero in theory.
 
-        So they are where a bias comes before a BatchNorm, or is of keys, which softmax cannot see.
+        AdamW turns the rounding error of such a gradient into a full step. It is the gradient of a
+        bias before a BatchNorm, or of a bias of keys, which cancels in softmax.
         """
         if self.adam and not self.has_batchnorm:
             return torch.optim.AdamW, {"lr": 1e-3}
@@ -70,7 +71,7 @@ class Other:
         return any(isinstance(module, AnyBatchNorm) for module in self.build().modules())
 
     def example(self, parts: int) -> Any:
-        """The inputs of one of so many micro-batches."""
+        """Return the inputs of one of `parts` micro-batches."""
         inputs, _ = self.batch(0)
         return map_tensors(lambda t: t[: len(t) // parts], inputs)
 
@@ -81,10 +82,10 @@ class Other:
 
 
 class ByName(nn.Module):
-    """Hands a dict of inputs to the model as keyword arguments, as `model(**batch)` does.
+    """Passes a dict of inputs to the model as keyword arguments, like `model(**batch)`.
 
     Args:
-        names: of the keyword arguments, as what is traced for a cut does not say them.
+        names: the names of the keyword arguments; a traced graph does not know them.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -96,7 +97,7 @@ class ByName(nn.Module):
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Dropout modules of any kind drop nothing."""
+    """Switch off dropout modules of all kinds."""
     for module in model.modules():
         for name in ("p", "drop_prob"):
             if "drop" in type(module).__name__.lower() and isinstance(
@@ -106,16 +107,16 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-# --- batches: rows differ, and so do steps --------------------------------------------------------
+# --- batches, different for each row and step -----------------------------------------------------
 
 
-def _drawn(step: int) -> torch.Generator:
+def _generator(step: int) -> torch.Generator:
     return torch.Generator().manual_seed(step)
 
 
 def text(step: int, rows: int = ROWS) -> Batch:
-    """Tokens with padding at the end of some rows, which is masked, and not counted in the loss."""
-    generator = _drawn(step)
+    """Tokens; some rows end in padding, which is masked and ignored by the loss."""
+    generator = _generator(step)
     tokens = torch.randint(3, VOCAB, (rows, LENGTH + 1), generator=generator)
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (rows, 1), generator=generator)
     mask = (torch.arange(LENGTH) < lengths).long()
@@ -124,26 +125,26 @@ def text(step: int, rows: int = ROWS) -> Batch:
 
 
 def tokens_alone(step: int, rows: int = ROWS) -> Batch:
-    tokens = torch.randint(3, VOCAB, (rows, LENGTH + 1), generator=_drawn(step))
+    tokens = torch.randint(3, VOCAB, (rows, LENGTH + 1), generator=_generator(step))
     return {"input_ids": tokens[:, :-1]}, tokens[:, 1:]
 
 
 def translation(step: int, rows: int = ROWS) -> Batch:
     inputs, targets = text(step, rows)
-    target_tokens = torch.randint(3, VOCAB, (rows, LENGTH), generator=_drawn(1000 + step))
+    target_tokens = torch.randint(3, VOCAB, (rows, LENGTH), generator=_generator(1000 + step))
     return inputs | {"decoder_input_ids": target_tokens}, targets
 
 
 def images(step: int, *, shape: tuple[int, ...], rows: int = ROWS) -> Batch:
-    """Images, or films, and their classes."""
-    generator = _drawn(step)
+    """Images or videos, and their classes."""
+    generator = _generator(step)
     pixels = torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
     return pixels, torch.randint(CLASSES, (rows,), generator=generator)
 
 
 def labelled(step: int, *, shape: tuple[int, ...], rows: int = ROWS) -> Batch:
-    """Images, and a class for each of their pixels."""
-    generator = _drawn(step)
+    """Images, and a class for each pixel."""
+    generator = _generator(step)
     pixels = torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
     return pixels, torch.randint(CLASSES, (rows, *shape[1:]), generator=generator)
 

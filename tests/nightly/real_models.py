@@ -1,10 +1,10 @@
-"""Real architectures of others under every strategy: exact, or refused as their row declares.
+"""Real architectures of other libraries under every strategy: exact, or refused as expected.
 
     python tests/nightly/real_models.py [--only NAME] [--strategy S] [--table]
 
-Each cell is `dist_lab.verify` in float64: two ranks with different rows, gradients accumulated over
-two micro-batches, three optimizer steps; loss, gradients, norm, weights and buffers are compared.
-The exit status is 1 if any cell is neither exact nor refused by the line that its row expects.
+Each cell is one `dist_lab.verify` in float64: two ranks with different rows, gradient accumulation
+over two micro-batches, three optimizer steps. It compares loss, gradients, norm, weights and
+buffers. The exit status is 1 if a cell is neither exact nor refused with the expected message.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pickle import dumps
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]  # as pytest does by itself
+sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]  # as pytest does
 
 import of_torchvision  # noqa: E402
 import of_transformers  # noqa: E402
@@ -36,7 +36,7 @@ import dist_lab  # noqa: E402
 from dist_lab.processes.pool import Pool, Task  # noqa: E402
 from dist_lab.processes.ranks import PRELOAD  # noqa: E402
 
-STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "fsdp sync", "pp")  # sync: with sync_batchnorm
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "fsdp sync", "pp")  # sync means sync_batchnorm=True
 MODELS: dict[str, Other] = of_transformers.MODELS | of_torchvision.MODELS
 RANKS, MICROBATCHES, STEPS = 2, 2, 3
 TIMEOUT = 240.0  # seconds that a cell may take before it counts as hung
@@ -44,11 +44,11 @@ TIMEOUT = 240.0  # seconds that a cell may take before it counts as hung
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell: the worst error of a run, or the line that refused it.
+    """The outcome of a cell: the largest error of a run, or the error message of a refusal.
 
     Attributes:
-        surprise: what has not been expected, or "".
-        seconds: how long it took.
+        surprise: what was not expected, or "".
+        seconds: how long the cell took.
     """
 
     error: float | None = None
@@ -67,26 +67,25 @@ def main() -> int:
     if find_spec("transformers") is None:
         print("transformers is not installed: pip install -e '.[hf]'", file=sys.stderr)
         return 1
-    found: dict[tuple[str, str], Outcome] = {}
+    outcomes: dict[tuple[str, str], Outcome] = {}
     pool = Pool(PRELOAD)
     try:
         for name in options.only or MODELS:
             for strategy in options.strategy or STRATEGIES:
                 if strategy == "fsdp sync" and not MODELS[name].has_batchnorm:
                     continue
-                outcome = found[name, strategy] = run(pool, name, strategy)
+                outcome = outcomes[name, strategy] = run(pool, name, strategy)
                 print(f"{name:28} {strategy:10} {outcome.seconds:5.1f} s  {outcome}", flush=True)
     finally:
         pool.close()
     if options.table:
-        print(table(found))
-    surprises = sum(bool(outcome.surprise) for outcome in found.values())
-    refused = sum(bool(outcome.line) and not outcome.surprise for outcome in found.values())
-    exact = len(found) - surprises - refused
-    print(
-        f"{len(found)} cells: {exact} exact, {refused} refused as declared, {surprises} surprises"
-    )
-    return 1 if surprises or not found else 0
+        print(table(outcomes))
+    surprises = sum(bool(outcome.surprise) for outcome in outcomes.values())
+    refused = sum(bool(outcome.line) and not outcome.surprise for outcome in outcomes.values())
+    exact = len(outcomes) - surprises - refused
+    counts = f"{exact} exact, {refused} refused as expected, {surprises} surprises"
+    print(f"{len(outcomes)} cells: {counts}")
+    return 1 if surprises or not outcomes else 0
 
 
 def arguments() -> Any:
@@ -98,8 +97,8 @@ def arguments() -> Any:
 
 
 def run(pool: Pool, name: str, strategy: str) -> Outcome:
-    """One cell on its ranks, and whether that is what the row expects."""
-    began, printed = time.monotonic(), io.StringIO()
+    """Run one cell on its ranks, and check whether the outcome is expected."""
+    started, printed = time.monotonic(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         values = {"name": name, "strategy": strategy, "folder": folder}
         task = Task(
@@ -111,58 +110,58 @@ def run(pool: Pool, name: str, strategy: str) -> Outcome:
             with contextlib.redirect_stdout(printed):
                 pool.run(task)
         except pytest.fail.Exception as failed:
-            return Outcome(surprise=f"{failed}\n{printed.getvalue()}", seconds=_since(began))
+            return Outcome(surprise=f"{failed}\n{printed.getvalue()}", seconds=_since(started))
         texts = {path.read_text() for path in Path(folder).iterdir()}
     if len(texts) > 1:
-        return Outcome(surprise=f"ranks differ: {sorted(texts)}", seconds=_since(began))
-    outcome = replace(Outcome(**json.loads(texts.pop())), seconds=_since(began))
-    return judged(outcome, MODELS[name].refused.get(strategy))
+        return Outcome(surprise=f"ranks differ: {sorted(texts)}", seconds=_since(started))
+    outcome = replace(Outcome(**json.loads(texts.pop())), seconds=_since(started))
+    return judge(outcome, MODELS[name].refused.get(strategy))
 
 
-def judged(outcome: Outcome, expected: str | None) -> Outcome:
-    """The same, with what is surprising about it.
+def judge(outcome: Outcome, expected: str | None) -> Outcome:
+    """Return the outcome with its `surprise` filled in.
 
     Args:
-        expected: a pattern of the line by which it is refused, or None.
+        expected: a pattern of the expected error message; None if the cell should be exact.
     """
     surprise = outcome.surprise
     if outcome.line and (expected is None or not re.search(expected, outcome.line)):
-        surprise = f"refused, by a line that is not declared: {outcome.line}"
+        surprise = f"refused with an unexpected message: {outcome.line}"
     elif not outcome.line and not surprise and expected is not None:
-        surprise = f"works, where {expected!r} is declared"
+        surprise = f"exact, but expected to be refused with {expected!r}"
     if "\n" in outcome.line:
         surprise = f"refused in several lines: {outcome.line}"
     return replace(outcome, surprise=surprise)
 
 
-def _since(began: float) -> float:
-    return time.monotonic() - began
+def _since(started: float) -> float:
+    return time.monotonic() - started
 
 
 # --- on each rank ---------------------------------------------------------------------------------
 
 
 def cell(name: str, strategy: str, folder: str) -> None:
-    """Write down what came of it, in a file of this rank's."""
-    found = asdict(trained(name, strategy))
-    Path(folder, str(torch.distributed.get_rank())).write_text(json.dumps(found))
+    """Run a cell on this rank, and write the outcome to this rank's file."""
+    outcome = asdict(verify(name, strategy))
+    Path(folder, str(torch.distributed.get_rank())).write_text(json.dumps(outcome))
 
 
-def trained(name: str, strategy: str) -> Outcome:
-    """Verify a model under a strategy; what is expected of it is not looked at."""
+def verify(name: str, strategy: str) -> Outcome:
+    """Verify a model under a strategy, whatever the expected outcome is."""
     strategy, _, sync = strategy.partition(" ")
     other = (strategy == "pp" and MODELS[name].for_pp) or MODELS[name]
     optimizer, options = other.optimizer
-    told: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if strategy == "fsdp":
-        told["units"] = other.unit_names(other.build())
+        extra["units"] = other.unit_names(other.build())
     if strategy == "pp":
-        told["example_inputs"] = other.example(MICROBATCHES)
+        extra["example_inputs"] = other.example(MICROBATCHES)
     try:
         report = dist_lab.verify(
             other.build, other.batch, dist_lab.init_mesh(**axes_of(strategy, RANKS)), strategy,
             steps=STEPS, microbatches=MICROBATCHES, optimizer=optimizer, options=options,
-            loss_sum=other.loss_sum, sync_batchnorm=bool(sync), tolerance=other.tolerance, **told,
+            loss_sum=other.loss_sum, sync_batchnorm=bool(sync), tolerance=other.tolerance, **extra,
         )  # fmt: skip
     except dist_lab.UserError as refusal:
         return Outcome(line=str(refusal))
@@ -173,16 +172,16 @@ def trained(name: str, strategy: str) -> Outcome:
 # --- for RESULTS.md -------------------------------------------------------------------------------
 
 
-def table(found: dict[tuple[str, str], Outcome]) -> str:
-    """Markdown, a row a model: the worst error of each cell, or the number of the reason below."""
-    strategies = [s for s in STRATEGIES if any(s == strategy for _, strategy in found)]
+def table(outcomes: dict[tuple[str, str], Outcome]) -> str:
+    """Return a Markdown table: each model's largest errors, or numbers of the reasons below."""
+    strategies = [s for s in STRATEGIES if any(s == strategy for _, strategy in outcomes)]
     lines = ["| model | parameters | " + " | ".join(strategies) + " |"]
     lines.append("|---|---|" + "---|" * len(strategies))
     reasons: dict[str, int] = {}
-    for name in dict.fromkeys(name for name, _ in found):
+    for name in dict.fromkeys(name for name, _ in outcomes):
         cells = []
         for strategy in strategies:
-            outcome = found.get((name, strategy))
+            outcome = outcomes.get((name, strategy))
             if outcome is None:
                 cells.append("-")
             elif outcome.surprise:

@@ -1,4 +1,4 @@
-"""Parameters that train in some steps alone: frozen, unused, thawed, skipped."""
+"""Parameters that are trained only in some steps: frozen, unused, unfrozen, skipped."""
 
 import torch
 from batches import DATA, batch, classified, loss_of, microbatches, usual_loop
@@ -7,16 +7,16 @@ from torch import nn
 
 
 class Trunk(nn.Module):
-    """A trunk, and heads of which forward uses one."""
+    """A trunk and two heads; forward uses the active head."""
 
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
         self.heads = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
-        self.now = "a"
+        self.active = "a"
 
     def forward(self, x):
-        return self.heads[self.now](self.trunk(x).tanh())
+        return self.heads[self.active](self.trunk(x).tanh())
 
 
 UNITS = ["trunk", "heads.a", "heads.b"]
@@ -24,7 +24,7 @@ UNITS = ["trunk", "heads.a", "heads.b"]
 
 @situation("facebookresearch/fairscale#605")
 def gradients_dropped_for_the_first_steps(place):
-    """The head's gradients are set to None before the first steps, with momentum and decay."""
+    """In the first steps the head's gradients are set to None; momentum and weight decay are on."""
     job = place.job(Trunk().double(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
     for step in range(4):
@@ -44,7 +44,7 @@ def gradients_dropped_for_the_first_steps(place):
 
 @situation("facebookresearch/fairscale#610")
 def linear_probe_on_a_frozen_trunk(place):
-    """The trunk is frozen, and stays in eval mode under no_grad; a head learns."""
+    """A head is trained on a frozen trunk that runs under no_grad."""
     model = Trunk().double()
     model.trunk.requires_grad_(False)
     job = place.job(model, units=UNITS)
@@ -59,7 +59,7 @@ def linear_probe_on_a_frozen_trunk(place):
 
 @situation("pytorch/pytorch#112152")
 def module_that_no_forward_uses(place):
-    """A module is declared and never used; momentum and decay are on."""
+    """One module is never used in forward; momentum and weight decay are on."""
     job = place.job(Trunk().double(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.1)
     for step in range(3):
@@ -68,12 +68,12 @@ def module_that_no_forward_uses(place):
 
 
 @situation("pytorch/pytorch#196996")
-def first_used_in_the_last_microbatch(place):
-    """A head has a gradient in the last of three micro-batches alone, another in the first."""
+def head_used_in_one_microbatch_only(place):
+    """Of two heads, one is used only in the first of three micro-batches, the other in the last."""
     job = place.job(Trunk().double(), units=UNITS)
 
     def loss(model, x, y):
-        model.now = "a" if loss.times % 3 == 0 else "b" if loss.times % 3 == 2 else model.now
+        model.active = "a" if loss.times % 3 == 0 else "b" if loss.times % 3 == 2 else model.active
         loss.times += 1
         return loss_of(model, x, y)
 
@@ -82,22 +82,22 @@ def first_used_in_the_last_microbatch(place):
 
 
 @situation("pytorch/pytorch#186998")
-def thawed_after_a_frozen_forward(place):
-    """A model is frozen for an evaluation before the first step, then thawed."""
+def unfrozen_after_an_evaluation(place):
+    """The whole model is frozen for an evaluation before the first step, then unfrozen."""
     job = place.job(Trunk().double(), units=UNITS)
     for parameter in job.model.parameters():
         parameter.requires_grad_(False)
     x, y = place.rows(*batch(9))
-    before = loss_of(job.model, x, y)
-    assert not before.requires_grad
+    frozen_loss = loss_of(job.model, x, y)
+    assert not frozen_loss.requires_grad
     for parameter in job.model.parameters():
         parameter.requires_grad_(True)
     yield from usual_loop(place, job)
 
 
 @situation("pytorch/pytorch#91167")
-def bias_alone_is_trained(place):
-    """In every layer the bias is trained, and the weight frozen, mixed in one unit."""
+def only_biases_are_trained(place):
+    """Only biases are trained: each unit mixes frozen weights and trained biases."""
     model = Trunk().double()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
@@ -105,8 +105,8 @@ def bias_alone_is_trained(place):
 
 
 @situation()
-def halves_that_train_in_turns(place):
-    """Trunk and heads are frozen in turns, a step each, as in alternating optimization."""
+def trunk_and_heads_trained_alternately(place):
+    """Trunk and heads are trained alternately: one of them is frozen in each step."""
     job = place.job(Trunk().double(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
     for step in range(4):
@@ -121,8 +121,8 @@ def halves_that_train_in_turns(place):
 
 
 @situation()
-def gradient_stopped_inside(place):
-    """The trunk's output is detached in every other micro-batch: then it has no gradient."""
+def trunk_output_detached_in_some_microbatches(place):
+    """In every other micro-batch the trunk's output is detached, so the trunk has no gradient."""
     job = place.job(Trunk().double(), units=UNITS)
 
     def loss(model, x, y):
@@ -135,8 +135,8 @@ def gradient_stopped_inside(place):
 
 
 @situation("huggingface/accelerate#1191")
-def layers_dropped_alike(place):
-    """Layers are skipped at random, the same on all ranks, others in each micro-batch."""
+def layer_drop_with_one_seed(place):
+    """LayerDrop: each micro-batch skips random layers, the same ones on all ranks."""
 
     class Dropped(nn.Module):
         def __init__(self):
@@ -156,7 +156,7 @@ def layers_dropped_alike(place):
 
 
 class Gated(nn.Module):
-    """A layer for rows with a large first feature, another for the others; some have no rows."""
+    """One layer for rows with a large first feature, one for the others; each may have no rows."""
 
     def __init__(self):
         super().__init__()
@@ -171,15 +171,15 @@ class Gated(nn.Module):
 
 
 @situation("pytorch/pytorch#90171")
-def layers_skipped_by_the_rows(place):
-    """Which layers run is decided by the rows, and differs by rank."""
+def layers_chosen_by_the_data(place):
+    """Each rank's rows decide which layers run, so ranks run different layers."""
     job = place.job(Gated().double(), units=["large", "small"])
     yield from usual_loop(place, job, steps=4)
 
 
 @situation()
 def optimizer_for_a_part_of_the_model(place):
-    """An optimizer holds the head alone; the trunk has gradients that are cleared and not used."""
+    """The optimizer holds only the head; the trunk's gradients are computed and cleared."""
     job = place.job(Trunk().double(), units=UNITS)
     head = [p for n, p in job.named_parameters() if n.startswith("heads")]
     optimizer = torch.optim.SGD(head, lr=0.1)
@@ -197,8 +197,8 @@ def optimizer_for_a_part_of_the_model(place):
 @situation(
     "huggingface/transformers#34191", refused={DATA: "last micro-batch|after its gradient was sent"}
 )
-def backward_after_the_last_microbatch(place):
-    """Accumulation by plain backward calls, with nothing said of micro-batches: refused."""
+def accumulation_without_job_microbatch(place):
+    """Gradients are accumulated by plain backward calls, without job.microbatch."""
     job = place.job(Trunk().double(), units=UNITS)
     for x, y in microbatches(place, 0):
         (loss_of(job.model, x, y) / job.count(16)).backward()

@@ -1,4 +1,4 @@
-"""Buffers, norms, and what computes a weight from other tensors before each forward."""
+"""Buffers, norms, and modules that compute a weight from other tensors before each forward."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 
 def convolutional(norm):
-    """A network of convolutions over sequences, with this after the first."""
+    """A network of convolutions over sequences, with `norm` after the first."""
     return nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), norm, nn.Tanh(), nn.Conv1d(6, 4, 1))
 
 
@@ -19,18 +19,18 @@ def by_position(model, x, y):
 
 
 @situation("deepspeedai/DeepSpeed#1045")
-def old_weight_norm(place):
-    """weight_norm by a forward pre-hook, set before, with another dim."""
+def old_weight_norm_with_another_dim(place):
+    """The old torch.nn.utils.weight_norm (a forward pre-hook) with dim=2, before parallelize."""
     model = convolutional(nn.Identity()).double()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and used
+        warnings.simplefilter("ignore")  # weight_norm is deprecated, but people use it
         weight_norm(model[0], dim=2)
     yield from usual_loop(place, place.job(model, units=["0", "3"]), by_position, make=sequences)
 
 
 @situation()
 def parametrized_weights(place):
-    """The new weight_norm, an orthogonal weight, and a parametrization of one's own."""
+    """Parametrizations: weight_norm, an orthogonal weight, and one written by the user."""
 
     class Symmetric(nn.Module):
         def forward(self, x):
@@ -45,7 +45,7 @@ def parametrized_weights(place):
 
 @situation()
 def spectral_norms(place):
-    """Old and new spectral_norm, whose buffers change with every forward."""
+    """Old and new spectral_norm, whose buffers change in every forward."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4)).double()
     spectral_norm(model[0])
     parametrizations.spectral_norm(model[2])
@@ -54,7 +54,7 @@ def spectral_norms(place):
 
 @situation("pytorch/pytorch#148434")
 def pruning_masks(place):
-    """Weights are masked by torch.nn.utils.prune, one of them in two rounds."""
+    """torch.nn.utils.prune masks weights, one of them in two rounds."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     prune.l1_unstructured(model[0], "weight", amount=0.5)
     prune.random_unstructured(model[0], "weight", amount=0.2)
@@ -63,8 +63,8 @@ def pruning_masks(place):
 
 
 @situation("pytorch/pytorch#65907")
-def batchnorm_that_stays_in_eval(place):
-    """BatchNorm is frozen in eval mode while the rest is trained; gradients by the inputs, too."""
+def batchnorm_frozen_with_input_gradients(place):
+    """BatchNorm stays in eval mode while the rest trains; the loss uses gradients of the inputs."""
     model = convolutional(nn.BatchNorm1d(6)).double()
     model[1].running_mean.normal_(generator=generator_of(0))
     job = place.job(model, units=["0", "1"])
@@ -81,10 +81,10 @@ def batchnorm_that_stays_in_eval(place):
 
 @situation(
     "pytorch/pytorch#175024", "pytorch/pytorch#22192", "pytorch/pytorch#40147",
-    refused={"tp": "shares out no rows", "pp": "shares out no rows"},
+    refused={"tp": "does not split rows", "pp": "does not split rows"},
 )  # fmt: skip
 def batchnorm_over_all_ranks(place):
-    """Synchronized BatchNorm, uneven rows, two forwards before one backward, momentum None."""
+    """SyncBatchNorm with uneven rows, momentum=None, and two forwards before one backward."""
     model = nn.Sequential(
         nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh(),
         nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 4),
@@ -93,14 +93,14 @@ def batchnorm_over_all_ranks(place):
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         real, y = place.rows(*batch(step, rows=7))
-        made = place.rows(batch(step + 10, rows=9)[0])
-        loss = loss_of(job.model, real, y) + job.model(made).square().sum()
+        fake = place.rows(batch(step + 10, rows=9)[0])
+        loss = loss_of(job.model, real, y) + job.model(fake).square().sum()
         yield take_step(job, optimizer, loss / job.count(len(y)))
 
 
 @situation()
 def instance_norm_with_statistics(place):
-    """InstanceNorm keeps running statistics, which are means over the rows."""
+    """InstanceNorm with running statistics."""
     norm = nn.InstanceNorm1d(6, affine=True, track_running_stats=True)
     job = place.job(convolutional(norm).double(), units=["0", "1"])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
@@ -111,7 +111,7 @@ def instance_norm_with_statistics(place):
 
 
 class Counting(nn.Module):
-    """Buffers of many kinds, which forward changes alike on every rank."""
+    """Buffers of many kinds, which forward changes in the same way on every rank."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Counting(nn.Module):
         self.register_buffer("level", torch.ones(2, dtype=torch.uint8))
         self.register_buffer("scratch", torch.zeros(6), persistent=False)
         self.register_buffer("nothing", None)
-        self.plain = torch.linspace(0, 1, 6, dtype=torch.float64)  # no buffer: not moved, not saved
+        self.plain = torch.linspace(0, 1, 6, dtype=torch.float64)  # not a buffer: never saved
 
     def forward(self, x):
         self.calls = self.calls + 1
@@ -133,7 +133,7 @@ class Counting(nn.Module):
 
 @situation("pytorch/pytorch#63916", "pytorch/pytorch#22095")
 def counters_flags_and_reassigned_buffers(place):
-    """Buffers are assigned anew, changed in place, boolean, bytes, not persistent, None."""
+    """Forward changes buffers of many kinds: reassigned, in place, bool, uint8, non-persistent."""
     model = nn.Sequential(Counting(), Counting(), nn.Linear(6, 4)).double()
     job = place.job(model, units=["0", "1"])
 
@@ -144,8 +144,8 @@ def counters_flags_and_reassigned_buffers(place):
 
 
 @situation()
-def tables_made_in_the_first_forward(place):
-    """Rotations are registered as a buffer when the first sequence shows how long it is."""
+def buffer_registered_in_the_first_forward(place):
+    """The first forward registers a buffer: a table of rotations as long as the sequence."""
 
     class Rotary(nn.Module):
         def __init__(self):
@@ -165,7 +165,7 @@ def tables_made_in_the_first_forward(place):
 
 
 class Codebook(nn.Module):
-    """Vectors are rounded to the nearest code, which follows the vectors that it stands for."""
+    """Rounds each vector to the nearest code; the codes are parameters and learn by gradients."""
 
     def __init__(self):
         super().__init__()
@@ -173,14 +173,14 @@ class Codebook(nn.Module):
 
     def forward(self, x):
         chosen = torch.cdist(x, self.codes.detach()).argmin(-1)
-        found = self.codes[chosen]
-        self.loss = (found - x.detach()).square().sum() + (found.detach() - x).square().sum()
-        return x + (found - x).detach()
+        codes = self.codes[chosen]
+        self.loss = (codes - x.detach()).square().sum() + (codes.detach() - x).square().sum()
+        return x + (codes - x).detach()
 
 
 @situation("lucidrains/vector-quantize-pytorch#222")
 def codebook_that_is_learned(place):
-    """The codes of a vector quantizer are parameters."""
+    """A vector quantizer whose codes are parameters."""
     model = nn.Sequential(nn.Linear(6, 6), Codebook(), nn.Linear(6, 4)).double()
     job = place.job(model, units=["0", "1"])
 
@@ -193,7 +193,7 @@ def codebook_that_is_learned(place):
 
 @situation()
 def state_carried_between_steps(place):
-    """Hidden states of the last step, a rank's own, are an attribute that is no buffer."""
+    """A recurrent state is kept between steps as a plain attribute, with this rank's rows."""
 
     class Carrying(nn.Module):
         def __init__(self):

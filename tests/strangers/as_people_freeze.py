@@ -1,4 +1,4 @@
-"""Parameters that are frozen, thawed, tied, unused: which of them train, and when."""
+"""Parameters that are frozen while training goes on."""
 
 import torch
 from batches import batch
@@ -7,8 +7,8 @@ from torch import nn
 
 
 @situation()
-def frozen_after_two_steps(place):
-    """A layer is frozen after two steps, with momentum and decay running."""
+def layer_frozen_after_two_steps(place):
+    """A layer is frozen after two steps of AdamW with weight decay."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     job = place.job(model, units=["0"])
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.1)

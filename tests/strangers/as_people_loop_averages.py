@@ -1,4 +1,4 @@
-"""Averages of weights beside the ones that train: EMA, SWA, Lookahead, teachers."""
+"""Averages of the weights in training: EMA, SWA, Lookahead, teachers."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @situation("facebookresearch/fairscale#789")
 def shadow_beside_adam(place):
-    """job.shadow: its average is evaluated and saved between steps."""
+    """job.shadow keeps an EMA of the weights, which is evaluated and saved after each step."""
     job = place.job(net(), units=UNITS)
     optimizer, shadow = job.optimizer(torch.optim.AdamW, lr=0.1), job.shadow(0.7)
     for step in range(3):
@@ -27,15 +27,15 @@ def shadow_beside_adam(place):
     refused={"fsdp hsdp": "Linear.*; load job.full_state_dict"},
 )
 def teacher_copied_from_job_model(place):
-    """An EMA teacher is copied from job.model and its forward is part of the loss."""
+    """An EMA teacher is a deep copy of job.model, and its output is part of the loss."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     teacher = copy.deepcopy(job.model).requires_grad_(False)
     for step in range(3):
         x, _ = place.rows(*batch(step))
         with torch.no_grad():
-            wanted = teacher(x)
-        loss = (job.model(x) - wanted + 1).square().sum() / job.count(len(x))
+            target = teacher(x)
+        loss = (job.model(x) - target + 1).square().sum() / job.count(len(x))
         loss.backward()
         end_step(job, optimizer)
         with torch.no_grad():
@@ -68,8 +68,8 @@ def teacher_copied_before_parallelize(place):
 @situation(
     refused={"fsdp hsdp": "weight.*only this rank's shard.*job.shadow"},
 )
-def teacher_of_one_row_weights(place):
-    """An EMA teacher of layers with two outputs: shards of one row broadcast over both."""
+def teacher_whose_shards_would_broadcast(place):
+    """An EMA teacher with weights of two rows: a shard of one row would silently broadcast."""
     model = nn.Sequential(nn.Linear(6, 2, bias=False), nn.Tanh(), nn.Linear(2, 2, bias=False))
     model = model.double()
     teacher = copy.deepcopy(model).requires_grad_(False)
@@ -93,7 +93,7 @@ def teacher_of_one_row_weights(place):
     },
 )
 def teacher_updated_before_after_step(place):
-    """A teacher is updated from job.model between the optimizer's step and job.after_step()."""
+    """An EMA teacher is updated from job.model after optimizer.step(), before job.after_step()."""
     model = net()
     teacher = copy.deepcopy(model).requires_grad_(False)
     job = place.job(model, units=UNITS)
@@ -112,7 +112,7 @@ def teacher_updated_before_after_step(place):
 
 @situation()
 def weights_clamped_before_after_step(place):
-    """The weights of job.model are clamped between the optimizer's step and job.after_step()."""
+    """The weights of job.model are clamped after optimizer.step(), before job.after_step()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -128,7 +128,7 @@ def weights_clamped_before_after_step(place):
 
 @situation()
 def teacher_from_a_shadow(place):
-    """A distillation teacher is loaded from the shadow's whole weights every other step."""
+    """Every other step a distillation teacher loads the full weights of job.shadow."""
     model, teacher = net(), net().requires_grad_(False)
     job = place.job(model, units=UNITS)
     optimizer, shadow = job.optimizer(torch.optim.SGD, lr=0.5), job.shadow(0.5)
@@ -147,8 +147,8 @@ def teacher_from_a_shadow(place):
 
 
 @situation("pytorch/pytorch#149138", refused={"fsdp hsdp": "Linear.*; load job.full_state_dict"})
-def averaged_model_of_swa(place):
-    """torch.optim.swa_utils.AveragedModel of job.model, called after some steps."""
+def averaged_model_of_torch(place):
+    """torch.optim.swa_utils.AveragedModel(job.model) is updated and called after each step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     average = torch.optim.swa_utils.AveragedModel(job.model)
@@ -162,7 +162,7 @@ def averaged_model_of_swa(place):
 
 @situation("pytorch/pytorch#117742")
 def ema_over_job_parameters_by_hand(place):
-    """An EMA of job.parameters() in a list, put in place for an evaluation and back."""
+    """A handwritten EMA of job.parameters() is swapped in for an evaluation and out again."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     averages = [p.detach().clone() for p in job.parameters()]
@@ -177,14 +177,14 @@ def ema_over_job_parameters_by_hand(place):
                 p.data.copy_(average)
             average_in_place = seen(job)
             job.model(place.rows(batch(50)[0]))
-            for kept, p in zip(before, job.parameters(), strict=True):
-                p.data.copy_(kept)
+            for trained, p in zip(before, job.parameters(), strict=True):
+                p.data.copy_(trained)
         yield {f"average {n}": v for n, v in average_in_place.items()} | seen(job)
 
 
 @situation()
 def lookahead_over_job_parameters(place):
-    """Lookahead: slow weights move towards the fast ones every other step, and replace them."""
+    """Lookahead: every other step, slow weights move towards the trained ones and replace them."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     slow = [p.detach().clone() for p in job.parameters()]
@@ -193,9 +193,9 @@ def lookahead_over_job_parameters(place):
         job.finish()
         optimizer.step()
         if step % 2:
-            for kept, p in zip(slow, job.parameters(), strict=True):
-                kept.add_(p.data - kept, alpha=0.5)
-                p.data.copy_(kept)
+            for average, p in zip(slow, job.parameters(), strict=True):
+                average.add_(p.data - average, alpha=0.5)
+                p.data.copy_(average)
         job.after_step()
         optimizer.zero_grad()
         yield seen(job)
@@ -203,9 +203,9 @@ def lookahead_over_job_parameters(place):
 
 @situation()
 def update_bn_after_averaging(place):
-    """update_bn of an averaged model that was loaded from whole weights, on all the data."""
+    """A plain model loads the average of job.shadow, and update_bn runs it on all the data."""
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
-    model[1].eval()  # trains with the statistics that it has
+    model[1].eval()  # trained with fixed statistics
     average = copy.deepcopy(model)
     job = place.job(model, units=["0"])
     optimizer, shadow = job.optimizer(torch.optim.SGD, lr=0.5), job.shadow(0.5)

@@ -1,4 +1,4 @@
-"""Batches, inputs and outputs of other makes, and losses that are odd."""
+"""Unusual batches, inputs, outputs and losses."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class Out:
     hidden: torch.Tensor
 
 
-class OfKeywords(nn.Module):
-    """Takes keywords alone, of which one may be missing, and returns a dataclass."""
+class KeywordModel(nn.Module):
+    """Takes keyword arguments only, one of them optional, and returns a dataclass."""
 
     def __init__(self):
         super().__init__()
@@ -32,22 +32,22 @@ class OfKeywords(nn.Module):
 
 @situation()
 def keywords_in_and_a_dataclass_out(place):
-    """A forward of keywords alone, one left out in some micro-batches, returns a dataclass."""
-    job = place.job(OfKeywords().double(), units=["inside", "head"])
+    """Forward takes keyword arguments only, one of them optional, and returns a dataclass."""
+    job = place.job(KeywordModel().double(), units=["inside", "head"])
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(3):
         for part in range(2):
             x, y = place.rows(*batch(2 * step + part))
-            more = {"scale": x.mean(1, keepdim=True)} if part else {}
+            optional = {"scale": x.mean(1, keepdim=True)} if part else {}
             with job.microbatch(last=part == 1):
-                out = job.model(x=x, **more)
+                out = job.model(x=x, **optional)
                 size = out.hidden.square().sum() / (2 * job.count(len(y)))
                 (loss_of(job, out.logits, y, 2) + size).backward()
         yield take_step(job, optimizer)
 
 
-class OfDict(OfKeywords):
-    """Takes a dict and returns a dict with the loss of its rows."""
+class DictModel(KeywordModel):
+    """Takes a dict and returns a dict that holds the summed loss of its rows."""
 
     def forward(self, batch):
         out = super().forward(x=batch["x"])
@@ -57,8 +57,8 @@ class OfDict(OfKeywords):
 
 @situation()
 def dict_in_and_the_loss_out(place):
-    """A model takes a dict and computes its loss itself; job.run is given a list of dicts."""
-    job = place.job(OfDict().double(), units=["inside", "head"])
+    """The model takes a dict and computes its loss itself; job.run gets a list of dicts."""
+    job = place.job(DictModel().double(), units=["inside", "head"])
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(3):
         pairs = []
@@ -72,7 +72,7 @@ def dict_in_and_the_loss_out(place):
 
 @situation()
 def data_loader_with_workers(place):
-    """A DataLoader with a worker process gives this rank's rows."""
+    """Each rank reads its own rows from a DataLoader with a worker process."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     x, y = zip(*[place.rows(*batch(i)) for i in range(4)], strict=True)
@@ -87,7 +87,7 @@ def data_loader_with_workers(place):
 
 @situation()
 def loss_is_logged_by_item(place):
-    """loss.item() of each micro-batch is added up, over ranks by job.count."""
+    """loss.item() is added up over micro-batches for a log, and over ranks by job.count."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
@@ -101,8 +101,8 @@ def loss_is_logged_by_item(place):
         yield take_step(job, optimizer) | {"loss": job.count(total)}
 
 
-class Looked(nn.Module):
-    """Looks up rows by the function, which scales those that are too long."""
+class Lookup(nn.Module):
+    """Looks up rows by F.embedding, which rescales rows with a norm above max_norm."""
 
     def __init__(self):
         super().__init__()
@@ -118,8 +118,8 @@ class Looked(nn.Module):
     refused={"dp ddp zero1 zero2 fsdp hsdp": "forward writes to weight, as .*max_norm"},
 )
 def embedding_function_with_max_norm(place):
-    """F.embedding(max_norm=) called as a function rewrites the rows that are looked up."""
-    job = place.job(Looked().double(), units=["head"])
+    """F.embedding(..., max_norm=) rewrites the rows of the weight that it looks up."""
+    job = place.job(Lookup().double(), units=["head"])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -131,7 +131,7 @@ def embedding_function_with_max_norm(place):
 
 @situation(refused={"single dp ddp zero1 zero2 fsdp hsdp": "no rank's loss needs a gradient"})
 def loss_that_is_detached_on_every_rank(place):
-    """The loss is detached by mistake, for instance by .data or .item(), on every rank."""
+    """By mistake the loss is detached on every rank, by .data, .item() or .detach()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     backward(place, job, 0)
@@ -146,7 +146,7 @@ def loss_that_is_detached_on_every_rank(place):
 
 @situation()
 def model_in_eval_mode_with_dropout(place):
-    """A model with dropout is trained in eval mode, as for fine-tuning."""
+    """A model with dropout is trained in eval mode, as some people fine-tune."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 4)).double()
     job = place.job(model, units=["0", "2"])
     job.model.eval()
@@ -158,7 +158,7 @@ def model_in_eval_mode_with_dropout(place):
 
 @situation(refused={"pp": ""})
 def rows_that_do_not_divide(place):
-    """Micro-batches of 7 and 5 rows: one rank has more than another."""
+    """Micro-batches of 7 and 5 rows: one rank has more rows than another."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
@@ -169,8 +169,8 @@ def rows_that_do_not_divide(place):
 
 
 @situation()
-def a_step_of_its_own_for_each_micro_batch(place):
-    """Without accumulation: four small steps in a row, zero_grad at the beginning of each."""
+def no_accumulation(place):
+    """No accumulation: each small batch is one step that starts with zero_grad()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.Adam, lr=0.05)
     for step in range(4):

@@ -1,4 +1,4 @@
-"""What people do to gradients between backward and the step."""
+"""Loops that change or read gradients between backward and the optimizer's step."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def clip_grad_norm_of_torch(place):
 
 @situation(refused={SHARDED: r"gradient.*job.clip_grad_norm"})
 def clip_grad_norm_of_torch_on_model(place):
-    """nn.utils.clip_grad_norm_ over job.model.parameters(), one tensor after another."""
+    """nn.utils.clip_grad_norm_ over job.model.parameters(), with foreach=False."""
     job = place.job(net(), units=UNITS)
     optimizer = torch.optim.AdamW(job.parameters(), lr=0.05)
     for step in range(3):
@@ -46,7 +46,7 @@ def clip_grad_norm_of_torch_on_model(place):
 
 @situation(refused={SHARDED: r"gradient.*job.clip_grad_norm"})
 def norm_of_gradients_is_logged(place):
-    """The norm of all gradients is added up by hand for a log."""
+    """The gradient norm is summed by hand over job.parameters(), for a log."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(2):
@@ -61,7 +61,7 @@ def norm_of_gradients_is_logged(place):
 
 @situation(refused={f"dp ddp {SHARDED}": r"gradient.*(job.finish|job.clip_grad_norm)"})
 def clip_grad_norm_of_torch_before_finish(place):
-    """nn.utils.clip_grad_norm_ right after backward, before gradients are summed."""
+    """nn.utils.clip_grad_norm_ right after backward, before job.finish() sums gradients."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(2):
@@ -72,7 +72,7 @@ def clip_grad_norm_of_torch_before_finish(place):
 
 @situation(refused={"dp ddp zero1 hsdp": "is not summed.*job.finish"})
 def signs_of_gradients_before_finish(place):
-    """Each gradient is replaced by its sign right after backward."""
+    """Each gradient is replaced by its sign right after backward, before job.finish()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(2):
@@ -96,11 +96,11 @@ def each_gradient_clipped_by_its_own_norm(place):
 
 
 def take_rest(job, optimizer):
-    found = gradients(job)
+    full_gradients = gradients(job)
     optimizer.step()
     job.after_step()
     optimizer.zero_grad()
-    return found | seen(job)
+    return full_gradients | seen(job)
 
 
 @situation()
@@ -117,7 +117,7 @@ def clip_grad_value_of_torch(place):
 
 @situation()
 def job_clips_twice_and_scales(place):
-    """job.clip_grad_norm, gradients scaled by hand, and clipped again."""
+    """Gradients are clipped by job.clip_grad_norm, scaled by hand, and clipped again."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.05)
     for step in range(3):
@@ -130,9 +130,9 @@ def job_clips_twice_and_scales(place):
         yield take_rest(job, optimizer) | {"first": first, "second": second}
 
 
-@situation(refused={SHARDED: "noise.*whole"})
+@situation(refused={SHARDED: "noise of the full tensor"})
 def noise_on_gradients(place):
-    """Noise is added to gradients after they are summed, on all ranks by one seed."""
+    """After job.finish() noise is added to the gradients, with one seed on all ranks."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(2):
@@ -147,13 +147,13 @@ def noise_on_gradients(place):
 
 @situation()
 def cleared_to_zeros_and_to_none(place):
-    """zero_grad(set_to_none=False) in odd steps, p.grad = None in even ones."""
+    """Gradients are cleared by zero_grad(set_to_none=False) in some steps, to None in others."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5, momentum=0.9)
     for step in range(4):
         backward(place, job, step)
         job.finish()
-        found = gradients(job)
+        full_gradients = gradients(job)
         optimizer.step()
         job.after_step()
         if step % 2:
@@ -161,12 +161,12 @@ def cleared_to_zeros_and_to_none(place):
         else:
             for p in job.model.parameters():
                 p.grad = None
-        yield found | seen(job)
+        yield full_gradients | seen(job)
 
 
 @situation()
 def gradient_set_to_none_before_the_step(place):
-    """A gradient of job.model's own parameter is set to None between finish() and the step."""
+    """After job.finish() the gradient of one parameter of job.model is set to None."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(3):
@@ -182,7 +182,7 @@ def gradient_set_to_none_before_the_step(place):
 
 @situation()
 def uneven_micro_batches(place):
-    """A step of micro-batches of 6, 2 and 8 rows, the loss divided by the count of all."""
+    """Micro-batches of 6, 4 and 8 rows in one step; the loss is divided by the count of all."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -196,7 +196,7 @@ def uneven_micro_batches(place):
 
 @situation()
 def scaled_halfway_through_accumulation(place):
-    """Gradients are halved between the two micro-batches."""
+    """Gradients are halved between the two micro-batches of a step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(2):
@@ -212,7 +212,7 @@ def scaled_halfway_through_accumulation(place):
 
 @situation(refused={"zero1": r"is being summed: call job.finish\(\)"})
 def halved_between_backward_and_finish(place):
-    """Gradients are halved after the last backward and before finish()."""
+    """Gradients of job.model are halved after the last backward, before job.finish()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -224,7 +224,7 @@ def halved_between_backward_and_finish(place):
 
 @situation(refused={"zero1": r"is not summed yet: call job.finish\(\)"})
 def halved_by_job_parameters_before_finish(place):
-    """Gradients of job.parameters() are halved after the last backward and before finish()."""
+    """Gradients of job.parameters() are halved after the last backward, before job.finish()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(2):
@@ -235,8 +235,8 @@ def halved_by_job_parameters_before_finish(place):
 
 
 @situation()
-def a_step_is_not_taken(place):
-    """Gradients of a step are cleared after finish(), and the step is not taken."""
+def step_skipped_after_finish(place):
+    """After job.finish() the gradients are cleared and the optimizer's step is skipped."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(4):
@@ -254,7 +254,8 @@ def scaled_step(job, scaler, optimizer, clip=None):
         scaler.unscale_(optimizer)
         job.clip_grad_norm(clip)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, of how it hands over its scaler
+        # GradScaler warns about how it itself passes the scaler to the optimizer.
+        warnings.simplefilter("ignore", FutureWarning)
         scaler.step(optimizer)
     scaler.update()
     job.after_step()
@@ -264,7 +265,7 @@ def scaled_step(job, scaler, optimizer, clip=None):
 
 @situation()
 def grad_scaler_with_an_inf_on_the_last_rows(place):
-    """A GradScaler, unscale_ and clipping; in one step the last row alone overflows."""
+    """GradScaler with unscale_ and clipping; in one step only the last row overflows."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     scaler = job.scaler(init_scale=8.0, growth_interval=2)
@@ -281,7 +282,7 @@ def grad_scaler_with_an_inf_on_the_last_rows(place):
 
 @situation()
 def grad_scaler_in_autocast(place):
-    """autocast to bfloat16 and a GradScaler, on small whole numbers, which it computes exactly."""
+    """Autocast to bfloat16 with a GradScaler, on small integers so that both are exact."""
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4, bias=False))
     for p in model.parameters():
         nn.init.constant_(p, 1.0)

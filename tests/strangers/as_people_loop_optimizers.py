@@ -1,4 +1,4 @@
-"""What people do with optimizers: several of them, schedules, groups by hand, none at all."""
+"""Loops with several optimizers, schedules, groups edited by hand, or no optimizer at all."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ SCHEDULERS = torch.optim.lr_scheduler
 
 @situation()
 def one_cycle_and_adamw(place):
-    """OneCycleLR drives lr and betas of AdamW, a step each."""
+    """OneCycleLR changes the lr and betas of AdamW after each step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.01)
     schedule = SCHEDULERS.OneCycleLR(optimizer, max_lr=0.2, total_steps=6)
@@ -25,7 +25,7 @@ def one_cycle_and_adamw(place):
 
 @situation()
 def reduce_on_plateau(place):
-    """ReduceLROnPlateau is told the loss of an evaluation, which must be one on all ranks."""
+    """ReduceLROnPlateau follows job.evaluate, so its loss must be equal on all ranks."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=3.0)
     schedule = SCHEDULERS.ReduceLROnPlateau(optimizer, patience=0)
@@ -39,7 +39,7 @@ def reduce_on_plateau(place):
 
 @situation()
 def groups_edited_by_hand(place):
-    """lr and weight_decay of groups are written by hand between steps."""
+    """lr and weight_decay of optimizer.param_groups are edited by hand between steps."""
     job = place.job(net(), units=UNITS)
     decay = {True: 0.1, False: 0.0}
     optimizer = job.optimizer(
@@ -55,7 +55,7 @@ def groups_edited_by_hand(place):
 
 @situation()
 def groups_made_from_job_parameters(place):
-    """torch's own optimizer is given groups out of job.named_parameters(), by name."""
+    """torch.optim.AdamW gets parameter groups made from job.named_parameters()."""
     job = place.job(net(), units=UNITS)
     named = dict(job.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -72,7 +72,7 @@ def groups_made_from_job_parameters(place):
 
 @situation()
 def add_param_group_later(place):
-    """The head trains alone at first; the rest comes in by add_param_group."""
+    """The optimizer holds only the head at first; add_param_group adds the rest later."""
     job = place.job(net(), units=UNITS)
     with torch.no_grad():
         job.model(place.rows(batch(50)[0]))
@@ -91,8 +91,8 @@ def add_param_group_later(place):
 
 
 @situation()
-def two_optimizers_over_parts(place):
-    """SGD steps on one layer, Adam on the rest, each with a schedule of its own."""
+def two_optimizers(place):
+    """SGD trains one layer and Adam the rest, each with its own schedule."""
     job = place.job(net(), units=UNITS)
     with torch.no_grad():
         job.model(place.rows(batch(50)[0]))
@@ -115,7 +115,7 @@ def two_optimizers_over_parts(place):
 
 
 @situation()
-def optimizer_state_goes_out_and_in(place):
+def optimizer_state_is_saved_and_loaded(place):
     """optimizer.state_dict() is loaded into a fresh optimizer of the same job."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
@@ -130,7 +130,7 @@ def optimizer_state_goes_out_and_in(place):
 
 @situation()
 def plain_sgd_by_hand(place):
-    """p.data -= lr * p.grad over job.parameters(), without an optimizer."""
+    """SGD by hand, without an optimizer: p.data -= lr * p.grad over job.parameters()."""
     job = place.job(net(), units=UNITS)
     for step in range(3):
         backward(place, job, step)
@@ -145,7 +145,7 @@ def plain_sgd_by_hand(place):
 
 @situation(refused={"zero1 zero2": "is summed, and sharded over the ranks.*job.parameters"})
 def plain_sgd_over_model_parameters(place):
-    """p.data -= lr * p.grad over job.model.parameters(), without an optimizer."""
+    """SGD by hand, without an optimizer: p.data -= lr * p.grad over job.model.parameters()."""
     job = place.job(net(), units=UNITS)
     for step in range(3):
         backward(place, job, step)
@@ -160,7 +160,7 @@ def plain_sgd_over_model_parameters(place):
 
 @situation(refused={"zero1 zero2 fsdp hsdp": "LBFGS looks at more than one element.*use dp or ddp"})
 def lbfgs_with_a_closure(place):
-    """LBFGS calls a closure that is a whole step: two micro-batches, backward and finish."""
+    """LBFGS calls a closure that runs both micro-batches, backward and job.finish()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.LBFGS, lr=0.5, max_iter=3, history_size=4)
     for step in range(2):
@@ -184,15 +184,15 @@ def lbfgs_with_a_closure(place):
 
 
 @situation(refused={"dp ddp zero1 zero2 fsdp hsdp": r"SGD steps in the middle of backward.*finish"})
-def a_step_in_backward_for_each_parameter(place):
-    """Each parameter has an optimizer, which a hook on its gradient calls in backward."""
+def optimizer_step_in_backward(place):
+    """Each parameter has an optimizer, and its gradient hook steps it during backward."""
     job = place.job(net(), units=UNITS)
     for p in job.model.parameters():
-        own = torch.optim.SGD([p], lr=0.3)
+        optimizer = torch.optim.SGD([p], lr=0.3)
 
-        def hook(_, own=own):
-            own.step()
-            own.zero_grad()
+        def hook(_, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
 
         p.register_post_accumulate_grad_hook(hook)
     for step in range(2):
@@ -204,7 +204,7 @@ def a_step_in_backward_for_each_parameter(place):
 
 @situation(refused={"zero1 zero2 fsdp hsdp": "is only this rank's shard.*job.full_state_dict"})
 def norm_of_weights_before_the_step(place):
-    """The norm of job.parameters() is added up by hand between backward and the step."""
+    """Between backward and the step, the norm of job.parameters() is summed by hand."""
     job = place.job(net(), units=UNITS)
     optimizer = torch.optim.SGD(job.parameters(), lr=0.3)
     for step in range(2):
@@ -215,16 +215,16 @@ def norm_of_weights_before_the_step(place):
 
 @situation()
 def momentum_by_hand(place):
-    """Momentum is kept by hand in a dict, without an optimizer."""
+    """SGD with momentum by hand: the momentum is kept in a dict, without an optimizer."""
     job = place.job(net(), units=UNITS)
-    kept = {name: torch.zeros_like(p) for name, p in job.named_parameters()}
+    momentum = {name: torch.zeros_like(p) for name, p in job.named_parameters()}
     for step in range(3):
         backward(place, job, step)
         job.finish()
         with torch.no_grad():
             for name, p in job.named_parameters():
-                kept[name] = 0.9 * kept[name] + p.grad
-                p.sub_(kept[name], alpha=0.3)
+                momentum[name] = 0.9 * momentum[name] + p.grad
+                p.sub_(momentum[name], alpha=0.3)
         job.after_step()
         for p in job.parameters():
             p.grad = None
@@ -233,25 +233,25 @@ def momentum_by_hand(place):
 
 @situation()
 def sam_by_hand(place):
-    """Sharpness-aware: weights go up the gradient, a second backward, and back before the step."""
+    """Sharpness-aware minimization: a second backward at weights moved up the gradient."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3, momentum=0.9)
     for step in range(3):
         backward(place, job, step)
         job.finish()
         scale = 0.05 / (job.clip_grad_norm(None) + 1e-12)
-        moved = []
+        moves = []
         with torch.no_grad():
             for p in job.parameters():
-                moved.append(p.grad * scale)
-                p.add_(moved[-1])
+                moves.append(p.grad * scale)
+                p.add_(moves[-1])
         job.after_step()
         optimizer.zero_grad()
         backward(place, job, step)
         job.finish()
         with torch.no_grad():
-            for p, way in zip(job.parameters(), moved, strict=True):
-                p.sub_(way)
+            for p, move in zip(job.parameters(), moves, strict=True):
+                p.sub_(move)
         optimizer.step()
         job.after_step()
         optimizer.zero_grad()

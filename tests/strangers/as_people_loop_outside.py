@@ -1,4 +1,4 @@
-"""What people do with job.model besides training: copies, compilers, hooks, utilities of nn."""
+"""Uses of job.model besides training: copies, torch.compile, hooks, utilities of torch.nn."""
 
 import copy
 import io
@@ -12,12 +12,12 @@ from torch.nn.utils import parametrize
 
 
 def quietly_compiled():
-    """Without the compiler's word that it leaves alone what it is told to leave alone."""
+    """Ignores torch.compile's warning about functions that it is told not to compile."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 @situation()
-def compiled_after(place):
+def compiled_after_parallelize(place):
     """torch.compile(job.model) in the loop, with the eager backend."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
@@ -30,7 +30,7 @@ def compiled_after(place):
 
 
 @situation()
-def compiled_before(place):
+def compiled_before_parallelize(place):
     """model.compile() before parallelize, with the eager backend."""
     model = net()
     model.compile(backend="eager")
@@ -48,7 +48,7 @@ def compiled_before(place):
     refused={"fsdp hsdp": "a copy of a sharded model.*job.full_state_dict"},
 )
 def deep_copy_is_evaluated(place):
-    """copy.deepcopy(job.model) is called after two steps, and must be the plain model."""
+    """copy.deepcopy(job.model) after two steps, called as a plain model."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(2):
@@ -60,7 +60,7 @@ def deep_copy_is_evaluated(place):
 
 @situation(refused={"fsdp hsdp": "a copy of a sharded model.*job.full_state_dict"})
 def whole_model_is_saved_and_loaded(place):
-    """torch.save(job.model), and what is loaded is called."""
+    """torch.save(job.model); what torch.load returns is called as a plain model."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     backward(place, job, 0)
@@ -74,7 +74,7 @@ def whole_model_is_saved_and_loaded(place):
 
 @situation()
 def weights_are_saved_and_loaded_by_weights_only(place):
-    """torch.save of job.full_state_dict(), loaded with weights_only into a plain model."""
+    """job.full_state_dict() is saved, then loaded with weights_only=True into a plain model."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
     for step in range(2):
@@ -90,7 +90,7 @@ def weights_are_saved_and_loaded_by_weights_only(place):
 
 @situation()
 def hooks_on_parameters_before_and_after(place):
-    """Gradient hooks on parameters, one set before parallelize and one after, that scale."""
+    """Gradient hooks scale gradients; one is registered before parallelize, one after."""
     model = net()
     model[0].weight.register_hook(lambda g: g * 2)
     job = place.job(model, units=UNITS)
@@ -105,7 +105,7 @@ def hooks_on_parameters_before_and_after(place):
 
 @situation()
 def hooks_after_accumulation(place):
-    """A hook after accumulation counts how often each parameter got its gradient."""
+    """A post-accumulate-grad hook counts the gradients of each parameter."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     calls = []
@@ -118,7 +118,7 @@ def hooks_after_accumulation(place):
 
 @situation()
 def hooks_on_modules(place):
-    """Forward and full backward hooks on modules scale activations and their gradients."""
+    """Forward hooks and full backward hooks of modules scale activations and gradients."""
     model = net()
     model[1].register_full_backward_hook(lambda m, into, out: (into[0] * 2,))
     job = place.job(model, units=UNITS)
@@ -133,15 +133,15 @@ def hooks_on_modules(place):
 
 @situation()
 def activations_caught_by_a_hook(place):
-    """A forward hook keeps a hidden activation, whose size is part of the loss."""
+    """A forward hook keeps a hidden activation, which the loss penalizes."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-    kept = {}
-    job.model[1].register_forward_hook(lambda m, args, out: kept.update(hidden=out))
+    caught = {}
+    job.model[1].register_forward_hook(lambda m, args, out: caught.update(hidden=out))
 
     def share(x, y):
         out = job.model(x)
-        return loss_of(job, out, y, 2) + kept["hidden"].square().sum() / (2 * job.count(len(y)))
+        return loss_of(job, out, y, 2) + caught["hidden"].square().sum() / (2 * job.count(len(y)))
 
     for step in range(3):
         backward(place, job, step, share=share)
@@ -157,15 +157,15 @@ def train(place, model, units):
 
 
 class Symmetric(nn.Module):
-    """A parametrization of one's own."""
+    """A parametrization that makes a weight symmetric."""
 
     def forward(self, x):
         return x.triu() + x.triu(1).T
 
 
 @situation()
-def parametrization_of_ones_own(place):
-    """A square weight that is kept symmetric by a parametrization."""
+def parametrization_by_the_user(place):
+    """A parametrization written by the user keeps a square weight symmetric."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     parametrize.register_parametrization(model[0], "weight", Symmetric())
     yield from train(place, model, ["0"])
@@ -173,15 +173,15 @@ def parametrization_of_ones_own(place):
 
 @situation(refused={"zero1 zero2": "sharded over the ranks", "fsdp hsdp": "only this rank's shard"})
 def gradients_as_one_vector(place):
-    """The cosine of this step's and the last one's gradients, each as one vector."""
+    """The cosine of this step's and the last step's gradients, each flattened to a vector."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
-    before = 0.0
+    last = 0.0
     for step in range(2):
         backward(place, job, step)
         job.finish()
-        now = torch.cat([p.grad.flatten() for p in job.model.parameters()])
-        cosine, before = float((now * before).sum() / now.norm() ** 2), now
+        vector = torch.cat([p.grad.flatten() for p in job.model.parameters()])
+        cosine, last = float((vector * last).sum() / vector.norm() ** 2), vector
         yield gradients(job) | {"cosine": cosine}
         optimizer.step()
         job.after_step()
@@ -190,7 +190,7 @@ def gradients_as_one_vector(place):
 
 @situation(refused={"fsdp hsdp": "only this rank's shard"})
 def weights_as_one_vector(place):
-    """parameters_to_vector and vector_to_parameters, to shrink all weights between steps."""
+    """parameters_to_vector and vector_to_parameters shrink all weights between steps."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
@@ -204,7 +204,7 @@ def weights_as_one_vector(place):
 
 @situation(refused={"fsdp hsdp": "only this rank's shard.*job.full_state_dict"})
 def norm_of_weights_is_logged(place):
-    """The norm of all weights of job.model is logged after each step."""
+    """The norm of the weights of job.model is logged after each step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(2):
@@ -216,7 +216,7 @@ def norm_of_weights_is_logged(place):
 
 @situation()
 def weights_are_clamped_between_steps(place):
-    """The weights of job.model are clamped after each step, as a critic's."""
+    """The weights of job.model are clamped after each step, as for a WGAN's critic."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Loops that change on the way: freezing, recomputing, breaking off, evaluating between."""
+"""Loops that freeze layers, recompute, raise, skip batches, or evaluate between steps."""
 
 import torch
 from loops import UNITS, backward, batch, end_step, loss_of, net
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 @situation()
 def gradual_unfreezing(place):
-    """The head trains first; every other step one more layer is unfrozen, from the top."""
+    """The head is trained first; every other step one more layer is unfrozen, from the top."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1, weight_decay=0.1)
     job.model.requires_grad_(False)
@@ -21,8 +21,8 @@ def gradual_unfreezing(place):
 
 
 @situation()
-def frozen_and_thawed_in_turn(place):
-    """Odd steps train the layers of one half of the model, even steps those of the other."""
+def halves_trained_alternately(place):
+    """Odd steps train the first layers of the model, even steps the others."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3, momentum=0.9)
     for step in range(4):
@@ -33,7 +33,7 @@ def frozen_and_thawed_in_turn(place):
 
 
 class Blocks(nn.Module):
-    """Blocks, each run by a checkpoint, or all of them by one."""
+    """Blocks, each in an activation checkpoint of its own, or all of them in one."""
 
     def __init__(self, *, reentrant, together=False):
         super().__init__()
@@ -71,31 +71,31 @@ def train_blocks(place, model, frozen=()):
 
 @situation()
 def checkpoint_of_each_block(place):
-    """checkpoint(use_reentrant=False) of each block."""
+    """Activation checkpointing of each block, use_reentrant=False."""
     yield from train_blocks(place, Blocks(reentrant=False))
 
 
 @situation()
 def reentrant_checkpoint_of_each_block(place):
-    """checkpoint(use_reentrant=True) of each block."""
+    """Activation checkpointing of each block, use_reentrant=True."""
     yield from train_blocks(place, Blocks(reentrant=True))
 
 
 @situation()
 def checkpoint_around_several_units(place):
-    """checkpoint(use_reentrant=False) around several units at once, one of them frozen later."""
+    """One activation checkpoint around three units, one frozen later; use_reentrant=False."""
     yield from train_blocks(place, Blocks(reentrant=False, together=True), frozen=[1])
 
 
 @situation()
 def reentrant_checkpoint_around_several_units(place):
-    """checkpoint(use_reentrant=True) around several units at once, one of them frozen later."""
+    """One activation checkpoint around three units, one frozen later; use_reentrant=True."""
     yield from train_blocks(place, Blocks(reentrant=True, together=True), frozen=[1])
 
 
 @situation()
 def checkpoint_of_the_whole_model(place):
-    """checkpoint(job.model, x, use_reentrant=False) in the loop."""
+    """The loop calls checkpoint(job.model, x, use_reentrant=False)."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
 
@@ -109,7 +109,7 @@ def checkpoint_of_the_whole_model(place):
 
 @situation()
 def an_exception_in_a_forward_is_caught(place):
-    """The second layer raises in one forward, on all ranks; the batch is left out."""
+    """One forward raises inside the model on all ranks; the loop skips the batch."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
 
@@ -131,7 +131,7 @@ def an_exception_in_a_forward_is_caught(place):
 
 @situation()
 def an_exception_in_a_backward_is_caught(place):
-    """A gradient hook raises in one backward, on all ranks; the batch is left out."""
+    """One backward raises in a gradient hook on all ranks; the loop skips the batch."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
 
@@ -157,7 +157,7 @@ def an_exception_in_a_backward_is_caught(place):
 
 @situation()
 def inference_between_steps(place):
-    """no_grad, inference_mode and eval forwards between steps, the first before any training."""
+    """Forwards under no_grad, inference_mode and eval between steps, and before the first."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     x = place.rows(batch(77)[0])
@@ -168,14 +168,14 @@ def inference_between_steps(place):
         with torch.no_grad():
             job.model(x)
         job.model.train()
-        job.model(x)  # with a graph that nobody uses
+        job.model(x)  # builds an autograd graph that is not used
         backward(place, job, step)
         yield take_step(job, optimizer)
 
 
 @situation()
 def evaluation_inside_accumulation(place):
-    """job.evaluate and a forward by hand between the two micro-batches of a step."""
+    """job.evaluate and a no_grad forward between the two micro-batches of a step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
@@ -191,8 +191,8 @@ def evaluation_inside_accumulation(place):
 
 
 @situation()
-def forward_of_the_next_batch_before_backward(place):
-    """The forward of an evaluation lies between forward and backward of training."""
+def evaluation_between_forward_and_backward(place):
+    """A no_grad forward runs between the forward and the backward of training."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(3):
@@ -205,8 +205,8 @@ def forward_of_the_next_batch_before_backward(place):
 
 
 @situation()
-def early_stop_by_an_evaluation(place):
-    """Training stops when job.evaluate says so, which all ranks must see in the same step."""
+def early_stopping(place):
+    """Early stopping by job.evaluate: all ranks must stop at the same step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=4.0)
     best = float("inf")
@@ -222,8 +222,8 @@ def early_stop_by_an_evaluation(place):
 
 
 @situation()
-def a_batch_skipped_by_all_ranks_together(place):
-    """A batch is left out where any rank's rows are bad, as job.count tells all ranks."""
+def batch_skipped_on_all_ranks(place):
+    """All ranks skip a batch if any rank finds a NaN in its rows; job.count tells them."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(5):
@@ -239,12 +239,12 @@ def a_batch_skipped_by_all_ranks_together(place):
 
 @situation()
 def weights_are_loaded_midway(place):
-    """The best weights so far are loaded by job.load_full_state_dict, and training goes on."""
+    """job.load_full_state_dict loads earlier weights, and training continues."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3, momentum=0.9)
-    kept = job.full_state_dict()
+    saved = job.full_state_dict()
     for step in range(4):
         if step == 2:
-            job.load_full_state_dict(kept)
+            job.load_full_state_dict(saved)
         backward(place, job, step)
         yield take_step(job, optimizer)

@@ -1,4 +1,4 @@
-"""Losses that differentiate twice or by functions: penalties, GANs, torch.func."""
+"""Losses with second derivatives or torch.func: penalties, GANs, per-sample gradients."""
 
 import torch
 from loops import UNITS, backward, batch, end_step, loss_of, net
@@ -8,7 +8,7 @@ from torch import nn
 
 @situation("pytorch/pytorch#2467")
 def gradient_penalty_of_wgan(place):
-    """A WGAN's critic with a gradient penalty: double backward through the model."""
+    """A WGAN critic with gradient penalty: double backward through the model."""
     job = place.job(net(classes=1), units=UNITS)
     optimizer = job.optimizer(torch.optim.Adam, lr=0.05)
     for step in range(3):
@@ -25,8 +25,8 @@ def gradient_penalty_of_wgan(place):
 
 
 @situation()
-def gradient_with_respect_to_inputs(place):
-    """Adversarial training: inputs move along their gradient before the loss is taken."""
+def adversarial_training(place):
+    """Adversarial training: inputs first move along their own gradient."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -36,8 +36,8 @@ def gradient_with_respect_to_inputs(place):
                 x.requires_grad_()
                 loss = job.cross_entropy_sum(job.model(x), y)
                 (slope,) = torch.autograd.grad(loss, x)
-                moved = (x + 0.1 * slope.sign()).detach()
-                loss_of(job, job.model(moved), y, 2).backward()
+                attacked = (x + 0.1 * slope.sign()).detach()
+                loss_of(job, job.model(attacked), y, 2).backward()
         yield take_step(job, optimizer)
 
 
@@ -50,52 +50,52 @@ def generator():
 
 @situation()
 def gan_of_two_jobs(place):
-    """A GAN of two jobs; the generator learns through the critic, whose gradients are cleared."""
-    make = place.job(generator(), units=["0"])
-    judge = place.job(net(classes=1), units=UNITS)
-    by_make = make.optimizer(torch.optim.Adam, lr=0.05)
-    by_judge = judge.optimizer(torch.optim.Adam, lr=0.05)
+    """A GAN of two jobs; the critic is frozen while the generator learns through it."""
+    maker = place.job(generator(), units=["0"])
+    critic = place.job(net(classes=1), units=UNITS)
+    optimizer_g = maker.optimizer(torch.optim.Adam, lr=0.05)
+    optimizer_c = critic.optimizer(torch.optim.Adam, lr=0.05)
     for step in range(3):
         real, noise = place.rows(batch(2 * step)[0], batch(2 * step + 1)[0])
-        count = judge.count(len(real))
+        count = critic.count(len(real))
         with torch.no_grad():
-            fake = make.model(noise)
-        loss = nn.functional.softplus(judge.model(fake)) + nn.functional.softplus(
-            -judge.model(real)
+            fake = maker.model(noise)
+        loss = nn.functional.softplus(critic.model(fake)) + nn.functional.softplus(
+            -critic.model(real)
         )
         (loss.sum() / count).backward()
-        found = {f"judge {n}": v for n, v in take_step(judge, by_judge).items()}
-        judge.model.requires_grad_(False)
-        (nn.functional.softplus(-judge.model(make.model(noise))).sum() / count).backward()
-        judge.model.requires_grad_(True)
-        yield found | take_step(make, by_make)
+        critic_seen = {f"critic {n}": v for n, v in take_step(critic, optimizer_c).items()}
+        critic.model.requires_grad_(False)
+        (nn.functional.softplus(-critic.model(maker.model(noise))).sum() / count).backward()
+        critic.model.requires_grad_(True)
+        yield critic_seen | take_step(maker, optimizer_g)
 
 
 @situation()
-def gan_whose_critic_keeps_its_gradients(place):
-    """The generator's backward passes through a critic that is not frozen, then zero_grad."""
-    make = place.job(generator(), units=["0"])
-    judge = place.job(net(classes=1), units=UNITS)
-    by_make = make.optimizer(torch.optim.SGD, lr=0.5)
-    by_judge = judge.optimizer(torch.optim.SGD, lr=0.5)
+def gan_whose_critic_is_not_frozen(place):
+    """A GAN of two jobs; critic gradients from the generator's backward are cleared."""
+    maker = place.job(generator(), units=["0"])
+    critic = place.job(net(classes=1), units=UNITS)
+    optimizer_g = maker.optimizer(torch.optim.SGD, lr=0.5)
+    optimizer_c = critic.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
         real, noise = place.rows(batch(2 * step)[0], batch(2 * step + 1)[0])
-        count = judge.count(len(real))
-        (nn.functional.softplus(-judge.model(make.model(noise))).sum() / count).backward()
-        found = {f"made {n}": v for n, v in take_step(make, by_make).items()}
-        judge.finish()
-        by_judge.zero_grad()
-        fake = make.model(noise).detach()
-        loss = nn.functional.softplus(judge.model(fake)) + nn.functional.softplus(
-            -judge.model(real)
+        count = critic.count(len(real))
+        (nn.functional.softplus(-critic.model(maker.model(noise))).sum() / count).backward()
+        generator_seen = {f"generator {n}": v for n, v in take_step(maker, optimizer_g).items()}
+        critic.finish()
+        optimizer_c.zero_grad()
+        fake = maker.model(noise).detach()
+        loss = nn.functional.softplus(critic.model(fake)) + nn.functional.softplus(
+            -critic.model(real)
         )
         (loss.sum() / count).backward()
-        yield found | take_step(judge, by_judge)
+        yield generator_seen | take_step(critic, optimizer_c)
 
 
 @situation(refused={"fsdp hsdp": "functional_call puts another tensor in the place of .*sharded"})
-def functional_call_with_own_parameters(place):
-    """torch.func.functional_call of job.model with its own parameters, scaled."""
+def functional_call_with_scaled_parameters(place):
+    """torch.func.functional_call(job.model, ...) with its own parameters, scaled."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
     for step in range(3):
@@ -108,12 +108,12 @@ def functional_call_with_own_parameters(place):
 
 @situation(
     refused={
-        "fsdp hsdp": "torch.func's grad.*take dp, ddp or zero2",
+        "fsdp hsdp": "torch.func.grad.*use dp, ddp or zero2",
         "single dp ddp": r"finish\(\) without a backward",
     }
 )
 def per_sample_gradients_by_vmap(place):
-    """torch.func.vmap of grad gives each row's gradient; their sum is put into .grad."""
+    """Per-sample gradients by torch.func.vmap(grad(...)); their sum is written to .grad."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.5)
 
@@ -134,7 +134,7 @@ def per_sample_gradients_by_vmap(place):
 
 @situation()
 def hessian_vector_product(place):
-    """A penalty on a Hessian-vector product of the loss in the inputs."""
+    """The loss includes a Hessian-vector product with respect to the inputs."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(2):
@@ -148,8 +148,8 @@ def hessian_vector_product(place):
 
 
 @situation(refused={"fsdp hsdp": "is only this rank's shard.*in its module's forward"})
-def penalty_on_weights(place):
-    """An L2 term over job.model.parameters() is part of the loss of each rank's rows."""
+def weight_penalty_over_model_parameters(place):
+    """The loss includes an L2 penalty over job.model.parameters()."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.3)
     for step in range(2):
@@ -163,7 +163,7 @@ def penalty_on_weights(place):
 
 @situation()
 def loss_of_two_forwards(place):
-    """Two forwards of one batch, their distance in one loss, accumulated."""
+    """The loss compares two forwards of one batch, with gradient accumulation."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
 
@@ -178,7 +178,7 @@ def loss_of_two_forwards(place):
 
 @situation(refused={"zero2": "give each backward a job.microbatch of its own"})
 def retained_graph(place):
-    """loss.backward(retain_graph=True) of one term, then of another, in one micro-batch."""
+    """Two backwards in one job.microbatch, the first with retain_graph=True."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
     for step in range(2):
@@ -193,17 +193,17 @@ def retained_graph(place):
 
 
 @situation()
-def a_value_of_the_last_step_in_the_loss(place):
-    """The detached output of the step before is a target; nothing else is kept."""
+def target_from_the_last_step(place):
+    """The detached output of the last step is the target of this step."""
     job = place.job(net(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.2)
-    before = 0.0
+    target = 0.0
     x, y = place.rows(*batch(0))
     for step in range(3):
         backward(place, job, step)
         end_step(job, optimizer)
         out = job.model(x)
-        ((out - before).square().sum() / job.count(len(y))).backward()
-        before = out.detach()
+        ((out - target).square().sum() / job.count(len(y))).backward()
+        target = out.detach()
         end_step(job, optimizer)
         yield seen(job)

@@ -1,4 +1,4 @@
-"""Losses that are uneven, partial, taken twice, or differentiated more than once."""
+"""Losses that are uneven, missing on a rank, split in two, or differentiated twice."""
 
 import torch
 from batches import batch, classified, generator_of, loss_of, sequences, usual_loop
@@ -15,7 +15,7 @@ UNITS = ["0", "2"]
 
 
 def padded(step):
-    """Sequences of which some positions, and in step 1 all of the last rows, are ignored."""
+    """Sequences with some ignored positions; in step 1 all labels of the last rows are ignored."""
     x, y = sequences(step)
     y = y.masked_fill(torch.rand(y.shape, generator=generator_of(step)) < 0.4, -100)
     if step == 1:
@@ -25,7 +25,7 @@ def padded(step):
 
 @situation("huggingface/transformers#34191", "pytorch/torchtitan#2206", "allenai/OLMo-core#657")
 def tokens_uneven_and_a_rank_with_none(place):
-    """Valid tokens differ by micro-batch and rank; once all of a rank's labels are ignored."""
+    """Ranks have different numbers of valid tokens; in one step a rank has none."""
     job = place.job(network().double(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
     for step in range(3):
@@ -39,7 +39,7 @@ def tokens_uneven_and_a_rank_with_none(place):
 
 @situation()
 def class_weights_and_label_smoothing(place):
-    """Rows count by the weight of their class; labels are smoothed."""
+    """Cross entropy with class weights and label smoothing."""
     job = place.job(network().double(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     weight = torch.tensor([0.2, 1.0, 3.0, 0.5], dtype=torch.float64)
@@ -52,7 +52,7 @@ def class_weights_and_label_smoothing(place):
 
 
 class Detector(nn.Module):
-    """Features, classes, and boxes of which the loss may use none."""
+    """A detector with features, classes, and boxes; the loss may use no box."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Detector(nn.Module):
 
 
 def detected(step):
-    """Rows of which the first half alone have boxes, and in some micro-batches none."""
+    """Rows with boxes in the first half only; in step 2 no row has one."""
     x, y = batch(step)
     y = torch.where(torch.arange(8) < 4, y, 0)
     return x, torch.zeros_like(y) if step == 2 else y
@@ -81,14 +81,14 @@ def detection_loss(model, x, y):
 
 @situation("ultralytics/ultralytics#26012", "lyuwenyu/RT-DETR#672", "pytorch/pytorch#23425")
 def head_without_targets_on_a_rank(place):
-    """The loss of boxes is left out where a rank's rows have none."""
+    """A detector's box loss is left out on a rank whose rows have no boxes."""
     job = place.job(Detector().double(), units=["features", "classes", "boxes"])
     yield from usual_loop(place, job, detection_loss, make=detected)
 
 
 @situation("Lightning-AI/pytorch-lightning#12190")
-def loss_of_zero_on_a_rank(place):
-    """A rank without positive rows makes a zero of its own, which is no function of the model."""
+def constant_zero_loss_on_a_rank(place):
+    """A rank without positive rows returns a fresh zero, which does not depend on the model."""
     job = place.job(Detector().double(), units=["features", "classes", "boxes"])
 
     def loss(model, x, y):
@@ -101,7 +101,7 @@ def loss_of_zero_on_a_rank(place):
 
 
 class Branches(nn.Module):
-    """Layers within layers: a branch for rows of positive classes, and one for all."""
+    """Nested layers: one branch for rows of positive classes, one for all rows."""
 
     def __init__(self):
         super().__init__()
@@ -118,15 +118,15 @@ NESTED = ["trunk", "trunk.0", "trunk.1", "some", "some.0", "some.1", "some.1.1",
 
 
 @situation("lyuwenyu/RT-DETR#672", "ultralytics/ultralytics#26012")
-def nested_branch_that_a_rank_has_no_loss_of(place):
-    """Units within units, of which a rank's loss leaves some out, others in every micro-batch."""
+def nested_units_unused_on_a_rank(place):
+    """Nested units, some of which a rank's loss does not use; others in each micro-batch."""
     job = place.job(Branches().double(), units=NESTED)
     yield from usual_loop(place, job, detection_loss, make=detected, steps=4)
 
 
 @situation()
 def trunk_that_is_detached_on_a_rank(place):
-    """Rows that are not positive do not train the trunk: where a rank has no others, it is cut."""
+    """Negative rows detach the trunk, so a rank with only such rows has no gradient for it."""
 
     class Cut(Branches):
         def forward(self, x, positive):
@@ -146,7 +146,7 @@ def trunk_that_is_detached_on_a_rank(place):
 
 @situation("harryhan618/LaneNet#12")
 def backward_left_out_on_a_rank(place):
-    """A rank without positive rows calls forward, and then no backward at all."""
+    """A rank without positive rows runs forward but no backward."""
     job = place.job(Detector().double(), units=["features", "classes", "boxes"])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
@@ -162,7 +162,7 @@ def backward_left_out_on_a_rank(place):
 
 @situation("pytorch/pytorch#47260")
 def two_backwards_through_one_forward(place):
-    """Two losses of one forward, the first with retain_graph, in one micro-batch."""
+    """Two losses of one forward, each with a backward; the first retains the graph."""
     job = place.job(Detector().double(), units=["features", "classes", "boxes"])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
@@ -178,7 +178,7 @@ def two_backwards_through_one_forward(place):
 
 @situation("pytorch/pytorch#47562")
 def forces_that_are_gradients(place):
-    """A loss on forces, which are the gradient of an energy by the inputs, and on the energy."""
+    """A loss on forces (gradients of an energy with respect to the inputs) and on the energy."""
     job = place.job(network().double(), units=UNITS)
 
     def loss(model, x, y):
@@ -192,7 +192,7 @@ def forces_that_are_gradients(place):
 
 @situation("pytorch/pytorch#47870")
 def directional_derivative_of_the_network(place):
-    """The network's derivative in a direction is fitted; no gradient of the output itself."""
+    """The loss fits a directional derivative of the network; the output has no gradient itself."""
     job = place.job(network().double(), units=UNITS)
 
     def loss(model, x, y):
@@ -206,7 +206,7 @@ def directional_derivative_of_the_network(place):
 
 @situation()
 def saliency_of_the_inputs(place):
-    """Gradients by the inputs are looked at between steps, by a backward of their own."""
+    """A saliency map, the gradient with respect to the inputs, is computed between steps."""
     job = place.job(network().double(), units=UNITS)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(2):
@@ -218,7 +218,7 @@ def saliency_of_the_inputs(place):
 
 
 class Mixture(nn.Module):
-    """A router that keeps its auxiliary loss on itself, and dense experts."""
+    """Dense experts, and a router that keeps its auxiliary loss as an attribute."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ class Mixture(nn.Module):
 
 @situation("pytorch/torchtitan#3000", "pytorch/pytorch#183702")
 def auxiliary_loss_kept_on_a_module(place):
-    """Each router keeps its loss as an attribute; they are added after the forward."""
+    """Each MoE router keeps its auxiliary loss as an attribute; the loss adds them up."""
     model = nn.Sequential(Mixture(), Mixture(), nn.Linear(6, 4)).double()
     job = place.job(model, units=[Mixture])
 
@@ -247,7 +247,7 @@ def auxiliary_loss_kept_on_a_module(place):
 
 @situation("pytorch/pytorch#180428")
 def head_by_chunks_with_a_backward_each(place):
-    """The head and its backward run by chunks on detached features, then the body's backward."""
+    """The head and its backward run in chunks on detached features, then the body's backward."""
     model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 4)}).double()
     job = place.job(model, units=["body", "head"])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
@@ -265,7 +265,7 @@ def head_by_chunks_with_a_backward_each(place):
 
 @situation()
 def model_that_returns_its_loss(place):
-    """The model takes labels and returns loss and logits in a dict, as in transformers."""
+    """The model takes labels and returns a dict of loss and logits, as in transformers."""
 
     class WithLoss(nn.Module):
         def __init__(self):
@@ -282,7 +282,7 @@ def model_that_returns_its_loss(place):
 
 @situation()
 def early_exits_and_straight_through(place):
-    """Every layer has a loss of its own; activations are rounded, with a gradient past that."""
+    """Each layer has its own loss; activations are rounded, with straight-through gradients."""
 
     class Exits(nn.Module):
         def __init__(self):

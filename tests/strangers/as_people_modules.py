@@ -1,4 +1,4 @@
-"""Modules that return odd things, are called oddly, or have their parts called by themselves."""
+"""Modules with unusual outputs or calls, or whose submodules are called from outside."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class Encoder(nn.Module):
-    """A model with methods besides its forward."""
+    """A model that has other methods besides forward."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
 @situation("pytorch/pytorch#82461", "intel/e2eAIOK#198")
 def methods_other_than_forward(place):
-    """The loss calls `encode` and `reconstruct` before the model, whose parts are all units."""
+    """The loss calls model.encode() and model.reconstruct(), whose modules are units."""
     job = place.job(Encoder().double(), units=["encoder", "decoder", "head"])
 
     def loss(model, x, y):
@@ -43,8 +43,8 @@ def methods_other_than_forward(place):
 
 
 @situation("pytorch/pytorch#86343", refused={"fsdp hsdp": "decoder was called by itself"})
-def method_whose_module_is_no_unit(place):
-    """The same, where the decoder is in no unit but the model."""
+def method_whose_module_is_not_a_unit(place):
+    """The loss calls model.reconstruct(), whose decoder is not a unit."""
     job = place.job(Encoder().double(), units=["encoder"])
 
     def loss(model, x, y):
@@ -62,17 +62,17 @@ class Output:
 
 @situation("pytorch/pytorch#77812", "pytorch/pytorch#173415")
 def outputs_in_dataclasses(place):
-    """Units return dataclasses, lists in them, None, and dicts of tuples."""
+    """Units return dataclasses that hold lists, None, and dicts of tensors."""
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             self.mix, self.gate = nn.Linear(6, 6), nn.Linear(6, 6)
 
-        def forward(self, given):
-            x = given.logits
+        def forward(self, state):
+            x = state.logits
             out = torch.tanh(self.mix(x)) * self.gate(x).sigmoid()
-            return Output(x + out, [*given.hidden, out], {"last": out})
+            return Output(x + out, [*state.hidden, out], {"last": out})
 
     class Model(nn.Module):
         def __init__(self):
@@ -80,10 +80,10 @@ def outputs_in_dataclasses(place):
             self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(6, 4)
 
         def forward(self, x):
-            given = Output(x, [])
+            state = Output(x, [])
             for block in self.blocks:
-                given = block(given)
-            return {"logits": (self.head(given.logits),), "hidden": given.hidden, "loss": None}
+                state = block(state)
+            return {"logits": (self.head(state.logits),), "hidden": state.hidden, "loss": None}
 
     job = place.job(Model().double(), units=["blocks.0", "blocks.1"])
 
@@ -96,7 +96,7 @@ def outputs_in_dataclasses(place):
 
 @situation("pytorch/pytorch#181832", "huggingface/accelerate#1700")
 def in_place_on_a_view_of_an_output(place):
-    """A unit returns a view, which the next line adds to in place; activations are in place."""
+    """A unit returns a view that is changed in place; so are activations."""
 
     class Squeezed(nn.Module):
         def __init__(self):
@@ -122,11 +122,11 @@ def in_place_on_a_view_of_an_output(place):
 
 
 class Odd(nn.Module):
-    """Returns something that it has not computed."""
+    """Returns a tensor or value that it has not computed, of the kind that is named."""
 
-    def __init__(self, what):
+    def __init__(self, kind):
         super().__init__()
-        self.table, self.what = nn.Parameter(torch.randn(9, 6)), what
+        self.table, self.kind = nn.Parameter(torch.randn(9, 6)), kind
 
     def forward(self, x):
         return {
@@ -135,12 +135,12 @@ class Odd(nn.Module):
             "input": lambda: x,
             "none": lambda: None,
             "number": lambda: 2.0,
-        }[self.what]()
+        }[self.kind]()
 
 
 @situation()
 def units_that_return_parameters_or_their_input(place):
-    """Units return their parameter, a view of it, their input unchanged, None, and a number."""
+    """Units return a parameter, a view of it, their input, None, or a number."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -158,36 +158,37 @@ def units_that_return_parameters_or_their_input(place):
 
 
 class Recurring(nn.Module):
-    """One layer used many times over, as in ALBERT."""
+    """One layer that is used several times, as in ALBERT."""
 
     def __init__(self):
         super().__init__()
-        self.shared, self.own = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.shared = nn.Linear(6, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
-        kept = []
-        for layer in (*self.own, self.own[0]):
+        outputs = []
+        for layer in (*self.layers, self.layers[0]):
             x = x + torch.tanh(self.shared(layer(x)))
-            kept.append(self.head(x))
-        self.kept = kept[:-1]
-        return kept[-1]
+            outputs.append(self.head(x))
+        self.earlier = outputs[:-1]
+        return outputs[-1]
 
 
 @situation("pytorch/pytorch#183702")
-def one_unit_many_times(place):
-    """A unit is used three times in a forward, and outputs of the earlier times are kept."""
-    job = place.job(Recurring().double(), units=["shared", "own.0", "own.1", "head"])
+def unit_used_three_times(place):
+    """A unit runs three times in one forward, and earlier outputs are kept for the loss."""
+    job = place.job(Recurring().double(), units=["shared", "layers.0", "layers.1", "head"])
 
     def loss(model, x, y):
-        return loss_of(model, x, y) + 0.5 * sum(classified(kept, y) for kept in model.kept)
+        return loss_of(model, x, y) + 0.5 * sum(classified(output, y) for output in model.earlier)
 
     yield from usual_loop(place, job, loss)
 
 
 @situation()
 def units_in_a_changing_order(place):
-    """Nested units run in another order in each forward."""
+    """Nested units run in a different order in each forward."""
 
     class Shuffled(nn.Module):
         def __init__(self):
@@ -208,7 +209,7 @@ def units_in_a_changing_order(place):
 
 @situation()
 def wrapper_that_forwards_attributes(place):
-    """A wrapper answers for its inner model by __getattr__, and has a __call__ of its own."""
+    """A wrapper with __getattr__ for its inner model and its own __call__."""
 
     class Wrapper(nn.Module):
         def __init__(self, inner):
@@ -233,7 +234,7 @@ def wrapper_that_forwards_attributes(place):
 
 @situation("facebookresearch/fairscale#899", "pytorch/pytorch#26698")
 def attention_of_torch(place):
-    """nn.MultiheadAttention with other widths for keys and values, and a padding mask."""
+    """nn.MultiheadAttention with a padding mask and other widths for keys and values."""
 
     class Cross(nn.Module):
         def __init__(self):
@@ -244,8 +245,8 @@ def attention_of_torch(place):
         def forward(self, x):
             masked = x[..., 0] > 1
             masked[:, 0] = False
-            found, weights = self.attention(self.query(x), x, x, key_padding_mask=masked)
-            return self.head(found) + weights.sum() * 0
+            mixed, weights = self.attention(self.query(x), x, x, key_padding_mask=masked)
+            return self.head(mixed) + weights.sum() * 0
 
     job = place.job(Cross().double(), units=["attention"])
     yield from usual_loop(place, job, make=sequences)
@@ -253,7 +254,7 @@ def attention_of_torch(place):
 
 @situation()
 def encoder_of_torch(place):
-    """nn.TransformerEncoder with a mask, pre-norm; in eval mode it takes its fast path."""
+    """nn.TransformerEncoder with a causal mask, and its fast path in eval mode."""
     layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
     model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(6, 4)})
     job = place.job(model.double(), units=[nn.TransformerEncoderLayer, "head"])
@@ -289,7 +290,7 @@ def recurrent_layers(place):
 
 @situation()
 def bags_of_embeddings(place):
-    """An EmbeddingBag with weights of the samples, and one that sums, with a padding index."""
+    """nn.EmbeddingBag with per-sample weights and a padding index."""
 
     class Bags(nn.Module):
         def __init__(self):
@@ -310,7 +311,7 @@ def bags_of_embeddings(place):
 
 @situation(refused={DATA: "has no shape yet", "tp": "has no shape yet"})
 def lazy_layers(place):
-    """A layer learns its width from the first input, which comes after parallelize()."""
+    """nn.LazyLinear layers, which get their shape after parallelize()."""
     job = place.job(nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(4)).double())
     job.model(batch(0)[0])
     yield from usual_loop(place, job)

@@ -1,4 +1,4 @@
-"""Parameters that are shared, of odd shapes, or used elsewhere than in their module."""
+"""Parameters that are shared, have unusual shapes, or are used outside of their module."""
 
 import torch
 from batches import DATA, loop_by_run, loss_of, tokens, usual_loop
@@ -36,7 +36,7 @@ class Language(nn.Module):
 
 @situation("facebookresearch/lingua#84")
 def one_weight_in_every_layer(place):
-    """All layers share the first one's weight, set by assignment; each layer is a unit."""
+    """All layers share one weight, set by assignment; each layer is a unit."""
     model = Layers().double()
     for layer in model.layers[1:]:
         layer.weight = model.layers[0].weight
@@ -49,7 +49,7 @@ def one_weight_in_every_layer(place):
     refused={"tp": "", "pp": ""},
 )  # fmt: skip
 def head_tied_to_the_embedding(place):
-    """The head's weight is the embedding's; the vocabulary does not divide by the ranks."""
+    """The head shares the embedding's weight; the ranks do not divide the vocabulary."""
     model = Language().double()
     model.head.weight = model.embed.weight
     job = place.job(
@@ -63,7 +63,7 @@ def head_tied_to_the_embedding(place):
 
 @situation("pytorch/pytorch#132934")
 def scalars_lists_and_dicts_of_parameters(place):
-    """A 0-dim scale, an empty parameter, a ParameterList and a ParameterDict."""
+    """A 0-dim parameter, an empty one, a ParameterList and a ParameterDict."""
 
     class Bag(nn.Module):
         def __init__(self):
@@ -84,7 +84,7 @@ def scalars_lists_and_dicts_of_parameters(place):
 
 @situation()
 def weights_that_are_not_contiguous(place):
-    """A weight is a transposed one, another a slice of a larger tensor."""
+    """Weights that are not contiguous: one is transposed, one is a slice."""
     model = Layers().double()
     model.layers[0].weight = nn.Parameter(model.layers[0].weight.detach().t())
     wide = torch.randn(6, 12, dtype=torch.float64) / 4
@@ -95,7 +95,7 @@ def weights_that_are_not_contiguous(place):
 
 @situation("deepspeedai/DeepSpeed#7848")
 def experts_packed_into_one_parameter(place):
-    """All experts' weights are one 3-D parameter; each row uses the expert of its sign."""
+    """All experts are packed into one 3-D parameter, which rows index."""
 
     class Packed(nn.Module):
         def __init__(self):
@@ -113,7 +113,7 @@ def experts_packed_into_one_parameter(place):
 
 
 class Tied(Language):
-    """A head by hand: the model multiplies by the weight of its embedding."""
+    """Without a head: the model multiplies by the weight of its embedding."""
 
     def __init__(self):
         super().__init__()
@@ -125,22 +125,22 @@ class Tied(Language):
 
 
 @situation("deepspeedai/DeepSpeed#981", "mlfoundations/open_flamingo#260")
-def logits_by_the_weight_of_the_embedding(place):
-    """The model multiplies by the weight of its embedding, which is no unit of its own."""
+def logits_from_the_embedding_weight(place):
+    """The model multiplies by embed.weight; the embedding is not a unit."""
     job = place.job(Tied().double(), units=["mix"])
     yield from usual_loop(place, job, make=tokens)
 
 
 @situation()
-def logits_by_the_weight_of_an_embedding_that_is_a_unit(place):
-    """The same, and the embedding is a unit, whose shard would be read."""
+def logits_from_the_weight_of_an_embedding_unit(place):
+    """The model multiplies by embed.weight, and the embedding is a unit, so it is sharded."""
     job = place.job(Tied().double(), units=["embed", "mix"])
     yield from usual_loop(place, job, make=tokens)
 
 
 @situation()
 def decoder_by_the_transposed_encoder(place):
-    """An autoencoder whose decoder is its encoder's weight, in one unit that holds both."""
+    """An autoencoder whose decoder is the transposed encoder weight, in one unit."""
 
     class Auto(nn.Module):
         def __init__(self):
@@ -156,7 +156,7 @@ def decoder_by_the_transposed_encoder(place):
 
 
 class Adapted(nn.Module):
-    """A frozen layer with named adapters of low rank, of which one is active."""
+    """A frozen layer with named LoRA adapters, one of which is active."""
 
     def __init__(self, base, names=("first", "second")):
         super().__init__()
@@ -185,8 +185,8 @@ def set_adapter(model, name):
 
 
 @situation("huggingface/peft#3012")
-def adapters_that_take_turns(place):
-    """Two adapters on one frozen base; each micro-batch trains another one."""
+def two_adapters_trained_alternately(place):
+    """Two LoRA adapters on one frozen base; micro-batches train them alternately."""
     job = place.job(adapted(), units=[Adapted])
 
     def loss(model, x, y):
@@ -200,7 +200,7 @@ def adapters_that_take_turns(place):
 
 @situation("huggingface/peft#2692")
 def reference_by_the_model_without_its_adapters(place):
-    """The reference of a preference loss is the model itself, its adapters switched off."""
+    """A preference loss whose reference is the same model with its adapters switched off."""
     job = place.job(adapted(), units=[Adapted])
 
     def loss(model, x, y):
@@ -208,9 +208,9 @@ def reference_by_the_model_without_its_adapters(place):
         with torch.no_grad():
             reference = model(x).log_softmax(-1)
         set_adapter(model, "first")
-        own = model(x).log_softmax(-1)
-        return functional.kl_div(own, reference, log_target=True, reduction="sum") + (
-            functional.nll_loss(own, y, reduction="sum")
+        policy = model(x).log_softmax(-1)
+        return functional.kl_div(policy, reference, log_target=True, reduction="sum") + (
+            functional.nll_loss(policy, y, reduction="sum")
         )
 
     yield from usual_loop(place, job, loss)
@@ -218,7 +218,7 @@ def reference_by_the_model_without_its_adapters(place):
 
 @situation("huggingface/peft#1331", refused={DATA: "was frozen when parallelize"})
 def adapters_first_then_the_base(place):
-    """Adapters are trained, then frozen, and the base that they were on is trained."""
+    """Adapters are trained first; then they are frozen and their base is trained."""
     job = place.job(adapted(), units=[Adapted])
     yield from usual_loop(place, job, steps=2)
     for name, parameter in job.model.named_parameters():
@@ -228,7 +228,7 @@ def adapters_first_then_the_base(place):
 
 @situation()
 def norm_shared_by_two_units(place):
-    """One normalization is an attribute of two blocks, each a unit."""
+    """Two blocks, each a unit, share one LayerNorm."""
 
     class Block(nn.Module):
         def __init__(self, norm):
@@ -244,8 +244,8 @@ def norm_shared_by_two_units(place):
 
 
 @situation(refused={DATA: "tied in, or removed from, the model after|replaced after"})
-def tied_after_it_was_parallelized(place):
-    """`tie_weights()` is called late, on a model that is parallelized already."""
+def weights_tied_after_parallelize(place):
+    """Weights are tied after parallelize()."""
     model = Language().double()
     job = place.job(model, units=["mix"])
     job.model.head.weight = job.model.embed.weight
@@ -253,8 +253,8 @@ def tied_after_it_was_parallelized(place):
 
 
 @situation(refused={DATA: "head.weight was replaced"})
-def new_head_after_it_was_parallelized(place):
-    """The head is replaced for another task when the model is parallelized already."""
+def head_replaced_after_parallelize(place):
+    """The head is replaced after parallelize()."""
     job = place.job(Layers().double(), units=["layers.0"])
     torch.manual_seed(5)
     job.model.head = nn.Linear(6, 4).double()
@@ -263,7 +263,7 @@ def new_head_after_it_was_parallelized(place):
 
 @situation(refused={DATA: "is complex", "tp": "is complex"})
 def complex_parameter(place):
-    """A spectral filter is a complex parameter."""
+    """A complex parameter, as in a spectral filter."""
 
     class Filter(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Pipelines over models as people write them, by `job.run`."""
+"""Models that people train in pipelines, by `job.run`."""
 
 import torch
 from batches import batch, classified, generator_of, loop_by_run, sequences, tokens
@@ -8,9 +8,9 @@ from torch import nn
 EXACT = {"pp": ""}
 
 
-def example(make=batch, **told):
-    """An input of a micro-batch, by which the model is cut."""
-    return make(0, rows=4, **told)[0]
+def example(make=batch, **options):
+    """Example inputs of one micro-batch, with which the model is traced and partitioned."""
+    return make(0, rows=4, **options)[0]
 
 
 class Block(nn.Module):
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 @situation("pytorch/pytorch#127964", "deepspeedai/DeepSpeed#2435", refused=EXACT)
 def skips_over_all_stages(place):
-    """A U-net: the first layer's output is needed by the last, and the second's by the third."""
+    """A U-net: skip connections from the first layer to the last and the second to the third."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -46,8 +46,8 @@ def skips_over_all_stages(place):
 
 
 @situation("pytorch/torchtitan#1723", refused=EXACT)
-def dicts_with_a_mask_of_their_own(place):
-    """A micro-batch is a dict of tokens and a mask, which differs by micro-batch."""
+def microbatches_as_dicts_with_masks(place):
+    """Each micro-batch is a dict of tokens and its own mask."""
 
     class Masked(nn.Module):
         def __init__(self):
@@ -59,20 +59,20 @@ def dicts_with_a_mask_of_their_own(place):
             x = self.embed(batch["tokens"]) * batch["mask"][..., None]
             return self.head(self.blocks(x) * batch["mask"][..., None])
 
-    def made(step, rows=8):
+    def masked_tokens(step, rows=8):
         x, y = tokens(step, rows)
         return {
             "tokens": x,
             "mask": (torch.rand(x.shape, generator=generator_of(step)) < 0.7) * 1.0,
         }, y
 
-    job = place.job(Masked().double(), units=[Block], example_inputs=made(0, rows=4)[0])
+    job = place.job(Masked().double(), units=[Block], example_inputs=masked_tokens(0, rows=4)[0])
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         each = []
         for i in range(2):
-            given, y = made(2 * step + i)
-            each.append(({name: place.rows(t) for name, t in given.items()}, place.rows(y)))
+            inputs, y = masked_tokens(2 * step + i)
+            each.append(({name: place.rows(t) for name, t in inputs.items()}, place.rows(y)))
         count = job.count(sum(y.numel() for _, y in each))
         loss = job.run(each, lambda output, y: classified(output, y) / count)  # noqa: B023
         yield take_step(job, optimizer) | {"loss": loss}
@@ -80,7 +80,7 @@ def dicts_with_a_mask_of_their_own(place):
 
 @situation("pytorch/torchtitan#2061", refused=EXACT)
 def auxiliary_losses_of_all_stages(place):
-    """Each block adds to an auxiliary loss that travels beside the activations."""
+    """Each block adds to an auxiliary loss, which is passed on with the activations."""
 
     class Routed(nn.Module):
         def __init__(self):
@@ -102,7 +102,7 @@ def auxiliary_losses_of_all_stages(place):
 
 @situation(refused=EXACT)
 def stage_without_a_parameter(place):
-    """Half of the layers have no parameter: activations, reshapes, pooling."""
+    """Half of the layers have no parameters: activations, reshapes."""
     model = nn.Sequential(
         nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
         nn.Linear(12, 4), nn.Tanh(), nn.Hardtanh(), nn.Softsign(), nn.ELU(), nn.Hardswish(),
@@ -118,11 +118,11 @@ def layer_used_in_several_stages(place):
     class Recurring(nn.Module):
         def __init__(self):
             super().__init__()
-            self.shared, self.own = Block(), nn.ModuleList(Block() for _ in range(3))
+            self.shared, self.blocks = Block(), nn.ModuleList(Block() for _ in range(3))
             self.head = nn.Linear(6, 4)
 
         def forward(self, x):
-            for block in self.own:
+            for block in self.blocks:
                 x = block(self.shared(x))
             return self.head(self.shared(x))
 
@@ -132,7 +132,7 @@ def layer_used_in_several_stages(place):
 
 @situation("facebookresearch/fairscale#610", refused=EXACT)
 def first_stages_frozen(place):
-    """The first blocks are frozen, and of the others the norms; a block is never used."""
+    """The first blocks are frozen, and so is a norm; one module is never used."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -151,15 +151,15 @@ def first_stages_frozen(place):
 
 
 @situation("pytorch/torchtitan#2206", refused=EXACT)
-def microbatches_of_other_sizes(place):
-    """Micro-batches have 8, 4, 6 and 2 rows and lengths of their own; most labels are ignored."""
+def microbatches_of_different_sizes(place):
+    """Micro-batches of different row counts and lengths; some labels are ignored."""
     model = nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 4)).double()
     job = place.job(model, units=[Block], example_inputs=example(sequences))
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
     for step in range(3):
         sizes = ((8, 3), (4, 7), (6, 2), (4, 5))
-        made = [sequences(4 * step + i, rows=n, length=t) for i, (n, t) in enumerate(sizes)]
-        each = [place.rows(x, y.masked_fill(x[..., 0] > 0.5, -100)) for x, y in made]
+        batches = [sequences(4 * step + i, rows=n, length=t) for i, (n, t) in enumerate(sizes)]
+        each = [place.rows(x, y.masked_fill(x[..., 0] > 0.5, -100)) for x, y in batches]
         count = job.count(sum((y != -100).sum() for _, y in each))
         loss = job.run(each, lambda out, y: job.cross_entropy_sum(out, y) / count)  # noqa: B023
         yield take_step(job, optimizer) | {"loss": loss}
@@ -167,7 +167,7 @@ def microbatches_of_other_sizes(place):
 
 @situation(refused=EXACT)
 def evaluated_between_steps(place):
-    """Between steps the loss is measured on other rows, with class weights."""
+    """job.evaluate runs on other rows between steps, with class weights."""
     model = nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 4)).double()
     job = place.job(model, units=[Block], example_inputs=example())
     optimizer = job.optimizer(torch.optim.AdamW, lr=0.05)
@@ -186,15 +186,15 @@ def evaluated_between_steps(place):
 
 @situation("pytorch/pytorch#50693", refused=EXACT)
 def optional_values_between_stages(place):
-    """Blocks hand on a tuple with None and a number in it, as models of transformers do."""
+    """Blocks pass on a tuple with None and a number, as models of transformers do."""
 
     class Cached(nn.Module):
         def __init__(self):
             super().__init__()
             self.block = Block()
 
-        def forward(self, given):
-            x, cache, depth = given
+        def forward(self, state):
+            x, cache, depth = state
             return self.block(x) / depth, cache, depth + 1
 
     class Net(nn.Module):
@@ -203,10 +203,10 @@ def optional_values_between_stages(place):
             self.blocks, self.head = nn.ModuleList(Cached() for _ in range(4)), nn.Linear(6, 4)
 
         def forward(self, x):
-            given = (x, None, 1)
+            state = (x, None, 1)
             for block in self.blocks:
-                given = block(given)
-            return self.head(given[0])
+                state = block(state)
+            return self.head(state[0])
 
     job = place.job(Net().double(), units=[Block], example_inputs=example())
     yield from loop_by_run(place, job)
@@ -214,7 +214,7 @@ def optional_values_between_stages(place):
 
 @situation("pytorch/pytorch#129732", refused=EXACT)
 def outputs_in_a_dict(place):
-    """The model returns a dict of logits and hidden states, and the loss picks of it."""
+    """The model returns a dict of logits and hidden states, and the loss uses both."""
 
     class Net(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Tensor parallelism, with plans as people write them: exact, or refused by the module's name."""
+"""Tensor-parallel plans that people write: exact, or refused with the module's name."""
 
 import torch
 from batches import (
@@ -31,14 +31,14 @@ class Gated(nn.Module):
 
 @situation("huggingface/text-generation-inference#1036", refused=EXACT)
 def biases_of_rows_and_columns(place):
-    """Gated layers with biases; that of the row layer must be added once."""
+    """Gated feed-forward layers with biases; the rowwise bias must be added once."""
     model = nn.Sequential(Gated(), Gated(), nn.Linear(6, 4)).double()
     plan = {"*.gate": "colwise", "*.up": "colwise", "*.down": "rowwise"}
     yield from usual_loop(place, place.job(model, units=[Gated], plan=plan))
 
 
 class Attention(nn.Module):
-    """Attention whose heads may be split; keys and values have fewer."""
+    """Grouped-query attention whose heads can be split over ranks."""
 
     def __init__(self, width=8, heads=4, groups=2):
         super().__init__()
@@ -51,8 +51,8 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in (self.q, self.k, self.v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return x + self.o(found.transpose(1, 2).flatten(2))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
 
 
 SPLIT = {
@@ -64,8 +64,8 @@ SPLIT = {
 
 
 @situation("sgl-project/sglang#20967", refused=EXACT)
-def fewer_keys_than_queries(place):
-    """Attention with grouped keys and values, by sequences."""
+def grouped_query_attention(place):
+    """Grouped-query attention: fewer heads for keys and values than for queries."""
     model = nn.Sequential(Attention(), nn.Linear(8, 4)).double()
     plan = {f"0.{name}": role for name, role in SPLIT.items()}
     job = place.job(model, units=["0"], plan=plan)
@@ -76,7 +76,7 @@ def fewer_keys_than_queries(place):
     "NVIDIA/Megatron-LM#1754", "facebookresearch/fairseq2#1380", refused=EXACT | {"pp": ""}
 )  # fmt: skip
 def vocabulary_that_does_not_divide(place):
-    """Embedding and head are split over 11 tokens, with biases, not tied."""
+    """Embedding and head are split over 11 tokens, which 2 ranks do not divide; not tied."""
     model = nn.Sequential(nn.Embedding(11, 6), Gated(), nn.Linear(6, 11)).double()
     plan = {"0": "vocabulary", "1.gate": "colwise", "1.up": "colwise", "1.down": "rowwise"}
     job = place.job(model, units=["0", "1"], plan=plan | {"2": "vocabulary"})
@@ -84,7 +84,7 @@ def vocabulary_that_does_not_divide(place):
 
 
 class Fused(nn.Module):
-    """Queries, keys and values come out of one layer, and are cut apart."""
+    """Attention whose queries, keys and values come from one fused layer."""
 
     def __init__(self):
         super().__init__()
@@ -93,8 +93,8 @@ class Fused(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in (q, k, v))
-        found = functional.scaled_dot_product_attention(q, k, v)
-        return self.o(found.transpose(1, 2).flatten(2))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.o(mixed.transpose(1, 2).flatten(2))
 
 
 @situation(
@@ -102,7 +102,7 @@ class Fused(nn.Module):
     refused={"tp": "qkv"},
 )  # fmt: skip
 def fused_queries_keys_and_values(place):
-    """The plan splits a layer whose output is cut in three; a part would mix heads."""
+    """The plan splits a fused qkv layer by columns, which would mix q, k and v."""
     model = nn.Sequential(Fused(), nn.Linear(8, 4)).double()
     job = place.job(model, units=["0"], plan={"0.qkv": "colwise", "0.o": "rowwise"})
     yield from usual_loop(place, job, make=lambda step: sequences(step, width=8))
@@ -110,7 +110,7 @@ def fused_queries_keys_and_values(place):
 
 @situation("huggingface/transformers#36132", "NVIDIA-NeMo/RL#3788", refused=EXACT)
 def norm_over_split_and_whole_parameters(place):
-    """The gradient norm is clipped over parameters of which some are split and some are not."""
+    """The gradient norm is clipped over split and replicated parameters together."""
     model = nn.Sequential(nn.LayerNorm(6), Gated(), nn.LayerNorm(6), nn.Linear(6, 4)).double()
     job = place.job(
         model, units=["1"], plan={"1.gate": "colwise", "1.up": "colwise", "1.down": "rowwise"}
@@ -128,23 +128,23 @@ def norm_over_split_and_whole_parameters(place):
 
 
 @situation(refused=EXACT)
-def layer_that_is_gathered_again(place):
-    """A layer is split by columns and its output gathered, as what follows needs all of it."""
+def output_gathered_after_a_colwise_layer(place):
+    """A colwise layer gathers its output, because a softmax needs all of it."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 8), nn.Linear(8, 4))
     plan = {"0": "colwise_gather_output", "2": "colwise", "3": "rowwise"}
     yield from usual_loop(place, place.job(model.double(), units=["0"], plan=plan))
 
 
 @situation(refused={"tp": "1.up|1.down|0"})
-def columns_that_are_never_put_together(place):
-    """The plan forgets the row layer."""
+def colwise_layer_without_a_rowwise_one(place):
+    """The plan has a colwise layer and forgets the rowwise one."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     yield from usual_loop(place, place.job(model, units=["0"], plan={"0": "colwise"}))
 
 
 @situation(refused=EXACT)
 def adapters_beside_split_layers(place):
-    """Frozen layers are split, and adapters of low rank beside them are whole."""
+    """Frozen split layers with replicated LoRA adapters beside them."""
 
     class Adapted(Gated):
         def __init__(self):
@@ -161,8 +161,8 @@ def adapters_beside_split_layers(place):
 
 
 @situation(refused=EXACT)
-def split_experts_and_a_whole_router(place):
-    """Dense experts are split, a router is whole, and one layer is used twice."""
+def split_experts_and_a_replicated_router(place):
+    """Split experts with a replicated router; one expert runs twice."""
 
     class Experts(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Weights and buffers that a forward writes to."""
+"""Forwards that write to weights and buffers."""
 
 import torch
 from batches import DATA, batch, generator_of, loss_of, usual_loop
@@ -11,7 +11,7 @@ RANKS = DATA.replace("single ", "")
 
 
 class Masked(nn.Linear):
-    """A layer that zeroes a part of its weight before it computes, in one of several ways."""
+    """A layer whose forward first zeroes a part of its weight, in one of several ways."""
 
     def __init__(self, way, width=6, out=6):
         super().__init__(width, out)
@@ -21,7 +21,7 @@ class Masked(nn.Linear):
     def forward(self, x):
         if self.way == "in place":
             self.weight.data *= self.mask
-        elif self.way == "given":
+        elif self.way == "replaced":
             self.weight.data = torch.mul(self.weight, self.mask).detach()
         else:
             self.weight.data[self.mask == 0] = 0
@@ -30,19 +30,19 @@ class Masked(nn.Linear):
 
 
 def masked():
-    ways = ("in place", "given", "by element")
+    ways = ("in place", "replaced", "by element")
     return nn.Sequential(*(Masked(way) for way in ways), nn.Linear(6, 4)).double()
 
 
 @situation("pytorch/xla#2558", "neuralmagic/sparseml#1807")
 def weights_masked_by_data_in_forward(place):
-    """Layers zero a part of their weight by .data before they compute."""
+    """Forward masks the weight of its layer through .data."""
     yield from usual_loop(place, place.job(masked(), units=["0", "1", "2"]))
 
 
 @situation()
 def weights_masked_by_data_without_units(place):
-    """The same in a model that is gathered as one, and called twice before a backward."""
+    """Forward masks weights through .data; no units, and two forwards before one backward."""
 
     def loss(model, x, y):
         return loss_of(model, x, y) + loss_of(model, x.flip(1), y)
@@ -52,7 +52,7 @@ def weights_masked_by_data_without_units(place):
 
 @situation()
 def weights_clamped_by_data_later(place):
-    """A weight is clamped in forward, which changes nothing before it has grown."""
+    """Forward clamps its weight, which has an effect only in later steps."""
 
     class Clamped(nn.Linear):
         def forward(self, x):
@@ -63,8 +63,8 @@ def weights_clamped_by_data_later(place):
     yield from usual_loop(place, place.job(model, units=["0", "2"]), steps=5, lr=1.0)
 
 
-class Follows(nn.Module):
-    """Vectors are rounded to the nearest code; codes are the means of their vectors, over time."""
+class MovingCodebook(nn.Module):
+    """Rounds each vector to the nearest code; a code is the moving average of its vectors."""
 
     def __init__(self):
         super().__init__()
@@ -76,17 +76,17 @@ class Follows(nn.Module):
 
     def forward(self, x):
         chosen = torch.cdist(x, self.codes).argmin(-1)
-        found = self.codes[chosen]
+        codes = self.codes[chosen]
         hot = nn.functional.one_hot(chosen, 5).to(x.dtype)
         self.size.data.mul_(0.9).add_(self.total(hot.sum(0)), alpha=0.1)
         self.average.data.mul_(0.9).add_(self.total(hot.T @ x.detach()), alpha=0.1)
         self.codes.data.copy_(self.average / self.size[:, None])
-        self.loss = (x - found).square().sum()
-        return x + (found - x).detach()
+        self.loss = (x - codes).square().sum()
+        return x + (codes - x).detach()
 
 
 def with_codes():
-    return nn.Sequential(nn.Linear(6, 6), Follows(), nn.Linear(6, 4)).double()
+    return nn.Sequential(nn.Linear(6, 6), MovingCodebook(), nn.Linear(6, 4)).double()
 
 
 def loss_with_codes(model, x, y):
@@ -98,14 +98,14 @@ def loss_with_codes(model, x, y):
     "espnet/espnet#6284", "lucidrains/vector-quantize-pytorch#10",
     refused={RANKS: "^the forward updates the buffer 1.codes by the rows of its own rank"},
 )  # fmt: skip
-def codebook_that_follows_its_vectors(place):
-    """A codebook in buffers is moved by the vectors that a rank has seen."""
+def codebook_moved_by_local_vectors(place):
+    """A vector quantizer whose codes are buffers, moved by this rank's rows only."""
     yield from usual_loop(place, place.job(with_codes(), units=["0", "2"]), loss_with_codes)
 
 
 @situation("lucidrains/vector-quantize-pytorch#17")
-def codebook_that_follows_the_vectors_of_all_ranks(place):
-    """The same, moved by sums over the ranks."""
+def codebook_moved_by_vectors_of_all_ranks(place):
+    """A vector quantizer whose codes are buffers, moved by an all-reduce over the ranks."""
     job = place.job(with_codes(), units=["0", "2"])
     if place.strategy:
         job.model[1].total = lambda x: ops.all_reduce(x, job.mesh.data)
@@ -116,8 +116,8 @@ def codebook_that_follows_the_vectors_of_all_ranks(place):
     "leggedrobotics/rsl_rl#226", "speechbrain/speechbrain#2102",
     refused={RANKS: "^the forward updates the buffer 0.mean by the rows of its own rank"},
 )  # fmt: skip
-def a_normalizer_of_ones_own(place):
-    """Inputs are normalized by a running mean and extremes, which are assigned anew."""
+def input_normalizer_with_local_statistics(place):
+    """Inputs are normalized by a running mean and range of this rank's rows only."""
 
     class Normalizer(nn.Module):
         def __init__(self):
@@ -136,8 +136,8 @@ def a_normalizer_of_ones_own(place):
 
 
 @situation(refused={RANKS: "^the forward updates the buffer 0.peak by the rows of its own rank"})
-def a_buffer_that_moves_late(place):
-    """A running maximum begins in the fourth step, when a quantizer is switched on."""
+def buffer_first_moved_in_the_fourth_step(place):
+    """A running maximum of this rank's rows, switched on in the fourth step."""
 
     class Peak(nn.Module):
         def __init__(self):
@@ -159,8 +159,8 @@ def a_buffer_that_moves_late(place):
 
 
 @situation()
-def what_a_rank_keeps_for_itself(place):
-    """A buffer that is not persistent holds a rank's own rows, and one that is a step's number."""
+def buffers_that_may_differ_by_rank(place):
+    """A non-persistent buffer holds this rank's rows; another one counts the steps."""
 
     class Keeps(nn.Module):
         def __init__(self):

@@ -1,10 +1,10 @@
-"""Global batches, another one each time, and the loop that most people write."""
+"""Global batches, a different one for each step, and the training loop that most people write."""
 
 import torch
 from situation import take_step
 from torch import nn
 
-DATA = "single dp ddp zero1 zero2 fsdp hsdp"  # all strategies but those that split the model
+DATA = "single dp ddp zero1 zero2 fsdp hsdp"  # all strategies that leave every layer whole
 
 
 def generator_of(step):
@@ -19,9 +19,9 @@ def batch(step, rows=8, width=6, classes=4):
 
 
 def tokens(step, rows=8, length=5, vocabulary=11):
-    """Rows of tokens, each with the same moved on by one."""
-    drawn = torch.randint(0, vocabulary, (rows, length + 1), generator=generator_of(step))
-    return drawn[:, :-1], drawn[:, 1:]
+    """Rows of tokens, and the same rows shifted by one token as targets."""
+    rows_of_tokens = torch.randint(0, vocabulary, (rows, length + 1), generator=generator_of(step))
+    return rows_of_tokens[:, :-1], rows_of_tokens[:, 1:]
 
 
 def sequences(step, rows=8, length=5, width=6, classes=4):
@@ -47,11 +47,11 @@ def microbatches(place, step, parts=2, make=batch):
 
 
 def usual_loop(place, job, loss_of=loss_of, *, make=batch, steps=3, parts=2, lr=0.1):
-    """SGD with momentum, two micro-batches a step, and what came of each step.
+    """Train by SGD with momentum, two micro-batches a step; yield the results of each step.
 
     Args:
         loss_of: (model, x, y) -> the loss of a micro-batch, summed over rows.
-        make: step -> x, y of all ranks.
+        make: step -> the global batch (x, y).
     """
     optimizer = job.optimizer(torch.optim.SGD, lr=lr, momentum=0.9)
     for step in range(steps):
@@ -64,7 +64,7 @@ def usual_loop(place, job, loss_of=loss_of, *, make=batch, steps=3, parts=2, lr=
 
 
 def loop_by_run(place, job, loss_fn=classified, *, make=batch, steps=3, parts=2, lr=0.1):
-    """The same by `job.run`, which is the loop that every strategy has.
+    """The same loop by `job.run`, which works under every strategy.
 
     Args:
         loss_fn: (output, y) -> the loss of a micro-batch, summed over rows.

@@ -1,4 +1,4 @@
-"""What the situations about loops share: a small net, its batches, and two micro-batches a step."""
+"""Shared by the situations about loops: a small network, and steps of two micro-batches."""
 
 import torch
 from batches import batch
@@ -8,7 +8,7 @@ UNITS = ["0", "2"]
 
 
 def net(*, hidden=5, classes=4, bias=True):
-    """Three layers, of which two are units."""
+    """Three linear layers; the first two are units."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return nn.Sequential(
@@ -19,15 +19,15 @@ def net(*, hidden=5, classes=4, bias=True):
 
 
 def loss_of(job, output, y, parts=1):
-    """A micro-batch's share of the loss, where a step has so many of one size."""
+    """A micro-batch's share of the loss, in a step of `parts` micro-batches of one size."""
     return job.cross_entropy_sum(output, y) / (parts * job.count(len(y)))
 
 
 def backward(place, job, step, parts=2, share=None):
-    """The backwards of one step, in so many micro-batches.
+    """Run forward and backward for each of the `parts` micro-batches of one step.
 
     Args:
-        share: (x, y) -> a micro-batch's share of the loss; default: by job.model.
+        share: (x, y) -> a micro-batch's share of the loss; default: the cross entropy of job.model.
     """
     share = share or (lambda x, y: loss_of(job, job.model(x), y, parts))
     for i in range(parts):
@@ -37,7 +37,7 @@ def backward(place, job, step, parts=2, share=None):
 
 
 def end_step(job, optimizer):
-    """The rest of a step."""
+    """Finish a step after its backward: reduce gradients, step, clear."""
     job.finish()
     optimizer.step()
     job.after_step()

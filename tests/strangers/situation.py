@@ -1,7 +1,7 @@
-"""A situation: a model and a loop as people write them, to be run in one process and on ranks.
+"""A situation is a model and a loop that people write; it runs in one process and on ranks.
 
     @situation("pytorch/pytorch#12345", refused={"fsdp": "the line that is expected"})
-    def frozen_after_two_steps(place):
+    def layer_frozen_after_two_steps(place):
         '''A layer is frozen after two steps.'''
         job = place.job(two_layers(), units=["0"])
         optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
@@ -10,9 +10,9 @@
             ...
             yield seen(job)
 
-The body is written once. On ranks `place.job` is `dist_lab.parallelize` and `place.rows` gives a
-rank its rows; in one process the job is `Alone`, plain PyTorch with nothing of ours in it. What a
-body yields is compared, yield by yield: see test_strangers.py.
+The body is written once. On ranks `place.job` is `dist_lab.parallelize` and `place.rows` returns
+this rank's rows. In one process the job is `PlainJob`: plain PyTorch with no code of ours. The
+yields of both are compared, one by one: see test_strangers.py.
 """
 
 import copy
@@ -35,9 +35,9 @@ EVERY = ("single", "dp", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tp", "pp")
 @dataclass(frozen=True)
 class Situation:
     """Attributes:
-    body: what happens; its docstring is what the table says of it.
-    sources: where it was reported, repository#number; or a sentence.
-    refused: strategy -> a pattern of the one line that is expected of it.
+    body: the model and the loop; its docstring is its row in the table of RESULTS.md.
+    sources: public reports of it, as repository#number.
+    refused: strategy -> a pattern of the expected error message, of one line.
     """
 
     body: Body
@@ -53,31 +53,31 @@ SITUATIONS: dict[str, Situation] = {}
 
 
 def situation(*sources: str, refused: Mapping[str, str] | None = None) -> Callable[[Body], Body]:
-    """Add a body to the zoo.
+    """Register the decorated body as a situation.
 
     Args:
-        sources: where people met it.
-        refused: strategies, several separated by blanks, -> a pattern of the line expected. pp is
-            refused by any line unless the body trains by `job.run` alone and says `"pp": ""`; so
-            is tp, unless the body brings a plan and says `"tp": ""`.
+        sources: public reports of it, as repository#number.
+        refused: strategies, separated by blanks -> a pattern of the expected error message. By
+            default pp and tp refuse. A body that only trains by `job.run` says `"pp": ""`; one
+            that has a plan says `"tp": ""`.
     """
 
-    def added(body: Body) -> Body:
-        each = {"tp": "plan", "pp": "."}
+    def register(body: Body) -> Body:
+        patterns = {"tp": "plan", "pp": "."}
         for names, pattern in (refused or {}).items():
-            each |= dict.fromkeys(names.split(), pattern)
-        assert each.keys() <= set(EVERY), f"{body.__name__}: no such strategy"
-        assert body.__doc__, f"{body.__name__} says not what it is"
+            patterns |= dict.fromkeys(names.split(), pattern)
+        assert patterns.keys() <= set(EVERY), f"{body.__name__}: no such strategy"
+        assert body.__doc__, f"{body.__name__} has no docstring"
         assert body.__name__ not in SITUATIONS, f"two situations are called {body.__name__}"
-        expected = {strategy: pattern for strategy, pattern in each.items() if pattern}
+        expected = {strategy: pattern for strategy, pattern in patterns.items() if pattern}
         SITUATIONS[body.__name__] = Situation(body, sources, expected)
         return body
 
-    return added
+    return register
 
 
 class Place:
-    """One process, where `strategy` is None, or this rank of several."""
+    """Where a body runs: in one process if `strategy` is None, else on this rank of several."""
 
     def __init__(self, strategy: str | None = None, size: int = 1, rank: int = 0) -> None:
         self.strategy = strategy
@@ -85,27 +85,27 @@ class Place:
         split = self.axes.keys() & {"tp", "pp"}  # all ranks have the same rows there
         self.size, self.rank = (1, 0) if split else (size, rank)
 
-    def job(self, model: nn.Module, **told: Any) -> Any:
-        """`parallelize`, told what the situation tells it; `units` and `plan` where they count."""
+    def job(self, model: nn.Module, **options: Any) -> Any:
+        """Return a job; options that this strategy does not have (`units`, `plan`) are left out."""
         if self.strategy is None:
-            return Alone(model)
+            return PlainJob(model)
         if self.strategy not in ("fsdp", "hsdp"):
-            told.pop("units", None)
+            options.pop("units", None)
         if self.strategy != "tp":
-            told.pop("plan", None)
+            options.pop("plan", None)
         if self.strategy != "pp":
-            told.pop("example_inputs", None)
+            options.pop("example_inputs", None)
         mesh = dist_lab.init_mesh(**self.axes)
-        return dist_lab.parallelize(model, mesh, self.strategy, **told)
+        return dist_lab.parallelize(model, mesh, self.strategy, **options)
 
     def rows(self, *tensors: Tensor) -> Any:
-        """This rank's rows of global tensors; of one tensor, that one."""
-        own = tuple(t.tensor_split(self.size)[self.rank] for t in tensors)
-        return own if len(own) > 1 else own[0]
+        """Return this rank's rows of global tensors: a tuple, or one tensor if one is given."""
+        local = tuple(t.tensor_split(self.size)[self.rank] for t in tensors)
+        return local if len(local) > 1 else local[0]
 
 
-class Alone:
-    """A job of one process: each verb is what plain PyTorch does there."""
+class PlainJob:
+    """The methods of a Job in one process, by plain PyTorch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -163,7 +163,7 @@ class Alone:
         return torch.amp.GradScaler("cpu", **options)
 
     def shadow(self, decay: float) -> Any:
-        return ShadowAlone(self.model, decay)
+        return PlainShadow(self.model, decay)
 
     def full_state_dict(self) -> Seen:
         return copy.deepcopy(self.model.state_dict())
@@ -175,8 +175,8 @@ class Alone:
         return {n: copy.deepcopy(p.grad) for n, p in self.model.named_parameters()}
 
 
-class ShadowAlone:
-    """The average as people keep it: a copy of the model."""
+class PlainShadow:
+    """An exponential moving average of the weights in a copy of the model."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.copy = model, decay, copy.deepcopy(model)
@@ -185,8 +185,8 @@ class ShadowAlone:
     def update(self) -> None:
         for average, p in zip(self.copy.parameters(), self.model.parameters(), strict=True):
             average.mul_(self.decay).add_(p, alpha=1 - self.decay)
-        for kept, buffer in zip(self.copy.buffers(), self.model.buffers(), strict=True):
-            kept.copy_(buffer)
+        for copied, buffer in zip(self.copy.buffers(), self.model.buffers(), strict=True):
+            copied.copy_(buffer)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -199,23 +199,23 @@ class ShadowAlone:
         return self.copy.state_dict()
 
 
-def seen(job: Any, **more: Any) -> Seen:
-    """Weights and buffers of a job, whole, and whatever else is named."""
-    return {f"state {n}": v for n, v in job.full_state_dict().items()} | more
+def seen(job: Any, **extra: Any) -> Seen:
+    """Return the full state_dict of a job, and the other values that are named."""
+    return {f"state {n}": v for n, v in job.full_state_dict().items()} | extra
 
 
 def gradients(job: Any) -> Seen:
-    """Whole gradients; after `finish`, before they are cleared."""
+    """Return the full gradients; call it after `finish` and before they are cleared."""
     return {f"gradient of {name}": g for name, g in job.full_gradients().items()}
 
 
 def take_step(job: Any, optimizer: Any, loss: Tensor | None = None) -> Seen:
-    """Backward of a loss, if one is given, and the rest of a step; what came of it."""
+    """Run backward of a loss, if one is given, and end the step; return its results."""
     if loss is not None:
         loss.backward()
     job.finish()
-    found = gradients(job) | {"norm": job.clip_grad_norm(None)}
+    results = gradients(job) | {"norm": job.clip_grad_norm(None)}
     optimizer.step()
     job.after_step()
     optimizer.zero_grad()
-    return found | seen(job)
+    return results | seen(job)

@@ -1,6 +1,6 @@
-"""Writes the table of situations and strategies: `python tests/strangers/table.py` prints it.
+"""Prints the table of situations and strategies in RESULTS.md: `python tests/strangers/table.py`.
 
-It is made from what each situation expects, and test_strangers.py sees that this is what happens.
+The table shows what each situation expects; test_strangers.py checks that this is what happens.
 """
 
 import importlib
@@ -20,16 +20,16 @@ def collect() -> None:
 
 
 def table() -> str:
-    """Markdown, a row a situation."""
+    """Return the table in Markdown, with one row for each situation."""
     lines = [
         "| situation | reported in | " + " | ".join(EVERY) + " |",
         "|---|---|" + "---|" * len(EVERY),
     ]
     for situation in SITUATIONS.values():
-        said = " ".join(situation.body.__doc__.split()).rstrip(".")
+        sentence = " ".join(situation.body.__doc__.split()).rstrip(".")
         cells = ["refused" if s in situation.refused else "exact" for s in EVERY]
         sources = ", ".join(situation.sources) or "-"
-        lines.append("| " + " | ".join([said, sources, *cells]) + " |")
+        lines.append("| " + " | ".join([sentence, sources, *cells]) + " |")
     return "\n".join(lines)
 
 

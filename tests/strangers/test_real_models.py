@@ -1,7 +1,7 @@
-"""Three architectures of torchvision under every strategy; tests/nightly has those of transformers.
+"""Three torchvision architectures under every strategy; tests/nightly has those of transformers.
 
-transformers is not among what a developer installs (155 MB for one script), so that all of it is in
-that script, which fails without it: no test here is skipped for want of a package.
+transformers is not a development dependency (155 MB for one script). So only that script uses it,
+and fails without it. No test here is skipped because a package is missing.
 """
 
 import pytest
@@ -19,7 +19,7 @@ CELLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "strategy"), CELLS)
 @pytest.mark.ranks(2, timeout=120)
-def test_a_real_architecture_is_trained_exactly(name, strategy):
-    outcome = real_models.judged(real_models.trained(name, strategy), expected=None)
+def test_a_real_architecture_is_exact(name, strategy):
+    outcome = real_models.judge(real_models.verify(name, strategy), expected=None)
     assert not outcome.surprise
     assert outcome.error is not None

@@ -1,6 +1,6 @@
-"""Each situation of the zoo under every strategy: exact, or refused by the line that is expected.
+"""Each situation under every strategy: exact, or refused with the expected one-line message.
 
-In float64, on ranks with different rows. What a body yields before it is refused is compared, too.
+In float64, on ranks with different rows. Results before a refusal are compared, too.
 """
 
 from pathlib import Path
@@ -18,31 +18,31 @@ table.collect()
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
-IN_SLOW = ("ddp", "zero2", "fsdp")  # the others are of the same make, or refuse most
+IN_SLOW = ("ddp", "zero2", "fsdp")  # the other strategies share their code, or refuse most
 
 
-def copied(found):
-    """Tensors by name; later steps do not change them."""
-    made = {}
-    for name, value in found.items():
+def copied(results):
+    """Return copies of the tensors and numbers, which later steps do not change."""
+    tensors = {}
+    for name, value in results.items():
         if isinstance(value, torch.Tensor):
-            made[name] = value.detach().clone()
+            tensors[name] = value.detach().clone()
         elif isinstance(value, float | int):
-            made[name] = torch.tensor(value, dtype=torch.float64)
+            tensors[name] = torch.tensor(value, dtype=torch.float64)
         else:
             assert value is None, f"{name} is a {type(value).__name__}"
-            made[name] = None
-    return made
+            tensors[name] = None
+    return tensors
 
 
 def in_one_process(situation):
     torch.manual_seed(0)
     with torch.random.fork_rng():
-        return [copied(found) for found in situation.body(Place())]
+        return [copied(results) for results in situation.body(Place())]
 
 
 def rows():
-    """Each strategy on as many ranks as it takes, and when it is tested if not always."""
+    """Each strategy with the number of its ranks, and the marker that says when it is tested."""
     for strategy in EVERY:
         when = [] if strategy in IN_SLOW else [pytest.mark.nightly]
         yield pytest.param(strategy, marks=[pytest.mark.ranks(RANKS.get(strategy, 2)), *when])
@@ -55,39 +55,39 @@ def rows():
 )
 @pytest.mark.parametrize("strategy", [*rows()])
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_stranger_is_trained_exactly_or_refused_in_a_line(name, strategy, mesh):
+def test_a_situation_is_exact_or_refused_in_one_line(name, strategy, mesh):
     situation = SITUATIONS[name]
-    wanted = in_one_process(situation)
-    assert wanted, "the body yields nothing"
+    reference = in_one_process(situation)
+    assert reference, "the body yields nothing"
     torch.manual_seed(0)
     place = Place(strategy, mesh.size, mesh.rank)
     expected = situation.refused.get(strategy)
     if expected is None:
-        steps = compared(situation.body(place), wanted)
-        assert steps == len(wanted)
+        steps = compare_each(situation.body(place), reference)
+        assert steps == len(reference)
         return
     with pytest.raises(UserError, match=expected) as refused:
-        compared(situation.body(place), wanted)
+        compare_each(situation.body(place), reference)
     assert "\n" not in str(refused.value)
 
 
-def compared(yields, wanted):
-    """How many of the yields there were, each equal to that of one process."""
+def compare_each(yields, reference):
+    """Compare each yield with that of one process, and return how many there were."""
     step = 0
-    for step, found in enumerate(yields, 1):
-        ours, theirs = copied(found), wanted[step - 1]
-        assert ours.keys() == theirs.keys()
-        floor = floor_of(theirs)
-        for name, tensor in theirs.items():
+    for step, results in enumerate(yields, 1):
+        ours, expected = copied(results), reference[step - 1]
+        assert ours.keys() == expected.keys()
+        floor = floor_of(expected)
+        for name, tensor in expected.items():
             distance = error(ours[name], tensor, floor)
             assert distance <= TOLERANCE, f"yield {step}: {name} is off by {distance:.1e}"
     return step
 
 
-def test_the_table_of_results_says_what_is_expected_here():
+def test_the_table_in_results_md_is_up_to_date():
     assert table.table() in (ROOT / "dist_lab/RESULTS.md").read_text()
 
 
-def test_there_are_many_of_which_many_were_reported():
+def test_there_are_at_least_60_situations_and_25_of_them_were_reported():
     assert len(SITUATIONS) >= 60
     assert sum(bool(situation.sources) for situation in SITUATIONS.values()) >= 25

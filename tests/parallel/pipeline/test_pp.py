@@ -645,7 +645,7 @@ def test_models_that_cannot_be_split_faithfully_are_refused(mesh):
     with pytest.raises(UserError, match="or a complex tensor, which cannot be sent"):
         model = nn.Sequential(width_six(), Complex(), nn.Identity(), nn.Identity())
         dist_lab.parallelize(model, mesh, "pp", example_inputs=x, balance="count")
-    with pytest.raises(UserError, match="shares out no rows for sync_batchnorm"):
+    with pytest.raises(UserError, match="does not split rows over ranks, so sync_batchnorm"):
         model = in_place_across_stages()
         dist_lab.parallelize(model, mesh, "pp", sync_batchnorm=True)
     job = dist_lab.parallelize(gpt(layers=4), mesh, "pp")
