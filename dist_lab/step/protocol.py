@@ -8,10 +8,10 @@ and each micro-batch on each rank computes its own tokens' share of this loss, a
 the global count. Gradients accumulate over micro-batches in `.grad` and are summed over ranks. We
 average nothing, so ragged batches and unequal token counts are exact. A mean of means would not be.
 
-A strategy never registers hooks and never calls backward. The runner does both, and calls the
-methods of `Sync` at each step event. So the same strategy runs under a plain loop and under a
-pipeline schedule. Strategies store parameter names, and look up the parameter when they need it,
-because another strategy may have replaced it.
+A strategy may change what a module computes, but it never hooks gradients or calls backward. The
+runner does both, and calls the methods of `Sync` at each step event. So one strategy runs under a
+plain loop and under a pipeline schedule. Strategies store parameter names, and look up a parameter
+when they need it, because another strategy may have replaced it.
 
 [Note: composing strategies] Several strategies are applied one after another, outermost first. Each
 takes one `Setup` and returns one `Applied`, whose layouts extend those in the setup.
