@@ -1,7 +1,7 @@
 """Refuses parameters that another job trains already.
 
-Two jobs with one parameter would both sum its gradient over the ranks, which would make it too
-large by a factor of the number of ranks. So a job claims the parameters that it trains or splits:
+Two jobs with one parameter would both sum its gradient over the ranks, and the gradient would be
+multiplied by the number of ranks. So a job claims the parameters that it trains or splits:
 it sets a mark on the parameter, which copies of the model do not have. A frozen parameter that is
 not split, such as a backbone's, may be in several jobs.
 """

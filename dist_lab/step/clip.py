@@ -22,7 +22,7 @@ def global_norm(gradients: Mapping[str, Tensor | None], layouts: Layouts, mesh: 
     some positions counts at the first one. Gradients must be complete; a missing one counts as 0.
     """
     squares: dict[tuple[Axis, ...], list[Tensor]] = {}
-    for name, layout in layouts.items():  # the same order, so the same collectives, on every rank
+    for name, layout in layouts.items():  # one order on all ranks, so collectives match
         axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)
         group = squares.setdefault(tuple(axes), [])
         gradient = gradients.get(name)

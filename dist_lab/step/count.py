@@ -1,9 +1,9 @@
 """Sums a count over ranks, exactly: numbers of tokens, rows, or a sum of weights.
 
-Integers are summed in one all_reduce. If a rank's value is no integer, or so large that the sum
-might not fit in 64 bits, the rank sends a number so negative that the sum is negative, which all
-ranks see. Then the ranks exchange their values as text, and each adds up the same list: integers
-without limit, floats rounded once at the end. An invalid value is exchanged in the same way, so
+Integers are summed in one all_reduce. If a rank's value is not an integer, or so large that the sum
+might not fit in 64 bits, the rank sends a large negative number instead, which makes the sum
+negative on all ranks. Then the ranks exchange their values as text, and each adds up the same list:
+integers exactly, floats rounded once at the end. An invalid value is exchanged in the same way, so
 that every rank raises the same error.
 """
 
@@ -48,5 +48,5 @@ def _as_number(n: Any) -> int | float | str:
     except (RuntimeError, TypeError, ValueError):
         return f"a {type(n).__name__} of shape {tuple(n.shape)}"
     if isinstance(value, int):
-        return int(value)  # a bool too
+        return int(value)  # a bool becomes 0 or 1
     return float(value) if isinstance(value, float) else f"a {type(value).__name__}"

@@ -1,9 +1,9 @@
 """Sums the loss over ranks, and finds out if the loss is detached on every rank by mistake.
 
 A rank may have no loss that needs a gradient, for instance because all its rows are padding. It
-joins backward with zeros (dist_lab/loss.py). If that is so on every rank, nothing trains, silently.
-So a rank whose losses are all detached, but not all zero, sends NaN in place of its share. Usually
-one number is sent; only if the sum is NaN do all ranks exchange more.
+joins backward with zeros (dist_lab/loss.py). If no rank has such a loss, nothing trains, and nobody
+notices. So a rank whose losses are all detached, but not all zero, sends NaN in place of its share.
+Usually one number is sent; if the sum is NaN, all ranks exchange one vote more.
 """
 
 import math
@@ -23,7 +23,7 @@ class RecordedLoss:
 
     Attributes:
         some_need_gradient: a loss needed a gradient.
-        some_detached: a loss was not zero and needed no gradient.
+        some_detached: a loss needed no gradient, although it was not zero.
     """
 
     def __init__(self, loss_fn: LossFn) -> None:

@@ -1,4 +1,4 @@
-"""The plain runner: runs forward and backward, and tells the strategy about each event.
+"""The plain runner: runs forward and backward, and calls the strategy at each event.
 
 Only this file and the pipeline's runner register hooks for strategies. So the order of events in a
 step can be read here:
@@ -78,12 +78,12 @@ class Runner(Step):
             self._grad_nodes += refuse_gradients(shards)
 
     def _hook_gradients(self, leaves: Mapping[str, Tensor]) -> None:
-        """Hook the autograd node that adds to each leaf's `.grad`: it runs after the leaf's hooks.
+        """Hook each leaf's AccumulateGrad node, which runs after all hooks on the leaf itself.
 
-        So a user's hook may change a gradient, whether it was registered before ours or after. The
-        strategy sees the final `.grad`.
+        So a user's hook may change a gradient, whether that hook was registered before ours or
+        after. The strategy sees the final `.grad`.
         """
-        # Kept in a list because a parameter does not keep this node alive.
+        # We keep the nodes in a list: a parameter does not keep its AccumulateGrad node alive.
         self._grad_nodes = [get_gradient_edge(leaf).node for leaf in leaves.values()]
         for (name, leaf), node in zip(leaves.items(), self._grad_nodes, strict=True):
             node.register_prehook(weak_hook(self._before_accumulation, name))
@@ -91,7 +91,7 @@ class Runner(Step):
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Backwards inside the block belong to one micro-batch. `last`: no more follow."""
+        """Backwards inside the block belong to one micro-batch. `last`: it is the step's last."""
         before = self._last, self._in_microbatch
         self._last, self._in_microbatch, self._in_step = last, True, True
         self._reopen()  # before other ranks' gradients arrive
@@ -133,7 +133,7 @@ class Runner(Step):
         return []
 
     def _join_forward(self) -> None:
-        """Join the all-gathers of other ranks' forwards, if this rank had no rows to run one."""
+        """Join the all-gathers of other ranks' forwards, if this rank had no rows to forward."""
         forward_ran, self._saver.forward_ran = self._saver.forward_ran, False
         if self._saver.has_shards and not (forward_ran or self._touched):
             root = self._units[ROOT]
@@ -163,11 +163,11 @@ class Runner(Step):
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
             self.comm.phase, self.comm.unit = "forward", ""
-            if any(unit.is_open for unit in self._units.values()):  # backward raised an exception
+            if any(unit.is_open for unit in self._units.values()):  # the last step was aborted
                 self._abort()
 
     def _abort(self) -> None:
-        with self.comm.label("forget", unit=""):  # no gradient is summed any more
+        with self.comm.label("forget", unit=""):  # drops gradients not in `.grad` yet
             for unit in self._units.values():
                 unit.close(Phase.ABORT)
             self.sync.forget()

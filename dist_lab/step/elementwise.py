@@ -1,10 +1,10 @@
 """Finds out which optimizers may step on shards: those that update each element by itself.
 
 SGD and Adam do. Adafactor takes means over rows, Muon multiplies matrices, LAMB takes the norm of a
-tensor, LBFGS products over all tensors: on a shard such a step is another step. No class tells
-which kind it is, so we try it with the same gradients: once with full tensors in one optimizer, and
-once with halves of them in two, as on two ranks. If the results are equal, it is exact on any
-layout.
+tensor, LBFGS products over all tensors: with a shard they compute a different update. A class does
+not say which kind it is. So we try it twice with equal gradients: one optimizer gets full tensors,
+then two optimizers get one half of each, as on two ranks. If the results are equal, the optimizer
+is exact in any layout.
 """
 
 import warnings
@@ -34,15 +34,15 @@ def refuse_coupled(
     *,
     by_tensor: bool,
 ) -> None:
-    """Check that an optimizer class takes the same step with these layouts as in one process.
+    """Check that an optimizer class computes the same step in these layouts as in one process.
 
     Args:
-        param_options: name of a trained parameter, also on other ranks -> options of its group.
+        param_options: name of a trained parameter, of any rank -> options of its group.
         stepped: name -> the tensor that the optimizer steps on, on this rank.
-        by_tensor: a library gives each rank some of the tensors to step on.
+        by_tensor: a library assigns each tensor to one rank, which steps on it.
 
     Raises:
-        UserError: it does not; raised on every rank.
+        UserError: the step would differ; raised on every rank.
     """
     sharded_names = {name for name in param_options if _is_sharded(name, stepped, layouts, mesh)}
     distributed = (by_tensor and mesh.size > 1) or mesh["pp"].size > 1
@@ -84,15 +84,15 @@ def by_options(param_options: Mapping[str, Options]) -> list[tuple[Options, list
 
 
 def update_scope(build: Build, device: torch.device) -> Literal["element", "tensor", "all"]:
-    """What the update of one element depends on: that element, its tensor, or all tensors.
+    """What the update of one element depends on: only that element, its tensor, or all tensors.
 
-    Found by trying the optimizer on tiny tensors. "all" also if it cannot be tried, for instance
-    because it needs a closure.
+    We try the optimizer on tiny tensors. Returns "all" also if we cannot try it, for instance
+    because its step needs a closure.
     """
     random = torch.Generator().manual_seed(0)
 
     def random_steps(*shape: int) -> list[Tensor]:
-        """Values, then gradients for a few steps: of several scales, as some optimizers clip."""
+        """A value and 4 gradients, of several scales because some optimizers clip."""
         sizes = (1.0, 1.0, 100.0, 0.01, 1.0)
         return [
             s * torch.randn(shape, generator=random, dtype=torch.float64).to(device) for s in sizes
@@ -113,9 +113,9 @@ def update_scope(build: Build, device: torch.device) -> Literal["element", "tens
 
 
 def _same_update(build: Build, tensors: Sequence[Sequence[Tensor]], split: Split | None) -> bool:
-    """Whether two optimizers, each with one half of each tensor, do the same as one with all.
+    """Whether two optimizers with one half of each tensor compute the update of one with all.
 
-    Without a split, each of the two has one of the tensors.
+    Without a split, each of the two optimizers gets one of the two tensors.
     """
     full = [[value.clone() for value in tensor] for tensor in tensors]
     copies = [[value.clone() for value in tensor] for tensor in tensors]
@@ -128,9 +128,9 @@ def _same_update(build: Build, tensors: Sequence[Sequence[Tensor]], split: Split
         _step(build, full)
         for half in halves:
             _step(build, half)
-    except Exception:  # of any kind: it comes from the optimizer
+    except Exception:  # an optimizer may raise any exception
         return False
-    # Up to rounding: the processor may compute the last elements of a tensor in another way.
+    # Up to rounding: vectorized code computes the last elements of a tensor differently.
     return all(
         torch.allclose(a[0], b[0], rtol=1e-11, atol=1e-13, equal_nan=True)
         for a, b in zip(full, copies, strict=True)
@@ -138,7 +138,7 @@ def _same_update(build: Build, tensors: Sequence[Sequence[Tensor]], split: Split
 
 
 def _step(build: Build, tensors: Sequence[Sequence[Tensor]]) -> None:
-    """Update the first entry of each, its value, by a step with each further entry, a gradient."""
+    """Each tensor is [value, gradient, ...]: step once with each gradient, update the value."""
     parameters = [nn.Parameter(value.clone()) for value, *_ in tensors]
     optimizer = build(parameters)
     for gradients in list(zip(*tensors, strict=True))[1:]:

@@ -1,11 +1,11 @@
 """A placeholder for the `.grad` of a tensor whose gradient is on another tensor.
 
 [Note: one gradient, two tensors] Under ZeRO a parameter is two tensors: the full one in the model,
-to whose `.grad` backward adds, and the shard that the optimizer steps on. Only one of them has the
+where backward accumulates, and the shard that the optimizer steps on. Only one of them has the
 gradient: the full one until the gradient is summed over the ranks, the shard afterwards. The other
 one has a placeholder without values. Elementwise operations on a placeholder, such as scaling,
-clamping or clearing, are applied to the gradient itself; all others raise a UserError that says
-where it is. So nothing that a user does to `.grad` is lost.
+clamping or clearing, are applied to the gradient itself. All other operations raise a UserError
+that says where the gradient is. So no change that a user makes to `.grad` is lost.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_lab.errors import UserError
 from dist_lab.torch_private import of_plain_tensors, tree_leaves, tree_map_only
 
-# Allowed on a placeholder, because the result does not depend on values.
+# Allowed on a placeholder: the result does not depend on the gradient's values.
 METADATA = {
     "dtype", "device", "layout", "shape", "ndim", "is_sparse", "is_leaf", "grad_fn", "grad",
     "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized", "itemsize", "nbytes",
@@ -27,7 +27,7 @@ METADATA = {
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
 }  # fmt: skip
 
-# Elementwise in-place operations, if all other arguments are numbers.
+# Elementwise in-place operations: allowed if all other arguments are numbers.
 BY_ELEMENT = {
     "zero_", "fill_", "mul_", "__imul__", "div_", "__itruediv__", "add_", "__iadd__", "sub_",
     "__isub__", "neg_", "sign_", "clamp_", "clamp_min_", "clamp_max_", "clip_", "nan_to_num_",
@@ -74,14 +74,14 @@ class GradElsewhere(Tensor):
         only_numbers = all(v.dim() == 0 for v in values if type(v) is Tensor)
         if name not in BY_ELEMENT or not only_numbers or any(map(_in_flight, grads)):
             raise UserError(grads[0].advice)
-        if all(_of_owner(grad) is not None for grad in grads):  # None: it was cleared at the owner
+        if all(_of_owner(grad) is not None for grad in grads):  # None: the owner's was cleared
             func(*tree_map_only(GradElsewhere, _of_owner, args), **(kwargs or {}))
         return args[0]
 
 
 @cache
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The one element that all placeholders share, and that nobody reads or writes."""
+    """The storage of all placeholders: one element, which is never read or written."""
     return torch.zeros((), dtype=dtype, device=device)
 
 

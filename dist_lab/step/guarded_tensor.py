@@ -1,16 +1,16 @@
 """Tensor classes that refuse operations which would be wrong on a shard.
 
-A shard looks like any tensor. An elementwise operation on all shards does the same as on the full
-tensor. But a norm of a shard is a different number on each rank, random numbers for it are not
-those of the full tensor, and a full tensor has a different shape, which may still broadcast. A
-loop that was written for one process would run on, and silently be wrong.
+A shard looks like any tensor. An elementwise operation gives the same values on the shards as on
+the full tensor. But the norm of a shard is different on each rank, random numbers for a shard are
+not those for the full tensor, and a shard combined with a full tensor may broadcast although their
+shapes differ. A training loop for one process would run, and silently compute wrong values.
 
-So outside of forward and backward, the shards that users can reach are of a class that refuses such
-operations: guards.py says when. The class is set on a tensor in place, and removed again. A view of
+So outside of forward and backward, the shards that users can reach have a class that refuses such
+operations: guards.py says when. We set a tensor's `__class__` in place, and set it back. A view of
 a guarded tensor and the result of an elementwise operation are guarded, too; a copy is plain.
 
-A gradient that is not summed over the ranks yet is of that class, too: a nonlinear operation on it
-gives another result than on the sum.
+A gradient that is not summed over the ranks yet has that class, too: a nonlinear operation on one
+rank's term gives another result than on the sum.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
@@ -31,7 +31,7 @@ REDUCES = {
     "argmax", "argmin", "count_nonzero", "quantile", "topk", "sort", "cumsum", "cat", "concat",
     "stack", "hstack", "_foreach_max", "svd", "svdvals",
 }  # fmt: skip
-# Operations on positions, or on several elements at once: a shard has other elements there.
+# Operations on positions, or on several elements: a shard has other elements at these positions.
 INDEXES = {
     "__getitem__", "__setitem__", "select", "narrow", "index_select", "index_fill_", "index_copy_",
     "index_add_", "scatter_", "einsum", "matmul", "__matmul__", "mm", "mv", "tolist", "numpy",
@@ -49,7 +49,7 @@ IN_PLACE = {
     "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 }  # fmt: skip
 NEW = {"clone", "zeros_like", "ones_like", "full_like", "empty_like"}  # results are plain tensors
-# Operations that are not linear: of the sum over ranks they are not the sum of the ranks' results.
+# Operations f that are not linear: f(sum over ranks) is not the sum over ranks of f.
 NONLINEAR = {
     "sign", "sign_", "sgn", "sgn_", "abs", "abs_", "clamp", "clamp_", "clamp_min", "clamp_min_",
     "clamp_max", "clamp_max_", "clip", "clip_", "pow", "pow_", "square", "square_", "sqrt", "sqrt_",
@@ -63,13 +63,13 @@ UNSUMMED = "is not summed over the ranks yet"
 
 @dataclass(frozen=True)
 class Guard(StaysBehind):
-    """Why and how a guarded tensor refuses operations: an attribute of that tensor.
+    """An attribute of a guarded tensor: why it refuses operations, and the error message.
 
     Attributes:
         label, shape: the name and shape of the full tensor in messages.
         advice: what to do instead of a refused operation.
-        stale: the tensor is full, but only this rank's shard of it has the new values.
-        used_in_forward: forwards compute with it, also those of a module called by itself.
+        stale: a full tensor, in which only this rank's shard has the new values.
+        used_in_forward: forwards compute with the tensor, also if only its module is called.
         reason: why operations are refused.
     """
 
@@ -83,7 +83,7 @@ class Guard(StaysBehind):
 
 
 class Guarded:
-    """Common to guarded gradients and guarded parameters."""
+    """Base class of guarded gradients and guarded parameters."""
 
     @classmethod
     def __torch_function__(
@@ -156,9 +156,9 @@ def _guarded_call(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
     result = func(*args, **kwargs)
     if type(result) is not Tensor or name in NEW or any(result is value for value in tensors):
         return result
-    if guard.used_in_forward and plain:  # a module called by itself computes with it
+    if guard.used_in_forward and plain:  # a module is called without the model
         return result
-    is_number = guarded.dim() > 0 and not result.dim()  # also of a shard with one element
+    is_number = guarded.dim() > 0 and not result.dim()  # also the sum of a shard with one element
     if result.numel() == guarded.numel() and not is_number:  # elementwise, or a view
         put_guard(result, guard)
     elif guard.reason == SHARD and not name.startswith("new_"):

@@ -1,14 +1,14 @@
 """When parameters and gradients are guarded: see guarded_tensor.py.
 
     shards of FSDP and ZeRO      whenever the model is not in forward or backward
-    parameters of tp             the same, but not between a forward and its backward
-    full parameters of ZeRO      from the optimizer's step to after_step(): other shards are old
+    parameters of tp             likewise, but not between a forward and its backward
+    full parameters of ZeRO      from the optimizer's step to after_step(): other shards are stale
     gradients not summed yet     between backward and finish()
     sharded gradients            from backward to the next backward
 
-The strategy, the model and optimizers compute with plain tensors, at no cost. A global hook of
-torch tells us when any torch.optim.Optimizer steps, whoever built it. An optimizer of another class
-computes with guarded tensors, which is correct but slower.
+The strategy, the model and optimizers compute with plain tensors, at no cost. We register torch's
+global hooks on optimizer steps, so this holds for any torch.optim.Optimizer, also a user's own. An
+optimizer of another base class computes with guarded tensors, which is correct but slower.
 """
 
 import weakref
@@ -44,7 +44,7 @@ class Guards:
         used_in_forward: the sharded parameters that forwards compute with and save for backward.
         stale: the full parameters; an optimizer step updates only this rank's shard of each.
         sharded_grads: the parameters whose `.grad` is a shard.
-        unsummed_grads: the parameters whose `.grad` is this rank's own until finish().
+        unsummed_grads: the parameters whose `.grad` is local to this rank until finish().
         summed: finish() has summed all gradients.
     """
 
@@ -64,7 +64,7 @@ class Guards:
                 setattr(stepped, MARK, mark)
             layout = applied.layouts[name]
             shape, kinds = layout.shape, split_kinds(layout, mesh)
-            if type(parameter) is not nn.Parameter:  # a library's DTensor knows the full tensor
+            if type(parameter) is not nn.Parameter:  # a DTensor needs no guard
                 continue
             # FSDP sums a gradient in backward already, over the axes that shard the parameter.
             summed_axes = {axis for axis, _ in layout.splits} if name in applied.leaves else set()
@@ -94,7 +94,7 @@ class Guards:
         register_step_hooks()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer is about to step: give it plain tensors, with all edits by the user."""
+        """An optimizer is about to step: give it plain tensors that have all the user's edits."""
         if backward_number() != -1:
             raise UserError(
                 f"{type(optimizer).__name__} steps in the middle of backward, on gradients that "
@@ -135,7 +135,7 @@ class Guards:
 
 
 class StepMark(StaysBehind):
-    """Marks a parameter that optimizers may step on with the guards of its job."""
+    """A mark on a parameter that optimizers may step on: it refers to the job's guards."""
 
     in_a_copy = None
 
@@ -171,14 +171,14 @@ def _stepped_by(optimizer: torch.optim.Optimizer) -> Iterable[Guards]:
 
 
 def _grads(guards: GuardList) -> list[tuple[Tensor | None, Guard]]:
-    """Read each `.grad` with guards switched off: with guards it takes twenty times as long."""
+    """Read each `.grad` with guards switched off: guards make the read twenty times slower."""
     grads: list[tuple[Tensor | None, Guard]]
     grads = of_plain_tensors(lambda: [(parameter.grad, guard) for parameter, guard in guards])
     return grads
 
 
 def split_kinds(layout: Layout, mesh: Mesh) -> set[str]:
-    """How a tensor is split: "shard" by its elements, "stage" if only some stages hold it."""
+    """How a tensor is split: "shard" if by elements, "stage" if only some pp stages have it."""
     kinds = set()
     for axis, how in layout.splits:
         if isinstance(how, OnlyOn) and mesh[axis].size > 1:
@@ -200,7 +200,7 @@ class GuardsOff(Sync):
     def unshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
             self.guards.unguard_parameters(stale=phase is Phase.FORWARD)
-            if phase is Phase.BACKWARD or torch.is_grad_enabled():  # backward adds to them
+            if phase is Phase.BACKWARD or torch.is_grad_enabled():  # autograd accumulates there
                 self.guards.unguard_gradients()
 
     def finish(self) -> None:

@@ -17,19 +17,19 @@ from dist_lab.torch_private import not_compiled
 
 
 class StaysBehind:
-    """An object in a module that a deep copy or a pickle replaces by its `in_a_copy`."""
+    """An object in a module. A copy or a pickle of the module has `in_a_copy` instead."""
 
     in_a_copy: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.in_a_copy, memo)  # a bound method's copy is bound to the copy
+        return copy.deepcopy(self.in_a_copy, memo)  # binds a method to the copy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[[Any], Any], tuple[Any]]:
         return identity, (self.in_a_copy,)
 
 
 class ModuleHook(StaysBehind):
-    """A forward hook, or a `forward`. By default a copy of it does nothing."""
+    """A forward hook, or a replaced `forward`. In a copy it does nothing by default."""
 
     def __init__(self, function: Callable[..., Any], in_a_copy: Callable[..., Any] | None = None):
         self.function, self.in_a_copy = function, in_a_copy or do_nothing
@@ -52,7 +52,7 @@ def refuse_copy(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 def identity(thing: Any) -> Any:
-    """Rebuilds a pickled `StaysBehind`, which pickles its `in_a_copy`."""
+    """Unpickles a `StaysBehind`: returns the `in_a_copy` that was pickled in its place."""
     return thing
 
 

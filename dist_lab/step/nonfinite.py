@@ -1,8 +1,8 @@
 """Records the first gradient of this rank that is not finite, before it is summed over ranks.
 
-After the sum every rank has the NaN, and none knows which rank it came from. So this link comes
-before the strategy in the chain and checks each gradient while it is still this rank's own. It
-costs one pass over each gradient.
+After the sum every rank has the NaN, and no rank can tell which rank it came from. So this Sync is
+before the strategy in the chain, and checks each gradient while it is still local to its rank. The
+check costs one pass over each gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from dist_lab.step.protocol import Sync
 class FirstNonFinite(Sync):
     """Holds the name of the first parameter of this step whose gradient is not finite.
 
-    leaves: name -> the autograd leaf, whose `.grad` is this rank's own.
-    accumulates: `.grad` accumulates all micro-batches, so it is checked after the last one only:
-        a NaN stays a NaN in a sum.
+    leaves: name -> the autograd leaf, whose `.grad` is not summed over ranks yet.
+    accumulates: `.grad` accumulates all micro-batches, so we check it only after the last one:
+        a NaN in one micro-batch stays in the sum.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor], *, accumulates: bool = False) -> None:

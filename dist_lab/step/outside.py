@@ -1,4 +1,4 @@
-"""Refuses computing with parameters outside of their unit, where a module holds only shards."""
+"""Refuses computing with a parameter outside of its unit's forward, where it is only a shard."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -39,7 +39,7 @@ def _refuse_outside(
 
 
 def refuse_gradients(shards: Mapping[str, nn.Parameter]) -> list[Node]:
-    """Raise UserError in a backward that reaches a shard. Returns the hooked nodes: keep them."""
+    """Raise UserError if backward reaches a shard. The caller must keep the returned nodes."""
     nodes = []
     for name, shard in shards.items():
         if shard.requires_grad:

@@ -5,9 +5,9 @@
 
 While a unit is open, its unsharded parameters are in each module's `__dict__`, where Python looks
 first. Once the unit is closed, the look-up of `embed.weight` goes on to the module's `_parameters`,
-where a forward of another unit would find a shard. So that dict is of a class whose `__getitem__`
-opens the unit. The unit stays open until the forward that reads it is over. Backward reaches it
-through the saved tensor, like any other unit: see saved.py.
+where a forward of another unit would find a shard. So we replace `_parameters` by a dict whose
+`__getitem__` opens the unit. The unit stays open until the forward that reads its parameter is
+over. In backward, unpacking the saved tensor opens the unit, like any other: see saved.py.
 
 Nothing else changes: code that iterates over parameters sees the shards, as before, and so does
 code that reads a parameter while no forward is running.
@@ -72,7 +72,7 @@ def open_when_read(
     unit_of: Mapping[nn.Parameter, UnitLike],
     leaf_of: Mapping[nn.Parameter, Tensor],
 ) -> None:
-    """Make each module of the model open the unit of a parameter when it is read."""
+    """Make a read of a parameter open its unit, in each module of the model."""
     for module in model.modules():
         unsharded = {
             attribute: (unit_of[parameter], leaf_of[parameter])
@@ -86,11 +86,11 @@ def open_when_read(
 
 
 def open_for_reader(unit: UnitLike, attribute: str) -> bool:
-    """Open a unit whose parameter is read. Returns False if the read is to return the shard."""
+    """Open a unit whose parameter is read. Returns False if the read must return the shard."""
     reader, in_backward = unit.saver.innermost, backward_number() != -1
-    # In backward, an activation checkpoint may recompute code that is in no unit's forward.
+    # In backward, checkpointing may recompute code that is not in any unit's forward.
     is_running = reader is not None or (in_backward and torch.is_grad_enabled())
-    if not is_running or unit.is_open:  # while a unit is being opened, the shards are read
+    if not is_running or unit.is_open:  # open: unshard() itself reads the shards
         return False
     if unit.root is None:
         raise UserError(

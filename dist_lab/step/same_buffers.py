@@ -1,18 +1,18 @@
 """Refuses buffers that become different on each rank, because a forward updates them by its rows.
 
-Examples are a codebook that follows the vectors it quantizes, the running mean of a normalizer, or
-the extremes that a quantizer has seen. One process updates them by all rows of a batch, a rank only
-by its share. No gradient shows it: the ranks train with different numbers, and a checkpoint saves
-those of rank 0.
+Examples are a codebook updated by a moving average (VQ-VAE), the running mean of a normalizer, or
+the min and max of a quantizer's observer. One process updates a buffer from all rows of a batch, a
+rank only from its own rows. The gradients do not reveal it: the ranks train with different buffers,
+and a checkpoint saves those of rank 0.
 
 So the ranks compare their buffers in `finish`, in steps 1, 2, 4, 8 and so on: some buffers change
-late, and this costs almost nothing. Compared are the floating-point buffers that a checkpoint
-saves. A buffer that is not persistent may differ by rank. Counters are integers, which a rank
-without rows does not advance. Running statistics of torch's own layers are merged: see
+late, and these few checks cost almost nothing. The ranks compare only floating-point buffers that a
+checkpoint saves. A buffer that is not persistent may differ by rank. Integers are counters, which a
+rank without rows does not advance. Running statistics of torch's own layers are merged: see
 transforms/batchnorm.py.
 
-Buffers are equal if they differ only by rounding: machines of different kinds round differently, as
-in a power iteration.
+Differences of the size of rounding errors are accepted: different kinds of machines round
+differently, for example in a power iteration.
 """
 
 from collections.abc import Sequence
@@ -58,9 +58,9 @@ class SameBuffers(Sync):
             name = self.names[int(differ.nonzero()[0])]
             raise UserError(
                 f"the forward updates the buffer {name} by the rows of its own rank, so that it "
-                "differs by rank, but one process uses all rows: in the forward, sum what goes "
-                "into it with dist_lab.comm.ops.all_reduce(x, mesh.data), or register it with "
-                "persistent=False if it may differ"
+                "differs by rank, but one process uses all rows: in the forward, sum the update x "
+                "over ranks with dist_lab.comm.ops.all_reduce(x, mesh.data), or register the "
+                "buffer with persistent=False if it may differ"
             )
 
 

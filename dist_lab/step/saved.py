@@ -1,13 +1,13 @@
-"""Saved tensors: parameters are saved by name, so that their memory can be freed and come back.
+"""Saved tensors: parameters are saved by name, so that their memory can be freed until backward.
 
     forward     W is unsharded; an operation saves W, or a view of it      saved: (W, the view)
     between     W is resharded; its memory is free
     backward    the operation unpacks W: its unit is unsharded             unpacked: W as it is now
 
-[Note: every way into a unit] Backward may reach a unit through its outputs, and in other ways: by a
-tensor that the unit has stored on itself, by one inside an object that it returned, by one that was
-written to in place since, or once more in a second derivative. But it cannot use a parameter
-without unpacking the saved tensor. So unpacking unshards the unit, whatever way backward has taken.
+[Note: every way into a unit] Backward usually reaches a unit through its outputs. It may also reach
+it through a tensor that the unit stored as an attribute, a tensor inside an object that it returned
+or one that was written to in place later, or again in a second derivative. But backward always
+unpacks a saved tensor before it uses a parameter. So unpacking unshards the unit in every case.
 
 While other hooks on saved tensors are active, such as those of activation checkpointing, ours are
 off: the other hooks save the tensor itself, or recompute it in a forward that unshards the unit.
@@ -76,7 +76,7 @@ class SavedByName:
         self._by_storage: dict[int, tuple[Tensor, UnitLike, Visit]] = {}
         self._running: list[UnitLike] = []  # units in the middle of their forward, outermost first
         self._hooks: saved_tensors_hooks | None = None
-        self.forward_ran = False  # one with gradients, since the runner last reset this
+        self.forward_ran = False  # with gradients; the runner resets it
         self._depth = 0  # the length of `_running` when the hooks were set
 
     def enter(self, unit: UnitLike) -> None:
@@ -99,8 +99,8 @@ class SavedByName:
             self._depth, self._hooks = len(self._running), hooks
 
     def leave(self, unit: UnitLike) -> bool:
-        """The forward of a unit is over. Returns whether `enter` was called: an earlier hook of the
-        module may have raised an exception before it.
+        """The forward of a unit is over. Returns False if `enter` was not called: another hook of
+        the module may have raised an exception first.
         """
         if not self._running or self._running[-1] is not unit:
             return False
@@ -128,11 +128,11 @@ class SavedByName:
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int] | SavedParameter:
         key = storage_key(tensor)
         entry = self._by_storage.get(key)
-        # The entry may be of freed memory, whose address was used again.
+        # The entry may be out of date: its memory was freed, and the address used again.
         if entry is None or storage_key(entry[0]) != key:
-            # Detached, because an operation that saves its own output with its grad_fn would keep
-            # itself alive, for ever if no backward comes. Autograd restores the grad_fn, but leaves
-            # the check for in-place writes in between to us.
+            # Detached: an operation may save its own output, whose grad_fn is the operation. This
+            # reference cycle would be freed only by a backward. Autograd restores the grad_fn, but
+            # we must check for in-place writes in between ourselves.
             return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
         _, _, visit = entry
         visit.saved = True
@@ -150,8 +150,8 @@ def _unpack(saved: tuple[Tensor, int] | SavedParameter) -> Any:
         return tensor
     if backward_number() == -1:
         raise UserError(
-            "a saved tensor of a sharded parameter can be read only in backward: elsewhere it has "
-            "no memory"
+            "a saved tensor of a sharded parameter can be read only in backward: at other times it "
+            "has no memory"
         )
     saved.unit.enter_backward(saved.visit)
     return saved.leaf.detach().as_strided(saved.size, saved.stride, saved.offset)

@@ -2,12 +2,12 @@
 
 float16 loses small gradients. So a GradScaler multiplies the loss by a large number, divides the
 gradients by it before the step, and skips the step if one of them is not finite. If ranks hold
-different shards of the gradients, each would decide for itself: one would step, another would not,
-and their scales would differ. So the ranks all-reduce `found_inf` with max.
+different shards of the gradients, one rank might step and another skip, and then their scales would
+differ. So the ranks all-reduce `found_inf` with max.
 
-`Scaler` is torch's GradScaler with this all-reduce. torch's own is right, too, with an optimizer
-that `decide_together` has changed: it leaves the decision to the optimizer's `step`, as it does for
-every optimizer with `_step_supports_amp_scaling`. Without a scaler nothing is sent.
+`Scaler` is torch's GradScaler with this all-reduce. torch's own GradScaler is correct as well, if
+`decide_together` has changed the optimizer. It then lets the optimizer's `step` decide, as for any
+optimizer with `_step_supports_amp_scaling`. Without a scaler nothing is sent.
 """
 
 import weakref
@@ -35,12 +35,12 @@ class Scaler(torch.amp.GradScaler):
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow: bool
     ) -> FoundInf:
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow)
-        found.setdefault(found_inf.device, found_inf)  # a rank without a gradient
+        found.setdefault(found_inf.device, found_inf)  # this rank has no gradients
         return share_found(found, self.world)
 
 
 def share_found(found: FoundInf, world: Axis) -> FoundInf:
-    """Set, in place, whether any rank has found a gradient that is not finite. Collective."""
+    """Set each flag in place to 1 if any rank has found NaN or infinity. Collective."""
     with world.comm.label("scaler"):
         local = torch.stack([flag.to(world.device) for flag in found.values()]).amax()
         on_any_rank = ops.all_reduce(local, world, "max")
@@ -64,5 +64,5 @@ def decide_together(optimizer: torch.optim.Optimizer, world: Axis) -> None:
             share_found(found, world)
         return None if any(map(bool, found.values())) else plain_step(optimizer, *args, **kwargs)
 
-    # torch warns that it will pass its scaler in another way; pyproject.toml pins the version.
+    # torch warns that the way it passes its scaler will change; pyproject.toml pins torch.
     set_scaled_step(optimizer, MethodType(step, weakref.proxy(optimizer)))

@@ -2,12 +2,12 @@
 
     average = decay * average + (1 - decay) * weight          after each step; buffers are copied
 
-Each rank averages what it holds: its shards, or its pipeline stages. So nothing is sent in a step,
-and a rank's average is as large as its part of the model. The average is elementwise, so the shards
-are exactly those of the full model's average.
+Each rank averages its own shards, or its own pipeline stages. So nothing is sent in a step, and a
+rank's average has the size of its shards. The average is elementwise, so the averages of the shards
+are exactly the shards of the full model's average.
 
 To compute with the average, we swap it into the model: averages and weights exchange their values,
-and again afterwards. After each swap the strategy is told that gathered weights are stale.
+and exchange them back afterwards. Then `changed` tells the strategy that gathered weights are old.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -63,7 +63,7 @@ class Shadow:
                 average.mul_(self.decay).add_(local, alpha=1 - self.decay)
             else:
                 average.copy_(local)
-        self._buffers = [local.clone() for local in self._local_buffers()]  # maybe resized
+        self._buffers = [local.clone() for local in self._local_buffers()]  # may be resized
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -77,7 +77,7 @@ class Shadow:
         finally:
             self._swap()
             self._is_in_model = False
-        self._changed()
+            self._changed()
 
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """The average of the full model, in the form of `job.full_state_dict`. Collective."""

@@ -1,12 +1,12 @@
 """Units: decides when a unit's parameters are unsharded and resharded, in forward and backward.
 
-[Note: when a unit is open] A closed unit is unsharded when its forward begins, also one that
-backward recomputes, and when backward reaches its outputs or a saved tensor of its parameters
+[Note: when a unit is open] A closed unit is unsharded when its forward begins, also if backward
+recomputes this forward, and when backward reaches its outputs or a saved tensor of its parameters
 (step/saved.py). It is resharded
 * when its forward ends, unless backward is recomputing that forward;
-* when its last gradient is ready and backward needs no frozen parameter to reach its inputs;
-* when backward has reached all its inputs: a frozen or unused parameter gets no gradient;
-* at the end of a backward in any case.
+* when its last gradient is ready, unless backward still needs a frozen parameter for its inputs;
+* when backward has reached all its inputs, because frozen or unused parameters get no gradient;
+* when backward ends, in any case.
 """
 
 from collections import ChainMap
@@ -30,7 +30,7 @@ class Unit:
 
     Args:
         leaf_of: parameter -> its autograd leaf.
-        root: the unit that is the model; None: this one.
+        root: the unit of the whole model; None if this is that unit.
         saver: saves parameters for backward; shared by all units.
         unsharded: the leaves that have memory only while this unit is open: see step/saved.py.
     """
@@ -49,7 +49,7 @@ class Unit:
         self.is_open = self.must_see_outputs = False
         self.expects_backward = False  # a forward with gradients has run, and no backward yet
         self.missing_grads: set[int] = set()  # leaves whose gradients this backward still computes
-        self.outer = ""  # the name of the unit that called this one
+        self.outer = ""  # comm.unit before this forward: the caller's name
         self.backward = -1  # the number of the backward that will call _end_backward
         self.entered: set[Visit] = set()  # forwards whose inputs this backward has not reached
         self.visit = Visit()  # the latest forward
@@ -88,7 +88,7 @@ class Unit:
             for tensor in tensors_in([args, kwargs]):
                 if tensor.requires_grad:
                     visit.inputs += 1
-                    if tensor.grad_fn is not None:  # a leaf would keep the hook for ever
+                    if tensor.grad_fn is not None:  # hooks on a leaf would stay
                         tensor.register_hook(lambda gradient: self._leave_backward(visit))
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -106,7 +106,7 @@ class Unit:
         if not in_backward():
             if visit.saved or any(tensor.requires_grad for tensor in outputs):
                 self.sync.backward_will_come(self.name, visit)
-            self.expects_backward |= torch.is_grad_enabled()  # other ranks' rows may need one
+            self.expects_backward |= torch.is_grad_enabled()  # other ranks may run one
             if self.reader is None:  # a reader may still use a parameter
                 self.close(Phase.FORWARD)
         if self.must_see_outputs and not outputs and output is not None and torch.is_grad_enabled():
@@ -130,9 +130,9 @@ class Unit:
         if self.saver.is_running(self) or self.reader is not None:
             return  # a gradient is computed inside a forward, which keeps the unit open
         if visit.outer is not None and visit.outer[0] is not self.root:
-            outer, outer_visit = visit.outer  # it may return the same tensor, and must open first
+            outer, outer_visit = visit.outer  # opens first: it may return the same tensor
             outer.enter_backward(outer_visit)
-        self.comm.unit = self.name or self.comm.unit  # the model's output may be a unit's, too
+        self.comm.unit = self.name or self.comm.unit  # the model may return a unit's output
         if self.backward != backward:
             self.backward, self.missing_grads = backward, set(self.trained)
             when_backward_ends(self._end_backward)
@@ -148,7 +148,7 @@ class Unit:
                 self.close(Phase.BACKWARD)
 
     def gradient(self, leaf: Tensor) -> None:
-        """The strategy has been told that this parameter's gradient is ready."""
+        """Called when this parameter's gradient is ready, after the strategy's grads_ready()."""
         self.missing_grads.discard(id(leaf))
         # Backward may still need a frozen parameter to reach an input.
         if not self.missing_grads and not (self.partly_frozen and self.entered):

@@ -1,7 +1,7 @@
 """Refuses a forward that writes to a trained parameter in place.
 
-Ranks have different rows. So a forward that writes to a parameter, as `F.embedding(max_norm=)` does
-to the rows that it looks up, would write different values on each rank, and the replicas would
+Ranks have different batches. So a forward that writes to a parameter, as `F.embedding(max_norm=)`
+does to the rows that it looks up, would write different values on each rank, and the replicas would
 drift apart. Under FSDP it would write to memory that is about to be freed. Autograd counts the
 in-place writes to a tensor in its `_version`. We compare the versions before and after a forward;
 nothing is sent.
@@ -39,7 +39,7 @@ class RefuseWrites(Sync):
             if leaf._version != before and leaf.requires_grad:
                 raise UserError(
                     f"the forward writes to {name}, as embedding with max_norm does to the rows "
-                    "that it looks up, and each rank has other rows; write to it after the step"
+                    "that it looks up, which differ from rank to rank; write to it after the step"
                 )
             if leaf._version != before and name in self.only_while_unsharded:
                 raise UserError(

@@ -3,12 +3,12 @@
     In[B_dp, D] . W[D, F] -> Out[B_dp, F]         dW{U_dp} -> dW   after backward
 
 Each rank computes the gradient of its own rows. The sum over the ranks is the gradient of the whole
-batch, so every rank takes the same optimizer step. That is the whole idea, and also its weakness:
-communication does not overlap with compute, and each parameter costs a latency. ddp mends both.
+batch, so every rank takes the same optimizer step. This is simple, and slow: communication does not
+overlap with compute, and each parameter tensor costs the latency of a collective. ddp avoids both.
 
-Cost per step, for P parameters, all of them used: one all_reduce each, 2 (N-1)/N P elements sent,
-however many micro-batches there are; and one all_reduce of a byte per parameter, to agree on which
-were used. Memory per rank: all parameters, gradients and optimizer state. Buffers (the statistics
+Cost per step on N ranks, for P elements in all, if all are used: an all_reduce per parameter tensor
+after the last micro-batch, 2 (N-1)/N P elements sent; and an all_reduce of used flags, a byte per
+tensor. Memory per rank: all parameters, gradients and optimizer state. Buffers (the statistics
 of BatchNorm) stay local to each rank. Bulk-synchronous SGD: Valiant 1990 (BSP),
 Zinkevich et al. 2010, "Parallelized stochastic gradient descent".
 """
@@ -35,7 +35,7 @@ class AllReduceAfterBackward(Sync):
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def finish(self) -> None:
-        for name in self._used_on_any_rank():  # in the same order on every rank, or they would hang
+        for name in self._used_on_any_rank():  # one order on all ranks: collectives must match
             parameter = self.model.get_parameter(name)
             if parameter.grad is None:  # used on another rank, not on this one
                 parameter.grad = torch.zeros_like(parameter)
@@ -43,7 +43,7 @@ class AllReduceAfterBackward(Sync):
                 all_reduce_into(parameter.grad, self.axis).wait()  # dW{U_dp} -> dW
 
     def _used_on_any_rank(self) -> list[str]:
-        """Parameters that have a gradient on some rank. All others keep `grad is None`."""
+        """Parameters that have a gradient on any rank. All others keep `grad is None`."""
         if not self.trained:
             return []
         has_grad = [self.model.get_parameter(name).grad is not None for name in self.trained]

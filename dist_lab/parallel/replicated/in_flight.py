@@ -1,10 +1,10 @@
 """The gradients of one ddp bucket while their sum is in flight.
 
-Meanwhile backward and the user's loop go on. A gradient in flight is neither this rank's gradient
-nor the sum yet, and an edit of it would be lost. So `.grad` is a placeholder that refuses edits.
+Meanwhile backward and the user's loop go on. A gradient in flight is no longer this rank's gradient
+and not yet the sum: an edit of it would be lost. So `.grad` is a placeholder that refuses edits.
 
-[Note: aborted steps] An exception may end a step on this rank while buckets are in flight. The rank
-then issues its other buckets at once, with -N as their last flag, so that every rank learns of it.
+[Note: aborted steps] An exception may end a step on one of N ranks while buckets are in flight. The
+rank then issues its other buckets at once, with -N as their last flag: so all ranks see the abort.
 If all ranks have aborted the step, the sums are dropped. If only some have, all ranks raise.
 """
 
@@ -19,7 +19,7 @@ from dist_lab.step.grad_elsewhere import GradElsewhere
 
 
 class GradsInFlight:
-    """Guards `.grad` between the issue of a bucket and its wait.
+    """Protects each `.grad` of a bucket from when its all_reduce is issued until the wait.
 
     Attributes:
         used: gradients that this rank has sent.
@@ -36,11 +36,11 @@ class GradsInFlight:
         self.cleared: set[str] = set()
         self.aborted = 0
         self.lost: set[str] = set()
-        self._placeholders: dict[str, GradElsewhere] = {}  # made once
+        self._placeholders: dict[str, GradElsewhere] = {}  # reused in each step
         self._shown = False
 
     def advice(self, name: str) -> str:
-        """The way out for a backward that reaches a gradient in flight."""
+        """The advice in the error message, if backward reaches a gradient in flight."""
         if name in self.cleared:
             return "call job.finish() before zero_grad(), also if the step is skipped"
         return (
@@ -49,12 +49,12 @@ class GradsInFlight:
         )
 
     def on_issue(self, used: set[str]) -> None:
-        """Note that the bucket has been issued, with these gradients of this rank."""
+        """Called when the bucket is issued. `used`: the gradients that this rank has sent."""
         self.used, self.cleared = used, set()
         self.show_placeholders()
 
     def on_wait(self, last_flag: float) -> set[str]:
-        """Note that the sums have arrived. Returns the gradients that the user has cleared.
+        """Called when the sums have arrived. Returns the gradients that the user has cleared.
 
         Args:
             last_flag: summed over the ranks.
@@ -77,7 +77,7 @@ class GradsInFlight:
             self._placeholders[name] = GradElsewhere.stand_at(parameter, None, advice)
 
     def drop_placeholders(self) -> None:
-        """Make each `.grad` None, and note which gradients the user has cleared."""
+        """Make each `.grad` None, and record in `cleared` which ones the user has cleared."""
         for name in self.used - self.cleared if self._shown else ():
             parameter = self.parameters[name]
             if parameter.grad is None:
@@ -120,5 +120,5 @@ class GradsInFlight:
             )
 
     def _count_aborted(self, last_flag: float) -> int:
-        """A rank that aborted adds -size, any other at most 1: see [Note: aborted steps]."""
-        return round(max(-last_flag, 0.0) / self.size + 0.49)
+        """An aborted rank's flag is -size, another's 0 or 1: see [Note: aborted steps]."""
+        return math.ceil(max(-last_flag, 0.0) / self.size)
