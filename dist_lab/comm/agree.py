@@ -1,4 +1,4 @@
-"""Checks that all ranks have the same settings, shapes and weights. The error names the odd rank.
+"""Checks that all ranks have equal settings, shapes and weights. Errors name the differing rank.
 
 Ranks that start with different settings or weights train without an error, and the result is wrong.
 Comparing them before the first step costs a few bytes.
@@ -20,9 +20,9 @@ from dist_lab.mesh.mesh import Axis
 
 
 def check_settings_agree(settings: Mapping[str, object], axis: Axis) -> None:
-    """Raises UserError on every rank if settings differ, naming the first key and the odd rank.
+    """Raises UserError on every rank if settings differ, with the first such key and rank.
 
-    The majority is taken to be right. Values must be JSON.
+    The value of most ranks counts as the right one. Values must be JSON.
     """
     if difference := _first_difference(settings, axis):
         rank, key, value, usual = difference
@@ -46,9 +46,9 @@ def check_shapes_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:
 def _first_difference(
     mapping: Mapping[str, object], axis: Axis
 ) -> tuple[int, str, str, str] | None:
-    """Returns the odd rank, the first key that differs, its value there, and the usual value.
+    """Returns the differing rank, the first key that differs, its value there, and the usual one.
 
-    Values are JSON, null if the key is missing. None if all ranks agree.
+    Values are JSON, null if the key is missing. Returns None if all ranks agree.
     """
     mappings = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(mapping).encode(), axis)]
     for key in {key: None for one in mappings for key in one}:

@@ -8,10 +8,10 @@ another collective:
     gather_replicated  all_gather   slice            shards       replicated
     all_gather         all_gather   reduce_scatter   shards       used by each rank in its own way
 
-A replicated tensor is equal on all ranks and used in the same way by all: it counts once. The use
-of the output decides which transpose is right: `gather_replicated` and `all_gather` send the same
-bytes in forward, and differ in backward. Sequence parallelism has an all_gather before a matmul:
-Korthikanti et al. 2022 (arXiv:2205.05198).
+A replicated tensor is equal on all ranks and used in the same way, so its gradient is not summed.
+The use of the output decides which transpose is right: `gather_replicated` and `all_gather` send
+the same bytes in forward, and differ in backward. Sequence parallelism has an all_gather before a
+matmul: Korthikanti et al. 2022 (arXiv:2205.05198).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map and its transpose. That is linear too, so gradients of any order work."""
+    """A linear map and its transpose, which is linear too: gradients of any order work."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Map, transpose: Map) -> Tensor:
@@ -55,11 +55,11 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def linear_map(x: Tensor, forward: Map, transpose: Map) -> Tensor:
-    """Returns forward(x). Its backward is the transpose, and so on for gradients of any order."""
+    """Returns forward(x). Its backward is `transpose`. Gradients of any order work."""
     return _Linear.apply(x, forward, transpose)
 
 
-# --- the maps. Each returns a new tensor, as autograd requires ------------------------------------
+# --- the linear maps. Each returns a new tensor, as autograd requires -----------------------------
 
 
 def identity(x: Tensor) -> Tensor:

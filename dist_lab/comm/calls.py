@@ -1,4 +1,4 @@
-"""The path of every collective: name it, check it across ranks, count it, start it, wait for it."""
+"""How every collective runs: we check it across ranks, count it, start it, and wait for it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,8 +32,8 @@ class Pending:
     """A collective in flight. `wait()` blocks until its result may be read, and returns it.
 
     Args:
-        steps: the works to wait for, one step after another. In a collective by hand, going on to
-            the next step posts that step's messages.
+        steps: the works to wait for, step by step. In a collective by hand, taking the next step
+            from this iterable posts its messages.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Pending:
         return self._result
 
     def then(self, make: Callable[[Tensor], Tensor]) -> "Pending":
-        """Make `wait()` return make(result) and release the result itself."""
+        """Make `wait()` return make(result), and drop the reference to the result."""
         self._then.append(make)
         return self
 
@@ -73,7 +73,7 @@ class Spec(NamedTuple):
 
     Attributes:
         x: this rank's input. All ranks must agree on its dtype and shape.
-        detail: what else the ranks must agree on.
+        detail: other arguments that all ranks must agree on.
         source: the position that a broadcast starts from.
     """
 
@@ -85,7 +85,7 @@ class Spec(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Elements of the payload, the tensor that the collective is about: see `ledger`."""
+        """Elements of the payload, as defined in `ledger`."""
         return self.x.numel() * (self.axis.size if self.op == "all_gather" else 1)
 
     @property
@@ -119,7 +119,7 @@ def start(
 
     Args:
         out: the result.
-        algorithm: for this call alone. None: the setting of the mesh.
+        algorithm: the algorithm for this call; None for the mesh's setting.
         by_hand, by_backend: arguments for an algorithm by hand, and for the backend's function.
     """
     op, axis, comm = spec.op, spec.axis, spec.axis.comm
@@ -133,8 +133,8 @@ def start(
             post = Messages(call, axis, comm.tag(f"{axis.name}/{axis.channel}"))
             yield from STEPS[op][chosen](post, *by_hand)
         # In a dry run an algorithm by hand allocates its memory and counts its bytes, but receives
-        # nothing. The fake backend then answers as if all ranks held the same values as this one:
-        # a comparison between ranks must find them equal.
+        # nothing. So we also call the fake backend, whose result is as if all ranks had the values
+        # of this one. Checks that compare ranks then pass.
         if chosen == "backend" or comm.dry_run:
             work = BY_BACKEND[op](*by_backend, group=axis.group, async_op=True)
             yield [work] if work is not None else []
@@ -154,29 +154,29 @@ def start_shared(spec: Spec, out: Tensor, due: int, window: SharedWindow, moves:
 
 
 def _launch(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
-    """Check the order if `comm.check` is set, count the call, and take its first step."""
+    """Check the order if `comm.check` is set, count the call, and start its first step."""
     check: Iterable[Sequence[Work]] = []
     if axis.comm.check:
-        check = _take_first(_check_order(call, axis))
-        if axis.channel == 0:  # on another channel a rank may call much later: `wait()` checks then
-            _go_through(check, call, axis)
+        check = _start_first(_check_order(call, axis))
+        if axis.channel == 0:  # on others, ranks may call at very different times: wait() checks
+            _wait_for_steps(check, call, axis)
             check = []
     axis.comm.ledger.enter(call)
     try:
-        return Pending(out, chain(check, _take_first(steps)), call, axis)
+        return Pending(out, chain(check, _start_first(steps)), call, axis)
     except RuntimeError as error:
         raise axis.comm.failure(call, error) from error
 
 
 def wait_for(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
-    """Wait for all steps, and charge the time to the call."""
+    """Wait for all steps, and add the time to the call's `blocked`."""
     began = time.perf_counter()
-    _go_through(steps, call, axis)
+    _wait_for_steps(steps, call, axis)
     axis.comm.ledger.add_blocked(call, time.perf_counter() - began)
 
 
-def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
-    """Wait for one step after another. An error of the transport is raised with the call's name."""
+def _wait_for_steps(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
+    """Wait for one step after another. Adds the call to an error of the transport."""
     try:
         for works in steps:
             for work in works:
@@ -187,7 +187,7 @@ def _go_through(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None
         raise axis.comm.failure(call, error) from error
 
 
-def _take_first(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
+def _start_first(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
     """Post the messages of the first step, and return all steps to wait for."""
     return chain([next(steps, ())], steps)
 
@@ -198,7 +198,7 @@ def _check_order(call: Call, axis: Axis) -> Steps:
     [Note: the order check] Collectives have no names on the network: ranks that call different
     ones hang, or misread each other's bytes. With `check` every rank first gathers a description
     of fixed length. That is the same collective on all ranks, whatever they are about to launch.
-    If a rank calls nothing at all, the others still time out, and name the line that waited.
+    If a rank calls nothing at all, the others still time out. Their errors name their own line.
     """
     width = 256
     by = "" if call.algorithm == "backend" else f" by {call.algorithm}"

@@ -3,11 +3,11 @@
 from dist_lab.comm.by_hand.costs import ALGORITHMS, FAMILIES, SETTINGS
 from dist_lab.errors import UserError, one_of, shown
 
-# op -> (payload in bytes, the fastest algorithm from there on). Measured by launch/bench_comm.py,
-# 4 ranks of one thread on 2 cores over loopback, 4 KiB to 16 MiB, while the machine was busy.
+# op -> (payload in bytes, the fastest algorithm from it upwards). Measured by launch/bench_comm.py,
+# 4 ranks of one thread on 2 cores over loopback, 4 KiB to 16 MiB, on a busy machine.
 # gloo's reduce_scatter runs an all_reduce inside, and was slower than one round at every size. Its
-# all_gather takes N-1 rounds, and was slower or equal. No all_reduce by hand was clearly faster
-# than gloo's, and one by hand advances only while its rank waits for it.
+# all_gather takes N-1 rounds, and was never faster. No all_reduce by hand was clearly faster than
+# gloo's, and an algorithm by hand makes progress only while its rank is in `wait()`.
 AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_reduce": ((0, "backend"),),
     "all_gather": ((0, "direct"),),
@@ -15,7 +15,7 @@ AUTO: dict[str, tuple[tuple[int, str], ...]] = {
     "all_to_all": ((0, "backend"),),
     "broadcast": ((0, "backend"),),
 }
-# `effective` adds this for collectives that need no message on shared memory: see shared/memory.py.
+# `effective` adds this for collectives that can run in shared memory: see shared/memory.py.
 SHARED = {
     "all_reduce": ", shared in memory that all ranks see",
     "all_gather": ", coalesced shared",
@@ -50,7 +50,7 @@ def check_algorithm(op: str, algorithm: str, backend: str) -> None:
 def choose(op: str, setting: str, payload: int, backend: str) -> str:
     """Returns the algorithm for one call; "backend" is the backend's own.
 
-    An operation that the family lacks uses the backend's.
+    An operation without that algorithm uses the backend's.
 
     >>> choose("broadcast", "ring", 1 << 20, "gloo"), choose("broadcast", "tree", 1 << 20, "gloo")
     ('backend', 'tree')

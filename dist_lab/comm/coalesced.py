@@ -58,16 +58,16 @@ def reduce_scatter_coalesced(
     staging: Tensor,
     axis: Axis,
 ) -> Pending:
-    """Many small reduce_scatters in one. `xs` may be freed as soon as this returns.
+    """Many small reduce_scatters in one. The caller may free `xs` after the call.
 
     Args:
-        out: flat, sum(lengths) elements, of any dtype. For each k in turn it gets this rank's shard
-            of the sum of all ranks' xs[k]: elements i lengths[k] .. (i+1) lengths[k], where i is
+        out: flat, sum(lengths) elements, of any dtype. Gets this rank's shards in order. Shard k is
+            elements i lengths[k] .. (i+1) lengths[k] of the sum of all ranks' xs[k], where i is
             this rank's position.
-        xs: at most size lengths[k] elements each, of any shape, padded with zeros. None is zeros.
-        staging: flat, size sum(lengths) elements or more, of the dtype to sum in. It must not be
+        xs: at most size * lengths[k] elements each, any shape, padded with zeros. None is zeros.
+        staging: flat, size * sum(lengths) elements or more, of the dtype of the sum. It must not be
             touched before `wait()`. If it is a `shared_buffer`, it must not be written to before
-            `wait_for_readers`; the next call with it waits by itself.
+            `wait_for_readers`; the next call of this function waits by itself.
     """
     wait_for_readers(staging, axis)
     packed = staging.data[: axis.size * sum(lengths)]
@@ -79,7 +79,7 @@ def reduce_scatter_coalesced(
 
 
 def unpack(outs: Sequence[Tensor], matrix: Tensor) -> None:
-    """(N, L) -> every outs[k], (N, l_k). Autograd does not see this write: it is their first."""
+    """(N, L) -> every outs[k], (N, l_k). `.data` hides this first write from autograd."""
     for out, columns in zip(outs, matrix.split([out.shape[1] for out in outs], 1), strict=True):
         out.data.copy_(columns)
 

@@ -1,8 +1,8 @@
 """The state that all axes of one mesh share on one rank.
 
 It numbers the calls, keeps the ledger, labels each call with the phase of the step and the unit of
-the model, and turns an error of the transport into a sentence that names the rank, the call and the
-line that made it. There is no other state behind the collectives.
+the model, and adds the rank, the call and the line that made it to an error of the transport. The
+collectives have no other state.
 """
 
 import sys
@@ -21,8 +21,8 @@ LAST_TAG = 2**31 - 1  # tags are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
 
 
-# gloo and shared/memory.py write this when a rank did not arrive in time, and gloo writes this when
-# a rank has ended.
+# LATE: in errors of gloo and shared/memory.py, if a rank did not arrive in time.
+# LOST: in errors of gloo, if a rank has ended.
 LATE = ("Timed out", "timed out")
 LOST = ("Connection closed by peer", "Connection reset by peer")
 
@@ -32,7 +32,7 @@ class CollectiveError(RuntimeError):
 
 
 class CollectiveMismatch(CollectiveError):
-    """The ranks of an axis were about to launch different collectives. Nothing was sent."""
+    """The ranks of an axis call different collectives. On channel 0, none of them was launched."""
 
 
 class CommContext:
@@ -44,13 +44,13 @@ class CommContext:
         check: compare the calls of all ranks before each collective. A difference is an error that
             names both calls, instead of a hang or a wrong number. Costs one small all_gather per
             call.
-        collectives: the algorithms to use: auto, backend, or a family by hand. Operations that the
-            family lacks use the backend's. See `choice`.
+        collectives: auto, backend, or an algorithm by hand: ring, direct, tree. An operation
+            without that algorithm uses the backend's. See `choice`.
 
     Attributes:
         timeout: seconds that a message may take; set by the mesh.
         dry_run: True if the other ranks do not exist; see `mesh.dry_run`.
-        shared: shared buffer -> its window onto the memory of all ranks; see `ops.shared_buffer`.
+        shared: shared buffer -> its SharedWindow, the memory of all ranks; see `ops.shared_buffer`.
 
     Raises:
         UserError: `collectives` is unknown, or the backend does not support it.

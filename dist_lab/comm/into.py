@@ -44,8 +44,8 @@ def all_reduce_into(
 def all_gather_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None = None) -> Pending:
     """out gets the x of all ranks, one after another. It has `size` times the elements of x.
 
-    If out is a `shared_buffer` and x this rank's shard of it, no other memory is needed. Then call
-    `wait_for_readers` before writing to x.
+    If out is a `shared_buffer` and x this rank's shard of it, no other memory is needed. In that
+    case call `wait_for_readers` before writing to x.
     """
     n, i = axis.size, axis.index
     if n == 1:
@@ -73,8 +73,8 @@ def reduce_scatter_into(
 ) -> Pending:
     """out gets this rank's shard of the sum of x. x has `size` times the elements of out.
 
-    If x is a `shared_buffer`, or the beginning of the one given as `memory`, the ranks sum without
-    a message. Then call `wait_for_readers` before writing to it.
+    If x is a `shared_buffer`, or the beginning of the shared buffer `memory`, the ranks sum without
+    a message. In that case call `wait_for_readers` before writing to the buffer.
     """
     n, i = axis.size, axis.index
     if n == 1:
@@ -131,7 +131,7 @@ def exchange(
 
     Returns:
         One Pending for each receive, then one for each send. Wait for all of them: a sent tensor
-        must not change before its wait returns, and a send may never leave without a wait. The
+        must not change before its wait returns, and a send might never complete without a wait. The
         ledger counts the bytes of the sends.
     """
     pendings, limit = [], timedelta(seconds=axis.comm.timeout)
@@ -154,7 +154,7 @@ def exchange(
 
 
 def wait_for_readers(buffer: Tensor, axis: Axis) -> None:
-    """Wait until no rank reads from this shared buffer any more. Call it before writing there.
+    """Wait until no rank reads from this shared buffer any more. Call it before writing to it.
 
     Returns at once for any other tensor. The time is charged to the last collective on the buffer.
     """
@@ -170,8 +170,8 @@ def window_of(
 ) -> SharedWindow | None:
     """Returns the window of a shared buffer; None if the collective must use messages.
 
-    It must if the caller asked for an algorithm, and for a reduction that is not a sum of float32
-    or float64.
+    Messages are needed if the caller names an algorithm, or if the reduction is not a sum of
+    float32 or float64.
     """
     if algorithm is not None or (reduce and (reduce != "sum" or buffer.dtype not in SUMMED)):
         return None

@@ -1,9 +1,9 @@
 """The record of all collectives: one entry for each, and running totals.
 
-Two sizes are kept apart because they answer different questions. S is `payload`:
+Each entry has two sizes, because they answer different questions. In formulas, S is `payload`:
 
-    payload   the size of the tensor that the collective is about: the input of all_reduce,
-              reduce_scatter and broadcast, the output of all_gather
+    payload   the size of the full tensor: the input of all_reduce, reduce_scatter, all_to_all and
+              broadcast, the output of all_gather
     sent      the bytes that this rank hands to the transport. Our own algorithms count them at
               each send. For the backend's algorithms they come from a formula (`backend_bytes`),
               which a test compares with the counters of the network interface
@@ -35,7 +35,7 @@ SHARE_SENT = {
 
 
 def formula_bytes(op: str, size: int, payload: int) -> Fraction:
-    """Returns the bytes that one of `size` ranks sends for a `payload` of bytes, by the table.
+    """Returns the bytes that one of `size` ranks sends for this payload, as in the table.
 
     >>> formula_bytes("all_reduce", 4, 1000), formula_bytes("all_gather", 4, 1000)
     (Fraction(1500, 1), Fraction(750, 1))
@@ -48,8 +48,8 @@ def backend_bytes(op: str, size: int, position: int, payload: int, backend: str 
 
     all_reduce and all_gather are rings, all_to_all is direct. gloo's reduce_scatter is an
     all_reduce that throws most of the result away. Its broadcast is a binomial tree rooted at
-    position 0: in round i every rank below 2^i sends everything to the rank 2^i after it. nccl uses
-    rings: in its broadcast each rank sends to the next.
+    position 0: in round i every rank below 2^i sends everything to the rank at distance 2^i. nccl
+    uses rings: in its broadcast each rank sends to the next.
 
     >>> [backend_bytes("broadcast", 4, i, 100) for i in range(4)]
     [200, 100, 0, 0]
@@ -71,14 +71,14 @@ class Call:
     op: str
     axis: str
     size: int  # ranks on that axis
-    about: str  # dtype, shape and what else the ranks must agree on
+    about: str  # dtype, shape and other arguments that all ranks must agree on
     payload: int
     due: int  # bytes that this rank sends in this algorithm, by formula
     phase: str
     unit: str
     where: str  # file:line of the caller
     algorithm: str  # "backend": the backend's own
-    sent: int = 0  # so far
+    sent: int = 0  # bytes counted until now
     blocked: float = 0.0  # seconds that this rank waited for it
 
 
@@ -104,7 +104,7 @@ class Tally:
 
 
 class Ledger:
-    """Counts every call in `total` and in `by` (phase, op, axis), and tells the listeners."""
+    """Counts every call in `total` and in `by` (phase, op, axis), and calls the listeners."""
 
     def __init__(self) -> None:
         self.total = Tally()
@@ -126,7 +126,7 @@ class Ledger:
         self._add(call, Tally(sent=sent))
 
     def add_blocked(self, call: Call, seconds: float) -> None:
-        """Charge the time that this rank was blocked to the call."""
+        """Add the seconds for which this call blocked this rank."""
         call.blocked += seconds
         self._add(call, Tally(blocked=seconds))
 

@@ -23,9 +23,9 @@ class FullState:
 
     Attributes:
         layouts: name -> the layout of that parameter.
-        buffers: name -> the layout of a buffer, where it is not on every rank.
-        stepped: name -> the tensor that optimizers step on, where it is not the parameter.
-        names: key of the full state dict -> canonical name, a tied parameter's first.
+        buffers: name -> the layout of a buffer that is not on every rank.
+        stepped: name -> the tensor that optimizers update, if it is not the parameter.
+        names: key of the full state dict -> canonical name: a tied parameter's first name.
     """
 
     model: nn.Module
@@ -36,7 +36,7 @@ class FullState:
     names: Mapping[str, str]
 
     def gather(self) -> dict[str, Any]:
-        """Returns all full tensors, equal on every rank. Buffers that all hold are rank 0's."""
+        """Returns all full tensors, equal on every rank. Buffers on all ranks come from rank 0."""
         local = self.model.state_dict(keep_vars=True)
         tensors = {name: t.detach() for name, t in local.items() if isinstance(t, Tensor)}
         tensors |= {name: shard.detach() for name, shard in self.stepped.items()}
@@ -45,21 +45,21 @@ class FullState:
         layouts |= {**self.layouts, **self.buffers}
         names = [name for name in dict.fromkeys(self.names.values()) if name in layouts]
         gathered = gather_all({name: tensors.get(name) for name in names}, layouts, self.mesh)
-        # Tied tensors have several names and one value; a module's extra state is this rank's.
+        # Tied tensors have several names and one value. Extra state comes from this rank.
         return {key: gathered[n] if n in gathered else local[n] for key, n in self.names.items()}
 
     def load(self, full: Mapping[str, Any]) -> None:
         """Write full tensors into this rank's shards.
 
         Raises:
-            UserError: a name or a shape does not match; nothing has been changed then.
+            UserError: a name or a shape does not match. Nothing is changed in that case.
         """
         local = self.model.state_dict(keep_vars=True)
-        self._refuse_misfits(full, local)
+        self._check_names_and_shapes(full, local)
         to_load = {name: full[name] for name in local}
         first_name = {p: name for name, p in self.model.named_parameters()}
         for name, tensor in local.items():
-            if isinstance(tensor, nn.Parameter):  # by us: a DTensor would want the full shape
+            if isinstance(tensor, nn.Parameter):  # we copy: DTensors would need full shapes
                 first = first_name[tensor]
                 shard = slice_local(
                     full[name], self.layouts[first], self.mesh.axes, self.mesh.coordinates
@@ -71,7 +71,7 @@ class FullState:
                 to_load[name] = tensor
         self.model.load_state_dict(to_load)
 
-    def _refuse_misfits(self, full: Mapping[str, Any], local: Mapping[str, Any]) -> None:
+    def _check_names_and_shapes(self, full: Mapping[str, Any], local: Mapping[str, Any]) -> None:
         odd_names = sorted(self.names.keys() ^ full.keys())
         if odd_names:
             side = "missing from" if odd_names[0] in self.names else "not in the model but in"

@@ -1,6 +1,6 @@
 """Gathers full tensors from the shards that ranks hold.
 
-W[D_X] -> W[D]           one split after another, the last applied first
+W[D_X] -> W[D]           undo one split after another, the last split first
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ from dist_lab.layout.layout import (
 )
 from dist_lab.mesh.mesh import Axis, Mesh
 
-BUCKET_BYTES = 16 * 2**20  # beyond it, the cost of a collective is proportional to its size
+BUCKET_BYTES = 16 * 2**20  # from here on, a collective's cost is proportional to its size
 Layouts = Mapping[str, Layout]
 Shards = Mapping[str, Tensor | None]  # name -> this rank's shard
 
@@ -52,13 +52,13 @@ def gather_all(
 ) -> dict[str, Tensor]:
     """Gather full tensors from all ranks' shards: W[D_X] -> W[D] for each split, the last first.
 
-    Tensors that are split alike go into one collective: each of a thousand small tensors alone
-    would cost as much as a large one. Results have their own memory, without padding. Collective
+    Tensors with the same split share a collective: a small tensor alone would take about as long as
+    a large one. Results have their own memory, without padding. Collective
     over the axes of the splits.
 
     Args:
-        shards: by name, the same names in the same order on every rank. None where this rank holds
-            nothing of the tensor, or only a copy.
+        shards: by name, the same names in the same order on every rank. None if this rank has
+            no shard of the tensor, or only a copy.
         bucket_bytes: bytes of full tensors per collective; a larger tensor goes alone.
     """
     tensors = {
@@ -84,7 +84,7 @@ def gather_all(
 
 
 def _sparse_of_rank0(shards: Shards, mesh: Mesh) -> dict[str, Tensor]:
-    """Rank 0's sparse buffers. They are not split; each rank holds one."""
+    """Rank 0's sparse buffers. They are not split: each rank has a copy."""
     sparse = {
         name: buffer.clone()
         for name, buffer in shards.items()
@@ -96,7 +96,7 @@ def _sparse_of_rank0(shards: Shards, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def axis_of_parts(mesh: Mesh, name: str, how: Placement) -> Axis:
-    """The axis on which each shard lies once: the named one, or every `copies`-th position."""
+    """The axis that has each shard once: the named one, or every `copies`-th position."""
     if isinstance(how, Shard) and how.copies > 1:
         return mesh.strided(name, how.copies)
     return mesh[name]
@@ -142,7 +142,7 @@ def _broadcast_from(shards: Shards, layouts: Layouts, axis: Axis, index: int) ->
     (dtype,) = {layouts[name].dtype for name in shards}
     if axis.index == index:
         flat = torch.cat([_required(name, shards).flatten() for name in shards])
-        assert flat.dtype == dtype, f"{list(shards)} come in {flat.dtype}"
+        assert flat.dtype == dtype, f"{list(shards)} have dtype {flat.dtype}"
     else:
         flat = torch.empty(sum(lengths), dtype=dtype, device=axis.device)
     ops.broadcast_into(sendable(flat), axis, index).wait()
@@ -158,7 +158,7 @@ def _all_gather(
     padded = []
     for name, (dim, _, bounds) in zip(shards, all_bounds, strict=True):
         shard = _required(name, shards)
-        assert shard.dtype == layouts[name].dtype, f"{name} comes in {shard.dtype}"
+        assert shard.dtype == layouts[name].dtype, f"{name} has dtype {shard.dtype}"
         longest = max(stop - start for start, stop in bounds)
         no_padding = [0, 0] * (shard.dim() - 1 - dim)  # F.pad counts dims from the last
         padded.append(F.pad(shard, [*no_padding, 0, longest - shard.shape[dim]]))
@@ -177,7 +177,7 @@ def _all_gather(
 def _bounds(
     layout: Layout, mesh: Mesh, size: int, applied: int
 ) -> tuple[int, list[int], list[tuple[int, int]]]:
-    """The dim that a split is along, the shape before it, and start and stop of each shard.
+    """The dim of a split, the shape before the split, and start and stop of each shard.
 
     FlatShard splits the tensor as a vector.
     """

@@ -1,7 +1,7 @@
 """Joining and leaving the process group, and making further groups.
 
-Ranks find each other through a store: a file, if we started them, or torchrun's. This file knows
-torchrun's environment variables and the network interface.
+Ranks find each other through a store: a file if we started them, else torchrun's store. This file
+handles torchrun's environment variables and the network interface.
 
 [Note: group lifetime] If a gloo group is still alive when the interpreter exits, its threads are
 running, and the process aborts after all its work is done. torch.distributed holds all groups until
@@ -41,7 +41,7 @@ def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str 
             raise MachineError('backend nccl needs a GPU and torch sees none; use backend="gloo"')
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     elif isinstance(store, FileStore):
-        # We started this process as a rank. Set for good: libraries in it make groups, too.
+        # We started this process as a rank. We keep this set, for groups that libraries make.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     with _over_loopback():
         dist.init_process_group(
@@ -52,7 +52,7 @@ def connect(store: Store, rank: int, size: int, *, timeout: float, backend: str 
 def new_group(
     ranks: Sequence[int], timeout: float, *, only_this_rank: bool = False
 ) -> dist.ProcessGroup:
-    """Make a group of these ranks. Collective over the world, unless it has only this rank."""
+    """Make a group of these ranks. Collective over the world, unless `only_this_rank`."""
     limit = timedelta(seconds=timeout)
     with _over_loopback():
         return dist.new_group(list(ranks), timeout=limit, use_local_synchronization=only_this_rank)
@@ -86,7 +86,7 @@ def as_under_torchrun(rank: int, size: int) -> AbstractContextManager[None]:
 
     They are unset if the ranks were not started by torchrun.
     """
-    return _where_unset({
+    return _set_if_unset({
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
@@ -109,18 +109,18 @@ def loopback() -> str:
 
 
 def _over_loopback() -> AbstractContextManager[None]:
-    """Groups made inside the block use loopback, if torchrun has all ranks on one machine.
+    """Groups made inside the block use loopback, if torchrun runs all ranks on one machine.
 
     Otherwise gloo resolves the host name, which may give a public address, or one that cannot be
     reached. gloo reads the environment each time a group is made.
     """
     ranks = os.environ.get("WORLD_SIZE")
     one_machine = ranks is not None and os.environ.get("LOCAL_WORLD_SIZE") == ranks
-    return _where_unset({"GLOO_SOCKET_IFNAME": loopback()} if one_machine else {})
+    return _set_if_unset({"GLOO_SOCKET_IFNAME": loopback()} if one_machine else {})
 
 
 @contextmanager
-def _where_unset(variables: Mapping[str, str]) -> Iterator[None]:
+def _set_if_unset(variables: Mapping[str, str]) -> Iterator[None]:
     """Set these environment variables inside the block, except those that are set already."""
     unset = [name for name in variables if name not in os.environ]
     os.environ.update({name: variables[name] for name in unset})

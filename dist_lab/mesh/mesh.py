@@ -38,9 +38,9 @@ class Axis:
     group, and every collective over it is the identity. torch.distributed owns the group until
     destroy_process_group: see [Note: group lifetime] in groups.py.
 
-    All ranks of an axis must launch its collectives in one order. Collectives whose order relative
-    to the others differs by rank, such as those of gradients that are reduced when they are ready,
-    use a separate `channel`: the same ranks with another process group. The default channel is 0.
+    All ranks of an axis must launch its collectives in one order. Some collectives come in between
+    at different times on each rank, such as reductions of gradients when they are ready. They use
+    another `channel`: the same ranks with another process group. The default channel is 0.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Axis:
         return group
 
     def group_even_of_one(self) -> dist.ProcessGroup:
-        """The process group, also for one rank: for libraries that require one."""
+        """The process group, even for one rank: some libraries require a group."""
         return self.group or new_group(
             [self.ranks[self.index]], self.comm.timeout, only_this_rank=True
         )
@@ -149,7 +149,7 @@ class Mesh:
         return axis
 
     def channel(self, *names: str) -> Axis:
-        """`flatten(*names)` with a process group of its own, new at each call: see `Axis`.
+        """`flatten(*names)` with its own process group, a new one at each call: see `Axis`.
 
         Collective: every rank of the mesh calls it.
         """

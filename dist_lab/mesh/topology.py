@@ -3,8 +3,8 @@
     pp=2 x dp=2 x tp=2, outer to inner:      ranks 0 1 | 2 3 || 4 5 | 6 7
                                              tp joins 0-1, dp joins 0-2, pp joins 0-4
 
-Neighbours on the innermost axis have neighbouring ranks, because they talk most and machines put
-neighbouring ranks close together.
+Neighbours on the innermost axis have neighbouring ranks, because they communicate most, and the
+ranks of one machine are neighbours.
 """
 
 from collections.abc import Mapping, Sequence

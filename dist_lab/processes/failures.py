@@ -31,7 +31,7 @@ class Failure:
     """A rank's failure as plain text, so that it can be sent from any process.
 
     Attributes:
-        summary: one line; several lines if the error is Drawn.
+        summary: one line, or several if the error is Drawn (a line and a drawing).
         details: the traceback, which ends in a newline; "" if the process died without one.
         refused: the error is a UserError or MachineError, and `summary` is all that a user needs.
         status: the exit status.
@@ -95,7 +95,7 @@ def receive(rank: Rank) -> Any:
 
 
 def by_cause(failures: Sequence[Failure]) -> list[Failure]:
-    """Sorts: the nearest to the cause first, a defect before a refusal, then the earliest."""
+    """Sorts by distance from the cause; then `refused` ones last, then by time."""
     return sorted(failures, key=lambda f: (f.distance, f.refused, f.when))
 
 
@@ -106,7 +106,7 @@ def causes(failures: Sequence[Failure]) -> list[Failure]:
 
 
 def describe(failures: Sequence[Failure], size: int) -> str:
-    """Returns the tracebacks, the cause first. Equal failures of several ranks come once."""
+    """Returns the tracebacks, the cause first. Equal failures of several ranks are written once."""
     ranks_by_text: dict[tuple[str, str], list[int]] = {}
     for failure in by_cause(failures):
         ranks_by_text.setdefault((failure.summary, failure.details), []).append(failure.rank)

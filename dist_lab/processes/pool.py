@@ -1,12 +1,12 @@
-"""A warm pool of rank processes that run the bodies of one test after another.
+"""A pool of warm rank processes. They run the bodies of tests, one test after another.
 
 The parent sends a Task through the pipe of each rank and gets back the outcome of the body. Before
 each body, a rank leaves its process group and joins a new one (30 ms, most of it inside gloo). So
 no message, timeout, group or thread of one test is left in the next.
 
 [Note: closing connections] Before gloo closes a connection it waits for its own thread to release
-it. That thread looks every 10 ms, and gloo waits for one connection after another, of every group.
-A connection that has ended wakes the thread, which then releases it at once. So ranks end all
+it. That thread polls every 10 ms, and gloo waits for one connection after another, in every group.
+Shutting down a connection wakes the thread, which releases it at once. So ranks shut down all
 connections before they leave a group, which halves the cost of a test. No peer misses a message: by
 then the body has ended on all ranks.
 """
@@ -74,7 +74,7 @@ class Task:
     filters: bytes
 
 
-Outcome = tuple[str, str] | None  # if a body did not fail: ("skip" or "xfail", the reason), or None
+Outcome = tuple[str, str] | None  # ("skip" or "xfail", the reason); None if the body passed
 
 
 class Pool:
@@ -204,7 +204,7 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
 
 
 def close_connections(kept: set[int]) -> None:
-    """End all TCP connections but those of kept descriptors. See [Note: closing connections]."""
+    """Shut down all TCP connections not in `kept`. See [Note: closing connections]."""
     for number, connection in tcp_sockets():
         is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if number not in kept and not is_listening:
@@ -259,7 +259,7 @@ def reset_process(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> N
     groups.disconnect()
     gc.collect()
     if new := sys.modules.keys() - frozen:
-        gc.freeze()  # modules stay: the next collection then takes 1 ms, not 100
+        gc.freeze()  # modules stay loaded: the next collection then takes 1 ms, not 100
         frozen |= new
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)

@@ -1,4 +1,4 @@
-"""Rank processes: they start from a warm process, report to their parent, and end with it.
+"""Rank processes: they fork from a warm process, report to their parent, and end when it ends.
 
 A new Python spends seconds on importing torch. So one process, multiprocessing's forkserver,
 imports it once and forks each rank from itself in a few milliseconds. It never runs a torch
@@ -10,10 +10,10 @@ operation, because thread pools do not survive a fork. A rank talks to its paren
 
 [Note: orphans] A rank must end when the process that started it dies. For the kernel a rank's
 parent is the forkserver, which lives longer, so neither getppid() nor PR_SET_PDEATHSIG notices that
-death. The pipe over which the rank got its arguments does: the starter holds the other end until it
-dies, for whatever reason. On Linux the kernel sends SIGKILL to the rank when that end closes. This
-also ends a rank that is stopped, or that runs C code which holds the GIL. On other systems a thread
-waits for it.
+death. The pipe that brought the rank's arguments notices it: the starter holds the other end until
+it dies, for whatever reason. On Linux the kernel sends SIGKILL to the rank when that end closes.
+This also ends a rank that is stopped, or that runs C code which holds the GIL. On other systems a
+thread waits until that end closes.
 """
 
 import fcntl
@@ -50,8 +50,8 @@ def start(number: int, body: Callable[..., None], *arguments: Any, preload: Sequ
 
     Args:
         body, arguments: picklable. The child finds `body` by its module and name.
-        preload: modules for the forkserver to import. It starts once in the life of a process, so
-            only the first call counts. Each rank imports the modules that are missing there.
+        preload: modules for the forkserver to import. The forkserver starts once per
+            process, so only the first call counts. Each rank imports what was not preloaded.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -65,7 +65,7 @@ def start(number: int, body: Callable[..., None], *arguments: Any, preload: Sequ
 
 
 def ask_for_stack(rank: Rank) -> None:
-    """Send the signal on which faulthandler prints a rank's stack. It does not need the GIL."""
+    """Send the signal on which faulthandler prints the rank's stack. This needs no GIL."""
     assert rank.process.pid is not None
     os.kill(rank.process.pid, signal.SIGUSR1)
 
@@ -73,7 +73,7 @@ def ask_for_stack(rank: Rank) -> None:
 def stop(ranks: Sequence[Rank], *, grace: float = GRACE) -> list[int]:
     """End the ranks that still run: SIGTERM, `grace` seconds, SIGKILL. Returns all exit codes.
 
-    An exception in between, such as a second Ctrl-C, cuts the grace short.
+    An exception in between, such as a second Ctrl-C, ends the grace period.
     """
     try:
         for rank in ranks:
@@ -153,7 +153,7 @@ def _die_with_parent() -> None:
         fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
         fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-        if wait([sentinel], 0):  # it died before this was set up
+        if wait([sentinel], 0):  # the starter died before this setup
             os._exit(1)
     else:
 

@@ -1,1 +1,1 @@
-"""Changes to a model that are no parallelism: precision, recompute, BatchNorm, offloading."""
+"""Changes to a model other than parallelism: precision, recompute, BatchNorm, offloading."""

@@ -5,22 +5,22 @@
 Each rank computes the statistics of its own rows. The row counts, means and sums of squares are
 all-gathered, and combined by the rule for two samples of Chan, Golub and LeVeque 1979 ("Updating
 formulae and a pairwise algorithm for computing sample variances"), which is exact and has no
-cancellation. The gathered tensor depends on every rank's rows, so its backward is the conjugate, a
+cancellation. The gathered tensor depends on every rank's rows, so its backward is the transpose, a
 reduce-scatter: `all_gather` in comm/autograd.py. Cost per layer: one all_gather of 2C + 1 numbers
 per rank in forward, and one reduce_scatter of as many in backward. Ioffe & Szegedy 2015
 (arXiv:1502.03167).
 
 [Note: buffers] Without SyncBatchNorm each rank trains with statistics of its own rows and keeps its
-own buffers; nothing overwrites them. Before `job.evaluate` and in `job.full_state_dict` the ranks
-must be one model, so running means and variances become those of all ranks together:
+own buffers; nothing overwrites them. Before `job.evaluate` and in `job.full_state_dict` all
+ranks must have the same model, so we merge their running means and variances:
 
     mean = mean of the means        variance = mean of the variances + variance of the means
 
 (the law of total variance, with equal weight for each rank). InstanceNorm's running variance is a
-mean over rows of each row's own variance, so over ranks it is the mean of the variances only. Any
-other buffer is taken to be equal on all ranks, and full_state_dict returns rank 0's. Elsewhere it
-is usual to broadcast rank 0's statistics in every forward, which discards the data of all other
-ranks. SyncBatchNorm keeps its buffers equal by itself.
+mean of the rows' own variances, so we take the mean of the ranks' variances only. Any
+other buffer is taken to be equal on all ranks, and full_state_dict returns rank 0's. PyTorch's
+DDP broadcasts rank 0's statistics in every forward by default, and so discards the data of all
+other ranks. SyncBatchNorm keeps its buffers equal by itself.
 """
 
 import torch
@@ -39,8 +39,8 @@ def convert_batchnorm(model: nn.Module, axis: Axis) -> None:
     """Replace every BatchNorm by a SyncBatchNorm with the same parameters and buffers.
 
     Args:
-        axis: a channel of its own (`mesh.channel`), because the order of statistics relative to
-            gradient buckets differs by rank.
+        axis: a channel of its own (`mesh.channel`), because ranks launch its collectives at
+            different times relative to those of gradient buckets.
 
     Raises:
         UserError: there is no BatchNorm, or the model itself is one.

@@ -29,7 +29,7 @@ def is_meta(model: nn.Module) -> bool:
 
 
 def materialize(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
-    """Draw all parameters, in place. Raises UserError if there is no function that does it."""
+    """Draw all parameters, in place. Raises UserError if there is no function that draws them."""
     with _as_user_error():
         initialize(model, seed, device, init_fn)
 

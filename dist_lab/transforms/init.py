@@ -1,6 +1,6 @@
 """Initial weights: every parameter is a function of the seed and its name only.
 
-A layout must not change the initial weights, or no two layouts could be compared. So each parameter
+Initial weights must not depend on the layout, or layouts could not be compared. So each parameter
 has its own random generator, seeded by the seed and its fully qualified name (FQN). Any rank may
 draw any parameters in any order, from the meta device or in place, and no broadcast is needed. A
 parameter is drawn in full, in float32 on the CPU; then sharded, cast and moved. Buffers are not
@@ -93,6 +93,6 @@ def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
     tensor = torch.full(tuple(shape), torch.nan, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         init_fn(fqn, tensor, generator)
-    if tensor.sum().isnan() and tensor.isnan().any():  # the sum first: it needs no memory
+    if tensor.sum().isnan() and tensor.isnan().any():  # the sum first: it allocates nothing
         raise ValueError(f"init_fn left values of {fqn} unset: fill the whole tensor in place")
     return tensor

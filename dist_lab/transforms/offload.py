@@ -5,14 +5,14 @@
 Optimizer state is idle from one step to the next, while activations need memory. If a tensor's
 memory is a mapped file, the kernel keeps as much of it in memory as there is room for, writes the
 rest to disk, and reads it again in the next step. Operations see an ordinary tensor, so values are
-the same to the bit; only a step takes longer if memory is short. `pinned` is the same idea on an
+the same to the bit, but a step takes longer if memory is short. `pinned` is the same idea on an
 accelerator: the state stays in host memory, and is on the device only during a step. Ren et al.
 2021, "ZeRO-Offload" (arXiv:2101.06840); Rajbhandari et al. 2021, "ZeRO-Infinity"
 (arXiv:2104.07857).
 
 The files have no name: the kernel frees their space when the tensor is freed or the process ends,
-in whatever way. An optimizer creates its state in its first step, and only then can it be moved. So
-during that one step all of it is in memory.
+in whatever way. An optimizer creates its state in its first step, and we move the state after that
+step. So during the first step all of it is in memory.
 """
 
 import errno
@@ -67,7 +67,7 @@ def offload_states(optimizer: torch.optim.Optimizer, make: Make) -> None:
     such as the number of steps, are not moved.
 
     Raises:
-        UserError: `make` raises it; also in the first step, when the sizes are known.
+        UserError: raised by `make`, now or in the first step, when the sizes are known.
     """
     stored: dict[tuple[Tensor, str], Tensor] = {}
 
@@ -93,7 +93,7 @@ def offload_states(optimizer: torch.optim.Optimizer, make: Make) -> None:
 
 
 def on_disk(folder: str | Path, length: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, (length,), in a mapped file without a name in this folder.
+    """Returns zeros, (length,), in a mapped file in this folder. The file has no name.
 
     Raises:
         UserError: the folder cannot be written, or has not enough room.
@@ -104,7 +104,7 @@ def on_disk(folder: str | Path, length: int, dtype: torch.dtype) -> Tensor:
     try:
         with tempfile.TemporaryFile(dir=Path(folder).expanduser()) as file:
             _reserve(file, size)
-            # By its number, because it has no name. The map stays valid after the file is closed.
+            # Opened by descriptor: it has no name. The map stays valid after the file is closed.
             path = f"/dev/fd/{file.fileno()}"
             return torch.from_file(path, shared=True, size=length, dtype=dtype)
     except OSError as error:
@@ -115,12 +115,12 @@ def on_disk(folder: str | Path, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def pinned(length: int, dtype: torch.dtype) -> Tensor:
-    """An empty tensor, (length,), in page-locked host memory, for fast copies to the device."""
+    """Returns an empty tensor, (length,), in page-locked host memory, for fast copies."""
     return torch.empty(length, dtype=dtype, pin_memory=True)
 
 
 def _make_like(value: Tensor, make: Make) -> Tensor:
-    # With the same strides: a fused step walks through parameter and state side by side.
+    # With the same strides: a fused step reads parameter and state in one memory order.
     strides = torch.empty_like(value, device="meta").stride()
     return make(value.numel(), value.dtype).as_strided(value.shape, strides)
 

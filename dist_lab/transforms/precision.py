@@ -42,15 +42,15 @@ def compute_in(
         enter = ModuleHook(view.enter)
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         module.register_forward_hook(ModuleHook(view.leave), always_call=True)
-        if isinstance(module.forward, CheckpointedForward):  # without its hooks, in backward
+        if isinstance(module.forward, CheckpointedForward):  # in backward it runs without hooks
             module.forward.around.append(view.around)
 
 
 class LowPrecisionView:
     """Shows low-precision copies of the parameters during the outermost forward.
 
-    This is usually the model's forward. In backward it is that of a unit which recomputes, and it
-    is a submodule's if that is called by itself.
+    The outermost forward is usually the model's. In backward it is the recomputed unit's, and if a
+    submodule is called directly, it is the submodule's.
     """
 
     def __init__(self, dtype: torch.dtype, parameters: bool, inputs: bool) -> None:
@@ -76,7 +76,7 @@ class LowPrecisionView:
 
     @contextmanager
     def around(self, unit: nn.Module) -> Iterator[None]:
-        """Surrounds the second forward of a unit, whose inputs are those of the first."""
+        """Surrounds the second forward of a unit. Its inputs are saved, and not cast again."""
         self.running.append(unit)
         if len(self.running) == 1:
             self._show_copies(unit)
@@ -95,7 +95,7 @@ class LowPrecisionView:
                     parameter = getattr(submodule, name)  # unsharded, if the strategy shards it
                     if parameter is not None and parameter.is_floating_point():
                         if parameter not in copies:
-                            # With guards off: the copy of a guarded parameter must be plain.
+                            # Guards are off: the copy of a guarded parameter is a plain tensor.
                             copies[parameter] = of_plain_tensors(parameter.to, self.dtype)
                         self.replaced.append((submodule, name, submodule.__dict__.get(name)))
                         submodule.__dict__[name] = copies[parameter]  # found before _parameters

@@ -8,7 +8,7 @@ and the new activations are freed before the next unit's turn. Recomputing every
 compromise. Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv:1604.06174).
 We use PyTorch's `torch.utils.checkpoint`, the non-reentrant variant.
 
-Recomputing changes no numbers, and strategies need not know of it. Only `unit.forward` is replaced.
+Recomputing changes no numbers, and strategies do not depend on it. Only `unit.forward` is replaced.
 So hooks on the unit are called as before, and not again in backward: a sharding strategy unshards
 the unit before the second forward begins. Hooks on modules inside the unit are called again.
 

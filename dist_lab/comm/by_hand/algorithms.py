@@ -20,8 +20,8 @@ An algorithm is a generator. It posts messages, and yields those it must wait fo
 
     yield post.send(give, i + 1) + post.receive(take, i - 1)
 
-So a rank runs the code between two yields without waiting. `calls.start` takes the first step,
-which posts the first messages, at the call. `Pending.wait()` takes the others.
+So a rank runs the code between two yields without waiting. `calls.start` runs the first step,
+which posts the first messages. `Pending.wait()` runs the other steps.
 
 Ring: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations". Tree: Rabenseifner's, in Thakur, Rabenseifner and Gropp 2005, "Optimization of
@@ -67,8 +67,8 @@ class Post(Protocol):
     ) -> list[tuple[int, list[Work]]]:
         """Send give[j] to each other rank j, and receive row j of `into` from it.
 
-        Only as an algorithm's first step, where all ranks make the same call: then a small swap may
-        be a single call of the backend. `whole` is all of `give` in one tensor, which may be
+        Allowed only as the first step, which all ranks take: a small swap may be one all_to_all of
+        the backend. `whole` is all of `give` in one tensor, which may be
         expanded. Row `index` of `into` is undefined afterwards.
 
         Returns:
@@ -91,11 +91,11 @@ def split(x: Tensor, n: int) -> list[Tensor]:
 
 
 def ring_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
-    """A partial sum of each chunk goes around the ring, and each rank adds to it; then the sums go
-    around.
+    """A partial sum of each chunk goes around the ring, and each rank adds its chunk. Then the sums
+    go around.
 
-    x{U_X} -> x[D_X] -> x. 2 (N-1) rounds, 2 (N-1)/N S bytes: bandwidth-optimal, but slow if rounds
-    are slow. Every link carries the same load at every moment. Patarasuk and Yuan 2009.
+    x{U_X} -> x[D_X] -> x. 2 (N-1) rounds, 2 (N-1)/N S bytes: bandwidth-optimal, but slow if latency
+    is high. Every link carries the same load at every moment. Patarasuk and Yuan 2009.
     """
     n, i = post.size, post.index
     chunks = split(buffer, n)
@@ -112,10 +112,10 @@ def tree_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
     """Recursive halving, then recursive doubling: Rabenseifner's algorithm.
 
     Each rank exchanges half of the buffer with the rank at distance P/2: it sends the half that the
-    other keeps, and adds what it receives to its own half. It goes on with half of that at distance
-    P/4, until each rank owns 1/P of the sum. The way back gathers the sums in reverse order. If N
-    is not a power of two, each of the last N-P ranks first folds its buffer into that of a partner,
-    and gets the result from it at the end.
+    other keeps, and adds what it receives to its own half. It then halves its own half at distance
+    P/4, and so on, until each rank owns 1/P of the sum. The way back gathers the sums in reverse
+    order. If N is not a power of two, the last N-P ranks fold: each sends its buffer to a partner,
+    which adds it, and sends the result back at the end.
 
     x{U_X} -> x[D_X] -> x. 2 log2 P rounds and 2 (P-1)/P S bytes; 2 rounds more if N > P, and S more
     for the ranks that fold. Thakur, Rabenseifner and Gropp 2005, section 4.5.
@@ -149,7 +149,7 @@ def direct_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
     """Rank j receives chunk j of all ranks, sums it, and sends the sum to all ranks.
 
     x{U_X} -> x[D_X] -> x. 2 rounds, 2 (N-1)/N S bytes: as few bytes as a ring in only 2 rounds, but
-    N-1 messages at once, which a network of wires and switches may not carry as well.
+    N-1 messages at once, which may congest a real network.
     """
     n, i = post.size, post.index
     chunks = split(buffer, n)
@@ -167,8 +167,8 @@ def direct_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
 
 
 def ring_reduce_scatter(post: Post, out: Tensor, x: Tensor, combine: Combine) -> Steps:
-    """A partial sum of each chunk goes around the ring, each rank adds to it, and it ends at its
-    owner.
+    """A partial sum of each chunk goes around the ring, each rank adds its chunk, and it ends at
+    the rank that owns the chunk.
 
     N-1 rounds, (N-1)/N S bytes. The first half of `ring_all_reduce`. Chan et al. 2007, section 6.
     """
@@ -243,17 +243,17 @@ def direct_all_to_all(post: Post, out: Tensor, x: Tensor) -> Steps:
 
 
 def tree_broadcast(post: Post, buffer: Tensor, source: int) -> Steps:
-    """A binomial tree: in each round every rank that has the data sends it on, so their number
-    doubles.
+    """A binomial tree: in each round every rank that has the data sends it on. So the number of
+    ranks that have it doubles.
 
     Positions v count from the source: rank v < 2^k sends to rank v + 2^k. The longest path has
     floor(log2 N) messages. The source sends S ceil(log2 N) bytes, and all ranks together (N-1) S.
     Chan et al. 2007, section 4 (minimum spanning tree).
     """
-    place = (post.index - source) % post.size
-    if place:
-        yield post.receive(buffer, source + place - power_in(place))
-    yield [w for step in children(place, post.size) for w in post.send(buffer, post.index + step)]
+    v = (post.index - source) % post.size
+    if v:
+        yield post.receive(buffer, source + v - power_in(v))
+    yield [w for step in children(v, post.size) for w in post.send(buffer, post.index + step)]
 
 
 # --- shared helpers -------------------------------------------------------------------------------

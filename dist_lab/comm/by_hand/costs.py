@@ -1,6 +1,6 @@
 """The cost of each algorithm by hand, exact for every length: the table in `algorithms` as code.
 
-No torch here: the command line reads the names of the algorithms before torch is imported.
+This file does not import torch: the command line reads the algorithms' names before torch.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Algorithm:
 
 
 def lengths(length: int, n: int) -> list[int]:
-    """Returns the lengths of n chunks. The first ones are longer by one if n does not divide."""
+    """Returns the lengths of n chunks. The first ones may be longer by one."""
     return [length // n + (j < length % n) for j in range(n)]
 
 
@@ -41,22 +41,22 @@ def halvings(power: int) -> list[int]:
     return [power >> k for k in range(1, power.bit_length())]
 
 
-def children(place: int, n: int) -> list[int]:
+def children(position: int, n: int) -> list[int]:
     """Returns the distances to a rank's children in a broadcast tree, the largest subtree first.
 
-    >>> [children(place, 6) for place in range(6)]
+    >>> [children(position, 6) for position in range(6)]
     [[1, 2, 4], [2, 4], [], [], [], []]
     """
-    steps = [1 << k for k in range(place.bit_length(), n.bit_length())]
-    return list(takewhile(lambda step: place + step < n, steps))
+    steps = [1 << k for k in range(position.bit_length(), n.bit_length())]
+    return list(takewhile(lambda step: position + step < n, steps))
 
 
-def _all_but(*away: int) -> Callable[[int, int, int], int]:
-    """Returns a cost: for each of `away`, all chunks but that of the rank at this distance."""
+def _all_but(*distances: int) -> Callable[[int, int, int], int]:
+    """Returns a formula: for each distance, all chunks except that of the rank at that distance."""
 
     def sent(n: int, i: int, length: int) -> int:
         chunks = lengths(length, n)
-        return sum(length - chunks[(i + distance) % n] for distance in away)
+        return sum(length - chunks[(i + distance) % n] for distance in distances)
 
     return sent
 
@@ -114,4 +114,4 @@ BACKEND: dict[str, Callable[[int], int]] = {
 }
 
 FAMILIES = tuple(dict.fromkeys(name for rows in ALGORITHMS.values() for name in rows))
-SETTINGS = ("auto", "backend", *FAMILIES)  # for a mesh's `collectives`
+SETTINGS = ("auto", "backend", *FAMILIES)  # for init_mesh(collectives=)

@@ -8,9 +8,9 @@
 
 This is `direct` of `algorithms`, without copying every byte into the kernel and out again.
 
-The caller chooses the memory, as views of the buffers in a window, in order of position. Each
-collective is a generator. Like those of `algorithms` it yields the barriers to wait for. It returns
-the number of bytes that it read from other ranks' memory and wrote to it.
+The caller passes views of the buffers in a window, in order of position. Each collective is a
+generator, as in `algorithms`: it yields the barriers that it must wait for. It returns the number
+of bytes that it read from other ranks' memory and wrote to it.
 """
 
 from collections.abc import Generator, Sequence
@@ -30,10 +30,10 @@ BLOCK = 1 << 15  # elements summed at once: few enough to stay in the cache
 def all_reduce(window: SharedWindow, chunks: Sequence[Array]) -> Moves:
     """Overwrite chunks[j], this rank's chunk of rank j's buffer, with the sum of all of them.
 
-    One rank adds each chunk, in the order of the ranks, so all ranks get the same bits.
+    Each chunk is summed by one rank, in the order of the ranks, so all ranks get the same bits.
     """
     number = window.arrive()
-    # Departed from the collective before, a rank no longer reads the memory that is overwritten.
+    # A rank that has departed from the previous collective no longer reads what we overwrite.
     yield [Barrier(window, ARRIVED, number), Barrier(window, DEPARTED, number - 1)]
     for start in range(0, len(chunks[0]), BLOCK):
         blocks = [chunk[start : start + BLOCK] for chunk in chunks]
@@ -46,12 +46,12 @@ def all_reduce(window: SharedWindow, chunks: Sequence[Array]) -> Moves:
 
 
 def reduce_scatter(window: SharedWindow, addends: Sequence[Array], out: Array | Tensor) -> Moves:
-    """Write the sum of the addends to out. Each is (outer, inner).
+    """Write the sum of the addends to out. All have shape (outer, inner).
 
     Args:
         addends: this rank's shard of every rank's buffer.
-        out: an array of the same type that shares no memory with the addends; or any tensor, for
-            which sums are made in a spare block and then copied, which casts them.
+        out: an array of the same type that shares no memory with the addends, or any tensor. For a
+            tensor we sum in a spare block, then copy the sum, which casts it to its dtype.
     """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]

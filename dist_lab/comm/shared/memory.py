@@ -15,7 +15,7 @@ from which it has departed. A rank arrives when it calls a collective, with its 
 `wait()` waits until all ranks have arrived. A rank departs when it has read what it needs; it does
 not wait for the others. Before it writes to its buffer again, it waits until they have departed
 (`ops.wait_for_readers`). A collective of one byte would do the same, but it wakes every rank
-several times: with 4 ranks on 2 cores that took 1 ms, and the counters take 0.01 to 0.1 ms.
+several times: with 4 ranks on 2 cores it took 1 ms, and the counters took 0.01 to 0.1 ms.
 
 A barrier does not notice a broken connection. So it checks from time to time whether the late ranks
 are still alive, and it gives up at the time limit of the mesh.
@@ -38,12 +38,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Other ranks' memory is held in NumPy arrays, so that observe/memory.py does not count it as ours.
+# Other ranks' memory is in NumPy arrays: observe/memory.py must not count it as this rank's.
 Array = npt.NDArray[Any]
 SUMMED = {torch.float32: np.float32, torch.float64: np.float64}
-# NumPy has no bfloat16. So 16-bit numbers are copied as integers, and summed by messages.
+# NumPy has no bfloat16. So 16-bit numbers are copied as integers; sums of them use messages.
 TYPES = SUMMED | {torch.bfloat16: np.int16, torch.float16: np.int16}
-FOLDER = Path("/dev/shm")  # files that live in memory: Linux
+FOLDER = Path("/dev/shm")  # a file system in memory, on Linux
 HEADER = 64  # bytes before the data: the counters, alone in their cache line
 ARRIVED, DEPARTED = 0, 1  # positions of the counters
 YIELD_TIME = 2e-4  # seconds for which a barrier yields to other processes, before it sleeps
@@ -62,7 +62,7 @@ class SharedWindow:
     """A rank's window onto one shared buffer: the memory of all ranks, in order of position.
 
     Attributes:
-        ranks: global ranks, for error messages and to recognise the axis.
+        ranks: global ranks, for error messages and to compare with an axis.
         timeout: seconds that a barrier may take.
         call: the last collective on this buffer, a `ledger.Call`.
     """
@@ -163,7 +163,7 @@ class Barrier:
 def as_array(x: Tensor) -> Array:
     """Returns a NumPy array that views a contiguous tensor and keeps it alive; dtypes as in TYPES.
 
-    Not by `x.numpy()`: after it a storage can never be resized again, and FSDP resizes its own.
+    We avoid `x.numpy()`: the storage cannot be resized after it, and FSDP resizes storages.
     """
     interface = {
         "data": (x.data_ptr(), False),
@@ -185,7 +185,7 @@ def create(length: int, dtype: torch.dtype) -> Path | None:
     path = FOLDER / f"dist_lab-{os.getpid():010}-{secrets.token_hex(8)}"
     try:
         with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
-            # Reserve the room now: running out of it at the first write would kill the process.
+            # Reserve the space now: if a later write finds none, the process is killed.
             os.posix_fallocate(file.fileno(), 0, HEADER + length * dtype.itemsize)
     except OSError:
         path.unlink(missing_ok=True)

@@ -10,8 +10,8 @@ activation is a new tensor each time, and the result of its collective lives unt
 it. So `Scratch` copies the input into shared memory, and writes the result to a new tensor.
 
 It has two buffers and uses them in turn: while the slowest rank still reads from one, the others
-fill the other. Messages do the same work if ranks cannot share memory, and for sums of 16-bit
-numbers.
+fill the other. If ranks cannot share memory, and for sums of 16-bit numbers, it uses
+messages.
 """
 
 import math
@@ -45,8 +45,8 @@ class Scratch:
         buffer = self._next(x.numel(), x.dtype)
         x, window = buffer[: x.numel()].view(x.shape).copy_(x), window_of(buffer, self.axis, "sum")
         if window is None:
-            # The backend's thread may keep a tensor alive for a moment after the sum. So it gets
-            # the buffer, and the result is a copy.
+            # The backend's thread may keep a tensor alive for a moment after the sum. So we pass
+            # it the buffer, and return a copy.
             return ops.all_reduce_into(x, self.axis).then(torch.clone)
         out = torch.empty_like(x)
         due = ((n - 2) * lengths(x.numel(), n)[i] + x.numel()) * x.element_size()
@@ -74,7 +74,7 @@ class Scratch:
         return start_shared(spec, out, (n - 1) * out.nbytes, window, moves)
 
     def all_gather(self, x: Tensor, dim: int) -> Pending:
-        """x[D_X] -> x[D]: all ranks' x, concatenated along `dim`. Equal shapes."""
+        """x[D_X] -> x[D]: all ranks' x, of equal shapes, concatenated along `dim`."""
         n = self.axis.size
         if n == 1:
             return Pending(x)
@@ -100,7 +100,7 @@ class Scratch:
             yield from buffers
 
     def _shared(self, x: Tensor, reduce: str = "") -> tuple[Tensor, SharedWindow | None]:
-        """Returns x copied into shared memory, and the window; x and None if it needs messages."""
+        """Returns x copied into shared memory, and the window; x and None if x needs messages."""
         if reduce and x.dtype not in SUMMED:
             return x, None
         buffer = self._next(x.numel(), x.dtype)
@@ -122,7 +122,7 @@ class Scratch:
 
 
 def _all_reduce(window: SharedWindow, out: Tensor) -> Moves:
-    """x{U_X} -> x[D_X] -> x: rank i sums chunk i, and copies the sums of the other chunks.
+    """x{U_X} -> x[D_X] -> x: rank i sums chunk i, and reads the sums of the other chunks.
 
     The sum of chunk i overwrites rank i's addend in its own buffer, which no other rank reads.
     """
