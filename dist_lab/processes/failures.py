@@ -18,9 +18,14 @@ from typing import Any
 from dist_lab.errors import Drawn, MachineError, UserError
 from dist_lab.processes.ranks import GRACE, Rank
 
-# Errors that gloo raises on a healthy rank when another one fails -> their distance from the cause.
+# Errors of gloo and of comm/shared/memory.py on a healthy rank when another rank fails -> their
+# distance from the cause.
 DISTANCES = {
     "Timed out waiting": 1,
+    "this collective: timed out": 1,
+    "shared buffer: timed out": 1,
+    "this collective: its process has ended": 2,
+    "shared buffer: its process has ended": 2,
     "Connection closed by peer": 2,
     "Connection reset by peer": 2,
 }
