@@ -1,4 +1,4 @@
-"""How fast are the collectives, the backend's own and ours by hand? Operation x size x algorithm:
+"""Time the backend's collectives and our hand-written ones: operation x size x algorithm:
 
     python launch/bench_comm.py --nproc 4
     torchrun --nproc_per_node=4 launch/bench_comm.py --ops all_gather,reduce_scatter --sizes 1M,16M

@@ -10,10 +10,10 @@ Letters: B sequences, T tokens in each, S tokens so far (including these T), V v
 F hidden width of the MLP, H query heads, K key and value heads, Dh = D / H.
 
 [Note: how parallelism splits it]
-* A pipeline cuts between layers. Each name in `GPT.stages` is a module from x to x, and running
-  them in order is the whole forward. A pipeline stage deletes the layers of other stages; the names
-  of the rest do not change, because layers are in a ModuleDict. It replaces other modules by
-  nn.Identity.
+* A pipeline cuts between layers. Each module named in `GPT.stages` takes and returns one tensor;
+  running them in order is the whole forward. A pipeline stage deletes the layers of other stages,
+  and replaces their other modules by nn.Identity. The names of the remaining layers do not change,
+  because layers are in a ModuleDict.
 * Tensor parallelism splits heads, and F. The views take H and K from the output width of a
   projection, not from the configuration, so a rank with fewer heads runs the same code. q, k and v
   have the same input, and so do gate and up. Therefore the gradient of that input is summed over
@@ -147,7 +147,7 @@ class GPT(nn.Module):
 
     reads = "text"
     units = (Block,)  # FSDP gathers, and recomputation recomputes, one unit at a time
-    ends = ("model.embed_tokens", "lm_head")  # more FSDP units: as large as the vocabulary
+    ends = ("model.embed_tokens", "lm_head")  # FSDP units too: they grow with the vocabulary
     stages = ("model.embed_tokens", "model.layers.*", "model.norm", "lm_head")  # in forward order
 
     def __init__(
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         """`positions` (T,) default to 0, 1, ..., continuing after the tokens in the cache.
 
         To decode, create `cache = [[] for _ in range(layers)]` and pass it with each part of the
-        text. It grows in place, and the logits equal those of the whole text at once.
+        text. The cache grows in place. The logits equal those of the whole text at once.
         """
         return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
 

@@ -38,8 +38,8 @@ def build(
     `layers=2`, `tied=True`. On the "meta" device nothing is allocated or initialized;
     `initialize(model, seed)` does both later.
 
-    Raises ValueError for a name or size that is not in SIZES, for an `image` that is missing, given
-    for a text model, or of a shape that the model cannot take.
+    Raises ValueError for a name or size that is not in SIZES, and for an `image` that is missing,
+    that is given for a text model, or whose shape the model cannot read.
     """
     if name not in SIZES:
         raise ValueError(f"no model named {name!r}: choose from {', '.join(SIZES)}")

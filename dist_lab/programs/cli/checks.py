@@ -1,4 +1,4 @@
-"""Read the settings of a program, and refuse in one line settings that do not go together."""
+"""Read the settings of a program. Settings that contradict each other raise a one-line error."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def parse(
         argv: the arguments without the program's name; default: sys.argv[1:].
         description: the text at the top of --help.
         defaults: this program's defaults, where they differ from the fields' defaults.
-        without: settings that this program does not use, and has no flags for.
+        without: settings that this program does not use; it has no flags for them.
 
     Raises:
         UserError: a mistake in the command line or the file.
@@ -68,7 +68,7 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
             )
     if config.regather and not config.sequence_parallel:
         raise UserError(
-            f"regather all-gathers what --sequence-parallel shards ({where['regather']}); give both"
+            f"regather needs inputs sharded by --sequence-parallel ({where['regather']}); give both"
         )
     if config.emulate_compute is not None and config.impl != "hand":
         raise UserError(
@@ -90,14 +90,14 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
     if config.size not in sizes:
         raise UserError(
             f"model {config.model} has no size {config.size} ({where['size']}); give "
-            f"{one_of(sizes, config.size)}, its only one"
+            f"{one_of(sizes, config.size)}, its only size"
         )
     if config.layers is not None and config.model == "resnet18":
         raise UserError(f"model resnet18 always has 8 blocks ({where['layers']}); leave it out")
     if config.sync_batchnorm and config.strategy == "pp":
         raise UserError(
-            f"under pp no two ranks share a BatchNorm to synchronize ({where['sync_batchnorm']}); "
-            "leave it out"
+            "under pp each BatchNorm is on one rank, with nothing to synchronize "
+            f"({where['sync_batchnorm']}); leave it out"
         )
     if config.sync_batchnorm and config.model != "resnet18":
         raise UserError(
@@ -107,7 +107,7 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
-    """Check --nproc against the cores of this machine, and the run against --nproc."""
+    """Check that the machine has enough cores for --nproc ranks, and that the run fits --nproc."""
     if config.nproc is not None:
         most = 4 * cores()
         if config.nproc > most and not config.oversubscribe:

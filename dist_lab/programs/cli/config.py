@@ -1,4 +1,4 @@
-"""The settings of a run: a frozen Config, from defaults < a TOML file < the command line.
+"""The settings of a run: a frozen Config. Flags override the TOML file, which overrides defaults.
 
 Each setting is a field with a type, a default, a help text and limits. From these settings.py
 derives the flag (`--val-every`), the TOML key (`val_every`), the checks and the line in --help. To
@@ -67,9 +67,9 @@ class RunSettings(ABC):
         "its forward and all-gather them again for backward; default: on, "
         "--no-reshard-after-forward keeps them", heading="fsdp, hsdp")
     keep_gathered: bool | None = setting(None, "keep parameters unsharded from the first "
-        "micro-batch's backward to the last one's: fewer bytes, more memory")
+        "micro-batch's backward to the last one's: less traffic, more memory")
     defer_reduce: bool | None = setting(None, "accumulate unsharded gradients over micro-batches "
-        "and reduce-scatter only after the last: fewer bytes, more memory")
+        "and reduce-scatter only after the last: less traffic, more memory")
     prefetch: bool | None = setting(None, "all-gather the next unit while the current one "
         "computes; default: on, --no-prefetch turns it off")
     reduce_dtype: str | None = setting(None, "dtype in which gradients are sent and summed; "
@@ -78,19 +78,19 @@ class RunSettings(ABC):
         "this folder; or cpu, with an accelerator: in host memory", metavar="DIR")
 
     sequence_parallel: bool | None = setting(None, "shard activations between blocks along the "
-        "sequence, so that norms and residuals are shared out too: less memory, the same bytes",
+        "sequence, so that norms and residuals are sharded too: less memory, the same traffic",
         heading="tp")
     regather: bool | None = setting(None, "with --sequence-parallel: save a linear layer's input "
-        "sharded and all-gather it again in backward: less memory, 1.25 times the bytes")
+        "sharded and all-gather it again in backward: less memory, 1.25 times the traffic")
 
     schedule: str | None = setting(None, "gpipe, 1f1b, zb; with --layers 8 interleaved or zbv (2 "
-        "stages per rank, so 8 on 4 ranks, and size tiny has 4 blocks); or a file with one row per "
-        "rank and cells such as 2F0 (stage 2, forward, micro-batch 0); default: 1f1b",
+        "stages per rank: 4 ranks need 8 blocks, size tiny has 4); or a file with one row per rank "
+        "and cells such as 2F0 (stage 2, forward, micro-batch 0); default: 1f1b",
         heading="pp", metavar="NAME|FILE")
     chunks: int | None = setting(None, "stages per rank for --schedule interleaved; default: 2",
         low=1)
-    pp_balance: str | None = setting(None, "partition the model into stages so that the slowest "
-        "has the least compute (cost) or the fewest blocks (count); default: cost",
+    pp_balance: str | None = setting(None, "partition the model into stages that minimize the "
+        "largest stage's compute (cost) or number of blocks (count); default: cost",
         choices=("cost", "count"))
     emulate_compute: float | None = setting(None, "make each forward take at least MS "
         "milliseconds and each backward twice that, by sleeping: shows a schedule on few cores",
@@ -121,7 +121,7 @@ class RunSettings(ABC):
     backend: str = setting("gloo", "torch.distributed backend: gloo (CPU) or nccl (GPU)",
         choices=("gloo", "nccl"))
     collectives: str = setting("auto", "algorithms of collectives: auto (the fastest as measured), "
-        "backend (gloo's or nccl's own), or one hand-written family, where it has the operation; "
+        "backend (gloo's or nccl's own), or one hand-written family for the operations it has; "
         "--impl torch and accelerate always use the backend's", choices=SETTINGS)
     timeout: float = setting(60.0, "seconds until a collective that does not complete is an error",
         low=0.1, high=86400)
@@ -220,7 +220,7 @@ class Config(RunSettings):
         return dict(self.mesh or STRATEGIES[self.strategy].default_axes(size))
 
     def fitted(self, size: int) -> "Config":
-        """Returns the run with a default batch rounded up so that `size` processes share it."""
+        """Returns this Config; a default batch is rounded up to divide over `size` processes."""
         if isinstance(self.batch, AtLeast):
             return replace(self, batch=self.batch.divided_by(self.parts(self.mesh_on(size))))
         return self

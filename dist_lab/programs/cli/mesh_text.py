@@ -1,6 +1,6 @@
 """Meshes as text: "pp=2,tp=2" on a command line, or a table in a file.
 
-`read_mesh` turns either into a mapping, axis -> size, which is what all other code uses.
+`read_mesh` converts both to a mapping, axis -> size. All other code uses the mapping.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ class Casts(Enum):
     """The tensors that a strategy itself casts to the dtype of forward and backward."""
 
     NOTHING = "nothing"
-    PARAMETERS = "parameters"  # when it all-gathers them; compose.py casts inputs
+    PARAMETERS = "parameters"  # in their all-gather; compose.py casts the inputs
     ALL = "parameters and inputs"
 
 
@@ -28,7 +28,7 @@ class Impl:
     apply: "module:function"
     draws: it initializes parameters one by one and keeps only this rank's shards, so a model on
         the meta device is never materialized in full
-    casts: what it casts itself
+    casts: the tensors that it casts itself
     """
 
     apply: str
@@ -43,7 +43,7 @@ class Strategy:
     impls: "hand", "torch" or "accelerate" -> that implementation
     axes: the mesh axes along which it can run, outermost first; empty: it runs in one process
     default: the axes of its default mesh, if not all of `axes`
-    options: the settings that it has and not every strategy has
+    options: its settings that some other strategies do not have
     """
 
     impls: Mapping[str, Impl]
@@ -120,7 +120,7 @@ REFUSED = {(strategy, "accelerate"): IGNORED for strategy in ("fsdp", "hsdp")}
 
 @dataclass(frozen=True)
 class Model:
-    """A model: the data it reads, the images it accepts, and why tp cannot split it, if so.
+    """A model: the data it reads, the images it accepts, and whether tp can split it.
 
     Its sizes are in zoo/sizes.py.
     """
@@ -131,7 +131,7 @@ class Model:
     patch: int = 1  # height and width of an image must be multiples of it
     smallest: int = 1  # height and width of an image, at least
     own_blocks: int = 0  # the number of blocks of a model without `layers`
-    whole: str = ""  # why tp cannot split it
+    no_tp: str = ""  # the reason why tp cannot split it; "" if it can
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -149,17 +149,17 @@ class Model:
     def check_split(self, size: str, impl: str, ranks: int) -> None:
         """Raise UserError unless the attention heads divide over `ranks` tensor-parallel ranks."""
         name, heads = self.name, self.heads(size)
-        if self.whole:
-            splittable = [f"--model {other}" for other, m in MODELS.items() if not m.whole]
+        if self.no_tp:
+            splittable = [f"--model {other}" for other, m in MODELS.items() if not m.no_tp]
             raise UserError(
-                f"model {name} has no tp: {self.whole} (--model); give {' or '.join(splittable)}"
+                f"model {name} has no tp: {self.no_tp} (--model); give {' or '.join(splittable)}"
             )
         if heads is None:
             return
         queries, keys = heads
 
         def fits(n: int) -> bool:
-            shared = impl == "hand" and n % keys == 0  # a key head may lie on several ranks
+            shared = impl == "hand" and n % keys == 0  # several ranks may replicate a key head
             return queries % n == 0 and (keys % n == 0 or shared)
 
         if not fits(ranks):
@@ -215,7 +215,7 @@ MODELS = {
         data="glyphs",
         smallest=9,
         own_blocks=8,
-        whole="tp splits matrices, and all but 17,442 of its parameters are convolutions and norms",
+        no_tp="tp splits matrices, and all but 17,442 of its parameters are convolutions and norms",
     ),
 }
 ALL_SIZES = tuple(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))

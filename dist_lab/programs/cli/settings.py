@@ -1,8 +1,8 @@
-"""Read a dataclass of settings from defaults < a TOML file < the command line.
+"""Read a dataclass of settings. Flags override the TOML file, which overrides the defaults.
 
-Each field, made by `setting`, has a help text and limits. Every mistake in a flag, the file or a
-value raises one UserError of one line: what is wrong (where); what to give instead. This file does
-not import torch: a misspelled flag should not take seconds to answer.
+Each field, made by `setting`, has a help text and limits. A mistake in a flag, the file or a value
+raises a UserError with one line: the problem (its place); the values to give instead. This file
+does not import torch, so that the error for a misspelled flag does not take seconds.
 """
 
 import argparse
@@ -33,8 +33,8 @@ LARGEST_FILE = 2**16  # bytes
 class AtLeast(int):
     """A default number that may be rounded up to a multiple of something.
 
-    A number that the user gave is a plain int, which is never rounded but refused if it does not
-    divide.
+    A number from the user is a plain int. We never round it; if it does not divide, we raise an
+    error.
     """
 
     def divided_by(self, parts: int) -> int:
@@ -46,12 +46,12 @@ class AtLeast(int):
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field for a setting of type str, bool, int or float, or one of these or None.
+    """Returns a dataclass field for a setting: a str, bool, int or float, possibly None.
 
     Limits, all optional: `choices`; `low` and `high`, both inclusive; `above`, exclusive. A field
     of another type needs `read(value, where)`, which converts a flag's text or a file's value, and
-    raises UserError. In --help, `metavar` stands for the value, and `heading` starts a group of
-    flags or continues one of that name; `first=True` puts the group before the others.
+    raises UserError. --help shows `metavar` as the value. `heading` starts a group of flags, or
+    continues the group of that name; `first=True` puts the group before the others.
     """
     return field(default=default, metadata={"help": help} | limits)
 
@@ -66,7 +66,7 @@ def read(
 ) -> tuple[C, dict[str, str]]:
     """Returns an instance of `cls`, and for each setting the flag or file line that set it.
 
-    The setting `config` names the file. A value in it is checked even if a flag overrides it.
+    The setting `config` names the file. The file's values are checked even if flags override them.
     This program does not use the settings in `without`: they have no flag, but a file that is
     shared with other programs may set them.
     """
@@ -113,7 +113,7 @@ def accepts(option: Field[Any], value: Any) -> bool:
 
 
 def wanted(option: Field[Any], value: Any) -> str:
-    """The values to give instead of `value`, in words."""
+    """Describes the values that the field accepts, for an error message about `value`."""
     limits = option.metadata
     if "choices" in limits:
         return one_of(limits["choices"], value)
@@ -151,7 +151,7 @@ def make_parser(
     defaults: Mapping[str, Any],
     without: Sequence[str],
 ) -> Parser:
-    """Returns a parser that lists each flag's values as text, so that a repeated flag is seen."""
+    """Returns a parser that collects every value of a flag as text, to detect repeated flags."""
     parser = Parser(
         prog=program,
         usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
@@ -272,7 +272,7 @@ def read_file(path: str, options: Options) -> SetValues:
 
 
 def read_text(path: str) -> str:
-    """Read the file that --config names. Raises UserError if it cannot be one."""
+    """Read the file that --config names. Raises UserError if it is not a readable text file."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -307,7 +307,7 @@ def toml_mistake(message: str, label: str, text: str) -> str:
 
 
 def line_of(key: str, text: str) -> int:
-    """The line that sets a key. tomllib does not tell; a key nearly always starts its line."""
+    """The line that sets a key. tomllib gives no line numbers; nearly every key starts its line."""
     pattern = rf"^[ \t]*(\[+[ \t]*)?[\"']?{re.escape(key)}[\"']?[ \t]*[].=]"
     match = re.search(pattern, text, re.MULTILINE)
     return text.count("\n", 0, match.start() if match else 0) + 1

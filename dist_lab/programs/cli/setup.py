@@ -22,7 +22,7 @@ from dist_lab.programs.cli.registry import STRATEGIES
 
 
 def open_run(config: RunSettings, mesh: Mesh) -> Data:
-    """Start of every program: check that ranks have equal settings, log if asked, open the data."""
+    """Start of every program: check that all ranks have equal settings, set up logs, open data."""
     check_settings_agree(config.to_dict() | versions(), mesh.world)
     if config.log_collectives:
         mesh.comm.log(sys.stderr.write)

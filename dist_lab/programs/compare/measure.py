@@ -1,4 +1,4 @@
-"""The alternating rounds, on every rank. Read `measure` first; it calls the rest.
+"""Run the alternating rounds, on every rank. Read `measure` first; it calls the rest.
 
 All strategies live side by side in the same processes. Each has its own model, optimizer and
 batches, all from the same seed. So they compute the same steps, and differ only in communication
@@ -79,19 +79,20 @@ def measure(
                 running.append(warmed_up(Contender(entry, config, mesh), data, cleanup))
             except UserError as error:
                 refused[entry.label] = str(error)
-            gc.collect()  # frees a refused one: its model and hooks refer to each other
+            gc.collect()  # frees a refused contender: its model and hooks form a reference cycle
         reference = find_reference(config, running, refused)
         for done, order in enumerate(orders(len(running), config.rounds, config.seed), start=1):
-            for one in (running[place] for place in order):
-                seconds = block(one.step, config.steps, mesh.world, alone=one.entry.alone)
-                one.rounds.append(seconds)
+            for contender in (running[place] for place in order):
+                step, alone = contender.step, contender.entry.alone
+                seconds = block(step, config.steps, mesh.world, alone=alone)
+                contender.rounds.append(seconds)
             times = "  ".join(
-                f"{one.entry.label} {statistics.median(one.rounds[-1]) * 1e3:.0f} ms"
-                for one in running
+                f"{contender.entry.label} {statistics.median(contender.rounds[-1]) * 1e3:.0f} ms"
+                for contender in running
             )
             progress.reach(done)
             progress.say(f"round {done:>3}/{config.rounds}  {times}", on_the_bar="")
-        rows, peak = [row_of(one) for one in running], peak_rate(config.dtype, mesh)
+        rows, peak = [row_of(contender) for contender in running], peak_rate(config.dtype, mesh)
     if mesh.rank > 0:
         return None
     first = running[0]
@@ -106,7 +107,7 @@ def measure(
 class Contender:
     """One strategy on this rank, with its model, optimizer and batches.
 
-    On a rank that takes no part its steps are empty.
+    Its steps do nothing on a rank that does not take part.
 
     Attributes:
         rounds: seconds of each step of each round, on the slowest rank.
@@ -181,25 +182,25 @@ def own_mesh(entry: ListedStrategy, config: Config, mesh: Mesh) -> Mesh:
     )  # fmt: skip
 
 
-def warmed_up(one: Contender, data: Data, cleanup: ExitStack) -> Contender:
-    """Build it and take the warm-up steps. If one rank raises a UserError, all do."""
-    with together(one.mesh.world):
-        if why := one.misfit:
+def warmed_up(contender: Contender, data: Data, cleanup: ExitStack) -> Contender:
+    """Build a contender and take its warm-up steps. If one rank raises a UserError, all do."""
+    with together(contender.mesh.world):
+        if why := contender.misfit:
             raise UserError(why)
-        one.build(data, cleanup)
+        contender.build(data, cleanup)
     for _ in range(WARM_UP - 1):
-        with together(one.mesh.world):
-            one.step()
-    with together(one.mesh.world):
-        one.counted_step()
-    return one
+        with together(contender.mesh.world):
+            contender.step()
+    with together(contender.mesh.world):
+        contender.counted_step()
+    return contender
 
 
 def find_reference(
     config: Settings, running: Sequence[Contender], refused: Mapping[str, str]
 ) -> str:
     """Returns the label of the reference: --reference, or else the first that runs."""
-    labels = [one.entry.label for one in running]
+    labels = [contender.entry.label for contender in running]
     label = config.reference.removesuffix("@hand")
     if label in refused:
         raise UserError(f"reference {label} cannot run: {refused[label]}; give another --reference")
@@ -223,10 +224,10 @@ def sent_during(work: Callable[[], None], mesh: Mesh) -> int | None:
     return max(0, (end - middle) - (middle - start))
 
 
-def row_of(one: Contender) -> ContenderRow:
+def row_of(contender: Contender) -> ContenderRow:
     """Combine the measurements of all ranks for one strategy. Collective."""
-    own_facts = json.dumps(one.own_facts()).encode()
-    gathered = [json.loads(facts) for facts in ops.all_gather_bytes(own_facts, one.mesh.world)]
+    own_facts = json.dumps(contender.own_facts()).encode()
+    gathered = [json.loads(b) for b in ops.all_gather_bytes(own_facts, contender.mesh.world)]
     facts = [fact for fact in gathered if fact]  # of the ranks that took part
     kernel = [fact["kernel_bytes"] for fact in facts]
     fullest = max(facts, key=lambda fact: fact["peak_memory_bytes"])
@@ -237,6 +238,6 @@ def row_of(one: Contender) -> ContenderRow:
         "kernel_bytes": None if None in kernel else statistics.fmean(kernel),
     }
     return ContenderRow(
-        **asdict(one.entry), processes=len(facts), rounds=one.rounds, losses=one.losses,
-        **facts[0] | over_ranks,
+        **asdict(contender.entry), processes=len(facts), rounds=contender.rounds,
+        losses=contender.losses, **facts[0] | over_ranks,
     )  # fmt: skip

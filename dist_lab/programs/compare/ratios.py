@@ -15,8 +15,8 @@ for the median and other expectation distributions for populations of unknown di
 Annals of Mathematical Statistics 7(3). It is the inverse of the sign test.
 
 [Note: the order of a round] A strategy may be slower because it runs first, or right after a
-certain other one. So every second round runs in the reverse order of the round before: over the
-two, each strategy has the same average position, and a steady drift cancels. Each such pair of
+certain other one. So every second round runs in the reverse order of the round before: over
+both, each strategy has the same average position, and a steady drift cancels. Each such pair of
 rounds has a new random order.
 """
 
@@ -52,7 +52,7 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A speed relative to the reference's, over paired rounds: 2 is twice as fast.
+    """The speed relative to the reference, over paired rounds: 2 is twice as fast.
 
     low, high: the interval that contains the true median with probability `confidence`.
     quartiles: those of the rounds' ratios.
@@ -87,7 +87,7 @@ def ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
 
 
 def missed(n: int, k: int) -> float:
-    """The probability that the k-th smallest to k-th largest of n values miss the median.
+    """The probability that the median is outside [k-th smallest, k-th largest] of n values.
 
     >>> missed(8, 1)  # all eight on one side: 2 / 256
     0.0078125

@@ -76,11 +76,11 @@ class ContenderRow:
     def blocked_seconds(self) -> float | None:
         return None if self.blocked is None else statistics.median(self.blocked)
 
-    def total(self, what: Literal["payload", "sent", "formula"]) -> float | None:
+    def total(self, column: Literal["payload", "sent", "formula"]) -> float | None:
         """The bytes of all collectives of a step."""
         if self.traffic is None:
             return None
-        return sum(getattr(collective, what) for collective in self.traffic)
+        return sum(getattr(collective, column) for collective in self.traffic)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def by_collective(calls: Iterable[Call]) -> list[list[Any]]:
 
 
 def mean_of_ranks(ranks: Sequence[list[list[Any]] | None]) -> list[Traffic] | None:
-    """The mean over ranks of their `by_collective`; None if the ranks do not count."""
+    """Average the results of `by_collective` over ranks; None if the ranks count no bytes."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     for rank in ranks:
         if rank is None:

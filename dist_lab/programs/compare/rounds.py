@@ -1,9 +1,9 @@
 """Measure the time of steps, on every rank.
 
-[Note: the time of a step] A step ends when the slowest rank ends it. Each rank notes when it ends
-each step, counted from a barrier before the first. The maximum over ranks is taken after the last
-step. So while the clock runs, nothing is sent or waited for but by the step itself, and ranks may
-drift apart within a block as they do in a real run.
+[Note: the time of a step] A step ends when the slowest rank ends it. Each rank records the end of
+each step as the time since a barrier before the first step. The maximum over ranks is taken after
+the last step. So the measured time has no communication and no waiting except the steps' own, and
+ranks may drift apart within a block, as in a real run.
 """
 
 import time

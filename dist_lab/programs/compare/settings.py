@@ -79,11 +79,11 @@ class Settings(RunSettings):
     def of(self, entry: ListedStrategy) -> Config:
         """Returns the settings with which train.py runs one entry.
 
-        Settings that only other listed strategies have are left out.
+        They leave out settings that only other listed strategies have.
         """
         options = STRATEGIES[entry.strategy].options
-        of_any = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
-        changes: dict[str, Any] = {name: None for name in of_any if name not in options}
+        listed = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
+        changes: dict[str, Any] = {name: None for name in listed if name not in options}
         changes |= {"mesh": None, "nproc": None} if entry.alone else {}
         return self.run(strategy=entry.strategy, impl=entry.impl, **changes)
 
@@ -103,7 +103,7 @@ class Settings(RunSettings):
         if self.layers is None and not model.own_blocks:
             stages = [model.blocks(self.size)]
             for run, axes in meshes:
-                with suppress(UserError):  # `axes` reports it, for this entry
+                with suppress(UserError):  # `axes` raises it again, for this entry
                     stages.append(run.pipeline(axes["pp"]).stages if "pp" in axes else 0)
             if max(stages) > stages[0]:
                 changes["layers"] = max(stages)
@@ -113,7 +113,7 @@ class Settings(RunSettings):
         """Returns the mesh for the barriers between rounds. Each strategy also has its own mesh.
 
         Raises:
-            UserError: no strategy, or not the batch, fits `size` processes.
+            UserError: no strategy fits `size` processes, or the batch does not divide.
         """
         fitting = [entry for entry in self.entries() if not self.misfit(entry)]
         if not fitting:

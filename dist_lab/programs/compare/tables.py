@@ -109,7 +109,7 @@ def notes(report: CompareReport) -> Iterator[str]:
     config, rounds = report.setting["config"], len(report.rows[0].rounds)
     yield (
         f"{rounds} rounds of {config['steps']} steps each, in changing order; step ms: the median "
-        f"over rounds; x {report.reference}: throughput relative to {report.reference}'s, by round"
+        f"over rounds; x {report.reference}: throughput relative to {report.reference}'s, per round"
     )
     for row in report.rows:
         if row.processes < report.setting["world_size"]:

@@ -1,10 +1,10 @@
 """doctor(): try every strategy on a model, and report what happens.
 
-First each strategy is applied to a fresh model in the model's own dtype. Here a strategy may refuse
-the model, and the layouts give its memory. Then one process runs a few steps on the batch, the
-first one twice (proof.py). This finds problems that no strategy causes. If there are none, each
-applied strategy trains in float64 and is compared with the one process. notes.py finds what could
-be cheaper.
+First each strategy is applied to a fresh model in the model's own dtype. A strategy may refuse the
+model. Otherwise the layouts give its memory. Then one process runs a few steps on the batch, and
+repeats the first one (proof.py). This finds problems of the model and the batch. If there are none,
+each applied strategy trains in float64 and is compared with the one process. notes.py finds ways to
+save time and memory.
 """
 
 import gc
@@ -58,9 +58,9 @@ def doctor(
     """Try every strategy on a model, and report what each does with it. Collective over the mesh.
 
     Args:
-        model: a module, which is copied and never changed; or a function that builds one. It is
-            called for each strategy, with every random number generator at the same seed. It may
-            also return (module, batch) or (module, batch, loss_sum).
+        model: a module, which is copied and never changed; or a function that builds one.
+            It is called for each strategy, with the same seed in every random number generator. The
+            function may also return (module, batch) or (module, batch, loss_sum).
         mesh: its ranks run all strategies; each strategy has a mesh of its own over them.
         batch: (inputs, targets) of one step, all rows. None: no strategy can be called exact.
         loss_sum: (output, target) -> the sum over the rows; default cross_entropy_sum.
@@ -142,8 +142,8 @@ class Attempt:
 
     Attributes:
         mesh: the strategy's own mesh.
-        outcome: None if it was applied; otherwise why not.
-        kept: for each rank, see `bytes_kept`.
+        outcome: None if the strategy was applied; otherwise the verdict and its reason.
+        kept: the result of `bytes_kept` on each rank.
     """
 
     mesh: Mesh
@@ -273,7 +273,7 @@ def lacks_a_plan(outcome: Outcome) -> bool:
 
 
 def suggested_plan(trial: Trial, proof: Proof, model: nn.Module, mesh: Mesh) -> list[str]:
-    """One line with a tp plan of Linear pairs, if it was tried and is exact. Collective."""
+    """Tries tp plans of Linear pairs; returns a line with the first exact one. Collective."""
     plan = pairs.plan_of_pairs(model)
     while plan and not proof.obstacle and trial.mesh.size > 1:
         outcome = compare_with_one_process(trial, proof, "tp", mesh, {"plan": plan})

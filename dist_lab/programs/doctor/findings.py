@@ -1,4 +1,4 @@
-"""Findings on a model, its loss or its batch that hold for every strategy and block none."""
+"""Find problems of a model, its loss or its batch that affect all strategies and stop none."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def findings(
 
 
 def without_dropout(model: nn.Module) -> list[tuple[str, float]]:
-    """Sets the dropout of torch's own layers to 0. Returns (module name, p) of each active one."""
+    """Sets the dropout of torch's own layers to 0. Returns (module name, p) of each that was on."""
     dropped = []
     for name, module in model.named_modules():
         p = 0.0

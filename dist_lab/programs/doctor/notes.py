@@ -82,7 +82,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Case:
-    """The case of one applied strategy.
+    """The facts about one applied strategy that the rules use.
 
     Attributes:
         kept: the bytes of parameters on each rank.
@@ -101,7 +101,7 @@ Rule = Callable[[Case], Iterator[str]]
 def notes_for(
     strategy: str, facts: Facts, layouts: Mapping[str, Layout], kept: Sequence[int], example: Any
 ) -> list[str]:
-    """Returns the lines on one strategy."""
+    """Returns the notes on one strategy, one line each."""
     if facts.ranks == 1:
         return []
     case = Case(facts, layouts, kept, example)
@@ -238,7 +238,7 @@ def uneven_shards(case: Case) -> Iterator[str]:
         example = f", first {worst} with {rows[worst]} rows" if worst else ""
         yield (
             f"rank {rank} keeps {size(max(case.kept))}, {max(case.kept) / average:.1f} times the "
-            "mean: a shard is rows of dim 0, and some do not divide evenly over the ranks"
+            "mean: shards are rows of dim 0, and not all parameters divide evenly over the ranks"
             f"{example}; put the long dim first, or use zero1 or zero2, which shard by elements"
         )
 
@@ -275,7 +275,7 @@ def uneven_stages(case: Case) -> Iterator[str]:
 
 def tied_stages(case: Case) -> Iterator[str]:
     for name, layout in case.layouts.items():
-        ranks = next((owed.positions for owed in layout.partial if owed.positions), None)
+        ranks = next((term.positions for term in layout.partial if term.positions), None)
         if ranks:
             yield (
                 f"{name} is on pp ranks {' and '.join(map(str, ranks))}: each keeps a full copy, "
@@ -285,7 +285,7 @@ def tied_stages(case: Case) -> Iterator[str]:
 
 
 def stage_costs(model: nn.Module, stages: int, example: Any) -> list[float]:
-    """The cost of each stage where pp splits the model: operations, plus output elements."""
+    """The cost of each stage in pp's partition: operations plus output elements."""
     carried: Sequence[float] = ()
     if seams(model) is None:
         _, costs, carried = node_costs(trace(model, example), example)
@@ -302,10 +302,10 @@ def _first(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-ROWS = ("dp", "ddp", "zero1", "zero2", "fsdp", "hsdp")
+DATA_PARALLEL = ("dp", "ddp", "zero1", "zero2", "fsdp", "hsdp")
 SHARDED = ("fsdp", "hsdp")
 RULES: Sequence[tuple[Rule, Sequence[str]]] = (
-    (batchnorm, ROWS),
+    (batchnorm, DATA_PARALLEL),
     (idle_in_buckets, ("zero1", "zero2")),
     (idle_in_units, SHARDED),
     (no_units, SHARDED),

@@ -21,7 +21,7 @@ class Verdict(StrEnum):
     EXACT = "exact"  # training in parallel gave the same results as one process
     UNPROVED = "unproved"  # it can be applied, but could not be compared with one process
     WRONG = "wrong"  # the results differ from one process
-    REFUSED = "refused"  # parallelize or the first step raised a UserError; it is the reason
+    REFUSED = "refused"  # parallelize or the first step raised a UserError, shown as the reason
     FAILED = "failed"  # any other error
 
 

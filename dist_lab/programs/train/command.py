@@ -52,9 +52,9 @@ def next_line(config: Config, ranks: int) -> str:
         return "next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4"
     default = Config(strategy=config.strategy)
     names = ["impl", "mesh", "model", "layers", *STRATEGIES[config.strategy].options]
-    names += (
-        ["size"] if config.strategy in ("tp", "pp") else []
-    )  # which decides whether the model can be split
+    # The size decides whether tp or pp can split the model.
+    if config.strategy in ("tp", "pp"):
+        names.append("size")
     flags = [f"--strategy {config.strategy} --nproc {ranks}"]
     for name in names:
         value = getattr(config, name)

@@ -1,7 +1,7 @@
 """The meter of a training loop: seconds, bytes, memory and floating-point operations of its steps.
 
-Memory and operations are measured in the first steps only. Measuring slows them down, so the times
-leave them out.
+Memory and operations are measured in the first steps only. Measuring slows those steps down, so the
+times do not include them.
 """
 
 import statistics
@@ -52,9 +52,9 @@ class Meter:
             self.flops_per_step = float(sum_over_ranks(local, self.job.mesh))
 
     def since_last_row(self, samples: int, tokens: int | None) -> dict[str, float]:
-        """Returns the fields of a row: means over the steps since the last row. Images: no tokens.
+        """Returns the fields of a row: means over the steps since the last row.
 
-        The slow warm-up steps count only if the row has no other steps.
+        The slow warm-up steps count only if there are no others. `tokens` is None for images.
         """
         start, self.reported = self.reported, len(self.steps)
         recent = self.steps[max(start, WARM_UP) :] or self.steps[start:]
@@ -91,7 +91,7 @@ class Meter:
 
 
 def sum_over_ranks(numbers: Tensor, mesh: Mesh) -> Tensor:
-    """Sums measurements over all ranks, which is not part of a step's traffic. Collective."""
+    """Sums measurements over all ranks. The bytes are not a step's traffic. Collective."""
     with mesh.comm.label("measure"):
         return ops.all_reduce(numbers.to(mesh.device), mesh.world)
 

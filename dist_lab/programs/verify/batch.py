@@ -1,8 +1,8 @@
 """The global batch of a step: check it, split it by rows, join it, compare it across ranks.
 
 Inputs and targets are tensors, or dicts, tuples, lists and dataclasses of tensors, nested freely.
-Dim 0 of every tensor is the rows. Targets may hold several entries per row, flattened. Any other
-value in a structure (a flag, a name, None) goes to every rank unchanged.
+Dim 0 of every tensor is the rows. In dim 0 of a target each row may have several entries, one after
+the other. Any other value in a structure (a flag, a name, None) goes to every rank unchanged.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ def checked_batch(build_batch: Callable[[int], Pair], step: int, device: torch.d
             if not length or (length != rows if part == "inputs" else length % rows):
                 raise UserError(
                     f"{name} of the batch has shape {tuple(tensor.shape)}, but the batch has "
-                    f"{rows} rows; put the rows in dim 0 of every tensor, and tensors without rows "
-                    "in the model"
+                    f"{rows} rows; put the rows in dim 0 of every tensor, and move tensors without "
+                    "rows into the model"
                 )
     return map_tensors(lambda t: t.to(device), batch[0]), map_tensors(
         lambda t: t.to(device), batch[1]
@@ -103,7 +103,7 @@ def all_rows_equal(inputs: Any) -> bool:
 
 
 def first_difference(batch: Pair, other: Pair) -> str:
-    """The name of the first value that is not bitwise equal in both batches; "" if all are."""
+    """The name of the first value that is not bitwise equal in both batches; "" if none."""
     return _first_mismatch(_fingerprints(batch), _fingerprints(other))
 
 
@@ -136,7 +136,7 @@ def _first_mismatch(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def _named_leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yields every leaf of a structure with the expression that a user would write for it."""
+    """Yields each leaf of a structure with its Python expression, such as inputs['x'][0]."""
     if isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _named_leaves(item, f"{name}[{i}]")

@@ -6,12 +6,12 @@ The floor is for tensors that are nearly zero, where rounding is large relative 
 Booleans and integers must be equal.
 
 [Note: rounding only] Where the true gradient is zero, the computed gradient is rounding error.
-Adam divides it by its own size and takes a full step, so two correct runs end with different
-weights there. One example is the key bias of attention, which softmax cancels; it is a third of
-the `in_proj_bias` of nn.MultiheadAttention. So we leave out the elements of a weight whose gradient
-has been only rounding at this step or an earlier one; the report counts and lists them. A gradient
-of exactly zero in both runs (an embedding row that was not looked up) is not rounding, and its
-weight is judged. Gradients are always judged.
+Adam divides it by its own size and takes a full step, so two correct runs get different weights.
+One example is the key bias of attention, which softmax cancels; it is a third of the `in_proj_bias`
+of nn.MultiheadAttention. So we leave out the elements of a weight whose gradient was only rounding
+at this step or an earlier one; the report counts and lists them. "Judged" values count in the
+verdict. A gradient of exactly zero in both runs (an embedding row that was not looked up) is not
+rounding, and its weight is judged. Gradients are always judged.
 """
 
 import math
@@ -39,8 +39,8 @@ def compare(
     """Compares every quantity of one step.
 
     Args:
-        rounding: name -> mask of the elements whose gradient has been only rounding so far. The
-            elements of this step are added to it.
+        rounding: name -> mask of the elements whose gradient was only rounding in some step so
+            far. This function adds the elements of this step.
     """
     _update_rounding(rounding, ours["gradient"], theirs["gradient"], dtype)
     comparisons = []
@@ -88,7 +88,7 @@ def floor_of(tensors: Tensors) -> float:
 
 
 def rounding_only_tensors(gradients: Tensors, dtype: torch.dtype) -> set[str]:
-    """Names of tensors whose gradient is so small beside the others that it may be rounding."""
+    """Names of tensors whose gradient is so small, relative to others, that it may be rounding."""
     magnitudes = _magnitudes(gradients)
     threshold = _rounding_level(dtype) * _median(magnitudes)
     return {name for name, magnitude in magnitudes.items() if 0 < magnitude <= threshold}
@@ -115,7 +115,7 @@ def _update_rounding(
 
 
 def _rounding_level(dtype: torch.dtype) -> float:
-    """A gradient below this fraction of the typical one may be only rounding."""
+    """A gradient below this fraction of the typical gradient may be only rounding."""
     return min(64 * torch.finfo(dtype).eps, 1e-2)
 
 

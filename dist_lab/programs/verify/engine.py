@@ -64,12 +64,12 @@ def verify(
             targets: the elements of the target tensor, or of the first tensor in a structure.
         param_dtype: see `parallelize`; the reference then computes in it too.
         tolerance: default by dtype, see TOLERANCE.
-        reference: the steps of the one process, if they are known: see `one_process`. The first
-            one is then not run again to check that it is repeatable.
+        reference: the steps of `one_process`, if the caller has run them already. Then the first
+            step is not run again to check that it is repeatable.
         sync_batchnorm, strategy_options: see `parallelize`.
 
     Raises:
-        UserError: on every rank, for a problem that no strategy causes. All rows are equal, which
+        UserError: on every rank, for a problem of the model or the batch: all rows are equal, which
             would hide a missing sum over ranks; one process is not repeatable, as with dropout: see
             `repeat_first_step`; the batch differs between ranks or cannot be split by rows; there
             is nothing to train; the reference is not finite.
@@ -148,8 +148,8 @@ def _tested_step(
 def coarsest(
     model: nn.Module, param_dtype: torch.dtype | None, tolerance: float | None
 ) -> torch.dtype:
-    """Of the dtypes that the model computes in, the one that rounds most."""
-    named = reversed([*model.named_parameters()])  # so that a dtype keeps its first parameter
+    """Returns the least precise dtype that the model computes in."""
+    named = reversed([*model.named_parameters()])  # the first of each dtype wins
     first_of_dtype = {p.dtype: name for name, p in named if p.is_floating_point()}
     dtypes = [param_dtype] if param_dtype is not None else list(first_of_dtype)
     coarsest = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, math.inf))

@@ -1,8 +1,8 @@
 """The reference that a parallel run is compared with: one process, plain PyTorch, the whole batch.
 
-Whatever would make a correct run look wrong is refused in one line on every rank. This file refuses
-a model without anything to compare, a step that is not finite, and a batch that differs between
-ranks. repeat.py refuses a step that one process cannot repeat.
+A problem that would make a correct run look wrong is a one-line error on every rank. This file
+checks for a model without anything to compare, a step that is not finite, and a batch that differs
+between ranks. repeat.py checks for a step that one process cannot repeat.
 
 [Note: BatchNorm] BatchNorm makes the gradient depend on which rows are normalized together. So the
 reference splits the batch as the ranks do: it runs each rank's micro-batches one by one, or with

@@ -1,6 +1,6 @@
 """Check that one process can repeat its first step; otherwise no parallel run can be equal to it.
 
-No strategy causes such a difference. So before anything is compared, the first step of the
+Such a difference does not come from a strategy. So before the comparison, the first step of the
 reference runs a second time: with a model built again, a batch built again and every random number
 generator at another seed. If the parallel run will split the batch, this run splits it in two. The
 error names what changed: the batch, the weights, the module that draws random numbers (any form of
@@ -112,7 +112,7 @@ def weights_and_buffers(model: nn.Module) -> dict[str, Tensor]:
 def difference(
     loss: float, gradients: Tensors, expected: State, dtype: torch.dtype, tolerance: float
 ) -> tuple[str, float] | None:
-    """The first of the loss and the gradients that is not within the tolerance, and its error."""
+    """Returns the first of loss and gradients with an error above the tolerance, and its error."""
     theirs = expected["gradient"]
     floor, rounding_only = floor_of(theirs), rounding_only_tensors(theirs, dtype)
     errors = {"loss": error(torch.tensor(loss, dtype=torch.float64), expected["loss"][""], 0.0)}
@@ -140,7 +140,7 @@ def _split_message(quantity: str, by: float, dtype: torch.dtype) -> str:
 # --- finding what changes -------------------------------------------------------------------------
 
 Call = tuple[str, int]  # (name and class of a module, index of its call within the step)
-Seen = tuple[list[int], list[int]]  # digests of the input tensors and of the output tensors
+CallDigests = tuple[list[int], list[int]]  # digests of the input tensors and of the output tensors
 
 
 def _find_change(
@@ -149,12 +149,12 @@ def _find_change(
     loss_sum: LossFn,
     device: torch.device,
 ) -> str:
-    """Names what changes when the same first step runs again; "" if nothing does.
+    """Returns a message about the part that changes when the same step runs again; "" if none.
 
-    That is the first module whose output changes for equal inputs. Later modules get other inputs.
+    It is the first module whose output changes for equal inputs. Later modules get other inputs.
     """
 
-    def run(seed: int) -> tuple[dict[Call, Seen], float, dict[str, list[int]], bool]:
+    def run(seed: int) -> tuple[dict[Call, CallDigests], float, dict[str, list[int]], bool]:
         model = fresh()
         calls = _record_calls(model)
         with _seeded(seed, model, device) as has_drawn:
@@ -187,9 +187,9 @@ def _find_change(
     return ""
 
 
-def _record_calls(model: nn.Module) -> dict[Call, Seen]:
+def _record_calls(model: nn.Module) -> dict[Call, CallDigests]:
     """Hooks every module; the returned dict fills as calls end, so inner modules come first."""
-    calls: dict[Call, Seen] = {}
+    calls: dict[Call, CallDigests] = {}
     call_counts: dict[str, int] = {}
     open_calls: list[tuple[Call, list[int]]] = []
 

@@ -31,8 +31,8 @@ class VerifyReport:
 
     Attributes:
         equal: every judged error is within the tolerance.
-        first: the first comparison that is not. The order is: step, then loss, gradients in the
-            order of backward, gradient norm, weights, buffers.
+        first: the first comparison with an error above the tolerance. The order is: step, then
+            loss, gradients in the order of backward, gradient norm, weights, buffers.
     """
 
     strategy: str

@@ -173,7 +173,7 @@ BAD_FLAGS = [
     ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m or 124m "
         "(did you mean tiny?)"),
     ("--size small --model resnet18", "model resnet18 has no size small (--size); give tiny, its "
-        "only one"),
+        "only size"),
     ("--model resnet", "model cannot be 'resnet' (--model); give gpt, mlp, vit or resnet18 (did "
         "you mean resnet18?)"),
     ("--backend mpi", "backend cannot be 'mpi' (--backend); give gloo or nccl"),
@@ -228,8 +228,8 @@ BAD_FLAGS = [
         "or give --strategy tp"),
     ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
         "it out, or give --strategy tp"),
-    ("--strategy tp --regather", "regather all-gathers what --sequence-parallel shards "
-        "(--regather); give both"),
+    ("--strategy tp --regather", "regather needs inputs sharded by "
+        "--sequence-parallel (--regather); give both"),
     ("--strategy pp --nproc 8 --oversubscribe", "8 stages (8 ranks of pp x 1) are more than the 4 "
         "blocks of gpt tiny (--mesh); give --layers 8, or a smaller pp"),
     ("--strategy pp --nproc 2 --microbatches 5 --batch 32", "batch 32 is not a multiple of 1 "
