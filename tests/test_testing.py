@@ -6,7 +6,6 @@ is warm. A test of what is left behind runs the inner pytest as a program.
 
 import importlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -245,23 +244,6 @@ def test_after(mesh):
     for rank in (0, 1, 2):
         assert f"---- rank {rank} printed ----\nhello from {rank}\nand from C++\n" in report
     assert len({line for line in result.outlines if line.startswith("PID")}) == 6
-
-
-def test_a_rank_that_waits_in_shared_memory_is_reported_after_the_one_that_failed(inner):
-    result = inner("""
-@pytest.mark.ranks(3)
-def test_fails(mesh):
-    from dist_lab.comm.into import all_reduce_into
-    from dist_lab.comm.ops import shared_buffer
-
-    buffer = shared_buffer(8, torch.float32, mesh["dp"])
-    assert mesh.rank != 1, "the cause"
-    all_reduce_into(buffer, mesh["dp"]).wait()
-""")
-    result.assert_outcomes(failed=1)
-    first, second = re.findall(r"---- (rank \d) of 3: (\w+)", result.text)[:2]
-    assert first == ("rank 1", "AssertionError")
-    assert second[1] == "CollectiveError", result.text
 
 
 def test_a_failure_of_all_ranks_is_reported_once_and_pytests_warning_filters_apply(inner):

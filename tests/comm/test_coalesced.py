@@ -13,6 +13,7 @@ from dist_lab.comm.shared import memory as shared
 from dist_lab.comm.shared.collectives import BLOCK
 from dist_lab.mesh.mesh import dry_run, init_mesh
 from dist_lab.observe.memory import LiveBytes
+from dist_lab.processes.failures import distance_from_cause
 
 needs_linux = pytest.mark.skipif(not shared.FOLDER.is_dir(), reason="Linux alone has /dev/shm")
 SETTINGS = [pytest.param("auto", marks=needs_linux), "backend", "ring", "direct"]
@@ -345,8 +346,11 @@ def test_a_rank_that_does_not_call_is_an_error_that_names_the_call(setting, mesh
     staging = ops.shared_buffer(6, F32, mesh["dp"])
     if mesh.rank == 0:
         began = time.monotonic()
-        with pytest.raises(ops.CollectiveError, match=r"rank 0/2 .*reduce_scatter .*coalesced.py"):
+        with pytest.raises(
+            ops.CollectiveError, match=r"rank 0/2 .*reduce_scatter .*coalesced.py"
+        ) as error:
             ops.reduce_scatter_coalesced(torch.empty(3), [None], [3], staging, mesh["dp"]).wait()
+        assert distance_from_cause(error.value) == 1
         assert 0.5 < time.monotonic() - began < 10
     else:
         time.sleep(2.5)
@@ -389,9 +393,10 @@ def test_a_dead_rank_is_reported_at_once_and_not_at_the_time_limit(mesh):
     began = time.monotonic()
     with pytest.raises(
         ops.CollectiveError, match=r"all_gather .*rank 2 did not call this.*has ended"
-    ):
+    ) as error:
         ops.all_gather_coalesced([out], x, axis).wait()
     assert time.monotonic() - began < 1
+    assert distance_from_cause(error.value) == 2, "reports would begin with a rank that waited"
 
 
 @needs_linux
