@@ -44,14 +44,14 @@ class FlatBuffer:
     # --- gradients --------------------------------------------------------------------------------
 
     def copy_in(self, name: str, parameter: Tensor) -> None:
-        """Make `parameter.grad` its view; None stays None."""
+        """Copy `parameter.grad` into its view, which becomes `.grad`. None stays None."""
         view = self.views[name]
         if parameter.grad is not None and parameter.grad is not view:
             view.copy_(parameter.grad.detach())
             parameter.grad = view
 
     def copy_in_all(self, parameters: Mapping[str, Tensor]) -> None:
-        """Make every `.grad` its view. Where a parameter has no gradient, the view is zeroed."""
+        """Call `copy_in` for every parameter. Zero the view of a parameter without a gradient."""
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 self.views[name].zero_()
@@ -79,11 +79,11 @@ class FlatBuffer:
         """Wait for the collective that was issued."""
         assert self._pending is not None, self.label
         self._pending.wait()
-        self._pending = None  # so that it does not keep its inputs alive
+        self._pending = None  # a Pending keeps its inputs alive
 
 
 class Arrivals:
-    """Which gradients of a bucket are complete: nothing more is added to them in this step."""
+    """Tracks which gradients of a bucket are complete: this step adds nothing more to them."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
@@ -96,7 +96,7 @@ class Arrivals:
 
     @property
     def complete(self) -> bool:
-        """Whether every gradient that can come is complete."""
+        """Whether the gradients of all parameters that are not frozen are complete."""
         return len(self.ready | self.frozen) == len(self.parameters)
 
 
@@ -107,7 +107,7 @@ def group_into_buckets(
 
     Args:
         sizes: (name, dtype, bytes).
-        first, limit: the most bytes that the first bucket, and each other one, may hold.
+        first, limit: the largest size, in bytes, of the first bucket and of each other bucket.
 
     >>> f = torch.float32
     >>> sizes = [("head", f, 6), ("b", f, 1), ("c", f, 2), ("d", f, 2), ("e", f, 1)]
@@ -115,11 +115,11 @@ def group_into_buckets(
     [['head'], ['b', 'c', 'd'], ['e']]
     """
     buckets: list[list[str]] = []
-    open_buckets: dict[torch.dtype, tuple[list[str], int]] = {}  # the one to fill, and its bytes
+    open_buckets: dict[torch.dtype, tuple[list[str], int]] = {}  # being filled, and their bytes
     for name, dtype, size in sizes:
         bucket, filled = open_buckets.get(dtype, ([], 0))
-        most = first if buckets and bucket is buckets[0] else limit
-        if not bucket or filled + size > most:
+        max_bytes = first if buckets and bucket is buckets[0] else limit
+        if not bucket or filled + size > max_bytes:
             bucket, filled = [], 0
             buckets.append(bucket)
         bucket.append(name)

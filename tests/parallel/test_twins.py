@@ -467,7 +467,7 @@ def test_what_fsdp2_cannot_do_is_refused_in_one_sentence(mesh):
 
     with pytest.raises(UserError, match="FSDP2 always prefetches; leave prefetch"):
         apply(nn.Linear(2, 2), prefetch=False)
-    with pytest.raises(UserError, match=r"cannot have a.weight tied between units that have"):
+    with pytest.raises(UserError, match=r"cannot shard a.weight, tied between units that have"):
         apply(Tied(), units=["a", "b"])
     apply(Tied(), units=["a"])  # b belongs to the model itself, so the weight is found there
     two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())

@@ -8,20 +8,20 @@ for an expert, skips a layer, or has an output that needs no gradient. So each u
 the forward, and every rank takes part in every turn.
 
 The first forward learns the turns. Before each gather the ranks vote for the unit that they want,
-and every unit with a vote gets a turn. If all ranks have wanted the same units, that is the order
-of later forwards, and there the ranks vote only once, at the end. A rank that wants another unit
-takes all remaining turns first, and then votes for it. The other ranks vote at the end of their
-forwards, until no rank wants a unit.
+and every unit with a vote gets a turn. If all ranks wanted the same units in one order, later
+forwards have these turns, and vote only once, at the end. A rank that wants another unit takes part
+in all remaining turns first, and then votes for this unit. The other ranks vote at the end of their
+forwards, again and again until no rank wants a unit.
 
-At the end of a forward the ranks also vote for the units that their backwards may come to. These
-units have turns in backward, the last one left in forward first, as autograd goes. Backward may not
-come to a unit on this rank, because the loss does not use its output. Its turn is then taken when a
-later one comes, or when backward is over. The ranks know each other's units by name, but not which
-called which. So the order of backward turns is a guess if a unit was called in one that does not
-contain it. A unit that this rank's forward left before the one that backward has come to is still
-to come: if its turn is taken now, it stays unsharded until then.
+At the end of a forward the ranks also vote for the units that their backwards may reach. These
+units get turns in backward, in the reverse of the order in which forward left them, like autograd.
+This rank's backward may not reach a unit, if the loss does not use its output. The rank then takes
+part in the unit's turn before the next turn that it uses, or after backward. A rank knows the names
+of the units that others used, but not which unit called which. So the order of backward turns is a
+guess if a unit was called by one that does not contain it. A turn may then come too early: for a
+unit that forward left before the current one. The unit stays unsharded until backward reaches it.
 
-A rank that has not kept to the order, or has written to a parameter, says so at the end of the
+A rank that has used other units, or has written to a parameter, sets a flag in the last vote of the
 forward. Then all ranks exchange the units that they have used and the parameters they have written.
 
 Cost per forward: one all_reduce of two numbers per unit and two more, each a count of votes. It
@@ -48,14 +48,14 @@ class CommonOrder:
 
     Args:
         units: all units, in the same order on every rank.
-        gather, skip: take a unit's turn, if this rank uses it and if only other ranks do.
+        gather, skip: take a unit's turn: gather if this rank uses it, skip if only others do.
 
     Attributes:
-        ballot: buffer of the vote: for each unit, is it wanted, and may backward come to it.
-        order: the units of a forward, if all ranks have used the same; else of an earlier one.
+        ballot: buffer of the votes: which units are wanted, and which ones backward may reach.
+        order: the units of the last forward in which all ranks used the same ones in one order.
         upcoming: the remaining turns of this forward.
-        backward: (unit, whether this rank's backward may come to it) for each turn of backward.
-        returning: turns of the last forward that the backward of some rank may come to.
+        backward: (unit, whether this rank's backward may reach it) for each turn of backward.
+        returning: turns of the last forward that some rank's backward may reach.
         conflict: name of a parameter to which the ranks have written different values.
     """
 
@@ -70,11 +70,11 @@ class CommonOrder:
         self.is_open = False
         self._wanted: list[str] = []  # units that this rank has used in this forward
         self._turns: list[str] = []  # turns taken in this forward
-        self._returns: set[str] = set()  # units that this rank's backward may come to
-        # A visit for each forward since the last backward; None if no backward can come to it.
+        self._returns: set[str] = set()  # units that this rank's backward may reach
+        # One visit for each forward since the last backward; None if no backward can reach it.
         self._forwards: list[ReferenceType[object] | None] = []
         self._newest = 0  # the number of turns in `backward` that the last forward has added
-        self._must_exchange = False  # some rank has more to say than fits the ballot
+        self._must_exchange = False  # some rank used other units, or wrote to a parameter
         self._clock = itertools.count()
         self._left_at: dict[str, list[int]] = {}  # unit -> when forwards left it
 
@@ -93,7 +93,7 @@ class CommonOrder:
             while (turn := self.upcoming.pop(0)) != unit:
                 self._take(turn, self.skip)
             self._take(unit, self.gather)
-        elif not self.is_open or self.axis.size == 1:  # a unit called by itself
+        elif not self.is_open or self.axis.size == 1:  # called outside the model
             self._take(unit, self.gather)
         else:
             self._take_all()
@@ -106,13 +106,13 @@ class CommonOrder:
             self._left_at.setdefault(unit, []).append(next(self._clock))
 
     def returns_to(self, unit: str, visit: object) -> None:
-        """Note that this rank's backward may come to the unit, as long as the visit lives."""
+        """Note that this rank's backward may reach the unit while `visit` is alive."""
         self._returns.add(unit)
         if unit == ROOT:
             self._forwards[-1:] = [ref(visit)]
 
     def end(self, written: Mapping[str, int]) -> None:
-        """End the forward on this rank. Returns when all ranks have ended it.
+        """End the forward on this rank. Returns when all ranks have ended theirs.
 
         Args:
             written: name -> digest, of the parameters that this rank has written to.
@@ -136,11 +136,11 @@ class CommonOrder:
         name, self.conflict = self.conflict, None
         if name is not None:
             raise UserError(
-                f"the forward writes to {name} by .data, and not the same on every rank, because "
+                f"the forward writes to {name} by .data, with different values on each rank: "
                 "each has other rows; write what does not depend on rows, or write after the step"
             )
 
-    def break_off(self) -> None:
+    def abort(self) -> None:
         """Forget the forward and backward of a step that an exception has ended."""
         self.is_open, self.upcoming = False, []
         self.backward_ends()
@@ -150,19 +150,19 @@ class CommonOrder:
         self._left_at = {}
 
     def turns_before(self, unit: str | None) -> Iterator[tuple[str, bool]]:
-        """Remove from `backward` the turns before the unit's, and its own; None: all turns.
+        """Remove the turns before the unit's, and its own, from `backward`. None: all turns.
 
-        Yields each turn before, and whether this rank's backward is still to come to it. A unit
-        without a turn, such as one that backward comes to a second time, has no turns before it.
+        Yields (unit, whether this rank's backward will use it later) for each turn before. A unit
+        without a turn, such as one that backward reaches a second time, has no turns before it.
         """
         times = self._left_at.get(unit or ROOT)
         left_at = times.pop() if times else -1  # when forward left the unit
         indices = (i for i, turn in enumerate(self.backward) if turn == (unit, True))
         count = len(self.backward) if unit is None else next(indices, -1)
         for _ in range(count):  # one at a time, so that `backward` always begins with the next turn
-            turn, is_ours = self.backward.pop(0)
-            comes = is_ours and any(time < left_at for time in self._left_at.get(turn, ())[-1:])
-            yield turn, comes and not self.has_backward_turn(turn)
+            turn, may_reach = self.backward.pop(0)
+            later = may_reach and any(time < left_at for time in self._left_at.get(turn, ())[-1:])
+            yield turn, later and not self.has_backward_turn(turn)
         if unit is not None and count >= 0:
             self.backward.pop(0)
 
@@ -206,28 +206,28 @@ class CommonOrder:
         return turns
 
     def _older(self) -> bool:
-        """Whether this rank's backward may come to a forward before the last two."""
+        """Whether this rank's backward may reach a forward before the last two."""
         return any(visit is not None and visit() is not None for visit in self._forwards[:-2])
 
     def _plan_backward(self, returning: set[str], *, older: bool) -> None:
         """Put the turns of the backward through this forward before those of earlier forwards.
 
         Args:
-            returning: units that the backward of some rank may come to.
-            older: whether some rank's backward may come to a forward before the last two. If not,
-                the turns of such forwards are dropped: the user's loop has forgotten its no_grad,
-                and holds only the last output.
+            returning: units that some rank's backward may reach.
+            older: whether some rank's backward may reach a forward before the last two. If not,
+                drop the turns of such forwards: the user's loop runs forwards without no_grad, and
+                keeps only the last output.
         """
         if not older:
             self.backward, self._forwards = self.backward[: self._newest], self._forwards[-2:]
         self.returning = [unit for unit in self._turns if unit in returning]
         # Without the root: it has no turn, because every backward begins with it.
-        units = reversed(_as_left([unit for unit in self.returning if unit != ROOT]))
+        units = reversed(_sort_by_exit([unit for unit in self.returning if unit != ROOT]))
         new_turns = [(unit, unit in self._returns) for unit in units]
         self.backward, self._newest = new_turns + self.backward, len(new_turns)
 
     def _exchange(self, written: Mapping[str, int]) -> None:
-        """Exchange what ranks have used and written. If all have used the same, that is the order.
+        """Exchange the units used and the parameters written. Equal units become the order.
 
         Collective.
         """
@@ -241,10 +241,10 @@ class CommonOrder:
         self.conflict = next((n for n in names if len({w.get(n) for _, w in messages}) > 1), None)
 
 
-def _as_left(entered: Sequence[str]) -> list[str]:
-    """Sort units, given in the order in which forward enters them, by when it leaves them.
+def _sort_by_exit(entered: Sequence[str]) -> list[str]:
+    """Sort units by when forward leaves them. They are given in the order in which it enters them.
 
-    >>> _as_left(["a", "a.x", "a.y", "b"])
+    >>> _sort_by_exit(["a", "a.x", "a.y", "b"])
     ['a.x', 'a.y', 'a', 'b']
     """
     left: list[str] = []

@@ -62,8 +62,8 @@ def apply(
         reduce_dtype: the dtype in which gradients are summed; default: that of the shards.
         reshard_after_forward, keep_gathered, defer_reduce: see the table above.
         prefetch: gather the next unit while one computes.
-        offload: a folder, in whose files shards and optimizer state are kept; or "cpu", for an
-            accelerator: shards stay in CPU memory, and the optimizer runs on the CPU.
+        offload: a folder for files that hold shards and optimizer state. Or "cpu", for a model on
+            an accelerator: shards stay in CPU memory, and the optimizer runs on the CPU.
     """
     model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
     for dtype in (setup.param_dtype, reduce_dtype):
@@ -72,9 +72,9 @@ def apply(
     refuse_recurrent(model)
     make_memory = maker(offload, axis.device)
     slots, gather_axis = param_slots(model), setup.channel()
-    owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
-    layouts = owing | {
-        name: owing[name].split(axis.name, Shard(0) if p.dim() else FlatShard(0, 1))
+    layouts = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
+    layouts |= {
+        name: layouts[name].split(axis.name, Shard(0) if p.dim() else FlatShard(0, 1))
         for name, p in model.named_parameters()
     }
     groups = [
@@ -151,7 +151,7 @@ class FullySharded(Sync):
         gather, skip = (partial(turn, Phase.FORWARD) for turn in (self._gather, self._skip))
         self.order = CommonOrder(list(groups_of), gather_axis, gather, skip)
         self.prefetched: str | None = None  # the next unit, whose gather was issued in advance
-        self.gathered_early: list[str] = []  # units whose turn came before this rank's backward did
+        self.gathered_early: list[str] = []  # units gathered before this rank's backward needs them
         self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
         self.in_flight: ParamGroup | None = None  # the group whose reduction was issued
 
@@ -165,7 +165,7 @@ class FullySharded(Sync):
             self._enter_model(phase)
         if phase is Phase.FORWARD:
             self.order.use(unit)
-            if not self.order.is_open and torch.is_grad_enabled():  # a unit called by itself
+            if not self.order.is_open and torch.is_grad_enabled():  # called outside the model
                 self._expect_grads(unit)
         else:
             for turn, is_still_to_come in self.order.turns_before(unit):
@@ -275,14 +275,14 @@ class FullySharded(Sync):
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         for name in names:
             group = self.group_of[name]
-            if group.grads is Grads.NONE:  # this forward did not announce the unit
+            if group.grads is Grads.NONE:  # the forward did not expect them
                 group.expect_grads()
                 self.to_reduce.append(group)
             group.grad_arrived(name)
         self._reduce_ready()
 
     def _expect_grads(self, unit: str) -> None:
-        """Expect the unit's gradients, after those of all units that follow it in forward."""
+        """Put the unit's groups first in `to_reduce`, which has the reverse of forward order."""
         for group in self.groups_of[unit]:
             if group.trained:
                 group.visits += group.unit == unit
@@ -295,7 +295,7 @@ class FullySharded(Sync):
         if self.last or not self.defer_reduce:
             while self.to_reduce and self.to_reduce[0].grads is Grads.COMPLETE:
                 if self.order.has_backward_turn(self.to_reduce[0].unit):
-                    break  # another rank may have to gather the unit before it can reduce it
+                    break  # another rank's backward may still have to gather this unit
                 self._wait_in_flight()  # so at most two groups' unsharded gradients exist
                 self.in_flight = self.to_reduce.pop(0)
                 self.in_flight.issue_reduce(self._staging(self.in_flight.reduce_dtype))
@@ -308,7 +308,7 @@ class FullySharded(Sync):
         return self.staging[dtype]
 
     def _reduce_all(self) -> None:
-        """Backward is over: reduce all remaining groups, without gradients that did not come."""
+        """Reduce all remaining groups after backward. Gradients that did not come count as 0."""
         for group in self.groups:
             group.visits = 0
             group.expect_no_more_grads()
@@ -325,7 +325,7 @@ class FullySharded(Sync):
         sum_over_replicas(self.groups, self.replicate)
         self.keep_unsharded = False
         for group in self.groups:
-            group.sharded_grads.total = None  # `.grad` keeps it alive
+            group.sharded_grads.total = None  # the memory lives on in `.grad`
             group.reshard()
             group.wait_for_readers()  # the optimizer is about to write
 
@@ -337,7 +337,7 @@ class FullySharded(Sync):
     def forget(self) -> None:
         self.to_reduce.clear()
         self.keep_unsharded = False
-        self.order.break_off()
+        self.order.abort()
         self.prefetched = None
         self.gathered_early.clear()
         for group in self.groups:

@@ -3,7 +3,7 @@
     In[B_X, D] . W[D_X, F] -> Out[B_X, F]     W[D_X, F] -> W[D, F]         before a unit is used
                                               dW[D, F]{U_X} -> dW[D_X, F]  after its backward
 
-Parameters are DTensors, sharded along dim 0, and optimizers step on those. The library is set to
+Parameters are DTensors, sharded along dim 0, and optimizers step on these. The library is set to
 sum gradients, not to average them. By default it would keep the root's own parameters unsharded
 after forward; here they are resharded like any unit's, so that both implementations send the same.
 On CPU the library waits for each collective as soon as it has issued it, even for a prefetch.
@@ -54,7 +54,7 @@ def apply(
     prefetch: bool = True,
     find_unused: bool = False,
 ) -> Applied:
-    """Hand each unit, the innermost first and the model last, to `fully_shard`.
+    """Apply `fully_shard` to each unit, the innermost first and the model last.
 
     Args:
         find_unused: allow parameters that are not used by every rank in every micro-batch. Without
@@ -65,7 +65,7 @@ def apply(
         UserError: for what the library cannot do: a parameter tied between two units that both have
             other parameters, trained parameters of several dtypes in one unit, no prefetching.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # a second
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # slow
 
     if not prefetch:
         raise UserError('FSDP2 always prefetches; leave prefetch as it is, or give impl="hand"')
@@ -78,9 +78,9 @@ def apply(
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     refuse_recurrent(model)
     slots = param_slots(model)
-    owing = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
-    layouts = owing | {
-        name: owing[name].split(axis.name, Shard(0)) if p.dim() else owing[name]
+    layouts = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
+    layouts |= {
+        name: layouts[name].split(axis.name, Shard(0)) if p.dim() else layouts[name]
         for name, p in model.named_parameters()
     }
     names_of = _names_by_unit(model, slots, units)
@@ -144,14 +144,14 @@ def apply(
 
 @dataclass(eq=False, kw_only=True)
 class ThroughFSDP(Sync):
-    """Leaves communication to the library's hooks, and sets its switches as a step goes on."""
+    """Leaves communication to the library's hooks, and changes its settings during a step."""
 
     model: nn.Module
     sharded: Mapping[str, Any]  # unit -> its module, which is an FSDPModule now
     leaves: Mapping[str, Tensor]  # name -> the unsharded parameter, to whose `.grad` backward adds
     axis: Axis
     replicate: Axis
-    scalars: Sequence[str]  # names of trained parameters that the library does not see
+    scalars: Sequence[str]  # names of 0-dim trained parameters, which the library ignores
     reshard_after_forward: bool
     keep_gathered: bool
     defer_reduce: bool
@@ -166,7 +166,7 @@ class ThroughFSDP(Sync):
     def __post_init__(self) -> None:
         self.root = self.sharded[ROOT]
         self.used: list[set[str]] = []  # names with a gradient, for each forward since finish()
-        # Before the library's own hook, whose state an exception in the last step may have spoilt.
+        # Before the library's own hook, because an exception may have left it in a wrong state.
         self.model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
         self.model.register_forward_hook(ModuleHook(self._after_forward))
 
@@ -199,7 +199,7 @@ class ThroughFSDP(Sync):
                 self.is_reduction_due = not self.last and (
                     self.defer_reduce or self.replicate.size > 1
                 )
-        elif not torch.is_grad_enabled():  # no backward follows, which would reshard it
+        elif not torch.is_grad_enabled():  # no backward will follow and reshard it
             for name, module in self.sharded.items():
                 if unit in (ROOT, name):
                     module.reshard()
@@ -211,15 +211,15 @@ class ThroughFSDP(Sync):
         used, self.used = [names for names in self.used if names], []
         if self.is_reduction_due:
             raise UserError(
-                "finish() before a last micro-batch, in whose backward FSDP2 sums the gradients of "
-                "all micro-batches: wrap the last one in job.microbatch(last=True)"
+                "finish() before a last micro-batch: FSDP2 sums the gradients of all micro-batches "
+                "in the backward of the last one; wrap the last one in job.microbatch(last=True)"
             )
         used_once: set[str] = set().union(*used)
         uneven = sorted(name for name in used_once if not all(name in names for names in used))
         if uneven and not self.find_unused and not self.defer_reduce and self.replicate.size > 1:
             raise UserError(
-                f"{uneven[0]} was not used in each micro-batch, and FSDP2 has lost its gradient of "
-                "other replicas; give find_unused=True"
+                f"{uneven[0]} was not used in each micro-batch, so FSDP2 has lost the gradient "
+                "that other replicas have for it; give find_unused=True"
             )
         self._sum_scalars(used_once)
         for module in self.sharded.values():
@@ -227,7 +227,7 @@ class ThroughFSDP(Sync):
         self.keep_unsharded = False
 
     def _sum_scalars(self, used: set[str]) -> None:
-        """Sum the gradients of scalars, and clear those of unused parameters, which come as 0."""
+        """Sum the gradients of scalars, and clear those of unused parameters, which are 0."""
         trained = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
         names = [*self.scalars, *(trained if self.find_unused else ())]
         if not names:
@@ -272,16 +272,16 @@ class ThroughFSDP(Sync):
 
 
 def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
-    """Replace each view in the output, such as a Linear's, by a tensor that is none.
+    """Replace each view in the output, such as a Linear's, by a tensor that is not a view.
 
-    The library hooks backward at the output. A view that is changed in place would lose the hook,
+    The library puts backward hooks on the output. A view that is changed in place loses its hook,
     so the library warns of every view.
     """
     return tree_map_only(Tensor, lambda x: _NoView.apply(x) if is_view(x) else x, output)
 
 
 class _NoView(torch.autograd.Function):
-    """The identity on the same memory; autograd does not take its output for a view."""
+    """The identity, on the same memory. For autograd the output is not a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class _NoView(torch.autograd.Function):
 def _names_by_unit(
     model: nn.Module, slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module]
 ) -> dict[str, list[str]]:
-    """Unit -> names of the parameters that it shards, if any; raise UserError if FSDP2 cannot."""
+    """Unit -> names of the parameters that it shards. Raises UserError if FSDP2 cannot."""
     names_of: dict[str, list[str]] = {ROOT: []}
     for name, unit in owners(slots, units).items():
         if model.get_parameter(name).dim():
@@ -305,16 +305,16 @@ def _names_by_unit(
         if len(dtypes) > 1:
             dtype_names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
             raise UserError(
-                f"FSDP2 takes trained parameters of one dtype in a unit, {unit or 'the model'} has "
+                f"FSDP2 needs trained parameters of one dtype in a unit, {unit or 'the model'} has "
                 f'{dtype_names}; give each a unit, or impl="hand"'
             )
         inside = set(units[unit].modules())
         inner = [m for u, m in units.items() if u in names_of and u != unit and m in inside]
         in_inner = {module for unit_module in inner for module in unit_module.modules()}
         for name in names:
-            if all(module in in_inner for module, _ in slots[name]):  # it does not look there
+            if all(module in in_inner for module, _ in slots[name]):  # fully_shard skips these
                 raise UserError(
-                    f"FSDP2 cannot have {name} tied between units that have parameters of their "
+                    f"FSDP2 cannot shard {name}, tied between units that have parameters of their "
                     'own; make one unit around them, or give impl="hand"'
                 )
     return names_of
@@ -341,7 +341,7 @@ def _device_mesh(axis: Axis, replicate: Axis) -> DeviceMesh:
     group = axis.group_even_of_one()
     if replicate.group is None:
         return DeviceMesh.from_group(group, kind, mesh_dim_names=(axis.name,))
-    rows = [[shard + copy - rank for shard in axis.ranks] for copy in replicate.ranks]
+    rows = [[shard + other - rank for shard in axis.ranks] for other in replicate.ranks]
     return DeviceMesh.from_group(
         [replicate.group, group], kind, rows, mesh_dim_names=(replicate.name, axis.name)
     )

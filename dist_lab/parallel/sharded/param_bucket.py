@@ -1,13 +1,13 @@
-"""A bucket of parameters that every rank holds unsharded, and steps on only a shard of.
+"""A bucket of parameters: every rank holds them unsharded, and its optimizer steps on one shard.
 
     unsharded = [ a | b | c    ... | padding ]     the model's own parameters: W
     sharded   =       [        ]                   this rank's shard, in the same memory: W[E_dp]
 
-The optimizer writes to the shard, and so to memory that forwards read; an all-gather brings the
-other ranks' shards. Gradients lie in buffers of the same two shapes, each at its parameter's place.
+The shard is a view of the memory that forwards read, so forwards see the optimizer's writes. An
+all-gather fetches the other ranks' shards. Gradients use buffers of the same two layouts.
 
 To a user the model is as before, and its parameters are unsharded: they may be frozen, hooked and
-penalized, and written to if all ranks write the same. Only optimizers step on other tensors.
+penalized, and written to if all ranks write the same. Only the optimizer gets the shards instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ def shard_in_buckets(
         raise UserError(f"buckets of {bucket_mb} MiB; give a size above 0")
     model, axis, limit = setup.model, setup.axis, int(bucket_mb * 2**20)
     gather_axis, slots, layouts = setup.channel(), param_slots(model), setup.owing_sums(axis)
-    # Backward reaches the last layer first, and that was usually made last.
+    # Backward reaches the last layer first, and models usually create the last layer last.
     trained = [(n, p.dtype, p.nbytes) for n, p in model.named_parameters() if p.requires_grad]
     buckets = group_into_buckets(reversed(trained), limit, limit)
     flats: dict[str, FlatShard] = {}
@@ -82,8 +82,8 @@ class BucketParam:
     Attributes:
         slots: where the model holds it.
         unsharded: the model's own parameter, to whose `.grad` autograd adds.
-        sharded: the elements of it in this rank's shard, which the optimizer steps on.
-        memory: the part of the bucket that `unsharded` lies in.
+        sharded: its elements in this rank's shard; the optimizer steps on these.
+        memory: the part of the bucket's memory that `unsharded` uses.
         trains: whether it requires a gradient now, as `sync_requires_grad` last saw it.
         version: torch's version counter of `sharded` when all ranks last had its values.
         grad_place: the tensor that has the gradient; the other one's `.grad` is a stand-in.
@@ -206,7 +206,7 @@ class ParamBucket:
         for name in names:
             memory = self.unsharded.views[name].copy_(full_value(name))
             unsharded = set_param(slots[name], memory)
-            sharded = nn.Parameter(self.sharded.views[name].data)  # with a version of its own
+            sharded = nn.Parameter(self.sharded.views[name].data)  # with its own version counter
             sharded.__dict__.update(unsharded.__dict__)  # the user's attributes
             self.params.append(BucketParam(name, slots[name], unsharded, sharded, memory.data))
         self.param_of = {param.name: param for param in self.params}
@@ -215,11 +215,11 @@ class ParamBucket:
         self.arrivals = Arrivals(self.leaves)
 
     def buffer_of(self, memory: Tensor) -> FlatBuffer:
-        """Lay one tensor per parameter, of the parameter's shape, into this memory."""
+        """A flat buffer in this memory: for each parameter a tensor of its unsharded shape."""
         return FlatBuffer(memory, self.shapes, self.label)
 
     def shard_buffer_of(self, sharded: Tensor) -> FlatBuffer:
-        """Lay one tensor per parameter, of its elements in this rank's shard, into this memory."""
+        """A flat buffer in this memory: for each parameter its elements in this rank's shard."""
         return FlatBuffer(sharded, self.shard_shapes, self.label)
 
     def shard_of(self, memory: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class ParamBucket:
         return memory.view(self.axis.size, -1)[self.axis.index]
 
     def sync_user_changes(self, phase: Phase) -> None:
-        """Apply to both tensors what the user has done to one; call when `phase` begins."""
+        """Apply the user's changes of one tensor to the other, at the beginning of `phase`."""
         self.look_for_frozen()
         if phase is Phase.FORWARD:
             self.restore_memory()
@@ -254,7 +254,7 @@ class ParamBucket:
         )
 
     def wait_gather(self) -> None:
-        """Wait for the all-gather, and until no rank reads the parameters: they may be written."""
+        """Wait for the all-gather, and until no rank reads the parameters. Then they may change."""
         self.unsharded.wait()
         self.wait_for_readers()
         for param in self.params:
@@ -287,11 +287,11 @@ class ParamBucket:
                 param.mark_grad_at_shard()
 
     def names_with_grad(self) -> set[str]:
-        """The parameters whose shard has a gradient, which no zero_grad() has cleared."""
+        """The parameters whose shard has a gradient: zero_grad() has not cleared it."""
         return {name for name, sharded in self.shards.items() if sharded.grad is not None}
 
     def assign_grads(self, sums: FlatBuffer, names: set[str]) -> None:
-        """Make `.grad` of each named shard its view of the sums, and of all others None."""
+        """Set `.grad` of each named shard to its view of the sums, and every other one to None."""
         for param in self.params:
             param.unsharded.grad = param.sharded.grad = None
             param.grad_place = GradPlace.NOWHERE

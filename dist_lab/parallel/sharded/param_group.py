@@ -1,7 +1,7 @@
-"""A group of sharded parameters: those of one unit and dtype, gathered and reduced as one message.
+"""A group of sharded parameters of one unit and dtype, gathered and reduced as one message.
 
     sharded  = [ rows of a | rows of b | ... ]                   this rank's shards
-    incoming = [ gradient of a's rows | of b's | ... | flags ]   what a reduction gives this rank
+    incoming = [ gradient of a's rows | of b's | ... | flags ]   result of the reduce-scatter
 
 A shard has the same length on every rank: where a rank has fewer rows, padding follows them.
 Incoming gradients are added to those of earlier micro-batches: see sharded_grads.py.
@@ -40,11 +40,11 @@ class Params(Enum):
 
 
 class Grads(Enum):
-    """What a group's next reduction waits for."""
+    """Whether a group's gradients can be reduced."""
 
-    NONE = auto()  # no backward is to come, so there is nothing to reduce
-    EXPECTED = auto()  # gradients that backward has still to compute
-    COMPLETE = auto()  # nothing: the gradients may be reduced
+    NONE = auto()  # no gradients are expected
+    EXPECTED = auto()  # backward has not computed all of them yet
+    COMPLETE = auto()  # they can be reduced
 
 
 @final
@@ -53,15 +53,15 @@ class ParamGroup:
 
     Args:
         slots: name -> where the model holds the parameter.
-        dtypes: of the shards; and of the unsharded parameters, which are gathered and compute.
+        dtypes: (dtype of the shards, dtype of the all-gather and of compute).
         axis, gather_axis: the axes of the reduce-scatter and of the all-gather.
-        full_value: name -> the unsharded value; asked for, and freed, one parameter at a time.
+        full_value: name -> the unsharded value; called, and its result freed, one by one.
         make_memory: allocates offloaded shards; None: they are not offloaded.
 
     Attributes:
-        sent: what the all-gather sends; None: a copy is made for each gather.
-        users: open units that need the parameters.
-        visits: forwards through the group's unit that backward has still to return to.
+        sent: send buffer of the all-gather; None: each all-gather sends a new copy.
+        users: units in forward or backward that need the parameters.
+        visits: number of forwards through the group's unit whose backward has not ended.
         reduce_dtype: the dtype in which gradients are summed.
         written: name -> digest, of the parameters that forwards have written to by `.data`.
     """
@@ -97,9 +97,9 @@ class ParamGroup:
         self.users: set[str] = set()
         self.written: dict[str, int] = {}
         self.visits = 0
-        self.missing_grads: set[str] = set()  # names of those that are EXPECTED
+        self.missing_grads: set[str] = set()  # parameters with an EXPECTED gradient
         self.incoming: FlatBuffer | None = None  # the result of the reduction in flight
-        self.keep_incoming = True  # False: the step was broken off, so this result is dropped
+        self.keep_incoming = True  # False: drop it, because the step was aborted
 
     def _allocate(self, length: int, make_memory: Make | None) -> tuple[Tensor, Tensor | None]:
         """The memory of the shards, and the send buffer of the all-gather: see `sent`.
@@ -170,7 +170,7 @@ class ParamGroup:
                 param.free()
 
     def collect_written(self) -> None:
-        """Copy into the shards what a forward has written by `.data`."""
+        """Copy the values that a forward has written by `.data` into the shards."""
         pairs = ((param.unsharded, self.sharded.views[param.name]) for param in self.params)
         self.written |= copy_writes_to_shards(pairs, self.axis, self.wait_for_readers)
 
@@ -188,7 +188,7 @@ class ParamGroup:
     # --- gradients: dW[D, F]{U_X} -> dW[D_X, F] ---------------------------------------------------
 
     def expect_grads(self) -> None:
-        """A forward has used the group, so backward will. A frozen parameter gets no gradient."""
+        """Expect a gradient for each parameter that is not frozen: a forward used the group."""
         self.missing_grads = {p.name for p in self.trained if p.unsharded.requires_grad}
         self.grads = Grads.EXPECTED if self.missing_grads else Grads.COMPLETE
 
@@ -233,7 +233,7 @@ class ParamGroup:
             self.sharded_grads.add(incoming)
 
     def forget(self) -> None:
-        """Drop the gradients of a step that was broken off, and the reduction in flight, if any."""
+        """Drop the gradients of an aborted step, and the result of a reduction in flight."""
         for param in self.trained:
             param.unsharded.grad = None
         self.grads, self.visits, self.keep_incoming = Grads.NONE, 0, False

@@ -2,7 +2,7 @@
 
     memory = [ gradient of a's shard | of b's shard | ... | flags ]   one flag for each parameter
 
-A reduce-scatter brings the sum over the ranks for one micro-batch, and each parameter's flag counts
+A reduce-scatter gives the sum over the ranks for one micro-batch, and each parameter's flag counts
 the ranks that used it. The flags decide `.grad`: a parameter that no rank used keeps the `.grad`
 that it had. Between micro-batches `.grad` belongs to the user, who may clear or replace it; so we
 read it back before we add to it.
@@ -41,11 +41,11 @@ class ShardedGrads:
         self.total: FlatBuffer | None = None
 
     def buffer(self, memory: Tensor) -> FlatBuffer:
-        """Lay the gradients of the shards, and behind them the flags, into this memory."""
+        """A flat buffer in this memory: the gradients of the shards, then the flags."""
         return FlatBuffer(memory, self.lengths, self.label)
 
     def add(self, reduced: FlatBuffer) -> None:
-        """Add one micro-batch to the total, and show the total in `.grad`."""
+        """Add one micro-batch to the total, and assign the total to `.grad`."""
         self.read_back()
         if self.total is None:
             self.total = reduced
@@ -54,7 +54,7 @@ class ShardedGrads:
         self._assign_grads(self.total)
 
     def read_back(self) -> None:
-        """Take over into the total each `.grad` that the user has cleared or replaced."""
+        """Update the total where the user has cleared or replaced a `.grad`."""
         if all(param.sharded.grad is None for param in self.params):
             self.total = None
             return
@@ -81,7 +81,7 @@ class ShardedGrads:
         self._assign_grads(self.total)
 
     def _assign_grads(self, total: FlatBuffer) -> None:
-        """Make `.grad` of each shard that some rank used its view of the total."""
+        """Set `.grad` to a view of the total, for each parameter that some rank used."""
         for param, used in zip(self.params, (total.tail > 0).tolist(), strict=True):
             if used:
                 shard = param.sharded

@@ -3,20 +3,20 @@
 [Note: two tensors of one name]
 
     module._parameters["weight"]    the shard: optimizers, norms and checkpoints see it
-    module.__dict__["weight"]       the unsharded tensor: forwards use it, as Python finds it first
+    module.__dict__["weight"]       the unsharded tensor: forwards use it; Python looks here first
 
 The unsharded tensor is a leaf of the autograd graph, so backward adds to `unsharded.grad`. The
 strategy reduces that over the ranks into `sharded.grad`. No name changes, and once the unsharded
 tensor is hidden the module is as before. The shard is the model's own parameter, with new memory.
 
-To a user both tensors look alike: they share one dict of attributes and one of hooks, and
-`sync_requires_grad` gives them the same `requires_grad`.
+A user sees no difference between the two tensors: they share the dict of attributes and the dict of
+hooks, and `sync_requires_grad` gives them the same `requires_grad`.
 
 [Note: memory that comes and goes] Each all-gather fills new memory, which the unsharded tensor then
-uses; resharding drops it. Nothing is freed by force: a view of it that is still held, such as a
-weight that a unit returns, keeps it alive. Autograd holds no view: what forward saves for backward
-is saved by name, and looked up again when backward needs it (step/saved.py). While it has no memory
-of its own, the unsharded tensor is NaN (one number, expanded), so that a mistake is not silent.
+uses; resharding drops this memory. It is not freed by force: a view that is still held, such as a
+weight that a unit returns, keeps it alive. Autograd holds no view: forward saves the parameter's
+name for backward, which looks the tensor up by this name (step/saved.py). While it has no memory,
+the unsharded tensor is NaN (one number, expanded), so that its use by mistake shows in the results.
 """
 
 import math
@@ -36,12 +36,12 @@ class ShardedParam:
     """One parameter under a strategy that shards it.
 
     Attributes:
-        sharded: this rank's shard; in the module.
+        sharded: this rank's shard, which is the module's parameter.
         unsharded: the leaf that forwards use, in the dtype of compute.
         shape: of the unsharded tensor.
         length: elements of the longest shard.
         trained: whether it required a gradient when it was sharded.
-        rows: the memory of `unsharded`, (size, length), its end padding; None while resharded.
+        rows: the memory of `unsharded`: (size, length), padded at the end. None while resharded.
         trains: whether it requires a gradient now, as `sync_requires_grad` last saw it.
         placeholder: the NaN in place of `rows`: see [Note: memory that comes and goes].
     """
@@ -88,7 +88,7 @@ class ShardedParam:
         self.trains = sync_requires_grad(self.sharded, self.unsharded, self.trains)
 
     def check_in_memory(self, memory: Tensor) -> None:
-        """Raise UserError if the shard is not in `memory` any more, which is what others gather."""
+        """Raise UserError if the shard is no longer in `memory`, which other ranks gather."""
         if self.trains and not self.trained:
             raise UserError(
                 f"{self.name} was frozen when parallelize() was called; unfreeze it before, or "

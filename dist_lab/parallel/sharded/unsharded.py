@@ -66,15 +66,15 @@ class UnshardedParameter(nn.Parameter):
         same_kind = value.shape == current.shape and value.dtype == current.dtype
         if not same_kind or any(r() is not None for r in self.aliases):
             raise UserError(
-                f"the forward gives {self.label}.data other memory, while the old is still held or "
-                "has another shape; write in place, as by .data.mul_(mask) or .data.copy_(value)"
+                f"the forward replaces {self.label}.data while the old tensor is held, or by "
+                "another shape or dtype; write in place, by .data.mul_(mask) or .data.copy_(value)"
             )
         if self.before is None:
             self.before = current.clone()
         current.copy_(value)
 
     def detached(self) -> Tensor:
-        """`.data`, without counting as a read of it."""
+        """The value of `.data`, without the bookkeeping of a read by the user."""
         return nn.Parameter.data.__get__(self)  # type: ignore[attr-defined]
 
     def set_memory(self, memory: Tensor) -> None:
@@ -83,7 +83,7 @@ class UnshardedParameter(nn.Parameter):
         nn.Parameter.data.__set__(self, memory)  # type: ignore[attr-defined]
 
     def plain(self) -> nn.Parameter:
-        """An ordinary parameter in the same memory: copies and pickles contain it."""
+        """An ordinary parameter in the same memory, for copies and pickles."""
         parameter = nn.Parameter(self.detach(), self.requires_grad)
         parameter.__dict__ = self.__dict__
         return parameter
@@ -96,7 +96,7 @@ class UnshardedParameter(nn.Parameter):
         return self.plain().__reduce_ex__(protocol)
 
     def written(self) -> Tensor | None:
-        """A mask of the elements written to by `.data` since the last call; None: none."""
+        """A mask of the elements written by `.data` since the last call; None if there are none."""
         before, self.before = self.before, None
         if before is None:
             return None
@@ -107,14 +107,14 @@ class UnshardedParameter(nn.Parameter):
 def copy_writes_to_shards(
     pairs: Iterable[tuple[UnshardedParameter, Tensor]], axis: Axis, wait: Callable[[], None]
 ) -> dict[str, int]:
-    """Copy to the shards the elements of unsharded tensors that were written to by `.data`.
+    """Copy elements that were written by `.data` from the unsharded tensors to their shards.
 
     Args:
         pairs: each unsharded tensor with the memory of its shard, whose end may be padding.
         wait: blocks until no rank reads the shards.
 
     Returns:
-        The name of each parameter that was written to -> a digest of its unsharded tensor.
+        name -> digest of the unsharded tensor, for each parameter that was written to.
     """
     digests: dict[str, int] = {}
     for unsharded, shard in pairs:

@@ -4,8 +4,8 @@
                                               W[E_dp] -> W           after the step
 
 In ddp all ranks keep the same optimizer state and take the same step. Here parameters lie side by
-side in buckets of E elements, and each rank steps on 1/N of every bucket, its shard. It needs only
-the summed gradient of that shard, and sends the new values to the other ranks.
+side in buckets of E elements, and each rank steps on 1/N of every bucket, its shard. A rank needs
+the summed gradient of its shard only, and sends the new values to the other ranks.
 
     with Adam, for P parameters      elements sent in a step of k         bytes per rank in float32:
     on N ranks                       micro-batches, times (N-1)/N         params + grads + Adam's
@@ -14,13 +14,13 @@ the summed gradient of that shard, and sends the new values to the other ranks.
     after each micro-batch                                                buckets
 
 P includes the padding of the buckets. Each step also sums one flag per parameter. Without shared
-memory between ranks, a reduce-scatter needs as much memory again for the gradients it receives.
+memory between ranks, a reduce-scatter receives gradients in a second buffer of the same size.
 Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), sections 5.1 and 5.2.
 
-The model's own parameters are always unsharded. `job.parameters()` has the shards, each a range of
-elements, as a vector. So the optimizer must treat each element by itself, as SGD and Adam do; an
-optimizer that needs the rows or the norm of a matrix needs ddp. A gradient is at one of a
-parameter's two tensors, and a stand-in is at the other: see step/grad_elsewhere.py.
+The model's own parameters are always unsharded. `job.parameters()` returns the shards as vectors.
+So the optimizer must treat each element by itself, as SGD and Adam do; an optimizer that needs the
+rows or the norm of a matrix needs ddp. One of a parameter's two tensors has the gradient, and the
+`.grad` of the other one is a stand-in: see step/grad_elsewhere.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ ZeroBucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
 
 
 class ZeroSync(Sync):
-    """Issues each bucket once it and all earlier ones are complete: one order on every rank.
+    """Reduces a bucket when it and all earlier ones are complete: one order on every rank.
 
     The ranks agree in `finish()` on which parameters were used. A parameter that no rank used keeps
     `grad is None`.
@@ -79,11 +79,11 @@ class ZeroSync(Sync):
         self.flags = ops.shared_buffer(len(self.bucket_index), torch.float32, axis)
         self.last = True  # this micro-batch is the last of the step
         self.issued = 0  # the number of buckets that were issued
-        self.saw_grads_ready = False  # in this micro-batch, perhaps with no names
+        self.saw_grads_ready = False  # grads_ready() was called in this micro-batch
         self.in_flight: list[ZeroBucket] = []
 
     def microbatch(self, *, last: bool) -> None:
-        if self.each_microbatch and not self.last:  # a micro-batch ends that is not the last
+        if self.each_microbatch and not self.last:  # the micro-batch that ends was not the last
             self._reduce_rest()
             self._start_over()
         self.last = last
@@ -97,7 +97,7 @@ class ZeroSync(Sync):
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
-            # At once, because other ranks wait for it in their backward. But not after a backward
+            # Reduce now, because other ranks wait in their backward. Do not reduce after a backward
             # without gradients, such as `autograd.grad` of the inputs for a term of the loss.
             if self.each_microbatch and self.saw_grads_ready:
                 self._reduce_rest()
@@ -113,7 +113,7 @@ class ZeroSync(Sync):
                 raise UserError(
                     f"backward has reached {name} again after its gradient was sent: add up the "
                     "losses and call backward once, or give each backward a job.microbatch of its "
-                    "own; after a step that is not taken, call job.finish() before zero_grad()"
+                    "own; if you skip an optimizer step, call job.finish() before zero_grad()"
                 )
             bucket = self.buckets[index]
             if isinstance(bucket, Stage1Bucket):  # stage 2 copies it when the bucket is issued
@@ -137,7 +137,7 @@ class ZeroSync(Sync):
         self.in_flight = []
 
     def _reduce_rest(self) -> None:
-        """Backward is over: issue the remaining buckets, without gradients that did not come."""
+        """Reduce the remaining buckets after backward. Gradients that did not come count as 0."""
         while self.issued < len(self.buckets):
             self._issue()
         self._wait_in_flight()
@@ -201,7 +201,7 @@ class Stage1Bucket:
         self.used: set[str] = set()  # names of parameters that this rank used
 
     def copy_in(self, name: str) -> None:
-        """Move a gradient that holds this micro-batch into the bucket's memory."""
+        """Move the gradient of this micro-batch into the bucket's memory, unless it is there."""
         param = self.params.param_of[name]
         if param.unsharded.grad is not self.gradients.views[name]:
             param.mark_grad_at_unsharded()
@@ -223,7 +223,7 @@ class Stage1Bucket:
         self.gradients.wait()
 
     def assign_grads(self, names: set[str]) -> None:
-        """Assign the sums: see ParamBucket.assign_grads. The next backward may write to them."""
+        """Assign the sums, and wait until the next backward may write to `gradients`."""
         self.used = names
         self.params.assign_grads(self.sums, names)
         self.params.wait_for_readers()
@@ -238,7 +238,7 @@ class Stage1Bucket:
 
 @final
 class Stage2Bucket:
-    """A bucket of sharded gradients: each micro-batch's are reduced, and added to the shard's sums.
+    """A bucket of sharded gradients, reduced after each micro-batch and added to the shard's sums.
 
     Ranks wait for each other in backward, so all must have the same number of micro-batches.
     """
@@ -248,7 +248,7 @@ class Stage2Bucket:
         self.packed = params.buffer_of(staging[: params.numel])
         self.sums: FlatBuffer | None = None
         self.incoming: Tensor | None = None
-        self.used: set[str] = set()  # names of parameters used by this rank, or by any rank before
+        self.used: set[str] = set()  # used by this rank; in earlier steps, by any rank
 
     def issue(self) -> None:
         """dW{U_dp} -> dW[E_dp]"""
@@ -273,9 +273,9 @@ class Stage2Bucket:
                 self.sums = self.params.shard_buffer_of(torch.zeros_like(incoming))
             for name, view in self.sums.views.items():
                 grad = self.params.shards[name].grad
-                if grad is None:  # cleared since
+                if grad is None:  # the user cleared it
                     view.zero_()
-                elif grad.data_ptr() != view.data_ptr():  # replaced since
+                elif grad.data_ptr() != view.data_ptr():  # the user replaced it
                     view.copy_(grad)
             self.sums.memory.add_(incoming)
         else:
