@@ -21,9 +21,9 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, on_grad: OnOutp
     """x (..., D), weight (F, D), bias (F,) -> (..., F).
 
     Args:
-        on_grad: called with dy (..., F) in backward, if the weight is trained. It must see to the
-            weight's gradient, and keep x for it; this function does not save x. If backward builds
-            a graph (create_graph), dy is part of it.
+        on_grad: called with dy (..., F) in backward, if the weight is trained. It must compute the
+            weight's gradient, and hold x for that: this function does not save x. If backward
+            builds a graph (create_graph), dy is part of it.
     """
     return _SplitLinear.apply(x, weight, bias, on_grad)
 

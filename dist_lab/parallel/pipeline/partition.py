@@ -31,9 +31,9 @@ from dist_lab.torch_private import TorchDispatchMode, flop_counter, tree_leaves
 def cut(costs: Sequence[float], stages: int, carried: Sequence[float] = ()) -> list[int]:
     """The first piece of each stage, if each stage is a run of consecutive pieces.
 
-    Of all partitions into stages that are not empty: those whose slowest stage costs least; of
-    these, those that send least; of these, the most even (the least sum of squares); of these, the
-    one whose stages begin first. Sums are exact, also of floats.
+    It chooses the partition, without empty stages, whose slowest stage costs least. Among equal
+    ones it chooses the one that sends least; then the most even (the least sum of squares); then
+    the one whose stages begin first. Sums are exact, also of floats.
 
     >>> cut([1, 1, 4, 1, 1], stages=3)
     [0, 2, 3]
@@ -41,12 +41,12 @@ def cut(costs: Sequence[float], stages: int, carried: Sequence[float] = ()) -> l
     ([0, 1], [0, 2])
 
     Args:
-        costs: of each piece, at least 0.
-        carried: what must be sent if a stage begins at each piece; inf: none may begin there. The
-            first is ignored.
+        costs: the cost of each piece, at least 0.
+        carried: for each piece, the elements to send if a stage begins there; inf: no stage may
+            begin there. The first is ignored.
 
     Raises:
-        UserError: there are more stages than pieces at which one may begin.
+        UserError: there are more stages than pieces that can begin a stage.
     """
     starts = [i for i in range(len(costs)) if i == 0 or not carried or not isinf(carried[i])]
     if not 1 <= stages <= len(starts):
@@ -78,8 +78,8 @@ def _as_integers(numbers: Sequence[float]) -> list[int]:
 def _least_slowest(edges: Sequence[int], stages: int) -> int:
     """The least possible cost of the slowest stage, by bisection.
 
-    A bound is possible if stages that are filled up to it are few enough: splitting them further
-    makes none slower.
+    A bound is possible if, filled up to it, the pieces take no more than `stages` stages. If they
+    take fewer, splitting some further makes none slower.
     """
     pieces = len(edges) - 1
     low, high = max(b - a for a, b in pairwise(edges)), edges[-1]
@@ -128,7 +128,7 @@ def _best_starts(
 
 
 def seams(model: nn.Module) -> tuple[str, ...] | None:
-    """A model's `stages`, globs on module names in forward order; all modules of an nn.Sequential.
+    """A model's `stages`, globs on module names in forward order; of nn.Sequential, all modules.
     None if there are none, or if `stages` is something else, such as a ModuleList.
     """
     globs = ("*",) if type(model) is nn.Sequential else getattr(model, "stages", None)
@@ -140,14 +140,14 @@ def seams(model: nn.Module) -> tuple[str, ...] | None:
 def pieces_by_seams(model: nn.Module) -> list[list[str]]:
     """Pieces as lists of module names, in forward order. Modules of one piece stay together.
 
-    Each block, a module that a glob with a `*` matches, begins a piece. Modules before the first
-    block join its piece, and modules after a block join that block's: a norm or a head alone is no
-    stage. If no glob has a `*`, each module is a piece.
+    A block is a module that a glob with a `*` matches, and each begins a piece. Modules before the
+    first block join its piece; others join the piece of the block before them. So no norm or head
+    is a stage by itself. If no glob has a `*`, each module is a piece.
 
     Raises:
         UserError: there is no `stages`; a glob matches nothing; a module is named together with one
-            that contains it; or a parameter is in none of the modules, which then would not be the
-            whole forward.
+            that contains it; or a parameter is in none of the modules, so they cannot be the whole
+            forward.
     """
     globs = seams(model)
     if globs is None:

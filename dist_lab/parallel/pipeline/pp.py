@@ -56,13 +56,13 @@ def apply(
 
     Args:
         schedule: a name in SCHEDULES, or a file: see `load`.
-        chunks: stages a rank, for schedules that leave this open; default 2.
+        chunks: stages per rank, if the schedule lets the user choose them (interleaved); default 2.
         balance: "cost": make the slowest stage as fast as possible; "count": make the largest
             number of blocks in a stage as small as possible.
         example_inputs: one micro-batch, used to estimate costs. Without it a block of a model that
             has `stages` costs its number of parameters, and other models cannot be split.
-        emulate_compute: milliseconds that a unit of compute takes at least; the rank sleeps for the
-            rest. It shows a schedule's effect on a machine with fewer cores than ranks.
+        emulate_compute: milliseconds; a unit of compute that takes less is followed by a sleep.
+            It shows a schedule's effect on a machine with fewer cores than ranks.
 
     Raises:
         UserError: there are more stages than blocks; the model cannot be split; the schedule has an
@@ -77,7 +77,7 @@ def apply(
         )
     local = keep_stages(setup, sample.rank_of, balance=balance, example=example_inputs)
     if example_inputs is not None:
-        local.shapes.of(example_inputs, training=True)  # now, so that no step pays for it
+        local.shapes.of(example_inputs, training=True)  # now, not in the first step
     schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
     executor = Executor(
         axis, local.modules, local.shapes, sample.rank_of, schedule_for, emulate_compute / 1000

@@ -5,7 +5,7 @@
     zb       ScheduleInterleavedZeroBubble, which with one stage a rank is ZB-H1
 
 Each has the same actions in the same order as our schedule of that name. The exception is zbv: the
-library follows the paper's pattern for many micro-batches, and ours is computed for each number.
+library follows the paper's pattern for many micro-batches; we compute an order for each number.
 
 We pass the library the shapes of the tensors between stages. Otherwise it would find them by a
 forward of its own, which BatchNorm would count, and send them as objects. We also tell it not to
@@ -17,7 +17,7 @@ library only trains: evaluation runs the same stages by executor.py.
 
 Cost per step: as pp.py. Memory per rank: as pp.py, plus receive buffers for all micro-batches of a
 step at each stage boundary, kept from step to step, with any schedule. Its zero-bubble schedules do
-the backward of the first stage, for which no one waits, in one piece, at the time of its W.
+not split the backward of the first stage, for which no rank waits: all of it runs at the time of W.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ def apply(
     """Keep this rank's stages of the model, and make each a `PipelineStage`. Arguments as in pp.py.
 
     Raises:
-        UserError: pp.py refuses; the schedule is a file; or a gradient would be lost. In a step,
+        UserError: as in pp.py; the schedule is a file; or a gradient would be lost. In a step,
             before anything is sent: the micro-batches have several shapes, or the library does not
             take their number.
     """
@@ -79,7 +79,7 @@ def apply(
     local = keep_stages(setup, rank_of, balance=balance, example=example_inputs)
     pipeline = TorchPipeline(setup.axis, local.modules, local.shapes, rank_of, schedule)
     if example_inputs is not None:
-        pipeline.find_shapes(example_inputs)  # now, so that it refuses early and no step pays
+        pipeline.find_shapes(example_inputs)  # now, so that errors come early
     stages = "one stage" if len(local.modules) == 1 else f"{len(local.modules)} stages"
     about = f"torch {LIBRARY_NAMES[schedule]}, {stages} a rank, shapes known, scale_grads=False"
     runner = partial(PipelineRunner, pipeline=pipeline)
@@ -92,7 +92,7 @@ class TorchPipeline:
 
     Attributes:
         modules: stage -> its module, for this rank's stages.
-        timings: empty: the library does not report when it does what.
+        timings: always empty, because the library does not report the times of its actions.
         schedule_for: number of micro-batches -> the library's schedule.
     """
 
@@ -113,7 +113,7 @@ class TorchPipeline:
         self.group = axis.group_even_of_one()
         self.schedule_for: Callable[[int], Schedule] = cache(self._schedule)
         self.evaluator = Executor(axis, modules, shapes, rank_of, self.schedule_for)
-        # The library's schedule and stages, with receive buffers; and what they were built for.
+        # The library's schedule and stages, with receive buffers; and the sizes they are for.
         self.built: tuple[Any, list[Any]] | None = None
         self.built_for: tuple[int, torch.Size, torch.dtype] | None = None
         self.loss_fn: LossFn | None = None  # of the current run
@@ -121,8 +121,8 @@ class TorchPipeline:
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
         self._check_number(len(microbatches))
-        _check_alike(microbatches)
-        # This covers backward too: the library does not report which of them it does.
+        _check_one_shape(microbatches)
+        # This label covers backward too: the library does not report when backward begins.
         events.on_phase(Phase.FORWARD, LIBRARY_NAMES[self.name])
         total = self._step(microbatches, loss_fn)
         events.on_phase(Phase.BACKWARD, LIBRARY_NAMES[self.name])
@@ -145,7 +145,7 @@ class TorchPipeline:
         try:
             schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
         except BaseException as error:
-            self.built = self.built_for = None  # its state is that of half a run
+            self.built = self.built_for = None  # they are in the middle of a run
             if isinstance(error.__cause__, UserError):  # the library wraps it, with all arguments
                 raise error.__cause__ from None
             raise
@@ -267,7 +267,7 @@ def _meta(shape: StageInput) -> Tensor:
     return torch.empty(shape.shape, dtype=shape.dtype, device="meta", requires_grad=is_float)
 
 
-def _check_alike(microbatches: Sequence[Pair]) -> None:
+def _check_one_shape(microbatches: Sequence[Pair]) -> None:
     """Raise UserError unless all micro-batches are tensors of one shape, with a row at least."""
     odd = next((v for pair in microbatches for v in pair if not isinstance(v, Tensor)), None)
     if odd is not None:

@@ -2,7 +2,7 @@
 
 The plain runner calls strategies from hooks; this one calls them at actions. UNSHARD and RESHARD
 unshard and reshard a stage's parameters. A gradient is complete after the last B of its stage, or
-after the last W if the schedule splits backward. Hooks would not do: none fires for a weight
+after the last W if the schedule splits backward. Hooks are not enough: none runs for a weight
 gradient that is computed outside of backward.
 """
 
@@ -36,7 +36,7 @@ class RunnerEvents(Protocol):
         """The pipeline is about to do this action."""
 
     def on_phase(self, phase: Phase, label: str) -> None:
-        """The pipeline is about to do this phase. A library does not report single actions."""
+        """The pipeline is about to begin a phase. A library reports phases, not actions."""
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
         """A micro-batch has been added to a stage's gradients. `last`: they are complete."""
@@ -59,12 +59,12 @@ class Pipeline(Protocol):
     schedule_for: Callable[[int], Schedule]
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
-        """Forward and backward. Returns the sum of the shares of the loss that this rank has."""
+        """Forward and backward. Returns this rank's part of the loss: a sum of shares, or 0."""
 
     def evaluate(
         self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
     ) -> Tensor:
-        """Forward only. Returns the same sum."""
+        """Forward only. Returns this rank's part of the loss, as `run` does."""
 
 
 class PipelineRunner(Step):
@@ -100,7 +100,7 @@ class PipelineRunner(Step):
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Mark the runs inside as the last before `finish`, or not."""
+        """`last`: the runs inside the block are the last before `finish`."""
         before, self._last = self._last, last
         self.sync.microbatch(last=last)
         try:
@@ -126,7 +126,7 @@ class PipelineRunner(Step):
     @contextmanager
     def _inside_model(self) -> Iterator[None]:
         """Unshard the root unit around all actions. An exception aborts the step."""
-        with self.comm.label():  # no label of an action outlives the run
+        with self.comm.label():  # restores the labels after the run
             self.sync.unshard(ROOT, Phase.FORWARD)
             try:
                 yield

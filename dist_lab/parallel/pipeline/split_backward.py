@@ -10,7 +10,7 @@ backward of that operation runs the inner graph to the inputs only, and defers i
 weights. A Linear needs no inner graph (parallel/split_linear.py); its bias gradient comes with I.
 
 Nothing is computed twice if such a module is a single operation: a convolution, a norm, an
-embedding. If it has several, the backward of those between its inputs and a weight runs twice.
+embedding. If it has several, those between its inputs and a weight run their backward twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class SplitBackward:
     def split(self, module: nn.Module) -> None:
         """Replace the forwards of the outermost modules that hold trained parameters directly."""
         if isinstance(module.forward, SplitForward):
-            return  # a module of two stages of this rank
+            return  # already replaced: two stages use it
         if any(p is not None and p.requires_grad for p in module._parameters.values()):
             module.forward = SplitForward(module, self)
             return
@@ -47,8 +47,8 @@ class SplitBackward:
 
     @contextmanager
     def deferring(self, weight_work: WeightWork | None) -> Iterator[None]:
-        """Forwards inside the block append their weight work to this list, during backward. It may
-        be called in any order after backward. None: weights get their gradients in backward.
+        """In backward, forwards that ran inside the block append their weight work to this list.
+        It can be called later, in any order. None: weights get their gradients in backward.
         """
         before, self.weight_work = self.weight_work, weight_work
         try:
@@ -127,7 +127,7 @@ def _with_inner_graph(
 
 
 def as_non_leaf(x: Tensor) -> Tensor:
-    """The same memory as a tensor that may be changed in place, which a leaf may not."""
+    """x as a non-leaf tensor with the same memory: unlike a leaf it may be changed in place."""
     y: Tensor = _Identity.apply(x) if x.requires_grad else x
     return y
 
@@ -145,8 +145,8 @@ class _Identity(torch.autograd.Function):
 class _InnerGraph(torch.autograd.Function):
     """(run, weight_work, weights, *inputs, *weights) -> run(inputs).
 
-    The weights are inputs so that the outputs need a gradient even if no input does. Here they get
-    None as their gradient.
+    The weights are inputs so that the outputs need a gradient even if no input does. This backward
+    returns None for them.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Splits a model into stages: keeps this rank's, and finds the shapes of tensors between stages.
 
-No name changes: a layer of this rank stays where it is in the model, and any other is replaced by
-a stand-in that refuses to run. A stage runs as a module of its own: for a model with `stages`, its
+No name changes: a layer of this rank keeps its place in the model, and any other is replaced by
+a layer that raises an error. A stage runs as a module of its own: for a model with `stages`, its
 modules in sequence; for any other, a part of its traced graph. partition.py chooses the split.
 """
 
@@ -42,7 +42,7 @@ class LocalStages:
     modules: stage -> its module, for this rank's stages
     shapes: the shapes of the tensors between stages
     layouts, buffers: name -> Layout, for the whole model
-    tied: name of a parameter of this rank -> the axis of the ranks that hold it too
+    tied: name of a parameter that this rank shares -> the axis of the ranks that hold it
     """
 
     modules: Mapping[int, nn.Module]
@@ -74,7 +74,7 @@ def keep_stages(
             raise UserError(f"{name} is sparse, which stages do not send; make it dense")
     stages, used_names = _split(model, len(rank_of), balance, example)
     shapes = Shapes(meta_copy(nn.ModuleList(stages)), setup.param_dtype)
-    used = [_named(model, names) for names in used_names]
+    used = [_contents(model, names) for names in used_names]
 
     def ranks_of(tensor: Tensor) -> list[int]:
         """The ranks that use a tensor, in stage order; an unused one is on the rank of stage 0."""
@@ -115,7 +115,7 @@ def keep_stages(
 
 
 class SequentialStage(nn.Sequential):
-    """Modules in sequence. Like every stage but the last it returns a tuple."""
+    """Modules in sequence. It returns a tuple, as all stages do except the last."""
 
     def __init__(self, modules: Iterable[nn.Module], *, last: bool) -> None:
         super().__init__(*modules)
@@ -215,7 +215,7 @@ class Shapes:
         if key not in self.known:
             for module in self.in_training:
                 module.training = training
-            with outside_modes(), torch.no_grad():  # no FLOP counter sees this
+            with outside_modes(), torch.no_grad():  # a FLOP counter would count this
                 self.known[key] = list(self._run_on_meta(x))
         return self.known[key]
 
@@ -288,8 +288,8 @@ class MissingLayer(nn.Module):
         raise UserError("this layer is on another stage; under pp call job.run or job.evaluate")
 
 
-def _named(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
-    """The modules with these names, and the ids of the tensors in them or with such a name."""
+def _contents(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
+    """The modules with these names, and the ids of their tensors and of tensors so named."""
     all_modules = dict(model.named_modules(remove_duplicate=False))
     all_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
@@ -302,9 +302,9 @@ def _named(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set
 
 
 def _remove_others(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> None:
-    """Replace all modules but these by stand-ins, and all tensors but those of these ids by None.
+    """Replace modules not in `modules` by MissingLayer, tensors not in `tensors` (ids) by None.
 
-    Names do not count, because a module or tensor may have several.
+    We compare objects, not names, because a module or tensor may have several names.
     """
     for name, child in module._modules.items():
         if child is None or child in modules:
@@ -326,7 +326,7 @@ def _materialize(
     full_value: Callable[[str], Tensor],
     device: torch.device,
 ) -> None:
-    """Replace this rank's parameters on the meta device by ones with values, in all modules."""
+    """Replace this rank's meta parameters by parameters with values, in all modules."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     for parameter, name in names.items():
         if parameter.is_meta:

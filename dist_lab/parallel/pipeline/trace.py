@@ -5,19 +5,19 @@ Each stage is a process, so a tensor that crosses a split point is sent, and bec
 stages equal the whole model to the last bit, gradients included, if a copy makes no difference:
 * A value that is not a tensor (a size, a tuple before it is unpacked) cannot be sent. There is no
   split between the node that produces it and the last node that uses it.
-* An in-place change would reach one copy only. There is no split between the first value in some
-  memory, views included, and the last change of that memory.
+* An in-place change would reach one copy only. There is no split between the node that produces a
+  tensor and the last node that changes its memory, directly or through a view.
 * A buffer that a forward changes, such as the statistics of a BatchNorm that is called twice, would
   differ between stages. All nodes that use it stay in one stage.
 Parameters are not sent: each stage that uses one holds it under its own name. A tied parameter in
-two stages has a gradient in each, and the caller adds them, the last stage's first. If one of these
-stages uses it more than once, the whole model adds in another order, and rounding differs.
+two stages has a gradient in each, and the caller adds them, the last stage's first. If a stage uses
+the parameter more than once, one process adds in a different order, and rounding differs.
 
 [Note: what tracing would get wrong]
 A trace records one pass of the input. A decision that depends on the input's values cannot be
 traced. Three things would be lost silently: that gradients are off (`torch.no_grad()`), that
 autocast is on, and randomness: a number drawn during tracing would become a constant. The innermost
-module that does any of these is a leaf of the trace, as the modules of torch.nn are; and so is one
+module that does any of these is a leaf of the trace, as the modules of torch.nn are. So is a module
 that reads `self.training`. A model that does so itself, outside its submodules, is refused.
 """
 
@@ -141,7 +141,7 @@ def _modes() -> tuple[bool, bool]:
 
 
 def _module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A GraphModule with the root's names, whose state_dict has no tensors but the root's."""
+    """A GraphModule with the root's names, whose state_dict has only the root's tensors."""
     module, saved = fx.GraphModule(root, graph, name), root.state_dict().keys()
     for node in graph.find_nodes(op="get_attr"):
         owner, _, attribute = str(node.target).rpartition(".")
@@ -157,7 +157,7 @@ def node_costs(
 
     Returns:
         the nodes; the cost of each, in operations plus output elements; and the elements to send
-        if a stage begins at it, each value once. inf: no stage may begin there, see [Note: where a
+        if a stage begins at that node, each value once; inf: not allowed, see [Note: where a
         graph may not be split].
     """
     nodes, spans = _spans(traced)
@@ -253,8 +253,8 @@ def split(traced: fx.GraphModule, starts: Sequence[int]) -> list[fx.GraphModule]
     returns the model's output.
 
     Args:
-        starts: the first node of each stage, as `cut` chooses them by `node_costs`. With others the
-            stages may differ from the whole model.
+        starts: the first node of each stage, as `cut` chooses them by `node_costs`. Stages
+            that begin elsewhere may differ from the whole model.
     """
     nodes, spans = _spans(traced)
     ends = [*starts[1:], len(nodes)]
@@ -283,7 +283,7 @@ def _copy_node(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> f
 
 
 def _crossing(spans: dict[fx.Node, tuple[int, int]], start: int) -> list[fx.Node]:
-    """The values that a stage which begins here takes, in the order in which they are produced."""
+    """The inputs of a stage that begins at node `start`, in the order in which they are made."""
     if start == 0:
         return [value for value, (producer, _) in spans.items() if producer < 0]
     return [v for v, (producer, last_use) in spans.items() if producer < start <= last_use]

@@ -10,8 +10,8 @@ executed. It knows nothing of tensors or networks.
           ones, the biases of linear layers, are computed in 2I0)
 
 `add_communication` inserts messages: 2SEND_F0 sends the output of 2F0 to 3RECV_F0, the input of
-3F0; 3SEND_B0 sends the gradient that 3B0 or 3I0 computed to 2RECV_B0. `add_unshard` inserts, for
-strategies that shard parameters, when a stage's are all-gathered, 2UNSHARD0, and freed, 2RESHARD7.
+3F0; 3SEND_B0 sends the gradient that 3B0 or 3I0 computed to 2RECV_B0. If a strategy
+shards parameters, 2UNSHARD0 all-gathers those of stage 2, and 2RESHARD7 frees them (`add_unshard`).
 """
 
 import re
@@ -139,7 +139,7 @@ def dependencies(action: Action, schedule: Schedule) -> Iterator[Result]:
 def _stage_input(
     schedule: Schedule, source: int, stage: int, m: int, compute: Op, send: Op, receive: Op
 ) -> Iterator[Result]:
-    """What stage `stage` takes from stage `source`: computed on its own rank, or received."""
+    """The results that `stage` needs from stage `source`: of the same rank, or received."""
     if schedule.sends and schedule.rank_of.get(source) != schedule.rank_of[stage]:
         yield send, source, m
         yield receive, stage, m

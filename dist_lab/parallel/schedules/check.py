@@ -21,7 +21,7 @@ def check(schedule: Schedule) -> None:
     Raises:
         UserError: a rank has no work, a stage is on two ranks, numbers have gaps, an action is
             missing or doubled, a message is not sent, not received or overtaken, or ranks
-            deadlock. Below the message the grid is drawn.
+            deadlock. The message draws the grid.
     """
     _check_ranks(schedule)
     _check_numbers(schedule)
@@ -71,7 +71,7 @@ def _check_numbers(schedule: Schedule) -> None:
 
 
 def _check_once(schedule: Schedule) -> None:
-    """Check that no action is doubled, and that no backward is there as both B and I or W."""
+    """Check that no action comes twice, and that no backward is both a B and an I or W."""
     for rank, actions in enumerate(schedule.ranks):
         seen: dict[Result, int] = {}
         for i, a in enumerate(actions):
@@ -127,7 +127,7 @@ def _check_messages(schedule: Schedule) -> None:
                 owner = "is on the same rank" if peer == rank else "does not exist"
                 why = f"{a} on rank {rank} exchanges with stage {a.stage + step}, which {owner}"
                 refuse(schedule, f"{why}; delete it", {rank: (i, "no other rank")})
-    # (from, to) -> messages in the order of the sends, and of the receives; as the receives' names
+    # (from, to) -> messages, as (op, stage, micro-batch) of their receives, in order
     sent: dict[tuple[int, int], list[Result]] = {}
     received: dict[tuple[int, int], list[Result]] = {}
     for rank, actions in enumerate(schedule.ranks):

@@ -11,14 +11,14 @@ and the weight gradient of a stage are assumed to cost 1 each, and messages noth
     zbv           (p-1) / (6m+p-1), m >= p    2p, each of half a stage          r, 2p-1-r
 
 A micro-batch is in flight from its forward through a stage to its backward there; no rank has more
-than m per stage. Costs are per stage, and stages differ: interleaved has v times as many as gpipe,
-1f1b and zb, each 1/v as long, and zbv has twice as many. zb and zbv idle as little as is possible,
-since the last rank cannot begin before p-1 units; with m < p they take longer than their formula.
+than m per stage. Costs are per stage, but interleaved has v times as many stages as gpipe, 1f1b and
+zb, each 1/v as long, and zbv has twice as many. zb and zbv have the least possible idle time, since
+the last rank cannot begin before p-1 units. With m < p they take longer than their formula.
 
 gpipe: Huang et al. 2018 (arXiv:1811.06965). 1f1b: Narayanan et al. 2020 (arXiv:2006.09503),
 interleaved: 2021 (arXiv:2104.04473), section 2.2. zb is ZB-H1, zbv ZB-V: Qi et al. 2023
 (arXiv:2401.10241), 2024 (arXiv:2405.15362). A test checks the table for up to 8 ranks and 32
-micro-batches. The order of zbv comes from a greedy rule, so beyond that it is not proven.
+micro-batches. zbv comes from a greedy rule, so larger numbers are not proven.
 
     >>> from dist_lab.parallel.schedules.simulate import render
     >>> print(render(one_f_one_b(ranks=3, microbatches=4)))
@@ -71,7 +71,7 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """1f1b with v stages a rank: p micro-batches through one stage, then these through the next.
+    """1f1b with v stages a rank: p micro-batches run through one of them, then through the next.
 
     Raises:
         UserError: the micro-batches do not divide into groups of p.
@@ -129,7 +129,7 @@ def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
 
     A rank does the first action that is ready, of: F on the way back, which soon reaches the loss;
     I, F, W on the way out, which make room for new micro-batches; I, W on the way back. It begins
-    no F while 2p are in flight. Of the 180 orders with I before W, four are optimal up to p = 8.
+    no F while 2p are in flight. Of the 180 priority orders with I before W, 4 are optimal to p = 8.
     """
     last = 2 * ranks - 1
     count: Counter[tuple[Op, int]] = Counter()  # how many of each (op, stage) have begun
@@ -182,7 +182,7 @@ def forward_only(rank_of: Mapping[int, int], microbatches: int) -> Schedule:
 class Kind:
     """A built-in schedule.
 
-    make: (ranks, micro-batches, and chunks if they are None here) -> the schedule
+    make: (ranks, micro-batches; and chunks, if the user chooses them) -> the schedule
     chunks: stages a rank; None: the user chooses, 2 by default
     """
 
@@ -203,7 +203,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
     """Make the schedule of this name, or read it from the file of this name, and check it.
 
     Raises:
-        UserError: there is no such schedule or file, it has an error, or it is for other numbers.
+        UserError: there is no such schedule or file, it has an error, or these numbers do not fit.
     """
     for noun, number in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
         if number is not None and number < 1:
@@ -231,8 +231,8 @@ def placement(name: str, ranks: int, chunks: int | None = None) -> dict[int, int
 
 
 def example(name: str, ranks: int, chunks: int | None = None) -> Schedule:
-    """The schedule for some number of micro-batches. On which ranks the stages lie and whether it
-    splits the backward does not depend on that number. Raises like `make`.
+    """The schedule for some number of micro-batches. The ranks of its stages, and whether it splits
+    the backward, do not depend on that number. Raises like `make`.
     """
     microbatches = ranks if name in SCHEDULES else load(name, list(SCHEDULES)).microbatches
     return make(name, ranks, microbatches, chunks)

@@ -1,4 +1,4 @@
-"""Passes over a schedule: each takes a schedule and returns it with more in it.
+"""Passes over a schedule: each returns a copy with inserted actions or with marks.
 
 A schedule orders the compute. Before it is run, passes insert when messages are sent and received
 and when a stage is unsharded, and mark when its gradients are complete. How a pipeline and another
@@ -16,8 +16,8 @@ def add_communication(schedule: Schedule) -> Schedule:
 
     Sends and receives follow the order of the simulated run, so two messages between two ranks
     cannot cross. A receive is posted before the compute that runs while the sender computes.
-    There is no deadlock: a rank waits for messages, and for the receives of its own sends, and
-    both come earlier in the simulated run.
+    There is no deadlock: a rank waits only for messages, and for receives of its own sends, that
+    come earlier in the simulated run.
     """
     if schedule.sends:
         return schedule

@@ -1,8 +1,8 @@
 """Simulates a schedule: when each action begins and ends, or which ranks deadlock.
 
 Each rank executes its actions in order. An action begins as soon as its rank is free and its inputs
-exist (`dependencies` in actions.py). It takes `COSTS`; messages take no time. After a send a rank
-continues while at most IN_FLIGHT of its messages wait for their receive to be posted.
+exist (`dependencies` in actions.py). Its time is in `COSTS`; messages take no time. After a send a
+rank waits until at most IN_FLIGHT of its messages have no posted receive.
 
 The drawing and the idle share come from this simulation, and so does the proof that a schedule
 ends: real ranks wait for the same results, however long each action takes.
@@ -43,7 +43,7 @@ def timeline(schedule: Schedule, costs: Costs = COSTS) -> list[list[TimedAction]
     """Each rank's compute actions with their times.
 
     Raises:
-        UserError: a rank waits for a result that never comes. Below the message the grid is drawn.
+        UserError: a rank waits for a result that never comes. The message draws the grid.
     """
     ready_at: dict[Result, float] = {}
     position, free_at = [0] * len(schedule.ranks), [0.0] * len(schedule.ranks)
@@ -75,7 +75,7 @@ def timeline(schedule: Schedule, costs: Costs = COSTS) -> list[list[TimedAction]
 
 
 def _send_limits(actions: Sequence[Action]) -> dict[int, list[Result]]:
-    """position -> the receive that must be posted first, for at most IN_FLIGHT pending sends."""
+    """position -> the receive it must wait for, so that at most IN_FLIGHT sends are pending."""
     sends = [i for i, a in enumerate(actions) if a.op in (Op.SEND_F, Op.SEND_B)]
     over_limit = sends[IN_FLIGHT:]
     pairs = zip(sends, over_limit, strict=False)
@@ -98,7 +98,7 @@ def bubble(schedule: Schedule, costs: Costs = COSTS) -> float:
 
 
 def peak_activations(schedule: Schedule) -> list[int]:
-    """Each rank's most micro-batches in flight, from F to B or W; 0 if there is no backward."""
+    """Each rank's largest number of micro-batches in flight (F to B or W); 0 without backward."""
     if schedule.forward_only:
         return [0] * len(schedule.ranks)
     change = {Op.F: 1, Op.B: -1, Op.W: -1}

@@ -40,13 +40,13 @@ OLD_NAMES = {  # still accepted
 
 
 @runtime_checkable
-class BringsItsPlan(Protocol):
+class HasPlan(Protocol):
     def tp_plan(self) -> dict[str, str | tuple[str, int]]: ...
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The role of one module. `block`: the number of outputs that stay on one rank."""
+    """The role of one module. `block`: outputs per block, such as a head: never split."""
 
     role: str
     block: int = 1
@@ -66,15 +66,15 @@ def arrange(
     model = setup.model
     planned = read_plan(model, own_plan(model) if plan is None else plan)
     slots = param_slots(model)
-    layouts = lay_out(setup, planned, slots, sequence_parallel=sequence_parallel)
+    layouts = parameter_layouts(setup, planned, slots, sequence_parallel=sequence_parallel)
     if sequence_parallel:
         check_all_planned(model, planned, slots)
     return planned, slots, layouts
 
 
 def own_plan(model: nn.Module) -> Plan:
-    """The plan that the model brings. Raises UserError if it brings none."""
-    if not isinstance(model, BringsItsPlan):
+    """The model's own plan, `tp_plan()`. Raises UserError if it has none."""
+    if not isinstance(model, HasPlan):
         raise UserError(
             f"{type(model).__name__} has no tp_plan(), which says how to split it; give "
             'plan={"up": "colwise", "down": "rowwise", ...}'
@@ -88,7 +88,7 @@ def is_tested(model: nn.Module, plan: Plan | None) -> bool:
 
 
 def takes_whole_sequence(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
-    """Whether the input of a sequence-parallel model is whole, and the model itself shards it."""
+    """Whether a sequence-parallel model reads the whole sequence, and shards it itself."""
     return any(
         planned.role == "scatter_output"
         or (planned.role == "vocabulary" and isinstance(model.get_submodule(name), nn.Embedding))
@@ -135,16 +135,16 @@ def check_all_planned(
     """Check that every trained parameter is in a planned module.
 
     Raises:
-        UserError: one is not. We could not know whether it reads a shard of the sequence, so that
-            its gradient is partial.
+        UserError: one is not. We could not know whether its module reads a shard of the sequence,
+            which would make its gradient partial.
     """
     covered = {module for name in plan for module in model.get_submodule(name).modules()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(module not in covered for module, _ in slots[name]):
             raise UserError(
-                f"{name} is in no module that the plan names: under sequence parallelism it must "
-                'say whether that module reads a shard of the sequence, "sequence", or all of it, '
-                '"replicate"'
+                f"{name} is in no module that the plan names; under sequence parallelism add its "
+                'module to the plan: as "sequence" if it reads a shard of the sequence, as '
+                '"replicate" if it reads the whole sequence'
             )
 
 
@@ -156,8 +156,8 @@ def _read(glob: str, role: Role) -> Planned:
         raise UserError(f"the plan's role of {glob} is {role!r}; the roles are {roles}")
     if not isinstance(block, int) or block < 1 or (block > 1 and name not in IN_BLOCKS):
         raise UserError(
-            f"the plan's role of {glob} is {role!r}; {' and '.join(IN_BLOCKS)} take the number of "
-            'outputs that stay together, ("colwise", 64), and no other role does'
+            f"the plan's role of {glob} is {role!r}; only {' and '.join(IN_BLOCKS)} take the "
+            'number of outputs that stay together: ("colwise", 64)'
         )
     return Planned(name, block)
 
@@ -185,11 +185,11 @@ def _enclosing(name: str) -> Iterator[str]:
 # --- the layouts of parameters --------------------------------------------------------------------
 
 
-def lay_out(
+def parameter_layouts(
     setup: Setup, plan: Mapping[str, Planned], slots: Mapping[str, list[ParamSlot]], *,
     sequence_parallel: bool,
 ) -> dict[str, Layout]:  # fmt: skip
-    """Extend each parameter's layout by the role of the modules that hold it.
+    """Add to each parameter's layout the split of its module's role.
 
     Raises:
         UserError: the modules of a tied parameter would split it differently, or a parameter does
@@ -198,10 +198,10 @@ def lay_out(
     name_of = {module: name for name, module in setup.model.named_modules()}
     layouts = {**setup.layouts}
     for name, parameter in setup.model.named_parameters():
-        before, holder_of = setup.layouts[name], {}  # layout -> a module that wants it
+        before, holder_of = setup.layouts[name], {}  # layout -> a module with its role
         for module, attribute in slots[name]:
             holder = name_of[module]
-            layout = _extended(
+            layout = _layout_for_role(
                 before, holder, module, attribute, setup.axis, plan, sequence_parallel
             )
             if not parameter.requires_grad:
@@ -217,7 +217,7 @@ def lay_out(
     return layouts
 
 
-def _extended(
+def _layout_for_role(
     layout: Layout, name: str, module: nn.Module, attribute: str, axis: Axis,
     plan: Mapping[str, Planned], sequence_parallel: bool,
 ) -> Layout:  # fmt: skip
@@ -239,7 +239,7 @@ def _extended(
     must_divide = role in ("colwise_grouped", "colwise_gather_output") or block > 1
     copies = 1
     if role == "colwise_grouped" and blocks < axis.size and axis.size % blocks == 0:
-        copies = axis.size // blocks  # neighboring ranks share keys, as their queries are neighbors
+        copies = axis.size // blocks  # ranks whose queries use one key head share that head
         layout = layout.owing(Owed(axis.name, neighbours=copies))
     elif must_divide and blocks % axis.size:
         degrees = divisors(blocks)

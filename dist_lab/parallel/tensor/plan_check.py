@@ -3,19 +3,19 @@
     reference   a copy with unsharded parameters, no plan     forward, backward
     sharded     a copy with this rank's shards, the plan      forward, backward
 
-A plan says how to shard modules, and nothing about the code between them. Whether that code works
-on a shard of the features cannot be read off a model. Examples are a softmax or a norm over sharded
+A plan says how to shard modules, and nothing about the code between them. Only a run shows whether
+that code works on a shard of the features. It fails if it has a softmax or a norm over sharded
 features, q, k and v from one colwise layer by `chunk`, a hard-coded number of heads, or a trained
-scale, whose gradient is then partial. Some of these raise an error of shapes; others train to other
-numbers. So before the first forward, and with its inputs, both copies run. The outputs of planned
-modules and of the model, and the gradients of inputs and parameters, must agree. If the first
-forward runs without gradients, outputs are compared then, and gradients before the first forward
-that has some. How copies are made, and in which dtype they compute: see trial.py.
+scale, whose gradient is then partial. Some of these raise a shape error; others silently train to
+different numbers. So both copies run before the first forward, with its inputs. The outputs of
+planned modules and of the model, and the gradients of inputs and parameters, must agree. If the
+first forward runs without gradients, gradients are compared before the first one with gradients.
+See trial.py for how copies are made, and in which dtype they compute.
 
-A model that cannot be compared is used as it is: one that cannot be copied, fails in one process,
-or does not fit into memory. If forward draws random numbers even in eval mode, the sharded copy
-only has to run. Cost: one step of one process in float64, and meanwhile the memory of its
-activations and of three unsharded models.
+The check is skipped for a model that cannot be copied, fails in one process, or does not fit into
+memory. If forward draws random numbers even in eval mode, the sharded copy only has to run. Cost:
+one step of one process in float64; until it ends, the memory of its activations and of three
+unsharded models.
 """
 
 import json
@@ -56,11 +56,11 @@ NO_MEMORY = "no memory"
 
 
 class PlanCheck:
-    """Tries a plan before the first forward of a model, in a hook.
+    """Tests a plan before the first forward of a model, in a hook.
 
     Args:
         layouts: of the sharded model.
-        shard: shards a copy with unsharded parameters as the model was sharded.
+        shard: shards an unsharded copy in the same way as the model.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PlanCheck:
             self.handle.remove()
 
     def _try_out(self, inputs: Inputs) -> None:
-        """Raise the same UserError on every rank if the sharded copy computes something else."""
+        """Raise the same UserError on every rank if the two copies differ."""
         values = gather_parameters(self.model, self.layouts, self.setup.mesh)
         full_inputs = gather_inputs(inputs, self.axis) if self.inputs_are_shards else inputs
         reference, is_deterministic = self._run_reference(values, full_inputs)
@@ -104,7 +104,7 @@ class PlanCheck:
         try:
             self._run_sharded(sharded, inputs)
             if is_deterministic:
-                self._agree("outputs", self._outputs_differ(reference, sharded))
+                self._agree("outputs", self._output_difference(reference, sharded))
                 if torch.is_grad_enabled():
                     with frozen(self.model):
                         self._compare_gradients(reference, sharded, sync)
@@ -133,7 +133,7 @@ class PlanCheck:
                     trial.forward(self.plan, inputs, lambda name: None)
                     drew = not all(map(torch.equal, states, random_states(self.axis)))
                     outcome = b"random" if drew else b"deterministic"
-                except Exception:  # an error of the model's own is raised by its own forward
+                except Exception:  # the model's own forward will raise its errors
                     trial = None
                 outcomes = set(ops.all_gather_bytes(outcome, self.axis))
                 if outcomes == {b"deterministic"}:
@@ -161,7 +161,7 @@ class PlanCheck:
             problem = str(error)
         except Exception as error:
             detail = f"forward fails in {sharded.where}: {_first_line(error)}"
-            problem = self._refusal(sharded, len(sharded.outputs), detail)
+            problem = self._plan_error(sharded, len(sharded.outputs), detail)
         self._agree("the end", problem)
 
     def _compare_gradients(self, reference: Trial, sharded: Trial, sync: Sync) -> None:
@@ -184,10 +184,10 @@ class PlanCheck:
             problem = f"backward fails under this plan only: {_first_line(error)}"
         self._agree("backward", problem)
         sync.finish()
-        self._agree("gradients", self._gradients_differ(reference, sharded))
+        self._agree("gradients", self._gradient_difference(reference, sharded))
 
     def _agree(self, place: str, problem: str = "") -> None:
-        """Raise the first problem that a rank reports on every rank, so that none waits forever.
+        """If a rank has a problem, raise the first one on every rank, so that none waits forever.
 
         Called before each planned module, because the code between them may fail on some ranks
         only, or lead ranks to different modules.
@@ -209,8 +209,8 @@ class PlanCheck:
 
     # --- comparing them ---------------------------------------------------------------------------
 
-    def _outputs_differ(self, reference: Trial, sharded: Trial) -> str:
-        """A line about the first output that differs, or ""."""
+    def _output_difference(self, reference: Trial, sharded: Trial) -> str:
+        """An error message about the first output that differs, or ""."""
         close, _ = _tolerance(reference, sharded)
         exact = reference.mode.dtype is torch.float64  # then even an argmax must agree
         kind = type(self.model).__name__
@@ -225,7 +225,7 @@ class PlanCheck:
             tensors, full_tensors = [*tensors_in(output)], [*tensors_in(full_output)]
             if len(tensors) != len(full_tensors):
                 detail = f"{what} returns {len(tensors)} tensors instead of {len(full_tensors)}"
-                return self._refusal(sharded, i, detail)
+                return self._plan_error(sharded, i, detail)
             for y, full in zip(tensors, full_tensors, strict=True):
                 expected, local = self._expected(name, sharded, y, full), local_part(y)
                 if expected.shape != local.shape:
@@ -237,11 +237,11 @@ class PlanCheck:
                     detail = f"the output of {what} is off by {distance:.2g} of its norm"
                 else:
                     continue
-                return self._refusal(sharded, i, detail)
+                return self._plan_error(sharded, i, detail)
         return ""
 
-    def _gradients_differ(self, reference: Trial, sharded: Trial) -> str:
-        """A line about the gradient that is the first in backward to differ, or ""."""
+    def _gradient_difference(self, reference: Trial, sharded: Trial) -> str:
+        """An error message about the first gradient in backward that differs, or ""."""
         close, least = _tolerance(reference, sharded)
         grads, full_grads, mesh = sharded.gradients(), reference.gradients(), self.setup.mesh
         total = sum(float(g.double().norm()) ** 2 for g in full_grads.values()) ** 0.5
@@ -256,7 +256,7 @@ class PlanCheck:
             if distance > close:
                 line = (
                     f"under this plan the gradient of {name} is off by {distance:.2g} of its norm: "
-                    "each rank has only a part of it, because it, or a result of it, meets sharded "
+                    f"each rank has a part of it, as {name} or its result is used with sharded "
                     f"features{' or a shard of the sequence' if self.sequence_parallel else ''} "
                     "outside of planned layers; use it before a colwise or after a rowwise layer, "
                     "or plan the layer before it as 'colwise_gather_output'"
@@ -265,7 +265,7 @@ class PlanCheck:
         return line
 
     def _expected(self, name: str, sharded: Trial, y: Tensor, full: Tensor) -> Tensor:
-        """This rank's shard of `full`, the reference's tensor that y stands for."""
+        """This rank's shard of `full`, the reference's tensor that corresponds to y."""
         planned, size, index = self.plan.get(name), self.axis.size, self.axis.index
         if full.dim() and id(y) in sharded.logits:
             return shard_of(full, Shard(full.dim() - 1), size, index)
@@ -282,14 +282,14 @@ class PlanCheck:
 
     # --- the message ------------------------------------------------------------------------------
 
-    def _refusal(self, sharded: Trial, until: int, detail: str) -> str:
-        """A line about the wrong part of the plan: most likely a colwise layer without a rowwise.
+    def _plan_error(self, sharded: Trial, until: int, detail: str) -> str:
+        """An error message about the plan: most likely a colwise layer has no rowwise after it.
 
         Args:
             until: the index of the first wrong output.
         """
         called = [name for name, _ in sharded.outputs[:until] if name]
-        unclosed: list[str] = []  # colwise, and no rowwise layer has come since
+        unclosed: list[str] = []  # colwise layers without a rowwise layer after them
         for name in called:
             if self.plan[name].role in ("colwise", "colwise_grouped"):
                 unclosed.append(name)
@@ -298,7 +298,7 @@ class PlanCheck:
                 unclosed = [n for n in unclosed if parent and not n.startswith(f"{parent}.")]
         if self.sequence_parallel and not unclosed:
             return (
-                f"under this plan and sequence_parallel {detail}: something treats a shard of the "
+                f"under this plan and sequence_parallel {detail}: some code treats a shard of the "
                 "sequence as the whole; plan a module that needs the whole sequence as "
                 "'gather_input', or leave out sequence_parallel"
             )
@@ -319,7 +319,7 @@ class PlanCheck:
 
 
 class _Agreed(Exception):
-    """A refusal that all ranks raise together."""
+    """An error that all ranks raise together."""
 
 
 class _NoMemory(Exception):

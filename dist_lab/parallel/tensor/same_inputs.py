@@ -4,11 +4,11 @@
 
 Every rank computes replicated layers for itself, and nobody compares the results. If ranks read
 different rows, or draw different dropout masks, their replicas drift apart, and each rank's loss
-looks fine. So the ranks compare what could make them differ: the inputs, before each forward, and
-the state of the random generators, if the forward has drawn from them.
+looks fine. So the ranks compare the two possible causes: the inputs, before each forward, and the
+state of the random generators, if forward has drawn from them.
 
 With equal generators, dropout on sharded activations, such as the probabilities of each rank's
-heads, has the same mask on every rank. One process would draw another mask, but no rank drifts.
+heads, has the same mask on every rank. One process would draw another mask, but replicas agree.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ def compare_inputs(
     model: nn.Module, axis: Axis, planned_by_name: Mapping[str, Planned], plan: Plan | None, *,
     sequence_parallel: bool,
 ) -> None:  # fmt: skip
-    """Compare the model's inputs over the ranks in every forward; only in the first if the model
-    and its plan are the zoo's, and the mesh is without `check`.
+    """Compare the model's inputs over the ranks in every forward. Without the mesh's `check`, a zoo
+    model with its own plan is compared in the first forward only.
     """
     if axis.size > 1:
         every = axis.comm.check or not is_tested(model, plan)
@@ -66,7 +66,7 @@ class SameInputs:
         row = torch.tensor([[inputs, self.generators]], device=self.axis.device)
         with self.axis.comm.label("check", unit="inputs"):
             rows = ops.all_gather(row, self.axis)
-        odd_inputs, self.odd_generator = (self._odd(column) for column in rows.T.tolist())
+        odd_inputs, self.odd_generator = (self._odd_rank(column) for column in rows.T.tolist())
         if odd_inputs is not None:
             name = self.axis.name
             what = "shards of one length" if self.shards else "the same batch"
@@ -92,7 +92,7 @@ class SameInputs:
             f"divide over the ranks ({next(active, 'dropout or the like')})"
         )
 
-    def _odd(self, digests: list[int]) -> int | None:
+    def _odd_rank(self, digests: list[int]) -> int | None:
         """The first rank whose digest differs from that of the axis's first rank."""
         ranks = zip(self.axis.ranks, digests, strict=True)
         return next((rank for rank, digest in ranks if digest != digests[0]), None)

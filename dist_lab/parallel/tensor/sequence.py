@@ -88,9 +88,9 @@ class _Reduce(torch.autograd.Function):
 class SharedColumnInput:
     """The input of colwise layers that read the same tensor, such as q, k and v.
 
-    The first column to be called gathers the input for all of them; it is freed after the last. A
-    column that is called with another tensor, with a changed one, or for a second time, gathers
-    again.
+    The first layer that is called gathers the input for all of them. The last one frees it. A layer
+    gathers again if it is called with another tensor, if the tensor has changed, or if the layer is
+    called a second time.
     """
 
     def __init__(self, activations: ActivationLayout) -> None:
@@ -104,7 +104,7 @@ class SharedColumnInput:
         self.uncalled: dict[nn.Linear, tuple[Tensor, OnOutputGrad]] = {}
 
     def __call__(self, x: Tensor, column: nn.Linear) -> Tensor:
-        """x W^T + b of one column."""
+        """x W^T + b of one colwise layer."""
         # A tensor made in inference mode has no version that would show a change.
         version = None if x.is_inference() else x._version
         source, source_version = self.source or (None, None)
@@ -126,7 +126,7 @@ class SharedColumnInput:
 
 
 def enter_block(x: Tensor, activations: ActivationLayout) -> Tensor:
-    """Unshard an x of which each rank uses a different part. Differentiable: dx is summed."""
+    """Unshard x for layers that differ between ranks. Differentiable: backward sums dx."""
     gathered: Tensor
     (gathered,) = _EnterBlock.apply(x, activations, {})
     return gathered
@@ -135,10 +135,10 @@ def enter_block(x: Tensor, activations: ActivationLayout) -> Tensor:
 class _EnterBlock(torch.autograd.Function):
     """x, W1, W2, ... -> x[T], and a view of each W: the operands of colwise layers.
 
-    The backward of a colwise layer returns dx{U_tp}, and leaves dy in `output_grads`. So here the
-    sum of dx is in flight while dW is computed from dy, and dW reaches its parameter as any
-    gradient does. With create_graph all of it is differentiable, and the views of W have gradients
-    of their own, from second derivatives.
+    The backward of a colwise layer returns dx{U_tp}, and leaves dy in `output_grads`. Then this
+    backward starts the sum of dx, computes dW from dy meanwhile, and returns dW as the gradient of
+    W. With create_graph the whole backward is differentiable, and second derivatives add gradients
+    of the views of W.
     """
 
     @staticmethod

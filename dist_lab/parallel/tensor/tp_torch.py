@@ -3,7 +3,7 @@
     colwise    ColwiseParallel         rowwise     RowwiseParallel
     norms      SequenceParallel        the loss    loss_parallel
 
-It runs as PyTorch documents it to run best. Colwise layers that share an input get it as one
+We use it as PyTorch's documentation recommends. Colwise layers that share an input get it as one
 DTensor, which is gathered once, and whose gradient is summed once; logits stay sharded. DTensor
 cannot share a key head between ranks, nor compute on shards of unequal length.
 
@@ -66,7 +66,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
         + ("SequenceParallel, " if sequence_parallel else "")
         + "one shared input layout for colwise layers that share an input), loss_parallel"
     )
-    return Applied(layouts, sync, about, make_optimizer=_optimizer_of_both)
+    return Applied(layouts, sync, about, make_optimizer=_optimizer_with_separate_groups)
 
 
 def _shard(
@@ -80,7 +80,7 @@ def _shard(
     ties = [slots for slots in param_slots(model).values() if len(slots) > 1]
     stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
     parallelize_module(model, mesh, _styles(model, plan, stream), src_data_rank=None)
-    for parent in _parents_of_several(plan):
+    for parent in _shared_input_parents(plan):
         hook = ModuleHook(partial(_share_input, mesh, stream))
         model.get_submodule(parent).register_forward_pre_hook(hook)
     for (module, attribute), *others in ties:
@@ -97,8 +97,8 @@ def _shard(
 
 
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
-    """Raise UserError if shards are unequal. Between colwise and rowwise layers shards are plain
-    tensors, which DTensor assumes to be equal on all ranks.
+    """Raise UserError if shards have unequal sizes. Between colwise and rowwise layers shards are
+    plain tensors, and DTensor assumes that they have one size on all ranks.
     """
     for name, planned in plan.items():
         if planned.role in ("colwise", "colwise_grouped", "colwise_gather_output", "rowwise"):
@@ -125,7 +125,7 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
     )
 
     replicate, sequence_parallel = Replicate(), isinstance(stream, Shard)
-    several = _parents_of_several(plan)
+    several = _shared_input_parents(plan)
     styles: dict[str, Any] = {}
     for name, planned in plan.items():
         match planned.role:
@@ -155,8 +155,8 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
     return styles
 
 
-def _parents_of_several(plan: Mapping[str, Planned]) -> set[str]:
-    """Parents of several colwise layers, which are taken to read the parent's first argument."""
+def _shared_input_parents(plan: Mapping[str, Planned]) -> set[str]:
+    """Parents of several colwise layers. We assume that these read the parent's first argument."""
     parents = [
         n.rpartition(".")[0] for n, p in plan.items() if p.role in ("colwise", "colwise_grouped")
     ]
@@ -226,7 +226,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Root(torch.autograd.Function):
-    """The identity, as the root of a graph. A leaf would keep the logits as long as the graph."""
+    """The identity, as the root of a graph. A leaf there would keep the logits in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class ThroughDTensor(Sync):
                 parameter.grad = grad.redistribute(placements=placements)
 
 
-def _optimizer_of_both(
+def _optimizer_with_separate_groups(
     cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """Put DTensors and plain parameters into separate groups: no operation takes both at once."""

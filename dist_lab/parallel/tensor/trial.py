@@ -1,8 +1,8 @@
 """Runs forward and backward of a copy of a model, without any effect on the model itself.
 
 The copy has no hooks, neither the user's nor those of training. Its inputs are copies, too. It
-computes in float64 if it can: there rounding explains a difference of 1e-14, so any larger one
-shows that something else was computed.
+computes in float64 if possible. There rounding explains a difference of 1e-14, so a larger
+difference shows that the two copies compute different things.
 """
 
 import copy
@@ -35,7 +35,7 @@ class Mode:
 
     Attributes:
         dtype: of all floating-point tensors; None: each keeps its own.
-        training: as the model is now, but dropout layers in eval mode; False: all in eval mode.
+        training: True: the model's modes, but dropout in eval mode; False: all in eval mode.
     """
 
     dtype: torch.dtype | None
@@ -46,8 +46,8 @@ class Mode:
 
 
 def modes(model: nn.Module) -> Iterator[list[Mode]]:
-    """Modes to try, the most telling first. A list's second is for a forward that draws random
-    numbers in the first.
+    """Modes to try, the strictest first. The second mode of a list is for a forward that draws
+    random numbers in the first mode.
     """
     for dtype in (torch.float64, None):
         yield [Mode(dtype, training) for training in ([True] if model.training else []) + [False]]
@@ -79,7 +79,7 @@ class Trial:
     def forward(
         self, plan: Mapping[str, Planned], inputs: Inputs, before_planned: Callable[[str], None]
     ) -> None:
-        """Run forward. `before_planned` is called with the name of a planned module before it."""
+        """Run forward. Before each planned module call `before_planned` with its name."""
         handles: list[Any] = []
         for name, module in self.model.named_modules():
             enter = self._enter(name, before_planned if name in plan else None)
@@ -167,7 +167,7 @@ def gather_parameters(
 def gather_inputs(inputs: Inputs, axis: Axis) -> Inputs:
     """Gather inputs that are sharded along the sequence: x[T_tp, D] -> x[T, D], or tokens.
 
-    If some tensors differ between ranks, those that are equal are not shards. Collective.
+    If any tensor differs between ranks, only those that differ are gathered. Collective.
     """
     fingerprints = {id(x): fingerprint(x) for x in tensors_in([*inputs])}
     rows = ops.all_gather(torch.tensor([[*fingerprints.values()]], device=axis.device), axis)
@@ -185,7 +185,7 @@ def gather_inputs(inputs: Inputs, axis: Axis) -> Inputs:
 
 
 def plain_copy(model: nn.Module, values: Mapping[str, Tensor], mode: Mode) -> nn.Module:
-    """Copy the model with these parameters, and without the changes of training and hooks."""
+    """Copy the model with these parameters, but without hooks, replaced forwards and dropout."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -197,7 +197,7 @@ def plain_copy(model: nn.Module, values: Mapping[str, Tensor], mode: Mode) -> nn
         value = mode.cast(values[name].clone())
         memo[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
     for module in model.modules():
-        for tensor in tensors_in([*vars(module).values()]):  # buffers, and attributes of forward
+        for tensor in tensors_in([*vars(module).values()]):  # buffers and other attributes
             if id(tensor) not in memo:
                 memo[id(tensor)] = mode.cast(local_part(tensor.detach())).clone()
     plain = copy.deepcopy(model, memo)

@@ -6,8 +6,8 @@
     loss = log sum over V of exp(logits) - logits[target]
 
 Each rank holds one range of the vocabulary. For each token it computes three numbers: the largest
-of its logits, the sum of their exponentials relative to that, and the target's logit if the target
-is in its range. All ranks merge them as partial softmaxes (Milakov and Gimelshein 2018,
+of its logits, the sum of exp(logit - largest), and the target's logit if the target is in its
+range. All ranks merge these numbers as partial softmaxes (Milakov and Gimelshein 2018,
 arXiv:1805.02867, eq. 4). This takes one all_gather of 3 numbers per token instead of V: (N-1) 3 B T
 elements sent. Backward sends nothing: d logits = softmax - one at the target needs only local
 values. Ranges may differ in length, and may be empty. Shoeybi et al. 2019 (arXiv:1909.08053),
@@ -47,7 +47,7 @@ class SplitLogits:
     scratch: Scratch
 
     def cross_entropy_sum(self, targets: Tensor) -> Tensor:
-        """Returns on every rank what `dist_lab.cross_entropy_sum` returns for unsharded logits."""
+        """Returns, on every rank, the `dist_lab.cross_entropy_sum` of the unsharded logits."""
         wide = self.local if self.local.dtype.itemsize >= 4 else self.local.float()
         rows, flat_targets = wide.flatten(0, -2), targets.flatten()  # (N, V_tp), (N,)
         axis = self.scratch.axis
@@ -59,7 +59,7 @@ class SplitLogits:
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}
     ) -> NoReturn:
         raise UserError(
-            f"{getattr(function, '__name__', function)} on logits that are sharded over the ranks "
+            f"{getattr(function, '__name__', function)} fails on logits sharded over the ranks "
             "by vocabulary; compute the loss by job.cross_entropy_sum(output, target), or give the "
             'head the role "colwise_gather_output" in the plan'
         )
@@ -102,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, log_total, column, is_local, counted = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph
-            dy = linear_map(dy, identity, ctx.all_reduce)  # replicated, and each rank uses a part
+            dy = linear_map(dy, identity, ctx.all_reduce)  # each rank's use of dy is partial
             log_total = _LogTotal.apply(rows, log_total, ctx.all_reduce)
         grad = torch.exp(rows - log_total[:, None])  # this rank's V_tp of the softmax
         minus_one = -is_local.to(grad.dtype)[:, None]  # at the target
@@ -115,7 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _LogTotal(torch.autograd.Function):
-    """rows (N, V_tp) -> log_total, known already. Its derivative in rows is the softmax."""
+    """rows (N, V_tp) -> log_total, which is passed in. Its derivative by rows is the softmax."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, log_total: Tensor, all_reduce: Map) -> Tensor:
@@ -148,7 +148,7 @@ def look_up(tokens: Tensor, weight: Tensor, size: int, padding: int | None, axis
         raise IndexError(f"a token is outside of the vocabulary of {size}")
     is_local = (tokens >= first) & (tokens < stop)
     if stop == first:
-        return weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])  # a gradient of 0
+        return weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])  # zeros with a graph
     local_padding = padding - first if padding is not None and first <= padding < stop else None
     rows = F.embedding(torch.where(is_local, tokens - first, 0), weight, local_padding)
     return rows.masked_fill(~is_local[..., None], 0)
