@@ -214,7 +214,7 @@ class Job:
 
         A sharded parameter comes as this rank's shard. Under pp there are only this stage's.
         """
-        if backward_number() == -1:  # not in backward, when gradients are in flight
+        if backward_number() == -1:  # in backward gradients are in flight
             self._runner.sync.settle()
         return self._runner.named_parameters()
 

@@ -108,7 +108,7 @@ class Layout:
         return replace(self, partial=(*self.partial, *sums))
 
     def extends(self, before: "Layout") -> bool:
-        """Whether this is `before` with splits and sums appended. A strategy may change no more."""
+        """Whether this is `before` with splits and sums appended, the only legal change."""
         return (
             (self.shape, self.dtype) == (before.shape, before.dtype)
             and self.splits[: len(before.splits)] == before.splits

@@ -520,7 +520,7 @@ def test_fsdp2_without_a_process_group_is_refused_with_the_way_to_have_one():
 @pytest.mark.ranks(2)
 def test_accelerate_leaves_its_fsdp_plugin_unused_on_cpu_and_is_refused_for_that(mesh):
     with pytest.raises(
-        UserError, match=r"treats the processes as MULTI_CPU, .* DistributedDataPar"
+        UserError, match=r"treats the processes as MULTI_CPU and wraps .*DistributedDataPar"
     ):
         dist_lab.parallelize(nn.Linear(2, 2), mesh, "fsdp", "accelerate")
     from accelerate import Accelerator, FullyShardedDataParallelPlugin

@@ -67,9 +67,9 @@ class Post(Protocol):
     ) -> list[tuple[int, list[Work]]]:
         """Send give[j] to each other rank j, and receive row j of `into` from it.
 
-        Allowed only as the first step, which all ranks take: a small swap may be one all_to_all of
-        the backend. `whole` is all of `give` in one tensor, which may be
-        expanded. Row `index` of `into` is undefined afterwards.
+        Only an algorithm's first step may be a swap, on all ranks: a small one may be executed as
+        one all_to_all of the backend. `whole` is all of `give` as one tensor; it may be a view made
+        by `Tensor.expand`. Row `index` of `into` is undefined afterwards.
 
         Returns:
             (j, the works to wait for before row j can be read), in the order in which they were

@@ -7,10 +7,10 @@ another share a flat buffer, a bucket. When the last gradient of a bucket is rea
 is issued, and backward goes on meanwhile. The first bucket is small, so that the network has work
 early.
 
-Cost per step, for P parameters, all of them used: 2 (N-1)/N (P + a flag per parameter and bucket)
-elements sent, in about P / bucket_mb messages, however many micro-batches there are. Memory per
-rank: all parameters, gradients and optimizer state. Gradients live in the buckets: those of
-the first micro-batch are copied in, later ones accumulate in place, and the sum is not copied out.
+Cost per step, for P parameters, all of them used: 2 (N-1)/N (P + F) elements sent, F being one flag
+per parameter and one per bucket, in about P / bucket_mb messages, for any number of micro-batches.
+Memory per rank: all parameters, gradients and optimizer state. Gradients live in the buckets: the
+first micro-batch's are copied in, later ones accumulate in place, and the sum is not copied out.
 Li et al. 2020, "PyTorch Distributed: experiences on accelerating data parallel training"
 (arXiv:2006.15704).
 
@@ -23,9 +23,9 @@ buckets in that order. A parameter that no rank uses is never sent.
 flag per parameter, 1 if this rank has used it, and the all_reduce adds the flags up as well. A
 parameter that no rank has used in this step keeps `grad is None`; one that only other ranks have
 used gets their gradient. One more flag reports a used parameter that is in no bucket yet; if any
-rank sets it, all ranks make buckets for such parameters. So a rank may issue a bucket in backward
-that another issues in `finish`, after other collectives. Only the order of buckets among each other
-is equal on all ranks, so they need a process group of their own (`mesh.channel`).
+rank sets it, all ranks make buckets for such parameters. As ranks may use different parameters, one
+may issue a bucket in backward and another in `finish`, after other collectives. Only the order of
+buckets is equal on all ranks, so they need a process group of their own (`mesh.channel`).
 
 For edits of `.grad` and exceptions while a bucket is in flight, see in_flight.py.
 
@@ -81,7 +81,7 @@ class BucketedAllReduce(Sync):
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT and phase is Phase.BACKWARD:
             for bucket in self.buckets:
-                if bucket.gradients.in_flight:  # also after a backward that dropped them
+                if bucket.gradients.in_flight:  # `unshard` may have dropped them
                     bucket.in_flight.show_placeholders()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
@@ -161,7 +161,7 @@ class BucketedAllReduce(Sync):
         for names in group_into_buckets(sizes, limit if self.buckets else first, limit):
             members = {name: parameters[name] for name in names}
             bucket = Bucket(len(self.buckets), members, self.axis, same_strides=same_strides)
-            for name in names:  # at once: only one bucket's gradients exist twice
+            for name in names:  # now, so that at most one bucket's gradients exist twice
                 bucket.gradients.copy_in(name, members[name])
             self.buckets.append(bucket)
             self.bucket_of |= dict.fromkeys(names, bucket)

@@ -12,7 +12,7 @@ sends N flags per parameter, which tell whether a rank used it.
 
     3kP           the default: gather for each forward and each backward, reduce after each backward
     2kP           reshard_after_forward=False: gather once for both
-    (k+1)P + P    keep_gathered: units stay unsharded from the first backward to the last
+    (k+2)P        keep_gathered: gather for the first forward and the first backward only
     2kP + P       defer_reduce: keep unsharded gradients, and reduce them after the last backward
 
 Memory per rank: 1/N of parameters, gradients and optimizer state. On top come the root's own
@@ -120,9 +120,9 @@ class FullySharded(Sync):
     """Decides when groups are unsharded and resharded, and when their gradients are reduced.
 
     [Note: one order] All ranks must issue collectives in one order. For gathers, common_order.py
-    sees to that. Gradients become ready in different orders on different ranks, so units are
-    reduced in reverse forward order, once per micro-batch, on a process group of their own. A unit
-    is reduced even if no rank has used all of its parameters.
+    sees to that. Gradients become ready in different orders on different ranks. So every rank
+    reduces units in reverse forward order, once per micro-batch, also units that it has not used.
+    Gathers and reductions use two separate process groups.
 
     Args:
         groups_of: unit -> the groups to unshard while it runs.

@@ -69,10 +69,10 @@ def verify(
         sync_batchnorm, strategy_options: see `parallelize`.
 
     Raises:
-        UserError: on every rank, for a problem of the model or the batch: all rows are equal, which
-            would hide a missing sum over ranks; one process is not repeatable, as with dropout: see
-            `repeat_first_step`; the batch differs between ranks or cannot be split by rows; there
-            is nothing to train; the reference is not finite.
+        UserError: on every rank, if all rows are equal (that would hide a missing sum over ranks),
+            the one-process run gives another result when repeated, as with dropout (see
+            `repeat_first_step`), the batch differs between ranks or cannot be split by rows, there
+            is nothing to train, or the reference is not finite.
     """
     options = {"lr": 1e-3} if options is None else options
     if min(steps, microbatches) < 1:
