@@ -59,8 +59,8 @@ def apply(
         chunks: stages per rank, if the schedule lets the user choose them (interleaved); default 2.
         balance: "cost": make the slowest stage as fast as possible; "count": make the largest
             number of blocks in a stage as small as possible.
-        example_inputs: one micro-batch, used to estimate costs. Without it, a model with `stages` is
-            split by parameter counts, and a model without them cannot be split.
+        example_inputs: one micro-batch, used to estimate costs. Without it, a model with `stages`
+            is split by parameter counts, and a model without them cannot be split.
         emulate_compute: milliseconds; a unit of compute that takes less is followed by a sleep.
             It shows a schedule's effect on a machine with fewer cores than ranks.
 
