@@ -89,8 +89,8 @@ OPTIONS_AND_COLLECTIVES = [(options, "auto") for options in TRAFFIC] + [
 
 @pytest.mark.slow_unless(
     lambda options, collectives: (
-        (collectives == "auto") == (options != "default")
-        or (options, collectives) == ("default", "direct")
+        (options, collectives) == ("default", "direct")
+        or (collectives == "auto" and options in ("kept gathered", "deferred", "kept and deferred"))
     )
 )
 @pytest.mark.parametrize(("options", "collectives"), OPTIONS_AND_COLLECTIVES)

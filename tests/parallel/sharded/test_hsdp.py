@@ -24,6 +24,7 @@ from dist_lab.parallel.sharded.sharded_param import shard_length
 MESHES = [{"dp": 2, "fsdp": 2}, {"dp": 1, "fsdp": 4}, {"dp": 4, "fsdp": 1}]
 
 
+@pytest.mark.slow_unless(lambda model: model == "odd")
 @pytest.mark.parametrize("model", ["gpt tied", "odd"])
 @pytest.mark.parametrize(
     "shape", [pytest.param(m, marks=pytest.mark.ranks(4, mesh=m), id=str(m)) for m in MESHES]

@@ -601,6 +601,7 @@ def of_one_step(mesh, step=0, **options):
     return gradients(job)
 
 
+@pytest.mark.slow_unless(lambda options: options in ("plain", "kept gathered", "deferred"))
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_one_backward_may_go_through_two_forwards_and_two_through_one(options, mesh):
@@ -643,7 +644,8 @@ BROKEN_OFF = [
 
 @pytest.mark.slow_unless(
     lambda options, fails, wrapped: (
-        (fails, wrapped) == ("backward", "in a block") or (options, wrapped) == ("plain", "alone")
+        (options, wrapped) == ("plain", "alone")
+        or (options, fails, wrapped) == ("deferred", "backward", "in a block")
     )
 )
 @pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN_OFF)

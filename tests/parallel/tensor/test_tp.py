@@ -359,6 +359,7 @@ def rows(step=0, shape=(4, 8, 6)):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.slow_unless(lambda last, shape: len(shape) == 3 or last is None)
 @pytest.mark.parametrize("last", ["replicate", "colwise_gather_output", None])
 @pytest.mark.parametrize("shape", [(4, 8, 6), (8, 6), (6,)])
 @ranks(4)

@@ -72,9 +72,8 @@ LIBRARY_OPTIONS = {
 # Every strategy runs the "odd" model, which has every oddity including a tied head. Every model
 # runs under a strategy that splits it. tests/parallel/tensor/test_tp.py has models for tp.
 NOT_SLOW_MODELS = {
-    ("ddp", "hand"): ("odd", "resnet"),
     ("fsdp", "hand"): ("gpt tied", "odd", "resnet"),
-    ("pp", "hand"): ("gpt tied", "odd", "vit"),
+    ("pp", "hand"): ("odd", "vit"),
     ("tp", "torch"): ("gpt tied",),
 }
 
