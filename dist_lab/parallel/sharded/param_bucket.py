@@ -299,6 +299,14 @@ class ParamBucket:
                 param.sharded.grad = sums.views[param.name].data
                 param.mark_grad_at_shard()
 
+    def clear_in_flight(self) -> None:
+        """Clear the gradients that were being summed when an exception ended the step."""
+        for param in self.params:
+            grad = param.unsharded.grad
+            if isinstance(grad, GradElsewhere) and grad.owner is None:
+                param.unsharded.grad = param.sharded.grad = None
+                param.grad_place = GradPlace.NOWHERE
+
     def drop_leaf_grads(self) -> None:
         for leaf in self.leaves.values():
             leaf.grad = None

@@ -230,6 +230,7 @@ class Stage1Bucket:
         ops.wait_for_readers(self.gradients.memory, self.params.axis)
 
     def forget(self) -> None:
+        self.params.clear_in_flight()
         self.params.show_stand_ins()  # as in ddp, the gradients of earlier micro-batches stay
 
     def extra_memory(self) -> Iterator[Tensor]:
