@@ -54,8 +54,8 @@ class Planned:
 
 def arrange(
     setup: Setup, plan: Plan | None, *, sequence_parallel: bool
-) -> tuple[dict[str, Planned], dict[str, list[ParamSlot]], dict[str, Layout]]:
-    """Read the plan: the role of each planned module, the slots and the layout of each parameter.
+) -> tuple[dict[str, Planned], dict[str, Layout]]:
+    """Read the plan: the role of each planned module, and the layout of each parameter.
 
     Args:
         plan: None: the model's own.
@@ -69,7 +69,7 @@ def arrange(
     layouts = parameter_layouts(setup, planned, slots, sequence_parallel=sequence_parallel)
     if sequence_parallel:
         check_all_planned(model, planned, slots)
-    return planned, slots, layouts
+    return planned, layouts
 
 
 def own_plan(model: nn.Module) -> Plan:

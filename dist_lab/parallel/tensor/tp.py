@@ -95,7 +95,7 @@ def apply(
     if regather and not sequence_parallel:
         raise UserError("regather gathers again what sequence_parallel has sharded; give both")
     model, axis = setup.model, setup.axis
-    planned_by_name, _, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
+    planned_by_name, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
 
     def shard(model: nn.Module, full_value: Callable[[str], Tensor]) -> Sync:
         activations = ActivationLayout(axis, sequence_parallel=sequence_parallel, regather=regather)

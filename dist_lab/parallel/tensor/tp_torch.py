@@ -45,7 +45,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis = setup.model, setup.axis
-    planned_by_name, _, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
+    planned_by_name, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
     for name, layout in layouts.items():
         if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
             raise UserError(
