@@ -86,7 +86,7 @@ class BucketParam:
         memory: the part of the bucket's memory that `unsharded` uses.
         trains: whether it requires a gradient now, as `sync_requires_grad` last saw it.
         version: torch's version counter of `sharded` when all ranks last had its values.
-        grad_place: the tensor that has the gradient; the other one's `.grad` is a stand-in.
+        grad_place: the tensor that has the gradient; the other one's `.grad` is a placeholder.
     """
 
     name: str
@@ -115,7 +115,7 @@ class BucketParam:
         check_in_memory(self.name, self.slots, unsharded, memory)
 
     def mark_grad_at_shard(self) -> None:
-        """The shard has the sum: put a stand-in at the unsharded parameter."""
+        """The shard has the sum: put a placeholder at the unsharded parameter."""
         self.grad_place = GradPlace.SHARDED
         GradElsewhere.stand_at(
             self.unsharded, self.sharded,
@@ -124,7 +124,7 @@ class BucketParam:
         )  # fmt: skip
 
     def mark_grad_at_unsharded(self) -> None:
-        """The unsharded parameter has a gradient to be summed: put a stand-in at the shard."""
+        """The unsharded parameter has a gradient to be summed: put a placeholder at the shard."""
         self.refuse_set_shard_grad()
         self.grad_place = GradPlace.UNSHARDED
         GradElsewhere.stand_at(
@@ -233,7 +233,7 @@ class ParamBucket:
             self.restore_memory()
         self.sync_cleared_grads()
         if phase is Phase.BACKWARD:  # autograd is about to add to `.grad`
-            self.drop_stand_ins()
+            self.drop_placeholders()
 
     def look_for_frozen(self) -> None:
         """Note which parameters the user has frozen or unfrozen."""
@@ -274,14 +274,14 @@ class ParamBucket:
         for param in self.params:
             param.sync_cleared_grads()
 
-    def drop_stand_ins(self) -> None:
-        """Remove the stand-ins from the unsharded parameters' `.grad`."""
+    def drop_placeholders(self) -> None:
+        """Remove the placeholders from the unsharded parameters' `.grad`."""
         for leaf in self.leaves.values():
             if isinstance(leaf.grad, GradElsewhere):
                 leaf.grad = None
 
-    def show_stand_ins(self) -> None:
-        """Put stand-ins back where the shard has the gradient and backward has not added to it."""
+    def show_placeholders(self) -> None:
+        """Put placeholders back where the shard has the gradient and backward added nothing to it."""
         for param in self.params:
             if param.grad_place is GradPlace.SHARDED and param.unsharded.grad is None:
                 param.mark_grad_at_shard()

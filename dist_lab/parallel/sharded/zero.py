@@ -20,7 +20,7 @@ Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), sections 5.1 and 5.2.
 The model's own parameters are always unsharded. `job.parameters()` returns the shards as vectors.
 So the optimizer must treat each element by itself, as SGD and Adam do; an optimizer that needs the
 rows or the norm of a matrix needs ddp. One of a parameter's two tensors has the gradient, and the
-`.grad` of the other one is a stand-in: see step/grad_elsewhere.py.
+`.grad` of the other one is a placeholder: see step/grad_elsewhere.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -102,7 +102,7 @@ class ZeroSync(Sync):
             if self.each_microbatch and self.saw_grads_ready:
                 self._reduce_rest()
             for bucket in self.buckets:
-                bucket.params.show_stand_ins()
+                bucket.params.show_placeholders()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         self.saw_grads_ready = True
@@ -211,7 +211,7 @@ class Stage1Bucket:
         """dW{U_dp} -> dW[E_dp]"""
         for param in self.params.params:
             param.refuse_set_shard_grad()
-        self.params.drop_stand_ins()
+        self.params.drop_placeholders()
         kept = self.params.names_with_grad()
         self.used = kept | {n for n, p in self.params.leaves.items() if p.grad is not None}
         self.gradients.copy_in_all(self.params.leaves)
@@ -231,7 +231,7 @@ class Stage1Bucket:
 
     def forget(self) -> None:
         self.params.clear_in_flight()
-        self.params.show_stand_ins()  # as in ddp, the gradients of earlier micro-batches stay
+        self.params.show_placeholders()  # as in ddp, the gradients of earlier micro-batches stay
 
     def extra_memory(self) -> Iterator[Tensor]:
         yield self.gradients.memory
@@ -254,7 +254,7 @@ class Stage2Bucket:
     def issue(self) -> None:
         """dW{U_dp} -> dW[E_dp]"""
         ops.wait_for_readers(self.staging, self.params.axis)
-        self.params.drop_stand_ins()
+        self.params.drop_placeholders()
         used = {name for name, leaf in self.params.leaves.items() if leaf.grad is not None}
         kept = self.params.names_with_grad()
         self.used = used | (kept if self.sums is None else self.used & kept)
@@ -293,7 +293,7 @@ class Stage2Bucket:
 
     def forget(self) -> None:
         self.params.drop_leaf_grads()
-        self.params.show_stand_ins()
+        self.params.show_placeholders()
 
     def extra_memory(self) -> Iterator[Tensor]:
         if self.sums is not None:

@@ -137,7 +137,7 @@ def micro_batches(job, edit, of, step=0):
             edit(of(job.model))
 
 
-# Through a stand-in only elementwise edits reach the gradient: see step/grad_elsewhere.py.
+# Through a placeholder only elementwise edits reach the gradient: see step/grad_elsewhere.py.
 BY_NAME = {
     ("zero1", "job", replace): "is not summed yet",
     ("zero1", "job", unscale): "is not summed yet",
