@@ -281,7 +281,7 @@ class ParamBucket:
                 leaf.grad = None
 
     def show_placeholders(self) -> None:
-        """Put placeholders back where the shard has the gradient and backward added nothing to it."""
+        """Put placeholders back where the shard has the gradient and backward added nothing."""
         for param in self.params:
             if param.grad_place is GradPlace.SHARDED and param.unsharded.grad is None:
                 param.mark_grad_at_shard()
