@@ -31,6 +31,7 @@ from dist_lab.programs.cli.registry import (
     STRATEGIES,
     Casts,
     Impl,
+    shards_nothing,
 )
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
@@ -220,9 +221,15 @@ def _refuse_other_axes(chosen: Chosen, strategy: str | Apply, mesh: Mesh) -> Non
     if not any(long <= mix <= set(chosen.axes) for mix in MIXES):
         inner_first = chosen.axes[::-1]
         along = " and ".join(inner_first)
-        wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in inner_first)
+        fitting = [name for name in inner_first if not shards_nothing(strategy, {name: mesh.size})]
+        wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in fitting)
         raise UserError(
             f"the mesh is {mesh}, but {strategy} runs along {along} only; make it by {wanted}"
+        )
+    if shards_nothing(strategy, mesh.axes):
+        raise UserError(
+            f"the mesh is {mesh}, along which fsdp shards nothing; make it by "
+            f'init_mesh(fsdp={mesh.size}), or give strategy="ddp"'
         )
 
 

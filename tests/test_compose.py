@@ -99,6 +99,16 @@ def test_a_mesh_with_an_axis_of_another_strategy_is_refused():
         compose._refuse_other_axes(compose._choose("ddp", "hand"), "ddp", mesh)
 
 
+@pytest.mark.parametrize("impl", ["hand", "torch"])
+@pytest.mark.ranks(2)
+def test_fsdp_on_a_mesh_without_its_axis_is_refused_with_the_mesh_to_make(impl, mesh):
+    with pytest.raises(UserError, match=r"is dp=2, .*shards nothing; make it by init_mesh\(fsdp=2"):
+        dist_lab.parallelize(nn.Linear(2, 2), mesh, "fsdp", impl)
+    tp = dist_lab.init_mesh(tp=2)
+    with pytest.raises(UserError, match=r"fsdp and dp only; make it by init_mesh\(fsdp=2\)$"):
+        dist_lab.parallelize(nn.Linear(2, 2), tp, "fsdp", impl)
+
+
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "fsdp"])
 def test_parallelize_does_not_use_the_global_random_generator(strategy):
     model = nn.Linear(3, 3)

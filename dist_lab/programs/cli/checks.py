@@ -1,12 +1,14 @@
 """Read the settings of a program. Settings that contradict each other raise a one-line error."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config, RunSettings
-from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy
+from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy, shards_nothing
 from dist_lab.programs.cli.settings import read
 
 
@@ -66,6 +68,11 @@ def check_strategy(config: Config, where: Mapping[str, str]) -> None:
                 f"strategy {config.strategy} has no mesh axis {shown(axis)} ({where['mesh']}); "
                 + _axes_to_give(strategy, axis)
             )
+    if config.mesh and shards_nothing(config.strategy, config.mesh):
+        raise UserError(
+            f"along mesh {mesh_in_words(config.mesh)} fsdp shards nothing ({where['mesh']}); give "
+            f"--mesh fsdp={math.prod(config.mesh.values())}, or --strategy ddp"
+        )
     if config.regather and not config.sequence_parallel:
         raise UserError(
             f"regather needs inputs sharded by --sequence-parallel ({where['regather']}); give both"

@@ -102,6 +102,17 @@ STRATEGIES: Mapping[str, Strategy] = {
         PP, axes=("pp",), options=("schedule", "chunks", "pp_balance", "emulate_compute")
     ),
 }
+
+
+def shards_nothing(strategy: object, axes: Mapping[str, int]) -> bool:
+    """Whether this is fsdp on a mesh of several ranks with none of them along fsdp.
+
+    >>> shards_nothing("fsdp", {"dp": 4}), shards_nothing("fsdp", {"dp": 2, "fsdp": 2})
+    (True, False)
+    """
+    return strategy == "fsdp" and axes.get("fsdp", 1) == 1 < math.prod(axes.values())
+
+
 # All (strategy, implementation) pairs.
 IMPLEMENTATIONS = tuple((name, by) for name, row in STRATEGIES.items() for by in row.impls)
 

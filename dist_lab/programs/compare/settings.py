@@ -11,7 +11,7 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.programs.cli.checks import check_nproc, check_settings
 from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.registry import MODELS, STRATEGIES
+from dist_lab.programs.cli.registry import MODELS, STRATEGIES, shards_nothing
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
@@ -71,6 +71,8 @@ class Settings(RunSettings):
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
             return "cannot emulate its compute as pp does (--emulate-compute)"
         mesh, axes = self.mesh or {}, STRATEGIES[entry.strategy].axes
+        if shards_nothing(entry.strategy, mesh):
+            return f"shards nothing along {mesh_in_words(mesh)} (--mesh); it needs an axis fsdp"
         if entry.alone or set(mesh) <= set(axes):
             return ""
         foreign = " and ".join(f"{name}={size}" for name, size in mesh.items() if name not in axes)

@@ -64,11 +64,12 @@ def next_line(config: Config, ranks: int) -> str:
 
 
 def opening_line(run_info: Mapping[str, Any]) -> str:
-    """Describes the run in one line: strategy, ranks, model, dtype, data and batch."""
+    """Describes the run in one line: strategy, mesh, ranks, model, dtype, data and batch."""
     config, data = run_info["config"], run_info["data"]
     return (
-        f"{config['strategy']}@{config['impl']} on {run_info['world_size']} ranks x "
-        f"{run_info['threads']} threads ({run_info['cores']} cores): {config['model']} "
+        f"{config['strategy']}@{config['impl']} on {mesh_in_words(run_info['mesh'])}: "
+        f"{run_info['world_size']} ranks x {run_info['threads']} threads "
+        f"({run_info['cores']} cores), {config['model']} "
         f"{run_info['parameters'] / 1e6:.1f}M in {config['dtype']}, {data['name']}"
         + (f" sha256 {data['sha256'][:12]}" if data["sha256"] else "")
         + f", {batch_in_words(config, data['image'])} a step"

@@ -226,6 +226,10 @@ BAD_FLAGS = [
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
     ("--strategy dp --mesh tp=2", "strategy dp has no mesh axis 'tp' (--mesh); its axes are dp, "
         "or give --strategy tp"),
+    ("--strategy fsdp --mesh dp=4", "along mesh dp=4 fsdp shards nothing (--mesh); give --mesh "
+        "fsdp=4, or --strategy ddp"),
+    ("--strategy fsdp --mesh dp=4,fsdp=1", "along mesh dp=4,fsdp=1 fsdp shards nothing (--mesh); "
+        "give --mesh fsdp=4, or --strategy ddp"),
     ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
         "it out, or give --strategy tp"),
     ("--strategy tp --regather", "regather needs inputs sharded by "

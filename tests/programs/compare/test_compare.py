@@ -207,6 +207,10 @@ def test_a_strategy_that_cannot_use_the_mesh_does_not_stop_the_others():
     assert settings.misfit(dp) == "has no mesh axis tp=2 (--mesh); its axes are dp"
     every = read("--nproc 2 --mesh tp=2".split()).entries()
     assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
+    settings = read("--nproc 2 --mesh dp=2".split())
+    assert not {"fsdp", "fsdp@torch"} & {entry.label for entry in settings.entries()}
+    (fsdp,) = entries(["fsdp"])
+    assert settings.misfit(fsdp) == "shards nothing along dp=2 (--mesh); it needs an axis fsdp"
 
 
 @pytest.mark.parametrize(

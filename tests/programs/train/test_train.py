@@ -88,7 +88,7 @@ def test_a_run_writes_metrics_a_summary_and_tensorboard_events(text, tmp_path):
     per_second = summary["flops_per_step"] / summary["median"]["step_ms"] * 1e3
     assert summary["mfu"] == pytest.approx(per_second / summary["peak_flops_per_s"])
     assert list(out.glob("events.out.tfevents.*"))
-    assert "dp@hand on 2 ranks" in done.stdout
+    assert "dp@hand on dp=2: 2 ranks" in done.stdout
     assert done.stdout.splitlines()[-1].startswith(
         "next: is it equal to one process? python launch/verify.py --strategy dp --nproc 2"
     )
