@@ -25,6 +25,8 @@ PACKAGE = str(Path(__file__).parent)
 # LOST: in errors of gloo, if a rank has ended.
 LATE = ("Timed out", "timed out")
 LOST = ("Connection closed by peer", "Connection reset by peer")
+# The unit of the calls that set up a shared buffer. There are many, and they carry no values.
+SHARED_MEMORY = "shared memory"
 
 
 class CollectiveError(RuntimeError):
@@ -122,13 +124,16 @@ class CommContext:
         """Write one line for each collective when it starts: this shows when ranks communicate.
 
         `write` gets a whole line with its newline, so that the lines of several ranks do not mix.
-        Rank 0 first writes which algorithms are used.
+        Rank 0 first writes which algorithms are used. The set-up of shared memory is left out.
         """
         if self.rank == 0:
             algorithms = effective(self.collectives, self.backend)
             write(f"collectives {self.collectives}: {algorithms}\n")
+            write("calls that set up shared memory are counted, and not listed here\n")
 
         def write_line(call: Call) -> None:
+            if call.unit == SHARED_MEMORY:
+                return
             write(
                 f"rank {self.rank} | {call.phase:<10} | {call.op:<14} {call.algorithm:<7} "
                 f"{call.axis:<4} {call.payload:>11,} B, {call.due:>11,} B sent | "

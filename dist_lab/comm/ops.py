@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dist_lab.comm.calls import Pending
 from dist_lab.comm.coalesced import all_gather_coalesced, reduce_scatter_coalesced
-from dist_lab.comm.context import CollectiveError, CollectiveMismatch
+from dist_lab.comm.context import SHARED_MEMORY, CollectiveError, CollectiveMismatch
 from dist_lab.comm.into import (
     Reduce,
     all_gather_into,
@@ -127,7 +127,7 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
         return torch.zeros(length, dtype=dtype, device=comm.device)
     own_path = shared.create(length, dtype)
     try:
-        with comm.label(unit="shared memory"):
+        with comm.label(unit=SHARED_MEMORY):
             paths = [p.decode() for p in all_gather_bytes(str(own_path or "").encode(), axis)]
             by_path = {path: shared.attach(path, length, dtype) for path in set(paths)}
             memories = [memory for path in paths if (memory := by_path[path]) is not None]

@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, product
+from operator import attrgetter
 
 from rich.table import Table
 
+from dist_lab.comm.context import SHARED_MEMORY
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.job import Job
 from dist_lab.layout.layout import OnlyOn, Placement, Shard
@@ -89,10 +92,18 @@ def calls_table(title: str, calls: Sequence[Call]) -> Table:
 
 
 def shortened(calls: Sequence[Call], most: int = 24) -> Iterator[Call | int]:
-    """Yields the calls; a long run of similar ones as its first three, a count and its last."""
-    for _, run in groupby(calls, key=lambda call: (call.phase, call.op, call.axis)):
+    """Yields the calls; a long run of similar ones as its first three, a count and its last.
+
+    The calls that set up shared memory are yielded as one, with the sum of their bytes.
+    """
+    similar_to = attrgetter("phase", "op", "axis")
+    for (sets_up, _), run in groupby(calls, lambda c: (c.unit == SHARED_MEMORY, similar_to(c))):
         similar = list(run)
-        if len(similar) <= most:
+        if sets_up:
+            payload, sent = sum(c.payload for c in similar), sum(c.sent for c in similar)
+            about = f"set-up of {SHARED_MEMORY}, {len(similar)} calls"
+            yield replace(similar[0], unit=about, payload=payload, sent=sent)
+        elif len(similar) <= most:
             yield from similar
         else:
             yield from similar[:3]

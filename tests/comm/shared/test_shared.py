@@ -51,6 +51,19 @@ def test_every_rank_gets_the_sum_and_the_same_bits(world, length, dtype, mesh):
     assert total == 2 * (world - 1) * buffer.nbytes  # N ranks x 2 (N-1)/N S
 
 
+@pytest.mark.ranks(2)
+def test_the_calls_that_set_up_shared_memory_are_counted_and_not_logged(mesh):
+    lines = []
+    mesh.comm.log(lines.append)
+    with mesh.comm.ledger.recording() as calls:
+        ops.shared_buffer(10, torch.float32, mesh["dp"])
+        lines_of_set_up = [line for line in lines if line.startswith("rank")]
+        ops.all_reduce(torch.ones(2), mesh["dp"])
+    assert [call.op for call in calls] == 4 * ["all_gather"] + ["all_reduce"]
+    assert lines_of_set_up == []
+    assert len([line for line in lines if line.startswith("rank")]) == 1
+
+
 @pytest.mark.ranks(3)
 def test_several_sums_may_be_in_flight_and_buffers_are_reused(mesh):
     axis = mesh["dp"]
