@@ -39,6 +39,10 @@ OLD_NAMES = {  # still accepted
 }
 
 
+class NoPlan(UserError):
+    """tp needs a plan, and neither the model nor the caller has one."""
+
+
 @runtime_checkable
 class HasPlan(Protocol):
     def tp_plan(self) -> dict[str, str | tuple[str, int]]: ...
@@ -73,9 +77,9 @@ def arrange(
 
 
 def own_plan(model: nn.Module) -> Plan:
-    """The model's own plan, `tp_plan()`. Raises UserError if it has none."""
+    """The model's own plan, `tp_plan()`. Raises NoPlan if it has none."""
     if not isinstance(model, HasPlan):
-        raise UserError(
+        raise NoPlan(
             f"{type(model).__name__} has no tp_plan(), which says how to split it; give "
             'plan={"up": "colwise", "down": "rowwise", ...}'
         )

@@ -10,7 +10,7 @@ save time and memory.
 import gc
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, local_numel
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.parallel.tensor.plan import Plan
+from dist_lab.parallel.tensor.plan import NoPlan, Plan
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import notes, pairs
 from dist_lab.programs.doctor.proof import (
@@ -90,7 +90,7 @@ def doctor(
     trial = Trial(subject, mesh, tuple(named), plan, microbatches, steps)
     attempts = {name: apply(trial, name) for name in strategies or default_strategies(mesh.size)}
     proof = Proof(obstacle="no strategy applies")
-    if any(a.outcome is None or lacks_a_plan(a.outcome) for a in attempts.values()):
+    if any(a.outcome is None or a.outcome.no_plan for a in attempts.values()):
         proof = prove_in_one_process(trial)
     if unsplittable:
         proof = replace(proof, findings=(unsplittable, *proof.findings), obstacle=SEE_ABOVE)
@@ -129,11 +129,12 @@ def drop_unsplittable_batch(subject: Subject, mesh: Mesh) -> tuple[Subject, str]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of trying one strategy."""
+    """The outcome of trying one strategy. `no_plan`: tp was refused because it has no plan."""
 
     verdict: Verdict
     reason: str = ""
     error: float | None = None
+    no_plan: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def apply(trial: Trial, strategy: str) -> Attempt:
         kept, layouts = bytes_kept(job, strategy), job.layouts
         del job, model
     except UserError as error:
-        outcome = Outcome(Verdict.REFUSED, str(error))
+        outcome = Outcome(Verdict.REFUSED, str(error), no_plan=isinstance(error, NoPlan))
     except CollectiveError:
         raise
     except Exception as error:
@@ -184,7 +185,7 @@ def strategy_row(
     outcome = attempt.outcome or compare_with_one_process(trial, proof, strategy, attempt.mesh, {})
     kept: Mapping[str, int] = {}
     lines: list[str] = []
-    if lacks_a_plan(outcome):
+    if outcome.no_plan:
         lines = suggested_plan(trial, proof, facts.model, attempt.mesh)
     elif outcome.verdict not in (Verdict.REFUSED, Verdict.FAILED):
         example = trial.options(strategy, trial.subject.batch).get("example_inputs")
@@ -243,12 +244,13 @@ def worst_over_ranks(
     outcome: Outcome, kept: Mapping[str, int], mesh: Mesh
 ) -> tuple[Outcome, list[dict[str, int]]]:
     """Gathers the worst outcome of all ranks, and the bytes that each rank keeps. Collective."""
-    local = [outcome.verdict.value, outcome.reason, str(outcome.error), kept]
-    gathered = [json.loads(b) for b in ops.all_gather_bytes(json.dumps(local).encode(), mesh.world)]
-    order = list(Verdict)
-    verdict, reason, error, _ = max(gathered, key=lambda row: order.index(Verdict(row[0])))
-    worst = Outcome(Verdict(verdict), reason, None if error == "None" else float(error))
-    return worst, [row[3] for row in gathered if row[3]]
+    local = json.dumps([asdict(outcome), kept]).encode()
+    gathered = [json.loads(b) for b in ops.all_gather_bytes(local, mesh.world)]
+    outcomes = [
+        Outcome(**fields | {"verdict": Verdict(fields["verdict"])}) for fields, _ in gathered
+    ]
+    worst = max(outcomes, key=lambda outcome: list(Verdict).index(outcome.verdict))
+    return worst, [kept for _, kept in gathered if kept]
 
 
 def bytes_kept(job: Job, strategy: str) -> dict[str, int]:
@@ -265,11 +267,6 @@ def bytes_kept(job: Job, strategy: str) -> dict[str, int]:
                 kept["gradients"] += gradient * layout.dtype.itemsize
                 kept["moments"] += 2 * sharded * layout.dtype.itemsize
     return kept
-
-
-def lacks_a_plan(outcome: Outcome) -> bool:
-    """Whether tp was refused because the model has no plan."""
-    return outcome.verdict is Verdict.REFUSED and " has no tp_plan()" in outcome.reason
 
 
 def suggested_plan(trial: Trial, proof: Proof, model: nn.Module, mesh: Mesh) -> list[str]:

@@ -32,12 +32,17 @@ def plan_of_pairs(model: nn.Module) -> dict[str, str]:
 
 
 def drop_refused_pair(plan: dict[str, str], refusal: str) -> dict[str, str]:
-    """The plan without the pair that a refusal names; empty if it names none."""
-    match = re.match(r"(\S+) is (colwise|rowwise)", refusal)
+    """The plan without the pair of the first layer that a refusal names; empty if it names none.
+
+    >>> plan = {"up": "colwise", "down": "rowwise", "a.in": "colwise", "a.out": "rowwise"}
+    >>> drop_refused_pair(plan, "Mlp (a) gives other outputs, with a.out as rowwise: ...")
+    {'up': 'colwise', 'down': 'rowwise'}
+    """
     names = list(plan)
-    if not match or match[1] not in names:
+    named = next((word for word in re.findall(r"\w+(?:\.\w+)*", refusal) if word in plan), None)
+    if named is None:
         return {}
-    start = names.index(match[1]) // 2 * 2
+    start = names.index(named) // 2 * 2
     return {name: plan[name] for i, name in enumerate(names) if i not in (start, start + 1)}
 
 
