@@ -37,7 +37,10 @@ Steps = list[tuple[Pair, State]]
 ADAM = {"lr": 1e-3}
 
 SEE_ABOVE = "not compared with one process; the first finding above says why"
-NO_BATCH = "no batch was given, so only parallelize() was tried and nothing was computed"
+NO_BATCH = (
+    "no batch was given, so only parallelize() was tried and nothing was computed; let the "
+    "function return model, (inputs, targets), or give batch=(inputs, targets)"
+)
 
 
 @dataclass(frozen=True)

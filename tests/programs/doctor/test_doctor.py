@@ -423,7 +423,9 @@ def test_without_a_batch_only_parallelize_is_tried(mesh):
     assert verdicts(report) == dict.fromkeys(("single", *ROWS, "pp"), "unproved") | {
         "tp": "refused"
     }
-    assert report["fsdp"].reason.startswith("no batch was given, so only parallelize() was tried")
+    reason = report["fsdp"].reason
+    assert reason.startswith("no batch was given, so only parallelize() was tried")
+    assert "let the function return model, (inputs, targets), or give batch=" in reason
     assert report["fsdp"].worst_error is None
     assert report["fsdp"].bytes["parameters"] < report["ddp"].bytes["parameters"]
     assert report["fsdp"].notes  # which need no batch
