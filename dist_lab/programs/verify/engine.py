@@ -24,7 +24,13 @@ from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
-from dist_lab.programs.verify.reference import check_model, checked_steps, one_process, state
+from dist_lab.programs.verify.reference import (
+    batchnorm_in_words,
+    check_model,
+    checked_steps,
+    one_process,
+    state,
+)
 from dist_lab.programs.verify.repeat import repeat_first_step, weights_and_buffers
 from dist_lab.programs.verify.report import Comparison, VerifyReport
 from dist_lab.step.protocol import Apply
@@ -81,6 +87,7 @@ def verify(
         tested = build_model()
         check_model(tested)
         dtype = coarsest(tested, param_dtype, tolerance)
+    batchnorm = batchnorm_in_words(tested, mesh.data.size, microbatches, sync_batchnorm)
     tested = tested.to(mesh.device)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     built = weights_and_buffers(tested) if reference is None else {}
@@ -115,7 +122,7 @@ def verify(
     label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
     return VerifyReport(
         label, str(mesh), str(dtype).removeprefix("torch."), tolerance,
-        worst_over_ranks(comparisons, mesh),
+        worst_over_ranks(comparisons, mesh), batchnorm,
     )  # fmt: skip
 
 

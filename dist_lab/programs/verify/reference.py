@@ -131,6 +131,14 @@ def batchnorm_pieces(
     return [batches.join(list(pairs)) for pairs in zip(*by_rank, strict=True)]
 
 
+def batchnorm_in_words(model: nn.Module, ranks: int, microbatches: int, over_ranks: bool) -> str:
+    """The rows that the reference normalizes together; "" for the whole batch or no BatchNorm."""
+    if not has_batchnorm(model) or microbatches * (1 if over_ranks else ranks) == 1:
+        return ""
+    rows = "the same micro-batch of all ranks" if over_ranks else "one micro-batch of one rank"
+    return f"in both, BatchNorm normalizes over {rows}, not over the whole batch"
+
+
 # --- checks ---------------------------------------------------------------------------------------
 
 

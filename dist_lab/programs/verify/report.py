@@ -33,6 +33,7 @@ class VerifyReport:
         equal: every judged error is within the tolerance.
         first: the first comparison with an error above the tolerance. The order is: step, then
             loss, gradients in the order of backward, gradient norm, weights, buffers.
+        batchnorm: the rows that BatchNorm normalizes together, in words: `batchnorm_in_words`.
     """
 
     strategy: str
@@ -40,6 +41,7 @@ class VerifyReport:
     dtype: str
     tolerance: float
     comparisons: list[Comparison] = field(repr=False)
+    batchnorm: str = ""
 
     @property
     def first(self) -> Comparison | None:
@@ -58,7 +60,8 @@ class VerifyReport:
 
     def sentence(self) -> str:
         if self.first is None:
-            return f"equal to one process within {self.tolerance:.0e} ({self.dtype})"
+            clause = self.batchnorm and f"; {self.batchnorm}"
+            return f"equal to one process within {self.tolerance:.0e} ({self.dtype}){clause}"
         c = self.first
         name = f" of {c.tensor}" if c.tensor else ""
         return (

@@ -161,6 +161,8 @@ def test_rows_of_a_structure_are_joined_for_sync_batchnorm(mesh):
 
     for sync in (True, False):
         report = dist_lab.verify(Normalizes, build_batch, mesh, microbatches=2, sync_batchnorm=sync)
+        words = "the same micro-batch of all ranks" if sync else "one micro-batch of one rank"
+        assert f"(float64); in both, BatchNorm normalizes over {words}, not" in report.sentence()
         assert report.equal, report.sentence()
         assert sync == any(c.quantity == "buffer" for c in report.comparisons)
 
