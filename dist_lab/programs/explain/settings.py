@@ -10,14 +10,14 @@ from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.settings import flag, setting
 from dist_lab.programs.cli.settings import read as read_settings
-from dist_lab.programs.cli.settings import setting
 
 WITHOUT = [
-    "nproc", "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
+    "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
     "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
 ]  # fmt: skip
-RANKS = 4  # the number of ranks unless --mesh, --stages or a file's nproc sets it
+RANKS = 4  # the number of ranks unless --mesh, --stages or --nproc sets it
 PICTURES = (".svg", ".png", ".pdf")
 
 
@@ -26,6 +26,8 @@ class Explain(RunSettings):
     """The settings of the run to explain."""
 
     # fmt: off
+    nproc: int | None = setting(None, "ranks to explain, along the strategy's own axis; default: "
+        f"{RANKS}; no rank is started", low=1)
     stages: int | None = setting(None, "pipeline stages: short for --mesh pp=N", heading="pp",
         low=1, high=1024)
     svg: str = setting("", "plot the schedule and the activations that each rank holds to this "
@@ -66,5 +68,8 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
     axes = STRATEGIES[config.strategy].default_axes(config.nproc or RANKS)
     if config.stages is not None:
         axes = {"pp": config.stages}
+    run = replace(config, nproc=None, mesh=config.mesh or axes or None)
+    if config.nproc and where["nproc"] == flag("nproc"):  # a file's nproc gives way to --mesh
+        run.run().axes(config.nproc)
     data.check(**config.data_wanted())
-    return replace(config, nproc=None, mesh=config.mesh or axes or None)
+    return run

@@ -149,7 +149,8 @@ def test_one_process_sends_nothing():
             "batch 32 is not a multiple of 3 data-parallel",
         ),
         (["--strategy", "dp", "--mesh", "tp=3"], "strategy dp has no mesh axis 'tp' (--mesh)"),
-        (["--strategy", "dp", "--nproc", "2"], "no flag '--nproc'"),
+        (["--nproc", "4"], "strategy single runs in 1 process, 4 were started (--strategy); start"),
+        (["--strategy", "dp", "--nproc", "4", "--mesh", "dp=2"], "mesh dp=2 needs 2 processes, 4"),
     ],
 )
 def test_a_run_that_cannot_be_explained_is_refused_in_one_line(arguments, line):
@@ -218,3 +219,7 @@ def test_nproc_in_a_preset_is_explained_but_not_started(printed):
     assert "ranks of dp=2 x fsdp=2" in printed(
         "--config", str(ROOT / "configs/08_hsdp.toml"), "--batch", "4", "--seq", "8"
     )
+
+
+def test_nproc_is_the_number_of_ranks_to_explain(printed):
+    assert "ranks of fsdp=3" in printed("--strategy", "fsdp", "--nproc", "3", "--seq", "8")
