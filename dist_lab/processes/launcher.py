@@ -97,7 +97,9 @@ def main(
                 return on_this_rank(config, body, *rank_and_size)
             if config.nproc is not None:
                 return on_new_ranks(program, config, body, config.nproc)
-            return work(config, body, config.axes(1, plain=True), config.threads)
+            axes = config.axes(1, plain=True)
+            tell(f"{program}: importing torch ...")
+            return work(config, body, axes, config.threads)
     except ranks.Interrupted as stopped:
         status = 128 + stopped.signal
         is_rank_0 = rank_and_size is None or rank_and_size[0] == 0
@@ -134,12 +136,19 @@ def work(config: Launch, body: str, axes: dict[str, int], threads: int | None) -
     return status
 
 
+def tell(line: str) -> None:
+    """Print why nothing is shown yet, if anybody is watching: the import of torch takes seconds."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
 # --- ranks that the launcher starts ---------------------------------------------------------------
 
 
 def on_new_ranks(program: str, config: Launch, body: str, size: int) -> int:
     """Start the ranks, wait for their results, report failures. All have ended when it returns."""
     config.axes(size)  # raises on a mistake before a rank is started
+    tell(f"{program}: starting {size} ranks, which import torch ...")
     preload = [*ranks.PRELOAD, body.split(":")[0]]
     started: list[ranks.Rank] = []
     with tempfile.TemporaryDirectory(prefix="dist_lab-") as folder:

@@ -179,7 +179,13 @@ def test_after_ctrl_c_at_a_terminal_the_prompt_starts_on_a_new_line(capsys, monk
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     threading.Thread(target=interrupt, daemon=True).start()
     assert launch("do=wait", f"folder={tmp_path}") == 130
-    assert capsys.readouterr() == ("", "\n")
+    assert capsys.readouterr() == ("", "toy.py: importing torch ...\n\n")
+
+
+def test_at_a_terminal_a_line_says_at_once_what_the_program_waits_for(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert launch("nproc=2") == 0
+    assert capsys.readouterr().err == "toy.py: starting 2 ranks, which import torch ...\n"
 
 
 def test_a_second_ctrl_c_does_not_wait_for_stubborn_ranks(tmp_path):
