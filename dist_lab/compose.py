@@ -31,7 +31,7 @@ from dist_lab.programs.cli.registry import (
     STRATEGIES,
     Casts,
     Impl,
-    shards_nothing,
+    refuse_without_shards,
 )
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
@@ -219,18 +219,12 @@ def _refuse_other_axes(chosen: Chosen, strategy: str | Apply, mesh: Mesh) -> Non
         raise UserError(f"strategy single is for one process, but the mesh is {mesh}")
     long = {name for name, size in mesh.axes.items() if size > 1}
     if not any(long <= mix <= set(chosen.axes) for mix in MIXES):
-        inner_first = chosen.axes[::-1]
-        along = " and ".join(inner_first)
-        fitting = [name for name in inner_first if not shards_nothing(strategy, {name: mesh.size})]
-        wanted = " or ".join(f"init_mesh({name}={mesh.size})" for name in fitting)
+        along = " and ".join(chosen.axes[::-1])
+        wanted = f"init_mesh({chosen.axes[-1]}={mesh.size})"
         raise UserError(
             f"the mesh is {mesh}, but {strategy} runs along {along} only; make it by {wanted}"
         )
-    if shards_nothing(strategy, mesh.axes):
-        raise UserError(
-            f"the mesh is {mesh}, along which fsdp shards nothing; make it by "
-            f'init_mesh(fsdp={mesh.size}), or give strategy="ddp"'
-        )
+    refuse_without_shards(strategy, mesh.axes)
 
 
 def _make_equal(model: nn.Module, mesh: Mesh, broadcast: bool) -> None:

@@ -113,6 +113,16 @@ def shards_nothing(strategy: object, axes: Mapping[str, int]) -> bool:
     return strategy == "fsdp" and axes.get("fsdp", 1) == 1 < math.prod(axes.values())
 
 
+def refuse_without_shards(strategy: object, axes: Mapping[str, int]) -> None:
+    """Raise UserError if `shards_nothing`."""
+    if shards_nothing(strategy, axes):
+        mesh = " x ".join(f"{name}={size}" for name, size in axes.items())
+        raise UserError(
+            f"the mesh is {mesh}, along which fsdp shards nothing; make it by "
+            f'init_mesh(fsdp={math.prod(axes.values())}), or give strategy="ddp"'
+        )
+
+
 # All (strategy, implementation) pairs.
 IMPLEMENTATIONS = tuple((name, by) for name, row in STRATEGIES.items() for by in row.impls)
 
