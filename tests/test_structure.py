@@ -24,7 +24,7 @@ LAYERS = [
     ["step.hooks", "transforms.init"],
     ["programs.cli.settings", "programs.cli.mesh_text"],
     ["parallel.schedules", "zoo", "data", "loss"],
-    ["programs.cli.registry", "programs.cli.config", "programs.cli.checks"],
+    ["programs.cli.registry", "programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
     ["mesh", "comm"],  # these two import each other: collectives run along an axis
     ["layout"],
     ["step"],

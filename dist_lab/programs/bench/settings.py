@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.errors import UserError, one_of, shown
-from dist_lab.processes.ranks import cores
-from dist_lab.programs.cli.settings import read, setting
+from dist_lab.programs.cli.ranks import RankSettings, check_nproc
+from dist_lab.programs.cli.settings import read, setting, split_names
 
 HAVE = {op: ("backend", *rows) for op, rows in ALGORITHMS.items()}
 NAMES = HAVE["all_reduce"]
@@ -17,7 +16,7 @@ SMOKE = {"sizes": "4k,256k", "rounds": 3}
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(RankSettings):
     """The settings of a measurement."""
 
     # fmt: off
@@ -32,17 +31,8 @@ class Bench:
         + ", ".join(f"{name} {value}" for name, value in SMOKE.items()))
     out: str = setting("runs/bench_comm", "folder for bench_comm.json, .csv and .png",
         metavar="DIR")
-
-    nproc: int | None = setting(None, "start this many ranks on this machine; default: the ranks "
-        "that torchrun started", heading="where", low=2)
-    threads: int | None = setting(1, "threads per rank", low=1, high=1024)
     backend: str = setting("gloo", "backend of collectives", choices=("gloo",))
-    timeout: float = setting(60.0, "seconds that a collective may take", low=0.1, high=86400)
-    debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
-
-    collectives = "auto"  # for the collectives that are not measured
-    check_collectives = False
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The axes of the mesh. Raises UserError if there is only one process."""
@@ -55,8 +45,10 @@ class Bench:
 
     def pairs(self) -> list[tuple[str, list[str]]]:
         """The pairs (operation, its algorithms). Raises UserError for an unknown name."""
-        ops = _split_names(self.ops, tuple(HAVE), "--ops", "operation")
-        names = _split_names(self.algorithms, NAMES, "--algorithms", "algorithm")
+        ops = list(HAVE) if self.ops == ALL else split_names(self.ops, HAVE, "--ops", "operation")
+        names = list(NAMES)
+        if self.algorithms != ALL:
+            names = split_names(self.algorithms, NAMES, "--algorithms", "algorithm")
         pairs = []
         for op in ops:
             op_algorithms = [name for name in names if name in HAVE[op]]
@@ -82,28 +74,13 @@ class Bench:
             sizes.add(size)
         return sorted(sizes)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def parse(argv: Sequence[str] | None, program: str, description: str | None = None) -> Bench:
     """Reads the command line. Raises UserError for every mistake in it."""
-    bench, where = read(Bench, argv, program, description, {})
+    bench, where = read(Bench, argv, program, description, {"threads": 1})
     if bench.smoke:
         bench = Bench(**bench.to_dict() | SMOKE)
     bench.pairs()
     bench.payloads()
-    if bench.nproc is not None and bench.nproc > 4 * cores():
-        raise UserError(
-            f"nproc {bench.nproc} is more than 4 ranks for each of {cores()} cores "
-            f"({where['nproc']}); give {4 * cores()} or less"
-        )
+    check_nproc(bench, where)
     return bench
-
-
-def _split_names(text: str, known: tuple[str, ...], flag: str, noun: str) -> list[str]:
-    names = list(known) if text == ALL else [word.strip() for word in text.split(",")]
-    for word in names:
-        if word not in known:
-            raise UserError(f"no {noun} {shown(word)} ({flag}); give {one_of(known, word)}")
-    return list(dict.fromkeys(names))

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
-from dist_lab.processes.ranks import cores
-from dist_lab.programs.cli.config import Config, RunSettings
+from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy, shards_nothing
 from dist_lab.programs.cli.settings import read
 
@@ -111,18 +111,6 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
             f"model {config.model} has no BatchNorm to synchronize ({where['sync_batchnorm']}); "
             "leave it out, or give --model resnet18"
         )
-
-
-def check_nproc(config: RunSettings, where: Mapping[str, str]) -> None:
-    """Check that the machine has enough cores for --nproc ranks, and that the run fits --nproc."""
-    if config.nproc is not None:
-        most = 4 * cores()
-        if config.nproc > most and not config.oversubscribe:
-            raise UserError(
-                f"nproc {config.nproc} is more than 4 ranks for each of {cores()} cores "
-                f"({where['nproc']}); give {most} or less, or add --oversubscribe"
-            )
-        config.axes(config.nproc)
 
 
 def _axes_to_give(strategy: Strategy, axis: str) -> str:

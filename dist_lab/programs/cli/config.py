@@ -7,9 +7,8 @@ against the number of processes.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
 from dist_lab.programs.cli.mesh_text import read_mesh
+from dist_lab.programs.cli.ranks import RankSettings
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
 
 
 @dataclass(frozen=True)
-class RunSettings(ABC):
-    """The settings that programs share. None means a default that depends on other settings."""
+class RunSettings(RankSettings):
+    """The settings of a run. None means a default that depends on other settings."""
 
     # fmt: off
     strategy: str = setting("single", "dp, ddp: data parallelism; zero1, zero2, fsdp, hsdp: with "
@@ -35,8 +35,6 @@ class RunSettings(ABC):
         "torch (PyTorch's) or accelerate", choices=("hand", "torch", "accelerate"))
     mesh: Mapping[str, int] | None = setting(None, "ranks along each mesh axis: dp=2,fsdp=4; "
         "default: all ranks along the strategy's own axis", metavar="dp=N", read=read_mesh)
-    nproc: int | None = setting(None, "start N ranks on this machine; default: run in this process "
-        "alone, or in the ranks that torchrun started", low=1)
     model: str = setting("gpt", "text: gpt (a Llama-style transformer) or mlp (residual MLP on the "
         "last 16 bytes); images: vit or resnet18", choices=tuple(MODELS))
     size: str = setting("tiny", "number of parameters: about 1, 8, 25 or 124 million; resnet18 has "
@@ -114,17 +112,10 @@ class RunSettings(ABC):
     seed: int = setting(0, "seed of the initial weights and of the data order", low=0,
         high=2**63 - 1)
 
-    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks per core",
-        heading="ranks and communication")
-    threads: int | None = setting(None, "CPU threads per rank; default: cores // ranks", low=1,
-        high=1024)
-    backend: str = setting("gloo", "torch.distributed backend: gloo (CPU) or nccl (GPU)",
-        choices=("gloo", "nccl"))
     collectives: str = setting("auto", "algorithms of collectives: auto (the fastest as measured), "
         "backend (gloo's or nccl's own), or one hand-written family for the operations it has; "
-        "--impl torch and accelerate always use the backend's", choices=SETTINGS)
-    timeout: float = setting(60.0, "seconds until a collective that does not complete is an error",
-        low=0.1, high=86400)
+        "--impl torch and accelerate always use the backend's", choices=SETTINGS,
+        heading="ranks and communication")
     log_collectives: bool = setting(False, "print every collective when it is launched")
     check_collectives: bool = setting(False, "before each collective, check that all ranks launch "
         "the same one")
@@ -134,32 +125,16 @@ class RunSettings(ABC):
     log_every: int = setting(10, "steps between logged rows", low=1)
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
-    debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
 
     def __post_init__(self) -> None:
         if not self.data:
             object.__setattr__(self, "data", MODELS[self.model].data)
 
-    @abstractmethod
-    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
-        """Returns the mesh for `size` processes, axis -> size; {} for one process without ranks.
-
-        Args:
-            plain: this process was not started as a rank: no --nproc and no torchrun.
-
-        Raises:
-            UserError: the settings do not fit `size` processes.
-        """
-
     def run(self, **changes: Any) -> "Config":
         """Returns the Config of one run with these settings and some `changes`."""
         values = {option.name: getattr(self, option.name) for option in fields(Config)}
         return Config(**values | changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON values, for the summary and to compare ranks."""
-        return asdict(self)
 
     def data_wanted(self) -> dict[str, Any]:
         """The arguments of `data.check` and `data.open_data`."""

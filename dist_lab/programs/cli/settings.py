@@ -13,7 +13,7 @@ import shlex
 import stat
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -51,7 +51,7 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Limits, all optional: `choices`; `low` and `high`, both inclusive; `above`, exclusive. A field
     of another type needs `read(value, where)`, which converts a flag's text or a file's value, and
     raises UserError. --help shows `metavar` as the value. `heading` starts a group of flags, or
-    continues the group of that name; `first=True` puts the group before the others.
+    continues the group of that name.
     """
     return field(default=default, metadata={"help": help} | limits)
 
@@ -70,7 +70,7 @@ def read(
     This program does not use the settings in `without`: they have no flag, but a file that is
     shared with other programs may set them.
     """
-    options: Options = {option.name: option for option in fields(cls)}  # type: ignore[arg-type]
+    options = own_first(cls)
     default = {name: option.default for name, option in options.items()} | dict(defaults)
     flags = {name: option for name, option in options.items() if name not in without}
     parser = make_parser(program, description, options, default, without)
@@ -79,6 +79,27 @@ def read(
         parsed = read_file(parsed["config"][0], options) | parsed
     where = {name: flag(name) for name in options} | {name: w for name, (_, w) in parsed.items()}
     return cls(**default | {name: value for name, (value, _) in parsed.items()}), where
+
+
+def own_first(cls: type[Any]) -> Options:
+    """Returns name -> field: the class's own fields before those that it inherits."""
+
+    def classes_with(option: Field[Any]) -> int:
+        return sum(option.name in getattr(c, "__dataclass_fields__", ()) for c in cls.__mro__)
+
+    return {option.name: option for option in sorted(fields(cls), key=classes_with)}
+
+
+def split_names(text: str, known: Collection[str], flag: str, noun: str) -> list[str]:
+    """Returns the names in a list separated by commas. Raises UserError for an unknown one."""
+    names = [word.strip() for word in text.split(",")] if text else []
+    for word in names:
+        if word not in known:
+            raise UserError(
+                f"no {noun} {shown(word)} ({flag}); give, separated by commas, "
+                f"{one_of(list(known), word)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 # --- one value ------------------------------------------------------------------------------------
@@ -191,8 +212,7 @@ def by_heading(options: Options) -> dict[str, list[str]]:
     for name, option in options.items():
         heading = option.metadata.get("heading", heading)
         groups.setdefault(heading, []).append(name)
-    first = {h: names for h, names in groups.items() if "first" in options[names[0]].metadata}
-    return first | groups
+    return groups
 
 
 def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> SetValues:

@@ -8,9 +8,10 @@ from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.mesh.topology import DATA_AXES
-from dist_lab.programs.cli.checks import check_nproc, check_settings
+from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES, shards_nothing
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
@@ -45,7 +46,7 @@ class Settings(RunSettings):
     # fmt: off
     strategies: str = setting(ALL, "strategies to compare, separated by commas, each NAME or "
         "NAME@IMPL; all: every one that --mesh allows; listed twice, a strategy is compared with "
-        "itself", heading="comparison", first=True, metavar="LIST")
+        "itself", heading="comparison", metavar="LIST")
     reference: str = setting("", "the strategy that the others are compared with; default: the "
         "first that runs", metavar="NAME")
     rounds: int = setting(24, "number of rounds; in each, every strategy runs --steps steps, and "

@@ -4,19 +4,18 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from dist_lab.data.custom import importable_from, is_custom
-from dist_lab.errors import UserError, one_of, shown
-from dist_lab.processes.ranks import cores
+from dist_lab.errors import UserError, shown
+from dist_lab.programs.cli.ranks import RankSettings, check_nproc
 from dist_lab.programs.cli.registry import STRATEGIES
-from dist_lab.programs.cli.settings import flag, kind, setting
+from dist_lab.programs.cli.settings import flag, kind, setting, split_names
 from dist_lab.programs.cli.settings import read as read_settings
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(RankSettings):
     """The settings of one examination."""
 
     # fmt: off
@@ -30,20 +29,7 @@ class Doctor:
         "each keeps four rows", low=1)
     steps: int = setting(3, "steps to compare with one process", low=1)
     out: str = setting("", "write doctor.json to this folder", metavar="DIR")
-
-    nproc: int | None = setting(None, "start this many ranks on this machine; default: the ranks "
-        "that torchrun started", heading="where", low=1)
-    oversubscribe: bool = setting(False, "allow --nproc above 4 ranks per core")
-    threads: int | None = setting(None, "threads per rank; default: cores // ranks", low=1,
-        high=1024)
-    backend: str = setting("gloo", "backend of collectives: gloo (CPU) or nccl (GPU)",
-        choices=("gloo", "nccl"))
-    timeout: float = setting(60.0, "seconds that a collective may take", low=0.1, high=86400)
-    debug: bool = setting(False, "show the traceback of an error")
     # fmt: on
-
-    collectives = "auto"
-    check_collectives = False
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The axes of the mesh of all ranks. Each strategy also builds its own mesh."""
@@ -63,9 +49,6 @@ class Doctor:
     def unit_list(self) -> list[str]:
         return [word.strip() for word in self.units.split(",")] if self.units else []
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def read(argv: Sequence[str] | None, description: str | None) -> Doctor:
     """Reads the command line of doctor.py. Raises UserError for every mistake visible in it."""
@@ -77,12 +60,7 @@ def read(argv: Sequence[str] | None, description: str | None) -> Doctor:
             f"the function that builds the model {problem} ({sources['function']}); give "
             "module:function, such as mymodels:build, first on the command line"
         )
-    for name in config.strategy_list:
-        if name not in STRATEGIES:
-            raise UserError(
-                f"no strategy {shown(name)} (--strategies); give, separated by commas, "
-                f"{one_of(list(STRATEGIES), name)}"
-            )
+    split_names(config.strategies, STRATEGIES, "--strategies", "strategy")
     module = config.function.partition(":")[0].partition(".")[0]
     with importable_from(os.getcwd()):
         spec = importlib.util.find_spec(module)
@@ -91,11 +69,7 @@ def read(argv: Sequence[str] | None, description: str | None) -> Doctor:
             f"no module {module!r} in {os.getcwd()!r} or among the installed modules "
             f"({sources['function']}); run doctor.py in the folder that contains it"
         )
-    if config.nproc is not None and config.nproc > 4 * cores() and not config.oversubscribe:
-        raise UserError(
-            f"nproc {config.nproc} is more than 4 ranks for each of {cores()} cores (--nproc); "
-            f"give {4 * cores()} or less, or add --oversubscribe"
-        )
+    check_nproc(config, sources)
     return config
 
 

@@ -27,9 +27,9 @@ class Explain(RunSettings):
 
     # fmt: off
     nproc: int | None = setting(None, "ranks to explain, along the strategy's own axis; default: "
-        f"{RANKS}; no rank is started", low=1)
-    stages: int | None = setting(None, "pipeline stages: short for --mesh pp=N", heading="pp",
-        low=1, high=1024)
+        f"{RANKS}; no rank is started", low=1, heading="common settings")
+    stages: int | None = setting(None, "pipeline stages: short for --mesh pp=N",
+        heading="explain", low=1, high=1024)
     svg: str = setting("", "plot the schedule and the activations that each rank holds to this "
         "file: .svg, .png or .pdf", metavar="FILE")
     # fmt: on
