@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.errors import UserError, one_of, shown
-from dist_lab.programs.cli.ranks import RankSettings, check_nproc
+from dist_lab.programs.cli.ranks import RankSettings, check_nproc, needs_ranks
 from dist_lab.programs.cli.settings import read, setting, split_names
 
 HAVE = {op: ("backend", *rows) for op, rows in ALGORITHMS.items()}
@@ -37,10 +37,7 @@ class Bench(RankSettings):
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The axes of the mesh. Raises UserError if there is only one process."""
         if size < 2:
-            raise UserError(
-                "collectives need 2 processes or more, and this is one (--nproc); add --nproc 4, "
-                "or start it by torchrun --nproc_per_node=4"
-            )
+            raise needs_ranks("bench_comm", "--nproc", 4)
         return {"dp": size}
 
     def pairs(self) -> list[tuple[str, list[str]]]:

@@ -17,8 +17,8 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
-from dist_lab.programs.cli.mesh_text import read_mesh
-from dist_lab.programs.cli.ranks import RankSettings
+from dist_lab.programs.cli.mesh_text import mesh_in_words, read_mesh
+from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
 
@@ -170,17 +170,11 @@ class Config(RunSettings):
                 "start 1, or give --strategy dp"
             )
         if possible and plain:
-            ranks = mesh_size if mesh else 2
-            raise UserError(
-                f"strategy {self.strategy} needs several processes, this is a single one "
-                f"(--strategy); add --nproc {ranks}, or start it with torchrun "
-                f"--nproc_per_node={ranks}"
-            )
+            raise needs_ranks(f"strategy {self.strategy}", "--strategy", mesh_size if mesh else 2)
         if mesh and mesh_size != size:
-            by_axis = " x ".join(f"{name}={n}" for name, n in mesh.items())
             raise UserError(
-                f"mesh {by_axis} needs {mesh_size} processes, {size} were started (--mesh); type "
-                f"torchrun --nproc_per_node={mesh_size} ... or --nproc {mesh_size}"
+                f"mesh {mesh_in_words(mesh)} needs {mesh_size} processes, {size} were started "
+                f"(--mesh); type torchrun --nproc_per_node={mesh_size} ... or --nproc {mesh_size}"
             )
         axes = self.mesh_on(size)
         if "pp" in axes:

@@ -58,3 +58,11 @@ def check_nproc(config: RankSettings, where: Mapping[str, str]) -> None:
                 f"({where['nproc']}); give {most} or less, or add --oversubscribe"
             )
         config.axes(config.nproc)
+
+
+def needs_ranks(what: str, where: str, ranks: int) -> UserError:
+    """The error of a program that was started as a single process. `ranks`: how many to suggest."""
+    return UserError(
+        f"{what} needs several processes, this is a single one ({where}); add --nproc {ranks}, or "
+        f"start it with torchrun --nproc_per_node={ranks}"
+    )

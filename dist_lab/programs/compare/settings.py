@@ -11,7 +11,7 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.ranks import check_nproc
+from dist_lab.programs.cli.ranks import check_nproc, needs_ranks
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES, shards_nothing
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
@@ -125,10 +125,7 @@ class Settings(RunSettings):
                 "leave out --mesh, or name others in --strategies"
             )
         if plain and not all(entry.alone for entry in fitting):
-            raise UserError(
-                "a comparison needs several processes, this is a single one (--strategies); add "
-                "--nproc 4, or start it with torchrun --nproc_per_node=4"
-            )
+            raise needs_ranks("a comparison", "--strategies", 4)
         errors, fitted = {}, self.fitted(size)
         for entry in fitting:
             run = fitted.of(entry)

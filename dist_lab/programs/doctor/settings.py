@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from dist_lab.data.custom import importable_from, is_custom
 from dist_lab.errors import UserError, shown
-from dist_lab.programs.cli.ranks import RankSettings, check_nproc
+from dist_lab.programs.cli.ranks import RankSettings, check_nproc, needs_ranks
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.cli.settings import flag, kind, setting, split_names
 from dist_lab.programs.cli.settings import read as read_settings
@@ -34,10 +34,7 @@ class Doctor(RankSettings):
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The axes of the mesh of all ranks. Each strategy also builds its own mesh."""
         if plain and self.strategy_list != ("single",):
-            raise UserError(
-                "doctor tries strategies on several ranks, and this is one process (--nproc); add "
-                "--nproc 2, or start it by torchrun --nproc_per_node=2"
-            )
+            raise needs_ranks("doctor", "--strategies", 2)
         return {"dp": size}
 
     @property

@@ -83,7 +83,7 @@ def test_each_operation_is_measured_with_the_algorithms_it_has():
         ("--sizes 4q", r"no size '4q' \(--sizes\); give bytes from 1 to 1024M"),
         ("--sizes 0", r"no size '0' \(--sizes\)"),
         ("--sizes 2000M", r"no size '2000M' \(--sizes\)"),
-        ("--nproc 1", r"collectives need 2 processes or more, and this is one \(--nproc\); add"),
+        ("--nproc 1", r"bench_comm needs several processes, this is a single one \(--nproc\); add"),
         ("--nproc 4000", r"nproc 4000 is more than 4 ranks for each of"),
         ("--rounds 0", r"rounds cannot be 0 \(--rounds\)"),
     ],
@@ -94,7 +94,7 @@ def test_a_mistake_raises_one_line_with_the_valid_values(argv, line):
 
 
 def test_one_process_alone_is_refused():
-    with pytest.raises(UserError, match=r"2 processes or more.*add --nproc 4"):
+    with pytest.raises(UserError, match=r"several processes.*add --nproc 4"):
         parse([], "b.py").axes(1, plain=True)
 
 

@@ -563,7 +563,7 @@ def test_a_mistake_on_the_command_line_raises_one_line(words):
 
 def test_one_process_alone_is_told_to_start_several():
     config = settings.read(["sick_models:healthy"], None)
-    with pytest.raises(UserError, match="add --nproc 2, or start it by torchrun"):
+    with pytest.raises(UserError, match="add --nproc 2, or start it with torchrun"):
         config.axes(1, plain=True)
 
 
