@@ -48,6 +48,7 @@ class Job:
         leaves: parameter name -> the leaf whose `.grad` backward fills, if it is not the parameter.
         stepped: parameter name -> the tensor that optimizers step, if it is not the parameter.
         about: the configuration that a library's implementation runs with; "" for ours.
+        strategies: their names, such as "pp x fsdp@hand".
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class Job:
         runner: Step,
         watch: FirstNonFinite,
         names: Mapping[str, str],
+        strategies: str,
     ) -> None:
-        self.model, self.mesh = model, mesh
+        self.model, self.mesh, self.strategies = model, mesh, strategies
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
-        self.stepped = applied.stepped
+        self.stepped, self._runner, self._watch = applied.stepped, runner, watch
         self._make_optimizer = applied.make_optimizer
-        self._runner, self._watch = runner, watch
         self._state = FullState(
             model, mesh, applied.layouts, applied.buffers, applied.stepped, names
         )

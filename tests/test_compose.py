@@ -1,5 +1,6 @@
 """Strategies compose: each gets the model that the earlier ones left, and their Applied combine."""
 
+import re
 from functools import partial
 
 import pytest
@@ -14,14 +15,10 @@ from dist_lab.compose import Chosen
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Owed, Shard, holds, shard_of
 from dist_lab.parallel.param_slots import param_slots, set_param
-from dist_lab.programs.cli.registry import (
-    IMPLEMENTATIONS,
-    MIXES,
-    ORDER_OF_APPLICATION,
-    STRATEGIES,
-    Impl,
-)
-from dist_lab.step.protocol import Applied, Setup, Sync
+from dist_lab.programs.cli.mixes import DATA, FAMILIES, check_impl, strategies_on
+from dist_lab.programs.cli.registry import IMPLEMENTATIONS, STRATEGIES, Impl
+from dist_lab.step.protocol import Applied, Sync
+from dist_lab.step.setup import Setup
 
 
 class LogsFinish(Sync):
@@ -50,18 +47,17 @@ def splitting(name, dim, log):
 
 def fold(model, mesh, *strategies):
     layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
-    setup = Setup(model, mesh, {}, layouts, compose._current_value(model), {"": model})
-    return compose._fold(setup, [(chosen, {}) for chosen in strategies])
+    value = compose._current_value(model)
+    setup = Setup(model, mesh, {}, layouts, frozenset(layouts), value, {"": model})
+    return compose.fold(setup, [(chosen, {}) for chosen in strategies])
 
 
-@pytest.mark.parametrize("order", [("tp", "fsdp"), ("fsdp", "tp")], ids=" given ".join)
 @pytest.mark.ranks(4, mesh={"fsdp": 2, "tp": 2})
-def test_the_order_of_application_is_fixed_and_each_strategy_splits_the_earlier_shard(order, mesh):
+def test_each_strategy_splits_the_shard_that_the_earlier_one_left(mesh):
     log, model = [], nn.Linear(6, 5, bias=False)
     full = model.weight.detach().clone().copy_(torch.arange(30.0).view(5, 6))
     model.weight.data.copy_(full)
-    strategies = {"tp": splitting("tp", 0, log), "fsdp": splitting("fsdp", 1, log)}
-    applied = fold(model, mesh, *(strategies[name] for name in order))
+    applied = fold(model, mesh, splitting("tp", 0, log), splitting("fsdp", 1, log))
     layout = applied.layouts["weight"]
     assert layout.splits == (("tp", Shard(0)), ("fsdp", Shard(1)))
     assert layout.partial == (Owed("tp"), Owed("fsdp"))
@@ -84,28 +80,85 @@ def test_a_strategy_that_drops_an_earlier_split_fails():
         fold(nn.Linear(2, 2), mesh, outer, Chosen("forgets", forgets, ("dp",), Impl("")))
 
 
-def test_every_strategy_has_a_place_in_the_order_and_a_legal_mesh():
-    for name, row in STRATEGIES.items():
-        axes = set(row.axes)
-        assert any(axes & set(family) for family in ORDER_OF_APPLICATION) or not axes, name
-        assert any(set(row.default or row.axes) <= mix <= axes for mix in MIXES) or not axes, name
+def test_every_strategy_is_in_one_family_and_alone_on_its_default_mesh():
+    families = [name for family in FAMILIES for name in family]
+    assert sorted([*families, "single"]) == sorted(STRATEGIES)
     assert {name for name, _ in IMPLEMENTATIONS} == set(STRATEGIES)
+    for name, row in STRATEGIES.items():
+        assert strategies_on(row.default_axes(4), name) == (name,)
 
 
-def test_a_mesh_with_an_axis_of_another_strategy_is_refused():
-    mesh = dist_lab.init_mesh()
-    mesh.axes = {"dp": 2, "tp": 2}
-    with pytest.raises(UserError, match=r"the mesh is dp=2 x tp=2, but ddp runs along dp only"):
-        compose._refuse_other_axes(compose._choose("ddp", "hand"), "ddp", mesh)
+@pytest.mark.parametrize(
+    ("axes", "strategies"),
+    [
+        ({}, ("single",)),
+        ({"dp": 4}, ("ddp",)),
+        ({"fsdp": 4}, ("fsdp",)),
+        ({"dp": 2, "fsdp": 2}, ("hsdp",)),
+        ({"pp": 2, "tp": 2}, ("pp", "tp")),
+        ({"pp": 2, "fsdp": 2, "tp": 2}, ("pp", "tp", "fsdp")),
+    ],
+    ids=str,
+)
+def test_a_mesh_alone_implies_its_strategies(axes, strategies):
+    assert strategies_on(axes) == strategies
+
+
+@pytest.mark.parametrize("outer", [{}, {"pp": 2}, {"tp": 2}, {"pp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("strategy", DATA)
+def test_a_strategy_of_the_data_axes_can_be_named_in_every_mix(strategy, outer):
+    axes = outer | STRATEGIES[strategy].default_axes(4)
+    assert strategies_on(axes, strategy) == (*outer, strategy)
+
+
+@pytest.mark.parametrize(
+    ("axes", "strategy", "message"),
+    [
+        ({"dp": 2, "tp": 2}, "fsdp", "the mesh is dp=2 x tp=2, but fsdp runs along fsdp; give "
+         'init_mesh(fsdp=2, tp=2) or strategy="ddp" or strategy="dp" or strategy="zero1" or '
+         'strategy="zero2"'),
+        ({"pp": 2}, "zero1", "the mesh is pp=2, but zero1 runs along dp; give init_mesh(pp=2, "
+         'dp=2) or strategy="pp"'),
+        ({"fsdp": 4}, "hsdp", "the mesh is fsdp=4, but hsdp runs along dp and fsdp; give "
+         'init_mesh(dp=2, fsdp=2) or strategy="fsdp"'),
+        ({"dp": 2, "tp": 2}, "tp", "the mesh is dp=2 x tp=2, and tp is not the strategy of its "
+         'data axes; tp is implied; give strategy="ddp" or'),
+        ({"dp": 4}, "pp", "the mesh is dp=4, but pp runs along pp only; give init_mesh(pp=4) or "
+         "init_mesh(pp=2, dp=4)"),
+        ({"dp": 4}, "single", 'single is for one process, but the mesh is dp=4; give '
+         'strategy="ddp"'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_strategy_that_does_not_fit_the_mesh_is_refused_with_the_nearest_that_do(
+    axes, strategy, message
+):
+    with pytest.raises(UserError, match=re.escape(message)):
+        strategies_on(axes, strategy)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "impl", "message"),
+    [
+        (("tp", "ddp"), "torch", "tp x ddp by torch: its DistributedDataParallel does not take"),
+        (("pp", "fsdp"), "accelerate", "no strategy fsdp@accelerate; accelerate ignores"),
+        (("pp", "ddp"), "accelerate", "strategy pp has no impl 'accelerate'; give impl=\"hand\""),
+        (("zero2",), "torch", "strategy zero2 has no impl 'torch'; give impl=\"hand\""),
+    ],
+    ids=str,
+)
+def test_a_mix_that_a_library_does_not_have_is_refused_with_the_reason(strategies, impl, message):
+    with pytest.raises(UserError, match=message):
+        check_impl(strategies, impl)
 
 
 @pytest.mark.parametrize("impl", ["hand", "torch"])
 @pytest.mark.ranks(2)
 def test_fsdp_on_a_mesh_without_its_axis_is_refused_with_the_mesh_to_make(impl, mesh):
-    with pytest.raises(UserError, match=r"is dp=2, .*shards nothing; make it by init_mesh\(fsdp=2"):
+    with pytest.raises(UserError, match=r"is dp=2, but fsdp runs .*; give init_mesh\(fsdp=2\) or"):
         dist_lab.parallelize(nn.Linear(2, 2), mesh, "fsdp", impl)
     tp = dist_lab.init_mesh(tp=2)
-    with pytest.raises(UserError, match=r"fsdp and dp only; make it by init_mesh\(fsdp=2\)$"):
+    with pytest.raises(UserError, match=r"fsdp runs along fsdp; give init_mesh\(fsdp=2, tp=2\) or"):
         dist_lab.parallelize(nn.Linear(2, 2), tp, "fsdp", impl)
 
 
@@ -135,20 +188,19 @@ def test_full_gradients_before_finish_is_refused():
 
 
 @pytest.mark.parametrize("inner", ["ddp", "zero1", "fsdp"])
-@pytest.mark.ranks(4, mesh={"pp": 2, "dp": 2})
-def test_parameters_of_other_stages_keep_their_layouts_under_an_inner_strategy(inner, mesh):
+@pytest.mark.ranks(4)
+def test_parameters_of_other_stages_have_the_layouts_of_the_inner_strategy_too(inner):
+    mesh = dist_lab.init_mesh(pp=2, **axes_of(inner, 2))
     model = gpt(layers=2)
     names = [name for name, _ in model.named_parameters()]
-    strategies = [(compose._choose("pp", "hand"), {}), (compose._choose(inner, "hand"), {})]
-    layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
-    value = compose._current_value(model)
-    setup = Setup(model, mesh, {}, layouts, value, {"": model}, None, 0)
-    applied = compose._fold(setup, strategies)
+    applied = fold(model, mesh, *compose.choose(inner, "hand", mesh))
     assert list(applied.layouts) == names
     local_names = {name for name, _ in model.named_parameters()}
     for name, layout in applied.layouts.items():
         assert layout.splits[0][0] == "pp"
         assert (name in local_names) == holds(layout, mesh.coordinates)
+        assert layout.partial[0].axis == ("fsdp" if inner == "fsdp" else "dp")
+        assert len(layout.splits) == (1 if inner == "ddp" else 2)
 
 
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})

@@ -465,7 +465,7 @@ def test_a_meta_model_without_init_weight_and_a_sparse_gradient_are_refused():
 
 
 def test_an_unknown_strategy_is_refused_with_the_list_of_strategies():
-    with pytest.raises(UserError, match="no strategy dpp@hand; there are single@hand, dp@hand"):
+    with pytest.raises(UserError, match="no strategy 'dpp'; give single, dp, ddp, zero1"):
         dist_lab.parallelize(odd(), dist_lab.init_mesh(), "dpp")
 
 

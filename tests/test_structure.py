@@ -24,7 +24,8 @@ LAYERS = [
     ["step.hooks", "transforms.init"],
     ["programs.cli.settings", "programs.cli.mesh_text"],
     ["parallel.schedules", "zoo", "data", "loss"],
-    ["programs.cli.registry", "programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
+    ["programs.cli.registry", "programs.cli.mixes"],
+    ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
     ["mesh", "comm"],  # these two import each other: collectives run along an axis
     ["layout"],
     ["step"],

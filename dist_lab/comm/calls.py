@@ -123,6 +123,8 @@ def start(
         by_hand, by_backend: arguments for an algorithm by hand, and for the backend's function.
     """
     op, axis, comm = spec.op, spec.axis, spec.axis.comm
+    if out.is_meta:  # only its shape is asked for
+        return Pending(out)
     if algorithm is not None:
         check_algorithm(op, algorithm, comm.backend)
     chosen = choose(op, algorithm or comm.collectives, spec.payload, comm.backend)

@@ -210,8 +210,12 @@ def shard_of(value: Tensor, how: Shard, size: int, index: int) -> Tensor:
 
 def shape_before(layout: Layout, applied: int, sizes: Sizes, coordinates: Coordinates) -> list[int]:
     """The shape of a rank's shard after only the first `applied` splits."""
-    box = _box(replace(layout, splits=layout.splits[:applied]), sizes, coordinates)
-    return [side.stop - side.start for side in box]
+    return shard_shape(replace(layout, splits=layout.splits[:applied]), sizes, coordinates)
+
+
+def shard_shape(layout: Layout, sizes: Sizes, coordinates: Coordinates | None = None) -> list[int]:
+    """The shape of a rank's shard after all Shards. None: of the first one, the longest."""
+    return [side.stop - side.start for side in _box(layout, sizes, coordinates or {})]
 
 
 def _box(layout: Layout, sizes: Sizes, coordinates: Coordinates) -> Box:

@@ -70,7 +70,7 @@ def look(config: RunSettings) -> None:
 def new_folder(config: RunSettings, what: str) -> Path:
     """Make a folder with the next free number: runs/003-dp-gpt-tiny."""
     RUNS.mkdir(exist_ok=True)
-    name = f"{what or config.strategy}-{config.model}-{config.size}"
+    name = f"{what or '-'.join(config.strategies)}-{config.model}-{config.size}"
     while True:
         numbers = [
             int(match[0]) for path in RUNS.iterdir() if (match := re.match(r"\d+", path.name))

@@ -9,9 +9,8 @@ strategy with buckets builds on this file: `issue` launches a collective, and `w
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from dist_lab.comm.ops import Pending
@@ -25,20 +24,25 @@ class FlatBuffer:
         memory: flat, with at least as many elements as the tensors have.
         shapes: name -> shape of the tensor, in the order of the tensors in memory.
         label: the name of its collectives in logs.
+        offsets: name -> where the tensor begins; default: one right after the other.
 
     Attributes:
         views: name -> the tensor, a view of the memory.
         tail: the memory after the last tensor: flags, or padding.
     """
 
-    def __init__(self, memory: Tensor, shapes: Mapping[str, Sequence[int]], label: str) -> None:
+    def __init__(
+        self, memory: Tensor, shapes: Mapping[str, Sequence[int]], label: str,
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
         self.memory, self.label = memory, label
-        lengths = [math.prod(shape) for shape in shapes.values()]
-        *parts, self.tail = memory.split([*lengths, memory.numel() - sum(lengths)])
-        self.views = {
-            name: part.view(tuple(shape))
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
+        self.views: dict[str, Tensor] = {}
+        end = 0
+        for name, shape in shapes.items():
+            start = end if offsets is None else offsets[name]
+            end = start + math.prod(shape)
+            self.views[name] = memory[start:end].view(tuple(shape))
+        self.tail = memory[end:]
         self._pending: Pending | None = None
 
     # --- gradients --------------------------------------------------------------------------------
@@ -101,29 +105,29 @@ class Arrivals:
 
 
 def group_into_buckets(
-    sizes: Iterable[tuple[str, torch.dtype, int]], first: int, limit: int
+    sizes: Iterable[tuple[str, Hashable, int]], first: int, limit: int
 ) -> list[list[str]]:
-    """Group names, in the order in which their gradients arrive, into buckets of one dtype each.
+    """Group names, in the order in which their gradients arrive, into buckets of one kind each.
 
     Args:
-        sizes: (name, dtype, bytes).
+        sizes: (name, kind, bytes). The kind is the dtype and, in a pipeline, the stages.
         first, limit: the largest size, in bytes, of the first bucket and of each other bucket.
 
-    >>> f = torch.float32
+    >>> f = "float32"
     >>> sizes = [("head", f, 6), ("b", f, 1), ("c", f, 2), ("d", f, 2), ("e", f, 1)]
     >>> group_into_buckets(sizes, 4, 5)
     [['head'], ['b', 'c', 'd'], ['e']]
     """
     buckets: list[list[str]] = []
-    open_buckets: dict[torch.dtype, tuple[list[str], int]] = {}  # being filled, and their bytes
-    for name, dtype, size in sizes:
-        bucket, filled = open_buckets.get(dtype, ([], 0))
+    open_buckets: dict[Hashable, tuple[list[str], int]] = {}  # being filled, and their bytes
+    for name, kind, size in sizes:
+        bucket, filled = open_buckets.get(kind, ([], 0))
         max_bytes = first if buckets and bucket is buckets[0] else limit
         if not bucket or filled + size > max_bytes:
             bucket, filled = [], 0
             buckets.append(bucket)
         bucket.append(name)
-        open_buckets[dtype] = bucket, filled + size
+        open_buckets[kind] = bucket, filled + size
     return buckets
 
 

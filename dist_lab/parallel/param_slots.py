@@ -5,16 +5,21 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
+from dist_lab.step.protocol import ROOT
 from dist_lab.torch_private import move_hooks
 
 ParamSlot = tuple[nn.Module, str]  # a module, and the name under which it holds a parameter
 
 
-def param_slots(model: nn.Module) -> dict[str, list[ParamSlot]]:
-    """Name -> the parameter's slots. A tied parameter has several; the first name counts."""
+def param_slots(model: nn.Module, *others: nn.Module) -> dict[str, list[ParamSlot]]:
+    """Name -> the parameter's slots. A tied parameter has several; the first name counts.
+
+    Args:
+        others: modules outside the model that hold its parameters too, such as pipeline stages.
+    """
     name_of = {p: name for name, p in model.named_parameters()}
     slots: dict[str, list[ParamSlot]] = {name: [] for name in name_of.values()}
-    for module in model.modules():
+    for module in dict.fromkeys(m for root in (model, *others) for m in root.modules()):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 slots[name_of[parameter]].append((module, attribute))
@@ -114,6 +119,7 @@ def owners(slots: Mapping[str, list[ParamSlot]], units: Mapping[str, nn.Module])
     model itself, the unit "". So it stays unsharded as long as any of them may need it.
     """
     within = {name: set(module.modules()) for name, module in units.items()}
+    within[ROOT] = set().union(*within.values())  # also what pipeline stages hold themselves
     owner = {}
     for name, places in slots.items():
         users = [m for m in within.values() if any(module in m for module, _ in places)]

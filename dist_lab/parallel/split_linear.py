@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lab.errors import UserError
+
 OnOutputGrad = Callable[[Tensor], None]
+Queue = list[Callable[[], None]]  # each call adds some weights' gradients to their `.grad`
 
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, on_grad: OnOutputGrad) -> Tensor:
@@ -31,6 +34,26 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, on_grad: OnOutp
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dy (..., F), x (..., D) -> dW (F, D)."""
     return _rows(dy).t() @ _rows(x)
+
+
+def defer_to(queue: Queue, weight: Tensor, x: Tensor) -> OnOutputGrad:
+    """An `on_grad` that puts the work for dW into a queue.
+
+    Args:
+        weight: the parameter, or a cast of it: calling the work adds to the parameter's `.grad`.
+        x: the input of the layer.
+    """
+    x = x.detach()
+
+    def on_grad(dy: Tensor) -> None:
+        if torch.is_grad_enabled():  # create_graph=True: deferred gradients have no graph
+            raise UserError(
+                "a backward that is differentiated again cannot be split in two; take a schedule "
+                'that does not split it, such as "1f1b"'
+            )
+        queue.append(lambda: torch.autograd.backward(weight, weight_gradient(dy.detach(), x)))
+
+    return on_grad
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm.context import CommContext
-from dist_lab.layout.layout import Layout, Owed
-from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.layout.layout import Layout
+from dist_lab.step.setup import Stages
 
 ROOT = ""  # the unit that is the model itself
 
@@ -57,6 +57,11 @@ class Sync:
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
         """These gradients now include this micro-batch. `last`: they are complete."""
+
+    def backward_done(self, unit: str, *, last: bool) -> None:
+        """This micro-batch adds nothing more to the unit's gradients, also to those that it has not
+        used. Only a schedule knows this before `finish`. ROOT: all stages of this rank.
+        """
 
     def finish(self) -> None:
         """Backward is over. On return `.grad` is the global gradient of each local parameter."""
@@ -107,6 +112,10 @@ class Chain(Sync):
         for link in self.links:
             link.grads_ready(names, last=last)
 
+    def backward_done(self, unit: str, *, last: bool) -> None:
+        for link in self.links:
+            link.backward_done(unit, last=last)
+
     def finish(self) -> None:
         for link in self.links:
             link.finish()
@@ -129,47 +138,6 @@ class Chain(Sync):
 
 
 @dataclass(frozen=True)
-class Setup:
-    """The input of a strategy: the model after the strategies applied before this one.
-
-    model        the module, to be changed in place
-    mesh         to make sub-axes (`mesh.sub`) and channels (`mesh.channel`); both collective
-    axes         name -> the axes that this strategy runs along, each with a process group of its
-                 own; the last is the innermost
-    layouts      name of a parameter -> its layout so far
-    full_value   name -> its value in that layout: the full tensor for the first strategy, a shard
-                 for a later one. Called once for each, so that no rank needs all values at once.
-    units        name -> a module to be unsharded, reduced and recomputed as a whole; includes ROOT
-    param_dtype  the compute dtype, if it differs from the parameters' dtype
-    recompute    recompute every k-th unit in backward; 0: none
-    """
-
-    model: nn.Module
-    mesh: Mesh
-    axes: Mapping[str, Axis]
-    layouts: Mapping[str, Layout]
-    full_value: Callable[[str], Tensor]
-    units: Mapping[str, nn.Module]
-    param_dtype: torch.dtype | None = None
-    recompute: int = 0
-
-    @property
-    def axis(self) -> Axis:
-        """The innermost axis. Most strategies have only one axis."""
-        return list(self.axes.values())[-1]
-
-    def channel(self) -> Axis:
-        """`axis` with a process group of its own: see `Axis`. Collective."""
-        return self.mesh.channel(self.axis.name)
-
-    def owing_sums(self, *axes: Axis) -> dict[str, Layout]:
-        """The layouts, with a pending sum over these axes for each trained parameter's gradient."""
-        sums = [Owed(axis.name) for axis in axes]
-        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return {**self.layouts} | {name: self.layouts[name].owing(*sums) for name in trained}
-
-
-@dataclass(frozen=True)
 class Applied:
     """The result of a strategy: what it did to the model.
 
@@ -180,6 +148,7 @@ class Applied:
         see [Note: two tensors of one name] in sharded/sharded_param.py
     stepped: name -> the tensor that optimizers step on, where it is not the parameter in the model
     sharded_between_units: a module holds shards, and cannot compute, while its unit is resharded
+    unshard_each_action: in a pipeline, a stage is unsharded for each action; if not, once for all
     unit_of: name -> the unit whose unshard allocates the leaf's memory and whose reshard frees it,
         in forward and in backward; see step/saved.py
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
@@ -187,6 +156,7 @@ class Applied:
     make_runner: (model, chain, comm, units, applied) -> a `Step`, for a strategy that schedules
         forwards and backwards itself
     buffers: name -> the layout of a buffer, where it is not on every rank
+    stages: the stages of a pipeline
     """
 
     layouts: Mapping[str, Layout]
@@ -195,10 +165,12 @@ class Applied:
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
     stepped: Mapping[str, nn.Parameter] = field(default_factory=dict)
     sharded_between_units: bool = False
+    unshard_each_action: bool = False
     unit_of: Mapping[str, str] = field(default_factory=dict)
     make_optimizer: "MakeOptimizer | None" = None
     make_runner: "MakeRunner | None" = None
     buffers: Mapping[str, Layout] = field(default_factory=dict)
+    stages: Stages | None = None
 
 
 MakeOptimizer = Callable[

@@ -18,7 +18,7 @@ from dist_lab.errors import UserError
 from dist_lab.layout.gather import gather_full, local_part
 from dist_lab.layout.layout import Layout
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.step.protocol import Setup
+from dist_lab.step.setup import Setup
 
 # The twins of strategies that split the batch. For tp see tests/parallel/tensor/test_tp.py.
 TWINS = [
@@ -188,7 +188,7 @@ def test_accelerate_refuses_an_axis_that_is_not_the_world(mesh):
         model = MODELS["mlp"]()
         layouts = {name: Layout(p.shape, p.dtype) for name, p in model.named_parameters()}
         with pytest.raises(UserError, match=r"runs over all 4 processes, and .* has 2"):
-            setup = Setup(model, mesh, {"dp": half}, layouts, None, {})
+            setup = Setup(model, mesh, {"dp": half}, layouts, frozenset(layouts), None, {})
             ddp_accelerate.apply(setup)
 
 

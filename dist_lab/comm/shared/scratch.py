@@ -42,6 +42,8 @@ class Scratch:
         n, i = self.axis.size, self.axis.index
         if n == 1:
             return Pending(x)
+        if x.is_meta:  # only its shape is asked for
+            return Pending(torch.empty_like(x))
         buffer = self._next(x.numel(), x.dtype)
         x, window = buffer[: x.numel()].view(x.shape).copy_(x), window_of(buffer, self.axis, "sum")
         if window is None:
@@ -101,7 +103,7 @@ class Scratch:
 
     def _shared(self, x: Tensor, reduce: str = "") -> tuple[Tensor, SharedWindow | None]:
         """Returns x copied into shared memory, and the window; x and None if x needs messages."""
-        if reduce and x.dtype not in SUMMED:
+        if x.is_meta or (reduce and x.dtype not in SUMMED):
             return x, None
         buffer = self._next(x.numel(), x.dtype)
         window = window_of(buffer, self.axis)

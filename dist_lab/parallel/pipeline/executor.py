@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,28 @@ from dist_lab.comm import ops
 from dist_lab.loss import LossFn, Pair, one_number, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.runner import RunnerEvents
-from dist_lab.parallel.pipeline.split_backward import SplitBackward, WeightWork, as_non_leaf
+from dist_lab.parallel.pipeline.split_backward import Queue, SplitBackward, as_non_leaf
 from dist_lab.parallel.pipeline.stages import Shapes, StageInput, check_shapes
-from dist_lab.parallel.schedules.actions import COSTS, Action, Op, Result, Schedule
-from dist_lab.parallel.schedules.library import forward_only
-from dist_lab.parallel.schedules.passes import add_communication, add_unshard
+from dist_lab.parallel.schedules.actions import (
+    BACKWARD,
+    COSTS,
+    Action,
+    Op,
+    Result,
+    Schedule,
+    compute_action,
+)
 from dist_lab.parallel.schedules.simulate import IN_FLIGHT, TimedAction
 from dist_lab.step.hooks import map_tensors
+from dist_lab.step.protocol import Phase
 
 
 class Executor:
     """Executes this rank's actions of a schedule, one after another.
 
     Attributes:
+        schedule_for, forwards_for: number of micro-batches -> the schedule of training, and that of
+            evaluation.
         modules: stage -> its module, for this rank's stages.
         timings: the last run's actions with start and end, in seconds of this rank's clock.
         peak: the maximum number of micro-batches in flight on this rank in the last run.
@@ -42,14 +50,14 @@ class Executor:
         axis: Axis,
         modules: Mapping[int, nn.Module],
         shapes: Shapes,
-        rank_of: Mapping[int, int],
         schedule_for: Callable[[int], Schedule],
+        forwards_for: Callable[[int], Schedule],
+        splitter: SplitBackward,
         seconds_per_unit: float = 0.0,
     ) -> None:
         self.axis, self.modules, self.shapes = axis, modules, shapes
-        self.schedule_for, self.seconds_per_unit = schedule_for, seconds_per_unit
-        self.forwards = cache(lambda m: add_unshard(add_communication(forward_only(rank_of, m))))
-        self.splitter = SplitBackward()
+        self.schedule_for, self.forwards_for = schedule_for, forwards_for
+        self.splitter, self.seconds_per_unit = splitter, seconds_per_unit
         self.timings: list[TimedAction] = []
         self.peak = 0
 
@@ -63,16 +71,18 @@ class Executor:
     def evaluate(
         self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
     ) -> Tensor:
-        return self._execute(self.forwards(len(microbatches)), microbatches, loss_fn, events)
+        return self._execute(self.forwards_for(len(microbatches)), microbatches, loss_fn, events)
 
     def _execute(
         self, schedule: Schedule, microbatches: Sequence[Pair], loss_fn: LossFn,
         events: RunnerEvents,
     ) -> Tensor:  # fmt: skip
         run = PipelineRun(self, schedule, microbatches, loss_fn)
-        for action in schedule.ranks[self.axis.index]:
-            events.on_action(action)
-            run.execute(action)
+        row = schedule.ranks[self.axis.index]
+        for i, action in enumerate(row):
+            in_backward = compute_action(row, i).op in BACKWARD
+            with events.action(action, Phase.BACKWARD if in_backward else Phase.FORWARD):
+                run.execute(action)
             if action.op in (Op.B, Op.W):
                 events.on_gradients(action.stage, last=action.last)
         run.finish()
@@ -96,7 +106,7 @@ class SavedForward:
 
     inputs: Values
     roots: list[GradientEdge | None]
-    weight_work: WeightWork
+    weight_work: Queue
 
 
 class PipelineRun:
@@ -147,7 +157,7 @@ class PipelineRun:
     def forward(self, action: Action, inputs: Values) -> None:
         stage, m = action.stage, action.microbatch
         x, targets = self.microbatches[m]
-        weight_work: WeightWork = []
+        weight_work: Queue = []
         with self.timed(action), self.executor.splitter.deferring(weight_work):
             if stage == 0:
                 inputs = (x,)
@@ -190,7 +200,7 @@ class PipelineRun:
             if action.op is Op.B:
                 self.run_deferred(self.saved.pop((stage, m)).weight_work)
 
-    def run_deferred(self, weight_work: WeightWork) -> None:
+    def run_deferred(self, weight_work: Queue) -> None:
         while weight_work:  # the last layer first, as in backward; each call frees its tensors
             weight_work.pop()()
 

@@ -29,18 +29,23 @@ stay equal. A stage sends zeros for an input that got no gradient, so its peer a
 from functools import cache, partial
 from typing import Any
 
+from torch import nn
+
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.parallel.pipeline.executor import Executor
 from dist_lab.parallel.pipeline.runner import PipelineRunner
+from dist_lab.parallel.pipeline.split_backward import SplitBackward
 from dist_lab.parallel.pipeline.stages import Tied, keep_stages
 from dist_lab.parallel.schedules.actions import Schedule
-from dist_lab.parallel.schedules.library import example, make
+from dist_lab.parallel.schedules.library import example, forward_only, make
 from dist_lab.parallel.schedules.passes import (
     add_communication,
     add_unshard,
     mark_gradients_complete,
 )
-from dist_lab.step.protocol import Applied, Setup
+from dist_lab.step.protocol import Applied, Chain
+from dist_lab.step.setup import Setup
 
 
 def apply(
@@ -76,18 +81,31 @@ def apply(
             "halves; leave recompute out, or take schedule 1f1b"
         )
     local = keep_stages(setup, sample.rank_of, balance=balance, example=example_inputs)
-    if example_inputs is not None:
-        local.shapes.of(example_inputs, training=True)  # now, not in the first step
-    schedule_for = cache(partial(_schedule, schedule, axis.size, chunks))
-    executor = Executor(
-        axis, local.modules, local.shapes, sample.rank_of, schedule_for, emulate_compute / 1000
-    )
-    runner = partial(PipelineRunner, pipeline=executor)
+
+    def make_runner(
+        model: nn.Module, sync: Chain, comm: CommContext, units: Any, applied: Applied
+    ) -> PipelineRunner:
+        local.shapes.complete()
+        if example_inputs is not None:
+            local.shapes.of(example_inputs, training=True)  # now, not in the first step
+        prepare = partial(prepared, applied=applied)
+        executor = Executor(
+            axis, local.stages.modules, local.shapes,
+            cache(lambda m: prepare(make(schedule, axis.size, m, chunks))),
+            cache(lambda m: prepare(forward_only(sample.rank_of, m))),
+            SplitBackward(setup.weight_work), emulate_compute / 1000,
+        )  # fmt: skip
+        return PipelineRunner(model, sync, comm, units, applied, pipeline=executor)
+
     return Applied(
-        local.layouts, Tied(setup.model, local.tied), make_runner=runner, buffers=local.buffers
-    )
+        local.layouts, Tied(setup, local.tied), make_runner=make_runner, buffers=local.buffers,
+        stages=local.stages,
+    )  # fmt: skip
 
 
-def _schedule(name: str, ranks: int, chunks: int | None, microbatches: int) -> Schedule:
-    schedule = make(name, ranks, microbatches, chunks)
-    return add_unshard(mark_gradients_complete(add_communication(schedule)))
+def prepared(schedule: Schedule, applied: Applied) -> Schedule:
+    """A schedule with messages, and with the actions of the strategy inside the pipeline."""
+    schedule = mark_gradients_complete(add_communication(schedule))
+    if applied.sharded_between_units:
+        schedule = add_unshard(schedule, each_action=applied.unshard_each_action)
+    return schedule

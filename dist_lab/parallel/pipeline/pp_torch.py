@@ -21,23 +21,27 @@ not split the backward of the first stage, for which no rank waits: all of it ru
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.executor import Executor
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
+from dist_lab.parallel.pipeline.split_backward import SplitBackward
 from dist_lab.parallel.pipeline.stages import Shapes, StageInput, Tied, check_shapes, keep_stages
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Schedule
-from dist_lab.parallel.schedules.library import make, placement
+from dist_lab.parallel.schedules.library import forward_only, make, placement
+from dist_lab.parallel.schedules.passes import add_communication
 from dist_lab.parallel.schedules.simulate import TimedAction
-from dist_lab.step.protocol import Applied, Phase, Setup
+from dist_lab.step.protocol import Applied, Chain, Phase
+from dist_lab.step.setup import Setup, WeightWork
 from dist_lab.torch_private import is_view
 
 LIBRARY_NAMES = {
@@ -77,14 +81,23 @@ def apply(
         )
     rank_of = placement(schedule, setup.axis.size, chunks)
     local = keep_stages(setup, rank_of, balance=balance, example=example_inputs)
-    pipeline = TorchPipeline(setup.axis, local.modules, local.shapes, rank_of, schedule)
-    if example_inputs is not None:
-        pipeline.find_shapes(example_inputs)  # now, so that errors come early
-    stages = "one stage" if len(local.modules) == 1 else f"{len(local.modules)} stages"
+    modules = local.stages.modules
+
+    def make_runner(
+        model: nn.Module, sync: Chain, comm: CommContext, units: Any, applied: Applied
+    ) -> PipelineRunner:
+        local.shapes.complete()
+        pipeline = TorchPipeline(setup.axis, modules, local.shapes, rank_of, schedule)
+        if example_inputs is not None:
+            pipeline.find_shapes(example_inputs)  # now, so that errors come early
+        return PipelineRunner(model, sync, comm, units, applied, pipeline=pipeline)
+
+    stages = "one stage" if len(modules) == 1 else f"{len(modules)} stages"
     about = f"torch {LIBRARY_NAMES[schedule]}, {stages} a rank, shapes known, scale_grads=False"
-    runner = partial(PipelineRunner, pipeline=pipeline)
-    tied = Tied(setup.model, local.tied)
-    return Applied(local.layouts, tied, about, make_runner=runner, buffers=local.buffers)
+    return Applied(
+        local.layouts, Tied(setup, local.tied), about, make_runner=make_runner,
+        buffers=local.buffers, stages=local.stages,
+    )  # fmt: skip
 
 
 class TorchPipeline:
@@ -112,7 +125,10 @@ class TorchPipeline:
         self.timings: list[TimedAction] = []
         self.group = axis.group_even_of_one()
         self.schedule_for: Callable[[int], Schedule] = cache(self._schedule)
-        self.evaluator = Executor(axis, modules, shapes, rank_of, self.schedule_for)
+        forwards_for = cache(lambda m: add_communication(forward_only(rank_of, m)))
+        self.evaluator = Executor(
+            axis, modules, shapes, self.schedule_for, forwards_for, SplitBackward(WeightWork())
+        )
         # The library's schedule and stages, with receive buffers; and the sizes they are for.
         self.built: tuple[Any, list[Any]] | None = None
         self.built_for: tuple[int, torch.Size, torch.dtype] | None = None

@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,15 +25,15 @@ from dist_lab.parallel.schedules.simulate import TimedAction
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import ROOT, Applied, Chain, Phase
-
-FORWARD = (Op.F, Op.SEND_F, Op.RECV_F, Op.UNSHARD)
+from dist_lab.step.saved import SavedByName, Visit
+from dist_lab.step.setup import unit_of_stage
 
 
 class RunnerEvents(Protocol):
     """What a pipeline reports to the runner during a run."""
 
-    def on_action(self, action: Action) -> None:
-        """The pipeline is about to do this action."""
+    def action(self, action: Action, phase: Phase) -> AbstractContextManager[None]:
+        """The pipeline does this action inside the block."""
 
     def on_phase(self, phase: Phase, label: str) -> None:
         """The pipeline is about to begin a phase. A library reports phases, not actions."""
@@ -71,7 +71,7 @@ class PipelineRunner(Step):
     """Runs this rank's stages, with the interface of the plain runner.
 
     Args:
-        units: name -> module that strategies unshard as one; an outer unit before inner ones.
+        units: name -> module that strategies unshard as one: the stages, and the model.
         applied: what the strategies did to the model.
     """
 
@@ -83,16 +83,16 @@ class PipelineRunner(Step):
         self.pipeline = pipeline
         self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         self._last = True  # outside microbatch(), every run is the last one
-        self._phase = Phase.FORWARD  # the phase that RESHARD ends: FORWARD in evaluation
+        self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         name_of = {p: name for name, p in model.named_parameters()}
         self._names = {
             stage: [name_of[p] for p in module.parameters() if p.requires_grad]
             for stage, module in pipeline.modules.items()
         }
-        submodules = {stage: set(module.modules()) for stage, module in pipeline.modules.items()}
-        self._units = {
-            stage: [name for name, unit in units.items() if name and unit in modules]
-            for stage, modules in submodules.items()
+        self._saver = SavedByName(has_shards=bool(applied.unit_of))
+        self._stages = {
+            stage: StageUnit([self._leaves[name_of[p]] for p in module.parameters()])
+            for stage, module in pipeline.modules.items()
         }
         self._unsharded: list[int] = []  # stages
         self._incomplete: set[int] = set()  # stages whose gradients are not complete
@@ -114,53 +114,60 @@ class PipelineRunner(Step):
             self._refuse_closed(name)
         self._incomplete = set(self._names)
         self.sync.microbatch(last=self._last)
-        self._phase = Phase.BACKWARD
-        with self._inside_model():
-            return self.pipeline.run(microbatches, loss_fn, self)
+        with self._inside_model(Phase.BACKWARD):
+            total = self.pipeline.run(microbatches, loss_fn, self)
+            self.sync.backward_done(ROOT, last=self._last)
+        return total
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
-        self._phase = Phase.FORWARD
-        with self._inside_model():
+        with self._inside_model(Phase.FORWARD):
             return self.pipeline.evaluate(microbatches, loss_fn, self)
 
     @contextmanager
-    def _inside_model(self) -> Iterator[None]:
-        """Unshard the root unit around all actions. An exception aborts the step."""
+    def _inside_model(self, phase: Phase) -> Iterator[None]:
+        """Unshard the root unit around all actions, for forward and, unless this is an evaluation,
+        for backward too. An exception aborts the step.
+        """
         with self.comm.label():  # restores the labels after the run
             self.sync.unshard(ROOT, Phase.FORWARD)
+            if phase is Phase.BACKWARD:
+                self.sync.unshard(ROOT, Phase.BACKWARD)
             try:
                 yield
-                self.sync.reshard(ROOT, self._phase)
+                self.sync.reshard(ROOT, phase)
             except BaseException:
                 with self.comm.label("forget", unit=""):
-                    self._phase = Phase.ABORT
-                    for stage in list(self._unsharded):
-                        self._reshard(stage)
-                    self.sync.reshard(ROOT, self._phase)
+                    for unit in [*map(unit_of_stage, self._unsharded), ROOT]:
+                        self.sync.reshard(unit, Phase.ABORT)
+                    self._unsharded.clear()
                     self.sync.forget()
                 raise
 
     # --- events of the pipeline -------------------------------------------------------------------
 
-    def on_action(self, action: Action) -> None:
-        self.on_phase(Phase.FORWARD if action.op in FORWARD else Phase.BACKWARD, str(action))
+    @contextmanager
+    def action(self, action: Action, phase: Phase) -> Iterator[None]:
+        self.on_phase(phase, str(action))
+        stage, unit = action.stage, unit_of_stage(action.stage)
         if action.op is Op.UNSHARD:
-            self._unshard(action.stage)
+            self._unsharded.append(stage)
+            self.sync.unshard(unit, phase)
         elif action.op is Op.RESHARD:
-            self._reshard(action.stage)
+            self._unsharded.remove(stage)
+            self.sync.reshard(unit, phase)
+        if action.op is not Op.F:
+            yield
+            return
+        stage_unit = self._stages[stage]
+        self._saver.enter(stage_unit)  # saves the stage's parameters by name: see step/saved.py
+        self._saver.watch_storages(stage_unit.leaves, stage_unit, stage_unit.visit)
+        try:
+            yield
+        finally:
+            self._saver.leave(stage_unit)
 
     def on_phase(self, phase: Phase, label: str) -> None:
         self.comm.phase, self.comm.unit = phase.value, label
-
-    def _unshard(self, stage: int) -> None:
-        self._unsharded.append(stage)
-        for unit in self._units[stage]:
-            self.sync.unshard(unit, Phase.FORWARD)
-
-    def _reshard(self, stage: int) -> None:
-        self._unsharded.remove(stage)
-        for unit in reversed(self._units[stage]):
-            self.sync.reshard(unit, self._phase)
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
         self.has_gradients = True
@@ -177,6 +184,7 @@ class PipelineRunner(Step):
         rest = [n for n in names if n not in complete]
         if rest:
             self.sync.grads_ready(rest, last=False)
+        self.sync.backward_done(unit_of_stage(stage), last=last and self._last)
 
     def timeline(self) -> list[list[TimedAction]]:
         timings = self.pipeline.timings
@@ -184,6 +192,16 @@ class PipelineRunner(Step):
 
     def _before_finish(self) -> None:
         """Nothing to do: a run ends with all its actions."""
+
+
+class StageUnit:
+    """A stage whose parameters a forward saves by name. In backward the schedule unshards it."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self.leaves, self.visit = leaves, Visit()
+
+    def enter_backward(self, visit: Visit) -> None:
+        """Nothing to do: UNSHARD came before."""
 
 
 def _refuse_forward(module: nn.Module, args: Any) -> None:

@@ -15,46 +15,54 @@ embedding. If it has several, those between its inputs and a weight run their ba
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_lab.errors import UserError
-from dist_lab.parallel.split_linear import split_linear, weight_gradient
+from dist_lab.parallel.split_linear import Queue, defer_to, split_linear
 from dist_lab.step.hooks import StaysBehind
+from dist_lab.step.setup import WeightWork
 from dist_lab.torch_private import tree_flatten, tree_unflatten
-
-WeightWork = list[Callable[[], None]]  # each call adds some weights' gradients to their `.grad`
 
 
 class SplitBackward:
-    """Replaces forwards, and holds the list to which they append their weight work."""
+    """Replaces forwards so that their backward appends its weight work to a queue.
 
-    def __init__(self) -> None:
-        self.weight_work: WeightWork | None = None  # None: nothing is deferred
+    A forward that another strategy has replaced is left alone, with all modules around it: tensor
+    parallelism defers its own weight gradients, and its collectives must not run twice.
+    """
+
+    def __init__(self, deferred: WeightWork) -> None:
+        self.deferred = deferred
 
     def split(self, module: nn.Module) -> None:
         """Replace the forwards of the outermost modules that hold trained parameters directly."""
-        if isinstance(module.forward, SplitForward):
-            return  # already replaced: two stages use it
-        if any(p is not None and p.requires_grad for p in module._parameters.values()):
+        if "forward" in vars(module):
+            return  # by another strategy, or by this function: two stages use the module
+        has_weights = any(p is not None and p.requires_grad for p in module._parameters.values())
+        replaced_inside = any(is_replaced(child) for child in module.modules())
+        if has_weights and not replaced_inside:
             module.forward = SplitForward(module, self)
             return
         for child in module.children():
             self.split(child)
 
     @contextmanager
-    def deferring(self, weight_work: WeightWork | None) -> Iterator[None]:
+    def deferring(self, queue: Queue | None) -> Iterator[None]:
         """In backward, forwards that ran inside the block append their weight work to this list.
         It can be called later, in any order. None: weights get their gradients in backward.
         """
-        before, self.weight_work = self.weight_work, weight_work
+        before, self.deferred.queue = self.deferred.queue, queue
         try:
             yield
         finally:
-            self.weight_work = before
+            self.deferred.queue = before
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether another strategy has replaced the module's forward."""
+    return not isinstance(vars(module).get("forward"), SplitForward | None)
 
 
 class SplitForward(StaysBehind):
@@ -67,7 +75,7 @@ class SplitForward(StaysBehind):
         self.linear: nn.Linear | None = module if is_linear else None  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        weight_work = self.splitter.weight_work
+        weight_work = self.splitter.deferred.queue
         if weight_work is None or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if self.linear is not None and len(args) == 1 and not kwargs:
@@ -79,22 +87,9 @@ class SplitForward(StaysBehind):
             return self.forward(*args, **kwargs)
 
 
-def _linear(linear: nn.Linear, x: Tensor, weight_work: WeightWork) -> Tensor:
+def _linear(linear: nn.Linear, x: Tensor, weight_work: Queue) -> Tensor:
     weight = linear.weight  # in the compute dtype: perhaps a cast of the parameter
-    saved = x.detach()
-
-    def add_gradient(dy: Tensor) -> None:
-        torch.autograd.backward(weight, weight_gradient(dy, saved))
-
-    def defer(dy: Tensor) -> None:
-        if torch.is_grad_enabled():  # create_graph=True: deferred gradients have no graph
-            raise UserError(
-                "a backward that is differentiated again cannot be split in two; take a schedule "
-                'that does not split it, such as "1f1b"'
-            )
-        weight_work.append(partial(add_gradient, dy))
-
-    return split_linear(x, weight, linear.bias, defer)
+    return split_linear(x, weight, linear.bias, defer_to(weight_work, weight, x))
 
 
 def _with_inner_graph(
@@ -102,11 +97,11 @@ def _with_inner_graph(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    weight_work: WeightWork,
+    weight_work: Queue,
 ) -> Any:
     arguments, arguments_spec = tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
-    weights = [p for p in module.parameters() if p.requires_grad]
+    weights = [leaf for leaf in leaves_read(module) if leaf.requires_grad]
     inner_outputs: list[Any] = []  # tensors and other values
     output_spec: list[Any] = []
 
@@ -124,6 +119,17 @@ def _with_inner_graph(
     tensors = iter(_InnerGraph.apply(run, weight_work, weights, *inputs, *weights))
     outputs = [next(tensors) if isinstance(value, Tensor) else value for value in inner_outputs]
     return tree_unflatten(outputs, output_spec[0])
+
+
+def leaves_read(module: nn.Module) -> list[Tensor]:
+    """The leaves that the module's forward reads: its parameters, or unsharded tensors in front."""
+    leaves = dict[Tensor, None]()
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            shown = getattr(part, name)  # a cast of the parameter is no leaf
+            if parameter is not None:
+                leaves[shown if shown.is_leaf else parameter] = None
+    return list(leaves)
 
 
 def as_non_leaf(x: Tensor) -> Tensor:
@@ -151,7 +157,7 @@ class _InnerGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[list[Tensor]], list[Tensor]], weight_work: WeightWork,
+        ctx: Any, run: Callable[[list[Tensor]], list[Tensor]], weight_work: Queue,
         weights: list[Tensor], *tensors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         outer_inputs = tensors[: len(tensors) - len(weights)]

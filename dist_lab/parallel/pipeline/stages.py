@@ -5,10 +5,10 @@ a layer that raises an error. A stage runs as a module of its own: for a model w
 modules in sequence; for any other, a part of its traced graph. partition.py chooses the split.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, OnlyOn, Owed
 from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.pipeline.other_stages import contents, remove_others
 from dist_lab.parallel.pipeline.partition import (
     check_whole,
     cut,
@@ -28,7 +29,8 @@ from dist_lab.parallel.pipeline.partition import (
 )
 from dist_lab.parallel.pipeline.trace import node_costs, split, trace
 from dist_lab.step.hooks import map_tensors, tensors_in
-from dist_lab.step.protocol import Setup, Sync
+from dist_lab.step.protocol import Sync
+from dist_lab.step.setup import Setup, Stages
 from dist_lab.torch_private import outside_modes
 from dist_lab.transforms.precision import compute_in
 
@@ -39,13 +41,13 @@ BALANCES = ("cost", "count")
 class LocalStages:
     """This rank's stages, and what it knows about the whole model.
 
-    modules: stage -> its module, for this rank's stages
+    stages: this rank's stages
     shapes: the shapes of the tensors between stages
     layouts, buffers: name -> Layout, for the whole model
     tied: name of a parameter that this rank shares -> the axis of the ranks that hold it
     """
 
-    modules: Mapping[int, nn.Module]
+    stages: Stages
     shapes: "Shapes"
     layouts: Mapping[str, Layout]
     buffers: Mapping[str, Layout]
@@ -73,17 +75,21 @@ def keep_stages(
         if buffer.layout is not torch.strided:
             raise UserError(f"{name} is sparse, which stages do not send; make it dense")
     stages, used_names = _split(model, len(rank_of), balance, example)
-    shapes = Shapes(meta_copy(nn.ModuleList(stages)), setup.param_dtype)
-    used = [_contents(model, names) for names in used_names]
+    meta_model, *meta_stages = meta_copy(nn.ModuleList([model, *stages])).children()
+    used = [contents(model, names) for names in used_names]
+
+    def stages_of(tensor: Tensor) -> tuple[int, ...]:
+        """The stages that use a tensor; an unused one is put on stage 0."""
+        users = [s for s, (_, tensors) in enumerate(used) if id(tensor) in tensors]
+        return tuple(users or [0])
 
     def ranks_of(tensor: Tensor) -> list[int]:
-        """The ranks that use a tensor, in stage order; an unused one is on the rank of stage 0."""
-        users = [s for s, (_, tensors) in enumerate(used) if id(tensor) in tensors]
-        return list(dict.fromkeys(rank_of[s] for s in users or [0]))
+        """The ranks that use a tensor, in stage order."""
+        return list(dict.fromkeys(rank_of[s] for s in stages_of(tensor)))
 
+    stages_by_name = {name: stages_of(p) for name, p in model.named_parameters()}
     layouts: dict[str, Layout] = {}
     tied: dict[str, Axis] = {}
-    local_names: dict[nn.Parameter, str] = {}  # this rank's parameters -> their first names
     kept = {id(b) for b in model.buffers() if axis.index in ranks_of(b)}
     for name, parameter in model.named_parameters():
         ranks = ranks_of(parameter)
@@ -93,7 +99,6 @@ def keep_stages(
             layouts[name] = layouts[name].owing(Owed(axis.name, positions=tuple(sorted(ranks))))
             shared_by = setup.mesh.sub(axis.name, ranks)
         if axis.index in ranks:
-            local_names[parameter] = name
             kept.add(id(parameter))
         if shared_by is not None:
             tied[name] = shared_by
@@ -103,12 +108,10 @@ def keep_stages(
         if name in model.state_dict()
     }
     local = {stage: module for stage, module in enumerate(stages) if rank_of[stage] == axis.index}
-    _remove_others(model, {m for stage in local for m in used[stage][0]}, kept)
-    _materialize([model, *local.values()], local_names, setup.full_value, axis.device)
-    if setup.param_dtype is not None:
-        for stage, module in local.items():
-            compute_in(module, setup.param_dtype, inputs=stage == 0)
-    return LocalStages(local, shapes, layouts, buffers, tied)
+    remove_others(model, {m for stage in local for m in used[stage][0]}, kept)
+    shapes = Shapes(meta_stages, setup.param_dtype)
+    kept_stages = Stages(local, stages_by_name, meta_model, traced=seams(model) is None)
+    return LocalStages(kept_stages, shapes, layouts, buffers, tied)
 
 
 # --- stages as modules ----------------------------------------------------------------------------
@@ -201,13 +204,16 @@ class StageInput:
 class Shapes:
     """The inputs of all stages for each shape of micro-batch: [Note: what travels] in pp.py."""
 
-    def __init__(self, meta_stages: nn.Module, param_dtype: torch.dtype | None) -> None:
-        self.meta_stages = list(meta_stages.children())
-        self.in_training = {module for module in meta_stages.modules() if module.training}
+    def __init__(self, meta_stages: list[nn.Module], param_dtype: torch.dtype | None) -> None:
+        self.meta_stages, self.param_dtype = meta_stages, param_dtype
+        self.in_training = {m for stage in meta_stages for m in stage.modules() if m.training}
         self.known: dict[tuple[str, bool], list[list[StageInput]]] = {}
-        for stage, meta_model in enumerate(self.meta_stages):
-            if param_dtype is not None:
-                compute_in(meta_model, param_dtype, inputs=stage == 0)
+
+    def complete(self) -> None:
+        """All strategies are applied to the model on the meta device: it computes as this one."""
+        for stage, meta_stage in enumerate(self.meta_stages):
+            if self.param_dtype is not None:
+                compute_in(meta_stage, self.param_dtype, inputs=stage == 0)
 
     def of(self, x: Any, *, training: bool) -> list[list[StageInput]]:
         """Each stage's inputs. Those of the first stage are the tensors of x."""
@@ -262,12 +268,12 @@ def check_shapes(stage: int, output: object, expected: Sequence[StageInput]) -> 
 class Tied(Sync):
     """Sums the gradients of parameters of several stages: [Note: whole gradients] in pp.py."""
 
-    def __init__(self, model: nn.Module, tied: Mapping[str, Axis]) -> None:
-        self.model, self.tied = model, tied
+    def __init__(self, setup: Setup, tied: Mapping[str, Axis]) -> None:
+        self.model, self.folded, self.tied = setup.model, setup.folded, tied
 
     def finish(self) -> None:
         for name, axis in self.tied.items():
-            parameter = self.model.get_parameter(name)
+            parameter = self.folded.gradient_holder(self.model, name)
             grad = parameter.grad
             flat = torch.zeros_like(parameter).flatten() if grad is None else grad.flatten()
             # One more element counts the ranks that have a gradient at all.
@@ -276,65 +282,3 @@ class Tied(Sync):
                 total = ops.all_reduce_into(flat, axis).wait()  # dW{U} -> dW
             if total[-1] > 0:
                 parameter.grad = total[:-1].view_as(parameter)
-
-
-# --- removing other ranks' layers -----------------------------------------------------------------
-
-
-class MissingLayer(nn.Module):
-    """Stands in for a layer of another rank's stage."""
-
-    def forward(self, *args: object, **kwargs: object) -> NoReturn:
-        raise UserError("this layer is on another stage; under pp call job.run or job.evaluate")
-
-
-def _contents(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], set[int]]:
-    """The modules with these names, and the ids of their tensors and of tensors so named."""
-    all_modules = dict(model.named_modules(remove_duplicate=False))
-    all_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    modules = [all_modules[name] for name in names if name in all_modules]
-    tensors = [all_tensors[name] for name in names if name in all_tensors]
-    for module in modules:
-        tensors += [*module.parameters(), *module.buffers()]
-    return modules, {id(tensor) for tensor in tensors}
-
-
-def _remove_others(module: nn.Module, modules: set[nn.Module], tensors: set[int]) -> None:
-    """Replace modules not in `modules` by MissingLayer, tensors not in `tensors` (ids) by None.
-
-    We compare objects, not names, because a module or tensor may have several names.
-    """
-    for name, child in module._modules.items():
-        if child is None or child in modules:
-            continue
-        state = (*child.parameters(), *child.buffers())
-        if any(m in modules for m in child.modules()) or any(id(t) in tensors for t in state):
-            _remove_others(child, modules, tensors)
-        else:
-            module._modules[name] = MissingLayer()
-    for registered in (module._parameters, module._buffers):
-        for name, tensor in registered.items():
-            if id(tensor) not in tensors:
-                registered[name] = None
-
-
-def _materialize(
-    roots: Sequence[nn.Module],
-    names: Mapping[nn.Parameter, str],
-    full_value: Callable[[str], Tensor],
-    device: torch.device,
-) -> None:
-    """Replace this rank's meta parameters by parameters with values, in all modules."""
-    new: dict[nn.Parameter, nn.Parameter] = {}
-    for parameter, name in names.items():
-        if parameter.is_meta:
-            value = full_value(name).to(device)
-            new[parameter] = nn.Parameter(value, parameter.requires_grad)
-            new[parameter].__dict__.update(parameter.__dict__)
-    for root in roots:
-        for module in root.modules():
-            for name, old in module._parameters.items():
-                if old in new:
-                    module._parameters[name] = new[old]

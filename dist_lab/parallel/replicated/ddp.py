@@ -42,7 +42,8 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
 from dist_lab.parallel.replicated.in_flight import GradsInFlight
-from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
+from dist_lab.step.setup import Setup
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0) -> Applied:
@@ -54,16 +55,17 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, first_bucket_mb: float = 1.0
     """
     if not (bucket_mb > 0 and first_bucket_mb > 0):
         raise UserError(f"buckets of {first_bucket_mb} and {bucket_mb} MiB; give sizes above 0")
-    model, axis = setup.model, setup.axis
+    axis = setup.axis
     limits = int(first_bucket_mb * 2**20), int(bucket_mb * 2**20)
-    return Applied(setup.owing_sums(axis), BucketedAllReduce(model, axis, limits))
+    return Applied(setup.owing_sums(axis), BucketedAllReduce(setup, limits))
 
 
 class BucketedAllReduce(Sync):
     """Issues a bucket once it and all earlier ones are complete: the same order on all ranks."""
 
-    def __init__(self, model: nn.Module, axis: Axis, limits: tuple[int, int]) -> None:
-        self.model, self.axis, self.limits = model, axis, limits
+    def __init__(self, setup: Setup, limits: tuple[int, int]) -> None:
+        self.model, self.axis, self.limits = setup.model, setup.axis, limits
+        self.stages_of, model = setup.stages_of, setup.model
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[str, Bucket] = {}  # parameter name -> the bucket of its gradient
@@ -101,6 +103,11 @@ class BucketedAllReduce(Sync):
         # finish() issues the last bucket: its last flag is known only after backward.
         while self.issued < len(self.buckets) - 1 and self.buckets[self.issued].arrivals.complete:
             self._issue(unassigned=False)
+
+    def backward_done(self, unit: str, *, last: bool) -> None:
+        """In a pipeline the last flag is known as soon as this rank has done its last action."""
+        while last and unit == ROOT and self.issued < len(self.buckets):
+            self._issue(unassigned=bool(self.unassigned))
 
     def finish(self) -> None:
         """Issue the buckets that are left, wait for all, and make new buckets if needed."""
@@ -157,7 +164,7 @@ class BucketedAllReduce(Sync):
             ordered |= {self.trained[i]: None for i in order if row[i] >= 0}
         parameters = {name: self.model.get_parameter(name) for name in ordered}
         first, limit = self.limits
-        sizes = [(name, p.dtype, p.nbytes) for name, p in parameters.items()]
+        sizes = [(n, (p.dtype, self.stages_of(n)), p.nbytes) for n, p in parameters.items()]
         for names in group_into_buckets(sizes, limit if self.buckets else first, limit):
             members = {name: parameters[name] for name in names}
             bucket = Bucket(len(self.buckets), members, self.axis, same_strides=same_strides)

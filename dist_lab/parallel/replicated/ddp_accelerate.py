@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dist_lab.errors import UserError
 from dist_lab.mesh.groups import as_under_torchrun
 from dist_lab.parallel.ddp_wrapper import ThroughDDP
-from dist_lab.step.protocol import Applied, Chain, Setup
+from dist_lab.step.protocol import Applied, Chain
+from dist_lab.step.setup import Setup
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -> Applied:

@@ -7,7 +7,8 @@ rank: all parameters, gradients and optimizer state. Li et al. 2020 (arXiv:2006.
 """
 
 from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
-from dist_lab.step.protocol import Applied, Chain, Setup
+from dist_lab.step.protocol import Applied, Chain
+from dist_lab.step.setup import Setup
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -> Applied:

@@ -18,7 +18,8 @@ from torch import nn
 
 from dist_lab.comm.ops import all_reduce, all_reduce_into
 from dist_lab.mesh.mesh import Axis
-from dist_lab.step.protocol import Applied, Setup, Sync
+from dist_lab.step.protocol import Applied, Sync
+from dist_lab.step.setup import Setup
 
 
 def apply(setup: Setup) -> Applied:

@@ -5,7 +5,8 @@
 Cost: nothing is sent. Memory: P parameters, P gradients and the optimizer state in one process.
 """
 
-from dist_lab.step.protocol import Applied, Chain, Setup
+from dist_lab.step.protocol import Applied, Chain
+from dist_lab.step.setup import Setup
 
 
 def apply(setup: Setup) -> Applied:

@@ -15,7 +15,7 @@ shards parameters, 2UNSHARD0 all-gathers those of stage 2, and 2RESHARD7 frees t
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -35,6 +35,7 @@ class Op(Enum):
 
 
 COMPUTE = (Op.F, Op.B, Op.I, Op.W)
+BACKWARD = (Op.B, Op.I, Op.W, Op.SEND_B, Op.RECV_B)
 MESSAGES = (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
 # In units of one forward: a backward is two matrix products for each one of the forward.
 COSTS: Mapping[Op, int] = {Op.F: 1, Op.B: 2, Op.I: 1, Op.W: 1}
@@ -100,6 +101,11 @@ class Schedule:
     def stages_of(self, rank: int) -> list[int]:
         """The stages of a rank, in forward order."""
         return sorted(stage for stage, owner in self.rank_of.items() if owner == rank)
+
+
+def compute_action(row: Sequence[Action], i: int) -> Action:
+    """The action at i; for an UNSHARD or RESHARD, the compute action after or before it."""
+    return row[i + {Op.UNSHARD: 1, Op.RESHARD: -1}.get(row[i].op, 0)]
 
 
 # --- what an action depends on, and what it produces ---------------------------------------------

@@ -5,6 +5,7 @@ and when a stage is unsharded, and mark when its gradients are complete. How a p
 strategy work together is decided here and nowhere else.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
@@ -53,26 +54,35 @@ def add_communication(schedule: Schedule) -> Schedule:
     )
 
 
-def add_unshard(schedule: Schedule) -> Schedule:
-    """Insert UNSHARD before the first and RESHARD after the last compute action of each stage.
+def add_unshard(schedule: Schedule, *, each_action: bool) -> Schedule:
+    """Insert UNSHARD and RESHARD, between which a strategy holds a stage's unsharded parameters.
 
-    So a strategy all-gathers the parameters of a stage once for all micro-batches.
+    Args:
+        each_action: around each compute action, which keeps one stage unsharded at a time. If not,
+            before the first and after the last one of each stage, which gathers it once.
     """
-    return replace(schedule, ranks=tuple(map(_with_unshard, schedule.ranks)))
+    insert = _around_each if each_action else _around_all
+    return replace(schedule, ranks=tuple(tuple(insert(actions)) for actions in schedule.ranks))
 
 
-def _with_unshard(actions: tuple[Action, ...]) -> tuple[Action, ...]:
+def _around_each(actions: tuple[Action, ...]) -> Iterator[Action]:
+    for a in actions:
+        yield from _around(a) if a.op in COMPUTE else (a,)
+
+
+def _around_all(actions: tuple[Action, ...]) -> Iterator[Action]:
     compute = [i for i, a in enumerate(actions) if a.op in COMPUTE]
     first = {actions[i].stage: i for i in reversed(compute)}
     last = {actions[i].stage: i for i in compute}
-    row: list[Action] = []
     for i, a in enumerate(actions):
-        if first.get(a.stage) == i:
-            row.append(Action(a.stage, Op.UNSHARD, a.microbatch))
-        row.append(a)
-        if last.get(a.stage) == i:
-            row.append(Action(a.stage, Op.RESHARD, a.microbatch))
-    return tuple(row)
+        unshard, _, reshard = _around(a)
+        yield from (unshard,) if first.get(a.stage) == i else ()
+        yield a
+        yield from (reshard,) if last.get(a.stage) == i else ()
+
+
+def _around(a: Action) -> tuple[Action, Action, Action]:
+    return Action(a.stage, Op.UNSHARD, a.microbatch), a, Action(a.stage, Op.RESHARD, a.microbatch)
 
 
 def mark_gradients_complete(schedule: Schedule) -> Schedule:

@@ -30,17 +30,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import FlatShard, Shard
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import ParamSlot, owners, param_slots, refuse_recurrent
+from dist_lab.parallel.param_slots import param_slots, refuse_recurrent
 from dist_lab.parallel.sharded.common_order import CommonOrder
+from dist_lab.parallel.sharded.fsdp_stages import ShardedStages
 from dist_lab.parallel.sharded.param_group import Grads, ParamGroup
+from dist_lab.parallel.sharded.reductions import Reductions
 from dist_lab.parallel.sharded.replicas import sum_over_replicas
-from dist_lab.parallel.sharded.unit_groups import groups_by_unit
-from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
-from dist_lab.torch_private import StatisticsNorm
+from dist_lab.parallel.sharded.unit_groups import groups_by_unit, names_by_group
+from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
+from dist_lab.step.setup import Setup
 from dist_lab.transforms.offload import maker, offloaded
 
 
@@ -50,7 +51,7 @@ def apply(
     reduce_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
     keep_gathered: bool = False,
-    defer_reduce: bool = False,
+    defer_reduce: bool | None = None,
     prefetch: bool = True,
     offload: str = "",
 ) -> Applied:
@@ -60,7 +61,8 @@ def apply(
         setup: parameters are sharded along fsdp, and the shards replicated along dp, whose size is
             1 under plain FSDP. Units are gathered, and compute, in setup.param_dtype.
         reduce_dtype: the dtype in which gradients are summed; default: that of the shards.
-        reshard_after_forward, keep_gathered, defer_reduce: see the table above.
+        reshard_after_forward, keep_gathered, defer_reduce: see the table above. In a pipeline
+            defer_reduce is on by default.
         prefetch: gather the next unit while one computes.
         offload: a folder for files that hold shards and optimizer state. Or "cpu", for a model on
             an accelerator: shards stay in CPU memory, and the optimizer runs on the CPU.
@@ -71,49 +73,45 @@ def apply(
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
     refuse_recurrent(model)
     make_memory = maker(offload, axis.device)
-    slots, gather_axis = param_slots(model), setup.channel()
+    slots, gather_axis = param_slots(*setup.roots), setup.channel()
     layouts = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
-    layouts |= {
-        name: layouts[name].split(axis.name, Shard(0) if p.dim() else FlatShard(0, 1))
-        for name, p in model.named_parameters()
+    layouts = {
+        name: layout.split(axis.name, Shard(0) if layout.shape else FlatShard(0, 1))
+        for name, layout in layouts.items()
     }
     groups = [
         ParamGroup(
             unit, {name: slots[name] for name in names}, dtypes, axis, gather_axis,
             setup.full_value, make_memory,
         )
-        for (unit, dtypes), names in _names_by_group(setup, slots).items()
+        for (unit, dtypes), names in names_by_group(setup, slots).items()
     ]  # fmt: skip
     for group in groups:
         group.reduce_dtype = reduce_dtype or group.shard_dtype
-    sync = FullySharded(
-        groups, groups_by_unit(groups, setup.units), axis, gather_axis, replicate,
-        prefetch=prefetch,
-        reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
-        defer_reduce=defer_reduce,
-    )  # fmt: skip
+    groups_of = groups_by_unit(groups, setup.units)
+    if setup.stages is None:
+        sync: Sync = FullySharded(
+            groups, groups_of, axis, gather_axis, replicate,
+            prefetch=prefetch, reshard_after_forward=reshard_after_forward,
+            keep_gathered=keep_gathered, defer_reduce=bool(defer_reduce),
+        )  # fmt: skip
+    elif reshard_after_forward:
+        sync = ShardedStages(
+            groups, groups_of, axis, replicate, defer_reduce=defer_reduce is not False
+        )
+    else:
+        raise UserError(
+            "in a pipeline several forwards come before the first backward, so a stage is gathered "
+            "for each action, or once: give keep_gathered instead of reshard_after_forward=False"
+        )
     leaves = {param.name: param.unsharded for group in groups for param in group.params}
     make_optimizer = partial(offloaded, make_memory) if make_memory and offload != "cpu" else None
     return Applied(
         layouts, sync, leaves=leaves, sharded_between_units=True,
+        unshard_each_action=not keep_gathered,
         unit_of={param.name: group.unit for group in groups for param in group.params},
         make_optimizer=make_optimizer,
     )  # fmt: skip
-
-
-def _names_by_group(
-    setup: Setup, slots: Mapping[str, list[ParamSlot]]
-) -> dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]]:
-    """(unit, (dtype of the shards, dtype of compute)) -> names of the parameters in this group."""
-    owner = owners(slots, setup.units)
-    groups: dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]] = {}
-    for name, p in setup.model.named_parameters():
-        # A norm with running statistics computes in their dtype: see transforms/precision.py.
-        in_norm = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
-        is_cast = p.is_floating_point() and not in_norm
-        compute_dtype = (setup.param_dtype or p.dtype) if is_cast else p.dtype
-        groups.setdefault((owner[name], (p.dtype, compute_dtype)), []).append(name)
-    return groups
 
 
 class FullySharded(Sync):
@@ -145,7 +143,7 @@ class FullySharded(Sync):
         self.reshard_after_forward, self.keep_gathered = reshard_after_forward, keep_gathered
         self.defer_reduce, self.prefetch = defer_reduce, prefetch
         self.group_of = {param.name: group for group in groups for param in group.params}
-        self.staging: dict[torch.dtype, Tensor] = {}
+        self.reductions = Reductions(groups, axis)
         self.last = True  # this micro-batch is the last of the step
         self.keep_unsharded = False  # units stay unsharded until the last micro-batch's backward
         gather, skip = (partial(turn, Phase.FORWARD) for turn in (self._gather, self._skip))
@@ -153,7 +151,6 @@ class FullySharded(Sync):
         self.prefetched: str | None = None  # the next unit, whose gather was issued in advance
         self.gathered_early: list[str] = []  # units gathered before this rank's backward needs them
         self.to_reduce: list[ParamGroup] = []  # EXPECTED or COMPLETE, in the order of reductions
-        self.in_flight: ParamGroup | None = None  # the group whose reduction was issued
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -296,16 +293,7 @@ class FullySharded(Sync):
             while self.to_reduce and self.to_reduce[0].grads is Grads.COMPLETE:
                 if self.order.has_backward_turn(self.to_reduce[0].unit):
                     break  # another rank's backward may still have to gather this unit
-                self._wait_in_flight()  # so at most two groups' unsharded gradients exist
-                self.in_flight = self.to_reduce.pop(0)
-                self.in_flight.issue_reduce(self._staging(self.in_flight.reduce_dtype))
-
-    def _staging(self, dtype: torch.dtype) -> Tensor:
-        """The send buffer of reductions, as large as the largest group; made at first use."""
-        if dtype not in self.staging:
-            length = max(g.sharded_grads.length for g in self.groups if g.reduce_dtype == dtype)
-            self.staging[dtype] = ops.shared_buffer(self.axis.size * length, dtype, self.axis)
-        return self.staging[dtype]
+                self.reductions.issue(self.to_reduce.pop(0))
 
     def _reduce_all(self) -> None:
         """Reduce all remaining groups after backward. Gradients that did not come count as 0."""
@@ -313,12 +301,7 @@ class FullySharded(Sync):
             group.visits = 0
             group.expect_no_more_grads()
         self._reduce_ready()
-        self._wait_in_flight()
-
-    def _wait_in_flight(self) -> None:
-        if self.in_flight is not None:
-            self.in_flight.wait_reduce()
-            self.in_flight = None
+        self.reductions.wait()
 
     def finish(self) -> None:
         self._reduce_all()
@@ -346,4 +329,5 @@ class FullySharded(Sync):
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
             yield from group.extra_memory()
-        yield from (("buffers", buffer) for buffer in (self.order.ballot, *self.staging.values()))
+        buffers = self.order.ballot, *self.reductions.staging.values()
+        yield from (("buffers", buffer) for buffer in buffers)

@@ -35,7 +35,8 @@ from dist_lab.parallel.param_slots import (
     set_param,
 )
 from dist_lab.step.hooks import ModuleHook
-from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
+from dist_lab.step.setup import Setup
 from dist_lab.torch_private import (
     StatisticsNorm,
     forget_unsharded_gradients,

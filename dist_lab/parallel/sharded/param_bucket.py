@@ -10,6 +10,7 @@ To a user the model is as before, and its parameters are unsharded: they may be 
 penalized, and written to if all ranks write the same. Only the optimizer gets the shards instead.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
-from dist_lab.layout.layout import FlatShard, Layout
+from dist_lab.layout.layout import FlatShard, Layout, shard_shape
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
 from dist_lab.parallel.param_slots import (
@@ -34,37 +35,44 @@ from dist_lab.parallel.param_slots import (
     sync_requires_grad,
 )
 from dist_lab.step.grad_elsewhere import GradElsewhere
-from dist_lab.step.protocol import Phase, Setup
+from dist_lab.step.protocol import Phase
+from dist_lab.step.setup import Setup
 
 
 def shard_in_buckets(
     setup: Setup, bucket_mb: float
-) -> "tuple[dict[str, Layout], list[ParamBucket]]":
-    """Lay trained parameters side by side in buckets, and keep this rank's shard of each bucket."""
+) -> "tuple[dict[str, Layout], dict[tuple[str, ...], list[ParamBucket]]]":
+    """Lay trained parameters side by side in buckets, and keep this rank's shard of each bucket.
+
+    All ranks of the mesh make the same buckets. Under tp some hold a shorter shard of a parameter
+    than others; so its place in a bucket is as long as its longest shard. In a pipeline the
+    buckets are grouped by the stages of this rank that use them.
+    """
     if not bucket_mb > 0:
         raise UserError(f"buckets of {bucket_mb} MiB; give a size above 0")
-    model, axis, limit = setup.model, setup.axis, int(bucket_mb * 2**20)
-    gather_axis, slots, layouts = setup.channel(), param_slots(model), setup.owing_sums(axis)
+    axis, limit = setup.axis, int(bucket_mb * 2**20)
+    gather_axis, slots, layouts = setup.channel(), param_slots(*setup.roots), setup.owing_sums(axis)
+    slot_lengths = {n: math.prod(shard_shape(x, setup.mesh.axes)) for n, x in layouts.items()}
     # Backward reaches the last layer first, and models usually create the last layer last.
-    trained = [(n, p.dtype, p.nbytes) for n, p in model.named_parameters() if p.requires_grad]
-    buckets = group_into_buckets(reversed(trained), limit, limit)
+    trained = [
+        (name, (layout.dtype, setup.stages_of(name)), slot_lengths[name] * layout.dtype.itemsize)
+        for name, layout in reversed(layouts.items())
+        if name in setup.trained
+    ]
+    buckets = group_into_buckets(trained, limit, limit)
     flats: dict[str, FlatShard] = {}
     for names in buckets:
-        numels = {name: model.get_parameter(name).numel() for name in names}
-        length, offset = max(1, -(-sum(numels.values()) // axis.size)), 0
-        for name, numel in numels.items():
+        length, offset = max(1, -(-sum(slot_lengths[n] for n in names) // axis.size)), 0
+        for name in names:
             flats[name] = FlatShard(offset, length)
             layouts[name] = layouts[name].split(axis.name, flats[name])
-            offset += numel
-    for name, p in model.named_parameters():
-        if not p.requires_grad and p.is_meta:  # a frozen parameter is in no bucket
-            set_param(slots[name], setup.full_value(name).to(axis.device))
-    return layouts, [
-        ParamBucket(
-            bucket_label(i, names), names, slots, flats, axis, gather_axis, setup.full_value
-        )
-        for i, names in enumerate(buckets)
-    ]
+            offset += slot_lengths[name]
+    groups: dict[tuple[str, ...], list[ParamBucket]] = {}
+    for i, names in enumerate(names for names in buckets if names[0] in slots):
+        label, value = bucket_label(i, names), setup.full_value
+        bucket = ParamBucket(label, names, slots, flats, axis, gather_axis, value)
+        groups.setdefault(setup.units_of(names[0]), []).append(bucket)
+    return layouts, groups
 
 
 class GradPlace(Enum):
@@ -195,9 +203,15 @@ class ParamBucket:
         self.label, self.axis, self.gather_axis = label, axis, gather_axis
         originals = {name: parameter_at(slots[name]) for name in names}
         self.shapes = {name: p.shape for name, p in originals.items()}
+        length = flats[names[0]].length
         ranges = {n: flats[n].range(p.numel(), axis.index) for n, p in originals.items()}
         self.shard_shapes = {name: (stop - start,) for name, (start, stop) in ranges.items()}
-        self.numel = axis.size * flats[names[0]].length  # with padding
+        self.offsets = {name: flats[name].offset for name in names}
+        begin = axis.index * length  # of this rank's shard
+        self.shard_offsets = {
+            n: min(max(offset - begin, 0), length) for n, offset in self.offsets.items()
+        }
+        self.numel = axis.size * length  # with padding
         self.dtype = originals[names[0]].dtype
         memory = ops.shared_buffer(self.numel, self.dtype, gather_axis)
         self.unsharded = self.buffer_of(memory)
@@ -216,11 +230,11 @@ class ParamBucket:
 
     def buffer_of(self, memory: Tensor) -> FlatBuffer:
         """A flat buffer in this memory: for each parameter a tensor of its unsharded shape."""
-        return FlatBuffer(memory, self.shapes, self.label)
+        return FlatBuffer(memory, self.shapes, self.label, self.offsets)
 
     def shard_buffer_of(self, sharded: Tensor) -> FlatBuffer:
         """A flat buffer in this memory: for each parameter its elements in this rank's shard."""
-        return FlatBuffer(sharded, self.shard_shapes, self.label)
+        return FlatBuffer(sharded, self.shard_shapes, self.label, self.shard_offsets)
 
     def shard_of(self, memory: Tensor) -> Tensor:
         """This rank's shard of memory that is as long as the bucket."""

@@ -1,10 +1,14 @@
-"""Which groups of parameters are unsharded while a unit runs."""
+"""Which parameters are in one group, and which groups are unsharded while a unit runs."""
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
+from dist_lab.parallel.param_slots import ParamSlot, owners
 from dist_lab.parallel.sharded.param_group import ParamGroup
+from dist_lab.step.setup import Setup
+from dist_lab.torch_private import StatisticsNorm
 
 
 def groups_by_unit(
@@ -21,3 +25,27 @@ def groups_by_unit(
         return group.unit == unit or (encloses and is_used)
 
     return {unit: [group for group in groups if needs(unit, group)] for unit in units}
+
+
+def names_by_group(
+    setup: Setup, slots: Mapping[str, list[ParamSlot]]
+) -> dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]]:
+    """(unit, (dtype of the shards, dtype of compute)) -> names of the parameters in this group."""
+    owner = owners(_where_used(setup, slots), setup.units)
+    groups: dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]] = {}
+    for name, p in setup.model.named_parameters():
+        # A norm with running statistics computes in their dtype: see transforms/precision.py.
+        in_norm = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
+        is_cast = p.is_floating_point() and not in_norm
+        compute_dtype = (setup.param_dtype or p.dtype) if is_cast else p.dtype
+        groups.setdefault((owner[name], (p.dtype, compute_dtype)), []).append(name)
+    return groups
+
+
+def _where_used(
+    setup: Setup, slots: Mapping[str, list[ParamSlot]]
+) -> Mapping[str, list[ParamSlot]]:
+    """The slots that forwards read: in a pipeline those in a stage, if there are any."""
+    stages = setup.stages.modules.values() if setup.stages else ()
+    read = {module for stage in stages for module in stage.modules()}
+    return {n: [s for s in places if s[0] in read] or places for n, places in slots.items()}

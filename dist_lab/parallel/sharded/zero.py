@@ -32,10 +32,12 @@ from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
+from dist_lab.layout.layout import Layout
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.flat_buffer import FlatBuffer
 from dist_lab.parallel.sharded.param_bucket import ParamBucket, shard_in_buckets
-from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Chain, Phase, Sync
+from dist_lab.step.setup import Setup
 
 
 def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
@@ -44,19 +46,39 @@ def stage1(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
     Args:
         bucket_mb: the most MiB that a bucket holds; a larger parameter has a bucket of its own.
     """
-    layouts, buckets = shard_in_buckets(setup, bucket_mb)
-    sync = ZeroSync(setup.axis, [Stage1Bucket(params) for params in buckets])
-    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.shards.items()})
+    layouts, groups = shard_in_buckets(setup, bucket_mb)
+    return _applied(
+        layouts,
+        [
+            ZeroSync(setup.axis, units, [Stage1Bucket(params) for params in buckets])
+            for units, buckets in groups.items()
+        ],
+    )
 
 
-def stage2(setup: Setup, *, bucket_mb: float = 25.0) -> Applied:
-    """Shard the optimizer and the gradients. Gradients are summed after each micro-batch."""
-    layouts, buckets = shard_in_buckets(setup, bucket_mb)
-    longest = {b.dtype: b.numel for b in sorted(buckets, key=lambda bucket: bucket.numel)}
-    staging = {d: ops.shared_buffer(numel, d, setup.axis) for d, numel in longest.items()}
-    stage2_buckets = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
-    sync = ZeroSync(setup.axis, stage2_buckets, list(staging.values()))
-    return Applied(layouts, sync, stepped={n: t for b in buckets for n, t in b.shards.items()})
+def stage2(setup: Setup, *, bucket_mb: float = 25.0, defer_reduce: bool | None = None) -> Applied:
+    """Shard the optimizer and the gradients. Gradients are summed after each micro-batch.
+
+    Args:
+        defer_reduce: keep full gradients, and sum them after the last micro-batch. On by default in
+            a pipeline, where micro-batches overlap.
+    """
+    defer = setup.stages is not None if defer_reduce is None else defer_reduce
+    layouts, groups = shard_in_buckets(setup, bucket_mb)
+    syncs = []
+    for units, buckets in groups.items():
+        longest = {b.dtype: b.numel for b in sorted(buckets, key=lambda bucket: bucket.numel)}
+        staging = {d: ops.shared_buffer(numel, d, setup.axis) for d, numel in longest.items()}
+        of_units = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
+        sync = ZeroSync(setup.axis, units, of_units, [*staging.values()], each_microbatch=not defer)
+        syncs.append(sync)
+    return _applied(layouts, syncs)
+
+
+def _applied(layouts: dict[str, Layout], syncs: "list[ZeroSync]") -> Applied:
+    buckets = [bucket.params for sync in syncs for bucket in sync.buckets]
+    stepped = {name: shard for params in buckets for name, shard in params.shards.items()}
+    return Applied(layouts, Chain(*syncs), stepped=stepped)
 
 
 ZeroBucket: TypeAlias = "Stage1Bucket | Stage2Bucket"
@@ -66,15 +88,16 @@ class ZeroSync(Sync):
     """Reduces a bucket when it and all earlier ones are complete: one order on every rank.
 
     The ranks agree in `finish()` on which parameters were used. A parameter that no rank used keeps
-    `grad is None`.
+    `grad is None`. `units`: in a pipeline, the stages whose backward computes these gradients.
     """
 
     def __init__(
-        self, axis: Axis, buckets: Sequence[ZeroBucket], staging: Sequence[Tensor] = ()
-    ) -> None:
-        self.axis, self.buckets, self.staging = axis, buckets, staging
+        self, axis: Axis, units: Sequence[str], buckets: Sequence[ZeroBucket],
+        staging: Sequence[Tensor] = (), *, each_microbatch: bool = False,
+    ) -> None:  # fmt: skip
+        self.axis, self.units, self.buckets, self.staging = axis, units, buckets, staging
         # Whether gradients are summed after each micro-batch, or only after the last.
-        self.each_microbatch = not any(isinstance(bucket, Stage1Bucket) for bucket in buckets)
+        self.each_microbatch = each_microbatch
         self.bucket_index = {name: i for i, b in enumerate(buckets) for name in b.params.shards}
         self.flags = ops.shared_buffer(len(self.bucket_index), torch.float32, axis)
         self.last = True  # this micro-batch is the last of the step
@@ -83,7 +106,8 @@ class ZeroSync(Sync):
         self.in_flight: list[ZeroBucket] = []
 
     def microbatch(self, *, last: bool) -> None:
-        if self.each_microbatch and not self.last:  # the micro-batch that ends was not the last
+        # The micro-batch that ends was not the last. In a pipeline backward_done comes instead.
+        if self.each_microbatch and not self.last and not self.units:
             self._reduce_rest()
             self._start_over()
         self.last = last
@@ -99,12 +123,13 @@ class ZeroSync(Sync):
         if unit == ROOT and phase is Phase.BACKWARD:
             # Reduce now, because other ranks wait in their backward. Do not reduce after a backward
             # without gradients, such as `autograd.grad` of the inputs for a term of the loss.
-            if self.each_microbatch and self.saw_grads_ready:
+            if self.each_microbatch and self.saw_grads_ready and not self.units:
                 self._reduce_rest()
             for bucket in self.buckets:
                 bucket.params.show_placeholders()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
+        names = [name for name in names if name in self.bucket_index]
         self.saw_grads_ready = True
         for name in names:
             index = self.bucket_index[name]
@@ -118,13 +143,24 @@ class ZeroSync(Sync):
             bucket = self.buckets[index]
             if isinstance(bucket, Stage1Bucket):  # stage 2 copies it when the bucket is issued
                 bucket.copy_in(name)
-            if last or self.each_microbatch:
+            if last or (self.each_microbatch and len(self.units) < 2):
                 bucket.params.arrivals.ready.add(name)
         while (pending := self.buckets[self.issued :]) and pending[0].params.arrivals.complete:
             self._issue()
 
+    def backward_done(self, unit: str, *, last: bool) -> None:
+        all_done = unit == (self.units[0] if len(self.units) == 1 else ROOT)
+        if all_done and (last or (self.each_microbatch and unit != ROOT)):
+            while self.issued < len(self.buckets):
+                self._issue()
+            if not last:
+                self._wait_in_flight()
+                self._start_over()
+                for bucket in self.buckets:
+                    bucket.params.drop_placeholders()  # the next backward adds to these gradients
+
     def _issue(self) -> None:
-        if self.each_microbatch:
+        if self.staging:
             self._wait_in_flight()  # so one send buffer and one bucket's result exist at a time
         bucket = self.buckets[self.issued]
         bucket.issue()

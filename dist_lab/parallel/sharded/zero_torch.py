@@ -25,7 +25,8 @@ import torch
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
-from dist_lab.step.protocol import Applied, Chain, Setup
+from dist_lab.step.protocol import Applied, Chain
+from dist_lab.step.setup import Setup
 
 
 def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -> Applied:

@@ -6,7 +6,6 @@ The first half gives each module its role, the second half each parameter its la
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from dist_lab.errors import UserError, nearest_degree
 from dist_lab.layout.layout import Layout, Owed, Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, param_slots
-from dist_lab.step.protocol import Setup
+from dist_lab.step.setup import Setup
 
 Role = str | tuple[str, int]
 Plan = Mapping[str, Role]
@@ -39,15 +38,6 @@ OLD_NAMES = {  # still accepted
 }
 
 
-class NoPlan(UserError):
-    """tp needs a plan, and neither the model nor the caller has one."""
-
-
-@runtime_checkable
-class HasPlan(Protocol):
-    def tp_plan(self) -> dict[str, str | tuple[str, int]]: ...
-
-
 @dataclass(frozen=True)
 class Planned:
     """The role of one module. `block`: outputs per block, such as a head: never split."""
@@ -57,47 +47,20 @@ class Planned:
 
 
 def arrange(
-    setup: Setup, plan: Plan | None, *, sequence_parallel: bool
+    setup: Setup, plan: Plan, *, sequence_parallel: bool
 ) -> tuple[dict[str, Planned], dict[str, Layout]]:
     """Read the plan: the role of each planned module, and the layout of each parameter.
 
-    Args:
-        plan: None: the model's own.
-
     Raises:
-        UserError: there is no plan, or it does not fit.
+        UserError: the plan does not fit.
     """
-    model = setup.model
-    planned = read_plan(model, own_plan(model) if plan is None else plan)
+    model = setup.whole_model
+    planned = read_plan(model, plan)
     slots = param_slots(model)
     layouts = parameter_layouts(setup, planned, slots, sequence_parallel=sequence_parallel)
     if sequence_parallel:
         check_all_planned(model, planned, slots)
     return planned, layouts
-
-
-def own_plan(model: nn.Module) -> Plan:
-    """The model's own plan, `tp_plan()`. Raises NoPlan if it has none."""
-    if not isinstance(model, HasPlan):
-        raise NoPlan(
-            f"{type(model).__name__} has no tp_plan(), which says how to split it; give "
-            'plan={"up": "colwise", "down": "rowwise", ...}'
-        )
-    return model.tp_plan()
-
-
-def is_tested(model: nn.Module, plan: Plan | None) -> bool:
-    """Whether the plan is that of a zoo model, which our own tests cover."""
-    return plan is None and type(model).__module__.startswith("dist_lab.zoo.")
-
-
-def takes_whole_sequence(model: nn.Module, plan: Mapping[str, Planned]) -> bool:
-    """Whether a sequence-parallel model reads the whole sequence, and shards it itself."""
-    return any(
-        planned.role == "scatter_output"
-        or (planned.role == "vocabulary" and isinstance(model.get_submodule(name), nn.Embedding))
-        for name, planned in plan.items()
-    )
 
 
 def read_plan(model: nn.Module, plan: Plan) -> dict[str, Planned]:
@@ -199,9 +162,9 @@ def parameter_layouts(
         UserError: the modules of a tied parameter would split it differently, or a parameter does
             not divide over the ranks.
     """
-    name_of = {module: name for name, module in setup.model.named_modules()}
+    name_of = {module: name for name, module in setup.whole_model.named_modules()}
     layouts = {**setup.layouts}
-    for name, parameter in setup.model.named_parameters():
+    for name, parameter in setup.whole_model.named_parameters():
         before, holder_of = setup.layouts[name], {}  # layout -> a module with its role
         for module, attribute in slots[name]:
             holder = name_of[module]

@@ -31,7 +31,8 @@ from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import MachineError, UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, Shard, shard_of, slice_local
-from dist_lab.parallel.tensor.plan import Planned, takes_whole_sequence
+from dist_lab.parallel.tensor.plan import Planned
+from dist_lab.parallel.tensor.plan_source import takes_whole_sequence
 from dist_lab.parallel.tensor.same_inputs import random_states
 from dist_lab.parallel.tensor.sequence import T
 from dist_lab.parallel.tensor.trial import (
@@ -45,7 +46,8 @@ from dist_lab.parallel.tensor.trial import (
     plain_copy,
 )
 from dist_lab.step.hooks import ModuleHook, tensors_in
-from dist_lab.step.protocol import Setup, Sync
+from dist_lab.step.protocol import Sync
+from dist_lab.step.setup import Setup
 from dist_lab.transforms.precision import compute_in
 
 # Bytes of an element -> the largest difference that rounding explains, relative to the norm of the
@@ -58,9 +60,7 @@ NO_MEMORY = "no memory"
 class PlanCheck:
     """Tests a plan before the first forward of a model, in a hook.
 
-    Args:
-        layouts: of the sharded model.
-        shard: shards an unsharded copy in the same way as the model.
+    `layouts` are those after tp. `shard` shards an unsharded copy in the same way as the model.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PlanCheck:
 
     def _try_out(self, inputs: Inputs) -> None:
         """Raise the same UserError on every rank if the two copies differ."""
-        values = gather_parameters(self.model, self.layouts, self.setup.mesh)
+        values = gather_parameters(self.setup, self.layouts)
         full_inputs = gather_inputs(inputs, self.axis) if self.inputs_are_shards else inputs
         reference, is_deterministic = self._run_reference(values, full_inputs)
         if reference is None:

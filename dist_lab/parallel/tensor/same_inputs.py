@@ -22,22 +22,28 @@ from dist_lab.comm import ops
 from dist_lab.comm.agree import fingerprint
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.tensor.plan import Plan, Planned, is_tested, takes_whole_sequence
+from dist_lab.parallel.tensor.plan import Plan, Planned
+from dist_lab.parallel.tensor.plan_source import is_tested, takes_whole_sequence
 from dist_lab.step.hooks import ModuleHook, tensors_in
+from dist_lab.step.setup import Setup
 from dist_lab.torch_private import AnyDropout
 
 
 def compare_inputs(
-    model: nn.Module, axis: Axis, planned_by_name: Mapping[str, Planned], plan: Plan | None, *,
+    setup: Setup, planned_by_name: Mapping[str, Planned], plan: Plan | None, *,
     sequence_parallel: bool,
 ) -> None:  # fmt: skip
     """Compare the model's inputs over the ranks in every forward. Without the mesh's `check`, a zoo
-    model with its own plan is compared in the first forward only.
+    model with its own plan is compared in the first forward only. In a pipeline the inputs of each
+    stage are compared.
     """
+    axis, whole = setup.axis, setup.whole_model
     if axis.size > 1:
-        every = axis.comm.check or not is_tested(model, plan)
-        shards = sequence_parallel and not takes_whole_sequence(model, planned_by_name)
-        SameInputs(model, axis, every=every, shards=shards)
+        every = axis.comm.check or not is_tested(whole, plan)
+        shards = sequence_parallel and not takes_whole_sequence(whole, planned_by_name)
+        for stage, module in (setup.stages.modules if setup.stages else {0: whole}).items():
+            of_stage = sequence_parallel if stage else shards
+            SameInputs(module, axis, every=every, shards=of_stage)
 
 
 class SameInputs:

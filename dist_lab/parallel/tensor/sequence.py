@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_lab.comm import autograd
@@ -16,8 +17,15 @@ from dist_lab.comm.ops import Pending
 from dist_lab.comm.shared.scratch import Scratch
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.split_linear import OnOutputGrad, split_linear, weight_gradient
+from dist_lab.parallel.split_linear import (
+    OnOutputGrad,
+    Queue,
+    defer_to,
+    split_linear,
+    weight_gradient,
+)
 from dist_lab.parallel.tensor.plan import divisors
+from dist_lab.step.setup import WeightWork
 
 T = -2  # the dim of a sequence, in (..., T, D)
 
@@ -29,9 +37,19 @@ class ActivationLayout:
         regather: save only this rank's shard of a block's input, and gather it again in backward.
     """
 
-    def __init__(self, axis: Axis, *, sequence_parallel: bool, regather: bool) -> None:
+    def __init__(
+        self, axis: Axis, weight_work: WeightWork, *, sequence_parallel: bool, regather: bool
+    ) -> None:
         self.axis, self.sequence_parallel, self.regather = axis, sequence_parallel, regather
+        self.weight_work = weight_work
         self.scratch = Scratch(axis)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T, of which a pipeline's schedule may defer the weight gradient. Differentiable."""
+        queue = self.weight_work.queue
+        if queue is None or not torch.is_grad_enabled() or not weight.requires_grad:
+            return F.linear(x, weight)
+        return split_linear(x, weight, None, defer_to(queue, weight, x))
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x[T_tp] -> x[T], or x itself. Not differentiable."""
@@ -106,13 +124,16 @@ class SharedColumnInput:
     def __call__(self, x: Tensor, column: nn.Linear) -> Tensor:
         """x W^T + b of one colwise layer."""
         # A tensor made in inference mode has no version that would show a change.
+        queue = self.activations.weight_work.queue
         version = None if x.is_inference() else x._version
         source, source_version = self.source or (None, None)
         is_same = source is x and source_version == version and version is not None
         if not is_same or column not in self.uncalled:
             output_grads: dict[int, Tensor] = {}
             weights = [each.weight for each in self.columns]
-            self.gathered, *views = _EnterBlock.apply(x, self.activations, output_grads, *weights)
+            self.gathered, *views = _EnterBlock.apply(
+                x, self.activations, queue, output_grads, *weights
+            )
             self.source = x, version
             self.uncalled = {
                 each: (view, partial(output_grads.__setitem__, i))
@@ -128,7 +149,7 @@ class SharedColumnInput:
 def enter_block(x: Tensor, activations: ActivationLayout) -> Tensor:
     """Unshard x for layers that differ between ranks. Differentiable: backward sums dx."""
     gathered: Tensor
-    (gathered,) = _EnterBlock.apply(x, activations, {})
+    (gathered,) = _EnterBlock.apply(x, activations, None, {})
     return gathered
 
 
@@ -137,22 +158,24 @@ class _EnterBlock(torch.autograd.Function):
 
     The backward of a colwise layer returns dx{U_tp}, and leaves dy in `output_grads`. Then this
     backward starts the sum of dx, computes dW from dy meanwhile, and returns dW as the gradient of
-    W. With create_graph the whole backward is differentiable, and second derivatives add gradients
-    of the views of W.
+    W. If a pipeline's schedule gives a `queue`, it puts the work for dW there instead: all
+    collectives, also those of regather, still run in this backward. With create_graph the whole
+    backward is differentiable, and second derivatives add gradients of the views of W.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, activations: ActivationLayout, output_grads: dict[int, Tensor],
-        *weights: Tensor,
+        ctx: Any, x: Tensor, activations: ActivationLayout, queue: Queue | None,
+        output_grads: dict[int, Tensor], *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.activations, ctx.output_grads = activations, output_grads
+        ctx.activations, ctx.queue, ctx.output_grads = activations, queue, output_grads
+        ctx.weights = weights if queue is not None else ()
         ctx.set_materialize_grads(False)
         full_x = activations.all_gather(x)
         gathered = x.view_as(x) if full_x is x else full_x
         ctx.save_for_backward(x if activations.regather else gathered)
         outputs = [gathered, *(weight.view_as(weight) for weight in weights)]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         frozen = [y for y, needs_grad in zip(outputs, needs, strict=True) if not needs_grad]
         ctx.mark_non_differentiable(*frozen)
         return tuple(outputs)
@@ -172,7 +195,9 @@ class _EnterBlock(torch.autograd.Function):
             x = enter_block(x, activations) if create_graph else activations.all_gather(x)
         weight_grads = list(view_grads)
         for i, view_grad in enumerate(view_grads):
-            if i in output_grads:
+            if i in output_grads and ctx.queue is not None and not create_graph:
+                defer_to(ctx.queue, ctx.weights[i], x)(output_grads.pop(i))
+            elif i in output_grads:
                 dw = weight_gradient(output_grads.pop(i), x)
                 weight_grads[i] = dw if view_grad is None else dw + view_grad
-        return None if pending is None else pending.wait(), None, None, *weight_grads
+        return None if pending is None else pending.wait(), None, None, None, *weight_grads

@@ -58,21 +58,22 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_lab.comm import autograd, ops
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Layout, Shard, shard_bounds, shard_of
+from dist_lab.layout.layout import Layout, Shard, holds, shard_bounds, shard_of
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.param_slots import param_slots, set_param
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, is_tested
+from dist_lab.parallel.param_slots import param_slots, parameter_at, set_param
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
 from dist_lab.parallel.tensor.plan_check import PlanCheck
+from dist_lab.parallel.tensor.plan_source import is_tested, own_plan
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, enter_block
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
-from dist_lab.step.protocol import ROOT, Applied, Phase, Setup, Sync
+from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
+from dist_lab.step.setup import Folded, Setup
 
 
 def apply(
@@ -94,24 +95,39 @@ def apply(
     """
     if regather and not sequence_parallel:
         raise UserError("regather gathers again what sequence_parallel has sharded; give both")
-    model, axis = setup.model, setup.axis
-    planned_by_name, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
+    if setup.stages is not None and setup.stages.traced:
+        raise UserError(
+            "pp has cut this model's graph, in which the numbers of features and heads are fixed, "
+            "so tp cannot split it: give the model `stages`, globs on names of modules that in "
+            'sequence are its forward: stages = ("embed", "layers.*", "head")'
+        )
+    axis = setup.axis
+    roles = own_plan(setup.whole_model) if plan is None else plan
+    planned_by_name, layouts = arrange(setup, roles, sequence_parallel=sequence_parallel)
+    activations = ActivationLayout(
+        axis, setup.weight_work, sequence_parallel=sequence_parallel, regather=regather
+    )
 
-    def shard(model: nn.Module, full_value: Callable[[str], Tensor]) -> Sync:
-        activations = ActivationLayout(axis, sequence_parallel=sequence_parallel, regather=regather)
-        for name, slots in param_slots(model).items():
-            value, placement = full_value(name), dict(layouts[name].splits).get(axis.name)
+    def shard(model: nn.Module, *others: nn.Module) -> Sync:
+        for name, slots in param_slots(model, *others).items():
+            value, placement = (
+                parameter_at(slots).detach(),
+                dict(layouts[name].splits).get(axis.name),
+            )
             if isinstance(placement, Shard):
                 value = shard_of(value, placement, axis.size, axis.index)
-            set_param(slots, value.to(axis.device, copy=True))
+            set_param(slots, value.clone())
         inputs = replace_forwards(model, planned_by_name, activations)
-        return TensorParallel(replace(setup, model=model), layouts, activations, inputs)
+        folded = setup.folded if model is setup.model else Folded()  # a copy is stepped by no one
+        own_setup = replace(setup, model=model, folded=folded)
+        return TensorParallel(own_setup, layouts, activations, inputs)
 
-    sync = shard(model, setup.full_value)
-    compare_inputs(model, axis, planned_by_name, plan, sequence_parallel=sequence_parallel)
-    if axis.size > 1 and not is_tested(model, plan) and not axis.comm.dry_run:
-        shard_copy = lambda copy: shard(copy, lambda name: copy.get_parameter(name).detach())  # noqa: E731
-        PlanCheck(setup, planned_by_name, layouts, shard_copy, sequence_parallel=sequence_parallel)
+    sync = shard(*setup.roots)
+    if setup.stages is not None:
+        shard(setup.stages.meta_model)
+    compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
+    if axis.size > 1 and not is_tested(setup.whole_model, plan) and not axis.comm.dry_run:
+        PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
     return Applied(layouts, sync)
 
 
@@ -123,9 +139,12 @@ def replace_forwards(
 ) -> list[SharedColumnInput]:
     """Replace the forward of each planned module by its role's. Returns the shared inputs."""
     inputs: dict[str, SharedColumnInput] = {}  # by parent: [Note: columns that share an input]
+    local = dict(model.named_modules())
     for name, planned in plan.items():
-        module = model.get_submodule(name)
-        if planned.role in FORWARDS:
+        module = local.get(name)
+        if module is None:  # on another pipeline stage
+            continue
+        if planned.role in FORWARDS and isinstance(module, nn.Linear | nn.Embedding):
             compute, shared_input = FORWARDS[planned.role], None
             if isinstance(module, nn.Embedding):
                 check_embedding(name, module)
@@ -172,7 +191,7 @@ def _rowwise(
     if x.shape[-1] == linear.in_features != width:  # unsharded: no colwise layer came before
         start, _ = shard_bounds(linear.in_features, axis.size, axis.index)
         x = enter_block(x, activations).narrow(-1, start, width)  # In[B, F] -> In[B, F_tp]
-    partial_y = F.linear(x, linear.weight)  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp}
+    partial_y = activations.linear(x, linear.weight)  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp}
     y = activations.reduce(partial_y)
     return y if linear.bias is None else y + linear.bias  # after the sum, so that it is added once
 
@@ -200,14 +219,16 @@ class TensorParallel(Sync):
         self, setup: Setup, layouts: Mapping[str, Layout], activations: ActivationLayout,
         inputs: Sequence[SharedColumnInput],
     ) -> None:  # fmt: skip
-        self.model, self.activations, self.inputs = setup.model, activations, inputs
+        self.model, self.folded = setup.model, setup.folded
+        self.activations, self.inputs = activations, inputs
         self.partial_params: dict[tuple[Axis, torch.dtype], list[str]] = {}
         for name, layout in layouts.items():
             for owed in layout.partial:
                 if owed.axis == setup.axis.name:
                     near = owed.neighbours  # the number of ranks that share the same keys
                     axis = setup.mesh.neighbours(owed.axis, near) if near else setup.axis
-                    self.partial_params.setdefault((axis, layout.dtype), []).append(name)
+                    names = self.partial_params.setdefault((axis, layout.dtype), [])
+                    names += [name] if holds(layout, setup.mesh.coordinates) else []
 
     def reshard(self, unit: str, phase: Phase) -> None:
         if unit == ROOT:
@@ -216,7 +237,7 @@ class TensorParallel(Sync):
 
     def finish(self) -> None:
         for (axis, _), names in self.partial_params.items():
-            parameters = [self.model.get_parameter(name) for name in names]
+            parameters = [self.folded.gradient_holder(self.model, name) for name in names]
             grads = [p.grad for p in parameters if p.grad is not None]
             if grads:
                 with axis.comm.label(unit=f"partial gradients of {len(grads)}"):

@@ -28,11 +28,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import param_slots
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors, is_tested
+from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors
 from dist_lab.parallel.tensor.plan_check import PlanCheck
+from dist_lab.parallel.tensor.plan_source import is_tested, own_plan
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.step.hooks import ModuleHook
-from dist_lab.step.protocol import Applied, Setup, Sync
+from dist_lab.step.protocol import Applied, Sync
+from dist_lab.step.setup import Setup
 from dist_lab.torch_private import forget_shardings, keeps_graph, may_be_split_again
 
 
@@ -45,7 +47,8 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis = setup.model, setup.axis
-    planned_by_name, layouts = arrange(setup, plan, sequence_parallel=sequence_parallel)
+    roles = own_plan(setup.whole_model) if plan is None else plan
+    planned_by_name, layouts = arrange(setup, roles, sequence_parallel=sequence_parallel)
     for name, layout in layouts.items():
         if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
             raise UserError(
@@ -58,8 +61,8 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     mesh = DeviceMesh.from_group(group, axis.device.type, mesh_dim_names=(axis.name,))
     shard = partial(_shard, mesh, planned_by_name, sequence_parallel=sequence_parallel)
     sync = shard(model)
-    compare_inputs(model, axis, planned_by_name, plan, sequence_parallel=sequence_parallel)
-    if axis.size > 1 and not is_tested(model, plan) and not axis.comm.dry_run:
+    compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
+    if axis.size > 1 and not is_tested(setup.whole_model, plan) and not axis.comm.dry_run:
         PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "

@@ -19,10 +19,11 @@ from dist_lab.comm import ops
 from dist_lab.comm.agree import fingerprint
 from dist_lab.layout.gather import gather_all, local_part
 from dist_lab.layout.layout import Layout
-from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.tensor.plan import Planned
 from dist_lab.parallel.tensor.sequence import T
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
+from dist_lab.step.setup import Setup
 from dist_lab.torch_private import AnyDropout
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -148,14 +149,16 @@ class Trial:
 # --- making copies --------------------------------------------------------------------------------
 
 
-def gather_parameters(
-    model: nn.Module, layouts: Mapping[str, Layout], mesh: Mesh
-) -> dict[str, Tensor]:
-    """The unsharded parameters. Random numbers replace a parameter that is all zeros, because zeros
-    would hide the tensors that they multiply. Collective.
+def gather_parameters(setup: Setup, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+    """The unsharded parameters of a model, with these layouts after tp. Collective.
+
+    Random numbers replace a parameter that is all zeros, because zeros would hide the tensors that
+    they multiply.
     """
-    local = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    values = gather_all(local, layouts, mesh)
+    local = {name: parameter.detach() for name, parameter in setup.model.named_parameters()}
+    # zero shards the tensor that optimizers step on, and leaves the model's own as it was.
+    layouts = {**setup.folded.layouts} | {name: layouts[name] for name in setup.folded.stepped}
+    values = gather_all(local, layouts, setup.mesh)
     generator = torch.Generator().manual_seed(0)
     for name, value in values.items():
         if value.is_floating_point() and not value.any():

@@ -144,7 +144,7 @@ def look_up(tokens: Tensor, weight: Tensor, size: int, padding: int | None, axis
         padding: the token whose row is not trained.
     """
     first, stop = shard_bounds(size, axis.size, axis.index)
-    if bool(((tokens < 0) | (tokens >= size)).any()):
+    if not tokens.is_meta and bool(((tokens < 0) | (tokens >= size)).any()):
         raise IndexError(f"a token is outside of the vocabulary of {size}")
     is_local = (tokens >= first) & (tokens < stop)
     if stop == first:

@@ -1,14 +1,13 @@
 """Read the settings of a program. Settings that contradict each other raise a one-line error."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.mixes import AXES, IllegalMix, check_impl
 from dist_lab.programs.cli.ranks import check_nproc
-from dist_lab.programs.cli.registry import MODELS, STRATEGIES, Strategy, shards_nothing
+from dist_lab.programs.cli.registry import MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import read
 
 
@@ -55,39 +54,35 @@ def check_settings(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_strategy(config: Config, where: Mapping[str, str]) -> None:
-    """Check that the strategy has this implementation, these mesh axes and these options."""
-    strategy = STRATEGIES[config.strategy]
-    if config.impl not in strategy.impls:
-        raise UserError(
-            f"strategy {config.strategy} has no impl {shown(config.impl)} ({where['impl']}); "
-            f"give {one_of(list(strategy.impls), config.impl)}"
-        )
+    """Check that the mesh, the strategy and the implementation fit, and the strategies' options."""
     for axis in config.mesh or {}:
-        if axis not in strategy.axes:
+        if axis not in AXES:
             raise UserError(
-                f"strategy {config.strategy} has no mesh axis {shown(axis)} ({where['mesh']}); "
-                + _axes_to_give(strategy, axis)
+                f"no mesh axis {shown(axis)} ({where['mesh']}); give {one_of(AXES, axis)}"
             )
-    if config.mesh and shards_nothing(config.strategy, config.mesh):
-        raise UserError(
-            f"along mesh {mesh_in_words(config.mesh)} fsdp shards nothing ({where['mesh']}); give "
-            f"--mesh fsdp={math.prod(config.mesh.values())}, or --strategy ddp"
-        )
+    try:
+        strategies = config.strategies
+    except IllegalMix as error:
+        raise UserError(f"{error.problem} ({where['mesh']}); {error.typed}") from None
+    try:
+        check_impl(strategies, config.impl)
+    except IllegalMix as error:
+        raise UserError(f"{error.problem} ({where['impl']}); {error.typed}") from None
     if config.regather and not config.sequence_parallel:
         raise UserError(
             f"regather needs inputs sharded by --sequence-parallel ({where['regather']}); give both"
         )
     if config.emulate_compute is not None and config.impl != "hand":
         raise UserError(
-            f"emulate_compute works with impl hand only, and {config.strategy}@{config.impl} is a "
+            f"emulate_compute works with impl hand only, and {strategies[0]}@{config.impl} is a "
             f"library's ({where['emulate_compute']}); leave it out, or give --impl hand"
         )
     for name in {option for other in STRATEGIES.values() for option in other.options}:
-        if getattr(config, name) is not None and name not in strategy.options:
+        if getattr(config, name) is not None and name not in config.options:
             fitting = [f"--strategy {n}" for n, s in STRATEGIES.items() if name in s.options]
             raise UserError(
-                f"strategy {config.strategy} has no {name} ({where[name]}); leave it out, or give "
-                + " or ".join(fitting)
+                f"strategy {' x '.join(strategies)} has no {name} ({where[name]}); leave it out, "
+                f"or give {' or '.join(fitting)}"
             )
 
 
@@ -101,19 +96,13 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         )
     if config.layers is not None and config.model == "resnet18":
         raise UserError(f"model resnet18 always has 8 blocks ({where['layers']}); leave it out")
-    if config.sync_batchnorm and config.strategy == "pp":
+    if config.sync_batchnorm and config.strategy in ("pp", "tp"):
         raise UserError(
-            "under pp each BatchNorm is on one rank, with nothing to synchronize "
-            f"({where['sync_batchnorm']}); leave it out"
+            f"{config.strategy} does not split rows over ranks, so BatchNorm has nothing to "
+            f"synchronize ({where['sync_batchnorm']}); leave it out, or give --mesh a data axis"
         )
     if config.sync_batchnorm and config.model != "resnet18":
         raise UserError(
             f"model {config.model} has no BatchNorm to synchronize ({where['sync_batchnorm']}); "
             "leave it out, or give --model resnet18"
         )
-
-
-def _axes_to_give(strategy: Strategy, axis: str) -> str:
-    others = [f"--strategy {name}" for name, other in STRATEGIES.items() if axis in other.axes]
-    possible = f"its axes are {', '.join(strategy.axes)}" if strategy.axes else "it takes no mesh"
-    return f"{possible}, or give {' or '.join(others)}" if others else possible

@@ -17,7 +17,8 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
-from dist_lab.programs.cli.mesh_text import mesh_in_words, read_mesh
+from dist_lab.programs.cli.mesh_text import read_mesh
+from dist_lab.programs.cli.mixes import DATA, in_text, strategies_on
 from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
@@ -28,13 +29,15 @@ class RunSettings(RankSettings):
     """The settings of a run. None means a default that depends on other settings."""
 
     # fmt: off
-    strategy: str = setting("single", "dp, ddp: data parallelism; zero1, zero2, fsdp, hsdp: with "
-        "sharding; tp: tensor parallelism; pp: pipeline parallelism; single: one process",
+    strategy: str | None = setting(None, "dp, ddp: data parallelism; zero1, zero2, fsdp, hsdp: "
+        "with sharding; tp: tensor parallelism; pp: pipeline parallelism; with a --mesh of several "
+        "axes, the strategy of dp and fsdp; default: what --mesh implies, or single: one process",
         choices=tuple(STRATEGIES), heading="common settings")
     impl: str = setting("hand", "whose implementation of the strategy: hand (this project's), "
         "torch (PyTorch's) or accelerate", choices=("hand", "torch", "accelerate"))
-    mesh: Mapping[str, int] | None = setting(None, "ranks along each mesh axis: dp=2,fsdp=4; "
-        "default: all ranks along the strategy's own axis", metavar="dp=N", read=read_mesh)
+    mesh: Mapping[str, int] | None = setting(None, "ranks along each mesh axis, each with its "
+        "strategy: pp=2,fsdp=2,tp=2; dp is ddp, dp with fsdp is hsdp; default: all ranks along the "
+        "strategy's own axis", metavar="AXIS=N,...", read=read_mesh)
     model: str = setting("gpt", "text: gpt (a Llama-style transformer) or mlp (residual MLP on the "
         "last 16 bytes); images: vit or resnet18", choices=tuple(MODELS))
     size: str = setting("tiny", "number of parameters: about 1, 8, 25 or 124 million; resnet18 has "
@@ -66,14 +69,16 @@ class RunSettings(RankSettings):
         "--no-reshard-after-forward keeps them", heading="fsdp, hsdp")
     keep_gathered: bool | None = setting(None, "keep parameters unsharded from the first "
         "micro-batch's backward to the last one's: less traffic, more memory")
-    defer_reduce: bool | None = setting(None, "accumulate unsharded gradients over micro-batches "
-        "and reduce-scatter only after the last: less traffic, more memory")
     prefetch: bool | None = setting(None, "all-gather the next unit while the current one "
         "computes; default: on, --no-prefetch turns it off")
     reduce_dtype: str | None = setting(None, "dtype in which gradients are sent and summed; "
         "default: that of the sharded parameters", choices=("float32", "bfloat16", "float16"))
     offload: str | None = setting(None, "keep sharded parameters and optimizer state in files in "
         "this folder; or cpu, with an accelerator: in host memory", metavar="DIR")
+
+    defer_reduce: bool | None = setting(None, "accumulate unsharded gradients over micro-batches "
+        "and reduce-scatter only after the last: less traffic, more memory; default: off, in a "
+        "pipeline on", heading="zero2, fsdp, hsdp")
 
     sequence_parallel: bool | None = setting(None, "shard activations between blocks along the "
         "sequence, so that norms and residuals are sharded too: less memory, the same traffic",
@@ -130,6 +135,20 @@ class RunSettings(RankSettings):
     def __post_init__(self) -> None:
         if not self.data:
             object.__setattr__(self, "data", MODELS[self.model].data)
+        if self.strategy is None:
+            implied = strategies_on(self.mesh or {})
+            object.__setattr__(self, "strategy", implied[-1 if implied[-1] in DATA else 0])
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """The strategies of this run, outermost first. Raises IllegalMix if they do not fit."""
+        assert self.strategy is not None
+        return strategies_on(self.mesh, self.strategy) if self.mesh else (self.strategy,)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The settings of these strategies that some others do not have."""
+        return tuple(option for name in self.strategies for option in STRATEGIES[name].options)
 
     def run(self, **changes: Any) -> "Config":
         """Returns the Config of one run with these settings and some `changes`."""
@@ -158,23 +177,27 @@ class Config(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.microbatches is None:
-            object.__setattr__(self, "microbatches", 8 if self.strategy == "pp" else 1)
+            in_pipeline = self.strategy == "pp" or "pp" in (self.mesh or {})
+            object.__setattr__(self, "microbatches", 8 if in_pipeline else 1)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """Returns the mesh for `size` processes, and checks that the run fits it."""
-        possible, mesh = STRATEGIES[self.strategy].axes, dict(self.mesh or {})
+        alone, mesh = self.strategies == ("single",), dict(self.mesh or {})
         mesh_size = math.prod(mesh.values())
-        if not possible and size > 1:
+        if alone and size > 1:
             raise UserError(
                 f"strategy {self.strategy} runs in 1 process, {size} were started (--strategy); "
                 "start 1, or give --strategy dp"
             )
-        if possible and plain:
-            raise needs_ranks(f"strategy {self.strategy}", "--strategy", mesh_size if mesh else 2)
+        if not alone and plain:
+            what, flag = f"strategy {self.strategy}", "--strategy"
+            if mesh:
+                what, flag = f"mesh {in_text(mesh)}", "--mesh"
+            raise needs_ranks(what, flag, mesh_size if mesh else 2)
         if mesh and mesh_size != size:
             raise UserError(
-                f"mesh {mesh_in_words(mesh)} needs {mesh_size} processes, {size} were started "
-                f"(--mesh); type torchrun --nproc_per_node={mesh_size} ... or --nproc {mesh_size}"
+                f"mesh {in_text(mesh)} needs {mesh_size} processes, {size} were started (--mesh); "
+                f"type torchrun --nproc_per_node={mesh_size} ... or --nproc {mesh_size}"
             )
         axes = self.mesh_on(size)
         if "pp" in axes:
@@ -186,7 +209,7 @@ class Config(RunSettings):
 
     def mesh_on(self, size: int) -> dict[str, int]:
         """Returns --mesh, or else the strategy's default mesh for `size` processes, unchecked."""
-        return dict(self.mesh or STRATEGIES[self.strategy].default_axes(size))
+        return dict(self.mesh or STRATEGIES[self.strategies[0]].default_axes(size))
 
     def fitted(self, size: int) -> "Config":
         """Returns this Config; a default batch is rounded up to divide over `size` processes."""

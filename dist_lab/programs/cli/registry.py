@@ -7,18 +7,9 @@ compose.py reads it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from dist_lab.errors import UserError, nearest_degree, one_of, shown
 from dist_lab.zoo.sizes import SIZES
-
-
-class Casts(Enum):
-    """The tensors that a strategy itself casts to the dtype of forward and backward."""
-
-    NOTHING = "nothing"
-    PARAMETERS = "parameters"  # in their all-gather; compose.py casts the inputs
-    ALL = "parameters and inputs"
 
 
 @dataclass(frozen=True)
@@ -28,12 +19,12 @@ class Impl:
     apply: "module:function"
     draws: it initializes parameters one by one and keeps only this rank's shards, so a model on
         the meta device is never materialized in full
-    casts: the tensors that it casts itself
+    casts: it casts the parameters to the dtype of forward and backward itself, in their all-gather
     """
 
     apply: str
     draws: bool = False
-    casts: Casts = Casts.NOTHING
+    casts: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +64,12 @@ DDP = {
     "accelerate": Impl("dist_lab.parallel.replicated.ddp_accelerate:apply"),
 }
 FSDP = {
-    "hand": Impl("dist_lab.parallel.sharded.fsdp:apply", draws=True, casts=Casts.PARAMETERS),
-    "torch": Impl("dist_lab.parallel.sharded.fsdp_torch:apply", draws=True, casts=Casts.PARAMETERS),
+    "hand": Impl("dist_lab.parallel.sharded.fsdp:apply", draws=True, casts=True),
+    "torch": Impl("dist_lab.parallel.sharded.fsdp_torch:apply", draws=True, casts=True),
 }
 PP = {
-    "hand": Impl("dist_lab.parallel.pipeline.pp:apply", draws=True, casts=Casts.ALL),
-    "torch": Impl("dist_lab.parallel.pipeline.pp_torch:apply", draws=True, casts=Casts.ALL),
+    "hand": Impl("dist_lab.parallel.pipeline.pp:apply", draws=True),
+    "torch": Impl("dist_lab.parallel.pipeline.pp_torch:apply", draws=True),
 }
 ZERO1 = {
     "hand": Impl("dist_lab.parallel.sharded.zero:stage1", draws=True),
@@ -94,7 +85,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "dp": Strategy({"hand": Impl("dist_lab.parallel.replicated.dp:apply")}, axes=("dp",)),
     "ddp": Strategy(DDP, axes=("dp",), options=("bucket_mb",)),
     "zero1": Strategy(ZERO1, axes=("dp",), options=("bucket_mb",)),
-    "zero2": Strategy(ZERO2, axes=("dp",), options=("bucket_mb",)),
+    "zero2": Strategy(ZERO2, axes=("dp",), options=("bucket_mb", "defer_reduce")),
     "fsdp": Strategy(FSDP, axes=("dp", "fsdp"), default=("fsdp",), options=SHARDING),
     "hsdp": Strategy(FSDP, axes=("dp", "fsdp"), options=SHARDING),
     "tp": Strategy(TP, axes=("tp",), options=("sequence_parallel", "regather")),
@@ -103,33 +94,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     ),
 }
 
-
-def shards_nothing(strategy: object, axes: Mapping[str, int]) -> bool:
-    """Whether this is fsdp on a mesh of several ranks with none of them along fsdp.
-
-    >>> shards_nothing("fsdp", {"dp": 4}), shards_nothing("fsdp", {"dp": 2, "fsdp": 2})
-    (True, False)
-    """
-    return strategy == "fsdp" and axes.get("fsdp", 1) == 1 < math.prod(axes.values())
-
-
-def refuse_without_shards(strategy: object, axes: Mapping[str, int]) -> None:
-    """Raise UserError if `shards_nothing`."""
-    if shards_nothing(strategy, axes):
-        mesh = " x ".join(f"{name}={size}" for name, size in axes.items())
-        raise UserError(
-            f"the mesh is {mesh}, along which fsdp shards nothing; make it by "
-            f'init_mesh(fsdp={math.prod(axes.values())}), or give strategy="ddp"'
-        )
-
-
 # All (strategy, implementation) pairs.
 IMPLEMENTATIONS = tuple((name, by) for name, row in STRATEGIES.items() for by in row.impls)
-
-# Strategies are applied in this order, outermost first, each along its axes in this table.
-ORDER_OF_APPLICATION = (("pp",), ("tp",), ("dp", "fsdp"))
-# The sets of axes that may be larger than 1 in one mesh.
-MIXES = (frozenset({"pp"}), frozenset({"tp"}), frozenset({"dp", "fsdp"}), frozenset({"dp"}))
 
 IGNORED = (
     "accelerate ignores its FSDP plugin on CPU: it treats the processes as MULTI_CPU and wraps "

@@ -18,7 +18,6 @@ from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config, RunSettings
-from dist_lab.programs.cli.registry import STRATEGIES
 
 
 def open_run(config: RunSettings, mesh: Mesh) -> Data:
@@ -43,14 +42,15 @@ def draw_model(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
 def arguments(config: Config, data: Data) -> dict[str, Any]:
     """The keyword arguments of `parallelize` that the settings determine."""
     model = zoo.MODELS[config.model]
-    options = {name: getattr(config, name) for name in STRATEGIES[config.strategy].options}
+    options = {name: getattr(config, name) for name in config.options}
     options = {name: value for name, value in options.items() if value is not None}
     if "reduce_dtype" in options:
         options["reduce_dtype"] = getattr(torch, options["reduce_dtype"])
     if "pp_balance" in options:
         options["balance"] = options.pop("pp_balance")
-    if config.strategy == "pp":
-        options["example_inputs"] = data.batch(0, slice(0, config.batch // config.microbatches))[0]
+    if "pp" in config.strategies:
+        rows = config.batch // config.parts(config.mesh or {})
+        options["example_inputs"] = data.batch(0, slice(0, rows))[0]
     return options | {
         "units": (*model.units, *model.ends),
         "param_dtype": torch.bfloat16 if config.dtype == "bfloat16" else None,

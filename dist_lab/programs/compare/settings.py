@@ -11,8 +11,9 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.mixes import IllegalMix, strategies_on
 from dist_lab.programs.cli.ranks import check_nproc, needs_ranks
-from dist_lab.programs.cli.registry import MODELS, STRATEGIES, shards_nothing
+from dist_lab.programs.cli.registry import MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
@@ -71,13 +72,13 @@ class Settings(RunSettings):
         """Returns why the strategy cannot run on --mesh; "" if it can."""
         if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
             return "cannot emulate its compute as pp does (--emulate-compute)"
-        mesh, axes = self.mesh or {}, STRATEGIES[entry.strategy].axes
-        if shards_nothing(entry.strategy, mesh):
-            return f"shards nothing along {mesh_in_words(mesh)} (--mesh); it needs an axis fsdp"
-        if entry.alone or set(mesh) <= set(axes):
+        if entry.alone or not self.mesh:
             return ""
-        foreign = " and ".join(f"{name}={size}" for name, size in mesh.items() if name not in axes)
-        return f"has no mesh axis {foreign} (--mesh); its axes are {', '.join(axes)}"
+        try:
+            strategies_on(self.mesh, entry.strategy)
+        except IllegalMix as error:
+            return f"does not fit --mesh {mesh_in_words(self.mesh)}: {error.typed}"
+        return ""
 
     def of(self, entry: ListedStrategy) -> Config:
         """Returns the settings with which train.py runs one entry.

@@ -22,9 +22,10 @@ from dist_lab.programs.explain.settings import Explain
 
 def explain(config: Explain, mesh: Mesh) -> int:
     """Print the rank grid, layouts, memory and one step's collectives of `config` on its mesh."""
+    label = " x ".join(config.strategies)
     if config.impl != "hand":
         raise UserError(
-            f"explain works with impl hand only, and {config.strategy}@{config.impl} is a "
+            f"explain works with impl hand only, and {label}@{config.impl} is a "
             "library's (--impl); give --impl hand, or measure both with launch/compare.py"
         )
     run = config.run()
@@ -32,7 +33,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
     axes, run = run.axes(size), run.fitted(size)
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
-    if config.strategy == "pp":
+    if "pp" in config.strategies:
         show_schedule(console, run.pipeline(axes["pp"]), config.svg)
     with ExitStack() as cleanup:
         if math.prod(axes.values()) > 1:
@@ -44,7 +45,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
         show(console, result)
         console.print(summary(result, axes), highlight=False, soft_wrap=True)
         if folder is not None:
-            path = write(folder, f"{config.strategy}@{config.impl}", result)
+            path = write(folder, result.job.strategies, result)
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
 

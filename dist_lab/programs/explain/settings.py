@@ -9,7 +9,6 @@ from dist_lab.errors import UserError, shown
 from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.cli.settings import flag, setting
 from dist_lab.programs.cli.settings import read as read_settings
 
@@ -53,7 +52,7 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
     config, where = read_settings(Explain, argv, "explain.py", description, {}, WITHOUT)
     check_settings(config.run(), where)
     for name, value in (("stages", config.stages), ("svg", config.svg)):
-        if value and config.strategy != "pp":
+        if value and "pp" not in config.strategies:
             raise UserError(
                 f"strategy {config.strategy} has no {name} (--{name}); leave it out, or give "
                 "--strategy pp"
@@ -65,7 +64,7 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
         )
     if config.svg and Path(config.svg).suffix.lower() not in PICTURES:
         raise UserError(f"svg cannot be {shown(config.svg)} (--svg); name it .svg, .png or .pdf")
-    axes = STRATEGIES[config.strategy].default_axes(config.nproc or RANKS)
+    axes = config.run().mesh_on(config.nproc or RANKS)
     if config.stages is not None:
         axes = {"pp": config.stages}
     run = replace(config, nproc=None, mesh=config.mesh or axes or None)

@@ -10,7 +10,7 @@ from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.programs.cli.mixes import strategies_on
 from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import batch_in_words, build, describe, open_run
 from dist_lab.programs.train import loop
@@ -51,16 +51,19 @@ def next_line(config: Config, ranks: int) -> str:
     if config.strategy == "single":
         return "next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4"
     default = Config(strategy=config.strategy)
-    names = ["impl", "mesh", "model", "layers", *STRATEGIES[config.strategy].options]
+    names = ["impl", "mesh", "model", "layers", *config.options]
     # The size decides whether tp or pp can split the model.
-    if config.strategy in ("tp", "pp"):
+    if {"tp", "pp"} & set(config.strategies):
         names.append("size")
-    flags = [f"--strategy {config.strategy} --nproc {ranks}"]
+    implied = config.mesh is not None and strategies_on(config.mesh) == config.strategies
+    flags = ["" if implied else f"--strategy {config.strategy}", f"--nproc {ranks}"]
     for name in names:
         value = getattr(config, name)
         if value != getattr(default, name) and name != "emulate_compute":
             flags.append(as_typed(name, mesh_in_words(value) if name == "mesh" else value))
-    return f"next: is it equal to one process? python launch/verify.py {' '.join(flags)}"
+    return (
+        f"next: is it equal to one process? python launch/verify.py {' '.join(filter(None, flags))}"
+    )
 
 
 def opening_line(run_info: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ def verify(
     build_model: Callable[[], nn.Module],
     build_batch: Callable[[int], Pair],
     mesh: Mesh,
-    strategy: str | Apply = "dp",
+    strategy: str | Apply | None = None,
     impl: str = "hand",
     *,
     steps: int = 3,
@@ -119,9 +119,8 @@ def verify(
             )
         ours = _tested_step(job, opt, batches.copy(batch), microbatches, clip, loss_sum)
         comparisons += compare(step, ours, expected, rounding, dtype)
-    label = f"{strategy}@{impl}" if isinstance(strategy, str) else strategy.__qualname__
     return VerifyReport(
-        label, str(mesh), str(dtype).removeprefix("torch."), tolerance,
+        job.strategies, str(mesh), str(dtype).removeprefix("torch."), tolerance,
         worst_over_ranks(comparisons, mesh), batchnorm,
     )  # fmt: skip
 

@@ -171,35 +171,40 @@ class UnitEvents(Sync):
         self.log.append(("forget",))
 
 
+@pytest.mark.parametrize("keep_gathered", [False, True])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved"])
-@pytest.mark.ranks(2, mesh={"pp": 2})
-def test_the_units_of_a_stage_are_unsharded_and_resharded_once_a_run(schedule, mesh):
-    units = [f"model.layers.{i}" for i in range(4)]
-    job = dist_lab.parallelize(gpt(layers=4), mesh, "pp", schedule=schedule, units=units)
-    local_units = [
-        name for name in units if any(n.startswith(name) for n, _ in job.model.named_parameters())
-    ]
+@pytest.mark.ranks(2, mesh={"pp": 2, "fsdp": 1})
+def test_a_stage_is_unsharded_for_each_action_or_once_a_run(schedule, keep_gathered, mesh):
+    job = dist_lab.parallelize(gpt(layers=4), mesh, schedule=schedule, keep_gathered=keep_gathered)
     events = UnitEvents()
     with job.listening(events):
         job.run(pairs_of(4), cross_entropy(64))
         of_run, events.log = events.log, []
         job.evaluate(pairs_of(3), cross_entropy(64))
-        of_evaluation, events.log = events.log, []
-    assert of_run[0] == ("unshard", "", "forward")
+        of_evaluation = events.log
+    assert of_run[:2] == [("unshard", "", "forward"), ("unshard", "", "backward")]
     assert of_run[-1] == ("reshard", "", "backward")
-    assert sorted(of_run[1:-1]) == sorted(
-        event
-        for unit in local_units
-        for event in (("unshard", unit, "forward"), ("reshard", unit, "backward"))
-    )
+    per_stage = {stage: [] for stage in job._runner.pipeline.modules}
+    for event, unit, phase in of_run[2:-1]:
+        per_stage[int(unit.removeprefix("stage "))].append((event, phase))
+    forward, backward = [
+        [("unshard", phase), ("reshard", phase)] for phase in ("forward", "backward")
+    ]
+    halves = 2 if schedule == "zbv" else 1
+    for log in per_stage.values():
+        if keep_gathered:
+            assert log == [("unshard", "forward"), ("reshard", "backward")]
+        else:
+            assert sorted(log) == sorted(4 * forward + 4 * halves * backward)
+            assert all(event == "unshard" for event, _ in log[::2])
     assert of_evaluation[-1] == ("reshard", "", "forward")
     assert {event[2] for event in of_evaluation} == {"forward"}
-    assert len(of_evaluation) == len(of_run)
+    assert len(of_evaluation) == 2 + 2 * len(per_stage) * (1 if keep_gathered else 3)
 
 
-@pytest.mark.ranks(1, mesh={"pp": 1})
-def test_an_exception_in_a_step_reshards_all_unsharded_units(mesh):
-    job = dist_lab.parallelize(gpt(layers=2), mesh, "pp", units=["model.layers.0"])
+@pytest.mark.ranks(1, mesh={"pp": 1, "fsdp": 1})
+def test_an_exception_in_a_step_reshards_all_unsharded_stages(mesh):
+    job = dist_lab.parallelize(gpt(layers=2), mesh)
     events = UnitEvents()
 
     def loss(out, y):
@@ -207,7 +212,7 @@ def test_an_exception_in_a_step_reshards_all_unsharded_units(mesh):
 
     with job.listening(events), pytest.raises(ArithmeticError):
         job.run(pairs_of(2), loss)
-    expected = [("reshard", "model.layers.0", "abort"), ("reshard", "", "abort"), ("forget",)]
+    expected = [("reshard", "stage 0", "abort"), ("reshard", "", "abort"), ("forget",)]
     assert events.log[-3:] == expected
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed.pipelining.schedules as torchs
 
 from dist_lab.errors import UserError
-from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule
+from dist_lab.parallel.schedules.actions import COMPUTE, Action, Op, Schedule, compute_action
 from dist_lab.parallel.schedules.check import check
 from dist_lab.parallel.schedules.files import load
 from dist_lab.parallel.schedules.library import SCHEDULES, forward_only, make, placement
@@ -631,25 +631,43 @@ def test_pytorchs_pipelining_reads_our_files_as_the_same_schedule(name, messages
 # --- when a stage is unsharded --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case", [(name, 4, 8, None) for name in SCHEDULES] + ["evaluation"], ids=str
-)
-def test_a_stage_is_unsharded_before_its_first_action_and_resharded_after_its_last(case):
+def unsharding_case(case, *, each_action):
     if case == "evaluation":
         plain = add_communication(forward_only(placement("zbv", 4), 6))
     else:
         plain = with_messages(*case)
-    unsharding = add_unshard(plain)
-    check(unsharding)
+    unsharding = add_unshard(plain, each_action=each_action)
+    if not each_action:  # else a stage's UNSHARD comes several times
+        check(unsharding)
     assert timeline(unsharding) == timeline(plain), "it takes no time"
     for before, row in zip(plain.ranks, unsharding.ranks, strict=True):
         assert tuple(a for a in row if a.op not in (Op.UNSHARD, Op.RESHARD)) == before
+    return unsharding
+
+
+UNSHARDING = [*((name, 4, 8, None) for name in SCHEDULES), "evaluation"]
+
+
+@pytest.mark.parametrize("case", UNSHARDING, ids=str)
+def test_a_stage_is_unsharded_before_its_first_action_and_resharded_after_its_last(case):
+    for row in unsharding_case(case, each_action=False).ranks:
         for stage in {action.stage for action in row}:
             ops = [a.op for a in row if a.stage == stage]
             assert (ops.count(Op.UNSHARD), ops.count(Op.RESHARD)) == (1, 1)
             compute = [i for i, op in enumerate(ops) if op in COMPUTE]
             assert ops.index(Op.UNSHARD) == compute[0] - 1
             assert ops.index(Op.RESHARD) == compute[-1] + 1
+
+
+@pytest.mark.parametrize("case", UNSHARDING, ids=str)
+def test_a_stage_is_unsharded_for_each_action_if_it_is_not_to_stay_in_memory(case):
+    for row in unsharding_case(case, each_action=True).ranks:
+        for i, action in enumerate(row):
+            if action.op in COMPUTE:
+                around = Op.UNSHARD, Op.RESHARD
+                assert (row[i - 1].op, row[i + 1].op) == around
+                assert row[i - 1].stage == row[i + 1].stage == action.stage
+                assert compute_action(row, i - 1) == compute_action(row, i + 1) == action
 
 
 def test_a_file_cannot_contain_unshard():

@@ -99,8 +99,9 @@ def test_help_starts_with_common_settings_and_groups_the_rest_by_strategy(capsys
         parse(["--help"])
     help_text = capsys.readouterr().out.replace("\n", " \n")
     headings = [line for line in help_text.splitlines() if line.endswith(": ") and line[0] != " "]
-    first = ["options", "common settings", "ddp, zero1, zero2", "fsdp, hsdp", "tp", "pp"]
-    assert [heading.rstrip(": ") for heading in headings if heading[0].islower()][:6] == first
+    first = ["options", "common settings", "ddp, zero1, zero2", "fsdp, hsdp"]
+    first += ["zero2, fsdp, hsdp", "tp", "pp"]
+    assert [heading.rstrip(": ") for heading in headings if heading[0].islower()][:7] == first
     for name, row in STRATEGIES.items():
         for option in row.options:  # the options of a strategy stand under its name
             before = help_text[: help_text.index(f"  --{option.replace('_', '-')} ")].splitlines()
@@ -162,7 +163,7 @@ def test_a_config_is_frozen_and_converts_to_json_and_back():
 BAD_FLAGS = [
     ("--strategy zp", f"strategy cannot be 'zp' (--strategy); give {ALL} "
         "(did you mean tp?)"),
-    ("--impl torch", "strategy single has no impl 'torch' (--impl); give hand"),
+    ("--impl torch", "strategy single has no impl 'torch' (--impl); give --impl hand"),
     ("--strategy dp --bucket-mb 5", "strategy dp has no bucket_mb (--bucket-mb); leave it out, or "
         f"give {IN_BUCKETS}"),
     ("--strategy ddp --bucket-mb 0", "bucket_mb cannot be 0.0 (--bucket-mb); give a finite number "
@@ -224,12 +225,19 @@ BAD_FLAGS = [
         "ranks x 3 micro-batches = 3 (--batch); give --batch 33"),
     ("--strategy dp --mesh dp=3 --nproc 4", "mesh dp=3 needs 3 processes, 4 were started (--mesh); "
         "type torchrun --nproc_per_node=3 ... or --nproc 3"),
-    ("--strategy dp --mesh tp=2", "strategy dp has no mesh axis 'tp' (--mesh); its axes are dp, "
-        "or give --strategy tp"),
-    ("--strategy fsdp --mesh dp=4", "along mesh dp=4 fsdp shards nothing (--mesh); give --mesh "
-        "fsdp=4, or --strategy ddp"),
-    ("--strategy fsdp --mesh dp=4,fsdp=1", "along mesh dp=4,fsdp=1 fsdp shards nothing (--mesh); "
-        "give --mesh fsdp=4, or --strategy ddp"),
+    ("--strategy dp --mesh tp=2", "the mesh is tp=2, but dp runs along dp (--mesh); give --mesh "
+        "dp=2,tp=2 or --strategy tp"),
+    ("--strategy fsdp --mesh dp=4", "the mesh is dp=4, but fsdp runs along fsdp (--mesh); give "
+        "--mesh fsdp=4 or --strategy ddp or --strategy dp or --strategy zero1 or --strategy zero2"),
+    ("--strategy fsdp --mesh dp=4,fsdp=1", "the mesh is dp=4 x fsdp=1, but fsdp runs along fsdp "
+        "(--mesh); give --mesh fsdp=4 or --strategy hsdp"),
+    ("--strategy zero1 --mesh pp=2", "the mesh is pp=2, but zero1 runs along dp (--mesh); give "
+        "--mesh pp=2,dp=2 or --strategy pp"),
+    ("--mesh pp=2,cp=2", "no mesh axis 'cp' (--mesh); give pp, dp, fsdp or tp (did you mean tp?)"),
+    ("--mesh dp=2,tp=2 --impl torch", "tp x ddp by torch: its DistributedDataParallel does not "
+        "take DTensors, of which its tp makes parameters (--impl); give --impl hand"),
+    ("--mesh pp=2,tp=2 --bucket-mb 5", "strategy pp x tp has no bucket_mb (--bucket-mb); leave it "
+        f"out, or give {IN_BUCKETS}"),
     ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
         "it out, or give --strategy tp"),
     ("--strategy tp --regather", "regather needs inputs sharded by "
@@ -266,8 +274,6 @@ BAD_FLAGS = [
         "gpt or --model mlp or --model vit"),
     ("--strategy tp --sequence-parallel --seq 30 --nproc 4", "seq 30 does not divide over 4 ranks "
         "of tp (--seq, --sequence-parallel); give --seq 32"),
-    ("--mesh dp=2", "strategy single has no mesh axis 'dp' (--mesh); it takes no mesh, or give "
-        + ALONG_DP),
     ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
     ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
         "once"),
@@ -330,8 +336,8 @@ BAD_FILES = [
         "dp=2"),
     ("strategy = 'dp'\nmesh.dp = '2'\n", 'mesh cannot be "dp=\'2\'" (run.toml:2); give each axis '
         "once, with a size of 1 or more: dp=2"),
-    ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "strategy dp has no mesh axis 'tp' (run.toml:3); its "
-        "axes are dp, or give --strategy tp"),
+    ("strategy = 'dp'\n\n[mesh]\ntp = 2\n", "the mesh is tp=2, but dp runs along dp (run.toml:3); "
+        "give --mesh dp=2,tp=2 or --strategy tp"),
     (f"strategy = 'dp'\nnproc = {TOO_MANY}\n", f"nproc {TOO_MANY} is more than 4 ranks for each of "
         f"{cores()} cores (run.toml:2); give {TOO_MANY - 1} or less, or add --oversubscribe"),
 ]  # fmt: skip

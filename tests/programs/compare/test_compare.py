@@ -31,7 +31,8 @@ from dist_lab.programs.compare import files, measure, rounds, tables
 from dist_lab.programs.compare.ratios import Quartiles, depth, fewest_rounds, missed, orders, ratio
 from dist_lab.programs.compare.report import CompareReport, ContenderRow, Traffic
 from dist_lab.programs.compare.settings import ListedStrategy, Settings, entries, read
-from dist_lab.step.protocol import Applied, Setup
+from dist_lab.step.protocol import Applied
+from dist_lab.step.setup import Setup
 
 ROOT = Path(__file__).parents[3]
 LABELS = [
@@ -204,13 +205,15 @@ def test_a_strategy_that_cannot_use_the_mesh_does_not_stop_the_others():
     settings = read("--strategies single,dp --nproc 2 --mesh tp=2".split())
     single, dp = settings.entries()
     assert settings.misfit(single) == ""
-    assert settings.misfit(dp) == "has no mesh axis tp=2 (--mesh); its axes are dp"
+    assert settings.misfit(dp) == (
+        "does not fit --mesh tp=2: give --mesh dp=2,tp=2 or --strategy tp"
+    )
     every = read("--nproc 2 --mesh tp=2".split()).entries()
     assert [entry.label for entry in every] == ["single", "tp", "tp@torch"]
     settings = read("--nproc 2 --mesh dp=2".split())
     assert not {"fsdp", "fsdp@torch"} & {entry.label for entry in settings.entries()}
     (fsdp,) = entries(["fsdp"])
-    assert settings.misfit(fsdp) == "shards nothing along dp=2 (--mesh); it needs an axis fsdp"
+    assert settings.misfit(fsdp).startswith("does not fit --mesh dp=2: give --mesh fsdp=2 or")
 
 
 @pytest.mark.parametrize(

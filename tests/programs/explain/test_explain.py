@@ -148,7 +148,10 @@ def test_one_process_sends_nothing():
             ["--strategy", "dp", "--mesh", "dp=3", "--batch", "32"],
             "batch 32 is not a multiple of 3 data-parallel",
         ),
-        (["--strategy", "dp", "--mesh", "tp=3"], "strategy dp has no mesh axis 'tp' (--mesh)"),
+        (
+            ["--strategy", "dp", "--mesh", "tp=3"],
+            "the mesh is tp=3, but dp runs along dp (--mesh); give",
+        ),
         (["--nproc", "4"], "strategy single runs in 1 process, 4 were started (--strategy); start"),
         (["--strategy", "dp", "--nproc", "4", "--mesh", "dp=2"], "mesh dp=2 needs 2 processes, 4"),
     ],
