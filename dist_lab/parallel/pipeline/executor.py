@@ -158,7 +158,8 @@ class PipelineRun:
         stage, m = action.stage, action.microbatch
         x, targets = self.microbatches[m]
         weight_work: Queue = []
-        with self.timed(action), self.executor.splitter.deferring(weight_work):
+        queue = weight_work if self.schedule.splits_backward else None
+        with self.timed(action), self.executor.splitter.deferring(queue):
             if stage == 0:
                 inputs = (x,)
             elif self.training:

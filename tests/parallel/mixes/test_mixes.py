@@ -1,0 +1,340 @@
+"""Strategies in several dimensions: what a mix must keep of each of its strategies.
+
+Parity with one process is in programs/verify/matrix; here is what a comparison of numbers cannot
+see: when gradients travel, how often, how many bytes, and that options keep their meaning.
+"""
+
+import time
+
+import pytest
+import torch
+from models import VOCAB, batch, gpt, resnet
+from torch import nn
+
+import dist_lab
+from dist_lab import zoo
+from dist_lab.errors import TrainingDiverged, UserError
+from dist_lab.loss import cross_entropy_sum
+from dist_lab.parallel.schedules.actions import Op
+from dist_lab.programs.verify import batch as batches
+
+EIGHT = [
+    ({"pp": 2, "fsdp": 2, "tp": 2}, None),
+    ({"pp": 2, "dp": 2, "tp": 2}, "zero1"),
+    ({"pp": 2, "dp": 2, "tp": 2}, "zero2"),
+    ({"pp": 2, "dp": 2, "fsdp": 2}, None),
+    ({"dp": 2, "fsdp": 2, "tp": 2}, None),
+]
+FOUR = [
+    ({"pp": 2, "dp": 2}, "ddp"),
+    ({"pp": 2, "dp": 2}, "zero1"),
+    ({"pp": 2, "dp": 2}, "zero2"),
+    ({"pp": 2, "fsdp": 2}, None),
+    ({"pp": 2, "tp": 2}, None),
+    ({"dp": 2, "tp": 2}, "ddp"),
+    ({"dp": 2, "tp": 2}, "zero1"),
+    ({"fsdp": 2, "tp": 2}, None),
+]
+UNITS = ("model.layers.0", "model.layers.1")
+
+
+def loss_of(total):
+    return lambda output, target: cross_entropy_sum(output, target) / total
+
+
+def train(job, steps=2, microbatches=4, rows=8, optimizer=None):
+    """Take steps on rows that differ by rank. Returns the losses."""
+    optimizer = optimizer or job.optimizer(torch.optim.AdamW, lr=1e-2)
+    data, losses = job.mesh.data, []
+    for step in range(steps):
+        own = batches.slice_rows(batch(step, rows), data.size)[data.index]
+        pairs = batches.slice_rows(own, microbatches)
+        losses.append(job.run(pairs, loss_of(rows * 6)))
+        job.finish()
+        job.clip_grad_norm(1.0)
+        optimizer.step()
+        job.after_step()
+        optimizer.zero_grad()
+    return losses
+
+
+def one_process(steps=2, rows=8, build=gpt):
+    model = build(layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        x, y = batch(step, rows)
+        loss_of(rows * 6)(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def assert_weights_equal(job, model, tolerance=1e-10):
+    full = job.full_state_dict()
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(full[name], expected, rtol=tolerance, atol=tolerance)
+
+
+# --- state and evaluation -------------------------------------------------------------------------
+
+
+@pytest.mark.slow_unless(lambda axes, strategy: strategy != "zero2")
+@pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
+@pytest.mark.ranks(8)
+def test_a_state_dict_moves_between_mixes_and_evaluation_sees_the_loaded_weights(axes, strategy):
+    mesh = dist_lab.init_mesh(**axes)
+    job = dist_lab.parallelize(gpt(layers=4), mesh, strategy, units=UNITS)
+    trained = one_process()
+    job.load_full_state_dict(trained.state_dict())
+    assert_weights_equal(job, trained, tolerance=0)
+    x, y = batch(7, 8)
+    own = batches.slice_rows((x, y), mesh.data.size)[mesh.data.index]
+    loss = job.evaluate(batches.slice_rows(own, 2), loss_of(48))
+    with torch.no_grad():
+        expected = float(loss_of(48)(trained(x), y))
+    assert loss == pytest.approx(expected, rel=1e-12)
+    train(job, steps=1)  # training goes on from there
+    assert job.evaluate(batches.slice_rows(own, 2), loss_of(48)) != loss
+
+
+@pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
+@pytest.mark.ranks(8)
+def test_a_mix_from_the_meta_device_starts_with_the_weights_of_one_process(axes, strategy):
+    mesh = dist_lab.init_mesh(**axes)
+    shape = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+
+    def build(device):
+        return zoo.build("gpt", "tiny", vocab=VOCAB, seed=3, device=device, **shape)
+
+    job = dist_lab.parallelize(build("meta"), mesh, strategy, units=UNITS, seed=3)
+    assert not any(p.is_meta for _, p in job.named_parameters())
+    assert_weights_equal(job, build("cpu"), tolerance=0)
+
+
+@pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
+@pytest.mark.ranks(4)
+def test_a_rank_draws_its_own_parameters_only_and_each_of_them_once(axes, strategy):
+    mesh, drawn = dist_lab.init_mesh(**axes), []
+
+    def init(name, tensor, generator):
+        drawn.append(name)
+        tensor.normal_(generator=generator)
+
+    model = gpt(torch.float32, layers=4).to("meta")
+    job = dist_lab.parallelize(model, mesh, strategy, init_fn=init, units=UNITS)
+    assert sorted(drawn) == sorted(name for name, _ in job.model.named_parameters())
+
+
+# --- options keep their meaning -------------------------------------------------------------------
+
+
+@pytest.mark.slow_unless(lambda axes, strategy: strategy in (None, "zero1"))
+@pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
+@pytest.mark.ranks(8)
+def test_recompute_changes_no_number_in_a_mix(axes, strategy):
+    mesh = dist_lab.init_mesh(**axes)
+    job = dist_lab.parallelize(gpt(layers=4), mesh, strategy, units=UNITS, recompute=1)
+    train(job)
+    assert_weights_equal(job, one_process())
+
+
+@pytest.mark.slow_unless(lambda axes, strategy: strategy in (None, "zero1"))
+@pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
+@pytest.mark.ranks(8)
+def test_bfloat16_keeps_float32_master_weights_in_a_mix(axes, strategy):
+    mesh = dist_lab.init_mesh(**axes)
+    options = {"reduce_dtype": torch.float32} if "fsdp" in axes else {}
+    job = dist_lab.parallelize(
+        gpt(torch.float32, layers=4), mesh, strategy, units=UNITS, param_dtype=torch.bfloat16,
+        **options,
+    )  # fmt: skip
+    losses = train(job, steps=3)
+    assert {p.dtype for _, p in job.named_parameters()} == {torch.float32}
+    alone = dist_lab.parallelize(
+        gpt(torch.float32, layers=4), dist_lab.init_mesh(dp=8), "ddp", param_dtype=torch.bfloat16
+    )
+    expected = train(alone, steps=3, microbatches=1)
+    assert losses == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+@pytest.mark.ranks(4)
+def test_batchnorm_is_synchronized_over_the_data_axis_of_a_pipeline(strategy):
+    axis = "fsdp" if strategy == "fsdp" else "dp"
+    mesh = dist_lab.init_mesh(pp=2, **{axis: 2})
+    from models import images
+
+    report = dist_lab.verify(
+        resnet, images, mesh, strategy, microbatches=2, sync_batchnorm=True,
+        example_inputs=images(0, 2)[0],
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(4, mesh={"pp": 2, "fsdp": 2})
+def test_offload_keeps_the_shards_of_a_stage_in_files(mesh):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = dist_lab.parallelize(gpt(layers=4), mesh, offload=folder)
+        train(job)
+        assert_weights_equal(job, one_process())
+
+
+@pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
+@pytest.mark.ranks(4)
+def test_collectives_of_a_mix_can_be_checked(axes, strategy):
+    mesh = dist_lab.init_mesh(**axes, check=True)
+    job = dist_lab.parallelize(gpt(layers=4), mesh, strategy, units=UNITS)
+    train(job)
+    assert_weights_equal(job, one_process())
+
+
+@pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
+@pytest.mark.ranks(4)
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(axes, strategy):
+    mesh = dist_lab.init_mesh(**axes)
+    job = dist_lab.parallelize(gpt(layers=4), mesh, strategy, units=UNITS)
+    weights = job.full_state_dict()
+    weights["model.layers.3.mlp.down_proj.weight"][:] = float("inf")
+    job.load_full_state_dict(weights)
+    own = batches.slice_rows(batch(0, 8), mesh.data.size)[mesh.data.index]
+    loss = job.run(batches.slice_rows(own, 2), loss_of(48))
+    job.finish()
+    norm = job.clip_grad_norm(1.0)
+    with pytest.raises(TrainingDiverged, match=r"step 3: .* in the gradient of"):
+        job.check_finite(3, loss, norm)
+
+
+# --- when gradients travel, and how many bytes ----------------------------------------------------
+
+
+def calls_of_a_step(job, microbatches=4, rows=8):
+    """The collectives of the third step: by then ddp knows its buckets and fsdp its order."""
+    optimizer = job.optimizer(torch.optim.SGD, lr=1e-2)
+    train(job, microbatches=microbatches, rows=rows, optimizer=optimizer)
+    with job.mesh.comm.ledger.recording() as calls:
+        train(job, steps=1, microbatches=microbatches, rows=rows, optimizer=optimizer)
+    return calls
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
+@pytest.mark.ranks(4, mesh={"pp": 2, "dp": 2})
+def test_ddp_in_a_pipeline_sends_the_bytes_of_ddp_of_the_stage(schedule, mesh):
+    job = dist_lab.parallelize(gpt(layers=4), mesh, schedule=schedule)
+    sent = [c for c in calls_of_a_step(job) if c.axis == "dp" and c.unit.startswith("bucket")]
+    stage = list(job.model.parameters())
+    flags = len(stage) + len(sent)  # one for each parameter, and one for each bucket
+    assert sum(c.payload for c in sent) == 8 * (sum(p.numel() for p in stage) + flags)
+
+
+def drains_at(job):
+    """Seconds of this rank's clock when the last rank of the pipeline ends its last action."""
+    ends = torch.tensor([max(t.end for t in job._runner.pipeline.timings)], dtype=torch.float64)
+    return float(dist_lab.comm.ops.all_reduce(ends, job.mesh["pp"], "max"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
+@pytest.mark.ranks(4)
+def test_the_gradients_of_a_stage_leave_while_the_pipeline_still_runs(schedule, strategy):
+    mesh = dist_lab.init_mesh(pp=2, **{"fsdp" if strategy == "fsdp" else "dp": 2})
+    job = dist_lab.parallelize(
+        gpt(layers=4), mesh, strategy, schedule=schedule, emulate_compute=10.0
+    )
+    optimizer = job.optimizer(torch.optim.SGD, lr=1e-2)
+    train(job, optimizer=optimizer)
+    issued = []
+
+    def note(call):
+        if call.op in ("all_reduce", "reduce_scatter") and call.unit.startswith(
+            ("bucket", "stage")
+        ):
+            issued.append((call.phase, time.perf_counter()))
+
+    mesh.comm.ledger.listeners.append(note)
+    train(job, steps=1, optimizer=optimizer)
+    mesh.comm.ledger.listeners.remove(note)
+    assert {phase for phase, _ in issued} == {"backward"}, "none is left for finish()"
+    # Under zb all ranks end at one time: there is no bubble in which gradients could travel.
+    is_early = {"1f1b": mesh["pp"].index == 1, "zb": False, "zbv": True}[schedule]
+    drained = drains_at(job)
+    if is_early:
+        assert min(at for _, at in issued) < drained - 0.005
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("schedule", ["zb", "zbv"])
+@pytest.mark.ranks(4, mesh={"pp": 2, "tp": 2})
+def test_tp_sends_nothing_in_w_and_as_much_as_without_a_split_backward(
+    schedule, sequence_parallel, mesh
+):
+    def tp_calls(name):
+        job = dist_lab.parallelize(
+            gpt(layers=4), mesh, schedule=name, sequence_parallel=sequence_parallel
+        )
+        calls = [c for c in calls_of_a_step(job) if c.axis == "tp" and c.phase != "clip"]
+        return [c for c in calls if c.phase in ("forward", "backward")]
+
+    split = tp_calls(schedule)
+    whole = tp_calls("interleaved" if schedule == "zbv" else "1f1b")
+    ops = {c.unit[1:].rstrip("0123456789") for c in split}
+    assert ops <= {Op.F.value, Op.I.value}
+    sums = [torch.tensor(float(sum(c.payload for c in calls))) for calls in (split, whole)]
+    by_schedule = [float(dist_lab.comm.ops.all_reduce(s, mesh["pp"])) for s in sums]
+    assert by_schedule[0] == by_schedule[1]  # zbv and interleaved place stages differently
+
+
+@pytest.mark.parametrize("keep_gathered", [False, True])
+@pytest.mark.parametrize("defer_reduce", [True, False])
+@pytest.mark.ranks(4, mesh={"pp": 2, "fsdp": 2})
+def test_fsdp_in_a_pipeline_sends_what_its_formula_says(keep_gathered, defer_reduce, mesh):
+    m = 4
+    job = dist_lab.parallelize(
+        gpt(layers=4), mesh, keep_gathered=keep_gathered, defer_reduce=defer_reduce
+    )
+    calls = [c for c in calls_of_a_step(job, microbatches=m) if c.axis == "fsdp"]
+    gathers = [c for c in calls if c.op == "all_gather" and c.phase in ("forward", "backward")]
+    reductions = [c for c in calls if c.op == "reduce_scatter"]
+    local = [job.layouts[name].shape for name, _ in job.model.named_parameters()]
+    padded = sum(2 * -(-shape[0] // 2) * shape[1:].numel() for shape in local)
+    assert {c.payload for c in gathers} == {8 * padded}
+    assert {c.payload for c in reductions} == {8 * (padded + 2 * len(local))}, "and used flags"
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(4, mesh={"pp": 2, "tp": 2})
+def test_tp_of_a_traced_pipeline_is_refused_with_the_reason(mesh):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return self.net(x)
+
+    with pytest.raises(UserError, match=r"pp has cut this model's graph, in which .* give"):
+        dist_lab.parallelize(
+            Wrapped(), mesh, plan={"net.0": "colwise", "net.2": "rowwise"},
+            example_inputs=torch.randn(2, 4, dtype=torch.float64),
+        )  # fmt: skip
+
+
+@pytest.mark.ranks(2, mesh={"pp": 2, "fsdp": 1})
+def test_unsharded_forward_to_backward_is_not_an_option_of_a_pipeline(mesh):
+    with pytest.raises(UserError, match=r"several forwards come before .*: give keep_gathered"):
+        dist_lab.parallelize(gpt(layers=4), mesh, reshard_after_forward=False)
+
+
+@pytest.mark.ranks(4, mesh={"pp": 2, "tp": 2})
+def test_tp_ranks_with_different_rows_are_refused_in_a_pipeline(mesh):
+    job = dist_lab.parallelize(gpt(layers=4), mesh)
+    pairs = [batch(mesh["tp"].index, 2)] * 2
+    if mesh["pp"].index == 0:
+        with pytest.raises(UserError, match="ranks of tp have different inputs"):
+            job.run(pairs, loss_of(24))
