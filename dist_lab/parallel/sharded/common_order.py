@@ -36,8 +36,8 @@ from weakref import ReferenceType, ref
 import torch
 
 from dist_lab.comm import ops
-from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.sharded.unsharded import first_conflict, refuse_conflict
 from dist_lab.step.protocol import ROOT
 
 Turn = Callable[[str], None]
@@ -134,11 +134,7 @@ class CommonOrder:
     def refuse_conflict(self) -> None:
         """Raise UserError on every rank if the ranks have written different values."""
         name, self.conflict = self.conflict, None
-        if name is not None:
-            raise UserError(
-                f"the forward writes to {name} by .data, with different values on each rank: "
-                "each has other rows; write what does not depend on rows, or write after the step"
-            )
+        refuse_conflict(name)
 
     def abort(self) -> None:
         """Forget the forward and backward of a step that an exception has ended."""
@@ -237,8 +233,7 @@ class CommonOrder:
             messages = [json.loads(b) for b in ops.all_gather_bytes(message.encode(), self.axis)]
         if all(wanted == messages[0][0] for wanted, _ in messages):
             self.order = self._wanted
-        names = {name: None for _, writes in messages for name in writes}
-        self.conflict = next((n for n in names if len({w.get(n) for _, w in messages}) > 1), None)
+        self.conflict = first_conflict([written for _, written in messages])
 
 
 def _sort_by_exit(entered: Sequence[str]) -> list[str]:

@@ -17,14 +17,17 @@ With defer_reduce a stage's unsharded gradient is kept until its last micro-batc
 while other stages still compute.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.sharded.param_group import ParamGroup
 from dist_lab.parallel.sharded.reductions import Reductions
 from dist_lab.parallel.sharded.replicas import sum_over_replicas
+from dist_lab.parallel.sharded.unsharded import first_conflict, refuse_conflict
 from dist_lab.step.protocol import ROOT, Phase, Sync
 
 
@@ -41,7 +44,8 @@ class ShardedStages(Sync):
         axis: Axis, replicate: Axis, *, defer_reduce: bool,
     ) -> None:  # fmt: skip
         self.groups, self.groups_of, self.replicate = groups, groups_of, replicate
-        self.defer_reduce = defer_reduce
+        self.axis, self.defer_reduce = axis, defer_reduce
+        self.steps = 0
         self.reductions = Reductions(groups, axis)
 
     def unshard(self, unit: str, phase: Phase) -> None:
@@ -70,11 +74,20 @@ class ShardedStages(Sync):
                     self.reductions.issue(group)  # dW[D, F]{U_X} -> dW[D_X, F]
 
     def finish(self) -> None:
+        self._compare_writes()
         self.reductions.wait()
         sum_over_replicas(self.groups, self.replicate)
         for group in self.groups:
             group.sharded_grads.total = None  # the memory lives on in `.grad`
             group.wait_for_readers()  # the optimizer is about to write
+
+    def _compare_writes(self) -> None:
+        """Refuse forwards that write different values on each rank: in steps 1, 2, 4, 8 ..."""
+        self.steps += 1
+        written = {n: digest for group in self.groups for n, digest in group.pop_written()}
+        if self.steps & (self.steps - 1) == 0:
+            messages = ops.all_gather_bytes(json.dumps(written).encode(), self.axis)
+            refuse_conflict(first_conflict([json.loads(message) for message in messages]))
 
     def forget(self) -> None:
         for group in self.groups:

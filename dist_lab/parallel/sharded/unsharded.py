@@ -9,7 +9,7 @@ common_order.py. If no code reads `.data`, nothing is kept or compared.
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -126,6 +126,25 @@ def copy_writes_to_shards(
             changed = shard_value(written, axis).flatten().to(shard.device)
             shard[: len(values)][changed] = values[changed]
     return digests
+
+
+def first_conflict(written: Sequence[Mapping[str, int]]) -> str | None:
+    """The first parameter to which the ranks have written different values.
+
+    Args:
+        written: for each rank, the digests by name, as `copy_writes_to_shards` returns them.
+    """
+    names = dict.fromkeys(name for digests in written for name in digests)
+    return next((n for n in names if len({digests.get(n) for digests in written}) > 1), None)
+
+
+def refuse_conflict(name: str | None) -> None:
+    """Raise UserError, on every rank, if the ranks have written different values."""
+    if name is not None:
+        raise UserError(
+            f"the forward writes to {name} by .data, with different values on each rank: each has "
+            "other rows; write what does not depend on rows, or write after the step"
+        )
 
 
 def shard_value(value: Tensor, axis: Axis) -> Tensor:

@@ -338,3 +338,45 @@ def test_tp_ranks_with_different_rows_are_refused_in_a_pipeline(mesh):
     if mesh["pp"].index == 0:
         with pytest.raises(UserError, match="ranks of tp have different inputs"):
             job.run(pairs, loss_of(24))
+
+
+class Clamped(nn.Linear):
+    """Writes to its weight by .data in each forward; `by` may depend on the rows."""
+
+    by_rows = False
+
+    def forward(self, x):
+        most = 0.1 + x.mean().abs().item() / 100 if self.by_rows else 0.1
+        self.weight.data.clamp_(-most, most)
+        return super().forward(x)
+
+
+def clamped():
+    torch.manual_seed(0)
+    layers = [
+        nn.Embedding(VOCAB, 8),
+        nn.Flatten(),
+        Clamped(48, 16),
+        nn.Tanh(),
+        nn.Linear(16, VOCAB),
+    ]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.ranks(2, mesh={"pp": 1, "fsdp": 2})
+def test_a_forward_of_a_stage_that_clamps_its_weights_trains_as_in_one_process(mesh):
+    report = dist_lab.verify(
+        clamped, lambda step: (batch(step)[0], batch(step)[1][:, 0]), mesh, microbatches=2
+    )
+    assert report.equal, report.sentence()
+
+
+@pytest.mark.ranks(2, mesh={"pp": 1, "fsdp": 2})
+def test_a_forward_of_a_stage_that_writes_by_its_rows_is_refused(mesh):
+    model = clamped()
+    model[2].by_rows = True
+    job = dist_lab.parallelize(model, mesh)
+    x, y = batch(mesh.rank)
+    job.run([(x, y[:, 0])], loss_of(16))
+    with pytest.raises(UserError, match=r"writes to 2.weight by .data, with different values"):
+        job.finish()
