@@ -149,7 +149,7 @@ def parallelize(
             casts = any(chosen.impl.casts for chosen in mix)
             compute_in(module, param_dtype, parameters=not casts, inputs=stage == 0)
     guards.guard_parameters()
-    return Job(model, mesh, applied, runner, watch, state, label_of(mix))
+    return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name)
 
 
 def fold(

@@ -21,7 +21,7 @@ from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.layout.full_state import FullState
 from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
-from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import clip, global_norm
 from dist_lab.step.count import sum_of_counts
@@ -48,7 +48,7 @@ class Job:
         leaves: parameter name -> the leaf whose `.grad` backward fills, if it is not the parameter.
         stepped: parameter name -> the tensor that optimizers step, if it is not the parameter.
         about: the configuration that a library's implementation runs with; "" for ours.
-        strategies: their names, such as "pp x fsdp@hand".
+        strategies, units: such as "pp x fsdp@hand"; name -> module that is unsharded as one.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class Job:
         watch: FirstNonFinite,
         names: Mapping[str, str],
         strategies: str,
+        units: Mapping[str, nn.Module],
     ) -> None:
-        self.model, self.mesh, self.strategies = model, mesh, strategies
+        self.model, self.mesh, self.strategies, self.units = model, mesh, strategies, units
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self.stepped, self._runner, self._watch = applied.stepped, runner, watch
         self._make_optimizer = applied.make_optimizer
-        self._state = FullState(
-            model, mesh, applied.layouts, applied.buffers, applied.stepped, names
-        )
-        self._data: Axis = mesh.data
-        self._loss_axis: Axis = mesh.flatten("pp", *DATA_AXES)  # its ranks' losses add up
+        layouts, buffers, stepped = applied.layouts, applied.buffers, applied.stepped
+        self._state = FullState(model, mesh, layouts, buffers, stepped, names)
+        self._data = mesh.data
+        self._loss_axis = mesh.flatten("pp", *DATA_AXES)  # its ranks' losses add up
         for layout in self.layouts.values():  # creates process groups now: that takes a while
             for axis, how in layout.splits:
                 axis_of_parts(mesh, axis, how)

@@ -25,6 +25,7 @@ without an operation that the dispatch mode sees. So a storage's size is read ag
 operation that uses it, and at each event of `Sync`, right after the strategy has handled it.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
-from dist_lab.layout.layout import local_numel
+from dist_lab.layout.layout import local_numel, shard_shape
 from dist_lab.step.grad_elsewhere import real_grad
 from dist_lab.step.protocol import Phase, Sync
 from dist_lab.torch_private import TorchDispatchMode, storage_key
@@ -95,7 +96,8 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         if name in parameters:
             local = local_numel(layout, job.mesh.axes, job.mesh.coordinates)
             # A parameter that is sharded only for the optimizer is unsharded in the model.
-            in_model = layout.shape.numel() if name in job.stepped else local
+            whole = math.prod(shard_shape(layout, job.mesh.axes, job.mesh.coordinates))
+            in_model = whole if name in job.stepped else local
             total["parameters"] += in_model * layout.dtype.itemsize
             if parameters[name].requires_grad:
                 total["gradients"] += local * layout.dtype.itemsize
@@ -230,7 +232,7 @@ class KindLabels(Sync):
 
     def unshard(self, unit: str, phase: Phase) -> None:
         self._label_strategy()
-        for module in self.job.model.get_submodule(unit).modules():
+        for module in self.job.units[unit].modules():
             for name in module._parameters:
                 cast = module.__dict__.get(name)
                 if isinstance(cast, Tensor):
