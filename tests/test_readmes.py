@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from programs import ROOT, run
 
+from dist_lab.programs.cli.mixes import table
+
 READMES = [ROOT / "README.md", *sorted((ROOT / "dist_lab").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
@@ -51,6 +53,12 @@ COMMANDS = [
     for i, command in enumerate(COMMAND.findall(text))
     if "doctor.py" not in command  # tests/programs/doctor has it
 ]  # fmt: skip
+
+
+def test_the_table_of_mixes_is_that_of_the_code():
+    text = (ROOT / "dist_lab/parallel/README.md").read_text()
+    for row in table():
+        assert f"| {' | '.join(row)} |" in text
 
 
 def test_there_are_blocks_to_run():

@@ -11,6 +11,7 @@ pipeline stage is split by tp, and what is left on a rank is sharded by fsdp.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.mesh.topology import DATA_AXES
@@ -146,3 +147,25 @@ def in_text(axes: Mapping[str, int]) -> str:
 
 def _joined(axes: Mapping[str, int], separator: str) -> str:
     return separator.join(f"{name}={size}" for name, size in axes.items())
+
+
+def table() -> list[list[str]]:
+    """All mixes, as the rows of the table in parallel/README.md: which implementations have them.
+
+    A row for each strategy of the data axes, and a column for each mix with pp and tp.
+    """
+    outers = ((), ("pp",), ("tp",), ("pp", "tp"))
+    rows = []
+    for data in (*DATA, ""):
+        mixes = [(*outer, data) if data else outer for outer in outers]
+        rows.append([data or "none", *(", ".join(_impls_of(mix)) or "-" for mix in mixes)])
+    return rows
+
+
+def _impls_of(mix: Sequence[str]) -> list[str]:
+    impls = []
+    for impl in ("hand", "torch", "accelerate") if mix else ():
+        with suppress(IllegalMix):
+            check_impl(mix, impl)
+            impls.append(impl)
+    return impls
