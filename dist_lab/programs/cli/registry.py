@@ -154,7 +154,7 @@ class Model:
             raise UserError(
                 f"{name} {size} has {queries} query heads and {keys} key and value heads, which do "
                 f"not divide over {ranks} ranks of tp@{impl} (--mesh); sizes that work: "
-                f"{', '.join(map(str, degrees))}; give --mesh tp={nearest_degree(degrees, ranks)}"
+                f"{', '.join(map(str, degrees))}; give tp={nearest_degree(degrees, ranks)}"
             )
 
     def check_fits(self, data: str, image: tuple[int, int, int] | None) -> None:
