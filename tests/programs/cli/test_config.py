@@ -233,18 +233,18 @@ BAD_FLAGS = [
         "(--mesh); give --mesh fsdp=4 or --strategy hsdp"),
     ("--strategy zero1 --mesh pp=2", "the mesh is pp=2, but zero1 runs along dp (--mesh); give "
         "--mesh pp=2,dp=2 or --strategy pp"),
-    ("--mesh pp=2,pp=2", "mesh cannot be 'pp=2,pp=2' (--mesh); give each axis once, with a size of 1 "
-        "or more: dp=2"),
+    ("--mesh pp=2,pp=2", "mesh cannot be 'pp=2,pp=2' (--mesh); give each axis once, with a size of "
+        "1 or more: dp=2"),
     ("--mesh pp=2,dp=2 --nproc 8", "mesh pp=2 x dp=2 needs 4 processes, 8 were started (--mesh); "
         "type torchrun --nproc_per_node=4 ... or --nproc 4"),
-    ("--mesh pp=2,dp=2 --nproc 4 --batch 10", "batch 10 is not a multiple of 2 data-parallel ranks x "
-        "8 micro-batches = 16 (--batch); give --batch 16"),
+    ("--mesh pp=2,dp=2 --nproc 4 --batch 10", "batch 10 is not a multiple of 2 data-parallel ranks "
+        "x 8 micro-batches = 16 (--batch); give --batch 16"),
     ("--mesh pp=8,dp=1 --nproc 8", "8 stages (8 ranks of pp x 1) are more than the 4 blocks of gpt "
         "tiny (--mesh); give --layers 8, or a smaller pp"),
-    ("--mesh dp=2,tp=4 --nproc 8 --seq 30 --sequence-parallel", "seq 30 does not divide over 4 ranks "
-        "of tp (--seq, --sequence-parallel); give --seq 32"),
-    ("--mesh pp=2,fsdp=2 --strategy dp", "the mesh is pp=2 x fsdp=2, but dp runs along dp (--mesh); "
-        "give --mesh pp=2,dp=2 or --strategy fsdp"),
+    ("--mesh dp=2,tp=4 --nproc 8 --seq 30 --sequence-parallel", "seq 30 does not divide over 4 "
+        "ranks of tp (--seq, --sequence-parallel); give --seq 32"),
+    ("--mesh pp=2,fsdp=2 --strategy dp", "the mesh is pp=2 x fsdp=2, but dp runs along dp (--mesh)"
+        "; give --mesh pp=2,dp=2 or --strategy fsdp"),
     ("--mesh pp=2,cp=2", "no mesh axis 'cp' (--mesh); give pp, dp, fsdp or tp (did you mean tp?)"),
     ("--mesh dp=2,tp=2 --impl torch", "tp x ddp by torch: its DistributedDataParallel does not "
         "take DTensors, of which its tp makes parameters (--impl); give --impl hand"),
@@ -284,8 +284,8 @@ BAD_FLAGS = [
     ("--strategy tp --model resnet18 --nproc 2", "model resnet18 has no tp: tp splits matrices, "
         "and all but 17,442 of its parameters are convolutions and norms (--model); give --model "
         "gpt or --model mlp or --model vit"),
-    ("--strategy tp --sequence-parallel --seq 30 --nproc 4", "seq 30 does not divide over 4 ranks "
-        "of tp (--seq, --sequence-parallel); give --seq 32"),
+    ("--strategy tp --sequence-parallel --seq 30 --nproc 4", "seq 30 does not divide over 4 "
+        "ranks of tp (--seq, --sequence-parallel); give --seq 32"),
     ("--lr 1 --lr 2", "lr cannot be both '1' and '2' (--lr); give it once"),
     ("--overwrite --no-overwrite", "overwrite cannot be both true and false (--overwrite); give it "
         "once"),
