@@ -171,13 +171,25 @@ def test_buckets_are_reduced_during_backward_the_last_layer_first(strategy, mesh
     assert "lm_head.weight" in order[0]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("zero1", {}), ("zero2", {"defer_reduce": True})], ids=str
+)
 @pytest.mark.ranks(2)
-def test_stage_1_sends_nothing_before_the_last_micro_batch(mesh):
-    job, _ = ready(mesh, "zero1")
+def test_deferred_gradients_are_not_sent_before_the_last_micro_batch(strategy, options, mesh):
+    job, _ = ready(mesh, strategy, **options)
     with mesh.comm.ledger.recording() as calls:
         backward(job, last=False)
         backward(job, last=False)
     assert calls == []
+
+
+@pytest.mark.parametrize("model", ["gpt tied", "odd"])
+@pytest.mark.ranks(2)
+def test_stage_2_with_deferred_gradients_equals_one_process(model, mesh):
+    report = dist_lab.verify(
+        MODELS[model], batch, mesh, "zero2", microbatches=3, defer_reduce=True, **TINY
+    )
+    assert report.equal, report.sentence()
 
 
 @BOTH
