@@ -23,17 +23,23 @@ The pytest setting `ranks_preload` names modules that the tests import and that 
 They are imported once, before the ranks fork.
 """
 
+import ast
+import importlib.util
 import inspect
 import math
 import sys
 import warnings
-from collections.abc import Mapping
-from pickle import dumps
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import dumps, loads
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from dist_lab.processes.pool import Pool, Task
+from dist_lab.processes.failures import Failure
+from dist_lab.processes.pool import Pool, RanksFailed
 from dist_lab.processes.ranks import PRELOAD
 
 POOL = pytest.StashKey[Pool]()
@@ -72,7 +78,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
         size, timeout, axes = ranks(*marker.args, **marker.kwargs)
     except (TypeError, ValueError) as error:
         pytest.fail(f"@pytest.mark.ranks: {error}", pytrace=False)
-    pyfuncitem.config.stash[POOL].run(task_of(pyfuncitem, size, timeout, axes))
+    run(pyfuncitem.config.stash[POOL], size, sent_test(pyfuncitem, axes), timeout)
     return True
 
 
@@ -97,6 +103,18 @@ def ranks(
     return size, timeout, axes
 
 
+def run(pool: Pool, size: int, test: "SentTest", timeout: float) -> None:
+    """Run a test on the ranks of a pool, and fail or skip as they did."""
+    try:
+        outcomes = pool.run(size, run_test, test, timeout=timeout)
+    except RanksFailed as failed:
+        raise pytest.fail.Exception(str(failed), pytrace=False) from None
+    for outcome in outcomes:
+        if outcome is not None:
+            skip_or_xfail, reason = outcome
+            getattr(pytest, skip_or_xfail)(reason)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     session.config.stash[COMPLAINTS] = session.config.stash[POOL].close()
     if session.config.stash[COMPLAINTS]:
@@ -110,8 +128,30 @@ def pytest_terminal_summary(
         terminalreporter.write_line(complaint, red=True)
 
 
-def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str, int]) -> Task:
-    """Return the Task that holds all that a rank needs to run the body of this test."""
+@dataclass(frozen=True)
+class SentTest:
+    """One test as it is sent to a rank.
+
+    Attributes:
+        axes: the axes of the mesh that the body gets; None if it takes no mesh.
+        module, path: the name and the path of the test's file.
+        name: the function in that file, `TestClass.test_name` for a method.
+        search: sys.path.
+        values: the other arguments of the body, each pickled.
+        filters: warnings.filters, pickled.
+    """
+
+    axes: Mapping[str, Any] | None
+    module: str
+    path: str
+    name: str
+    search: Sequence[str]
+    values: Mapping[str, bytes]
+    filters: bytes
+
+
+def sent_test(item: pytest.Function, axes: Mapping[str, int]) -> SentTest:
+    """Return all that a rank needs to run the body of this test."""
     wants_mesh, values = False, {}
     for name in inspect.signature(item.obj).parameters:
         value = item.funcargs[name]
@@ -129,9 +169,7 @@ def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str,
         except Exception as error:
             pytest.fail(f"the fixture `{name}` cannot be pickled: {error}", pytrace=False)
     class_names = [] if item.cls is None else [item.cls.__qualname__]
-    return Task(
-        size=size,
-        timeout=timeout,
+    return SentTest(
         axes=axes if wants_mesh else None,
         module=item.module.__name__,
         path=item.module.__file__,
@@ -140,3 +178,57 @@ def task_of(item: pytest.Function, size: int, timeout: float, axes: Mapping[str,
         values=values,
         filters=dumps(warnings.filters),
     )
+
+
+# --- in a rank ------------------------------------------------------------------------------------
+
+Outcome = tuple[str, str] | None  # ("skip" or "xfail", the reason); None if the body passed
+
+
+def run_test(rank: int, test: SentTest) -> Failure | Outcome:
+    from dist_lab.mesh import mesh
+
+    __tracebackhide__ = True
+    try:
+        with warnings.catch_warnings():
+            function = load_function(test)
+            arguments = {name: loads(value) for name, value in test.values.items()}
+            warnings.resetwarnings()
+            warnings.filters = loads(test.filters)
+            if test.axes is not None:
+                arguments["mesh"] = mesh.init_mesh(**test.axes)
+            function(**arguments)
+    except pytest.skip.Exception as outcome:
+        return "skip", str(outcome)
+    except pytest.xfail.Exception as outcome:
+        return "xfail", str(outcome)
+    except BaseException as error:
+        traceback = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
+        return replace(Failure.of(rank, error), details=f"{traceback}\n")
+    return None
+
+
+def load_function(test: SentTest) -> Callable[..., Any]:
+    """Import the test's file if needed, and return the function, or the method of a new object."""
+    sys.path[:] = test.search
+    owner: Any = sys.modules.get(test.module)
+    if owner is None or owner.__file__ != test.path:
+        owner = import_test(test.module, test.path)
+    for name in test.name.split("."):
+        owner = getattr(owner() if isinstance(owner, type) else owner, name)
+    return owner
+
+
+def import_test(name: str, path: str) -> ModuleType:
+    """Import a file as pytest does, so that a failing assert shows its values."""
+    from _pytest.assertion.rewrite import rewrite_asserts  # pytest's own hook needs a session
+
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, path
+    module = importlib.util.module_from_spec(spec)
+    source = Path(path).read_bytes()
+    tree = ast.parse(source, path)
+    rewrite_asserts(tree, source, path)
+    sys.modules[name] = module
+    exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
+    return module

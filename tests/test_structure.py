@@ -34,8 +34,8 @@ LAYERS = [
     ["job"],
     ["compose"],
     ["observe"],
-    ["programs"],
     ["processes"],
+    ["programs"],
     ["testing"],
 ]
 IMPORT_EACH_OTHER = {"mesh", "comm"}

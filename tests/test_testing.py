@@ -388,7 +388,7 @@ def test_between(): time.sleep(0.3)
 def test_next(mesh): pass
 """)
     result.assert_outcomes(passed=2, failed=1)
-    line = "rank 1: exited with status 4, after the test before this one had passed"
+    line = "rank 1: exited with status 4, after the body before this one had ended"
     assert line in result.text
 
 
@@ -399,7 +399,7 @@ def test_a(mesh):
     if mesh.rank == 1: multiprocessing.util.Finalize(None, os._exit, [5], exitpriority=1)
 """)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    assert "rank 1 of the pool: exited with status 5 after the last test" in result.outlines
+    assert "rank 1 of the pool: exited with status 5 after the last body" in result.outlines
 
 
 # --- what is left behind --------------------------------------------------------------------------

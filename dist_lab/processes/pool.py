@@ -1,21 +1,22 @@
-"""A pool of warm rank processes. They run the bodies of tests, one test after another.
+"""A pool of warm rank processes. They run one body after another: the tests, or a long table.
 
-The parent sends a Task through the pipe of each rank and gets back the outcome of the body. Before
+    pool = Pool(PRELOAD)
+    results = pool.run(4, body, *arguments, timeout=60)      # body(rank, *arguments), by rank
+
+The parent sends a Task through the pipe of each rank and gets back what the body returned. Before
 each body, a rank leaves its process group and joins a new one (30 ms, most of it inside gloo). So
-no message, timeout, group or thread of one test is left in the next.
+no message, timeout, group or thread of one body is left in the next.
 
 [Note: closing connections] Before gloo closes a connection it waits for its own thread to release
 it. That thread polls every 10 ms, and gloo waits for one connection after another, in every group.
 Shutting down a connection wakes the thread, which releases it at once. So ranks shut down all
-connections before they leave a group, which halves the cost of a test. No peer misses a message: by
-then the body has ended on all ranks.
+connections before they leave a group, which halves the cost of a short body. No peer misses a
+message: by then the body has ended on all ranks.
 """
 
-import ast
 import contextlib
 import faulthandler
 import gc
-import importlib.util
 import io
 import os
 import signal
@@ -23,16 +24,11 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from pickle import loads
-from types import ModuleType
 from typing import Any
-
-import pytest
 
 from dist_lab.observe.sockets import tcp_sockets
 from dist_lab.processes import ranks
@@ -46,41 +42,32 @@ from dist_lab.processes.failures import (
 )
 
 AT_START = 120.0  # seconds for ranks to import torch and report that they are ready
-AT_EXIT = 10.0  # seconds for ranks to end after the last test
+AT_EXIT = 10.0  # seconds for ranks to end after the last body
 
 
 @dataclass(frozen=True)
 class Task:
-    """One test as it is sent to a rank.
+    """A body as it is sent to a rank.
 
     Attributes:
         size, timeout: the number of ranks that run it, and the seconds they have.
-        axes: the axes of the mesh that the body gets; None if it takes no mesh.
-        module, path: the name and the path of the test's file.
-        name: the function in that file, `TestClass.test_name` for a method.
-        search: sys.path.
-        values: the other arguments of the body, each pickled.
-        filters: warnings.filters, pickled.
+        body, arguments: picklable. The rank finds `body` by its module and name.
     """
 
     size: int
     timeout: float
-    axes: Mapping[str, Any] | None
-    module: str
-    path: str
-    name: str
-    search: Sequence[str]
-    values: Mapping[str, bytes]
-    filters: bytes
+    body: Callable[..., Any]
+    arguments: Sequence[Any]
 
 
-Outcome = tuple[str, str] | None  # ("skip" or "xfail", the reason); None if the body passed
+class RanksFailed(Exception):
+    """A body failed on some ranks, or hung. The message is the report, with every traceback."""
 
 
 class Pool:
-    """As many ranks as the largest test so far has needed. A test of n ranks runs on the first n.
+    """As many ranks as the largest body so far has needed. A body of n ranks runs on the first n.
 
-    After a failure all ranks are ended, because their state is unknown. The next test starts new
+    After a failure all ranks are ended, because their state is unknown. The next body starts new
     ones.
     """
 
@@ -88,17 +75,24 @@ class Pool:
         self._preload = preload
         self._ranks: list[ranks.Rank] = []
 
-    def run(self, task: Task) -> None:
-        """Run a test, print what its ranks printed, and fail or skip as they did."""
+    def run(
+        self, size: int, body: Callable[..., Any], *arguments: Any, timeout: float
+    ) -> list[Any]:
+        """Run `body(rank, *arguments)` on `size` ranks, and print what they printed.
+
+        A body fails by raising, or by returning a Failure.
+
+        Returns:
+            What the bodies returned, by rank.
+
+        Raises:
+            RanksFailed: a rank failed or died, or had not ended after `timeout` seconds.
+        """
         try:
-            outcomes = self._run(task)
-        except BaseException:  # a failed test, Ctrl-C, the time limit of another plugin
+            return self._run(Task(size, timeout, body, arguments))
+        except BaseException:  # a failure, Ctrl-C, the time limit of another plugin
             self._end()
             raise
-        for outcome in outcomes:
-            if outcome is not None:
-                skip_or_xfail, reason = outcome
-                getattr(pytest, skip_or_xfail)(reason)
 
     def close(self) -> list[str]:
         """Let every rank end by itself. Returns a line for each that ended with an error."""
@@ -107,15 +101,15 @@ class Pool:
                 rank.pipe.send(None)
         ranks.join(self._ranks, AT_EXIT)
         return [
-            f"rank {number} of the pool: {exit_in_words(code)} after the last test"
+            f"rank {number} of the pool: {exit_in_words(code)} after the last body"
             for number, code in enumerate(self._end())
             if code
         ]
 
-    def _run(self, task: Task) -> list[Outcome]:
+    def _run(self, task: Task) -> list[Any]:
         self._grow_to(task.size)
         working = self._ranks[: task.size]
-        rendezvous = str(self._path("rendezvous", time.monotonic_ns()))  # a new one for each test
+        rendezvous = str(self._path("rendezvous", time.monotonic_ns()))  # a new one for each body
         for rank in working:
             os.truncate(self._path("printed", rank.number), 0)
             with contextlib.suppress(OSError):  # a rank that has just died: `_collect` reports it
@@ -128,12 +122,12 @@ class Pool:
                     print(heading(f"rank {rank.number} printed") + printed, end="")
 
     def _grow_to(self, size: int) -> None:
-        """Start the ranks that are missing, and report a rank that died between two tests."""
+        """Start the ranks that are missing, and report a rank that died between two bodies."""
         for rank in self._ranks:
             if not rank.process.is_alive():
                 end = exit_in_words(rank.process.exitcode or 0)
-                text = f"rank {rank.number}: {end}, after the test before this one had passed"
-                pytest.fail(text, pytrace=False)
+                text = f"rank {rank.number}: {end}, after the body before this one had ended"
+                raise RanksFailed(text)
         if not self._ranks:  # the folder exists as long as the ranks do
             self._folder = tempfile.TemporaryDirectory(prefix="dist_lab-")
         new = [
@@ -143,9 +137,9 @@ class Pool:
         self._ranks += new
         self._collect(new, AT_START)
 
-    def _collect(self, working: Sequence[ranks.Rank], timeout: float) -> list[Outcome]:
-        """Wait for every rank's outcome, and raise the failure of the test if there is one."""
-        outcomes, failures, running = collect(working, timeout)
+    def _collect(self, working: Sequence[ranks.Rank], timeout: float) -> list[Any]:
+        """Wait for every rank's result, and raise RanksFailed if one has failed."""
+        results, failures, running = collect(working, timeout)
         failures = [f if f.details else replace(f, details=self._stack(f.rank)) for f in failures]
         text, size = describe(failures, len(working)), len(working)
         why = "was still running" if failures else f"had not ended after {timeout:g} s"
@@ -158,10 +152,10 @@ class Pool:
             stack = stack or "It prints no stack: it is stopped, or still starting.\n"
             text += heading(f"rank {rank.number} of {size}: {why}") + stack
         if text:
-            if outcomes:
-                text += heading(f"{ranks_in_words(list(outcomes))} of {size}: no failure")
-            pytest.fail(text, pytrace=False)
-        return list(outcomes.values())
+            if results:
+                text += heading(f"{ranks_in_words(list(results))} of {size}: no failure")
+            raise RanksFailed(text)
+        return [results[rank.number] for rank in working]
 
     def _stack(self, number: int) -> str:
         return self._path("stack", number).read_text()
@@ -194,11 +188,11 @@ def serve(pipe: Connection, rank: int, folder: str) -> None:
     while (message := pipe.recv()) is not None:
         rendezvous, task = message
         close_connections(kept)
-        outcome = run_one(task, rank, rendezvous, frozen)
+        result = run_one(task, rank, rendezvous, frozen)
         sys.stdout.flush()
         sys.stderr.flush()
-        pipe.send(outcome)
-        if isinstance(outcome, Failure):
+        pipe.send(result)
+        if isinstance(result, Failure):
             ranks.end_process(1)  # so that peers that wait for this rank fail now
     groups.disconnect()
 
@@ -222,32 +216,17 @@ def redirect_output(path: str) -> None:
     os.close(file)
 
 
-def run_one(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> Failure | Outcome:
-    from dist_lab.mesh import mesh
-
-    __tracebackhide__ = True
+def run_one(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> Any:
+    """Returns the result of the body, or the Failure of this rank."""
     try:
         reset_process(task, rank, rendezvous, frozen)
-        with warnings.catch_warnings():
-            function = load_function(task)
-            arguments = {name: loads(value) for name, value in task.values.items()}
-            warnings.resetwarnings()
-            warnings.filters = loads(task.filters)
-            if task.axes is not None:
-                arguments["mesh"] = mesh.init_mesh(**task.axes)
-            function(**arguments)
-    except pytest.skip.Exception as outcome:
-        return "skip", str(outcome)
-    except pytest.xfail.Exception as outcome:
-        return "xfail", str(outcome)
+        return task.body(rank, *task.arguments)
     except BaseException as error:
-        traceback = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
-        return replace(Failure.of(rank, error), details=f"{traceback}\n")
-    return None
+        return Failure.of(rank, error)
 
 
 def reset_process(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> None:
-    """Undo the last test's changes to this process, and join the ranks of the next test.
+    """Undo the last body's changes to this process, and join the ranks of the next one.
 
     Args:
         frozen: modules whose objects the garbage collector no longer visits.
@@ -265,32 +244,6 @@ def reset_process(task: Task, rank: int, rendezvous: str, frozen: set[str]) -> N
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
-    # Twice the test's time: the pool times out first, and can report where each rank hangs.
+    # Twice the body's time: the pool times out first, and can report where each rank hangs.
     store = groups.file_store(rendezvous, task.size)
     groups.connect(store, rank, task.size, timeout=2 * task.timeout)
-
-
-def load_function(task: Task) -> Callable[..., Any]:
-    """Import the test's file if needed, and return the function, or the method of a new object."""
-    sys.path[:] = task.search
-    owner: Any = sys.modules.get(task.module)
-    if owner is None or owner.__file__ != task.path:
-        owner = import_test(task.module, task.path)
-    for name in task.name.split("."):
-        owner = getattr(owner() if isinstance(owner, type) else owner, name)
-    return owner
-
-
-def import_test(name: str, path: str) -> ModuleType:
-    """Import a file as pytest does, so that a failing assert shows its values."""
-    from _pytest.assertion.rewrite import rewrite_asserts  # pytest's own hook needs a session
-
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None, path
-    module = importlib.util.module_from_spec(spec)
-    source = Path(path).read_bytes()
-    tree = ast.parse(source, path)
-    rewrite_asserts(tree, source, path)
-    sys.modules[name] = module
-    exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
-    return module

@@ -33,8 +33,10 @@ from models import axes_of  # noqa: E402
 from others import Other  # noqa: E402
 
 import dist_lab  # noqa: E402
-from dist_lab.processes.pool import Pool, Task  # noqa: E402
+from dist_lab.processes.pool import Pool  # noqa: E402
 from dist_lab.processes.ranks import PRELOAD  # noqa: E402
+from dist_lab.testing import SentTest  # noqa: E402
+from dist_lab.testing import run as run_on_ranks  # noqa: E402
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "fsdp sync", "pp")  # sync means sync_batchnorm=True
 MODELS: dict[str, Other] = of_transformers.MODELS | of_torchvision.MODELS
@@ -101,14 +103,14 @@ def run(pool: Pool, name: str, strategy: str) -> Outcome:
     started, printed = time.monotonic(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         values = {"name": name, "strategy": strategy, "folder": folder}
-        task = Task(
-            size=RANKS, timeout=TIMEOUT, axes=None, module="real_models", path=__file__,
+        test = SentTest(
+            axes=None, module="real_models", path=__file__,
             name="cell", search=sys.path, filters=dumps(warnings.filters),
             values={key: dumps(value) for key, value in values.items()},
         )  # fmt: skip
         try:
             with contextlib.redirect_stdout(printed):
-                pool.run(task)
+                run_on_ranks(pool, RANKS, test, TIMEOUT)
         except pytest.fail.Exception as failed:
             return Outcome(surprise=f"{failed}\n{printed.getvalue()}", seconds=_since(started))
         texts = {path.read_text() for path in Path(folder).iterdir()}
