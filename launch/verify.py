@@ -2,8 +2,10 @@
 
     python launch/verify.py --strategy dp --nproc 4
     torchrun --nproc_per_node=4 launch/verify.py --strategy dp --microbatches 2
+    python launch/verify.py --matrix --out runs/matrix                      every mix, 30 minutes
 
-The exit status is 0 if they are equal. With --out DIR the comparison is written to DIR/verify.json.
+The exit status is 0 if they are equal. With --out DIR the comparison is written to DIR/verify.json,
+that of all mixes to DIR/matrix.json and matrix.md.
 """
 
 import sys
@@ -11,19 +13,11 @@ from collections.abc import Sequence
 
 from dist_lab import data
 from dist_lab.processes import launcher
-from dist_lab.programs.cli.checks import parse
-from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.settings import AtLeast
-
-# A bug shows in the first steps, so a small run suffices; in float64 rounding cannot hide it.
-DEFAULTS = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
-WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every"]
+from dist_lab.programs.verify import settings
 
 
-def read(argv: Sequence[str] | None) -> Config:
-    config = parse(
-        argv, program="verify.py", description=__doc__, defaults=DEFAULTS, without=WITHOUT
-    )
+def read(argv: Sequence[str] | None) -> settings.Verify:
+    config = settings.read(argv, __doc__)
     if config.nproc is not None:  # report every mistake before a rank starts
         data.check(**config.data_wanted())
     return config

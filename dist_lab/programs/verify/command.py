@@ -6,14 +6,17 @@ from dist_lab.comm.agree import together
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.console import wide_console
-from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.setup import arguments, batch_in_words, draw_model, open_run
 from dist_lab.programs.train import loop
 from dist_lab.programs.verify import engine
+from dist_lab.programs.verify.matrix.run import matrix
+from dist_lab.programs.verify.settings import Verify
 
 
-def verify(config: Config, mesh: Mesh) -> int:
+def verify(config: Verify, mesh: Mesh) -> int:
     """Verify a model of the zoo against one process. Returns exit status 0 only if equal."""
+    if config.matrix:
+        return matrix(config.cells, config.out)
     config = config.fitted(mesh.size)
     data = open_run(config, mesh)
     with together(mesh.world):
