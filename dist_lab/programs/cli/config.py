@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dist_lab.comm.by_hand.costs import SETTINGS
 from dist_lab.errors import UserError
@@ -211,7 +211,7 @@ class Config(RunSettings):
         """Returns --mesh, or else the strategy's default mesh for `size` processes, unchecked."""
         return dict(self.mesh or STRATEGIES[self.strategies[0]].default_axes(size))
 
-    def fitted(self, size: int) -> "Config":
+    def fitted(self, size: int) -> Self:
         """Returns this Config; a default batch is rounded up to divide over `size` processes."""
         if isinstance(self.batch, AtLeast):
             return replace(self, batch=self.batch.divided_by(self.parts(self.mesh_on(size))))

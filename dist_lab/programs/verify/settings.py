@@ -1,7 +1,8 @@
 """The settings of verify.py: those of a run, and of the matrix. Does not import torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.programs.cli.checks import check_together
@@ -11,7 +12,7 @@ from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.verify.matrix.cells import Cell, all_cells, matching
 
 # A bug shows in the first steps, so a small run suffices; in float64 rounding cannot hide it.
-DEFAULTS = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
+DEFAULTS: Mapping[str, Any] = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
 WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every"]
 OF_THE_MATRIX = ("matrix", "only", "out", "debug")
 

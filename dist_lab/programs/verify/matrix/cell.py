@@ -33,8 +33,9 @@ OPTIMIZER: dict[str, Any] = {"optimizer": torch.optim.AdamW, "options": {"lr": 1
 
 def run(rank: int, cell: Cell) -> Result:
     """Run a cell on this rank. The result is the same on every rank. Collective."""
+    axes: dict[str, Any] = cell.axes
     try:
-        mesh = init_mesh(**cell.axes)
+        mesh = init_mesh(**axes)
         with tempfile.TemporaryDirectory(prefix="dist_lab-") as folder:
             return compared(cell, mesh, Path(folder))
     except UserError as refusal:

@@ -28,7 +28,9 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # model -> its shape above, 
 }
 
 
-def build(model: str, layers: int, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+def build(
+    model: str, layers: int, dtype: torch.dtype, device: str = "cpu"
+) -> "zoo.Model | ConvNet":
     """Build a model of the matrix, with the same weights at every call."""
     if model == "conv":
         with torch.device("meta"):
