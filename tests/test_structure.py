@@ -153,6 +153,13 @@ def test_only_the_communication_code_imports_torch_distributed(path):
     assert module.split(".")[0] in IMPORT_TORCH_DISTRIBUTED or twin or not talks
 
 
+def test_only_the_pytest_plugin_imports_pytest():
+    """Who runs the programs need not have it: it is installed with the extra `test`."""
+    for path in FILES:
+        roots = {name.partition(".")[0] for name in imports(path)}
+        assert module_of(path) == "testing" or not roots & {"pytest", "_pytest"}, path
+
+
 def test_dist_lab_and_the_files_that_are_free_of_torch_do_not_import_torch():
     free = [
         module
