@@ -124,7 +124,7 @@ def test_the_command_runs_the_cells_that_are_named_and_writes_a_table(tmp_path):
     assert last.startswith(f"{len(names)} cells equal, 0 not equal; ")
     written = json.loads((tmp_path / "matrix.json").read_text())
     assert [cell["name"] for cell in written["cells"]] == names
-    assert "| ddp:dp2 | mlp 1 |" in (tmp_path / "matrix.md").read_text()
+    assert "| ddp | 2 | 1 | 1 |" in (tmp_path / "matrix.md").read_text()
     again = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 mlp", "--out", tmp_path)
     assert "are not run again" in again.stdout
     assert again.returncode == 0

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -10,14 +10,14 @@ from dist_lab.observe.console import empty_table
 from dist_lab.programs.verify.matrix.cells import Cell
 from dist_lab.programs.verify.matrix.results import Result
 
-TEXT = ("mix", "models", "schedules", "options")
-NUMBERS = ("ranks", "cells", "equal", "compared", "worst error")
+TEXT = ("mix", "ranks")
+NUMBERS = ("cells", "equal", "models", "schedules", "options", "numbers", "worst error")
 
 
 def rendered(results: Mapping[Cell, Result]) -> Table:
     """A table for a console: one row for each mix, those with a cell that is not equal first."""
     title = f"{len(results)} cells against one process"
-    caption = "with numbers of cells; worst error: of those in float64"
+    caption = "numbers: tensors, losses and norms that were compared; error: in float64"
     table = empty_table(TEXT, NUMBERS, title=title, caption=caption)
     for row, is_wrong in rows(results):
         table.add_row(*row, style="red" if is_wrong else "")
@@ -33,38 +33,32 @@ def markdown(results: Mapping[Cell, Result]) -> str:
 
 def rows(results: Mapping[Cell, Result]) -> list[tuple[tuple[str, ...], bool]]:
     """The cells of a table's row, and whether something in it is wrong."""
-    cells_of: dict[str, list[Cell]] = {}
+    cells_of: dict[tuple[str, ...], list[Cell]] = {}
     for cell in results:
-        cells_of.setdefault(cell.mix, []).append(cell)
+        cells_of.setdefault(cell.strategies, []).append(cell)
     table = [
-        (_row(mix, cells, results), any(results[cell].is_wrong for cell in cells))
-        for mix, cells in cells_of.items()
+        (_row(strategies, cells, results), any(results[cell].is_wrong for cell in cells))
+        for strategies, cells in sorted(cells_of.items(), key=lambda item: len(item[0]))
     ]
-    return sorted(table, key=lambda row: not row[1])  # stable: few ranks first
+    return sorted(table, key=lambda row: not row[1])  # stable: short mixes first
 
 
-def _row(mix: str, cells: Sequence[Cell], results: Mapping[Cell, Result]) -> tuple[str, ...]:
+def _row(
+    strategies: Sequence[str], cells: Sequence[Cell], results: Mapping[Cell, Result]
+) -> tuple[str, ...]:
     equal = [cell for cell in cells if results[cell].verdict == "equal"]
     exact = [results[cell].worst_error for cell in equal if not cell.is_low]
     return (
-        mix,
-        _counts(cell.model for cell in cells),
-        _counts(cell.schedule for cell in cells if cell.schedule),
-        _counts(option for cell in cells for option in cell.options),
-        str(cells[0].ranks),
+        " x ".join(strategies),
+        ", ".join(map(str, sorted({cell.ranks for cell in cells}))),
         str(len(cells)),
         str(len(equal)),
+        str(len({cell.model for cell in cells})),
+        str(len({cell.schedule for cell in cells} - {""}) or "-"),
+        str(len({option for cell in cells for option in cell.options})),
         f"{sum(results[cell].compared for cell in cells):,}",
         f"{max(exact):.0e}" if exact else "-",
     )
-
-
-def _counts(words: Iterable[str]) -> str:
-    """
-    >>> _counts(["gpt", "mlp", "gpt"])
-    'gpt 2, mlp 1'
-    """
-    return ", ".join(f"{word} {n}" for word, n in Counter(words).items()) or "-"
 
 
 def sentence(results: Mapping[Cell, Result]) -> str:
