@@ -3,6 +3,10 @@
     torchrun --nproc_per_node=4 launch/compare.py --strategies single,dp,ddp,ddp@torch --batch 4
     python launch/compare.py --nproc 4 --size 25m --batch 4 --seq 64       all strategies
     python launch/compare.py --nproc 4 --strategies dp,dp                  how large is the noise?
+    python launch/compare.py --nproc 4 --strategies fsdp,fsdp2xtp2,zero1:pp2xdp2,pp2xfsdp2@torch
+
+The last one compares mixes of strategies: fsdp2xtp2 is the mesh fsdp=2,tp=2, and zero1 names the
+strategy of the data axes.
 
 All strategies train the same model on the same batches in the same processes, and take turns in
 rounds. The results are printed as tables; compare.json, .csv and .png go to runs/.

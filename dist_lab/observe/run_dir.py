@@ -22,10 +22,10 @@ FILES_OF_A_RUN = (  # globs
 
 
 @contextmanager
-def claimed(config: RunSettings, what: str = "") -> Iterator[Path]:
+def claimed(config: RunSettings, what: str = "run") -> Iterator[Path]:
     """Locks and yields the folder `config.out`, or a new one in runs/. Rank 0 only.
 
-    `what` takes the place of the strategy in the name of a new folder.
+    `what` starts the name of a new folder: see `new_folder`.
 
     Raises:
         UserError: another run uses the folder, it is not empty and `config.overwrite` is not set,
@@ -68,9 +68,9 @@ def look(config: RunSettings) -> None:
 
 
 def new_folder(config: RunSettings, what: str) -> Path:
-    """Make a folder with the next free number: runs/003-dp-gpt-tiny."""
+    """Make a folder with the next free number: runs/003-dp-gpt-tiny if `what` is dp."""
     RUNS.mkdir(exist_ok=True)
-    name = f"{what or '-'.join(config.strategies)}-{config.model}-{config.size}"
+    name = f"{what}-{config.model}-{config.size}"
     while True:
         numbers = [
             int(match[0]) for path in RUNS.iterdir() if (match := re.match(r"\d+", path.name))

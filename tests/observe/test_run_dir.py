@@ -40,10 +40,10 @@ def refusal(**settings) -> str:
 
 
 def test_runs_are_numbered_and_named(tmp_path):
-    with claimed(Config()) as first, claimed(Config(strategy="dp")) as second:
+    with claimed(Config(), "single") as first, claimed(Config(), "dp") as second:
         assert (str(first), str(second)) == ("runs/001-single-gpt-tiny", "runs/002-dp-gpt-tiny")
     (tmp_path / "runs" / "041").write_text("a note of the user's")
-    with claimed(Config(model="mlp")) as third:
+    with claimed(Config(model="mlp"), "single") as third:
         assert third.name == "042-single-mlp-tiny"
 
 

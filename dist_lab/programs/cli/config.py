@@ -139,17 +139,6 @@ class RunSettings(RankSettings):
             implied = strategies_on(self.mesh or {})
             object.__setattr__(self, "strategy", implied[-1 if implied[-1] in DATA else 0])
 
-    @property
-    def strategies(self) -> tuple[str, ...]:
-        """The strategies of this run, outermost first. Raises IllegalMix if they do not fit."""
-        assert self.strategy is not None
-        return strategies_on(self.mesh, self.strategy) if self.mesh else (self.strategy,)
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The settings of these strategies that some others do not have."""
-        return tuple(option for name in self.strategies for option in STRATEGIES[name].options)
-
     def run(self, **changes: Any) -> "Config":
         """Returns the Config of one run with these settings and some `changes`."""
         values = {option.name: getattr(self, option.name) for option in fields(Config)}
@@ -179,6 +168,17 @@ class Config(RunSettings):
         if self.microbatches is None:
             in_pipeline = self.strategy == "pp" or "pp" in (self.mesh or {})
             object.__setattr__(self, "microbatches", 8 if in_pipeline else 1)
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """The strategies of this run, outermost first. Raises IllegalMix if they do not fit."""
+        assert self.strategy is not None
+        return strategies_on(self.mesh, self.strategy) if self.mesh else (self.strategy,)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The settings of these strategies that some others do not have."""
+        return tuple(option for name in self.strategies for option in STRATEGIES[name].options)
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """Returns the mesh for `size` processes, and checks that the run fits it."""

@@ -42,6 +42,8 @@ class IllegalMix(UserError):
     Attributes:
         problem: the first half of the message.
         typed: the second half, as flags of the command line.
+        advice: the second half, if it has no flags; "" if it has.
+        meshes, strategies: legal ones instead.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class IllegalMix(UserError):
             flags += [f"--{name} {value}" for value in values]
         super().__init__(f"{problem}; {advice or 'give ' + ' or '.join(calls)}")
         self.problem, self.typed = problem, advice or "give " + " or ".join(flags)
+        self.advice, self.meshes, self.strategies = advice, meshes, strategies
 
 
 def strategies_on(axes: Mapping[str, int], strategy: str | None = None) -> tuple[str, ...]:

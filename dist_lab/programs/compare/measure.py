@@ -25,6 +25,7 @@ from dist_lab.observe.console import Progress
 from dist_lab.programs.cli import setup
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.compare import files, tables
+from dist_lab.programs.compare.entries import ListedStrategy
 from dist_lab.programs.compare.ratios import orders
 from dist_lab.programs.compare.report import (
     CompareReport,
@@ -33,7 +34,7 @@ from dist_lab.programs.compare.report import (
     mean_of_ranks,
 )
 from dist_lab.programs.compare.rounds import barrier, block
-from dist_lab.programs.compare.settings import ListedStrategy, Settings
+from dist_lab.programs.compare.settings import Settings
 from dist_lab.programs.train.loop import make_optimizer, own_rows, take_step
 from dist_lab.programs.train.meter import Meter, peak_rate
 
@@ -161,6 +162,8 @@ class Contender:
         counted = self.entry.impl == "hand"  # a library's calls do not pass through our ledger
         steps = self.meter.steps[WARM_UP:]
         return {
+            "mix": self.job.strategies,
+            "mesh": self.job.mesh.axes,
             "about": self.job.about,
             "blocked": [traffic.blocked for _, traffic in steps] if counted else None,
             "peak_memory_bytes": self.meter.memory.total,
@@ -237,7 +240,7 @@ def row_of(contender: Contender) -> ContenderRow:
         "traffic": mean_of_ranks([fact["traffic"] for fact in facts]),
         "kernel_bytes": None if None in kernel else statistics.fmean(kernel),
     }
+    values = asdict(contender.entry) | facts[0] | over_ranks
     return ContenderRow(
-        **asdict(contender.entry), processes=len(facts), rounds=contender.rounds,
-        losses=contender.losses, **facts[0] | over_ranks,
-    )  # fmt: skip
+        **values, processes=len(facts), rounds=contender.rounds, losses=contender.losses
+    )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.observe.flops import utilization
+from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.compare.ratios import Quartiles, Ratio, ratio
 
 # The largest relative difference of final losses that a different order of sums can explain.
@@ -36,6 +37,7 @@ class ContenderRow:
     """The results of one strategy.
 
     Attributes:
+        mesh, mix: axis -> size, and all strategies on it: "pp x fsdp@hand".
         about: the configuration of a library's strategy.
         processes: the number of ranks that took part.
         rounds: seconds of each step of each round.
@@ -51,6 +53,8 @@ class ContenderRow:
     label: str
     strategy: str
     impl: str
+    mesh: dict[str, int]
+    mix: str
     about: str
     processes: int
     rounds: list[list[float]]
@@ -137,6 +141,8 @@ class CompareReport:
         blocked = row.blocked_seconds
         return {
             "strategy": row.label,
+            "mix": row.mix,
+            "mesh": mesh_in_words(row.mesh),
             "processes": row.processes,
             "step_ms": row.seconds.median * 1e3,
             "step_ms_lower_quartile": row.seconds.low * 1e3,

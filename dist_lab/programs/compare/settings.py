@@ -11,11 +11,12 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.programs.cli.checks import check_settings
 from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.mixes import IllegalMix, strategies_on
+from dist_lab.programs.cli.mixes import IllegalMix, check_impl, strategies_on
 from dist_lab.programs.cli.ranks import check_nproc, needs_ranks
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.settings import read as read_settings
+from dist_lab.programs.compare.entries import ListedStrategy, entries
 from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
 
 DEFAULTS = {"steps": 3}  # per round; strategies are compared best within short rounds
@@ -27,27 +28,14 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class ListedStrategy:
-    """One strategy in --strategies. If it is listed twice, the labels are dp and dp#2."""
-
-    label: str
-    strategy: str
-    impl: str
-
-    @property
-    def alone(self) -> bool:
-        """Whether it runs in one process: rank 0 runs the whole batch, and the other ranks wait."""
-        return not STRATEGIES[self.strategy].axes
-
-
-@dataclass(frozen=True)
 class Settings(RunSettings):
     """The settings of a comparison. `steps` is per strategy and round."""
 
     # fmt: off
-    strategies: str = setting(ALL, "strategies to compare, separated by commas, each NAME or "
-        "NAME@IMPL; all: every one that --mesh allows; listed twice, a strategy is compared with "
-        "itself", heading="comparison", metavar="LIST")
+    strategies: str = setting(ALL, "what to compare, separated by commas: NAME[@IMPL] runs on "
+        "--mesh or its default mesh, [NAME:]MESH[@IMPL] on its own, such as pp2xfsdp2 or "
+        "zero1:pp2xdp2@torch; all: every NAME@IMPL that --mesh allows; listed twice, a strategy is "
+        "compared with itself", heading="comparison", metavar="LIST")
     reference: str = setting("", "the strategy that the others are compared with; default: the "
         "first that runs", metavar="NAME")
     rounds: int = setting(24, "number of rounds; in each, every strategy runs --steps steps, and "
@@ -61,7 +49,7 @@ class Settings(RunSettings):
         """Returns the strategies of --strategies; for `all`, those that --mesh allows.
 
         Raises:
-            UserError: the list is empty, or a name in it is not a strategy.
+            UserError: the list is empty, or a word in it is no strategy and no legal mesh.
         """
         if self.strategies == ALL:
             all_entries = entries(f"{n}@{by}" for n, row in STRATEGIES.items() for by in row.impls)
@@ -69,25 +57,40 @@ class Settings(RunSettings):
         return entries(self.strategies.split(","))
 
     def misfit(self, entry: ListedStrategy) -> str:
-        """Returns why the strategy cannot run on --mesh; "" if it can."""
-        if self.emulate_compute is not None and (entry.strategy, entry.impl) != ("pp", "hand"):
+        """Returns why the entry cannot run on its mesh, or on --mesh; "" if it can."""
+        if self.emulate_compute is not None and (
+            entry.impl != "hand" or "emulate_compute" not in self.options(entry)
+        ):
             return "cannot emulate its compute as pp does (--emulate-compute)"
-        if entry.alone or not self.mesh:
+        mesh = entry.mesh or self.mesh
+        if entry.alone or not mesh:
             return ""
         try:
-            strategies_on(self.mesh, entry.strategy)
+            strategies = strategies_on(mesh, entry.strategy)
         except IllegalMix as error:
-            return f"does not fit --mesh {mesh_in_words(self.mesh)}: {error.typed}"
+            return f"does not fit --mesh {mesh_in_words(mesh)}: {error.typed}"
+        try:
+            check_impl(strategies, entry.impl)
+        except IllegalMix as error:
+            return f"{error.problem}; {error.advice or f'leave out @{entry.impl}'}"
         return ""
+
+    def options(self, entry: ListedStrategy) -> set[str]:
+        """The settings of an entry's strategies that some other strategies do not have."""
+        mesh, strategies = entry.mesh or self.mesh, (entry.strategy,)
+        if mesh and not entry.alone:
+            with suppress(IllegalMix):  # `misfit` tells
+                strategies = strategies_on(mesh, entry.strategy)
+        return {option for name in strategies for option in STRATEGIES[name].options}
 
     def of(self, entry: ListedStrategy) -> Config:
         """Returns the settings with which train.py runs one entry.
 
         They leave out settings that only other listed strategies have.
         """
-        options = STRATEGIES[entry.strategy].options
-        listed = {name for other in self.entries() for name in STRATEGIES[other.strategy].options}
-        changes: dict[str, Any] = {name: None for name in listed if name not in options}
+        listed = set().union(*(self.options(other) for other in self.entries()))
+        changes: dict[str, Any] = dict.fromkeys(listed - self.options(entry))
+        changes["mesh"] = entry.mesh or self.mesh
         changes |= {"mesh": None, "nproc": None} if entry.alone else {}
         return self.run(strategy=entry.strategy, impl=entry.impl, **changes)
 
@@ -121,12 +124,17 @@ class Settings(RunSettings):
         """
         fitting = [entry for entry in self.entries() if not self.misfit(entry)]
         if not fitting:
-            raise UserError(
-                f"none of the strategies runs on mesh {mesh_in_words(self.mesh or {})} (--mesh); "
-                "leave out --mesh, or name others in --strategies"
-            )
+            raise self.none_fits()
+        ranks = self.ranks()
         if plain and not all(entry.alone for entry in fitting):
-            raise needs_ranks("a comparison", "--strategies", 4)
+            raise needs_ranks("a comparison", "--strategies", max([*ranks.values()], default=4))
+        for label, needed in ranks.items():
+            if needed != size:
+                raise UserError(
+                    f"{label} has {needed} ranks, {size} were started (--strategies); give a mesh "
+                    f"of {size} ranks, or type torchrun --nproc_per_node={needed} ... or --nproc "
+                    f"{needed}"
+                )
         errors, fitted = {}, self.fitted(size)
         for entry in fitting:
             run = fitted.of(entry)
@@ -142,30 +150,32 @@ class Settings(RunSettings):
             raise next(iter(errors.values()))
         return {DATA_AXES[0]: size}
 
+    def ranks(self) -> dict[str, int]:
+        """The number of ranks of each entry that has a mesh of its own, by label.
 
-def entries(names: Any) -> list[ListedStrategy]:
-    """Parse names of strategies, each NAME or NAME@IMPL.
+        Raises:
+            UserError: they differ. All entries run in the same ranks.
+        """
+        own = {e.label: math.prod(e.mesh.values()) for e in self.entries() if e.mesh}
+        first = next(iter(own), "")
+        for label, number in own.items():
+            if number != own[first]:
+                raise UserError(
+                    f"{first} has {own[first]} ranks and {label} has {number} (--strategies); all "
+                    "run in the same ranks: give meshes of one number of ranks"
+                )
+        return own
 
-    >>> [entry.label for entry in entries(["dp", "ddp@torch", "dp@hand"])]
-    ['dp', 'ddp@torch', 'dp#2']
-    """
-    known = {f"{name}@{by}": (name, by) for name, row in STRATEGIES.items() for by in row.impls}
-    listed: list[ListedStrategy] = []
-    for word in names:
-        full = word.strip() if "@" in word else f"{word.strip()}@hand"
-        if full not in known:
-            choices = [name.removesuffix("@hand") for name in known]
-            raise UserError(
-                f"no strategy {shown(word)} (--strategies); give, separated by commas, "
-                f"{one_of(choices, word)}"
+    def none_fits(self) -> UserError:
+        """The error of a list in which no entry can run."""
+        listed = self.entries()
+        if not any(entry.mesh for entry in listed):
+            return UserError(
+                f"none of the strategies runs on mesh {mesh_in_words(self.mesh or {})} (--mesh); "
+                "leave out --mesh, or name others in --strategies"
             )
-        strategy, impl = known[full]
-        label = full.removesuffix("@hand")
-        earlier = sum((entry.strategy, entry.impl) == (strategy, impl) for entry in listed)
-        listed.append(
-            ListedStrategy(label + (f"#{earlier + 1}" if earlier else ""), strategy, impl)
-        )
-    return listed
+        reasons = "; ".join(f"{entry.label}: {self.misfit(entry)}" for entry in listed)
+        return UserError(f"none of the strategies can run (--strategies); {reasons}")
 
 
 def read(argv: Sequence[str] | None, description: str | None = None) -> Settings:
@@ -200,4 +210,5 @@ def check(settings: Settings, where: Mapping[str, str]) -> None:
         )
     for entry in fitting:
         check_settings(settings.of(entry), where)
+    settings.ranks()
     check_nproc(settings, where)

@@ -8,6 +8,7 @@ from rich.table import Table
 from dist_lab.observe.console import empty_table, wide_console
 from dist_lab.observe.flops import in_percent
 from dist_lab.observe.memory import KINDS
+from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.compare.ratios import Ratio
 from dist_lab.programs.compare.report import IN_MEMORY, CompareReport, ContenderRow
 
@@ -23,7 +24,8 @@ def show(report: CompareReport, folder: Path) -> None:
     console.print(memory(report))
     for line in notes(report):
         console.print(line, highlight=False, soft_wrap=not console.is_terminal, markup=False)
-    console.print(f"{verdicts(report)}; files in {folder}", highlight=False, soft_wrap=True)
+    results = "; ".join(filter(None, [verdicts(report), losses(report), f"files in {folder}"]))
+    console.print(results, highlight=False, soft_wrap=True)
 
 
 def verdicts(report: CompareReport) -> str:
@@ -36,6 +38,14 @@ def verdicts(report: CompareReport) -> str:
             by_verdict.setdefault(ratio.verdict, []).append(row.label + times)
     parts = [f"{verdict}: {', '.join(labels)}" for verdict, labels in by_verdict.items()]
     return f"compared with {report.reference}: {'; '.join(parts) or 'nothing else ran'}"
+
+
+def losses(report: CompareReport) -> str:
+    """Whether all final losses are equal to rounding; "" if there is one strategy only."""
+    if len(report.rows) < 2:
+        return ""
+    unlike = [row.label for row in report.rows if report.loss_error(row) > report.tolerance]
+    return f"other final losses: {', '.join(unlike)}" if unlike else "equal final losses"
 
 
 def speed(report: CompareReport) -> Table:
@@ -112,6 +122,8 @@ def notes(report: CompareReport) -> Iterator[str]:
         f"over rounds; x {report.reference}: throughput relative to {report.reference}'s, per round"
     )
     for row in report.rows:
+        if " x " in row.mix:
+            yield f"{row.label}: {row.mix} on {mesh_in_words(row.mesh)}"
         if row.processes < report.setting["world_size"]:
             yield f"{row.label}: the whole batch on rank 0 alone; the other ranks wait"
         if row.about:

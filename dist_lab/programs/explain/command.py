@@ -22,18 +22,18 @@ from dist_lab.programs.explain.settings import Explain
 
 def explain(config: Explain, mesh: Mesh) -> int:
     """Print the rank grid, layouts, memory and one step's collectives of `config` on its mesh."""
-    label = " x ".join(config.strategies)
+    run = config.run()
     if config.impl != "hand":
+        label = " x ".join(run.strategies)
         raise UserError(
             f"explain works with impl hand only, and {label}@{config.impl} is a "
             "library's (--impl); give --impl hand, or measure both with launch/compare.py"
         )
-    run = config.run()
     size = math.prod((run.mesh or {}).values())
     axes, run = run.axes(size), run.fitted(size)
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
-    if "pp" in config.strategies:
+    if "pp" in axes:
         show_schedule(console, run.pipeline(axes["pp"]), config.svg)
     with ExitStack() as cleanup:
         if math.prod(axes.values()) > 1:

@@ -52,7 +52,7 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
     config, where = read_settings(Explain, argv, "explain.py", description, {}, WITHOUT)
     check_settings(config.run(), where)
     for name, value in (("stages", config.stages), ("svg", config.svg)):
-        if value and "pp" not in config.strategies:
+        if value and "pp" not in config.run().strategies:
             raise UserError(
                 f"strategy {config.strategy} has no {name} (--{name}); leave it out, or give "
                 "--strategy pp"

@@ -23,7 +23,8 @@ def train(config: Config, mesh: Mesh) -> int:
         data = open_run(config, mesh)
         with together(mesh.world):
             if mesh.rank == 0:
-                folder = resources.enter_context(run_dir.claimed(config))
+                what = "-".join(config.strategies)
+                folder = resources.enter_context(run_dir.claimed(config, what))
         job = build(config, mesh, data)
         run_info = describe(config, job, data)
         sinks: list[Sink] = []

@@ -28,9 +28,10 @@ from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.compare import files, measure, rounds, tables
+from dist_lab.programs.compare.entries import ListedStrategy, entries
 from dist_lab.programs.compare.ratios import Quartiles, depth, fewest_rounds, missed, orders, ratio
 from dist_lab.programs.compare.report import CompareReport, ContenderRow, Traffic
-from dist_lab.programs.compare.settings import ListedStrategy, Settings, entries, read
+from dist_lab.programs.compare.settings import Settings, read
 from dist_lab.step.protocol import Applied
 from dist_lab.step.setup import Setup
 
@@ -168,7 +169,9 @@ def refusal(*arguments: str) -> str:
     return str(caught.value)
 
 
-FROM_LIST = f"give, separated by commas, {one_of(LABELS, '')}"
+FROM_LIST = "give, separated by commas, meshes such as pp2xfsdp2 or zero1:pp2xdp2, or " + one_of(
+    LABELS, ""
+)
 BAD_FLAGS = [
     ("--strategies ddpp", f"no strategy 'ddpp' (--strategies); {FROM_LIST} (did you "
         "mean ddp?)"),
@@ -253,7 +256,8 @@ AT_PEAK = dict.fromkeys(KINDS, 0) | {"parameters": 4_000_000, "activations": 36_
 def row(label: str, times: list[float], loss: float = 2.0, **changes) -> ContenderRow:
     strategy, _, impl = label.partition("@")
     made = ContenderRow(
-        label=label, strategy=strategy, impl=impl or "hand", about="", processes=4,
+        label=label, strategy=strategy, impl=impl or "hand", mesh={"dp": 4}, mix=label, about="",
+        processes=4,
         rounds=[[t, t, 9 * t] for t in times],  # one step in three is interrupted
         losses=[5.0, loss], blocked=[0.25, 0.25], peak_memory_bytes=40_000_000,
         peak_memory={"at_peak": AT_PEAK, "own_peak": AT_PEAK},
@@ -318,6 +322,7 @@ def test_the_tables_show_whether_final_losses_differ():
     assert "differs" not in alike
     assert "final losses after 2 steps each are equal" in alike
     unlike = printed(report(row("ddp", TIMES), row("dp", TIMES, loss=2.1)))
+    assert tables.losses(report(row("ddp", TIMES), row("dp", TIMES, loss=2.0001))).startswith("eq")
     assert "2.1 differs" in unlike
     assert "differ: dp's is the furthest from ddp's, relative difference 5.0e-02" in unlike
 
@@ -395,6 +400,27 @@ def test_all_strategies_take_the_same_steps_and_end_with_equal_losses(text, mesh
     if sockets.sent_bytes() is not None:
         assert single.kernel_bytes < 1000
         assert dp.kernel_bytes == pytest.approx(dp.traffic[0].sent, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(4, timeout=120)
+def test_mixes_take_the_same_steps_as_a_single_strategy_each_on_its_own_mesh(text, mesh):
+    listed = "fsdp,fsdp2xtp2,pp2xfsdp2,zero1:pp2xdp2,zero1:pp2xdp2@torch"
+    settings = small(text, batch=16, strategies=listed, schedule="zb", sequence_parallel=True)
+    result = measure.measure(settings, mesh, opened(settings), settings.entries())
+    if result is None:
+        return
+    assert [one.mix for one in result.rows] == [
+        "fsdp@hand", "tp x fsdp@hand", "pp x fsdp@hand", "pp x zero1@hand"
+    ]  # fmt: skip
+    assert all(result.loss_error(one) < 1e-10 for one in result.rows)
+    assert tables.losses(result) == "equal final losses"
+    assert "its ZeroRedundancyOptimizer" in result.refused["zero1:pp2xdp2@torch"]
+    assert result.summary(result.rows[1])["mesh"] == "fsdp=2,tp=2"
+    over = [{t.collective.split()[1].strip(",") for t in one.traffic} for one in result.rows]
+    assert [axes & {"pp", "fsdp", "dp", "tp"} for axes in over] == [
+        {"fsdp"}, {"fsdp", "tp"}, {"pp", "fsdp"}, {"pp", "dp"}
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
