@@ -58,6 +58,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_lab.comm import autograd, ops
@@ -65,12 +66,18 @@ from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Shard, holds, shard_bounds, shard_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import param_slots, parameter_at, set_param
+from dist_lab.parallel.tensor.layers import (
+    AnyLinear,
+    as_linear,
+    check_embedding,
+    refuse_shortcuts,
+)
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
-from dist_lab.parallel.tensor.plan_check import PlanCheck
-from dist_lab.parallel.tensor.plan_source import is_tested, own_plan
+from dist_lab.parallel.tensor.plan_check import check_before_first_forward
+from dist_lab.parallel.tensor.plan_source import own_plan
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, enter_block
-from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
+from dist_lab.parallel.tensor.vocabulary import SplitLogits, look_up
 from dist_lab.step.hooks import ModuleHook, refuse_copy
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
 from dist_lab.step.setup import Folded, Setup
@@ -126,8 +133,9 @@ def apply(
     if setup.stages is not None:
         shard(setup.stages.meta_model)
     compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
-    if axis.size > 1 and not is_tested(setup.whole_model, plan) and not axis.comm.dry_run:
-        PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
+    check_before_first_forward(
+        setup, plan, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel
+    )
     return Applied(layouts, sync)
 
 
@@ -144,16 +152,18 @@ def replace_forwards(
         module = local.get(name)
         if module is None:  # on another pipeline stage
             continue
-        if planned.role in FORWARDS and isinstance(module, nn.Linear | nn.Embedding):
-            compute, shared_input = FORWARDS[planned.role], None
+        if planned.role in FORWARDS:
+            compute, shared_input, layer = FORWARDS[planned.role], None, module
             if isinstance(module, nn.Embedding):
                 check_embedding(name, module)
                 compute = _embedding
-            elif isinstance(module, nn.Linear) and planned.role != "rowwise":
-                parent = name.rpartition(".")[0]
-                shared_input = inputs.setdefault(parent, SharedColumnInput(activations))
-                shared_input.columns.append(module)
-            forward = partial(compute, activations, shared_input, module)
+            else:
+                layer = as_linear(module)
+                if planned.role != "rowwise":
+                    parent = name.rpartition(".")[0]
+                    shared_input = inputs.setdefault(parent, SharedColumnInput(activations))
+                    shared_input.columns.append(layer)
+            forward = partial(compute, activations, shared_input, layer)
             in_a_copy = partial(refuse_copy, type(module).__name__)
             module.forward = ModuleHook(forward, in_a_copy)
         elif planned.role == "scatter_output":
@@ -162,30 +172,33 @@ def replace_forwards(
             module.register_forward_pre_hook(
                 ModuleHook(lambda m, args: (activations.gather(args[0]), *args[1:]))
             )
+    refuse_shortcuts(model)
     return list(inputs.values())
 
 
 def _colwise(
-    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: AnyLinear, x: Tensor
 ) -> Tensor:
     return shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
 
 
 def _colwise_gather_output(
-    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: AnyLinear, x: Tensor
 ) -> Tensor:
-    y = shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
-    return autograd.gather_replicated(y, activations.axis, -1)  # Out[B, F]
+    y, width = shared_input(x, linear), linear.out_features  # In[B, D] . W[D, F_tp] -> [B, F_tp]
+    if width % activations.axis.size:  # the last shards are shorter
+        y = F.pad(y, (0, -(-width // activations.axis.size) - y.shape[-1]))
+    return autograd.gather_replicated(y, activations.axis, -1).narrow(-1, 0, width)  # Out[B, F]
 
 
 def _logits(
-    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: AnyLinear, x: Tensor
 ) -> SplitLogits:
     return SplitLogits(shared_input(x, linear), linear.out_features, activations.scratch)
 
 
 def _rowwise(
-    activations: ActivationLayout, shared_input: None, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: None, linear: AnyLinear, x: Tensor
 ) -> Tensor:
     width, axis = linear.weight.shape[1], activations.axis
     if x.shape[-1] == linear.in_features != width:  # unsharded: no colwise layer came before

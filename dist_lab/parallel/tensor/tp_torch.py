@@ -29,8 +29,8 @@ from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import param_slots
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors
-from dist_lab.parallel.tensor.plan_check import PlanCheck
-from dist_lab.parallel.tensor.plan_source import is_tested, own_plan
+from dist_lab.parallel.tensor.plan_check import check_before_first_forward
+from dist_lab.parallel.tensor.plan_source import own_plan
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Sync
@@ -62,8 +62,9 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     shard = partial(_shard, mesh, planned_by_name, sequence_parallel=sequence_parallel)
     sync = shard(model)
     compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
-    if axis.size > 1 and not is_tested(setup.whole_model, plan) and not axis.comm.dry_run:
-        PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
+    check_before_first_forward(
+        setup, plan, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel
+    )
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
         + ("SequenceParallel, " if sequence_parallel else "")
@@ -106,7 +107,11 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
     for name, planned in plan.items():
         if planned.role in ("colwise", "colwise_grouped", "colwise_gather_output", "rowwise"):
             linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear), name
+            if not isinstance(linear, nn.Linear):
+                raise UserError(
+                    f"DTensor splits nn.Linear, and {name} is a {type(linear).__name__}; give "
+                    'impl="hand"'
+                )
             width = linear.in_features if planned.role == "rowwise" else linear.out_features
             if width % axis.size:
                 raise UserError(
