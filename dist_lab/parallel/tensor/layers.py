@@ -1,16 +1,20 @@
 """The classes of layers that tensor parallelism can split, and what is special about some of them.
 
-nn.Linear            W[F, D]        y = x W^T + b
-nn.Embedding         W[V, D]
-transformers' Conv1D W[D, F]        y = x W + b: a linear layer in spite of its name
+    nn.Linear               W[F, D]    y = x W^T + b
+    nn.Embedding            W[V, D]    y = W[tokens]
+    transformers' Conv1D    W[D, F]    y = x W + b: a linear layer, in spite of its name
+
+`as_linear` lets all linear layers look like the first.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.step.hooks import ModuleHook, do_nothing
+from dist_lab.step.hooks import ModuleHook, do_nothing, refuse_copy
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -20,13 +24,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module is a Conv1D of transformers, which we do not import."""
-    weight = module._parameters.get("weight")
-    if type(module).__name__ != "Conv1D" or isinstance(module, nn.Conv1d) or weight is None:
-        return False
-    return weight.dim() == 2 and tuple(weight.shape) == _widths(module)
+    is_named_so = type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+    return is_named_so and all(isinstance(width, int) for width in _widths(module))
 
 
 def _widths(module: Any) -> tuple[Any, Any]:
+    """The numbers of inputs and outputs of a Conv1D."""
     return getattr(module, "nx", None), getattr(module, "nf", None)
 
 
@@ -66,6 +69,11 @@ def check_embedding(name: str, module: nn.Embedding) -> None:
             f"{name} has max_norm or scale_grad_by_freq, which depend on the rows that a batch "
             "uses; leave it out of the plan, or make it without these options"
         )
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module, which holds a shard now, compute by this function. A copy of it cannot."""
+    module.forward = ModuleHook(forward, partial(refuse_copy, type(module).__name__))
 
 
 def refuse_shortcuts(model: nn.Module) -> None:

@@ -56,8 +56,8 @@ NO_MEMORY = "no memory"
 
 
 def check_before_first_forward(
-    setup: Setup, plan: Plan | None, planned: Mapping[str, Planned], layouts: Mapping[str, Layout],
-    shard: Callable[[nn.Module], Sync], *, sequence_parallel: bool,
+    setup: Setup, plan: Plan | str | None, planned: Mapping[str, Planned],
+    layouts: Mapping[str, Layout], shard: Callable[[nn.Module], Sync], *, sequence_parallel: bool,
 ) -> None:  # fmt: skip
     """Test a plan before the first forward, unless our own tests cover it. In a pipeline the whole
     model has no forward: before_stages.py tests the plan before the model is cut.

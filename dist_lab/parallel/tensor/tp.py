@@ -70,15 +70,17 @@ from dist_lab.parallel.tensor.layers import (
     AnyLinear,
     as_linear,
     check_embedding,
+    is_linear,
     refuse_shortcuts,
+    replace_forward,
 )
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
 from dist_lab.parallel.tensor.plan_check import check_before_first_forward
-from dist_lab.parallel.tensor.plan_source import own_plan
+from dist_lab.parallel.tensor.plan_source import plan_of
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, enter_block
 from dist_lab.parallel.tensor.vocabulary import SplitLogits, look_up
-from dist_lab.step.hooks import ModuleHook, refuse_copy
+from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
 from dist_lab.step.setup import Folded, Setup
 
@@ -86,14 +88,14 @@ from dist_lab.step.setup import Folded, Setup
 def apply(
     setup: Setup,
     *,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
     sequence_parallel: bool = False,
     regather: bool = False,
 ) -> Applied:
     """Shard a model as the plan says.
 
     Args:
-        plan: see [Note: the plan]; default: the model's own.
+        plan: see [Note: the plan]; default: the model's own. "auto": see auto_plan.py.
         sequence_parallel: shard the residual stream along the sequence.
         regather: save only a shard of each colwise layer's input, and gather it in backward.
 
@@ -109,7 +111,7 @@ def apply(
             'sequence are its forward: stages = ("embed", "layers.*", "head")'
         )
     axis = setup.axis
-    roles = own_plan(setup.whole_model) if plan is None else plan
+    roles = plan_of(setup.whole_model, plan, axis, sequence_parallel=sequence_parallel)
     planned_by_name, layouts = arrange(setup, roles, sequence_parallel=sequence_parallel)
     activations = ActivationLayout(
         axis, setup.weight_work, sequence_parallel=sequence_parallel, regather=regather
@@ -152,20 +154,17 @@ def replace_forwards(
         module = local.get(name)
         if module is None:  # on another pipeline stage
             continue
-        if planned.role in FORWARDS:
-            compute, shared_input, layer = FORWARDS[planned.role], None, module
-            if isinstance(module, nn.Embedding):
-                check_embedding(name, module)
-                compute = _embedding
-            else:
-                layer = as_linear(module)
-                if planned.role != "rowwise":
-                    parent = name.rpartition(".")[0]
-                    shared_input = inputs.setdefault(parent, SharedColumnInput(activations))
-                    shared_input.columns.append(layer)
-            forward = partial(compute, activations, shared_input, layer)
-            in_a_copy = partial(refuse_copy, type(module).__name__)
-            module.forward = ModuleHook(forward, in_a_copy)
+        if planned.role in FORWARDS and isinstance(module, nn.Embedding):
+            check_embedding(name, module)
+            replace_forward(module, partial(_embedding, activations, module))
+        elif planned.role in FORWARDS and is_linear(module):
+            linear, shared_input = as_linear(module), None
+            if planned.role != "rowwise":
+                parent = name.rpartition(".")[0]
+                shared_input = inputs.setdefault(parent, SharedColumnInput(activations))
+                shared_input.columns.append(linear)
+            compute = FORWARDS[planned.role]
+            replace_forward(module, partial(compute, activations, shared_input, linear))
         elif planned.role == "scatter_output":
             module.register_forward_hook(ModuleHook(lambda m, args, y: activations.scatter(y)))
         elif planned.role == "gather_input":
@@ -209,9 +208,7 @@ def _rowwise(
     return y if linear.bias is None else y + linear.bias  # after the sum, so that it is added once
 
 
-def _embedding(
-    activations: ActivationLayout, shared_input: None, module: nn.Embedding, tokens: Tensor
-) -> Tensor:
+def _embedding(activations: ActivationLayout, module: nn.Embedding, tokens: Tensor) -> Tensor:
     size, padding = module.num_embeddings, module.padding_idx
     return activations.reduce(look_up(tokens, module.weight, size, padding, activations.axis))
 
