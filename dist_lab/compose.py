@@ -21,6 +21,8 @@ from dist_lab.layout.layout import Layout, holds, slice_local
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.param_slots import param_slots, set_param
+from dist_lab.parallel.pipeline.partition import seams
+from dist_lab.parallel.tensor.before_stages import try_before_stages
 from dist_lab.programs.cli.mixes import check_impl, strategies_on
 from dist_lab.programs.cli.registry import STRATEGIES, Impl
 from dist_lab.step.claims import claim, refuse_claimed
@@ -124,6 +126,11 @@ def parallelize(
         param_dtype, recompute,
     )  # fmt: skip
     del parameters, first_name
+    if mix[0].axes == ("pp",) and seams(model) is not None:  # without stages, tp will refuse it
+        for chosen, own in zip(mix, options_of, strict=True):
+            if chosen.axes == ("tp",):
+                whole = replace(setup, axes={"tp": mesh["tp"]})
+                try_before_stages(chosen.apply, whole, own, options.get("example_inputs"))
     applied = fold(setup, list(zip(mix, options_of, strict=True)), draw)
     local_names = [name for name, _ in model.named_parameters()]
     expected = [n for n, layout in applied.layouts.items() if holds(layout, mesh.coordinates)]

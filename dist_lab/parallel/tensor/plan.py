@@ -13,18 +13,13 @@ from dist_lab.errors import UserError, nearest_degree
 from dist_lab.layout.layout import Layout, Owed, Shard
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import ParamSlot, param_slots
+from dist_lab.parallel.tensor.layers import is_linear, output_dim
 from dist_lab.step.setup import Setup
 
 Role = str | tuple[str, int]
 Plan = Mapping[str, Role]
 
-SPLIT = {  # role -> the class of module that it can shard
-    "colwise": nn.Linear,
-    "colwise_grouped": nn.Linear,
-    "colwise_gather_output": nn.Linear,
-    "rowwise": nn.Linear,
-    "vocabulary": nn.Linear | nn.Embedding,
-}
+SPLIT = ("colwise", "colwise_grouped", "colwise_gather_output", "rowwise", "vocabulary")
 NOT_SPLIT = ("replicate", "sequence", "scatter_output", "gather_input")
 IN_BLOCKS = ("colwise", "colwise_grouped")
 OLD_NAMES = {  # still accepted
@@ -130,9 +125,10 @@ def _read(glob: str, role: Role) -> Planned:
 
 
 def _check_kind(name: str, module: nn.Module, planned: Planned) -> None:
-    kind = SPLIT.get(planned.role)
-    if kind is not None and not isinstance(module, kind):
-        wanted = "a Linear or an Embedding" if planned.role == "vocabulary" else "a Linear"
+    is_kind, wanted = is_linear(module), "a Linear"
+    if planned.role == "vocabulary":
+        is_kind, wanted = isinstance(module, nn.Linear | nn.Embedding), "a Linear or an Embedding"
+    if planned.role in SPLIT and not is_kind:
         raise UserError(
             f"the plan splits {name} as {planned.role!r}, which takes {wanted}, and it is a "
             f"{type(module).__name__}"
@@ -191,19 +187,20 @@ def _layout_for_role(
     planned_name = next((outer for outer in (name, *_enclosing(name)) if outer in plan), None)
     planned = Planned("replicate") if planned_name is None else plan[planned_name]
     role, block = planned.role, planned.block
+    dim = output_dim(module, attribute)
     if role == "rowwise" and attribute == "weight":
-        return layout.split(axis.name, Shard(1))
+        return layout.split(axis.name, Shard(1 - dim))
     if role in ("rowwise", "sequence"):
         is_partial = sequence_parallel and axis.size > 1
         return layout.owing(Owed(axis.name)) if is_partial else layout
     if role not in SPLIT:
         return layout
-    outputs = getattr(module, attribute).shape[0]
+    outputs = getattr(module, attribute).shape[dim]
     blocks, rest = divmod(outputs, block)
     if rest:
         raise UserError(f"{name} has {outputs} outputs, and the plan keeps {block} together")
     # Without blocks, the last shard of a hidden width or of a vocabulary may be shorter.
-    must_divide = role in ("colwise_grouped", "colwise_gather_output") or block > 1
+    must_divide = role == "colwise_grouped" or block > 1
     copies = 1
     if role == "colwise_grouped" and blocks < axis.size and axis.size % blocks == 0:
         copies = axis.size // blocks  # ranks whose queries use one key head share that head
@@ -216,7 +213,7 @@ def _layout_for_role(
             f"degrees that work: {', '.join(map(str, degrees))}, the nearest is "
             f"{nearest_degree(degrees, axis.size)}"
         )
-    return layout.split(axis.name, Shard(0, copies))
+    return layout.split(axis.name, Shard(dim, copies))
 
 
 def divisors(length: int) -> list[int]:

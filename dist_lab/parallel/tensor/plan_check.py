@@ -19,8 +19,7 @@ unsharded models.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +30,11 @@ from dist_lab.comm.context import CollectiveError
 from dist_lab.errors import MachineError, UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, Shard, shard_of, slice_local
-from dist_lab.parallel.tensor.plan import Planned
-from dist_lab.parallel.tensor.plan_source import takes_whole_sequence
+from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.param_slots import param_slots
+from dist_lab.parallel.tensor.differences import distance, tolerance
+from dist_lab.parallel.tensor.plan import Plan, Planned
+from dist_lab.parallel.tensor.plan_source import is_tested, takes_whole_sequence
 from dist_lab.parallel.tensor.same_inputs import random_states
 from dist_lab.parallel.tensor.sequence import T
 from dist_lab.parallel.tensor.trial import (
@@ -50,11 +52,19 @@ from dist_lab.step.protocol import Sync
 from dist_lab.step.setup import Setup
 from dist_lab.transforms.precision import compute_in
 
-# Bytes of an element -> the largest difference that rounding explains, relative to the norm of the
-# tensor; and the norm below which a gradient is only rounding, relative to that of all gradients.
-# A wrong plan is off by a hundredth or more, mostly by a tenth.
-TOLERANCE = {8: (1e-5, 1e-4), 4: (1e-3, 1e-2), 2: (0.25, 0.1), 1: (0.5, 0.5)}
 NO_MEMORY = "no memory"
+
+
+def check_before_first_forward(
+    setup: Setup, plan: Plan | str | None, planned: Mapping[str, Planned],
+    layouts: Mapping[str, Layout], shard: Callable[[nn.Module], Sync], *, sequence_parallel: bool,
+) -> None:  # fmt: skip
+    """Test a plan before the first forward, unless our own tests cover it. In a pipeline the whole
+    model has no forward: before_stages.py tests the plan before the model is cut.
+    """
+    axis, tested = setup.axis, is_tested(setup.whole_model, plan)
+    if axis.size > 1 and not tested and not axis.comm.dry_run and setup.stages is None:
+        PlanCheck(setup, planned, layouts, shard, sequence_parallel=sequence_parallel)
 
 
 class PlanCheck:
@@ -72,6 +82,7 @@ class PlanCheck:
         self.sequence_parallel = sequence_parallel
         self.inputs_are_shards = sequence_parallel and not takes_whole_sequence(self.model, plan)
         self.outputs_agree = False
+        self.copies = dict(_copies(setup.model, plan, layouts, self.axis))
         hook = ModuleHook(self._before_forward)
         self.handle = setup.model.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -211,7 +222,7 @@ class PlanCheck:
 
     def _output_difference(self, reference: Trial, sharded: Trial) -> str:
         """An error message about the first output that differs, or ""."""
-        close, _ = _tolerance(reference, sharded)
+        close, _ = tolerance(reference, sharded)
         exact = reference.mode.dtype is torch.float64  # then even an argmax must agree
         kind = type(self.model).__name__
         pairs = zip(sharded.outputs, reference.outputs, strict=False)
@@ -231,10 +242,10 @@ class PlanCheck:
                 if expected.shape != local.shape:
                     detail = f"{what} returns {[*local.shape]} instead of {[*expected.shape]}"
                 elif exact or local.is_floating_point():
-                    distance = _distance(local, expected)
-                    if distance <= close:
+                    error = distance(local, expected)
+                    if error <= close:
                         continue
-                    detail = f"the output of {what} is off by {distance:.2g} of its norm"
+                    detail = f"the output of {what} is off by {error:.2g} of its norm"
                 else:
                     continue
                 return self._plan_error(sharded, i, detail)
@@ -242,7 +253,7 @@ class PlanCheck:
 
     def _gradient_difference(self, reference: Trial, sharded: Trial) -> str:
         """An error message about the first gradient in backward that differs, or ""."""
-        close, least = _tolerance(reference, sharded)
+        close, least = tolerance(reference, sharded)
         grads, full_grads, mesh = sharded.gradients(), reference.gradients(), self.setup.mesh
         total = sum(float(g.double().norm()) ** 2 for g in full_grads.values()) ** 0.5
         line = ""
@@ -252,10 +263,10 @@ class PlanCheck:
             else:
                 expected = self._expected("", sharded, grads.get(name, full), full)
             grad = grads.get(name, torch.zeros_like(expected))
-            distance = _distance(grad, expected, least * total)
-            if distance > close:
+            error = distance(grad, expected, least * total)
+            if error > close:
                 line = (
-                    f"under this plan the gradient of {name} is off by {distance:.2g} of its norm: "
+                    f"under this plan the gradient of {name} is off by {error:.2g} of its norm: "
                     f"each rank has a part of it, as {name} or its result is used with sharded "
                     f"features{' or a shard of the sequence' if self.sequence_parallel else ''} "
                     "outside of planned layers; use it before a colwise or after a rowwise layer, "
@@ -270,15 +281,9 @@ class PlanCheck:
         if full.dim() and id(y) in sharded.logits:
             return shard_of(full, Shard(full.dim() - 1), size, index)
         if full.dim() and planned is not None and planned.role in ("colwise", "colwise_grouped"):
-            return shard_of(full, Shard(full.dim() - 1, self._copies(name)), size, index)
+            return shard_of(full, Shard(full.dim() - 1, self.copies[name]), size, index)
         is_shard = self.sequence_parallel and full.dim() > 1 and full.shape != y.shape
         return full.chunk(size, T)[index] if is_shard and full.shape[T] % size == 0 else full
-
-    def _copies(self, name: str) -> int:
-        weight = self.model.get_submodule(name)._parameters["weight"]
-        layout = next(self.layouts[n] for n, p in self.model.named_parameters() if p is weight)
-        placement = dict(layout.splits)[self.axis.name]
-        return placement.copies if isinstance(placement, Shard) else 1
 
     # --- the message ------------------------------------------------------------------------------
 
@@ -326,23 +331,17 @@ class _NoMemory(Exception):
     """Some rank is out of memory, so all ranks end the trial."""
 
 
-def _tolerance(*trials: Trial) -> tuple[float, float]:
-    if all(trial.mode.dtype is torch.float64 for trial in trials):
-        return TOLERANCE[8]
-    tensors = (t for trial in trials for t in [*trial.model.parameters(), *trial.differentiable()])
-    return TOLERANCE[min((t.dtype.itemsize for t in tensors if t.is_floating_point()), default=8)]
-
-
-def _distance(local: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """The norm of the difference, relative to the expected norm, or to `least` if that is more."""
-    if local.layout is not torch.strided:
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    local, expected = local.detach().to(wide), expected.detach().to(wide)
-    difference, norm = float((local - expected).norm()), max(float(expected.norm()), least)
-    if not math.isfinite(norm):  # there is nothing to compare with
-        return 0.0
-    return difference / max(norm, 1e-300) if math.isfinite(difference) else math.inf
+def _copies(
+    model: nn.Module, plan: Mapping[str, Planned], layouts: Mapping[str, Layout], axis: Axis
+) -> Iterator[tuple[str, int]]:
+    """For each planned layer, the number of ranks that hold the same shard of its weight."""
+    for name, slots in param_slots(model).items():
+        placement = dict(layouts[name].splits).get(axis.name)
+        if isinstance(placement, Shard):
+            holders = {module for module, attribute in slots if attribute == "weight"}
+            for planned in plan:
+                if model.get_submodule(planned) in holders:
+                    yield planned, placement.copies
 
 
 def _first_line(error: Exception) -> str:

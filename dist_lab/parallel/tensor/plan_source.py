@@ -1,4 +1,4 @@
-"""Where a plan comes from: the caller, or the model itself."""
+"""Where a plan comes from: the caller, the model itself, or the names and shapes of its layers."""
 
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -6,29 +6,48 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from dist_lab.errors import UserError
-from dist_lab.parallel.tensor.plan import Plan, Planned
-
-
-class NoPlan(UserError):
-    """tp needs a plan, and neither the model nor the caller has one."""
+from dist_lab.mesh.mesh import Axis
+from dist_lab.parallel.tensor.auto_plan import NoPlan, auto_plan
+from dist_lab.parallel.tensor.plan import Plan, Planned, Role
 
 
 @runtime_checkable
 class HasPlan(Protocol):
-    def tp_plan(self) -> dict[str, str | tuple[str, int]]: ...
+    def tp_plan(self) -> dict[str, Role]: ...
 
 
-def own_plan(model: nn.Module) -> Plan:
-    """The model's own plan, `tp_plan()`. Raises NoPlan if it has none."""
-    if not isinstance(model, HasPlan):
+def plan_of(
+    model: nn.Module, plan: Plan | str | None, axis: Axis, *, sequence_parallel: bool
+) -> Plan:
+    """The plan to use.
+
+    Args:
+        plan: the caller's; None: the model's own, `tp_plan()`; "auto": the model's own, or the one
+            that auto_plan finds.
+
+    Raises:
+        NoPlan: there is none.
+    """
+    if isinstance(plan, str) and plan != "auto":
+        raise UserError(f'plan cannot be {plan!r}; give plan="auto" or plan={{"up": "colwise"}}')
+    if plan is not None and not isinstance(plan, str):
+        return plan
+    if isinstance(model, HasPlan) and callable(model.tp_plan):
+        return model.tp_plan()
+    if plan is None:
         raise NoPlan(
             f"{type(model).__name__} has no tp_plan(), which says how to split it; give "
-            'plan={"up": "colwise", "down": "rowwise", ...}'
+            'plan="auto", or plan={"up": "colwise", "down": "rowwise", ...}'
         )
-    return model.tp_plan()
+    if sequence_parallel:
+        raise NoPlan(
+            'plan="auto" does not know which modules can read a shard of the sequence; leave out '
+            "sequence_parallel, or give plan={...} with them"
+        )
+    return auto_plan(model, axis.size)
 
 
-def is_tested(model: nn.Module, plan: Plan | None) -> bool:
+def is_tested(model: nn.Module, plan: Plan | str | None) -> bool:
     """Whether the plan is that of a zoo model, which our own tests cover."""
     return plan is None and type(model).__module__.startswith("dist_lab.zoo.")
 

@@ -30,7 +30,7 @@ from dist_lab.torch_private import AnyDropout
 
 
 def compare_inputs(
-    setup: Setup, planned_by_name: Mapping[str, Planned], plan: Plan | None, *,
+    setup: Setup, planned_by_name: Mapping[str, Planned], plan: Plan | str | None, *,
     sequence_parallel: bool,
 ) -> None:  # fmt: skip
     """Compare the model's inputs over the ranks in every forward. Without the mesh's `check`, a zoo

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_lab.comm import autograd
 from dist_lab.comm.ops import Pending
@@ -24,6 +24,7 @@ from dist_lab.parallel.split_linear import (
     split_linear,
     weight_gradient,
 )
+from dist_lab.parallel.tensor.layers import AnyLinear
 from dist_lab.parallel.tensor.plan import divisors
 from dist_lab.step.setup import WeightWork
 
@@ -113,15 +114,15 @@ class SharedColumnInput:
 
     def __init__(self, activations: ActivationLayout) -> None:
         self.activations = activations
-        self.columns: list[nn.Linear] = []
+        self.columns: list[AnyLinear] = []
         self.clear()
 
     def clear(self) -> None:
         self.source: tuple[Tensor, int | None] | None = None  # the input, and its version
         self.gathered: Tensor | None = None
-        self.uncalled: dict[nn.Linear, tuple[Tensor, OnOutputGrad]] = {}
+        self.uncalled: dict[AnyLinear, tuple[Tensor, OnOutputGrad]] = {}
 
-    def __call__(self, x: Tensor, column: nn.Linear) -> Tensor:
+    def __call__(self, x: Tensor, column: AnyLinear) -> Tensor:
         """x W^T + b of one colwise layer."""
         # A tensor made in inference mode has no version that would show a change.
         queue = self.activations.weight_work.queue

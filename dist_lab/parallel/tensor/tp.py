@@ -58,6 +58,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_lab.comm import autograd, ops
@@ -65,13 +66,21 @@ from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Shard, holds, shard_bounds, shard_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import param_slots, parameter_at, set_param
+from dist_lab.parallel.tensor.layers import (
+    AnyLinear,
+    as_linear,
+    check_embedding,
+    is_linear,
+    refuse_shortcuts,
+    replace_forward,
+)
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange
-from dist_lab.parallel.tensor.plan_check import PlanCheck
-from dist_lab.parallel.tensor.plan_source import is_tested, own_plan
+from dist_lab.parallel.tensor.plan_check import check_before_first_forward
+from dist_lab.parallel.tensor.plan_source import plan_of
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.parallel.tensor.sequence import ActivationLayout, SharedColumnInput, enter_block
-from dist_lab.parallel.tensor.vocabulary import SplitLogits, check_embedding, look_up
-from dist_lab.step.hooks import ModuleHook, refuse_copy
+from dist_lab.parallel.tensor.vocabulary import SplitLogits, look_up
+from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
 from dist_lab.step.setup import Folded, Setup
 
@@ -79,14 +88,14 @@ from dist_lab.step.setup import Folded, Setup
 def apply(
     setup: Setup,
     *,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
     sequence_parallel: bool = False,
     regather: bool = False,
 ) -> Applied:
     """Shard a model as the plan says.
 
     Args:
-        plan: see [Note: the plan]; default: the model's own.
+        plan: see [Note: the plan]; default: the model's own. "auto": see auto_plan.py.
         sequence_parallel: shard the residual stream along the sequence.
         regather: save only a shard of each colwise layer's input, and gather it in backward.
 
@@ -102,7 +111,7 @@ def apply(
             'sequence are its forward: stages = ("embed", "layers.*", "head")'
         )
     axis = setup.axis
-    roles = own_plan(setup.whole_model) if plan is None else plan
+    roles = plan_of(setup.whole_model, plan, axis, sequence_parallel=sequence_parallel)
     planned_by_name, layouts = arrange(setup, roles, sequence_parallel=sequence_parallel)
     activations = ActivationLayout(
         axis, setup.weight_work, sequence_parallel=sequence_parallel, regather=regather
@@ -126,8 +135,9 @@ def apply(
     if setup.stages is not None:
         shard(setup.stages.meta_model)
     compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
-    if axis.size > 1 and not is_tested(setup.whole_model, plan) and not axis.comm.dry_run:
-        PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
+    check_before_first_forward(
+        setup, plan, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel
+    )
     return Applied(layouts, sync)
 
 
@@ -144,48 +154,50 @@ def replace_forwards(
         module = local.get(name)
         if module is None:  # on another pipeline stage
             continue
-        if planned.role in FORWARDS and isinstance(module, nn.Linear | nn.Embedding):
-            compute, shared_input = FORWARDS[planned.role], None
-            if isinstance(module, nn.Embedding):
-                check_embedding(name, module)
-                compute = _embedding
-            elif isinstance(module, nn.Linear) and planned.role != "rowwise":
+        if planned.role in FORWARDS and isinstance(module, nn.Embedding):
+            check_embedding(name, module)
+            replace_forward(module, partial(_embedding, activations, module))
+        elif planned.role in FORWARDS and is_linear(module):
+            linear, shared_input = as_linear(module), None
+            if planned.role != "rowwise":
                 parent = name.rpartition(".")[0]
                 shared_input = inputs.setdefault(parent, SharedColumnInput(activations))
-                shared_input.columns.append(module)
-            forward = partial(compute, activations, shared_input, module)
-            in_a_copy = partial(refuse_copy, type(module).__name__)
-            module.forward = ModuleHook(forward, in_a_copy)
+                shared_input.columns.append(linear)
+            compute = FORWARDS[planned.role]
+            replace_forward(module, partial(compute, activations, shared_input, linear))
         elif planned.role == "scatter_output":
             module.register_forward_hook(ModuleHook(lambda m, args, y: activations.scatter(y)))
         elif planned.role == "gather_input":
             module.register_forward_pre_hook(
                 ModuleHook(lambda m, args: (activations.gather(args[0]), *args[1:]))
             )
+    refuse_shortcuts(model)
     return list(inputs.values())
 
 
 def _colwise(
-    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: AnyLinear, x: Tensor
 ) -> Tensor:
     return shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
 
 
 def _colwise_gather_output(
-    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: AnyLinear, x: Tensor
 ) -> Tensor:
-    y = shared_input(x, linear)  # In[B, D] . W[D, F_tp] -> Out[B, F_tp]
-    return autograd.gather_replicated(y, activations.axis, -1)  # Out[B, F]
+    y, width = shared_input(x, linear), linear.out_features  # In[B, D] . W[D, F_tp] -> [B, F_tp]
+    if width % activations.axis.size:  # the last shards are shorter
+        y = F.pad(y, (0, -(-width // activations.axis.size) - y.shape[-1]))
+    return autograd.gather_replicated(y, activations.axis, -1).narrow(-1, 0, width)  # Out[B, F]
 
 
 def _logits(
-    activations: ActivationLayout, shared_input: SharedColumnInput, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: SharedColumnInput, linear: AnyLinear, x: Tensor
 ) -> SplitLogits:
     return SplitLogits(shared_input(x, linear), linear.out_features, activations.scratch)
 
 
 def _rowwise(
-    activations: ActivationLayout, shared_input: None, linear: nn.Linear, x: Tensor
+    activations: ActivationLayout, shared_input: None, linear: AnyLinear, x: Tensor
 ) -> Tensor:
     width, axis = linear.weight.shape[1], activations.axis
     if x.shape[-1] == linear.in_features != width:  # unsharded: no colwise layer came before
@@ -196,9 +208,7 @@ def _rowwise(
     return y if linear.bias is None else y + linear.bias  # after the sum, so that it is added once
 
 
-def _embedding(
-    activations: ActivationLayout, shared_input: None, module: nn.Embedding, tokens: Tensor
-) -> Tensor:
+def _embedding(activations: ActivationLayout, module: nn.Embedding, tokens: Tensor) -> Tensor:
     size, padding = module.num_embeddings, module.padding_idx
     return activations.reduce(look_up(tokens, module.weight, size, padding, activations.axis))
 

@@ -29,8 +29,8 @@ from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import param_slots
 from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors
-from dist_lab.parallel.tensor.plan_check import PlanCheck
-from dist_lab.parallel.tensor.plan_source import is_tested, own_plan
+from dist_lab.parallel.tensor.plan_check import check_before_first_forward
+from dist_lab.parallel.tensor.plan_source import plan_of
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.step.protocol import Applied, Sync
@@ -38,7 +38,9 @@ from dist_lab.step.setup import Setup
 from dist_lab.torch_private import forget_shardings, keeps_graph, may_be_split_again
 
 
-def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = False) -> Applied:
+def apply(
+    setup: Setup, *, plan: Plan | str | None = None, sequence_parallel: bool = False
+) -> Applied:
     """Hand each module of the plan to `parallelize_module`. The arguments are those of tp.py.
 
     Raises:
@@ -47,7 +49,7 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
     model, axis = setup.model, setup.axis
-    roles = own_plan(setup.whole_model) if plan is None else plan
+    roles = plan_of(setup.whole_model, plan, axis, sequence_parallel=sequence_parallel)
     planned_by_name, layouts = arrange(setup, roles, sequence_parallel=sequence_parallel)
     for name, layout in layouts.items():
         if getattr(dict(layout.splits).get(axis.name), "copies", 1) > 1:
@@ -62,8 +64,9 @@ def apply(setup: Setup, *, plan: Plan | None = None, sequence_parallel: bool = F
     shard = partial(_shard, mesh, planned_by_name, sequence_parallel=sequence_parallel)
     sync = shard(model)
     compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
-    if axis.size > 1 and not is_tested(setup.whole_model, plan) and not axis.comm.dry_run:
-        PlanCheck(setup, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel)
+    check_before_first_forward(
+        setup, plan, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel
+    )
     about = (
         "torch parallelize_module(ColwiseParallel, RowwiseParallel, "
         + ("SequenceParallel, " if sequence_parallel else "")
@@ -106,7 +109,11 @@ def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) ->
     for name, planned in plan.items():
         if planned.role in ("colwise", "colwise_grouped", "colwise_gather_output", "rowwise"):
             linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear), name
+            if not isinstance(linear, nn.Linear):
+                raise UserError(
+                    f"DTensor splits nn.Linear, and {name} is a {type(linear).__name__}; give "
+                    'impl="hand"'
+                )
             width = linear.in_features if planned.role == "rowwise" else linear.out_features
             if width % axis.size:
                 raise UserError(

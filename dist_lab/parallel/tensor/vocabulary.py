@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_lab.comm.autograd import Map, identity, linear_map
 from dist_lab.comm.shared.scratch import Scratch
@@ -152,12 +152,3 @@ def look_up(tokens: Tensor, weight: Tensor, size: int, padding: int | None, axis
     local_padding = padding - first if padding is not None and first <= padding < stop else None
     rows = F.embedding(torch.where(is_local, tokens - first, 0), weight, local_padding)
     return rows.masked_fill(~is_local[..., None], 0)
-
-
-def check_embedding(name: str, module: nn.Embedding) -> None:
-    """Raise UserError if the embedding has an option that a shard of its rows cannot compute."""
-    if module.max_norm is not None or module.scale_grad_by_freq:
-        raise UserError(
-            f"{name} has max_norm or scale_grad_by_freq, which depend on the rows that a batch "
-            "uses; leave it out of the plan, or make it without these options"
-        )

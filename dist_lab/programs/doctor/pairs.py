@@ -11,6 +11,8 @@ import re
 
 from torch import nn
 
+from dist_lab.parallel.tensor.auto_plan import with_globs
+
 
 def plan_of_pairs(model: nn.Module) -> dict[str, str]:
     """Maps the name of each paired Linear to colwise or rowwise."""
@@ -53,12 +55,4 @@ def plan_text(model: nn.Module, plan: dict[str, str]) -> str:
     >>> plan_text(blocks, plan_of_pairs(blocks))
     '{"*.0": "colwise", "*.1": "rowwise"}'
     """
-    modules = [name for name, _ in model.named_modules()]
-    short: dict[str, str] = {}
-    for name, role in plan.items():
-        glob = re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
-        pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
-        matching = [other for other in modules if pattern.fullmatch(other)]
-        same = all(plan.get(other) == role for other in matching)
-        short[glob if same else name] = role
-    return json.dumps(short)
+    return json.dumps(with_globs(model, plan))

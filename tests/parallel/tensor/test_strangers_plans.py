@@ -50,6 +50,25 @@ class Scaled(nn.Module):
         return torch.cat([x[..., :8], 2 * x[..., 8:]], -1)
 
 
+class Conv1D(nn.Module):
+    """transformers' linear layer, which stores its weight transposed."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class TransposedMlp(Mlp):
+    def __init__(self, width=16):
+        super().__init__(width)
+        self.e, self.up, self.down = Conv1D(8, 6), Conv1D(width, 8), Conv1D(8, width)
+        self.double()
+
+
 PLAN = {"up": "colwise", "down": "rowwise"}
 
 
@@ -77,6 +96,7 @@ CORRECT = {
         SEQUENCE_PLAN | {"o": "gather_input"}, 16, {"sequence_parallel": True, "regather": True},
     ),
     "colwise_gather_output": ({"up": "colwise_gather_output"}, 16, {}),
+    "colwise_gather_output, uneven": ({"up": "colwise_gather_output", "down": "rowwise"}, 15, {}),
 }  # fmt: skip
 
 
@@ -88,6 +108,46 @@ def test_a_correct_plan_equals_one_process(case, mesh):
         lambda: Mlp(width), rows, mesh, "tp", plan=plan, steps=2, tolerance=1e-9, **options
     )
     assert report.equal, report.sentence()
+
+
+TRANSPOSED = {
+    "in a block": PLAN,
+    "uneven, gathered": {"up": "colwise_gather_output", "down": "rowwise"},
+    "rowwise alone": {"e": "rowwise"},
+}
+
+
+@pytest.mark.parametrize("plan", TRANSPOSED)
+@ranks
+def test_a_linear_layer_that_stores_its_weight_transposed_is_split(plan, mesh):
+    width = 15 if "uneven" in plan else 16
+    report = dist_lab.verify(
+        lambda: TransposedMlp(width), rows, mesh, "tp", plan=TRANSPOSED[plan], tolerance=1e-9
+    )
+    assert report.equal, report.sentence()
+    job = dist_lab.parallelize(TransposedMlp(width), mesh, "tp", plan=TRANSPOSED[plan])
+    split = "e" if "e" in TRANSPOSED[plan] else "up"
+    longest = -(-(6 if split == "e" else width) // 2)
+    if mesh.rank == 0:
+        assert longest in job.model.get_submodule(split).weight.shape
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
+def test_a_transposed_layer_is_split_by_tp_and_then_by_rows(strategy, mesh):
+    axes = {"fsdp" if strategy == "fsdp" else "dp": 2, "tp": 2}
+    units = {"units": ("up", "down")} if strategy == "fsdp" else {}
+    report = dist_lab.verify(
+        TransposedMlp, rows, dist_lab.init_mesh(**axes), strategy, plan=PLAN, microbatches=2,
+        tolerance=1e-9, **units,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
+@ranks
+def test_the_twin_refuses_a_transposed_layer(mesh):
+    with pytest.raises(UserError, match=r"^DTensor splits nn.Linear, and up is a Conv1D; give imp"):
+        dist_lab.parallelize(TransposedMlp(), mesh, "tp", "torch", plan=PLAN)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +228,32 @@ def test_a_wrong_plan_is_refused_before_a_number_is_wrong(case, mesh):
         assert "\n" not in str(refusal.value)
         assert len(set(ops.all_gather_bytes(str(refusal.value).encode(), mesh["tp"]))) == 1
         assert "leave it out of the plan" in str(refusal.value)
+
+
+INSIDE_TP = {  # strategy: (axis, options)
+    "dp": ("dp", {}),
+    "ddp": ("dp", {}),
+    "zero1": ("dp", {}),
+    "zero2": ("dp", {}),
+    "fsdp": ("fsdp", {"units": ("up", "down")}),
+    "fsdp, one unit": ("fsdp", {}),
+}
+
+
+@pytest.mark.parametrize("case", INSIDE_TP)
+@pytest.mark.ranks(4)
+def test_a_plan_is_tested_whichever_strategy_is_inside_of_tp(case, mesh):
+    axis, options = INSIDE_TP[case]
+    mesh = dist_lab.init_mesh(**{axis: 2, "tp": 2})
+    strategy = case.partition(",")[0]
+    for between in (torch.tanh, lambda x: x.softmax(-1)):
+        model = Mlp(between=between)
+        job = dist_lab.parallelize(model, mesh, strategy, plan=PLAN, **options)
+        if between is torch.tanh:
+            train(job)
+        else:
+            with pytest.raises(UserError, match=r"^up is colwise, but Mlp .* off by"):
+                train(job)
 
 
 @ranks
@@ -283,3 +369,21 @@ def test_a_model_used_for_inference_first_can_still_be_trained(mesh, sequence_pa
         y.sum().backward()
         job.finish()
         job.model.zero_grad()
+
+
+@ranks
+def test_the_mlp_of_a_transformer_encoder_layer_is_right_in_evaluation_too(mesh):
+    """In evaluation torch's layer reads its weights, which are shards, and calls no Linear."""
+
+    def build():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.Linear(8, 8), layer).double()
+
+    plan = {"1.linear1": "colwise", "1.linear2": "rowwise"}
+    plain, job = build(), dist_lab.parallelize(build(), mesh, "tp", plan=plan)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(job.model(x), plain(x), rtol=1e-12, atol=1e-12)
+    plain.eval(), job.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(job.model(x), plain(x), rtol=1e-12, atol=1e-12)
