@@ -77,7 +77,8 @@ class Settings(RunSettings):
 
     def options(self, entry: ListedStrategy) -> set[str]:
         """The settings of an entry's strategies that some other strategies do not have."""
-        mesh, strategies = entry.mesh or self.mesh, (entry.strategy,)
+        mesh = entry.mesh or self.mesh
+        strategies: tuple[str, ...] = (entry.strategy,)
         if mesh and not entry.alone:
             with suppress(IllegalMix):  # `misfit` tells
                 strategies = strategies_on(mesh, entry.strategy)

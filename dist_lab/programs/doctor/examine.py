@@ -24,8 +24,8 @@ from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, local_numel
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.parallel.tensor.auto_plan import NoPlan
 from dist_lab.parallel.tensor.plan import Plan
-from dist_lab.parallel.tensor.plan_source import NoPlan
 from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.programs.doctor import notes, pairs
 from dist_lab.programs.doctor.proof import (
