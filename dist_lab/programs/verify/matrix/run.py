@@ -47,7 +47,7 @@ def matrix(cells: Sequence[Cell], out: str) -> int:
     seconds = time.monotonic() - started
     console = wide_console()
     console.print(table.rendered(results))
-    print(table.failures(results), *complaints, sep="\n", end="")
+    print(table.failures(results), *(f"{line}\n" for line in complaints), sep="", end="")
     print(f"{table.sentence(results)}; {seconds / 60:.1f} minutes")
     if folder is not None:
         everything = {
