@@ -168,7 +168,10 @@ def test_a_run_that_cannot_be_explained_is_refused_in_one_line(arguments, line):
     ("arguments", "message"),
     [
         ("--strategy dp --stages 2", "strategy dp has no stages (--stages); leave it out"),
-        ("--strategy ddp --svg a.svg", "strategy ddp has no svg (--svg); leave it out"),
+        ("--svg a.svg", "nothing to draw (--svg); give --mesh, such as fsdp=2,tp=2"),
+        ("--parameter w", "nothing to draw (--parameter); give --mesh"),
+        ("--mesh dp=2 --rank 2", "mesh dp=2 has no rank 2 (--rank); give 0 to 1"),
+        ("--rank 1", "a single process has no rank 1 (--rank); give 0, or --mesh"),
         ("--strategy pp --stages 2 --mesh pp=4", "and there is --mesh pp=4 (--stages); give one"),
         (
             "--strategy pp --svg a.txt",
@@ -192,6 +195,29 @@ def test_a_schedule_is_printed_and_plotted(schedule, printed, tmp_path):
     assert f"{bubble(expected):.1%} idle" in output
     assert render(expected).splitlines()[1] in output
     assert path.read_text().startswith("<?xml")
+
+
+def test_another_rank_is_explained_with_its_own_stage(printed, tmp_path):
+    few = "--mesh pp=2,tp=2 --microbatches 2 --batch 2 --seq 8 --rank 3".split()
+    output = printed(*few, "--out", str(tmp_path))
+    assert "rank 3 communicates along pp with 1, along tp with 2" in output
+    assert "parameters on rank 3" in output
+    assert "lm_head.weight" in output
+    assert "embed_tokens" not in output
+    assert "4 ranks: rank 3 sends " in output
+    assert json.loads((tmp_path / "explain.json").read_text())["rank"] == 3
+
+
+def test_a_parameter_is_shown_with_the_part_of_each_rank(printed, tmp_path):
+    few = "--mesh fsdp=2,tp=2 --batch 2 --seq 8".split()
+    path = tmp_path / "who.svg"
+    output = printed(*few, "--parameter", "lm_head.weight", "--svg", str(path))
+    assert "lm_head.weight: 256 x 128, dim 0 over tp, then dim 0 over fsdp" in output
+    assert re.search(r"128:192 \|   1   \|", output)
+    assert f"plotted in {path}" in output
+    assert path.read_text().startswith("<?xml")
+    with pytest.raises(UserError, match=r"no parameter 'lm_heat.weight' .*did you mean lm_head.we"):
+        printed(*few, "--parameter", "lm_heat.weight")
 
 
 def test_explain_json_has_layouts_memory_and_calls(printed, tmp_path):
