@@ -1,6 +1,5 @@
 """explain shows what a run does, because it runs the step itself."""
 
-import gc
 import json
 import re
 import runpy
@@ -10,19 +9,15 @@ from pathlib import Path
 
 import pytest
 from programs import run
+from real_steps import explained_and_real
 
 from dist_lab.errors import UserError
-from dist_lab.mesh import groups
-from dist_lab.mesh.mesh import dry_run, init_mesh
+from dist_lab.mesh.mesh import init_mesh
 from dist_lab.parallel.schedules.library import make
 from dist_lab.parallel.schedules.simulate import bubble, render
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.explain.command import explain
-from dist_lab.programs.explain.dry_run import observe
-from dist_lab.programs.train import loop
-from dist_lab.programs.train.meter import Meter
 
 ROOT = Path(__file__).parents[3]
 BY_HAND = [name for name, impl in IMPLEMENTATIONS if impl == "hand" and name != "single"]
@@ -48,24 +43,6 @@ def printed(capsys):
     return run_explain
 
 
-def as_tuples(calls):
-    return [(c.phase, c.op, c.unit, c.payload, c.sent) for c in calls]
-
-
-def measured(config, mesh):
-    """Returns the collectives of two real steps, and their peak memory."""
-    data = open_run(config, mesh)
-    job = build(config, mesh, data)
-    optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], Meter(job, optimizer)
-    for step in range(2):
-        rows = data.batch(step, loop.own_rows(config.batch, job))
-        with meter.step(step + 1), mesh.comm.ledger.recording() as calls:
-            loop.take_step(job, optimizer, *rows, step + 1, config)
-        steps.append(as_tuples(calls))
-    return steps, meter.memory
-
-
 @pytest.mark.slow_unless(
     lambda strategy, dtype: (
         (strategy, dtype)
@@ -85,17 +62,9 @@ def test_a_dry_run_sends_and_holds_the_same_bytes_as_a_real_run(strategy, dtype,
     options = {"bucket_mb": 0.5} if strategy == "ddp" else {}
     layers = 4 if strategy == "pp" else 2
     config = Config(strategy=strategy, dtype=dtype, layers=layers, **SMALL, **options)
-    steps, memory = measured(config, init_mesh(timeout=mesh.timeout, **config.axes(4)))
-    if mesh.rank == 0:
-        groups.disconnect()  # from here on it is a single process, as explain.py is
-        gc.collect()
-        with dry_run(config.axes(4)) as other:
-            result = observe(config, other)
-        assert [as_tuples(result.first), as_tuples(result.steady)] == steps
-        kinds = result.peak.to_dict()
-        for moment, measured_kinds in memory.to_dict().items():
-            assert (moment, kinds[moment]) == (moment, measured_kinds)
-        assert result.peak.total == memory.total == sum(kinds["at_peak"].values())
+    explained, real = explained_and_real(config, mesh)
+    assert explained == real
+    assert real["peak"] == sum(real["memory"]["at_peak"].values())
 
 
 def test_explain_shows_ranks_layouts_buckets_and_bytes_of_a_large_mesh(printed):
