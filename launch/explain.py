@@ -4,8 +4,10 @@
     python launch/explain.py --strategy dp --microbatches 2
     python launch/explain.py --strategy pp --schedule zb --stages 4 --svg zb.svg
     python launch/explain.py --strategy fsdp --out runs/fsdp                 writes explain.json
+    python launch/explain.py --mesh pp=2,dp=2,tp=2 --rank 4                 a rank of the last stage
+    python launch/explain.py --mesh fsdp=2,tp=2 --parameter lm_head.weight   who holds which part?
 
-It is a dry run: rank 0 takes a real step in this process, and the other ranks are simulated.
+It is a dry run: one rank takes a real step in this process, and the other ranks are simulated.
 """
 
 import sys

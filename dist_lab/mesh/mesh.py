@@ -255,17 +255,18 @@ def init_mesh(
 
 @contextmanager
 def dry_run(
-    axes: Mapping[str, int], *, backend: str = "gloo", collectives: str = "auto"
+    axes: Mapping[str, int], rank: int = 0, *, backend: str = "gloo", collectives: str = "auto"
 ) -> Iterator[Mesh]:
-    """Rank 0 of a mesh without its other ranks: a dry run shows what a step would send.
+    """One rank of a mesh without its other ranks: a dry run shows what a step would send.
 
     All code runs as on a real mesh, with torch's fake process group, which sends nothing and
     returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
     """
     register_fake_backend()
-    dist.init_process_group("fake", store=HashStore(), rank=0, world_size=math.prod(axes.values()))
+    size = math.prod(axes.values())
+    dist.init_process_group("fake", store=HashStore(), rank=rank, world_size=size)
     try:
-        comm = CommContext(0, dist.get_world_size(), backend=backend, collectives=collectives)
+        comm = CommContext(rank, size, backend=backend, collectives=collectives)
         comm.dry_run = True
         yield Mesh(axes, comm, timeout=60.0)
     finally:

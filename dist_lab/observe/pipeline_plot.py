@@ -25,7 +25,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -50,23 +50,35 @@ HELD, QUIET = ("#8a7fa8", "#a096bb"), "#555555"
 CENTER: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True}
 LANE, STRIP, AROUND, BESIDE = 0.42, 0.32, 1.8, 1.3  # inches: per rank, and for the text around
 BAR, NARROWEST, WIDEST = 0.16, 9.5, 24.0  # inches: of a short bar, and of the page
+IDEAL_UNIT = "units of one stage's forward"
 # Font sizes in points, and the width of a digit relative to its height.
 LEAST, LARGEST, DIGIT = 4.5, 9.0, 0.7
 
 
 def draw(rows: Rows, *, title: str, unit: str) -> Figure:
     """Returns the lanes, and below them the forwards that each rank holds. `unit`: of time."""
+    figure = _new_figure(_from_zero(rows), [LANE, STRIP])
+    draw_into(figure, rows, title=title, unit=unit)
+    return figure
+
+
+def draw_into(figure: Figure | SubFigure, rows: Rows, *, title: str, unit: str) -> None:
+    """Draw what `draw` returns into a part of a larger figure."""
     rows = _from_zero(rows)
     full_title = f"{title}: {fmean(idle_shares(rows)):.1%} idle"
-    figure, (lanes, strips) = _page(full_title, unit, rows, _end(rows), [LANE, STRIP])
+    lanes, strips = _panels(figure, full_title, unit, rows, _end(rows), [LANE, STRIP])
     _draw_lanes(lanes, rows)
     _draw_held(strips, rows)
-    return figure
 
 
 def ideal(schedule: Schedule) -> Figure:
     """Returns a picture of the schedule as simulated, with messages that take no time."""
-    return draw(timeline(schedule), title=_label(schedule), unit="units of one stage's forward")
+    return draw(timeline(schedule), title=_label(schedule), unit=IDEAL_UNIT)
+
+
+def ideal_into(figure: Figure | SubFigure, schedule: Schedule) -> None:
+    """Draw what `ideal` returns into a part of a larger figure."""
+    draw_into(figure, timeline(schedule), title=_label(schedule), unit=IDEAL_UNIT)
 
 
 def side_by_side(measured: Rows, schedule: Schedule, title: str) -> Figure:
@@ -81,7 +93,8 @@ def side_by_side(measured: Rows, schedule: Schedule, title: str) -> Figure:
         [replace(s, start=unit * s.start, end=unit * s.end) for s in row] for row in simulated
     ]
     end = max(_end(measured), _end(simulated))
-    figure, panels = _page(title, "ms", measured, end, [LANE, LANE])
+    figure = _new_figure(measured, [LANE, LANE], end)
+    panels = _panels(figure, title, "ms", measured, end, [LANE, LANE])
     names = "measured", f"ideal, for the same work: {_label(schedule)}"
     for axes, name, rows, share in zip(panels, names, (measured, simulated), idle, strict=True):
         _draw_lanes(axes, rows, f"{name}: {_end(rows):,.4g} ms, {share:.1%} idle")
@@ -166,13 +179,19 @@ def _shade(op: Op, chunk: int, chunks: int) -> str:
     return to_hex(first + (last - first) * (chunk / (chunks - 1) if chunks > 1 else 0.5))
 
 
-def _page(
-    title: str, unit: str, rows: Rows, end: float, heights: Sequence[float]
-) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with title and legend, and its panels, stacked on one time axis."""
+def _new_figure(rows: Rows, heights: Sequence[float], end: float | None = None) -> Figure:
+    """Returns an empty figure, as large as the rows need. `end`: of the time axis."""
+    end = _end(rows) if end is None else end
     width = min(max(BAR * end / _short(rows) + BESIDE, NARROWEST), WIDEST)
     size = width, AROUND + sum(heights) * len(rows)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    return Figure(figsize=size, dpi=150, layout="constrained")
+
+
+def _panels(
+    figure: Figure | SubFigure, title: str, unit: str, rows: Rows, end: float,
+    heights: Sequence[float],
+) -> list[Axes]:  # fmt: skip
+    """Draw title and legend. Returns the panels, stacked on one time axis."""
     grid = figure.subplots(
         len(heights), sharex=True, height_ratios=heights, subplot_kw={"xlim": (0, end)}
     )
@@ -183,7 +202,7 @@ def _page(
     clock = panels[-1]
     clock.spines["bottom"].set(visible=True, color=QUIET)
     clock.tick_params("x", length=3)
-    clock.xaxis.set_major_locator(MaxNLocator(int(width), integer=unit != "ms"))
+    clock.xaxis.set_major_locator(MaxNLocator(_inches_wide(figure), integer=unit != "ms"))
     clock.set_xlabel(f"time, {unit}", fontsize=8, color=QUIET)
     used = {timed.action.op for row in rows for timed in row}
     looks = [Patch(color=_shade(op, 0, 1), label=LOOKS[op][0]) for op in LOOKS if op in used]
@@ -195,7 +214,11 @@ def _page(
         title=title, title_fontproperties={"size": 11, "weight": "bold"},
     )  # fmt: skip
     legend.get_title().set_parse_math(False)  # a file's name may have dollars
-    return figure, panels
+    return panels
+
+
+def _inches_wide(figure: Figure | SubFigure) -> int:
+    return int(figure.bbox.width / figure.dpi)
 
 
 def _draw_lanes(axes: Axes, rows: Rows, head: str = "") -> None:

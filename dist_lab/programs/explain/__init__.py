@@ -1,1 +1,1 @@
-"""The code of `launch/explain.py`: a dry run of one step of rank 0."""
+"""The code of `launch/explain.py`: a dry run of one step of one rank, and pictures of the mesh."""

@@ -3,18 +3,20 @@ the collectives and the memory of a step.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from rich.console import Console
 
 from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.layout.layout import Layout
 from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.observe.console import wide_console
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import bubble, peak_activations, render
-from dist_lab.programs.explain import tables
+from dist_lab.programs.explain import ranks, tables
 from dist_lab.programs.explain.dry_run import DryRunResult, observe
 from dist_lab.programs.explain.file import write
 from dist_lab.programs.explain.settings import Explain
@@ -33,16 +35,26 @@ def explain(config: Explain, mesh: Mesh) -> int:
     axes, run = run.axes(size), run.fitted(size)
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
-    if "pp" in axes:
-        show_schedule(console, run.pipeline(axes["pp"]), config.svg)
+    schedule = run.pipeline(axes["pp"]) if "pp" in axes else None
+    several = math.prod(axes.values()) > 1
     with ExitStack() as cleanup:
-        if math.prod(axes.values()) > 1:
-            console.print(tables.rank_grid(axes))
-            mesh = cleanup.enter_context(
-                dry_run(axes, backend=config.backend, collectives=config.collectives)
-            )
+        if several:
+            dry = dry_run(axes, config.rank, backend=config.backend, collectives=config.collectives)
+            mesh = cleanup.enter_context(dry)
         result = observe(run, mesh)
+        parameter = None
+        if config.parameter:  # before anything is printed: there may be no such parameter
+            parameter = config.parameter, ranks.find(result.job.layouts, config.parameter)
+        if schedule is not None:
+            show_schedule(console, schedule)
+        if several:
+            show_lines(console, ranks.rank_picture(mesh.axes, mesh.rank))
         show(console, result)
+        if parameter is not None:
+            show_parameter(console, *parameter, result.job)
+        if config.svg:
+            plot(config.svg, mesh, parameter, schedule)
+            console.print(f"plotted in {config.svg}", highlight=False, soft_wrap=True)
         console.print(summary(result, axes), highlight=False, soft_wrap=True)
         if folder is not None:
             path = write(folder, result.job.strategies, result)
@@ -52,12 +64,15 @@ def explain(config: Explain, mesh: Mesh) -> int:
 
 def summary(result: DryRunResult, axes: Mapping[str, int]) -> str:
     """The result in one line."""
-    ranks, sent = math.prod(axes.values()), sum(call.sent for call in result.steady)
-    traffic = "nothing is sent, and rank 0"
+    size, sent = math.prod(axes.values()), sum(call.sent for call in result.steady)
+    rank = result.job.mesh.rank
+    traffic = f"nothing is sent, and rank {rank}"
     if result.steady:
-        traffic = f"rank 0 sends {sent / 1e6:,.2f} MB a step in {len(result.steady)} calls, and"
+        traffic = (
+            f"rank {rank} sends {sent / 1e6:,.2f} MB a step in {len(result.steady)} calls, and"
+        )
     peak = f"{result.peak.total / 1e6:,.1f} MB"
-    return f"{ranks} rank{'s' * (ranks > 1)}: {traffic} holds {peak} at most"
+    return f"{size} rank{'s' * (size > 1)}: {traffic} holds {peak} at most"
 
 
 def show(console: Console, result: DryRunResult) -> None:
@@ -68,13 +83,13 @@ def show(console: Console, result: DryRunResult) -> None:
     if not steady:
         return
     console.print(tables.calls_table("collectives of a step, in order; bytes", steady))
-    console.print(tables.totals_table(steady))
+    console.print(tables.totals_table(steady, result.job.mesh.rank))
     if [(c.op, c.payload) for c in first] != [(c.op, c.payload) for c in steady]:
         console.print(tables.calls_table("the first step, which differs; bytes", first))
 
 
-def show_schedule(console: Console, schedule: Schedule, svg: str) -> None:
-    """Print a schedule, its idle time and its activations; plot it if `svg` names a file."""
+def show_schedule(console: Console, schedule: Schedule) -> None:
+    """Print a schedule, its idle time and its activations."""
     console.print(
         f"{schedule.name}, one column per unit of time (F takes 1, B 2; or split: I 1, W 1); "
         f"{bubble(schedule):.1%} idle"
@@ -82,8 +97,25 @@ def show_schedule(console: Console, schedule: Schedule, svg: str) -> None:
     console.print(render(schedule), soft_wrap=True, highlight=False)
     peaks = ", ".join(map(str, peak_activations(schedule)))
     console.print(f"most forwards held at once, by rank: {peaks}", highlight=False)
-    if svg:
-        from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
 
-        pipeline_plot.write(pipeline_plot.ideal(schedule), svg)
-        console.print(f"plotted in {svg}", highlight=False, soft_wrap=True)
+
+def show_parameter(console: Console, name: str, layout: Layout, job: Job) -> None:
+    """Print a picture of a parameter, and the part of it that each rank holds."""
+    flat = "the gradient and the optimizer state" if name in job.stepped else "the parameter"
+    show_lines(console, ranks.parameter_lines(name, layout, job.mesh.axes, flat=flat))
+    console.print(ranks.parameter_table(layout, job.mesh.axes))
+
+
+def show_lines(console: Console, lines: Sequence[str]) -> None:
+    """Print a picture. It is not wrapped, and [0] is not markup."""
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def plot(
+    path: str, mesh: Mesh, parameter: tuple[str, Layout] | None, schedule: Schedule | None
+) -> None:
+    """Plot the ranks of the mesh, and a parameter's parts and a schedule if there are any."""
+    from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
+    from dist_lab.programs.explain import rank_plot
+
+    pipeline_plot.write(rank_plot.draw(mesh.axes, mesh.rank, parameter, schedule), path)

@@ -1,6 +1,6 @@
-"""A dry run: two steps of rank 0, with all other ranks simulated.
+"""A dry run: two steps of one rank, with all other ranks simulated.
 
-Rank 0 runs its real model, strategy and training loop on a mesh whose other ranks are simulated
+The rank runs its real model, strategy and training loop on a mesh whose other ranks are simulated
 (`mesh.dry_run`). So the result cannot differ from what a run does. It costs the time and memory of
 two steps of one rank.
 """
@@ -21,7 +21,7 @@ from dist_lab.programs.train.meter import Meter
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """The collectives and the memory of two steps of rank 0.
+    """The collectives and the memory of two steps of the rank.
 
     In the first step a strategy may learn the order of its buckets or units; the second is like all
     later steps.
@@ -35,7 +35,7 @@ class DryRunResult:
 
 
 def observe(config: Config, mesh: Mesh) -> DryRunResult:
-    """Take the two steps as rank 0 of the mesh."""
+    """Take the two steps as this rank of the mesh."""
     data = open_run(replace(config, log_collectives=False), mesh)
     job = build(config, mesh, data)
     optimizer = loop.make_optimizer(job, config)

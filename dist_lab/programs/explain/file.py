@@ -1,4 +1,4 @@
-"""Write explain.json: the layout of each parameter, the memory of rank 0 and every collective.
+"""Write explain.json: the layout of each parameter, the memory of a rank and every collective.
 
     {"strategy": "fsdp@hand", "mesh": {"fsdp": 4},
      "layouts": {"norm.weight": {"shape": [128], "dtype": "float32",
@@ -6,8 +6,9 @@
      "memory": {"peak": 1, "kinds": {"parameters": {"at_peak": 1, "own_peak": 1, "by_layout": 1}}},
      "calls": [{"step": 1, "phase": "forward", "op": "all_gather", "payload": 1, "sent": 1, ...}]}
 
-All sizes are in bytes. In step 1 a strategy may learn the order of its buckets or units; step 2 is
-like all later steps. Nothing in the file depends on the time, the machine or line numbers.
+All sizes are in bytes. "rank" is that of --rank, left out if it is 0. In step 1 a strategy may
+learn the order of its buckets or units; step 2 is like all later steps. Nothing in the file depends
+on the time, the machine or line numbers.
 """
 
 from pathlib import Path
@@ -39,9 +40,11 @@ def to_dict(strategy: str, result: DryRunResult) -> dict[str, Any]:
         for kind in memory.KINDS
     }
     steps = enumerate((result.first, result.steady), start=1)
+    rank = {"rank": job.mesh.rank} if job.mesh.rank else {}
     return {
         "strategy": strategy,
         "mesh": dict(job.mesh.axes),
+        **rank,
         "layouts": {name: to_json(layout) for name, layout in job.layouts.items()},
         "memory": {"peak": result.peak.total, "kinds": kinds},
         "calls": [{"step": step} | call_to_dict(call) for step, calls in steps for call in calls],

@@ -1,5 +1,6 @@
 """The settings of explain.py: those of a run, without the settings of training and launching."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +30,11 @@ class Explain(RunSettings):
         f"{RANKS}; no rank is started", low=1, heading="common settings")
     stages: int | None = setting(None, "pipeline stages: short for --mesh pp=N",
         heading="explain", low=1, high=1024)
-    svg: str = setting("", "plot the schedule and the activations that each rank holds to this "
-        "file: .svg, .png or .pdf", metavar="FILE")
+    rank: int = setting(0, "the rank whose step is shown; under pp each stage has its own", low=0)
+    parameter: str = setting("", "show which part of this parameter each rank holds, such as "
+        "lm_head.weight", metavar="NAME")
+    svg: str = setting("", "plot the ranks of the mesh, the part of --parameter that each one "
+        "holds, and the schedule of a pipeline to this file: .svg, .png or .pdf", metavar="FILE")
     # fmt: on
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
@@ -51,12 +55,11 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
     """
     config, where = read_settings(Explain, argv, "explain.py", description, {}, WITHOUT)
     check_settings(config.run(), where)
-    for name, value in (("stages", config.stages), ("svg", config.svg)):
-        if value and "pp" not in config.run().strategies:
-            raise UserError(
-                f"strategy {config.strategy} has no {name} (--{name}); leave it out, or give "
-                "--strategy pp"
-            )
+    if config.stages and "pp" not in config.run().strategies:
+        raise UserError(
+            f"strategy {config.strategy} has no stages (--stages); leave it out, or give "
+            "--strategy pp"
+        )
     if config.stages is not None and config.mesh:
         raise UserError(
             f"stages {config.stages} is short for --mesh pp={config.stages}, and there is --mesh "
@@ -68,6 +71,19 @@ def read(argv: Sequence[str] | None, description: str | None) -> Explain:
     if config.stages is not None:
         axes = {"pp": config.stages}
     run = replace(config, nproc=None, mesh=config.mesh or axes or None)
+    ranks = math.prod((run.mesh or {}).values())
+    if config.rank >= ranks:
+        given = f"mesh {mesh_in_words(run.mesh)}" if run.mesh else "a single process"
+        raise UserError(
+            f"{given} has no rank {config.rank} ({where['rank']}); give 0"
+            + (f" to {ranks - 1}" if ranks > 1 else ", or --mesh")
+        )
+    if ranks == 1 and (config.svg or config.parameter):
+        name = "svg" if config.svg else "parameter"
+        raise UserError(
+            f"a single process holds everything, so there is nothing to draw ({where[name]}); give "
+            "--mesh, such as fsdp=2,tp=2"
+        )
     if config.nproc and where["nproc"] == flag("nproc"):  # a file's nproc gives way to --mesh
         run.run().axes(config.nproc)
     data.check(**config.data_wanted())

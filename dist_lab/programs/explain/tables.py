@@ -1,9 +1,9 @@
-"""The tables of explain: the rank grid, layouts, memory, and the collectives of a step."""
+"""The tables of explain: layouts, memory, and the collectives of a step."""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby, product
+from itertools import groupby
 from operator import attrgetter
 
 from rich.table import Table
@@ -12,30 +12,15 @@ from dist_lab.comm.context import SHARED_MEMORY
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.job import Job
 from dist_lab.layout.layout import OnlyOn, Placement, Shard
-from dist_lab.mesh.topology import ORDER, lines
 from dist_lab.observe import memory
 from dist_lab.observe.console import empty_table
 from dist_lab.programs.explain.dry_run import DryRunResult
 
 
-def rank_grid(axes: dict[str, int]) -> Table:
-    """Returns a grid of rank numbers: outer axes as rows, the innermost axis as columns."""
-    sizes = {name: axes[name] for name in ORDER if name in axes}
-    title = f"ranks of {' x '.join(f'{a}={n}' for a, n in sizes.items())}"
-    *outer, inner = sizes
-    columns = [f"{inner}={i}" for i in range(sizes[inner])]
-    table = empty_table([" ".join(outer)], columns, title=title)
-    positions = product(*(range(sizes[name]) for name in outer))
-    for position, ranks in zip(positions, lines(sizes, [inner]), strict=True):
-        label = " ".join(f"{a}={i}" for a, i in zip(outer, position, strict=True))
-        table.add_row(label, *map(str, ranks))
-    return table
-
-
 def layout_table(job: Job) -> Table:
     """Returns the layout of each parameter. Equal blocks share a row: layers.0-7."""
     columns = ["parameter", "shape", "dtype", "layout", "gradient summed over"]
-    table = empty_table(columns, ["bytes"], title="parameters on rank 0")
+    table = empty_table(columns, ["bytes"], title=f"parameters on rank {job.mesh.rank}")
     rows: dict[tuple[str, ...], list[tuple[int, int]]] = {}  # row -> (block number, bytes)
     parameters = dict(job.model.named_parameters())
     for name, parameter in parameters.items():
@@ -64,7 +49,8 @@ def memory_table(result: DryRunResult) -> Table:
     by_layout = memory.by_layout(job, result.optimizer)
     count = sum(layout.shape.numel() for layout in job.layouts.values())
     columns = ["at the peak", "at its own peak", "per parameter", "by layout"]
-    table = empty_table(["kind"], columns, title="memory of rank 0 in a step, bytes")
+    title = f"memory of rank {job.mesh.rank} in a step, bytes"
+    table = empty_table(["kind"], columns, title=title)
     for kind in memory.KINDS:
         own_peak, computed = peak.own[kind], by_layout.get(kind)
         if own_peak:
@@ -111,10 +97,10 @@ def shortened(calls: Sequence[Call], most: int = 24) -> Iterator[Call | int]:
             yield similar[-1]
 
 
-def totals_table(calls: Sequence[Call]) -> Table:
+def totals_table(calls: Sequence[Call], rank: int) -> Table:
     """Returns the bytes by collective, next to those of the published formula."""
     columns = ["calls", "payload S", "formula", "by formula", "sent"]
-    title = "total per step on rank 0, bytes"
+    title = f"total per step on rank {rank}, bytes"
     table = empty_table(["collective", "axis"], columns, title=title)
     for (op, axis, size), run in groupby(
         sorted(calls, key=lambda c: (c.op, c.axis)), key=lambda c: (c.op, c.axis, c.size)

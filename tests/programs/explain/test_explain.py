@@ -1,6 +1,5 @@
 """explain shows what a run does, because it runs the step itself."""
 
-import gc
 import json
 import re
 import runpy
@@ -10,19 +9,15 @@ from pathlib import Path
 
 import pytest
 from programs import run
+from real_steps import explained_and_real
 
 from dist_lab.errors import UserError
-from dist_lab.mesh import groups
-from dist_lab.mesh.mesh import dry_run, init_mesh
+from dist_lab.mesh.mesh import init_mesh
 from dist_lab.parallel.schedules.library import make
 from dist_lab.parallel.schedules.simulate import bubble, render
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.explain.command import explain
-from dist_lab.programs.explain.dry_run import observe
-from dist_lab.programs.train import loop
-from dist_lab.programs.train.meter import Meter
 
 ROOT = Path(__file__).parents[3]
 BY_HAND = [name for name, impl in IMPLEMENTATIONS if impl == "hand" and name != "single"]
@@ -48,24 +43,6 @@ def printed(capsys):
     return run_explain
 
 
-def as_tuples(calls):
-    return [(c.phase, c.op, c.unit, c.payload, c.sent) for c in calls]
-
-
-def measured(config, mesh):
-    """Returns the collectives of two real steps, and their peak memory."""
-    data = open_run(config, mesh)
-    job = build(config, mesh, data)
-    optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], Meter(job, optimizer)
-    for step in range(2):
-        rows = data.batch(step, loop.own_rows(config.batch, job))
-        with meter.step(step + 1), mesh.comm.ledger.recording() as calls:
-            loop.take_step(job, optimizer, *rows, step + 1, config)
-        steps.append(as_tuples(calls))
-    return steps, meter.memory
-
-
 @pytest.mark.slow_unless(
     lambda strategy, dtype: (
         (strategy, dtype)
@@ -85,17 +62,9 @@ def test_a_dry_run_sends_and_holds_the_same_bytes_as_a_real_run(strategy, dtype,
     options = {"bucket_mb": 0.5} if strategy == "ddp" else {}
     layers = 4 if strategy == "pp" else 2
     config = Config(strategy=strategy, dtype=dtype, layers=layers, **SMALL, **options)
-    steps, memory = measured(config, init_mesh(timeout=mesh.timeout, **config.axes(4)))
-    if mesh.rank == 0:
-        groups.disconnect()  # from here on it is a single process, as explain.py is
-        gc.collect()
-        with dry_run(config.axes(4)) as other:
-            result = observe(config, other)
-        assert [as_tuples(result.first), as_tuples(result.steady)] == steps
-        kinds = result.peak.to_dict()
-        for moment, measured_kinds in memory.to_dict().items():
-            assert (moment, kinds[moment]) == (moment, measured_kinds)
-        assert result.peak.total == memory.total == sum(kinds["at_peak"].values())
+    explained, real = explained_and_real(config, mesh)
+    assert explained == real
+    assert real["peak"] == sum(real["memory"]["at_peak"].values())
 
 
 def test_explain_shows_ranks_layouts_buckets_and_bytes_of_a_large_mesh(printed):
@@ -168,7 +137,10 @@ def test_a_run_that_cannot_be_explained_is_refused_in_one_line(arguments, line):
     ("arguments", "message"),
     [
         ("--strategy dp --stages 2", "strategy dp has no stages (--stages); leave it out"),
-        ("--strategy ddp --svg a.svg", "strategy ddp has no svg (--svg); leave it out"),
+        ("--svg a.svg", "nothing to draw (--svg); give --mesh, such as fsdp=2,tp=2"),
+        ("--parameter w", "nothing to draw (--parameter); give --mesh"),
+        ("--mesh dp=2 --rank 2", "mesh dp=2 has no rank 2 (--rank); give 0 to 1"),
+        ("--rank 1", "a single process has no rank 1 (--rank); give 0, or --mesh"),
         ("--strategy pp --stages 2 --mesh pp=4", "and there is --mesh pp=4 (--stages); give one"),
         (
             "--strategy pp --svg a.txt",
@@ -192,6 +164,29 @@ def test_a_schedule_is_printed_and_plotted(schedule, printed, tmp_path):
     assert f"{bubble(expected):.1%} idle" in output
     assert render(expected).splitlines()[1] in output
     assert path.read_text().startswith("<?xml")
+
+
+def test_another_rank_is_explained_with_its_own_stage(printed, tmp_path):
+    few = "--mesh pp=2,tp=2 --microbatches 2 --batch 2 --seq 8 --rank 3".split()
+    output = printed(*few, "--out", str(tmp_path))
+    assert "rank 3 communicates along pp with 1, along tp with 2" in output
+    assert "parameters on rank 3" in output
+    assert "lm_head.weight" in output
+    assert "embed_tokens" not in output
+    assert "4 ranks: rank 3 sends " in output
+    assert json.loads((tmp_path / "explain.json").read_text())["rank"] == 3
+
+
+def test_a_parameter_is_shown_with_the_part_of_each_rank(printed, tmp_path):
+    few = "--mesh fsdp=2,tp=2 --batch 2 --seq 8".split()
+    path = tmp_path / "who.svg"
+    output = printed(*few, "--parameter", "lm_head.weight", "--svg", str(path))
+    assert "lm_head.weight: 256 x 128, dim 0 over tp, then dim 0 over fsdp" in output
+    assert re.search(r"128:192 \|   1   \|", output)
+    assert f"plotted in {path}" in output
+    assert path.read_text().startswith("<?xml")
+    with pytest.raises(UserError, match=r"no parameter 'lm_heat.weight' .*did you mean lm_head.we"):
+        printed(*few, "--parameter", "lm_heat.weight")
 
 
 def test_explain_json_has_layouts_memory_and_calls(printed, tmp_path):
