@@ -146,7 +146,7 @@ def _layers(parent: nn.Module, block: Block) -> dict[str, AnyLinear]:
     if not all(type(m) is nn.Linear or (m is not None and is_transposed(m)) for m in modules):
         return {}
     layers = {n: as_linear(m) for n, m in zip(names, modules, strict=True) if m is not None}
-    widths, width = [layers[name].out_features for name in block.reads], modules[-1]
+    widths = [layers[name].out_features for name in block.reads]
     width = layers[block.returns].in_features
     match block.kind:
         case Kind.HEADS:

@@ -42,16 +42,18 @@ class LinearView:
     """A Conv1D, which has the attributes of an nn.Linear here. `weight` is a view for autograd."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self._module: Any = module
         self.in_features, self.out_features = _widths(module)
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight.t()  # W[D, F] -> [F, D]
+        weight: Tensor = self._module.weight
+        return weight.t()  # W[D, F] -> [F, D]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias
+        bias: Tensor | None = self._module.bias
+        return bias
 
 
 AnyLinear = nn.Linear | LinearView

@@ -271,13 +271,18 @@ def bytes_kept(job: Job, strategy: str) -> dict[str, int]:
 
 
 def suggested_plan(trial: Trial, proof: Proof, model: nn.Module, mesh: Mesh) -> list[str]:
-    """Tries tp plans of Linear pairs; returns a line with the first exact one. Collective."""
-    plan = pairs.plan_of_pairs(model)
+    """Tries plan="auto", then tp plans of Linear pairs; returns a line with the first exact one.
+    Collective.
+    """
+    plan: dict[str, str] | str = "auto"
     while plan and not proof.obstacle and trial.mesh.size > 1:
         outcome = compare_with_one_process(trial, proof, "tp", mesh, {"plan": plan})
         if outcome.verdict is Verdict.EXACT:
-            text = pairs.plan_text(model, plan)
+            text = f'"{plan}"' if isinstance(plan, str) else pairs.plan_text(model, plan)
             return [f"this plan was tried and is exact (error {outcome.error:.1e}): plan={text}"]
+        if isinstance(plan, str):
+            plan = pairs.plan_of_pairs(model)
+            continue
         if outcome.verdict is not Verdict.REFUSED:
             return []
         shorter = pairs.drop_refused_pair(plan, outcome.reason)
