@@ -18,7 +18,7 @@ from dist_lab.comm import ops
 from dist_lab.loss import LossFn, Pair, one_number, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.runner import RunnerEvents
-from dist_lab.parallel.pipeline.split_backward import Queue, SplitBackward, as_non_leaf
+from dist_lab.parallel.pipeline.split_backward import SplitBackward, as_non_leaf
 from dist_lab.parallel.pipeline.stages import Shapes, StageInput, check_shapes
 from dist_lab.parallel.schedules.actions import (
     BACKWARD,
@@ -30,6 +30,7 @@ from dist_lab.parallel.schedules.actions import (
     compute_action,
 )
 from dist_lab.parallel.schedules.simulate import IN_FLIGHT, TimedAction
+from dist_lab.parallel.split_linear import Queue
 from dist_lab.step.hooks import map_tensors
 from dist_lab.step.protocol import Phase
 
