@@ -186,10 +186,14 @@ def fold(
         earlier = setup.layouts.items()
         assert all(applied.layouts[n].extends(layout) for n, layout in earlier), chosen.label
         combined = applied if combined is None else _combine(combined, applied)
+        stages = combined.stages
+        if stages is not None and setup.stages is None:
+            inside = {m for stage in stages.modules.values() for m in stage.modules()}
+            inner = {n: m for n, m in setup.units.items() if n != ROOT and m in inside}
+            setup = replace(setup, units=stages.units | {ROOT: model}, inner_units=inner)
         setup = replace(
-            setup, layouts=applied.layouts, stages=combined.stages,
+            setup, layouts=applied.layouts, stages=stages,
             full_value=_local_value(draw, applied.layouts, mesh) if draw else _current_value(model),
-            units=combined.stages.units | {ROOT: model} if combined.stages else setup.units,
         )  # fmt: skip
     assert combined is not None, "no strategy"
     if draw is not None:
@@ -226,7 +230,7 @@ def _combine(outer: Applied, inner: Applied) -> Applied:
         make_optimizer=inner.make_optimizer or outer.make_optimizer,
         make_runner=inner.make_runner or outer.make_runner,
         buffers={**outer.buffers, **inner.buffers},
-        stages=outer.stages or inner.stages,
+        stages=inner.stages or outer.stages,
     )
 
 

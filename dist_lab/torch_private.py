@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 F = TypeVar("F", bound=Callable[..., Any])
+Slot = tuple[nn.Module, str]  # a module, and the name under which it holds a parameter
 
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
@@ -42,8 +43,8 @@ __all__ = [
     "forget_unsharded_gradients", "found_infs", "group_timeout", "is_view", "keeps_graph",
     "may_be_split_again", "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors",
     "outside_modes", "register_fake_backend", "saved_tensors_hooks_around", "set_scaled_step",
-    "share_hooks", "storage_key", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
-    "tree_unflatten", "when_backward_ends",
+    "share_hooks", "storage_key", "swap_also", "tree_flatten", "tree_leaves", "tree_map",
+    "tree_map_only", "tree_unflatten", "when_backward_ends",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -205,6 +206,22 @@ def forget_unsharded_gradients(module: Any) -> None:
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
+
+
+def swap_also(
+    module: Any, slot: tuple[nn.Module, str], others: list[tuple[nn.Module, str]]
+) -> None:
+    """Let an FSDPModule put its sharded and unsharded parameter of one slot also into others.
+
+    It finds the slots of a tied parameter inside of the module only.
+    """
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            info = parameter._module_info
+            if (info.module, info.param_name) == slot:
+                info.shared_modules += [other for other, _ in others]
+                info.shared_param_names += [name for _, name in others]
+                parameter._setattr_on_modules(parameter.sharded_param)
 
 
 # --- counting operations --------------------------------------------------------------------------

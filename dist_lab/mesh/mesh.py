@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
@@ -98,6 +99,7 @@ class Mesh:
         self.device = comm.device
         self._subs: dict[str, Axis | None] = {}
         self._channels = 0
+        self._device_mesh: weakref.ref[DeviceMesh] | None = None
         self._axes = {name: self._along((name,)) for name in ORDER}
 
     def __getitem__(self, name: str) -> Axis:
@@ -157,6 +159,20 @@ class Mesh:
         self._channels += 1
         group = self._new_group(along, range(axis.size))
         return self._axis(axis.name, axis.ranks, group, channel=self._channels)
+
+    def device_mesh(self) -> DeviceMesh:
+        """All axes as torch's DeviceMesh, with process groups of its own. Collective.
+
+        Two strategies of a library must be given parts of one DeviceMesh, so it is the same object
+        as long as anyone holds it.
+        """
+        found = None if self._device_mesh is None else self._device_mesh()
+        if found is None:
+            groups = [self.channel(name).group_even_of_one() for name in ORDER]
+            ranks = torch.arange(self.size).view([self[name].size for name in ORDER])
+            found = DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=ORDER)
+            self._device_mesh = weakref.ref(found)
+        return found
 
     @property
     def world(self) -> Axis:

@@ -156,7 +156,7 @@ class Applied:
     make_runner: (model, chain, comm, units, applied) -> a `Step`, for a strategy that schedules
         forwards and backwards itself
     buffers: name -> the layout of a buffer, where it is not on every rank
-    stages: the stages of a pipeline
+    stages: the stages of a pipeline; of a later strategy: the same, in wrappers of a library
     """
 
     layouts: Mapping[str, Layout]

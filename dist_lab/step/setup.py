@@ -23,6 +23,7 @@ class Setup:
     full_value   name -> its value in that layout: the full tensor for the first strategy, a shard
                  for a later one. Called once for each, so that no rank needs all values at once.
     units        name -> a module to be unsharded, reduced and recomputed as a whole; includes ROOT
+    inner_units  in a pipeline, whose stages are the units: the user's units inside of these
     param_dtype  the compute dtype, if it differs from the parameters' dtype
     recompute    recompute every k-th unit in backward; 0: none
     stages       the pipeline's stages, if there is a pipeline around this strategy
@@ -39,6 +40,7 @@ class Setup:
     units: Mapping[str, nn.Module]
     param_dtype: torch.dtype | None = None
     recompute: int = 0
+    inner_units: Mapping[str, nn.Module] = field(default_factory=dict)
     stages: "Stages | None" = None
     weight_work: "WeightWork" = field(default_factory=lambda: WeightWork())
     folded: "Folded" = field(default_factory=lambda: Folded())
@@ -98,6 +100,7 @@ class Stages:
     """The stages of a pipeline, for the strategies that are applied inside of it.
 
     modules      stage -> its module, for this rank's stages
+    count        the number of stages of all ranks
     stages_of    name of a parameter, of any rank -> the stages that use it
     meta_model   the whole model on the meta device. The shapes of messages between stages come from
                  it, so a strategy that changes activations is applied to it as well.
@@ -105,6 +108,7 @@ class Stages:
     """
 
     modules: Mapping[int, nn.Module]
+    count: int
     stages_of: Mapping[str, tuple[int, ...]]
     meta_model: nn.Module
     traced: bool

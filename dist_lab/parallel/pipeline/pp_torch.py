@@ -21,28 +21,34 @@ not split the backward of the first stage, for which no rank waits: all of it ru
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_lab.comm.agree import together
 from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, share_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.executor import Executor
+from dist_lab.parallel.pipeline.library_stages import (
+    StageForward,
+    check_lost_gradients,
+    check_one_shape,
+    meta_tensor,
+)
 from dist_lab.parallel.pipeline.runner import PipelineRunner, RunnerEvents
 from dist_lab.parallel.pipeline.split_backward import SplitBackward
-from dist_lab.parallel.pipeline.stages import Shapes, StageInput, Tied, check_shapes, keep_stages
+from dist_lab.parallel.pipeline.stages import Shapes, StageInput, Tied, keep_stages
 from dist_lab.parallel.schedules.actions import COMPUTE, Action, Schedule
 from dist_lab.parallel.schedules.library import forward_only, make, placement
 from dist_lab.parallel.schedules.passes import add_communication
 from dist_lab.parallel.schedules.simulate import TimedAction
 from dist_lab.step.protocol import Applied, Chain, Phase
 from dist_lab.step.setup import Setup, WeightWork
-from dist_lab.torch_private import is_view
 
 LIBRARY_NAMES = {
     "gpipe": "ScheduleGPipe",
@@ -81,18 +87,33 @@ def apply(
         )
     rank_of = placement(schedule, setup.axis.size, chunks)
     local = keep_stages(setup, rank_of, balance=balance, example=example_inputs)
-    modules = local.stages.modules
 
     def make_runner(
         model: nn.Module, sync: Chain, comm: CommContext, units: Any, applied: Applied
     ) -> PipelineRunner:
         local.shapes.complete()
-        pipeline = TorchPipeline(setup.axis, modules, local.shapes, rank_of, schedule)
+        assert applied.stages is not None
+        if schedule in SPLIT_BACKWARD and applied.stages is not local.stages:
+            raise UserError(
+                "PyTorch's zero bubble computes weight gradients by torch.autograd.grad, which "
+                "calls no hook of DistributedDataParallel, so they would not be summed over dp; "
+                'give schedule="1f1b", or impl="hand"'
+            )
+        if schedule in SPLIT_BACKWARD and applied.unshard_each_action:
+            raise UserError(
+                "PyTorch's zero bubble looks for a stage's weights after its forward, when "
+                "reshard_after_forward has put shards in their place; leave that out, or give "
+                'schedule="1f1b", or impl="hand"'
+            )
+        pipeline = TorchPipeline(
+            setup.axis, setup.mesh.data, applied.stages.modules, local.shapes, rank_of, schedule
+        )
         if example_inputs is not None:
             pipeline.find_shapes(example_inputs)  # now, so that errors come early
         return PipelineRunner(model, sync, comm, units, applied, pipeline=pipeline)
 
-    stages = "one stage" if len(modules) == 1 else f"{len(modules)} stages"
+    count = len(local.stages.modules)
+    stages = "one stage" if count == 1 else f"{count} stages"
     about = f"torch {LIBRARY_NAMES[schedule]}, {stages} a rank, shapes known, scale_grads=False"
     return Applied(
         local.layouts, Tied(setup, local.tied), about, make_runner=make_runner,
@@ -104,7 +125,8 @@ class TorchPipeline:
     """Runs the micro-batches of a step by the library, as one batch.
 
     Attributes:
-        modules: stage -> its module, for this rank's stages.
+        modules: stage -> its module, for this rank's stages. The library knows FSDPModule and
+            DistributedDataParallel, and reduces their gradients after the last backward.
         timings: always empty, because the library does not report the times of its actions.
         schedule_for: number of micro-batches -> the library's schedule.
     """
@@ -112,6 +134,7 @@ class TorchPipeline:
     def __init__(
         self,
         axis: Axis,
+        data: Axis,
         modules: Mapping[int, nn.Module],
         shapes: Shapes,
         rank_of: Mapping[int, int],
@@ -120,7 +143,7 @@ class TorchPipeline:
         from torch.distributed import pipelining  # not at the top: this import takes seconds
 
         self.library: Any = pipelining
-        self.axis, self.modules, self.shapes = axis, modules, shapes
+        self.axis, self.data, self.modules, self.shapes = axis, data, modules, shapes
         self.num_stages, self.name = len(rank_of), name
         self.timings: list[TimedAction] = []
         self.group = axis.group_even_of_one()
@@ -132,36 +155,36 @@ class TorchPipeline:
         # The library's schedule and stages, with receive buffers; and the sizes they are for.
         self.built: tuple[Any, list[Any]] | None = None
         self.built_for: tuple[int, torch.Size, torch.dtype] | None = None
-        self.loss_fn: LossFn | None = None  # of the current run
+        self.loss_fn: LossFn | None = None  # of the current run, as is the next
+        self.events: RunnerEvents | None = None
+        self.model_outputs: list[Any] = []  # of micro-batches whose loss is not computed yet
         self.gradients_checked = name not in SPLIT_BACKWARD  # that no stage loses a gradient
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents) -> Tensor:
         self._check_number(len(microbatches))
-        _check_one_shape(microbatches)
+        with together(self.data):  # a rank that is refused alone would leave others waiting
+            check_one_shape(microbatches)
         # This label covers backward too: the library does not report when backward begins.
         events.on_phase(Phase.FORWARD, LIBRARY_NAMES[self.name])
-        total = self._step(microbatches, loss_fn)
-        events.on_phase(Phase.BACKWARD, LIBRARY_NAMES[self.name])
-        for stage in self.modules:
-            events.on_gradients(stage, last=True)
-        return total
+        self.loss_fn, self.events = loss_fn, events
+        return self._step(microbatches)
 
     def evaluate(
         self, microbatches: Sequence[Pair], loss_fn: LossFn, events: RunnerEvents
     ) -> Tensor:
         return self.evaluator.evaluate(microbatches, loss_fn, events)
 
-    def _step(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> Tensor:
+    def _step(self, microbatches: Sequence[Pair]) -> Tensor:
         schedule, stages = self._prepare(len(microbatches), microbatches[0][0])
         inputs = [torch.cat([x for x, _ in microbatches])] if 0 in self.modules else []
         has_last = self.num_stages - 1 in self.modules
         targets = torch.cat([y for _, y in microbatches]) if has_last else None
         losses: list[Tensor] = []
-        self.loss_fn = loss_fn
         try:
             schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
         except BaseException as error:
             self.built = self.built_for = None  # they are in the middle of a run
+            self.model_outputs.clear()
             if isinstance(error.__cause__, UserError):  # the library wraps it, with all arguments
                 raise error.__cause__ from None
             raise
@@ -170,10 +193,18 @@ class TorchPipeline:
         zero = torch.zeros((), dtype=torch.float64, device=self.axis.device)
         return sum((share.detach() for share in losses), zero)
 
-    def _share(self, output: Any, targets: Tensor) -> Tensor:
+    def _share(self, nothing: tuple[()], targets: Tensor) -> Tensor:
         assert self.loss_fn is not None
+        output = self.model_outputs.pop()
         # .sum() of one number makes a copy: the library cannot detach a view in place.
         return share_of(output, self.loss_fn(output, targets)).sum()
+
+    def _reduce(self, stage: int, reduce: Callable[[int], None], scale: int) -> None:
+        """A stage's backward is over, and the library is about to reduce what FSDP2 shards."""
+        assert self.events is not None
+        self.events.on_phase(Phase.BACKWARD, LIBRARY_NAMES[self.name])
+        self.events.on_gradients(stage, last=True)
+        reduce(scale)
 
     # --- the library's objects --------------------------------------------------------------------
 
@@ -181,7 +212,7 @@ class TorchPipeline:
         """Each stage's inputs for a micro-batch like x. Checks once that no gradient is lost."""
         shapes = self.shapes.of(x, training=True)
         if not self.gradients_checked:
-            _check_lost_gradients(self.shapes, shapes)
+            check_lost_gradients(self.shapes, shapes)
             self.gradients_checked = True
         return shapes
 
@@ -198,17 +229,21 @@ class TorchPipeline:
     ) -> tuple[Any, list[Any]]:
         """Build the library's schedule and stages. Without shapes they cannot run, only be read."""
         # The output of the last stage is not sent, so its shape does not matter.
-        metas = [tuple(map(_meta, inputs)) for inputs in shapes]
+        metas = [tuple(map(meta_tensor, inputs)) for inputs in shapes]
         metas.append((torch.empty(0, device="meta"),))
         stages = []
         for s, module in self.modules.items():
-            wrapped = StageModule(s, module, shapes[s + 1] if s + 1 < len(shapes) else None)
             args = {"input_args": metas[s], "output_args": metas[s + 1]} if shapes else {}
-            stages.append(
-                self.library.PipelineStage(
-                    wrapped, s, self.num_stages, self.axis.device, group=self.group, **args
-                )
+            stage = self.library.PipelineStage(
+                module, s, self.num_stages, self.axis.device, group=self.group, **args
             )
+            output_shapes = shapes[s + 1] if s + 1 < len(shapes) else None
+            forward = stage.forward_maybe_with_nosync
+            stage.forward_maybe_with_nosync = StageForward(
+                s, forward, output_shapes, self.model_outputs
+            )
+            stage.perform_reduce_grad = partial(self._reduce, s, stage.perform_reduce_grad)
+            stages.append(stage)
         schedule = getattr(self.library, LIBRARY_NAMES[self.name])(
             stages[0] if self.name in ONE_STAGE else stages,
             microbatches,
@@ -244,82 +279,4 @@ class TorchPipeline:
                 f"PyTorch's zero bubble takes micro-batches in {rounds} equal rounds of at least "
                 f"{ranks}, but {microbatches} do not divide by {rounds} (microbatches=); give "
                 f'microbatches={rounds * ranks}, or impl="hand"'
-            )
-
-
-class StageModule(nn.Module):
-    """A stage as the library needs it: its outputs are contiguous and have the expected shapes.
-
-    Views are copied, because the library detaches outputs in place, which a view does not allow.
-    """
-
-    def __init__(
-        self, stage: int, module: nn.Module, output_shapes: Sequence[StageInput] | None
-    ) -> None:
-        super().__init__()
-        self.stage, self.module, self.output_shapes = stage, module, output_shapes
-
-    # Not `forward`, so that no hook runs: torch's FlopCounterMode puts backward hooks on the inputs
-    # of each module, and fails on leaves, which the library passes here.
-    def __call__(self, *inputs: Tensor) -> Any:
-        output = self.module(*(self._non_leaf(x) for x in inputs))
-        if self.output_shapes is None:
-            return output
-        check_shapes(self.stage, output, self.output_shapes)
-        return tuple(
-            x.clone(memory_format=torch.contiguous_format) if is_view(x) else x.contiguous()
-            for x in output
-        )
-
-    def _non_leaf(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x = x.view_as(x)  # a new tensor, or hooks would accumulate on the receive buffer
-            x.register_hook(Tensor.contiguous)
-        return x
-
-
-def _meta(shape: StageInput) -> Tensor:
-    is_float = shape.dtype.is_floating_point
-    return torch.empty(shape.shape, dtype=shape.dtype, device="meta", requires_grad=is_float)
-
-
-def _check_one_shape(microbatches: Sequence[Pair]) -> None:
-    """Raise UserError unless all micro-batches are tensors of one shape, with a row at least."""
-    odd = next((v for pair in microbatches for v in pair if not isinstance(v, Tensor)), None)
-    if odd is not None:
-        raise UserError(
-            f"PyTorch's pipelining concatenates micro-batches, which a {type(odd).__name__} does "
-            'not allow; give pairs of a tensor and targets, or impl="hand"'
-        )
-    kinds = {(x.shape, x.dtype, y.shape, y.dtype) for x, y in microbatches}
-    rows = sorted({len(x) for x, _ in microbatches})
-    if len(kinds) != 1 or rows[0] == 0:
-        raise UserError(
-            "PyTorch's pipelining takes micro-batches of one shape, with at least one row; these "
-            f"have {' and '.join(map(str, rows)) or 'no'} rows, in {len(kinds)} shapes; give a "
-            'batch that divides, or impl="hand"'
-        )
-
-
-def _check_lost_gradients(shapes: Shapes, stage_inputs: Sequence[Sequence[StageInput]]) -> None:
-    """Raise UserError if an output of a stage depends on its weights but not on its inputs.
-
-    When the library splits a backward, it finds the weights on the paths from outputs to inputs. So
-    such an output would silently give its weights no gradient. The first stage, whose inputs have
-    no gradients, is safe: its backward is not split.
-    """
-    for stage, meta_model in list(enumerate(shapes.meta_stages))[1:-1]:
-        inputs = [_meta(shape) for shape in stage_inputs[stage]]
-        trained = [p for p in meta_model.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            needs_grad = [y.requires_grad for y in meta_model(*inputs)]
-            for p in trained:
-                p.requires_grad_(False)
-            needs_grad_by_inputs = [y.requires_grad for y in meta_model(*inputs)]
-            for p in trained:
-                p.requires_grad_(True)
-        if needs_grad != needs_grad_by_inputs:
-            raise UserError(
-                f"stage {stage} has an output that depends on its weights alone, and PyTorch's "
-                'zero bubble would lose their gradient; give schedule="1f1b", or impl="hand"'
             )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
+from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, OnlyOn, Owed
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.other_stages import contents, remove_others
@@ -110,7 +111,8 @@ def keep_stages(
     local = {stage: module for stage, module in enumerate(stages) if rank_of[stage] == axis.index}
     remove_others(model, {m for stage in local for m in used[stage][0]}, kept)
     shapes = Shapes(meta_stages, setup.param_dtype)
-    kept_stages = Stages(local, stages_by_name, meta_model, traced=seams(model) is None)
+    traced = seams(model) is None
+    kept_stages = Stages(local, len(rank_of), stages_by_name, meta_model, traced)
     return LocalStages(kept_stages, shapes, layouts, buffers, tied)
 
 
@@ -274,11 +276,13 @@ class Tied(Sync):
     def finish(self) -> None:
         for name, axis in self.tied.items():
             parameter = self.folded.gradient_holder(self.model, name)
-            grad = parameter.grad
-            flat = torch.zeros_like(parameter).flatten() if grad is None else grad.flatten()
+            is_used = parameter.grad is not None
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            local = local_part(grad)
             # One more element counts the ranks that have a gradient at all.
-            flat = torch.cat([flat, flat.new_tensor([grad is not None])])
+            flat = torch.cat([local.flatten(), local.new_tensor([is_used])])
             with axis.comm.label(unit=f"tied {name}"):
                 total = ops.all_reduce_into(flat, axis).wait()  # dW{U} -> dW
             if total[-1] > 0:
-                parameter.grad = total[:-1].view_as(parameter)
+                local.copy_(total[:-1].view_as(local))
+                parameter.grad = grad

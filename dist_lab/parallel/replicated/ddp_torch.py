@@ -6,8 +6,8 @@ Cost per step: 2 (N-1)/N P elements sent, in buckets of 25 MiB after a first of 
 rank: all parameters, gradients and optimizer state. Li et al. 2020 (arXiv:2006.15704).
 """
 
-from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
-from dist_lab.step.protocol import Applied, Chain
+from dist_lab.parallel.ddp_wrapper import apply_ddp
+from dist_lab.step.protocol import Applied
 from dist_lab.step.setup import Setup
 
 
@@ -19,8 +19,4 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
         find_unused: allow parameters without a gradient, by a walk over the autograd graph in every
             step. Without it the library raises an error about them in the second step.
     """
-    layouts = setup.owing_sums(setup.axis)
-    if setup.axis.size == 1:
-        return Applied(layouts, Chain())
-    sync, about = wrap_in_ddp(setup.model, setup.axis, bucket_mb=bucket_mb, find_unused=find_unused)
-    return Applied(layouts, sync, about)
+    return apply_ddp(setup, bucket_mb=bucket_mb, find_unused=find_unused)

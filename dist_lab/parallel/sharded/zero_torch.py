@@ -17,6 +17,7 @@ Memory per rank: all of parameters and gradients, 1/N of the optimizer's state. 
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,8 @@ import torch
 
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.ddp_wrapper import wrap_in_ddp
-from dist_lab.step.protocol import Applied, Chain
+from dist_lab.parallel.ddp_wrapper import apply_ddp
+from dist_lab.step.protocol import Applied
 from dist_lab.step.setup import Setup
 
 
@@ -38,22 +39,21 @@ def apply(setup: Setup, *, bucket_mb: float = 25.0, find_unused: bool = False) -
     Raises:
         UserError: for trained parameters of several dtypes, which cannot share one buffer.
     """
-    model, axis, layouts = setup.model, setup.axis, setup.owing_sums(setup.axis)
-    if axis.size == 1:
-        return Applied(layouts, Chain())
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    if len(dtypes) > 1:
+    dtypes = {setup.layouts[name].dtype for name in setup.trained}
+    if setup.axis.size > 1 and len(dtypes) > 1:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(
             "ZeroRedundancyOptimizer takes trained parameters of one dtype, this model has "
             f'{names}; give impl="hand"'
         )
-    sync, ddp = wrap_in_ddp(model, axis, bucket_mb=bucket_mb, find_unused=find_unused)
+    applied = apply_ddp(setup, bucket_mb=bucket_mb, find_unused=find_unused)
+    if setup.axis.size == 1:
+        return applied
     about = (
-        f"{ddp}, torch ZeroRedundancyOptimizer(parameters_as_bucket_view=True, "
+        f"{applied.about}, torch ZeroRedundancyOptimizer(parameters_as_bucket_view=True, "
         "overlap_with_ddp=False)"
     )
-    return Applied(layouts, sync, about, make_optimizer=partial(_sharded_optimizer, axis))
+    return replace(applied, about=about, make_optimizer=partial(_sharded_optimizer, setup.axis))
 
 
 def _sharded_optimizer(

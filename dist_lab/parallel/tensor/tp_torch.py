@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.param_slots import param_slots
-from dist_lab.parallel.tensor.plan import Plan, Planned, arrange, divisors
+from dist_lab.parallel.tensor.plan import SPLIT, Plan, Planned, arrange, divisors
 from dist_lab.parallel.tensor.plan_check import check_before_first_forward
 from dist_lab.parallel.tensor.plan_source import plan_of
 from dist_lab.parallel.tensor.same_inputs import compare_inputs
@@ -48,7 +48,7 @@ def apply(
     """
     if not dist.is_initialized():
         raise UserError("DTensor needs a process group, even for one: torchrun --nproc_per_node=1")
-    model, axis = setup.model, setup.axis
+    axis = setup.axis
     roles = plan_of(setup.whole_model, plan, axis, sequence_parallel=sequence_parallel)
     planned_by_name, layouts = arrange(setup, roles, sequence_parallel=sequence_parallel)
     for name, layout in layouts.items():
@@ -57,12 +57,13 @@ def apply(
                 f"DTensor cannot split {name}, which has fewer heads than there are ranks; give a "
                 'smaller tp, or impl="hand"'
             )
-    _refuse_uneven(model, planned_by_name, axis)
+    _refuse_uneven(setup.whole_model, planned_by_name, axis)
     forget_shardings()
-    group = axis.group_even_of_one()
-    mesh = DeviceMesh.from_group(group, axis.device.type, mesh_dim_names=(axis.name,))
+    mesh = setup.mesh.device_mesh()[axis.name]
     shard = partial(_shard, mesh, planned_by_name, sequence_parallel=sequence_parallel)
-    sync = shard(model)
+    sync = shard(*setup.roots)
+    if setup.stages is not None:
+        shard(setup.stages.meta_model)
     compare_inputs(setup, planned_by_name, plan, sequence_parallel=sequence_parallel)
     check_before_first_forward(
         setup, plan, planned_by_name, layouts, shard, sequence_parallel=sequence_parallel
@@ -76,14 +77,16 @@ def apply(
 
 
 def _shard(
-    mesh: DeviceMesh, plan: Mapping[str, Planned], model: nn.Module, *, sequence_parallel: bool
-) -> "ThroughDTensor":
-    """Shard a model, or a copy of it, as the plan says."""
+    mesh: DeviceMesh, plan: Mapping[str, Planned], model: nn.Module, *others: nn.Module,
+    sequence_parallel: bool,
+) -> "ThroughDTensor":  # fmt: skip
+    """Shard a model, or a copy of it, as the plan says. In a pipeline `others` are its stages."""
     from torch.distributed.tensor import Replicate, Shard  # here: the import takes a second
     from torch.distributed.tensor.parallel import parallelize_module
 
     may_be_split_again(model)
-    ties = [slots for slots in param_slots(model).values() if len(slots) > 1]
+    plan = _on_this_rank(model, plan)
+    ties = [slots for slots in param_slots(model, *others).values() if len(slots) > 1]
     stream = Shard(1) if sequence_parallel else Replicate()  # (B, T, D)
     parallelize_module(model, mesh, _styles(model, plan, stream), src_data_rank=None)
     for parent in _shared_input_parents(plan):
@@ -100,6 +103,16 @@ def _shard(
             hook = ModuleHook(partial(_accept_unsharded, mesh, stream))
             module.register_forward_pre_hook(hook, prepend=True)
     return ThroughDTensor(model)
+
+
+def _on_this_rank(model: nn.Module, plan: Mapping[str, Planned]) -> dict[str, Planned]:
+    """The plan without the modules of other pipeline stages, which are missing or stand-ins."""
+    local = dict(model.named_modules())
+    return {
+        name: planned
+        for name, planned in plan.items()
+        if isinstance(local.get(name), SPLIT.get(planned.role, nn.Module))
+    }
 
 
 def _refuse_uneven(model: nn.Module, plan: Mapping[str, Planned], axis: Axis) -> None:
@@ -270,22 +283,20 @@ class ThroughDTensor(Sync):
         for parameter in self.model.parameters():
             grad: Any = parameter.grad
             placements = getattr(parameter, "placements", None)
-            if grad is not None and placements is not None:
+            if grad is not None and placements is not None and grad.placements != placements:
                 parameter.grad = grad.redistribute(placements=placements)
 
 
 def _optimizer_with_separate_groups(
     cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """Put DTensors and plain parameters into separate groups: no operation takes both at once."""
-    separate_groups = [
-        group | {"params": params}
-        for group in groups
-        for of_dtensors in (True, False)
-        if (params := [p for p in group["params"] if _is_dtensor(p) is of_dtensors])
-    ]
+    """Put the DTensors of each mesh, and plain parameters, into separate groups: no operation takes
+    two of them at once. Under fsdp a parameter's mesh has tp as a dimension only if tp shards it.
+    """
+    separate_groups = []
+    for group in groups:
+        of_mesh: dict[Any, list[Any]] = {}
+        for parameter in group["params"]:
+            of_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        separate_groups += [group | {"params": params} for params in of_mesh.values()]
     return cls(separate_groups, **options)
-
-
-def _is_dtensor(parameter: Tensor) -> bool:
-    return getattr(parameter, "placements", None) is not None

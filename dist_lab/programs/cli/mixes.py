@@ -27,12 +27,11 @@ FITTING = {
     ("dp", "fsdp"): ("hsdp", "fsdp"),
 }
 # Pairs of strategies that a library's implementations cannot mix, and the reason.
-NO_DTENSORS = "its DistributedDataParallel does not take DTensors, of which its tp makes parameters"
 UNMIXABLE = {
-    ("tp", "ddp"): NO_DTENSORS,
-    ("tp", "zero1"): NO_DTENSORS,
-    ("pp", "zero1"): "its ZeroRedundancyOptimizer expects the same parameters on every rank, and "
-    "pipeline stages have different ones",
+    ("tp", "ddp"): "its DistributedDataParallel takes the DTensors of its tp by device_mesh= only, "
+    "and then removes them from the model in the first forward",
+    ("tp", "zero1"): "its ZeroRedundancyOptimizer broadcasts parameters, which the DTensors of its "
+    "tp do not support",
 }
 
 

@@ -16,6 +16,7 @@ from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.observe.flops import CPU_ATTENTION
 from dist_lab.parallel.pipeline import pp_torch
+from dist_lab.parallel.pipeline.library_stages import StageForward
 from dist_lab.parallel.pipeline.stages import StageInput
 from dist_lab.parallel.schedules.check import check
 from dist_lab.parallel.schedules.library import make
@@ -420,7 +421,7 @@ def test_a_stage_with_another_output_shape_than_on_the_meta_device_is_refused():
             return (x[x > 0],)
 
     shapes = [StageInput(torch.Size([2, 3]), torch.float32)]
-    stage = pp_torch.StageModule(1, DataDependent(), shapes)
+    stage = StageForward(1, DataDependent(), shapes, [])
     with pytest.raises(UserError, match=r"stage 1 returns float32\[6\], but on the meta device"):
         stage(torch.ones(2, 3))
 
