@@ -79,7 +79,7 @@ def assert_weights_equal(job, model, tolerance=1e-10):
 # --- state and evaluation -------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda axes, strategy: strategy != "zero2")
+@pytest.mark.slow_unless(lambda axes, strategy: "pp" in axes and strategy in (None, "zero2"))
 @pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
 @pytest.mark.ranks(8)
 def test_a_state_dict_moves_between_mixes_and_evaluation_sees_the_loaded_weights(axes, strategy):
@@ -98,6 +98,7 @@ def test_a_state_dict_moves_between_mixes_and_evaluation_sees_the_loaded_weights
     assert job.evaluate(batches.slice_rows(own, 2), loss_of(48)) != loss
 
 
+@pytest.mark.slow_unless(lambda axes, strategy: "tp" in axes and strategy != "zero2")
 @pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
 @pytest.mark.ranks(8)
 def test_a_mix_from_the_meta_device_starts_with_the_weights_of_one_process(axes, strategy):
@@ -129,7 +130,7 @@ def test_a_rank_draws_its_own_parameters_only_and_each_of_them_once(axes, strate
 # --- options keep their meaning -------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda axes, strategy: strategy in (None, "zero1"))
+@pytest.mark.slow_unless(lambda axes, strategy: axes == {"pp": 2, "fsdp": 2, "tp": 2})
 @pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
 @pytest.mark.ranks(8)
 def test_recompute_changes_no_number_in_a_mix(axes, strategy):
@@ -139,7 +140,7 @@ def test_recompute_changes_no_number_in_a_mix(axes, strategy):
     assert_weights_equal(job, one_process())
 
 
-@pytest.mark.slow_unless(lambda axes, strategy: strategy in (None, "zero1"))
+@pytest.mark.slow_unless(lambda axes, strategy: "pp" in axes and strategy == "zero1")
 @pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
 @pytest.mark.ranks(8)
 def test_bfloat16_keeps_float32_master_weights_in_a_mix(axes, strategy):
@@ -182,6 +183,7 @@ def test_offload_keeps_the_shards_of_a_stage_in_files(mesh):
         assert_weights_equal(job, one_process())
 
 
+@pytest.mark.slow_unless(lambda axes, strategy: strategy in ("zero2", None) and "pp" in axes)
 @pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
 @pytest.mark.ranks(4)
 def test_collectives_of_a_mix_can_be_checked(axes, strategy):
@@ -191,6 +193,7 @@ def test_collectives_of_a_mix_can_be_checked(axes, strategy):
     assert_weights_equal(job, one_process())
 
 
+@pytest.mark.slow_unless(lambda axes, strategy: strategy in ("zero2", None) and "pp" in axes)
 @pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
 @pytest.mark.ranks(4)
 def test_a_gradient_that_is_not_finite_is_named_on_every_rank(axes, strategy):
@@ -235,6 +238,12 @@ def drains_at(job):
     return float(dist_lab.comm.ops.all_reduce(ends, job.mesh["pp"], "max"))
 
 
+@pytest.mark.slow_unless(
+    lambda schedule, strategy: (
+        (schedule, strategy)
+        in [("1f1b", "ddp"), ("1f1b", "fsdp"), ("zb", "zero2"), ("zbv", "ddp"), ("zbv", "zero1")]
+    )
+)
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
 @pytest.mark.ranks(4)
@@ -264,6 +273,9 @@ def test_the_gradients_of_a_stage_leave_while_the_pipeline_still_runs(schedule, 
         assert min(at for _, at in issued) < drained - 0.005
 
 
+@pytest.mark.slow_unless(
+    lambda schedule, sequence_parallel: sequence_parallel == (schedule == "zb")
+)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("schedule", ["zb", "zbv"])
 @pytest.mark.ranks(4, mesh={"pp": 2, "tp": 2})
