@@ -95,6 +95,20 @@ def test_the_plan_of_a_family_is_exact_on_four_ranks(name, case, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+@pytest.mark.ranks(2, mesh={"tp": 2}, timeout=300)
+def test_generating_with_a_cache_of_keys_is_exact(name, mesh):
+    plain, model = (MODELS[name].build().model.eval() for _ in range(2))
+    job = dist_lab.parallelize(model, mesh, plan="auto")
+    prompt = torch.tensor([[5, 9, 23], [7, 3, 41]])
+    options = {
+        "input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 6,
+        "min_new_tokens": 6, "do_sample": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(job.model.generate(**options), plain.generate(**options))
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.ranks(2, timeout=300)
 def test_the_plan_of_another_model_is_exact_or_refused(name, mesh):

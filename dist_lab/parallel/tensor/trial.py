@@ -87,13 +87,22 @@ class Trial:
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             leave = self._leave(name, plan.get(name), isinstance(module, nn.Linear))
             handles.append(module.register_forward_hook(leave))
-        args, kwargs = map_tensors(self._copied, inputs)
+        args, kwargs = self._private(inputs)
         self.inputs = [*tensors_in([args, kwargs])]
         try:
             self.outputs.append(("", self.model(*args, **kwargs)))
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _private(self, inputs: Inputs) -> Inputs:
+        """A copy of the inputs, also of objects that forward may change: a cache of keys."""
+        memo: dict[int, Any] = {id(x): self._copied(x) for x in tensors_in([*inputs])}
+        try:
+            return copy.deepcopy(inputs, {**memo})
+        except Exception:  # an object that cannot be copied
+            args, kwargs = map_tensors(lambda x: memo[id(x)], inputs)
+            return args, kwargs
 
     def _copied(self, x: Tensor) -> Tensor:
         return self.mode.cast(x.detach()).clone().requires_grad_(x.requires_grad)

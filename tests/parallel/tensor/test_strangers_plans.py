@@ -291,6 +291,27 @@ def test_the_check_of_a_plan_leaves_no_trace(mesh):
 
 
 @ranks
+def test_the_check_does_not_change_objects_among_the_inputs(mesh):
+    class Cache:
+        """What a model of transformers gets, to keep the keys of earlier tokens in it."""
+
+        def __init__(self):
+            self.seen = []
+
+    class Remembers(Mlp):
+        def forward(self, x, cache):
+            cache.seen.append(x)
+            return super().forward(torch.cat(cache.seen))
+
+    model, cache, plain = Remembers(), Cache(), Remembers()
+    job = dist_lab.parallelize(model, mesh, "tp", plan=PLAN)
+    x, expected = rows()[0], Cache()
+    for _ in range(2):
+        torch.testing.assert_close(job.model(x, cache=cache), plain(x, cache=expected))
+    assert len(cache.seen) == 2
+
+
+@ranks
 def test_a_model_that_is_random_in_eval_mode_or_fails_in_one_process_is_not_refused(mesh):
     noisy = Mlp(between=lambda x: x + torch.randn_like(x))
     job = dist_lab.parallelize(noisy, mesh, "tp", plan=PLAN)

@@ -185,6 +185,10 @@ NOTES = {
             r'"colwise", "blocks.\*.down": "rowwise"}$'
         ]},
     ),
+    "a plan by names is found for tp": (
+        lambda: nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 5)), rows, {},
+        {"tp": [r'^this plan was tried and is exact \(error \d.\de-1\d\): plan="auto"$']},
+    ),
     "no plan is found for tp": (lambda: Between(nn.Softmax(-1)), rows, {}, {"tp": []}),
     "stages are uneven": (
         lambda: nn.Sequential(nn.Linear(20, 400), nn.Linear(400, 5)), None, {}, {"pp": [
