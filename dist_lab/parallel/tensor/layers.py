@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.step.hooks import ModuleHook, do_nothing, refuse_copy
+from dist_lab.step.hooks import ModuleHook, refuse_copy
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -80,8 +80,16 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 def refuse_shortcuts(model: nn.Module) -> None:
     """Let nn.TransformerEncoderLayer call its Linears. In evaluation it would compute with their
-    weights, which may be shards, without calling them; a hook switches this off.
+    weights, which may be shards, without calling them; any hook switches this off.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(ModuleHook(do_nothing))
+            module.register_forward_pre_hook(ModuleHook(_refuse_nested))
+
+
+def _refuse_nested(module: nn.Module, args: Any) -> None:
+    if args and isinstance(args[0], Tensor) and args[0].is_nested:
+        raise UserError(
+            "in evaluation nn.TransformerEncoder makes a nested tensor of padded rows, and tp "
+            "cannot split its layers then; build it with enable_nested_tensor=False"
+        )

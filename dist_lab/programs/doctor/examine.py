@@ -52,7 +52,7 @@ def doctor(
     loss_sum: LossFn | None = None,
     units: Iterable[Unit] = (),
     strategies: Sequence[str] = (),
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
     microbatches: int = 1,
     steps: int = 3,
 ) -> DoctorReport:
@@ -67,7 +67,7 @@ def doctor(
         loss_sum: (output, target) -> the sum over the rows; default cross_entropy_sum.
         units: the units of fsdp and hsdp, see `parallelize`; class names work too.
         strategies: default: all that the number of ranks allows.
-        plan: the tp plan; default: the model's own.
+        plan: the tp plan, or "auto"; default: the model's own.
         microbatches: the number of micro-batches of each rank.
         steps: the number of steps that are compared with one process.
 

@@ -23,7 +23,7 @@ class Trial:
     subject: Subject
     mesh: Mesh
     units: tuple[str, ...]
-    plan: Plan | None
+    plan: Plan | str | None
     microbatches: int
     steps: int
 

@@ -408,3 +408,25 @@ def test_the_mlp_of_a_transformer_encoder_layer_is_right_in_evaluation_too(mesh)
     plain.eval(), job.model.eval()
     with torch.no_grad():
         torch.testing.assert_close(job.model(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [False, True])
+@ranks
+def test_padded_rows_in_a_transformer_encoder_are_right_in_evaluation_or_refused(nested, mesh):
+    def build():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).double()
+
+    plain, job = build(), dist_lab.parallelize(build(), mesh, "tp", plan="auto")
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    padding = {"src_key_padding_mask": torch.tensor([[False, False, True], [False] * 3])}
+    torch.testing.assert_close(job.model(x, **padding), plain(x, **padding))
+    plain.eval(), job.model.eval()
+    with torch.no_grad():
+        if nested:
+            with pytest.raises(UserError, match=r"; build it with enable_nested_tensor=False$"):
+                job.model(x, **padding)
+        else:
+            torch.testing.assert_close(job.model(x, **padding), plain(x, **padding))
