@@ -8,6 +8,7 @@ from dist_lab.comm.agree import together
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks
+from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.mixes import strategies_on
@@ -26,7 +27,7 @@ def train(config: Config, mesh: Mesh) -> int:
                 what = "-".join(config.strategies)
                 folder = resources.enter_context(run_dir.claimed(config, what))
         job = build(config, mesh, data)
-        run_info = describe(config, job, data)
+        run_info = describe(config, job, data) | {"strategies": job.strategies}
         sinks: list[Sink] = []
         if mesh.rank == 0:
             print(opening_line(run_info), flush=True)
@@ -62,16 +63,18 @@ def next_line(config: Config, ranks: int) -> str:
         value = getattr(config, name)
         if value != getattr(default, name) and name != "emulate_compute":
             flags.append(as_typed(name, mesh_in_words(value) if name == "mesh" else value))
+    if ranks > 4 * cores():
+        flags.append("--oversubscribe")
     return (
         f"next: is it equal to one process? python launch/verify.py {' '.join(filter(None, flags))}"
     )
 
 
 def opening_line(run_info: Mapping[str, Any]) -> str:
-    """Describes the run in one line: strategy, mesh, ranks, model, dtype, data and batch."""
+    """Describes the run in one line: strategies, mesh, ranks, model, dtype, data and batch."""
     config, data = run_info["config"], run_info["data"]
     return (
-        f"{config['strategy']}@{config['impl']} on {mesh_in_words(run_info['mesh'])}: "
+        f"{run_info['strategies']} on {mesh_in_words(run_info['mesh'])}: "
         f"{run_info['world_size']} ranks x {run_info['threads']} threads "
         f"({run_info['cores']} cores), {config['model']} "
         f"{run_info['parameters'] / 1e6:.1f}M in {config['dtype']}, {data['name']}"

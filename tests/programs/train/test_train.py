@@ -57,6 +57,23 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_of_a_mix_names_its_strategies_first_and_how_to_verify_it_last():
+    config = parse("--strategy zero1 --mesh pp=2,dp=2 --nproc 4 --schedule zb".split())
+    info = {
+        "config": config.to_dict(), "strategies": "pp x zero1@hand", "mesh": {"pp": 2, "dp": 2},
+        "world_size": 4, "threads": 1, "cores": 2, "parameters": 1e6,
+        "data": {"name": "stdlib", "sha256": "", "image": None},
+    }  # fmt: skip
+    assert commands.opening_line(info).startswith("pp x zero1@hand on pp=2,dp=2: 4 ranks x 1 thr")
+    assert commands.next_line(config, 4).endswith(
+        "launch/verify.py --strategy zero1 --nproc 4 --mesh pp=2,dp=2 --schedule zb"
+    )
+    many = parse("--mesh pp=2,dp=2,fsdp=2,tp=64 --size 124m".split())
+    assert commands.next_line(many, 512).endswith(
+        "launch/verify.py --nproc 512 --mesh pp=2,dp=2,fsdp=2,tp=64 --size 124m --oversubscribe"
+    )
+
+
 def test_a_run_writes_metrics_a_summary_and_tensorboard_events(text, tmp_path):
     out = tmp_path / "run"
     flags = "--nproc 2 --strategy dp --steps 6 --val-every 3"
