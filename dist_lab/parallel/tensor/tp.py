@@ -155,7 +155,7 @@ def replace_forwards(
                 shared_input.columns.append(module)
             forward = partial(compute, activations, shared_input, module)
             in_a_copy = partial(refuse_copy, type(module).__name__)
-            module.forward = ModuleHook(forward, in_a_copy)
+            module.forward = ModuleHook(forward, in_a_copy)  # type: ignore[method-assign]
         elif planned.role == "scatter_output":
             module.register_forward_hook(ModuleHook(lambda m, args, y: activations.scatter(y)))
         elif planned.role == "gather_input":
