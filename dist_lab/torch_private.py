@@ -5,8 +5,8 @@ only file to change: tests/test_structure.py checks that all other files use pub
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -44,7 +44,7 @@ __all__ = [
     "may_be_split_again", "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors",
     "outside_modes", "register_fake_backend", "saved_tensors_hooks_around", "set_scaled_step",
     "share_hooks", "storage_key", "swap_also", "tree_flatten", "tree_leaves", "tree_map",
-    "tree_map_only", "tree_unflatten", "when_backward_ends",
+    "tree_map_only", "tree_unflatten", "when_backward_ends", "without_fsdp",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -222,6 +222,34 @@ def swap_also(
                 info.shared_modules += [other for other, _ in others]
                 info.shared_param_names += [name for _, name in others]
                 parameter._setattr_on_modules(parameter.sharded_param)
+
+
+@contextmanager
+def without_fsdp(model: nn.Module) -> Iterator[None]:
+    """Show a model without FSDP2: its modules have their own classes, which can be copied, and hold
+    shards. Collective, as units that are unsharded are gathered again.
+    """
+    classes: dict[Any, Any] = {
+        m: type(m) for m in model.modules() if getattr(type(m), "_orig_cls_mro_index", None)
+    }
+    groups = [group for m in classes for group in m._get_fsdp_state()._fsdp_param_groups]
+    unsharded = [group for group in groups if group.is_unsharded]
+    states = {m: {k: v for k, v in vars(m).items() if "__composable_api" in k} for m in classes}
+    for module, cls in classes.items():
+        module.__class__ = cls.__mro__[cls._orig_cls_mro_index]
+        for key in states[module]:
+            del vars(module)[key]
+    for group in unsharded:
+        group._to_sharded()
+    try:
+        yield
+    finally:
+        for module, cls in classes.items():
+            module.__class__ = cls
+            vars(module).update(states[module])
+        for group in unsharded:
+            group.unshard()
+            group.wait_for_unshard()
 
 
 # --- counting operations --------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Guards:
         self.stale: GuardList = []
         self.sharded_grads: GuardList = []
         self.unsummed_grads: GuardList = []
+        self._guarded_grads: list[weakref.ref[Tensor]] = []
         self.summed = True
         self._settle: Callable[[], None] = applied.sync.settle
         mark = StepMark(self)
@@ -120,6 +121,11 @@ class Guards:
             put_guard(parameter, guard)
 
     def unguard_gradients(self) -> None:
+        # Also those that the user has cleared: a library may put the same tensor back into `.grad`.
+        for reference in self._guarded_grads:
+            if (cleared := reference()) is not None:
+                remove_guard(cleared)
+        self._guarded_grads.clear()
         for gradient, _ in _grads([*self.sharded_grads, *self.unsummed_grads]):
             if gradient is not None:
                 remove_guard(gradient)
@@ -129,6 +135,7 @@ class Guards:
         for gradient, guard in _grads([*self.sharded_grads, *unsummed]):
             if gradient is not None and type(gradient) in (Tensor, GuardedTensor):
                 put_guard(gradient, guard)
+                self._guarded_grads.append(weakref.ref(gradient))
 
     def _parameters(self, *, stale: bool) -> GuardList:
         return [*self.shards, *self.used_in_forward, *(self.stale if stale else ())]

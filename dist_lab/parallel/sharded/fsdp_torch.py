@@ -81,7 +81,7 @@ def apply(
     refuse_recurrent(model)
     modules = {**setup.inner_units, **setup.units}
     roots = [*setup.stages.units] if setup.stages else [ROOT]
-    slots, inside = param_slots(*setup.roots), {m for u in roots for m in modules[u].modules()}
+    slots, inside = param_slots(*setup.roots), {m for r in roots for m in modules[r].modules()}
     # A layer of another stage may hold a parameter that is tied to one of this stage.
     outside = {n: [slot for slot in places if slot[0] not in inside] for n, places in slots.items()}
     own_slots = {n: [slot for slot in slots[n] if slot not in outside[n]] for n in slots}
@@ -145,9 +145,9 @@ def apply(
         **known, reshard_after_forward=reshard_after_forward, keep_gathered=keep_gathered,
         defer_reduce=bool(defer_reduce),
     )  # fmt: skip
-    inside = f"{len(sharded) - len(roots)} units and "
+    whole = "each stage" if in_pipeline else "the model"
     about = (
-        f"torch fully_shard of {inside}{'each stage' if in_pipeline else 'the model'}"
+        f"torch fully_shard of {len(sharded) - len(roots)} units and {whole}"
         f"(mesh={tuple(mesh.shape)}, reshard_after_forward={reshard_after_forward}, "
         f"MixedPrecisionPolicy({param_dtype}, {reduce_dtype or 'as kept'}), gradient_divide_factor="
         "1, force_sum_reduction_for_comms=True, "

@@ -14,8 +14,7 @@ See trial.py for how copies are made, and in which dtype they compute.
 
 The check is skipped for a model that cannot be copied, fails in one process, or does not fit into
 memory. If forward draws random numbers even in eval mode, the sharded copy only has to run. Cost:
-one step of one process in float64; until it ends, the memory of its activations and of three
-unsharded models.
+one step of one process in float64, and for its duration three unsharded models in memory.
 """
 
 import json
@@ -50,6 +49,7 @@ from dist_lab.parallel.tensor.trial import (
 from dist_lab.step.hooks import ModuleHook, tensors_in
 from dist_lab.step.protocol import Sync
 from dist_lab.step.setup import Setup
+from dist_lab.torch_private import without_fsdp
 from dist_lab.transforms.precision import compute_in
 
 NO_MEMORY = "no memory"
@@ -96,6 +96,7 @@ class PlanCheck:
             torch.set_grad_enabled(with_gradients),
             torch.random.fork_rng(devices),
             self.axis.comm.label("check", unit="plan"),
+            without_fsdp(model),  # a library's hooks have run before this one
         ):
             self._try_out((args, kwargs))
         self.outputs_agree = True
@@ -200,8 +201,7 @@ class PlanCheck:
     def _agree(self, place: str, problem: str = "") -> None:
         """If a rank has a problem, raise the first one on every rank, so that none waits forever.
 
-        Called before each planned module, because the code between them may fail on some ranks
-        only, or lead ranks to different modules.
+        Called before each planned module, because code between them may differ from rank to rank.
         """
         own = json.dumps([place, problem]).encode()
         places, problems = zip(*map(json.loads, ops.all_gather_bytes(own, self.axis)), strict=True)

@@ -92,8 +92,8 @@ def _shard(
     for parent in _shared_input_parents(plan):
         hook = ModuleHook(partial(_share_input, mesh, stream))
         model.get_submodule(parent).register_forward_pre_hook(hook)
-    for (module, attribute), *others in ties:
-        for other, name in others:
+    for (module, attribute), *rest in ties:
+        for other, name in rest:
             other._parameters[name] = module._parameters[attribute]
     for name, planned in plan.items():
         module = model.get_submodule(name)
