@@ -111,7 +111,9 @@ def _on_this_rank(model: nn.Module, plan: Mapping[str, Planned]) -> dict[str, Pl
     return {
         name: planned
         for name, planned in plan.items()
-        if isinstance(local.get(name), SPLIT.get(planned.role, nn.Module))
+        if isinstance(
+            local.get(name), nn.Linear | nn.Embedding if planned.role in SPLIT else nn.Module
+        )
     }
 
 
