@@ -60,7 +60,8 @@ def draw(
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     panel: Figure | SubFigure = figure
     if schedule is not None:
-        upper, panel = figure.subfigures(2, 1, height_ratios=[size[1] - high, high])
+        both: Any = figure.subfigures(2, 1, height_ratios=[size[1] - high, high])
+        upper, panel = both
         pipeline_plot.ideal_into(upper, schedule)
     panels = panel.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     colors = _colors(grid, marked, parameter)
