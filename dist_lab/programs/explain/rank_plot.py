@@ -53,14 +53,15 @@ def draw(
     across, down = _extent(grid)
     wide, high = min(across * CELL + 1.4, WIDEST), max(down * CELL + 1.2, PANEL)
     widths = [wide, 5.0] if parameter else [wide]
-    size, rows = (sum(widths), high), 1
+    size = sum(widths), high
     if schedule is not None:
         above = pipeline_plot.ideal(schedule).get_size_inches()
-        size, rows = (max(size[0], above[0]), high + above[1]), 2
+        size = max(size[0], above[0]), high + above[1]
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     panel: Figure | SubFigure = figure
     if schedule is not None:
-        upper, panel = figure.subfigures(rows, 1, height_ratios=[size[1] - high, high])
+        heights = [size[1] - high, high]
+        ((upper,), (panel,)) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
         pipeline_plot.ideal_into(upper, schedule)
     panels = panel.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     colors = _colors(grid, marked, parameter)
@@ -167,7 +168,7 @@ def _draw_parameter(
     for key, box in box_of.items():
         top, bottom, left, right = *_side(box, 0), *_side(box, 1)
         color = colors[ranks_of[key][0]]
-        look = {"fc": color, "ec": "white", "lw": 1.2}
+        look: dict[str, Any] = {"fc": color, "ec": "white", "lw": 1.2}
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, **look))
         many = len(ranks_of[key]) > 1
         text = f"rank{'s' * many} {ranges(ranks_of[key])}"
