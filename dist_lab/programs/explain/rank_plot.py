@@ -60,8 +60,8 @@ def draw(
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     panel: Figure | SubFigure = figure
     if schedule is not None:
-        both: Any = figure.subfigures(2, 1, height_ratios=[size[1] - high, high])
-        upper, panel = both
+        heights = [size[1] - high, high]
+        ((upper,), (panel,)) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
         pipeline_plot.ideal_into(upper, schedule)
     panels = panel.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     colors = _colors(grid, marked, parameter)
@@ -168,9 +168,8 @@ def _draw_parameter(
     for key, box in box_of.items():
         top, bottom, left, right = *_side(box, 0), *_side(box, 1)
         color = colors[ranks_of[key][0]]
-        axes.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fc=color, ec="white", lw=1.2)
-        )
+        look: dict[str, Any] = {"fc": color, "ec": "white", "lw": 1.2}
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, **look))
         many = len(ranks_of[key]) > 1
         text = f"rank{'s' * many} {ranges(ranks_of[key])}"
         size = min(8.0, 110 * (bottom - top) / high, 380 * (right - left) / wide / len(text))
