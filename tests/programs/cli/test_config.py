@@ -246,8 +246,9 @@ BAD_FLAGS = [
     ("--mesh pp=2,fsdp=2 --strategy dp", "the mesh is pp=2 x fsdp=2, but dp runs along dp (--mesh)"
         "; give --mesh pp=2,dp=2 or --strategy fsdp"),
     ("--mesh pp=2,cp=2", "no mesh axis 'cp' (--mesh); give pp, dp, fsdp or tp (did you mean tp?)"),
-    ("--mesh dp=2,tp=2 --impl torch", "tp x ddp by torch: its DistributedDataParallel does not "
-        "take DTensors, of which its tp makes parameters (--impl); give --impl hand"),
+    ("--mesh dp=2,tp=2 --impl torch", "tp x ddp by torch: its DistributedDataParallel takes the "
+        "DTensors of its tp by device_mesh= only, and then removes them from the model in the first "
+        "forward (--impl); give --impl hand"),
     ("--mesh pp=2,tp=2 --bucket-mb 5", "strategy pp x tp has no bucket_mb (--bucket-mb); leave it "
         f"out, or give {IN_BUCKETS}"),
     ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "

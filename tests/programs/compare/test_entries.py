@@ -76,12 +76,12 @@ def test_all_are_the_strategies_that_a_mesh_of_several_axes_allows():
 
 def test_a_mix_that_an_implementation_lacks_is_listed_with_the_reason_and_the_others_run():
     settings = read(
-        ["--nproc", "4", "--strategies", "ddp,zero1:pp2xdp2@torch,pp2xfsdp2@accelerate"]
+        ["--nproc", "4", "--strategies", "ddp,zero1:dp2xtp2@torch,pp2xfsdp2@accelerate"]
     )
     reasons = {entry.label: settings.misfit(entry) for entry in settings.entries()}
     assert reasons["ddp"] == ""
-    assert reasons["zero1:pp2xdp2@torch"].startswith("pp x zero1 by torch: its ZeroRedundancy")
-    assert reasons["zero1:pp2xdp2@torch"].endswith("; leave out @torch")
+    assert reasons["zero1:dp2xtp2@torch"].startswith("tp x zero1 by torch: its ZeroRedundancy")
+    assert reasons["zero1:dp2xtp2@torch"].endswith("; leave out @torch")
     assert reasons["pp2xfsdp2@accelerate"].startswith("no strategy fsdp@accelerate; accelerate")
     assert settings.axes(4) == {"dp": 4}
 
