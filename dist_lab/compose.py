@@ -137,7 +137,8 @@ def parallelize(
     assert list(layouts) == list(applied.layouts), "a strategy keeps every parameter's name"
     assert local_names == expected, "the model holds the parameters that layouts put on this rank"
     leaves = dict(model.named_parameters()) | dict(applied.leaves)
-    watch = FirstNonFinite(leaves, accumulates=applied.make_runner is not None)
+    accumulates = applied.make_runner is not None and not applied.reduce_each_microbatch
+    watch = FirstNonFinite(leaves, accumulates=accumulates)
     claim(model, applied.layouts)
     guards = Guards(model, applied, mesh)
     # What forward writes to a parameter would differ between data ranks, or be lost by a reshard.
@@ -226,6 +227,7 @@ def _combine(outer: Applied, inner: Applied) -> Applied:
         stepped={**outer.stepped, **inner.stepped},
         sharded_between_units=outer.sharded_between_units or inner.sharded_between_units,
         unshard_each_action=outer.unshard_each_action or inner.unshard_each_action,
+        reduce_each_microbatch=outer.reduce_each_microbatch or inner.reduce_each_microbatch,
         unit_of={**outer.unit_of, **inner.unit_of},
         make_optimizer=inner.make_optimizer or outer.make_optimizer,
         make_runner=inner.make_runner or outer.make_runner,
@@ -244,8 +246,9 @@ def choose(strategy: str | Apply | None, impl: str, mesh: Mesh) -> list[Chosen]:
     if isinstance(strategy, str) and strategy in STRATEGIES:
         check_impl([strategy], impl)  # first: no mesh would help
     names = strategies_on(mesh.axes, "ddp" if callable(strategy) else strategy)
-    if own is None:
-        check_impl(names, impl)
+    check_impl([name for name in names if own is None or name != "ddp"], impl)
+    if own is not None and impl != "hand":
+        raise UserError(f"a strategy of your own has no impl {impl!r}; leave it out")
     mix = []
     for name in names:
         if own is not None and name == "ddp":

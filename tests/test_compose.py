@@ -140,7 +140,11 @@ def test_a_strategy_that_does_not_fit_the_mesh_is_refused_with_the_nearest_that_
 @pytest.mark.parametrize(
     ("strategies", "impl", "message"),
     [
-        (("tp", "ddp"), "torch", "tp x ddp by torch: its DistributedDataParallel does not take"),
+        (
+            ("tp", "ddp"),
+            "torch",
+            "tp x ddp by torch: its DistributedDataParallel takes the D",
+        ),
         (("pp", "fsdp"), "accelerate", "no strategy fsdp@accelerate; accelerate ignores"),
         (("pp", "ddp"), "accelerate", "strategy pp has no impl 'accelerate'; give impl=\"hand\""),
         (("zero2",), "torch", "strategy zero2 has no impl 'torch'; give impl=\"hand\""),

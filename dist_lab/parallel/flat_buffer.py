@@ -16,6 +16,11 @@ from torch import Tensor
 from dist_lab.comm.ops import Pending
 from dist_lab.mesh.mesh import Axis
 
+SET_LATE = (
+    "the gradient of {} was set after job.run, when its bucket had been sent without it; set it "
+    "before the step's last run"
+)
+
 
 class FlatBuffer:
     """Tensors side by side in one memory, and the collective on it that is in flight.

@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, OnlyOn, Shard
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.guarded_tensor import UNSUMMED, Guard, GuardedTensor, put_guard, remove_guard
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
@@ -67,8 +68,9 @@ class Guards:
             shape, kinds = layout.shape, split_kinds(layout, mesh)
             if type(parameter) is not nn.Parameter:  # a DTensor needs no guard
                 continue
-            # FSDP sums a gradient in backward already, over the axes that shard the parameter.
-            summed_axes = {axis for axis, _ in layout.splits} if name in applied.leaves else set()
+            # FSDP sums a gradient in backward already, over the data axes that shard the parameter.
+            axes = {axis for axis, _ in layout.splits if axis in DATA_AXES}
+            summed_axes = axes if name in applied.leaves else set()
             if any(mesh[o.axis].size > 1 for o in layout.partial if o.axis not in summed_axes):
                 advice = "call job.finish() before you use it"
                 label = f"the gradient of {name}"

@@ -149,6 +149,7 @@ class Applied:
     stepped: name -> the tensor that optimizers step on, where it is not the parameter in the model
     sharded_between_units: a module holds shards, and cannot compute, while its unit is resharded
     unshard_each_action: in a pipeline, a stage is unsharded for each action; if not, once for all
+    reduce_each_microbatch: gradients are reduced, and freed, after each micro-batch
     unit_of: name -> the unit whose unshard allocates the leaf's memory and whose reshard frees it,
         in forward and in backward; see step/saved.py
     make_optimizer: (class, groups of parameters, options) -> optimizer, for a library that
@@ -166,6 +167,7 @@ class Applied:
     stepped: Mapping[str, nn.Parameter] = field(default_factory=dict)
     sharded_between_units: bool = False
     unshard_each_action: bool = False
+    reduce_each_microbatch: bool = False
     unit_of: Mapping[str, str] = field(default_factory=dict)
     make_optimizer: "MakeOptimizer | None" = None
     make_runner: "MakeRunner | None" = None

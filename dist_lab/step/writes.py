@@ -32,7 +32,7 @@ class RefuseWrites(Sync):
             self.versions = [leaf._version for leaf in self.leaves.values()]
 
     def reshard(self, unit: str, phase: Phase) -> None:
-        if unit != ROOT or phase is not Phase.FORWARD:
+        if unit != ROOT or phase is Phase.ABORT:  # in a pipeline the run ends with BACKWARD
             return
         versions, self.versions = self.versions, []  # empty if unshard() has raised
         for (name, leaf), before in zip(self.leaves.items(), versions, strict=False):

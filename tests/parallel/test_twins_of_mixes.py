@@ -57,11 +57,10 @@ def pairs_of(mesh, step=0, count=4):
 
 
 def equal_or_why(mix, mesh, *, tied, sequence_parallel=False, rows=16, **options):
-    layers = 4 if "pp" in mix else 2
+    layers, microbatches = (4, 4) if "pp" in mix else (2, 2)
     report = dist_lab.verify(
         lambda: gpt(tied=tied, layers=layers), lambda step: batch(step, rows), mesh,
-        strategy_of(mix), "torch", units=BLOCKS[:layers], steps=3,
-        microbatches=4 if "pp" in mix else 2,
+        strategy_of(mix), "torch", units=BLOCKS[:layers], microbatches=microbatches, steps=3,
         **tp_of(mix, sequence_parallel), **options,
     )  # fmt: skip
     return report.equal or report.sentence()

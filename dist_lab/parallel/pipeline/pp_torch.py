@@ -15,6 +15,9 @@ The library takes a whole batch and splits it, so all micro-batches have one sha
 schedule are for one number of micro-batches and one shape; for another we build new ones. The
 library only trains: evaluation runs the same stages by executor.py.
 
+With fsdp a stage's module is an FSDPModule, with ddp or zero1 a DistributedDataParallel. The
+library knows it by its class, and reduces the stage's gradients after its last backward.
+
 Cost per step: as pp.py. Memory per rank: as pp.py, plus receive buffers for all micro-batches of a
 step at each stage boundary, kept from step to step, with any schedule. Its zero-bubble schedules do
 not split the backward of the first stage, for which no rank waits: all of it runs at the time of W.

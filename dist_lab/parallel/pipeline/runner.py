@@ -81,7 +81,6 @@ class PipelineRunner(Step):
     ) -> None:  # fmt: skip
         super().__init__(model, sync, comm, applied.stepped)
         self.pipeline = pipeline
-        self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         self._last = True  # outside microbatch(), every run is the last one
         self._leaves = dict(model.named_parameters()) | dict(applied.leaves)
         name_of = {p: name for name, p in model.named_parameters()}

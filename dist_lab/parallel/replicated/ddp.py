@@ -40,7 +40,13 @@ from torch import nn
 from dist_lab.comm.ops import all_gather, all_reduce_into, shared_buffer
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
+from dist_lab.parallel.flat_buffer import (
+    SET_LATE,
+    Arrivals,
+    FlatBuffer,
+    bucket_label,
+    group_into_buckets,
+)
 from dist_lab.parallel.replicated.in_flight import GradsInFlight
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
 from dist_lab.step.setup import Setup
@@ -115,6 +121,12 @@ class BucketedAllReduce(Sync):
             bucket.in_flight.refuse_lost()
         for name in self.trained:  # a user may have set a gradient without a backward
             if name not in self.bucket_of and self.model.get_parameter(name).grad is not None:
+                if (
+                    self.buckets
+                    and self.issued == len(self.buckets)
+                    and name not in self.unassigned
+                ):
+                    raise UserError(SET_LATE.format(name))  # in a pipeline: see backward_done
                 self.unassigned.setdefault(name)
         while self.issued < len(self.buckets):  # the last one, or incomplete on this rank
             self._issue(unassigned=bool(self.unassigned))

@@ -67,11 +67,12 @@ def apply(
         offload: a folder for files that hold shards and optimizer state. Or "cpu", for a model on
             an accelerator: shards stay in CPU memory, and the optimizer runs on the CPU.
     """
-    model, axis, replicate = setup.model, setup.axes["fsdp"], setup.axes["dp"]
+    axis, replicate = setup.axes["fsdp"], setup.axes["dp"]
+    defers = setup.stages is not None if defer_reduce is None else defer_reduce
     for dtype in (setup.param_dtype, reduce_dtype):
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"parameters and gradients cannot be {dtype}; give a floating dtype")
-    refuse_recurrent(model)
+    refuse_recurrent(setup.whole_model)
     make_memory = maker(offload, axis.device)
     slots, gather_axis = param_slots(*setup.roots), setup.channel()
     layouts = setup.owing_sums(*(a for a in (axis, replicate) if a.size > 1))
@@ -93,11 +94,14 @@ def apply(
         sync: Sync = FullySharded(
             groups, groups_of, axis, gather_axis, replicate,
             prefetch=prefetch, reshard_after_forward=reshard_after_forward,
-            keep_gathered=keep_gathered, defer_reduce=bool(defer_reduce),
+            keep_gathered=keep_gathered, defer_reduce=defers,
         )  # fmt: skip
+    elif reshard_after_forward and prefetch:
+        sync = ShardedStages(groups, groups_of, axis, replicate, defer_reduce=defers)
     elif reshard_after_forward:
-        sync = ShardedStages(
-            groups, groups_of, axis, replicate, defer_reduce=defer_reduce is not False
+        raise UserError(
+            "in a pipeline a stage is gathered when the schedule says so, and never in advance: "
+            "leave out prefetch=False"
         )
     else:
         raise UserError(
@@ -109,6 +113,7 @@ def apply(
     return Applied(
         layouts, sync, leaves=leaves, sharded_between_units=True,
         unshard_each_action=not keep_gathered,
+        reduce_each_microbatch=not defers,
         unit_of={param.name: group.unit for group in groups for param in group.params},
         make_optimizer=make_optimizer,
     )  # fmt: skip
@@ -249,6 +254,7 @@ class FullySharded(Sync):
     def _enter_model(self, phase: Phase) -> None:
         for group in self.groups:
             group.sync_requires_grad()
+            group.sync_cleared()
             if phase is Phase.FORWARD:
                 group.check_in_memory()
                 if not self.keep_unsharded:  # a forward without backward may have left it unsharded
@@ -264,6 +270,8 @@ class FullySharded(Sync):
             self._drop_prefetched()
             self._reduce_all()
             self.order.backward_ends()
+            for group in self.groups if self.defer_reduce and not self.last else ():
+                group.mark_unreduced()
         for group in self.groups:
             group.wait_for_readers()  # the user may now write to the shards
 

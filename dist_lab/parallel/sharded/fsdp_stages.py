@@ -52,6 +52,7 @@ class ShardedStages(Sync):
         if unit == ROOT and phase is Phase.FORWARD:
             for group in self.groups:
                 group.sync_requires_grad()
+                group.sync_cleared()
                 group.check_in_memory()
         for group in self.groups_of[unit]:
             group.users.add(unit)
@@ -72,6 +73,9 @@ class ShardedStages(Sync):
             for group in self.groups_of[unit]:
                 if group.unit == unit and group.trained:
                     self.reductions.issue(group)  # dW[D, F]{U_X} -> dW[D_X, F]
+        elif unit == ROOT:  # the step has another run to come; until then users may clear gradients
+            for group in self.groups:
+                group.mark_unreduced()
 
     def finish(self) -> None:
         self._compare_writes()

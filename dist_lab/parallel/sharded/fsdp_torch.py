@@ -11,6 +11,10 @@ On CPU the library waits for each collective as soon as it has issued it, even f
 FSDP2 does not shard scalars: they are replicated, and their gradients are summed in `finish`.
 A norm with running statistics stays out of mixed precision, because it becomes a unit of its own.
 
+After tp, whose parameters are DTensors already, it shards each rank's part once more: the layout is
+that of ours. In a pipeline it is applied to the units inside each stage, and then to the stage. As
+in torchtitan, a stage stays gathered from its first forward until its gradients are reduced.
+
 Cost per step and memory: as fsdp.py, without flags. Zhao et al. 2023 (arXiv:2304.11277).
 """
 

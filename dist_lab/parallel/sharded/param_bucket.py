@@ -23,7 +23,13 @@ from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import FlatShard, Layout, shard_shape
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.flat_buffer import Arrivals, FlatBuffer, bucket_label, group_into_buckets
+from dist_lab.parallel.flat_buffer import (
+    SET_LATE,
+    Arrivals,
+    FlatBuffer,
+    bucket_label,
+    group_into_buckets,
+)
 from dist_lab.parallel.param_slots import (
     ParamSlot,
     check_in_memory,
@@ -133,6 +139,8 @@ class BucketParam:
 
     def mark_grad_at_unsharded(self) -> None:
         """The unsharded parameter has a gradient to be summed: put a placeholder at the shard."""
+        if self.grad_place is GradPlace.UNSHARDED and self.sharded.grad is not None:
+            return
         self.refuse_set_shard_grad()
         self.grad_place = GradPlace.UNSHARDED
         GradElsewhere.stand_at(
@@ -293,6 +301,19 @@ class ParamBucket:
         for leaf in self.leaves.values():
             if isinstance(leaf.grad, GradElsewhere):
                 leaf.grad = None
+
+    def drop_shard_placeholders(self) -> None:
+        """Remove the placeholders from the shards' `.grad`: the gradient is about to be summed."""
+        for param in self.params:
+            if isinstance(param.sharded.grad, GradElsewhere):
+                param.sharded.grad = None
+                param.grad_place = GradPlace.NOWHERE
+
+    def refuse_set_late(self, sent: set[str]) -> None:
+        """Raise UserError if the user has set a gradient after the bucket was sent without it."""
+        for name, leaf in self.leaves.items():
+            if name not in sent and leaf.grad is not None and type(leaf.grad) is not GradElsewhere:
+                raise UserError(SET_LATE.format(name))
 
     def show_placeholders(self) -> None:
         """Put placeholders back where the shard has the gradient and backward added nothing."""

@@ -28,6 +28,7 @@ from dist_lab.parallel.param_slots import ParamSlot, parameter_at
 from dist_lab.parallel.sharded.sharded_grads import ShardedGrads
 from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
 from dist_lab.parallel.sharded.unsharded import copy_writes_to_shards, shard_value
+from dist_lab.step.grad_elsewhere import GradElsewhere
 from dist_lab.transforms.offload import Make
 
 
@@ -97,6 +98,7 @@ class ParamGroup:
         self.users: set[str] = set()
         self.written: dict[str, int] = {}
         self.visits = 0
+        self.unreduced: list[ShardedParam] = []  # with a placeholder at the shard
         self.missing_grads: set[str] = set()  # parameters with an EXPECTED gradient
         self.incoming: FlatBuffer | None = None  # the result of the reduction in flight
         self.keep_incoming = True  # False: drop it, because the step was aborted
@@ -207,8 +209,29 @@ class ParamGroup:
         if self.grads is Grads.EXPECTED:
             self.grads = Grads.COMPLETE
 
+    def mark_unreduced(self) -> None:
+        """Put a placeholder at each shard whose unsharded gradient is kept for a later reduction.
+
+        So a user may clear the gradients meanwhile: see step/grad_elsewhere.py.
+        """
+        for param in self.trained:
+            if param.unsharded.grad is not None and param.sharded.grad is None:
+                advice = f"the gradient of {param.name} is not summed yet: call job.finish() first"
+                GradElsewhere.stand_at(param.sharded, param.unsharded, advice)
+                self.unreduced.append(param)
+
+    def sync_cleared(self) -> None:
+        """Remove the placeholders, and clear the gradients whose placeholder the user has."""
+        for param in self.unreduced:
+            if isinstance(param.sharded.grad, GradElsewhere):
+                param.sharded.grad = None
+            else:
+                param.unsharded.grad = None
+        self.unreduced.clear()
+
     def issue_reduce(self, staging: Tensor) -> None:
         """Issue the reduce-scatter of this micro-batch's gradients, and free them."""
+        self.sync_cleared()
         grads = [param.unsharded.grad for param in self.trained]
         used = torch.tensor([grad is not None for grad in grads], device=staging.device)
         xs = [*grads, used.repeat(self.axis.size)]
@@ -234,6 +257,7 @@ class ParamGroup:
 
     def forget(self) -> None:
         """Drop the gradients of an aborted step, and the result of a reduction in flight."""
+        self.sync_cleared()
         for param in self.trained:
             param.unsharded.grad = None
         self.grads, self.visits, self.keep_incoming = Grads.NONE, 0, False

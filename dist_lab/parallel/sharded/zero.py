@@ -24,6 +24,7 @@ rows or the norm of a matrix needs ddp. One of a parameter's two tensors has the
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias, final
 
@@ -72,7 +73,7 @@ def stage2(setup: Setup, *, bucket_mb: float = 25.0, defer_reduce: bool | None =
         of_units = [Stage2Bucket(params, staging[params.dtype]) for params in buckets]
         sync = ZeroSync(setup.axis, units, of_units, [*staging.values()], each_microbatch=not defer)
         syncs.append(sync)
-    return _applied(layouts, syncs)
+    return replace(_applied(layouts, syncs), reduce_each_microbatch=not defer)
 
 
 def _applied(layouts: dict[str, Layout], syncs: "list[ZeroSync]") -> Applied:
@@ -143,9 +144,15 @@ class ZeroSync(Sync):
             bucket = self.buckets[index]
             if isinstance(bucket, Stage1Bucket):  # stage 2 copies it when the bucket is issued
                 bucket.copy_in(name)
+            elif not self.each_microbatch:
+                bucket.params.param_of[name].mark_grad_at_unsharded()
             if last or (self.each_microbatch and len(self.units) < 2):
                 bucket.params.arrivals.ready.add(name)
-        while (pending := self.buckets[self.issued :]) and pending[0].params.arrivals.complete:
+        # A bucket of several stages waits for backward_done: one order on all ranks.
+        in_order = len(self.units) < 2
+        while in_order and self.issued < len(self.buckets):
+            if not self.buckets[self.issued].params.arrivals.complete:
+                break
             self._issue()
 
     def backward_done(self, unit: str, *, last: bool) -> None:
@@ -184,6 +191,8 @@ class ZeroSync(Sync):
             bucket.params.arrivals.ready = set()
 
     def finish(self) -> None:
+        for bucket in self.buckets[: self.issued]:
+            bucket.params.refuse_set_late(bucket.used)
         for bucket in self.buckets:
             bucket.params.sync_cleared_grads()
         self._reduce_rest()
@@ -291,6 +300,7 @@ class Stage2Bucket:
         """dW{U_dp} -> dW[E_dp]"""
         ops.wait_for_readers(self.staging, self.params.axis)
         self.params.drop_placeholders()
+        self.params.drop_shard_placeholders()
         used = {name for name, leaf in self.params.leaves.items() if leaf.grad is not None}
         kept = self.params.names_with_grad()
         self.used = used | (kept if self.sums is None else self.used & kept)

@@ -392,3 +392,100 @@ def test_a_forward_of_a_stage_that_writes_by_its_rows_is_refused(mesh):
     job.run([(x, y[:, 0])], loss_of(16))
     with pytest.raises(UserError, match=r"writes to 2.weight by .data, with different values"):
         job.finish()
+
+
+# --- what users do between the runs of a step -----------------------------------------------------
+
+DEFERRING = [
+    ({"pp": 2, "fsdp": 2}, None, {}),
+    ({"pp": 2, "dp": 2}, "zero2", {}),
+    ({"pp": 2, "dp": 2}, "zero1", {}),
+    ({"pp": 2, "dp": 2}, "ddp", {}),
+]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(("axes", "strategy", "options"), DEFERRING, ids=str)
+@pytest.mark.ranks(4)
+def test_gradients_cleared_between_two_runs_of_a_step_are_not_in_its_sum(
+    axes, strategy, options, set_to_none
+):
+    mesh = dist_lab.init_mesh(**axes)
+    job = dist_lab.parallelize(gpt(layers=4), mesh, strategy, **options)
+    optimizer = job.optimizer(torch.optim.SGD, lr=1e-2)
+    norms = []
+    for clear in (True, False):  # the second time there is nothing to clear
+        own = batches.slice_rows(batch(0, 8), mesh.data.size)[mesh.data.index]
+        pairs = batches.slice_rows(own, 2)
+        if clear:
+            with job.microbatch(last=False):
+                job.run(pairs, loss_of(48))
+            optimizer.zero_grad(set_to_none=set_to_none)
+        job.run(pairs, loss_of(48))
+        job.finish()
+        norms.append(job.clip_grad_norm(None))
+        optimizer.zero_grad()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+@pytest.mark.ranks(2)
+def test_gradients_cleared_between_deferred_micro_batches_are_not_in_the_sum(strategy):
+    mesh = dist_lab.init_mesh(**{"fsdp" if strategy == "fsdp" else "dp": 2})
+    job = dist_lab.parallelize(gpt(), mesh, strategy, units=UNITS, defer_reduce=True)
+    optimizer = job.optimizer(torch.optim.SGD, lr=1e-2)
+    x, y = batches.slice_rows(batch(0, 4), 2)[mesh.data.index]
+    norms = []
+    for clear in (True, False):
+        if clear:
+            with job.microbatch(last=False):
+                loss_of(24)(job.model(x), y).backward()
+            optimizer.zero_grad()
+        with job.microbatch(last=True):
+            loss_of(24)(job.model(x), y).backward()
+        job.finish()
+        norms.append(job.clip_grad_norm(None))
+        optimizer.zero_grad()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
+class WritesInPlace(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.add_(0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+@pytest.mark.ranks(2)
+def test_a_forward_of_a_stage_that_writes_in_place_is_refused(strategy):
+    mesh = dist_lab.init_mesh(pp=1, **{"fsdp" if strategy == "fsdp" else "dp": 2})
+    model = nn.Sequential(nn.Linear(4, 4), WritesInPlace(4, 3)).double()
+    job = dist_lab.parallelize(model, mesh, strategy)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"the forward writes to 1.weight"):
+        job.run([(x, x)], lambda out, _: out.sum())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+@pytest.mark.ranks(2)
+def test_a_gradient_set_when_its_bucket_has_been_sent_is_refused(strategy):
+    mesh = dist_lab.init_mesh(pp=1, dp=2)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model[1].unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    job = dist_lab.parallelize(model, mesh, strategy)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for _ in range(2):  # ddp's first step makes its buckets
+        job.run([(x, x)], lambda out, _: out.sum())
+        job.finish()
+        job.optimizer(torch.optim.SGD, lr=0.1).zero_grad()
+    job.run([(x, x)], lambda out, _: out.sum())
+    job.model[1].unused.grad = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"gradient of 1.unused was set after job.run"):
+        job.finish()
+
+
+@pytest.mark.ranks(2, mesh={"pp": 1, "fsdp": 2})
+def test_a_pipeline_never_gathers_in_advance(mesh):
+    with pytest.raises(UserError, match="when the schedule says so, and never in advance"):
+        dist_lab.parallelize(gpt(layers=4), mesh, prefetch=False)

@@ -137,8 +137,8 @@ def unfit(cell: Cell) -> str:
         and (cell.axes.get("pp"), cell.microbatches) != (2, 4),
         "recomputation needs a backward in one piece": "recompute" in cell.options
         and splits_backward,
-        "a pipeline gathers a stage for each action, or once": "no-reshard" in cell.options
-        and "pp" in cell.axes,
+        "a pipeline gathers a stage for each action, or once": "pp" in cell.axes
+        and bool({"no-reshard", "no-prefetch"} & set(cell.options)),
         "tp does not split convolutions": cell.model == "conv" and "tp" in cell.axes,
         "there is no BatchNorm": "sync-bn" in cell.options and cell.model != "conv",
         "rows do not differ between ranks": "sync-bn" in cell.options and cell.data_ranks == 1,
