@@ -247,8 +247,8 @@ BAD_FLAGS = [
         "; give --mesh pp=2,dp=2 or --strategy fsdp"),
     ("--mesh pp=2,cp=2", "no mesh axis 'cp' (--mesh); give pp, dp, fsdp or tp (did you mean tp?)"),
     ("--mesh dp=2,tp=2 --impl torch", "tp x ddp by torch: its DistributedDataParallel takes the "
-        "DTensors of its tp by device_mesh= only, and then removes them from the model in the first "
-        "forward (--impl); give --impl hand"),
+        "DTensors of its tp by device_mesh= only, and then removes them from the model in the "
+        "first forward (--impl); give --impl hand"),
     ("--mesh pp=2,tp=2 --bucket-mb 5", "strategy pp x tp has no bucket_mb (--bucket-mb); leave it "
         f"out, or give {IN_BUCKETS}"),
     ("--sequence-parallel", "strategy single has no sequence_parallel (--sequence-parallel); leave "
