@@ -279,5 +279,6 @@ def test_zero_bubble_is_refused_with_ddp_as_it_would_not_sum_gradients(strategy,
 @ranks("pp x fsdp")
 def test_what_fsdp2_cannot_do_in_a_pipeline_is_refused_on_every_rank(mesh):
     refused(mesh, "reduces a stage's gradients once", defer_reduce=False)
+    refused(mesh, "find_unused only without", find_unused=True, param_dtype=torch.bfloat16)
     refused(mesh, "has put shards in their pl", schedule="zb", reshard_after_forward=True)
     refused(mesh, "FSDP2 would untie model.embed_tokens.weight", tied=True, schedule="zbv")
