@@ -31,7 +31,7 @@ TOKENS = 16 * 6
 def ranks(mix):
     axes = MESHES[mix]
     size = torch.Size(axes.values()).numel()
-    return pytest.mark.ranks(size, mesh=axes, timeout=60 if size == 4 else 240)
+    return pytest.mark.ranks(size, mesh=axes, timeout=120 if size == 4 else 240)
 
 
 def on(mix, *values):
