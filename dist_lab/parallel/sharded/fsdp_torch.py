@@ -79,6 +79,12 @@ def apply(
             "PyTorch's pipelining reduces a stage's gradients once, after its last backward; leave "
             'defer_reduce as it is, or give impl="hand"'
         )
+    if in_pipeline and find_unused and (param_dtype or reduce_dtype):
+        # It keeps such gradients where we do not see which there are: see ThroughStages.
+        raise UserError(
+            "in a pipeline FSDP2 takes find_unused only without param_dtype and reduce_dtype; "
+            'leave these out, or give impl="hand"'
+        )
     if reshard_after_forward is None:
         reshard_after_forward = not in_pipeline
     reshard_after_forward = reshard_after_forward and not (in_pipeline and keep_gathered)
