@@ -43,7 +43,7 @@ from dist_lab.transforms.recompute import recompute as recompute_units
 
 @dataclass(frozen=True)
 class Chosen:
-    """A strategy that was chosen: its function, and the axes that it runs along."""
+    """A strategy that was chosen: its function, the axes that it runs along, and its row's impl."""
 
     label: str
     apply: Apply

@@ -44,7 +44,7 @@ class Sync:
     """A strategy's response to each event of a step. Methods that are not overridden do nothing."""
 
     def microbatch(self, *, last: bool) -> None:
-        """A micro-batch begins. `last`: gradients are reduced after it."""
+        """A micro-batch begins, or in a pipeline a run. `last`: gradients are reduced after it."""
 
     def unshard(self, unit: str, phase: Phase) -> None:
         """The unit is about to be used: its parameters must be unsharded."""

@@ -22,10 +22,11 @@ class Setup:
     trained      names of the parameters that require gradients, likewise
     full_value   name -> its value in that layout: the full tensor for the first strategy, a shard
                  for a later one. Called once for each, so that no rank needs all values at once.
-    units        name -> a module to be unsharded, reduced and recomputed as a whole; includes ROOT
+    units        name -> a module to be unsharded and reduced as a whole, in a pipeline a stage;
+                 includes ROOT
     inner_units  in a pipeline, whose stages are the units: the user's units inside of these
     param_dtype  the compute dtype, if it differs from the parameters' dtype
-    recompute    recompute every k-th unit in backward; 0: none
+    recompute    every k-th of the user's units is recomputed in backward, which is arranged already
     stages       the pipeline's stages, if there is a pipeline around this strategy
     weight_work  the weight gradients that the pipeline's schedule defers
     folded       filled in once all strategies are applied

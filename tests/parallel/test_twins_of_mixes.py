@@ -1,7 +1,8 @@
 """Mixes of strategies by torch: equal to one process and to ours, or refused with torch's reason.
 
-Each refusal was tried in torch 2.13 without it: the gradients or weights were wrong, without an
-error, or the library raised one of its own.
+Most refusals were tried in torch 2.13 without them: the gradients or weights were wrong, without an
+error, or the library raised one of its own. Three follow from its source: zbv with tied weights,
+find_unused in low precision, and reductions that are not deferred.
 """
 
 import pytest

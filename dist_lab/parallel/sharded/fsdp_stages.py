@@ -13,6 +13,9 @@ Elements sent per step of m micro-batches, for the P parameters of a rank's stag
     2P         keep_gathered
     ... + (m-1)P    defer_reduce=False: reduce after each micro-batch, not after the last only
 
+Each reduction also sends N flags per parameter, and HSDP sums shards over the replicas: as in
+fsdp.py. A gather is issued when its action comes and waited for at once; none is in advance.
+
 With defer_reduce a stage's unsharded gradient is kept until its last micro-batch; then it is sent,
 while other stages still compute.
 """

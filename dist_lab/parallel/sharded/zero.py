@@ -12,6 +12,7 @@ the summed gradient of its shard only, and sends the new values to the other ran
     stage 1                          P + P                                4P + 4P + 8P/N
     stage 2: gradients are sharded   kP + P                               4P + 4P/N + 8P/N, and two
     after each micro-batch                                                buckets
+    stage 2, deferred (pipelines)    P + P                                4P + 4P + 8P/N
 
 P includes the padding of the buckets. Each step also sums one flag per parameter. Without shared
 memory between ranks, a reduce-scatter receives gradients in a second buffer of the same size.
@@ -286,7 +287,8 @@ class Stage1Bucket:
 class Stage2Bucket:
     """A bucket of sharded gradients, reduced after each micro-batch and added to the shard's sums.
 
-    Ranks wait for each other in backward, so all must have the same number of micro-batches.
+    Unless this is deferred, ranks wait for each other in backward of each micro-batch, so all must
+    have the same number of them.
     """
 
     def __init__(self, params: ParamBucket, staging: Tensor) -> None:
