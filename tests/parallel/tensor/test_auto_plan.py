@@ -291,12 +291,14 @@ def test_a_pair_of_layers_with_weights_between_them_is_no_block():
 # --- trained --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda name: not name.startswith("Llama"))
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.ranks(2)
 def test_a_family_trains_as_one_process_does(name, mesh):
     assert_exact(name, {"tp": 2})
 
 
+@pytest.mark.slow_unless(lambda name, strategy: (name == "GPT-2") == (strategy == "fsdp"))
 @pytest.mark.parametrize("name", ["Llama, grouped", "GPT-2"])
 @pytest.mark.parametrize("strategy", ["tp", "zero1", "fsdp"])
 @pytest.mark.ranks(4)
