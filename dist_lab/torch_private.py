@@ -208,9 +208,7 @@ def forget_unsharded_gradients(module: Any) -> None:
             parameter.unsharded_accumulated_grad = None
 
 
-def swap_also(
-    module: Any, slot: tuple[nn.Module, str], others: list[tuple[nn.Module, str]]
-) -> None:
+def swap_also(module: Any, slot: Slot, others: list[Slot]) -> None:
     """Let an FSDPModule put its sharded and unsharded parameter of one slot also into others.
 
     It finds the slots of a tied parameter inside of the module only.

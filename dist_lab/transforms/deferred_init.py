@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.transforms.init import InitFn, draw, initialize, initialize_buffers, own_init
+from dist_lab.transforms.init import InitFn, draw, initialize_buffers, own_init
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -26,12 +26,6 @@ def is_meta(model: nn.Module) -> bool:
             "whole model under torch.device('meta'), or none of it"
         )
     return True in example
-
-
-def materialize(model: nn.Module, seed: int, device: torch.device, init_fn: InitFn | None) -> None:
-    """Draw all parameters, in place. Raises UserError if there is no function that draws them."""
-    with _as_user_error():
-        initialize(model, seed, device, init_fn)
 
 
 def deferred_init(

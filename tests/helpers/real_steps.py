@@ -1,4 +1,4 @@
-"""Takes two real steps on all ranks, and compares them with each rank's dry run."""
+"""Takes the two steps of `observe` on real ranks, and compares them with each rank's dry run."""
 
 import gc
 
@@ -6,24 +6,7 @@ from dist_lab.layout.layout import to_json
 from dist_lab.mesh import groups
 from dist_lab.mesh.mesh import dry_run, init_mesh
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.explain.dry_run import DryRunResult, observe
-from dist_lab.programs.train import loop
-from dist_lab.programs.train.meter import Meter
-
-
-def real_steps(config: Config, mesh) -> DryRunResult:
-    """Two real steps of this rank, in the form of `observe`."""
-    data = open_run(config, mesh)
-    job = build(config, mesh, data)
-    optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], Meter(job, optimizer)
-    for step in range(2):
-        rows = data.batch(step, loop.own_rows(config.batch, job))
-        with meter.step(step + 1), mesh.comm.ledger.recording() as calls:
-            loop.take_step(job, optimizer, *rows, step + 1, config)
-        steps.append(calls)
-    return DryRunResult(job, optimizer, steps[0], steps[1], meter.memory)
 
 
 def explained_and_real(config: Config, mesh) -> tuple[dict, dict]:
@@ -33,7 +16,7 @@ def explained_and_real(config: Config, mesh) -> tuple[dict, dict]:
         The dry run and the real one, as comparable values.
     """
     axes = config.axes(mesh.size)
-    real = as_values(real_steps(config, init_mesh(timeout=mesh.timeout, **axes)))
+    real = as_values(observe(config, init_mesh(timeout=mesh.timeout, **axes)))
     groups.disconnect()  # from here on each rank is a single process, as explain.py is
     gc.collect()
     with dry_run(axes, mesh.rank) as other:

@@ -147,13 +147,11 @@ class ZeroSync(Sync):
                 bucket.copy_in(name)
             elif not self.each_microbatch:
                 bucket.params.param_of[name].mark_grad_at_unsharded()
-            if last or (self.each_microbatch and len(self.units) < 2):
+            if last or self.each_microbatch:
                 bucket.params.arrivals.ready.add(name)
-        # A bucket of several stages waits for backward_done: one order on all ranks.
-        in_order = len(self.units) < 2
-        while in_order and self.issued < len(self.buckets):
-            if not self.buckets[self.issued].params.arrivals.complete:
-                break
+        if len(self.units) > 1:  # several stages: wait for backward_done, in one order on all ranks
+            return
+        while (pending := self.buckets[self.issued :]) and pending[0].params.arrivals.complete:
             self._issue()
 
     def backward_done(self, unit: str, *, last: bool) -> None:
