@@ -82,7 +82,8 @@ class ParamGroup:
         self.reduce_dtype = self.shard_dtype
         shapes = {name: parameter_at(places).shape for name, places in slots.items()}
         lengths = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
-        memory, self.sent = self._allocate(sum(lengths.values()), make_memory)
+        self.lengths = list(lengths.values())
+        memory, self.sent = self._allocate(sum(self.lengths), make_memory)
         self.sharded = FlatBuffer(memory, {name: (n,) for name, n in lengths.items()}, self.label)
         like = torch.empty(0, dtype=self.compute_dtype, device=axis.device)
         self.params: list[ShardedParam] = []
@@ -138,11 +139,17 @@ class ParamGroup:
             return False
         self.state = Params.GATHERING
         with torch.inference_mode(False):  # backward may use memory gathered in inference mode
-            rows = [param.allocate(self.axis.size) for param in self.params]
-        self.sharded.issue(
-            lambda _, axis: ops.all_gather_coalesced(rows, self._to_send(), axis), self.gather_axis
-        )
+            self.sharded.issue(self._gather, self.gather_axis)
         return True
+
+    def _gather(self, memory: Tensor, axis: Axis) -> ops.Pending:
+        sent = self._to_send()
+        if axis.size == 1 and self.sent is not None:  # the shards are whole: nothing is copied
+            for param, shard in zip(self.params, sent.split(self.lengths), strict=True):
+                param.use_rows(shard[None])
+            return ops.Pending(sent)
+        rows = [param.use_rows(param.new_rows(axis.size)) for param in self.params]
+        return ops.all_gather_coalesced(rows, sent, axis)
 
     def _to_send(self) -> Tensor:
         """This rank's shards, in the dtype of compute."""

@@ -72,12 +72,16 @@ class ShardedParam:
         for module, attribute in self.slots:
             module.__dict__.pop(attribute, None)
 
-    def allocate(self, size: int) -> Tensor:
-        """Allocate the unsharded tensor's memory, without values, and return it as rows."""
+    def new_rows(self, size: int) -> Tensor:
+        """New memory for the unsharded tensor, without values."""
         leaf = self.unsharded
-        self.rows = torch.empty(size, self.length, dtype=leaf.dtype, device=leaf.device)
-        leaf.set_memory(self.rows.as_strided(self.shape, self.stride))
-        return self.rows
+        return torch.empty(size, self.length, dtype=leaf.dtype, device=leaf.device)
+
+    def use_rows(self, rows: Tensor) -> Tensor:
+        """Let the unsharded tensor use this memory, (size, length)."""
+        self.rows = rows
+        self.unsharded.set_memory(rows.as_strided(self.shape, self.stride))
+        return rows
 
     def free(self) -> None:
         """Drop the memory of the unsharded tensor."""

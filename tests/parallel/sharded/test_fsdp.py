@@ -203,6 +203,24 @@ def test_at_most_the_root_and_the_two_largest_units_are_unsharded_at_once(prefet
     assert largest / 2 < unreduced <= root + largest + second
 
 
+def test_on_one_rank_forward_uses_the_memory_of_the_shards():
+    # A mesh may have fsdp=1 in a script that runs on more ranks elsewhere: it must cost nothing.
+    job, optimizer = job_of(dist_lab.init_mesh(fsdp=1))
+    shards = {name: shard.data_ptr() for name, shard in job.named_parameters()}
+    used = {}
+
+    def look(module, _):
+        for name, leaf in job.leaves.items():
+            if leaf.untyped_storage().nbytes() > leaf.element_size():
+                used[name] = leaf.data_ptr()
+
+    for module in job.model.modules():
+        module.register_forward_pre_hook(look)
+    take_step(job, optimizer, 0, 2)
+    assert used == shards
+    assert storages(job, "gathered") == []
+
+
 @pytest.mark.parametrize("options", TRAFFIC)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_between_steps_all_is_sharded_and_old_values_cannot_be_read(options, mesh):
