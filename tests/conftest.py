@@ -22,6 +22,7 @@ dist_lab.fix_torchvision()  # many tests import torchvision, beside a torch that
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_unusual(item, "nightly_unless"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
             item.add_marker(pytest.mark.nightly)
         elif is_unusual(item, "slow_unless"):
             item.add_marker(pytest.mark.slow)

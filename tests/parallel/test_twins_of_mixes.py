@@ -70,8 +70,14 @@ def equal_or_why(mix, mesh, *, tied, sequence_parallel=False, rows=16, **options
 # --- parity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(
-    lambda mix, sequence_parallel, tied: mix == "fsdp x tp" and sequence_parallel and tied
+IN_SLOW = {
+    ("fsdp x tp", True, True), ("hsdp x tp", True, False), ("hsdp x tp on 8", False, True),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.nightly_unless(
+    lambda mix, sequence_parallel, tied: (mix, sequence_parallel, tied) in IN_SLOW
 )
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -80,10 +86,7 @@ def test_tp_and_fsdp_equal_one_process(mix, sequence_parallel, tied, mesh):
     assert equal_or_why(mix, mesh, tied=tied, sequence_parallel=sequence_parallel) is True
 
 
-USUAL = {
-    ("pp x tp", "1f1b", True), ("pp x fsdp", "zbv", False), ("pp x ddp", "gpipe", True),
-    ("pp x zero1", "1f1b", True),
-}  # fmt: skip
+USUAL = {("pp x fsdp", "zbv"), ("pp x ddp", "gpipe"), ("pp x zero1", "1f1b")}
 SPLIT_BACKWARD = ("zb", "zbv")
 
 
@@ -94,7 +97,12 @@ def torch_can(mix, schedule, tied):
     return mix == "pp x tp" or schedule not in SPLIT_BACKWARD
 
 
-@pytest.mark.slow_unless(lambda mix, schedule, tied: (mix, schedule, tied) in USUAL)
+@pytest.mark.slow_unless(lambda mix, schedule: (mix, schedule) in USUAL)
+@pytest.mark.nightly_unless(
+    lambda mix, schedule, tied: (
+        tied == (schedule != "interleaved") or (mix, schedule) == ("pp x fsdp", "zbv")
+    )
+)
 @pytest.mark.parametrize(
     ("mix", "schedule", "tied"),
     [
@@ -110,6 +118,9 @@ def test_a_pipeline_with_another_strategy_equals_one_process(mix, schedule, tied
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(
+    lambda mix, schedule: schedule == ("zb" if mix == "pp x hsdp" else "1f1b")
+)
 @pytest.mark.parametrize(
     ("mix", "schedule", "tied"),
     [
@@ -123,7 +134,7 @@ def test_three_axes_equal_one_process(mix, schedule, tied, mesh):
     assert why is True
 
 
-@pytest.mark.slow_unless(lambda options: options == {"reshard_after_forward": True})
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"reshard_after_forward": True}, {"keep_gathered": True}, {"schedule": "interleaved",
@@ -135,7 +146,8 @@ def test_each_way_to_keep_a_stage_gathered_equals_one_process(options, mesh):
     assert equal_or_why("pp x fsdp", mesh, tied=False, **options) is True
 
 
-@pytest.mark.slow_unless(lambda mix: mix == "pp x fsdp")
+@pytest.mark.slow
+@pytest.mark.nightly_unless(lambda mix: mix != "pp x tp")
 @pytest.mark.parametrize("mix", [on(m) for m in ("fsdp x tp", "pp x tp", "pp x fsdp", "pp x ddp")])
 def test_param_dtype_bfloat16_equals_one_process(mix, mesh):
     report = dist_lab.verify(
@@ -170,7 +182,8 @@ def losses_and_weights(mix, mesh, impl):
     return numbers, full
 
 
-@pytest.mark.slow_unless(lambda mix: mix in ("pp x ddp", "pp x fsdp"))
+@pytest.mark.slow_unless(lambda mix: mix == "pp x fsdp")
+@pytest.mark.nightly_unless(lambda mix: mix not in ("hsdp x tp", "pp x fsdp x tp"))
 @pytest.mark.parametrize(
     "mix",
     [on(m) for m in MESHES if torch.Size(MESHES[m].values()).numel() == 4] + [on("pp x fsdp x tp")],

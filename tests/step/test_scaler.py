@@ -98,7 +98,9 @@ ROWS = [
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, own_optimizer: strategy in ("fsdp", "zero1@torch") or own_optimizer
+    lambda strategy, own_optimizer, clips, fused: (
+        own_optimizer == (strategy == "zero1") and not fused and (clips or strategy != "fsdp")
+    )
 )
 @pytest.mark.parametrize(
     ("strategy", "make_scaler", "own_optimizer", "clips", "fused"), on_two_ranks(ROWS)

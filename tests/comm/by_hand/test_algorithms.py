@@ -405,7 +405,10 @@ def test_effective_lists_the_algorithm_of_each_operation():
 # --- failures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda op, name: (op, name) == ("all_reduce", "ring"))
+@pytest.mark.slow  # tests/comm/test_comm.py has a quick row
+@pytest.mark.nightly_unless(
+    lambda op, name: name in ("ring", "tree") or op in ("all_to_all", "all_gather")
+)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 @pytest.mark.ranks(3, timeout=30)
 def test_a_rank_that_does_not_arrive_is_an_error_that_names_the_call(op, name, mesh):

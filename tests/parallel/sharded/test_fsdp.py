@@ -89,8 +89,7 @@ OPTIONS_AND_COLLECTIVES = [(options, "auto") for options in TRAFFIC] + [
 
 @pytest.mark.slow_unless(
     lambda options, collectives: (
-        (options, collectives) == ("default", "direct")
-        or (collectives == "auto" and options in ("kept gathered", "deferred", "kept and deferred"))
+        (options, collectives) in [("default", "direct"), ("kept and deferred", "auto")]
     )
 )
 @pytest.mark.parametrize(("options", "collectives"), OPTIONS_AND_COLLECTIVES)
@@ -188,6 +187,7 @@ def sizes(job, n, units):
     }
 
 
+@pytest.mark.slow_unless(lambda prefetch: prefetch)
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
 def test_at_most_the_root_and_the_two_largest_units_are_unsharded_at_once(prefetch, mesh):
@@ -203,6 +203,9 @@ def test_at_most_the_root_and_the_two_largest_units_are_unsharded_at_once(prefet
     assert largest / 2 < unreduced <= root + largest + second
 
 
+@pytest.mark.slow_unless(
+    lambda options: options in ("kept after forward", "kept and deferred", "no prefetch")
+)
 @pytest.mark.parametrize("options", TRAFFIC)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_between_steps_all_is_sharded_and_old_values_cannot_be_read(options, mesh):
@@ -249,6 +252,7 @@ def test_each_option_keeps_units_unsharded_exactly_as_long_as_it_says(mesh):
 KEEPING = [{}, {"reshard_after_forward": False}, {"keep_gathered": True}]
 
 
+@pytest.mark.slow_unless(lambda options, how: how == "loaded" or options == {"keep_gathered": True})
 @pytest.mark.parametrize("how", ["loaded", "written"])
 @pytest.mark.parametrize("options", KEEPING, ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
@@ -346,6 +350,7 @@ def test_the_next_unit_is_prefetched_before_this_one_computes(mesh):
     assert sorted(e for e in events if "shared" not in e) == sorted(in_order)
 
 
+@pytest.mark.slow_unless(lambda prefetch: prefetch)
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_nested_units_and_units_called_twice_are_not_gathered_in_vain(prefetch, mesh):
@@ -410,6 +415,7 @@ def test_both_groups_of_a_unit_of_two_dtypes_are_prefetched(mesh):
 # --- dtypes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda narrow: narrow == torch.bfloat16)
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_16_bit_dtype_halves_the_bytes_and_keeps_float32_master_weights(narrow, mesh):
@@ -493,9 +499,7 @@ def on_meta(size="tiny", **shape):
     return zoo.build("gpt", size, vocab=VOCAB, seed=0, device="meta", **shape)
 
 
-@pytest.mark.slow_unless(
-    lambda strategy, tied: tied and strategy in ("dp", "zero1", "fsdp", "hsdp")
-)
+@pytest.mark.slow_unless(lambda strategy, tied: tied and strategy in ("zero1", "fsdp"))
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", BY_HAND)
 @pytest.mark.ranks(4)

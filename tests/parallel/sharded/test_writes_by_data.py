@@ -79,6 +79,9 @@ def trained(job, mesh, steps=3, parts=2):
     return job.full_state_dict()
 
 
+@pytest.mark.slow_unless(
+    lambda options: not {*options} & {"prefetch", "units", "reshard_after_forward"}
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -128,6 +131,9 @@ def add_on_one_rank(layer, x):
         layer.bias.data[0] += 1  # a row of the other rank's shard
 
 
+@pytest.mark.slow_unless(
+    lambda options, name: options == {} or (name == "bias" and "units" in options)
+)
 @pytest.mark.parametrize(("write", "name"), [(scale_by_rows, "weight"), (add_on_one_rank, "bias")])
 @pytest.mark.parametrize("options", [{}, {"units": []}, {"reshard_after_forward": False}], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})

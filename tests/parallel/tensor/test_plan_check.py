@@ -705,6 +705,7 @@ def test_a_forward_on_one_rank_only_ends_in_a_one_line_error():
 # --- the same rows and the same dropout masks -----------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda impl: impl == "hand")
 @pytest.mark.parametrize("impl", IMPLS)
 @ranks(2)
 def test_different_rows_on_each_rank_are_refused_in_every_forward(impl, mesh):
@@ -754,6 +755,7 @@ class OwnDropout(nn.Module):
         return F.dropout(x, self.rate)
 
 
+@pytest.mark.slow_unless(lambda impl: impl == "hand")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("make", [nn.Dropout, OwnDropout])
 @ranks(2)

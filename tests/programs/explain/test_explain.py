@@ -43,13 +43,10 @@ def printed(capsys):
     return run_explain
 
 
-@pytest.mark.slow_unless(
+@pytest.mark.slow_unless(lambda strategy, dtype: (strategy, dtype) == ("ddp", "float32"))
+@pytest.mark.nightly_unless(
     lambda strategy, dtype: (
-        (strategy, dtype)
-        in (
-            ("ddp", "float32"),
-            ("fsdp", "bfloat16"),
-        )
+        strategy not in ("dp", "zero1") and (strategy, dtype) != ("pp", "float32")
     )
 )
 @pytest.mark.parametrize(
