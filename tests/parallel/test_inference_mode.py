@@ -26,7 +26,7 @@ def build():
 
 
 @pytest.mark.slow_unless(
-    lambda case, narrow: narrow is None and case in ("ddp", "zero2", "fsdp", "pp", "tp, sequence")
+    lambda case, narrow: narrow is None and case in ("ddp", "fsdp", "pp", "tp, sequence")
 )
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
 @pytest.mark.parametrize("case", ROWS)

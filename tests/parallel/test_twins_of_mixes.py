@@ -86,7 +86,7 @@ def test_tp_and_fsdp_equal_one_process(mix, sequence_parallel, tied, mesh):
     assert equal_or_why(mix, mesh, tied=tied, sequence_parallel=sequence_parallel) is True
 
 
-USUAL = {("pp x fsdp", "zbv"), ("pp x ddp", "gpipe"), ("pp x zero1", "1f1b")}
+USUAL = {("pp x ddp", "gpipe"), ("pp x zero1", "1f1b")}
 SPLIT_BACKWARD = ("zb", "zbv")
 
 
@@ -197,7 +197,7 @@ def test_hand_and_twin_have_the_same_losses_norms_and_weights(mix, mesh):
         torch.testing.assert_close(their_weights[name], weight, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.slow_unless(lambda mix: mix == "pp x fsdp")
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", [on(m) for m in ("fsdp x tp", "pp x tp", "pp x fsdp", "pp x ddp")])
 def test_a_model_on_the_meta_device_starts_alike_by_hand_and_library(mix, mesh):
     full = []
@@ -259,6 +259,7 @@ class SoftmaxOverShards(nn.Module):
         return self.b(torch.softmax(self.a(x), -1))
 
 
+@pytest.mark.slow_unless(lambda units: not units)
 @pytest.mark.parametrize("units", [[], ["a"]], ids=str)
 @ranks("fsdp x tp")
 def test_a_wrong_plan_is_refused_before_the_first_forward(units, mesh):
@@ -283,6 +284,7 @@ def refused(mesh, message, tied=False, strategy=None, **options):
         dist_lab.parallelize(gpt(layers=4, tied=tied), mesh, strategy, "torch", **options)
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "ddp")
 @pytest.mark.parametrize("strategy", ["ddp", "zero1"])
 @ranks("pp x ddp")
 def test_zero_bubble_is_refused_with_ddp_as_it_would_not_sum_gradients(strategy, mesh):

@@ -262,6 +262,7 @@ def test_under_torchrun_a_mistake_is_reported_once_and_every_rank_ends():
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_rank_other_than_0_reports_its_refusal_after_a_moment():
     began = time.monotonic()
     program = start("zap=1", **PLACE)

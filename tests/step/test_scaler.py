@@ -97,9 +97,17 @@ ROWS = [
 ]
 
 
+USUAL = [
+    ("fsdp", our_scaler, False, False, False),
+    ("fsdp", torch_scaler, False, True, False),
+    ("zero2", torch_scaler, False, False, False),
+    ("zero1", our_scaler, True, False, True),
+]
+
+
 @pytest.mark.slow_unless(
-    lambda strategy, own_optimizer, clips, fused: (
-        own_optimizer == (strategy == "zero1") and not fused and (clips or strategy != "fsdp")
+    lambda strategy, make_scaler, own_optimizer, clips, fused: (
+        (strategy, make_scaler, own_optimizer, clips, fused) in USUAL
     )
 )
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_mix_from_the_meta_device_starts_with_the_weights_of_one_process(axes,
     assert_weights_equal(job, build("cpu"), tolerance=0)
 
 
-@pytest.mark.slow_unless(lambda axes, strategy: strategy in ("zero2", None))
+@pytest.mark.slow_unless(lambda axes, strategy: strategy is None and {*axes} != {"fsdp", "tp"})
 @pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
 @pytest.mark.ranks(4)
 def test_a_rank_draws_its_own_parameters_only_and_each_of_them_once(axes, strategy):
@@ -197,7 +197,7 @@ def test_collectives_of_a_mix_can_be_checked(axes, strategy):
     assert_weights_equal(job, one_process())
 
 
-@pytest.mark.slow_unless(lambda axes, strategy: strategy == "zero2" or axes == {"pp": 2, "tp": 2})
+@pytest.mark.slow_unless(lambda axes, strategy: strategy == "zero2" and "pp" in axes)
 @pytest.mark.parametrize(("axes", "strategy"), FOUR, ids=str)
 @pytest.mark.ranks(4)
 def test_a_gradient_that_is_not_finite_is_named_on_every_rank(axes, strategy):
@@ -244,9 +244,7 @@ def drains_at(job):
 
 
 @pytest.mark.slow_unless(
-    lambda schedule, strategy: (
-        (schedule, strategy) in [("1f1b", "ddp"), ("zb", "zero2"), ("zbv", "fsdp")]
-    )
+    lambda schedule, strategy: (schedule, strategy) in [("1f1b", "ddp"), ("zbv", "fsdp")]
 )
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
@@ -302,7 +300,7 @@ def test_tp_sends_nothing_in_w_and_as_much_as_without_a_split_backward(
     assert by_schedule[0] == by_schedule[1]  # zbv and interleaved place stages differently
 
 
-@pytest.mark.slow_unless(lambda keep_gathered, defer_reduce: keep_gathered != defer_reduce)
+@pytest.mark.slow_unless(lambda keep_gathered, defer_reduce: defer_reduce and not keep_gathered)
 @pytest.mark.parametrize("keep_gathered", [False, True])
 @pytest.mark.parametrize("defer_reduce", [True, False])
 @pytest.mark.ranks(4, mesh={"pp": 2, "fsdp": 2})
@@ -409,9 +407,7 @@ DEFERRING = [
 ]
 
 
-@pytest.mark.slow_unless(
-    lambda strategy, set_to_none: set_to_none == (strategy is None) and strategy in ("zero2", None)
-)
+@pytest.mark.slow_unless(lambda strategy, set_to_none: strategy is None and set_to_none)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize(("axes", "strategy", "options"), DEFERRING, ids=str)
 @pytest.mark.ranks(4)

@@ -125,7 +125,7 @@ def test_param_dtype_bfloat16_equals_one_process(schedule, mesh):
     assert equal_or_why(build, mesh, schedule, 4, param_dtype=torch.bfloat16) is True
 
 
-@pytest.mark.slow_unless(lambda schedule, count: (schedule, count) in [("1f1b", 7), ("zb", 1)])
+@pytest.mark.slow_unless(lambda schedule, count: (schedule, count) == ("zb", 1))
 @pytest.mark.parametrize(
     ("schedule", "count"),
     [("gpipe", 1), ("gpipe", 5), ("1f1b", 7), ("zb", 1), ("zb", 2), ("zb", 5), ("zbv", 1),
@@ -237,7 +237,7 @@ def test_batchnorm_counts_each_microbatch_once(schedule, mesh):
     assert all(count == 4 for count in counts)
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "zb", "zbv"])
 @ranks(2)
 def test_flop_counter_mode_counts_as_many_operations_as_for_ours(schedule, mesh):

@@ -552,7 +552,7 @@ SOME = (
             options == "plain"
             and use in (*SOME, "written to in place as a view", "a view of a parameter")
         )
-        or use == "others in other micro-batches"
+        or (use == "others in other micro-batches" and options in ("deferred", "no prefetch"))
     )
 )
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def some_names(model):
 
 @pytest.mark.slow_unless(
     lambda strategy, when, how: (
-        (strategy == "fsdp" and (when, how) != ("between steps", "by name"))
+        (strategy == "fsdp" and when in ("between micro-batches", "before the last backward"))
         or (strategy, when, how) == ("ddp", "between micro-batches", "by name")
     )
 )

@@ -240,6 +240,7 @@ def test_stage_1_keeps_all_gradients_and_stage_2_a_shard_and_one_bucket(mesh):
     assert bytes_of["zero2"] == {"gradients": 8 * length // 4, "buffers": 8 * largest + flags}
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "zero2")
 @BOTH
 @pytest.mark.ranks(4)
 def test_memory_follows_the_formula_of_the_paper(strategy, mesh):

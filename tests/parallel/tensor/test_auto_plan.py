@@ -298,7 +298,7 @@ def test_a_family_trains_as_one_process_does(name, mesh):
     assert_exact(name, {"tp": 2})
 
 
-@pytest.mark.slow_unless(lambda name, strategy: (name, strategy) == ("GPT-2", "fsdp"))
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama, grouped", "GPT-2"])
 @pytest.mark.parametrize("strategy", ["tp", "zero1", "fsdp"])
 @pytest.mark.ranks(4)

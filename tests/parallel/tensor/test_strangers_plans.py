@@ -242,7 +242,7 @@ INSIDE_TP = {  # strategy: (axis, options)
 }
 
 
-@pytest.mark.slow_unless(lambda case: case in ("zero2", "fsdp, one unit"))
+@pytest.mark.slow_unless(lambda case: case == "fsdp, one unit")
 @pytest.mark.parametrize("case", INSIDE_TP)
 @pytest.mark.ranks(4)
 def test_a_plan_is_tested_whichever_strategy_is_inside_of_tp(case, mesh):

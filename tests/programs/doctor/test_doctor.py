@@ -533,7 +533,7 @@ WRONG = {
 }
 
 
-@pytest.mark.slow_unless(lambda function: function.endswith(("no_function", "raising")))
+@pytest.mark.slow_unless(lambda function: function.endswith("raising"))
 @pytest.mark.parametrize("function", WRONG)
 def test_a_function_that_cannot_be_called_prints_one_line_and_exits_with_2(function):
     done = run("doctor.py", function, "--nproc", 2)

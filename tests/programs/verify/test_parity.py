@@ -71,7 +71,11 @@ LIBRARY_OPTIONS = {
 
 # Every strategy runs the "odd" model, which has every oddity including a tied head. The slice of
 # the matrix has the other models, and tests/parallel/tensor/test_tp.py has models for tp.
-@pytest.mark.slow_unless(lambda model: model == "odd")
+@pytest.mark.slow_unless(
+    lambda strategy, impl, model: (
+        model == "odd" and (impl != "hand" or strategy in ("ddp", "zero2", "fsdp", "tp", "pp"))
+    )
+)
 @pytest.mark.nightly_unless(
     lambda impl, model: model not in ("gpt", "mlp") and (impl != "hand" or model != "vit")
 )
@@ -129,8 +133,7 @@ NOT_SLOW = [
 # The others share their code with these: zero1 with zero2, hsdp with fsdp, accelerate with ddp.
 @pytest.mark.nightly_unless(
     lambda strategy, impl, world, dtype: (
-        (strategy in ("ddp", "zero2", "fsdp", "tp", "pp")
-        and impl != "accelerate")
+        (strategy in ("ddp", "zero2", "fsdp", "tp", "pp") and impl != "accelerate")
         or (world, dtype) == (2, torch.bfloat16)
     )
 )
