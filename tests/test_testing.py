@@ -178,6 +178,7 @@ def test_leaves_sockets_open(mesh, i):
     result.assert_outcomes(passed=2)
 
 
+@pytest.mark.slow
 def test_a_test_on_four_ranks_takes_at_most_0_3_seconds_after_the_first(pytester):
     pytester.makepyfile(
         HEAD

@@ -4,7 +4,7 @@ import random
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -224,15 +224,16 @@ def call(op, x, axis, algorithm, reduce="sum"):
 def test_algorithms_are_right_for_every_dtype_and_shape(world, mesh):
     axis = mesh["dp"]
     for op, name in PAIRS:
-        equal = op in ("reduce_scatter", "all_to_all")
-        for rows in [0, 12] if equal else [0, 1, 7, 12]:
-            for dtype in GLOO:
-                for reduce in ["sum", "max"] if "reduce" in op else ["sum"]:
-                    x = values(axis.index, rows, 3, dtype=dtype)
-                    got, wanted = call(op, x, axis, name, reduce)
-                    assert got.dtype == dtype
-                    assert torch.equal(got, wanted), (op, name, rows, dtype, reduce)
-                    assert torch.equal(x, values(axis.index, rows, 3, dtype=dtype)), (op, name)
+        lengths = [0, 12] if op in ("reduce_scatter", "all_to_all") else [0, 1, 7, 12]
+        # Two ranks test each dtype and each length, and more ranks every pair.
+        cases = zip(cycle(lengths), GLOO) if axis.size == 2 else product(lengths, GLOO)
+        for rows, dtype in cases:
+            for reduce in ["sum", "max"] if "reduce" in op else ["sum"]:
+                x = values(axis.index, rows, 3, dtype=dtype)
+                got, wanted = call(op, x, axis, name, reduce)
+                assert got.dtype == dtype
+                assert torch.equal(got, wanted), (op, name, rows, dtype, reduce)
+                assert torch.equal(x, values(axis.index, rows, 3, dtype=dtype)), (op, name)
 
 
 @pytest.mark.slow_unless(lambda world: world == 3)

@@ -177,6 +177,7 @@ def test_batchnorm_is_synchronized_over_the_data_axis_of_a_pipeline(strategy):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow  # cells of the matrix with `offload` do the same
 @pytest.mark.ranks(4, mesh={"pp": 2, "fsdp": 2})
 def test_offload_keeps_the_shards_of_a_stage_in_files(mesh):
     import tempfile

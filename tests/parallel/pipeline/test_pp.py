@@ -103,6 +103,7 @@ def test_micro_batches_may_differ_in_rows(schedule, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_several_runs_accumulate_and_only_the_last_completes_the_gradients(schedule, mesh):
@@ -613,7 +614,7 @@ def test_every_schedule_runs_on_one_rank(mesh):
     for schedule in SCHEDULES:
         report = dist_lab.verify(
             lambda: gpt(layers=4), lambda step: batch(step), mesh, "pp",
-            schedule=schedule, microbatches=4,
+            schedule=schedule, microbatches=3, steps=1,
         )  # fmt: skip
         assert report.equal, report.sentence()
 

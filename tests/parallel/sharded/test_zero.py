@@ -139,6 +139,7 @@ def test_a_model_on_meta_is_materialized_with_its_frozen_parameters(strategy, me
 # --- what is sent ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda k: k == 3)
 @pytest.mark.parametrize("k", [1, 3])
 @BOTH
 @pytest.mark.ranks(4)
@@ -284,9 +285,7 @@ def test_stage_2_frees_gradients_during_backward(mesh):
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, rows, bucket_mb: (
-        (strategy, rows, bucket_mb) in (("zero1", 8, 0.02), ("zero2", 3, 0.001))
-    )
+    lambda strategy, rows, bucket_mb: (strategy, rows, bucket_mb) == ("zero2", 8, 0.001)
 )
 @pytest.mark.parametrize("bucket_mb", [0.001, 0.02])
 @pytest.mark.parametrize("rows", [3, 8])
@@ -472,7 +471,7 @@ def test_the_order_check_finds_no_mismatch(strategy, mesh):
     assert report.equal, report.sentence()
 
 
-@pytest.mark.slow_unless(lambda strategy: strategy == "zero2")
+@pytest.mark.slow  # cells of the matrix with `bf16` do the same
 @BOTH
 @pytest.mark.ranks(4)
 def test_unsharded_parameters_are_cast_to_compute_in_bfloat16(strategy, mesh):

@@ -221,7 +221,7 @@ def test_activation_memory_of_a_block_equals_the_formula_to_the_byte(mode, mesh)
         "regather": (6 * width + 2) / n,
     }[mode]
     peaks = []
-    for layers in (2, 4):
+    for layers in (1, 2):
         job = dist_lab.parallelize(sized(layers=layers, ffn=ffn), mesh, "tp", **MODES[mode])
         optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
         steps = []
@@ -232,7 +232,7 @@ def test_activation_memory_of_a_block_equals_the_formula_to_the_byte(mode, mesh)
             optimizer.zero_grad()
             steps.append(live.by_kind().own["activations"])
         peaks.append(min(steps))  # a step may hold more, until garbage is collected
-    assert (peaks[1] - peaks[0]) / 2 == (stream + inside) * rows * seq * itemsize
+    assert peaks[1] - peaks[0] == (stream + inside) * rows * seq * itemsize
 
 
 @ranks(4)
@@ -589,6 +589,7 @@ def test_a_norm_whose_partial_gradient_is_not_summed_is_refused(mesh):
         verified(mesh, "12 heads", plan=wrong, **SEQ_PARALLEL)
 
 
+@pytest.mark.slow  # cells of the matrix with `gpt-259` do the same
 @ranks(4)
 def test_a_vocabulary_that_does_not_divide_is_exact(mesh):
     # Trap 8: a silent error of 50% in the loss. 61 tokens are 16, 16, 16 and 13; 5 are 2, 2, 1, 0.

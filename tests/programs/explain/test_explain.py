@@ -90,7 +90,7 @@ def test_measured_memory_equals_the_bytes_computed_from_layouts(printed):
     assert len(rows["activations"]) == 3  # layouts do not determine them
 
 
-@pytest.mark.slow_unless(lambda collectives: collectives == "direct")
+@pytest.mark.slow
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
 def test_hand_written_algorithms_are_explained_without_other_ranks(collectives, printed):
     text = printed("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
@@ -216,5 +216,6 @@ def test_nproc_in_a_preset_is_explained_but_not_started(printed):
     )
 
 
+@pytest.mark.slow
 def test_nproc_is_the_number_of_ranks_to_explain(printed):
     assert "ranks of fsdp=3" in printed("--strategy", "fsdp", "--nproc", "3", "--seq", "8")
