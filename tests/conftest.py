@@ -4,9 +4,10 @@
 
 on a parametrized test marks each row `slow` for which the predicate is false; `nightly_unless` does
 the same for `nightly`, and a row that is nightly is not slow. The predicate gets the parameters
-that it names. Each value of a parameter is in at least one row that is not nightly; it is in one
-that is not slow, unless that row repeats what a quicker test of the default run proves: above all
-the cells of tests/programs/verify/test_matrix.py, with every strategy, schedule, model and option.
+that it names. By default a test runs the rows that differ most, often only one. A value without a
+row by default shares its code with one that has a row, as zero1 does with zero2, hsdp with fsdp and
+dp with ddp; or a cell of tests/programs/verify/test_matrix.py covers it: the slice there has every
+strategy, schedule, model and option.
 """
 
 import inspect

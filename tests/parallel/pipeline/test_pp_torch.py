@@ -61,7 +61,7 @@ def equal_or_why(build, mesh, schedule, count, data=batch, **options):
 # --- parity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda size, schedule: (size, schedule) == (4, "1f1b"))
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "tied", "schedule"),
     [

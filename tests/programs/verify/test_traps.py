@@ -292,10 +292,10 @@ def test_a_norm_over_one_shard_is_too_low_and_is_detected(mesh):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "global_norm", norm_of_local_shard)
-        report = report_of(mesh, lambda group: None)
+        report = report_of(mesh, lambda group: None, steps=1)
     assert report.first.quantity == "grad norm"
     assert report.first.error == pytest.approx(0.5, abs=0.25)  # the shards' norms are not equal
-    assert report_of(mesh, lambda group: None).equal
+    assert report_of(mesh, lambda group: None, steps=1).equal
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
