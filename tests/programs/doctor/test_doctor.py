@@ -409,7 +409,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_is_the_line_that_parallelize_raises(mesh, case):
     build, pattern, strategies = REFUSED[case]
-    batch, tried = (rows(), ["ddp", "fsdp"]) if case == "recurrent" else (tokens(), None)
+    batch, tried = (rows(), ["ddp", "fsdp"]) if case == "recurrent" else (tokens(), ())
     report = dist_lab.doctor(build, mesh, batch=batch, strategies=tried)
     refused = {row.strategy for row in report.rows if row.verdict is Verdict.REFUSED}
     expected = {*strategies} - {"hsdp"} - ({"single"} if case == "max_norm" else set())
