@@ -73,7 +73,7 @@ def assert_same_weights(ours, theirs):
 
 
 # tests/programs/verify/test_parity.py compares each twin with one process.
-@pytest.mark.slow_unless(lambda strategy, model: (strategy, model) == ("fsdp", "gpt tied"))
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt", "gpt tied", "mlp", "resnet"])
 @pytest.mark.parametrize(("strategy", "impl"), on_ranks(4))
 def test_hand_and_library_train_to_the_same_weights(strategy, impl, model, mesh):

@@ -18,7 +18,6 @@ table.collect()
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
-IN_SLOW = ("ddp", "zero2", "fsdp")  # the other strategies share their code, or refuse most
 NUMBERS = {name: number for number, name in enumerate(SITUATIONS)}
 
 
@@ -55,6 +54,7 @@ def rows():
         and NUMBERS[name] % 2
     )
 )
+# The other strategies share their code with these, or refuse most.
 @pytest.mark.nightly_unless(
     lambda name, strategy: strategy == "fsdp" or strategy == ("ddp", "zero2")[NUMBERS[name] % 2]
 )

@@ -99,7 +99,7 @@ def test_a_state_dict_moves_between_mixes_and_evaluation_sees_the_loaded_weights
     assert job.evaluate(batches.slice_rows(own, 2), loss_of(48)) != loss
 
 
-@pytest.mark.slow_unless(lambda axes, strategy: axes == {"pp": 2, "fsdp": 2, "tp": 2})
+@pytest.mark.slow  # cells of the matrix with `round-trip` do the same on four ranks
 @pytest.mark.parametrize(("axes", "strategy"), EIGHT, ids=str)
 @pytest.mark.ranks(8)
 def test_a_mix_from_the_meta_device_starts_with_the_weights_of_one_process(axes, strategy):

@@ -257,7 +257,7 @@ def test_flop_counter_mode_counts_as_many_operations_as_for_ours(schedule, mesh)
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule == "zb")
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):

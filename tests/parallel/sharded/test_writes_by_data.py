@@ -203,6 +203,7 @@ def test_a_write_to_a_frozen_weight_is_refused_if_it_would_be_lost(mesh):
             assert torch.equal(job.full_state_dict()["0.0.weight"], before * 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_compiled_model_may_write_by_data(mesh):
     with warnings.catch_warnings():

@@ -210,6 +210,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, printed):
         printed("--strategy", "dp", "--out", str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_nproc_in_a_preset_is_explained_but_not_started(printed):
     assert "ranks of dp=2 x fsdp=2" in printed(
         "--config", str(ROOT / "configs/08_hsdp.toml"), "--batch", "4", "--seq", "8"

@@ -69,11 +69,12 @@ LIBRARY_OPTIONS = {
 }
 
 
-# Every strategy runs the "odd" model, which has every oddity including a tied head. The slice of
-# the matrix has the other models, and tests/parallel/tensor/test_tp.py has models for tp.
+# By default the "odd" model, which has every oddity including a tied head, under strategies that
+# share little code. The slice of the matrix has the other models and strategies.
 @pytest.mark.slow_unless(
     lambda strategy, impl, model: (
-        model == "odd" and (impl != "hand" or strategy in ("ddp", "zero2", "fsdp", "tp", "pp"))
+        (model == "odd" and strategy in ("ddp", "zero2", "fsdp", "tp", "pp"))
+        or (strategy, impl, model) == ("zero1", "torch", "odd")
     )
 )
 @pytest.mark.nightly_unless(
@@ -125,7 +126,7 @@ NOT_SLOW = [
 # bfloat16 is for a library.
 @pytest.mark.slow_unless(
     lambda strategy, impl, world, microbatches, dtype: (
-        (world, microbatches, dtype) == (2, 1, torch.bfloat16)
+        (world, microbatches, dtype) == (2, 1, torch.bfloat16) and strategy != "hsdp"
         if impl != "hand"
         else (strategy, world, microbatches, dtype) in NOT_SLOW
     )
