@@ -96,7 +96,7 @@ def torch_can(mix, schedule, tied):
     return mix == "pp x tp" or schedule not in SPLIT_BACKWARD
 
 
-@pytest.mark.slow_unless(lambda mix, schedule: (mix, schedule) == ("pp x zero1", "1f1b"))
+@pytest.mark.slow
 @pytest.mark.nightly_unless(
     lambda mix, schedule, tied: (
         tied == (schedule != "interleaved") or (mix, schedule) == ("pp x fsdp", "zbv")

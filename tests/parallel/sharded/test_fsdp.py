@@ -444,6 +444,7 @@ def test_a_16_bit_dtype_halves_the_bytes_and_keeps_float32_master_weights(narrow
         assert {v.dtype for v in job.full_state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.slow  # cells of the matrix with `bf16` and `bf16-reduce` do the same
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_bfloat16_is_close_to_bfloat16_in_one_process(mesh):
     for reduce_dtype in (None, torch.bfloat16, torch.float64):

@@ -79,6 +79,7 @@ def test_explain_shows_ranks_layouts_buckets_and_bytes_of_a_large_mesh(printed):
     assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest shards
 
 
+@pytest.mark.slow
 def test_measured_memory_equals_the_bytes_computed_from_layouts(printed):
     text = printed("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
     table = text[text.index("memory of rank 0") :]
