@@ -1,9 +1,13 @@
-"""Marks rows of long parametrized tests as slow, so that the default run stays short.
+"""Marks rows of long parametrized tests as slow or nightly, so that the default run stays short.
 
     @pytest.mark.slow_unless(lambda model, impl: impl == "hand" or model == "gpt")
 
-on a parametrized test marks each row `slow` for which the predicate is false. The predicate gets
-the parameters that it names. Each value of a parameter is in at least one row that is not slow.
+on a parametrized test marks each row `slow` for which the predicate is false; `nightly_unless` does
+the same for `nightly`, and a row that is nightly is not slow. The predicate gets the parameters
+that it names. By default a test runs the rows that differ most, often only one. A value without a
+row by default shares its code with one that has a row, as zero1 does with zero2, hsdp with fsdp and
+dp with ddp; or a cell of tests/programs/verify/test_matrix.py covers it: the slice there has every
+strategy, schedule, model and option.
 """
 
 import inspect
@@ -18,9 +22,19 @@ dist_lab.fix_torchvision()  # many tests import torchvision, beside a torch that
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for mark in item.iter_markers("slow_unless"):
-            (is_usual,) = mark.args
-            assert isinstance(item, pytest.Function)
-            arguments = {n: item.callspec.params[n] for n in inspect.signature(is_usual).parameters}
-            if not is_usual(**arguments):
-                item.add_marker(pytest.mark.slow)
+        if is_unusual(item, "nightly_unless"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+            item.add_marker(pytest.mark.nightly)
+        elif is_unusual(item, "slow_unless"):
+            item.add_marker(pytest.mark.slow)
+
+
+def is_unusual(item: pytest.Item, mark_name: str) -> bool:
+    """Whether the predicate of such a mark is false for the parameters of this row."""
+    for mark in item.iter_markers(mark_name):
+        (is_usual,) = mark.args
+        assert isinstance(item, pytest.Function)
+        arguments = {n: item.callspec.params[n] for n in inspect.signature(is_usual).parameters}
+        if not is_usual(**arguments):
+            return True
+    return False

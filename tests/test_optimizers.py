@@ -196,6 +196,7 @@ REPLICATED = [
 ]
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("ddp", "pp"))
 @pytest.mark.parametrize(("strategy", "cls"), on_two(REPLICATED))
 def test_any_class_is_exact_where_every_tensor_is_whole(mesh, strategy, cls, expected):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)
@@ -211,7 +212,7 @@ SHARDED = [
 ]
 
 
-@pytest.mark.slow_unless(lambda strategy: strategy in ("zero1", "fsdp", "pp", "fsdp@torch"))
+@pytest.mark.slow_unless(lambda strategy: strategy in ("fsdp", "pp"))
 @pytest.mark.parametrize(("strategy", "cls", "parameter"), on_two(SHARDED))
 def test_a_class_that_is_not_elementwise_is_refused_on_shards(mesh, strategy, cls, parameter):
     job = job_of(mesh, strategy, cls is not torch.optim.Muon)

@@ -42,11 +42,19 @@ def arguments(command: str) -> tuple[str, list[str]]:
     return Path(words[at]).name, [*ranks, *words[at + 1 :]]
 
 
+def marks(path: Path, command: str) -> list[pytest.MarkDecorator]:
+    """By default the quickest runs, in `slow` a command of each program, and nightly the others."""
+    if path == ROOT / "dist_lab/parallel/pipeline/README.md" and "explain.py" in command:
+        return []
+    first_pages = (ROOT / "README.md", ROOT / "dist_lab/programs/README.md")
+    return [pytest.mark.slow if path in first_pages else pytest.mark.nightly]
+
+
 COMMANDS = [
     pytest.param(
         *arguments(command), text[text.index(command) + len(command) :].strip("\n"),
         id=f"{name(path)}-{i}",
-        marks=[] if "explain.py" in command and "25m" not in command else [pytest.mark.slow],
+        marks=marks(path, command),
     )
     for path in READMES
     for text in blocks(path, "")

@@ -77,7 +77,7 @@ def test_every_rank_gathers_the_exact_shards_of_all_ranks(world, setting, mesh):
         assert [call.algorithm for call in calls] == ["shared" if setting == "auto" else setting]
 
 
-@pytest.mark.slow_unless(lambda world: world == 3)
+@pytest.mark.slow_unless(lambda world, setting: world == 3 and setting in ("auto", "ring"))
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.ranks(4)
@@ -167,6 +167,7 @@ def test_an_output_can_be_freed_resized_and_filled_again(setting, mesh):
 # --- in flight, and repeated ----------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda setting: setting == "auto")
 @pytest.mark.parametrize("setting", SETTINGS[:2])
 @pytest.mark.ranks(3)
 def test_several_calls_are_in_flight_at_once_and_staging_is_reused(setting, mesh):
@@ -387,7 +388,6 @@ def test_a_dead_rank_is_reported_at_once_and_not_at_the_time_limit(mesh):
     x = filled(torch.ones(3), axis)
     window = mesh.comm.shared[x]
     if mesh.rank == 2:
-        time.sleep(1.5)
         return
     window.memories[2] = window.memories[2]._replace(process=ended_process())
     began = time.monotonic()

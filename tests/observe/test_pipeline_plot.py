@@ -155,6 +155,7 @@ def test_a_measured_step_is_written_as_json_without_rounding():
     assert data["idle_share"] == sum(pipeline_plot.idle_shares(rows)) / 3
 
 
+@pytest.mark.slow_unless(lambda suffix: suffix == ".PNG")
 @pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
 def test_the_same_picture_gives_the_same_bytes(suffix, tmp_path):
     paths = [tmp_path / f"{n}{suffix}" for n in range(2)]

@@ -25,7 +25,9 @@ def build():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
-@pytest.mark.slow_unless(lambda narrow: narrow is None)
+@pytest.mark.slow_unless(
+    lambda case, narrow: narrow is None and case in ("ddp", "fsdp", "pp", "tp, sequence")
+)
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
 @pytest.mark.parametrize("case", ROWS)
 @pytest.mark.ranks(2)

@@ -70,8 +70,14 @@ def equal_or_why(mix, mesh, *, tied, sequence_parallel=False, rows=16, **options
 # --- parity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(
-    lambda mix, sequence_parallel, tied: mix == "fsdp x tp" and sequence_parallel and tied
+IN_SLOW = {
+    ("fsdp x tp", True, True), ("hsdp x tp", True, False), ("hsdp x tp on 8", False, True),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.nightly_unless(
+    lambda mix, sequence_parallel, tied: (mix, sequence_parallel, tied) in IN_SLOW
 )
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -80,10 +86,6 @@ def test_tp_and_fsdp_equal_one_process(mix, sequence_parallel, tied, mesh):
     assert equal_or_why(mix, mesh, tied=tied, sequence_parallel=sequence_parallel) is True
 
 
-USUAL = {
-    ("pp x tp", "1f1b", True), ("pp x fsdp", "zbv", False), ("pp x ddp", "gpipe", True),
-    ("pp x zero1", "1f1b", True),
-}  # fmt: skip
 SPLIT_BACKWARD = ("zb", "zbv")
 
 
@@ -94,7 +96,12 @@ def torch_can(mix, schedule, tied):
     return mix == "pp x tp" or schedule not in SPLIT_BACKWARD
 
 
-@pytest.mark.slow_unless(lambda mix, schedule, tied: (mix, schedule, tied) in USUAL)
+@pytest.mark.slow
+@pytest.mark.nightly_unless(
+    lambda mix, schedule, tied: (
+        tied == (schedule != "interleaved") or (mix, schedule) == ("pp x fsdp", "zbv")
+    )
+)
 @pytest.mark.parametrize(
     ("mix", "schedule", "tied"),
     [
@@ -110,6 +117,9 @@ def test_a_pipeline_with_another_strategy_equals_one_process(mix, schedule, tied
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(
+    lambda mix, schedule: schedule == ("zb" if mix == "pp x hsdp" else "1f1b")
+)
 @pytest.mark.parametrize(
     ("mix", "schedule", "tied"),
     [
@@ -123,7 +133,7 @@ def test_three_axes_equal_one_process(mix, schedule, tied, mesh):
     assert why is True
 
 
-@pytest.mark.slow_unless(lambda options: options == {"reshard_after_forward": True})
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"reshard_after_forward": True}, {"keep_gathered": True}, {"schedule": "interleaved",
@@ -135,7 +145,8 @@ def test_each_way_to_keep_a_stage_gathered_equals_one_process(options, mesh):
     assert equal_or_why("pp x fsdp", mesh, tied=False, **options) is True
 
 
-@pytest.mark.slow_unless(lambda mix: mix == "pp x fsdp")
+@pytest.mark.slow
+@pytest.mark.nightly_unless(lambda mix: mix != "pp x tp")
 @pytest.mark.parametrize("mix", [on(m) for m in ("fsdp x tp", "pp x tp", "pp x fsdp", "pp x ddp")])
 def test_param_dtype_bfloat16_equals_one_process(mix, mesh):
     report = dist_lab.verify(
@@ -170,7 +181,8 @@ def losses_and_weights(mix, mesh, impl):
     return numbers, full
 
 
-@pytest.mark.slow_unless(lambda mix: mix in ("pp x ddp", "pp x fsdp"))
+@pytest.mark.slow_unless(lambda mix: mix == "pp x fsdp")
+@pytest.mark.nightly_unless(lambda mix: mix not in ("hsdp x tp", "pp x fsdp x tp"))
 @pytest.mark.parametrize(
     "mix",
     [on(m) for m in MESHES if torch.Size(MESHES[m].values()).numel() == 4] + [on("pp x fsdp x tp")],
@@ -184,7 +196,7 @@ def test_hand_and_twin_have_the_same_losses_norms_and_weights(mix, mesh):
         torch.testing.assert_close(their_weights[name], weight, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.slow_unless(lambda mix: mix == "pp x fsdp")
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", [on(m) for m in ("fsdp x tp", "pp x tp", "pp x fsdp", "pp x ddp")])
 def test_a_model_on_the_meta_device_starts_alike_by_hand_and_library(mix, mesh):
     full = []
@@ -246,6 +258,7 @@ class SoftmaxOverShards(nn.Module):
         return self.b(torch.softmax(self.a(x), -1))
 
 
+@pytest.mark.slow_unless(lambda units: not units)
 @pytest.mark.parametrize("units", [[], ["a"]], ids=str)
 @ranks("fsdp x tp")
 def test_a_wrong_plan_is_refused_before_the_first_forward(units, mesh):
@@ -270,6 +283,7 @@ def refused(mesh, message, tied=False, strategy=None, **options):
         dist_lab.parallelize(gpt(layers=4, tied=tied), mesh, strategy, "torch", **options)
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "ddp")
 @pytest.mark.parametrize("strategy", ["ddp", "zero1"])
 @ranks("pp x ddp")
 def test_zero_bubble_is_refused_with_ddp_as_it_would_not_sum_gradients(strategy, mesh):

@@ -19,7 +19,7 @@ import pytest
 import toy
 from processes import all_gone, listening, with_mark
 
-from dist_lab.processes import launcher
+from dist_lab.processes import failures, launcher
 from dist_lab.processes.ranks import cores
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -139,7 +139,10 @@ def test_a_rank_that_dies_without_an_exception_is_named(do, how, capsys):
     assert capsys.readouterr().err.startswith(f"---- rank 2 of 3: {how} ----\n")
 
 
-def test_a_hung_rank_is_named_with_its_stack_and_all_end_soon_after_the_timeout(capsys, tmp_path):
+def test_a_hung_rank_is_named_with_its_stack_and_all_end_soon_after_the_timeout(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(failures, "GRACE", 0.5)
     began = time.monotonic()
     assert launch("nproc=3", "do=hang on last", "timeout=1", f"folder={tmp_path}") == 1
     assert time.monotonic() - began < 30
@@ -262,6 +265,7 @@ def test_under_torchrun_a_mistake_is_reported_once_and_every_rank_ends():
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_rank_other_than_0_reports_its_refusal_after_a_moment():
     began = time.monotonic()
     program = start("zap=1", **PLACE)

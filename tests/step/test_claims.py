@@ -43,6 +43,7 @@ def test_a_submodule_or_a_parent_of_a_model_in_a_job_is_refused(strategy):
             dist_lab.parallelize(other, mesh_of(strategy), strategy)
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("ddp", "zero2"))
 @pytest.mark.parametrize("strategy", ["single", "dp", "ddp", "zero1", "zero2"])
 def test_a_frozen_backbone_may_be_in_several_jobs(strategy):
     for model in two_heads(frozen=True):
@@ -52,6 +53,7 @@ def test_a_frozen_backbone_may_be_in_several_jobs(strategy):
         assert job.full_gradients()["1.weight"].any()
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "zero1")
 @pytest.mark.parametrize("strategy", ["dp", "zero1"])
 def test_a_copy_of_a_model_in_a_job_may_be_parallelized(strategy):
     job = dist_lab.parallelize(nn.Linear(2, 2), mesh_of(strategy), strategy)

@@ -73,6 +73,7 @@ def test_a_run_inside_a_microbatch_that_is_not_the_last_completes_no_gradient():
     assert events.log[4:] == ["2.weight", "0.weight", "2.weight last", "0.weight last"]
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("ddp", "zero2"))
 @pytest.mark.parametrize("strategy", ["dp", "ddp", "zero2"])
 @pytest.mark.ranks(2)
 def test_two_runs_are_one_step(strategy, mesh):
@@ -343,6 +344,7 @@ def test_keyword_inputs_are_cast_and_tokens_are_not():
     )  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("ddp", "zero2", "fsdp"))
 @pytest.mark.parametrize("strategy", ["dp", "ddp", "zero1", "zero2", "fsdp", "hsdp"])
 @pytest.mark.ranks(2)
 def test_a_deleted_model_and_its_job_are_freed(strategy, mesh):

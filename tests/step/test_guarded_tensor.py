@@ -62,6 +62,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "zero1")
 @BOTH
 def test_an_optimizer_of_ones_own_steps_on_shards_and_stores_plain_tensors(strategy, mesh):
     for name, build in OPTIMIZERS.items():
@@ -79,6 +80,7 @@ def test_an_optimizer_of_ones_own_steps_on_shards_and_stores_plain_tensors(strat
             torch.testing.assert_close(full[key], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "fsdp")
 @BOTH
 @pytest.mark.parametrize("optimizer_of", ["the job's", "one's own"])
 def test_an_optimizer_step_sees_plain_tensors(optimizer_of, strategy, mesh):
@@ -179,6 +181,7 @@ def test_under_pp_the_norm_of_one_stages_gradients_is_refused(mesh):
     assert next(job.model.parameters()).grad[0].isfinite().all()  # this stage holds all of it
 
 
+@pytest.mark.slow_unless(lambda axes: "fsdp" in axes)
 @pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
 @pytest.mark.ranks(2)
 def test_gradients_zeroed_without_a_step_accept_the_next_backward(axes, mesh):
@@ -202,6 +205,7 @@ def test_on_one_rank_nothing_is_guarded(mesh):
     nn.utils.clip_grad_norm_(job.parameters(), 1.0)
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("ddp", "zero1"))
 @pytest.mark.parametrize("strategy", ["dp", "ddp", "hsdp", "zero1"])
 @pytest.mark.ranks(4)
 def test_before_finish_nonlinear_operations_on_gradients_are_refused(strategy, mesh):
@@ -257,6 +261,9 @@ def check_norms_are_refused(job, *, names=None):
         nn.utils.parameters_to_vector(parameters)
 
 
+@pytest.mark.slow_unless(
+    lambda optimizer_of, strategy: (optimizer_of == "the job's") == (strategy in ("zero2", "fsdp"))
+)
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -353,6 +360,7 @@ def test_a_view_of_a_shard_refuses_what_the_shard_refuses(mesh):
     assert type(shard) is GuardedParameter
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy in ("zero2", "fsdp"))
 @pytest.mark.parametrize(
     "strategy",
     [

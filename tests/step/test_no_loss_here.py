@@ -33,7 +33,9 @@ class Net(nn.Module):
         return {"y": self.layers(x), "x": x}
 
 
-@pytest.mark.slow_unless(lambda strategy, constant: strategy == "fsdp" or constant == "a constant")
+@pytest.mark.slow_unless(
+    lambda strategy, constant: strategy == "fsdp" or (strategy, constant) == ("ddp", "a constant")
+)
 @pytest.mark.parametrize("constant", CONSTANTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.ranks(2, timeout=20)
@@ -58,6 +60,11 @@ def test_a_rank_without_a_loss_contributes_gradients_of_zero(strategy, constant,
             parameter.grad = None
 
 
+@pytest.mark.slow_unless(
+    lambda strategy, in_blocks: (
+        strategy == "fsdp" or ((strategy == "zero2") == in_blocks and strategy in ("ddp", "zero2"))
+    )
+)
 @pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.ranks(2, timeout=20)

@@ -97,8 +97,18 @@ ROWS = [
 ]
 
 
+USUAL = [
+    ("fsdp", our_scaler, False, False, False),
+    ("fsdp", torch_scaler, False, True, False),
+    ("zero2", torch_scaler, False, False, False),
+    ("zero1", our_scaler, True, False, True),
+]
+
+
 @pytest.mark.slow_unless(
-    lambda strategy, own_optimizer: strategy in ("fsdp", "zero1@torch") or own_optimizer
+    lambda strategy, make_scaler, own_optimizer, clips, fused: (
+        (strategy, make_scaler, own_optimizer, clips, fused) in USUAL
+    )
 )
 @pytest.mark.parametrize(
     ("strategy", "make_scaler", "own_optimizer", "clips", "fused"), on_two_ranks(ROWS)

@@ -55,9 +55,7 @@ def expected():
     return averages, loss_fn(average(x), y).item(), model.state_dict()
 
 
-@pytest.mark.slow_unless(
-    lambda strategy, impl: strategy in ("zero1", "fsdp", "pp") and impl == "hand"
-)
+@pytest.mark.slow_unless(lambda strategy, impl: (strategy, impl) == ("fsdp", "hand"))
 @pytest.mark.parametrize(
     ("strategy", "impl"),
     [pytest.param(s, i, marks=pytest.mark.ranks(n, mesh=axes_of(s, n))) for s, i, n in ROWS],

@@ -18,7 +18,7 @@ table.collect()
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-9
 RANKS = {"single": 1, "hsdp": 4}
-IN_SLOW = ("ddp", "zero2", "fsdp")  # the other strategies share their code, or refuse most
+NUMBERS = {name: number for number, name in enumerate(SITUATIONS)}
 
 
 def copied(results):
@@ -42,17 +42,21 @@ def in_one_process(situation):
 
 
 def rows():
-    """Each strategy with the number of its ranks, and the marker that says when it is tested."""
+    """Each strategy with the number of its ranks."""
     for strategy in EVERY:
-        when = [] if strategy in IN_SLOW else [pytest.mark.nightly]
-        yield pytest.param(strategy, marks=[pytest.mark.ranks(RANKS.get(strategy, 2)), *when])
+        yield pytest.param(strategy, marks=pytest.mark.ranks(RANKS.get(strategy, 2)))
 
 
 @pytest.mark.slow_unless(
     lambda name, strategy: (
-        strategy not in IN_SLOW
-        or (strategy == "fsdp" and "pytorch/pytorch#" in str(SITUATIONS[name].sources))
+        strategy == "fsdp"
+        and "pytorch/pytorch#" in str(SITUATIONS[name].sources)
+        and NUMBERS[name] % 2
     )
+)
+# The other strategies share their code with these, or refuse most.
+@pytest.mark.nightly_unless(
+    lambda name, strategy: strategy == "fsdp" or strategy == ("ddp", "zero2")[NUMBERS[name] % 2]
 )
 @pytest.mark.parametrize("strategy", [*rows()])
 @pytest.mark.parametrize("name", SITUATIONS)

@@ -139,6 +139,7 @@ def test_offload_files_are_invisible_and_their_space_is_freed(tmp_path):
         assert mapped_files() == 0
 
 
+@pytest.mark.slow  # it imports torch in a new process
 def test_a_killed_process_leaves_no_offload_files(tmp_path):
     code = f"""
 import os, signal, torch

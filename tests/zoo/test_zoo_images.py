@@ -103,6 +103,7 @@ def test_each_token_depends_only_on_its_own_patch() -> None:
     assert differs.nonzero().flatten().tolist() == [1 + 5 + 2]
 
 
+@pytest.mark.slow_unless(lambda dtype: dtype == torch.float32)
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_every_parameter_gets_a_finite_gradient_of_its_dtype(name: str, dtype: torch.dtype) -> None:

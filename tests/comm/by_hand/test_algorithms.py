@@ -4,7 +4,7 @@ import random
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -224,15 +224,16 @@ def call(op, x, axis, algorithm, reduce="sum"):
 def test_algorithms_are_right_for_every_dtype_and_shape(world, mesh):
     axis = mesh["dp"]
     for op, name in PAIRS:
-        equal = op in ("reduce_scatter", "all_to_all")
-        for rows in [0, 12] if equal else [0, 1, 7, 12]:
-            for dtype in GLOO:
-                for reduce in ["sum", "max"] if "reduce" in op else ["sum"]:
-                    x = values(axis.index, rows, 3, dtype=dtype)
-                    got, wanted = call(op, x, axis, name, reduce)
-                    assert got.dtype == dtype
-                    assert torch.equal(got, wanted), (op, name, rows, dtype, reduce)
-                    assert torch.equal(x, values(axis.index, rows, 3, dtype=dtype)), (op, name)
+        lengths = [0, 12] if op in ("reduce_scatter", "all_to_all") else [0, 1, 7, 12]
+        # Two ranks test each dtype and each length, and more ranks every pair.
+        cases = zip(cycle(lengths), GLOO) if axis.size == 2 else product(lengths, GLOO)
+        for rows, dtype in cases:
+            for reduce in ["sum", "max"] if "reduce" in op else ["sum"]:
+                x = values(axis.index, rows, 3, dtype=dtype)
+                got, wanted = call(op, x, axis, name, reduce)
+                assert got.dtype == dtype
+                assert torch.equal(got, wanted), (op, name, rows, dtype, reduce)
+                assert torch.equal(x, values(axis.index, rows, 3, dtype=dtype)), (op, name)
 
 
 @pytest.mark.slow_unless(lambda world: world == 3)
@@ -405,7 +406,10 @@ def test_effective_lists_the_algorithm_of_each_operation():
 # --- failures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda op, name: (op, name) == ("all_reduce", "ring"))
+@pytest.mark.slow  # tests/comm/test_comm.py has a quick row
+@pytest.mark.nightly_unless(
+    lambda op, name: name in ("ring", "tree") or op in ("all_to_all", "all_gather")
+)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 @pytest.mark.ranks(3, timeout=30)
 def test_a_rank_that_does_not_arrive_is_an_error_that_names_the_call(op, name, mesh):

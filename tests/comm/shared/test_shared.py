@@ -28,7 +28,9 @@ def filled(length, dtype, axis, seed=0):
     return buffer, rows.sum(0)
 
 
-@pytest.mark.slow_unless(lambda world, length: world == 3 or length > 7)
+@pytest.mark.slow_unless(
+    lambda world, length, dtype: (world == 3) == (length <= 7) == (dtype is torch.float32)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [1, 2, 7, BLOCK * 9 + 5])
 @pytest.mark.parametrize("world", [2, 3, 4])

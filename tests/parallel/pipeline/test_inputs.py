@@ -81,6 +81,9 @@ def loss(output, target):
     return dist_lab.cross_entropy_sum(output, target) / 12
 
 
+@pytest.mark.slow_unless(
+    lambda make, schedule: schedule == "zb" or (make is InputsToTheEnd and schedule == "1f1b")
+)
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
 @pytest.mark.parametrize(
     ("make", "kind"),

@@ -406,7 +406,9 @@ def assert_same(a, b):
         assert same
 
 
-@pytest.mark.slow_unless(lambda run: run is as_pipeline)
+@pytest.mark.slow_unless(
+    lambda name, n, run: run is as_pipeline and (n == 3 or name not in ("vit", "resnet"))
+)
 @pytest.mark.parametrize("run", [in_one_process, as_pipeline])
 @pytest.mark.parametrize(("name", "n"), CASES)
 def test_the_stages_in_sequence_equal_the_model_to_the_last_bit(name, n, run):

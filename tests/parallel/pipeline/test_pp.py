@@ -41,11 +41,13 @@ ROWS = [
 ]
 
 # Fewer micro-batches than ranks, as many, twice as many and more; one stage per rank and two.
-# Embeddings are tied where the number of micro-batches is even.
-USUAL = [(4, 1, "zbv"), (4, 9, "1f1b"), (4, 8, "interleaved")]
+# Embeddings are tied where the number of micro-batches is even. The slice of the matrix has each
+# schedule, too.
+USUAL = [(2, 1, "zbv"), (2, 5, "1f1b"), (2, 5, "zb"), (2, 4, "interleaved"), (2, 2, "gpipe")]
 
 
-@pytest.mark.slow_unless(lambda p, m, schedule: (p, m, schedule) in USUAL or (p, m) == (2, 5))
+@pytest.mark.slow_unless(lambda p, m, schedule: (p, m, schedule) in USUAL)
+@pytest.mark.nightly_unless(lambda p, m: p != 3 or m >= 6)
 @pytest.mark.parametrize(
     ("p", "m", "schedule"),
     [pytest.param(*row, marks=pytest.mark.ranks(row[0], mesh={"pp": row[0]})) for row in ROWS],
@@ -59,7 +61,7 @@ def test_every_schedule_equals_one_process(p, m, schedule, mesh):
     assert report.equal, report.sentence()  # loss, gradients, gradient norm, weights
 
 
-@pytest.mark.slow_unless(lambda model, schedule: schedule == "zbv" and model != "resnet18")
+@pytest.mark.slow_unless(lambda model, schedule: schedule == "zbv" and model in ("mlp", "resnet"))
 @pytest.mark.parametrize(
     ("model", "schedule"),
     [(model, schedule) for model in ("mlp", "vit", "resnet") for schedule in SCHEDULES]
@@ -89,6 +91,7 @@ def test_every_schedule_equals_one_process_on_every_model(model, schedule, mesh)
     assert any(c.quantity == "buffer" for c in report.comparisons) == model.startswith("resnet")
 
 
+@pytest.mark.slow  # cells of the matrix with `ragged` do the same
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 @pytest.mark.ranks(3, mesh={"pp": 3})
 def test_micro_batches_may_differ_in_rows(schedule, mesh):
@@ -100,6 +103,7 @@ def test_micro_batches_may_differ_in_rows(schedule, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_several_runs_accumulate_and_only_the_last_completes_the_gradients(schedule, mesh):
@@ -134,6 +138,7 @@ class ReadyGradients(Sync):
         (self.complete if last else self.partial).extend(names)
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_each_gradient_is_reported_complete_once_when_it_is_final(schedule, mesh):
@@ -171,6 +176,9 @@ class UnitEvents(Sync):
         self.log.append(("forget",))
 
 
+@pytest.mark.slow_unless(
+    lambda schedule, keep_gathered: schedule == "zbv" or (schedule == "1f1b" and keep_gathered)
+)
 @pytest.mark.parametrize("keep_gathered", [False, True])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved"])
 @pytest.mark.ranks(2, mesh={"pp": 2, "fsdp": 1})
@@ -227,7 +235,7 @@ def test_a_parameter_of_two_stages_of_a_rank_is_reported_complete_once(mesh):
     assert len(names) == len(set(names)) == len(list(job.model.parameters()))
 
 
-@pytest.mark.slow_unless(lambda schedule, m: m == 7 and schedule in ("1f1b", "zbv"))
+@pytest.mark.slow_unless(lambda schedule, m: m == 7 and schedule == "1f1b")
 @pytest.mark.parametrize("m", [2, 4, 7])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb", "zbv"])
 @pytest.mark.ranks(4, mesh={"pp": 4})
@@ -282,7 +290,7 @@ def test_peak_memory_grows_with_the_microbatches_under_gpipe_and_not_under_1f1b(
     assert many["1f1b"] - few["1f1b"] <= inputs + one / 4
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "interleaved", "zbv"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_evaluation_gives_every_rank_the_loss_of_one_process(schedule, mesh):
@@ -346,7 +354,7 @@ class Skips(nn.Module):
         return self.last(x * early + odd_ones.unsqueeze(-1))
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zb", "zbv"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(4, mesh={"pp": 4})
 def test_values_that_skip_stages_are_passed_through(schedule, mesh):
@@ -361,6 +369,7 @@ def test_values_that_skip_stages_are_passed_through(schedule, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("interleaved", "zb"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_frozen_unused_and_tied_parameters_under_every_schedule(schedule, mesh):
@@ -371,6 +380,7 @@ def test_frozen_unused_and_tied_parameters_under_every_schedule(schedule, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
 @pytest.mark.ranks(2, mesh={"pp": 2})
 def test_param_dtype_bfloat16_computes_and_sends_bfloat16(schedule, mesh):
@@ -604,7 +614,7 @@ def test_every_schedule_runs_on_one_rank(mesh):
     for schedule in SCHEDULES:
         report = dist_lab.verify(
             lambda: gpt(layers=4), lambda step: batch(step), mesh, "pp",
-            schedule=schedule, microbatches=4,
+            schedule=schedule, microbatches=3, steps=1,
         )  # fmt: skip
         assert report.equal, report.sentence()
 

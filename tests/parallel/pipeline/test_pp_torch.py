@@ -61,7 +61,7 @@ def equal_or_why(build, mesh, schedule, count, data=batch, **options):
 # --- parity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda size, schedule: (size, schedule) == (4, "1f1b"))
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "tied", "schedule"),
     [
@@ -77,7 +77,7 @@ def test_each_schedule_equals_one_process(size, tied, schedule, mesh):
     )
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "1f1b")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_hand_and_twin_are_equal(schedule, mesh):
@@ -100,14 +100,14 @@ def test_hand_and_twin_are_equal(schedule, mesh):
         assert torch.allclose(their_weights[name], weight, rtol=0, atol=1e-12), name
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_a_vision_transformer_equals_one_process(schedule, mesh):
     assert equal_or_why(vit, mesh, schedule, 3, images) is True
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("gpipe", "zb"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "zb")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
 def test_a_traced_model_equals_one_process(schedule, mesh):
@@ -115,6 +115,7 @@ def test_a_traced_model_equals_one_process(schedule, mesh):
     assert equal_or_why(resnet, mesh, schedule, 4, images, example_inputs=example) is True
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "1f1b")
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @ranks(2)
 def test_param_dtype_bfloat16_equals_one_process(schedule, mesh):
@@ -124,7 +125,7 @@ def test_param_dtype_bfloat16_equals_one_process(schedule, mesh):
     assert equal_or_why(build, mesh, schedule, 4, param_dtype=torch.bfloat16) is True
 
 
-@pytest.mark.slow_unless(lambda schedule, count: count == 7 or (schedule, count) == ("zb", 1))
+@pytest.mark.slow_unless(lambda schedule, count: (schedule, count) == ("zb", 1))
 @pytest.mark.parametrize(
     ("schedule", "count"),
     [("gpipe", 1), ("gpipe", 5), ("1f1b", 7), ("zb", 1), ("zb", 2), ("zb", 5), ("zbv", 1),
@@ -207,6 +208,7 @@ def odd_layouts(frozen=()):
         return OddLayouts(frozen).double()
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zb")
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
 @ranks(4)
 def test_stage_outputs_may_be_views_or_not_contiguous(schedule, mesh):
@@ -235,7 +237,7 @@ def test_batchnorm_counts_each_microbatch_once(schedule, mesh):
     assert all(count == 4 for count in counts)
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "zb", "zbv"])
 @ranks(2)
 def test_flop_counter_mode_counts_as_many_operations_as_for_ours(schedule, mesh):
@@ -255,7 +257,7 @@ def test_flop_counter_mode_counts_as_many_operations_as_for_ours(schedule, mesh)
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):
@@ -275,7 +277,7 @@ def test_evaluate_gives_the_global_loss_on_every_rank(schedule, mesh):
     assert norms[1] == norms[0]
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "zbv"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "1f1b")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_evaluate_takes_fewer_microbatches_than_ranks_and_several_shapes(schedule, mesh):
@@ -299,7 +301,7 @@ class ReadyGradients(Sync):
         self.names += names if last else ()
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule in ("1f1b", "interleaved", "zbv"))
+@pytest.mark.slow_unless(lambda schedule: schedule == "interleaved")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(2)
 def test_each_gradient_is_reported_complete_once(schedule, mesh):
@@ -320,6 +322,7 @@ def test_about_names_the_librarys_schedule_and_options(mesh):
     assert all(row == [] for job in jobs for row in job.timeline())
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule in ("interleaved", "zbv"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @ranks(3)
 def test_the_librarys_schedule_is_ours_except_for_the_order_of_zbv(schedule, mesh):

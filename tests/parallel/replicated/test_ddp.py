@@ -61,6 +61,7 @@ def test_no_gradients_make_no_bucket():
 # --- what is sent ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda microbatches: microbatches == 3)
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.ranks(4)
 def test_a_step_sends_each_gradient_once_whatever_the_number_of_microbatches(microbatches, mesh):
@@ -151,6 +152,7 @@ def test_unused_and_frozen_parameters_are_never_sent_and_have_no_gradient(mesh):
 # --- ranks and steps that use different parameters ------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda rows, bucket_mb: (rows == 3) == (bucket_mb == 0.001))
 @pytest.mark.parametrize("bucket_mb", [0.001, 0.02])
 @pytest.mark.parametrize("rows", [3, 8])
 @pytest.mark.ranks(3, timeout=20)
@@ -226,6 +228,7 @@ def test_gradients_set_to_zero_instead_of_none_stay_in_their_buckets(mesh):
     assert kept == {n: p.grad.data_ptr() for n, p in job.model.named_parameters()}
 
 
+@pytest.mark.slow_unless(lambda collectives: collectives == "auto")
 @pytest.mark.parametrize("collectives", ["auto", "backend", "ring"])
 @pytest.mark.ranks(2, timeout=20)
 def test_collectives_of_two_jobs_on_one_mesh_do_not_mix(collectives, mesh):
@@ -291,6 +294,7 @@ def test_gradients_cleared_before_the_first_finish_are_not_sent(mesh):
     assert [e.weight.grad is not None for e in job.model.experts] == [True, False, False, False]
 
 
+@pytest.mark.slow_unless(lambda set_to_none, rows: set_to_none == (rows == "first"))
 @pytest.mark.parametrize("rows", ["first", "last"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.ranks(2)

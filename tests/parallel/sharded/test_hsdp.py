@@ -24,7 +24,7 @@ from dist_lab.parallel.sharded.sharded_param import shard_length
 MESHES = [{"dp": 2, "fsdp": 2}, {"dp": 1, "fsdp": 4}, {"dp": 4, "fsdp": 1}]
 
 
-@pytest.mark.slow_unless(lambda model: model == "odd")
+@pytest.mark.slow_unless(lambda model, shape: model == "odd" and shape == {"dp": 2, "fsdp": 2})
 @pytest.mark.parametrize("model", ["gpt tied", "odd"])
 @pytest.mark.parametrize(
     "shape", [pytest.param(m, marks=pytest.mark.ranks(4, mesh=m), id=str(m)) for m in MESHES]
@@ -37,6 +37,7 @@ def test_hsdp_equals_one_process_on_every_mesh_shape(model, shape, mesh):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda use: use == "others in other micro-batches")
 @pytest.mark.parametrize(
     "use", ["another order in another step", "others in other micro-batches", "never called"]
 )
@@ -54,6 +55,7 @@ def test_a_unit_that_no_rank_used_is_not_summed_over_replicas(mesh):
     assert [c.unit for c in calls if c.axis == "dp"] == ["", "root", "a", "c"]
 
 
+@pytest.mark.slow_unless(lambda microbatches: microbatches == 3)
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
 def test_shards_are_summed_over_replicas_once_per_step(microbatches, mesh):
@@ -103,6 +105,7 @@ def test_a_unit_that_only_one_replica_uses_gets_its_gradient_on_all(mesh):
             assert torch.equal(highest, -ops.all_reduce(-gradient, mesh.world, "max")), name
 
 
+@pytest.mark.slow_unless(lambda set_to_none: set_to_none)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.ranks(4, mesh={"dp": 2, "fsdp": 2})
 def test_a_cleared_gradient_does_not_come_back(set_to_none, mesh):

@@ -79,6 +79,9 @@ def trained(job, mesh, steps=3, parts=2):
     return job.full_state_dict()
 
 
+@pytest.mark.slow_unless(
+    lambda options: not {*options} & {"prefetch", "units", "reshard_after_forward"}
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -128,6 +131,9 @@ def add_on_one_rank(layer, x):
         layer.bias.data[0] += 1  # a row of the other rank's shard
 
 
+@pytest.mark.slow_unless(
+    lambda options, name: options == {} or (name == "bias" and "units" in options)
+)
 @pytest.mark.parametrize(("write", "name"), [(scale_by_rows, "weight"), (add_on_one_rank, "bias")])
 @pytest.mark.parametrize("options", [{}, {"units": []}, {"reshard_after_forward": False}], ids=str)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
@@ -197,6 +203,7 @@ def test_a_write_to_a_frozen_weight_is_refused_if_it_would_be_lost(mesh):
             assert torch.equal(job.full_state_dict()["0.0.weight"], before * 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_compiled_model_may_write_by_data(mesh):
     with warnings.catch_warnings():

@@ -298,7 +298,7 @@ def test_a_family_trains_as_one_process_does(name, mesh):
     assert_exact(name, {"tp": 2})
 
 
-@pytest.mark.slow_unless(lambda name, strategy: (name == "GPT-2") == (strategy == "fsdp"))
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama, grouped", "GPT-2"])
 @pytest.mark.parametrize("strategy", ["tp", "zero1", "fsdp"])
 @pytest.mark.ranks(4)
@@ -308,6 +308,7 @@ def test_a_family_trains_as_one_process_does_on_four_ranks(name, strategy, mesh)
     assert_exact(name, axes, None if strategy == "tp" else strategy, tied=True, **units)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_a_family_trains_as_one_process_does_in_a_pipeline(mesh):
     assert_exact("Llama", {"pp": 2, "tp": 2}, example_inputs=batch(0, rows=4)[0])

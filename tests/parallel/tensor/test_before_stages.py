@@ -57,6 +57,7 @@ def softmax(x):
     return x.softmax(-1)
 
 
+@pytest.mark.slow_unless(lambda impl: impl == "hand")
 @pytest.mark.parametrize("impl", ["hand", "torch"])
 @ranks
 def test_a_wrong_plan_is_refused_on_all_ranks_before_the_model_is_cut(impl, mesh):
@@ -83,6 +84,7 @@ def test_a_model_that_fails_on_the_example_is_refused(mesh):
         dist_lab.parallelize(Stack(), mesh, plan=PLAN, example_inputs=torch.ones(4, 5))
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zb")
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 @ranks
 def test_a_correct_plan_trains_as_one_process_does(schedule, mesh):

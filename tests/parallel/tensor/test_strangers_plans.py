@@ -132,6 +132,7 @@ def test_a_linear_layer_that_stores_its_weight_transposed_is_split(plan, mesh):
         assert longest in job.model.get_submodule(split).weight.shape
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "fsdp")
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
 def test_a_transposed_layer_is_split_by_tp_and_then_by_rows(strategy, mesh):
@@ -150,6 +151,7 @@ def test_the_twin_refuses_a_transposed_layer(mesh):
         dist_lab.parallelize(TransposedMlp(), mesh, "tp", "torch", plan=PLAN)
 
 
+@pytest.mark.slow_unless(lambda sequence_parallel: sequence_parallel)
 @pytest.mark.parametrize(
     "sequence_parallel", [False, True], ids=["tensor-parallel", "sequence-parallel"]
 )
@@ -240,6 +242,7 @@ INSIDE_TP = {  # strategy: (axis, options)
 }
 
 
+@pytest.mark.slow_unless(lambda case: case == "fsdp, one unit")
 @pytest.mark.parametrize("case", INSIDE_TP)
 @pytest.mark.ranks(4)
 def test_a_plan_is_tested_whichever_strategy_is_inside_of_tp(case, mesh):
@@ -369,6 +372,7 @@ def test_dropout_seeded_by_rank_is_refused_and_with_one_seed_accepted(kind, mesh
 # --- inference first ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(lambda sequence_parallel: sequence_parallel)
 @pytest.mark.parametrize(
     "sequence_parallel", [False, True], ids=["tensor-parallel", "sequence-parallel"]
 )

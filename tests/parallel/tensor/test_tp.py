@@ -83,14 +83,9 @@ EQUAL = [
 ]
 
 
-FAST = [(4, model, "regather") for model in ("12 heads", "4 heads share 1", "vit")]
-FAST += [(4, model, "tensor") for model in ("tied", "odd")]
-FAST += [
-    (3, "6 heads share 3", "tensor"),
-    (2, "tied", "sequence"),
-    (2, "vit", "sequence"),
-    (2, "mlp", "sequence"),
-]
+FAST = [(2, model, "sequence") for model in ("tied", "vit", "mlp")]
+FAST += [(2, "12 heads", "regather"), (3, "6 heads share 3", "tensor")]
+FAST += [(4, "4 heads share 1", "regather"), (4, "odd", "tensor")]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +106,8 @@ def test_every_model_in_every_mode_equals_one_process(model, mode, mesh):
     assert report.equal, report.sentence()
 
 
-@pytest.mark.slow_unless(lambda model, mode: (model, mode) == ("tied", "sequence"))
+@pytest.mark.slow
+@pytest.mark.nightly_unless(lambda model, mode: (model == "12 heads") == (mode == "tensor"))
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
@@ -140,7 +136,7 @@ def test_the_twin_equals_one_process_and_trains_to_the_same_weights(model, mode,
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.slow_unless(lambda mode: mode == "regather")
+@pytest.mark.slow  # cells of the matrix with `bf16` and with `recompute` do the same
 @pytest.mark.parametrize("mode", MODES)
 @ranks(4)
 def test_with_bfloat16_and_with_recompute_it_equals_one_process(mode, mesh):
@@ -153,6 +149,7 @@ def test_with_bfloat16_and_with_recompute_it_equals_one_process(mode, mesh):
     assert recomputed.equal, recomputed.sentence()
 
 
+@pytest.mark.slow_unless(lambda collectives: collectives == "direct")
 @pytest.mark.parametrize("collectives", ["backend", "direct", "auto"])
 @ranks(2)
 def test_it_equals_one_process_with_every_implementation_of_collectives(collectives, mesh):
@@ -185,6 +182,7 @@ def test_a_block_has_two_all_reduces_in_forward_and_two_in_backward(mesh):
     assert inside == [("forward", "all_reduce")] * 2 + [("backward", "all_reduce")] * 2
 
 
+@pytest.mark.slow_unless(lambda mode: mode != "sequence")
 @pytest.mark.parametrize(("mode", "sums"), [("tensor", 4), ("sequence", 4), ("regather", 5)])
 @ranks(4)
 def test_bytes_of_a_block_are_those_of_the_docstring(mode, sums, mesh):
@@ -223,7 +221,7 @@ def test_activation_memory_of_a_block_equals_the_formula_to_the_byte(mode, mesh)
         "regather": (6 * width + 2) / n,
     }[mode]
     peaks = []
-    for layers in (2, 4):
+    for layers in (1, 2):
         job = dist_lab.parallelize(sized(layers=layers, ffn=ffn), mesh, "tp", **MODES[mode])
         optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
         steps = []
@@ -234,7 +232,7 @@ def test_activation_memory_of_a_block_equals_the_formula_to_the_byte(mode, mesh)
             optimizer.zero_grad()
             steps.append(live.by_kind().own["activations"])
         peaks.append(min(steps))  # a step may hold more, until garbage is collected
-    assert (peaks[1] - peaks[0]) / 2 == (stream + inside) * rows * seq * itemsize
+    assert peaks[1] - peaks[0] == (stream + inside) * rows * seq * itemsize
 
 
 @ranks(4)
@@ -316,6 +314,7 @@ def test_full_state_dicts_are_loaded_and_saved_unsharded(mesh):
     )
 
 
+@pytest.mark.slow_unless(lambda mode: mode == "sequence")
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])
 @ranks(4)
 def test_keys_shared_by_several_ranks_have_one_gradient_and_stay_equal(mode, mesh):
@@ -359,7 +358,7 @@ def rows(step=0, shape=(4, 8, 6)):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.slow_unless(lambda last, shape: len(shape) == 3 or last is None)
+@pytest.mark.slow_unless(lambda last, shape: last is None)
 @pytest.mark.parametrize("last", ["replicate", "colwise_gather_output", None])
 @pytest.mark.parametrize("shape", [(4, 8, 6), (8, 6), (6,)])
 @ranks(4)
@@ -565,6 +564,7 @@ def test_another_loss_on_sharded_logits_is_refused(loss, mesh):
         OTHER_LOSSES[loss](job.model(x), y)
 
 
+@pytest.mark.slow_unless(lambda vocab: vocab == 61)
 @pytest.mark.parametrize("vocab", [61, 64])
 @ranks(2)
 def test_a_head_planned_colwise_gather_output_returns_unsharded_logits(vocab, mesh):
@@ -589,6 +589,7 @@ def test_a_norm_whose_partial_gradient_is_not_summed_is_refused(mesh):
         verified(mesh, "12 heads", plan=wrong, **SEQ_PARALLEL)
 
 
+@pytest.mark.slow  # cells of the matrix with `gpt-259` do the same
 @ranks(4)
 def test_a_vocabulary_that_does_not_divide_is_exact(mesh):
     # Trap 8: a silent error of 50% in the loss. 61 tokens are 16, 16, 16 and 13; 5 are 2, 2, 1, 0.

@@ -131,6 +131,7 @@ def test_a_small_run_measures_every_algorithm_and_writes_the_results(tmp_path):
     assert (tmp_path / "bench_comm.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     done = programs.run("bench_comm.py", "--nproc", 2, "--smoke", "--out", tmp_path / "file" / "x")

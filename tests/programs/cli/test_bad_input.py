@@ -66,11 +66,8 @@ MISTAKES = {
 USUAL = (
     "choice",
     "no file",
-    "not TOML",
     "not launched",
-    "batch",
     "output",
-    "not UTF-8",
     "half a dataset",
 )
 

@@ -43,13 +43,10 @@ def printed(capsys):
     return run_explain
 
 
-@pytest.mark.slow_unless(
+@pytest.mark.slow_unless(lambda strategy, dtype: (strategy, dtype) == ("ddp", "float32"))
+@pytest.mark.nightly_unless(
     lambda strategy, dtype: (
-        (strategy, dtype)
-        in (
-            ("ddp", "float32"),
-            ("fsdp", "bfloat16"),
-        )
+        strategy not in ("dp", "zero1") and (strategy, dtype) != ("pp", "float32")
     )
 )
 @pytest.mark.parametrize(
@@ -82,6 +79,7 @@ def test_explain_shows_ranks_layouts_buckets_and_bytes_of_a_large_mesh(printed):
     assert sent == pytest.approx(by_formula, rel=1e-3)  # rank 0 has the longest shards
 
 
+@pytest.mark.slow
 def test_measured_memory_equals_the_bytes_computed_from_layouts(printed):
     text = printed("--strategy", "dp", "--mesh", "dp=8", "--batch", "8", "--seq", "8")
     table = text[text.index("memory of rank 0") :]
@@ -93,7 +91,7 @@ def test_measured_memory_equals_the_bytes_computed_from_layouts(printed):
     assert len(rows["activations"]) == 3  # layouts do not determine them
 
 
-@pytest.mark.slow_unless(lambda collectives: collectives == "direct")
+@pytest.mark.slow
 @pytest.mark.parametrize("collectives", ["ring", "direct", "tree"])
 def test_hand_written_algorithms_are_explained_without_other_ranks(collectives, printed):
     text = printed("--strategy", "ddp", "--seq", "8", "--batch", "4", "--collectives", collectives)
@@ -213,11 +211,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, printed):
         printed("--strategy", "dp", "--out", str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_nproc_in_a_preset_is_explained_but_not_started(printed):
     assert "ranks of dp=2 x fsdp=2" in printed(
         "--config", str(ROOT / "configs/08_hsdp.toml"), "--batch", "4", "--seq", "8"
     )
 
 
+@pytest.mark.slow
 def test_nproc_is_the_number_of_ranks_to_explain(printed):
     assert "ranks of fsdp=3" in printed("--strategy", "fsdp", "--nproc", "3", "--seq", "8")

@@ -255,7 +255,7 @@ def test_accuracy_is_the_fraction_of_held_out_images_classified_right(model):
     assert values["val_accuracy"] == (logits.argmax(1) == targets).double().mean().item()
 
 
-@pytest.mark.slow_unless(lambda model, dtype: (model, dtype) == ("vit", "bfloat16"))
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_an_image_model_trains_in_every_dtype(model, dtype):

@@ -60,7 +60,7 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.slow_unless(lambda kind: kind in ("dict", "dataclass", "mixed"))
+@pytest.mark.slow_unless(lambda kind: kind == "mixed")
 @pytest.mark.parametrize("kind", STRUCTURES)
 @pytest.mark.ranks(2)
 def test_a_batch_of_any_structure_is_split_by_rows(kind, mesh):

@@ -69,17 +69,16 @@ LIBRARY_OPTIONS = {
 }
 
 
-# Every strategy runs the "odd" model, which has every oddity including a tied head. Every model
-# runs under a strategy that splits it. tests/parallel/tensor/test_tp.py has models for tp.
-NOT_SLOW_MODELS = {
-    ("fsdp", "hand"): ("gpt tied", "odd", "resnet"),
-    ("pp", "hand"): ("odd", "vit"),
-    ("tp", "torch"): ("gpt tied",),
-}
-
-
+# By default the "odd" model, which has every oddity including a tied head, under strategies that
+# share little code. The slice of the matrix has the other models and strategies.
 @pytest.mark.slow_unless(
-    lambda strategy, impl, model: model in NOT_SLOW_MODELS.get((strategy, impl), ("odd",))
+    lambda strategy, impl, model: (
+        (model == "odd" and strategy in ("ddp", "zero2", "fsdp", "tp", "pp"))
+        or (strategy, impl, model) == ("zero1", "torch", "odd")
+    )
+)
+@pytest.mark.nightly_unless(
+    lambda impl, model: model not in ("gpt", "mlp") and (impl != "hand" or model != "vit")
 )
 @pytest.mark.parametrize(
     ("strategy", "impl", "model"),
@@ -117,17 +116,26 @@ PAIRWISE = [
 
 # Together with the test above, these cover every value of the columns except 3 ranks.
 NOT_SLOW = [
-    # world, microbatches, dtype: the first row for all, the second for ddp
-    (2, 1, torch.bfloat16),
-    (4, 1, torch.float32),
+    # strategy, world, microbatches, dtype
+    ("ddp", 4, 1, torch.float32),
+    ("fsdp", 1, 1, torch.float64),
 ]
 
 
+# Cells of the matrix with `bf16` are for the strategies by hand what the row of two ranks in
+# bfloat16 is for a library.
 @pytest.mark.slow_unless(
     lambda strategy, impl, world, microbatches, dtype: (
-        (world, microbatches, dtype) == NOT_SLOW[0]
-        or (impl == "hand" and (strategy, world, microbatches, dtype) == ("ddp", *NOT_SLOW[1]))
-        or (strategy, impl, world, microbatches, dtype) == ("fsdp", "hand", 1, 1, torch.float64)
+        (world, microbatches, dtype) == (2, 1, torch.bfloat16) and strategy != "hsdp"
+        if impl != "hand"
+        else (strategy, world, microbatches, dtype) in NOT_SLOW
+    )
+)
+# The others share their code with these: zero1 with zero2, hsdp with fsdp, accelerate with ddp.
+@pytest.mark.nightly_unless(
+    lambda strategy, impl, world, dtype: (
+        (strategy in ("ddp", "zero2", "fsdp", "tp", "pp") and impl != "accelerate")
+        or (world, dtype) == (2, torch.bfloat16)
     )
 )
 @pytest.mark.parametrize(
@@ -159,7 +167,7 @@ def test_the_single_strategy_equals_plain_pytorch():
     assert report.equal, report.sentence()
 
 
-@pytest.mark.slow_unless(lambda rows, strategy: (rows == 5) == (strategy == "ddp"))
+@pytest.mark.slow_unless(lambda rows, strategy: (rows, strategy) in [(5, "ddp"), (1, "dp")])
 @pytest.mark.parametrize("rows", [7, 5, 1])
 @pytest.mark.parametrize("strategy", ["dp", "ddp"])
 @pytest.mark.ranks(3)
@@ -169,6 +177,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_exact(rows, strategy, me
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda model: model == "resnet")
 @pytest.mark.parametrize("model", ["gpt", "resnet"])
 @pytest.mark.ranks(2)
 def test_a_reused_reference_gives_the_same_report_and_is_trained_once(model, mesh):

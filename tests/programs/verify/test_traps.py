@@ -149,7 +149,7 @@ def strategy(kind):
 @pytest.mark.ranks(2)
 def test_the_engine_detects(bug, mesh):
     kind = strategy(EXHIBITS[bug])
-    report = dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=2)
+    report = dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=1)
     assert not report.equal
     assert (report.first.step, report.first.quantity) == (0, "gradient")
     assert report.worst("grad norm").error > 1e-3, "the norm gives it away"
@@ -159,8 +159,8 @@ def test_the_engine_detects(bug, mesh):
 def test_without_accumulation_the_second_bug_is_not_detected(mesh):
     # This is why the parity table accumulates.
     kind = strategy(ReducesTheLastMicrobatchOnly)
-    assert dist_lab.verify(gpt, batch, mesh, kind, microbatches=1).equal
-    assert not dist_lab.verify(gpt, batch, mesh, kind, microbatches=4).equal
+    assert dist_lab.verify(gpt, batch, mesh, kind, microbatches=1, steps=2).equal
+    assert not dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=1).equal
 
 
 @pytest.mark.ranks(2)
@@ -292,10 +292,10 @@ def test_a_norm_over_one_shard_is_too_low_and_is_detected(mesh):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "global_norm", norm_of_local_shard)
-        report = report_of(mesh, lambda group: None)
+        report = report_of(mesh, lambda group: None, steps=1)
     assert report.first.quantity == "grad norm"
     assert report.first.error == pytest.approx(0.5, abs=0.25)  # the shards' norms are not equal
-    assert report_of(mesh, lambda group: None).equal
+    assert report_of(mesh, lambda group: None, steps=1).equal
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
@@ -413,9 +413,7 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
         torch.testing.assert_close(running_mean(name), everyone.mean(0))
 
 
-@pytest.mark.slow_unless(
-    lambda strategy, impl: impl == "hand" and strategy in ("ddp", "zero2", "fsdp", "tp", "pp")
-)
+@pytest.mark.slow_unless(lambda strategy, impl: impl == "hand" and strategy in ("fsdp", "pp"))
 @pytest.mark.parametrize(
     ("strategy", "impl"),
     [
