@@ -289,22 +289,22 @@ class Outcome:
     seconds: float
 
 
-def tests_for(path: str) -> list[str]:
-    """The tests to run, most likely first: those of the file's name, its folder, all."""
+def tests_for(path: str) -> list[list[str]]:
+    """The tests to run, most likely first: those of the file's name and folder, then all."""
     mirrored = ROOT / "tests" / Path(path).parent / f"test_{Path(path).name}"
     prefix = max((prefix for prefix in TESTS if path.startswith(prefix)), key=len)
     own = [str(mirrored.relative_to(ROOT))] if mirrored.exists() else []
-    return [*own, *TESTS[prefix].split(), "tests"]
+    return [[*own, *TESTS[prefix].split()], ["tests"]]
 
 
-def run(mutant: Mutant, copy: Path, tests: Sequence[str]) -> Outcome:
+def run(mutant: Mutant, copy: Path, runs: Sequence[Sequence[str]]) -> Outcome:
     """Break a copy of the repository, run tests until one fails, and mend the copy."""
     started = time.monotonic()
     file = copy / "dist_lab" / mutant.path
     source = file.read_text()
     file.write_text(broken(mutant, source))
     try:
-        failed = first_failure(tests, copy)
+        failed = next(filter(None, (first_failure(tests, copy) for tests in runs)), "")
     finally:
         file.write_text(source)
     verdict = "killed" if failed else "survived"
