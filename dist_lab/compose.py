@@ -27,11 +27,13 @@ from dist_lab.programs.cli.mixes import check_impl, strategies_on
 from dist_lab.programs.cli.registry import STRATEGIES, Impl
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
+from dist_lab.step.fixed_order.rules import fixed_order
 from dist_lab.step.guards import Guards, GuardsOff, GuardsOn
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.protocol import ROOT, Applied, Apply, Chain, Sync
 from dist_lab.step.same_buffers import SameBuffers
 from dist_lab.step.setup import Setup
+from dist_lab.step.totals import PlainTotals
 from dist_lab.step.trainable import refuse_earlier_optimizers, refuse_what_cannot_train
 from dist_lab.step.writes import RefuseWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
@@ -64,6 +66,7 @@ def parallelize(
     seed: int = 0,
     init_fn: InitFn | None = None,
     sync_batchnorm: bool = False,
+    reduce_order: str | None = None,
     **options: Any,
 ) -> Job:
     """Prepare a model, in place, for training on a mesh. Collective.
@@ -85,6 +88,8 @@ def parallelize(
             generator)` fills an unsharded parameter, with a generator seeded by (seed, name); a
             rank keeps its shards. Default: the model's own `init_weight`.
         sync_batchnorm: take BatchNorm's statistics over the rows of all ranks.
+        reduce_order: "fixed" or "fixed:V": add in one order, so that a step has the same bits in
+            every layout. Each of V (8) parts of the batch is one micro-batch: step/fixed_order.
         options: the strategies' own options, the keyword arguments of their `apply`: ddp's
             bucket_mb.
 
@@ -99,7 +104,9 @@ def parallelize(
     if not isinstance(model, nn.Module):
         raise UserError(f"parallelize() takes a built nn.Module, not {model!r:.60}")
     mix = choose(strategy, impl, mesh)
-    options_of = _share_out(options, mix)
+    own = {**options, "sync_batchnorm": sync_batchnorm, "param_dtype": param_dtype}
+    order = fixed_order(reduce_order, label_of(mix), own, model, mesh)
+    options_of = _share_out(options, mix, {"defer_reduce": True} if order else {})
     refuse_what_cannot_train(model, ranks=mesh.size)
     refuse_claimed(model)
     refuse_earlier_optimizers(model)
@@ -123,7 +130,7 @@ def parallelize(
     trained = frozenset(name for name, p in parameters.items() if p.requires_grad)
     setup = Setup(
         model, mesh, {}, layouts, trained, draw or _current_value(model), units_by_name,
-        param_dtype, recompute,
+        param_dtype, recompute, fixed_order=order is not None,
     )  # fmt: skip
     del parameters, first_name
     if mix[0].axes == ("pp",) and seams(model) is not None:  # without stages, tp will refuse it
@@ -147,7 +154,8 @@ def parallelize(
     if mesh.data.size > 1:
         buffers = [name for name, _ in model.named_buffers() if name in state]
         after.append(SameBuffers(model, buffers, mesh.data))
-    chain = Chain(Chain(GuardsOff(guards), watch), applied.sync, GuardsOn(guards), *after)
+    applied, sums = order.on(applied, model, mesh) if order else (applied, Chain())
+    chain = Chain(Chain(GuardsOff(guards), watch), sums, applied.sync, GuardsOn(guards), *after)
     units_by_name = applied.stages.units | {ROOT: model} if applied.stages else units_by_name
     runner = (applied.make_runner or Runner)(model, chain, mesh.comm, units_by_name, applied)
     if param_dtype is not None:
@@ -157,7 +165,8 @@ def parallelize(
             casts = any(chosen.impl.casts for chosen in mix)
             compute_in(module, param_dtype, parameters=not casts, inputs=stage == 0)
     guards.guard_parameters()
-    return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name)
+    totals = order.totals(applied) if order else PlainTotals()
+    return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name, totals)
 
 
 def fold(
@@ -178,7 +187,8 @@ def fold(
     for chosen, options in strategies:
         if draw is not None and not chosen.impl.draws:
             _materialize(setup)
-        setup = replace(setup, axes={name: mesh.channel(name) for name in chosen.axes})
+        axes = {n: replace(mesh.channel(n), pairwise=setup.fixed_order) for n in chosen.axes}
+        setup = replace(setup, axes=axes)
         applied = chosen.apply(setup, **options)
         if not isinstance(applied, Applied):
             raise UserError(
@@ -287,8 +297,13 @@ def label_of(mix: Sequence[Chosen]) -> str:
     return " x ".join([*(label.partition("@")[0] for label in outer), last])
 
 
-def _share_out(options: Mapping[str, Any], mix: Sequence[Chosen]) -> list[dict[str, Any]]:
-    """Give each option to the strategies that take it. Raise UserError if none does."""
+def _share_out(
+    options: Mapping[str, Any], mix: Sequence[Chosen], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Give each option to the strategies that take it. Raise UserError if none does.
+
+    `defaults`: options for the strategies that take them, where there are no others.
+    """
     known = [
         [p.name for p in signature(chosen.apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
         for chosen in mix
@@ -298,7 +313,8 @@ def _share_out(options: Mapping[str, Any], mix: Sequence[Chosen]) -> list[dict[s
         if name not in all_known:
             takes = f"it takes {', '.join(all_known)}" if all_known else "it takes none"
             raise UserError(f"{label_of(mix)} has no option {name}; {takes}")
-    return [{n: value for n, value in options.items() if n in names} for names in known]
+    given = {**defaults, **options}
+    return [{n: value for n, value in given.items() if n in names} for names in known]
 
 
 def find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:

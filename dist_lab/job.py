@@ -23,15 +23,16 @@ from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
-from dist_lab.step.clip import clip, global_norm
+from dist_lab.step.clip import clip
 from dist_lab.step.count import sum_of_counts
-from dist_lab.step.detached import RecordedLoss, sum_of_losses
+from dist_lab.step.detached import RecordedLoss
 from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler, decide_together
 from dist_lab.step.shadow import Shadow
+from dist_lab.step.totals import Totals, check_pairs
 from dist_lab.torch_private import backward_number
 from dist_lab.transforms.batchnorm import merge_statistics
 
@@ -61,10 +62,12 @@ class Job:
         names: Mapping[str, str],
         strategies: str,
         units: Mapping[str, nn.Module],
+        totals: Totals,
     ) -> None:
         self.model, self.mesh, self.strategies, self.units = model, mesh, strategies, units
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self.stepped, self._runner, self._watch = applied.stepped, runner, watch
+        self._totals = totals
         self._make_optimizer = applied.make_optimizer
         layouts, buffers, stepped = applied.layouts, applied.buffers, applied.stepped
         self._state = FullState(model, mesh, layouts, buffers, stepped, names)
@@ -114,7 +117,7 @@ class Job:
         Raises:
             UserError: gradients are off, microbatches are not pairs, or losses are detached.
         """
-        _check_pairs(microbatches)
+        microbatches = self._totals.checked(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         recorded = RecordedLoss(loss_fn)
@@ -122,7 +125,7 @@ class Job:
         stepped = self._runner.named_parameters() if recorded.some_detached else ()
         trains = any(p.requires_grad for _, p in stepped)
         with self.mesh.comm.label("loss"):
-            return sum_of_losses(total, recorded, self._loss_axis, trains=trains)
+            return self._totals.loss(total, recorded, self._loss_axis, trains=trains)
 
     def evaluate(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """Return the global loss, by forward passes in eval mode. Arguments as for `run`.
@@ -130,7 +133,7 @@ class Job:
         First combines BatchNorm's running statistics over the ranks: see [Note: buffers].
         Afterwards every module is in its earlier mode again. Collective.
         """
-        _check_pairs(microbatches)  # first, so that a refused call changes nothing
+        check_pairs(microbatches)  # first, so that a refused call changes nothing
         with self.mesh.comm.label("buffers"):
             merge_statistics(self.model, self._data)
         training = [module for module in self.model.modules() if module.training]
@@ -170,7 +173,7 @@ class Job:
                 name: None if p.grad is None else local_part(p.grad)
                 for name, p in self.named_parameters()
             }
-            norm = global_norm(gradients, self.layouts, self.mesh)
+            norm = self._totals.norm(gradients, self.layouts, self.mesh)
             if max_norm is not None:
                 clip([g for g in gradients.values() if g is not None], norm, max_norm)
         return float(norm)
@@ -250,6 +253,7 @@ class Job:
         refuse_coupled(
             cls, options, group_options, params, self.layouts, self.mesh, by_tensor=by_tensor
         )
+        self._totals.check_optimizer(cls, options, [own for own, _ in by_options(group_options)])
         local = {name: extra for name, extra in group_options.items() if name in params}
         param_groups = [
             {"params": [params[n] for n in names], **extra} for extra, names in by_options(local)
@@ -343,8 +347,3 @@ class Job:
     def _refuse_unsummed(self, what: str) -> None:
         if self._runner.has_gradients:
             raise UserError(f"{what}() before finish(): gradients are not summed over ranks yet")
-
-
-def _check_pairs(microbatches: Sequence[Pair]) -> None:
-    if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in microbatches):
-        raise UserError("microbatches are a list of (input, target) pairs: job.run([(x, y)], ...)")

@@ -119,7 +119,7 @@ def start(
 
     Args:
         out: the result.
-        algorithm: the algorithm for this call; None for the mesh's setting.
+        algorithm: the algorithm for this call; None for the axis's or the mesh's setting.
         by_hand, by_backend: arguments for an algorithm by hand, and for the backend's function.
     """
     op, axis, comm = spec.op, spec.axis, spec.axis.comm
@@ -127,7 +127,9 @@ def start(
         return Pending(out)
     if algorithm is not None:
         check_algorithm(op, algorithm, comm.backend)
-    chosen = choose(op, algorithm or comm.collectives, spec.payload, comm.backend)
+    sums_in_pairs = axis.pairwise and "pairwise" in ALGORITHMS[op]
+    setting = algorithm or ("pairwise" if sums_in_pairs else comm.collectives)
+    chosen = choose(op, setting, spec.payload, comm.backend)
     call = spec.call(chosen, spec.due(chosen))
 
     def steps() -> Steps:

@@ -32,7 +32,7 @@ def all_reduce_into(
         chunk = collectives.slices(lengths(len(buffer), n))[i]
         chunks = [array[chunk] for array in window.arrays]
         due = 2 * (n - 1) * chunks[i].nbytes
-        moves = collectives.all_reduce(window, chunks)
+        moves = collectives.all_reduce(window, chunks, order_of_sums(axis))
         return start_shared(Spec("all_reduce", axis, buffer, reduce), buffer, due, window, moves)
     x = buffer.contiguous()  # the transport ignores strides and reads memory in order
     flat = x.detach().view(-1)
@@ -89,7 +89,7 @@ def reduce_scatter_into(
         # Sum straight into `out`, unless that needs a cast or would overwrite an addend.
         if out.dtype == x.dtype and not np.may_share_memory(as_array(shard), addends[i]):
             target = as_array(shard)[None]
-        moves = collectives.reduce_scatter(window, addends, target)
+        moves = collectives.reduce_scatter(window, addends, target, order_of_sums(axis))
         due = (n - 1) * addends[i].nbytes
         return start_shared(Spec("reduce_scatter", axis, x, reduce), out, due, window, moves)
     x = x.contiguous()
@@ -163,6 +163,11 @@ def wait_for_readers(buffer: Tensor, axis: Axis) -> None:
         return
     assert not window.in_use, f"{axis.comm.describe(window.call)} was not waited for"
     wait_for([[Barrier(window, DEPARTED, window.last())]], window.call, axis)
+
+
+def order_of_sums(axis: Axis) -> collectives.AddUp:
+    """Returns the function that adds up the ranks' blocks in shared memory."""
+    return collectives.add_up_in_pairs if axis.pairwise else collectives.add_up
 
 
 def window_of(

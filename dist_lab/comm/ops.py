@@ -14,8 +14,8 @@ rounds inside `wait()`. On an axis of size 1 every operation is the identity, an
 forms return their argument itself. A `_coalesced` form does many collectives in one.
 
 The algorithm is set for a whole mesh (`init_mesh(collectives=...)`) or for one call (`algorithm=`):
-"backend", "ring", "tree" or "direct" (by_hand/algorithms.py), or "auto", the fastest we measured.
-An algorithm gives all ranks the same bits; two algorithms may round differently.
+"backend", "ring", "tree", "direct" or "pairwise" (by_hand/algorithms.py), or "auto", the fastest we
+measured. An algorithm gives all ranks the same bits; two algorithms may round differently.
 
 Notation: `x[D_X]` is sharded over axis X, `x{U_X}` is a partial sum over X (The Scaling Book, ch.
 3).

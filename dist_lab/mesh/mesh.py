@@ -42,6 +42,8 @@ class Axis:
     All ranks of an axis must launch its collectives in one order. Some collectives come in between
     at different times on each rank, such as reductions of gradients when they are ready. They use
     another `channel`: the same ranks with another process group. The default channel is 0.
+
+    If `pairwise` is set, every sum along the axis is added in the order of by_hand/pairwise.py.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Axis:
     comm: CommContext
     weak_group: "weakref.ref[dist.ProcessGroup] | None" = field(compare=False, repr=False)
     channel: int = 0
+    pairwise: bool = False
 
     def __str__(self) -> str:
         return self.name

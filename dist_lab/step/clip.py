@@ -3,7 +3,7 @@
 |dW|^2 = sum over parameters and shards        copies count once, shards are added up
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,27 +14,45 @@ from dist_lab.layout.layout import is_counted
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.torch_private import multiply_all
 
+Gradients = Mapping[str, Tensor | None]  # name -> this rank's part of the gradient
 
-def global_norm(gradients: Mapping[str, Tensor | None], layouts: Layouts, mesh: Mesh) -> Tensor:
+
+def global_norm(gradients: Gradients, layouts: Layouts, mesh: Mesh) -> Tensor:
     """The 2-norm of the gradient of the full model, as a 0-dim tensor, equal on every rank.
 
-    Copies count once. Shards are added up over the axes that split them. A tensor that is OnlyOn
-    some positions counts at the first one. Gradients must be complete; a missing one counts as 0.
+    Gradients must be complete; a missing one counts as 0.
     """
-    squares: dict[tuple[Axis, ...], list[Tensor]] = {}
+    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    return sum_over_model(_square, zero, gradients, layouts, mesh).sqrt()
+
+
+def _square(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient).double().square()
+
+
+def sum_over_model(
+    measure: Callable[[Tensor], Tensor], zero: Tensor, gradients: Gradients, layouts: Layouts,
+    mesh: Mesh,
+) -> Tensor:  # fmt: skip
+    """The sum of measure(gradient) over the parameters of the full model, equal on every rank.
+
+    Copies count once. Shards are added up over the axes that split them. A tensor that is OnlyOn
+    some positions counts at the first one. `zero` has the shape and dtype of what is measured.
+    """
+    measures: dict[tuple[Axis, ...], list[Tensor]] = {}
     for name, layout in layouts.items():  # one order on all ranks, so collectives match
         axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)
-        group = squares.setdefault(tuple(axes), [])
+        group = measures.setdefault(tuple(axes), [])
         gradient = gradients.get(name)
         if gradient is not None and is_counted(layout, mesh.coordinates):
-            group.append(torch.linalg.vector_norm(gradient).double().square())
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for sharding_axes, parts in squares.items():
-        local = torch.stack(parts).sum() if parts else torch.zeros_like(total)
+            group.append(measure(gradient))
+    total = zero
+    for sharding_axes, parts in measures.items():
+        local = torch.stack(parts).sum(0) if parts else torch.zeros_like(zero)
         for axis in sharding_axes:
             local = ops.all_reduce(local, axis)
         total = total + local
-    return total.sqrt()
+    return total
 
 
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:

@@ -19,15 +19,17 @@ from dist_lab.mesh.mesh import Axis
 
 
 class RecordedLoss:
-    """A loss_fn that records whether its losses need gradients.
+    """A loss_fn that records its losses, and whether they need gradients.
 
     Attributes:
+        losses: in the order of the calls, detached.
         some_need_gradient: a loss needed a gradient.
         some_detached: a loss needed no gradient, although it was not zero.
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
         self.loss_fn, self.some_need_gradient, self.some_detached = loss_fn, False, False
+        self.losses: list[Tensor] = []
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         loss = self.loss_fn(output, target)
@@ -35,6 +37,8 @@ class RecordedLoss:
             self.some_need_gradient = True
         elif loss.any():
             self.some_detached = True
+        if isinstance(loss, Tensor):
+            self.losses.append(loss.detach())
         return loss
 
 

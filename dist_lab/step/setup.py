@@ -29,6 +29,7 @@ class Setup:
     recompute    every k-th of the user's units is recomputed in backward, which is arranged already
     stages       the pipeline's stages, if there is a pipeline around this strategy
     weight_work  the weight gradients that the pipeline's schedule defers
+    fixed_order  the bits of a step must not depend on the layout: see step/fixed_order
     folded       filled in once all strategies are applied
     """
 
@@ -44,6 +45,7 @@ class Setup:
     inner_units: Mapping[str, nn.Module] = field(default_factory=dict)
     stages: "Stages | None" = None
     weight_work: "WeightWork" = field(default_factory=lambda: WeightWork())
+    fixed_order: bool = False
     folded: "Folded" = field(default_factory=lambda: Folded())
 
     @property
@@ -69,6 +71,14 @@ class Setup:
         """The stages of this rank that use a parameter, as units; () without a pipeline."""
         local = self.stages.modules if self.stages else {}
         return tuple(unit_of_stage(stage) for stage in self.stages_of(name) if stage in local)
+
+    def slot_length(self, numel: int, dtype: torch.dtype) -> int:
+        """The elements that a parameter takes in a flat buffer. With a fixed order, the next one
+        begins at a multiple of 64 bytes, as a tensor of its own does: a matrix product may round
+        differently at another address.
+        """
+        step = max(1, 64 // dtype.itemsize) if self.fixed_order else 1
+        return -(-numel // step) * step
 
     def channel(self) -> Axis:
         """`axis` with a process group of its own: see `Axis`. Collective."""

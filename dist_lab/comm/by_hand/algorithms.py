@@ -4,10 +4,12 @@
     all_reduce      ring       2 (N-1)            2 (N-1)/N S
                     tree       2 log2 P (+ 2)     2 (P-1)/P S  (+ S where a rank folds in or out)
                     direct     2                  2 (N-1)/N S
+                    pairwise   2                  2 (N-1)/N S
     all_gather      ring       N-1                (N-1)/N S
                     direct     1                  (N-1)/N S
     reduce_scatter  ring       N-1                (N-1)/N S
                     direct     1                  (N-1)/N S
+                    pairwise   1                  (N-1)/N S
     all_to_all      direct     1                  (N-1)/N S
     broadcast       tree       floor(log2 N)      (N-1)/N S on average, S ceil(log2 N) at the source
 
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm.by_hand.costs import children, halvings, lengths, power_in
+from dist_lab.comm.by_hand.pairwise import add_in_pairs
 
 
 class Work(Protocol):
@@ -157,10 +160,18 @@ def direct_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
     for j, works in post.swap(arrived, chunks, buffer):
         yield works
         combine(chunks[i], arrived[j], out=chunks[i])
-    works = [work for j in _others(post) for work in post.receive(chunks[j], j)]
-    for j in _others(post):
-        works += post.send(chunks[i], j)
-    yield works
+    yield _send_to_all(post, chunks)
+
+
+def pairwise_all_reduce(post: Post, buffer: Tensor, combine: Combine) -> Steps:
+    """The messages of `direct`, with sums in one order: see pairwise.py.
+
+    x{U_X} -> x[D_X] -> x. 2 rounds, 2 (N-1)/N S bytes.
+    """
+    chunks = split(buffer, post.size)
+    own = chunks[post.index]
+    yield from pairwise_reduce_scatter(post, own, buffer, combine)
+    yield _send_to_all(post, chunks)
 
 
 # --- reduce_scatter: x[D]{U_X} -> x[D_X] ----------------------------------------------------------
@@ -194,6 +205,19 @@ def direct_reduce_scatter(post: Post, out: Tensor, x: Tensor, combine: Combine) 
     for j, works in post.swap(arrived, chunks, x):
         yield works
         total = combine(total, arrived[j], out=out)
+
+
+def pairwise_reduce_scatter(post: Post, out: Tensor, x: Tensor, combine: Combine) -> Steps:
+    """The messages of `direct`, with sums in one order: see pairwise.py. 1 round, (N-1)/N S bytes.
+
+    `out` may be this rank's chunk of x.
+    """
+    chunks = split(x, post.size)
+    arrived = x.new_empty(post.size, len(out))
+    for _, works in post.swap(arrived, chunks, x):
+        yield works
+    terms = [chunks[j] if j == post.index else arrived[j] for j in range(post.size)]
+    add_in_pairs(terms, combine, out)
 
 
 # --- all_gather: x[D_X] -> x[D] -------------------------------------------------------------------
@@ -267,6 +291,14 @@ def _around_ring(post: Post, chunks: Sequence[Tensor], first: int) -> Steps:
         yield post.send(give, i + 1) + post.receive(take, i - 1)
 
 
+def _send_to_all(post: Post, chunks: Sequence[Tensor]) -> list[Work]:
+    """Send this rank's chunk to every other rank, and receive theirs."""
+    works = [work for j in _others(post) for work in post.receive(chunks[j], j)]
+    for j in _others(post):
+        works += post.send(chunks[post.index], j)
+    return works
+
+
 def _others(post: Post) -> list[int]:
     """Returns all other positions, from the next one on. No two ranks start with the same one."""
     return [(post.index + distance) % post.size for distance in range(1, post.size)]
@@ -274,9 +306,15 @@ def _others(post: Post) -> list[int]:
 
 # operation -> algorithm -> its steps; see costs.py for the cost of each
 STEPS: dict[str, dict[str, Callable[..., Steps]]] = {
-    "all_reduce": {"ring": ring_all_reduce, "direct": direct_all_reduce, "tree": tree_all_reduce},
+    "all_reduce": {
+        "ring": ring_all_reduce, "direct": direct_all_reduce, "tree": tree_all_reduce,
+        "pairwise": pairwise_all_reduce,
+    },
     "all_gather": {"ring": ring_all_gather, "direct": direct_all_gather},
-    "reduce_scatter": {"ring": ring_reduce_scatter, "direct": direct_reduce_scatter},
+    "reduce_scatter": {
+        "ring": ring_reduce_scatter, "direct": direct_reduce_scatter,
+        "pairwise": pairwise_reduce_scatter,
+    },
     "all_to_all": {"direct": direct_all_to_all},
     "broadcast": {"tree": tree_broadcast},
-}
+}  # fmt: skip

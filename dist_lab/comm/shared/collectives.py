@@ -13,7 +13,7 @@ generator, as in `algorithms`: it yields the barriers that it must wait for. It 
 of bytes that it read from other ranks' memory and wrote to it.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -21,23 +21,25 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm.by_hand.algorithms import Work
+from dist_lab.comm.by_hand.pairwise import add_in_pairs
 from dist_lab.comm.shared.memory import ARRIVED, DEPARTED, Array, Barrier, SharedWindow
 
 Moves = Generator[Sequence[Work], None, int]
+AddUp = Callable[..., Array]  # add_up or add_up_in_pairs
 BLOCK = 1 << 15  # elements summed at once: few enough to stay in the cache
 
 
-def all_reduce(window: SharedWindow, chunks: Sequence[Array]) -> Moves:
+def all_reduce(window: SharedWindow, chunks: Sequence[Array], add: AddUp) -> Moves:
     """Overwrite chunks[j], this rank's chunk of rank j's buffer, with the sum of all of them.
 
-    Each chunk is summed by one rank, in the order of the ranks, so all ranks get the same bits.
+    Each chunk is summed by one rank, in the order of `add`, so all ranks get the same bits.
     """
     number = window.arrive()
     # A rank that has departed from the previous collective no longer reads what we overwrite.
     yield [Barrier(window, ARRIVED, number), Barrier(window, DEPARTED, number - 1)]
     for start in range(0, len(chunks[0]), BLOCK):
         blocks = [chunk[start : start + BLOCK] for chunk in chunks]
-        total = add_up(blocks)
+        total = add(blocks)
         for block in blocks:
             block[:] = total
     window.depart(number)
@@ -45,14 +47,18 @@ def all_reduce(window: SharedWindow, chunks: Sequence[Array]) -> Moves:
     return 2 * (window.size - 1) * chunks[0].nbytes
 
 
-def reduce_scatter(window: SharedWindow, addends: Sequence[Array], out: Array | Tensor) -> Moves:
+def reduce_scatter(
+    window: SharedWindow, addends: Sequence[Array], out: Array | Tensor, add: AddUp | None = None
+) -> Moves:
     """Write the sum of the addends to out. All have shape (outer, inner).
 
     Args:
         addends: this rank's shard of every rank's buffer.
+        add: the order of the additions; default: add_up.
         out: an array of the same type that shares no memory with the addends, or any tensor. For a
             tensor we sum in a spare block, then copy the sum, which casts it to its dtype.
     """
+    add = add or add_up
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
     outer, inner = addends[0].shape
@@ -61,10 +67,10 @@ def reduce_scatter(window: SharedWindow, addends: Sequence[Array], out: Array | 
         for start in range(0, inner, BLOCK):
             blocks = [addend[row, start : start + BLOCK] for addend in addends]
             if isinstance(out, Tensor):
-                total = add_up(blocks, spare[: len(blocks[0])])
+                total = add(blocks, spare[: len(blocks[0])])
                 out.data[row, start : start + BLOCK].copy_(torch.from_numpy(total))
             else:
-                add_up(blocks, out[row, start : start + BLOCK])
+                add(blocks, out[row, start : start + BLOCK])
     window.depart(number)
     return (window.size - 1) * addends[0].nbytes
 
@@ -100,6 +106,11 @@ def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:
     for block in blocks[2:]:
         total += block
     return total
+
+
+def add_up_in_pairs(blocks: Sequence[Array], out: Array | None = None) -> Array:
+    """Returns the sum of two or more blocks, added in the order of by_hand/pairwise.py."""
+    return add_in_pairs(blocks, np.add, out)
 
 
 def slices(lengths: Sequence[int]) -> list[slice]:

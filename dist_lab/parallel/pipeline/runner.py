@@ -73,6 +73,10 @@ class PipelineRunner(Step):
     Args:
         units: name -> module that strategies unshard as one: the stages, and the model.
         applied: what the strategies did to the model.
+
+    Attributes:
+        after_backward: called with (unit, micro-batch) after each action that computes gradients,
+            before the strategies hear of them.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class PipelineRunner(Step):
         }
         self._unsharded: list[int] = []  # stages
         self._incomplete: set[int] = set()  # stages whose gradients are not complete
+        self.after_backward: Callable[[str, int], None] | None = None
         model.register_forward_pre_hook(ModuleHook(_refuse_forward))
 
     @contextmanager
@@ -156,6 +161,8 @@ class PipelineRunner(Step):
             self.sync.reshard(unit, phase)
         if action.op is not Op.F:
             yield
+            if self.after_backward is not None and action.op in (Op.B, Op.I, Op.W):
+                self.after_backward(unit, action.microbatch)
             return
         stage_unit = self._stages[stage]
         self._saver.enter(stage_unit)  # saves the stage's parameters by name: see step/saved.py

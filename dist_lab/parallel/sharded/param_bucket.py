@@ -52,7 +52,8 @@ def shard_in_buckets(
         raise UserError(f"buckets of {bucket_mb} MiB; give a size above 0")
     axis, limit = setup.axis, int(bucket_mb * 2**20)
     gather_axis, slots, layouts = setup.channel(), param_slots(*setup.roots), setup.owing_sums(axis)
-    slot_lengths = {n: math.prod(shard_shape(x, setup.mesh.axes)) for n, x in layouts.items()}
+    shapes = {name: shard_shape(layout, setup.mesh.axes) for name, layout in layouts.items()}
+    slot_lengths = {n: setup.slot_length(math.prod(shapes[n]), x.dtype) for n, x in layouts.items()}
     # Backward reaches the last layer first, and models usually create the last layer last.
     trained = [
         (name, (layout.dtype, setup.stages_of(name)), slot_lengths[name] * layout.dtype.itemsize)

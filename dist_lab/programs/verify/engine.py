@@ -21,8 +21,9 @@ from dist_lab.compose import parallelize
 from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
-from dist_lab.mesh.mesh import Mesh
+from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.programs.verify import batch as batches
+from dist_lab.programs.verify.bits import compare_bits, one_process_by_shards, sha256
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
 from dist_lab.programs.verify.reference import (
     batchnorm_in_words,
@@ -33,6 +34,7 @@ from dist_lab.programs.verify.reference import (
 )
 from dist_lab.programs.verify.repeat import repeat_first_step, weights_and_buffers
 from dist_lab.programs.verify.report import Comparison, VerifyReport
+from dist_lab.step.fixed_order.order import microbatches_of, shards_of
 from dist_lab.step.protocol import Apply
 
 
@@ -44,7 +46,7 @@ def verify(
     impl: str = "hand",
     *,
     steps: int = 3,
-    microbatches: int = 1,
+    microbatches: int | None = None,
     clip: float | None = 1.0,
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
     options: Mapping[str, Any] | None = None,
@@ -53,6 +55,7 @@ def verify(
     param_dtype: torch.dtype | None = None,
     tolerance: float | None = None,
     sync_batchnorm: bool = False,
+    reduce_order: str | None = None,
     reference: Iterable[tuple[Pair, State]] | None = None,
     **strategy_options: Any,
 ) -> VerifyReport:
@@ -64,12 +67,14 @@ def verify(
         build_batch: step -> (inputs, targets), the whole global batch: tensors, or dicts, tuples,
             lists and dataclasses of tensors, with the rows in dim 0. It must return the same at
             every call on every rank. Each rank takes its own rows; any number of rows works.
-        microbatches: the number of micro-batches that each rank accumulates.
+        microbatches: the number of micro-batches that each rank accumulates; default 1, or one for
+            each virtual shard.
         options: the optimizer's keyword arguments; default lr=1e-3.
         loss_sum: (output, target) -> the sum over the rows. The engine divides it by the number of
             targets: the elements of the target tensor, or of the first tensor in a structure.
         param_dtype: see `parallelize`; the reference then computes in it too.
         tolerance: default by dtype, see TOLERANCE.
+        reduce_order: "fixed" or "fixed:V": compare bits, see bits.py and `parallelize`.
         reference: the steps of `one_process`, if the caller has run them already. Then the first
             step is not run again to check that it is repeatable.
         sync_batchnorm, strategy_options: see `parallelize`.
@@ -81,6 +86,9 @@ def verify(
             is nothing to train, or the reference is not finite.
     """
     options = {"lr": 1e-3} if options is None else options
+    shards = 0 if reduce_order is None else shards_of(reduce_order)
+    if microbatches is None:
+        microbatches = microbatches_of(shards, mesh.data.size) if shards else 1
     if min(steps, microbatches) < 1:
         raise UserError(f"steps={steps} and microbatches={microbatches} must be 1 or more")
     with together(mesh.world):
@@ -90,18 +98,25 @@ def verify(
     batchnorm = batchnorm_in_words(tested, mesh.data.size, microbatches, sync_batchnorm)
     tested = tested.to(mesh.device)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    tolerance = 0.0 if shards else tolerance
     built = weights_and_buffers(tested) if reference is None else {}
     job = parallelize(
         tested, mesh, strategy, impl, units=units, param_dtype=param_dtype,
-        broadcast=False, sync_batchnorm=sync_batchnorm, **strategy_options,
+        broadcast=False, sync_batchnorm=sync_batchnorm, reduce_order=reduce_order,
+        **strategy_options,
     )  # fmt: skip
     opt = job.optimizer(optimizer, **options)
-    if reference is None:
+    source = build_model, build_batch, mesh.data.size, mesh.device
+    if reference is None and shards:
+        reference = one_process_by_shards(
+            *source, shards=shards, steps=steps, clip=clip, optimizer=optimizer, options=options,
+            loss_sum=loss_sum,
+        )  # fmt: skip
+    elif reference is None:
         run_options: dict[str, Any] = {
             "microbatches": microbatches, "loss_sum": loss_sum, "param_dtype": param_dtype,
             "sync_batchnorm": sync_batchnorm,
         }  # fmt: skip
-        source = build_model, build_batch, mesh.data.size, mesh.device
         reference = one_process(
             *source, steps=steps, clip=clip, optimizer=optimizer, options=options, **run_options
         )
@@ -117,30 +132,36 @@ def verify(
                 "all rows of the batch are equal, which would hide a missing sum over ranks; give "
                 "rows that differ"
             )
-        ours = _tested_step(job, opt, batches.copy(batch), microbatches, clip, loss_sum)
-        comparisons += compare(step, ours, expected, rounding, dtype)
+        pieces = _own_microbatches(batches.copy(batch), mesh.data, microbatches, shards)
+        ours = _tested_step(job, opt, pieces, clip, loss_sum)
+        if shards:
+            comparisons += compare_bits(step, ours, expected)
+        else:
+            comparisons += compare(step, ours, expected, rounding, dtype)
+    digest = sha256({name: ours["weight"][name] for name in job.layouts}) if shards else ""
     return VerifyReport(
         job.strategies, str(mesh), str(dtype).removeprefix("torch."), tolerance,
-        worst_over_ranks(comparisons, mesh), batchnorm,
+        worst_over_ranks(comparisons, mesh), batchnorm, digest,
     )  # fmt: skip
+
+
+def _own_microbatches(batch: Pair, data: Axis, microbatches: int, shards: int) -> list[Pair]:
+    """This rank's rows, as micro-batches: the batch is split by ranks first, or into shards."""
+    if shards:
+        return batches.slice_rows(batch, shards)[data.index * microbatches :][:microbatches]
+    return batches.slice_rows(batches.slice_rows(batch, data.size)[data.index], microbatches)
 
 
 def _tested_step(
     job: Job,
     optimizer: torch.optim.Optimizer,
-    batch: Pair,
-    microbatches: int,
+    microbatches: list[Pair],
     clip: float | None,
     loss_sum: LossFn,
 ) -> State:
     """Runs the same step as a user of the library would write it."""
-    data = job.mesh.data
-    rank_batch = batches.slice_rows(batch, data.size)[data.index]
-    total = job.count(batches.count(rank_batch[1]))
-    loss = job.run(
-        batches.slice_rows(rank_batch, microbatches),
-        lambda output, target: loss_sum(output, target) / total,
-    )
+    total = job.count(sum(batches.count(target) for _, target in microbatches))
+    loss = job.run(microbatches, lambda output, target: loss_sum(output, target) / total)
     job.finish()
     gradients = job.full_gradients()
     norm = job.clip_grad_norm(clip)

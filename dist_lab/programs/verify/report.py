@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dist_lab.observe.console import empty_table
 
+NARROW = "; {0} rounds, so repeat in float64"
 QUANTITIES = ("loss", "gradient", "grad norm", "weight", "buffer")
 
 
@@ -34,6 +35,7 @@ class VerifyReport:
         first: the first comparison with an error above the tolerance. The order is: step, then
             loss, gradients in the order of backward, gradient norm, weights, buffers.
         batchnorm: the rows that BatchNorm normalizes together, in words: `batchnorm_in_words`.
+        digest: the SHA-256 of the weights after the last step, if bits were compared; else "".
     """
 
     strategy: str
@@ -42,6 +44,7 @@ class VerifyReport:
     tolerance: float
     comparisons: list[Comparison] = field(repr=False)
     batchnorm: str = ""
+    digest: str = ""
 
     @property
     def first(self) -> Comparison | None:
@@ -61,13 +64,19 @@ class VerifyReport:
     def sentence(self) -> str:
         if self.first is None:
             clause = self.batchnorm and f"; {self.batchnorm}"
+            if self.digest:
+                steps = 1 + max(c.step for c in self.comparisons)
+                return (
+                    f"bit-equal to one process after {steps} steps ({self.dtype}); sha256 of the "
+                    f"weights {self.digest[:16]}{clause}"
+                )
             return f"equal to one process within {self.tolerance:.0e} ({self.dtype}){clause}"
         c = self.first
         name = f" of {c.tensor}" if c.tensor else ""
         return (
             f"not equal: the first to diverge is the {c.quantity}{name} at step {c.step} on rank "
             f"{c.rank}, by {c.error:.1e} (tolerance {self.tolerance:.0e})"
-            + ("" if self.dtype == "float64" else f"; {self.dtype} rounds, so repeat in float64")
+            + ("" if self.dtype == "float64" or self.digest else NARROW.format(self.dtype))
         )
 
     def table(self) -> Table:

@@ -1,0 +1,1 @@
+"""Training whose bits do not depend on the layout: `--reduce-order fixed`."""

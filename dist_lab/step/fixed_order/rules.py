@@ -1,0 +1,115 @@
+"""What changes in a job whose bits do not depend on the layout, and what such a job refuses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_lab.errors import UserError
+from dist_lab.mesh.mesh import Mesh
+from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, shards_of
+from dist_lab.step.fixed_order.totals import FixedTotals
+from dist_lab.step.fixed_order.tree import GradientTree, StageGradientTree
+from dist_lab.step.protocol import Applied, Sync
+from dist_lab.step.setup import unit_of_stage
+
+
+@dataclass(frozen=True)
+class FixedOrder:
+    """The order of additions of one job.
+
+    Attributes:
+        shards, microbatches: the number of virtual shards, of all ranks and of this one.
+    """
+
+    shards: int
+    microbatches: int
+
+    def on(self, applied: Applied, model: nn.Module, mesh: Mesh) -> tuple[Applied, Sync]:
+        """Returns the link of the chain that comes before the strategy, and the strategy to run.
+
+        Raises:
+            UserError: the strategy does not sum a rank's gradients before it reduces them, or
+                stages share a parameter.
+        """
+        if applied.reduce_each_microbatch:
+            raise UserError(
+                "the strategy reduces gradients after each micro-batch, and a fixed order needs a "
+                "rank's sum first (reduce_order=); give defer_reduce=True"
+            )
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        leaves = {name: applied.leaves.get(name, p) for name, p in trained.items()}
+        if applied.stages is None:
+            return applied, GradientTree(
+                leaves, self.shards, self.microbatches, mesh.data,
+                reduces_in_backward=bool(applied.leaves),
+            )  # fmt: skip
+        for name, stages in applied.stages.stages_of.items():
+            if len(stages) > 1 and name in trained:
+                raise UserError(
+                    f"stages {' and '.join(map(str, stages))} share {name}, so its gradient is a "
+                    "sum for each of them, and in one process a sum for each virtual shard "
+                    "(reduce_order=); untie it, or leave out pp"
+                )
+        name_of = {p: name for name, p in trained.items()}
+        names_of = {
+            unit_of_stage(stage): [name_of[p] for p in module.parameters() if p in name_of]
+            for stage, module in applied.stages.modules.items()
+        }
+        tree = StageGradientTree(leaves, self.microbatches, names_of)
+        make = applied.make_runner
+        assert make is not None
+
+        def make_runner(*arguments: Any) -> Any:
+            runner = make(*arguments)
+            runner.after_backward = tree.take
+            return runner
+
+        return replace(applied, make_runner=make_runner), tree
+
+    def totals(self, applied: Applied) -> FixedTotals:
+        sharded = bool(applied.leaves or applied.stepped)
+        return FixedTotals(self.shards, self.microbatches, sharded=sharded)
+
+
+def fixed_order(
+    reduce_order: str | None, label: str, options: Mapping[str, Any], model: nn.Module, mesh: Mesh
+) -> FixedOrder | None:
+    """Read `reduce_order`, and refuse, on every rank, what cannot be equal to the bit.
+
+    Args:
+        reduce_order: None for any order.
+        label, options: of the strategies, such as "pp x fsdp@hand"; with the options of
+            parallelize that concern sums.
+    """
+    if reduce_order is None:
+        return None
+    shards = shards_of(reduce_order)
+    microbatches = microbatches_of(shards, mesh.data.size)
+    names, _, impl = label.partition("@")
+    check_strategies(names.split(" x "), impl or "hand", options)
+    if mesh.comm.backend != "gloo":
+        raise UserError(
+            f"backend {mesh.comm.backend} adds in an order of its own (backend=); give "
+            'backend="gloo", or leave reduce_order out'
+        )
+    if (threads := torch.get_num_threads()) > 1:
+        raise UserError(
+            f"{threads} threads share the sums of a layer, so their number changes its bits "
+            "(threads=); call torch.set_num_threads(1) on every rank first"
+        )
+    if options.get("param_dtype") is not None:
+        raise UserError(
+            "with param_dtype gradients are cast before they are added on some layouts, and after "
+            "it on others (reduce_order=); leave param_dtype out and compute in float32"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype is not torch.float32:
+            raise UserError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and a fixed order is "
+                "for float32, whose squares are exact in the norm (reduce_order=); call "
+                "model.float()"
+            )
+    return FixedOrder(shards, microbatches)
