@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # import from the layers above its own in this list, and from its own folder.
 LAYERS = [
     ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
-    ["comm.by_hand.costs"],
+    ["comm.by_hand.costs", "step.fixed_order.order"],
     ["step.hooks", "transforms.init"],
     ["programs.cli.settings", "programs.cli.mesh_text"],
     ["parallel.schedules", "zoo", "data", "loss"],
@@ -45,6 +45,7 @@ FREE_OF_TORCH = [
     "processes",
     "programs.cli",
     "mesh.topology",
+    "step.fixed_order.order",
     "errors",
     "testing",
 ]

@@ -277,7 +277,8 @@ def check_interface(backend: str) -> None:
 # A Python parameter in an error message of dist_lab: `name=`, maybe with a value. After a comma it
 # belongs to a call that the message quotes, and is not replaced.
 PARAMETER = re.compile(
-    r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download)="""
+    r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download|strategy|"""
+    r"""threads|reduce_order|reduce_dtype|defer_reduce|sync_batchnorm|offload)="""
     r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
 )
 
@@ -290,9 +291,11 @@ def in_flags(line: str) -> str:
     >>> in_flags("data='a b': words(batch=4, seq=6) raised ValueError")
     "--data 'a b': words(batch=4, seq=6) raised ValueError"
     """
-    return PARAMETER.sub(
-        lambda match: " ".join(filter(None, (f"--{match[1]}", match[2], match[3]))), line
-    )
+
+    def flag(match: re.Match[str]) -> str:
+        return " ".join(filter(None, ("--" + match[1].replace("_", "-"), match[2], match[3])))
+
+    return PARAMETER.sub(flag, line)
 
 
 # --- reports of failures --------------------------------------------------------------------------

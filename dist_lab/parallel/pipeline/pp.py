@@ -93,7 +93,7 @@ def apply(
             axis, local.stages.modules, local.shapes,
             cache(lambda m: prepare(make(schedule, axis.size, m, chunks))),
             cache(lambda m: prepare(forward_only(sample.rank_of, m))),
-            SplitBackward(setup.weight_work), emulate_compute / 1000,
+            SplitBackward(setup.weight_work, fixed_order=setup.fixed_order), emulate_compute / 1000,
         )  # fmt: skip
         return PipelineRunner(model, sync, comm, units, applied, pipeline=executor)
 

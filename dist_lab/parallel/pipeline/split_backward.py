@@ -25,16 +25,24 @@ from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.setup import WeightWork
 from dist_lab.torch_private import tree_flatten, tree_unflatten
 
+# Modules that are one operation, whose backward reads the input once.
+ONE_OPERATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class SplitBackward:
     """Replaces forwards so that their backward appends its weight work to a queue.
 
     A forward that another strategy has replaced is left alone, with all modules around it: tensor
     parallelism defers its own weight gradients, and its collectives must not run twice.
+
+    Args:
+        fixed_order: split single operations only. If a module reads its input twice, as RMSNorm
+            does, its inner graph adds up the two gradients of the input by themselves, while
+            autograd adds them to those of the input's other readers, one by one.
     """
 
-    def __init__(self, deferred: WeightWork) -> None:
-        self.deferred = deferred
+    def __init__(self, deferred: WeightWork, *, fixed_order: bool = False) -> None:
+        self.deferred, self.fixed_order = deferred, fixed_order
 
     def split(self, module: nn.Module) -> None:
         """Replace the forwards of the outermost modules that hold trained parameters directly."""
@@ -43,7 +51,8 @@ class SplitBackward:
         has_weights = any(p is not None and p.requires_grad for p in module._parameters.values())
         replaced_inside = any(is_replaced(child) for child in module.modules())
         if has_weights and not replaced_inside:
-            module.forward = SplitForward(module, self)
+            if not self.fixed_order or type(module) in ONE_OPERATION:
+                module.forward = SplitForward(module, self)
             return
         for child in module.children():
             self.split(child)

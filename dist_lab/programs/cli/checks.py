@@ -9,6 +9,7 @@ from dist_lab.programs.cli.mixes import AXES, IllegalMix, check_impl
 from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import read
+from dist_lab.step.fixed_order.order import check_strategies
 
 
 def parse(
@@ -46,6 +47,7 @@ def check_settings(config: Config, where: Mapping[str, str]) -> None:
     """Check the settings against each other, apart from the number of ranks."""
     check_strategy(config, where)
     check_model(config, where)
+    check_order(config, where)
     if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
         raise UserError(
             f"collectives {config.collectives} work on gloo only, and the backend is nccl "
@@ -105,4 +107,23 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"model {config.model} has no BatchNorm to synchronize ({where['sync_batchnorm']}); "
             "leave it out, or give --model resnet18"
+        )
+
+
+def check_order(config: Config, where: Mapping[str, str]) -> None:
+    """Check that the bits of a run with --reduce-order cannot depend on its layout."""
+    if config.reduce_order is None:
+        return
+    options = {name: getattr(config, name) for name in config.options}
+    options["sync_batchnorm"] = config.sync_batchnorm
+    check_strategies(config.strategies, config.impl, options)
+    if config.dtype != "float32":
+        raise UserError(
+            f"with reduce_order the dtype is float32, not {config.dtype} ({where['dtype']}); leave "
+            "it out, or leave --reduce-order out"
+        )
+    if config.threads not in (None, 1):
+        raise UserError(
+            f"{config.threads} threads share the sums of a layer, so their number changes its bits "
+            f"({where['threads']}); leave it out: with --reduce-order a rank has one"
         )

@@ -22,6 +22,15 @@ from dist_lab.programs.cli.mixes import DATA, in_text, strategies_on
 from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
+from dist_lab.step.fixed_order.order import check_microbatches, microbatches_of, shards_of
+
+
+def read_order(value: object, where: str) -> str:
+    """Read the value of --reduce-order. Raises UserError if it is none."""
+    try:
+        return f"fixed:{shards_of(value)}"
+    except UserError as error:
+        raise UserError(str(error).replace("(reduce_order=)", f"({where})")) from None
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,10 @@ class RunSettings(RankSettings):
         low=0)
     warmup: int = setting(20, "steps of linear learning-rate warm-up from 0", low=0)
     clip: float = setting(1.0, "clip the global gradient norm to this; 0: no clipping", low=0)
+    reduce_order: str | None = setting(None, "fixed, or fixed:V: add in one order, so that weights "
+        "have the same bits in every layout; each of V virtual shards of the batch (8) is one "
+        "micro-batch; see dist_lab/step/fixed_order; default: any order", metavar="fixed[:V]",
+        read=read_order)
     seed: int = setting(0, "seed of the initial weights and of the data order", low=0,
         high=2**63 - 1)
 
@@ -165,7 +178,9 @@ class Config(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.microbatches is None:
+        if self.reduce_order and self.threads is None:
+            object.__setattr__(self, "threads", 1)  # their number changes the bits of a layer
+        if self.microbatches is None and not self.reduce_order:
             in_pipeline = self.strategy == "pp" or "pp" in (self.mesh or {})
             object.__setattr__(self, "microbatches", 8 if in_pipeline else 1)
 
@@ -200,11 +215,12 @@ class Config(RunSettings):
                 f"type torchrun --nproc_per_node={mesh_size} ... or --nproc {mesh_size}"
             )
         axes = self.mesh_on(size)
+        run = self.in_shards(axes)
         if "pp" in axes:
-            self.check_pipeline(axes["pp"])
-        self.check_batch(axes)
+            run.check_pipeline(axes["pp"])
+        run.check_batch(axes)
         if "tp" in axes:
-            self.check_split(axes["tp"])
+            run.check_split(axes["tp"])
         return axes
 
     def mesh_on(self, size: int) -> dict[str, int]:
@@ -213,14 +229,24 @@ class Config(RunSettings):
 
     def fitted(self, size: int) -> Self:
         """Returns this Config; a default batch is rounded up to divide over `size` processes."""
-        if isinstance(self.batch, AtLeast):
-            return replace(self, batch=self.batch.divided_by(self.parts(self.mesh_on(size))))
-        return self
+        run = self.in_shards(self.mesh_on(size))
+        if isinstance(run.batch, AtLeast):
+            return replace(run, batch=run.batch.divided_by(run.parts(run.mesh_on(size))))
+        return run
+
+    def in_shards(self, axes: Mapping[str, int]) -> Self:
+        """Returns this Config; with --reduce-order each virtual shard is one micro-batch."""
+        if not self.reduce_order:
+            return self
+        shards = shards_of(self.reduce_order)
+        needed = microbatches_of(shards, data_ranks(axes))
+        if self.microbatches is not None:
+            check_microbatches(self.microbatches, needed, shards)
+        return replace(self, microbatches=needed)
 
     def parts(self, axes: Mapping[str, int]) -> int:
         """The number of equal parts of a batch: data-parallel ranks x micro-batches."""
-        ranks = math.prod(axes.get(name, 1) for name in DATA_AXES)
-        return ranks * self.microbatches
+        return data_ranks(axes) * self.microbatches
 
     def check_split(self, ranks: int) -> None:
         """Raise UserError unless heads and sequence divide over this many tensor-parallel ranks."""
@@ -264,3 +290,7 @@ class Config(RunSettings):
                 f"data-parallel ranks x {self.microbatches} micro-batches = {parts} (--batch); "
                 f"give --batch {fitting}"
             )
+
+
+def data_ranks(axes: Mapping[str, int]) -> int:
+    return math.prod(axes.get(name, 1) for name in DATA_AXES)

@@ -56,6 +56,7 @@ def arguments(config: Config, data: Data) -> dict[str, Any]:
         "param_dtype": torch.bfloat16 if config.dtype == "bfloat16" else None,
         "recompute": config.recompute,
         "sync_batchnorm": config.sync_batchnorm,
+        "reduce_order": config.reduce_order,
     }
 
 

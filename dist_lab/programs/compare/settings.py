@@ -23,6 +23,7 @@ DEFAULTS = {"steps": 3}  # per round; strategies are compared best within short 
 SMOKE = {"size": "tiny", "batch": AtLeast(8), "seq": 32, "steps": 2, "rounds": 8}
 WITHOUT = [
     "strategy", "impl", "val_every", "log_every", "log_collectives", "check_collectives",
+    "reduce_order",
 ]  # fmt: skip
 ALL = "all"
 

@@ -13,6 +13,7 @@ from dist_lab.programs.verify.matrix.cells import Cell, all_cells, matching
 
 # A bug shows in the first steps, so a small run suffices; in float64 rounding cannot hide it.
 DEFAULTS: Mapping[str, Any] = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
+BITS = {**DEFAULTS, "steps": 20, "dtype": "float32"}  # with --reduce-order
 WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every"]
 OF_THE_MATRIX = ("matrix", "only", "out", "debug")
 
@@ -49,6 +50,8 @@ class Verify(Config):
 def read(argv: Sequence[str] | None, description: str | None) -> Verify:
     """Reads the command line of verify.py. Raises UserError for every mistake visible in it."""
     config, where = read_settings(Verify, argv, "verify.py", description, DEFAULTS, WITHOUT)
+    if config.reduce_order:
+        config, where = read_settings(Verify, argv, "verify.py", description, BITS, WITHOUT)
     if not config.matrix:
         if config.only:
             problem = f"only selects cells of the matrix ({where['only']})"
