@@ -43,6 +43,9 @@ def train(config: Config, mesh: Mesh) -> int:
         finally:
             for sink in sinks:
                 sink.close(summary)
+        if mesh.rank == 0 and config.reduce_order:
+            digest = summary["weights_sha256"][:16]
+            print(f"sha256 of the weights {digest}, the same in every layout", flush=True)
         if mesh.rank == 0:
             print(next_line(config, mesh.size), flush=True)
     return 0

@@ -15,6 +15,7 @@ from dist_lab.loss import LossFn, cross_entropy_sum
 from dist_lab.observe.sinks import Sink
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.train.meter import Meter
+from dist_lab.step.fixed_order.digest import sha256
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # fused: one pass over the weights. On the CPU, torch's default takes three times as long. But its
@@ -52,6 +53,8 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
                     sink.row(row)
     final: dict[str, Any] = {"final_loss": loss, "final_val_loss": None}
     final |= {f"final_{name}": value for name, value in validation.items()}
+    if config.reduce_order:
+        final["weights_sha256"] = hash_of_weights(job)
     return meter.summary(config, tokens) | final
 
 
@@ -120,6 +123,12 @@ def microbatches(
     """Splits this rank's rows into micro-batches, in the order of accumulation."""
     chunks = (t.to(job.mesh.device).chunk(config.microbatches) for t in (inputs, targets))
     return list(zip(*chunks, strict=True))
+
+
+def hash_of_weights(job: Job) -> str:
+    """The SHA-256 of the full weights. Collective."""
+    full = job.full_state_dict()
+    return sha256({name: full[name] for name in job.layouts})
 
 
 def own_rows(batch: int, job: Job) -> slice:

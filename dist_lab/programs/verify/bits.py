@@ -5,7 +5,6 @@ adds their gradients up along one binary tree, which is the recursion of `sum_of
 is part of what is compared: any other gives other last digits, in one process too.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
 from dist_lab.programs.verify import batch as batches
-from dist_lab.programs.verify.compare import State, Tensors, error
+from dist_lab.programs.verify.compare import State, error
 from dist_lab.programs.verify.reference import build, has_batchnorm, state
 from dist_lab.programs.verify.report import Comparison
 
@@ -120,13 +119,3 @@ def equal_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
-
-
-def sha256(weights: Tensors) -> str:
-    """The SHA-256 of all weights, by name: equal for equal bits, in every layout."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        assert weight is not None
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -23,7 +23,7 @@ from dist_lab.job import Job
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.programs.verify import batch as batches
-from dist_lab.programs.verify.bits import compare_bits, one_process_by_shards, sha256
+from dist_lab.programs.verify.bits import compare_bits, one_process_by_shards
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
 from dist_lab.programs.verify.reference import (
     batchnorm_in_words,
@@ -34,6 +34,7 @@ from dist_lab.programs.verify.reference import (
 )
 from dist_lab.programs.verify.repeat import repeat_first_step, weights_and_buffers
 from dist_lab.programs.verify.report import Comparison, VerifyReport
+from dist_lab.step.fixed_order.digest import sha256
 from dist_lab.step.fixed_order.order import microbatches_of, shards_of
 from dist_lab.step.protocol import Apply
 

@@ -84,7 +84,8 @@ class GradientTree(Sync):
         self.index = 0  # of the micro-batch in the step
         self.arrived: set[str] = set()  # gradients of this micro-batch
         self.last = True  # this micro-batch is the last of the step
-        self._placeholders: dict[str, GradElsewhere] = {}
+        self._placeholders: dict[str, GradElsewhere] = {}  # reused in each step
+        self._shown = False
 
     def microbatch(self, *, last: bool) -> None:  # called when one begins, and when one ends
         if self.arrived:
@@ -144,10 +145,11 @@ class GradientTree(Sync):
         yield from partial_sums(self.trees)
 
     def _start_over(self) -> None:
-        self.index, self.arrived, self.last = 0, set(), True
+        self.index, self.arrived, self.last, self._shown = 0, set(), True, False
 
     def _show_placeholders(self) -> None:
         """Between micro-batches `.grad` refuses edits, but a user may clear it."""
+        self._shown = True
         for name, tree in self.trees.items():
             if not tree.sums:
                 continue
@@ -161,7 +163,7 @@ class GradientTree(Sync):
             self._placeholders[name] = GradElsewhere.stand_at(self.leaves[name], None, advice)
 
     def _drop_placeholders(self) -> None:
-        for name, tree in self.trees.items():
+        for name, tree in self.trees.items() if self._shown else ():
             if not tree.sums:
                 continue
             leaf = self.leaves[name]
@@ -173,6 +175,7 @@ class GradientTree(Sync):
                     "added up in a fixed order: change it after job.finish()"
                 )
             leaf.grad = None
+        self._shown = False
 
 
 class StageGradientTree(Sync):

@@ -1,0 +1,388 @@
+"""The parts of a step whose bits do not depend on the layout: order, tree, norm, and refusals."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import MODELS, batch, gpt
+from torch import nn
+
+import dist_lab
+from dist_lab.comm import ops
+from dist_lab.comm.by_hand.pairwise import add_in_pairs
+from dist_lab.errors import UserError
+from dist_lab.loss import cross_entropy_sum
+from dist_lab.step.fixed_order.norm import root, squares_by_exponent
+from dist_lab.step.fixed_order.optimizer import refuse_inexact
+from dist_lab.step.fixed_order.order import microbatches_of, shards_of
+from dist_lab.step.fixed_order.tree import SumTree
+
+F32 = torch.float32
+
+
+def tree_sum(parts):
+    """The order that everything is compared with."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    return tree_sum(parts[:half]) + tree_sum(parts[half:])
+
+
+def random(*shape, seed=0):
+    """Numbers of very different sizes, so that every order gives other bits."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10.0 ** torch.randint(-3, 4, shape, generator=generator)
+    return torch.randn(shape, generator=generator) * sizes
+
+
+# --- collectives ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("position", ["none", "first", "last"])
+def test_the_result_may_be_written_to_one_of_the_terms(size, position):
+    terms = list(random(size, 100))
+    wanted = add_in_pairs([t.clone() for t in terms], torch.add)
+    out = {"none": None, "first": terms[0], "last": terms[-1]}[position]
+    result = add_in_pairs(terms, torch.add, out)
+    assert torch.equal(result, wanted)
+    assert out is None or result is out
+
+
+@pytest.mark.ranks(4)
+def test_collectives_of_a_pairwise_axis_add_along_the_tree(mesh):
+    for make in (ops.shared_buffer, lambda length, dtype, axis: torch.empty(length)):
+        check_collectives(replace(mesh["dp"], pairwise=True), make)
+
+
+def check_collectives(axis, make):
+    terms = random(4, 4096)
+    wanted = tree_sum(list(terms))
+    assert not torch.equal(wanted, ((terms[0] + terms[1]) + terms[2]) + terms[3])
+    buffer = make(4096, F32, axis).copy_(terms[axis.index])
+    assert torch.equal(ops.all_reduce_into(buffer, axis).wait(), wanted)
+    buffer = make(4096, F32, axis).copy_(terms[axis.index])
+    shard = ops.reduce_scatter_into(torch.empty(1024), buffer, axis).wait()
+    assert torch.equal(shard, wanted.view(4, -1)[axis.index])
+    own = slice(1024 * axis.index, 1024 * (axis.index + 1))  # the shard as a part of the buffer
+    buffer = make(4096, F32, axis).copy_(terms[axis.index])
+    ops.reduce_scatter_into(buffer[own], buffer, axis).wait()
+    assert torch.equal(buffer[own], wanted[own])
+
+
+# --- the tree -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16])
+def test_micro_batches_in_any_order_add_up_along_the_tree(size):
+    parts = random(size, 1000)
+    wanted = tree_sum(list(parts))
+    for seed in range(6):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+        tree = SumTree(size)
+        for index in order:
+            tree.add(parts[index].clone(), index)
+        assert torch.equal(tree.total(), wanted)
+        assert not tree.sums
+
+
+def test_in_order_a_tree_holds_at_most_one_sum_of_each_length():
+    tree = SumTree(16)
+    for index in range(16):
+        tree.add(torch.ones(1), index)
+        levels = [level for level, _ in tree.sums]
+        assert len(levels) == len(set(levels)) == bin(index + 1).count("1")
+
+
+def test_a_gradient_that_did_not_come_counts_as_zeros():
+    parts = -random(8, 50).abs()
+    parts[:, 0] = -0.0  # -0.0 + 0.0 is 0.0
+    for missing in ([0], [7], [2, 3], [0, 1, 2, 3], list(range(7))):
+        tree, present = SumTree(8), parts.clone()
+        present[missing] = 0.0
+        for index in set(range(8)) - set(missing):
+            tree.add(parts[index].clone(), index)
+        wanted = tree_sum(list(present))
+        assert torch.equal(tree.total().view(torch.int32), wanted.view(torch.int32))
+    assert SumTree(8).total() is None
+
+
+# --- the norm -------------------------------------------------------------------------------------
+
+
+def exact(values):
+    return math.sqrt(math.fsum(float(v) * float(v) for v in values.tolist()))
+
+
+NUMBERS = {
+    "usual": random(100_000),
+    "extreme": torch.tensor([3e38, -3e38, 1e-38, 1.5e-45, -1.0, 1e-20]).repeat(11),
+    "subnormal": torch.tensor([1e-40, -1.4e-45, 3e-42]),
+    "zeros": torch.tensor([0.0, -0.0, 0.0]),
+    "empty": torch.empty(0),
+    "0-dim": torch.tensor(-2.5),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_the_norm_is_exact_and_the_same_for_every_split_and_order(kind):
+    values = NUMBERS[kind]
+    wanted = exact(values.flatten()) if values.numel() else 0.0
+    assert root(squares_by_exponent(values)) == wanted
+    flat = values.flatten()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = flat[torch.randperm(len(flat), generator=generator)]
+        cuts = sorted(torch.randint(0, len(flat) + 1, (7,), generator=generator).tolist())
+        parts = [squares_by_exponent(part) for part in shuffled.tensor_split(cuts)]
+        assert root(torch.stack(parts).sum(0)) == wanted
+
+
+def test_a_plain_sum_of_squares_depends_on_the_order():
+    values = NUMBERS["usual"].double().square()
+    sums = {float(values[torch.randperm(len(values))].cumsum(0)[-1]) for _ in range(5)}
+    assert len(sums) > 1, "the test above would pass for any sum"
+
+
+def test_a_norm_with_infinity_is_infinite_and_one_with_nan_is_nan():
+    for special, wanted in ((math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
+        values = torch.tensor([1.0, special, 2.0])
+        assert np.array_equal(root(squares_by_exponent(values)), wanted, equal_nan=True)
+    both = torch.tensor([math.inf, math.nan])
+    assert math.isnan(root(squares_by_exponent(both)))
+
+
+def test_a_gradient_that_is_not_contiguous_has_the_norm_of_its_values():
+    values = random(40, 30)
+    assert root(squares_by_exponent(values.t())) == exact(values.flatten())
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(1)
+def test_elementwise_optimizers_that_are_not_fused_are_exact_on_shards():
+    for options in ({}, {"foreach": True}, {"amsgrad": True}):
+        refuse_inexact(torch.optim.AdamW, {"lr": 0.1} | options, [{}], sharded=True)
+    momentum = {"lr": 0.1, "momentum": 0.9}
+    for cls, options in ((torch.optim.SGD, momentum), (torch.optim.Adam, {"lr": 0.1})):
+        refuse_inexact(cls, options, [{"weight_decay": 0.1}], sharded=True)
+
+
+class LastElementsDiffer(torch.optim.SGD):
+    """Rounds the elements after the last multiple of 8 differently, as vectorized code may."""
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            tail = p[len(p) // 8 * 8 :]
+            tail.copy_(torch.nextafter(tail, torch.full_like(tail, 9.0)))
+
+
+@pytest.mark.ranks(1)
+def test_optimizers_with_other_bits_on_shards_are_refused():
+    with pytest.raises(UserError, match=r"LastElementsDiffer computes other bits on a shard"):
+        refuse_inexact(LastElementsDiffer, {"lr": 0.1}, [{}], sharded=True)
+    refuse_inexact(LastElementsDiffer, {"lr": 0.1}, [{}], sharded=False)
+    for options, groups in (({"fused": True}, [{}]), ({}, [{}, {"fused": True}])):
+        with pytest.raises(UserError, match=r"AdamW\(fused=True\) rounds .* leave fused out"):
+            refuse_inexact(torch.optim.AdamW, options, groups, sharded=False)
+
+
+# --- a loop of one's own --------------------------------------------------------------------------
+
+
+def gradients_by_hand(job, pieces, total, edit=lambda i: None):
+    for i, (x, y) in enumerate(pieces):
+        with job.microbatch(last=i == len(pieces) - 1):
+            (cross_entropy_sum(job.model(x), y) / total).backward()
+        edit(i)
+    job.finish()
+    return {name: None if g is None else g.clone() for name, g in job.full_gradients().items()}
+
+
+def expected(pieces, total):
+    model, gradients = gpt(F32), []
+    for x, y in pieces:
+        model.zero_grad()
+        (cross_entropy_sum(model(x), y) / total).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    return {name: tree_sum([g[name] for g in gradients]) for name in gradients[0]}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
+@pytest.mark.ranks(2)
+def test_a_loop_of_ones_own_adds_along_the_tree_and_may_clear_gradients(strategy):
+    mesh = dist_lab.init_mesh(**{"fsdp" if strategy == "fsdp" else "dp": 2})
+    x, y = batch(0, rows=8)
+    shards = [(a.clone(), b.clone()) for a, b in zip(x.split(1), y.split(1), strict=True)]
+    own = shards[4 * mesh.rank :][:4]
+    job = dist_lab.parallelize(
+        gpt(F32), mesh, strategy, reduce_order="fixed", units=("model.layers.0",)
+    )
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.0)
+    wanted = expected(shards, y.numel())
+    for _ in range(2):  # ddp's second step reduces in backward
+        gradients = gradients_by_hand(job, own, y.numel())
+        assert all(torch.equal(gradients[name], g) for name, g in wanted.items())
+        optimizer.zero_grad()
+    cleared = [(a, b) for i, (a, b) in enumerate(shards) if i % 4 == 3]
+    gradients = gradients_by_hand(
+        job, own, y.numel(), lambda i: optimizer.zero_grad() if i == 2 else None
+    )
+    wanted = expected(cleared, y.numel())
+    assert all(torch.equal(gradients[name] + 0.0, g + 0.0) for name, g in wanted.items())
+
+
+@pytest.mark.ranks(2)
+def test_gradients_between_micro_batches_cannot_be_edited(mesh):
+    x, y = batch(0, rows=8)
+    job = dist_lab.parallelize(gpt(F32), mesh, "ddp", reduce_order="fixed:4")
+    pieces = list(zip(x.split(4)[mesh.rank].split(2), y.split(4)[mesh.rank].split(2), strict=True))
+
+    def scale(i):
+        job.model.lm_head.weight.grad.mul_(2.0)
+
+    with pytest.raises(UserError, match=r"lm_head.weight is being added up .* job.finish\(\)"):
+        gradients_by_hand(job, pieces, y.numel(), scale)
+
+
+@pytest.mark.ranks(2)
+def test_a_wrong_number_of_micro_batches_is_refused(mesh):
+    x, y = batch(0, rows=8)
+    pieces = [(x, y)] * 2
+    job = dist_lab.parallelize(gpt(F32), mesh, "ddp", reduce_order="fixed")
+    wrong = r"2 micro-batches a rank, .* 8 virtual shards .*give microbatches=4"
+    with pytest.raises(UserError, match=wrong):
+        job.run(pieces, lambda output, target: cross_entropy_sum(output, target))
+    with pytest.raises(UserError, match=wrong):
+        gradients_by_hand(job, pieces, 1)
+    job.model.zero_grad()
+    with (
+        pytest.raises(UserError, match=r"backward has reached .* twice in one micro-batch"),
+        job.microbatch(last=False),
+    ):
+        for _ in range(2):
+            cross_entropy_sum(job.model(x), y).backward()
+
+
+class Sometimes(nn.Module):
+    """Uses a layer only for rows whose first token is even."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.even = nn.Embedding(61, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 61)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.head(self.even(x) if tokens[0, 0] % 2 == 0 else x)
+
+
+@pytest.mark.ranks(2)
+def test_a_parameter_that_the_last_micro_batch_does_not_use_is_right_or_refused():
+    x, y = batch(0, rows=8)
+    x[:, 0] = torch.tensor([2, 3, 4, 3, 3, 3, 2, 3])  # the last shard of each rank is odd
+
+    def job_of(strategy):
+        mesh = dist_lab.init_mesh(**{"fsdp" if strategy == "fsdp" else "dp": 2})
+        job = dist_lab.parallelize(
+            Sometimes(), mesh, strategy, reduce_order="fixed", units=("even",)
+        )
+        return job, list(zip(x.split(1), y.split(1), strict=True))[4 * mesh.rank :][:4]
+
+    job, own = job_of("fsdp")
+    with pytest.raises(
+        UserError, match=r"even.weight got gradients from some .* \(reduce_order=\)"
+    ):
+        gradients_by_hand(job, own, 8)
+    plain, terms = Sometimes(), []
+    for a, b in zip(x.split(1), y.split(1), strict=True):
+        plain.zero_grad()
+        (cross_entropy_sum(plain(a), b) / 8).backward()
+        weight = plain.even.weight
+        terms.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    for strategy in ("ddp", "zero1"):
+        job, own = job_of(strategy)
+        assert torch.equal(gradients_by_hand(job, own, 8)["even.weight"], tree_sum(terms))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+ORDERS = {
+    "fast": 'give reduce_order="fixed"', "fixed:": 'give reduce_order="fixed"',
+    "fixed:0": 'give reduce_order="fixed"', "fixed:-8": 'give reduce_order="fixed"',
+    "fixed:8.5": 'give reduce_order="fixed"', "fixed:6": 'reduce_order="fixed:4"', 8: "fixed:V",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_that_is_none_is_refused(order):
+    with pytest.raises(UserError, match=re.escape(ORDERS[order])):
+        shards_of(order)
+
+
+def test_ranks_that_cannot_share_the_virtual_shards_are_refused():
+    assert [microbatches_of(8, ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(UserError, match=r'16 data-parallel ranks .*give reduce_order="fixed:16"'):
+        microbatches_of(8, 16)
+    with pytest.raises(UserError, match="start 4 or 8"):
+        microbatches_of(8, 6)
+
+
+# (mesh, strategy, model, keywords of parallelize) -> what the message says
+REFUSED = {
+    "splits each matrix product": ({"tp": 2}, "tp", "gpt", {}),
+    "in the library's own order": ({"dp": 2}, "ddp", "gpt", {"impl": "torch"}),
+    "leave it out: each virtual shard": (
+        {"dp": 2}, "ddp", "resnet", {"sync_batchnorm": True},
+    ),
+    "leave defer_reduce out": ({"dp": 2}, "zero2", "gpt", {"defer_reduce": False}),
+    "leave reduce_dtype out": ({"fsdp": 2}, "fsdp", "gpt", {"reduce_dtype": torch.bfloat16}),
+    "leave offload out": ({"fsdp": 2}, "fsdp", "gpt", {"offload": "/nowhere"}),
+    "leave param_dtype out": ({"dp": 2}, "ddp", "gpt", {"param_dtype": torch.bfloat16}),
+    "stages 0 and 1 share model.embed_tokens.weight.*untie it": (
+        {"pp": 2}, "pp", "gpt tied", {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.ranks(2)
+def test_what_cannot_be_equal_to_the_bit_is_refused():
+    for message, (axes, strategy, model, keywords) in REFUSED.items():
+        with pytest.raises(UserError, match=message):
+            dist_lab.parallelize(
+                MODELS[model](F32), dist_lab.init_mesh(**axes), strategy, reduce_order="fixed",
+                **keywords,
+            )  # fmt: skip
+
+
+@pytest.mark.ranks(1)
+def test_other_dtypes_and_several_threads_are_refused(mesh):
+    with pytest.raises(UserError, match=r"is float64, and a fixed order is for float32"):
+        dist_lab.parallelize(gpt(torch.float64), mesh, "single", reduce_order="fixed")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(UserError, match=r"2 threads share .*torch.set_num_threads\(1\)"):
+            dist_lab.parallelize(gpt(F32), mesh, "single", reduce_order="fixed")
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.ranks(2)
+def test_a_fused_optimizer_and_a_second_run_in_a_pipeline_are_refused():
+    mesh = dist_lab.init_mesh(pp=2)
+    job = dist_lab.parallelize(gpt(F32), mesh, reduce_order="fixed:2")
+    with pytest.raises(UserError, match="leave fused out"):
+        job.optimizer(torch.optim.AdamW, fused=True)
+    x, y = batch(0, rows=4)
+    pieces = list(zip(x.split(2), y.split(2), strict=True))
+    with job.microbatch(last=False):
+        job.run(pieces, cross_entropy_sum)
+    with pytest.raises(UserError, match=r"job.run takes all micro-batches of a step"):
+        job.run(pieces, cross_entropy_sum)
