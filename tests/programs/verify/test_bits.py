@@ -6,7 +6,7 @@ parts: the tree, the norm, and what is refused.
 
 import pytest
 import torch
-from bits import compare
+from bits_of_tests import compare
 from models import MODELS, batch
 from programs import run
 
