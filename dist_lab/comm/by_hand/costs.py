@@ -81,11 +81,11 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     "all_reduce": {
         "ring": Algorithm(lambda n: 2 * (n - 1), _all_but(1, 2)),
         "direct": Algorithm(lambda n: 2, _direct_sent),
-        "pairwise": Algorithm(lambda n: 2, _direct_sent),
         "tree": Algorithm(
             lambda n: 2 * len(halvings(power_in(n))) + 2 * (n > power_in(n)),
             _tree_sent,
         ),
+        "pairwise": Algorithm(lambda n: 2, _direct_sent),
     },
     "all_gather": {
         "ring": Algorithm(lambda n: n - 1, _all_but(0)),

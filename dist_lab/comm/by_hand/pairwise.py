@@ -35,6 +35,7 @@ def add_in_pairs(terms: Sequence[T], add: Callable[..., T], out: T | None = None
     right = add_in_pairs(terms[left_terms:], add)
     if left_terms == 1:
         return add(terms[0], right, out=out)
-    # The right half is read before the left one is written to `out`, unless it is `out` itself.
-    left = add_in_pairs(terms[:left_terms], add, None if right is out else out)
+    # `out` may be a term. The left half may overwrite it once it was added into the right one.
+    was_added = len(terms) - left_terms > 1
+    left = add_in_pairs(terms[:left_terms], add, out if was_added else None)
     return add(left, right, out=left if out is None else out)

@@ -80,7 +80,11 @@ def test_every_setting_is_a_flag_and_a_toml_key_and_is_listed_in_help(file, caps
     for option in dataclasses.fields(Config):
         flag = "--" + option.name.replace("_", "-")
         assert f"  {flag} " in help_text.replace("\n", " \n")
-        if option.name in ("config", "mesh"):  # the mesh has tests of its own
+        if option.name in (
+            "config",
+            "mesh",
+            "reduce_order",
+        ):  # the last two have tests of their own
             continue
         listed = option.metadata.get("choices", ("1",))[0]
         given = option.default if option.default is not None else kind(option)(listed)
@@ -579,3 +583,23 @@ def test_a_deadlocking_schedule_is_refused_with_its_place_before_a_rank_starts(f
         "  rank 0: 0F0 [0B0] 0F1 0B1   <-- waits for 1B0",
         "  rank 1: [1F1] 1F0 1B0 1B1   <-- waits for 0F1",
     ]
+
+
+def test_with_a_fixed_order_a_rank_has_one_micro_batch_for_each_of_its_virtual_shards():
+    config = parse(["--strategy", "fsdp", "--reduce-order", "fixed"])
+    assert (config.reduce_order, config.threads) == ("fixed:8", 1)
+    assert [config.fitted(ranks).microbatches for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    mesh = ["--mesh", "pp=2,dp=2", "--reduce-order", "fixed:4", "--batch", "9"]
+    assert parse(mesh[:4]).fitted(4).microbatches == 2
+    with pytest.raises(UserError, match=r"batch 9 is not a multiple of 2 .* = 4 .*give --batch 8"):
+        parse(mesh).axes(4)
+    wrong = ["--strategy", "ddp", "--nproc", "2", "--reduce-order", "fixed"]
+    for more, message in {
+        "--microbatches 2": r"2 micro-batches a rank, .*give microbatches=4",
+        "--dtype bfloat16": r"the dtype is float32, not bfloat16 \(--dtype\)",
+        "--threads 2": r"2 threads share .* \(--threads\)",
+        "--reduce-order fixed:3": r"reduce_order cannot be both",
+        "--impl torch": r"ddp@torch adds gradients in the library's own order",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            parse([*wrong, *more.split()])

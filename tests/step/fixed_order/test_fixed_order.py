@@ -46,7 +46,7 @@ def random(*shape, seed=0):
 def test_the_result_may_be_written_to_one_of_the_terms(size, position):
     terms = list(random(size, 100))
     wanted = add_in_pairs([t.clone() for t in terms], torch.add)
-    out = {"none": None, "first": terms[0], "last": terms[-1]}[position]
+    out = {"none": None, "first": terms[0][:], "last": terms[-1][:]}[position]
     result = add_in_pairs(terms, torch.add, out)
     assert torch.equal(result, wanted)
     assert out is None or result is out
