@@ -84,7 +84,7 @@ def test_every_setting_is_a_flag_and_a_toml_key_and_is_listed_in_help(file, caps
             "config",
             "mesh",
             "reduce_order",
-        ):  # the last two have tests of their own
+        ):  # these have tests of their own
             continue
         listed = option.metadata.get("choices", ("1",))[0]
         given = option.default if option.default is not None else kind(option)(listed)
