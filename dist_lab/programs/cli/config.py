@@ -153,9 +153,11 @@ class RunSettings(RankSettings):
             object.__setattr__(self, "strategy", implied[-1 if implied[-1] in DATA else 0])
 
     def run(self, **changes: Any) -> "Config":
-        """Returns the Config of one run with these settings and some `changes`."""
+        """Returns the Config of one run with these settings and some `changes`, in any order of
+        additions: explain and compare, which call this, have no --reduce-order.
+        """
         values = {option.name: getattr(self, option.name) for option in fields(Config)}
-        return Config(**values | changes)
+        return Config(**values | {"reduce_order": None} | changes)
 
     def data_wanted(self) -> dict[str, Any]:
         """The arguments of `data.check` and `data.open_data`."""

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from dist_lab.comm.shared.memory import as_array
 from dist_lab.layout.gather import Layouts
+from dist_lab.layout.layout import FlatShard
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.step.clip import Gradients, sum_over_model
 from dist_lab.torch_private import of_plain_tensors
 
@@ -33,10 +35,29 @@ HALF = 24  # bits
 
 
 def exact_norm(gradients: Gradients, layouts: Layouts, mesh: Mesh) -> Tensor:
-    """The same as `global_norm`, for float32, and rounded once: equal bits in every layout."""
+    """The same as `global_norm`, for float32, and rounded once: equal bits in every layout.
+
+    The ranks share the work: of a gradient that data-parallel ranks have in common, each measures
+    its own elements.
+    """
+    parts, layouts_of_parts = dict(gradients), dict(layouts)
+    for name, layout in layouts.items():
+        part = gradients.get(name)
+        numel = 0 if part is None else part.numel()
+        for axis in (mesh[axis] for axis in DATA_AXES if axis not in dict(layout.splits)):
+            share = FlatShard(0, max(1, -(-numel // axis.size)))
+            layouts_of_parts[name] = layouts_of_parts[name].split(axis.name, share)
+            start, stop = share.range(numel, axis.index)
+            part, numel = None if part is None else _flat(part)[start:stop], stop - start
+        parts[name] = part
     zeros = torch.zeros(2, EXPONENTS, dtype=torch.int64, device=mesh.device)
-    sums = sum_over_model(squares_by_exponent, zeros, gradients, layouts, mesh)
+    sums = sum_over_model(squares_by_exponent, zeros, parts, layouts_of_parts, mesh)
     return torch.tensor(root(sums), dtype=torch.float64, device=mesh.device)
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    """The elements of a gradient, also of a guarded one."""
+    return of_plain_tensors(lambda: gradient.detach().reshape(-1).contiguous())
 
 
 def squares_by_exponent(gradient: Tensor) -> Tensor:
@@ -45,8 +66,8 @@ def squares_by_exponent(gradient: Tensor) -> Tensor:
     The last exponent is that of infinity and NaN; there the two numbers count these.
     """
     sums = np.zeros((2, EXPONENTS), dtype=np.int64)
-    flat = of_plain_tensors(lambda: gradient.detach().reshape(-1).contiguous())
-    bits = as_array(flat).view(np.uint32)
+    values = as_array(_flat(gradient))
+    bits = values.view(np.uint32)
     for start in range(0, len(bits), BLOCK):
         block = bits[start : start + BLOCK]
         exponents = (block >> 23) & 0xFF
@@ -57,7 +78,7 @@ def squares_by_exponent(gradient: Tensor) -> Tensor:
             # In float64, and exact: 2^16 numbers below 2^24.
             row += np.bincount(exponents, half, EXPONENTS).astype(np.int64)
     if sums[0, -1]:
-        sums[:, -1] = np.isinf(as_array(flat)).sum(), np.isnan(as_array(flat)).sum()
+        sums[:, -1] = np.isinf(values).sum(), np.isnan(values).sum()
     return torch.from_numpy(sums).to(gradient.device)
 
 
