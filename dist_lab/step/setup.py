@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from dist_lab.layout.layout import Layout, Owed
 from dist_lab.mesh.mesh import Axis, Mesh
 
+ALIGNMENT = 64  # bytes: torch allocates tensors at multiples of it
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -73,11 +75,11 @@ class Setup:
         return tuple(unit_of_stage(stage) for stage in self.stages_of(name) if stage in local)
 
     def slot_length(self, numel: int, dtype: torch.dtype) -> int:
-        """The elements that a parameter takes in a flat buffer. With a fixed order, the next one
-        begins at a multiple of 64 bytes, as a tensor of its own does: a matrix product may round
-        differently at another address.
+        """The elements that a parameter takes in a flat buffer. With a fixed order the next one
+        begins where a tensor of its own would, because a matrix product may round differently at
+        another address.
         """
-        step = max(1, 64 // dtype.itemsize) if self.fixed_order else 1
+        step = max(1, ALIGNMENT // dtype.itemsize) if self.fixed_order else 1
         return -(-numel // step) * step
 
     def channel(self) -> Axis:

@@ -54,9 +54,10 @@ def train(config: Config, mesh: Mesh) -> int:
 def next_line(config: Config, ranks: int) -> str:
     """Suggests the next command: verify this run, or run it on several ranks."""
     if config.strategy == "single":
-        return "next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4"
+        order = f" {as_typed('reduce_order', config.reduce_order)}" if config.reduce_order else ""
+        return f"next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4{order}"
     default = Config(strategy=config.strategy)
-    names = ["impl", "mesh", "model", "layers", *config.options]
+    names = ["impl", "mesh", "model", "layers", "reduce_order", *config.options]
     # The size decides whether tp or pp can split the model.
     if {"tp", "pp"} & set(config.strategies):
         names.append("size")

@@ -75,7 +75,8 @@ class VerifyReport:
         name = f" of {c.tensor}" if c.tensor else ""
         return (
             f"not equal: the first to diverge is the {c.quantity}{name} at step {c.step} on rank "
-            f"{c.rank}, by {c.error:.1e} (tolerance {self.tolerance:.0e})"
+            f"{c.rank}, by {c.error:.1e} ("
+            + ("bits are compared)" if self.digest else f"tolerance {self.tolerance:.0e})")
             + ("" if self.dtype == "float64" or self.digest else NARROW.format(self.dtype))
         )
 

@@ -13,7 +13,7 @@ from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, s
 from dist_lab.step.fixed_order.totals import FixedTotals
 from dist_lab.step.fixed_order.tree import GradientTree, StageGradientTree
 from dist_lab.step.protocol import Applied, Sync
-from dist_lab.step.setup import unit_of_stage
+from dist_lab.step.setup import ALIGNMENT, unit_of_stage
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,13 @@ def fixed_order(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and a fixed order is "
                 "for float32, whose squares are exact in the norm (reduce_order=); call "
                 "model.float()"
+            )
+        if not parameter.is_meta and (
+            not parameter.is_contiguous() or parameter.data_ptr() % ALIGNMENT
+        ):
+            raise UserError(
+                f"{name} is not contiguous, or begins at no multiple of {ALIGNMENT} bytes; some layouts "
+                "copy it to memory where a matrix product may round differently (reduce_order=); "
+                "give it memory of its own: p.data = p.data.contiguous().clone()"
             )
     return FixedOrder(shards, microbatches)

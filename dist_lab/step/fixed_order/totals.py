@@ -17,9 +17,8 @@ from dist_lab.step.fixed_order.norm import exact_norm
 from dist_lab.step.fixed_order.optimizer import refuse_inexact
 from dist_lab.step.fixed_order.order import check_microbatches
 from dist_lab.step.hooks import map_tensors
+from dist_lab.step.setup import ALIGNMENT
 from dist_lab.step.totals import check_pairs
-
-ALIGNMENT = 64  # bytes
 
 
 @final

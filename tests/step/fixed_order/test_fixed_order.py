@@ -363,9 +363,17 @@ def test_what_cannot_be_equal_to_the_bit_is_refused():
 
 
 @pytest.mark.ranks(1)
-def test_other_dtypes_and_several_threads_are_refused(mesh):
+def test_other_dtypes_addresses_and_several_threads_are_refused(mesh):
     with pytest.raises(UserError, match=r"is float64, and a fixed order is for float32"):
         dist_lab.parallelize(gpt(torch.float64), mesh, "single", reduce_order="fixed")
+    for change in (
+        lambda w: w.t().contiguous().t(),
+        lambda w: torch.ones(w.numel() + 1)[1:].view_as(w),
+    ):
+        model = gpt(F32)
+        model.lm_head.weight.data = change(model.lm_head.weight.data)
+        with pytest.raises(UserError, match=r"lm_head.weight is not contiguous, or begins at"):
+            dist_lab.parallelize(model, mesh, "single", reduce_order="fixed")
     torch.set_num_threads(2)
     try:
         with pytest.raises(UserError, match=r"2 threads share .*torch.set_num_threads\(1\)"):
