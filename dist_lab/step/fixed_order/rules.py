@@ -116,8 +116,8 @@ def fixed_order(
             not parameter.is_contiguous() or parameter.data_ptr() % ALIGNMENT
         ):
             raise UserError(
-                f"{name} is not contiguous, or begins at no multiple of {ALIGNMENT} bytes; some layouts "
-                "copy it to memory where a matrix product may round differently (reduce_order=); "
-                "give it memory of its own: p.data = p.data.contiguous().clone()"
+                f"{name} is not contiguous, or begins at no multiple of {ALIGNMENT} bytes; some "
+                "layouts copy it, and a matrix product of the copy may round differently "
+                "(reduce_order=); give it memory of its own: p.data = p.data.contiguous().clone()"
             )
     return FixedOrder(shards, microbatches)
