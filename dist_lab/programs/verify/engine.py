@@ -139,7 +139,8 @@ def verify(
             comparisons += compare_bits(step, ours, expected)
         else:
             comparisons += compare(step, ours, expected, rounding, dtype)
-    digest = sha256({name: ours["weight"][name] for name in job.layouts}) if shards else ""
+    weights = {n: w for n, w in ours["weight"].items() if w is not None and n in job.layouts}
+    digest = sha256(weights) if shards else ""
     return VerifyReport(
         job.strategies, str(mesh), str(dtype).removeprefix("torch."), tolerance,
         worst_over_ranks(comparisons, mesh), batchnorm, digest,
