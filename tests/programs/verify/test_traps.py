@@ -12,7 +12,6 @@ import torch
 from models import MODELS, axes_of, batch, build, gpt, plan_of, units_of
 
 import dist_lab
-from dist_lab import job
 from dist_lab.comm.ops import (
     all_gather,
     all_reduce,
@@ -26,7 +25,7 @@ from dist_lab.parallel.replicated import dp
 from dist_lab.parallel.sharded import fsdp
 from dist_lab.parallel.sharded.param_group import Params
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.step import clip
+from dist_lab.step import clip, totals
 from dist_lab.step.protocol import Applied, Sync
 
 UNSHARDED = Params.UNSHARDED
@@ -291,7 +290,7 @@ def test_a_norm_over_one_shard_is_too_low_and_is_detected(mesh):
         return real(gradients, unsharded, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "global_norm", norm_of_local_shard)
+        patch.setattr(totals, "global_norm", norm_of_local_shard)
         report = report_of(mesh, lambda group: None, steps=1)
     assert report.first.quantity == "grad norm"
     assert report.first.error == pytest.approx(0.5, abs=0.25)  # the shards' norms are not equal
