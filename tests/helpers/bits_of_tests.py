@@ -11,9 +11,11 @@ from models import BLOCKS, batch_of, resnet, units_of
 import dist_lab
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.programs.verify.bits import one_process_by_shards
+from dist_lab.programs.verify.matrix import models as matrix_models
 from dist_lab.programs.verify.report import VerifyReport
 from dist_lab.step.fixed_order.order import shards_of
 
+WITH_BATCHNORM = ("resnet", "conv")
 ROWS = 16  # of 8 virtual shards each has 2
 CLIP, OPTIONS = 0.3, {"lr": 1e-2}  # the norm is above 1: clipping bites
 
@@ -21,6 +23,8 @@ CLIP, OPTIONS = 0.3, {"lr": 1e-2}  # the norm is above 1: clipping bites
 def build(model: str, layers: int) -> torch.nn.Module:
     if model == "resnet":
         return resnet(torch.float32)
+    if model == "conv":
+        return matrix_models.build(model, layers, torch.float32)
     return BLOCKS[model](torch.float32, layers=layers)
 
 
@@ -36,9 +40,10 @@ def reference(model: str, layers: int, ranks: int, shards: int, steps: int) -> A
 
 def source(model: str, layers: int) -> Any:
     """The model and the batches, as `verify` takes them."""
+    make_batch = matrix_models.batch if model == "conv" else batch_of
     return (
         lambda: build(model, layers),
-        lambda step: batch_of(model, step, ROWS, torch.float32),
+        lambda step: make_batch(model, step, ROWS, torch.float32),
     )
 
 
@@ -48,11 +53,13 @@ def compare(
 ) -> VerifyReport:  # fmt: skip
     """Train on these axes, of all ranks, and compare with one process."""
     mesh = dist_lab.init_mesh(**axes)
-    ranks = mesh.data.size if model == "resnet" else 1  # BatchNorm's statistics are compared on one
+    ranks = (
+        mesh.data.size if model in WITH_BATCHNORM else 1
+    )  # BatchNorm's statistics are compared on one
     known = None
     if options is OPTIONS:
         known = reference(model, layers, ranks, shards_of(reduce_order), steps)
     return dist_lab.verify(
         *source(model, layers), mesh, strategy, reduce_order=reduce_order, reference=known,
-        **{"units": units_of(model), "steps": steps, "clip": CLIP, "options": options} | more,
+        **{"units": () if model == "conv" else units_of(model), "steps": steps, "clip": CLIP, "options": options} | more,
     )  # fmt: skip

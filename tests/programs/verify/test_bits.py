@@ -33,6 +33,7 @@ ROWS = {
     "recompute": ({"fsdp": 4}, "fsdp", "gpt", {"recompute": 1, "keep_gathered": True}),
     "tied": ({"dp": 4}, "zero1", "gpt tied", {}),
     "BatchNorm": ({"dp": 4}, "ddp", "resnet", {}),
+    "convolutions x zb": ({"pp": 2, "dp": 2}, "zero1", "conv", {"schedule": "zb"}),
 }
 USUAL = ("zero2", "fsdp x zb", "zero1 x zbv")
 

@@ -312,6 +312,53 @@ def test_a_parameter_that_the_last_micro_batch_does_not_use_is_right_or_refused(
         assert torch.equal(gradients_by_hand(job, own, 8)["even.weight"], tree_sum(terms))
 
 
+class Head(nn.Module):
+    """Uses a layer only for micro-batches whose first number is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.even, self.out = nn.Linear(12, 12), nn.Linear(12, 61)
+
+    def forward(self, x):
+        return self.out(self.even(x) if x.flatten()[0] > 0 else x)
+
+
+class InStages(nn.Module):
+    stages = ("embed", "middle", "head")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.middle, self.head = nn.Embedding(61, 12), nn.Linear(12, 12), Head()
+
+    def forward(self, tokens):
+        return self.head(self.middle(self.embed(tokens)))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+@pytest.mark.ranks(2)
+def test_in_a_pipeline_a_parameter_may_be_unused_by_any_micro_batch(schedule):
+    x, y = batch(0, rows=8)
+    pieces, plain, terms = list(zip(x.split(1), y.split(1), strict=True)), InStages(), []
+    for a, b in pieces:
+        plain.zero_grad()
+        (cross_entropy_sum(plain(a), b) / 48).backward()
+        terms.append({n: p.grad for n, p in plain.named_parameters()})
+    used = [term["head.even.weight"] is not None for term in terms]
+    assert any(used), "the layer is used"
+    assert not all(used), "and not always"
+    mesh = dist_lab.init_mesh(pp=2)
+    job = dist_lab.parallelize(InStages(), mesh, reduce_order="fixed", schedule=schedule)
+    for order in (1, -1):  # in one of the two the last micro-batch does not use it
+        job.run(pieces[::order], lambda output, target: cross_entropy_sum(output, target) / 48)
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            zeros = torch.zeros_like(gradient)
+            wanted = tree_sum([zeros if t[name] is None else t[name] for t in terms[::order]])
+            assert torch.equal(gradient, wanted), name
+        job.model.zero_grad()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 ORDERS = {
