@@ -74,12 +74,12 @@ class Setup:
         local = self.stages.modules if self.stages else {}
         return tuple(unit_of_stage(stage) for stage in self.stages_of(name) if stage in local)
 
-    def slot_length(self, numel: int, dtype: torch.dtype) -> int:
+    def slot_length(self, numel: int, dtype: torch.dtype, ranks: int = 1) -> int:
         """The elements that a parameter takes in a flat buffer. With a fixed order the next one
         begins where a tensor of its own would, because a matrix product may round differently at
-        another address.
+        another address. If several ranks hold a part each, no rank computes with its part.
         """
-        step = max(1, ALIGNMENT // dtype.itemsize) if self.fixed_order else 1
+        step = max(1, ALIGNMENT // dtype.itemsize) if self.fixed_order and ranks == 1 else 1
         return -(-numel // step) * step
 
     def channel(self) -> Axis:

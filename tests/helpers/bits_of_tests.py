@@ -59,7 +59,8 @@ def compare(
     known = None
     if options is OPTIONS:
         known = reference(model, layers, ranks, shards_of(reduce_order), steps)
+    units = () if model == "conv" else units_of(model)
     return dist_lab.verify(
         *source(model, layers), mesh, strategy, reduce_order=reduce_order, reference=known,
-        **{"units": () if model == "conv" else units_of(model), "steps": steps, "clip": CLIP, "options": options} | more,
+        **{"units": units, "steps": steps, "clip": CLIP, "options": options} | more,
     )  # fmt: skip

@@ -83,7 +83,7 @@ def apply(
     groups = [
         ParamGroup(
             unit, {name: slots[name] for name in names}, dtypes, axis, gather_axis,
-            setup.full_value, make_memory,
+            setup.full_value, make_memory, setup.slot_length,
         )
         for (unit, dtypes), names in names_by_group(setup, slots).items()
     ]  # fmt: skip

@@ -58,6 +58,7 @@ class ParamGroup:
         axis, gather_axis: the axes of the reduce-scatter and of the all-gather.
         full_value: name -> the unsharded value; called, and its result freed, one by one.
         make_memory: allocates offloaded shards; None: they are not offloaded.
+        slot_length: see Setup.
 
     Attributes:
         sent: send buffer of the all-gather; None: each all-gather sends a new copy.
@@ -76,12 +77,14 @@ class ParamGroup:
         gather_axis: Axis,
         full_value: Callable[[str], Tensor],
         make_memory: Make | None,
+        slot_length: Callable[[int, torch.dtype, int], int],
     ) -> None:
         self.unit, self.axis, self.gather_axis = unit, axis, gather_axis
         self.shard_dtype, self.compute_dtype = dtypes
         self.reduce_dtype = self.shard_dtype
         shapes = {name: parameter_at(places).shape for name, places in slots.items()}
-        lengths = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
+        longest = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
+        lengths = {n: slot_length(k, dtypes[0], axis.size) for n, k in longest.items()}
         self.lengths = list(lengths.values())
         memory, self.sent = self._allocate(sum(self.lengths), make_memory)
         self.sharded = FlatBuffer(memory, {name: (n,) for name, n in lengths.items()}, self.label)

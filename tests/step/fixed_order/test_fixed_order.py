@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import MODELS, batch, gpt
+from models import MODELS, batch, gpt, mlp
 from torch import nn
 
 import dist_lab
@@ -71,6 +71,37 @@ def check_collectives(axis, make):
     buffer = make(4096, F32, axis).copy_(terms[axis.index])
     ops.reduce_scatter_into(buffer[own], buffer, axis).wait()
     assert torch.equal(buffer[own], wanted[own])
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+def test_forwards_read_parameters_that_begin_at_multiples_of_64_bytes():
+    layouts = [
+        ({"dp": 2}, "zero1"), ({"dp": 2}, "zero2"), ({"dp": 2, "fsdp": 1}, "hsdp"),
+        ({"pp": 2, "fsdp": 1}, "fsdp"),
+    ]  # fmt: skip
+    assert all(max(remainders(axes, strategy, None)) > 0 for axes, strategy in layouts)
+    assert not any(max(remainders(axes, strategy, "fixed")) for axes, strategy in layouts)
+
+
+def remainders(axes, strategy, reduce_order):
+    """By how many bytes parameters begin too late, as forwards see them."""
+    mesh, (x, y) = dist_lab.init_mesh(**axes), batch(0, rows=8)
+    job = dist_lab.parallelize(mlp(F32), mesh, strategy, reduce_order=reduce_order)
+    found = []
+
+    def note(module, inputs):
+        held = [name for name, p in module._parameters.items() if p is not None]
+        found.extend(getattr(module, name).data_ptr() % 64 for name in held)
+
+    for module in job.model.modules():
+        module.register_forward_pre_hook(note)
+    shards = 8 // mesh.data.size
+    job.run(list(zip(x.chunk(shards), y.chunk(shards), strict=True)), cross_entropy_sum)
+    job.finish()
+    return found
 
 
 # --- the tree -------------------------------------------------------------------------------------
