@@ -155,7 +155,7 @@ def parallelize(
         buffers = [name for name, _ in model.named_buffers() if name in state]
         after.append(SameBuffers(model, buffers, mesh.data))
     applied, sums = order.on(applied, model, mesh) if order else (applied, Chain())
-    chain = Chain(Chain(GuardsOff(guards), watch), sums, applied.sync, GuardsOn(guards), *after)
+    chain = Chain(Chain(GuardsOff(guards), watch, sums), applied.sync, GuardsOn(guards), *after)
     units_by_name = applied.stages.units | {ROOT: model} if applied.stages else units_by_name
     runner = (applied.make_runner or Runner)(model, chain, mesh.comm, units_by_name, applied)
     if param_dtype is not None:
