@@ -63,8 +63,8 @@ def main(strategy: str = "ddp", size: str = "tiny") -> None:
     low, middle, high = statistics.quantiles(ratios, n=4)
     any_order, fixed = (statistics.median(each) * 1e3 for each in seconds.values())
     print(
-        f"{strategy}, gpt {size}: {any_order:.0f} ms a step in any order, {fixed:.0f} ms in a fixed "
-        f"one: {middle:.2f} times (quartiles {low:.2f} to {high:.2f}, {len(ratios)} rounds)"
+        f"{strategy}, gpt {size}: {any_order:.0f} ms a step in any order, {fixed:.0f} ms in a "
+        f"fixed one: {middle:.2f} times (quartiles {low:.2f} to {high:.2f}, {len(ratios)} rounds)"
     )
 
 
