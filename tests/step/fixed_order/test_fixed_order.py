@@ -15,9 +15,11 @@ from dist_lab.comm import ops
 from dist_lab.comm.by_hand.pairwise import add_in_pairs
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
+from dist_lab.step.detached import RecordedLoss
 from dist_lab.step.fixed_order.norm import root, squares_by_exponent
 from dist_lab.step.fixed_order.optimizer import refuse_inexact
 from dist_lab.step.fixed_order.order import microbatches_of, shards_of
+from dist_lab.step.fixed_order.totals import FixedTotals
 from dist_lab.step.fixed_order.tree import SumTree
 
 F32 = torch.float32
@@ -189,6 +191,34 @@ def test_a_norm_with_infinity_is_infinite_and_one_with_nan_is_nan():
 def test_a_gradient_that_is_not_contiguous_has_the_norm_of_its_values():
     values = random(40, 30)
     assert root(squares_by_exponent(values.t())) == exact(values.flatten())
+
+
+# --- the loss, and the inputs ---------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+def test_the_loss_is_the_exact_sum_rounded_once(mesh):
+    totals = FixedTotals(4, 2, sharded=False)
+    recorded = RecordedLoss(lambda output, target: output)
+    shares = [[1e30, 1.0], [-1e30, 3.0]][mesh.rank]  # a plain sum of these is 0
+    for share in shares:
+        recorded(torch.tensor(share, requires_grad=True), None)
+    total = torch.tensor(sum(shares), dtype=torch.float64)
+    assert totals.loss(total, recorded, mesh["dp"], trains=True) == 4.0
+    recorded.losses[0] = torch.tensor(math.inf)
+    assert (
+        totals.loss(torch.full_like(total, math.inf), recorded, mesh["dp"], trains=True) == math.inf
+    )
+
+
+def test_micro_batches_begin_at_multiples_of_64_bytes():
+    pixels, targets = torch.randn(4, 13), torch.arange(4)
+    pieces = list(zip(pixels.split(1), targets.split(1), strict=True))
+    assert any(x.data_ptr() % 64 for x, _ in pieces)
+    checked = FixedTotals(4, 4, sharded=False).checked(pieces)
+    assert not any(t.data_ptr() % 64 for pair in checked for t in pair)
+    assert all(torch.equal(a, b) for ours, theirs in zip(checked, pieces, strict=True)
+               for a, b in zip(ours, theirs, strict=True))  # fmt: skip
 
 
 # --- optimizers -----------------------------------------------------------------------------------
