@@ -2,6 +2,7 @@
 
     python launch/verify.py --strategy dp --nproc 4
     torchrun --nproc_per_node=4 launch/verify.py --strategy dp --microbatches 2
+    python launch/verify.py --strategy fsdp --nproc 4 --reduce-order fixed  to the last bit
     python launch/verify.py --matrix --out runs/matrix                      every mix, 30 minutes
 
 The exit status is 0 if they are equal. With --out DIR the comparison is written to DIR/verify.json,
