@@ -21,7 +21,7 @@ from dist_lab.layout.layout import Layout, holds, slice_local
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.param_slots import param_slots, set_param
-from dist_lab.parallel.pipeline.partition import seams
+from dist_lab.parallel.pipeline.partition import meta_copy, seams
 from dist_lab.parallel.tensor.before_stages import try_before_stages
 from dist_lab.programs.cli.mixes import check_impl, strategies_on
 from dist_lab.programs.cli.registry import STRATEGIES, Impl
@@ -38,6 +38,7 @@ from dist_lab.step.trainable import refuse_earlier_optimizers, refuse_what_canno
 from dist_lab.step.writes import RefuseWrites
 from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import deferred_init, is_meta
+from dist_lab.transforms.exact_dropout import ExactDropout
 from dist_lab.transforms.init import InitFn
 from dist_lab.transforms.precision import compute_in
 from dist_lab.transforms.recompute import recompute as recompute_units
@@ -67,6 +68,7 @@ def parallelize(
     init_fn: InitFn | None = None,
     sync_batchnorm: bool = False,
     reduce_order: str | None = None,
+    dropout: str | None = None,
     **options: Any,
 ) -> Job:
     """Prepare a model, in place, for training on a mesh. Collective.
@@ -90,6 +92,8 @@ def parallelize(
         sync_batchnorm: take BatchNorm's statistics over the rows of all ranks.
         reduce_order: "fixed" or "fixed:V": add in one order, so that a step has the same bits in
             every layout. Each of V (8) parts of the batch is one micro-batch: step/fixed_order.
+        dropout: "exact": every nn.Dropout has the masks that one process has, by `seed`, and other
+            random numbers are refused. None: each rank draws its own.
         options: the strategies' own options, the keyword arguments of their `apply`: ddp's
             bucket_mb.
 
@@ -114,6 +118,11 @@ def parallelize(
         raise UserError(
             f"{mix[0].label} does not split rows over ranks, so sync_batchnorm has no use; leave "
             "it out"
+        )
+    exact_dropout = ExactDropout(model, mesh, dropout, meta_copy)
+    if mesh["pp"].size > 1:
+        exact_dropout.check_pipeline(
+            options.get("example_inputs") if seams(model) is None else None
         )
     draw = deferred_init(model, seed, mesh.device, init_fn) if is_meta(model) else None
     _make_equal(model, mesh, broadcast and draw is None)
@@ -164,6 +173,9 @@ def parallelize(
         for stage, module in modules.items():
             casts = any(chosen.impl.casts for chosen in mix)
             compute_in(module, param_dtype, parameters=not casts, inputs=stage == 0)
+    exact_dropout.bind(
+        runner.place, seed, applied.stages.modules.values() if applied.stages else [model]
+    )
     guards.guard_parameters()
     totals = order.totals(applied) if order else PlainTotals()
     return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name, totals)

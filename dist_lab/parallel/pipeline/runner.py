@@ -160,7 +160,8 @@ class PipelineRunner(Step):
             self._unsharded.remove(stage)
             self.sync.reshard(unit, phase)
         if action.op is not Op.F:
-            yield
+            with self.place.at(action.microbatch):
+                yield
             if self.after_backward is not None and action.op in (Op.B, Op.I, Op.W):
                 self.after_backward(unit, action.microbatch)
             return
@@ -168,7 +169,8 @@ class PipelineRunner(Step):
         self._saver.enter(stage_unit)  # saves the stage's parameters by name: see step/saved.py
         self._saver.watch_storages(stage_unit.leaves, stage_unit, stage_unit.visit)
         try:
-            yield
+            with self.place.at(action.microbatch):
+                yield
         finally:
             self._saver.leave(stage_unit)
 
