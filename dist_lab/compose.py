@@ -23,6 +23,7 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.parallel.pipeline.partition import meta_copy, seams
 from dist_lab.parallel.tensor.before_stages import try_before_stages
+from dist_lab.parallel.tensor.plan_source import refuse_sharded_inputs
 from dist_lab.programs.cli.mixes import check_impl, strategies_on
 from dist_lab.programs.cli.registry import STRATEGIES, Impl
 from dist_lab.step.claims import claim, refuse_claimed
@@ -124,6 +125,8 @@ def parallelize(
         exact_dropout.check_pipeline(
             options.get("example_inputs") if seams(model) is None else None
         )
+    if exact_dropout.dropouts and options.get("sequence_parallel"):
+        refuse_sharded_inputs(model, options.get("plan"), mesh["tp"])
     draw = deferred_init(model, seed, mesh.device, init_fn) if is_meta(model) else None
     _make_equal(model, mesh, broadcast and draw is None)
     if sync_batchnorm:

@@ -38,6 +38,9 @@ class RunnerEvents(Protocol):
     def on_phase(self, phase: Phase, label: str) -> None:
         """The pipeline is about to begin a phase. A library reports phases, not actions."""
 
+    def forward(self, microbatch: int) -> AbstractContextManager[None]:
+        """The library computes the forward of this micro-batch inside the block."""
+
     def on_gradients(self, stage: int, *, last: bool) -> None:
         """A micro-batch has been added to a stage's gradients. `last`: they are complete."""
 
@@ -176,6 +179,9 @@ class PipelineRunner(Step):
 
     def on_phase(self, phase: Phase, label: str) -> None:
         self.comm.phase, self.comm.unit = phase.value, label
+
+    def forward(self, microbatch: int) -> AbstractContextManager[None]:
+        return self.place.at(microbatch)
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
         self.has_gradients = True

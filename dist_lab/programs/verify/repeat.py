@@ -55,10 +55,10 @@ def repeat_first_step(
     loss_sum: LossFn,
     param_dtype: torch.dtype | None,
     sync_batchnorm: bool,
-    dropout: str | None,
-    seed: int,
     dtype: torch.dtype,
     tolerance: float,
+    dropout: str | None = None,
+    seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Yields the steps of `one_process`, after running the first one a second time.
 
