@@ -28,8 +28,9 @@ from dist_lab.sentinel.sentinel import Sentinel
 from dist_lab.step.clip import clip
 from dist_lab.step.count import sum_of_counts
 from dist_lab.step.detached import RecordedLoss
-from dist_lab.step.elementwise import by_options, refuse_coupled
+from dist_lab.step.elementwise import refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite, raise_divergence
+from dist_lab.step.optimizer_options import make_groups, refuse_options
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler, decide_together
@@ -238,22 +239,20 @@ class Job:
                 one element of a tensor; see step/elementwise.py.
         """
         params = dict(self.named_parameters())
+        # All stages of a pipeline have all groups, in one order: schedulers take lists for groups.
+        local = {name: p for name, p in params.items() if p.requires_grad}
         group_options = {
             name: groups(name, layout.shape) if groups else {}
             for name, layout in self.layouts.items()
-            if name not in params or params[name].requires_grad
+            if name in local or self.mesh["pp"].size > 1
         }
+        refuse_options(cls, options, group_options.values(), self.mesh.device)
         by_tensor = self._make_optimizer is not None
         refuse_coupled(
             cls, options, group_options, params, self.layouts, self.mesh, by_tensor=by_tensor
         )
-        self._totals.check_optimizer(cls, options, [own for own, _ in by_options(group_options)])
-        local = {name: extra for name, extra in group_options.items() if name in params}
-        param_groups = [
-            {"params": [params[n] for n in names], **extra} for extra, names in by_options(local)
-        ]
-        # A pipeline stage may have no weight, but torch's optimizers refuse an empty list.
-        param_groups = param_groups or [{"params": [nn.Parameter(torch.empty(0))]}]
+        self._totals.check_optimizer(cls, options, [*group_options.values()])
+        param_groups = make_groups(group_options, local)
         if self._make_optimizer is not None:
             optimizer = self._make_optimizer(cls, param_groups, options)
         else:
