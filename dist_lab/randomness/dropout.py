@@ -136,6 +136,7 @@ def use_exact_dropout(model: nn.Module) -> None:
                 f"{name or 'the model'} ({type(module).__name__}) {why}, which cannot be equal in "
                 "every layout; set it to 0, or put an nn.Dropout into the model instead"
             )
+    module: Any
     for module in model.modules():
         plain = type(module)
         if plain in (nn.Dropout, *CHANNELS):

@@ -111,6 +111,40 @@ def test_batchnorm_over_all_rows_and_dropout_are_exact_together(mesh):
         assert report.equal, report.sentence()
 
 
+class Explicit(nn.Module):
+    """Attention whose probabilities have dropout, (B, H, T, T), and an uneven MLP with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.drop_probabilities, self.drop_hidden = nn.Dropout(0.3), nn.Dropout(0.3)
+        self.up, self.down, self.head = nn.Linear(8, 10), nn.Linear(10, 8), nn.Linear(8, VOCAB)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        q, k, v = (f(x).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        probabilities = self.drop_probabilities((q @ k.transpose(-1, -2)).softmax(-1))
+        x = x + self.o((probabilities @ v).transpose(1, 2).flatten(2))
+        return self.head(x + self.down(self.drop_hidden(self.up(x).tanh())))
+
+
+PLAN = {
+    "q": ("colwise", 2), "k": ("colwise", 2), "v": ("colwise", 2), "o": "rowwise",
+    "up": "colwise", "down": "rowwise",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(4, mesh={"tp": 4})
+def test_split_heads_and_uneven_features_have_the_masks_of_their_place(mesh):
+    report = dist_lab.verify(
+        lambda: Explicit().double(), batch, mesh, "tp", plan=PLAN, microbatches=2, dropout="exact"
+    )
+    assert report.equal, report.sentence()
+
+
 # --- loops by hand --------------------------------------------------------------------------------
 
 
