@@ -136,12 +136,15 @@ def use_exact_dropout(model: nn.Module) -> None:
                 f"{name or 'the model'} ({type(module).__name__}) {why}, which cannot be equal in "
                 "every layout; set it to 0, or put an nn.Dropout into the model instead"
             )
-    module: Any
     for module in model.modules():
-        plain = type(module)
-        if plain in (nn.Dropout, *CHANNELS):
-            module.__class__ = Dropout
-            module.plain, module.channels = plain, plain is not nn.Dropout
+        if type(module) in (nn.Dropout, *CHANNELS):
+            _make_exact(module)
+
+
+def _make_exact(module: Any) -> None:
+    plain = type(module)
+    module.__class__ = Dropout
+    module.plain, module.channels = plain, plain is not nn.Dropout
 
 
 def _cannot_be_exact(module: nn.Module) -> str:
