@@ -342,6 +342,40 @@ def test_torchs_own_checkpoint_has_the_mask_of_the_first_forward():
         whole_gradient(lambda: Checkpointed(2))
 
 
+class Shared(nn.Module):
+    """Two blocks, recomputed in backward, with one dropout for both."""
+
+    def __init__(self):
+        super().__init__()
+        drop = nn.Dropout(0.4)
+        self.first, self.second = (Net(drop, lambda x, net: torch.tanh(net.drop(x))) for _ in "12")
+        self.up = nn.Linear(6, 6, bias=False).double()
+        nn.init.eye_(self.up.weight)
+
+    def forward(self, x):
+        x = F.pad(self.first(self.up(x)), (0, 2))
+        return self.second(x) + x[:, :4]
+
+
+def test_a_recomputed_unit_knows_which_call_of_a_shared_dropout_is_its_own():
+    units = {"units": ["first", "second"]}
+    assert_close(whole_gradient(Shared, recompute=1, **units), whole_gradient(Shared))
+    assert not torch.equal(whole_gradient(Shared), whole_gradient(Shared, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_torchs_own_checkpoint_in_a_pipeline_has_the_mask_of_its_micro_batch(mesh):
+    def build_model():
+        torch.manual_seed(0)
+        blocks = [Checkpointed() for _ in range(3)]
+        wide = [nn.Linear(4, 6).double() for _ in range(3)]
+        return nn.Sequential(*[m for pair in zip(wide, blocks, strict=True) for m in pair][1:])
+
+    report = dist_lab.verify(build_model, data, mesh, "pp", microbatches=4, dropout="exact")
+    assert report.equal, report.sentence()
+
+
 # --- refused by name ------------------------------------------------------------------------------
 
 

@@ -241,6 +241,19 @@ def test_ranks_may_have_seeds_of_their_own_and_generators_of_equal_ranks_may_not
     assert line.startswith("step 2: the state of Python's random generator differs between rank 1")
 
 
+@pytest.mark.slow
+@pytest.mark.ranks(4, mesh={"pp": 2, "dp": 2})
+def test_stages_may_draw_different_numbers_and_replicas_of_a_stage_may_not(mesh):
+    training = Run(mesh, "ddp", every=1)
+    if mesh["pp"].index:
+        torch.rand(1)
+    training.step()
+    if mesh.rank == 2:
+        torch.rand(1)
+    line = stopped(training.step)
+    assert line.startswith("step 2: the state of torch's random generator differs between rank 3")
+
+
 @pytest.mark.slow_unless(lambda axes: axes in ({"fsdp": 2}, {"pp": 2}))
 @pytest.mark.parametrize(
     ("axes", "why"),
