@@ -69,15 +69,17 @@ def offsets(local: torch.Size, full: torch.Size, size: int, index: int) -> list[
 
     >>> offsets(torch.Size([2, 6, 3]), torch.Size([2, 6, 10]), 4, 1)
     [0, 0, 3]
-    >>> offsets(torch.Size([2, 1, 5]), torch.Size([2, 2, 5]), 4, 3)  # two ranks share a key head
-    [0, 1, 0]
+    >>> offsets(torch.Size([2, 1, 5]), torch.Size([2, 2, 5]), 4, 1)  # two ranks share a key head
+    [0, 0, 0]
     """
     if len(local) != len(full):
         return None
     starts = []
     for length, whole in zip(local, full, strict=True):
-        divisors = [copies for copies in range(1, size + 1) if size % copies == 0]
-        bounds = [shard_bounds(whole, size // copies, index // copies) for copies in divisors]
+        parts = [n for n in range(size, 0, -1) if size % n == 0 and (n == size or whole % n == 0)]
+        if 0 < whole < size and size % whole == 0:
+            parts = [whole]  # fewer heads than ranks: neighbouring ranks share one
+        bounds = [shard_bounds(whole, n, index // (size // n)) for n in parts]
         fitting = [start for start, stop in bounds if stop - start == length]
         if length != whole and not fitting:
             return None
