@@ -10,6 +10,7 @@ from torch import nn
 
 import dist_lab
 from dist_lab.errors import ReplicasDiffer, UserError
+from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import FlatShard, Layout, OnlyOn, Shard
 from dist_lab.layout.replicas import replicas, same_along, without_flat
 from dist_lab.programs.verify import batch as batches
@@ -174,6 +175,30 @@ def test_one_broken_element_stops_all_ranks_by_name(name):
     start = f"step 4: {parameter} differs between rank {pair[0]} and rank {pair[1]}, which should"
     assert line.startswith(start), line
     assert f"{LAST} 2; find what changes it" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "strategy"),
+    [({"dp": 2, "fsdp": 2}, None), ({"fsdp": 2, "tp": 2}, None), ({"pp": 2, "dp": 2}, "ddp"),
+     ({"dp": 4}, "zero1")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.ranks(4)
+def test_under_a_librarys_strategies_replicas_are_compared_too(axes, strategy):
+    training = Run(dist_lab.init_mesh(**axes), strategy, impl="torch")
+    for _ in range(3):
+        training.step()
+    tensors = dict(training.job.model.named_parameters())
+    name = next(n for n in reversed(tensors) if "norm" in n)
+
+    def break_it():
+        if training.mesh.rank == 3:
+            local_part(tensors[name].detach()).view(-1)[-1:].add_(1e-9)
+
+    line = stopped(lambda: training.step(break_it))
+    assert " differs between rank 3 and rank " in line
+    assert line.startswith("step 4: model.")
 
 
 @pytest.mark.slow_unless(lambda axes: axes == {"dp": 2, "tp": 2})
