@@ -111,6 +111,18 @@ def test_batchnorm_over_all_rows_and_dropout_are_exact_together(mesh):
         assert report.equal, report.sentence()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"dp": 2}, {"fsdp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.ranks(2)
+def test_with_a_fixed_order_of_sums_bits_are_equal_with_dropout_too(axes):
+    report = dist_lab.verify(
+        lambda: build("mlp", 4).float(), batch, dist_lab.init_mesh(**axes), dropout="exact",
+        microbatches=8 if "pp" in axes else 4, reduce_order="fixed", seed=3,
+        optimizer=torch.optim.SGD, options={"lr": 0.1},
+    )  # fmt: skip
+    assert report.equal, report.sentence()
+
+
 class Explicit(nn.Module):
     """Attention whose probabilities have dropout, (B, H, T, T), and an uneven MLP with dropout."""
 

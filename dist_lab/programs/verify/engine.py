@@ -106,15 +106,14 @@ def verify(
     job = parallelize(
         tested, mesh, strategy, impl, units=units, param_dtype=param_dtype,
         broadcast=False, sync_batchnorm=sync_batchnorm, reduce_order=reduce_order,
-        dropout=dropout, seed=seed,
-        **strategy_options,
+        dropout=dropout, seed=seed, **strategy_options,
     )  # fmt: skip
     opt = job.optimizer(optimizer, **options)
     source = build_model, build_batch, mesh.data.size, mesh.device
     if reference is None and shards:
         reference = one_process_by_shards(
             *source, shards=shards, steps=steps, clip=clip, optimizer=optimizer, options=options,
-            loss_sum=loss_sum,
+            loss_sum=loss_sum, dropout=dropout, seed=seed,
         )  # fmt: skip
     elif reference is None:
         run_options: dict[str, Any] = {

@@ -4,13 +4,15 @@
 process. `bind` connects it with the runner when all strategies are applied.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.parallel.pipeline.partition import meta_copy, seams
+from dist_lab.parallel.tensor.plan_source import refuse_sharded_inputs
 from dist_lab.randomness.drawn import RefuseDraws
 from dist_lab.randomness.dropout import bind, named_dropouts, places_of, use_exact_dropout
 from dist_lab.randomness.full_shapes import FullShapes
@@ -24,13 +26,12 @@ class ExactDropout:
     Args:
         dropout: "exact": change every nn.Dropout, and refuse other random numbers. None: only those
             that are dist_lab.Dropout already.
-        meta_copy: model -> a copy of it on the meta device.
+        options: those of the strategies.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, dropout: str | None,
-        meta_copy: Callable[[nn.Module], nn.Module],
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, mesh: Mesh, dropout: str | None, options: Mapping[str, Any]
+    ) -> None:
         if dropout not in (None, "exact"):
             raise UserError(f'dropout cannot be {dropout!r:.40}; give dropout="exact", or leave it')
         if dropout == "exact":
@@ -40,21 +41,20 @@ class ExactDropout:
         self.full_shapes: FullShapes | None = None
         if self.dropouts and max(mesh["tp"].size, mesh["pp"].size) > 1:
             self.full_shapes = FullShapes(meta_copy(model), self.dropouts)
+        if self.dropouts and mesh["pp"].size > 1:
+            self._refuse_shared(options.get("example_inputs"))
+        if self.dropouts and options.get("sequence_parallel"):
+            refuse_sharded_inputs(model, options.get("plan"), mesh["tp"])
 
-    def check_pipeline(self, example: Any) -> None:
-        """Check that a pipeline's stages can tell which call of a dropout is theirs.
-
-        Args:
-            example: an input of a model whose graph is cut; None for a model with `stages`.
-
-        Raises:
-            UserError: two stages may use one dropout; each would take its call for the first.
+    def _refuse_shared(self, example: Any) -> None:
+        """Raise UserError if two stages may use one dropout. Each would take its call for the
+        first. A graph is cut anywhere, a model with `stages` between its modules.
         """
         several = list(places_of(self.model))
-        if self.full_shapes is not None and example is not None:
+        if self.full_shapes is not None and example is not None and seams(self.model) is None:
             shapes = self.full_shapes.of((example,), {})
             several += [f"{name} is called {len(s)} times" for name, s in shapes.items() if s[1:]]
-        if self.dropouts and several:
+        if several:
             raise UserError(
                 f"one dropout is used in several places ({several[0]}), which may be on different "
                 "pipeline stages; give each place a dropout of its own"
