@@ -237,6 +237,14 @@ def test_on_one_rank_micro_batches_continue_the_numbers():
     blocks = [(slice(0, 3), None, False), (slice(3, 8), None, True)]
     assert_close(gradient_of(job, blocks), whole_gradient())
 
+    job = dist_lab.parallelize(Net(), dist_lab.init_mesh(), "single", dropout="exact")
+    x, y = data(0)
+    for rows, _, last in blocks:
+        with job.microbatch(last=last):
+            job.run([(x[rows], y[rows])], loss_of)
+    job.finish()
+    assert_close(job.full_gradients()["up.weight"], whole_gradient())
+
 
 def test_the_seed_and_the_step_change_the_mask_and_a_run_continues_at_its_step():
     one, other = whole_gradient(), whole_gradient(seed=1)
