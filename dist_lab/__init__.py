@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_lab.compose import parallelize
-    from dist_lab.errors import MachineError, TrainingDiverged, UserError
+    from dist_lab.errors import MachineError, ReplicasDiffer, TrainingDiverged, UserError
     from dist_lab.job import Job
     from dist_lab.loss import cross_entropy_sum
     from dist_lab.mesh.mesh import Axis, Mesh, init_mesh
     from dist_lab.programs.doctor.examine import doctor
     from dist_lab.programs.verify.engine import verify
+    from dist_lab.randomness.dropout import Dropout
     from dist_lab.torchvision_import import fix_torchvision
 
 WHERE = {
     "Axis": "mesh.mesh",
+    "Dropout": "randomness.dropout",
     "Job": "job",
     "MachineError": "errors",
     "Mesh": "mesh.mesh",
+    "ReplicasDiffer": "errors",
     "TrainingDiverged": "errors",
     "UserError": "errors",
     "cross_entropy_sum": "loss",
@@ -37,8 +40,9 @@ WHERE = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Axis", "Job", "MachineError", "Mesh", "TrainingDiverged", "UserError", "cross_entropy_sum",
-    "doctor", "fix_torchvision", "init_mesh", "parallelize", "verify",
+    "Axis", "Dropout", "Job", "MachineError", "Mesh", "ReplicasDiffer", "TrainingDiverged",
+    "UserError", "cross_entropy_sum", "doctor", "fix_torchvision", "init_mesh", "parallelize",
+    "verify",
 ]  # fmt: skip
 
 

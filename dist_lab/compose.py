@@ -20,6 +20,7 @@ from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, holds, slice_local
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.parallel.exact_dropout import ExactDropout
 from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.parallel.pipeline.partition import seams
 from dist_lab.parallel.tensor.before_stages import try_before_stages
@@ -27,6 +28,7 @@ from dist_lab.programs.cli.mixes import check_impl, strategies_on
 from dist_lab.programs.cli.registry import STRATEGIES, Impl
 from dist_lab.step.claims import claim, refuse_claimed
 from dist_lab.step.eager import Runner
+from dist_lab.step.find_units import find_units
 from dist_lab.step.fixed_order.rules import fixed_order
 from dist_lab.step.guards import Guards, GuardsOff, GuardsOn
 from dist_lab.step.nonfinite import FirstNonFinite
@@ -67,6 +69,7 @@ def parallelize(
     init_fn: InitFn | None = None,
     sync_batchnorm: bool = False,
     reduce_order: str | None = None,
+    dropout: str | None = None,
     **options: Any,
 ) -> Job:
     """Prepare a model, in place, for training on a mesh. Collective.
@@ -90,6 +93,8 @@ def parallelize(
         sync_batchnorm: take BatchNorm's statistics over the rows of all ranks.
         reduce_order: "fixed" or "fixed:V": add in one order, so that a step has the same bits in
             every layout. Each of V (8) parts of the batch is one micro-batch: step/fixed_order.
+        dropout: "exact": every nn.Dropout has the masks that one process has, by `seed`, and other
+            random numbers are refused. None: each rank draws its own.
         options: the strategies' own options, the keyword arguments of their `apply`: ddp's
             bucket_mb.
 
@@ -115,6 +120,7 @@ def parallelize(
             f"{mix[0].label} does not split rows over ranks, so sync_batchnorm has no use; leave "
             "it out"
         )
+    exact_dropout = ExactDropout(model, mesh, dropout, options)
     draw = deferred_init(model, seed, mesh.device, init_fn) if is_meta(model) else None
     _make_equal(model, mesh, broadcast and draw is None)
     if sync_batchnorm:
@@ -164,6 +170,9 @@ def parallelize(
         for stage, module in modules.items():
             casts = any(chosen.impl.casts for chosen in mix)
             compute_in(module, param_dtype, parameters=not casts, inputs=stage == 0)
+    exact_dropout.bind(
+        runner.place, seed, applied.stages.modules.values() if applied.stages else [model]
+    )
     guards.guard_parameters()
     totals = order.totals(applied) if order else PlainTotals()
     return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name, totals)
@@ -315,34 +324,3 @@ def _share_out(
             raise UserError(f"{label_of(mix)} has no option {name}; {takes}")
     given = {**defaults, **options}
     return [{n: value for n, value in given.items() if n in names} for names in known]
-
-
-def find_units(model: nn.Module, units: Iterable[type[nn.Module] | str]) -> dict[str, nn.Module]:
-    """Return the units by module name. Raise UserError on an entry that matches no module."""
-    units_by_name: dict[str, nn.Module] = {}
-    modules = dict(model.named_modules())
-    # nn.MultiheadAttention reads the weights of its out_proj directly, and never calls it.
-    never_called = {m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
-    for unit in units:
-        if isinstance(unit, str) and modules.get(unit) in never_called:
-            raise UserError(
-                f"unit {unit} is never called, as nn.MultiheadAttention uses its weights directly; "
-                f"give {unit.removesuffix('.out_proj')}"
-            )
-        matches = {
-            name: module
-            for name, module in modules.items()
-            if name
-            and (
-                unit in (name, type(module).__name__)
-                if isinstance(unit, str)
-                else isinstance(module, unit)
-            )
-            and module not in never_called
-        }
-        if not matches:
-            label = unit if isinstance(unit, str) else unit.__name__
-            classes = sorted({type(module).__name__ for module in modules.values()})
-            raise UserError(f"unit {label} matches no module; classes here: {', '.join(classes)}")
-        units_by_name |= matches
-    return units_by_name

@@ -30,6 +30,10 @@ class TrainingDiverged(MachineError):
     """The loss or a gradient is not finite. The weights are still those of the last step."""
 
 
+class ReplicasDiffer(MachineError):
+    """Ranks that should hold the same values do not: see sentinel/sentinel.py."""
+
+
 def nearest_degree(degrees: Sequence[int], wanted: int) -> int:
     """Return the degree nearest to `wanted`; if two are equally near, the smaller.
 

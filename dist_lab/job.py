@@ -10,24 +10,27 @@ optimizer.zero_grad()
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
-from dist_lab.errors import TrainingDiverged, UserError
+from dist_lab.errors import UserError
 from dist_lab.layout.full_state import FullState
 from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.randomness.place import Samples
+from dist_lab.sentinel.sentinel import Sentinel
 from dist_lab.step.clip import clip
 from dist_lab.step.count import sum_of_counts
 from dist_lab.step.detached import RecordedLoss
-from dist_lab.step.elementwise import by_options, refuse_coupled
-from dist_lab.step.nonfinite import FirstNonFinite
+from dist_lab.step.elementwise import refuse_coupled
+from dist_lab.step.nonfinite import FirstNonFinite, raise_divergence
+from dist_lab.step.optimizer_options import make_groups, refuse_options
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler, decide_together
@@ -50,6 +53,7 @@ class Job:
         stepped: parameter name -> the tensor that optimizers step, if it is not the parameter.
         about: the configuration that a library's implementation runs with; "" for ours.
         strategies, units: such as "pp x fsdp@hand"; name -> module that is unsharded as one.
+        place: the number of the step, and the samples that are computed.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Job:
         self.model, self.mesh, self.strategies, self.units = model, mesh, strategies, units
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self.stepped, self._runner, self._watch = applied.stepped, runner, watch
-        self._totals = totals
+        self._totals, self.place = totals, runner.place
         self._make_optimizer = applied.make_optimizer
         layouts, buffers, stepped = applied.layouts, applied.buffers, applied.stepped
         self._state = FullState(model, mesh, layouts, buffers, stepped, names)
@@ -79,13 +83,16 @@ class Job:
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Return a context manager for forward and backward of one micro-batch.
+    @contextmanager
+    def microbatch(self, *, last: bool, samples: Samples | None = None) -> Iterator[None]:
+        """A context manager for forward and backward of one micro-batch.
 
         `last` says that no other micro-batch of this step follows: most strategies reduce
-        gradients only then. A backward outside of such a block counts as the last.
+        gradients only then. A backward outside of such a block counts as the last. `samples`: its
+        rows' numbers in the global batch, for exact dropout; see randomness/place.py.
         """
-        return self._runner.microbatch(last=last)
+        with self.place.microbatch(samples, last=last), self._runner.microbatch(last=last):
+            yield
 
     def cross_entropy_sum(self, output: Any, target: Tensor) -> Tensor:
         """Return the summed cross entropy: the same function as `dist_lab.cross_entropy_sum`."""
@@ -121,7 +128,8 @@ class Job:
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         recorded = RecordedLoss(loss_fn)
-        total = self._runner.run(microbatches, recorded)
+        with self.place.run(microbatches):
+            total = self._runner.run(microbatches, recorded)
         stepped = self._runner.named_parameters() if recorded.some_detached else ()
         trains = any(p.requires_grad for _, p in stepped)
         with self.mesh.comm.label("loss"):
@@ -191,21 +199,8 @@ class Job:
             TrainingDiverged: names the step, and the parameter and rank whose gradient was first
                 not finite, if there was one; the same line on every rank.
         """
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        with self.mesh.comm.label("check"):
-            names = ops.all_gather_bytes(self._watch.pop().encode(), self.mesh.world)
-        name, rank = next(((n.decode(), rank) for rank, n in enumerate(names) if n), ("", 0))
-        if name:
-            cause = f"first in the gradient of {name} on rank {rank}"
-        elif math.isfinite(norm):
-            cause = "but all gradients are finite"
-        else:
-            cause = "but each rank's own gradients are finite: their sum overflowed"
-        raise TrainingDiverged(
-            f"step {step}: loss {loss}, gradient norm {norm}, {cause}; no weight was updated; "
-            "lower the learning rate, lengthen the warm-up or look at that rank's batch"
-        )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise_divergence(self._watch, self.mesh, step, loss=loss, norm=norm)
 
     def after_step(self) -> None:
         """Send updated weights to the ranks that need them. Call it after `optimizer.step()`."""
@@ -244,22 +239,20 @@ class Job:
                 one element of a tensor; see step/elementwise.py.
         """
         params = dict(self.named_parameters())
+        # All stages of a pipeline have all groups, in one order: schedulers take lists for groups.
+        local = {name: p for name, p in params.items() if p.requires_grad}
         group_options = {
             name: groups(name, layout.shape) if groups else {}
             for name, layout in self.layouts.items()
-            if name not in params or params[name].requires_grad
+            if name in local or self.mesh["pp"].size > 1
         }
+        refuse_options(cls, options, group_options.values(), self.mesh.device)
         by_tensor = self._make_optimizer is not None
         refuse_coupled(
             cls, options, group_options, params, self.layouts, self.mesh, by_tensor=by_tensor
         )
-        self._totals.check_optimizer(cls, options, [own for own, _ in by_options(group_options)])
-        local = {name: extra for name, extra in group_options.items() if name in params}
-        param_groups = [
-            {"params": [params[n] for n in names], **extra} for extra, names in by_options(local)
-        ]
-        # A pipeline stage may have no weight, but torch's optimizers refuse an empty list.
-        param_groups = param_groups or [{"params": [nn.Parameter(torch.empty(0))]}]
+        self._totals.check_optimizer(cls, options, [*group_options.values()])
+        param_groups = make_groups(group_options, local)
         if self._make_optimizer is not None:
             optimizer = self._make_optimizer(cls, param_groups, options)
         else:
@@ -304,6 +297,13 @@ class Job:
         save shadow.full_state_dict(). See step/shadow.py.
         """
         return Shadow(self, decay, self._runner.weights_changed)
+
+    def sentinel(self, every: int) -> Sentinel:
+        """Watch that replicas stay equal: after each `after_step` call `sentinel.check(step, ...)`.
+
+        Raises UserError if no two ranks hold the same data. Collective.
+        """
+        return Sentinel(self, every, self._state.buffer_layouts(), self.place.step)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Return each parameter's unsharded gradient, equal on every rank. Collective.

@@ -11,9 +11,9 @@ from torch import nn
 
 import dist_lab
 from dist_lab.comm.agree import check_tensors_agree
-from dist_lab.compose import find_units
 from dist_lab.errors import TrainingDiverged, UserError
 from dist_lab.loss import cross_entropy_sum
+from dist_lab.step.find_units import find_units
 
 
 def one_step(job, optimizer, microbatches, total):

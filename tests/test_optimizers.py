@@ -2,6 +2,8 @@
 
 import math
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,3 +261,210 @@ def test_an_error_of_the_optimizer_itself_keeps_its_message(mesh):
         job.optimizer(torch.optim.AdamW, no_such=1)
     with pytest.raises(ValueError, match="Muon only supports 2D"):  # of the biases
         job.optimizer(torch.optim.Muon)
+
+
+# --- the table of what works where ----------------------------------------------------------------
+
+sched = torch.optim.lr_scheduler
+SGD, ADAMW = {"lr": 0.1, "momentum": 0.9}, {"lr": 0.02}
+HALF = [lambda step, i=i: 0.5**step + 0.01 * i for i in range(3)]  # one function for each group
+SCHEDULERS = {
+    "StepLR": lambda o: sched.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: sched.MultiStepLR(o, [1, 3], 0.5),
+    "ExponentialLR": lambda o: sched.ExponentialLR(o, 0.7),
+    "LinearLR": lambda o: sched.LinearLR(o, 0.2, total_iters=3),
+    "ConstantLR": lambda o: sched.ConstantLR(o, 0.2, total_iters=2),
+    "PolynomialLR": lambda o: sched.PolynomialLR(o, 4, 2.0),
+    "LambdaLR": lambda o: sched.LambdaLR(o, HALF),
+    "MultiplicativeLR": lambda o: sched.MultiplicativeLR(o, HALF),
+    "CosineAnnealingLR": lambda o: sched.CosineAnnealingLR(o, 3),
+    "CosineAnnealingWarmRestarts": lambda o: sched.CosineAnnealingWarmRestarts(o, 2),
+    "CyclicLR": lambda o: sched.CyclicLR(o, [0.01, 0.02, 0.03], [0.1, 0.2, 0.3], 2),
+    "OneCycleLR": lambda o: sched.OneCycleLR(o, [0.1, 0.2, 0.3], total_steps=6),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, [0.01, 0.02, 0.03], anneal_epochs=2),
+    "SequentialLR": lambda o: sched.SequentialLR(
+        o, [sched.ConstantLR(o, 0.1), sched.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ChainedScheduler": lambda o: sched.ChainedScheduler(
+        [sched.ConstantLR(o, 0.1), sched.ExponentialLR(o, 0.9)]
+    ),
+    "ReduceLROnPlateau": lambda o: sched.ReduceLROnPlateau(
+        o, factor=0.5, patience=0, threshold=0.3
+    ),
+}
+
+
+def by_shape(name, shape):
+    """Three groups; under pp each stage has parameters of two of them."""
+    return {"lr": 0.05 if len(shape) > 1 else 0.1, "weight_decay": 0.1 * (name == "0.weight")}
+
+
+def steps_with(job, cls, make_scheduler=None, *, closure=False, **options):
+    """Losses, and the rates and momenta of each group after each step."""
+    optimizer = job.optimizer(cls, **options)
+    scheduler = make_scheduler and make_scheduler(optimizer)
+    seen = []
+    for step in range(4):
+        pair = (t.chunk(job.mesh.data.size)[job.mesh.data.index] for t in data(step))
+        microbatches = list(zip(*(t.chunk(2) for t in pair), strict=True))
+
+        def backward(microbatches=microbatches):
+            optimizer.zero_grad()
+            loss = job.run(microbatches, lambda out, target: cross_entropy_sum(out, target) / 8)
+            job.finish()
+            return loss
+
+        if closure:
+            loss = optimizer.step(backward)
+        else:
+            loss = backward()
+            optimizer.step()
+        job.after_step()
+        if isinstance(scheduler, sched.ReduceLROnPlateau):
+            scheduler.step(loss)
+        elif scheduler:
+            scheduler.step()
+        seen.append(float(loss))
+        if make_scheduler:
+            for group in optimizer.param_groups:
+                seen += [group["lr"], group.get("momentum", 0.0), *group.get("betas", ())]
+    return seen
+
+
+def elementwise(job):
+    classes = [cls for cls in SCOPES["element"] if cls is not Plain]
+    return [steps_with(job, cls, lr=0.01) for cls in classes]
+
+
+def ways(job):
+    rows = [
+        (cls, how) for cls in (torch.optim.SGD, torch.optim.AdamW) for how in ("foreach", "fused")
+    ]
+    return [steps_with(job, cls, lr=0.02, **{how: True}) for cls, how in rows]
+
+
+def scheduled(*names):
+    def run(job):
+        return [
+            steps_with(job, cls, SCHEDULERS[name], groups=by_shape, **options)
+            for name in names
+            for cls, options in ((torch.optim.SGD, SGD), (torch.optim.AdamW, ADAMW))
+        ]
+
+    return run
+
+
+DATA_SPLIT = ("zero1", "zero2", "fsdp", "hsdp")
+COLUMNS = {
+    "dp, ddp": ("dp", "ddp"),
+    ", ".join(DATA_SPLIT): DATA_SPLIT,
+    "tp": ("tp",),
+    "pp": ("pp",),
+}
+PLATEAU = "ReduceLROnPlateau"
+OTHERS = [name for name in SCHEDULERS if name != PLATEAU]
+# what -> what to run, and the outcome in each column: "exact", or the start of the refusal
+TABLE = {
+    "classes that treat each element alone: "
+    + ", ".join(cls.__name__ for cls in SCOPES["element"][1:]): (elementwise, ["exact"] * 4),
+    "`foreach=True`, `fused=True`": (ways, ["exact"] * 4),
+    "learning rates and other options of groups: `groups=`": (
+        lambda job: steps_with(job, torch.optim.AdamW, groups=by_shape, **ADAMW), ["exact"] * 4),
+    "`optimizer.step(closure)` of these classes": (
+        lambda job: steps_with(job, torch.optim.AdamW, closure=True, **ADAMW), ["exact"] * 4),
+    f"schedulers: {', '.join(OTHERS)}": (scheduled(*OTHERS), ["exact"] * 4),
+    f"{PLATEAU}, given the loss of `job.run` or `job.evaluate`": (
+        scheduled(PLATEAU), ["exact"] * 4),
+    "a class that reads a whole tensor: Adafactor": (
+        lambda job: steps_with(job, torch.optim.Adafactor, lr=0.05),
+        ["exact", "refused", "refused", "exact"]),
+    "a class that reads all tensors: LBFGS, with its closure": (
+        lambda job: losses_of(job, job.optimizer(torch.optim.LBFGS, lr=0.5, max_iter=4)),
+        ["exact", "refused", "refused", "refused"]),
+    "`capturable=True` on a CPU": (
+        lambda job: steps_with(job, torch.optim.AdamW, capturable=True), ["refused"] * 4),
+    "`differentiable=True`": (
+        lambda job: steps_with(job, torch.optim.SGD, differentiable=True), ["refused"] * 4),
+}  # fmt: skip
+STARTS = {  # of the refusals, by what the optimizer is
+    "Adafactor": r"^Adafactor looks at more than one element at a time, but ranks step on shards",
+    "LBFGS": r"^LBFGS looks at more than one .*, but ranks step on (shards of|different param)",
+    "`capturable": r"^AdamW\(capturable=True\) is for graphs of an accelerator, and these ranks",
+    "`differentiable": r"^SGD\(differentiable=True\) needs parameters that autograd computes",
+}
+
+
+class OneProcess:
+    """Plain PyTorch, with those methods of a job that the runs above call."""
+
+    mesh = SimpleNamespace(data=SimpleNamespace(size=1, index=0))
+
+    def __init__(self):
+        self.model = net()
+
+    def optimizer(self, cls, groups=None, **options):
+        if groups is None:
+            return cls(self.model.parameters(), **options)
+        sorted_out = {}
+        for name, p in self.model.named_parameters():
+            of_group = groups(name, p.shape)
+            sorted_out.setdefault(str(of_group), of_group | {"params": []})["params"].append(p)
+        return cls([*sorted_out.values()], **options)
+
+    def run(self, microbatches, loss_fn):
+        losses = [loss_fn(self.model(x), y) for x, y in microbatches]
+        sum(losses).backward()
+        return float(sum(losses).detach())
+
+    def finish(self):
+        pass
+
+    def after_step(self):
+        pass
+
+
+def numbers(value):
+    return [x for part in value for x in (numbers(part) if isinstance(part, list) else [part])]
+
+
+@pytest.mark.slow_unless(
+    lambda strategy, what: (
+        strategy == "pp" or (strategy == "fsdp" and not what.startswith(("classes", "schedulers")))
+    )
+)
+@pytest.mark.parametrize("what", TABLE)
+@pytest.mark.parametrize("strategy", [
+    pytest.param(s, marks=pytest.mark.ranks(2, mesh={"dp": 1, "fsdp": 2} if s == "hsdp" else
+                                            axes_of(s, 2)))
+    for column in COLUMNS.values() for s in column
+])  # fmt: skip
+def test_optimizers_and_schedulers_do_what_the_table_says(mesh, strategy, what):
+    run, outcomes = TABLE[what]
+    of_column = dict(zip(COLUMNS, outcomes, strict=True))
+    outcome = next(of_column[name] for name, row in COLUMNS.items() if strategy in row)
+    job = job_of(mesh, strategy)
+    if outcome == "refused":
+        start = next(text for word, text in STARTS.items() if word in what)
+        with pytest.raises(UserError, match=start) as caught:
+            run(job)
+        assert "\n" not in str(caught.value)
+        return
+    assert numbers(run(job)) == pytest.approx(numbers(run(OneProcess())), rel=1e-10)
+
+
+def test_the_readme_has_the_table():
+    text = (Path(__file__).parents[1] / "dist_lab/step/README.md").read_text()
+    assert f"| | {' | '.join(COLUMNS)} |" in text
+    for what, (_, outcomes) in TABLE.items():
+        assert f"| {what} | {' | '.join(outcomes)} |" in text
+
+
+def test_a_plateau_is_seen_and_momentum_cycles():
+    """The table would prove little if a scheduler never changed anything."""
+    for name in SCHEDULERS:
+        options = {**SGD, "groups": by_shape}
+        with_it = steps_with(OneProcess(), torch.optim.SGD, SCHEDULERS[name], **options)
+        without = steps_with(OneProcess(), torch.optim.SGD, **options)
+        assert with_it[::7] != without, name
+        if name in ("OneCycleLR", "CyclicLR"):
+            assert len({with_it[i] for i in range(2, len(with_it), 7)}) > 1, name  # momentum

@@ -28,8 +28,10 @@ LAYERS = [
     ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
     ["mesh", "comm"],  # these two import each other: collectives run along an axis
     ["layout"],
+    ["randomness"],
     ["step"],
     ["transforms"],
+    ["sentinel"],
     ["parallel"],
     ["job"],
     ["compose"],

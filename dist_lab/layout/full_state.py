@@ -48,6 +48,11 @@ class FullState:
         # Tied tensors have several names and one value. Extra state comes from this rank.
         return {key: gathered[n] if n in gathered else local[n] for key, n in self.names.items()}
 
+    def buffer_layouts(self) -> dict[str, Layout]:
+        """The layout of each buffer that is saved; without a pipeline every rank has them all."""
+        whole = {n: Layout(b.shape, b.dtype) for n, b in self.model.named_buffers()}
+        return {n: whole[n] for n in self.names if n in whole} | {**self.buffers}
+
     def load(self, full: Mapping[str, Any]) -> None:
         """Write full tensors into this rank's shards.
 

@@ -114,7 +114,7 @@ class Runner(Step):
         """Forward and backward of each in order. Returns the sum of their shares of the loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for i, (inputs, targets) in enumerate(microbatches):
-            with self.microbatch(last=self._last and i == len(microbatches) - 1):
+            with self.place.at(i), self.microbatch(last=self._last and i == len(microbatches) - 1):
                 output = self.model(inputs)
                 share = share_of(output, loss_fn(output, targets))
                 del output  # this reference would keep it alive during backward

@@ -5,11 +5,15 @@ before the strategy in the chain, and checks each gradient while it is still loc
 check costs one pass over each gradient.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dist_lab.comm import ops
+from dist_lab.errors import TrainingDiverged
+from dist_lab.mesh.mesh import Mesh
 from dist_lab.step.protocol import Sync
 
 
@@ -44,3 +48,22 @@ class FirstNonFinite(Sync):
 
     def forget(self) -> None:
         self.first_name = ""
+
+
+def raise_divergence(
+    watch: FirstNonFinite, mesh: Mesh, step: int, *, loss: float, norm: float
+) -> None:
+    """Raise TrainingDiverged on every rank: see `Job.check_finite`. Collective."""
+    with mesh.comm.label("check"):
+        names = ops.all_gather_bytes(watch.pop().encode(), mesh.world)
+    name, rank = next(((n.decode(), rank) for rank, n in enumerate(names) if n), ("", 0))
+    if name:
+        cause = f"first in the gradient of {name} on rank {rank}"
+    elif math.isfinite(norm):
+        cause = "but all gradients are finite"
+    else:
+        cause = "but each rank's own gradients are finite: their sum overflowed"
+    raise TrainingDiverged(
+        f"step {step}: loss {loss}, gradient norm {norm}, {cause}; no weight was updated; "
+        "lower the learning rate, lengthen the warm-up or look at that rank's batch"
+    )

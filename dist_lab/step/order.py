@@ -21,6 +21,7 @@ from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.loss import LossFn, Pair
+from dist_lab.randomness.place import Place
 from dist_lab.step.grad_elsewhere import real_grad
 from dist_lab.step.protocol import Chain
 
@@ -29,14 +30,14 @@ class Step(ABC):
     """Base class of both runners: keeps the order of a step.
 
     Attributes:
-        has_gradients: there are gradients that finish() has not summed.
+        has_gradients, place: some are not summed by finish(); what is computed, for random masks.
     """
 
     def __init__(
         self, model: nn.Module, sync: Chain, comm: CommContext, stepped: Mapping[str, nn.Parameter]
     ) -> None:
         self.model, self.sync, self.comm, self._stepped = model, sync, comm, stepped
-        self.has_gradients = False
+        self.has_gradients, self.place = False, Place()
         # Looked up once: during backward the model may hold the unsharded tensor under this name.
         self._parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
         self._parameters_at_start = dict(model.named_parameters())
@@ -93,6 +94,7 @@ class Step(ABC):
         finally:
             self.has_gradients = False
         self._closed = set(self._parameters)
+        self.place.end_step()
 
     def after_step(self) -> None:
         """Raises UserError if the optimizer has stepped on gradients that were not summed."""
@@ -114,11 +116,8 @@ class Step(ABC):
         before = self._parameters_at_start
         changed = [n for n in {**parameters, **before} if parameters.get(n) is not before.get(n)]
         if changed:
-            what = "replaced in"
-            if changed[0] not in before:
-                what = "added to"
-            elif changed[0] not in parameters:
-                what = "tied in, or removed from,"
+            what = "replaced in" if changed[0] in before else "added to"
+            what = what if changed[0] in parameters else "tied in, or removed from,"
             raise UserError(
                 f"{changed[0]} was {what} the model after parallelize(), but only parameters "
                 "given to parallelize() are trained; change the model before that call"

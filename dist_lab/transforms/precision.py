@@ -11,6 +11,7 @@ their dtype. Normalization with running statistics keeps float32 weights, like i
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def compute_in(
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         module.register_forward_hook(ModuleHook(view.leave), always_call=True)
         if isinstance(module.forward, CheckpointedForward):  # in backward it runs without hooks
-            module.forward.around.append(view.around)
+            module.forward.around.append(lambda unit: partial(view.around, unit))
 
 
 class LowPrecisionView:

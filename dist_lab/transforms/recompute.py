@@ -17,7 +17,7 @@ the unit before the second forward begins. Hooks on modules inside the unit are 
 * buffers are as they were before the first forward, and writes to them are discarded: the running
   statistics of BatchNorm count a batch once;
 * a context that changes the numbers of a forward also surrounds the second forward:
-  `CheckpointedForward.around`, which precision.py uses.
+  `CheckpointedForward.around`, which precision.py and exact dropout use.
 Any other side effect of a forward, such as an append to a list, would happen twice.
 """
 
@@ -32,8 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import StaysBehind
 
-# unit -> a context to run its second forward in
-Around = Callable[[nn.Module], AbstractContextManager[None]]
+# Called with the unit before its first forward. Returns what makes a context for the second one.
+Around = Callable[[nn.Module], Callable[[], AbstractContextManager[None]]]
 
 
 def recompute(model: nn.Module, units: Mapping[str, nn.Module], every: int) -> None:
@@ -77,7 +77,7 @@ class CheckpointedForward(StaysBehind):
     """The `forward` of a unit that recomputes. A copy of the unit has its original `forward`.
 
     Attributes:
-        around: unit -> a context to run the second forward in.
+        around: what makes contexts to run the second forward in.
     """
 
     def __init__(self, unit: nn.Module) -> None:
@@ -110,7 +110,7 @@ class Replay:
     """
 
     def __init__(self, unit: nn.Module, around: Sequence[Around]) -> None:
-        self.unit, self.around = unit, around
+        self.unit, self.around = unit, [note(unit) for note in around]
         self.stack = ExitStack()
         self.buffers = [
             (module._buffers, {name: _copy(buffer) for name, buffer in module._buffers.items()})
@@ -124,7 +124,7 @@ class Replay:
                 stack.callback(buffers.update, dict(buffers))
                 buffers.update({name: _copy(buffer) for name, buffer in copies.items()})
             for surround in self.around:
-                stack.enter_context(surround(self.unit))
+                stack.enter_context(surround())
             self.stack = stack.pop_all()
 
     def __exit__(self, *error: object) -> None:

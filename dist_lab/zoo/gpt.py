@@ -102,9 +102,11 @@ class Block(nn.Module):
     """One transformer layer: x (B, T, D) -> (B, T, D)."""
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, ffn: int, rope_base: float, eps: float
-    ):
+        self, width: int, heads: int, kv_heads: int, ffn: int, rope_base: float, eps: float,
+        dropout: float,
+    ):  # fmt: skip
         super().__init__()
+        self.drop_attn, self.drop_mlp = nn.Dropout(dropout), nn.Dropout(dropout)
         self.input_layernorm = nn.RMSNorm(width, eps)
         self.self_attn = Attention(width, heads, kv_heads, rope_base)
         self.post_attention_layernorm = nn.RMSNorm(width, eps)
@@ -113,8 +115,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, past: Past | None = None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.drop_attn(self.self_attn(self.input_layernorm(x), positions, past))
+        return x + self.drop_mlp(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):
@@ -140,7 +142,7 @@ class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V).
 
     With `tied` the head and the embedding share one weight. `rope_base` and `eps` are arguments
-    because published Llama weights differ in them.
+    because published Llama weights differ in them. `dropout` is that of each residual branch.
 
     Raises ValueError unless width is divisible by 2 x heads, and heads by kv_heads.
     """
@@ -162,6 +164,7 @@ class GPT(nn.Module):
         tied: bool = False,
         rope_base: float = 10_000.0,
         eps: float = 1e-5,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if width % (2 * heads) or heads % kv_heads:
@@ -171,7 +174,8 @@ class GPT(nn.Module):
             )
         self.head_dim = width // heads
         self.depth = layers  # of the whole model: a pipeline stage initializes its layers with it
-        blocks = [Block(width, heads, kv_heads, ffn, rope_base, eps) for _ in range(layers)]
+        shape = (width, heads, kv_heads, ffn, rope_base, eps, dropout)
+        blocks = [Block(*shape) for _ in range(layers)]
         self.model = Decoder(vocab, width, blocks, eps)
         self.lm_head = nn.Linear(width, vocab, bias=False)
         if tied:

@@ -35,14 +35,16 @@ class ContextWindow(nn.Module):
 class Block(nn.Module):
     """One residual block: x (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, ffn: int):
+    def __init__(self, width: int, ffn: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, ffn)
+        self.drop_hidden, self.drop = nn.Dropout(dropout), nn.Dropout(dropout)
         self.down = nn.Linear(ffn, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))  # D -> F -> D
+        hidden = self.drop_hidden(F.gelu(self.up(self.norm(x))))  # D -> F
+        return x + self.drop(self.down(hidden))  # F -> D
 
 
 class MLP(nn.Module):
@@ -54,14 +56,15 @@ class MLP(nn.Module):
     stages = ("embed", "window", "project", "blocks.*", "norm", "head")  # in forward order
 
     def __init__(
-        self, vocab: int, *, layers: int, width: int, ffn: int, context: int, features: int
-    ):
+        self, vocab: int, *, layers: int, width: int, ffn: int, context: int, features: int,
+        dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.depth = layers  # of the whole model: a pipeline stage initializes its layers with it
         self.embed = nn.Embedding(vocab, features)
         self.window = ContextWindow(context)
         self.project = nn.Linear(context * features, width)
-        self.blocks = nn.ModuleDict({str(index): Block(width, ffn) for index in range(layers)})
+        self.blocks = nn.ModuleDict({str(i): Block(width, ffn, dropout) for i in range(layers)})
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab)
 

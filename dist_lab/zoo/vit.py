@@ -73,28 +73,30 @@ class Attention(nn.Module):
 class Perceptron(nn.Module):
     """An MLP with F hidden units: x (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, ffn: int):
+    def __init__(self, width: int, ffn: int, dropout: float):
         super().__init__()
         self.up_proj = nn.Linear(width, ffn)
+        self.drop = nn.Dropout(dropout)
         self.down_proj = nn.Linear(ffn, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))  # D -> F -> D
+        return self.down_proj(self.drop(F.gelu(self.up_proj(x))))  # D -> F -> D
 
 
 class Block(nn.Module):
     """One transformer layer: x (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, heads: int, ffn: int):
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float):
         super().__init__()
+        self.drop_attn, self.drop_mlp = nn.Dropout(dropout), nn.Dropout(dropout)
         self.input_layernorm = nn.LayerNorm(width, EPS)
         self.self_attn = Attention(width, heads)
         self.post_attention_layernorm = nn.LayerNorm(width, EPS)
-        self.mlp = Perceptron(width, ffn)
+        self.mlp = Perceptron(width, ffn, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.drop_attn(self.self_attn(self.input_layernorm(x)))
+        return x + self.drop_mlp(self.mlp(self.post_attention_layernorm(x)))
 
 
 class ClassToken(nn.Module):
@@ -125,6 +127,7 @@ class ViT(nn.Module):
         width: int,
         heads: int,
         ffn: int,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if image[1] % patch or image[2] % patch or width % heads:
@@ -135,7 +138,9 @@ class ViT(nn.Module):
         self.head_dim = width // heads
         self.depth = layers  # of the whole model: a pipeline stage initializes its layers with it
         self.embed = Patches(image, patch, width)
-        self.layers = nn.ModuleDict({str(i): Block(width, heads, ffn) for i in range(layers)})
+        self.layers = nn.ModuleDict(
+            {str(i): Block(width, heads, ffn, dropout) for i in range(layers)}
+        )
         self.pool = ClassToken()
         self.norm = nn.LayerNorm(width, EPS)  # after the pool, because it is per token
         self.head = nn.Linear(width, classes)

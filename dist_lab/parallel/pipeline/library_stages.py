@@ -1,6 +1,7 @@
 """What PyTorch's pipelining needs of a stage, and checks of what it would do wrong silently."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,19 +23,21 @@ class StageForward:
         output_shapes: None for the last stage, whose output is the model's.
         model_outputs: takes the model's output, for the loss. The library gets none: it takes it to
             be tensors, and under tp it is an object.
+        around: stage -> a context for its next forward.
     """
 
     def __init__(
         self, stage: int, forward: Callable[..., Any], output_shapes: Sequence[StageInput] | None,
-        model_outputs: list[Any],
+        model_outputs: list[Any], around: Callable[[int], AbstractContextManager[None]],
     ) -> None:  # fmt: skip
         self.stage, self.forward = stage, forward
-        self.output_shapes, self.model_outputs = output_shapes, model_outputs
+        self.output_shapes, self.model_outputs, self.around = output_shapes, model_outputs, around
 
     # Around all hooks of the module: torch's FlopCounterMode puts backward hooks on the inputs of
     # each module, and fails on leaves, which the library passes here.
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        output = self.forward(*(self._non_leaf(x) for x in inputs))
+        with self.around(self.stage):
+            output = self.forward(*(self._non_leaf(x) for x in inputs))
         if self.output_shapes is None:
             self.model_outputs.append(output)
             return ()

@@ -24,6 +24,7 @@ not split the backward of the first stage, for which no rank waits: all of it ru
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
 
@@ -160,6 +161,7 @@ class TorchPipeline:
         self.built_for: tuple[int, torch.Size, torch.dtype] | None = None
         self.loss_fn: LossFn | None = None  # of the current run, as is the next
         self.events: RunnerEvents | None = None
+        self.forwards: dict[int, int] = {}  # stage -> the number of forwards so far
         self.model_outputs: list[Any] = []  # of micro-batches whose loss is not computed yet
         self.gradients_checked = name not in SPLIT_BACKWARD  # that no stage loses a gradient
 
@@ -183,6 +185,7 @@ class TorchPipeline:
         has_last = self.num_stages - 1 in self.modules
         targets = torch.cat([y for _, y in microbatches]) if has_last else None
         losses: list[Tensor] = []
+        self.forwards = dict.fromkeys(self.modules, 0)
         try:
             schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
         except BaseException as error:
@@ -195,6 +198,12 @@ class TorchPipeline:
             stage.clear_runtime_states()  # or its outputs would be kept until the next run
         zero = torch.zeros((), dtype=torch.float64, device=self.axis.device)
         return sum((share.detach() for share in losses), zero)
+
+    def _forward_of(self, stage: int) -> AbstractContextManager[None]:
+        """Around a forward of a stage. The library runs those of a stage in order."""
+        assert self.events is not None
+        self.forwards[stage] += 1
+        return self.events.forward(self.forwards[stage] - 1)
 
     def _share(self, nothing: tuple[()], targets: Tensor) -> Tensor:
         assert self.loss_fn is not None
@@ -243,7 +252,7 @@ class TorchPipeline:
             output_shapes = shapes[s + 1] if s + 1 < len(shapes) else None
             forward = stage.forward_maybe_with_nosync
             stage.forward_maybe_with_nosync = StageForward(
-                s, forward, output_shapes, self.model_outputs
+                s, forward, output_shapes, self.model_outputs, self._forward_of
             )
             stage.perform_reduce_grad = partial(self._reduce, s, stage.perform_reduce_grad)
             stages.append(stage)

@@ -38,6 +38,9 @@ class RunnerEvents(Protocol):
     def on_phase(self, phase: Phase, label: str) -> None:
         """The pipeline is about to begin a phase. A library reports phases, not actions."""
 
+    def forward(self, microbatch: int) -> AbstractContextManager[None]:
+        """The library computes the forward of this micro-batch inside the block."""
+
     def on_gradients(self, stage: int, *, last: bool) -> None:
         """A micro-batch has been added to a stage's gradients. `last`: they are complete."""
 
@@ -160,7 +163,8 @@ class PipelineRunner(Step):
             self._unsharded.remove(stage)
             self.sync.reshard(unit, phase)
         if action.op is not Op.F:
-            yield
+            with self.place.at(action.microbatch):
+                yield
             if self.after_backward is not None and action.op in (Op.B, Op.I, Op.W):
                 self.after_backward(unit, action.microbatch)
             return
@@ -168,12 +172,16 @@ class PipelineRunner(Step):
         self._saver.enter(stage_unit)  # saves the stage's parameters by name: see step/saved.py
         self._saver.watch_storages(stage_unit.leaves, stage_unit, stage_unit.visit)
         try:
-            yield
+            with self.place.at(action.microbatch):
+                yield
         finally:
             self._saver.leave(stage_unit)
 
     def on_phase(self, phase: Phase, label: str) -> None:
         self.comm.phase, self.comm.unit = phase.value, label
+
+    def forward(self, microbatch: int) -> AbstractContextManager[None]:
+        return self.place.at(microbatch)
 
     def on_gradients(self, stage: int, *, last: bool) -> None:
         self.has_gradients = True

@@ -8,7 +8,7 @@ from torch import nn
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.tensor.auto_plan import NoPlan, auto_plan
-from dist_lab.parallel.tensor.plan import Plan, Planned, Role
+from dist_lab.parallel.tensor.plan import Plan, Planned, Role, read_plan
 
 
 @runtime_checkable
@@ -45,6 +45,19 @@ def plan_of(
             "sequence_parallel, or give plan={...} with them"
         )
     return auto_plan(model, axis.size)
+
+
+def refuse_sharded_inputs(model: nn.Module, plan: Plan | str | None, axis: Axis) -> None:
+    """Raise UserError if a sequence-parallel model reads shards of the sequence: then no copy of
+    the whole model can show which positions a shard has, as exact dropout must know.
+    """
+    planned = read_plan(model, plan_of(model, plan, axis, sequence_parallel=True))
+    if axis.size > 1 and not takes_whole_sequence(model, planned):
+        raise UserError(
+            f"{type(model).__name__} reads a shard of the sequence on each rank of {axis.name}, so "
+            "its dropout does not know which positions these are; let it read the whole sequence "
+            "(plan 'scatter_output' or 'vocabulary' for its first layer), or set p=0"
+        )
 
 
 def is_tested(model: nn.Module, plan: Plan | str | None) -> bool:

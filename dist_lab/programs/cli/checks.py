@@ -98,6 +98,11 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         )
     if config.layers is not None and config.model == "resnet18":
         raise UserError(f"model resnet18 always has 8 blocks ({where['layers']}); leave it out")
+    if config.dropout and config.model == "resnet18":
+        raise UserError(
+            f"model resnet18 has no dropout ({where['dropout']}); leave it out, or give --model "
+            "gpt, mlp or vit"
+        )
     if config.sync_batchnorm and config.strategy in ("pp", "tp"):
         raise UserError(
             f"{config.strategy} does not split rows over ranks, so BatchNorm has nothing to "

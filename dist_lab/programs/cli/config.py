@@ -112,6 +112,8 @@ class RunSettings(RankSettings):
         high=10_000, heading="model and data")
     recompute: int = setting(0, "activation checkpointing: recompute every N-th block in backward; "
         "1: all, 0: none", low=0)
+    dropout: float = setting(0.0, "probability of dropout in gpt, mlp and vit, with the same masks "
+        "in every layout", low=0.0, high=1.0)
     sync_batchnorm: bool = setting(False, "BatchNorm over the samples of all ranks (resnet18)")
     download: bool = setting(False, "download mnist or cifar10 into --cache if it is not there")
     cache: str = setting("~/.cache/dist_lab", "folder for cached text, mnist and cifar10",
@@ -141,6 +143,8 @@ class RunSettings(RankSettings):
     val_every: int = setting(100, "steps between validations; 0: only at the end", low=0,
         heading="logs and errors")
     log_every: int = setting(10, "steps between logged rows", low=1)
+    sentinel: int = setting(0, "every N steps compare weights, buffers, random generators and the "
+        "like over the ranks that should hold the same, and stop at a difference; 0: never", low=0)
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
     # fmt: on

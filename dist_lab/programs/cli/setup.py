@@ -36,6 +36,7 @@ def draw_model(config: Config, data: Data, device: str = "cpu") -> zoo.Model:
         config.model, config.size, vocab=data.vocab, image=data.image, seed=config.seed,
         dtype=parameter_dtype(config), device=device,
         **({} if config.layers is None else {"layers": config.layers}),
+        **({"dropout": config.dropout} if config.dropout else {}),
     )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def arguments(config: Config, data: Data) -> dict[str, Any]:
         "recompute": config.recompute,
         "sync_batchnorm": config.sync_batchnorm,
         "reduce_order": config.reduce_order,
+        "dropout": "exact" if config.dropout else None,
     }
 
 

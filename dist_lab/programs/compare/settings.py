@@ -22,8 +22,8 @@ from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
 DEFAULTS = {"steps": 3}  # per round; strategies are compared best within short rounds
 SMOKE = {"size": "tiny", "batch": AtLeast(8), "seq": 32, "steps": 2, "rounds": 8}
 WITHOUT = [
-    "strategy", "impl", "val_every", "log_every", "log_collectives", "check_collectives",
-    "reduce_order",
+    "strategy", "impl", "val_every", "log_every", "sentinel", "log_collectives",
+    "check_collectives", "reduce_order",
 ]  # fmt: skip
 ALL = "all"
 

@@ -18,7 +18,7 @@ from torch import nn
 from dist_lab.comm import ops
 from dist_lab.comm.agree import together
 from dist_lab.comm.context import CollectiveError
-from dist_lab.compose import find_units, parallelize
+from dist_lab.compose import parallelize
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.job import Job
 from dist_lab.layout.layout import Layout, local_numel
@@ -41,6 +41,7 @@ from dist_lab.programs.doctor.trial import Trial, Unit
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.engine import verify
 from dist_lab.programs.verify.report import VerifyReport
+from dist_lab.step.find_units import find_units
 from dist_lab.step.hooks import tensors_in
 
 

@@ -31,8 +31,8 @@ def findings(
         more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
         messages.append(
             f"dropout of {p} in {name}{more}: every layout draws different masks, so everything "
-            "below is for the model with p=0; under tp call torch.manual_seed with the same seed "
-            "on all ranks"
+            'below is for the model with p=0; parallelize(dropout="exact") has the same masks in '
+            "all layouts"
         )
     narrow = [n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     if narrow:

@@ -15,8 +15,8 @@ from dist_lab.programs.cli.settings import read as read_settings
 
 WITHOUT = [
     "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
-    "overwrite", "about", "val_every", "log_every", "log_collectives", "check_collectives",
-    "reduce_order",
+    "overwrite", "about", "val_every", "log_every", "sentinel", "log_collectives",
+    "check_collectives", "reduce_order",
 ]  # fmt: skip
 RANKS = 4  # the number of ranks unless --mesh, --stages or --nproc sets it
 PICTURES = (".svg", ".png", ".pdf")

@@ -28,13 +28,18 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
     optimizer = make_optimizer(job, config)
     rows = own_rows(config.batch, job)
     meter = Meter(job, optimizer)
+    sentinel = job.sentinel(config.sentinel) if config.sentinel else None
     tokens = config.batch * config.seq if data.image is None else None
     validation: dict[str, float] = {}
 
     with closing(prefetch(data, rows, 0, config.steps)) as batches:
         for step in range(1, config.steps + 1):
             with meter.step(step):
-                loss, norm = take_step(job, optimizer, *next(batches), step, config)
+                inputs, targets = next(batches)
+                loss, norm = take_step(job, optimizer, inputs, targets, step, config)
+                if sentinel is not None:
+                    numbers = {"loss": loss, "norm": norm, "position": step * config.batch}
+                    sentinel.check(step, optimizer, inputs=(inputs, targets), **numbers)
 
             evaluation_due = step == config.steps or (
                 config.val_every > 0 and step % config.val_every == 0

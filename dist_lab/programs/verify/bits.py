@@ -18,6 +18,8 @@ from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, error
 from dist_lab.programs.verify.reference import build, has_batchnorm, state
 from dist_lab.programs.verify.report import Comparison
+from dist_lab.randomness.dropout import bind, named_dropouts
+from dist_lab.randomness.place import Place
 
 Gradients = dict[str, Tensor | None]
 
@@ -34,18 +36,24 @@ def one_process_by_shards(
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
     loss_sum: LossFn,
+    dropout: str | None = None,
+    seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Train in one process, shard by shard; yield each step's batch and the state after it.
 
     The next step changes the state in place. The arguments are those of `one_process`.
     """
-    model = build(build_model, device, None)
+    model = build(build_model, device, None, dropout)
+    place = Place()
+    place.seed = seed
+    bind(named_dropouts(model), place)
     reference_optimizer = optimizer([p for p in model.parameters() if p.requires_grad], **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
         check_rows(batch, shards)
         pieces, total = batches.slice_rows(batch, shards), batches.count(batch[1])
-        losses, gradients = sum_of_shards(model, pieces, loss_sum, total)
+        place.step = step
+        losses, gradients = sum_of_shards(model, pieces, loss_sum, total, place)
         norm = exact_norm(gradients.values())
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         for name, parameter in model.named_parameters():
@@ -60,18 +68,25 @@ def one_process_by_shards(
 
 
 def sum_of_shards(
-    model: nn.Module, shards: list[Pair], loss_sum: LossFn, total: int
+    model: nn.Module, shards: list[Pair], loss_sum: LossFn, total: int, place: Place, first: int = 0
 ) -> tuple[list[float], Gradients]:
-    """The losses of some neighbouring shards, and the sum of their gradients along the tree."""
+    """The losses of some neighbouring shards, and the sum of their gradients along the tree.
+
+    Args:
+        place: of exact dropout; `first` is the number of the first row.
+    """
+    rows = [batches.rows_in(inputs) for inputs, _ in shards]
     if len(shards) == 1:
         inputs, targets = batches.copy(shards[0])
         model.zero_grad()
-        loss = loss_sum(model(inputs), targets) / total
-        loss.backward()
+        with place.microbatch(range(first, first + rows[0]), last=True):
+            loss = loss_sum(model(inputs), targets) / total
+            loss.backward()
         return [float(loss.detach())], {name: p.grad for name, p in model.named_parameters()}
     half = len(shards) // 2
-    losses, left = sum_of_shards(model, shards[:half], loss_sum, total)
-    more_losses, right = sum_of_shards(model, shards[half:], loss_sum, total)
+    middle = first + sum(rows[:half])
+    losses, left = sum_of_shards(model, shards[:half], loss_sum, total, place, first)
+    more_losses, right = sum_of_shards(model, shards[half:], loss_sum, total, place, middle)
     return losses + more_losses, {name: _add(left[name], right[name]) for name in left}
 
 

@@ -58,6 +58,8 @@ def verify(
     sync_batchnorm: bool = False,
     reduce_order: str | None = None,
     reference: Iterable[tuple[Pair, State]] | None = None,
+    dropout: str | None = None,
+    seed: int = 0,
     **strategy_options: Any,
 ) -> VerifyReport:
     """Train a model in parallel and in one process, and compare the two. Collective over the mesh.
@@ -78,11 +80,11 @@ def verify(
         reduce_order: "fixed" or "fixed:V": compare bits, see bits.py and `parallelize`.
         reference: the steps of `one_process`, if the caller has run them already. Then the first
             step is not run again to check that it is repeatable.
-        sync_batchnorm, strategy_options: see `parallelize`.
+        sync_batchnorm, dropout, seed, strategy_options: see `parallelize`.
 
     Raises:
         UserError: on every rank, if all rows are equal (that would hide a missing sum over ranks),
-            the one-process run gives another result when repeated, as with dropout (see
+            the one-process run gives another result when repeated, as with plain dropout (see
             `repeat_first_step`), the batch differs between ranks or cannot be split by rows, there
             is nothing to train, or the reference is not finite.
     """
@@ -94,7 +96,7 @@ def verify(
         raise UserError(f"steps={steps} and microbatches={microbatches} must be 1 or more")
     with together(mesh.world):
         tested = build_model()
-        check_model(tested)
+        check_model(tested, dropout)
         dtype = coarsest(tested, param_dtype, tolerance)
     batchnorm = batchnorm_in_words(tested, mesh.data.size, microbatches, sync_batchnorm)
     tested = tested.to(mesh.device)
@@ -104,19 +106,19 @@ def verify(
     job = parallelize(
         tested, mesh, strategy, impl, units=units, param_dtype=param_dtype,
         broadcast=False, sync_batchnorm=sync_batchnorm, reduce_order=reduce_order,
-        **strategy_options,
+        dropout=dropout, seed=seed, **strategy_options,
     )  # fmt: skip
     opt = job.optimizer(optimizer, **options)
     source = build_model, build_batch, mesh.data.size, mesh.device
     if reference is None and shards:
         reference = one_process_by_shards(
             *source, shards=shards, steps=steps, clip=clip, optimizer=optimizer, options=options,
-            loss_sum=loss_sum,
+            loss_sum=loss_sum, dropout=dropout, seed=seed,
         )  # fmt: skip
     elif reference is None:
         run_options: dict[str, Any] = {
             "microbatches": microbatches, "loss_sum": loss_sum, "param_dtype": param_dtype,
-            "sync_batchnorm": sync_batchnorm,
+            "sync_batchnorm": sync_batchnorm, "dropout": dropout, "seed": seed,
         }  # fmt: skip
         reference = one_process(
             *source, steps=steps, clip=clip, optimizer=optimizer, options=options, **run_options

@@ -8,10 +8,14 @@ between ranks. repeat.py checks for a step that one process cannot repeat.
 reference splits the batch as the ranks do: it runs each rank's micro-batches one by one, or with
 SyncBatchNorm the i-th micro-batches of all ranks as one. With SyncBatchNorm the buffers are
 compared too. Without it each rank has buffers of its own, and one process has no counterpart.
+
+[Note: dropout] Exact dropout is the one random layer that a comparison can have. Its mask is a
+function of the step and of a row's number in the batch (randomness/dropout.py). One process has all
+rows, so here their numbers are simply counted.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -24,6 +28,8 @@ from dist_lab.loss import LossFn, Pair, cross_entropy_sum, one_number
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, Tensors
+from dist_lab.randomness.dropout import Dropout, bind, named_dropouts, use_exact_dropout
+from dist_lab.randomness.place import Place
 from dist_lab.torch_private import AnyBatchNorm, AnyDropout
 from dist_lab.transforms.precision import compute_in
 
@@ -42,6 +48,8 @@ def one_process(
     loss_sum: LossFn = cross_entropy_sum,
     param_dtype: torch.dtype | None = None,
     sync_batchnorm: bool = False,
+    dropout: str | None = None,
+    seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Train in one process with PyTorch alone; yield each step's batch and the state after it.
 
@@ -49,14 +57,16 @@ def one_process(
 
     Args:
         ranks: how many ranks split the batch. Only a model with BatchNorm needs it.
+        dropout, seed: see `parallelize`.
     """
-    model = build(build_model, device, param_dtype)
+    model = build(build_model, device, param_dtype, dropout)
     trained = [p for p in model.parameters() if p.requires_grad]
     reference_optimizer = optimizer(trained, **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
         pieces = batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)
-        loss, gradients = loss_and_gradients(model, pieces, loss_sum)
+        numbers = row_numbers(model, batch, ranks, microbatches, sync_batchnorm)
+        loss, gradients = loss_and_gradients(model, pieces, loss_sum, numbers, step=step, seed=seed)
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
         reference_optimizer.step()
         reference_optimizer.zero_grad()
@@ -85,25 +95,48 @@ def state(
 
 
 def build(
-    build_model: Callable[[], nn.Module], device: torch.device, param_dtype: torch.dtype | None
+    build_model: Callable[[], nn.Module],
+    device: torch.device,
+    param_dtype: torch.dtype | None,
+    dropout: str | None = None,
 ) -> nn.Module:
     model = build_model().to(device)
+    if dropout == "exact":
+        use_exact_dropout(model)
     if param_dtype is not None:
         compute_in(model, param_dtype)
     return model
 
 
 def loss_and_gradients(
-    model: nn.Module, pieces: list[Pair], loss_sum: LossFn
+    model: nn.Module,
+    pieces: list[Pair],
+    loss_sum: LossFn,
+    numbers: Sequence[Tensor] | None = None,
+    *,
+    step: int = 0,
+    seed: int = 0,
 ) -> tuple[float, dict[str, Tensor | None]]:
-    """Loss and gradients of the whole batch, run piece by piece. Leaves gradients in `.grad`."""
+    """Loss and gradients of the whole batch, run piece by piece. Leaves gradients in `.grad`.
+
+    Args:
+        numbers: of each piece, the numbers of its rows in the batch; default: in order.
+        step, seed: of exact dropout.
+    """
+    place = Place()
+    place.step, place.seed = step, seed
+    bind(named_dropouts(model), place)
+    if numbers is None:
+        rows = [batches.rows_in(x) for x, _ in pieces]
+        numbers = torch.arange(sum(rows)).split(rows)
     total, loss, has_gradient = sum(batches.count(y) for _, y in pieces), 0.0, False
-    for piece in pieces:
+    for piece, samples in zip(pieces, numbers, strict=True):
         x, y = batches.copy(piece)
-        piece_loss = one_number(loss_sum(model(x), y)) / total
-        if piece_loss.requires_grad:
-            piece_loss.backward()
-            has_gradient = True
+        with place.microbatch(samples, last=True):
+            piece_loss = one_number(loss_sum(model(x), y)) / total
+            if piece_loss.requires_grad:
+                piece_loss.backward()
+                has_gradient = True
         loss += float(piece_loss.detach())
     if not has_gradient:
         raise UserError(
@@ -131,6 +164,15 @@ def batchnorm_pieces(
     return [batches.join(list(pairs)) for pairs in zip(*by_rank, strict=True)]
 
 
+def row_numbers(
+    model: nn.Module, batch: Pair, ranks: int, microbatches: int, over_ranks: bool
+) -> list[Tensor]:
+    """The numbers of the rows of each of `batchnorm_pieces`."""
+    numbers = torch.arange(batches.rows_in(batch[0]))
+    pieces = batchnorm_pieces(model, (numbers, numbers), ranks, microbatches, over_ranks)
+    return [piece for piece, _ in pieces]
+
+
 def batchnorm_in_words(model: nn.Module, ranks: int, microbatches: int, over_ranks: bool) -> str:
     """The rows that the reference normalizes together; "" for the whole batch or no BatchNorm."""
     if not has_batchnorm(model) or microbatches * (1 if over_ranks else ranks) == 1:
@@ -142,8 +184,8 @@ def batchnorm_in_words(model: nn.Module, ranks: int, microbatches: int, over_ran
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises UserError if the model has nothing to compare, or active dropout."""
+def check_model(model: nn.Module, dropout: str | None = None) -> None:
+    """Raises UserError if the model has nothing to compare, or active dropout that is not exact."""
     if not isinstance(model, nn.Module):
         raise UserError(f"build_model() must return a built module, not {model!r:.60}")
     parameters = dict(model.named_parameters())
@@ -159,10 +201,11 @@ def check_model(model: nn.Module) -> None:
             "every parameter of the model is frozen; set requires_grad=True on those to train"
         )
     for name, module in model.named_modules():
-        if isinstance(module, AnyDropout) and module.p > 0 and module.training:
+        exact = dropout == "exact" or isinstance(module, Dropout)
+        if isinstance(module, AnyDropout) and module.p > 0 and module.training and not exact:
             raise UserError(
                 f"{name or 'the model'} is dropout with p={module.p}: every layout draws different "
-                "masks, so no two runs are equal; set p=0 to verify"
+                'masks, so no two runs are equal; give dropout="exact", or set p=0 to verify'
             )
 
 

@@ -10,6 +10,7 @@ dropout), or the effect of the split.
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from dist_lab.programs.verify.reference import (
     build,
     has_batchnorm,
     loss_and_gradients,
+    row_numbers,
 )
 from dist_lab.step.hooks import tensors_in
 
@@ -55,6 +57,8 @@ def repeat_first_step(
     sync_batchnorm: bool,
     dtype: torch.dtype,
     tolerance: float,
+    dropout: str | None = None,
+    seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Yields the steps of `one_process`, after running the first one a second time.
 
@@ -72,21 +76,28 @@ def repeat_first_step(
             "it from a generator that is seeded by the step"
         )
 
-    def pieces(model: nn.Module) -> list[Pair]:
-        return batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)
+    def run_pieces(model: nn.Module) -> tuple[float, dict[str, Tensor | None]]:
+        how = batch, ranks, microbatches, sync_batchnorm
+        pieces, numbers = batchnorm_pieces(model, *how), row_numbers(model, *how)
+        return loss_and_gradients(model, pieces, loss_sum, numbers, seed=seed)
 
-    for seed in range(ATTEMPTS):
-        model = build(build_model, device, param_dtype)
-        if seed == 0:
+    for attempt in range(ATTEMPTS):
+        model = build(build_model, device, param_dtype, dropout)
+        if attempt == 0:
             _check_weights(built, model)
         split = ranks * microbatches > 1 and not has_batchnorm(model)
         half_batches = [half for half in batches.slice_rows(batch, 2) if batches.rows_in(half[0])]
-        with _seeded(seed, model, device) as has_drawn:
-            rerun = loss_and_gradients(model, half_batches if split else pieces(model), loss_sum)
+        with _seeded(attempt, model, device) as has_drawn:
+            rerun = (
+                loss_and_gradients(model, half_batches, loss_sum, seed=seed)
+                if split
+                else run_pieces(model)
+            )
             drew = has_drawn()
         if mismatch := difference(*rerun, expected, dtype, tolerance):
-            rerun_args = (lambda: build(build_model, device, param_dtype)), pieces, loss_sum, device
-            raise UserError(_find_change(*rerun_args) or _split_message(*mismatch, dtype))
+            fresh = partial(build, build_model, device, param_dtype, dropout)
+            change = _find_change(fresh, run_pieces, device)
+            raise UserError(change or _split_message(*mismatch, dtype))
         if not drew:
             break
     yield batch, expected
@@ -145,8 +156,7 @@ CallDigests = tuple[list[int], list[int]]  # digests of the input tensors and of
 
 def _find_change(
     fresh: Callable[[], nn.Module],
-    pieces: Callable[[nn.Module], list[Pair]],
-    loss_sum: LossFn,
+    run_pieces: Callable[[nn.Module], tuple[float, dict[str, Tensor | None]]],
     device: torch.device,
 ) -> str:
     """Returns a message about the part that changes when the same step runs again; "" if none.
@@ -158,7 +168,7 @@ def _find_change(
         model = fresh()
         calls = _record_calls(model)
         with _seeded(seed, model, device) as has_drawn:
-            loss, gradients = loss_and_gradients(model, pieces(model), loss_sum)
+            loss, gradients = run_pieces(model)
             grad_digests = {name: _digests(g) for name, g in gradients.items()}
             return calls, loss, grad_digests, has_drawn()
 

@@ -172,6 +172,10 @@ BAD_FLAGS = [
         f"give {IN_BUCKETS}"),
     ("--strategy ddp --bucket-mb 0", "bucket_mb cannot be 0.0 (--bucket-mb); give a finite number "
         "above 0"),
+    ("--model resnet18 --dropout 0.1", "model resnet18 has no dropout (--dropout); leave it out, "
+        "or give --model gpt, mlp or vit"),
+    ("--dropout 1.5", "dropout cannot be 1.5 (--dropout); give a finite number, 1.0 or less"),
+    ("--sentinel -1", "sentinel cannot be -1 (--sentinel); give a whole number, 0 or more"),
     ("--sync-batchnorm", "model gpt has no BatchNorm to synchronize (--sync-batchnorm); leave it "
         "out, or give --model resnet18"),
     ("--dtype fp8", "dtype cannot be 'fp8' (--dtype); give float32, bfloat16 or float64"),

@@ -275,7 +275,7 @@ def between(make):
 FINDINGS = {
     "dropout": (
         between(lambda: nn.Dropout(0.3)), rows(), {},
-        "^dropout of 0.3 in between: .* below is for the model with p=0; under tp", "exact",
+        "^dropout of 0.3 in between: .* below is for the model with p=0; parallelize", "exact",
     ),
     "random numbers": (
         between(sick.Drops), rows(), {}, r"^between \(Drops\) draws random numbers", "unproved",

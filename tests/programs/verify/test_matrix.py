@@ -135,15 +135,15 @@ def test_the_users_schedule_is_none_of_the_built_in_ones(tmp_path):
 
 
 def test_the_command_runs_the_cells_that_are_named_and_writes_a_table(tmp_path):
-    done = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 mlp", "--out", tmp_path)
+    done = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 vit", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = [str(c) for c in matching("ddp:dp2 mlp", CELLS)]
+    names = [str(c) for c in matching("ddp:dp2 vit", CELLS)]
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{len(names)} cells equal, 0 not equal; ")
     written = json.loads((tmp_path / "matrix.json").read_text())
     assert [cell["name"] for cell in written["cells"]] == names
     assert "| ddp | 2 | 1 | 1 |" in (tmp_path / "matrix.md").read_text()
-    again = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 mlp", "--out", tmp_path)
+    again = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 vit", "--out", tmp_path)
     assert "are not run again" in again.stdout
     assert again.returncode == 0
 

@@ -85,6 +85,8 @@ def arguments(cell: Cell, mesh: Mesh, folder: Path) -> dict[str, Any]:
         keywords["schedule"] = cell.schedule
     if cell.schedule:
         keywords["example_inputs"] = batch(cell, 0, rows=2)[0]
+    if cell.model in models.DROPOUT:
+        keywords["dropout"] = "exact"
     if "offload" in cell.options:
         keywords["offload"] = str(folder)
     if cell.is_low:
@@ -138,7 +140,8 @@ def reference(key: Key, device: torch.device) -> list[tuple[Pair, State]]:
         functools.partial(models.build, key.model, key.layers, stored),
         lambda step: models.batch(key.model, step, key.rows, stored),
         ranks, device, steps=STEPS, microbatches=microbatches, clip=0.5 if key.clip else None,
-        param_dtype=torch.bfloat16 if key.low else None, sync_batchnorm=sync, **OPTIMIZER,
+        param_dtype=torch.bfloat16 if key.low else None, sync_batchnorm=sync,
+        dropout="exact" if key.model in models.DROPOUT else None, **OPTIMIZER,
     )  # fmt: skip
     return [copy.deepcopy(step) for step in steps]
 

@@ -25,7 +25,10 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # model -> its shape above, 
     "gpt-tied": ("gpt", {"tied": True}),
     "gpt-259": ("gpt", {"vocab": 259}),
     "frozen": ("gpt", {}),
+    "gpt-drop": ("gpt", {"dropout": 0.1}),
+    "mlp-drop": ("mlp", {"dropout": 0.1}),
 }
+DROPOUT = ("gpt-drop", "mlp-drop")  # trained with exact dropout
 
 
 def build(

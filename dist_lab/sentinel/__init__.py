@@ -1,0 +1,1 @@
+"""The sentinel: compares over ranks what should be equal on several of them."""
