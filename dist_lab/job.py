@@ -23,14 +23,14 @@ from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.optim.build import build_optimizer
 from dist_lab.step.clip import clip
 from dist_lab.step.count import sum_of_counts
 from dist_lab.step.detached import RecordedLoss
-from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
-from dist_lab.step.scaler import Scaler, decide_together
+from dist_lab.step.scaler import Scaler
 from dist_lab.step.shadow import Shadow
 from dist_lab.step.totals import Totals, check_pairs
 from dist_lab.torch_private import backward_number
@@ -230,7 +230,7 @@ class Job:
     def optimizer(
         self, cls: type[torch.optim.Optimizer], *, groups: Groups | None = None, **options: Any
     ) -> torch.optim.Optimizer:
-        """Build an optimizer over the parameters that require gradients.
+        """Build an optimizer over the parameters that require gradients. Collective.
 
         Args:
             cls: the optimizer's class, such as torch.optim.AdamW.
@@ -241,7 +241,8 @@ class Job:
 
         Raises:
             UserError: ranks hold shards of parameters, and an update of `cls` depends on more than
-                one element of a tensor; see step/elementwise.py.
+                one element of a tensor; see step/elementwise.py. An optimizer of matrices, such as
+                Muon, is not told which parameters are matrices, or there are none: see optim/.
         """
         params = dict(self.named_parameters())
         group_options = {
@@ -249,24 +250,10 @@ class Job:
             for name, layout in self.layouts.items()
             if name not in params or params[name].requires_grad
         }
-        by_tensor = self._make_optimizer is not None
-        refuse_coupled(
-            cls, options, group_options, params, self.layouts, self.mesh, by_tensor=by_tensor
-        )
-        self._totals.check_optimizer(cls, options, [own for own, _ in by_options(group_options)])
-        local = {name: extra for name, extra in group_options.items() if name in params}
-        param_groups = [
-            {"params": [params[n] for n in names], **extra} for extra, names in by_options(local)
-        ]
-        # A pipeline stage may have no weight, but torch's optimizers refuse an empty list.
-        param_groups = param_groups or [{"params": [nn.Parameter(torch.empty(0))]}]
-        if self._make_optimizer is not None:
-            optimizer = self._make_optimizer(cls, param_groups, options)
-        else:
-            optimizer = cls(param_groups, **options)
-        if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
-            decide_together(optimizer, self.mesh.world)
-        return optimizer
+        return build_optimizer(
+            cls, options, group_options, params, self.layouts, self.mesh, self._make_optimizer,
+            self._totals.check_optimizer,
+        )  # fmt: skip
 
     def scaler(self, **options: Any) -> torch.amp.GradScaler:
         """Build a GradScaler that skips a step on all ranks or on none: see step/scaler.py.

@@ -29,6 +29,7 @@ LAYERS = [
     ["mesh", "comm"],  # these two import each other: collectives run along an axis
     ["layout"],
     ["step"],
+    ["optim"],
     ["transforms"],
     ["parallel"],
     ["job"],

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
+from dist_lab.optim.build import grouped
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, error
 from dist_lab.programs.verify.reference import build, has_batchnorm, state
@@ -33,6 +35,7 @@ def one_process_by_shards(
     clip: float | None,
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
+    groups: Groups | None = None,
     loss_sum: LossFn,
 ) -> Iterator[tuple[Pair, State]]:
     """Train in one process, shard by shard; yield each step's batch and the state after it.
@@ -40,7 +43,9 @@ def one_process_by_shards(
     The next step changes the state in place. The arguments are those of `one_process`.
     """
     model = build(build_model, device, None)
-    reference_optimizer = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    group_options = {n: groups(n, p.shape) if groups else {} for n, p in trained.items()}
+    reference_optimizer = optimizer(grouped(trained, group_options), **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
         check_rows(batch, shards)

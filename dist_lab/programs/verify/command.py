@@ -33,6 +33,7 @@ def verify(config: Verify, mesh: Mesh) -> int:
         clip=config.clip or None,
         optimizer=loop.OPTIMIZERS[config.optimizer],
         options={"lr": config.lr, "weight_decay": config.weight_decay},
+        groups=loop.matrix_groups(config),
         **arguments(config, data),
     )
     if mesh.rank == 0:

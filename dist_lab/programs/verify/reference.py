@@ -22,6 +22,8 @@ from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum, one_number
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.optim.build import grouped
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, Tensors
 from dist_lab.torch_private import AnyBatchNorm, AnyDropout
@@ -39,6 +41,7 @@ def one_process(
     clip: float | None,
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
+    groups: Groups | None = None,
     loss_sum: LossFn = cross_entropy_sum,
     param_dtype: torch.dtype | None = None,
     sync_batchnorm: bool = False,
@@ -49,10 +52,12 @@ def one_process(
 
     Args:
         ranks: how many ranks split the batch. Only a model with BatchNorm needs it.
+        groups: as for `job.optimizer`.
     """
     model = build(build_model, device, param_dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    reference_optimizer = optimizer(trained, **options)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    group_options = {n: groups(n, p.shape) if groups else {} for n, p in trained.items()}
+    reference_optimizer = optimizer(grouped(trained, group_options), **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
         pieces = batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)
