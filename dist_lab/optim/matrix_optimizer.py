@@ -17,6 +17,7 @@ A parameter's group says under "matrices" how it is to be read: see matrices.py.
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -62,7 +63,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         params: parameters or groups of them. A group's "matrices" says how to read them.
         lr, weight_decay: of matrices and of AdamW; each group may have its own.
         betas, eps: of AdamW.
-        options: the options of the class, with their defaults; each group may have its own.
+        options: the defaults of options that only your class has; each group may have its own.
     """
 
     # Whether `update_batch` can work on parts of a matrix, as it needs only sums of products.
@@ -71,11 +72,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     _placement: Placement | None = None
 
     def __init__(
-        self, params: Any, *, lr: float, weight_decay: float, betas: tuple[float, float],
-        eps: float, **options: Any,
+        self, params: Any, lr: float = 1e-3, *, weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        options: Options = MappingProxyType({}),
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        super().__init__(params, defaults | {"matrices": None} | options)
+        super().__init__(params, defaults | {"matrices": None} | dict(options))
 
     # --- what a class of your own has -------------------------------------------------------------
 

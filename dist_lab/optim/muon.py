@@ -51,10 +51,10 @@ class Muon(MatrixOptimizer):
         nesterov: bool = True, iterations: int = 5, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:  # fmt: skip
+        options = {"momentum": momentum, "nesterov": nesterov, "iterations": iterations}
         super().__init__(
-            params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum,
-            nesterov=nesterov, iterations=iterations,
-        )  # fmt: skip
+            params, lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
+        )
 
     def update_batch(self, batch: Sequence[Matrix], total: Total) -> list[Tensor]:
         """The updates of matrices, or of this rank's parts: see [Note: products of shards]."""

@@ -84,7 +84,7 @@ class Exchange:
 
     def __init__(
         self, layouts: Mapping[str, Layout], costs: Mapping[str, int], axis: Axis | None,
-        sizes: Sizes, position: Coordinates, bucket_bytes: int = BUCKET_BYTES,
+        sizes: Sizes, position: Coordinates,
     ) -> None:  # fmt: skip
         self.axis = axis
         self.size, self.index = (axis.size, axis.index) if axis else (1, 0)
@@ -98,7 +98,7 @@ class Exchange:
         self.owned = [name for name, owner in owners.items() if owner == self.index]
         by_owner = [[n for n in owners if owners[n] == i] for i in range(self.size)]
         self.dtype = next(iter(layouts.values())).dtype
-        most = max(1, bucket_bytes // self.dtype.itemsize)
+        most = BUCKET_BYTES // self.dtype.itemsize
         numel = {name: layout.shape.numel() for name, layout in layouts.items()}
         self.buckets = [self._bucket(names) for names in fill_buckets(by_owner, numel, most)]
 

@@ -49,10 +49,10 @@ class Shampoo(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.95,
         every: int = 10, damping: float = 1e-6,
     ) -> None:  # fmt: skip
+        options = {"decay": decay, "every": every, "damping": damping}
         super().__init__(
-            params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, decay=decay,
-            every=every, damping=damping,
-        )  # fmt: skip
+            params, lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
+        )
 
     def update_matrix(self, gradient: Tensor, state: State, options: Options) -> Tensor:
         """The update of a whole matrix."""
