@@ -51,6 +51,7 @@ def deep():
 EVERY = [(axes, strategy, name) for name in CLASSES for axes, strategy in MIXES]
 
 
+@pytest.mark.slow_unless(lambda axes, name: (list(axes), name) == (["fsdp", "tp"], "muon"))
 @pytest.mark.parametrize(("axes", "strategy", "name"), on_mesh(*EVERY))
 def test_every_mix_equals_one_process(axes, strategy, name, mesh):
     optimizer, options = CLASSES[name]
@@ -114,6 +115,7 @@ OWNERS = [
 ]
 
 
+@pytest.mark.slow_unless(lambda strategy, name: (strategy in ("zero1", "ddp")) == (name == "muon"))
 @pytest.mark.parametrize(
     ("axes", "strategy", "name"), on_mesh(*[(*mix, name) for name in CLASSES for mix in OWNERS])
 )
