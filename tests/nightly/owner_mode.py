@@ -47,6 +47,7 @@ def slowest(seconds: float, mesh: Mesh) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--size", default="25m")
     known, flags = parser.parse_known_args()
     torch.set_num_threads(1)
     mesh = init_mesh(fsdp=int(os.environ["WORLD_SIZE"]))
@@ -54,7 +55,7 @@ def main() -> int:
     muon.orthogonalize = newton_schulz
     runs = {}
     for name in ("adamw", "muon"):
-        argv = ["--mesh", f"fsdp={mesh.size}", "--optimizer", name, "--size", "25m", *flags]
+        argv = ["--mesh", f"fsdp={mesh.size}", "--optimizer", name, "--size", known.size, *flags]
         config = parse(argv).fitted(mesh.size)
         data = setup.open_run(config, mesh)
         job = setup.build(config, mesh, data)
