@@ -29,6 +29,7 @@ from dist_lab.comm.calls import Pending
 from dist_lab.layout.layout import Box, Coordinates, Layout, Sizes, boxes, shard_shape
 from dist_lab.mesh.mesh import Axis
 from dist_lab.mesh.topology import coordinates
+from dist_lab.optim.boxes import copy_boxes, elements_of, numel_of, relative
 
 BUCKET_BYTES = 16 * 2**20  # of whole matrices
 Gradients = Mapping[str, Tensor | None]
@@ -53,7 +54,7 @@ class Route:
     senders: Sequence[int]
 
     def numel(self, position: int) -> int:
-        return sum(_numel(box) for box in self.parts[position])
+        return sum(numel_of(box) for box in self.parts[position])
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Exchange:
         layouts: name -> layout, of parameters of one dtype.
         costs: name -> the cost of an update, to balance the owners' loads.
         axis: the ranks among which each matrix has an owner; None: in one process.
+        gather_axis: those of them that together have one gradient; other ranks have copies of it.
         sizes, position: the axes of the mesh, and this rank's coordinates.
 
     Attributes:
@@ -84,10 +86,14 @@ class Exchange:
 
     def __init__(
         self, layouts: Mapping[str, Layout], costs: Mapping[str, int], axis: Axis | None,
-        sizes: Sizes, position: Coordinates,
+        gather_axis: Axis | None, sizes: Sizes, position: Coordinates,
     ) -> None:  # fmt: skip
-        self.axis = axis
+        self.axis, self.gather_axis = axis, gather_axis
         self.size, self.index = (axis.size, axis.index) if axis else (1, 0)
+        # Position on the axis -> position on the gather axis.
+        self.gather_index = {0: 0}
+        if axis and gather_axis:
+            self.gather_index = {axis.ranks.index(r): i for i, r in enumerate(gather_axis.ranks)}
         everyone = [coordinates(rank, sizes) for rank in axis.ranks] if axis else [position]
         changing = {n for n in sizes if len({place[n] for place in everyone}) > 1}
         owners = balance(costs, self.size)
@@ -126,23 +132,26 @@ class Exchange:
 
     def sent_elements(self) -> int:
         """The elements that this rank sends in a step, in direct messages."""
-        rows = sum(bucket.gradient_row + bucket.update_row for bucket in self.buckets)
-        return (self.size - 1) * rows
+        gradients = sum(bucket.gradient_row for bucket in self.buckets)
+        updates = sum(bucket.update_row for bucket in self.buckets)
+        return (len(self.gather_index) - 1) * gradients + (self.size - 1) * updates
 
     def _send_gradients(self, bucket: Bucket, gradients: Gradients) -> Pending:
         """dW[D_X, F] -> dW[D, F] on the owner."""
-        rows, ends = self._rows(bucket.gradient_row), [0] * self.size
+        rows = self._rows(self.gather_axis, bucket.gradient_row)
+        ends = [0] * len(rows)
         for name in bucket.names:
             route, gradient = self.routes[name], gradients[name]
             if self.index in route.senders and route.owner != self.index:
-                elements = _next(rows, ends, route.owner, route.numel(self.index))
+                owner = self.gather_index[route.owner]
+                elements = _next(rows, ends, owner, route.numel(self.index))
                 if gradient is not None:  # if it is None, it is None on the owner too
                     elements.copy_(gradient.reshape(-1))
-        return self._all_to_all("gradients of matrices", rows)
+        return _all_to_all("gradients of matrices", rows, self.gather_axis)
 
     def _assemble(self, bucket: Bucket, gradients: Gradients, rows: Tensor) -> dict[str, Tensor]:
         """The gradients that this rank owns."""
-        whole, ends = {}, [0] * self.size
+        whole, ends = {}, [0] * len(rows)
         for name in bucket.names:
             route, gradient = self.routes[name], gradients[name]
             if route.owner != self.index:
@@ -150,36 +159,39 @@ class Exchange:
             gathered = torch.empty(route.shape, dtype=self.dtype, device=rows.device)
             for sender in route.senders:
                 if sender != self.index:
-                    elements = _next(rows, ends, sender, route.numel(sender))
-                    _copy_boxes(gathered, route.parts[sender], elements)
+                    row = self.gather_index[sender]
+                    elements = _next(rows, ends, row, route.numel(sender))
+                    copy_boxes(gathered, route.parts[sender], elements)
                 elif gradient is not None:
-                    _copy_boxes(gathered, route.parts[sender], gradient.reshape(-1))
+                    copy_boxes(gathered, route.parts[sender], gradient.reshape(-1))
             if gradient is not None:
                 whole[name] = gathered
         return whole
 
     def _send_updates(self, bucket: Bucket, own_updates: Mapping[str, Tensor]) -> Pending:
         """update[D, F] on the owner -> update[D_X, F]."""
-        rows, ends = self._rows(bucket.update_row), [0] * self.size
+        rows = self._rows(self.axis, bucket.update_row)
+        ends = [0] * len(rows)
         for name in bucket.names:
             route = self.routes[name]
             for receiver in range(self.size) if route.owner == self.index else ():
                 if receiver != self.index:
                     elements = _next(rows, ends, receiver, route.numel(receiver))
                     if name in own_updates:
-                        elements.copy_(_elements(own_updates[name], route.parts[receiver]))
-        return self._all_to_all("updates of matrices", rows)
+                        elements.copy_(elements_of(own_updates[name], route.parts[receiver]))
+        return _all_to_all("updates of matrices", rows, self.axis)
 
     def _receive_updates(
         self, gradients: Gradients, bucket: Bucket, own_updates: Mapping[str, Tensor],
         pending: Pending,
     ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-        rows, ends = pending.wait(), [0] * self.size
+        rows = pending.wait()
+        ends = [0] * len(rows)
         for name in bucket.names:
             route = self.routes[name]
             if route.owner == self.index:
                 if name in own_updates:
-                    yield name, _elements(own_updates[name], route.parts[self.index])
+                    yield name, elements_of(own_updates[name], route.parts[self.index])
             else:
                 elements = _next(rows, ends, route.owner, route.numel(self.index))
                 if gradients[name] is not None:
@@ -198,16 +210,18 @@ class Exchange:
                     updates[route.owner][position] += route.numel(position)
         return Bucket(names, *(max(max(row) for row in rows) for rows in (gradients, updates)))
 
-    def _rows(self, length: int) -> Tensor:
-        device = self.axis.device if self.axis else torch.device("cpu")
-        return torch.zeros(self.size if length else 0, length, dtype=self.dtype, device=device)
+    def _rows(self, axis: Axis | None, length: int) -> Tensor:
+        """A row for each rank of an axis; no rows if they would be empty."""
+        size, device = (axis.size, axis.device) if axis else (1, torch.device("cpu"))
+        return torch.zeros(size if length else 0, length, dtype=self.dtype, device=device)
 
-    def _all_to_all(self, what: str, rows: Tensor) -> Pending:
-        """Send row j to the rank at position j. Nothing is sent if the rows are empty."""
-        if self.axis is None or not len(rows):
-            return Pending(rows)
-        with self.axis.comm.label("optimizer", what):
-            return ops.all_to_all_into(torch.zeros_like(rows), rows, self.axis)
+
+def _all_to_all(what: str, rows: Tensor, axis: Axis | None) -> Pending:
+    """Send row j to the rank at position j. Nothing is sent if there are no rows."""
+    if axis is None or not len(rows):
+        return Pending(rows)
+    with axis.comm.label("optimizer", what):
+        return ops.all_to_all_into(torch.zeros_like(rows), rows, axis)
 
 
 def balance(costs: Mapping[str, int], size: int) -> dict[str, int]:
@@ -244,9 +258,6 @@ def fill_buckets(
     return buckets
 
 
-# --- boxes ----------------------------------------------------------------------------------------
-
-
 def _route(
     layout: Layout, owner: int, changing: set[str], sizes: Sizes, everyone: Sequence[Coordinates]
 ) -> Route:
@@ -258,47 +269,21 @@ def _route(
     parts = [
         [relative(box, around[0]) for box in boxes(layout, sizes, place)] for place in everyone
     ]
-    # From the owner itself, or else from ranks that share most coordinates with it.
-    nearest = sorted(
-        range(len(everyone)),
-        key=lambda i: sum(everyone[i][n] != everyone[owner][n] for n in changing),
-    )
+    # The owner's replica: ranks that differ from it only along axes that split the tensor.
+    splitting = {axis for axis, _ in layout.splits}
+    replica = [
+        i
+        for i, place in enumerate(everyone)
+        if all(place[name] == everyone[owner][name] for name in changing - splitting)
+    ]
     senders: list[int] = []
-    for position in nearest:
+    for position in sorted(replica, key=lambda i: i != owner):
         if parts[position] and all(parts[position] != parts[other] for other in senders):
             senders.append(position)
     return Route(owner, shape, parts, sorted(senders))
-
-
-def relative(box: Box, outer: Box) -> Box:
-    """A box in the coordinates of a box around it."""
-    return tuple(
-        slice(side.start - around.start, side.stop - around.start)
-        for side, around in zip(box, outer, strict=True)
-    )
-
-
-def lengths(box: Box) -> list[int]:
-    return [side.stop - side.start for side in box]
-
-
-def _numel(box: Box) -> int:
-    return torch.Size(lengths(box)).numel()
 
 
 def _next(rows: Tensor, ends: list[int], row: int, count: int) -> Tensor:
     """The next `count` elements of a row; `ends` holds the number of those already taken."""
     ends[row] += count
     return rows[row, ends[row] - count : ends[row]]
-
-
-def _copy_boxes(target: Tensor, parts: Sequence[Box], elements: Tensor) -> None:
-    """Copy elements, box after box, into the boxes of a tensor."""
-    for box, values in zip(parts, elements.split([_numel(box) for box in parts]), strict=True):
-        target[box] = values.view(lengths(box))
-
-
-def _elements(tensor: Tensor, parts: Sequence[Box]) -> Tensor:
-    """The elements of a tensor's boxes, box after box."""
-    flat = [tensor[box].reshape(-1) for box in parts]
-    return flat[0] if len(flat) == 1 else torch.cat([tensor.new_empty(0), *flat])

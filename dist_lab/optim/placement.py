@@ -18,8 +18,9 @@ from dist_lab.layout.gather import axis_of_parts
 from dist_lab.layout.layout import Box, Layout, Shard, boxes, holds, shard_shape
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
+from dist_lab.optim.boxes import intersection, lengths, relative
 from dist_lab.optim.matrices import How, matrix_boxes, matrix_shape, side_of
-from dist_lab.optim.owners import Exchange, lengths, relative
+from dist_lab.optim.owners import Exchange
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,25 @@ def place(
         sums_products: the optimizer can work on shards of tp.
     """
     parts: dict[str, list[Part]] = {}
-    lanes: dict[tuple[Axis | None, Axis | None, torch.dtype], list[str]] = {}
+    lanes: dict[tuple[Axis | None, Axis | None, Axis | None, torch.dtype], list[str]] = {}
     for name, layout in layouts.items():
         if kinds[name] != "adamw":
             products = _products(layout, mesh) if sums_products else {}
-            apart = {"pp", *products}
             # Groups of ranks are made here, so by all ranks, also for parameters of others.
-            among = mesh.flatten(*(n for n in ORDER if n not in apart)) if mesh else None
+            shared = [n for n in ORDER if n != "pp" and n not in products]
+            among = mesh.flatten(*shared) if mesh else None
+            splitting = [n for n in shared if n in dict(layout.splits)] or shared[:1]
+            gather = mesh.flatten(*splitting) if mesh else None
             axis = axis_of_parts(mesh, *next(iter(products.items()))) if mesh and products else None
             if mesh is None or holds(layout, mesh.coordinates):
                 parts[name] = _parts(layout, kinds[name], mesh, products)
-                lanes.setdefault((among, axis, layout.dtype), []).append(name)
+                lanes.setdefault((among, gather, axis, layout.dtype), []).append(name)
     sizes, position = (mesh.axes, mesh.coordinates) if mesh else ({}, {})
     exchanges = []
-    for (among, axis, _), names in lanes.items():
+    for (among, gather, axis, _), names in lanes.items():
         costs = {name: sum(_cost(part) for part in parts[name]) for name in names}
         own = {name: layouts[name] for name in names}
-        exchanges.append((Exchange(own, costs, among, sizes, position), axis))
+        exchanges.append((Exchange(own, costs, among, gather, sizes, position), axis))
     return Placement({n: parameters[n] for n in parts}, parts, exchanges, mesh)
 
 
@@ -111,20 +114,11 @@ def _parts(
     (dim,) = [split.dim for split in products.values()] or [None]
     parts = []
     for box in matrix_boxes(layout.shape, how):
-        own = relative(_intersection(box, around), around)
+        own = relative(intersection(box, around), around)
         split = None if dim is None else side_of(dim, how)
         whole = matrix_shape(lengths(box), how)
         parts.append(Part(own, matrix_shape(lengths(own), how), whole, split))
     return parts
-
-
-def _intersection(a: Box, b: Box) -> Box:
-    """The common part of two boxes; a side of length 0 where there is none."""
-    sides = []
-    for one, other in zip(a, b, strict=True):
-        start = max(one.start, other.start)
-        sides.append(slice(start, max(start, min(one.stop, other.stop))))
-    return tuple(sides)
 
 
 def _cost(part: Part) -> int:
