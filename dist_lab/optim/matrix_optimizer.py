@@ -96,7 +96,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # --- a step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. Collective, if `job.optimizer` has built this optimizer."""
         loss = None
         if closure is not None:

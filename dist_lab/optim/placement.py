@@ -110,8 +110,8 @@ def _parts(
     kept = Layout(layout.shape, layout.dtype, tuple(products.items()))
     sizes, position = (mesh.axes, mesh.coordinates) if mesh else ({}, {})
     shape = shard_shape(kept, sizes, position)
-    (around,) = boxes(kept, sizes, position) or [tuple(slice(0, 0) for _ in shape)]
-    (dim,) = [split.dim for split in products.values()] or [None]
+    (around,) = boxes(kept, sizes, position) or [tuple(slice(0, length) for length in shape)]
+    dim = next((split.dim for split in products.values()), None)
     parts = []
     for box in matrix_boxes(layout.shape, how):
         own = relative(intersection(box, around), around)
