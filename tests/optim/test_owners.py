@@ -129,6 +129,19 @@ def test_under_tp_muon_sums_one_product_an_iteration_and_shampoo_sends_the_shard
     assert {(call.op, call.axis) for call in calls} == {("all_to_all", "fsdp_tp")}
 
 
+def test_each_element_is_sent_to_the_owner_once_also_if_ranks_hold_copies():
+    from dist_lab.layout.layout import Layout, Shard
+
+    everyone = [{"dp": dp, "tp": tp} for dp in range(2) for tp in range(4)]
+    layout = Layout(torch.Size([4, 6]), torch.float32, (("tp", Shard(0, copies=2)),))
+    sizes = {"dp": 2, "tp": 4}
+    route = owners._route(layout, 5, {"dp", "tp"}, sizes, everyone)  # at dp=1, tp=1
+    assert route.senders == [5, 6]  # of its own replica: itself, and one of the two others
+    assert [route.numel(position) for position in range(8)] == [12] * 8
+    alone = owners._route(Layout(layout.shape, layout.dtype), 3, {"dp", "tp"}, sizes, everyone)
+    assert alone.senders == [3]
+
+
 # --- traps ----------------------------------------------------------------------------------------
 
 
