@@ -10,9 +10,8 @@ timing anomalies"). The owner also keeps the optimizer's state of the matrix.
 
 With N ranks and P elements in matrices, a rank sends about P/N (N-1)/N elements of gradients where
 they are sharded, none where they are replicated; and as much of updates, or P (N-1)/N if ranks need
-whole ones. Rows of a message have one length, so the exact number is that of `Bucket`. While a
-rank computes the updates of a bucket, the gradients of the next one and the updates of the one
-before are travelling.
+whole ones. `sent_elements` is exact. While a rank computes the updates of a bucket, the gradients
+of the next one and the updates of the one before are travelling.
 
 Which elements a rank holds comes from the layouts alone: boxes of the tensor, for a shard of fsdp
 and for a range of elements that zero cuts through a matrix. So no strategy is named here.
@@ -58,16 +57,16 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Parameters that travel together. A row is what one rank sends to one other rank.
+class Incoming:
+    """A message that is on its way, and the sizes of what each rank has put in it."""
 
-    Attributes:
-        gradient_row, update_row: elements of the longest row; shorter ones are padded.
-    """
+    pending: Pending
+    sizes: Sequence[Sequence[int]]
 
-    names: Sequence[str]
-    gradient_row: int
-    update_row: int
+    def wait(self) -> list[Iterator[Tensor]]:
+        """For each rank, its parts in the order in which it has put them in."""
+        rows = self.pending.wait().split([sum(row) for row in self.sizes])
+        return [iter(row.split(list(of))) for row, of in zip(rows, self.sizes, strict=True)]
 
 
 class Exchange:
@@ -104,9 +103,10 @@ class Exchange:
         self.owned = [name for name, owner in owners.items() if owner == self.index]
         by_owner = [[n for n in owners if owners[n] == i] for i in range(self.size)]
         self.dtype = next(iter(layouts.values())).dtype
+        self.device = axis.device if axis else torch.device("cpu")
         most = BUCKET_BYTES // self.dtype.itemsize
         numel = {name: layout.shape.numel() for name, layout in layouts.items()}
-        self.buckets = [self._bucket(names) for names in fill_buckets(by_owner, numel, most)]
+        self.buckets = fill_buckets(by_owner, numel, most)
 
     def updates(self, gradients: Gradients, update: Update) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, this rank's elements of the update), for each parameter with a gradient.
@@ -119,109 +119,101 @@ class Exchange:
                 for each bucket, on all ranks, in one order.
         """
         coming = [self._send_gradients(bucket, gradients) for bucket in self.buckets[:1]]
-        returning: list[tuple[Bucket, Mapping[str, Tensor], Pending]] = []
-        for bucket, following in zip(self.buckets, [*self.buckets[1:], None], strict=True):
+        returning: list[tuple[Sequence[str], Incoming]] = []
+        for names, following in zip(self.buckets, [*self.buckets[1:], None], strict=True):
             if following is not None:
                 coming.append(self._send_gradients(following, gradients))
-            own_updates = update(self._assemble(bucket, gradients, coming.pop(0).wait()))
-            returning.append((bucket, own_updates, self._send_updates(bucket, own_updates)))
+            own_updates = update(self._assemble(names, gradients, coming.pop(0)))
+            returning.append((names, self._send_updates(names, own_updates)))
             if len(returning) > 1:
                 yield from self._receive_updates(gradients, *returning.pop(0))
         for left in returning:
             yield from self._receive_updates(gradients, *left)
 
     def sent_elements(self) -> int:
-        """The elements that this rank sends in a step, in direct messages."""
-        gradients = sum(bucket.gradient_row for bucket in self.buckets)
-        updates = sum(bucket.update_row for bucket in self.buckets)
-        return (len(self.gather_index) - 1) * gradients + (self.size - 1) * updates
-
-    def _send_gradients(self, bucket: Bucket, gradients: Gradients) -> Pending:
-        """dW[D_X, F] -> dW[D, F] on the owner."""
-        rows = self._rows(self.gather_axis, bucket.gradient_row)
-        ends = [0] * len(rows)
-        for name in bucket.names:
-            route, gradient = self.routes[name], gradients[name]
-            if self.index in route.senders and route.owner != self.index:
-                owner = self.gather_index[route.owner]
-                elements = _next(rows, ends, owner, route.numel(self.index))
-                if gradient is not None:  # if it is None, it is None on the owner too
-                    elements.copy_(gradient.reshape(-1))
-        return _all_to_all("gradients of matrices", rows, self.gather_axis)
-
-    def _assemble(self, bucket: Bucket, gradients: Gradients, rows: Tensor) -> dict[str, Tensor]:
-        """The gradients that this rank owns."""
-        whole, ends = {}, [0] * len(rows)
-        for name in bucket.names:
-            route, gradient = self.routes[name], gradients[name]
+        """The elements that this rank sends to other ranks in a step."""
+        total = 0
+        for route in self.routes.values():
             if route.owner != self.index:
-                continue
-            gathered = torch.empty(route.shape, dtype=self.dtype, device=rows.device)
-            for sender in route.senders:
-                if sender != self.index:
-                    row = self.gather_index[sender]
-                    elements = _next(rows, ends, row, route.numel(sender))
+                total += route.numel(self.index) if self.index in route.senders else 0
+            else:
+                others = (i for i in range(self.size) if i != self.index)
+                total += sum(route.numel(i) for i in others)
+        return total
+
+    def _send_gradients(self, names: Sequence[str], gradients: Gradients) -> Incoming:
+        """dW[D_X, F] -> dW[D, F] on the owner."""
+        parts: list[list[Tensor]] = [[] for _ in self.gather_index]
+        sizes: list[list[int]] = [[] for _ in self.gather_index]
+        for name in names:
+            route, gradient = self.routes[name], gradients[name]
+            if self.index in route.senders:
+                if gradient is None:  # it is None on the owner too, which will skip the matrix
+                    gradient = torch.zeros(
+                        route.numel(self.index), dtype=self.dtype, device=self.device
+                    )
+                parts[self.gather_index[route.owner]].append(gradient.reshape(-1))
+            for sender in route.senders if route.owner == self.index else ():
+                sizes[self.gather_index[sender]].append(route.numel(sender))
+        travels = any(s != self.routes[n].owner for n in names for s in self.routes[n].senders)
+        axis = self.gather_axis if travels else None
+        return self._all_to_all("gradients of matrices", parts, sizes, axis)
+
+    def _assemble(
+        self, names: Sequence[str], gradients: Gradients, incoming: Incoming
+    ) -> dict[str, Tensor]:
+        """The gradients that this rank owns."""
+        parts, whole = incoming.wait(), {}
+        for route, name in ((self.routes[name], name) for name in names):
+            if route.owner == self.index:
+                gathered: Tensor | None = None
+                for sender in route.senders:
+                    elements = next(parts[self.gather_index[sender]])
+                    if gathered is None:
+                        gathered = elements.new_empty(route.shape)
                     copy_boxes(gathered, route.parts[sender], elements)
-                elif gradient is not None:
-                    copy_boxes(gathered, route.parts[sender], gradient.reshape(-1))
-            if gradient is not None:
-                whole[name] = gathered
+                gradient = gradients[name]
+                if gradient is not None:
+                    whole[name] = gradient.new_empty(route.shape) if gathered is None else gathered
         return whole
 
-    def _send_updates(self, bucket: Bucket, own_updates: Mapping[str, Tensor]) -> Pending:
+    def _send_updates(self, names: Sequence[str], own_updates: Mapping[str, Tensor]) -> Incoming:
         """update[D, F] on the owner -> update[D_X, F]."""
-        rows = self._rows(self.axis, bucket.update_row)
-        ends = [0] * len(rows)
-        for name in bucket.names:
-            route = self.routes[name]
+        parts: list[list[Tensor]] = [[] for _ in range(self.size)]
+        sizes: list[list[int]] = [[] for _ in range(self.size)]
+        for route, name in ((self.routes[name], name) for name in names):
+            sizes[route.owner].append(route.numel(self.index))
             for receiver in range(self.size) if route.owner == self.index else ():
-                if receiver != self.index:
-                    elements = _next(rows, ends, receiver, route.numel(receiver))
-                    if name in own_updates:
-                        elements.copy_(elements_of(own_updates[name], route.parts[receiver]))
-        return _all_to_all("updates of matrices", rows, self.axis)
+                update = own_updates.get(name)
+                if update is None:
+                    update = torch.zeros(route.shape, dtype=self.dtype, device=self.device)
+                parts[receiver].append(elements_of(update, route.parts[receiver]))
+        return self._all_to_all("updates of matrices", parts, sizes, self.axis)
 
     def _receive_updates(
-        self, gradients: Gradients, bucket: Bucket, own_updates: Mapping[str, Tensor],
-        pending: Pending,
-    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-        rows = pending.wait()
-        ends = [0] * len(rows)
-        for name in bucket.names:
-            route = self.routes[name]
-            if route.owner == self.index:
-                if name in own_updates:
-                    yield name, elements_of(own_updates[name], route.parts[self.index])
-            else:
-                elements = _next(rows, ends, route.owner, route.numel(self.index))
-                if gradients[name] is not None:
-                    yield name, elements
+        self, gradients: Gradients, names: Sequence[str], incoming: Incoming
+    ) -> Iterator[tuple[str, Tensor]]:
+        parts = incoming.wait()
+        for name in names:
+            elements = next(parts[self.routes[name].owner])
+            if gradients[name] is not None:
+                yield name, elements
 
-    # --- messages ---------------------------------------------------------------------------------
-
-    def _bucket(self, names: Sequence[str]) -> Bucket:
-        """A bucket with the lengths of its longest rows, the same on every rank of the axis."""
-        gradients, updates = ([[0] * self.size for _ in range(self.size)] for _ in range(2))
-        for route in (self.routes[name] for name in names):
-            for position in range(self.size):
-                if position != route.owner:
-                    is_sender = position in route.senders
-                    gradients[position][route.owner] += route.numel(position) if is_sender else 0
-                    updates[route.owner][position] += route.numel(position)
-        return Bucket(names, *(max(max(row) for row in rows) for rows in (gradients, updates)))
-
-    def _rows(self, axis: Axis | None, length: int) -> Tensor:
-        """A row for each rank of an axis; no rows if they would be empty."""
-        size, device = (axis.size, axis.device) if axis else (1, torch.device("cpu"))
-        return torch.zeros(size if length else 0, length, dtype=self.dtype, device=device)
-
-
-def _all_to_all(what: str, rows: Tensor, axis: Axis | None) -> Pending:
-    """Send row j to the rank at position j. Nothing is sent if there are no rows."""
-    if axis is None or not len(rows):
-        return Pending(rows)
-    with axis.comm.label("optimizer", what):
-        return ops.all_to_all_into(torch.zeros_like(rows), rows, axis)
+    def _all_to_all(
+        self, what: str, parts: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]],
+        axis: Axis | None,
+    ) -> Incoming:  # fmt: skip
+        """Send parts[j] to the rank at position j. Without an axis this rank's own stay here."""
+        all_parts = [part for row in parts for part in row]
+        x = torch.cat(all_parts or [torch.empty(0, dtype=self.dtype, device=self.device)])
+        if axis is None or axis.size == 1:
+            return Incoming(Pending(x), sizes)
+        lengths = [sum(part.numel() for part in row) for row in parts]
+        received = [sum(row) for row in sizes]
+        out = torch.zeros(sum(received), dtype=self.dtype, device=axis.device)
+        with axis.comm.label("optimizer", what):
+            pending = ops.all_to_all_uneven_into(out, x, axis, received, lengths)
+        return Incoming(pending, sizes)
 
 
 def balance(costs: Mapping[str, int], size: int) -> dict[str, int]:
@@ -281,9 +273,3 @@ def _route(
         if parts[position] and all(parts[position] != parts[other] for other in senders):
             senders.append(position)
     return Route(owner, shape, parts, sorted(senders))
-
-
-def _next(rows: Tensor, ends: list[int], row: int, count: int) -> Tensor:
-    """The next `count` elements of a row; `ends` holds the number of those already taken."""
-    ends[row] += count
-    return rows[row, ends[row] - count : ends[row]]

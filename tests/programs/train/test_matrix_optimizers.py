@@ -1,4 +1,4 @@
-"""--optimizer muon and shampoo: which parameters of the zoo are matrices, and the learning rates."""
+"""--optimizer muon and shampoo: which parameters are matrices, and the learning rates."""
 
 import json
 
