@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout
 from dist_lab.mesh.mesh import Mesh
@@ -50,7 +51,9 @@ def build_optimizer(
     """
     kinds: dict[str, How] = {}
     if issubclass(cls, MatrixOptimizer):
-        kinds = _kinds(cls, param_options, layouts)
+        # Ranks of a pipeline know only of their own parameters whether they are frozen.
+        with together(mesh.world):
+            kinds = _kinds(cls, param_options, layouts)
     else:
         by_tensor = make_optimizer is not None
         refuse_coupled(cls, options, param_options, params, layouts, mesh, by_tensor=by_tensor)
@@ -64,8 +67,7 @@ def build_optimizer(
     else:
         optimizer = cls(groups, **options)
     if isinstance(optimizer, MatrixOptimizer):
-        trained = {name: layouts[name] for name in kinds}
-        optimizer.distribute(params, trained, kinds, mesh)
+        optimizer.distribute(params, layouts, kinds, mesh)
     if mesh.size > 1 and any(layout.splits for layout in layouts.values()):
         decide_together(optimizer, mesh.world)
     return optimizer

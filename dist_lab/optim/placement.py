@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.layout.gather import axis_of_parts
-from dist_lab.layout.layout import Box, Layout, Shard, boxes, holds, shard_shape
+from dist_lab.layout.layout import Box, Layout, Shard, boxes, shard_shape
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
 from dist_lab.optim.boxes import intersection, lengths, relative
@@ -67,23 +67,22 @@ def place(
 
     Args:
         parameters: name -> the tensor that the optimizer steps on, on this rank.
-        layouts, kinds: name -> layout, and how to read it, of the parameters of all ranks.
+        layouts: name -> layout, of the parameters of all ranks.
+        kinds: name -> how to read it, of the trained ones.
         sums_products: the optimizer can work on shards of tp.
     """
     parts: dict[str, list[Part]] = {}
     lanes: dict[tuple[Axis | None, Axis | None, Axis | None, torch.dtype], list[str]] = {}
     for name, layout in layouts.items():
-        if kinds[name] != "adamw":
-            products = _products(layout, mesh) if sums_products else {}
-            # Groups of ranks are made here, so by all ranks, also for parameters of others.
-            shared = [n for n in ORDER if n != "pp" and n not in products]
-            among = mesh.flatten(*shared) if mesh else None
-            splitting = [n for n in shared if n in dict(layout.splits)] or shared[:1]
-            gather = mesh.flatten(*splitting) if mesh else None
-            axis = axis_of_parts(mesh, *next(iter(products.items()))) if mesh and products else None
-            if mesh is None or holds(layout, mesh.coordinates):
-                parts[name] = _parts(layout, kinds[name], mesh, products)
-                lanes.setdefault((among, gather, axis, layout.dtype), []).append(name)
+        # Groups of ranks are made here. So all ranks do this for all parameters.
+        products = _products(layout, mesh) if sums_products else {}
+        shared = [n for n in ORDER if n != "pp" and n not in products]
+        splitting = [n for n in shared if n in dict(layout.splits)] or shared[:1]
+        among, gather = (mesh.flatten(*shared), mesh.flatten(*splitting)) if mesh else (None, None)
+        axis = axis_of_parts(mesh, *next(iter(products.items()))) if mesh and products else None
+        if name in kinds and kinds[name] != "adamw" and name in parameters:
+            parts[name] = _parts(layout, kinds[name], mesh, products)
+            lanes.setdefault((among, gather, axis, layout.dtype), []).append(name)
     sizes, position = (mesh.axes, mesh.coordinates) if mesh else ({}, {})
     exchanges = []
     for (among, gather, axis, _), names in lanes.items():

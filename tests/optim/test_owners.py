@@ -317,3 +317,16 @@ def test_a_gradient_that_is_missing_or_frozen_everywhere_changes_nothing(mesh):
     optimizer.step()
     changed = {n for n, p in job.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"wide.weight"}
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_a_refusal_comes_on_every_rank_also_if_only_one_stage_knows_of_it(mesh):
+    model = nn.Sequential(
+        nn.Embedding(61, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 61)
+    )
+    groups = matrices(model)
+    model[2].requires_grad_(False)  # the only matrix, on the last stage
+    job = dist_lab.parallelize(model, mesh, example_inputs=batch(0, 2)[0])
+    with pytest.raises(UserError, match="Muon has no matrix to update"):
+        job.optimizer(Muon, groups=groups)
