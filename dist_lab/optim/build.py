@@ -20,7 +20,6 @@ from dist_lab.step.elementwise import by_options, refuse_coupled
 from dist_lab.step.protocol import MakeOptimizer
 from dist_lab.step.scaler import decide_together
 
-
 # (class, options, those of each group)
 CheckBits = Callable[
     [type[torch.optim.Optimizer], Mapping[str, Any], Sequence[Mapping[str, Any]]], None
