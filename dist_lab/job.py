@@ -23,17 +23,16 @@ from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.optim.build import build_optimizer
 from dist_lab.randomness.place import Samples
 from dist_lab.sentinel.sentinel import Sentinel
 from dist_lab.step.clip import clip
 from dist_lab.step.count import sum_of_counts
 from dist_lab.step.detached import RecordedLoss
-from dist_lab.step.elementwise import refuse_coupled
 from dist_lab.step.nonfinite import FirstNonFinite, raise_divergence
-from dist_lab.step.optimizer_options import make_groups, refuse_options
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
-from dist_lab.step.scaler import Scaler, decide_together
+from dist_lab.step.scaler import Scaler
 from dist_lab.step.shadow import Shadow
 from dist_lab.step.totals import Totals, check_pairs
 from dist_lab.torch_private import backward_number
@@ -225,7 +224,7 @@ class Job:
     def optimizer(
         self, cls: type[torch.optim.Optimizer], *, groups: Groups | None = None, **options: Any
     ) -> torch.optim.Optimizer:
-        """Build an optimizer over the parameters that require gradients.
+        """Build an optimizer over the parameters that require gradients. Collective.
 
         Args:
             cls: the optimizer's class, such as torch.optim.AdamW.
@@ -236,7 +235,8 @@ class Job:
 
         Raises:
             UserError: ranks hold shards of parameters, and an update of `cls` depends on more than
-                one element of a tensor; see step/elementwise.py.
+                one element of a tensor; see step/elementwise.py. An optimizer of matrices, such as
+                Muon, is not told which parameters are matrices, or there are none: see optim/.
         """
         params = dict(self.named_parameters())
         # All stages of a pipeline have all groups, in one order: schedulers take lists for groups.
@@ -246,20 +246,10 @@ class Job:
             for name, layout in self.layouts.items()
             if name in local or self.mesh["pp"].size > 1
         }
-        refuse_options(cls, options, group_options.values(), self.mesh.device)
-        by_tensor = self._make_optimizer is not None
-        refuse_coupled(
-            cls, options, group_options, params, self.layouts, self.mesh, by_tensor=by_tensor
-        )
-        self._totals.check_optimizer(cls, options, [*group_options.values()])
-        param_groups = make_groups(group_options, local)
-        if self._make_optimizer is not None:
-            optimizer = self._make_optimizer(cls, param_groups, options)
-        else:
-            optimizer = cls(param_groups, **options)
-        if self.mesh.size > 1 and any(layout.splits for layout in self.layouts.values()):
-            decide_together(optimizer, self.mesh.world)
-        return optimizer
+        return build_optimizer(
+            cls, options, group_options, local, self.layouts, self.mesh, self._make_optimizer,
+            self._totals.check_optimizer,
+        )  # fmt: skip
 
     def scaler(self, **options: Any) -> torch.amp.GradScaler:
         """Build a GradScaler that skips a step on all ranks or on none: see step/scaler.py.

@@ -30,6 +30,7 @@ LAYERS = [
     ["layout"],
     ["randomness"],
     ["step"],
+    ["optim"],
     ["transforms"],
     ["sentinel"],
     ["parallel"],

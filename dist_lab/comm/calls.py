@@ -146,6 +146,24 @@ def start(
     return _launch(call, axis, steps(), out)
 
 
+def start_uneven(
+    out: Tensor, x: Tensor, axis: Axis, out_lengths: Sequence[int], lengths: Sequence[int]
+) -> Pending:
+    """Launch an all_to_all of parts of unequal lengths, which ranks need not agree on."""
+    sent = (x.numel() - lengths[axis.index]) * x.element_size()
+    dtype = str(x.dtype).removeprefix("torch.")
+    about = f"{dtype}, unequal parts"
+    call = axis.comm.call("all_to_all", axis.name, axis.size, about, x.nbytes, sent)
+
+    def steps() -> Steps:
+        work = dist.all_to_all_single(
+            out, x, list(out_lengths), list(lengths), group=axis.group, async_op=True
+        )
+        yield [work] if work is not None else []
+
+    return _launch(call, axis, steps(), out)
+
+
 def start_shared(spec: Spec, out: Tensor, due: int, window: SharedWindow, moves: Moves) -> Pending:
     """Launch a collective of shared/collectives.py, on memory that all ranks map."""
     call = spec.call("shared", due)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_lab.comm.by_hand.costs import lengths
 from dist_lab.comm.by_hand.messages import Message
-from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, wait_for
+from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, start_uneven, wait_for
 from dist_lab.comm.shared import collectives
 from dist_lab.comm.shared.memory import DEPARTED, SUMMED, Array, Barrier, SharedWindow, as_array
 from dist_lab.mesh.mesh import Axis
@@ -105,6 +105,19 @@ def all_to_all_into(out: Tensor, x: Tensor, axis: Axis, *, algorithm: str | None
     x = x.contiguous()
     arguments = out.detach().view(-1), x.detach().view(-1)
     return start(Spec("all_to_all", axis, x), out, algorithm, arguments, arguments)
+
+
+def all_to_all_uneven_into(
+    out: Tensor, x: Tensor, axis: Axis, out_lengths: Sequence[int], lengths: Sequence[int]
+) -> Pending:
+    """x is flat: `lengths[j]` elements for each rank j. out gets `out_lengths[j]` from rank j.
+
+    By the backend, without padding. Only the bytes for other ranks count as sent.
+    """
+    assert (x.numel(), out.numel()) == (sum(lengths), sum(out_lengths)), (lengths, out_lengths)
+    if axis.size == 1:
+        return Pending(out.copy_(x))
+    return start_uneven(out, x.contiguous(), axis, out_lengths, lengths)
 
 
 def broadcast_into(

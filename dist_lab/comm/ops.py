@@ -32,6 +32,7 @@ from dist_lab.comm.into import (
     all_gather_into,
     all_reduce_into,
     all_to_all_into,
+    all_to_all_uneven_into,
     broadcast_into,
     exchange,
     reduce_scatter_into,
@@ -155,7 +156,7 @@ def _stacked_chunks(x: Tensor, axis: Axis, dim: int) -> Tensor:
 __all__ = [
     "CollectiveError", "CollectiveMismatch", "Pending", "Reduce", "all_gather", "all_gather_bytes",
     "all_gather_coalesced", "all_gather_into", "all_reduce", "all_reduce_into", "all_to_all",
-    "all_to_all_into", "backend_bytes", "broadcast", "broadcast_into", "exchange",
-    "reduce_scatter", "reduce_scatter_coalesced", "reduce_scatter_into", "shared_buffer",
-    "wait_for_readers",
+    "all_to_all_into", "all_to_all_uneven_into", "backend_bytes", "broadcast", "broadcast_into",
+    "exchange", "reduce_scatter", "reduce_scatter_coalesced", "reduce_scatter_into",
+    "shared_buffer", "wait_for_readers",
 ]  # fmt: skip

@@ -39,6 +39,7 @@ from torch import Tensor
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import local_numel, shard_shape
+from dist_lab.optim.matrix_optimizer import MatrixOptimizer
 from dist_lab.step.grad_elsewhere import real_grad
 from dist_lab.step.protocol import Phase, Sync
 from dist_lab.torch_private import TorchDispatchMode, storage_key
@@ -87,7 +88,8 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     As in ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3), not by stage but by
     layout: local elements times bytes per element. Gradients are those that the optimizer steps on;
     during backward there may be unsharded ones as well. The optimizer keeps a fixed number of bytes
-    per element: 8 for Adam. Padding, and flags in a bucket, are not counted.
+    per element: 8 for Adam. One of matrices has its own formula. Padding, and flags in a bucket,
+    are not counted.
     """
     parameters = dict(job.model.named_parameters())
     per_element, per_tensor = bytes_of_state(optimizer)
@@ -102,6 +104,8 @@ def by_layout(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
             if parameters[name].requires_grad:
                 total["gradients"] += local * layout.dtype.itemsize
                 total["optimizer"] += local * per_element + per_tensor
+    if isinstance(optimizer, MatrixOptimizer):  # the state of a matrix is on its owner
+        total["optimizer"] = optimizer.bytes_by_formula()
     return total
 
 

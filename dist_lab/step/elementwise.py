@@ -68,7 +68,8 @@ def refuse_coupled(
         else:
             why = "more than one parameter at a time, but ranks step on different parameters"
         raise UserError(
-            f"{cls.__name__} looks at {why}; use dp or ddp, where every rank has full parameters"
+            f"{cls.__name__} looks at {why}; use dp or ddp, where every rank has full parameters, "
+            "or an optimizer of dist_lab.optim, which gets whole matrices"
         )
 
 

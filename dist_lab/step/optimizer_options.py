@@ -8,7 +8,7 @@ torch raises its own errors in the first step, and in a pipeline only on ranks w
 weights, while others wait.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,3 +65,12 @@ def make_groups(
         }
         for options, names in groups
     ]
+
+
+def groups_of(
+    model: nn.Module, groups: Callable[[str, torch.Size], Options] | None
+) -> list[dict[str, Any]]:
+    """The groups of an optimizer of a whole model; `groups` as for `job.optimizer`."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = {name: groups(name, p.shape) if groups else {} for name, p in trained.items()}
+    return make_groups(options, trained)

@@ -341,3 +341,19 @@ def test_an_error_of_one_rank_is_raised_on_all_with_the_same_message(mesh):
             raise MachineError("the disk of rank 1")
     with together(mesh["dp"]):
         pass
+
+
+@pytest.mark.ranks(3)
+def test_an_all_to_all_of_unequal_parts_has_no_padding_and_counts_what_leaves_the_rank(mesh):
+    axis, i = mesh["dp"], mesh["dp"].index
+    lengths = [(i + 2 * j) % 4 for j in range(3)]  # of what rank i sends to rank j
+    out_lengths = [(j + 2 * i) % 4 for j in range(3)]
+    x = torch.cat([torch.full((n,), 10.0 * i + j) for j, n in enumerate(lengths)])
+    out = torch.empty(sum(out_lengths))
+    with mesh.comm.ledger.recording() as calls:
+        ops.all_to_all_uneven_into(out, x, axis, out_lengths, lengths).wait()
+    expected = [torch.full((n,), 10.0 * j + i) for j, n in enumerate(out_lengths)]
+    assert torch.equal(out, torch.cat(expected))
+    (call,) = calls
+    assert (call.op, call.payload) == ("all_to_all", x.nbytes)
+    assert call.sent == call.due == 4 * (sum(lengths) - lengths[i])

@@ -48,6 +48,11 @@ def check_settings(config: Config, where: Mapping[str, str]) -> None:
     check_strategy(config, where)
     check_model(config, where)
     check_order(config, where)
+    if config.adamw_lr is not None and config.optimizer not in ("muon", "shampoo"):
+        raise UserError(
+            f"optimizer {config.optimizer} has no part for adamw with a learning rate of its own "
+            f"({where['adamw_lr']}); leave it out, or give --optimizer muon or shampoo"
+        )
     if config.backend == "nccl" and config.collectives not in ("auto", "backend"):
         raise UserError(
             f"collectives {config.collectives} work on gloo only, and the backend is nccl "

@@ -119,8 +119,11 @@ class RunSettings(RankSettings):
     cache: str = setting("~/.cache/dist_lab", "folder for cached text, mnist and cifar10",
         metavar="DIR")
 
-    optimizer: str = setting("adamw", "the optimizer", heading="optimizer",
-        choices=("adamw", "sgd"))
+    optimizer: str = setting("adamw", "adamw, sgd; muon or shampoo for matrices, with adamw for "
+        "embeddings, head, norms and biases", heading="optimizer",
+        choices=("adamw", "sgd", "muon", "shampoo"))
+    adamw_lr: float | None = setting(None, "with muon or shampoo: the learning rate of adamw's "
+        "part; default: that of --lr", above=0)
     weight_decay: float = setting(0.1, "weight decay of matrices; norms and biases have none",
         low=0)
     warmup: int = setting(20, "steps of linear learning-rate warm-up from 0", low=0)

@@ -14,7 +14,7 @@ from dist_lab.programs.cli.settings import flag, setting
 from dist_lab.programs.cli.settings import read as read_settings
 
 WITHOUT = [
-    "oversubscribe", "timeout", "steps", "optimizer", "lr", "weight_decay", "warmup",
+    "oversubscribe", "timeout", "steps", "lr", "adamw_lr", "weight_decay", "warmup",
     "overwrite", "about", "val_every", "log_every", "sentinel", "log_collectives",
     "check_collectives", "reduce_order",
 ]  # fmt: skip

@@ -57,7 +57,8 @@ def next_line(config: Config, ranks: int) -> str:
         order = f" {as_typed('reduce_order', config.reduce_order)}" if config.reduce_order else ""
         return f"next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4{order}"
     default = Config(strategy=config.strategy)
-    names = ["impl", "mesh", "model", "layers", "dropout", "reduce_order", *config.options]
+    names = ["impl", "mesh", "model", "layers", "dropout", "optimizer", "reduce_order"]
+    names += config.options
     # The size decides whether tp or pp can split the model.
     if {"tp", "pp"} & set(config.strategies):
         names.append("size")

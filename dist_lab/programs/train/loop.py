@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lab import zoo
 from dist_lab.data import Data, prefetch
 from dist_lab.job import Job
 from dist_lab.layout.layout import shard_bounds
 from dist_lab.loss import LossFn, cross_entropy_sum
 from dist_lab.observe.sinks import Sink
+from dist_lab.optim import MatrixOptimizer, Muon, Shampoo
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.train.meter import Meter
 from dist_lab.step.fixed_order.digest import sha256
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": Muon, "shampoo": Shampoo,
+}  # fmt: skip
 # fused: one pass over the weights. On the CPU, torch's default takes three times as long. But its
 # bits depend on where a tensor ends.
-OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}, "sgd": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"fused": True}, "sgd": {}, "muon": {}, "shampoo": {},
+}  # fmt: skip
 
 
 def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def take_step(
         The loss of the global batch, and the norm of its gradient before clipping.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+        group["lr"] = learning_rate(step, config) * group.get("lr_scale", 1.0)
     total = job.count(targets.numel())  # over all ranks; the summed loss is divided by it
     loss = job.run(microbatches(inputs, targets, config, job), mean_over(total))
     job.finish()  # every .grad is now the global gradient
@@ -90,10 +97,11 @@ def take_step(
 
 
 def make_optimizer(job: Job, config: Config) -> torch.optim.Optimizer:
+    decay, matrices = decay_groups(config.weight_decay), matrix_groups(config)
     return job.optimizer(
         OPTIMIZERS[config.optimizer],
         lr=config.lr,
-        groups=decay_groups(config.weight_decay),
+        groups=lambda name, shape: {**decay(name, shape), **matrices(name, shape)},
         **({} if config.reduce_order else OPTIONS[config.optimizer]),
     )
 
@@ -149,6 +157,24 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def decay_groups(weight_decay: float) -> Any:
+def matrix_groups(config: Config) -> Groups:
+    """For an optimizer of matrices: which parameters those are, by the names of the zoo.
+
+    AdamW steps vectors and the layers at both ends of a model, with a learning rate of its own.
+    """
+    if not issubclass(OPTIMIZERS[config.optimizer], MatrixOptimizer):
+        return lambda name, shape: {}
+    ends = tuple(f"{end}." for end in zoo.MODELS[config.model].ends)
+    scale = (config.adamw_lr or config.lr) / config.lr
+
+    def groups(name: str, shape: torch.Size) -> dict[str, Any]:
+        if len(shape) < 2 or name.startswith(ends):
+            return {"matrices": "adamw", "lr": config.lr * scale, "lr_scale": scale}
+        return {"matrices": "flat" if len(shape) > 2 else "one"}  # flat: of a convolution
+
+    return groups
+
+
+def decay_groups(weight_decay: float) -> Groups:
     """Applies weight decay to matrices, and none to biases and norms, whose scale is meaningful."""
     return lambda name, shape: {"weight_decay": weight_decay if len(shape) > 1 else 0.0}

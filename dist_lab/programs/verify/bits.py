@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, error
 from dist_lab.programs.verify.reference import build, has_batchnorm, state
 from dist_lab.programs.verify.report import Comparison
 from dist_lab.randomness.dropout import bind, named_dropouts
 from dist_lab.randomness.place import Place
+from dist_lab.step.optimizer_options import groups_of
 
 Gradients = dict[str, Tensor | None]
 
@@ -35,6 +37,7 @@ def one_process_by_shards(
     clip: float | None,
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
+    groups: Groups | None = None,
     loss_sum: LossFn,
     dropout: str | None = None,
     seed: int = 0,
@@ -47,7 +50,7 @@ def one_process_by_shards(
     place = Place()
     place.seed = seed
     bind(named_dropouts(model), place)
-    reference_optimizer = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+    reference_optimizer = optimizer(groups_of(model, groups), **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
         check_rows(batch, shards)

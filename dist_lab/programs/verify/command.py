@@ -34,6 +34,7 @@ def verify(config: Verify, mesh: Mesh) -> int:
         optimizer=loop.OPTIMIZERS[config.optimizer],
         options={"lr": config.lr, "weight_decay": config.weight_decay},
         seed=config.seed,
+        groups=loop.matrix_groups(config),
         **arguments(config, data),
     )
     if mesh.rank == 0:

@@ -22,6 +22,7 @@ from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.bits import compare_bits, one_process_by_shards
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
@@ -51,6 +52,7 @@ def verify(
     clip: float | None = 1.0,
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
     options: Mapping[str, Any] | None = None,
+    groups: Groups | None = None,
     loss_sum: LossFn = cross_entropy_sum,
     units: Iterable[type[nn.Module] | str] = (),
     param_dtype: torch.dtype | None = None,
@@ -73,6 +75,7 @@ def verify(
         microbatches: the number of micro-batches that each rank accumulates; default 1, or one for
             each virtual shard.
         options: the optimizer's keyword arguments; default lr=1e-3.
+        groups: the options of each parameter's group, as for `job.optimizer`.
         loss_sum: (output, target) -> the sum over the rows. The engine divides it by the number of
             targets: the elements of the target tensor, or of the first tensor in a structure.
         param_dtype: see `parallelize`; the reference then computes in it too.
@@ -108,12 +111,12 @@ def verify(
         broadcast=False, sync_batchnorm=sync_batchnorm, reduce_order=reduce_order,
         dropout=dropout, seed=seed, **strategy_options,
     )  # fmt: skip
-    opt = job.optimizer(optimizer, **options)
+    opt = job.optimizer(optimizer, groups=groups, **options)
     source = build_model, build_batch, mesh.data.size, mesh.device
     if reference is None and shards:
         reference = one_process_by_shards(
             *source, shards=shards, steps=steps, clip=clip, optimizer=optimizer, options=options,
-            loss_sum=loss_sum, dropout=dropout, seed=seed,
+            groups=groups, loss_sum=loss_sum, dropout=dropout, seed=seed,
         )  # fmt: skip
     elif reference is None:
         run_options: dict[str, Any] = {
@@ -121,8 +124,9 @@ def verify(
             "sync_batchnorm": sync_batchnorm, "dropout": dropout, "seed": seed,
         }  # fmt: skip
         reference = one_process(
-            *source, steps=steps, clip=clip, optimizer=optimizer, options=options, **run_options
-        )
+            *source, steps=steps, clip=clip, optimizer=optimizer, options=options, groups=groups,
+            **run_options,
+        )  # fmt: skip
         reference = repeat_first_step(
             reference, built, *source, dtype=dtype,
             tolerance=max(tolerance, TOLERANCE.get(dtype, 0.0)), **run_options,

@@ -26,10 +26,12 @@ from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum, one_number
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, Tensors
 from dist_lab.randomness.dropout import Dropout, bind, named_dropouts, use_exact_dropout
 from dist_lab.randomness.place import Place
+from dist_lab.step.optimizer_options import groups_of
 from dist_lab.torch_private import AnyBatchNorm, AnyDropout
 from dist_lab.transforms.precision import compute_in
 
@@ -45,6 +47,7 @@ def one_process(
     clip: float | None,
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
+    groups: Groups | None = None,
     loss_sum: LossFn = cross_entropy_sum,
     param_dtype: torch.dtype | None = None,
     sync_batchnorm: bool = False,
@@ -57,11 +60,11 @@ def one_process(
 
     Args:
         ranks: how many ranks split the batch. Only a model with BatchNorm needs it.
+        groups: as for `job.optimizer`.
         dropout, seed: see `parallelize`.
     """
     model = build(build_model, device, param_dtype, dropout)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    reference_optimizer = optimizer(trained, **options)
+    reference_optimizer = optimizer(groups_of(model, groups), **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
         pieces = batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)

@@ -1,0 +1,126 @@
+"""Where the matrices of an optimizer are: which ranks share the work on which of them.
+
+    fsdp, zero, dp, ddp     a matrix goes to one owner among the ranks of these axes
+    tp                      ranks keep their rows or columns of it, and sum products of matrices, if
+                            the optimizer can do that; if not, tp's ranks send them to an owner too
+    pp                      each stage has its own matrices
+
+Everything follows from the layouts, so a mix of strategies needs no rule of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_lab.layout.gather import axis_of_parts
+from dist_lab.layout.layout import Box, Layout, Shard, boxes, shard_shape
+from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.mesh.topology import DATA_AXES, ORDER
+from dist_lab.optim.boxes import intersection, lengths, relative
+from dist_lab.optim.matrices import How, matrix_boxes, matrix_shape, side_of
+from dist_lab.optim.owners import Exchange
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix in a parameter, or this rank's part of it.
+
+    Attributes:
+        box: where it is in the tensor that the owner assembles.
+        own_shape: the rows and columns in this box.
+        shape: the rows and columns of the whole matrix.
+        split: 0, ranks hold rows of it; 1, columns; None: the box has all of it.
+    """
+
+    box: Box
+    own_shape: tuple[int, int]
+    shape: tuple[int, int]
+    split: int | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Attributes:
+    parameters: name -> the tensor of this rank, of each parameter that consists of matrices.
+    parts: name -> its matrices.
+    exchanges: each with the axis over which products of its matrices are summed, if any.
+    mesh: None in one process.
+    """
+
+    parameters: Mapping[str, Tensor]
+    parts: Mapping[str, list[Part]]
+    exchanges: list[tuple[Exchange, Axis | None]]
+    mesh: Mesh | None
+
+
+def place(
+    parameters: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+    kinds: Mapping[str, How],
+    mesh: Mesh | None,
+    *,
+    sums_products: bool,
+) -> Placement:
+    """Give each matrix an owner. Collective over the mesh.
+
+    Args:
+        parameters: name -> the tensor that the optimizer steps on, on this rank.
+        layouts: name -> layout, of the parameters of all ranks.
+        kinds: name -> how to read it, of the trained ones.
+        sums_products: the optimizer can work on shards of tp.
+    """
+    parts: dict[str, list[Part]] = {}
+    lanes: dict[tuple[Axis | None, Axis | None, Axis | None, torch.dtype], list[str]] = {}
+    for name, layout in layouts.items():
+        # Groups of ranks are made here. So all ranks do this for all parameters.
+        products = _products(layout, mesh) if sums_products else {}
+        shared = [n for n in ORDER if n != "pp" and n not in products]
+        splitting = [n for n in shared if n in dict(layout.splits)] or shared[:1]
+        among, gather = (mesh.flatten(*shared), mesh.flatten(*splitting)) if mesh else (None, None)
+        axis = axis_of_parts(mesh, *next(iter(products.items()))) if mesh and products else None
+        if name in kinds and kinds[name] != "adamw" and name in parameters:
+            parts[name] = _parts(layout, kinds[name], mesh, products)
+            lanes.setdefault((among, gather, axis, layout.dtype), []).append(name)
+    sizes, position = (mesh.axes, mesh.coordinates) if mesh else ({}, {})
+    exchanges = []
+    for (among, gather, axis, _), names in lanes.items():
+        costs = {name: sum(_cost(part) for part in parts[name]) for name in names}
+        own = {name: layouts[name] for name in names}
+        exchanges.append((Exchange(own, costs, among, gather, sizes, position), axis))
+    return Placement({n: parameters[n] for n in parts}, parts, exchanges, mesh)
+
+
+def _products(layout: Layout, mesh: Mesh | None) -> dict[str, Shard]:
+    """The axes over which products are summed: those that split the matrix, but no data axis."""
+    return {
+        axis: how
+        for axis, how in layout.splits
+        if isinstance(how, Shard) and axis not in DATA_AXES and mesh is not None
+        if mesh[axis].size > how.copies
+    }
+
+
+def _parts(
+    layout: Layout, how: How, mesh: Mesh | None, products: Mapping[str, Shard]
+) -> list[Part]:
+    """The matrices of a parameter. A part may be empty, if tp splits a parameter between them."""
+    kept = Layout(layout.shape, layout.dtype, tuple(products.items()))
+    sizes, position = (mesh.axes, mesh.coordinates) if mesh else ({}, {})
+    shape = shard_shape(kept, sizes, position)
+    (around,) = boxes(kept, sizes, position) or [tuple(slice(0, length) for length in shape)]
+    dim = next((split.dim for split in products.values()), None)
+    parts = []
+    for box in matrix_boxes(layout.shape, how):
+        own = relative(intersection(box, around), around)
+        split = None if dim is None else side_of(dim, how)
+        whole = matrix_shape(lengths(box), how)
+        parts.append(Part(own, matrix_shape(lengths(own), how), whole, split))
+    return parts
+
+
+def _cost(part: Part) -> int:
+    """Multiplications in a product of the matrix with its transpose, on its shorter side."""
+    rows, columns = part.shape
+    return rows * columns * min(rows, columns)
