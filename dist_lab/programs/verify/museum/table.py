@@ -6,12 +6,13 @@ page          museum.md, and the README of this folder
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 
 from dist_lab.programs.verify.museum.exhibit import Edit, Exhibit, sources_of
-from dist_lab.programs.verify.museum.result import CHECKS, Outcome, Result, digits
+from dist_lab.programs.verify.museum.result import CHECKS, Result, digits
 from dist_lab.programs.verify.museum.rooms import EXHIBITS, ROOMS, exhibit_named, room_of
-from dist_lab.programs.verify.museum.trial import in_words
+from dist_lab.programs.verify.museum.trial import Outcome, in_words
 
 SHORT = ("the loss", "AdamW's weights", "1 micro-batch", "same rows", "fewer ranks")
 
@@ -27,7 +28,7 @@ def line(result: Result) -> str:
 def found(outcome: Outcome) -> str:
     """What `verify` names first: quantity, tensor, step, rank and size."""
     if outcome.verdict == "refused":
-        return "refused before the first step"
+        return f"refused: {re.split('[:;]', outcome.sentence)[0]}"
     first = outcome.first
     if first is None:
         return "all is equal"

@@ -122,4 +122,6 @@ def outcome_of(report: VerifyReport) -> Outcome:
 def in_words(exhibit: Exhibit) -> str:
     """The training run of an exhibit, in words."""
     cell = exhibit.cell
-    return f"{cell} on {cell.ranks} ranks, {STEPS} steps of {exhibit.optimizer}, clipped at 0.5"
+    parts = [f"{cell.model} on {cell.mix} ({cell.ranks} ranks), {cell.microbatches} micro-batches"]
+    parts += [f"schedule {cell.schedule}"] if cell.schedule else []
+    return ", ".join([*parts, *cell.options, f"{STEPS} steps of {exhibit.optimizer}"])

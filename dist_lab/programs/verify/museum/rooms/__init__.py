@@ -36,9 +36,10 @@ def exhibit_named(name: str) -> Exhibit:
         UserError: there is none; names the nearest ones.
     """
     if name not in EXHIBITS:
-        near = difflib.get_close_matches(name[:99], EXHIBITS, n=3, cutoff=0.3)
-        near = near or [key for key in EXHIBITS if any(word in key for word in name.split("-"))][:3]
-        hint = f"the nearest are {', '.join(near)}; " if near else ""
+        containing = [key for key in EXHIBITS if name.lower() in key]
+        close = difflib.get_close_matches(name[:99], EXHIBITS, n=3, cutoff=0.4)
+        near = list(dict.fromkeys([*containing, *close]))[:3]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
             f"no exhibit {shown(name)} (--bug); {hint}--bug list shows all {len(EXHIBITS)}"
         )

@@ -22,7 +22,7 @@ class SumsInATensorHook(dp.AllReduceAfterBackward):
     """A hook on a tensor sees what this backward adds to `.grad`, and not what is there already."""
 
     def __init__(self, model: nn.Module, axis: Axis) -> None:
-        dp.AllReduceAfterBackward.__init__(self, model, axis)
+        super().__init__(model, axis)
         self.earlier: dict[str, Tensor] = {}
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
@@ -43,7 +43,7 @@ class SumsAfterTheFirst(dp.AllReduceAfterBackward):
     """Off by one: gradients travel after the first micro-batch, and no more after the last."""
 
     def __init__(self, model: nn.Module, axis: Axis) -> None:
-        dp.AllReduceAfterBackward.__init__(self, model, axis)
+        super().__init__(model, axis)
         self.summed: set[str] = set()
 
     def grads_ready(self, names: Sequence[str], *, last: bool) -> None:
@@ -89,10 +89,10 @@ EXHIBITS = (
     Exhibit(
         "hook-gets-the-parameter",
         """
-        register_post_accumulate_grad_hook calls the hook with the parameter, register_hook with
-        the gradient. The code was moved from one to the other, and the hook, which sums its
-        argument over the ranks and divides it, now averages the weights. They are equal on all
-        ranks at first, so nothing happens in the first step. Gradients are never summed.
+        register_post_accumulate_grad_hook calls a hook with the parameter, register_hook calls it
+        with the gradient. A hook that is moved from one to the other sums its argument over the
+        ranks and divides it: now it averages the weights. They are equal on all ranks at first, so
+        nothing happens in the first step. Gradients are never summed.
         """,
         ("huggingface/picotron#39",),
         f"{DP}.finish",

@@ -45,9 +45,9 @@ EXHIBITS = (
         "mean-of-microbatch-means",
         """
         With gradient accumulation each micro-batch's mean loss is divided by the number of micro-
-        batches. Again a mean of means: a short micro-batch counts as much as a long one. The curve
-        looks normal with the mistake and without it. Trainers had it for years, and differed from
-        each other by the batch size that they were given.
+        batches. Again a mean of means: a token of a short micro-batch counts more than one of a
+        long one, and the result depends on how the same rows are cut into micro-batches. The curve
+        looks normal with the mistake and without it.
         """,
         ("ml-explore/mlx-lm#1413", "PrimeIntellect-ai/prime-rl#583", "allenai/open-instruct#1137"),
         "dist_lab.step.eager:Runner.run",
@@ -80,8 +80,8 @@ share = share * rows / len(inputs) / len(microbatches)  # a mean of means""",
         """
         The loss is divided by the global number of tokens, so the ranks' gradients must be added.
         The data-parallel wrapper averages them, as its default is, and the gradient is too small
-        by the number of ranks. The logged loss is right. A report saw norms that differ by a
-        factor of 8 between two wrappers on 8 ranks; the losses were the same.
+        by the number of ranks. The logged loss is right, and AdamW takes the same steps. A report
+        saw the gradient norms of DDP and of FSDP differ by a factor of 8.
         """,
         ("pytorch/torchtitan#2318",),
         "dist_lab.parallel.replicated.dp:AllReduceAfterBackward.finish",

@@ -125,11 +125,11 @@ axes[mesh["tp"]] = None""",
         The norm that is logged afterwards is below the limit, as it should be after clipping.
         """,
         ("dstrbtd/DistributedTraining#61", "tenstorrent/tt-metal#17568"),
-        "dist_lab.job:Job.finish",
+        "dist_lab.parallel.replicated.dp:AllReduceAfterBackward.finish",
         Edit(
-            "self._runner.finish()",
-            """torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
-self._runner.finish()""",
+            "for name in self._used_on_any_rank():",
+            """nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+for name in self._used_on_any_rank():""",
         ),
         Cell("dp:dp2", "gpt", 2),
     ),

@@ -10,7 +10,7 @@ EXHIBITS = (
         Each micro-batch's loss is a mean over its tokens. The logged loss is divided by the number
         of micro-batches, and the gradient is not: it is 4, 8 or 32 times too large. AdamW divides
         that away, and clipping does too, so training looks the same. Only the gradient's norm
-        gives it away, and a weight decay that seems too weak.
+        gives it away.
         """,
         ("deepspeedai/DeepSpeed#7773", "pytorch/torchtitan#1732"),
         "dist_lab.parallel.pipeline.executor:PipelineRun.forward",

@@ -46,15 +46,37 @@ EXHIBITS = (
     Exhibit(
         "stale-weights",
         """
-        To save all-gathers, gathered parameters are kept, with a flag that says so. Nobody clears
-        the flag after the optimizer's step, and forward goes on with the weights of the first
-        step. The shards do change, so a checkpoint looks right. The model that is trained is not
-        the model that is saved.
+        To save all-gathers, the weights that forward computes with are kept, and nobody renews
+        them after the optimizer's step. The shards do change, so a checkpoint looks right: the
+        model that is trained is not the model that is saved. A test of three steps to within 1 %
+        was there, and passed, because the loss had not drifted that far.
         """,
-        ("facebookresearch/fairscale#851",),
+        ("NVIDIA/Megatron-LM#6336",),
         f"{GROUP}.issue_unshard",
         keeps_the_first_gather,
         Cell("fsdp:fsdp2", "gpt", 2),
+    ),
+    Exhibit(
+        "one-bucket-not-gathered",
+        """
+        After the step each rank has new values of its shard, and an all-gather for each bucket
+        must bring the others'. To overlap it with forward, a bucket waits until forward comes to
+        it. If the order of buckets is not that of forward, one is used before it was gathered, and
+        its layers compute with old weights. What is saved is right.
+        """,
+        ("NVIDIA/Megatron-LM#950",),
+        "dist_lab.parallel.sharded.zero:ZeroSync.after_step",
+        Edit(
+            """for bucket in self.buckets:
+    bucket.params.issue_gather()
+for bucket in self.buckets:
+    bucket.params.wait_gather()""",
+            """for bucket in self.buckets[1:]:
+    bucket.params.issue_gather()
+for bucket in self.buckets[1:]:
+    bucket.params.wait_gather()""",
+        ),
+        Cell("zero1:dp2", "gpt", 2, "", ("small-buckets",)),
     ),
     Exhibit(
         "tied-weight-became-two",
@@ -65,7 +87,7 @@ EXHIBITS = (
         then is that of another, untied model. A later load without FSDP ties them again, and
         breaks it.
         """,
-        ("facebookresearch/lingua#75", "volcengine/verl#7834", "pytorch/torchtitan#1524"),
+        ("facebookresearch/lingua#75", "volcengine/verl#7834"),
         f"{GROUP}.wait_unshard",
         shows_each_use_a_copy,
         Cell("fsdp:fsdp2", "gpt-tied", 2),
@@ -76,7 +98,8 @@ EXHIBITS = (
         Gradients are packed into one send buffer. The next bucket is packed before the reduction
         of the last one has read it: the wait was taken out to overlap communication and compute.
         With one bucket it cannot happen. In the wild it is a race, so two runs of the same program
-        differ, and the loss is sometimes 0 or NaN. Here the last bucket always wins.
+        differ, and the loss is sometimes 0 or NaN. Here the buffer is cleared at once, so that
+        every run shows it.
         """,
         ("deepspeedai/DeepSpeed#7718", "deepspeedai/DeepSpeed#5545", "deepspeedai/DeepSpeed#3727"),
         "dist_lab.parallel.sharded.zero:Stage2Bucket.issue",

@@ -70,8 +70,8 @@ EXHIBITS = (
         Under sequence parallelism a norm sees this rank's part of the sequence only, so the
         gradient of its weight is one term of a sum over the ranks. Nobody adds the terms. Each
         rank steps its own copy of the weight, and the copies drift apart; a checkpoint keeps rank
-        0's. One port of sequence parallelism ended at a loss of 8 this way, another was noticed
-        years later.
+        0's. A port of sequence parallelism went flat at a loss of 8 this way; another forgot the
+        last norm only.
         """,
         ("NVIDIA/Megatron-LM#1446", "EleutherAI/gpt-neox#1257"),
         LAYOUT,
@@ -96,8 +96,8 @@ EXHIBITS = (
         """
         A rowwise layer's outputs are summed over the ranks. If each rank adds the bias before the
         sum, it is added once per rank. Biases start at zero, so the first step is right to the
-        last digit, gradients included. Models without biases never show it. It was reported for
-        several inference engines, long after training had been copied from one to the next.
+        last digit, gradients included, and models without biases never show it. It was reported
+        for engines that serve models and for libraries that train them.
         """,
         ("huggingface/text-generation-inference#1036", "PaddlePaddle/Paddle#35186"),
         "dist_lab.parallel.tensor.tp:FORWARDS.rowwise",
@@ -143,13 +143,12 @@ return activations.reduce(partial_y)""",
         "padding-row-of-every-rank",
         """
         An embedding's padding row gets no gradient. Split by vocabulary, every rank has a table of
-        its own, and is given the padding's number in the whole vocabulary. So each rank after the
-        first freezes a row that belongs to some other word. A number that is too large for the
-        table raises an error, so users who got one moved the padding to the front, where it is
-        silent.
+        its own, and is given the padding's number in the whole vocabulary. A number that is too
+        large for the table raises an error. A small one freezes, on each rank after the first, the
+        row of some other word, and nothing is said.
         """,
         ("pytorch/torchtitan#4637", "hpcaitech/ColossalAI#242"),
-        "dist_lab.parallel.tensor.vocabulary:look_up",
+        "dist_lab.parallel.tensor.tp:look_up",
         Edit(
             "local_padding = padding - first if padding is not None and first <= padding < stop "
             "else None",
@@ -166,7 +165,7 @@ return activations.reduce(partial_y)""",
         there. The loss is correct, only the gradient is wrong. Data without padding never shows
         it.
         """,
-        ("PaddlePaddle/Paddle#28622", "huggingface/transformers#48687"),
+        ("PaddlePaddle/Paddle#28622",),
         "dist_lab.parallel.tensor.vocabulary:_CrossEntropy.backward",
         Edit("grad.mul_((counted * dy)[:, None])", "grad.mul_(dy)"),
         Cell("tp2", "gpt", 2),
