@@ -33,7 +33,7 @@ class Verify(Config):
         "has not found equal yet", heading="all mixes")
     only: str = setting("", "of --matrix, the cells whose names contain all of these words: "
         "'zero1:pp2xdp2 zb'", metavar="TEXT")
-    museum: bool = setting(False, "make each of some forty bugs of public trainers once more, on "
+    museum: bool = setting(False, "make each of some fifty bugs of public trainers once more, on "
         "ranks that it starts itself, and show what detects it", heading="bugs")
     bug: str = setting("", "show one of these bugs: its story, the function that it replaces, and "
         "what detects it; 'list' shows their names", metavar="NAME")

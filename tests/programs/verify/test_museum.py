@@ -146,7 +146,7 @@ def test_the_readme_is_the_page_of_these_exhibits():
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [f"{r[0].upper()}{r[1:]}" for r in ROOMS]
     assert re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE) == list(EXHIBITS)
     for exhibit in ALL:
-        assert "\n".join([f"**{exhibit.name}.** {exhibit.lines[0]}", *exhibit.lines[1:]]) in text
+        assert "\n".join([f"**{exhibit.name}**\n", *exhibit.lines]) in text
         assert all(f"({address})" in text for address in exhibit.links.values())
     assert "broken" not in text
     assert "NOT AS THEY SAY" not in text
@@ -243,7 +243,9 @@ def test_the_museum_prints_a_line_an_exhibit_and_writes_its_page(monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"), [(DIFFERS, DIFFERS), (EQUAL, EQUAL)], ids=["never right", "never wrong"]
+    ("right", "wrong"),
+    [(DIFFERS, DIFFERS), (EQUAL, EQUAL), (EQUAL, Outcome("failed", "rank 1: KeyError"))],
+    ids=["never right", "never wrong", "a rank fails"],
 )
 def test_an_exhibit_that_is_not_as_it_says_is_named_and_gives_status_1(
     monkeypatch, capsys, right, wrong
@@ -269,7 +271,7 @@ def test_a_refusal_is_caught_and_an_error_without_a_number_is_shown():
     result = Result("a-b", "norms", EQUAL, refused, (Check("the loss", None),), "", 0.1)
     assert table.line(result) == "a-b: refused: 16 tensors differ; caught"
     missing = replace(DIFFERS, first=replace(FIRST, error=float("inf")), losses=(float("inf"),))
-    assert "not finite, or missing; the loss agrees to none digits" in table.line(
+    assert "NaN, infinite or missing; the loss agrees to none digits" in table.line(
         replace(result, wrong=missing)
     )
     assert digits(float("nan")) == "none"

@@ -58,6 +58,22 @@ def test_a_wrong_gradient_is_detected_where_the_right_one_is_zero(mesh):
 
 
 @pytest.mark.ranks(2)
+def test_one_element_that_is_nan_is_detected(mesh):
+    # max() and > may ignore it.
+    class MakesNaN(dp.AllReduceAfterBackward):
+        def finish(self):
+            super().finish()
+            if self.axis.index == 1:
+                self.model.get_parameter("lm_head.weight").grad.view(-1)[-1] = torch.nan
+
+    def apply(setup):
+        return replace(dp.apply(setup), sync=MakesNaN(setup.model, setup.axis))
+
+    first = dist_lab.verify(gpt, batch, mesh, apply, steps=1).first
+    assert (first.quantity, first.tensor, first.rank) == ("gradient", "lm_head.weight", 1)
+
+
+@pytest.mark.ranks(2)
 def test_the_rank_that_is_wrong_is_named(mesh):
     class ForgetsRank1(Sync):
         """An `if rank`: one rank keeps its local gradient of one parameter."""

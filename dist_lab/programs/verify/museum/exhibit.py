@@ -71,7 +71,8 @@ class Exhibit:
         links = {}
         for source in self.sources:
             if source.startswith("https://"):
-                links[source.removeprefix("https://github.com/")] = source
+                path = source.removeprefix("https://github.com/").split("/")
+                links[f"{path[1]}/{path[-1]}"] = source
             else:
                 repository, _, number = source.partition("#")
                 short = f"{repository.partition('/')[2]}#{number}"

@@ -50,17 +50,20 @@ class Result:
 
     @property
     def is_caught(self) -> bool:
-        return self.wrong.verdict != "equal"
+        return self.wrong.verdict in ("not equal", "refused")
 
     @property
     def as_told(self) -> bool:
         """Whether the exhibit behaves as it says: caught, or not caught and said so."""
-        return self.right.verdict == "equal" and self.is_caught != bool(self.escapes)
+        expected = ("equal",) if self.escapes else ("not equal", "refused")
+        return self.right.verdict == "equal" and self.wrong.verdict in expected
 
     @property
     def verdict(self) -> str:
         if self.right.verdict != "equal":
             return f"broken: without the mistake, {self.right.sentence}"
+        if self.wrong.verdict == "failed":
+            return f"broken: {self.wrong.sentence}"
         if self.is_caught:
             return "caught" if not self.escapes else "broken: caught, though it says it is not"
         return f"not caught: {self.escapes or 'and it does not say why'}"

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dist_lab.observe import export, run_dir
-from dist_lab.processes.pool import Pool
+from dist_lab.processes.pool import Pool, RanksFailed
 from dist_lab.processes.ranks import PRELOAD
 from dist_lab.programs.verify.museum import table
 from dist_lab.programs.verify.museum import trial as on_rank
@@ -86,7 +86,7 @@ def checked(exhibit: Exhibit, main: Trial, wrong: Outcome, run: Run) -> Iterator
     """Each cheaper check, run for real, in the order of CHECKS."""
     cell = exhibit.cell
     loss, weights, one, same, fewer = CHECKS
-    if wrong.verdict == "refused":  # there is nothing to look at
+    if not wrong.losses:  # refused: there is nothing to look at
         yield from (Check(loss, None), Check(weights, None))
     else:
         yield Check(loss, not max(wrong.losses) <= LOSS)
@@ -121,11 +121,14 @@ def ranks() -> Iterator[Run]:
 
     def run(trial: Trial) -> Outcome:
         printed = io.StringIO()  # a mistake may make torch print warnings
-        with contextlib.redirect_stdout(printed):
-            outcomes: list[Outcome] = pool.run(
-                trial.cell.ranks, on_rank.run, trial, timeout=60.0 + 10.0 * trial.cell.ranks
-            )
-        return outcomes[0]
+        timeout = 60.0 + 10.0 * trial.cell.ranks
+        try:
+            with contextlib.redirect_stdout(printed):
+                outcomes = pool.run(trial.cell.ranks, on_rank.run, trial, timeout=timeout)
+        except RanksFailed as failed:
+            return Outcome("failed", str(failed))
+        outcome: Outcome = outcomes[0]
+        return outcome
 
     try:
         yield run

@@ -27,13 +27,15 @@ def line(result: Result) -> str:
 
 def found(outcome: Outcome) -> str:
     """What `verify` names first: quantity, tensor, step, rank and size."""
+    if outcome.verdict == "failed":
+        return "the ranks failed"
     if outcome.verdict == "refused":
         return f"refused: {re.split('[:;]', outcome.sentence)[0]}"
     first = outcome.first
     if first is None:
         return "all is equal"
     tensor = f" of {first.tensor}" if first.tensor else ""
-    size = f"off by {first.error:.0e}" if first.error < float("inf") else "not finite, or missing"
+    size = f"off by {first.error:.0e}" if first.error < float("inf") else "NaN, infinite or missing"
     return f"{first.quantity}{tensor} at step {first.step} on rank {first.rank}, {size}"
 
 
@@ -165,8 +167,9 @@ def story(exhibit: Exhibit, result: Result) -> str:
 
 
 def _paragraph(exhibit: Exhibit, result: Result, links: str) -> Iterator[str]:
-    yield f"**{exhibit.name}.** {exhibit.lines[0]}"
-    yield from exhibit.lines[1:]
+    yield f"**{exhibit.name}**"
+    yield ""
+    yield from exhibit.lines
     yield f"Reported in {links}. Replaces `{exhibit.replaces.partition(':')[2]}` in"
     yield f"`{exhibit.replaces.partition(':')[0]}`; runs `{exhibit.cell}`."
     if not result.is_caught:

@@ -55,8 +55,8 @@ class Outcome:
     """What `verify` found.
 
     Attributes:
-        verdict: "equal", "not equal", or "refused" by a UserError.
-        sentence: the report's sentence, or the refusal.
+        verdict: "equal"; "not equal"; "refused" by a UserError; "failed": a rank crashed or hung.
+        sentence: the report's sentence, the refusal, or the tracebacks.
         first: the first comparison that differs.
         losses: the error of the loss at each step.
         weights: the largest error of a weight after the last step.

@@ -121,10 +121,10 @@ parameter.data /= self.axis.size""",
     Exhibit(
         "sums-after-the-first-microbatch",
         """
-        Gradients travel if `batch_index % accumulation == 0`, which is true for the first micro-
-        batch of a step and not for the last. So the first is summed, the others never are, and the
-        optimizer steps on gradients that differ between ranks. With accumulation 1 every index
-        divides, and the condition is right. Two ranks of CPU show it.
+        Gradients travel if `batch_index % accumulation == 0`, which is true for the first
+        micro-batch of a step and not for the last. So the first is summed, the others never are,
+        and the optimizer steps on gradients that differ between ranks. With accumulation 1 every
+        index divides, and the condition is right. Two ranks of CPU show it.
         """,
         ("modelscope/FunASR#3472",),
         DP,
@@ -147,10 +147,10 @@ parameter.data /= self.axis.size""",
     Exhibit(
         "only-the-last-microbatch-survives",
         """
-        Sharded gradients of micro-batches add up in a buffer. The flag that tells the last micro-
-        batch from the others was always on, so each one starts the buffer anew, and only the last
-        gradient reaches the optimizer. It is a fair sample of the right one: the loss goes down, a
-        little more noisily.
+        Sharded gradients of micro-batches add up in a buffer. The flag that tells the last
+        micro-batch from the others was always on, so each one starts the buffer anew, and only the
+        last gradient reaches the optimizer. It is a fair sample of the right one: the loss goes
+        down, a little more noisily.
         """,
         ("NVIDIA/Megatron-LM#7186",),
         "dist_lab.parallel.sharded.sharded_grads:ShardedGrads.add",

@@ -44,10 +44,10 @@ EXHIBITS = (
     Exhibit(
         "mean-of-microbatch-means",
         """
-        With gradient accumulation each micro-batch's mean loss is divided by the number of micro-
-        batches. Again a mean of means: a token of a short micro-batch counts more than one of a
-        long one, and the result depends on how the same rows are cut into micro-batches. The curve
-        looks normal with the mistake and without it.
+        With gradient accumulation each micro-batch's mean loss is divided by the number of
+        micro-batches. Again a mean of means: a token of a short micro-batch counts more than one
+        of a long one, and the result depends on how the same rows are cut into micro-batches. The
+        curve looks normal with the mistake and without it.
         """,
         ("ml-explore/mlx-lm#1413", "PrimeIntellect-ai/prime-rl#583", "allenai/open-instruct#1137"),
         "dist_lab.step.eager:Runner.run",
@@ -121,8 +121,9 @@ parameter.grad /= self.axis.size""",
     Exhibit(
         "a-rank-without-targets",
         """
-        A mean over the tokens that count is taken on each rank. One rank's rows happen to have
-        none: its mean is 0/0, which is NaN, and one all_reduce later every weight on every rank is
+        A mean over the tokens that count is taken on each rank. One rank's rows have none: its
+        mean is 0/0, and the sum of the losses is NaN on all ranks. Here the gradient survives,
+        because torch gives a masked target none; where the mask is a factor, every weight becomes
         NaN. It needs the data to line up, so it appears after days, and not in a test.
         """,
         ("NVIDIA/Megatron-LM#1764",),
