@@ -7,7 +7,7 @@ from typing import Any
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.programs.cli.checks import check_together
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.settings import AtLeast, setting
+from dist_lab.programs.cli.settings import AtLeast, as_typed, setting
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.verify.matrix.cells import Cell, all_cells, matching
 
@@ -44,9 +44,10 @@ class Verify(Config):
         if self.own_ranks is None:
             return super().axes(size, plain=plain)
         if size > 1:
+            typed = as_typed(self.own_ranks, getattr(self, self.own_ranks))
             raise UserError(
-                f"{self.own_ranks} starts its own ranks, {size} were started "
-                f"(--{self.own_ranks}); type python launch/verify.py --{self.own_ranks}"
+                f"{self.own_ranks} starts its own ranks, {size} were started (--{self.own_ranks}); "
+                f"type python launch/verify.py {typed}"
             )
         return {}
 

@@ -106,6 +106,14 @@ def test_an_exhibit_has_a_story_a_public_source_and_a_run(exhibit):
     assert not exhibit.smaller or replace(exhibit.cell, mix=exhibit.smaller).ranks == 2
 
 
+def test_an_exhibit_that_is_not_caught_names_a_test_that_does():
+    tests = Path(__file__).with_name("test_traps.py").read_text()
+    for exhibit in ALL:
+        for name in re.findall(r"test_\w+", exhibit.escapes):
+            assert f"def {name}(" in tests, name
+        assert not exhibit.escapes or "test_" in exhibit.escapes
+
+
 def taken_from(exhibit):
     owner, name = place(exhibit.replaces)
     return owner[name] if isinstance(owner, dict) else inspect.getattr_static(owner, name)

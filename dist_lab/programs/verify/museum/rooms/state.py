@@ -80,8 +80,8 @@ params = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.ite
         """
         To save memory a block's forward runs a second time in backward. Its BatchNorm updates the
         running statistics both times. Loss and gradients are the same to the last digit, because
-        training does not use these statistics; evaluation does. Who compares losses and gradients
-        with and without recomputation finds nothing.
+        training does not use these statistics; evaluation does. A comparison of losses and
+        gradients with and without recomputation finds nothing.
         """,
         ("pytorch/pytorch#96136", "Tencent/YOLO-Master#262"),
         "dist_lab.transforms.recompute:Replay.__enter__",
