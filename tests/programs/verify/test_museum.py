@@ -22,12 +22,12 @@ from dist_lab.programs.verify.museum.exhibit import Edit, patched, place, source
 from dist_lab.programs.verify.museum.result import CHECKS, Check, Result, digits
 from dist_lab.programs.verify.museum.rooms import EXHIBITS, ROOMS, exhibit_named
 from dist_lab.programs.verify.museum.trial import Outcome, Trial
-from dist_lab.programs.verify.report import Comparison
+from dist_lab.programs.verify.report import Comparison, VerifyReport
 
 README = Path(museum.__file__).parent / "README.md"
 ALL = list(EXHIBITS.values())
 USUAL = (
-    "hook-gets-the-parameter", "a-rank-without-targets", "padded-targets-get-a-gradient",
+    "hook-gets-the-parameter", "a-rank-without-targets", "padding-row-of-every-rank",
     "gradient-times-microbatches", "statistics-counted-twice", "each-rank-draws-its-own-weights",
     "generator-consumed-by-the-norm",
 )  # fmt: skip
@@ -84,6 +84,14 @@ def test_an_outcome_has_the_first_difference_and_all_losses():
     assert len(outcome.losses) == on_rank.STEPS
     assert max(outcome.losses) < 1e-9, "the loss does not show it"
     assert outcome.weights < 1e-4, "nor do AdamW's weights"
+
+
+def test_the_weights_of_an_outcome_are_those_after_the_last_step():
+    rows = [(0, "loss", 0.1), (0, "weight", 9.0), (3, "loss", 0.2), (3, "weight", 0.5)]
+    comparisons = [Comparison(step, what, "", error, 0, True) for step, what, error in rows]
+    comparisons += [Comparison(3, "weight", "rounding", 7.0, 0, judged=False)]
+    outcome = on_rank.outcome_of(VerifyReport("dp", "dp=2", "float64", 1e-10, comparisons))
+    assert (outcome.losses, outcome.weights) == ((0.1, 0.2), 0.5)
 
 
 # --- the collection -------------------------------------------------------------------------------
