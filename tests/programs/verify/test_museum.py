@@ -175,7 +175,10 @@ def test_bug_shows_the_story_the_two_functions_and_the_checks(tmp_path):
     done = programs.run("verify.py", "--bug", "norm-summed-over-data-ranks", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "https://github.com/modelscope/twinkle/issues/290" in done.stdout
-    assert "-    return total.sqrt()\n" in done.stdout
+    assert (
+        "-    return sum_over_model(_square, zero, gradients, layouts, mesh).sqrt()\n"
+        in done.stdout
+    )
     assert "+    return ops.all_reduce(total, mesh.world).sqrt()\n" in done.stdout
     assert re.search(r"without the mistake +equal to one process", done.stdout)
     assert re.search(r"the loss, to 1e-3 +misses it\n", done.stdout)

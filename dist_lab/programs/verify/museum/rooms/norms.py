@@ -15,7 +15,8 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.verify.matrix.cells import Cell
 from dist_lab.programs.verify.museum.exhibit import Edit, Exhibit
 
-NORM = "dist_lab.job:global_norm"
+NORM = "dist_lab.step.totals:global_norm"
+SUM = "dist_lab.step.clip:sum_over_model"
 
 
 def as_if_replicated(real: Any) -> Any:
@@ -52,7 +53,7 @@ EXHIBITS = (
         matrix. Without tensor parallelism it is right.
         """,
         ("pytorch/torchtune#2420", "NVIDIA/Megatron-LM#7452"),
-        NORM,
+        SUM,
         Edit(
             "local = ops.all_reduce(local, axis)",
             'local = local if axis.name == "tp" else ops.all_reduce(local, axis)',
@@ -69,7 +70,7 @@ EXHIBITS = (
         early. Measured on two large models it was 1.4 and 1.5 times the right one.
         """,
         ("NVIDIA-NeMo/RL#3788", "ROCm/TransformerEngine#715"),
-        NORM,
+        SUM,
         Edit(
             "axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)",
             """axes = dict.fromkeys(axis_of_parts(mesh, axis, how) for axis, how in layout.splits)
@@ -87,7 +88,11 @@ axes[mesh["tp"]] = None""",
         """,
         ("modelscope/twinkle#290",),
         NORM,
-        Edit("return total.sqrt()", "return ops.all_reduce(total, mesh.world).sqrt()"),
+        Edit(
+            "return sum_over_model(_square, zero, gradients, layouts, mesh).sqrt()",
+            """total = sum_over_model(_square, zero, gradients, layouts, mesh)
+return ops.all_reduce(total, mesh.world).sqrt()""",
+        ),
         Cell("ddp:dp2", "gpt", 2),
     ),
     Exhibit(
@@ -98,7 +103,7 @@ axes[mesh["tp"]] = None""",
         reading the code: loss curves of clipped runs look alike.
         """,
         ("pytorch/torchtitan#596",),
-        NORM,
+        SUM,
         Edit(
             "local = ops.all_reduce(local, axis)",
             'local = local if axis.name == "pp" else ops.all_reduce(local, axis)',
@@ -113,7 +118,7 @@ axes[mesh["tp"]] = None""",
         matrix dominates, the norm is too large by a factor of up to the square root of 2.
         """,
         ("NVIDIA/Megatron-LM#7227",),
-        NORM,
+        SUM,
         Edit(" and is_counted(layout, mesh.coordinates)", ""),
         Cell("pp2", "gpt-tied", 4, "1f1b"),
     ),
@@ -144,11 +149,11 @@ for name in self._used_on_any_rank():""",
         ("inclusionAI/AReaL#335",),
         "dist_lab.job:Job.clip_grad_norm",
         Edit(
-            """norm = global_norm(gradients, self.layouts, self.mesh)
+            """norm = self._totals.norm(gradients, self.layouts, self.mesh)
 if max_norm is not None:
     clip([g for g in gradients.values() if g is not None], norm, max_norm)""",
             """parameters = (item for item in gradients.items())
-norm = global_norm(dict(parameters), self.layouts, self.mesh)
+norm = self._totals.norm(dict(parameters), self.layouts, self.mesh)
 if max_norm is not None:
     clip([g for _, g in parameters if g is not None], norm, max_norm)""",
         ),

@@ -19,11 +19,12 @@ def keeps_the_first_gather(real: Any) -> Any:
         if kept is None:
             began: bool = real(self)
             self.wait_unshard()
-            rows = {p.name: p.rows.clone() for p in self.params if p.rows is not None}
-            self.__dict__["kept"] = rows
+            first = {p.name: p.rows.clone() for p in self.params if p.rows is not None}
+            self.__dict__["kept"] = first
             return began
         for param in self.params:
-            param.allocate(self.axis.size).copy_(kept[param.name])  # "it is gathered already"
+            rows = param.use_rows(param.new_rows(self.axis.size))
+            rows.copy_(kept[param.name])  # "it is gathered already"
         self.state = Params.UNSHARDED
         for param in self.params:
             param.show()
