@@ -10,6 +10,7 @@ from dist_lab.programs.cli.setup import arguments, batch_in_words, draw_model, o
 from dist_lab.programs.train import loop
 from dist_lab.programs.verify import engine
 from dist_lab.programs.verify.matrix.run import matrix
+from dist_lab.programs.verify.museum.run import museum, show
 from dist_lab.programs.verify.settings import Verify
 
 
@@ -17,6 +18,10 @@ def verify(config: Verify, mesh: Mesh) -> int:
     """Verify a model of the zoo against one process. Returns exit status 0 only if equal."""
     if config.matrix:
         return matrix(config.cells, config.out)
+    if config.museum:
+        return museum(config.out)
+    if config.bug:
+        return show(config.bug, config.out)
     config = config.fitted(mesh.size)
     data = open_run(config, mesh)
     with together(mesh.world):

@@ -1,6 +1,6 @@
 """The parity table: every strategy equals one process, on every model, in float64.
 
-tests/programs/verify/test_traps.py tests the comparison engine itself, by bugs that it must detect.
+tests/programs/verify/test_museum.py tests the comparison engine itself: it must detect known bugs.
 """
 
 import copy

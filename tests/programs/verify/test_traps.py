@@ -1,165 +1,32 @@
-"""Bugs that shipped in public hand-written trainers: the engine detects every one.
+"""Traps of hand-written trainers: what the engine reports about a mistake, and what is refused.
 
-Each exhibit is a strategy with one bug. The parity table is worth only as much as this file: a test
-that cannot fail proves nothing.
+The bugs that public trainers have released are exhibits of the museum: see test_museum.py. The
+parity table is worth only as much as these tests: a test that cannot fail proves nothing.
 """
 
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
-from models import MODELS, axes_of, batch, build, gpt, plan_of, units_of
+from models import axes_of, batch, build, gpt, plan_of, units_of
 
 import dist_lab
-from dist_lab.comm.ops import (
-    all_gather,
-    all_reduce,
-    all_reduce_into,
-    broadcast_into,
-    reduce_scatter,
-)
+from dist_lab.comm.ops import all_gather, all_reduce, reduce_scatter
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Layout
+from dist_lab.observe import flops
 from dist_lab.parallel.replicated import dp
-from dist_lab.parallel.sharded import fsdp
-from dist_lab.parallel.sharded.param_group import Params
 from dist_lab.programs.cli.registry import IMPLEMENTATIONS
-from dist_lab.step import clip, totals
+from dist_lab.programs.train import loop
+from dist_lab.programs.verify.museum import trial as museum
+from dist_lab.programs.verify.museum.exhibit import patched
+from dist_lab.programs.verify.museum.rooms import EXHIBITS
 from dist_lab.step.protocol import Applied, Sync
 
-UNSHARDED = Params.UNSHARDED
 
-
-class Buggy(Sync):
-    def __init__(self, model, axis):
-        self.model, self.axis = model, axis
-
-    def parameters(self):
-        return [p for p in self.model.parameters() if p.grad is not None]
-
-
-class ReducesTheParameter(Buggy):
-    """1. A hook gets the parameter, and the parameter is reduced instead of its gradient."""
-
-    def finish(self):
-        for p in self.parameters():
-            p.data = all_reduce(p.data, self.axis) / self.axis.size
-
-
-class ReducesTheLastMicrobatchOnly(Buggy):
-    """2. Sums only the last micro-batch's gradient. Correct without accumulation."""
-
-    def grads_ready(self, names, *, last):
-        for name in names:
-            p = self.model.get_parameter(name)
-            earlier = p.__dict__.setdefault("earlier", torch.zeros_like(p))
-            if last:
-                p.grad = earlier + all_reduce(p.grad - earlier, self.axis)
-                del p.__dict__["earlier"]
-            else:
-                earlier.copy_(p.grad)
-
-
-class TooLargeByTheNumberOfMicrobatches(Buggy):
-    """3. Only the logged loss is divided. AdamW hides this in the weights; the norm shows it."""
-
-    def finish(self):
-        for p in self.parameters():
-            p.grad = 4 * all_reduce(p.grad, self.axis)
-
-
-class DropsAllButTheLastMicrobatch(Buggy):
-    """4. "The loss looked fine, only the gradient norm gave it away"."""
-
-    def grads_ready(self, names, *, last):
-        if not last:
-            for name in names:
-                self.model.get_parameter(name).grad.zero_()
-
-    def finish(self):
-        for p in self.parameters():
-            all_reduce_into(p.grad, self.axis).wait()
-
-
-class NeverSums(Buggy):
-    """6. Not detected if every rank has the same data."""
-
-
-class AveragesInsteadOfSumming(Buggy):
-    """Averages, although dist_lab's loss is already divided by the global count."""
-
-    def finish(self):
-        for p in self.parameters():
-            p.grad = all_reduce(p.grad, self.axis) / self.axis.size
-
-
-class SumsTwice(Buggy):
-    """5. The gradient or its norm is reduced twice."""
-
-    def finish(self):
-        for p in self.parameters():
-            p.grad = all_reduce(all_reduce(p.grad, self.axis), self.axis)
-
-
-class ForgetsOneRank(Buggy):
-    """An `if rank`: one rank keeps its local gradient of one parameter."""
-
-    def finish(self):
-        for i, p in enumerate(self.parameters()):
-            total = all_reduce(p.grad, self.axis)
-            p.grad = p.grad if i == 3 and self.axis.index == 1 else total
-
-
-class MakesNaN(Buggy):
-    """One element is NaN, which max() and > may ignore."""
-
-    def finish(self):
-        for p in self.parameters():
-            p.grad = all_reduce(p.grad, self.axis)
-        if self.axis.index == 1:
-            p.grad.view(-1)[-1] = torch.nan
-
-
-EXHIBITS = {
-    kind.__name__: kind
-    for kind in (
-        ReducesTheParameter,
-        ReducesTheLastMicrobatchOnly,
-        TooLargeByTheNumberOfMicrobatches,
-        DropsAllButTheLastMicrobatch,
-        NeverSums,
-        AveragesInsteadOfSumming,
-        SumsTwice,
-        ForgetsOneRank,
-        MakesNaN,
-    )
-}
-
-
-def strategy(kind):
-    def apply(setup):
-        return Applied(setup.layouts, kind(setup.model, setup.axis))
-
-    return apply
-
-
-@pytest.mark.parametrize("bug", EXHIBITS)
-@pytest.mark.ranks(2)
-def test_the_engine_detects(bug, mesh):
-    kind = strategy(EXHIBITS[bug])
-    report = dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=1)
-    assert not report.equal
-    assert (report.first.step, report.first.quantity) == (0, "gradient")
-    assert report.worst("grad norm").error > 1e-3, "the norm gives it away"
-
-
-@pytest.mark.ranks(2)
-def test_without_accumulation_the_second_bug_is_not_detected(mesh):
-    # This is why the parity table accumulates.
-    kind = strategy(ReducesTheLastMicrobatchOnly)
-    assert dist_lab.verify(gpt, batch, mesh, kind, microbatches=1, steps=2).equal
-    assert not dist_lab.verify(gpt, batch, mesh, kind, microbatches=4, steps=1).equal
+def outcome_of(name):
+    """What `verify` finds in an exhibit of the museum."""
+    exhibit = EXHIBITS[name]
+    return museum.run(0, museum.Trial(name, exhibit.cell, optimizer=exhibit.optimizer))
 
 
 @pytest.mark.ranks(2)
@@ -191,8 +58,38 @@ def test_a_wrong_gradient_is_detected_where_the_right_one_is_zero(mesh):
 
 
 @pytest.mark.ranks(2)
+def test_one_element_that_is_nan_is_detected(mesh):
+    # max() and > may ignore it.
+    class MakesNaN(dp.AllReduceAfterBackward):
+        def finish(self):
+            super().finish()
+            if self.axis.index == 1:
+                self.model.get_parameter("lm_head.weight").grad.view(-1)[-1] = torch.nan
+
+    def apply(setup):
+        return replace(dp.apply(setup), sync=MakesNaN(setup.model, setup.axis))
+
+    first = dist_lab.verify(gpt, batch, mesh, apply, steps=1).first
+    assert (first.quantity, first.tensor, first.rank) == ("gradient", "lm_head.weight", 1)
+
+
+@pytest.mark.ranks(2)
 def test_the_rank_that_is_wrong_is_named(mesh):
-    report = dist_lab.verify(gpt, batch, mesh, strategy(ForgetsOneRank), steps=1)
+    class ForgetsRank1(Sync):
+        """An `if rank`: one rank keeps its local gradient of one parameter."""
+
+        def __init__(self, model, axis):
+            self.model, self.axis = model, axis
+
+        def finish(self):
+            for i, p in enumerate(self.model.parameters()):
+                total = all_reduce(p.grad, self.axis)
+                p.grad = p.grad if i == 3 and self.axis.index == 1 else total
+
+    def apply(setup):
+        return Applied(setup.layouts, ForgetsRank1(setup.model, setup.axis))
+
+    report = dist_lab.verify(gpt, batch, mesh, apply, steps=1)
     assert report.first.rank == 1
     assert "on rank 1" in report.sentence()
 
@@ -257,88 +154,28 @@ def test_no_objects_are_searched_if_only_the_model_holds_its_parameters(name, mo
 # --- sharded parameters ---------------------------------------------------------------------------
 
 
-def report_of(mesh, spoil, model="gpt", steps=2):
-    """The report of fsdp with a bug: `spoil(group)` is called on each parameter group."""
-    real = fsdp.apply
-
-    def apply(*args, **kwargs):
-        applied = real(*args, **kwargs)
-        for group in applied.sync.groups:
-            spoil(group)
-        return applied
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fsdp, "apply", with_signature_of(real, apply))
-        return dist_lab.verify(
-            MODELS[model], batch, mesh, "fsdp", units=units_of(model), microbatches=2, steps=steps
-        )
-
-
-def with_signature_of(real, function):
-    function.__signature__ = inspect.signature(real)
-    return function
-
-
-@pytest.mark.ranks(4, mesh={"fsdp": 4})
-def test_a_norm_over_one_shard_is_too_low_and_is_detected(mesh):
+@pytest.mark.ranks(4)
+def test_a_norm_over_one_shard_is_too_low():
     # Trap 5: the norm is low by about the root of the ranks. Clipping then lets too much through,
     # which the loss does not show.
-    real = clip.global_norm
-
-    def norm_of_local_shard(gradients, layouts, mesh):
-        unsharded = {n: Layout(layout.shape, layout.dtype) for n, layout in layouts.items()}
-        return real(gradients, unsharded, mesh)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(totals, "global_norm", norm_of_local_shard)
-        report = report_of(mesh, lambda group: None, steps=1)
-    assert report.first.quantity == "grad norm"
-    assert report.first.error == pytest.approx(0.5, abs=0.25)  # the shards' norms are not equal
-    assert report_of(mesh, lambda group: None, steps=1).equal
+    outcome = outcome_of("norm-of-the-local-shard")
+    assert outcome.first.quantity == "grad norm"
+    assert outcome.first.error == pytest.approx(0.5, abs=0.25)  # the shards' norms are not equal
+    assert max(outcome.losses) < 1e-3
 
 
-@pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_a_tied_weight_that_became_two_is_detected(mesh):
+@pytest.mark.ranks(2)
+def test_a_tied_weight_that_became_two_shows_in_the_first_gradient():
     # Trap 9: each use has its own tensor, and the gradient of the second is lost.
-    def untie(group):
-        real = group.wait_unshard
-
-        def in_two():
-            real()
-            for param in group.params:
-                for module, attribute in param.slots[1:] if group.state is UNSHARDED else ():
-                    module.__dict__[attribute] = param.unsharded.detach().clone().requires_grad_()
-
-        group.wait_unshard = in_two
-
-    report = report_of(mesh, untie, "gpt tied")
-    assert (report.first.step, report.first.quantity) == (0, "gradient")
-    assert report_of(mesh, lambda group: None, "gpt tied").equal
+    first = outcome_of("tied-weight-became-two").first
+    assert (first.step, first.quantity) == (0, "gradient")
 
 
-@pytest.mark.ranks(2, mesh={"fsdp": 2})
-def test_stale_weights_of_the_previous_step_are_detected(mesh):
+@pytest.mark.ranks(2)
+def test_stale_weights_of_the_first_step_show_in_the_second_loss():
     # Trap 13: the memory of freed parameters is kept, and the next gather reuses the old values.
-    def keep(group):
-        real, times = group.issue_unshard, []
-
-        def stale():
-            if times and times[0] is not None:
-                for param in group.params:
-                    param.use_rows(param.new_rows(group.axis.size)).copy_(times[0][param.name])
-                group.state = UNSHARDED
-                for param in group.params:
-                    param.show()
-                return False
-            began = real()
-            group.wait_unshard()
-            times.append({param.name: param.rows.clone() for param in group.params})
-            return began
-
-        group.issue_unshard = stale
-
-    report = report_of(mesh, keep, steps=3)
-    assert (report.first.step, report.first.quantity) == (1, "loss")
+    first = outcome_of("stale-weights").first
+    assert (first.step, first.quantity) == (1, "loss")
 
 
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
@@ -362,15 +199,23 @@ def test_an_optimizer_over_old_parameters_steps_the_fsdp_shards(mesh):
 
 def test_the_machines_peak_is_measured_and_not_looked_up(monkeypatch):
     # Trap 17: a peak copied from another machine.
-    import time
+    def peak(**options):
+        return flops.calibrate(torch.float32, torch.device("cpu"), seconds=0.02, **options).max()
 
-    from dist_lab.observe import flops
+    honest, real = peak(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: [real(*a, **k) for _ in range(9)][-1])
+    assert peak(windows=2) < honest / 2
+    with patched(EXHIBITS["peak-of-another-machine"]):
+        assert peak(windows=2) == 312e12
 
-    cpu = torch.device("cpu")
-    honest = flops.calibrate(torch.float32, cpu, seconds=0.02).max()
-    real = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: (time.sleep(0.05), real(*a, **k))[1])
-    assert flops.calibrate(torch.float32, cpu, windows=2, seconds=0.02).max() < honest / 2
+
+def test_weight_decay_is_for_matrices_only():
+    def decays(shape):
+        return loop.decay_groups(0.1)("name", torch.Size(shape))["weight_decay"]
+
+    assert [decays(shape) for shape in ((4, 3), (4,), ())] == [0.1, 0.0, 0.0]
+    with patched(EXHIBITS["weight-decay-on-norms"]):
+        assert decays((4,)) == 0.1
 
 
 @pytest.mark.ranks(2)
@@ -388,14 +233,6 @@ def test_a_length_that_does_not_divide_is_exact_or_refused_with_the_numbers(mesh
 @pytest.mark.ranks(2)
 def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(mesh):
     # Trap 12. Libraries broadcast buffers by default, in every forward.
-    class BroadcastsBuffers(dp.AllReduceAfterBackward):
-        def after_step(self):
-            for buffer in self.model.buffers():
-                broadcast_into(buffer, self.axis).wait()
-
-    def broadcasting(setup):
-        return replace(dp.apply(setup), sync=BroadcastsBuffers(setup.model, setup.axis))
-
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(mesh.rank)) + 5 * mesh.rank
     everyone = 0.1 * all_gather(x[None], mesh["dp"]).mean(1)  # (rank, 3): after one step from 0
 
@@ -407,7 +244,8 @@ def test_broadcast_buffers_keep_only_rank_0s_statistics_and_ours_keep_everyones(
         job.after_step()
         return job.full_state_dict()["0.running_mean"]
 
-    torch.testing.assert_close(running_mean(broadcasting), everyone[0])
+    with patched(EXHIBITS["buffers-of-rank-0"]):
+        torch.testing.assert_close(running_mean("dp"), everyone[0])
     for name in ("dp", "ddp"):
         torch.testing.assert_close(running_mean(name), everyone.mean(0))
 

@@ -1,0 +1,153 @@
+"""Initial weights, optimizers, buffers and metrics: what is not in the gradient.
+
+Three of these bugs are not in the step at all, so a comparison of steps cannot see them.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lab.comm.ops import broadcast_into
+from dist_lab.parallel.replicated import dp
+from dist_lab.programs.verify.matrix.cells import Cell
+from dist_lab.programs.verify.museum.exhibit import Edit, Exhibit
+from dist_lab.transforms.init import InitFn
+
+
+def seeded_by_the_process(real: Any) -> Any:
+    def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
+        drawn: Tensor = real(fqn, shape, seed + os.getpid(), init_fn)
+        return drawn
+
+    return draw
+
+
+class BroadcastsBuffers(dp.AllReduceAfterBackward):
+    """DDP's default: rank 0's buffers replace those of all other ranks."""
+
+    def after_step(self) -> None:
+        for buffer in self.model.buffers():
+            broadcast_into(buffer, self.axis).wait()
+
+
+def broadcasts_buffers(real: Any) -> Any:
+    return BroadcastsBuffers
+
+
+def peak_of_an_a100(real: Any) -> Any:
+    def calibrate(dtype: torch.dtype, device: torch.device, **_: Any) -> Tensor:
+        return torch.tensor([312e12], dtype=torch.float64)
+
+    return calibrate
+
+
+EXHIBITS = (
+    Exhibit(
+        "each-rank-draws-its-own-weights",
+        """
+        The seed is set to seed + rank, for the sake of dropout or of the order of the data, before
+        the model is built, so each rank starts with other weights. Wrappers that broadcast rank
+        0's hide it. Without one, gradients of different models are added. A public trainer's 18
+        layouts started at losses from 12.03 to 12.08, and nobody could say which was right.
+        """,
+        ("pytorch/torchtitan#3029", "facebookresearch/detr#544"),
+        "dist_lab.transforms.init:draw",
+        seeded_by_the_process,
+        Cell("ddp:dp2", "gpt", 2),
+    ),
+    Exhibit(
+        "optimizer-over-old-tensors",
+        """
+        The optimizer is built first, and then the model is sharded, which makes new parameters.
+        The optimizer steps the old ones, which nobody reads and which get no gradient. There is no
+        error. The first loss is right, and stays where it is; with a small learning rate it takes
+        long to be sure. It was reported as "the model does not learn under FSDP", again and again.
+        """,
+        ("huggingface/accelerate#3256", "intelligent-machine-learning/dlrover#584"),
+        "dist_lab.job:Job.optimizer",
+        Edit(
+            "params = dict(self.named_parameters())",
+            """params = dict(self.named_parameters())
+params = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.items()}""",
+        ),
+        Cell("fsdp:fsdp2", "gpt", 2),
+    ),
+    Exhibit(
+        "statistics-counted-twice",
+        """
+        To save memory a block's forward runs a second time in backward. Its BatchNorm updates the
+        running statistics both times. Loss and gradients are the same to the last digit, because
+        training does not use these statistics; evaluation does. A comparison of losses and
+        gradients with and without recomputation finds nothing.
+        """,
+        ("pytorch/pytorch#96136", "Tencent/YOLO-Master#262"),
+        "dist_lab.transforms.recompute:Replay.__enter__",
+        Edit(
+            "buffers.update({name: _copy(buffer) for name, buffer in copies.items()})",
+            "pass  # the second forward writes to the same buffers",
+        ),
+        Cell("ddp:dp2", "conv", 2, "", ("recompute", "sync-bn")),
+    ),
+    Exhibit(
+        "synchronized-statistics-of-unequal-ranks",
+        """
+        A synchronized BatchNorm averages the ranks' means as if all had equally many rows. If one
+        has fewer, it is a mean of means, in the middle of the model: the loss, every gradient and
+        the running statistics are a little off. Several libraries had it, and one of them
+        corrected forward first and backward a release later.
+        """,
+        ("pytorch/pytorch#22192", "pytorch/pytorch#36688", "PaddlePaddle/Paddle#32464"),
+        "dist_lab.transforms.batchnorm:SyncBatchNorm.forward",
+        Edit("mean = (counts * means).sum(0) / total", "mean = means.mean(0)"),
+        Cell("ddp:dp2", "conv", 2, "", ("ragged", "sync-bn")),
+    ),
+    Exhibit(
+        "buffers-of-rank-0",
+        """
+        DDP broadcasts rank 0's buffers in every forward, by default. So BatchNorm's running mean
+        and variance are those of rank 0's rows; what the other ranks have seen is thrown away.
+        Training normalizes by the batch and does not read them. Evaluation does, with statistics
+        of a part of the data that shrinks as ranks are added.
+        """,
+        ("huggingface/pytorch-image-models#110", "pytorch/pytorch#30718"),
+        "dist_lab.parallel.replicated.dp:AllReduceAfterBackward",
+        broadcasts_buffers,
+        Cell("dp:dp2", "conv", 2),
+        escapes="without SyncBatchNorm one process has no buffers to compare with; a test compares "
+        "them with the mean over all ranks: test_broadcast_buffers_keep_only_rank_0s_statistics_and"
+        "_ours_keep_everyones",
+    ),
+    Exhibit(
+        "weight-decay-on-norms",
+        """
+        Weight decay is meant for matrices. A filter by class leaves out LayerNorm, and the model
+        has RMSNorms of its own making, so these decay too, toward zero. All layouts do the same,
+        and agree to the last digit: a comparison of layouts cannot see a mistake that both sides
+        make.
+        """,
+        ("huggingface/transformers#35927", "Lightning-AI/lit-llama#254"),
+        "dist_lab.programs.train.loop:decay_groups",
+        Edit("weight_decay if len(shape) > 1 else 0.0", "weight_decay"),
+        Cell("ddp:dp2", "gpt", 2),
+        escapes="verify gives both runs the same optimizer; a test looks at the groups: "
+        "test_weight_decay_is_for_matrices_only",
+    ),
+    Exhibit(
+        "peak-of-another-machine",
+        """
+        The share of the machine's peak (MFU) is computed with a peak that is a number in the code:
+        312 TFLOP/s of one accelerator. On any other it is wrong, by a factor of 3 or 7, and in one
+        report above 100 %. Nothing else depends on it, so it stays for years, and decides between
+        layouts all the time.
+        """,
+        ("karpathy/nanoGPT#464", "karpathy/autoresearch#5", "allenai/OLMo-core#817"),
+        "dist_lab.observe.flops:calibrate",
+        peak_of_an_a100,
+        Cell("ddp:dp2", "mlp", 2),
+        escapes="verify takes no times; a test slows the matmul, and the peak must fall: "
+        "test_the_machines_peak_is_measured_and_not_looked_up",
+    ),
+)
