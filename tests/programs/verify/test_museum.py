@@ -163,6 +163,8 @@ def test_the_readme_is_the_page_of_these_exhibits():
     assert re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE) == list(EXHIBITS)
     for exhibit in ALL:
         assert "\n".join([f"**{exhibit.name}**\n", *exhibit.lines]) in text
+        module, _, path = exhibit.replaces.partition(":")
+        assert f"Replaces `{path}` in\n`{module}`; runs `{exhibit.cell}`." in text
         assert all(f"({address})" in text for address in exhibit.links.values())
     assert "broken" not in text
     assert "NOT AS THEY SAY" not in text
