@@ -62,6 +62,7 @@ def test_a_flag_overrides_the_file_and_the_file_overrides_the_programs_defaults(
 # setting -> other settings that it needs.
 ONLY_WITH = (
     {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
+    | {"adamw_lr": {"optimizer": "muon"}}
     | {name: {"strategy": "fsdp"} for name in registry.SHARDING}
     | {
         "sequence_parallel": {"strategy": "tp"},
