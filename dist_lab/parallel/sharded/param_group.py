@@ -28,7 +28,7 @@ from dist_lab.parallel.param_slots import ParamSlot, parameter_at
 from dist_lab.parallel.sharded.sharded_grads import ShardedGrads
 from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
 from dist_lab.parallel.sharded.unsharded import copy_writes_to_shards, shard_value
-from dist_lab.step.grad_elsewhere import GradElsewhere
+from dist_lab.step.grad_elsewhere import GradElsewhere, real_grad
 from dist_lab.transforms.offload import Make
 
 
@@ -279,8 +279,8 @@ class ParamGroup:
         for param in self.params:
             if param.rows is not None:
                 yield "gathered", param.rows
-            if param.unsharded.grad is not None:
-                yield "gradients", param.unsharded.grad
+            if (gradient := real_grad(param.unsharded)) is not None:
+                yield "gradients", gradient
         if self.sent is not None and self.sent is not self.sharded.memory:
             yield "buffers", self.sent
         for buffer in (self.sharded_grads.total, self.incoming if self.keep_incoming else None):

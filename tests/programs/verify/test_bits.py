@@ -118,7 +118,8 @@ def test_the_sign_of_a_zero_and_the_dtype_are_bits():
 @pytest.mark.slow
 def test_the_programs_print_one_hash_in_every_layout():
     flags = "--reduce-order fixed --steps 2 --seq 16 --batch 8".split()
-    layouts = ["--nproc 1", "--strategy zero1 --nproc 4", "--mesh pp=2,fsdp=2 --nproc 4"]
+    layouts = ["--nproc 1", "--strategy zero1 --nproc 2", "--strategy fsdp --nproc 2"]
+    layouts += ["--mesh pp=2,fsdp=2 --nproc 4"]
     trained = [run("train.py", *layout.split(), *flags, "--overwrite") for layout in layouts]
     hashes = {done.stdout.partition("sha256 of the weights ")[2][:16] for done in trained}
     assert len(hashes) == 1, [done.stderr for done in trained]

@@ -266,6 +266,11 @@ def gradients_by_hand(job, pieces, total, edit=lambda i: None):
     return {name: None if g is None else g.clone() for name, g in job.full_gradients().items()}
 
 
+def held_by(job):
+    """The bytes that strategies hold between micro-batches."""
+    return sum(tensor.untyped_storage().nbytes() for _, tensor in job.sync.extra_memory())
+
+
 def expected(pieces, total):
     model, gradients = gpt(F32), []
     for x, y in pieces:
@@ -286,9 +291,10 @@ def test_a_loop_of_ones_own_adds_along_the_tree_and_may_clear_gradients(strategy
         gpt(F32), mesh, strategy, reduce_order="fixed", units=("model.layers.0",)
     )
     optimizer = job.optimizer(torch.optim.SGD, lr=0.0)
-    wanted = expected(shards, y.numel())
+    wanted, held = expected(shards, y.numel()), []
     for _ in range(2):  # ddp's second step reduces in backward
-        gradients = gradients_by_hand(job, own, y.numel())
+        gradients = gradients_by_hand(job, own, y.numel(), lambda i: held.append(held_by(job)))
+        assert held[-4] == held[-3] < held[-2], "one sum after 1 and 2 micro-batches, two after 3"
         assert all(torch.equal(gradients[name], g) for name, g in wanted.items())
         optimizer.zero_grad()
     cleared = [(a, b) for i, (a, b) in enumerate(shards) if i % 4 == 3]
