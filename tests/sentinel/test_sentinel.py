@@ -14,7 +14,7 @@ from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import FlatShard, Layout, OnlyOn, Shard
 from dist_lab.layout.replicas import replicas, same_along, without_flat
 from dist_lab.programs.verify import batch as batches
-from dist_lab.sentinel.digest import digest
+from dist_lab.sentinel.digest import CHUNK, digest
 from dist_lab.torch_private import of_plain_tensors
 
 # --- who holds the same ---------------------------------------------------------------------------
@@ -72,6 +72,11 @@ def test_one_changed_bit_or_two_exchanged_elements_change_the_digest(dtype):
     y = x.clone()
     y[[0, 1]], y[[65_536, 65_537]] = x[[1, 0]], x[[65_537, 65_536]]
     assert digest(y) != before
+
+
+def test_chunks_that_have_exchanged_their_places_change_the_digest():
+    x = torch.arange(2 * CHUNK)
+    assert digest(torch.cat([x[CHUNK:], x[:CHUNK]])) != digest(x)
 
 
 def test_a_digest_does_not_depend_on_memory_and_takes_any_shape():
