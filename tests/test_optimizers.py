@@ -452,6 +452,14 @@ def test_optimizers_and_schedulers_do_what_the_table_says(mesh, strategy, what):
     assert numbers(run(job)) == pytest.approx(numbers(run(OneProcess())), rel=1e-10)
 
 
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_every_stage_has_every_group_in_one_order_and_none_without_a_parameter(mesh):
+    optimizer = job_of(mesh, "pp").optimizer(torch.optim.AdamW, groups=by_shape)
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert rates == [(0.05, 0.1), (0.1, 0.0), (0.05, 0.0)]
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
 def test_the_readme_has_the_table():
     text = (Path(__file__).parents[1] / "dist_lab/step/README.md").read_text()
     assert f"| | {' | '.join(COLUMNS)} |" in text
