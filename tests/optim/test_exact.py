@@ -48,11 +48,19 @@ def deep():
     return gpt(layers=4)
 
 
+SHAMPOOS = ("zero1", "tp", "fsdp")  # not nightly: one mix or strategy of each kind
 EVERY = [(axes, strategy, name) for name in CLASSES for axes, strategy in MIXES]
+NIGHTLY = [
+    (axes, strategy, name)
+    for axes, strategy, name in EVERY
+    if name == "shampoo" and (strategy or "".join(axes)) not in (*SHAMPOOS, "ppfsdptp")
+]
 
 
 @pytest.mark.slow_unless(lambda axes, name: (list(axes), name) == (["fsdp", "tp"], "muon"))
-@pytest.mark.parametrize(("axes", "strategy", "name"), on_mesh(*EVERY))
+@pytest.mark.parametrize(
+    ("axes", "strategy", "name"), on_mesh(*[row for row in EVERY if row not in NIGHTLY])
+)
 def test_every_mix_equals_one_process(axes, strategy, name, mesh):
     optimizer, options = CLASSES[name]
     report = dist_lab.verify(
@@ -61,6 +69,30 @@ def test_every_mix_equals_one_process(axes, strategy, name, mesh):
     )  # fmt: skip
     assert report.equal, report.sentence()
     assert report.tolerance <= 1e-10
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("axes", "strategy", "name"), on_mesh(*NIGHTLY))
+def test_every_other_mix_equals_one_process(axes, strategy, name, mesh):
+    test_every_mix_equals_one_process(axes, strategy, name, mesh)
+
+
+BITS = [
+    ({"fsdp": 2}, None, "muon"), ({"dp": 2}, "zero1", "shampoo"),
+    ({"pp": 2, "dp": 2}, "ddp", "muon"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "strategy", "name"), on_mesh(*BITS))
+def test_with_one_order_of_additions_a_whole_run_is_equal_to_the_bit(axes, strategy, name, mesh):
+    optimizer, options = CLASSES[name]
+    report = dist_lab.verify(
+        lambda: gpt(torch.float32, layers=4), batch, mesh, strategy, optimizer=optimizer,
+        options=options, units=UNITS, groups=matrices(deep()), reduce_order="fixed", steps=3,
+        microbatches=None,
+    )  # fmt: skip
+    assert report.equal, report.sentence()
 
 
 # --- owner mode: to the bit -----------------------------------------------------------------------

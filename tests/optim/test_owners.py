@@ -72,6 +72,7 @@ def test_state_is_on_the_owners_and_bytes_and_memory_are_those_of_the_formulas(
     assert stated == {name for exchange, _ in placement.exchanges for name in exchange.owned}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4, mesh={"fsdp": 4})
 def test_gradients_of_a_bucket_travel_while_the_one_before_is_computed(mesh):
     with pytest.MonkeyPatch.context() as patch:
@@ -88,6 +89,7 @@ def test_gradients_of_a_bucket_travel_while_the_one_before_is_computed(mesh):
     assert order == [*expected, "updates"]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_many_buckets_and_few_give_equal_bits(mesh):
     weights = []

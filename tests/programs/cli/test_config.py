@@ -62,11 +62,11 @@ def test_a_flag_overrides_the_file_and_the_file_overrides_the_programs_defaults(
 # setting -> other settings that it needs.
 ONLY_WITH = (
     {"bucket_mb": {"strategy": "ddp"}, "sync_batchnorm": {"model": "resnet18"}}
-    | {"adamw_lr": {"optimizer": "muon"}}
     | {name: {"strategy": "fsdp"} for name in registry.SHARDING}
     | {
         "sequence_parallel": {"strategy": "tp"},
         "regather": {"strategy": "tp", "sequence_parallel": True},
+        "adamw_lr": {"optimizer": "muon"},
     }
     | {name: {"strategy": "pp"} for name in STRATEGIES["pp"].options}
 )
@@ -187,8 +187,8 @@ BAD_FLAGS = [
     ("--model resnet", "model cannot be 'resnet' (--model); give gpt, mlp, vit or resnet18 (did "
         "you mean resnet18?)"),
     ("--backend mpi", "backend cannot be 'mpi' (--backend); give gloo or nccl"),
-    ("--optimizer adam", "optimizer cannot be 'adam' (--optimizer); give adamw, sgd, muon or ""
-        "shampoo (did you mean adamw?)"),
+    ("--optimizer adam", "optimizer cannot be 'adam' (--optimizer); give adamw, sgd, "
+        "muon or shampoo (did you mean adamw?)"),
     ("--batchsize 32", "no flag '--batchsize'; did you mean --batch? --help lists them all"),
     ("--batchsize=32", "no flag '--batchsize=32'; did you mean --batch? --help lists them all"),
     ("--qqq", "no flag '--qqq'; --help lists them all"),

@@ -21,6 +21,7 @@ AT_THE_ENDS = {
 }
 
 
+@pytest.mark.slow_unless(lambda model: model == "gpt")
 @pytest.mark.parametrize("model", AT_THE_ENDS)
 def test_all_matrices_but_those_at_the_ends_of_a_model_are_muons(model):
     data = "glyphs" if model in ("vit", "resnet18") else "stdlib"
@@ -33,6 +34,7 @@ def test_all_matrices_but_those_at_the_ends_of_a_model_are_muons(model):
     assert set(kinds.values()) == {"adamw", "flat" if model == "resnet18" else "one"}
 
 
+@pytest.mark.slow
 def test_adamws_part_has_a_learning_rate_of_its_own_with_the_same_schedule():
     flags = "--optimizer muon --lr 0.01 --adamw-lr 0.004 --warmup 10 --batch 4 --seq 8"
     config = parse([*flags.split(), "--data", __file__])
