@@ -4,6 +4,8 @@ Each case that is refused or repaired was tried in torch 2.13 with `PipelineStag
 in an exception, an abort, or a wrong number.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import IMAGE, VOCAB, batch, images, resnet
@@ -424,7 +426,7 @@ def test_a_stage_with_another_output_shape_than_on_the_meta_device_is_refused():
             return (x[x > 0],)
 
     shapes = [StageInput(torch.Size([2, 3]), torch.float32)]
-    stage = StageForward(1, DataDependent(), shapes, [])
+    stage = StageForward(1, DataDependent(), shapes, [], lambda stage: nullcontext())
     with pytest.raises(UserError, match=r"stage 1 returns float32\[6\], but on the meta device"):
         stage(torch.ones(2, 3))
 
