@@ -1,10 +1,11 @@
 """A 64-bit digest of a tensor's bits, at the speed of memory.
 
-    digest = sum over words i of  word_i * (2 w_i + 1)    modulo 2^64, in words of 8 bytes
+    sum of a chunk = sum over its words i of  word_i * (2 mix64(i) + 1)       modulo 2^64
+    digest         = mix64(sum over chunks c of  mix64(sum of chunk c + c))   words of 8 bytes
 
-The weights are odd, so they have inverses: a change within one word always changes the digest. w_i
-are the bits of mix64(i), so that several changes cancel with a chance of 2^-64, also if elements
-have exchanged their places. Integers wrap around, so the sum does not depend on its order.
+The weights are odd, so they have inverses: a change within one word always changes the digest. They
+are mixed bits of the place, so that several changes cancel with a chance of 2^-64, also if elements
+or chunks have exchanged their places. Integers wrap around: no sum depends on its order.
 """
 
 from functools import cache

@@ -14,8 +14,10 @@ be equal to what follows from the layouts alone (layout/replicas.py):
 
 Parameters with the same groups share one digest, so the message is a few numbers. Only after a
 difference the ranks exchange a digest for each tensor, to name the first. Bits are compared:
-replicas get equal gradients from the same collective, and the same update of equal bits is equal.
-Moments of the optimizer are not read: a difference there is one of the weights a step later.
+replicas get equal gradients from a collective, or compute them from equal numbers, and the same
+update of equal bits is equal. Moments of the optimizer are not read: a difference there is one of
+the weights a step later. Of the buffers those are compared whose elements are floating-point
+numbers, without running statistics, which are of a rank's own rows.
 """
 
 import hashlib
@@ -77,7 +79,7 @@ class Sentinel:
 
     Attributes:
         every: compare at every N-th call of `check`.
-        last_equal: the last step after which everything was equal.
+        last_equal: the last step after which everything was equal; None: it has never been.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class Sentinel:
         """
         if not isinstance(every, int) or every < 1:
             raise UserError(f"a sentinel compares every N steps, N >= 1; it was given {every!r}")
-        self.job, self.every, self.last_equal, self._calls = job, every, step, 0
+        self.job, self.every, self._calls = job, every, 0
+        self.last_equal: int | None = None
         self._sizes, self._world = job.mesh.axes, job.mesh.world
         self._names: dict[Groups, list[str]] = {}  # tensors with the same groups, of any rank
         self._group_tensors(buffers)
@@ -104,7 +107,7 @@ class Sentinel:
 
     def check(
         self, step: int, optimizer: torch.optim.Optimizer | None = None, *, inputs: Any = None,
-        **numbers: Any,
+        now: bool = False, **numbers: Any,
     ) -> None:  # fmt: skip
         """Compare, at every N-th call. Call it after `job.after_step`. Collective.
 
@@ -112,13 +115,14 @@ class Sentinel:
             step: the number of the step that has ended.
             optimizer: its learning rates are compared.
             inputs: this rank's rows, as tensors; equal where ranks should read the same rows.
+            now: compare at this call in any case, for instance at the last step.
             numbers: what should be equal on every rank: norm=, loss=, position= in the data.
 
         Raises:
             ReplicasDiffer: names the first difference, in the same line on every rank.
         """
         self._calls += 1
-        if self._calls % self.every:
+        if self._calls % self.every and not now:
             return
         rates = [] if optimizer is None else [group["lr"] for group in optimizer.param_groups]
         self._compare(step, [
@@ -150,11 +154,21 @@ class Sentinel:
         odd = next(rank for rank in ranks if values[rank].get(name) != usual)
         other = next(rank for rank in ranks if values[rank].get(name) == usual)
         shown = {r: f" ({values[r].get(name)})" if kind.shown else "" for r in (odd, other)}
-        raise ReplicasDiffer(
+        differs = (
             f"step {step}: {name} differs between rank {odd}{shown[odd]} and rank {other}"
-            f"{shown[other]}, which should hold the same; all that is compared was last equal "
-            f"after step {self.last_equal}; find what changes it on one of them only, and go on "
-            f"from a checkpoint of step {self.last_equal} or before"
+            f"{shown[other]}, which should hold the same"
+        )
+        if self.last_equal is None:
+            raise ReplicasDiffer(f"{differs}, already when the sentinel was made; start them equal")
+        advice = "find what changes it on one of them only, and go on from a checkpoint of"
+        if name in GENERATORS:
+            advice = (
+                "if each rank draws as many numbers as it has rows, give each a seed of its own "
+                "before job.sentinel(); if not, go on from a checkpoint of"
+            )
+        raise ReplicasDiffer(
+            f"{differs}; all that is compared was last equal after step {self.last_equal}; "
+            f"{advice} step {self.last_equal} or before"
         )
 
     # --- what is compared -------------------------------------------------------------------------
@@ -185,7 +199,7 @@ class Sentinel:
             held = self.job.mesh.rank in {rank for group in groups for rank in group}
             yield Kind(
                 groups,
-                {n: str(digest(local_part(local[n]))) for n in names if held and n in local},
+                {name: str(digest(local_part(local[name]))) for name in names if held},
             )
 
     def _equal_generators(self) -> list[tuple[str, Groups]]:

@@ -30,7 +30,8 @@ class Step(ABC):
     """Base class of both runners: keeps the order of a step.
 
     Attributes:
-        has_gradients, place: some are not summed by finish(); what is computed, for random masks.
+        has_gradients: there are gradients that finish() has not summed.
+        place: the step, micro-batch and rows that are computed now, for random masks.
     """
 
     def __init__(

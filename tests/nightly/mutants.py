@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dist_lab"
-FOLDERS = ("parallel", "step", "comm", "layout")  # of dist_lab
+FOLDERS = ("parallel", "step", "comm", "layout", "optim", "randomness", "sentinel")  # of dist_lab
 TIMEOUT = 900.0  # seconds for all tests of a mutant: one that hangs is killed by its tests earlier
 
 # Source, by prefix of its path in dist_lab -> tests to run first, in this order; then all others.
@@ -47,6 +47,9 @@ TESTS = {
     "step": f"tests/step tests/test_job.py tests/parallel/sharded {MIXES}",
     "comm": f"tests/comm tests/parallel/sharded {MIXES}",
     "layout": f"tests/layout {MIXES} tests/parallel/sharded",
+    "optim": "tests/optim",
+    "randomness": f"tests/randomness {MIXES}",
+    "sentinel": "tests/sentinel",
 }
 
 # Survivors that make no difference: the mutant -> why no test can notice it.

@@ -265,6 +265,20 @@ def test_ranks_may_have_seeds_of_their_own_and_generators_of_equal_ranks_may_not
         random.random()
     line = stopped(lambda: sentinel.check(2))
     assert line.startswith("step 2: the state of Python's random generator differs between rank 1")
+    assert "if each rank draws as many numbers as it has rows, give each a seed of its own" in line
+
+
+@pytest.mark.ranks(2)
+def test_what_differs_from_the_start_was_never_equal_and_the_last_step_is_always_compared(mesh):
+    job = dist_lab.parallelize(nn.Linear(3, 3), mesh, "ddp")
+    bias = job.model.bias.detach()
+    of_plain_tensors(lambda: bias.fill_(mesh.rank))
+    assert "already when the sentinel was made" in stopped(lambda: job.sentinel(50))
+    of_plain_tensors(lambda: bias.fill_(0))
+    sentinel = job.sentinel(50)
+    of_plain_tensors(lambda: bias.fill_(mesh.rank))
+    sentinel.check(1)
+    assert stopped(lambda: sentinel.check(2, now=True)).startswith("step 2: bias differs")
 
 
 @pytest.mark.slow

@@ -160,8 +160,9 @@ class RunSettings(RankSettings):
             object.__setattr__(self, "strategy", implied[-1 if implied[-1] in DATA else 0])
 
     def run(self, **changes: Any) -> "Config":
-        """Returns the Config of one run with these settings and some `changes`, in any order of
-        additions: explain and compare, which call this, have no --reduce-order.
+        """Returns the Config of one run: these settings, with some changed.
+
+        Explain and compare call this; they have no --reduce-order.
         """
         values = {option.name: getattr(self, option.name) for option in fields(Config)}
         return Config(**values | {"reduce_order": None} | changes)

@@ -45,8 +45,10 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
                 inputs, targets = next(batches)
                 loss, norm = take_step(job, optimizer, inputs, targets, step, config)
                 if sentinel is not None:
-                    numbers = {"loss": loss, "norm": norm, "position": step * config.batch}
-                    sentinel.check(step, optimizer, inputs=(inputs, targets), **numbers)
+                    sentinel.check(
+                        step, optimizer, inputs=(inputs, targets), now=step == config.steps,
+                        loss=loss, norm=norm, position=step * config.batch,
+                    )  # fmt: skip
 
             evaluation_due = step == config.steps or (
                 config.val_every > 0 and step % config.val_every == 0
