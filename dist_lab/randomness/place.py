@@ -36,6 +36,10 @@ GIVE_SAMPLES = (
     "give job.microbatch(last=..., samples=range(first, first + rows)), the numbers of these rows "
     "in the global batch, or give all micro-batches of the step to one job.run"
 )
+SOME_RANKS_ONLY = (
+    "job.microbatch has samples= on some ranks only, so dropout does not know the place of the "
+    "other rows in the global batch; give samples= on all ranks, or on none"
+)
 
 
 @dataclass
@@ -70,11 +74,9 @@ class Place:
     def __init__(self) -> None:
         self.seed = self.step = 0
         self.in_use = False
-        self.current = Microbatch()
+        self.current = self._outside = Microbatch()  # `_outside` is that of no block
         self._of_run: list[Microbatch] = []
-        self._rows_so_far = 0  # rows of this step that have been numbered
-        self._unchecked: list[int] = []  # rows of forwards that were numbered without asking ranks
-        self._has_asked = False  # a run of this step has asked all ranks for their rows
+        self._begin_step()
 
     def use(
         self, model: nn.Module, seed: int, data: Axis, tensor: Axis,
@@ -98,23 +100,24 @@ class Place:
     def microbatch(self, samples: Samples | None, *, last: bool) -> Iterator[None]:
         """The block is one micro-batch, or with `job.run` inside it, several."""
         given = None if samples is None else torch.as_tensor(list(samples), dtype=torch.int64)
-        before, self.current = self.current, Microbatch(given, given is not None, last)
-        rows_before = self._rows_so_far
-        try:
+        block = Microbatch(given, given is not None, last)
+        with self._part_of_step(last=last), self._as(block):
+            if given is not None:
+                self._given += given.tolist()
+            rows_before = self._rows_so_far
             yield
-            if self.current.samples is not None and self._rows_so_far == rows_before:
-                self._rows_so_far += len(self.current.samples)
-        except BaseException:
-            self._rows_so_far = 0
-            raise
-        finally:
-            self.current = before
+            if block.samples is not None and self._rows_so_far == rows_before:
+                self._rows_so_far += len(block.samples)
 
     @contextmanager
     def run(self, microbatches: Sequence[tuple[Any, Any]]) -> Iterator[None]:
         """The block runs these micro-batches: `at(i)` is the place of the i-th. Collective."""
         if not self.in_use:
             yield
+            return
+        if self.current is self._outside:  # the run is the whole step
+            with self.microbatch(None, last=True), self.run(microbatches):
+                yield
             return
         rows = [rows_in(x) for x, _ in microbatches]
         samples = self._number(sum(rows))
@@ -125,9 +128,6 @@ class Place:
         try:
             yield
             self._rows_so_far += sum(rows)
-        except BaseException:
-            self._rows_so_far = 0
-            raise
         finally:
             self._of_run = []
 
@@ -137,18 +137,36 @@ class Place:
 
     def end_step(self) -> None:
         """The step is over. Raises UserError if its rows were not numbered right. Collective."""
-        rows, self._unchecked = self._unchecked, []
-        has_asked, self._has_asked = self._has_asked, False
-        self._rows_so_far, self.current = 0, Microbatch()
+        own = json.dumps([sorted(self._unchecked), self._given]).encode()
+        self._begin_step()
+        self.current = self._outside = Microbatch()
         self.step += 1
-        if self.in_use and self.data.size > 1 and not has_asked:
+        if self.in_use and self.data.size > 1:
             with self.data.comm.label("samples"):
-                gathered = ops.all_gather_bytes(json.dumps(rows).encode(), self.data)
-            if len(set(gathered)) > 1:
-                raise UserError(
-                    "ranks have different numbers of rows, so dropout does not know the place of "
-                    f"each in the global batch: {GIVE_SAMPLES}"
-                )
+                gathered = ops.all_gather_bytes(own, self.data)
+            rows, given = zip(*map(json.loads, gathered), strict=True)
+            refuse_unless_right(rows, given)
+
+    def _begin_step(self) -> None:
+        self._rows_so_far = 0  # rows of this step that have been numbered
+        self._unchecked: set[int] = set()  # rows of forwards that were numbered without asking
+        self._given: list[int] = []  # numbers that the caller gave
+        self._is_over = False  # the last micro-batch of the step is over
+
+    @contextmanager
+    def _part_of_step(self, *, last: bool) -> Iterator[None]:
+        """The block is one part of a step, or the last. A step may be given up by an exception, or
+        after its last part without `finish`; then the next part begins a new one.
+        """
+        if self._is_over:
+            self._begin_step()
+        try:
+            yield
+        except BaseException:
+            self._begin_step()
+            raise
+        if last:
+            self._rows_so_far, self._is_over = 0, True
 
     # --- recomputation ----------------------------------------------------------------------------
 
@@ -183,30 +201,32 @@ class Place:
         if not now.is_given:
             if self.data.size > 1:
                 self._refuse_unless_whole_step()
-                self._unchecked.append(rows)  # end_step compares them
+                if not self._is_over:  # else this is a look at the model between steps
+                    self._unchecked.add(rows)  # end_step compares them
             first = self.data.index * rows if self.data.size > 1 else self._rows_so_far
             now.samples = torch.arange(first, first + rows)
         now.shapes = self._shapes(args, kwargs)
 
     def _number(self, rows: int) -> Tensor:
         """The numbers of this rank's rows of a run."""
-        now = self.current
-        if now.is_given:
-            assert now.samples is not None
-            if len(now.samples) != rows:
-                raise UserError(
-                    f"samples= has {len(now.samples)} numbers, and the micro-batches have {rows} "
-                    "rows; give one number for each row"
-                )
-            return now.samples
-        if self.data.size == 1:
-            return torch.arange(self._rows_so_far, self._rows_so_far + rows)
-        self._refuse_unless_whole_step()
-        self._has_asked = True
+        now, own = self.current, torch.tensor([[rows, -1]], device=self.data.device)
+        if now.is_given and now.samples is not None:
+            own[0, 1] = len(now.samples)
         with self.data.comm.label("samples"):
-            own = torch.tensor([rows], device=self.data.device)
             by_rank = ops.all_gather(own, self.data).tolist()
-        first = sum(by_rank[: self.data.index])
+        for count, given in by_rank:
+            if given not in (-1, count):
+                raise UserError(
+                    f"samples= has {given} numbers, and the micro-batches have {count} rows; give "
+                    "one number for each row"
+                )
+        if len({given == -1 for _, given in by_rank}) > 1:
+            raise UserError(SOME_RANKS_ONLY)
+        if now.is_given and now.samples is not None:
+            return now.samples
+        if self.data.size > 1:
+            self._refuse_unless_whole_step()
+        first = self._rows_so_far + sum(count for count, _ in by_rank[: self.data.index])
         return torch.arange(first, first + rows)
 
     def _refuse_unless_whole_step(self) -> None:
@@ -235,3 +255,28 @@ def rows_in(inputs: Any) -> int:
     """The number of rows: the length of the first tensor."""
     first = next(tensors_in(inputs), None)
     return len(first) if first is not None and first.dim() else 0
+
+
+def refuse_unless_right(rows: Sequence[list[int]], given: Sequence[list[int]]) -> None:
+    """Raise UserError if the numbers of rows in a step are not those of one process.
+
+    Args:
+        rows: of each data rank, the lengths of the batches that were numbered without asking.
+        given: of each data rank, the numbers that the caller gave.
+    """
+    if any(map(any, rows)) and any(given) and not all(map(any, rows)):
+        raise UserError(SOME_RANKS_ONLY)
+    if any(r != rows[0] for r in rows):
+        raise UserError(
+            "ranks have different numbers of rows, so dropout does not know the place of each in "
+            f"the global batch: {GIVE_SAMPLES}"
+        )
+    owner: dict[int, int] = {}
+    for rank, numbers in enumerate(given):
+        for number in numbers:
+            if owner.setdefault(number, rank) != rank:
+                raise UserError(
+                    f"samples= has the number {number} on data ranks {owner[number]} and {rank}, "
+                    "so different rows would have equal dropout masks; number the rows of all "
+                    "ranks in one order, such as samples=range(rank * rows, (rank + 1) * rows)"
+                )

@@ -270,6 +270,37 @@ def test_after_a_step_that_was_broken_off_numbers_begin_again():
     assert_close(gradient_of(job, [(slice(0, 8), None, True)]), whole_gradient())
 
 
+def test_after_a_step_that_was_given_up_numbers_begin_again():
+    job = dist_lab.parallelize(Net(), dist_lab.init_mesh(), "single", dropout="exact")
+    job.run([data(0)], loss_of)  # say that this loss is NaN: no finish
+    job.model.zero_grad()
+    job.run([data(0)], loss_of)
+    job.finish()
+    assert_close(job.full_gradients()["up.weight"], whole_gradient())
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_was_given_up_or_broken_off_on_several_ranks_leaves_nothing_behind(
+    mesh, expected
+):
+    own = slice(4 * mesh.rank, 4 * mesh.rank + 4)
+    x, y = data(0)[0][own], data(0)[1][own]
+    job = dist_lab.parallelize(Net(), mesh, "ddp", dropout="exact")
+    job.run([(x, y)], loss_of)
+    job.model.zero_grad()
+    with job.microbatch(last=True, samples=range(4 - own.start, 8 - own.start)):  # another order
+        job.run([(x, y)], loss_of)
+    job.model.zero_grad()
+    with pytest.raises(ZeroDivisionError), job.microbatch(last=True):
+        if mesh.rank:
+            job.model(x[:3])
+        raise ZeroDivisionError
+    assert_close(gradient_of(job, [(own, None, True)]), expected)
+    job.place.step = 0
+    job.model.zero_grad()
+    assert_close(gradient_of(job, [(own, range(own.start, own.stop), True)]), expected)
+
+
 # --- what a mask is -------------------------------------------------------------------------------
 
 
@@ -468,6 +499,32 @@ def test_rows_whose_place_is_unknown_are_refused_on_all_ranks(mesh):
     loss_of(job.model(x[: 3 + mesh.rank]), y[: 3 + mesh.rank]).backward()
     with pytest.raises(UserError, match=r"^ranks have different numbers of rows, so dropout does"):
         job.finish()
+
+
+@pytest.mark.ranks(2)
+def test_numbers_that_are_wrong_together_are_refused_on_all_ranks(mesh):
+    pairs = [(data(mesh.rank, rows=4))]
+    equal_numbers = r"^samples= has the number 0 on data ranks 0 and 1, so different rows would"
+    some_only = r"^job.microbatch has samples= on some ranks only, so dropout does not know"
+    for samples, message in (
+        (range(4), equal_numbers),
+        (None if mesh.rank else range(4), some_only),
+    ):
+        job = dist_lab.parallelize(Net(), mesh, "ddp", dropout="exact")
+        with job.microbatch(last=True, samples=samples):
+            loss_of(job.model(pairs[0][0]), pairs[0][1]).backward()
+        with pytest.raises(UserError, match=message):
+            job.finish()
+        job = dist_lab.parallelize(Net(), mesh, "ddp", dropout="exact")
+        with pytest.raises(UserError, match=message):
+            with job.microbatch(last=True, samples=samples):
+                job.run(pairs, loss_of)
+            job.finish()
+    with (
+        pytest.raises(UserError, match=r"^samples= has 3 numbers, and the micro-batches have 4"),
+        job.microbatch(last=True, samples=range(3 + mesh.rank)),
+    ):
+        job.run(pairs, loss_of)
 
 
 @pytest.mark.slow
