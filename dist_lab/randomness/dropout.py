@@ -92,9 +92,11 @@ class Dropout(nn.Dropout):
         if now.shapes is not None:
             full = now.shapes.get(name, [])
             axis = place.tensor
-            if call < len(full):
+            if call < len(full) and full[call][0] == rows:
                 starts = offsets(x.shape, full[call], axis.size, axis.index)
-            if call >= len(full) or starts is None:
+            else:  # such as (rows * heads, ...): rows of heads are not rows of the batch
+                starts = None
+            if starts is None:
                 raise UserError(
                     f"{name} reads a tensor of shape {tuple(x.shape)}, which is no shard of what "
                     f"it reads in the unsharded model, {[*map(tuple, full)]}; set p=0, or use it "
