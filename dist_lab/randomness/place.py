@@ -195,17 +195,21 @@ class Place:
     def _enter_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model, in a loop that was written by hand, or of a run."""
         now = self.current
-        if self._of_run or not model.training or backward_number() != -1:
+        if not model.training or backward_number() != -1:
             return
-        rows = rows_in([args, kwargs])
-        if not now.is_given:
+        if not self._of_run and not now.is_given:
+            rows = rows_in([args, kwargs])
             if self.data.size > 1:
                 self._refuse_unless_whole_step()
                 if not self._is_over:  # else this is a look at the model between steps
                     self._unchecked.add(rows)  # end_step compares them
             first = self.data.index * rows if self.data.size > 1 else self._rows_so_far
             now.samples = torch.arange(first, first + rows)
-        now.shapes = self._shapes(args, kwargs)
+        if new := self._shapes(args, kwargs):  # after those of earlier forwards
+            old = now.shapes or {}
+            calls = now.calls
+            joined = {n: [*old.get(n, [])[: calls.get(n, 0)], *new[n]] for n in new}
+            now.shapes = {**old, **joined}
 
     def _number(self, rows: int) -> Tensor:
         """The numbers of this rank's rows of a run."""

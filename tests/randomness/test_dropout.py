@@ -157,6 +157,54 @@ def test_split_heads_and_uneven_features_have_the_masks_of_their_place(mesh):
     assert report.equal, report.sentence()
 
 
+def gradient_of_two_forwards(job, by_hand):
+    """The second forward is in the loss; by hand there was another one without gradients before."""
+    x, y = data(0)
+
+    def loss_fn(output, target):
+        return loss_of(output, target) + loss_of(job.model(x.flip(1)), target)
+
+    if by_hand:
+        with torch.no_grad():
+            job.model(x)
+        loss_fn(job.model(x), y).backward()
+    else:
+        job.run([(x, y)], loss_fn)
+    job.finish()
+    return job.full_gradients()["up.weight"]
+
+
+@pytest.fixture
+def expected_of_two():
+    return [
+        gradient_of_two_forwards(
+            dist_lab.parallelize(Net(), dist_lab.init_mesh(), "single", dropout="exact"), by_hand
+        )
+        for by_hand in (False, True)
+    ]
+
+
+@pytest.mark.ranks(2, mesh={"tp": 2})
+def test_each_forward_of_a_micro_batch_has_a_mask_of_its_own_under_tp(mesh, expected_of_two):
+    plan = {"up": "colwise", "down": "rowwise"}
+    for by_hand in (False, True):
+        job = dist_lab.parallelize(Net(), mesh, "tp", plan=plan, dropout="exact")
+        assert_close(gradient_of_two_forwards(job, by_hand), expected_of_two[by_hand])
+    assert not torch.equal(*expected_of_two)
+
+
+@pytest.mark.ranks(2, mesh={"tp": 2})
+def test_heads_in_the_dim_of_rows_are_refused_with_one_head_a_rank_too(mesh):
+    def between(x, net):  # (rows, 8) -> (rows * heads, 4)
+        return net.drop(x.reshape(-1, 4)).reshape(x.shape)
+
+    plan = {"up": ("colwise", 4), "down": "rowwise"}
+    job = dist_lab.parallelize(Net(between=between), mesh, "tp", plan=plan, dropout="exact")
+    message = r"^drop reads a tensor of shape \(8, 4\), which is no shard of .* \[\(16, 4\)\]; set"
+    with pytest.raises(UserError, match=message):
+        job.run([data(0)], loss_of)
+
+
 # --- loops by hand --------------------------------------------------------------------------------
 
 
