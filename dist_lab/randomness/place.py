@@ -180,6 +180,12 @@ class Place:
         calls = self.current.calls
         call = calls.get(name, 0)
         if backward_number() != -1 and not self.current.is_again:
+            if call == 0:
+                raise UserError(
+                    f"{name} is computed again in backward, outside its micro-batch, so its mask "
+                    "is not known: recompute by parallelize(..., units=[...], recompute=1), give "
+                    'impl="hand" under pp, or call backward inside the block of job.microbatch'
+                )
             if call != 1:
                 raise UserError(
                     f"{name} is called {call} times in a micro-batch, and backward computes one of "
