@@ -69,7 +69,7 @@ class ExactDropout:
         if self.refuses_others:
             names = {module: name for name, module in self.model.named_modules()}
             for root in roots:
-                RefuseDraws(root, names)
+                RefuseDraws(root, names, place.remember)
         if not self.dropouts:
             return
         bind(self.dropouts, place)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -439,6 +440,11 @@ def test_torchs_own_checkpoint_has_the_mask_of_the_first_forward():
     )
     with pytest.raises(UserError, match=r"^drop is called 2 times in a micro-batch, and backward"):
         whole_gradient(lambda: Checkpointed(2))
+    job = dist_lab.parallelize(Checkpointed(), dist_lab.init_mesh(), "single", dropout="exact")
+    with job.microbatch(last=False):
+        loss = job.model(data(0)[0]).sum()
+    with pytest.raises(UserError, match=r"^drop is computed again in backward, outside its micro"):
+        loss.backward()
 
 
 class Shared(nn.Module):
@@ -497,6 +503,7 @@ REFUSED = {
     "dropout_p": (lambda: Net(between=attends), r"^the model \(Net\) draws random numbers in its"),
     "F.dropout": (lambda: nn.Sequential(nn.Linear(6, 6), Net(between=lambda x, _: F.dropout(x))),
                   r"^1 \(Net\) draws random numbers in its forward, by dropout inside attention"),
+    "NumPy": (lambda: Net(between=lambda x, _: x + np.random.rand()), r"^the model \(Net\) draws"),
     "rows": (lambda: Net(between=lambda x, net: net.drop(x.T).T),
              r"^drop reads a tensor of shape \(8, 5\), but the micro-batch has 5 rows"),
 }  # fmt: skip
@@ -508,6 +515,48 @@ def test_randomness_that_cannot_be_exact_is_refused_by_name(net, message):
         job = dist_lab.parallelize(net().double(), dist_lab.init_mesh(), "single", dropout="exact")
         job.run([data(0, rows=5)], lambda out, _: out.sum())
     assert "\n" not in str(caught.value)
+
+
+class LeavesOut(nn.Module):
+    """May draw a number to compare it with a rate, as layers of transformers do."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate, self.norm, self.drop = rate, nn.BatchNorm1d(8).double(), nn.Dropout(0.4)
+
+    def forward(self, x):
+        x = self.drop(self.norm(x))
+        return x if self.rate is None or torch.rand([]) >= self.rate else x * 2
+
+
+def test_a_draw_without_effect_is_allowed_and_changes_nothing():
+    results = []
+    for rate in (None, 0.0):
+        net = Net(LeavesOut(rate))
+        job = dist_lab.parallelize(net, dist_lab.init_mesh(), "single", dropout="exact")
+        job.run([data(0)], loss_of)
+        job.finish()
+        results.append([job.full_gradients()["up.weight"], *net.buffers()])
+    assert all(map(torch.equal, *results))
+    job = dist_lab.parallelize(Net(LeavesOut(0.3)), dist_lab.init_mesh(), "single", dropout="exact")
+    with pytest.raises(UserError, match=r"^drop \(LeavesOut\) draws random numbers"):
+        job.run([data(0)], loss_of)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_draw_without_effect_is_allowed_and_others_are_refused_on_all_ranks(mesh):
+    torch.manual_seed(mesh.rank)
+    for rate in (0.0, 0.2):
+        net = nn.Sequential(*[LeavesOut(rate) for _ in range(3)], nn.Linear(8, 4).double())
+        job = dist_lab.parallelize(net, mesh, "fsdp", units=["0", "1", "2"], dropout="exact")
+        pairs = [(torch.randn(4, 8).double(), torch.randint(4, (4,)))]
+        if rate:
+            with pytest.raises(UserError, match=r"^0 \(LeavesOut\) draws random numbers"):
+                job.run(pairs, loss_of)
+        else:
+            job.run(pairs, loss_of)
+            job.finish()
 
 
 def test_a_draw_in_a_later_step_is_refused_too():
