@@ -183,8 +183,8 @@ class Place:
             if call == 0:
                 raise UserError(
                     f"{name} is computed again in backward, outside its micro-batch, so its mask "
-                    "is not known: recompute by parallelize(..., units=[...], recompute=1), give "
-                    'impl="hand" under pp, or call backward inside the block of job.microbatch'
+                    "is not known: call backward inside the block of job.microbatch, or recompute "
+                    "by parallelize(..., units=[...], recompute=1)"
                 )
             if call != 1:
                 raise UserError(

@@ -477,8 +477,11 @@ def test_torchs_own_checkpoint_in_a_pipeline_has_the_mask_of_its_micro_batch(mes
         wide = [nn.Linear(4, 6).double() for _ in range(3)]
         return nn.Sequential(*[m for pair in zip(wide, blocks, strict=True) for m in pair][1:])
 
-    report = dist_lab.verify(build_model, data, mesh, "pp", microbatches=4, dropout="exact")
-    assert report.equal, report.sentence()
+    for impl in ("hand", "torch"):
+        report = dist_lab.verify(
+            build_model, data, mesh, "pp", impl, microbatches=4, dropout="exact"
+        )
+        assert report.equal, report.sentence()
 
 
 # --- refused by name ------------------------------------------------------------------------------

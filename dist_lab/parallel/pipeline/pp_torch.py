@@ -205,6 +205,14 @@ class TorchPipeline:
         self.forwards[stage] += 1
         return self.events.forward(self.forwards[stage] - 1)
 
+    def _backward(
+        self, backward: Callable[..., Any], microbatch: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The library's backward. What it recomputes belongs to the same micro-batch."""
+        assert self.events is not None
+        with self.events.forward(microbatch):
+            return backward(microbatch, *args, **kwargs)
+
     def _share(self, nothing: tuple[()], targets: Tensor) -> Tensor:
         assert self.loss_fn is not None
         output = self.model_outputs.pop()
@@ -254,6 +262,8 @@ class TorchPipeline:
             stage.forward_maybe_with_nosync = StageForward(
                 s, forward, output_shapes, self.model_outputs, self._forward_of
             )
+            for name in ("backward_one_chunk", "backward_weight_one_chunk"):
+                setattr(stage, name, partial(self._backward, getattr(stage, name)))
             stage.perform_reduce_grad = partial(self._reduce, s, stage.perform_reduce_grad)
             stages.append(stage)
         schedule = getattr(self.library, LIBRARY_NAMES[self.name])(
