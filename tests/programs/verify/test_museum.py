@@ -211,6 +211,14 @@ def test_bug_list_shows_all_names():
         ),
         ("--museum --nproc 2", "takes no nproc (--nproc); leave it out, or leave out --museum"),
         ("--museum --only norm", "takes no only (--only); leave it out, or leave out --museum"),
+        (
+            "--museum --reduce-order fixed",  # which sets threads=1: nobody typed that
+            "takes no reduce_order (--reduce-order); leave it out, or leave out --museum",
+        ),
+        (
+            "--matrix --mesh dp=2 --reduce-order fixed",
+            "takes no reduce_order (--reduce-order); leave it out, or leave out --matrix",
+        ),
         ("--museum --matrix", "takes no museum (--museum); leave it out, or leave out --matrix"),
     ],
 )
