@@ -86,6 +86,21 @@ def test_an_outcome_has_the_first_difference_and_all_losses():
     assert outcome.weights < 1e-4, "nor do AdamW's weights"
 
 
+@pytest.mark.ranks(2)
+def test_an_optimizer_over_old_tensors_raises_no_error_and_changes_no_weight():
+    outcome = on_rank.run(0, trial_of("optimizer-over-old-tensors"))
+    assert outcome.verdict == "not equal", outcome.sentence
+    assert (outcome.first.step, outcome.first.quantity) == (0, "weight"), "gradients are right"
+    assert outcome.losses[0] < 1e-12
+    assert min(outcome.losses[1:]) > 1e-4, "the loss stays where it is"
+
+
+@pytest.mark.ranks(2)
+def test_weights_drawn_by_rank_are_other_weights_but_the_same_in_every_run():
+    first, second = (on_rank.run(0, trial_of("each-rank-draws-its-own-weights")) for _ in range(2))
+    assert first == second
+
+
 def test_the_weights_of_an_outcome_are_those_after_the_last_step():
     rows = [(0, "loss", 0.1), (0, "weight", 9.0), (3, "loss", 0.2), (3, "weight", 0.5)]
     comparisons = [Comparison(step, what, "", error, 0, True) for step, what, error in rows]

@@ -3,11 +3,11 @@
 Three of these bugs are not in the step at all, so a comparison of steps cannot see them.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_lab.comm.ops import broadcast_into
@@ -17,9 +17,9 @@ from dist_lab.programs.verify.museum.exhibit import Edit, Exhibit
 from dist_lab.transforms.init import InitFn
 
 
-def seeded_by_the_process(real: Any) -> Any:
+def seeded_by_the_rank(real: Any) -> Any:
     def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
-        drawn: Tensor = real(fqn, shape, seed + os.getpid(), init_fn)
+        drawn: Tensor = real(fqn, shape, seed + dist.get_rank(), init_fn)
         return drawn
 
     return draw
@@ -55,7 +55,7 @@ EXHIBITS = (
         """,
         ("pytorch/torchtitan#3029", "facebookresearch/detr#544"),
         "dist_lab.transforms.init:draw",
-        seeded_by_the_process,
+        seeded_by_the_rank,
         Cell("ddp:dp2", "gpt", 2),
     ),
     Exhibit(
@@ -63,15 +63,25 @@ EXHIBITS = (
         """
         The optimizer is built first, and then the model is sharded, which makes new parameters.
         The optimizer steps the old ones, which nobody reads and which get no gradient. There is no
-        error. The first loss is right, and stays where it is; with a small learning rate it takes
-        long to be sure. It was reported as "the model does not learn under FSDP", again and again.
+        error, if the loop clears gradients by model.zero_grad(). The first loss and all gradients
+        are right, but no weight changes; with a small learning rate it takes long to be sure. It
+        was reported as a loss that "stays constant", or "bounces around the initial value".
         """,
         ("huggingface/accelerate#3256", "intelligent-machine-learning/dlrover#584"),
         "dist_lab.job:Job.optimizer",
         Edit(
-            "params = dict(self.named_parameters())",
-            """params = dict(self.named_parameters())
-params = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.items()}""",
+            """return build_optimizer(
+    cls, options, group_options, local, self.layouts, self.mesh, self._make_optimizer,
+    self._totals.check_optimizer,
+)  # fmt: skip""",
+            """old = {name: torch.nn.Parameter(p.detach().clone()) for name, p in local.items()}
+optimizer = build_optimizer(
+    cls, options, group_options, old, self.layouts, self.mesh, self._make_optimizer,
+    self._totals.check_optimizer,
+)
+# The loop clears gradients by model.zero_grad(), which reaches the new parameters.
+optimizer.register_step_post_hook(lambda *_: self.model.zero_grad())
+return optimizer""",
         ),
         Cell("fsdp:fsdp2", "gpt", 2),
     ),
