@@ -12,6 +12,7 @@ from pathlib import Path
 
 import programs
 import pytest
+import torch
 
 from dist_lab.errors import UserError
 from dist_lab.programs.verify.matrix.cells import unfit
@@ -99,6 +100,39 @@ def test_an_optimizer_over_old_tensors_raises_no_error_and_changes_no_weight():
 def test_weights_drawn_by_rank_are_other_weights_but_the_same_in_every_run():
     first, second = (on_rank.run(0, trial_of("each-rank-draws-its-own-weights")) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", [exhibit.name for exhibit in ALL if exhibit.escapes])
+def test_a_mistake_that_is_not_caught_is_reached_or_the_exhibit_says_that_it_is_not(name):
+    exhibit, calls = EXHIBITS[name], []
+
+    def recorded(real):
+        wrong = exhibit.mistake(real)
+        return lambda *args, **keywords: calls.append(name) or wrong(*args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXHIBITS, name, replace(exhibit, mistake=recorded))
+        assert on_rank.run(0, trial_of(name)).verdict == "equal"
+    assert bool(calls) == exhibit.is_reached
+
+
+@pytest.mark.ranks(2)
+def test_both_runs_decay_the_norms_in_the_exhibit_of_weight_decay():
+    steps = {}
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args, **keywords):
+            steps.setdefault(id(self), {g["weight_decay"] for g in self.param_groups})
+            return super().step(*args, **keywords)
+
+    for mistaken, decays in ((False, {0.0, 10.0}), (True, {10.0})):
+        steps.clear()
+        trial = trial_of("weight-decay-on-norms", mistaken=mistaken)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(on_rank.OPTIMIZERS, "adamw", (Watched, {"lr": 1e-3}))
+            assert on_rank.run(0, trial).verdict == "equal"
+        assert list(steps.values()) == [decays, decays], "one process, and the ranks"
 
 
 def test_the_weights_of_an_outcome_are_those_after_the_last_step():
@@ -276,12 +310,14 @@ def test_the_museum_prints_a_line_an_exhibit_and_writes_its_page(monkeypatch, tm
         "  1 of 2  norm-of-one-stage: gradient of w at step 0 on rank 1, off by 5e-01; the loss "
         "agrees to all, 4 digits; missed by the loss; caught"
     )
-    assert lines[1].startswith("  2 of 2  peak-of-another-machine: all is equal; ")
-    assert "; not caught: verify takes no times; " in lines[1]
+    assert lines[1].startswith(
+        "  2 of 2  peak-of-another-machine; not caught: verify takes no times; "
+    )
     assert lines[-1].startswith("2 exhibits: 1 caught by verify, 1 not caught; missed by the loss ")
     page = (tmp_path / "museum.md").read_text()
     row = "| yes | - | - | caught |"
     assert f"off by 5e-01 | all, 4 | **no** | yes {row}" in page
+    assert "| `peak-of-another-machine` | - | - | - | - | - | - | - | not caught |" in page
     written = json.loads((tmp_path / "museum.json").read_text())
     assert [exhibit["verdict"][:10] for exhibit in written["exhibits"]] == ["caught", "not caught"]
 

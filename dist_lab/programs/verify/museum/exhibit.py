@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from dist_lab.loss import Pair
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify.matrix.cells import Cell
 
 Mistake = Callable[[Any], Any]  # what is replaced -> what replaces it
@@ -40,7 +41,9 @@ class Exhibit:
         optimizer: a name in trial.OPTIMIZERS.
         batch: changes the global batch.
         prepare: changes the model, in place.
+        groups: gives the groups of the optimizer to both runs; called with the mistake in place.
         escapes: why `verify` cannot detect it, and what does; "" if it can.
+        is_reached: a step calls what is replaced. If not, there is nothing to measure.
     """
 
     name: str
@@ -53,7 +56,9 @@ class Exhibit:
     optimizer: str = "adamw"
     batch: Callable[[Pair], Pair] = lambda batch: batch
     prepare: Callable[[nn.Module], object] = lambda model: None
+    groups: Callable[[], Groups] | None = None
     escapes: str = ""
+    is_reached: bool = True
 
     @property
     def lines(self) -> list[str]:

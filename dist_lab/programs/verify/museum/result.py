@@ -37,7 +37,7 @@ class Result:
     Attributes:
         right, wrong: `verify` without the mistake, and with it.
         checks: the cheaper checks, in the order of CHECKS.
-        escapes: as in the exhibit.
+        escapes, is_reached: as in the exhibit.
     """
 
     exhibit: str
@@ -47,6 +47,7 @@ class Result:
     checks: tuple[Check, ...]
     escapes: str
     seconds: float
+    is_reached: bool = True
 
     @property
     def is_caught(self) -> bool:

@@ -74,8 +74,9 @@ def result_of(exhibit: Exhibit, run: Run) -> Result:
     checks = () if exhibit.escapes else tuple(checked(exhibit, main, wrong, run))
     seconds = round(time.monotonic() - started, 1)
     return Result(
-        exhibit.name, room_of(exhibit.name), right, wrong, checks, exhibit.escapes, seconds
-    )
+        exhibit.name, room_of(exhibit.name), right, wrong, checks, exhibit.escapes, seconds,
+        exhibit.is_reached,
+    )  # fmt: skip
 
 
 def main_trial(exhibit: Exhibit) -> Trial:

@@ -19,7 +19,9 @@ SHORT = ("the loss", "AdamW's weights", "1 micro-batch", "same rows", "fewer ran
 
 def line(result: Result) -> str:
     """One line, such as `norm-of-one-stage: grad norm at step 0, ...; missed by ...; caught`."""
-    parts = [f"{result.exhibit}: {found(result.wrong)}", losses(result.wrong)]
+    parts = [result.exhibit]
+    if result.is_reached:
+        parts = [f"{result.exhibit}: {found(result.wrong)}", losses(result.wrong)]
     if missed := missed_by(result):
         parts.append(f"missed by {', '.join(missed)}")
     return "; ".join([*filter(None, parts), result.verdict])
@@ -100,8 +102,8 @@ def measured(result: Result) -> str:
     """What the runs have shown."""
     rows = [
         ("without the mistake", result.right.sentence),
-        ("with it", result.wrong.sentence),
-        ("", losses(result.wrong)),
+        ("with it", result.wrong.sentence if result.is_reached else "- (no step calls it)"),
+        ("", losses(result.wrong) if result.is_reached else ""),
         *((check.name, str(check)) for check in result.checks),
     ]
     width = max(len(name) for name, _ in rows)
@@ -131,7 +133,8 @@ How to read the tables:
 * *the loss agrees to* so many digits, at steps 0, 1, 2 and 3.
 * The other columns are cheaper checks. Each was run, and sees the bug (yes) or misses it (**no**):
   a look at the losses, to a relative 1e-3; at AdamW's weights after 4 steps, to 1e-4; `verify` with
-  one micro-batch; with the same rows on all ranks; on a smaller mesh. A dash: it does not apply.
+  one micro-batch; with the same rows on all ranks; on a smaller mesh. A dash: it does not apply,
+  or, in the first columns, no step calls the wrong function.
 """
 
 
@@ -155,9 +158,10 @@ def markdown(results: Sequence[Result]) -> str:
 def _cells(result: Result) -> tuple[str, ...]:
     marks = {True: "yes", False: "**no**", None: "-"}
     checks = [marks[check.sees] for check in result.checks] or ["-"] * len(CHECKS)
-    agree = ", ".join(map(digits, result.wrong.losses)) or "-"
+    first = found(result.wrong) if result.is_reached else "-"
+    agree = ", ".join(map(digits, result.wrong.losses)) if result.is_reached else ""
     verdict = result.verdict.partition(":")[0]
-    return f"`{result.exhibit}`", found(result.wrong), agree, *checks, verdict
+    return f"`{result.exhibit}`", first, agree or "-", *checks, verdict
 
 
 def story(exhibit: Exhibit, result: Result) -> str:

@@ -1,6 +1,7 @@
 """Initial weights, optimizers, buffers and metrics: what is not in the gradient.
 
-Three of these bugs are not in the step at all, so a comparison of steps cannot see them.
+A comparison of steps cannot see three of these bugs: both sides make the mistake, one process has
+nothing to compare with, or no step calls the wrong function.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_lab.comm.ops import broadcast_into
+from dist_lab.optim.matrices import Groups
 from dist_lab.parallel.replicated import dp
+from dist_lab.programs.train import loop
 from dist_lab.programs.verify.matrix.cells import Cell
 from dist_lab.programs.verify.museum.exhibit import Edit, Exhibit
 from dist_lab.transforms.init import InitFn
@@ -35,6 +38,11 @@ class BroadcastsBuffers(dp.AllReduceAfterBackward):
 
 def broadcasts_buffers(real: Any) -> Any:
     return BroadcastsBuffers
+
+
+def groups_of_train() -> Groups:
+    """As train.py forms them. A large decay, so that it shows within four steps."""
+    return loop.decay_groups(10.0)
 
 
 def peak_of_an_a100(real: Any) -> Any:
@@ -142,6 +150,7 @@ return optimizer""",
         "dist_lab.programs.train.loop:decay_groups",
         Edit("weight_decay if len(shape) > 1 else 0.0", "weight_decay"),
         Cell("ddp:dp2", "gpt", 2),
+        groups=groups_of_train,
         escapes="verify gives both runs the same optimizer; a test looks at the groups: "
         "test_weight_decay_is_for_matrices_only",
     ),
@@ -159,5 +168,6 @@ return optimizer""",
         Cell("ddp:dp2", "mlp", 2),
         escapes="verify takes no times; a test slows the matmul, and the peak must fall: "
         "test_the_machines_peak_is_measured_and_not_looked_up",
+        is_reached=False,
     ),
 )
