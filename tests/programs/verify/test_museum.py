@@ -340,10 +340,43 @@ def test_a_cheaper_check_is_run_where_it_applies(monkeypatch):
     with museum.ranks() as run:
         result = museum.result_of(EXHIBITS["replicas-never-meet"], run)
     assert [check.name for check in result.checks] == list(CHECKS)
-    right, wrong, one, same, fewer = trials
-    assert (right.mistaken, wrong.mistaken) == (False, True)
+    without, mistaken = trials[::2], trials[1::2]
+    assert [replace(trial, mistaken=True) for trial in without] == mistaken
+    assert not any(trial.mistaken for trial in without)
+    assert all(trial.mistaken for trial in mistaken)
+    _, one, same, fewer = mistaken
     assert (one.cell.microbatches, same.same_rows, fewer.cell.mix) == (1, True, "fsdp:fsdp2")
-    assert all(trial.mistaken for trial in (one, same, fewer))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sees", "text"),
+    [
+        (EQUAL, DIFFERS, True, "sees it"),
+        (EQUAL, Outcome("refused", "no"), True, "sees it"),
+        (EQUAL, EQUAL, False, "misses it"),
+        (Outcome("refused", "1f1b needs 2 micro-batches"), DIFFERS, None, "-"),
+        (DIFFERS, DIFFERS, None, "-"),
+        (EQUAL, Outcome("failed", "rank 1: KeyError"), None, "failed"),
+        (Outcome("failed", "rank 1: KeyError"), DIFFERS, None, "failed"),
+    ],
+)
+def test_a_cheaper_check_sees_only_what_the_mistake_adds(right, wrong, sees, text):
+    main = trial_of("replicas-never-meet")
+    checked = museum.check(CHECKS[2], main, lambda trial: wrong if trial.mistaken else right)
+    assert (checked.sees, str(checked)) == (sees, text)
+    result = Result(main.exhibit, "room", EQUAL, DIFFERS, (checked,), "", 0.1)
+    assert result.as_told == (text != "failed")
+    assert result.verdict == (
+        "caught" if result.as_told else f"broken: {CHECKS[2]} fails: rank 1: KeyError"
+    )
+
+
+def test_weights_of_adamw_are_looked_at_without_the_mistake_too(monkeypatch):
+    trials = with_outcomes(monkeypatch)
+    with museum.ranks() as run:
+        result = museum.result_of(EXHIBITS["generator-consumed-by-the-norm"], run)
+    assert [trial.mistaken for trial in trials if trial.optimizer == "adamw"] == [False, True]
+    assert result.checks[1] == Check(CHECKS[1], sees=True)
 
 
 def test_a_refusal_is_caught_and_an_error_without_a_number_is_shown():

@@ -21,13 +21,19 @@ class Check:
     Attributes:
         name: what it compares, or on what.
         sees: whether it would have seen the mistake; None if it does not apply.
+        failure: of a run that crashed or hung; then nothing is known.
     """
 
     name: str
     sees: bool | None
+    failure: str = ""
 
     def __str__(self) -> str:
-        return {True: "sees it", False: "misses it", None: "-"}[self.sees]
+        return (
+            "failed"
+            if self.failure
+            else {True: "sees it", False: "misses it", None: "-"}[self.sees]
+        )
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class Result:
     def as_told(self) -> bool:
         """Whether the exhibit behaves as it says: caught, or not caught and said so."""
         expected = ("equal",) if self.escapes else ("not equal", "refused")
-        return self.right.verdict == "equal" and self.wrong.verdict in expected
+        expectation = self.right.verdict == "equal" and self.wrong.verdict in expected
+        return expectation and not any(check.failure for check in self.checks)
 
     @property
     def verdict(self) -> str:
@@ -65,6 +72,9 @@ class Result:
             return f"broken: without the mistake, {self.right.sentence}"
         if self.wrong.verdict == "failed":
             return f"broken: {self.wrong.sentence}"
+        for check in self.checks:
+            if check.failure:
+                return f"broken: {check.name} fails: {check.failure}"
         if self.is_caught:
             return "caught" if not self.escapes else "broken: caught, though it says it is not"
         return f"not caught: {self.escapes or 'and it does not say why'}"
