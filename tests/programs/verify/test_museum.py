@@ -157,7 +157,7 @@ def test_an_exhibit_has_a_story_a_public_source_and_a_run(exhibit):
     assert 2 <= len(exhibit.lines) <= 5
     assert exhibit.links
     for address in exhibit.links.values():
-        assert re.match(r"https://github\.com/[\w.-]+/[\w.-]+/(issues/\d+$|blob/)", address)
+        assert re.match(r"https://github\.com/[\w.-]+/[\w.-]+/(issues/\d+$|blob/\w{40}/)", address)
     assert not unfit(exhibit.cell)
     assert exhibit.cell.ranks <= 4
     assert not exhibit.smaller or replace(exhibit.cell, mix=exhibit.smaller).ranks == 2

@@ -1,4 +1,4 @@
-"""An exhibit: a bug that was published, made again by replacing one function of ours for one run.
+"""An exhibit: a bug of others, made again by replacing one function of ours for one run.
 
     with patched(exhibit):
         verify(...)             # with the mistake
@@ -34,7 +34,7 @@ class Exhibit:
     Attributes:
         name: unique, words joined by dashes.
         story: at most five lines: what was done, why it looks right, and what happens.
-        sources: where it was reported: "owner/repository#number", or an address.
+        sources: where it is described: "owner/repository#number", or an address.
         replaces: "module:name", of what the mistake replaces.
         cell: the training run: strategies, mesh, model, micro-batches.
         smaller: a mix on fewer ranks, on which a cheaper test would run; "" if there is none.

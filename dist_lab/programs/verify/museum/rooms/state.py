@@ -58,10 +58,10 @@ EXHIBITS = (
         """
         The seed is set to seed + rank, for the sake of dropout or of the order of the data, before
         the model is built, so each rank starts with other weights. Wrappers that broadcast rank
-        0's hide it. Without one, gradients of different models are added. A public trainer's 18
-        layouts started at losses from 12.03 to 12.08, and nobody could say which was right.
+        0's hide it, as in the second source. Without one, gradients of different models are added.
+        The first source reports that the loss still went down, but stagnated much earlier.
         """,
-        ("pytorch/torchtitan#3029", "facebookresearch/detr#544"),
+        ("pytorch/torchtitan#166", "facebookresearch/detr#544"),
         "dist_lab.transforms.init:draw",
         seeded_by_the_rank,
         Cell("ddp:dp2", "gpt", 2),
