@@ -74,8 +74,9 @@ def read(argv: Sequence[str] | None, description: str | None) -> Verify:
         check_together(config, where)
         return config
     alone = Verify(**DEFAULTS)
-    # The mesh first: it also determines the strategy.
-    for name in sorted((option.name for option in fields(Verify)), key=lambda n: n != "mesh"):
+    # These first, because they determine others: --reduce-order the threads, the mesh the strategy.
+    names = dict.fromkeys(["reduce_order", "mesh", *(option.name for option in fields(Verify))])
+    for name in names:
         if name not in OWN_RANKS[config.own_ranks] and getattr(config, name) != getattr(
             alone, name
         ):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import programs
 import pytest
+import torch
 
 from dist_lab.errors import UserError
 from dist_lab.programs.verify.matrix.cells import unfit
@@ -86,6 +87,54 @@ def test_an_outcome_has_the_first_difference_and_all_losses():
     assert outcome.weights < 1e-4, "nor do AdamW's weights"
 
 
+@pytest.mark.ranks(2)
+def test_an_optimizer_over_old_tensors_raises_no_error_and_changes_no_weight():
+    outcome = on_rank.run(0, trial_of("optimizer-over-old-tensors"))
+    assert outcome.verdict == "not equal", outcome.sentence
+    assert (outcome.first.step, outcome.first.quantity) == (0, "weight"), "gradients are right"
+    assert outcome.losses[0] < 1e-12
+    assert min(outcome.losses[1:]) > 1e-4, "the loss stays where it is"
+
+
+@pytest.mark.ranks(2)
+def test_weights_drawn_by_rank_are_other_weights_but_the_same_in_every_run():
+    first, second = (on_rank.run(0, trial_of("each-rank-draws-its-own-weights")) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", [exhibit.name for exhibit in ALL if exhibit.escapes])
+def test_a_mistake_that_is_not_caught_is_reached_or_the_exhibit_says_that_it_is_not(name):
+    exhibit, calls = EXHIBITS[name], []
+
+    def recorded(real):
+        wrong = exhibit.mistake(real)
+        return lambda *args, **keywords: calls.append(name) or wrong(*args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXHIBITS, name, replace(exhibit, mistake=recorded))
+        assert on_rank.run(0, trial_of(name)).verdict == "equal"
+    assert bool(calls) == exhibit.is_reached
+
+
+@pytest.mark.ranks(2)
+def test_both_runs_decay_the_norms_in_the_exhibit_of_weight_decay():
+    steps = {}
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args, **keywords):
+            steps.setdefault(id(self), {g["weight_decay"] for g in self.param_groups})
+            return super().step(*args, **keywords)
+
+    for mistaken, decays in ((False, {0.0, 10.0}), (True, {10.0})):
+        steps.clear()
+        trial = trial_of("weight-decay-on-norms", mistaken=mistaken)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(on_rank.OPTIMIZERS, "adamw", (Watched, {"lr": 1e-3}))
+            assert on_rank.run(0, trial).verdict == "equal"
+        assert list(steps.values()) == [decays, decays], "one process, and the ranks"
+
+
 def test_the_weights_of_an_outcome_are_those_after_the_last_step():
     rows = [(0, "loss", 0.1), (0, "weight", 9.0), (3, "loss", 0.2), (3, "weight", 0.5)]
     comparisons = [Comparison(step, what, "", error, 0, True) for step, what, error in rows]
@@ -108,7 +157,7 @@ def test_an_exhibit_has_a_story_a_public_source_and_a_run(exhibit):
     assert 2 <= len(exhibit.lines) <= 5
     assert exhibit.links
     for address in exhibit.links.values():
-        assert re.match(r"https://github\.com/[\w.-]+/[\w.-]+/(issues/\d+$|blob/)", address)
+        assert re.match(r"https://github\.com/[\w.-]+/[\w.-]+/(issues/\d+$|blob/\w{40}/)", address)
     assert not unfit(exhibit.cell)
     assert exhibit.cell.ranks <= 4
     assert not exhibit.smaller or replace(exhibit.cell, mix=exhibit.smaller).ranks == 2
@@ -211,6 +260,14 @@ def test_bug_list_shows_all_names():
         ),
         ("--museum --nproc 2", "takes no nproc (--nproc); leave it out, or leave out --museum"),
         ("--museum --only norm", "takes no only (--only); leave it out, or leave out --museum"),
+        (
+            "--museum --reduce-order fixed",  # which sets threads=1: nobody typed that
+            "takes no reduce_order (--reduce-order); leave it out, or leave out --museum",
+        ),
+        (
+            "--matrix --mesh dp=2 --reduce-order fixed",
+            "takes no reduce_order (--reduce-order); leave it out, or leave out --matrix",
+        ),
         ("--museum --matrix", "takes no museum (--museum); leave it out, or leave out --matrix"),
     ],
 )
@@ -253,12 +310,14 @@ def test_the_museum_prints_a_line_an_exhibit_and_writes_its_page(monkeypatch, tm
         "  1 of 2  norm-of-one-stage: gradient of w at step 0 on rank 1, off by 5e-01; the loss "
         "agrees to all, 4 digits; missed by the loss; caught"
     )
-    assert lines[1].startswith("  2 of 2  peak-of-another-machine: all is equal; ")
-    assert "; not caught: verify takes no times; " in lines[1]
+    assert lines[1].startswith(
+        "  2 of 2  peak-of-another-machine; not caught: verify takes no times; "
+    )
     assert lines[-1].startswith("2 exhibits: 1 caught by verify, 1 not caught; missed by the loss ")
     page = (tmp_path / "museum.md").read_text()
     row = "| yes | - | - | caught |"
     assert f"off by 5e-01 | all, 4 | **no** | yes {row}" in page
+    assert "| `peak-of-another-machine` | - | - | - | - | - | - | - | not caught |" in page
     written = json.loads((tmp_path / "museum.json").read_text())
     assert [exhibit["verdict"][:10] for exhibit in written["exhibits"]] == ["caught", "not caught"]
 
@@ -281,10 +340,43 @@ def test_a_cheaper_check_is_run_where_it_applies(monkeypatch):
     with museum.ranks() as run:
         result = museum.result_of(EXHIBITS["replicas-never-meet"], run)
     assert [check.name for check in result.checks] == list(CHECKS)
-    right, wrong, one, same, fewer = trials
-    assert (right.mistaken, wrong.mistaken) == (False, True)
+    without, mistaken = trials[::2], trials[1::2]
+    assert [replace(trial, mistaken=True) for trial in without] == mistaken
+    assert not any(trial.mistaken for trial in without)
+    assert all(trial.mistaken for trial in mistaken)
+    _, one, same, fewer = mistaken
     assert (one.cell.microbatches, same.same_rows, fewer.cell.mix) == (1, True, "fsdp:fsdp2")
-    assert all(trial.mistaken for trial in (one, same, fewer))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sees", "text"),
+    [
+        (EQUAL, DIFFERS, True, "sees it"),
+        (EQUAL, Outcome("refused", "no"), True, "sees it"),
+        (EQUAL, EQUAL, False, "misses it"),
+        (Outcome("refused", "1f1b needs 2 micro-batches"), DIFFERS, None, "-"),
+        (DIFFERS, DIFFERS, None, "-"),
+        (EQUAL, Outcome("failed", "rank 1: KeyError"), None, "failed"),
+        (Outcome("failed", "rank 1: KeyError"), DIFFERS, None, "failed"),
+    ],
+)
+def test_a_cheaper_check_sees_only_what_the_mistake_adds(right, wrong, sees, text):
+    main = trial_of("replicas-never-meet")
+    checked = museum.check(CHECKS[2], main, lambda trial: wrong if trial.mistaken else right)
+    assert (checked.sees, str(checked)) == (sees, text)
+    result = Result(main.exhibit, "room", EQUAL, DIFFERS, (checked,), "", 0.1)
+    assert result.as_told == (text != "failed")
+    assert result.verdict == (
+        "caught" if result.as_told else f"broken: {CHECKS[2]} fails: rank 1: KeyError"
+    )
+
+
+def test_weights_of_adamw_are_looked_at_without_the_mistake_too(monkeypatch):
+    trials = with_outcomes(monkeypatch)
+    with museum.ranks() as run:
+        result = museum.result_of(EXHIBITS["generator-consumed-by-the-norm"], run)
+    assert [trial.mistaken for trial in trials if trial.optimizer == "adamw"] == [False, True]
+    assert result.checks[1] == Check(CHECKS[1], sees=True)
 
 
 def test_a_refusal_is_caught_and_an_error_without_a_number_is_shown():

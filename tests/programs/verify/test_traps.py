@@ -220,8 +220,8 @@ def test_weight_decay_is_for_matrices_only():
 
 @pytest.mark.ranks(2)
 def test_a_length_that_does_not_divide_is_exact_or_refused_with_the_numbers(mesh):
-    # Trap 8: in a public trainer, a vocabulary that 2 ranks do not divide silently lost half the
-    # loss.
+    # Trap 8: a public trainer was reported to have another loss, and no error, with a vocabulary
+    # that 2 ranks do not divide.
     axis = mesh["dp"]
     uneven = torch.arange(61.0)
     with pytest.raises(ValueError, match=r"dim 0 of \(61,\) does not divide by 2 ranks of dp"):

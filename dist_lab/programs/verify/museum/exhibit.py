@@ -1,4 +1,4 @@
-"""An exhibit: a bug that was published, made again by replacing one function of ours for one run.
+"""An exhibit: a bug of others, made again by replacing one function of ours for one run.
 
     with patched(exhibit):
         verify(...)             # with the mistake
@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from dist_lab.loss import Pair
+from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify.matrix.cells import Cell
 
 Mistake = Callable[[Any], Any]  # what is replaced -> what replaces it
@@ -33,14 +34,16 @@ class Exhibit:
     Attributes:
         name: unique, words joined by dashes.
         story: at most five lines: what was done, why it looks right, and what happens.
-        sources: where it was reported: "owner/repository#number", or an address.
+        sources: where it is described: "owner/repository#number", or an address.
         replaces: "module:name", of what the mistake replaces.
         cell: the training run: strategies, mesh, model, micro-batches.
         smaller: a mix on fewer ranks, on which a cheaper test would run; "" if there is none.
         optimizer: a name in trial.OPTIMIZERS.
         batch: changes the global batch.
         prepare: changes the model, in place.
+        groups: gives the groups of the optimizer to both runs; called with the mistake in place.
         escapes: why `verify` cannot detect it, and what does; "" if it can.
+        is_reached: a step calls what is replaced. If not, there is nothing to measure.
     """
 
     name: str
@@ -53,7 +56,9 @@ class Exhibit:
     optimizer: str = "adamw"
     batch: Callable[[Pair], Pair] = lambda batch: batch
     prepare: Callable[[nn.Module], object] = lambda model: None
+    groups: Callable[[], Groups] | None = None
     escapes: str = ""
+    is_reached: bool = True
 
     @property
     def lines(self) -> list[str]:

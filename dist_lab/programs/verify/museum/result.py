@@ -21,13 +21,19 @@ class Check:
     Attributes:
         name: what it compares, or on what.
         sees: whether it would have seen the mistake; None if it does not apply.
+        failure: of a run that crashed or hung; then nothing is known.
     """
 
     name: str
     sees: bool | None
+    failure: str = ""
 
     def __str__(self) -> str:
-        return {True: "sees it", False: "misses it", None: "-"}[self.sees]
+        return (
+            "failed"
+            if self.failure
+            else {True: "sees it", False: "misses it", None: "-"}[self.sees]
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Result:
     Attributes:
         right, wrong: `verify` without the mistake, and with it.
         checks: the cheaper checks, in the order of CHECKS.
-        escapes: as in the exhibit.
+        escapes, is_reached: as in the exhibit.
     """
 
     exhibit: str
@@ -47,6 +53,7 @@ class Result:
     checks: tuple[Check, ...]
     escapes: str
     seconds: float
+    is_reached: bool = True
 
     @property
     def is_caught(self) -> bool:
@@ -56,7 +63,8 @@ class Result:
     def as_told(self) -> bool:
         """Whether the exhibit behaves as it says: caught, or not caught and said so."""
         expected = ("equal",) if self.escapes else ("not equal", "refused")
-        return self.right.verdict == "equal" and self.wrong.verdict in expected
+        expectation = self.right.verdict == "equal" and self.wrong.verdict in expected
+        return expectation and not any(check.failure for check in self.checks)
 
     @property
     def verdict(self) -> str:
@@ -64,6 +72,9 @@ class Result:
             return f"broken: without the mistake, {self.right.sentence}"
         if self.wrong.verdict == "failed":
             return f"broken: {self.wrong.sentence}"
+        for check in self.checks:
+            if check.failure:
+                return f"broken: {check.name} fails: {check.failure}"
         if self.is_caught:
             return "caught" if not self.escapes else "broken: caught, though it says it is not"
         return f"not caught: {self.escapes or 'and it does not say why'}"

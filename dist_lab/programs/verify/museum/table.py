@@ -19,7 +19,9 @@ SHORT = ("the loss", "AdamW's weights", "1 micro-batch", "same rows", "fewer ran
 
 def line(result: Result) -> str:
     """One line, such as `norm-of-one-stage: grad norm at step 0, ...; missed by ...; caught`."""
-    parts = [f"{result.exhibit}: {found(result.wrong)}", losses(result.wrong)]
+    parts = [result.exhibit]
+    if result.is_reached:
+        parts = [f"{result.exhibit}: {found(result.wrong)}", losses(result.wrong)]
     if missed := missed_by(result):
         parts.append(f"missed by {', '.join(missed)}")
     return "; ".join([*filter(None, parts), result.verdict])
@@ -77,11 +79,11 @@ def names() -> str:
 
 
 def introduction(exhibit: Exhibit) -> str:
-    """The story, where it was reported, and the function that is replaced, right and wrong."""
+    """The story, where it is described, and the function that is replaced, right and wrong."""
     parts = [
         f"{exhibit.name}   (room: {room_of(exhibit.name)})",
         "\n".join(f"  {text}" for text in exhibit.lines),
-        "Reported in\n" + "\n".join(f"  {address}" for address in exhibit.links.values()),
+        "Described in\n" + "\n".join(f"  {address}" for address in exhibit.links.values()),
         f"The mistake replaces {exhibit.replaces}\n" + "\n".join(f"  {x}" for x in diff(exhibit)),
         f"Training {in_words(exhibit)} ...",
     ]
@@ -100,8 +102,8 @@ def measured(result: Result) -> str:
     """What the runs have shown."""
     rows = [
         ("without the mistake", result.right.sentence),
-        ("with it", result.wrong.sentence),
-        ("", losses(result.wrong)),
+        ("with it", result.wrong.sentence if result.is_reached else "- (no step calls it)"),
+        ("", losses(result.wrong) if result.is_reached else ""),
         *((check.name, str(check)) for check in result.checks),
     ]
     width = max(len(name) for name, _ in rows)
@@ -114,10 +116,11 @@ def measured(result: Result) -> str:
 
 HEAD = """# A museum of bugs
 
-Each of these bugs was published in a trainer, or in a library that trainers use. An exhibit makes
-one again, by replacing one function of dist_lab for the time of a run, and measures what shows:
-which tensor `verify` names first, how far the loss can be trusted, and which cheaper checks would
-have missed it. The strategies have no switch for any of them.
+Each of these bugs is described in public: in a report about a trainer, or about a library that
+trainers use, in a change that mends it, or in the code itself. An exhibit makes one again, by
+replacing one function of dist_lab for the time of a run, and measures what shows: which tensor
+`verify` names first, how far the loss can be trusted, and which cheaper checks would have missed
+it. The strategies have no switch for any of them.
 
 `python launch/verify.py --bug norm-of-one-stage` shows one: its story, the right function and the
 wrong one, and all checks. `--bug list` has the names. `python launch/verify.py --museum --out DIR`
@@ -129,9 +132,11 @@ How to read the tables:
 * *verify names first* is the first quantity that differs from one process, in the order of a step:
   loss, gradients from the last layer to the first, gradient norm, weights, buffers.
 * *the loss agrees to* so many digits, at steps 0, 1, 2 and 3.
-* The other columns are cheaper checks. Each was run, and sees the bug (yes) or misses it (**no**):
+* The other columns are cheaper checks. Each was run without the mistake, to see that it finds
+  nothing then, and with it, and sees the bug (yes) or misses it (**no**):
   a look at the losses, to a relative 1e-3; at AdamW's weights after 4 steps, to 1e-4; `verify` with
-  one micro-batch; with the same rows on all ranks; on a smaller mesh. A dash: it does not apply.
+  one micro-batch; with the same rows on all ranks; on a smaller mesh. A dash: it does not apply,
+  or, in the first columns, no step calls the wrong function.
 """
 
 
@@ -155,9 +160,10 @@ def markdown(results: Sequence[Result]) -> str:
 def _cells(result: Result) -> tuple[str, ...]:
     marks = {True: "yes", False: "**no**", None: "-"}
     checks = [marks[check.sees] for check in result.checks] or ["-"] * len(CHECKS)
-    agree = ", ".join(map(digits, result.wrong.losses)) or "-"
+    first = found(result.wrong) if result.is_reached else "-"
+    agree = ", ".join(map(digits, result.wrong.losses)) if result.is_reached else ""
     verdict = result.verdict.partition(":")[0]
-    return f"`{result.exhibit}`", found(result.wrong), agree, *checks, verdict
+    return f"`{result.exhibit}`", first, agree or "-", *checks, verdict
 
 
 def story(exhibit: Exhibit, result: Result) -> str:
@@ -170,7 +176,7 @@ def _paragraph(exhibit: Exhibit, result: Result, links: str) -> Iterator[str]:
     yield f"**{exhibit.name}**"
     yield ""
     yield from exhibit.lines
-    yield f"Reported in {links}. Replaces `{exhibit.replaces.partition(':')[2]}` in"
+    yield f"Described in {links}. Replaces `{exhibit.replaces.partition(':')[2]}` in"
     yield f"`{exhibit.replaces.partition(':')[0]}`; runs `{exhibit.cell}`."
     if not result.is_caught:
         yield f"*Not caught:* {exhibit.escapes}."

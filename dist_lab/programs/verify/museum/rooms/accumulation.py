@@ -90,11 +90,12 @@ EXHIBITS = (
         "hook-gets-the-parameter",
         """
         register_post_accumulate_grad_hook calls a hook with the parameter, register_hook calls it
-        with the gradient. A hook that is moved from one to the other sums its argument over the
-        ranks and divides it: now it averages the weights. They are equal on all ranks at first, so
-        nothing happens in the first step. Gradients are never summed.
+        with the gradient. A hook that takes the one for the other sums its argument over the ranks
+        and divides it: it averages the weights, which are equal, and no gradient is summed. The
+        report is of a hook that moved parameters to the CPU, instead of their gradients: the loss
+        stood still, and it took days to find out why.
         """,
-        ("huggingface/picotron#39",),
+        ("pytorch/pytorch#187268",),
         f"{DP}.finish",
         Edit(
             "all_reduce_into(parameter.grad, self.axis).wait()  # dW{U_dp} -> dW",
@@ -109,10 +110,11 @@ parameter.data /= self.axis.size""",
         A hook on each parameter sums its gradient over the ranks, in the last micro-batch only, to
         save messages. But a tensor's hook gets the gradient of this backward, before it is added
         to `.grad`. So only the last micro-batch is summed; the others stay each rank's own. With
-        one micro-batch it is right, and so the tests passed.
+        one micro-batch it is right. The source is a wrapper for teaching.
         """,
         (
-            "https://github.com/huggingface/picotron/blob/main/picotron/data_parallel/data_parallel.py",
+            "https://github.com/huggingface/picotron/blob/12e81c32687e09a7a96cff46770bdb2f783df6d9"
+            "/picotron/data_parallel/data_parallel.py",
         ),
         DP,
         sums_in_a_tensor_hook,
@@ -137,7 +139,7 @@ parameter.data /= self.axis.size""",
         Gradients are summed after every backward, whether a step follows or not. The second sum
         runs over `.grad`, which holds the first sum on every rank already: with N ranks and k
         micro-batches the first one counts N^(k-1) times. Where ranks average, it is exact, and
-        only slow; the mistake comes with the change from averages to sums.
+        only slow: the second source says so. The mistake comes with the change to sums.
         """,
         ("tenstorrent/tt-metal#17568", "huggingface/accelerate#106"),
         DP,

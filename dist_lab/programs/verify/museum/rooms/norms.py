@@ -127,9 +127,10 @@ return ops.all_reduce(total, mesh.world).sqrt()""",
         """
         Each rank clips its own gradient, and then the ranks sum them. The factors differ between
         ranks, so a rank with a bad batch counts less: that is another gradient, not a shorter one.
-        The norm that is logged afterwards is below the limit, as it should be after clipping.
+        If the ranks average, the norm that is logged afterwards is below the limit, as it should be
+        after clipping; if they sum, it may reach the limit times the number of ranks.
         """,
-        ("dstrbtd/DistributedTraining#61", "tenstorrent/tt-metal#17568"),
+        ("dstrbtd/DistributedTraining#61", "horovod/horovod#1346"),
         "dist_lab.parallel.replicated.dp:AllReduceAfterBackward.finish",
         Edit(
             "for name in self._used_on_any_rank():",
@@ -146,7 +147,7 @@ for name in self._used_on_any_rank():""",
         clipped. The norm is right, and is logged. Only a gradient that is far too large shows it,
         on the day that clipping was meant for.
         """,
-        ("inclusionAI/AReaL#335",),
+        ("pytorch/torchtitan#1258", "ShusenTang/Dive-into-DL-PyTorch#101"),
         "dist_lab.job:Job.clip_grad_norm",
         Edit(
             """norm = self._totals.norm(gradients, self.layouts, self.mesh)

@@ -1,25 +1,28 @@
 """Initial weights, optimizers, buffers and metrics: what is not in the gradient.
 
-Three of these bugs are not in the step at all, so a comparison of steps cannot see them.
+A comparison of steps cannot see three of these bugs: both sides make the mistake, one process has
+nothing to compare with, or no step calls the wrong function.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_lab.comm.ops import broadcast_into
+from dist_lab.optim.matrices import Groups
 from dist_lab.parallel.replicated import dp
+from dist_lab.programs.train import loop
 from dist_lab.programs.verify.matrix.cells import Cell
 from dist_lab.programs.verify.museum.exhibit import Edit, Exhibit
 from dist_lab.transforms.init import InitFn
 
 
-def seeded_by_the_process(real: Any) -> Any:
+def seeded_by_the_rank(real: Any) -> Any:
     def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
-        drawn: Tensor = real(fqn, shape, seed + os.getpid(), init_fn)
+        drawn: Tensor = real(fqn, shape, seed + dist.get_rank(), init_fn)
         return drawn
 
     return draw
@@ -37,6 +40,11 @@ def broadcasts_buffers(real: Any) -> Any:
     return BroadcastsBuffers
 
 
+def groups_of_train() -> Groups:
+    """As train.py forms them. A large decay, so that it shows within four steps."""
+    return loop.decay_groups(10.0)
+
+
 def peak_of_an_a100(real: Any) -> Any:
     def calibrate(dtype: torch.dtype, device: torch.device, **_: Any) -> Tensor:
         return torch.tensor([312e12], dtype=torch.float64)
@@ -50,12 +58,12 @@ EXHIBITS = (
         """
         The seed is set to seed + rank, for the sake of dropout or of the order of the data, before
         the model is built, so each rank starts with other weights. Wrappers that broadcast rank
-        0's hide it. Without one, gradients of different models are added. A public trainer's 18
-        layouts started at losses from 12.03 to 12.08, and nobody could say which was right.
+        0's hide it, as in the second source. Without one, gradients of different models are added.
+        The first source reports that the loss still went down, but stagnated much earlier.
         """,
-        ("pytorch/torchtitan#3029", "facebookresearch/detr#544"),
+        ("pytorch/torchtitan#166", "facebookresearch/detr#544"),
         "dist_lab.transforms.init:draw",
-        seeded_by_the_process,
+        seeded_by_the_rank,
         Cell("ddp:dp2", "gpt", 2),
     ),
     Exhibit(
@@ -63,15 +71,25 @@ EXHIBITS = (
         """
         The optimizer is built first, and then the model is sharded, which makes new parameters.
         The optimizer steps the old ones, which nobody reads and which get no gradient. There is no
-        error. The first loss is right, and stays where it is; with a small learning rate it takes
-        long to be sure. It was reported as "the model does not learn under FSDP", again and again.
+        error, if the loop clears gradients by model.zero_grad(). The first loss and all gradients
+        are right, but no weight changes; with a small learning rate it takes long to be sure. It
+        was reported as a loss that "stays constant", or "bounces around the initial value".
         """,
         ("huggingface/accelerate#3256", "intelligent-machine-learning/dlrover#584"),
         "dist_lab.job:Job.optimizer",
         Edit(
-            "params = dict(self.named_parameters())",
-            """params = dict(self.named_parameters())
-params = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.items()}""",
+            """return build_optimizer(
+    cls, options, group_options, local, self.layouts, self.mesh, self._make_optimizer,
+    self._totals.check_optimizer,
+)  # fmt: skip""",
+            """old = {name: torch.nn.Parameter(p.detach().clone()) for name, p in local.items()}
+optimizer = build_optimizer(
+    cls, options, group_options, old, self.layouts, self.mesh, self._make_optimizer,
+    self._totals.check_optimizer,
+)
+# The loop clears gradients by model.zero_grad(), which reaches the new parameters.
+optimizer.register_step_post_hook(lambda *_: self.model.zero_grad())
+return optimizer""",
         ),
         Cell("fsdp:fsdp2", "gpt", 2),
     ),
@@ -132,6 +150,7 @@ params = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.ite
         "dist_lab.programs.train.loop:decay_groups",
         Edit("weight_decay if len(shape) > 1 else 0.0", "weight_decay"),
         Cell("ddp:dp2", "gpt", 2),
+        groups=groups_of_train,
         escapes="verify gives both runs the same optimizer; a test looks at the groups: "
         "test_weight_decay_is_for_matrices_only",
     ),
@@ -149,5 +168,6 @@ params = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.ite
         Cell("ddp:dp2", "mlp", 2),
         escapes="verify takes no times; a test slows the matmul, and the peak must fall: "
         "test_the_machines_peak_is_measured_and_not_looked_up",
+        is_reached=False,
     ),
 )
