@@ -122,6 +122,15 @@ def test_micro_batches_in_any_order_add_up_along_the_tree(size):
         assert not tree.sums
 
 
+def test_a_micro_batch_is_added_once():
+    for before in ([1], [1, 0], [0, 1, 2, 3]):  # its own sum, or one that contains it
+        tree = SumTree(8)
+        for index in before:
+            tree.add(torch.ones(1), index)
+        with pytest.raises(AssertionError, match="two gradients of micro-batch 1"):
+            tree.add(torch.ones(1), 1)
+
+
 def test_in_order_a_tree_holds_at_most_one_sum_of_each_length():
     tree = SumTree(16)
     for index in range(16):
@@ -424,6 +433,79 @@ def test_in_a_pipeline_a_parameter_may_be_unused_by_any_micro_batch(schedule):
             wanted = tree_sum([zeros if t[name] is None else t[name] for t in terms[::order]])
             assert torch.equal(gradient, wanted), name
         job.model.zero_grad()
+
+
+@pytest.mark.ranks(4)
+def test_a_layer_that_no_micro_batch_of_the_first_step_has_used_may_be_used_later():
+    x, y = batch(0, rows=8)
+    pieces, terms = list(zip(x.split(1), y.split(1), strict=True)), []
+    mesh = dist_lab.init_mesh(pp=2, dp=2)
+    model = InStages()
+    with torch.no_grad():
+        signs = [float(model.middle(model.embed(a)).flatten()[0]) for a, _ in pieces]
+    # In step 1 no first number is positive; in step 2 that of some, but of no rank's last.
+    order = sorted(range(8), key=signs.__getitem__)
+    steps = [[pieces[order[0]]] * 8, [pieces[order[i]] for i in (0, 7, 0, 0, 7, 0, 0, 0)]]
+    assert signs[order[0]] <= 0 < signs[order[7]]
+    for a, b in steps[1]:
+        model.zero_grad()
+        (cross_entropy_sum(model(a), b) / 48).backward()
+        terms.append({n: p.grad for n, p in model.named_parameters()})
+    job = dist_lab.parallelize(InStages(), mesh, "ddp", reduce_order="fixed")
+    for step in steps:
+        job.model.zero_grad()
+        own = step[4 * mesh.data.index :][:4]
+        job.run(own, lambda output, target: cross_entropy_sum(output, target) / 48)
+        job.finish()
+        gradients = job.full_gradients()
+        assert (gradients["head.even.weight"] is None) == (step is steps[0])
+    for name, gradient in gradients.items():
+        zeros = torch.zeros_like(gradient)
+        wanted = tree_sum([zeros if t[name] is None else t[name] for t in terms])
+        assert torch.equal(gradient, wanted), name
+
+
+class Tied(nn.Module):
+    """Reads one weight as a layer, which zb splits, and as a matrix, which it does not split."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return nn.functional.linear(self.enc(x), self.enc.weight.t())
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
+@pytest.mark.ranks(2)
+def test_a_weight_with_gradients_in_both_halves_of_a_split_backward_counts_them_once(schedule):
+    def build():
+        torch.manual_seed(0)
+        layers = [nn.Embedding(61, 12), Tied(), nn.Linear(12, 12), Tied(), nn.Linear(12, 61)]
+        return nn.Sequential(*layers)
+
+    x, y = batch(0, rows=8)
+    pieces, plain = list(zip(x.split(1), y.split(1), strict=True)), build()
+    job = dist_lab.parallelize(
+        build(), dist_lab.init_mesh(pp=2), reduce_order="fixed", schedule=schedule
+    )
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        terms = []
+        for a, b in pieces:
+            plain.zero_grad()
+            (cross_entropy_sum(plain(a), b) / 48).backward()
+            terms.append({n: p.grad for n, p in plain.named_parameters()})
+        job.run(pieces, lambda output, target: cross_entropy_sum(output, target) / 48)
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            assert torch.equal(gradient, tree_sum([term[name] for term in terms])), name
+            plain.get_parameter(name).grad = gradient
+        plain_optimizer.step()
+        optimizer.step()
+        job.after_step()
+        optimizer.zero_grad(set_to_none=False)  # the next step begins with zeros in `.grad`
 
 
 # --- what is refused ------------------------------------------------------------------------------
