@@ -1,4 +1,4 @@
-"""Refuses random numbers that are not exact, when exact dropout was asked for.
+"""Refuses random numbers that are not exact, with exact dropout or a fixed order of additions.
 
 Any form of dropout may hide in a forward: `dropout_p` of scaled_dot_product_attention, F.dropout,
 noise. It asks torch's or Python's generator, so its mask differs in every layout. Its name does not
@@ -57,7 +57,8 @@ class RefuseDraws:
             raise UserError(
                 f"{name} ({type(module).__name__}) draws random numbers in its forward, by dropout "
                 "inside attention (dropout_p), F.dropout or other noise, which differ in every "
-                "layout; set that to 0, use an nn.Dropout module, or leave out exact dropout"
+                'layout; set that to 0, use an nn.Dropout module with dropout="exact", or leave '
+                "out exact dropout and reduce_order"
             )
         if module is self.root and self.root.training:
             for handle in self.inner:

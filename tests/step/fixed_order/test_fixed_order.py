@@ -579,6 +579,50 @@ def test_other_dtypes_addresses_and_several_threads_are_refused(mesh):
 
 
 @pytest.mark.ranks(2)
+def test_what_one_rank_alone_has_is_refused_on_every_rank(mesh):
+    model = gpt(F32)
+    if mesh.rank == 0:
+        weight = model.lm_head.weight
+        weight.data = torch.ones(weight.numel() + 1)[1:].view_as(weight)
+    with pytest.raises(UserError, match=r"lm_head.weight is not contiguous, or begins at"):
+        dist_lab.parallelize(model, mesh, "ddp", reduce_order="fixed")
+    torch.set_num_threads(1 + mesh.rank)
+    try:
+        with pytest.raises(UserError, match=r"2 threads share"):
+            dist_lab.parallelize(gpt(F32), mesh, "ddp", reduce_order="fixed")
+    finally:
+        torch.set_num_threads(1)
+
+
+class Noisy(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.embed, self.drop, self.out = nn.Embedding(61, 12), nn.Dropout(p), nn.Linear(12, 61)
+        self.noise = 0.0
+
+    def forward(self, tokens):
+        x = self.drop(self.embed(tokens))
+        return self.out(nn.functional.dropout(x, self.noise, self.training) if self.noise else x)
+
+
+@pytest.mark.ranks(2)
+def test_random_numbers_are_refused_except_those_of_exact_dropout(mesh):
+    plain = r'drop \(Dropout\) draws another mask .*give dropout="exact", or set p=0'
+    with pytest.raises(UserError, match=plain):
+        dist_lab.parallelize(Noisy(0.1), mesh, "ddp", reduce_order="fixed")
+    x, y = batch(0, rows=8)
+    pieces = list(zip(x.split(1), y.split(1), strict=True))[4 * mesh.rank :][:4]
+    for model, dropout in ((Noisy(0.1), "exact"), (Noisy(0.1).eval(), None), (Noisy(0.0), None)):
+        job = dist_lab.parallelize(model, mesh, "ddp", reduce_order="fixed", dropout=dropout)
+        job.run(pieces, cross_entropy_sum)
+    noisy = Noisy(0.0)
+    noisy.noise = 0.1
+    job = dist_lab.parallelize(noisy, mesh, "ddp", reduce_order="fixed")
+    with pytest.raises(UserError, match=r"Noisy\) draws random numbers .*F.dropout"):
+        job.run(pieces, cross_entropy_sum)
+
+
+@pytest.mark.ranks(2)
 def test_a_fused_optimizer_and_a_second_run_in_a_pipeline_are_refused():
     mesh = dist_lab.init_mesh(pp=2)
     job = dist_lab.parallelize(gpt(F32), mesh, reduce_order="fixed:2")
