@@ -174,7 +174,7 @@ def parallelize(
         runner.place, seed, applied.stages.modules.values() if applied.stages else [model]
     )
     guards.guard_parameters()
-    totals = order.totals(applied) if order else PlainTotals()
+    totals = order.totals(applied, mesh) if order else PlainTotals()
     return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name, totals)
 
 

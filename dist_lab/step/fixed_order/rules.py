@@ -72,9 +72,9 @@ class FixedOrder:
 
         return replace(applied, make_runner=make_runner), tree
 
-    def totals(self, applied: Applied) -> FixedTotals:
+    def totals(self, applied: Applied, mesh: Mesh) -> FixedTotals:
         sharded = bool(applied.leaves or applied.stepped)
-        return FixedTotals(self.shards, self.microbatches, sharded=sharded)
+        return FixedTotals(self.shards, self.microbatches, mesh.world, sharded=sharded)
 
 
 def fixed_order(

@@ -103,11 +103,9 @@ class GradientTree(Sync):
                     f"backward has reached {name} twice in one micro-batch, which is one virtual "
                     "shard: add up the losses and call backward once"
                 )
-            if last or self.index >= self.microbatches:
-                check_microbatches(self.index + 1, self.microbatches, self.shards)
             self.arrived.add(name)
             gradient, leaf.grad = leaf.grad, None
-            if gradient is not None:
+            if gradient is not None and self.index < self.microbatches:  # if not, finish refuses
                 tree.add(gradient.detach(), self.index)
             if last:
                 leaf.grad = tree.total()
@@ -117,34 +115,36 @@ class GradientTree(Sync):
             self._show_placeholders()
 
     def finish(self) -> None:
+        try:
+            with together(self.axis):  # each rank counts its own micro-batches
+                missed = self._check()
+            assign_totals(self.leaves, self.trees, missed)
+        finally:
+            self.forget()
+
+    def _check(self) -> list[str]:
+        """Returns names of gradients of earlier micro-batches to which the last has not added."""
         if counted := self.index + bool(self.arrived):
             check_microbatches(counted, self.microbatches, self.shards)
         self._drop_placeholders()
-        # Gradients of earlier micro-batches, to which the last one has not added.
         missed = [name for name, tree in self.trees.items() if tree.sums]
-        if self.reduces_in_backward:
-            with together(self.axis):
-                if missed:
-                    raise UserError(
-                        f"{missed[0]} got gradients from some micro-batches of a rank, and none "
-                        "from the last: fsdp has reduced its unit without them (reduce_order=); "
-                        'use it in every micro-batch, or give strategy="ddp" or "zero1"'
-                    )
-        assign_totals(self.leaves, self.trees, missed)
-        self._start_over()
+        if missed and self.reduces_in_backward:
+            raise UserError(
+                f"{missed[0]} got gradients from some micro-batches of a rank, and none from the "
+                "last: fsdp has reduced its unit without them (reduce_order=); use it in every "
+                'micro-batch, or give strategy="ddp" or "zero1"'
+            )
+        return missed
 
     def forget(self) -> None:
         for name, tree in self.trees.items():
             tree.total()
             if self.leaves[name].grad is self._placeholders.get(name):
                 self.leaves[name].grad = None
-        self._start_over()
+        self.index, self.arrived, self.last, self._shown = 0, set(), True, False
 
     def extra_memory(self) -> Iterator[tuple[str, Tensor]]:
         yield from partial_sums(self.trees)
-
-    def _start_over(self) -> None:
-        self.index, self.arrived, self.last, self._shown = 0, set(), True, False
 
     def _show_placeholders(self) -> None:
         """Between micro-batches `.grad` refuses edits, but a user may clear it."""

@@ -207,7 +207,7 @@ def test_a_gradient_that_is_not_contiguous_has_the_norm_of_its_values():
 
 @pytest.mark.ranks(2)
 def test_the_loss_is_the_exact_sum_rounded_once(mesh):
-    totals = FixedTotals(4, 2, sharded=False)
+    totals = FixedTotals(4, 2, mesh.world, sharded=False)
     recorded = RecordedLoss(lambda output, target: output)
     shares = [[1e30, 1.0], [-1e30, 3.0]][mesh.rank]  # a plain sum of these is 0
     for share in shares:
@@ -220,11 +220,12 @@ def test_the_loss_is_the_exact_sum_rounded_once(mesh):
     )
 
 
-def test_micro_batches_begin_at_multiples_of_64_bytes():
+@pytest.mark.ranks(1)
+def test_micro_batches_begin_at_multiples_of_64_bytes(mesh):
     pixels, targets = torch.randn(4, 13), torch.arange(4)
     pieces = list(zip(pixels.split(1), targets.split(1), strict=True))
     assert any(x.data_ptr() % 64 for x, _ in pieces)
-    checked = FixedTotals(4, 4, sharded=False).checked(pieces)
+    checked = FixedTotals(4, 4, mesh.world, sharded=False).checked(pieces)
     assert not any(t.data_ptr() % 64 for pair in checked for t in pair)
     assert all(torch.equal(a, b) for ours, theirs in zip(checked, pieces, strict=True)
                for a, b in zip(ours, theirs, strict=True))  # fmt: skip
@@ -344,6 +345,20 @@ def test_a_wrong_number_of_micro_batches_is_refused(mesh):
     ):
         for _ in range(2):
             cross_entropy_sum(job.model(x), y).backward()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.ranks(2)
+def test_a_wrong_number_of_micro_batches_on_one_rank_is_refused_on_every_rank(mesh, strategy):
+    x, y = batch(0, rows=8)
+    for number in (3, 5):
+        pieces = [(x, y)] * (number if mesh.rank else 4)
+        wrong = rf"{number} micro-batches a rank, .*give microbatches=4"
+        job = dist_lab.parallelize(gpt(F32), mesh, strategy, reduce_order="fixed")
+        with pytest.raises(UserError, match=wrong):
+            job.run(pieces, cross_entropy_sum)
+        with pytest.raises(UserError, match=wrong):
+            gradients_by_hand(job, pieces, 1)
 
 
 class Sometimes(nn.Module):
