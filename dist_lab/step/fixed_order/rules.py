@@ -10,6 +10,7 @@ from torch import nn
 from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.randomness.dropout import Dropout
 from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, shards_of
 from dist_lab.step.fixed_order.totals import FixedTotals
@@ -92,7 +93,14 @@ def fixed_order(
     shards = shards_of(reduce_order)
     microbatches = microbatches_of(shards, mesh.data.size)
     names, _, impl = label.partition("@")
-    check_strategies(names.split(" x "), impl or "hand", options)
+    strategies = names.split(" x ")
+    # A function has no implementation; its name may be that of one of ours.
+    if not impl or not set(strategies) <= set(STRATEGIES):
+        raise UserError(
+            f"{names} contains a strategy of your own, which may add gradients in its own order "
+            '(strategy=); give a name such as "ddp" or "zero1", or leave reduce_order out'
+        )
+    check_strategies(strategies, impl, options)
     if mesh.comm.backend != "gloo":
         raise UserError(
             f"backend {mesh.comm.backend} adds in an order of its own (backend=); give "

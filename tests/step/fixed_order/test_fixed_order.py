@@ -243,6 +243,13 @@ def test_elementwise_optimizers_that_are_not_fused_are_exact_on_shards():
         refuse_inexact(cls, options, [{"weight_decay": 0.1}], sharded=True)
 
 
+@pytest.mark.ranks(2)
+def test_groups_may_have_options_that_the_optimizer_does_not_know(mesh):
+    job = dist_lab.parallelize(gpt(F32), mesh, "zero1", reduce_order="fixed")
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1, groups=lambda name, shape: {"lr_scale": 0.1})
+    assert optimizer.param_groups[0]["lr_scale"] == 0.1
+
+
 class LastElementsDiffer(torch.optim.SGD):
     """Rounds the elements after the last multiple of 8 differently, as vectorized code may."""
 
@@ -571,6 +578,17 @@ def test_what_cannot_be_equal_to_the_bit_is_refused():
                 MODELS[model](F32), dist_lab.init_mesh(**axes), strategy, reduce_order="fixed",
                 **keywords,
             )  # fmt: skip
+
+
+@pytest.mark.ranks(2)
+def test_a_strategy_of_ones_own_is_refused(mesh):
+    def ddp(setup):  # the name of one of ours
+        raise AssertionError("it is not applied")
+
+    ddp.__qualname__ = "ddp"
+    for axes in ({"dp": 2}, {"pp": 2, "dp": 1}):
+        with pytest.raises(UserError, match=r"ddp contains a strategy of your own.*leave reduce_"):
+            dist_lab.parallelize(gpt(F32), dist_lab.init_mesh(**axes), ddp, reduce_order="fixed")
 
 
 @pytest.mark.ranks(1)
