@@ -84,7 +84,7 @@ class Job:
 
     @contextmanager
     def microbatch(self, *, last: bool, samples: Samples | None = None) -> Iterator[None]:
-        """A context manager for forward and backward of one micro-batch.
+        """Return a context manager for forward and backward of one micro-batch.
 
         `last` says that no other micro-batch of this step follows: most strategies reduce
         gradients only then. A backward outside of such a block counts as the last. `samples`: its

@@ -15,12 +15,14 @@ from dist_lab.comm import ops
 from dist_lab.comm.by_hand.pairwise import add_in_pairs
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
+from dist_lab.parallel.pipeline.split_backward import SplitBackward, SplitForward
 from dist_lab.step.detached import RecordedLoss
 from dist_lab.step.fixed_order.norm import root, squares_by_exponent
 from dist_lab.step.fixed_order.optimizer import refuse_inexact
-from dist_lab.step.fixed_order.order import microbatches_of, shards_of
+from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, shards_of
 from dist_lab.step.fixed_order.totals import FixedTotals
 from dist_lab.step.fixed_order.tree import SumTree
+from dist_lab.step.setup import WeightWork
 
 F32 = torch.float32
 
@@ -530,6 +532,18 @@ def test_a_weight_with_gradients_in_both_halves_of_a_split_backward_counts_them_
         optimizer.zero_grad(set_to_none=False)  # the next step begins with zeros in `.grad`
 
 
+def test_layers_inside_a_module_that_is_not_split_are_split():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.linear = nn.Parameter(torch.ones(12)), nn.Linear(12, 12)
+
+    module = Scaled()
+    SplitBackward(WeightWork(), fixed_order=True).split(module)
+    assert "forward" not in vars(module)
+    assert isinstance(module.linear.forward, SplitForward)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 ORDERS = {
@@ -568,6 +582,10 @@ REFUSED = {
         {"pp": 2}, "pp", "gpt tied", {},
     ),
 }  # fmt: skip
+
+
+def test_an_option_that_is_off_is_not_refused():
+    check_strategies(["fsdp"], "hand", {"offload": "", "reduce_dtype": None})
 
 
 @pytest.mark.ranks(2)
