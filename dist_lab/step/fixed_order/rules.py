@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dist_lab.programs.cli.registry import STRATEGIES
 from dist_lab.randomness.dropout import Dropout
 from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, shards_of
 from dist_lab.step.fixed_order.totals import FixedTotals
-from dist_lab.step.fixed_order.tree import GradientTree, StageGradientTree
+from dist_lab.step.fixed_order.tree import GradientTree, ShardRunner, StageGradientTree
 from dist_lab.step.protocol import Applied, Sync
 from dist_lab.step.setup import ALIGNMENT, unit_of_stage
 from dist_lab.torch_private import AnyDropout
@@ -46,10 +47,12 @@ class FixedOrder:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         leaves = {name: applied.leaves.get(name, p) for name, p in trained.items()}
         if applied.stages is None:
-            return applied, GradientTree(
+            assert applied.make_runner is None, "only a pipeline has a runner of its own"
+            of_rank = GradientTree(
                 leaves, self.shards, self.microbatches, mesh.data,
                 reduces_in_backward=bool(applied.leaves),
             )  # fmt: skip
+            return replace(applied, make_runner=partial(ShardRunner, of_rank)), of_rank
         for name, stages in applied.stages.stages_of.items():
             if len(stages) > 1 and name in trained:
                 raise UserError(

@@ -18,6 +18,8 @@ A gradient that did not come counts as zeros, as it does in a sum over ranks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.schedules.actions import Action, Op
+from dist_lab.step.eager import Runner
 from dist_lab.step.fixed_order.order import check_microbatches
 from dist_lab.step.grad_elsewhere import GradElsewhere
 from dist_lab.step.protocol import ROOT, Phase, Sync
@@ -86,9 +89,20 @@ class GradientTree(Sync):
         self._placeholders: dict[str, GradElsewhere] = {}  # reused in each step
         self._shown = False
 
-    def microbatch(self, *, last: bool) -> None:  # called when one begins, and when one ends
-        if self.arrived:
-            self.index, self.arrived = self.index + 1, set()
+    @contextmanager
+    def shard(self) -> Iterator[None]:
+        """The block is one virtual shard, also if no gradient comes, or contains such blocks."""
+        if self.arrived:  # from a backward outside of such a block
+            self._next()
+        index = self.index
+        yield
+        if self.index == index:
+            self._next()
+
+    def _next(self) -> None:
+        self.index, self.arrived = self.index + 1, set()
+
+    def microbatch(self, *, last: bool) -> None:
         self.last = last
 
     def unshard(self, unit: str, phase: Phase) -> None:
@@ -175,6 +189,19 @@ class GradientTree(Sync):
                 )
             leaf.grad = None
         self._shown = False
+
+
+class ShardRunner(Runner):
+    """The plain runner, which tells the tree where a virtual shard begins and ends."""
+
+    def __init__(self, tree: GradientTree, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.tree = tree
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        with self.tree.shard(), super().microbatch(last=last):
+            yield
 
 
 class StageGradientTree(Sync):

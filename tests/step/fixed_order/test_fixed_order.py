@@ -370,6 +370,56 @@ def test_a_wrong_number_of_micro_batches_on_one_rank_is_refused_on_every_rank(me
             gradients_by_hand(job, pieces, 1)
 
 
+@pytest.mark.ranks(2)
+def test_a_virtual_shard_without_a_backward_counts_as_zeros(mesh):
+    x, y = batch(0, rows=8)
+    shards, empty = list(zip(x.split(1), y.split(1), strict=True)), (0, 2, 7)
+    plain, terms = gpt(F32), []
+    for i, (a, b) in enumerate(shards):
+        plain.zero_grad()
+        ((i not in empty) * cross_entropy_sum(plain(a), b) / y.numel()).backward()
+        terms.append({name: p.grad for name, p in plain.named_parameters()})
+    for strategy in ("ddp", "zero1", "zero2"):
+        job = dist_lab.parallelize(gpt(F32), mesh, strategy, reduce_order="fixed")
+        for _ in range(2):
+            job.model.zero_grad()
+            for i in range(4 * mesh.rank, 4 * mesh.rank + 4):
+                with job.microbatch(last=i % 4 == 3):
+                    if i not in empty:
+                        a, b = (t.clone() for t in shards[i])
+                        (cross_entropy_sum(job.model(a), b) / y.numel()).backward()
+            job.finish()
+            for name, gradient in job.full_gradients().items():
+                assert torch.equal(gradient, tree_sum([term[name] for term in terms])), name
+
+
+@pytest.mark.ranks(1)
+def test_a_run_inside_a_micro_batch_and_a_backward_after_micro_batches_count_right(mesh):
+    x, y = batch(0, rows=8)
+    pieces = [(a.clone(), b.clone()) for a, b in zip(x.split(4), y.split(4), strict=True)]
+    wanted = expected(pieces, y.numel())
+    job = dist_lab.parallelize(gpt(F32), mesh, "single", reduce_order="fixed:2")
+
+    def loss(output, target):
+        return cross_entropy_sum(output, target) / y.numel()
+
+    def nested():
+        with job.microbatch(last=True):
+            job.run(pieces, loss)
+
+    def outside():
+        with job.microbatch(last=False):
+            loss(job.model(pieces[0][0]), pieces[0][1]).backward()
+        loss(job.model(pieces[1][0]), pieces[1][1]).backward()
+
+    for step in (nested, outside, nested):
+        step()
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            assert torch.equal(gradient, wanted[name]), (step, name)
+        job.model.zero_grad()
+
+
 class Sometimes(nn.Module):
     """Uses a layer only for rows whose first token is even."""
 
