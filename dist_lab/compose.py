@@ -109,8 +109,8 @@ def parallelize(
     if not isinstance(model, nn.Module):
         raise UserError(f"parallelize() takes a built nn.Module, not {model!r:.60}")
     mix = choose(strategy, impl, mesh)
-    own = {**options, "sync_batchnorm": sync_batchnorm, "param_dtype": param_dtype}
-    order = fixed_order(reduce_order, label_of(mix), own, model, mesh)
+    change_bits = {"sync_batchnorm": sync_batchnorm, "param_dtype": param_dtype, "dropout": dropout}
+    order = fixed_order(reduce_order, label_of(mix), {**options, **change_bits}, model, mesh)
     options_of = _share_out(options, mix, {"defer_reduce": True} if order else {})
     refuse_what_cannot_train(model, ranks=mesh.size)
     refuse_claimed(model)
@@ -120,7 +120,7 @@ def parallelize(
             f"{mix[0].label} does not split rows over ranks, so sync_batchnorm has no use; leave "
             "it out"
         )
-    exact_dropout = ExactDropout(model, mesh, dropout, options)
+    exact_dropout = ExactDropout(model, mesh, dropout, options, fixed_order=order is not None)
     draw = deferred_init(model, seed, mesh.device, init_fn) if is_meta(model) else None
     _make_equal(model, mesh, broadcast and draw is None)
     if sync_batchnorm:
@@ -140,10 +140,10 @@ def parallelize(
     )  # fmt: skip
     del parameters, first_name
     if mix[0].axes == ("pp",) and seams(model) is not None:  # without stages, tp will refuse it
-        for chosen, own in zip(mix, options_of, strict=True):
+        for chosen, its_options in zip(mix, options_of, strict=True):
             if chosen.axes == ("tp",):
                 whole = replace(setup, axes={"tp": mesh["tp"]})
-                try_before_stages(chosen.apply, whole, own, options.get("example_inputs"))
+                try_before_stages(chosen.apply, whole, its_options, options.get("example_inputs"))
     applied = fold(setup, list(zip(mix, options_of, strict=True)), draw)
     local_names = [name for name, _ in model.named_parameters()]
     expected = [n for n, layout in applied.layouts.items() if holds(layout, mesh.coordinates)]
@@ -174,7 +174,7 @@ def parallelize(
         runner.place, seed, applied.stages.modules.values() if applied.stages else [model]
     )
     guards.guard_parameters()
-    totals = order.totals(applied) if order else PlainTotals()
+    totals = order.totals(applied, mesh) if order else PlainTotals()
     return Job(model, mesh, applied, runner, watch, state, label_of(mix), units_by_name, totals)
 
 

@@ -84,7 +84,7 @@ class Job:
 
     @contextmanager
     def microbatch(self, *, last: bool, samples: Samples | None = None) -> Iterator[None]:
-        """A context manager for forward and backward of one micro-batch.
+        """Return a context manager for forward and backward of one micro-batch.
 
         `last` says that no other micro-batch of this step follows: most strategies reduce
         gradients only then. A backward outside of such a block counts as the last. `samples`: its
@@ -126,7 +126,7 @@ class Job:
         microbatches = self._totals.checked(microbatches)
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
-        recorded = RecordedLoss(loss_fn)
+        recorded = RecordedLoss(loss_fn, keep=self._totals.keeps_losses)
         with self.place.run(microbatches):
             total = self._runner.run(microbatches, recorded)
         stepped = self._runner.named_parameters() if recorded.some_detached else ()

@@ -149,7 +149,7 @@ def start(
 def start_uneven(
     out: Tensor, x: Tensor, axis: Axis, out_lengths: Sequence[int], lengths: Sequence[int]
 ) -> Pending:
-    """Launch an all_to_all of parts of unequal lengths, which ranks need not agree on."""
+    """Launch an all_to_all of parts of unequal lengths, which other ranks need not know."""
     sent = (x.numel() - lengths[axis.index]) * x.element_size()
     dtype = str(x.dtype).removeprefix("torch.")
     about = f"{dtype}, unequal parts"

@@ -27,16 +27,19 @@ class ExactDropout:
         dropout: "exact": change every nn.Dropout, and refuse other random numbers. None: only those
             that are dist_lab.Dropout already.
         options: those of the strategies.
+        fixed_order: refuse other random numbers, also without exact dropout.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, dropout: str | None, options: Mapping[str, Any]
-    ) -> None:
+        self, model: nn.Module, mesh: Mesh, dropout: str | None, options: Mapping[str, Any], *,
+        fixed_order: bool,
+    ) -> None:  # fmt: skip
         if dropout not in (None, "exact"):
             raise UserError(f'dropout cannot be {dropout!r:.40}; give dropout="exact", or leave it')
         if dropout == "exact":
             use_exact_dropout(model)
-        self.model, self.mesh, self.refuses_others = model, mesh, dropout == "exact"
+        self.model, self.mesh = model, mesh
+        self.refuses_others = dropout == "exact" or fixed_order
         self.dropouts = named_dropouts(model)
         self.full_shapes: FullShapes | None = None
         if self.dropouts and max(mesh["tp"].size, mesh["pp"].size) > 1:

@@ -22,13 +22,14 @@ class RecordedLoss:
     """A loss_fn that records its losses, and whether they need gradients.
 
     Attributes:
-        losses: in the order of the calls, detached.
+        losses: in the order of the calls, detached; empty without `keep`.
         some_need_gradient: a loss needed a gradient.
         some_detached: a loss needed no gradient, although it was not zero.
     """
 
-    def __init__(self, loss_fn: LossFn) -> None:
-        self.loss_fn, self.some_need_gradient, self.some_detached = loss_fn, False, False
+    def __init__(self, loss_fn: LossFn, *, keep: bool) -> None:
+        self.loss_fn, self.keep = loss_fn, keep
+        self.some_need_gradient, self.some_detached = False, False
         self.losses: list[Tensor] = []
 
     def __call__(self, output: Any, target: Any) -> Tensor:
@@ -37,7 +38,7 @@ class RecordedLoss:
             self.some_need_gradient = True
         elif loss.any():
             self.some_detached = True
-        if isinstance(loss, Tensor):
+        if self.keep and isinstance(loss, Tensor):
             self.losses.append(loss.detach())
         return loss
 

@@ -18,7 +18,13 @@ from dist_lab.step.detached import RecordedLoss, sum_of_losses
 
 
 class Totals(Protocol):
-    """How a job adds up numbers over ranks."""
+    """How a job adds up numbers over ranks.
+
+    Attributes:
+        keeps_losses: it adds up the losses of single micro-batches.
+    """
+
+    keeps_losses: bool
 
     def checked(self, microbatches: Sequence[Pair]) -> Sequence[Pair]:
         """The micro-batches of a run. Raises UserError if they are not pairs, or do not fit."""
@@ -43,6 +49,8 @@ class Totals(Protocol):
 @final
 class PlainTotals:
     """Adds up in the order that is fastest. job.optimizer has checked the optimizer's formula."""
+
+    keeps_losses = False
 
     def checked(self, microbatches: Sequence[Pair]) -> Sequence[Pair]:
         check_pairs(microbatches)

@@ -20,7 +20,7 @@ T = TypeVar("T")  # a tensor, or an array
 
 
 def add_in_pairs(terms: Sequence[T], add: Callable[..., T], out: T | None = None) -> T:
-    """Returns the sum of two or more terms, added in pairs, and changes none of them.
+    """Returns the sum of two or more terms, added in pairs, and changes none but `out`.
 
     Args:
         add: add(a, b, out=c) writes a + b to c, or to new memory if c is None, and returns it.

@@ -78,8 +78,8 @@ class PipelineRunner(Step):
         applied: what the strategies did to the model.
 
     Attributes:
-        after_backward: called with (unit, micro-batch) after each action that computes gradients,
-            before the strategies hear of them.
+        after_backward: called with (unit, action) after each action that computes gradients, before
+            the strategies hear of them.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PipelineRunner(Step):
         }
         self._unsharded: list[int] = []  # stages
         self._incomplete: set[int] = set()  # stages whose gradients are not complete
-        self.after_backward: Callable[[str, int], None] | None = None
+        self.after_backward: Callable[[str, Action], None] | None = None
         model.register_forward_pre_hook(ModuleHook(_refuse_forward))
 
     @contextmanager
@@ -166,7 +166,7 @@ class PipelineRunner(Step):
             with self.place.at(action.microbatch):
                 yield
             if self.after_backward is not None and action.op in (Op.B, Op.I, Op.W):
-                self.after_backward(unit, action.microbatch)
+                self.after_backward(unit, action)
             return
         stage_unit = self._stages[stage]
         self._saver.enter(stage_unit)  # saves the stage's parameters by name: see step/saved.py

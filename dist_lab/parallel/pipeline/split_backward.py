@@ -50,9 +50,9 @@ class SplitBackward:
             return  # by another strategy, or by this function: two stages use the module
         has_weights = any(p is not None and p.requires_grad for p in module._parameters.values())
         replaced_inside = any(is_replaced(child) for child in module.modules())
-        if has_weights and not replaced_inside:
-            if not self.fixed_order or type(module) in ONE_OPERATION:
-                module.forward = SplitForward(module, self)
+        may_split = not self.fixed_order or type(module) in ONE_OPERATION
+        if has_weights and may_split and not replaced_inside:
+            module.forward = SplitForward(module, self)
             return
         for child in module.children():
             self.split(child)

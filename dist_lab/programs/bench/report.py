@@ -199,7 +199,10 @@ def fit_table(fits: Sequence[Fit]) -> Table:
 def picture(groups: Mapping[tuple[str, str], Sequence[BenchRow]], title: str) -> Figure:
     """A log-log plot of time against size: one panel per operation, one line per algorithm."""
     ops = list(dict.fromkeys(op for op, _ in groups))
-    colors = {"backend": "black", "ring": "tab:blue", "direct": "tab:orange", "tree": "tab:green"}
+    colors = {
+        "backend": "black", "ring": "tab:blue", "direct": "tab:orange", "tree": "tab:green",
+        "pairwise": "tab:purple",
+    }  # fmt: skip
     across = min(3, len(ops))
     down = -(-len(ops) // across)
     figure = Figure(figsize=(4.6 * across, 3.8 * down), dpi=130, layout="constrained")

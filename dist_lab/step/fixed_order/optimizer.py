@@ -29,20 +29,21 @@ def refuse_inexact(
         sharded: ranks step on shards.
     """
     for group_options in groups or [{}]:
-        own = {**options, **group_options}
-        if own.get("fused"):
+        if {**options, **group_options}.get("fused"):
             raise UserError(
                 f"{cls.__name__}(fused=True) rounds the last elements of a tensor differently, so "
                 "its bits depend on the layout (reduce_order=); leave fused out"
             )
-        if sharded and not _has_equal_bits(cls, own):
+        if sharded and not _has_equal_bits(cls, options, group_options):
             raise UserError(
                 f"{cls.__name__} computes other bits on a shard than on the full tensor "
                 '(reduce_order=); give torch.optim.AdamW or SGD, or strategy="ddp"'
             )
 
 
-def _has_equal_bits(cls: type[torch.optim.Optimizer], options: Options) -> bool:
+def _has_equal_bits(
+    cls: type[torch.optim.Optimizer], options: Options, group_options: Options
+) -> bool:
     generator = torch.Generator().manual_seed(0)
     value, *gradients = (
         scale * torch.randn(LENGTH, generator=generator) for scale in (0.1, 1.0, 100.0, 1e-3)
@@ -50,7 +51,8 @@ def _has_equal_bits(cls: type[torch.optim.Optimizer], options: Options) -> bool:
     full = [nn.Parameter(value.clone())]
     pieces = [nn.Parameter(piece) for piece in value.clone().tensor_split(CUTS)]
     for parameters in (full, pieces):
-        optimizer = cls(parameters, **options)
+        # A group may have options that the constructor does not take, such as a scheduler's.
+        optimizer = cls([{"params": parameters, **group_options}], **options)
         for gradient in gradients:
             cut = [gradient] if parameters is full else gradient.tensor_split(CUTS)
             for parameter, part in zip(parameters, cut, strict=True):

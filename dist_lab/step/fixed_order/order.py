@@ -90,7 +90,7 @@ def check_strategies(strategies: Sequence[str], impl: str, options: Mapping[str,
             "(defer_reduce=); leave defer_reduce out"
         )
     for name, why in NOT_EXACT.items():
-        if options.get(name) is not None:
+        if options.get(name):
             raise UserError(f"{why} ({name}=); leave {name} out, or leave reduce_order out")
 
 

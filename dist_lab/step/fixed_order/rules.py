@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.programs.cli.registry import STRATEGIES
+from dist_lab.randomness.dropout import Dropout
 from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, shards_of
 from dist_lab.step.fixed_order.totals import FixedTotals
-from dist_lab.step.fixed_order.tree import GradientTree, StageGradientTree
+from dist_lab.step.fixed_order.tree import GradientTree, ShardRunner, StageGradientTree
 from dist_lab.step.protocol import Applied, Sync
 from dist_lab.step.setup import ALIGNMENT, unit_of_stage
+from dist_lab.torch_private import AnyDropout
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class FixedOrder:
     microbatches: int
 
     def on(self, applied: Applied, model: nn.Module, mesh: Mesh) -> tuple[Applied, Sync]:
-        """Returns the link of the chain that comes before the strategy, and the strategy to run.
+        """Returns the strategy to run, and the link of the chain that comes before it.
 
         Raises:
             UserError: the strategy does not sum a rank's gradients before it reduces them, or
@@ -42,10 +47,12 @@ class FixedOrder:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         leaves = {name: applied.leaves.get(name, p) for name, p in trained.items()}
         if applied.stages is None:
-            return applied, GradientTree(
+            assert applied.make_runner is None, "only a pipeline has a runner of its own"
+            of_rank = GradientTree(
                 leaves, self.shards, self.microbatches, mesh.data,
                 reduces_in_backward=bool(applied.leaves),
             )  # fmt: skip
+            return replace(applied, make_runner=partial(ShardRunner, of_rank)), of_rank
         for name, stages in applied.stages.stages_of.items():
             if len(stages) > 1 and name in trained:
                 raise UserError(
@@ -69,9 +76,9 @@ class FixedOrder:
 
         return replace(applied, make_runner=make_runner), tree
 
-    def totals(self, applied: Applied) -> FixedTotals:
+    def totals(self, applied: Applied, mesh: Mesh) -> FixedTotals:
         sharded = bool(applied.leaves or applied.stepped)
-        return FixedTotals(self.shards, self.microbatches, sharded=sharded)
+        return FixedTotals(self.shards, self.microbatches, mesh.world, sharded=sharded)
 
 
 def fixed_order(
@@ -82,29 +89,51 @@ def fixed_order(
     Args:
         reduce_order: None for any order.
         label, options: of the strategies, such as "pp x fsdp@hand"; with the options of
-            parallelize that concern sums.
+            parallelize that change bits.
     """
     if reduce_order is None:
         return None
     shards = shards_of(reduce_order)
     microbatches = microbatches_of(shards, mesh.data.size)
     names, _, impl = label.partition("@")
-    check_strategies(names.split(" x "), impl or "hand", options)
+    strategies = names.split(" x ")
+    # A function has no implementation; its name may be that of one of ours.
+    if not impl or not set(strategies) <= set(STRATEGIES):
+        raise UserError(
+            f"{names} contains a strategy of your own, which may add gradients in its own order "
+            '(strategy=); give a name such as "ddp" or "zero1", or leave reduce_order out'
+        )
+    check_strategies(strategies, impl, options)
     if mesh.comm.backend != "gloo":
         raise UserError(
             f"backend {mesh.comm.backend} adds in an order of its own (backend=); give "
             'backend="gloo", or leave reduce_order out'
-        )
-    if (threads := torch.get_num_threads()) > 1:
-        raise UserError(
-            f"{threads} threads share the sums of a layer, so their number changes its bits "
-            "(threads=); call torch.set_num_threads(1) on every rank first"
         )
     if options.get("param_dtype") is not None:
         raise UserError(
             "with param_dtype gradients are cast before they are added on some layouts, and after "
             "it on others (reduce_order=); leave param_dtype out and compute in float32"
         )
+    with together(mesh.world):  # ranks may have loaded their weights in other ways
+        _check_process(model, exact_dropout=options.get("dropout") == "exact")
+    return FixedOrder(shards, microbatches)
+
+
+def _check_process(model: nn.Module, *, exact_dropout: bool) -> None:
+    """Raise UserError for threads, layers or parameters whose bits another layout cannot have."""
+    if (threads := torch.get_num_threads()) > 1:
+        raise UserError(
+            f"{threads} threads share the sums of a layer, so their number changes its bits "
+            "(threads=); call torch.set_num_threads(1) on every rank first"
+        )
+    for name, module in () if exact_dropout else model.named_modules():
+        if not isinstance(module, AnyDropout) or isinstance(module, Dropout):
+            continue
+        if module.training and module.p > 0:
+            raise UserError(
+                f"{name or 'the model'} ({type(module).__name__}) draws another mask in every "
+                'layout (reduce_order=); give dropout="exact", or set p=0'
+            )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype is not torch.float32:
             raise UserError(
@@ -120,4 +149,3 @@ def fixed_order(
                 "layouts copy it, and a matrix product of the copy may round differently "
                 "(reduce_order=); give it memory of its own: p.data = p.data.contiguous().clone()"
             )
-    return FixedOrder(shards, microbatches)

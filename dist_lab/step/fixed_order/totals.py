@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
+from dist_lab.comm.agree import together
 from dist_lab.layout.gather import Layouts
 from dist_lab.loss import Pair
 from dist_lab.mesh.mesh import Axis, Mesh
@@ -27,19 +28,24 @@ class FixedTotals:
 
     Args:
         shards, microbatches: the number of virtual shards, of all ranks and of this one.
+        axis: all ranks, which refuse a step together.
         sharded: ranks step on shards.
     """
 
-    def __init__(self, shards: int, microbatches: int, *, sharded: bool) -> None:
-        self.shards, self.microbatches, self.sharded = shards, microbatches, sharded
+    keeps_losses = True
+
+    def __init__(self, shards: int, microbatches: int, axis: Axis, *, sharded: bool) -> None:
+        self.shards, self.microbatches, self.axis = shards, microbatches, axis
+        self.sharded = sharded
 
     def checked(self, microbatches: Sequence[Pair]) -> Sequence[Pair]:
-        """One micro-batch for each virtual shard, each at the beginning of memory of its own.
+        """One micro-batch for each virtual shard, each at the start of its memory. Collective.
 
         A matrix product may round differently if its input begins elsewhere in a cache line.
         """
-        check_pairs(microbatches)
-        check_microbatches(len(microbatches), self.microbatches, self.shards)
+        with self.axis.comm.label("microbatches"), together(self.axis):
+            check_pairs(microbatches)
+            check_microbatches(len(microbatches), self.microbatches, self.shards)
         return [tuple(map_tensors(aligned, value) for value in pair) for pair in microbatches]
 
     def loss(self, total: Tensor, recorded: RecordedLoss, axis: Axis, *, trains: bool) -> float:

@@ -61,9 +61,9 @@ def plain_sum(parts, add, out=None):
 class Sequential(SumTree):
     """As autograd accumulates: ((0 + 1) + 2) + 3."""
 
-    def _carry(self, total, level, position):
+    def add(self, gradient, microbatch):
         before = self.sums.pop((self.levels, 0), None)
-        self.sums[self.levels, 0] = total if before is None else before.add_(total)
+        self.sums[self.levels, 0] = gradient if before is None else before.add_(gradient)
 
 
 BREAKS = {  # what is replaced -> and the first quantity that differs

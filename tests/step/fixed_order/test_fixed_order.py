@@ -15,12 +15,14 @@ from dist_lab.comm import ops
 from dist_lab.comm.by_hand.pairwise import add_in_pairs
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
+from dist_lab.parallel.pipeline.split_backward import SplitBackward, SplitForward
 from dist_lab.step.detached import RecordedLoss
 from dist_lab.step.fixed_order.norm import root, squares_by_exponent
 from dist_lab.step.fixed_order.optimizer import refuse_inexact
-from dist_lab.step.fixed_order.order import microbatches_of, shards_of
+from dist_lab.step.fixed_order.order import check_strategies, microbatches_of, shards_of
 from dist_lab.step.fixed_order.totals import FixedTotals
 from dist_lab.step.fixed_order.tree import SumTree
+from dist_lab.step.setup import WeightWork
 
 F32 = torch.float32
 
@@ -122,6 +124,15 @@ def test_micro_batches_in_any_order_add_up_along_the_tree(size):
         assert not tree.sums
 
 
+def test_a_micro_batch_is_added_once():
+    for before in ([1], [1, 0], [0, 1, 2, 3]):  # its own sum, or one that contains it
+        tree = SumTree(8)
+        for index in before:
+            tree.add(torch.ones(1), index)
+        with pytest.raises(AssertionError, match="two gradients of micro-batch 1"):
+            tree.add(torch.ones(1), 1)
+
+
 def test_in_order_a_tree_holds_at_most_one_sum_of_each_length():
     tree = SumTree(16)
     for index in range(16):
@@ -198,8 +209,8 @@ def test_a_gradient_that_is_not_contiguous_has_the_norm_of_its_values():
 
 @pytest.mark.ranks(2)
 def test_the_loss_is_the_exact_sum_rounded_once(mesh):
-    totals = FixedTotals(4, 2, sharded=False)
-    recorded = RecordedLoss(lambda output, target: output)
+    totals = FixedTotals(4, 2, mesh.world, sharded=False)
+    recorded = RecordedLoss(lambda output, target: output, keep=True)
     shares = [[1e30, 1.0], [-1e30, 3.0]][mesh.rank]  # a plain sum of these is 0
     for share in shares:
         recorded(torch.tensor(share, requires_grad=True), None)
@@ -211,11 +222,12 @@ def test_the_loss_is_the_exact_sum_rounded_once(mesh):
     )
 
 
-def test_micro_batches_begin_at_multiples_of_64_bytes():
+@pytest.mark.ranks(1)
+def test_micro_batches_begin_at_multiples_of_64_bytes(mesh):
     pixels, targets = torch.randn(4, 13), torch.arange(4)
     pieces = list(zip(pixels.split(1), targets.split(1), strict=True))
     assert any(x.data_ptr() % 64 for x, _ in pieces)
-    checked = FixedTotals(4, 4, sharded=False).checked(pieces)
+    checked = FixedTotals(4, 4, mesh.world, sharded=False).checked(pieces)
     assert not any(t.data_ptr() % 64 for pair in checked for t in pair)
     assert all(torch.equal(a, b) for ours, theirs in zip(checked, pieces, strict=True)
                for a, b in zip(ours, theirs, strict=True))  # fmt: skip
@@ -231,6 +243,13 @@ def test_elementwise_optimizers_that_are_not_fused_are_exact_on_shards():
     momentum = {"lr": 0.1, "momentum": 0.9}
     for cls, options in ((torch.optim.SGD, momentum), (torch.optim.Adam, {"lr": 0.1})):
         refuse_inexact(cls, options, [{"weight_decay": 0.1}], sharded=True)
+
+
+@pytest.mark.ranks(2)
+def test_groups_may_have_options_that_the_optimizer_does_not_know(mesh):
+    job = dist_lab.parallelize(gpt(F32), mesh, "zero1", reduce_order="fixed")
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1, groups=lambda name, shape: {"lr_scale": 0.1})
+    assert optimizer.param_groups[0]["lr_scale"] == 0.1
 
 
 class LastElementsDiffer(torch.optim.SGD):
@@ -337,6 +356,70 @@ def test_a_wrong_number_of_micro_batches_is_refused(mesh):
             cross_entropy_sum(job.model(x), y).backward()
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.ranks(2)
+def test_a_wrong_number_of_micro_batches_on_one_rank_is_refused_on_every_rank(mesh, strategy):
+    x, y = batch(0, rows=8)
+    for number in (3, 5):
+        pieces = [(x, y)] * (number if mesh.rank else 4)
+        wrong = rf"{number} micro-batches a rank, .*give microbatches=4"
+        job = dist_lab.parallelize(gpt(F32), mesh, strategy, reduce_order="fixed")
+        with pytest.raises(UserError, match=wrong):
+            job.run(pieces, cross_entropy_sum)
+        with pytest.raises(UserError, match=wrong):
+            gradients_by_hand(job, pieces, 1)
+
+
+@pytest.mark.ranks(2)
+def test_a_virtual_shard_without_a_backward_counts_as_zeros(mesh):
+    x, y = batch(0, rows=8)
+    shards, empty = list(zip(x.split(1), y.split(1), strict=True)), (0, 2, 7)
+    plain, terms = gpt(F32), []
+    for i, (a, b) in enumerate(shards):
+        plain.zero_grad()
+        ((i not in empty) * cross_entropy_sum(plain(a), b) / y.numel()).backward()
+        terms.append({name: p.grad for name, p in plain.named_parameters()})
+    for strategy in ("ddp", "zero1", "zero2"):
+        job = dist_lab.parallelize(gpt(F32), mesh, strategy, reduce_order="fixed")
+        for _ in range(2):
+            job.model.zero_grad()
+            for i in range(4 * mesh.rank, 4 * mesh.rank + 4):
+                with job.microbatch(last=i % 4 == 3):
+                    if i not in empty:
+                        a, b = (t.clone() for t in shards[i])
+                        (cross_entropy_sum(job.model(a), b) / y.numel()).backward()
+            job.finish()
+            for name, gradient in job.full_gradients().items():
+                assert torch.equal(gradient, tree_sum([term[name] for term in terms])), name
+
+
+@pytest.mark.ranks(1)
+def test_a_run_inside_a_micro_batch_and_a_backward_after_micro_batches_count_right(mesh):
+    x, y = batch(0, rows=8)
+    pieces = [(a.clone(), b.clone()) for a, b in zip(x.split(4), y.split(4), strict=True)]
+    wanted = expected(pieces, y.numel())
+    job = dist_lab.parallelize(gpt(F32), mesh, "single", reduce_order="fixed:2")
+
+    def loss(output, target):
+        return cross_entropy_sum(output, target) / y.numel()
+
+    def nested():
+        with job.microbatch(last=True):
+            job.run(pieces, loss)
+
+    def outside():
+        with job.microbatch(last=False):
+            loss(job.model(pieces[0][0]), pieces[0][1]).backward()
+        loss(job.model(pieces[1][0]), pieces[1][1]).backward()
+
+    for step in (nested, outside, nested):
+        step()
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            assert torch.equal(gradient, wanted[name]), (step, name)
+        job.model.zero_grad()
+
+
 class Sometimes(nn.Module):
     """Uses a layer only for rows whose first token is even."""
 
@@ -426,6 +509,91 @@ def test_in_a_pipeline_a_parameter_may_be_unused_by_any_micro_batch(schedule):
         job.model.zero_grad()
 
 
+@pytest.mark.ranks(4)
+def test_a_layer_that_no_micro_batch_of_the_first_step_has_used_may_be_used_later():
+    x, y = batch(0, rows=8)
+    pieces, terms = list(zip(x.split(1), y.split(1), strict=True)), []
+    mesh = dist_lab.init_mesh(pp=2, dp=2)
+    model = InStages()
+    with torch.no_grad():
+        signs = [float(model.middle(model.embed(a)).flatten()[0]) for a, _ in pieces]
+    # In step 1 no first number is positive; in step 2 that of some, but of no rank's last.
+    order = sorted(range(8), key=signs.__getitem__)
+    steps = [[pieces[order[0]]] * 8, [pieces[order[i]] for i in (0, 7, 0, 0, 7, 0, 0, 0)]]
+    assert signs[order[0]] <= 0 < signs[order[7]]
+    for a, b in steps[1]:
+        model.zero_grad()
+        (cross_entropy_sum(model(a), b) / 48).backward()
+        terms.append({n: p.grad for n, p in model.named_parameters()})
+    job = dist_lab.parallelize(InStages(), mesh, "ddp", reduce_order="fixed")
+    for step in steps:
+        job.model.zero_grad()
+        own = step[4 * mesh.data.index :][:4]
+        job.run(own, lambda output, target: cross_entropy_sum(output, target) / 48)
+        job.finish()
+        gradients = job.full_gradients()
+        assert (gradients["head.even.weight"] is None) == (step is steps[0])
+    for name, gradient in gradients.items():
+        zeros = torch.zeros_like(gradient)
+        wanted = tree_sum([zeros if t[name] is None else t[name] for t in terms])
+        assert torch.equal(gradient, wanted), name
+
+
+class Tied(nn.Module):
+    """Reads one weight as a layer, which zb splits, and as a matrix, which it does not split."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return nn.functional.linear(self.enc(x), self.enc.weight.t())
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
+@pytest.mark.ranks(2)
+def test_a_weight_with_gradients_in_both_halves_of_a_split_backward_counts_them_once(schedule):
+    def build():
+        torch.manual_seed(0)
+        layers = [nn.Embedding(61, 12), Tied(), nn.Linear(12, 12), Tied(), nn.Linear(12, 61)]
+        return nn.Sequential(*layers)
+
+    x, y = batch(0, rows=8)
+    pieces, plain = list(zip(x.split(1), y.split(1), strict=True)), build()
+    job = dist_lab.parallelize(
+        build(), dist_lab.init_mesh(pp=2), reduce_order="fixed", schedule=schedule
+    )
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        terms = []
+        for a, b in pieces:
+            plain.zero_grad()
+            (cross_entropy_sum(plain(a), b) / 48).backward()
+            terms.append({n: p.grad for n, p in plain.named_parameters()})
+        job.run(pieces, lambda output, target: cross_entropy_sum(output, target) / 48)
+        job.finish()
+        for name, gradient in job.full_gradients().items():
+            assert torch.equal(gradient, tree_sum([term[name] for term in terms])), name
+            plain.get_parameter(name).grad = gradient
+        plain_optimizer.step()
+        optimizer.step()
+        job.after_step()
+        optimizer.zero_grad(set_to_none=False)  # the next step begins with zeros in `.grad`
+
+
+def test_layers_inside_a_module_that_is_not_split_are_split():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.linear = nn.Parameter(torch.ones(12)), nn.Linear(12, 12)
+
+    module = Scaled()
+    SplitBackward(WeightWork(), fixed_order=True).split(module)
+    assert "forward" not in vars(module)
+    assert isinstance(module.linear.forward, SplitForward)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 ORDERS = {
@@ -466,6 +634,10 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_an_option_that_is_off_is_not_refused():
+    check_strategies(["fsdp"], "hand", {"offload": "", "reduce_dtype": None})
+
+
 @pytest.mark.ranks(2)
 def test_what_cannot_be_equal_to_the_bit_is_refused():
     for message, (axes, strategy, model, keywords) in REFUSED.items():
@@ -474,6 +646,17 @@ def test_what_cannot_be_equal_to_the_bit_is_refused():
                 MODELS[model](F32), dist_lab.init_mesh(**axes), strategy, reduce_order="fixed",
                 **keywords,
             )  # fmt: skip
+
+
+@pytest.mark.ranks(2)
+def test_a_strategy_of_ones_own_is_refused(mesh):
+    def ddp(setup):  # the name of one of ours
+        raise AssertionError("it is not applied")
+
+    ddp.__qualname__ = "ddp"
+    for axes in ({"dp": 2}, {"pp": 2, "dp": 1}):
+        with pytest.raises(UserError, match=r"ddp contains a strategy of your own.*leave reduce_"):
+            dist_lab.parallelize(gpt(F32), dist_lab.init_mesh(**axes), ddp, reduce_order="fixed")
 
 
 @pytest.mark.ranks(1)
@@ -494,6 +677,50 @@ def test_other_dtypes_addresses_and_several_threads_are_refused(mesh):
             dist_lab.parallelize(gpt(F32), mesh, "single", reduce_order="fixed")
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.ranks(2)
+def test_what_one_rank_alone_has_is_refused_on_every_rank(mesh):
+    model = gpt(F32)
+    if mesh.rank == 0:
+        weight = model.lm_head.weight
+        weight.data = torch.ones(weight.numel() + 1)[1:].view_as(weight)
+    with pytest.raises(UserError, match=r"lm_head.weight is not contiguous, or begins at"):
+        dist_lab.parallelize(model, mesh, "ddp", reduce_order="fixed")
+    torch.set_num_threads(1 + mesh.rank)
+    try:
+        with pytest.raises(UserError, match=r"2 threads share"):
+            dist_lab.parallelize(gpt(F32), mesh, "ddp", reduce_order="fixed")
+    finally:
+        torch.set_num_threads(1)
+
+
+class Noisy(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.embed, self.drop, self.out = nn.Embedding(61, 12), nn.Dropout(p), nn.Linear(12, 61)
+        self.noise = 0.0
+
+    def forward(self, tokens):
+        x = self.drop(self.embed(tokens))
+        return self.out(nn.functional.dropout(x, self.noise, self.training) if self.noise else x)
+
+
+@pytest.mark.ranks(2)
+def test_random_numbers_are_refused_except_those_of_exact_dropout(mesh):
+    plain = r'drop \(Dropout\) draws another mask .*give dropout="exact", or set p=0'
+    with pytest.raises(UserError, match=plain):
+        dist_lab.parallelize(Noisy(0.1), mesh, "ddp", reduce_order="fixed")
+    x, y = batch(0, rows=8)
+    pieces = list(zip(x.split(1), y.split(1), strict=True))[4 * mesh.rank :][:4]
+    for model, dropout in ((Noisy(0.1), "exact"), (Noisy(0.1).eval(), None), (Noisy(0.0), None)):
+        job = dist_lab.parallelize(model, mesh, "ddp", reduce_order="fixed", dropout=dropout)
+        job.run(pieces, cross_entropy_sum)
+    noisy = Noisy(0.0)
+    noisy.noise = 0.1
+    job = dist_lab.parallelize(noisy, mesh, "ddp", reduce_order="fixed")
+    with pytest.raises(UserError, match=r"Noisy\) draws random numbers .*F.dropout"):
+        job.run(pieces, cross_entropy_sum)
 
 
 @pytest.mark.ranks(2)
