@@ -71,26 +71,12 @@ class RefuseDraws:
         is_due = self._is_due()
         self.states.append((_states(), self.remember(module)) if is_due else ([], nullcontext))
 
-<<<<<<< HEAD
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before, again = self.states.pop() if self.states else ([], nullcontext)
         drew = before and self._is_due() and _states() != before
         if drew and self._depends_on_draws(module, args, kwargs, again):
             self._refuse(module)
         if module is self.root and self.root.training and not self.is_trial:
-=======
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        before = self.states.pop() if self.states else []
-        if before and self._is_due() and _states() != before:
-            name = self.names.get(module) or "the model"
-            raise UserError(
-                f"{name} ({type(module).__name__}) draws random numbers in its forward, by dropout "
-                "inside attention (dropout_p), F.dropout or other noise, which differ in every "
-                'layout; set that to 0, use an nn.Dropout module with dropout="exact", or leave '
-                "out exact dropout and reduce_order"
-            )
-        if module is self.root and self.root.training:
->>>>>>> h_bits2
             for handle in self.inner:
                 handle.remove()
             self.inner.clear()
@@ -105,7 +91,8 @@ class RefuseDraws:
         raise UserError(
             f"{name} ({type(module).__name__}) draws random numbers in its forward, by dropout "
             "inside attention (dropout_p), F.dropout or other noise, which differ in every "
-            "layout; set that to 0, use an nn.Dropout module, or leave out exact dropout"
+            'layout; set that to 0, use an nn.Dropout module with dropout="exact", or leave out '
+            "exact dropout and reduce_order"
         )
 
     def _is_due(self) -> bool:
