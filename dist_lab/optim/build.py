@@ -41,7 +41,8 @@ def build_optimizer(
 
     Args:
         options: of `cls`.
-        param_options: name of a trained parameter, of any rank -> options of its group.
+        param_options: name -> options of its group, of the parameters that some rank trains; the
+            same names in the same order on every rank.
         params: name -> the tensor to step on, of the trained parameters of this rank.
         make_optimizer: see `Applied`.
         check_bits: see Totals.check_optimizer. A MatrixOptimizer has the bits of one process.
@@ -53,8 +54,7 @@ def build_optimizer(
     refuse_options(cls, options, of_groups, mesh.device)
     kinds: dict[str, How] = {}
     if issubclass(cls, MatrixOptimizer):
-        # Ranks of a pipeline know only of their own parameters whether they are frozen.
-        with together(mesh.world):
+        with together(mesh.world):  # a user's `groups` may say something else on one rank
             kinds = _kinds(cls, param_options, layouts)
     else:
         by_tensor = make_optimizer is not None
