@@ -332,3 +332,14 @@ def test_a_refusal_comes_on_every_rank_also_if_only_one_stage_knows_of_it(mesh):
     job = dist_lab.parallelize(model, mesh, example_inputs=batch(0, 2)[0])
     with pytest.raises(UserError, match="Muon has no matrix to update"):
         job.optimizer(Muon, groups=groups)
+
+
+@pytest.mark.slow_unless(lambda axes, strategy: "fsdp" in axes)
+@pytest.mark.parametrize(("axes", "strategy"), on_mesh(({"fsdp": 2}, None), ({"pp": 2}, None)))
+def test_matrices_of_a_model_that_is_parallel_already_are_refused_on_every_rank(
+    axes, strategy, mesh
+):
+    job = dist_lab.parallelize(gpt(), mesh, strategy)
+    groups = matrices(job.model)
+    with pytest.raises(UserError, match=r"before parallelize\(\)"):
+        job.optimizer(Muon, groups=groups)
