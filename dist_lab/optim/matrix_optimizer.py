@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from dist_lab.comm import ops
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout
@@ -196,6 +197,32 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         self._placement = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the matrices that this rank owns, and of its other parameters."""
+        return super().state_dict() | {"saved_on": self._position()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what this rank has saved, on the same mesh. Collective, as a step is.
+
+        Raises:
+            UserError: one rank has the state of another or of another mesh; raised on every rank.
+        """
+        mesh = self._placement.mesh if self._placement else None
+        own, saved_on = self._position(), state_dict.get("saved_on", "in another optimizer")
+        with together(mesh.world) if mesh else nullcontext():
+            if saved_on != own:
+                raise UserError(
+                    f"the optimizer's state was saved {saved_on} and is loaded {own}, which owns "
+                    "other matrices; save and load one state_dict per rank, on the same mesh"
+                )
+        super().load_state_dict(state_dict)
+
+    def _position(self) -> str:
+        mesh = self._placement.mesh if self._placement else None
+        if mesh is None or mesh.size == 1:
+            return "in one process"
+        return f"on rank {mesh.rank} of {dict(mesh.axes)}"
 
     def bytes_by_formula(self) -> int:
         """The bytes of state on this rank, as computed from the layouts."""

@@ -310,6 +310,31 @@ def test_a_state_dict_of_each_rank_continues_the_run_to_the_bit(cls, mesh):
 
 
 @pytest.mark.ranks(2)
+def test_a_state_dict_of_another_rank_or_mesh_is_refused_on_every_rank(mesh):
+    model = net()
+    optimizer = dist_lab.parallelize(model, mesh, "ddp").optimizer(Muon, groups=groups_of(net()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    of_rank_0 = optimizer.state_dict() if mesh.rank == 0 else None
+    (of_rank_0,) = [d for d in mesh_objects(of_rank_0) if d is not None]
+    with pytest.raises(
+        UserError, match=r"saved on rank 0 .* loaded on rank 1 .* one state_dict per"
+    ):
+        optimizer.load_state_dict(of_rank_0)
+    plain = Muon([nn.Parameter(torch.ones(2, 3))])
+    with pytest.raises(UserError, match=r"saved on rank \d of .* loaded in one process"):
+        plain.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def mesh_objects(own):
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+@pytest.mark.ranks(2)
 def test_a_gradient_that_is_missing_or_frozen_everywhere_changes_nothing(mesh):
     job = dist_lab.parallelize(net(), mesh, "ddp")
     optimizer = job.optimizer(Muon, groups=groups_of(net()))
