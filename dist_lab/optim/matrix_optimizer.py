@@ -217,6 +217,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "other matrices; save and load one state_dict per rank, on the same mesh"
                 )
         super().load_state_dict(state_dict)
+        # torch casts all but "step" to the parameter's dtype. Packed matrices have a step each, and
+        # bfloat16 cannot count beyond 256.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name.endswith(".step"):
+                    self.state[parameter][name] = value.clone()
 
     def _position(self) -> str:
         mesh = self._placement.mesh if self._placement else None

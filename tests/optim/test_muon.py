@@ -119,6 +119,22 @@ def test_a_state_dict_continues_the_run_to_the_bit(cls):
     assert all(torch.equal(a, b) for a, b in zip(straight, stopped, strict=True))
 
 
+@pytest.mark.parametrize("how", ["one", ("rows", (4, 2))])
+def test_a_bfloat16_matrix_is_resumed_with_its_step_count(how):
+    (p,) = with_gradients((6, 5))
+    p = nn.Parameter(p.detach().bfloat16())
+    p.grad = torch.ones_like(p)
+    first = Shampoo([{"params": [p], "matrices": how}])
+    first.step()
+    for key in (key for key in first.state[p] if "step" in key):
+        first.state[p][key].fill_(256)
+    second = Shampoo([{"params": [p], "matrices": how}])
+    second.load_state_dict(first.state_dict())
+    second.step()
+    counts = [float(value) for key, value in second.state[p].items() if "step" in key]
+    assert counts == [257] * (1 if how == "one" else 2)
+
+
 def test_a_closure_is_called_with_gradients_on_and_its_loss_returned():
     (p,) = with_gradients((4, 6))
 
