@@ -77,7 +77,17 @@ def _kinds(
     param_options: Mapping[str, Mapping[str, Any]],
     layouts: Mapping[str, Layout],
 ) -> dict[str, How]:
-    """How to read each trained parameter, of any rank. Raises UserError if none is a matrix."""
+    """How to read each trained parameter, of any rank.
+
+    Raises:
+        UserError: `cls` has no update of a matrix, or there is no matrix to update.
+    """
+    base = MatrixOptimizer
+    if (cls.update_matrix, cls.update_batch) == (base.update_matrix, base.update_batch):
+        raise UserError(
+            f"{cls.__name__} has no update of a matrix; give it a method update_matrix(self, "
+            "gradient, state, options)"
+        )
     untold = [name for name in param_options if "matrices" not in param_options[name]]
     if untold:
         raise UserError(

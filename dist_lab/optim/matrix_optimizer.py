@@ -113,17 +113,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for p in group["params"]
             if p in matrices
         }
+        errors: list[Exception] = []
         with placement.mesh.comm.label("optimizer") if placement.mesh else nullcontext():
-            for name, update in self._updates(placement, groups):
+            for name, update in self._updates(placement, groups, errors):
                 lr, decay = groups[name]["lr"], groups[name]["weight_decay"]
                 values = local_part(placement.parameters[name])
                 values.mul_(1 - lr * decay).add_(update.view_as(values), alpha=-lr)
+        self._raise_everywhere(errors, placement.mesh)
         return loss
 
     def _updates(
-        self, placement: Placement, groups: Mapping[str, Options]
+        self, placement: Placement, groups: Mapping[str, Options], errors: list[Exception]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, this rank's elements of the update) for each parameter of matrices."""
+        """Yield (name, this rank's elements of the update) for each parameter of matrices.
+
+        An error of this rank's updates is appended to `errors`: other ranks wait for updates, so
+        they get NaN. The weights are lost then.
+        """
         gradients = {
             name: None if p.grad is None else local_part(p.grad)
             for name, p in placement.parameters.items()
@@ -145,13 +151,36 @@ class MatrixOptimizer(torch.optim.Optimizer):
                             Matrix(matrix, own_state, groups[name], part.shape, part.split)
                         )
                         targets.append(updates[name][part.box])
-                for target, result in zip(
-                    targets, self.update_batch(batch, _Total(products)), strict=True
-                ):
-                    target.copy_(result.view(target.shape))
+                try:
+                    results = self.update_batch(batch, _Total(products))
+                    for target, result in zip(targets, results, strict=True):
+                        target.copy_(result.view(target.shape))
+                except Exception as error:
+                    errors.append(error)
+                    for target in targets:
+                        target.fill_(torch.nan)
                 return updates
 
             yield from exchange.updates(gradients, update)
+
+    def _raise_everywhere(self, errors: Sequence[Exception], mesh: Mesh | None) -> None:
+        """If updates failed on a rank, raise on every rank. Collective: one number per step."""
+        if mesh is None or mesh.size == 1:
+            for error in errors:
+                raise error
+            return
+        with mesh.comm.label("check"):
+            failed = torch.tensor([float(bool(errors))], device=mesh.device)
+            if not ops.all_reduce(failed, mesh.world, "max"):
+                return
+            with together(mesh.world):
+                for error in errors:
+                    line = (str(error).splitlines() or [""])[0]
+                    raise UserError(
+                        f"the update of a matrix failed on rank {mesh.rank}, which owns it: "
+                        f"{type(error).__name__}: {line}; weights are NaN now, so mend "
+                        f"{type(self).__name__} and start from a checkpoint"
+                    ) from error
 
     def _step_adamw(self, group: Options, parameters: Sequence[Tensor]) -> None:
         """AdamW, as torch's own. Unfused: its bits do not depend on how a tensor is split."""

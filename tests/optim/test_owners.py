@@ -368,3 +368,49 @@ def test_matrices_of_a_model_that_is_parallel_already_are_refused_on_every_rank(
     groups = matrices(job.model)
     with pytest.raises(UserError, match=r"before parallelize\(\)"):
         job.optimizer(Muon, groups=groups)
+
+
+class FailsAlone(Normalized):
+    def update_matrix(self, gradient, state, options):
+        if gradient.shape == (61, 12):
+            raise ValueError("not this one\nin two lines")
+        return super().update_matrix(gradient, state, options)
+
+
+class Nothing(MatrixOptimizer):
+    pass
+
+
+def two_stages():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(61, 12), nn.Linear(12, 61, bias=False), nn.Linear(61, 12), nn.Linear(12, 61)
+    ).double()
+
+
+@pytest.mark.slow_unless(lambda axes: "pp" in axes)
+@pytest.mark.parametrize(
+    ("axes", "strategy"), on_mesh(({"pp": 2, "fsdp": 2}, None), ({"dp": 2}, "ddp"))
+)
+def test_an_update_that_fails_on_its_owner_raises_one_line_on_every_rank(axes, strategy, mesh):
+    extra = {"example_inputs": batch(0, 2)[0]} if "pp" in axes else {}
+    job = dist_lab.parallelize(two_stages(), mesh, strategy, **extra)
+    with pytest.raises(UserError, match=r"^Nothing has no update of a matrix"):
+        job.optimizer(Nothing, groups=matrices(two_stages()))
+    optimizer = job.optimizer(FailsAlone, groups=matrices(two_stages()))
+    with pytest.raises(
+        UserError, match=r"failed on rank \d.*: ValueError: not this one; w"
+    ) as caught:
+        step(job, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_shampoo_goes_on_to_nan_with_a_gradient_that_is_not_finite(mesh):
+    job = dist_lab.parallelize(gpt(torch.float32), mesh)
+    optimizer = job.optimizer(Shampoo, groups=matrices(gpt()))
+    for _, p in job.named_parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    job.after_step()
+    assert all(value.isnan().all() for value in job.full_state_dict().values())
