@@ -10,6 +10,7 @@ from torch import nn
 
 import dist_lab
 from dist_lab.errors import UserError
+from dist_lab.layout.layout import Layout, OnlyOn, Shard, slice_local
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.observe import memory
 from dist_lab.optim import MatrixOptimizer, Muon, Shampoo, matrices, owners
@@ -132,8 +133,6 @@ def test_under_tp_muon_sums_one_product_an_iteration_and_shampoo_sends_the_shard
 
 
 def test_each_element_is_sent_to_the_owner_once_also_if_ranks_hold_copies():
-    from dist_lab.layout.layout import Layout, Shard
-
     everyone = [{"dp": dp, "tp": tp} for dp in range(2) for tp in range(4)]
     layout = Layout(torch.Size([4, 6]), torch.float32, (("tp", Shard(0, copies=2)),))
     sizes = {"dp": 2, "tp": 4}
@@ -414,3 +413,29 @@ def test_shampoo_goes_on_to_nan_with_a_gradient_that_is_not_finite(mesh):
     optimizer.step()
     job.after_step()
     assert all(value.isnan().all() for value in job.full_state_dict().values())
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(6, mesh={"pp": 2, "tp": 3})
+def test_the_copies_of_a_matrix_on_two_stages_stay_equal_to_the_bit(mesh):
+    shapes = {"first": (30, 18), "tied": (12, 9), "second": (21, 3)}
+    stages = {"first": (0,), "tied": (0, 1), "second": (1,)}
+    layouts = {
+        name: Layout(
+            torch.Size(shape), torch.float32, (("pp", OnlyOn(stages[name])), ("tp", Shard(1)))
+        )
+        for name, shape in shapes.items()
+    }
+    parameters = {}
+    for name, layout in layouts.items():
+        full = torch.randn(layout.shape, generator=torch.Generator().manual_seed(len(name)))
+        if mesh["pp"].index in stages[name]:
+            own = slice_local(full, layout, mesh.axes, mesh.coordinates).clone()
+            parameters[name] = nn.Parameter(torch.zeros_like(own))
+            parameters[name].grad = own
+    optimizer = Muon(parameters.values(), lr=0.1)
+    optimizer.distribute(parameters, layouts, dict.fromkeys(shapes, "one"), mesh)
+    for _ in range(3):
+        optimizer.step()
+    copies = dist_lab.comm.ops.all_gather(parameters["tied"].detach()[None], mesh["pp"])
+    assert torch.equal(copies[0], copies[1])
