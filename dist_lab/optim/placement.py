@@ -100,13 +100,15 @@ def _is_on_several_stages(layout: Layout) -> bool:
 
 
 def _products(layout: Layout, mesh: Mesh | None) -> dict[str, Shard]:
-    """The axes over which products are summed: those that split the matrix, but no data axis."""
-    return {
+    """The axis over which products are summed, if any: one that splits the matrix, no data axis."""
+    products = {
         axis: how
         for axis, how in layout.splits
         if isinstance(how, Shard) and axis not in DATA_AXES and mesh is not None
         if mesh[axis].size > how.copies
     }
+    assert len(products) <= 1, f"products of a matrix are summed over one axis, not {products}"
+    return products
 
 
 def _parts(
