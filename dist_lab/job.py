@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.layout.full_state import FullState
 from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
@@ -238,14 +239,15 @@ class Job:
                 one element of a tensor; see step/elementwise.py. An optimizer of matrices, such as
                 Muon, is not told which parameters are matrices, or there are none: see optim/.
         """
-        params = dict(self.named_parameters())
+        local = {name: p for name, p in self.named_parameters() if p.requires_grad}
         # All stages of a pipeline have all groups, in one order: schedulers take lists for groups.
-        local = {name: p for name, p in params.items() if p.requires_grad}
-        group_options = {
-            name: groups(name, layout.shape) if groups else {}
-            for name, layout in self.layouts.items()
-            if name in local or self.mesh["pp"].size > 1
-        }
+        with self.mesh.comm.label("optimizer"):
+            trained = self._on_any_stage(local)
+            with together(self.mesh.world):  # `groups` may refuse on one rank
+                group_options = {
+                    name: groups(name, self.layouts[name].shape) if groups else {}
+                    for name in trained
+                }
         return build_optimizer(
             cls, options, group_options, local, self.layouts, self.mesh, self._make_optimizer,
             self._totals.check_optimizer,
@@ -302,13 +304,10 @@ class Job:
         """
         self._refuse_unsummed("full_gradients")
         local = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-        names = list(self.layouts)
         with self.mesh.comm.label("gradients"):
-            is_local = torch.tensor([n in local for n in names], device=self.mesh.device).byte()
-            on_any_stage = ops.all_reduce(is_local, self.mesh["pp"], "max").tolist()
-            with_grad = [name for name, yes in zip(names, on_any_stage, strict=True) if yes]
-            full = gather_all({n: local.get(n) for n in with_grad}, self.layouts, self.mesh)
-        return {name: full.get(name) for name in names}
+            shards = {name: local.get(name) for name in self._on_any_stage(local)}
+            full = gather_all(shards, self.layouts, self.mesh)
+        return {name: full.get(name) for name in self.layouts}
 
     def timeline(self) -> list[list[Any]]:
         """Return when each pipeline rank computed each action of the last `run`, in ms. Collective.
@@ -333,6 +332,13 @@ class Job:
             yield
         finally:
             chain.links = before
+
+    def _on_any_stage(self, local: Mapping[str, Tensor]) -> list[str]:
+        """The parameters that are in `local` on this stage of the pipeline, or on another."""
+        names = list(self.layouts)
+        is_local = torch.tensor([n in local for n in names], device=self.mesh.device).byte()
+        on_any_stage = ops.all_reduce(is_local, self.mesh["pp"], "max").tolist()
+        return [name for name, yes in zip(names, on_any_stage, strict=True) if yes]
 
     def _refuse_unsummed(self, what: str) -> None:
         if self._runner.has_gradients:

@@ -460,6 +460,16 @@ def test_every_stage_has_every_group_in_one_order_and_none_without_a_parameter(m
     assert all(group["params"] for group in optimizer.param_groups)
 
 
+@pytest.mark.ranks(2, mesh={"pp": 2})
+def test_no_stage_has_a_group_of_parameters_that_are_frozen_on_all(mesh):
+    model = net()
+    frozen = {f"{i}.weight": model[i].weight.requires_grad_(False) for i in (0, 2)}
+    job = dist_lab.parallelize(model, mesh, example_inputs=data(0)[0])
+    groups = lambda name, _: {"weight_decay": 0.1 * (name in frozen)}  # noqa: E731
+    optimizer = job.optimizer(torch.optim.AdamW, groups=groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
+
+
 def test_the_readme_has_the_table():
     text = (Path(__file__).parents[1] / "dist_lab/step/README.md").read_text()
     assert f"| | {' | '.join(COLUMNS)} |" in text

@@ -41,7 +41,8 @@ def build_optimizer(
 
     Args:
         options: of `cls`.
-        param_options: name of a trained parameter, of any rank -> options of its group.
+        param_options: name -> options of its group, of the parameters that some rank trains; the
+            same names in the same order on every rank.
         params: name -> the tensor to step on, of the trained parameters of this rank.
         make_optimizer: see `Applied`.
         check_bits: see Totals.check_optimizer. A MatrixOptimizer has the bits of one process.
@@ -53,8 +54,7 @@ def build_optimizer(
     refuse_options(cls, options, of_groups, mesh.device)
     kinds: dict[str, How] = {}
     if issubclass(cls, MatrixOptimizer):
-        # Ranks of a pipeline know only of their own parameters whether they are frozen.
-        with together(mesh.world):
+        with together(mesh.world):  # a user's `groups` may say something else on one rank
             kinds = _kinds(cls, param_options, layouts)
     else:
         by_tensor = make_optimizer is not None
@@ -77,7 +77,17 @@ def _kinds(
     param_options: Mapping[str, Mapping[str, Any]],
     layouts: Mapping[str, Layout],
 ) -> dict[str, How]:
-    """How to read each trained parameter, of any rank. Raises UserError if none is a matrix."""
+    """How to read each trained parameter, of any rank.
+
+    Raises:
+        UserError: `cls` has no update of a matrix, or there is no matrix to update.
+    """
+    base = MatrixOptimizer
+    if (cls.update_matrix, cls.update_batch) == (base.update_matrix, base.update_batch):
+        raise UserError(
+            f"{cls.__name__} has no update of a matrix; give it a method update_matrix(self, "
+            "gradient, state, options)"
+        )
     untold = [name for name in param_options if "matrices" not in param_options[name]]
     if untold:
         raise UserError(

@@ -72,6 +72,7 @@ def matrices(
     """
     adamw, stacked = list(adamw), list(stacked)
     names = {parameter: name for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for parameter, name in names.items()}
     for pattern in (*adamw, *packed, *stacked):
         if not any(_matches(name, pattern) for name in _all_names(model)):
             raise UserError(f"{pattern!r} is part of no parameter's name; leave it out")
@@ -88,8 +89,13 @@ def matrices(
             check(name, parameter.shape, found[name])
 
     def groups(name: str, shape: torch.Size) -> dict[str, Any]:
-        if name not in found:
-            raise UserError(f"matrices() was not made for this model: it has no {name}")
+        # After parallelize a shard has another shape, and a stage has not all parameters.
+        if shapes.get(name) != shape:
+            seen = list(shapes[name]) if name in shapes else "no such parameter"
+            raise UserError(
+                f"{name} has shape {list(shape)}, and matrices(model) saw {seen}; call matrices() "
+                "on the same model, before parallelize()"
+            )
         return {"matrices": found[name]}
 
     return groups

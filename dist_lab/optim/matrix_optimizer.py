@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from dist_lab.comm import ops
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout
@@ -112,17 +113,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for p in group["params"]
             if p in matrices
         }
+        errors: list[Exception] = []
         with placement.mesh.comm.label("optimizer") if placement.mesh else nullcontext():
-            for name, update in self._updates(placement, groups):
+            for name, update in self._updates(placement, groups, errors):
                 lr, decay = groups[name]["lr"], groups[name]["weight_decay"]
                 values = local_part(placement.parameters[name])
                 values.mul_(1 - lr * decay).add_(update.view_as(values), alpha=-lr)
+        self._raise_everywhere(errors, placement.mesh)
         return loss
 
     def _updates(
-        self, placement: Placement, groups: Mapping[str, Options]
+        self, placement: Placement, groups: Mapping[str, Options], errors: list[Exception]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, this rank's elements of the update) for each parameter of matrices."""
+        """Yield (name, this rank's elements of the update) for each parameter of matrices.
+
+        An error of this rank's updates is appended to `errors`: other ranks wait for updates, so
+        they get NaN. The weights are lost then.
+        """
         gradients = {
             name: None if p.grad is None else local_part(p.grad)
             for name, p in placement.parameters.items()
@@ -144,13 +151,36 @@ class MatrixOptimizer(torch.optim.Optimizer):
                             Matrix(matrix, own_state, groups[name], part.shape, part.split)
                         )
                         targets.append(updates[name][part.box])
-                for target, result in zip(
-                    targets, self.update_batch(batch, _Total(products)), strict=True
-                ):
-                    target.copy_(result.view(target.shape))
+                try:
+                    results = self.update_batch(batch, _Total(products))
+                    for target, result in zip(targets, results, strict=True):
+                        target.copy_(result.view(target.shape))
+                except Exception as error:
+                    errors.append(error)
+                    for target in targets:
+                        target.fill_(torch.nan)
                 return updates
 
             yield from exchange.updates(gradients, update)
+
+    def _raise_everywhere(self, errors: Sequence[Exception], mesh: Mesh | None) -> None:
+        """If updates failed on a rank, raise on every rank. Collective: one number per step."""
+        if mesh is None or mesh.size == 1:
+            for error in errors:
+                raise error
+            return
+        with mesh.comm.label("check"):
+            failed = torch.tensor([float(bool(errors))], device=mesh.device)
+            if not ops.all_reduce(failed, mesh.world, "max"):
+                return
+            with together(mesh.world):
+                for error in errors:
+                    line = (str(error).splitlines() or [""])[0]
+                    raise UserError(
+                        f"the update of a matrix failed on rank {mesh.rank}, which owns it: "
+                        f"{type(error).__name__}: {line}; weights are NaN now, so mend "
+                        f"{type(self).__name__} and start from a checkpoint"
+                    ) from error
 
     def _step_adamw(self, group: Options, parameters: Sequence[Tensor]) -> None:
         """AdamW, as torch's own. Unfused: its bits do not depend on how a tensor is split."""
@@ -196,6 +226,40 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         self._placement = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the matrices that this rank owns, and of its other parameters."""
+        return super().state_dict() | {"saved_on": self._position()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what this rank has saved, on the same mesh. Collective, as a step is.
+
+        Raises:
+            UserError: one rank has the state of another or of another mesh; raised on every rank.
+        """
+        mesh = self._placement.mesh if self._placement else None
+        own, saved_on = self._position(), state_dict.get("saved_on", "in another optimizer")
+        with together(mesh.world) if mesh else nullcontext():
+            if saved_on != own:
+                raise UserError(
+                    f"the optimizer's state was saved {saved_on} and is loaded {own}, which owns "
+                    "other matrices; save and load one state_dict per rank, on the same mesh"
+                )
+        super().load_state_dict(state_dict)
+        # torch casts all but "step" to the parameter's dtype. Packed matrices have a step each, and
+        # bfloat16 cannot count beyond 256.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name.endswith(".step"):
+                    self.state[parameter][name] = value.clone()
+
+    def _position(self) -> str:
+        mesh = self._placement.mesh if self._placement else None
+        if mesh is None or mesh.size == 1:
+            return "in one process"
+        return f"on rank {mesh.rank} of {dict(mesh.axes)}"
 
     def bytes_by_formula(self) -> int:
         """The bytes of state on this rank, as computed from the layouts."""

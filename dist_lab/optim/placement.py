@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.layout.gather import axis_of_parts
-from dist_lab.layout.layout import Box, Layout, Shard, boxes, shard_shape
+from dist_lab.layout.layout import Box, Layout, OnlyOn, Shard, boxes, shard_shape
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
 from dist_lab.optim.boxes import intersection, lengths, relative
@@ -72,7 +72,7 @@ def place(
         sums_products: the optimizer can work on shards of tp.
     """
     parts: dict[str, list[Part]] = {}
-    lanes: dict[tuple[Axis | None, Axis | None, Axis | None, torch.dtype], list[str]] = {}
+    lanes: dict[tuple[Axis | None, Axis | None, Axis | None, torch.dtype, str], list[str]] = {}
     for name, layout in layouts.items():
         # Groups of ranks are made here. So all ranks do this for all parameters.
         products = _products(layout, mesh) if sums_products else {}
@@ -82,24 +82,33 @@ def place(
         axis = axis_of_parts(mesh, *next(iter(products.items()))) if mesh and products else None
         if name in kinds and kinds[name] != "adamw" and name in parameters:
             parts[name] = _parts(layout, kinds[name], mesh, products)
-            lanes.setdefault((among, gather, axis, layout.dtype), []).append(name)
+            # Of a tied matrix two stages compute the update. Each sums it with no other matrix, so
+            # that the order of the additions, and the bits of the copies, are equal.
+            alone = name if _is_on_several_stages(layout) else ""
+            lanes.setdefault((among, gather, axis, layout.dtype, alone), []).append(name)
     sizes, position = (mesh.axes, mesh.coordinates) if mesh else ({}, {})
     exchanges = []
-    for (among, gather, axis, _), names in lanes.items():
+    for (among, gather, axis, *_), names in lanes.items():
         costs = {name: sum(_cost(part) for part in parts[name]) for name in names}
         own = {name: layouts[name] for name in names}
         exchanges.append((Exchange(own, costs, among, gather, sizes, position), axis))
     return Placement({n: parameters[n] for n in parts}, parts, exchanges, mesh)
 
 
+def _is_on_several_stages(layout: Layout) -> bool:
+    return any(isinstance(how, OnlyOn) and len(how.positions) > 1 for _, how in layout.splits)
+
+
 def _products(layout: Layout, mesh: Mesh | None) -> dict[str, Shard]:
-    """The axes over which products are summed: those that split the matrix, but no data axis."""
-    return {
+    """The axis over which products are summed, if any: one that splits the matrix, no data axis."""
+    products = {
         axis: how
         for axis, how in layout.splits
         if isinstance(how, Shard) and axis not in DATA_AXES and mesh is not None
         if mesh[axis].size > how.copies
     }
+    assert len(products) <= 1, f"products of a matrix are summed over one axis, not {products}"
+    return products
 
 
 def _parts(

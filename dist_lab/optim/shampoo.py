@@ -84,8 +84,11 @@ class Shampoo(MatrixOptimizer):
 def inverse_root(factor: Tensor, damping: float) -> Tensor:
     """factor^(-1/4), up to a number: the length of a step is that of Adam's.
 
-    In float64: in float32 the small eigenvalues, which matter most, would be rounding.
+    In float64: in float32 the small eigenvalues, which matter most, would be rounding. NaN, if the
+    factor is not finite: eigh would raise where AdamW and Muon go on with NaN.
     """
+    if not factor.isfinite().all():
+        return torch.full_like(factor, torch.nan)
     values, vectors = torch.linalg.eigh(factor.double())
     relative = values.clamp(min=0) / values[-1].clamp(min=SMALLEST)
     return ((vectors * (relative + damping) ** -0.25) @ vectors.T).to(factor.dtype)

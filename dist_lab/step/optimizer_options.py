@@ -1,4 +1,4 @@
-"""Groups of parameters, and options of torch's optimizers that cannot work, refused by name.
+"""Make the groups of an optimizer, and refuse options of torch's optimizers that cannot work.
 
     foreach, fused          how the update is computed; every strategy takes them
     capturable              for CUDA graphs; torch asserts an accelerator in the middle of a step

@@ -10,6 +10,7 @@ from torch import nn
 
 import dist_lab
 from dist_lab.errors import UserError
+from dist_lab.layout.layout import Layout, OnlyOn, Shard, slice_local
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.observe import memory
 from dist_lab.optim import MatrixOptimizer, Muon, Shampoo, matrices, owners
@@ -132,8 +133,6 @@ def test_under_tp_muon_sums_one_product_an_iteration_and_shampoo_sends_the_shard
 
 
 def test_each_element_is_sent_to_the_owner_once_also_if_ranks_hold_copies():
-    from dist_lab.layout.layout import Layout, Shard
-
     everyone = [{"dp": dp, "tp": tp} for dp in range(2) for tp in range(4)]
     layout = Layout(torch.Size([4, 6]), torch.float32, (("tp", Shard(0, copies=2)),))
     sizes = {"dp": 2, "tp": 4}
@@ -310,6 +309,31 @@ def test_a_state_dict_of_each_rank_continues_the_run_to_the_bit(cls, mesh):
 
 
 @pytest.mark.ranks(2)
+def test_a_state_dict_of_another_rank_or_mesh_is_refused_on_every_rank(mesh):
+    model = net()
+    optimizer = dist_lab.parallelize(model, mesh, "ddp").optimizer(Muon, groups=groups_of(net()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    of_rank_0 = optimizer.state_dict() if mesh.rank == 0 else None
+    (of_rank_0,) = [d for d in mesh_objects(of_rank_0) if d is not None]
+    with pytest.raises(
+        UserError, match=r"saved on rank 0 .* loaded on rank 1 .* one state_dict per"
+    ):
+        optimizer.load_state_dict(of_rank_0)
+    plain = Muon([nn.Parameter(torch.ones(2, 3))])
+    with pytest.raises(UserError, match=r"saved on rank \d of .* loaded in one process"):
+        plain.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def mesh_objects(own):
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+@pytest.mark.ranks(2)
 def test_a_gradient_that_is_missing_or_frozen_everywhere_changes_nothing(mesh):
     job = dist_lab.parallelize(net(), mesh, "ddp")
     optimizer = job.optimizer(Muon, groups=groups_of(net()))
@@ -332,3 +356,86 @@ def test_a_refusal_comes_on_every_rank_also_if_only_one_stage_knows_of_it(mesh):
     job = dist_lab.parallelize(model, mesh, example_inputs=batch(0, 2)[0])
     with pytest.raises(UserError, match="Muon has no matrix to update"):
         job.optimizer(Muon, groups=groups)
+
+
+@pytest.mark.slow_unless(lambda axes, strategy: "fsdp" in axes)
+@pytest.mark.parametrize(("axes", "strategy"), on_mesh(({"fsdp": 2}, None), ({"pp": 2}, None)))
+def test_matrices_of_a_model_that_is_parallel_already_are_refused_on_every_rank(
+    axes, strategy, mesh
+):
+    job = dist_lab.parallelize(gpt(), mesh, strategy)
+    groups = matrices(job.model)
+    with pytest.raises(UserError, match=r"before parallelize\(\)"):
+        job.optimizer(Muon, groups=groups)
+
+
+class FailsAlone(Normalized):
+    def update_matrix(self, gradient, state, options):
+        if gradient.shape == (61, 12):
+            raise ValueError("not this one\nin two lines")
+        return super().update_matrix(gradient, state, options)
+
+
+class Nothing(MatrixOptimizer):
+    pass
+
+
+def two_stages():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(61, 12), nn.Linear(12, 61, bias=False), nn.Linear(61, 12), nn.Linear(12, 61)
+    ).double()
+
+
+@pytest.mark.slow_unless(lambda axes: "pp" in axes)
+@pytest.mark.parametrize(
+    ("axes", "strategy"), on_mesh(({"pp": 2, "fsdp": 2}, None), ({"dp": 2}, "ddp"))
+)
+def test_an_update_that_fails_on_its_owner_raises_one_line_on_every_rank(axes, strategy, mesh):
+    extra = {"example_inputs": batch(0, 2)[0]} if "pp" in axes else {}
+    job = dist_lab.parallelize(two_stages(), mesh, strategy, **extra)
+    with pytest.raises(UserError, match=r"^Nothing has no update of a matrix"):
+        job.optimizer(Nothing, groups=matrices(two_stages()))
+    optimizer = job.optimizer(FailsAlone, groups=matrices(two_stages()))
+    with pytest.raises(
+        UserError, match=r"failed on rank \d.*: ValueError: not this one; w"
+    ) as caught:
+        step(job, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_shampoo_goes_on_to_nan_with_a_gradient_that_is_not_finite(mesh):
+    job = dist_lab.parallelize(gpt(torch.float32), mesh)
+    optimizer = job.optimizer(Shampoo, groups=matrices(gpt()))
+    for _, p in job.named_parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    job.after_step()
+    assert all(value.isnan().all() for value in job.full_state_dict().values())
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(6, mesh={"pp": 2, "tp": 3})
+def test_the_copies_of_a_matrix_on_two_stages_stay_equal_to_the_bit(mesh):
+    shapes = {"first": (30, 18), "tied": (12, 9), "second": (21, 3)}
+    stages = {"first": (0,), "tied": (0, 1), "second": (1,)}
+    layouts = {
+        name: Layout(
+            torch.Size(shape), torch.float32, (("pp", OnlyOn(stages[name])), ("tp", Shard(1)))
+        )
+        for name, shape in shapes.items()
+    }
+    parameters = {}
+    for name, layout in layouts.items():
+        full = torch.randn(layout.shape, generator=torch.Generator().manual_seed(len(name)))
+        if mesh["pp"].index in stages[name]:
+            own = slice_local(full, layout, mesh.axes, mesh.coordinates).clone()
+            parameters[name] = nn.Parameter(torch.zeros_like(own))
+            parameters[name].grad = own
+    optimizer = Muon(parameters.values(), lr=0.1)
+    optimizer.distribute(parameters, layouts, dict.fromkeys(shapes, "one"), mesh)
+    for _ in range(3):
+        optimizer.step()
+    copies = dist_lab.comm.ops.all_gather(parameters["tied"].detach()[None], mesh["pp"])
+    assert torch.equal(copies[0], copies[1])

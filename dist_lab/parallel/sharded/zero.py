@@ -19,8 +19,8 @@ memory between ranks, a reduce-scatter receives gradients in a second buffer of 
 Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), sections 5.1 and 5.2.
 
 The model's own parameters are always unsharded. `job.parameters()` returns the shards as vectors.
-So the optimizer must treat each element by itself, as SGD and Adam do; an optimizer that needs the
-rows or the norm of a matrix needs ddp. One of a parameter's two tensors has the gradient, and the
+So the optimizer must treat each element by itself, as SGD and Adam do, or be one of matrices, which
+brings them to owners: see optim/. One of a parameter's two tensors has the gradient, and the
 `.grad` of the other one is a placeholder: see step/grad_elsewhere.py.
 """
 
