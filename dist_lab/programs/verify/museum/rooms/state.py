@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_lab.comm.ops import broadcast_into
+from dist_lab.mesh.mesh import init_mesh
 from dist_lab.optim.matrices import Groups
 from dist_lab.parallel.replicated import dp
 from dist_lab.programs.train import loop
@@ -22,7 +22,7 @@ from dist_lab.transforms.init import InitFn
 
 def seeded_by_the_rank(real: Any) -> Any:
     def draw(fqn: str, shape: Sequence[int], seed: int, init_fn: InitFn) -> Tensor:
-        drawn: Tensor = real(fqn, shape, seed + dist.get_rank(), init_fn)
+        drawn: Tensor = real(fqn, shape, seed + init_mesh().rank, init_fn)
         return drawn
 
     return draw
