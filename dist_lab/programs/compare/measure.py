@@ -130,7 +130,9 @@ class Contender:
     def build(self, data: Data, cleanup: ExitStack) -> None:
         if self.takes_part:
             config = self.config
-            self.job = setup.build(config, own_mesh(self.entry, config, self.mesh), data)
+            mesh = own_mesh(self.entry, config, self.mesh)
+            with together(mesh.world):  # before the optimizer, which may be collective
+                self.job = setup.build(config, mesh, data)
             self.optimizer = make_optimizer(self.job, config)
             rows = own_rows(config.batch, self.job)
             self.batches = cleanup.enter_context(closing(prefetch(data, rows, 0, self.steps)))
