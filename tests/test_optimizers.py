@@ -140,26 +140,30 @@ def job_of(mesh, label, bias=True):
     return dist_lab.parallelize(model, mesh, strategy, impl=impl or "hand", **options)
 
 
-def losses_of(job, optimizer, steps=3):
-    """Train with any optimizer, LBFGS with a closure; return the losses."""
-    losses = []
+def train(job, optimizer, steps, *, closure=False):
+    """Train with any optimizer, LBFGS with a closure; yield the loss after each step."""
+    closure = closure or isinstance(optimizer, torch.optim.LBFGS)
     for step in range(steps):
         pair = (t.chunk(job.mesh.data.size)[job.mesh.data.index] for t in data(step))
         microbatches = list(zip(*(t.chunk(2) for t in pair), strict=True))
 
-        def closure(microbatches=microbatches):
+        def backward(microbatches=microbatches):
             optimizer.zero_grad()
             loss = job.run(microbatches, lambda out, target: cross_entropy_sum(out, target) / 8)
             job.finish()
-            return torch.tensor(loss)
+            return loss
 
-        if isinstance(optimizer, torch.optim.LBFGS):
-            losses.append(float(optimizer.step(closure)))
+        if closure:
+            loss = optimizer.step(backward)
         else:
-            losses.append(float(closure()))
+            loss = backward()
             optimizer.step()
         job.after_step()
-    return losses
+        yield float(loss)
+
+
+def losses_of(job, optimizer):
+    return list(train(job, optimizer, 3))
 
 
 CLASSES = {
@@ -304,27 +308,12 @@ def steps_with(job, cls, make_scheduler=None, *, closure=False, **options):
     optimizer = job.optimizer(cls, **options)
     scheduler = make_scheduler and make_scheduler(optimizer)
     seen = []
-    for step in range(4):
-        pair = (t.chunk(job.mesh.data.size)[job.mesh.data.index] for t in data(step))
-        microbatches = list(zip(*(t.chunk(2) for t in pair), strict=True))
-
-        def backward(microbatches=microbatches):
-            optimizer.zero_grad()
-            loss = job.run(microbatches, lambda out, target: cross_entropy_sum(out, target) / 8)
-            job.finish()
-            return loss
-
-        if closure:
-            loss = optimizer.step(backward)
-        else:
-            loss = backward()
-            optimizer.step()
-        job.after_step()
+    for loss in train(job, optimizer, 4, closure=closure):
         if isinstance(scheduler, sched.ReduceLROnPlateau):
             scheduler.step(loss)
         elif scheduler:
             scheduler.step()
-        seen.append(float(loss))
+        seen.append(loss)
         if make_scheduler:
             for group in optimizer.param_groups:
                 seen += [group["lr"], group.get("momentum", 0.0), *group.get("betas", ())]

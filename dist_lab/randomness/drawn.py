@@ -11,7 +11,6 @@ forward that has drawn is computed again from other states, the same on every ra
 if its output changes.
 """
 
-import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_lab.errors import UserError
+from dist_lab.randomness.generators import GENERATORS
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.torch_private import backward_number
 
@@ -145,8 +145,7 @@ def other_draws(seed: int) -> Iterator[None]:
 
 
 def _states() -> list[object]:
-    states: list[object] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
-    states.append(pickle.dumps(np.random.get_state()))  # holds an array, which == compares apart
+    states = [state() for state in GENERATORS.values()]
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state().numpy().tobytes())
     return states

@@ -22,13 +22,11 @@ numbers, without running statistics, which are of a rank's own rows.
 
 import hashlib
 import json
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,16 +37,12 @@ from dist_lab.layout.layout import FlatShard, Layout
 from dist_lab.layout.replicas import Groups, replicas, same_along, stage_axes, without_flat
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
+from dist_lab.randomness.generators import GENERATORS
 from dist_lab.sentinel.digest import digest
 from dist_lab.step.hooks import tensors_in
 
 STATISTICS = ("running_mean", "running_var")  # of a rank's own rows, merged when they are saved
 SHARD = "the optimizer's shard of "
-GENERATORS: Mapping[str, Callable[[], object]] = {
-    "the state of torch's random generator": lambda: torch.get_rng_state().numpy().tobytes(),
-    "the state of Python's random generator": random.getstate,
-    "the state of NumPy's random generator": lambda: str(np.random.get_state()),
-}
 
 
 class Watched(Protocol):

@@ -51,6 +51,14 @@ def run(program: str, *arguments: Any) -> Done:
     return Done(ended.value.code, out.getvalue() + rank_out, err.getvalue() + rank_err)
 
 
+def refusal(program: str, *arguments: Any) -> str:
+    """The one line with which a program refuses its arguments."""
+    done = run(program, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
 def rank_that_prints_into(folder: str, pipe: Any, rank: int, *arguments: Any) -> None:
     """Run a rank with its output in files, because its stdout is the forkserver's, not ours."""
     for stream, kind in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):

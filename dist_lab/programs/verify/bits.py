@@ -17,7 +17,7 @@ from dist_lab.loss import LossFn, Pair
 from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, error
-from dist_lab.programs.verify.reference import build, has_batchnorm, state
+from dist_lab.programs.verify.reference import build, state, weights_and_buffers_of
 from dist_lab.programs.verify.report import Comparison
 from dist_lab.randomness.dropout import bind, named_dropouts
 from dist_lab.randomness.place import Place
@@ -63,10 +63,7 @@ def one_process_by_shards(
             gradient = gradients[name]
             parameter.grad = None if gradient is None else gradient * factor
         reference_optimizer.step()
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        comparable = ranks == 1 or not has_batchnorm(model)
-        persistent = model.state_dict() if comparable else {}
-        buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+        weights, buffers = weights_and_buffers_of(model, ranks == 1)
         yield batch, state(math.fsum(losses), gradients, norm, weights, buffers)
 
 

@@ -73,11 +73,20 @@ def one_process(
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
         reference_optimizer.step()
         reference_optimizer.zero_grad()
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        comparable = sync_batchnorm or ranks == 1 or not has_batchnorm(model)
-        persistent = model.state_dict() if comparable else {}
-        buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+        weights, buffers = weights_and_buffers_of(model, sync_batchnorm or ranks == 1)
         yield batch, state(loss, gradients, float(norm), weights, buffers)
+
+
+def weights_and_buffers_of(model: nn.Module, has_statistics: bool) -> tuple[Tensors, Tensors]:
+    """The weights, and the buffers that are compared: those that are saved.
+
+    Args:
+        has_statistics: one process takes BatchNorm's statistics over the rows that a rank does.
+    """
+    comparable = has_statistics or not has_batchnorm(model)
+    persistent = model.state_dict() if comparable else {}
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return {name: p.detach() for name, p in model.named_parameters()}, buffers
 
 
 def state(
