@@ -317,7 +317,7 @@ def run(mutant: Mutant, copy: Path, runs: Sequence[Sequence[str]]) -> Outcome:
 
 
 def first_failure(tests: Sequence[str], copy: Path) -> str:
-    """The name of the first test that fails; "" if all pass."""
+    """The name of the first test that fails, and its error; "" if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--no-header"]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
@@ -334,7 +334,7 @@ def first_failure(tests: Sequence[str], copy: Path) -> str:
     if process.returncode == 0:
         return ""
     named = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return named[0].split(" - ")[0] if named else "\n".join(output.splitlines()[-3:])
+    return named[0][:200] if named else "\n".join(output.splitlines()[-3:])
 
 
 def copy_of_repository(folder: Path) -> Path:
