@@ -1,7 +1,7 @@
 """Runs all exhibits of the museum of bugs: `python tests/nightly/museum.py`.
 
 This is `launch/verify.py --museum`, with its flag `--out DIR`, which writes the page of the museum,
-DIR/museum.md. It takes 4 minutes on 2 quiet cores. tests/programs/verify/test_museum.py has the
+DIR/museum.md. It takes 2 minutes on 2 quiet cores. tests/programs/verify/test_museum.py has the
 exhibits without the cheaper checks.
 """
 
