@@ -9,22 +9,25 @@ optimizer.zero_grad()
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from dist_lab.checkpoint.load import load, open_newest
+from dist_lab.checkpoint.saver import Saver
 from dist_lab.comm import ops
-from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.layout.full_state import FullState
-from dist_lab.layout.gather import axis_of_parts, gather_all, local_part
+from dist_lab.layout.gather import axis_of_parts, gather_all, local_part, on_any_stage
 from dist_lab.loss import LossFn, Pair, cross_entropy_sum
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import DATA_AXES
-from dist_lab.optim.build import build_optimizer
+from dist_lab.optim.build import Groups, build_optimizer
 from dist_lab.randomness.place import Samples
 from dist_lab.sentinel.sentinel import Sentinel
 from dist_lab.step.clip import clip
@@ -37,9 +40,7 @@ from dist_lab.step.scaler import Scaler
 from dist_lab.step.shadow import Shadow
 from dist_lab.step.totals import Totals, check_pairs
 from dist_lab.torch_private import backward_number
-from dist_lab.transforms.batchnorm import merge_statistics
-
-Groups = Callable[[str, torch.Size], Mapping[str, Any]]
+from dist_lab.transforms.batchnorm import eval_mode, merge_statistics
 
 
 class Job:
@@ -72,9 +73,10 @@ class Job:
         self.layouts, self.leaves, self.about = applied.layouts, applied.leaves, applied.about
         self.stepped, self._runner, self._watch = applied.stepped, runner, watch
         self._totals, self.place = totals, runner.place
-        self._make_optimizer = applied.make_optimizer
+        self._make_optimizer, self.weights_changed = applied.make_optimizer, runner.weights_changed
         layouts, buffers, stepped = applied.layouts, applied.buffers, applied.stepped
         self._state = FullState(model, mesh, layouts, buffers, stepped, names)
+        self.buffer_layouts = self._state.buffer_layouts
         self._data = mesh.data
         self._loss_axis = mesh.flatten("pp", *DATA_AXES)  # its ranks' losses add up
         for layout in self.layouts.values():  # creates process groups now: that takes a while
@@ -144,14 +146,8 @@ class Job:
         check_pairs(microbatches)  # first, so that a refused call changes nothing
         with self.mesh.comm.label("buffers"):
             merge_statistics(self.model, self._data)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                total = self._runner.evaluate(microbatches, loss_fn)
-        finally:
-            for module in training:
-                module.training = True
+        with eval_mode(self.model), torch.no_grad():
+            total = self._runner.evaluate(microbatches, loss_fn)
         with self.mesh.comm.label("loss"):
             return float(ops.all_reduce(total, self._loss_axis))
 
@@ -223,8 +219,8 @@ class Job:
             yield parameter
 
     def optimizer(
-        self, cls: type[torch.optim.Optimizer], *, groups: Groups | None = None, **options: Any
-    ) -> torch.optim.Optimizer:
+        self, cls: type[Optimizer], *, groups: Groups | None = None, **options: Any
+    ) -> Optimizer:
         """Build an optimizer over the parameters that require gradients. Collective.
 
         Args:
@@ -240,16 +236,8 @@ class Job:
                 Muon, is not told which parameters are matrices, or there are none: see optim/.
         """
         local = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        # All stages of a pipeline have all groups, in one order: schedulers take lists for groups.
-        with self.mesh.comm.label("optimizer"):
-            trained = self._on_any_stage(local)
-            with together(self.mesh.world):  # `groups` may refuse on one rank
-                group_options = {
-                    name: groups(name, self.layouts[name].shape) if groups else {}
-                    for name in trained
-                }
         return build_optimizer(
-            cls, options, group_options, local, self.layouts, self.mesh, self._make_optimizer,
+            cls, options, groups, local, self.layouts, self.mesh, self._make_optimizer,
             self._totals.check_optimizer,
         )  # fmt: skip
 
@@ -261,6 +249,31 @@ class Job:
         """
         return Scaler(self.mesh.world, **options)
 
+    def save(self, folder: str | Path, optimizer: Optimizer | None = None, **more: Any) -> Path:
+        """Save a checkpoint that any layout can load, at folder/step-... Collective.
+
+        `more` is as for Saver.save: step, extra, shadow. To save in the background: `job.saver`.
+        """
+        return self.saver(folder, in_background=False).save(optimizer, **more)
+
+    def saver(self, folder: str | Path, **options: Any) -> Saver:
+        """Return a Saver, which saves in the background: saver.save(optimizer); saver.finish()."""
+        return Saver(self, folder, **options)
+
+    def load(
+        self, folder: str | Path, optimizer: Optimizer | None = None, shadow: Shadow | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint, or the newest one in a folder that is whole. Collective.
+
+        Returns the `extra` of the save. Raises UserError if it is of another model or optimizer.
+        """
+        return load(open_newest(folder, self.mesh), self, optimizer, shadow=shadow)
+
+    def settle(self) -> None:
+        """Bring parameters and buffers into the state that is saved. Collective."""
+        self._runner.sync.settle()
+        merge_statistics(self.model, self._data)
+
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """Return the unsharded state_dict of the plain model, equal on every rank. Collective.
 
@@ -268,8 +281,7 @@ class Job:
         [Note: buffers]. With `rank0_only` all other ranks return an empty dict.
         """
         with self.mesh.comm.label("state_dict"):
-            self._runner.sync.settle()
-            merge_statistics(self.model, self._data)
+            self.settle()
             full = self._state.gather()
         return {} if rank0_only and self.mesh.rank else full
 
@@ -280,7 +292,7 @@ class Job:
             UserError: a name or a shape does not fit the model; nothing has been changed then.
         """
         self._state.load(full)
-        self._runner.weights_changed()
+        self.weights_changed()
 
     def shadow(self, decay: float) -> Shadow:
         """Start an exponential moving average of the weights; each rank averages its shards.
@@ -288,14 +300,14 @@ class Job:
         Call shadow.update() after each `after_step`. Evaluate inside `with shadow.swapped_in():`,
         save shadow.full_state_dict(). See step/shadow.py.
         """
-        return Shadow(self, decay, self._runner.weights_changed)
+        return Shadow(self, decay, self.weights_changed)
 
     def sentinel(self, every: int) -> Sentinel:
         """Watch that replicas stay equal: after each `after_step` call `sentinel.check(step, ...)`.
 
         Raises UserError if no two ranks hold the same data. Collective.
         """
-        return Sentinel(self, every, self._state.buffer_layouts(), self.place.step)
+        return Sentinel(self, every, self.buffer_layouts(), self.place.step)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Return each parameter's unsharded gradient, equal on every rank. Collective.
@@ -305,7 +317,7 @@ class Job:
         self._refuse_unsummed("full_gradients")
         local = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
         with self.mesh.comm.label("gradients"):
-            shards = {name: local.get(name) for name in self._on_any_stage(local)}
+            shards = {n: local.get(n) for n in on_any_stage(local, self.layouts, self.mesh)}
             full = gather_all(shards, self.layouts, self.mesh)
         return {name: full.get(name) for name in self.layouts}
 
@@ -332,13 +344,6 @@ class Job:
             yield
         finally:
             chain.links = before
-
-    def _on_any_stage(self, local: Mapping[str, Tensor]) -> list[str]:
-        """The parameters that are in `local` on this stage of the pipeline, or on another."""
-        names = list(self.layouts)
-        is_local = torch.tensor([n in local for n in names], device=self.mesh.device).byte()
-        on_any_stage = ops.all_reduce(is_local, self.mesh["pp"], "max").tolist()
-        return [name for name, yes in zip(names, on_any_stage, strict=True) if yes]
 
     def _refuse_unsummed(self, what: str) -> None:
         if self._runner.has_gradients:

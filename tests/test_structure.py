@@ -32,7 +32,7 @@ LAYERS = [
     ["step"],
     ["optim"],
     ["transforms"],
-    ["sentinel"],
+    ["sentinel", "checkpoint"],
     ["parallel"],
     ["job"],
     ["compose"],

@@ -7,7 +7,7 @@ Comparing them before the first step costs a few bytes.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -75,6 +75,18 @@ def together(axis: Axis) -> Iterator[None]:
     for refusal in map(json.loads, ops.all_gather_bytes(json.dumps(own).encode(), axis)):
         if refusal:
             raise (UserError if refusal[0] else MachineError)(refusal[1]) from own_error
+
+
+def first_says(function: Callable[[], str], axis: Axis) -> str:
+    """Call a function on the first rank, and return its text on all. Collective.
+
+    An error of it is raised on all ranks, as by `together`.
+    """
+    text = ""
+    with together(axis):
+        if axis.index == 0:
+            text = function()
+    return ops.all_gather_bytes(text.encode(), axis)[0].decode()
 
 
 def check_tensors_agree(tensors: Mapping[str, Tensor], axis: Axis) -> None:

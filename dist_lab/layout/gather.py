@@ -83,6 +83,14 @@ def gather_all(
     } | _sparse_of_rank0(shards, mesh)
 
 
+def on_any_stage(local: Iterable[str], layouts: Layouts, mesh: Mesh) -> list[str]:
+    """The names that are in `local` on this stage of the pipeline, or on another. Collective."""
+    names, own = list(layouts), set(local)
+    is_local = torch.tensor([name in own for name in names], device=mesh.device).byte()
+    found = ops.all_reduce(is_local, mesh["pp"], "max").tolist()
+    return [name for name, yes in zip(names, found, strict=True) if yes]
+
+
 def _sparse_of_rank0(shards: Shards, mesh: Mesh) -> dict[str, Tensor]:
     """Rank 0's sparse buffers. They are not split: each rank has a copy."""
     sparse = {

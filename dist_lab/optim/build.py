@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
+from dist_lab.layout.gather import on_any_stage
 from dist_lab.layout.layout import Layout
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.optim.matrices import How, check
@@ -21,6 +22,7 @@ from dist_lab.step.optimizer_options import make_groups, refuse_options
 from dist_lab.step.protocol import MakeOptimizer
 from dist_lab.step.scaler import decide_together
 
+Groups = Callable[[str, torch.Size], Mapping[str, Any]]  # (name, unsharded shape) -> options
 # (class, options, those of each group)
 CheckBits = Callable[
     [type[torch.optim.Optimizer], Mapping[str, Any], Sequence[Mapping[str, Any]]], None
@@ -30,19 +32,18 @@ CheckBits = Callable[
 def build_optimizer(
     cls: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
-    param_options: Mapping[str, Mapping[str, Any]],
+    groups: Groups | None,
     params: Mapping[str, nn.Parameter],
     layouts: Mapping[str, Layout],
     mesh: Mesh,
     make_optimizer: MakeOptimizer | None,
     check_bits: CheckBits,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer over this rank's parameters. Collective for a MatrixOptimizer.
+    """Build an optimizer over this rank's parameters. Collective.
 
     Args:
         options: of `cls`.
-        param_options: name -> options of its group, of the parameters that some rank trains; the
-            same names in the same order on every rank.
+        groups: as for `job.optimizer`.
         params: name -> the tensor to step on, of the trained parameters of this rank.
         make_optimizer: see `Applied`.
         check_bits: see Totals.check_optimizer. A MatrixOptimizer has the bits of one process.
@@ -50,6 +51,13 @@ def build_optimizer(
     Raises:
         UserError: the step would differ from that of one process; raised on every rank.
     """
+    # All stages of a pipeline have all groups, in one order: schedulers take lists for groups.
+    with mesh.comm.label("optimizer"):
+        trained = on_any_stage(params, layouts, mesh)
+        with together(mesh.world):  # `groups` may refuse on one rank
+            param_options = {
+                name: groups(name, layouts[name].shape) if groups else {} for name in trained
+            }
     of_groups = list(param_options.values())
     refuse_options(cls, options, of_groups, mesh.device)
     kinds: dict[str, How] = {}
@@ -60,11 +68,11 @@ def build_optimizer(
         by_tensor = make_optimizer is not None
         refuse_coupled(cls, options, param_options, params, layouts, mesh, by_tensor=by_tensor)
         check_bits(cls, options, of_groups)
-    groups = make_groups(param_options, params)
+    param_groups = make_groups(param_options, params)
     if make_optimizer is not None:
-        optimizer = make_optimizer(cls, groups, options)
+        optimizer = make_optimizer(cls, param_groups, options)
     else:
-        optimizer = cls(groups, **options)
+        optimizer = cls(param_groups, **options)
     if isinstance(optimizer, MatrixOptimizer):
         optimizer.distribute(params, layouts, kinds, mesh)
     if mesh.size > 1 and any(layout.splits for layout in layouts.values()):

@@ -31,7 +31,7 @@ from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.optim.matrices import How, check
-from dist_lab.optim.placement import Placement, place
+from dist_lab.optim.placement import Part, Placement, place
 
 State = MutableMapping[str, Tensor]
 Options = Mapping[str, Any]
@@ -254,6 +254,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if name.endswith(".step"):
                     self.state[parameter][name] = value.clone()
+
+    def matrix_of(self, parameter: Tensor, key: str) -> Part | None:
+        """The matrix that a key of a parameter's state is of; None if it is AdamW's."""
+        placement = self._placement or self._place_alone()
+        for name, own in placement.parameters.items():
+            if own is parameter:
+                parts = placement.parts[name]
+                return parts[int(key.partition(".")[0]) if len(parts) > 1 else 0]
+        return None
+
+    def keeps_state_of(self, parameter: Tensor) -> bool:
+        """Whether this rank keeps the state of a parameter: not if another owns its matrices."""
+        placement = self._placement or self._place_alone()
+        names = [name for name, own in placement.parameters.items() if own is parameter]
+        return all(placement.is_owned(name) for name in names)
+
+    def apart(self, parameter: Tensor) -> tuple[Layout, tuple[str, ...]]:
+        """How a parameter of matrices lies over the axes without owners, and these axes."""
+        placement = self._placement or self._place_alone()
+        names = [name for name, own in placement.parameters.items() if own is parameter]
+        return placement.apart[names[0]]
 
     def _position(self) -> str:
         mesh = self._placement.mesh if self._placement else None

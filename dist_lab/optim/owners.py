@@ -25,10 +25,10 @@ from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.comm.calls import Pending
+from dist_lab.layout.boxes import copy_boxes, elements_of, numel_of, relative
 from dist_lab.layout.layout import Box, Coordinates, Layout, Sizes, boxes, shard_shape
 from dist_lab.mesh.mesh import Axis
 from dist_lab.mesh.topology import coordinates
-from dist_lab.optim.boxes import copy_boxes, elements_of, numel_of, relative
 
 BUCKET_BYTES = 16 * 2**20  # of whole matrices
 Gradients = Mapping[str, Tensor | None]

@@ -9,16 +9,16 @@ Everything follows from the layouts, so a mix of strategies needs no rule of its
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from dist_lab.layout.boxes import intersection, lengths, relative
 from dist_lab.layout.gather import axis_of_parts
 from dist_lab.layout.layout import Box, Layout, OnlyOn, Shard, boxes, shard_shape
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
-from dist_lab.optim.boxes import intersection, lengths, relative
 from dist_lab.optim.matrices import How, matrix_boxes, matrix_shape, side_of
 from dist_lab.optim.owners import Exchange
 
@@ -32,12 +32,30 @@ class Part:
         own_shape: the rows and columns in this box.
         shape: the rows and columns of the whole matrix.
         split: 0, ranks hold rows of it; 1, columns; None: the box has all of it.
+        first: the first of those rows or columns.
     """
 
     box: Box
     own_shape: tuple[int, int]
     shape: tuple[int, int]
     split: int | None
+    first: int = 0
+
+    def held(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Box]:
+        """The full shape of a state tensor of this matrix, and the box of it that it is.
+
+        Args:
+            shape: of the tensor on this rank.
+        """
+        if self.split is None or shape != self.own_shape:
+            return shape, tuple(slice(0, length) for length in shape)
+        box = [slice(0, length) for length in shape]
+        box[self.split] = slice(self.first, self.first + shape[self.split])
+        return self.shape, tuple(box)
+
+    def own_part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape on this rank of a state tensor with this full shape."""
+        return self.own_shape if self.split is not None and shape == self.shape else shape
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,19 @@ class Placement:
     parts: name -> its matrices.
     exchanges: each with the axis over which products of its matrices are summed, if any.
     mesh: None in one process.
+    apart: name -> its layout over the axes along which no owner is chosen: ranks there hold other
+        matrices, other parts of this one, or copies.
     """
 
     parameters: Mapping[str, Tensor]
     parts: Mapping[str, list[Part]]
     exchanges: list[tuple[Exchange, Axis | None]]
     mesh: Mesh | None
+    apart: Mapping[str, tuple[Layout, tuple[str, ...]]] = field(default_factory=dict)
+
+    def is_owned(self, name: str) -> bool:
+        """Whether this rank keeps the state of a parameter's matrices."""
+        return any(name in exchange.owned for exchange, _ in self.exchanges)
 
 
 def place(
@@ -72,6 +97,7 @@ def place(
         sums_products: the optimizer can work on shards of tp.
     """
     parts: dict[str, list[Part]] = {}
+    apart: dict[str, tuple[Layout, tuple[str, ...]]] = {}
     lanes: dict[tuple[Axis | None, Axis | None, Axis | None, torch.dtype, str], list[str]] = {}
     for name, layout in layouts.items():
         # Groups of ranks are made here. So all ranks do this for all parameters.
@@ -82,6 +108,9 @@ def place(
         axis = axis_of_parts(mesh, *next(iter(products.items()))) if mesh and products else None
         if name in kinds and kinds[name] != "adamw" and name in parameters:
             parts[name] = _parts(layout, kinds[name], mesh, products)
+            axes = ("pp", *products)
+            kept = tuple(split for split in layout.splits if split[0] in axes)
+            apart[name] = replace(layout, splits=kept), axes
             # Of a tied matrix two stages compute the update. Each sums it with no other matrix, so
             # that the order of the additions, and the bits of the copies, are equal.
             alone = name if _is_on_several_stages(layout) else ""
@@ -92,7 +121,7 @@ def place(
         costs = {name: sum(_cost(part) for part in parts[name]) for name in names}
         own = {name: layouts[name] for name in names}
         exchanges.append((Exchange(own, costs, among, gather, sizes, position), axis))
-    return Placement({n: parameters[n] for n in parts}, parts, exchanges, mesh)
+    return Placement({n: parameters[n] for n in parts}, parts, exchanges, mesh, apart)
 
 
 def _is_on_several_stages(layout: Layout) -> bool:
@@ -122,10 +151,12 @@ def _parts(
     dim = next((split.dim for split in products.values()), None)
     parts = []
     for box in matrix_boxes(layout.shape, how):
-        own = relative(intersection(box, around), around)
+        inside = intersection(box, around)
+        own = relative(inside, around)
         split = None if dim is None else side_of(dim, how)
+        first = 0 if dim is None else inside[dim].start - box[dim].start
         whole = matrix_shape(lengths(box), how)
-        parts.append(Part(own, matrix_shape(lengths(own), how), whole, split))
+        parts.append(Part(own, matrix_shape(lengths(own), how), whole, split, first))
     return parts
 
 

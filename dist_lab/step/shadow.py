@@ -37,6 +37,7 @@ class Shadow:
 
     Attributes:
         decay: the weight of the old average in an update; may be changed between updates.
+        averages: name -> the average of this rank's shard of that parameter.
     """
 
     def __init__(self, weights: Weights, decay: float, changed: Callable[[], None]) -> None:
@@ -50,19 +51,23 @@ class Shadow:
         self._is_in_model = False
         self._check()
         with torch.no_grad():
-            self._averages = {name: local.clone() for name, local in self._local_parameters()}
-            self._buffers = [local.clone() for local in self._local_buffers()]
+            self.averages = {name: local.clone() for name, local in self._local_parameters()}
+            self.copy_buffers()
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the current weights to the average and copy the buffers. After `job.after_step`."""
         self._check()
         for name, local in self._local_parameters():
-            average = self._averages[name]
+            average = self.averages[name]
             if average.is_floating_point():
                 average.mul_(self.decay).add_(local, alpha=1 - self.decay)
             else:
                 average.copy_(local)
+        self.copy_buffers()
+
+    def copy_buffers(self) -> None:
+        """Take over the model's buffers."""
         self._buffers = [local.clone() for local in self._local_buffers()]  # may be resized
 
     @contextmanager
@@ -101,7 +106,7 @@ class Shadow:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, local in self._local_parameters():
-            _exchange(local, self._averages[name])
+            _exchange(local, self.averages[name])
         for copied, local in zip(self._buffers, self._local_buffers(), strict=True):
             _exchange(local, copied)
 

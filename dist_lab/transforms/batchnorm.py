@@ -23,6 +23,9 @@ DDP broadcasts rank 0's statistics in every forward by default, and so discards 
 other ranks. SyncBatchNorm keeps its buffers equal by itself.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -160,3 +163,15 @@ def merge_statistics(model: nn.Module, axis: Axis) -> None:
     for (mean, variance), new in zip(pairs, merged.split(lengths, 1), strict=True):
         mean.copy_(new[0])
         variance.copy_(new[1])
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the block every module is in eval mode, and afterwards in its earlier mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

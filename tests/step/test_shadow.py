@@ -96,7 +96,7 @@ def test_a_rank_averages_only_its_shards_and_an_update_sends_nothing(strategy, m
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     job = dist_lab.parallelize(model, mesh, strategy)
     shadow = job.shadow(0.9)
-    numel = sum(average.numel() for average in shadow._averages.values())
+    numel = sum(average.numel() for average in shadow.averages.values())
     assert numel == 2 * 64 * 64 / 4
     before = mesh.comm.ledger.total.calls
     shadow.update()

@@ -1,0 +1,103 @@
+"""The file operations of a checkpoint. All of them go through one object.
+
+A save is a sequence of operations, and the machine may stop between any two. With all of them in
+one place a test can stop at operation k, for every k, and look at what is left. Data is on disk
+only after `sync`; a new name is there only after `sync_folder` of the folder that has it.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from dist_lab.errors import MachineError
+
+PART = 8 * 2**20  # bytes of one write: a progress line and a fault can come in between
+
+
+class Files:
+    """The operations, one method for each."""
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(parents=True)
+
+    def create(self, path: Path) -> BinaryIO:
+        """Open a new file, unbuffered. It must not exist."""
+        return open(path, "xb", buffering=0)
+
+    def write(self, file: BinaryIO, data: memoryview) -> int:
+        """Write some of the data, and return how many bytes."""
+        return file.write(data)
+
+    def sync(self, file: BinaryIO) -> None:
+        os.fsync(file.fileno())
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file or folder a new name, which must be free."""
+        os.rename(old, new)  # a folder replaces an empty one only
+
+    def sync_folder(self, path: Path) -> None:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def remove_folder(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+
+def write_file(files: Files, path: Path, parts: Iterable[memoryview]) -> dict[str, object]:
+    """Write a new file and bring it to disk. Returns its `bytes` and `sha256`."""
+    digest, size = hashlib.sha256(), 0
+    file = files.create(path)
+    try:
+        for part in parts:
+            for start in range(0, len(part), PART):
+                rest = part[start : start + PART]
+                digest.update(rest)
+                size += len(rest)
+                while len(rest):
+                    rest = rest[files.write(file, rest) :]
+        files.sync(file)
+    finally:
+        file.close()
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def as_machine_error(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError inside the block into a MachineError of one line.
+
+    Args:
+        needed: the bytes that the block writes, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(_existing(folder)).free
+            raise MachineError(
+                f"no space left for a checkpoint in {str(folder)!r}: this rank's part has "
+                f"{needed:,} bytes, {free:,} are free; make room, or give another folder. Earlier "
+                "checkpoints are whole"
+            ) from error
+        raise MachineError(
+            f"cannot write a checkpoint to {str(where)!r}: {error.strerror}; earlier checkpoints "
+            "are whole"
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,0 +1,147 @@
+"""The manifest of a checkpoint: which files it has, and what is in them.
+
+    manifest.json            format, step, mesh, files with their bytes and SHA-256, optimizer, ...
+    rank-0.json              the tensors in rank-0.safetensors, the boxes that they are, ...
+    rank-0.safetensors
+
+The manifest has the hash of every other file, and of itself. So a checkpoint is one chain: whoever
+has changed a byte of it, also of the manifest, is found out before a tensor is used. All values are
+checked against this file's description, and sizes against a limit before memory is taken for them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_lab.checkpoint.files import sha256_of
+from dist_lab.errors import MachineError, UserError
+
+FORMAT = 1
+NAME = "manifest.json"
+ANOTHER = "give an earlier checkpoint"
+LARGEST_JSON = 256 * 2**20  # bytes
+FILE = re.compile(r"rank-\d{1,6}\.(json|safetensors)")
+KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "format": int, "step": int, "mesh": dict, "strategies": str, "files": dict,
+    "optimizer": (dict, type(None)), "settings": (dict, type(None)), "extra": (dict, type(None)),
+    "versions": dict, "sha256": str,
+}  # fmt: skip
+
+
+class Damaged(MachineError):
+    """A checkpoint is not what was saved: a file is missing, cut off or changed."""
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as the bytes of its file, with its own hash."""
+    plain = json.loads(_text(manifest))  # keys that are numbers become texts, as a reader sees them
+    return _text({**plain, "sha256": _hash(plain)})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's manifest.
+
+    Raises:
+        UserError: it is no checkpoint, or one of a newer version of this library.
+        Damaged: it is not what was saved.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(_no_manifest(folder))
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise UserError(f"{str(path)!r} is no manifest of a checkpoint; give another folder")
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"checkpoint {str(folder)!r} has format {manifest['format']}, and this version of "
+            f"dist_lab reads up to {FORMAT}; load it with a newer version"
+        )
+    wrong = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    unknown = sorted(manifest.keys() - KEYS.keys())
+    if wrong or unknown:
+        what = f"has no right {wrong[0]!r}" if wrong else f"has an unknown {unknown[0]!r}"
+        raise Damaged(f"manifest {str(path)!r} {what}: it is not what was saved; {ANOTHER}")
+    without = {key: value for key, value in manifest.items() if key != "sha256"}
+    if _hash(without) != manifest["sha256"]:
+        raise Damaged(
+            f"manifest {str(path)!r} was changed: its SHA-256 is {_hash(without)[:16]}..., and was "
+            f"{manifest['sha256'][:16]}... when it was saved; {ANOTHER}"
+        )
+    _check_files(folder, manifest["files"])
+    return manifest
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint. Raises Damaged if it cannot be read."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise Damaged(
+                f"{str(path)!r} has {size:,} bytes, more than {LARGEST_JSON:,}; {ANOTHER}"
+            )
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise Damaged(f"cannot read {str(path)!r}: {error.strerror}; {ANOTHER}") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{str(path)!r} is no JSON: it is cut off or changed; {ANOTHER}") from error
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def verify(folder: Path) -> None:
+    """Read every file of a checkpoint, and compare its hash. Raises Damaged."""
+    about = read(folder)
+    for name in about["files"]:
+        check_hash(folder, name, about["files"][name]["sha256"])
+
+
+def check_hash(folder: Path, name: str, expected: str) -> None:
+    """Raise Damaged if a file of a checkpoint is not what was saved."""
+    try:
+        actual = sha256_of(folder / name)
+    except OSError as error:
+        raise Damaged(f"cannot read {str(folder / name)!r}: {error.strerror}; {ANOTHER}") from error
+    if actual != expected:
+        raise Damaged(
+            f"{str(folder / name)!r} was changed: its SHA-256 is {actual[:16]}..., and was "
+            f"{expected[:16]}... when it was saved; {ANOTHER}"
+        )
+
+
+def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Every file has a name of ours, so that no path leaves the folder, and its saved size."""
+    for name, about in files.items():
+        known = isinstance(about, dict) and about.keys() == {"bytes", "sha256"}
+        if not FILE.fullmatch(name) or not known or not isinstance(about["bytes"], int):
+            raise Damaged(f"manifest of {str(folder)!r} has a wrong entry {name!r}; {ANOTHER}")
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise Damaged(f"checkpoint {str(folder)!r} has no file {name}; {ANOTHER}")
+        if (size := path.stat().st_size) != about["bytes"]:
+            raise Damaged(
+                f"{str(path)!r} has {size:,} bytes, and had {about['bytes']:,} when it was saved; "
+                f"{ANOTHER}"
+            )
+
+
+def _no_manifest(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no checkpoint {str(folder)!r}: no such folder"
+    if not folder.is_dir():
+        return f"{str(folder)!r} is a file, and a checkpoint is a folder"
+    if any(folder.glob("rank-*.safetensors")):
+        return f"checkpoint {str(folder)!r} is not whole: it has no {NAME}; {ANOTHER}"
+    return f"{str(folder)!r} is no checkpoint: it has no {NAME}"
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(manifest)).hexdigest()
+
+
+def _text(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -1,0 +1,196 @@
+"""Reading a checkpoint: any box of any tensor, whichever ranks have saved its parts.
+
+    saved by 4 ranks of fsdp:   W[0:2] W[2:4] W[4:6] W[6:8]
+    wanted on a rank of tp:     W[:, 3:6]                       three columns of each part
+
+Files are mapped into memory, so only the pages of the wanted boxes are read. Nothing here is
+collective, and no mesh is needed.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dist_lab.checkpoint import manifest
+from dist_lab.checkpoint.entries import Entry, Shape
+from dist_lab.checkpoint.manifest import ANOTHER, Damaged, check_hash
+from dist_lab.layout.boxes import intersection, lengths, numel_of, relative
+from dist_lab.layout.layout import Box
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor in one file: `boxes` of the full tensor, box after box."""
+
+    file: str
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor of a checkpoint: its full shape, and the pieces that it was saved in."""
+
+    shape: Shape
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+
+class Checkpoint:
+    """A checkpoint on disk. `Checkpoint.open(folder)` checks its manifest and tables.
+
+    Attributes:
+        folder, manifest: where it is, and what its manifest says.
+        tensors: name -> `Saved`.
+        tables: of each rank: numbers of the optimizer, random generators and the like.
+    """
+
+    def __init__(
+        self, folder: Path, about: dict[str, Any], tables: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.folder, self.manifest, self.tables = folder, about, list(tables)
+        self.tensors: dict[str, Saved] = {}
+        for rank, table in enumerate(tables):
+            for name, entry in table["tensors"].items():
+                self._add(f"rank-{rank}.safetensors", name, entry)
+        for name, saved in self.tensors.items():
+            self._check_covered(name, saved)
+        self._open: dict[str, Any] = {}
+
+    @staticmethod
+    def open(folder: str | Path) -> "Checkpoint":
+        """Read a checkpoint's manifest and tables, but none of its tensors.
+
+        Raises:
+            UserError: it is no checkpoint, or of a newer version.
+            Damaged: a file is missing, cut off or, as far as it was read, changed.
+        """
+        path = Path(folder).expanduser()
+        about = manifest.read(path)
+        tables = []
+        ranks = math.prod(about["mesh"].values())
+        for rank in range(ranks):
+            name = f"rank-{rank}.json"
+            if name not in about["files"] or f"rank-{rank}.safetensors" not in about["files"]:
+                raise Damaged(f"checkpoint {str(path)!r} has no part of rank {rank}; {ANOTHER}")
+            check_hash(path, name, about["files"][name]["sha256"])
+            tables.append(manifest.read_json(path / name))
+        try:
+            return Checkpoint(path, about, tables)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"{error}; {ANOTHER}"
+            raise Damaged(f"checkpoint {str(path)!r} has a wrong table: {why}") from error
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def names(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Name -> shape and dtype of the full tensor."""
+        return {name: (saved.shape, saved.dtype) for name, saved in self.tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A full tensor."""
+        return self.read_box(name, tuple(slice(0, n) for n in self.tensors[name].shape))
+
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor."""
+        out = torch.empty(lengths(box), dtype=self.tensors[name].dtype)
+        self._fill(name, box, out)
+        return out
+
+    @torch.no_grad()
+    def read_into(self, entry: Entry) -> None:
+        """Fill an entry's local tensor: the boxes that this rank holds."""
+        local = entry.local
+        in_place = local.is_contiguous() and local.device.type == "cpu"
+        flat = local.view(-1) if in_place else torch.empty(local.numel(), dtype=local.dtype)
+        sizes = [numel_of(box) for box in entry.boxes]
+        for box, part in zip(entry.boxes, flat.split(sizes), strict=True):
+            self._fill(entry.name, box, part.view(lengths(box)))
+        if not in_place:
+            local.copy_(flat.view(local.shape))
+
+    def verify(self) -> None:
+        """Compare the hash of every file. Raises Damaged."""
+        for name in self.files():
+            self.verify_file(name)
+
+    def files(self) -> list[str]:
+        return sorted(self.manifest["files"])
+
+    def verify_file(self, name: str) -> None:
+        check_hash(self.folder, name, self.manifest["files"][name]["sha256"])
+
+    # --- pieces -----------------------------------------------------------------------------------
+
+    def _add(self, file: str, name: str, entry: Mapping[str, Any]) -> None:
+        if entry.keys() != {"shape", "dtype", "boxes"}:
+            raise ValueError(f"{name} has {sorted(entry)}")
+        shape, dtype = tuple(map(int, entry["shape"])), getattr(torch, entry["dtype"])
+        boxes = tuple(tuple(slice(*map(int, side)) for side in box) for box in entry["boxes"])
+        for box in boxes:
+            sides = zip(box, shape, strict=True)
+            if not all(0 <= side.start <= side.stop <= length for side, length in sides):
+                raise ValueError(f"{name} of shape {list(shape)} has a box outside of it")
+        before = self.tensors.get(name, Saved(shape, dtype, ()))
+        if (before.shape, before.dtype) != (shape, dtype):
+            raise ValueError(f"{name} has two shapes or dtypes")
+        self.tensors[name] = Saved(shape, dtype, (*before.pieces, Piece(file, boxes)))
+
+    def _check_covered(self, name: str, saved: Saved) -> None:
+        """Every element must be there once: boxes of one layout never overlap in part."""
+        found = sum(numel_of(box) for piece in saved.pieces for box in piece.boxes)
+        if found != math.prod(saved.shape):
+            raise ValueError(f"{name} has {found} of {math.prod(saved.shape)} elements")
+
+    def _fill(self, name: str, box: Box, out: Tensor) -> None:
+        """Copy a box into a tensor of its shape."""
+        for piece in self.tensors[name].pieces:
+            first = 0
+            for saved in piece.boxes:
+                size = numel_of(saved)
+                common = intersection(saved, box)
+                if numel_of(common):
+                    values = self._part(piece, name, saved, first, relative(common, saved))
+                    out[relative(common, box)] = values
+                first += size
+
+    def _part(self, piece: Piece, name: str, saved: Box, first: int, wanted: Box) -> Tensor:
+        """A part of one of a piece's boxes, whose elements begin at `first` in the file."""
+        try:
+            if piece.file not in self._open:
+                path = self.folder / piece.file
+                self._open[piece.file] = safe_open(path, "pt").__enter__()
+            file = self._open[piece.file]
+            if not wanted:
+                return file.get_tensor(name).reshape(())
+            if len(piece.boxes) == 1:
+                return file.get_slice(name)[wanted]
+            elements = file.get_slice(name)[first : first + numel_of(saved)]
+            return elements.view(lengths(saved))[wanted]
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            raise Damaged(
+                f"cannot read {name} from {str(self.folder / piece.file)!r}: {error}; {ANOTHER}"
+            ) from error
+
+
+def first_difference(
+    saved: Mapping[str, tuple[Shape, torch.dtype]], own: Mapping[str, tuple[Shape, torch.dtype]]
+) -> Iterator[str]:
+    """Yield how a checkpoint's tensors differ from those of a model, in words."""
+    for name in own:
+        if name not in saved:
+            yield f"it has no {name}"
+        elif saved[name] != own[name]:
+            yield f"{name} is {_in_words(saved[name])} there and {_in_words(own[name])} here"
+    yield from (f"it has {name}, which the model has not" for name in saved if name not in own)
+
+
+def _in_words(about: tuple[Shape, torch.dtype]) -> str:
+    return f"{str(about[1]).removeprefix('torch.')}{list(about[0])}"

@@ -1,0 +1,199 @@
+"""Saving: each rank writes what it is the first to hold, and rank 0 makes it a checkpoint.
+
+    main thread, all ranks     copy the tensors; rank 0 makes step-00000120.tmp-...
+    any thread, each rank      rank-K.safetensors, then rank-K.json, each brought to disk
+    any thread, rank 0         when all rank-K.json are there: manifest.json with the hash of every
+                               file, and then the folder's name becomes step-00000120
+
+The new name is the last operation, and the file system does it at once or not at all. So a folder
+with that name is a whole checkpoint, wherever the run was stopped. Only the first part is
+collective; ranks meet in the folder, which they must share anyway. So the second part may run in a
+thread while training goes on: see saver.py.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lab.checkpoint import folder as folders
+from dist_lab.checkpoint import manifest
+from dist_lab.checkpoint.entries import Entry
+from dist_lab.checkpoint.files import PART, Files, as_machine_error, sha256_of, write_file
+from dist_lab.checkpoint.shard import Buffer
+from dist_lab.comm.agree import first_says
+from dist_lab.errors import MachineError
+from dist_lab.mesh.mesh import Mesh
+
+PATIENCE = 120.0  # seconds for which no file of the checkpoint has grown
+TELL_EVERY = 2.0  # seconds between two lines of progress
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Write:
+    """One rank's part of a save, copied and ready to be written. `run` is not collective."""
+
+    rank: int
+    size: int
+    temporary: Path
+    final: Path
+    header: bytes
+    data: memoryview
+    table: dict[str, Any]
+    about: Mapping[str, Any]  # what the manifest says
+    files: Files
+    tell: Tell
+    keep: int | None = None
+    error: MachineError | None = field(default=None, init=False)
+
+    def run(self) -> None:
+        """Write this rank's files, and wait until rank 0 has made them a checkpoint.
+
+        An error is kept in `error`, because this may run in a thread.
+        """
+        needed = len(self.header) + len(self.data)
+        try:
+            with as_machine_error(self.final, needed):
+                self._write()
+                if self.rank == 0:
+                    self._commit()
+                else:
+                    self._wait(self.final.exists)
+        except MachineError as error:
+            self.error = error
+            with suppress(OSError):
+                (self.temporary / f"rank-{self.rank}.failed").touch()
+        if self.rank == 0 and self.error is None and self.keep is not None and self.final.exists():
+            try:
+                with as_machine_error(self.final.parent):
+                    manifest.verify(self.final)
+                    folders.prune(self.final.parent, self.keep, self.files)
+            except MachineError as error:
+                self.error = error
+
+    def _write(self) -> None:
+        shard, name = f"rank-{self.rank}.safetensors", f"rank-{self.rank}.json"
+        parts = self._with_progress([memoryview(self.header), self.data])
+        self.table["file"] = write_file(self.files, self.temporary / shard, parts)
+        # Rank 0 reads the table as soon as it has its name.
+        new = self.temporary / f"{name}.new"
+        write_file(self.files, new, [memoryview(json.dumps(self.table).encode())])
+        self.files.rename(new, self.temporary / name)
+
+    def _commit(self) -> None:
+        tables = [self.temporary / f"rank-{rank}.json" for rank in range(self.size)]
+        if not self._wait(lambda: all(path.exists() for path in tables)):
+            return
+        about: dict[str, Any] = {}
+        for path in tables:
+            about[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            about[f"{path.stem}.safetensors"] = json.loads(path.read_bytes())["file"]
+        text = manifest.sealed({**self.about, "files": about})
+        write_file(self.files, self.temporary / manifest.NAME, [memoryview(text)])
+        self.files.sync_folder(self.temporary)
+        self.files.rename(self.temporary, self.final)
+        self.files.sync_folder(self.final.parent)
+
+    def _wait(self, arrived: Callable[[], bool]) -> bool:
+        """Wait until something is there. False if another rank has failed: it says why.
+
+        Raises:
+            MachineError: nothing has happened for PATIENCE seconds.
+        """
+        seen, since = -1, time.monotonic()
+        while not arrived():
+            paths = [*self.temporary.glob("*")]
+            if any(path.suffix == ".failed" for path in paths):
+                return arrived()
+            now = 0
+            for path in paths:
+                with suppress(OSError):  # it was renamed in between
+                    now += 1 + path.stat().st_size
+            if now != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > PATIENCE:
+                late = [
+                    rank
+                    for rank in range(self.size)
+                    if not (self.temporary / f"rank-{rank}.json").exists()
+                ]
+                raise MachineError(
+                    f"checkpoint {str(self.final)!r}: ranks {late or [0]} have written nothing for "
+                    f"{PATIENCE:g} s; all ranks must share the folder"
+                )
+            time.sleep(0.005)
+        return True
+
+    def _with_progress(self, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+        total, done, last = sum(map(len, parts)), 0, time.monotonic()
+        for part in parts:
+            for start in range(0, len(part), PART):
+                if self.rank == 0 and time.monotonic() - last > TELL_EVERY:
+                    last = time.monotonic()
+                    self.tell(
+                        f"{self.final.name}: {done / max(total, 1):.0%} of {total / 1e6:,.0f} MB "
+                        "a rank written"
+                    )
+                yield part[start : start + PART]
+                done += min(PART, len(part) - start)
+
+
+def prepare(
+    mesh: Mesh,
+    root: Path,
+    step: int,
+    entries: Sequence[Entry],
+    table: Mapping[str, Any],
+    about: Mapping[str, Any],
+    buffer: Buffer,
+    *,
+    files: Files,
+    tell: Tell,
+    keep: int | None,
+) -> Write:
+    """Copy the entries that this rank is the first to hold. Collective.
+
+    Args:
+        root: the folder of checkpoints.
+        table, about: what this rank's table, and the manifest, say besides.
+    """
+    final = root / folders.name_of(step)
+
+    def make() -> str:
+        with as_machine_error(root):
+            folders.check_free(final)
+            temporary = folders.beside(final, "tmp")
+            files.make_folder(temporary)
+        return temporary.name
+
+    with mesh.comm.label("save", unit=""):
+        temporary = root / first_says(make, mesh.world)
+    own = [entry for entry in entries if entry.is_first and entry.boxes]
+    header, data = buffer.pack([(entry.name, _local(entry)) for entry in own])
+    tensors = {
+        entry.name: {
+            "shape": list(entry.shape),
+            "dtype": str(entry.local.dtype).removeprefix("torch."),
+            "boxes": [[[side.start, side.stop] for side in box] for box in entry.boxes],
+        }
+        for entry in own
+    }
+    return Write(
+        mesh.rank, mesh.size, temporary, final, header, data, {"tensors": tensors, **table},
+        {"format": manifest.FORMAT, "step": step, "mesh": dict(mesh.axes), **about}, files, tell,
+        keep,
+    )  # fmt: skip
+
+
+def _local(entry: Entry) -> torch.Tensor:
+    """This rank's elements: in the shape of the box, or as a vector if there are several."""
+    if len(entry.boxes) > 1:
+        return entry.local.reshape(-1)
+    return entry.local.reshape([side.stop - side.start for side in entry.boxes[0]])

@@ -1,0 +1,155 @@
+"""Save a job, now or while training goes on.
+
+    saver = job.saver("checkpoints", keep=2)
+    saver.save(optimizer, step=120)              blocks for a copy; a thread writes it
+    saver.finish()                               waits for the last one
+
+The copy is of what this rank is the first to hold: under fsdp=4 a quarter of the model and of the
+moments. It is kept and used again for the next save. A save waits for the one before it. An error
+of a save in the background is raised by the next save, or by `finish`, on every rank.
+"""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from dist_lab.checkpoint.entries import Entry, Trained, entry_of, extra_state, model_entries
+from dist_lab.checkpoint.files import Files
+from dist_lab.checkpoint.optimizer_state import numbers_of, optimizer_entries, options_of
+from dist_lab.checkpoint.save import Tell, Write, prepare
+from dist_lab.checkpoint.shard import Buffer
+from dist_lab.comm.agree import together
+from dist_lab.errors import UserError
+from dist_lab.randomness import generators
+from dist_lab.step.shadow import Shadow
+
+
+class Saver:
+    """Saves one job to one folder, again and again.
+
+    Attributes:
+        last: the last checkpoint that is whole, as far as this rank knows.
+    """
+
+    def __init__(
+        self, job: Trained, folder: str | Path, *, keep: int | None = None,
+        in_background: bool = True, files: Files | None = None, tell: Tell = lambda line: None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            folder: of the checkpoints, shared by all ranks.
+            keep: delete all but the newest `keep`, after each save; None deletes none.
+            in_background: write in a thread. If not, `save` returns when the checkpoint is whole.
+            files: the file operations.
+            tell: called with a line of progress now and then, on rank 0, from any thread.
+        """
+        if keep is not None and keep < 1:
+            raise UserError(f"keep={keep} keeps no checkpoint; give 1 or more")
+        self.job, self.folder = job, Path(folder).expanduser().absolute()
+        self.keep, self.in_background = keep, in_background
+        self.files, self.tell = files or Files(), tell
+        self.last: Path | None = None
+        self._buffer = Buffer()
+        self._writing: tuple[Write, threading.Thread | None] | None = None
+
+    def save(
+        self, optimizer: Optimizer | None = None, *, step: int | None = None,
+        shadow: Shadow | None = None, extra: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Path:  # fmt: skip
+        """Save the state as it is now, between two steps. Collective.
+
+        Args:
+            step: the number of steps that were taken; default: those that the job has finished.
+            shadow: a moving average of the weights, see `job.shadow`.
+            extra: anything that is JSON, such as {"scheduler": scheduler.state_dict()}; `load`
+                returns it.
+            settings: of the run, as JSON, to compare when it is resumed.
+
+        Returns:
+            The folder of the new checkpoint, which is whole when the save has ended.
+
+        Raises:
+            UserError: there is a checkpoint of this step, or something cannot be saved.
+            MachineError: a file cannot be written, now or in the save before.
+        """
+        self.finish()
+        job, world = self.job, self.job.mesh.world
+        with world.comm.label("save", unit=""):
+            job.settle()
+        with world.comm.label("save", unit=""), together(world):
+            about = {
+                "strategies": job.strategies,
+                "optimizer": options_of(optimizer, job) if optimizer else None,
+                "settings": settings,
+                "extra": extra,
+                "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+            }
+            table = {
+                "random": generators.to_json(),
+                "optimizer": about["optimizer"],
+                "numbers": numbers_of(optimizer, job) if optimizer else {},
+                "modules": extra_state(job.model),
+            }
+            for name, value in {**about, **table}.items():
+                check_json(name, value)
+            entries = [*entries_of(job, optimizer, shadow)]
+        write = prepare(
+            job.mesh, self.folder, job.place.step if step is None else step, entries, table, about,
+            self._buffer, files=self.files, tell=self.tell, keep=self.keep,
+        )  # fmt: skip
+        thread = None
+        if self.in_background:
+            thread = threading.Thread(target=write.run, name="checkpoint", daemon=True)
+            thread.start()
+        else:
+            write.run()
+        self._writing = write, thread
+        if thread is None:
+            self.finish()
+        return write.final
+
+    def finish(self) -> None:
+        """Wait until the last save has ended, and raise its error on every rank. Collective."""
+        if self._writing is None:
+            return
+        (write, thread), self._writing = self._writing, None
+        if thread is not None:
+            thread.join()
+        world = self.job.mesh.world
+        with world.comm.label("save", unit=""), together(world):
+            if write.error is not None:
+                raise write.error
+        self.last = write.final
+
+
+def entries_of(job: Trained, optimizer: Optimizer | None, shadow: Shadow | None) -> Iterator[Entry]:
+    """All that is saved as tensors."""
+    yield from model_entries(job)
+    if optimizer is not None:
+        yield from optimizer_entries(optimizer, job)
+    if shadow is not None:
+        yield from shadow_entries(job, shadow)
+
+
+def shadow_entries(job: Trained, shadow: Shadow) -> Iterator[Entry]:
+    """The moving averages lie as the parameters do."""
+    for name, average in shadow.averages.items():
+        yield entry_of(f"shadow/{name}", job.layouts[name], average, job.mesh)
+
+
+def check_json(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        what = {"modules": "the extra state of a module"}.get(name, f"{name}=")
+        raise UserError(
+            f"{what} is no JSON ({error}), which a checkpoint holds; make it of numbers, texts, "
+            "lists and dicts"
+        ) from error
