@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # import from the layers above its own in this list, and from its own folder.
 LAYERS = [
     ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
+    ["faults.grammar"],
     ["comm.by_hand.costs", "step.fixed_order.order"],
     ["step.hooks", "transforms.init"],
     ["programs.cli.settings", "programs.cli.mesh_text"],
@@ -37,6 +38,7 @@ LAYERS = [
     ["job"],
     ["compose"],
     ["observe"],
+    ["faults"],
     ["processes"],
     ["programs"],
     ["testing"],
@@ -49,6 +51,7 @@ FREE_OF_TORCH = [
     "programs.cli",
     "mesh.topology",
     "step.fixed_order.order",
+    "faults.grammar",
     "errors",
     "testing",
 ]

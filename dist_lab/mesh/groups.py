@@ -81,6 +81,12 @@ def environment_store(rank: int, size: int, timeout: float) -> Store:
     return PrefixStore(f"attempt-{attempt}", store)
 
 
+def store_of_all_attempts(store: Store) -> Store:
+    """The store behind that of `environment_store`. It keeps what an earlier attempt has set."""
+    assert isinstance(store, PrefixStore), store
+    return PrefixStore("all attempts", store.underlying_store)
+
+
 def as_under_torchrun(rank: int, size: int) -> AbstractContextManager[None]:
     """Set torchrun's environment variables inside the block, for libraries that read them.
 

@@ -64,13 +64,13 @@ class Failure:
 
 
 def collect(
-    ranks: Sequence[Rank], timeout: float = math.inf
+    ranks: Sequence[Rank], timeout: float = math.inf, *, after_cause: float = math.inf
 ) -> tuple[dict[int, Any], list[Failure], list[Rank]]:
     """Wait for one message of every rank. Returns messages by rank, failures, ranks still running.
 
     A rank fails by sending a Failure, or by dying without a message. Waits for `timeout` seconds,
     but after the first failure no longer than GRACE: a rank whose peer has died may hang for
-    minutes.
+    minutes. After the first that another rank did not cause, for at most `after_cause` seconds.
     """
     messages: dict[int, Any] = {}
     failures: list[Failure] = []
@@ -84,7 +84,9 @@ def collect(
             message = receive(rank)
             if isinstance(message, Failure):
                 failures.append(message)
-                deadline = min(deadline, time.monotonic() + GRACE)
+                is_cause = not (message.distance or message.refused)
+                grace = min(GRACE, after_cause) if is_cause else GRACE
+                deadline = min(deadline, time.monotonic() + grace)
             else:
                 messages[rank.number] = message
     return messages, failures, running

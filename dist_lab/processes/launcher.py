@@ -12,11 +12,13 @@ Every failure is reported once. A refusal (UserError, MachineError) is one line 
 Any other exception is a defect. Its report has the tracebacks of the ranks that failed, the cause
 first, and one line for all ranks that only lost a peer. All other ranks are ended. The launcher
 does not import torch before a rank does, so that wrong flags are reported at once.
+
+With `restarts`, a failed attempt is followed by another in the same output folder: see attempts.py.
 """
 
 import faulthandler
+import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -25,45 +27,19 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pkgutil import resolve_name
-from typing import Protocol
 
 from rich.console import Console
 
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
-from dist_lab.processes.failures import (
-    Failure,
-    causes,
-    collect,
-    describe,
-    exit_in_words,
-    heading,
-    ranks_in_words,
-)
+from dist_lab.processes.attempts import Launch, Place, agreed_attempt, can_restart, restart_line
+from dist_lab.processes.failures import Failure, causes, collect, exit_in_words, heading
 from dist_lab.processes.ranks import cores
+from dist_lab.processes.report import report
 
 AFTER_TORCHRUN = 1.5  # seconds within which torchrun ends the other ranks after one has ended
+AFTER_CAUSE = 0.1  # with restarts: seconds for a second failure, after the first has its cause
 AT_EXIT = 5.0  # seconds for a rank to end after its body has returned
-
-
-class Launch(Protocol):
-    """The part of a program's configuration that the launcher reads."""
-
-    @property
-    def nproc(self) -> int | None: ...
-    @property
-    def threads(self) -> int | None: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def timeout(self) -> float: ...
-    @property
-    def collectives(self) -> str: ...
-    @property
-    def check_collectives(self) -> bool: ...
-    @property
-    def debug(self) -> bool: ...
-    def axes(self, size: int, *, plain: bool = False) -> dict[str, int]: ...
 
 
 def main(
@@ -71,6 +47,8 @@ def main(
     parse: Callable[[Sequence[str] | None], Launch],
     body: str,
     argv: Sequence[str] | None = None,
+    *,
+    place: Place | None = None,
 ) -> int:
     """Run `body(config, mesh)` on every rank that the command line or torchrun asks for.
 
@@ -79,6 +57,8 @@ def main(
         parse: command line -> configuration; raises UserError.
         body: "module:function". Only ranks import the module. If the launcher starts the ranks,
             it is imported once, before the fork.
+        place: chooses the output folder, for a program that can be restarted. Called once for all
+            attempts.
 
     Returns:
         The exit status: the body's own (the largest of all ranks), 2 for a mistake of the user, 1
@@ -94,9 +74,9 @@ def main(
             debug = config.debug
             check_interface(config.backend)
             if rank_and_size is not None:
-                return on_this_rank(config, body, *rank_and_size)
+                return on_this_rank(config, body, *rank_and_size, place)
             if config.nproc is not None:
-                return on_new_ranks(program, config, body, config.nproc)
+                return on_new_ranks(program, config, body, config.nproc, place)
             axes = config.axes(1, plain=True)
             tell(f"{program}: importing torch ...")
             return work(config, body, axes, config.threads)
@@ -145,28 +125,54 @@ def tell(line: str) -> None:
 # --- ranks that the launcher starts ---------------------------------------------------------------
 
 
-def on_new_ranks(program: str, config: Launch, body: str, size: int) -> int:
-    """Start the ranks, wait for their results, report failures. All have ended when it returns."""
+def on_new_ranks(program: str, config: Launch, body: str, size: int, place: Place | None) -> int:
+    """Start the ranks until an attempt succeeds, or no restart is left. All have ended then."""
     config.axes(size)  # raises on a mistake before a rank is started
     tell(f"{program}: starting {size} ranks, which import torch ...")
+    if config.restarts and place is not None:
+        config = config.attempt(place(config), again=False)
+    status = None
+    with tempfile.TemporaryDirectory(prefix="dist_lab-") as folder:
+        for restart in range(1, config.restarts + 2):
+            # Each attempt has its own store: in an old one are the addresses of dead ranks.
+            rendezvous = f"{folder}/rendezvous-{restart}"
+            status = run_ranks(program, config, body, size, rendezvous, restart)
+            if status is not None:
+                break
+            config = config.attempt(config.out, again=True)
+    assert status is not None, "the last attempt was not reported"
+    return status
+
+
+def run_ranks(
+    program: str, config: Launch, body: str, size: int, rendezvous: str, restart: int
+) -> int | None:
+    """Run the body on new ranks, once. Returns the exit status; None if a restart is to follow."""
     preload = [*ranks.PRELOAD, body.split(":")[0]]
     started: list[ranks.Rank] = []
-    with tempfile.TemporaryDirectory(prefix="dist_lab-") as folder:
-        try:
-            for rank in range(size):
-                arguments = size, f"{folder}/rendezvous", config, body
-                started.append(ranks.start(rank, new_rank, *arguments, preload=preload))
-            statuses, failures, running = collect(started)
-            if failures:
-                status = report(program, failures, size, config.debug)
-                if not causes(failures)[0].refused:
-                    show_stacks(running)
-                return status
-            ranks.join(started, AT_EXIT)
-            show_stacks([r for r in started if r.process.is_alive()])
-        finally:
-            codes = ranks.stop(started)
-            Console().show_cursor()  # a rank that was ended may have left it hidden
+    try:
+        for rank in range(size):
+            arguments = size, rendezvous, config, body
+            started.append(ranks.start(rank, new_rank, *arguments, preload=preload))
+        soon = AFTER_CAUSE if config.restarts else math.inf
+        statuses, failures, running = collect(started, after_cause=soon)
+        if failures and restart <= config.restarts and can_restart(failures):
+            print(restart_line(program, failures, size, restart, config), file=sys.stderr)
+            if config.debug:
+                report(program, failures, size, debug=True)
+            if all(failure.distance for failure in failures):  # none failed by itself: one hangs
+                show_stacks(running)
+            return None
+        if failures:
+            status = report(program, failures, size, config.debug)
+            if not causes(failures)[0].refused:
+                show_stacks(running)
+            return status
+        ranks.join(started, AT_EXIT)
+        show_stacks([r for r in started if r.process.is_alive()])
+    finally:
+        codes = ranks.stop(started)
+        Console().show_cursor()  # a rank that was ended may have left it hidden
     if any(codes):
         failures = [Failure(n, exit_in_words(code), "") for n, code in enumerate(codes) if code]
         return report(program, failures, size, config.debug)
@@ -205,7 +211,7 @@ def show_stacks(running: Sequence[ranks.Rank]) -> None:
 # --- a rank that torchrun started -----------------------------------------------------------------
 
 
-def on_this_rank(config: Launch, body: str, rank: int, size: int) -> int:
+def on_this_rank(config: Launch, body: str, rank: int, size: int, place: Place | None) -> int:
     if config.nproc is not None:
         raise UserError(
             f"--nproc {config.nproc} starts ranks, but this is already rank {rank} of {size}; "
@@ -225,6 +231,8 @@ def on_this_rank(config: Launch, body: str, rank: int, size: int) -> int:
             f"{str(error).splitlines()[0]}"
         ) from error
     groups.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
+    if place is not None:
+        config = agreed_attempt(config, place, rank, store, groups.store_of_all_attempts(store))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return work(config, body, axes, threads_per_rank(config, local))
 
@@ -272,44 +280,3 @@ def check_interface(backend: str) -> None:
                 f"GLOO_SOCKET_IFNAME={name} is not a network interface (environment); give one "
                 f"of {', '.join(interfaces)}, or unset it"
             )
-
-
-# A Python parameter in an error message of dist_lab: `name=`, maybe with a value. After a comma it
-# belongs to a call that the message quotes, and is not replaced.
-PARAMETER = re.compile(
-    r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download|strategy|"""
-    r"""threads|reduce_order|reduce_dtype|defer_reduce|sync_batchnorm|offload)="""
-    r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
-)
-
-
-def in_flags(line: str) -> str:
-    """Returns an error message of dist_lab with flags in place of Python parameters.
-
-    >>> in_flags('not in 3 (microbatches=); give microbatches=4, or impl="hand"')
-    'not in 3 (--microbatches); give --microbatches 4, or --impl hand'
-    >>> in_flags("data='a b': words(batch=4, seq=6) raised ValueError")
-    "--data 'a b': words(batch=4, seq=6) raised ValueError"
-    """
-
-    def flag(match: re.Match[str]) -> str:
-        return " ".join(filter(None, ("--" + match[1].replace("_", "-"), match[2], match[3])))
-
-    return PARAMETER.sub(flag, line)
-
-
-# --- reports of failures --------------------------------------------------------------------------
-
-
-def report(program: str, failures: Sequence[Failure], size: int, debug: bool) -> int:
-    """Print the failures to stderr, each once. Returns the exit status."""
-    nearest = causes(failures)
-    refusals = [failure for failure in nearest if failure.refused]
-    text = describe([failure for failure in nearest if debug or not failure.refused], size)
-    others = [failure.rank for failure in failures if failure not in nearest]
-    if text and others:
-        text += heading(f"{ranks_in_words(others)} of {size}: timed out, or lost the connection")
-    if refusals:
-        text += f"{program}: error: {in_flags(refusals[0].summary)}\n"
-    print(text, end="", file=sys.stderr, flush=True)
-    return max(failure.status for failure in nearest)

@@ -7,10 +7,11 @@ so that a wrong setting is refused at once.
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import launcher
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dist_lab.mesh.mesh import Mesh
 
 
@@ -32,11 +35,22 @@ class Toy:
     collectives: str = "auto"
     check_collectives: bool = False
     debug: bool = False
+    restarts: int = 0
+    out: str = ""
+    again: bool = False
 
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         if size == 5:
             raise UserError("batch 8 does not divide by 5 ranks; give --batch 10")
         return {"dp": size}
+
+    def attempt(self, out: str, *, again: bool) -> "Toy":
+        return replace(self, out=out, again=again)
+
+
+def place(config: Toy) -> str:
+    """Chooses a new folder each time that it is called: runs have to call it once."""
+    return tempfile.mkdtemp(dir=config.folder, prefix="out-")
 
 
 def parse(argv: Sequence[str] | None = None) -> Toy:
@@ -44,6 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> Toy:
     if unknown := settings.keys() - Toy.__annotations__.keys():
         raise UserError(f"no setting {unknown.pop()}")
     types = {"nproc": int, "timeout": float, "folder": Path, "threads": int, "debug": bool}
+    types["restarts"] = int
     return Toy(**{name: types.get(name, str)(value) for name, value in settings.items()})
 
 
@@ -118,6 +133,59 @@ def keep_a_thread(config: Toy, mesh: "Mesh", last: bool) -> None:
         threading.Thread(target=time.sleep, args=(600,)).start()
 
 
+def count_to_9(config: Toy, mesh: "Mesh", last: bool) -> None:
+    """Trains by counting to 9. The file `count` is its checkpoint, written after every third step.
+
+    `plan` has a line for each attempt: the step, the rank and the way of a failure. One a step, all
+    ranks add 1 to a sum that no attempt may lose or count twice.
+    """
+    from dist_lab.comm import ops
+
+    folder = Path(config.out)
+    with (folder / f"attempts-{mesh.rank}").open("a") as file:
+        file.write(f"{config.again} {os.getpid()}\n")
+    attempt = len((folder / f"attempts-{mesh.rank}").read_text().splitlines())
+    plan = (config.folder / "plan").read_text().splitlines()
+    failures = [line.split() for line in plan if line.split()[0] == str(attempt)]
+    saved = folder / "count"
+    step, total = (
+        map(float, saved.read_text().split()) if config.again and saved.exists() else (0, 0)
+    )
+    while step < 9:
+        step += 1
+        for _, when, rank, way in failures:
+            if step == int(when) and mesh.rank == int(rank):
+                WAYS[way]()
+        total += float(ops.all_reduce(tensor_of(1.0), mesh["dp"]))
+        if step % 3 == 0 and mesh.rank == 0:
+            (folder / "count.tmp").write_text(f"{step} {total}")
+            (folder / "count.tmp").rename(saved)
+    if mesh.rank == 0:
+        (config.folder / "result").write_text(f"{attempt} {total}")
+
+
+def tensor_of(number: float) -> "Tensor":
+    import torch
+
+    return torch.tensor(number)
+
+
+def raise_key_error() -> None:
+    raise KeyError("a defect")
+
+
+def refuse_to_go_on() -> None:
+    raise MachineError("no space left in /scratch")
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exit": lambda: os._exit(3),
+    "exc": raise_key_error,
+    "refuse": refuse_to_go_on,
+}
+
 DO: dict[str, Callable[[Toy, "Mesh", bool], int | None]] = {
     "fine": lambda config, mesh, last: None,
     "status": lambda config, mesh, last: 7 if last else 0,
@@ -132,8 +200,9 @@ DO: dict[str, Callable[[Toy, "Mesh", bool], int | None]] = {
     "wait": wait,
     "wait stubbornly": wait_stubbornly,
     "keep a thread": keep_a_thread,
+    "count to 9": count_to_9,
 }
 
 
 if __name__ == "__main__":
-    sys.exit(launcher.main("toy.py", parse, "toy:body"))
+    sys.exit(launcher.main("toy.py", parse, "toy:body", place=place))

@@ -40,6 +40,7 @@ def parse(
 def check_together(config: Config, where: Mapping[str, str]) -> None:
     """Check the settings against each other. `where`: the flag or file line that set each."""
     check_settings(config, where)
+    check_restarts(config, where)
     check_nproc(config, where)
 
 
@@ -136,4 +137,24 @@ def check_order(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"{config.threads} threads share the sums of a layer, so their number changes its bits "
             f"({where['threads']}); leave it out: with --reduce-order a rank has one"
+        )
+
+
+def check_restarts(config: Config, where: Mapping[str, str]) -> None:
+    """Check that the settings of checkpoints and restarts have a meaning together."""
+    if config.resume.startswith("auto") and not (config.out or config.restarts):
+        raise UserError(
+            f"resume auto looks for checkpoints in --out, which is not given ({where['resume']}); "
+            "add --out DIR, or give --resume DIR"
+        )
+    if config.resume.startswith("auto") and config.overwrite:
+        raise UserError(
+            f"resume auto goes on with the run in --out, and overwrite removes it "
+            f"({where['resume']}, {where['overwrite']}); leave one out"
+        )
+    if config.restarts and config.nproc is None:
+        raise UserError(
+            f"restarts {config.restarts} start new ranks, which only --nproc does "
+            f"({where['restarts']}); add --nproc N, or give torchrun --max-restarts "
+            f"{config.restarts}"
         )

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from dist_lab.comm.by_hand.costs import SETTINGS
 from dist_lab.errors import UserError
+from dist_lab.faults.grammar import Fault, faults_of, read_spec
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
@@ -23,6 +24,9 @@ from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.step.fixed_order.order import check_microbatches, microbatches_of, shards_of
+
+# Settings of training alone; the other programs have no flags for them.
+RESTARTS = ("save_every", "keep", "resume", "restarts", "fault")
 
 
 def read_order(value: object, where: str) -> str:
@@ -150,6 +154,18 @@ class RunSettings(RankSettings):
         "like over the ranks that should hold the same, and stop at a difference; 0: never", low=0)
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
+
+    save_every: int = setting(0, "save a checkpoint in OUT/checkpoints every N steps; 0: never",
+        low=0, heading="checkpoints, restarts and faults")
+    keep: int = setting(2, "keep the N newest checkpoints", low=1)
+    resume: str = setting("", "auto: go on after the newest valid checkpoint in --out, or start if "
+        "there is none; DIR: a run or one of its checkpoints; auto:DIR: as auto, or else from DIR",
+        metavar="auto|DIR")
+    restarts: int = setting(0, "with --nproc: start new ranks up to N times when one fails, and go "
+        "on after the newest checkpoint; under torchrun give it --max-restarts", low=0, high=10_000)
+    fault: str = setting("", "make a rank fail on purpose: kill:rank=2@step=7,phase=backward, or "
+        "random:n=20,seed=7; several separated by ; see dist_lab/faults", metavar="SPEC",
+        read=read_spec, join=";")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -231,7 +247,19 @@ class Config(RunSettings):
         run.check_batch(axes)
         if "tp" in axes:
             run.check_split(axes["tp"])
+        self.faults(size)
         return axes
+
+    def faults(self, ranks: int) -> list[Fault]:
+        """Returns the faults on purpose. Raises UserError if one cannot happen in this run."""
+        return faults_of(self.fault, ranks, self.steps, self.save_every)
+
+    def attempt(self, out: str, *, again: bool) -> Self:
+        """Returns this Config writing to `out`; `again`: going on after its newest checkpoint."""
+        resume = self.resume
+        if again and not resume.startswith("auto"):
+            resume = f"auto:{resume}" if resume else "auto"
+        return replace(self, out=out, resume=resume)
 
     def mesh_on(self, size: int) -> dict[str, int]:
         """Returns --mesh, or else the strategy's default mesh for `size` processes, unchecked."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from dist_lab.errors import UserError
 from dist_lab.processes.ranks import cores
@@ -31,6 +31,8 @@ class RankSettings(ABC):
     # Settings in some programs.
     collectives = "auto"
     check_collectives = False
+    restarts = 0
+    out = ""
 
     @abstractmethod
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
@@ -42,6 +44,10 @@ class RankSettings(ABC):
         Raises:
             UserError: the settings do not fit `size` processes.
         """
+
+    def attempt(self, out: str, *, again: bool) -> Self:
+        """Returns the settings of one attempt of the run; programs without restarts have one."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values, for the summary and to compare ranks."""

@@ -51,7 +51,7 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Limits, all optional: `choices`; `low` and `high`, both inclusive; `above`, exclusive. A field
     of another type needs `read(value, where)`, which converts a flag's text or a file's value, and
     raises UserError. --help shows `metavar` as the value. `heading` starts a group of flags, or
-    continues the group of that name.
+    continues the group of that name. `join`: the flag may be given again, its values are joined.
     """
     return field(default=default, metadata={"help": help} | limits)
 
@@ -226,10 +226,12 @@ def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> SetValu
         raise UserError(f"no flag {shown(stray)}; {hint}--help lists them all")
     parsed: SetValues = {}
     for name, values in vars(known).items():
-        if len(set(values)) > 1:
+        joint = options[name].metadata.get("join")
+        if len(set(values)) > 1 and joint is None:
             both = " and ".join(map(shown, dict.fromkeys(values)))
             raise UserError(f"{name} cannot be both {both} ({flag(name)}); give it once")
-        value = checked(options[name], from_text(options[name], values[0]), flag(name))
+        text = values[0] if joint is None else joint.join(values)
+        value = checked(options[name], from_text(options[name], text), flag(name))
         parsed[name] = value, flag(name)
     return parsed
 

@@ -9,7 +9,7 @@ from typing import Any
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.programs.cli.checks import check_settings
-from dist_lab.programs.cli.config import Config, RunSettings
+from dist_lab.programs.cli.config import RESTARTS, Config, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.mixes import IllegalMix, check_impl, strategies_on
 from dist_lab.programs.cli.ranks import check_nproc, needs_ranks
@@ -23,7 +23,7 @@ DEFAULTS = {"steps": 3}  # per round; strategies are compared best within short 
 SMOKE = {"size": "tiny", "batch": AtLeast(8), "seq": 32, "steps": 2, "rounds": 8}
 WITHOUT = [
     "strategy", "impl", "val_every", "log_every", "sentinel", "log_collectives",
-    "check_collectives", "reduce_order",
+    "check_collectives", "reduce_order", *RESTARTS,
 ]  # fmt: skip
 ALL = "all"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_lab import data
 from dist_lab.errors import UserError, shown
 from dist_lab.programs.cli.checks import check_settings
-from dist_lab.programs.cli.config import RunSettings
+from dist_lab.programs.cli.config import RESTARTS, RunSettings
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.settings import flag, setting
 from dist_lab.programs.cli.settings import read as read_settings
@@ -16,7 +16,7 @@ from dist_lab.programs.cli.settings import read as read_settings
 WITHOUT = [
     "oversubscribe", "timeout", "steps", "lr", "adamw_lr", "weight_decay", "warmup",
     "overwrite", "about", "val_every", "log_every", "sentinel", "log_collectives",
-    "check_collectives", "reduce_order",
+    "check_collectives", "reduce_order", *RESTARTS,
 ]  # fmt: skip
 RANKS = 4  # the number of ranks unless --mesh, --stages or --nproc sets it
 PICTURES = (".svg", ".png", ".pdf")

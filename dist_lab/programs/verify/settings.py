@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.programs.cli.checks import check_together
-from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.config import RESTARTS, Config
 from dist_lab.programs.cli.settings import AtLeast, as_typed, setting
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.verify.matrix.cells import Cell, all_cells, matching
@@ -14,7 +14,7 @@ from dist_lab.programs.verify.matrix.cells import Cell, all_cells, matching
 # A bug shows in the first steps, so a small run suffices; in float64 rounding cannot hide it.
 DEFAULTS: Mapping[str, Any] = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
 BITS = {**DEFAULTS, "steps": 20, "dtype": "float32"}  # with --reduce-order
-WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every", "sentinel"]
+WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every", "sentinel", *RESTARTS]
 # Flag of a program that starts its own ranks -> the settings that it takes.
 OWN_RANKS: Mapping[str, tuple[str, ...]] = {
     "matrix": ("matrix", "only", "out", "debug"),

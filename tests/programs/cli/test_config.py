@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dist_lab.errors import UserError, one_of
-from dist_lab.processes.launcher import in_flags
 from dist_lab.processes.ranks import cores
+from dist_lab.processes.report import in_flags
 from dist_lab.programs.cli import registry
 from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.cli.config import Config

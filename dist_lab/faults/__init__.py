@@ -1,0 +1,1 @@
+"""Faults on purpose: `grammar` reads `--fault`, `inject` makes the faults happen. See README.md."""

@@ -1,0 +1,45 @@
+"""Prints the failures of ranks to stderr, each once, in the words of the command line."""
+
+import re
+import sys
+from collections.abc import Sequence
+
+from dist_lab.processes.failures import Failure, causes, describe, heading, ranks_in_words
+
+
+def report(program: str, failures: Sequence[Failure], size: int, debug: bool) -> int:
+    """Print the failures to stderr, each once. Returns the exit status."""
+    nearest = causes(failures)
+    refusals = [failure for failure in nearest if failure.refused]
+    text = describe([failure for failure in nearest if debug or not failure.refused], size)
+    others = [failure.rank for failure in failures if failure not in nearest]
+    if text and others:
+        text += heading(f"{ranks_in_words(others)} of {size}: timed out, or lost the connection")
+    if refusals:
+        text += f"{program}: error: {in_flags(refusals[0].summary)}\n"
+    print(text, end="", file=sys.stderr, flush=True)
+    return max(failure.status for failure in nearest)
+
+
+# A Python parameter in an error message of dist_lab: `name=`, maybe with a value. After a comma it
+# belongs to a call that the message quotes, and is not replaced.
+PARAMETER = re.compile(
+    r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download|strategy|"""
+    r"""threads|reduce_order|reduce_dtype|defer_reduce|sync_batchnorm|offload)="""
+    r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
+)
+
+
+def in_flags(line: str) -> str:
+    """Returns an error message of dist_lab with flags in place of Python parameters.
+
+    >>> in_flags('not in 3 (microbatches=); give microbatches=4, or impl="hand"')
+    'not in 3 (--microbatches); give --microbatches 4, or --impl hand'
+    >>> in_flags("data='a b': words(batch=4, seq=6) raised ValueError")
+    "--data 'a b': words(batch=4, seq=6) raised ValueError"
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        return " ".join(filter(None, ("--" + match[1].replace("_", "-"), match[2], match[3])))
+
+    return PARAMETER.sub(flag, line)
