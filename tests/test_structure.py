@@ -274,7 +274,7 @@ PRIVATE = {
 
 def test_errors_of_the_library_name_parameters_and_not_flags():
     """A script has no flags. The launcher translates parameters to flags: see `in_flags`."""
-    with_flags = {"programs", "processes", "observe", "testing"}
+    with_flags = {"programs", "processes", "observe", "testing", "faults"}
     allowed = {"--nproc_per_node", "--force-reinstall"}  # flags of torchrun and pip
     allowed |= {"--debug"}  # a flag of the launcher, which hides the traceback that a script shows
     misplaced = []

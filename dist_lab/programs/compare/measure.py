@@ -143,7 +143,7 @@ class Contender:
         if not self.takes_part:
             return
         self.taken += 1
-        with self.meter.step(self.taken):
+        with self.meter.step():
             loss, _ = take_step(
                 self.job, self.optimizer, *next(self.batches), self.taken, self.config
             )

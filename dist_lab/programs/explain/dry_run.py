@@ -42,7 +42,7 @@ def observe(config: Config, mesh: Mesh) -> DryRunResult:
     steps, meter = [], Meter(job, optimizer)
     for number in range(2):
         rows = data.batch(number, loop.own_rows(config.batch, job))
-        with meter.step(number + 1), mesh.comm.ledger.recording() as calls:
+        with meter.step(), mesh.comm.ledger.recording() as calls:
             loop.take_step(job, optimizer, *rows, number + 1, config)
         steps.append(calls)
     return DryRunResult(job, optimizer, steps[0], steps[1], meter.memory)

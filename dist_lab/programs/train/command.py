@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+from dist_lab.comm import ops
 from dist_lab.comm.agree import together
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
@@ -15,6 +17,7 @@ from dist_lab.programs.cli.mixes import strategies_on
 from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import batch_in_words, build, describe, open_run
 from dist_lab.programs.train import loop
+from dist_lab.programs.train.checkpoints import Checkpoints
 
 
 def train(config: Config, mesh: Mesh) -> int:
@@ -22,20 +25,26 @@ def train(config: Config, mesh: Mesh) -> int:
     config = config.fitted(mesh.size)
     with ExitStack() as resources:
         data = open_run(config, mesh)
-        with together(mesh.world):
-            if mesh.rank == 0:
-                what = "-".join(config.strategies)
-                folder = resources.enter_context(run_dir.claimed(config, what))
+        folder = claim_folder(config, mesh, resources)
         job = build(config, mesh, data)
         run_info = describe(config, job, data) | {"strategies": job.strategies}
-        sinks: list[Sink] = []
         if mesh.rank == 0:
             print(opening_line(run_info), flush=True)
+        optimizer = loop.make_optimizer(job, config)
+        checkpoints = Checkpoints(job, optimizer, config, data, folder, tell=print_line)
+        if checkpoints.first >= config.steps:
+            if mesh.rank == 0:
+                print_line(
+                    f"step {checkpoints.first} of {config.steps}: give more --steps to train on"
+                )
+            return 0
+        sinks: list[Sink] = []
+        if mesh.rank == 0:
             sinks = open_sinks(folder, config.steps, plain=config.log_collectives)
             run_info["out"] = str(folder)
         summary: Mapping[str, Any] | None = None
         try:
-            summary = run_info | loop.train(job, data, config, sinks)
+            summary = run_info | loop.train(job, optimizer, data, config, checkpoints, sinks)
             rows = job.timeline()  # of the last step; empty rows unless it is a pipeline
             if any(rows):
                 for sink in sinks:
@@ -49,6 +58,20 @@ def train(config: Config, mesh: Mesh) -> int:
         if mesh.rank == 0:
             print(next_line(config, mesh.size), flush=True)
     return 0
+
+
+def claim_folder(config: Config, mesh: Mesh, resources: ExitStack) -> Path:
+    """Returns the output folder, the same on every rank; rank 0 holds its lock. Collective."""
+    folder = Path()
+    with together(mesh.world):
+        if mesh.rank == 0:
+            what = "-".join(config.strategies)
+            folder = resources.enter_context(run_dir.claimed(config, what))
+    return Path(ops.all_gather_bytes(str(folder).encode(), mesh.world)[0].decode())
+
+
+def print_line(line: str) -> None:
+    print(line, flush=True)
 
 
 def next_line(config: Config, ranks: int) -> str:

@@ -17,6 +17,7 @@ from dist_lab.observe.sinks import Sink
 from dist_lab.optim import MatrixOptimizer, Muon, Shampoo
 from dist_lab.optim.matrices import Groups
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.train.checkpoints import Checkpoints
 from dist_lab.programs.train.meter import Meter
 from dist_lab.step.fixed_order.digest import sha256
 
@@ -30,18 +31,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[str, Any]:
+def train(
+    job: Job, optimizer: torch.optim.Optimizer, data: Data, config: Config,
+    checkpoints: Checkpoints, sinks: Sequence[Sink],
+) -> dict[str, Any]:  # fmt: skip
     """Train, send rows to the sinks, and return the medians and final losses for summary.json."""
-    optimizer = make_optimizer(job, config)
     rows = own_rows(config.batch, job)
     meter = Meter(job, optimizer)
     sentinel = job.sentinel(config.sentinel) if config.sentinel else None
     tokens = config.batch * config.seq if data.image is None else None
     validation: dict[str, float] = {}
 
-    with closing(prefetch(data, rows, 0, config.steps)) as batches:
-        for step in range(1, config.steps + 1):
-            with meter.step(step):
+    first = checkpoints.first  # steps taken by an earlier process
+    with closing(prefetch(data, rows, first, config.steps)) as batches:
+        for step in range(first + 1, config.steps + 1):
+            with meter.step():
                 inputs, targets = next(batches)
                 loss, norm = take_step(job, optimizer, inputs, targets, step, config)
                 if sentinel is not None:
@@ -58,13 +62,15 @@ def train(job: Job, data: Data, config: Config, sinks: Sequence[Sink]) -> dict[s
                 validation = evaluate(job, data, config, rows)
             for sink in sinks:
                 sink.tick(step)
-            if evaluation_due or step == 1 or step % config.log_every == 0:
+            if evaluation_due or step == first + 1 or step % config.log_every == 0:
                 lr = optimizer.param_groups[0]["lr"]
                 row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
                 row |= validation if validate else {}
                 row |= meter.since_last_row(config.batch, tokens)
                 for sink in sinks:
                     sink.row(row)
+            checkpoints.after(step)
+    checkpoints.finish()
     final: dict[str, Any] = {"final_loss": loss, "final_val_loss": None}
     final |= {f"final_{name}": value for name, value in validation.items()}
     if config.reduce_order:

@@ -34,9 +34,9 @@ class Meter:
         self.flops_per_step = 0.0  # summed over all ranks
 
     @contextmanager
-    def step(self, step: int) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         """Measures one step."""
-        ledger = self.job.mesh.comm.ledger
+        step, ledger = len(self.steps) + 1, self.job.mesh.comm.ledger
         before, began = ledger.total, time.perf_counter()
         with ExitStack() as measurements:
             if step <= WARM_UP:

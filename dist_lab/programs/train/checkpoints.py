@@ -1,0 +1,141 @@
+"""The checkpoints of a training run: from which one it goes on, and when it saves another.
+
+They are in OUT/checkpoints. A run goes on only with the settings that decide what it computes:
+model, data, batch, optimizer. All others may change, such as the number of ranks or the strategy.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dist_lab.checkpoint import folder as folders
+from dist_lab.checkpoint import manifest
+from dist_lab.checkpoint.files import Files, as_machine_error
+from dist_lab.checkpoint.load import load, open_newest
+from dist_lab.checkpoint.save import Tell
+from dist_lab.comm.agree import first_says, together
+from dist_lab.data import Data
+from dist_lab.errors import MachineError, UserError
+from dist_lab.job import Job
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.settings import as_typed, flag
+
+CHECKPOINTS = "checkpoints"
+# Settings that may not change when a run goes on.
+MEANING = (
+    "model", "size", "layers", "dropout", "sync_batchnorm", "data", "seq", "batch", "seed", "dtype",
+    "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip",
+)  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        first: the number of steps that were taken before this process was started.
+    """
+
+    def __init__(
+        self, job: Job, optimizer: Optimizer, config: Config, data: Data, out: Path, *,
+        files: Files | None = None, tell: Tell = lambda line: None,
+    ) -> None:  # fmt: skip
+        """Resume, if `config.resume` says so. Collective.
+
+        Args:
+            out: the run's folder, the same on every rank.
+            files: the file operations of saves.
+            tell: called on rank 0 with lines for the user, from any thread.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is of another model, data or settings.
+            MachineError: it is damaged.
+        """
+        self._job, self._optimizer, self._config = job, optimizer, config
+        self._meaning = meaning_of(config, data)
+        self._folder, self._tell = out.absolute() / CHECKPOINTS, tell
+        self._files = files or Files()
+        with together(job.mesh.world):
+            if job.mesh.rank == 0:
+                with as_machine_error(self._folder):
+                    folders.sweep(self._folder, Files())
+        self.first = self._resume() if config.resume else 0
+        self._saver = None
+        if config.save_every:
+            self._saver = job.saver(self._folder, keep=config.keep, files=self._files, tell=tell)
+
+    def after(self, step: int) -> None:
+        """A step has ended: save, if it is time. Collective."""
+        is_last, every = step == self._config.steps, self._config.save_every
+        if self._saver is not None and (is_last or step % every == 0):
+            self._saver.save(self._optimizer, step=step, settings=self._meaning)
+
+    def finish(self) -> None:
+        """Wait for the last save. Collective."""
+        if self._saver is not None:
+            self._saver.finish()
+
+    def _resume(self) -> int:
+        """Load the checkpoint that `config.resume` names. Returns its step; 0 without one."""
+        mesh = self._job.mesh
+        source = first_says(self._source, mesh.world)
+        if not source:
+            return 0
+        checkpoint = open_newest(source, mesh, self._tell)
+        with together(mesh.world):
+            self._check_settings(str(checkpoint.folder), checkpoint.manifest["settings"])
+        with together(mesh.world):
+            if mesh.rank == 0:
+                with as_machine_error(self._folder):
+                    self._set_aside(checkpoint.step, checkpoint.folder)
+        load(checkpoint, self._job, self._optimizer)
+        if mesh.rank == 0:
+            self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}")
+        return checkpoint.step
+
+    def _source(self) -> str:
+        """The folder to load from; "" to start anew."""
+        wanted = self._config.resume
+        if wanted.partition(":")[0] == "auto":
+            if folders.steps(self._folder):
+                return str(self._folder)
+            wanted = wanted.partition(":")[2]
+        path = Path(wanted).expanduser()
+        return str(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path) if wanted else ""
+
+    def _check_settings(self, name: str, saved: Mapping[str, Any] | None) -> None:
+        """Raise UserError if the run would go on as another one."""
+        if saved is None:
+            return  # saved by a script: only the model's tensors can be compared
+        different = [k for k, value in self._meaning.items() if saved.get(k, value) != value]
+        if different:
+            was = ", ".join(f"{k} {saved[k]} (now {self._meaning[k]})" for k in different)
+            typed = " ".join(as_typed(k, saved[k]) for k in different if k in MEANING)
+            raise UserError(
+                f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give {typed}"
+                if typed
+                else f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give its data"
+            )
+
+    def _set_aside(self, step: int, source: Path) -> None:
+        """Make room for the steps to come: in this run's folder there may be damaged ones."""
+        for later, path in folders.steps(self._folder):
+            if later <= step:
+                continue
+            try:
+                manifest.verify(path)
+            except (UserError, MachineError):
+                self._files.rename(path, folders.beside(path, "damaged"))
+            else:
+                raise UserError(
+                    f"{str(self._folder)!r} has checkpoints after step {step}, such as "
+                    f"{path.name} ({flag('resume')}); give another folder ({flag('out')}), or move "
+                    "them away"
+                )
+
+
+def meaning_of(config: Config, data: Data) -> dict[str, Any]:
+    """The settings that decide what a run computes, as JSON."""
+    settings = config.to_dict()
+    return {name: settings[name] for name in MEANING} | {"data_sha256": data.sha256}
