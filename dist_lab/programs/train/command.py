@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+from dist_lab.comm import ops
 from dist_lab.comm.agree import together
+from dist_lab.faults.inject import injected
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks
@@ -22,10 +25,7 @@ def train(config: Config, mesh: Mesh) -> int:
     config = config.fitted(mesh.size)
     with ExitStack() as resources:
         data = open_run(config, mesh)
-        with together(mesh.world):
-            if mesh.rank == 0:
-                what = "-".join(config.strategies)
-                folder = resources.enter_context(run_dir.claimed(config, what))
+        folder = claim_folder(config, mesh, resources)
         job = build(config, mesh, data)
         run_info = describe(config, job, data) | {"strategies": job.strategies}
         sinks: list[Sink] = []
@@ -33,6 +33,9 @@ def train(config: Config, mesh: Mesh) -> int:
             print(opening_line(run_info), flush=True)
             sinks = open_sinks(folder, config.steps, plain=config.log_collectives)
             run_info["out"] = str(folder)
+        if faults := config.faults(mesh.size):
+            injector = injected(faults, job, folder, first_step=1)
+            sinks.append(resources.enter_context(injector))
         summary: Mapping[str, Any] | None = None
         try:
             summary = run_info | loop.train(job, data, config, sinks)
@@ -49,6 +52,16 @@ def train(config: Config, mesh: Mesh) -> int:
         if mesh.rank == 0:
             print(next_line(config, mesh.size), flush=True)
     return 0
+
+
+def claim_folder(config: Config, mesh: Mesh, resources: ExitStack) -> Path:
+    """Returns the output folder, the same on every rank; rank 0 holds its lock. Collective."""
+    folder = Path()
+    with together(mesh.world):
+        if mesh.rank == 0:
+            what = "-".join(config.strategies)
+            folder = resources.enter_context(run_dir.claimed(config, what))
+    return Path(ops.all_gather_bytes(str(folder).encode(), mesh.world)[0].decode())
 
 
 def next_line(config: Config, ranks: int) -> str:
