@@ -26,5 +26,10 @@ def read(argv: Sequence[str] | None) -> Config:
     return config
 
 
+def place(config: Config) -> str:
+    return run_dir.placed(config, "-".join(config.strategies))
+
+
 if __name__ == "__main__":
-    sys.exit(launcher.main("train.py", read, "dist_lab.programs.train.command:train"))
+    body = "dist_lab.programs.train.command:train"
+    sys.exit(launcher.main("train.py", read, body, place=place))

@@ -2,6 +2,7 @@
 
 A run holds a lock on its folder. The kernel releases it when the process ends for any reason, so a
 killed run blocks no other and leaves no lock file. The kernel also knows which process holds it.
+A run that resumes in the folder keeps its files.
 """
 
 import fcntl
@@ -16,9 +17,10 @@ from dist_lab.programs.cli.config import RunSettings
 
 RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
-    "metrics.jsonl", "summary.json", "events.out.tfevents.*",
+    "metrics.jsonl", "summary.json", "events.out.tfevents.*", "faults.jsonl",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
+CHECKPOINTS = "checkpoints"
 
 
 @contextmanager
@@ -28,17 +30,32 @@ def claimed(config: RunSettings, what: str = "run") -> Iterator[Path]:
     `what` starts the name of a new folder: see `new_folder`.
 
     Raises:
-        UserError: another run uses the folder, it is not empty and `config.overwrite` is not set,
-            it is a file, or it cannot be written to.
+        UserError: another run uses the folder, it is not empty and neither `config.overwrite` nor
+            `config.resume` allows that, it is a file, or it cannot be written to.
     """
     with ExitStack() as stack:
         with as_user_error(config.out or RUNS):
             folder = Path(config.out).expanduser() if config.out else new_folder(config, what)
-            reserve(folder, stack, overwrite=config.overwrite)
-            for pattern in FILES_OF_A_RUN:
-                for path in folder.glob(pattern):
-                    path.unlink()
+            reserve(folder, stack, config)
+            if not resumes_in(folder, config):
+                for pattern in FILES_OF_A_RUN:
+                    for path in folder.glob(pattern):
+                        path.unlink()
         yield folder
+
+
+def placed(config: RunSettings, what: str = "run") -> str:
+    """Returns the folder of all attempts of a run: `config.out`, or a new one in runs/."""
+    with as_user_error(config.out or RUNS):
+        return config.out or str(new_folder(config, what))
+
+
+def resumes_in(folder: Path, config: RunSettings) -> bool:
+    """Whether the run goes on in the folder of the checkpoint from which it resumes."""
+    source = config.resume
+    if source.startswith("auto"):
+        return True
+    return bool(source) and Path(source).expanduser().resolve().is_relative_to(folder.resolve())
 
 
 def make_folder(out: str, file: str) -> Path:
@@ -64,7 +81,7 @@ def look(config: RunSettings) -> None:
     with as_user_error(config.out), ExitStack() as stack:
         folder = Path(config.out).expanduser()
         if config.out and folder.exists():
-            reserve(folder, stack, overwrite=config.overwrite)
+            reserve(folder, stack, config)
 
 
 def new_folder(config: RunSettings, what: str) -> Path:
@@ -81,7 +98,7 @@ def new_folder(config: RunSettings, what: str) -> Path:
             return folder
 
 
-def reserve(folder: Path, stack: ExitStack, *, overwrite: bool) -> None:
+def reserve(folder: Path, stack: ExitStack, config: RunSettings) -> None:
     """Make the folder and lock it until `stack` exits. Refuse one that is in use or not empty."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -96,10 +113,17 @@ def reserve(folder: Path, stack: ExitStack, *, overwrite: bool) -> None:
     except OSError:
         pass  # some network file systems cannot lock a folder; then runs are not kept apart
     names = sorted(path.name for path in folder.iterdir())
-    if names and not overwrite:
+    if resumes_in(folder, config):
+        if names and not any(any(folder.glob(p)) for p in (*FILES_OF_A_RUN, CHECKPOINTS)):
+            raise UserError(
+                f"folder {str(folder)!r} has no run to resume: {len(names)} entries, first "
+                f"{names[0]!r} (--out, --resume); give the folder of a run, or an empty one"
+            )
+    elif names and not config.overwrite:
         raise UserError(
             f"folder {str(folder)!r} is not empty: {len(names)} entries, first {names[0]!r} "
             "(--out); give another, or add --overwrite to replace the logs in it"
+            + (", or --resume auto to go on" if (folder / CHECKPOINTS).exists() else "")
         )
 
 

@@ -2,9 +2,15 @@
 
 A sink takes one row per logged step, and the summary at the end. Rank 0 has all three sinks, the
 other ranks none.
+
+[Note: each step once] A run that is killed has logged steps that are after its last checkpoint. The
+run that resumes takes them again. So metrics.jsonl is cut before the first step to come, and with
+it a line of which only a part was written. TensorBoard is told to purge the events from that step
+on. Both files are flushed after every row: a row that is before a checkpoint is never lost.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +41,23 @@ class Sink:
         """The run is over; None if it failed."""
 
 
-def open_sinks(folder: Path, steps: int, *, plain: bool = False) -> list[Sink]:
-    """Returns all three, writing to `folder`, which exists. `plain`: lines in place of a bar."""
-    return [JsonLines(folder), TensorBoard(folder), Screen(steps, plain=plain)]
+def open_sinks(folder: Path, steps: int, *, plain: bool = False, first_step: int = 1) -> list[Sink]:
+    """Returns all three, writing to `folder`, which exists. `plain`: lines in place of a bar.
+
+    `first_step`: the first step to come. Rows of it and of later steps are removed: see
+    [Note: each step once].
+    """
+    screen = Screen(steps, plain=plain)
+    return [JsonLines(folder, first_step), TensorBoard(folder, first_step), screen]
 
 
 class JsonLines(Sink):
-    """Writes metrics.jsonl. A line is written at once, so a killed run leaves no partial line."""
+    """Writes metrics.jsonl, a line at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         self.folder = folder
+        drop_rows(folder / "metrics.jsonl", first_step)
+        (folder / "summary.json").unlink(missing_ok=True)
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def row(self, row: Row) -> None:
@@ -68,15 +81,21 @@ class JsonLines(Sink):
 class TensorBoard(Sink):
     """Writes every number of a row as a scalar: `tensorboard --logdir runs`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 does
 
-        self.writer = SummaryWriter(str(folder))
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        # Files are read in the order of their names, which begin with the second: the files of two
+        # attempts must not begin alike.
+        while earlier and int(time.time()) == int(earlier[-1].name.split(".")[3]):
+            time.sleep(0.02)
+        self.writer = SummaryWriter(str(folder), purge_step=first_step if earlier else None)
 
     def row(self, row: Row) -> None:
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         from dist_lab.observe import pipeline_plot
@@ -118,6 +137,18 @@ class Screen(Sink):
         self.progress.close()
         if summary is not None:
             self.progress.print(closing_line(summary))
+
+
+def drop_rows(path: Path, first_step: int) -> None:
+    """Removes the rows from `first_step` on, and a last line that is not complete."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [ln for ln in lines if ln.endswith(b"\n") and json.loads(ln)["step"] < first_step]
+    if kept != lines:
+        new = path.with_name(f"{path.name}.tmp")
+        new.write_bytes(b"".join(kept))
+        new.replace(path)  # at once, so that a run that is killed here loses no row
 
 
 def closing_line(summary: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ that was killed, that exited, that raised any other exception, or that hung unti
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from dist_lab.errors import UserError
 from dist_lab.processes.failures import Failure, causes, ranks_in_words
@@ -53,7 +53,7 @@ class Launch(Protocol):
         """Returns the settings of an attempt that writes to `out`; `again`: it resumes there."""
 
 
-Place = Callable[[Launch], str]  # chooses the output folder
+Place = Callable[[Any], str]  # the program's own configuration -> the output folder
 
 
 def can_restart(failures: Sequence[Failure]) -> bool:

@@ -231,7 +231,7 @@ def on_this_rank(config: Launch, body: str, rank: int, size: int, place: Place |
             f"{str(error).splitlines()[0]}"
         ) from error
     groups.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
-    if place is not None:
+    if place is not None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         config = agreed_attempt(config, place, rank, store, groups.store_of_all_attempts(store))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return work(config, body, axes, threads_per_rank(config, local))

@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_lab.observe import flops
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.observe.sinks import open_sinks
+from dist_lab.observe.sinks import drop_rows, open_sinks
 from dist_lab.transforms.recompute import recompute
 
 
@@ -63,6 +63,46 @@ def test_rows_are_written_as_json_lines_and_tensorboard_scalars(tmp_path, capsys
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 1.5)]
     assert "step     2/2  loss 1.5000" in capsys.readouterr().out
     assert not (tmp_path / "summary.json").exists(), "a run that failed has no summary"
+
+
+def test_a_run_that_resumes_has_each_step_once_in_both_logs(tmp_path):
+    """Killed after step 5, while a line was being written, and resumed after step 3."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def log(steps, first_step=1):
+        sinks = open_sinks(tmp_path, steps=6, plain=True, first_step=first_step)[:2]
+        for step in steps:
+            for sink in sinks:
+                sink.row({"step": step, "loss": step + first_step / 10})
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        for sink in sinks:
+            sink.close(None)
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}, "not flushed"
+
+    log([1, 2, 3, 4, 5])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    (tmp_path / "summary.json").write_text("of a run that had ended")
+    (events,) = tmp_path.glob("events*")
+    events.write_bytes(events.read_bytes()[:-3])  # its last event was torn, too
+    log([4, 5, 6], first_step=4)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [(1, 1.1), (2, 2.1), (3, 3.1), (4, 4.4), (5, 5.4), (6, 6.4)]
+    assert [(row["step"], row["loss"]) for row in rows] == expected
+    scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, round(e.value, 3)) for e in scalars] == expected
+    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {"metrics", "events"}
+
+
+def test_rows_are_kept_as_they_are_if_none_is_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    before = path.stat()
+    drop_rows(path, 3)
+    assert path.stat() == before
+    drop_rows(path, 1)
+    assert path.read_text() == ""
+    drop_rows(tmp_path / "no such file", 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dist_lab.errors import UserError
-from dist_lab.observe.run_dir import claimed, look, make_folder
+from dist_lab.observe.run_dir import claimed, look, make_folder, placed
 from dist_lab.programs.cli.config import Config
 
 HOLD = """
@@ -137,3 +137,46 @@ def test_look_changes_nothing(tmp_path):
     for config in (Config(), Config(out="new"), Config(out=str(tmp_path), overwrite=True)):
         look(config)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# --- a run that resumes ---------------------------------------------------------------------------
+
+LOGS = ["metrics.jsonl", "summary.json", "faults.jsonl", "events.out.tfevents.1.host.2.0"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "auto:elsewhere", ".", "checkpoints/step-00000003"])
+def test_a_run_that_resumes_in_a_folder_keeps_its_logs(resume, tmp_path):
+    for name in LOGS:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
+    config = Config(out=str(tmp_path), resume=resume)
+    look(config)
+    with claimed(config) as folder:
+        assert {path.name for path in folder.iterdir()} == {*LOGS, "checkpoints"}
+
+
+def test_resume_auto_in_an_empty_folder_starts_a_run(tmp_path):
+    with claimed(Config(out=str(tmp_path / "new"), resume="auto")) as folder:
+        assert not any(folder.iterdir())
+
+
+def test_a_folder_without_a_run_is_not_resumed_in(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert refusal(out=str(tmp_path), resume="auto") == (
+        f"folder '{tmp_path}' has no run to resume: 1 entries, first 'notes.txt' (--out, "
+        "--resume); give the folder of a run, or an empty one"
+    )
+
+
+def test_the_checkpoint_of_another_run_does_not_open_a_folder_with_files(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run / "checkpoints/step-00000003").mkdir(parents=True)
+    line = refusal(out=str(tmp_path / "a"), resume=str(tmp_path / "b"))
+    assert line.endswith("add --overwrite to replace the logs in it, or --resume auto to go on")
+
+
+def test_all_attempts_share_a_folder_that_is_chosen_once(tmp_path):
+    assert placed(Config(), "dp") == "runs/001-dp-gpt-tiny"
+    assert placed(Config(out="mine"), "dp") == "mine"
+    with claimed(Config(out="runs/001-dp-gpt-tiny"), "dp"):
+        pass

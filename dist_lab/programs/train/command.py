@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_lab.comm import ops
 from dist_lab.comm.agree import together
+from dist_lab.faults.inject import injected
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sinks import Sink, open_sinks
@@ -40,8 +41,14 @@ def train(config: Config, mesh: Mesh) -> int:
             return 0
         sinks: list[Sink] = []
         if mesh.rank == 0:
-            sinks = open_sinks(folder, config.steps, plain=config.log_collectives)
+            first_step = checkpoints.first + 1
+            sinks = open_sinks(
+                folder, config.steps, plain=config.log_collectives, first_step=first_step
+            )
             run_info["out"] = str(folder)
+        if faults := config.faults(mesh.size):
+            injector = injected(faults, job, folder, first_step=checkpoints.first + 1)
+            sinks.append(resources.enter_context(injector))
         summary: Mapping[str, Any] | None = None
         try:
             summary = run_info | loop.train(job, optimizer, data, config, checkpoints, sinks)

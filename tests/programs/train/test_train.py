@@ -23,6 +23,7 @@ from dist_lab.observe import flops
 from dist_lab.programs.cli import setup
 from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.train import command as commands
+from dist_lab.programs.train.checkpoints import Checkpoints
 from dist_lab.programs.train.loop import (
     OPTIMIZERS,
     OPTIONS,
@@ -216,8 +217,10 @@ def test_a_failed_run_leaves_no_prefetch_thread(text, tmp_path):
     config = parse([*SMALL, *"--steps 9 --lr 1e30 --clip 0 --optimizer sgd --warmup 0".split()])
     data = open_data(str(text), batch=8, seq=32, seed=0, cache_dir=tmp_path)
     job = setup.build(config, init_mesh(), data)
+    optimizer = make_optimizer(job, config)
+    checkpoints = Checkpoints(job, optimizer, config, data, tmp_path)
     with pytest.raises(TrainingDiverged, match="step ") as raised:  # keeps the frames alive
-        train(job, data, config, [])
+        train(job, optimizer, data, config, checkpoints, [])
     assert [t for t in threading.enumerate() if t.name.startswith("prefetch")] == []
     assert raised.value.__traceback__ is not None
 
