@@ -68,7 +68,7 @@ def test_a_mutant_is_killed_by_a_test_that_fails_and_the_copy_is_mended(tmp_path
     for sees in ("3", "0"):
         (tmp_path / "tests" / "test_a.py").write_text(test.format(sees, 2 * int(sees)))
         (mutant,) = (m for m in mutants.mutants_of("a.py", source) if m.new.endswith("x * 3"))
-        outcomes.append(mutants.run(mutant, tmp_path, [["tests/test_a.py"]]))
+        outcomes.append(mutants.run(mutant, tmp_path, ["tests/test_a.py"], "survived"))
     assert [outcome.verdict for outcome in outcomes] == ["killed", "survived"]
     assert outcomes[0].by.endswith("test_it")
     assert (tmp_path / "dist_lab" / "a.py").read_text() == source
