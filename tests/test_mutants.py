@@ -70,5 +70,5 @@ def test_a_mutant_is_killed_by_a_test_that_fails_and_the_copy_is_mended(tmp_path
         (mutant,) = (m for m in mutants.mutants_of("a.py", source) if m.new.endswith("x * 3"))
         outcomes.append(mutants.run(mutant, tmp_path, ["tests/test_a.py"], "survived"))
     assert [outcome.verdict for outcome in outcomes] == ["killed", "survived"]
-    assert outcomes[0].by.endswith("test_it")
+    assert outcomes[0].by == "FAILED tests/test_a.py::test_it - assert 9 == 6"
     assert (tmp_path / "dist_lab" / "a.py").read_text() == source
