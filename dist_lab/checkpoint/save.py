@@ -51,7 +51,7 @@ class Write:
     files: Files
     tell: Tell
     keep: int | None = None
-    error: MachineError | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
 
     def run(self) -> None:
         """Write this rank's files, and wait until rank 0 has made them a checkpoint.
@@ -66,17 +66,13 @@ class Write:
                     self._commit()
                 else:
                     self._wait(self.final.exists)
-        except MachineError as error:
+                if self.rank == 0 and self.keep is not None and self.final.exists():
+                    manifest.verify(self.final)
+                    folders.prune(self.final.parent, self.keep, self.files)
+        except Exception as error:
             self.error = error
             with suppress(OSError):
                 (self.temporary / f"rank-{self.rank}.failed").touch()
-        if self.rank == 0 and self.error is None and self.keep is not None and self.final.exists():
-            try:
-                with as_machine_error(self.final.parent):
-                    manifest.verify(self.final)
-                    folders.prune(self.final.parent, self.keep, self.files)
-            except MachineError as error:
-                self.error = error
 
     def _write(self) -> None:
         shard, name = f"rank-{self.rank}.safetensors", f"rank-{self.rank}.json"
