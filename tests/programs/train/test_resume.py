@@ -1,0 +1,111 @@
+"""A run goes on where it was, in any layout, or says in one line why not."""
+
+import json
+import shutil
+
+import pytest
+from programs import run
+
+SMALL = "--size tiny --batch 12 --seq 16 --log-every 1 --val-every 0 --dtype float64 --dropout 0.1"
+SMALL = SMALL.split()
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(out, flags, steps=6):
+    return run("train.py", *SMALL, *flags.split(), "--steps", str(steps), "--out", str(out))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of 6 steps on 2 ranks with checkpoints after 2, 4 and 6 steps, and its losses."""
+    out = tmp_path_factory.mktemp("run") / "fsdp"
+    done = train(out, "--strategy fsdp --nproc 2 --save-every 2 --keep 9")
+    assert done.returncode == 0, done.stderr
+    return out, [row["loss"] for row in metrics(out)]
+
+
+def without(saved, tmp_path, *steps):
+    """A copy of the run in which these checkpoints do not exist."""
+    out = tmp_path / "copy"
+    shutil.copytree(saved[0], out)
+    for step in steps:
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08}")
+    return out
+
+
+OTHERS = [
+    "--strategy ddp --nproc 3", "--mesh pp=2,tp=2 --nproc 4 --microbatches 3",
+    "--strategy zero1 --nproc 4", "--strategy single",
+]  # fmt: skip
+
+
+@pytest.mark.slow_unless(lambda other: other == OTHERS[0])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_run_goes_on_in_another_layout_with_the_losses_it_would_have_had(saved, tmp_path, other):
+    out = without(saved, tmp_path, 4, 6)
+    done = train(out, f"{other} --resume auto")
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 2" in done.stdout
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]  # each step once
+    assert [row["loss"] for row in metrics(out)] == pytest.approx(saved[1], rel=1e-10)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_moved_aside(saved, tmp_path):
+    out = without(saved, tmp_path)
+    shard = out / "checkpoints" / "step-00000006" / "rank-1.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 4
+    shard.write_bytes(data)
+    done = train(out, "--strategy fsdp --nproc 2 --resume auto --save-every 2")
+    assert done.returncode == 0, done.stderr
+    assert "rank-1.safetensors' was changed: its SHA-256 is" in done.stdout
+    assert "resumed after step 4" in done.stdout
+    assert [row["loss"] for row in metrics(out)] == saved[1]  # to the bit: the same ranks
+    names = sorted(path.name.partition(".")[0] for path in (out / "checkpoints").iterdir())
+    assert names.count("step-00000006") == 2  # the new one, and the damaged one under another name
+
+
+@pytest.mark.slow
+def test_a_run_that_has_taken_all_its_steps_says_so(saved, tmp_path):
+    done = train(without(saved, tmp_path), "--strategy fsdp --nproc 2 --resume auto")
+    assert done.returncode == 0
+    assert "step 6 of 6: give more --steps to train on" in done.stdout
+
+
+REFUSED = {
+    "another learning rate": ("--lr 0.001 --resume {out}", "with lr 0.002 (now 0.001)", 2),
+    "another model": ("--layers 3 --resume {out}", "with layers None (now 3)", 2),
+    "no such folder": ("--resume {out}/nowhere", "no such folder", 2),
+    "an empty folder": ("--resume {empty} --out {empty}/new", "there is no checkpoint in", 2),
+    "an older one in its own folder": (
+        "--resume {out}/checkpoints/step-00000002", "has checkpoints after step 2", 2),
+    "a damaged one by name": ("--resume {out}/checkpoints/step-00000004", "was changed", 1),
+    "a newer format": ("--resume {out}/checkpoints/step-00000006", "has format 9", 2),
+}  # fmt: skip
+
+
+@pytest.mark.slow_unless(lambda case: case == "another learning rate")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_resume_is_one_line_and_changes_nothing(saved, tmp_path, case):
+    flags, words, status = REFUSED[case]
+    out, empty = without(saved, tmp_path), tmp_path / "empty"
+    empty.mkdir()
+    steps = out / "checkpoints"
+    if case == "a damaged one by name":
+        shutil.rmtree(steps / "step-00000006")
+        shard = steps / "step-00000004" / "rank-0.safetensors"
+        shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    if case == "a newer format":
+        manifest = steps / "step-00000006" / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
+    before = sorted(str(path) for path in out.rglob("*"))
+    where = "" if "--out" in flags else f"--out {out}"
+    flags = f"--strategy fsdp --nproc 2 {where} {flags.format(out=out, empty=empty)}".split()
+    done = run("train.py", *SMALL, *flags, "--steps", 6)
+    assert done.returncode == status, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert words in line
+    assert sorted(str(path) for path in out.rglob("*")) == before
