@@ -9,7 +9,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -51,21 +52,34 @@ class Files:
         shutil.rmtree(path)
 
 
-def write_file(files: Files, path: Path, parts: Iterable[memoryview]) -> dict[str, object]:
-    """Write a new file and bring it to disk. Returns its `bytes` and `sha256`."""
-    digest, size = hashlib.sha256(), 0
-    file = files.create(path)
+def write_file(
+    files: Files, path: Path, parts: Sequence[memoryview],
+    wrote: Callable[[int], None] = lambda size: None,
+) -> dict[str, object]:  # fmt: skip
+    """Write a new file and bring it to disk. Returns its `bytes` and `sha256`.
+
+    Another thread computes the hash meanwhile: most of the time here is spent waiting for the disk.
+
+    Args:
+        wrote: called with the number of bytes after each write.
+    """
+    digest, size = hashlib.sha256(), sum(map(len, parts))
+    hashing = threading.Thread(target=lambda: [digest.update(part) for part in parts])
+    hashing.start()
     try:
-        for part in parts:
-            for start in range(0, len(part), PART):
-                rest = part[start : start + PART]
-                digest.update(rest)
-                size += len(rest)
+        file = files.create(path)
+        try:
+            for part in parts:
+                rest = part
                 while len(rest):
-                    rest = rest[files.write(file, rest) :]
-        files.sync(file)
+                    written = files.write(file, rest[:PART])
+                    rest = rest[written:]
+                    wrote(written)
+            files.sync(file)
+        finally:
+            file.close()
     finally:
-        file.close()
+        hashing.join()
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -13,7 +13,7 @@ thread while training goes on: see saver.py.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.entries import Entry
-from dist_lab.checkpoint.files import PART, Files, as_machine_error, sha256_of, write_file
+from dist_lab.checkpoint.files import Files, as_machine_error, sha256_of, write_file
 from dist_lab.checkpoint.shard import Buffer
 from dist_lab.comm.agree import first_says
 from dist_lab.errors import MachineError
@@ -76,8 +76,9 @@ class Write:
 
     def _write(self) -> None:
         shard, name = f"rank-{self.rank}.safetensors", f"rank-{self.rank}.json"
-        parts = self._with_progress([memoryview(self.header), self.data])
-        self.table["file"] = write_file(self.files, self.temporary / shard, parts)
+        parts = [memoryview(self.header), self.data]
+        path = self.temporary / shard
+        self.table["file"] = write_file(self.files, path, parts, self._progress())
         # Rank 0 reads the table as soon as it has its name.
         new = self.temporary / f"{name}.new"
         write_file(self.files, new, [memoryview(json.dumps(self.table).encode())])
@@ -127,18 +128,19 @@ class Write:
             time.sleep(0.005)
         return True
 
-    def _with_progress(self, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        total, done, last = sum(map(len, parts)), 0, time.monotonic()
-        for part in parts:
-            for start in range(0, len(part), PART):
-                if self.rank == 0 and time.monotonic() - last > TELL_EVERY:
-                    last = time.monotonic()
-                    self.tell(
-                        f"{self.final.name}: {done / max(total, 1):.0%} of {total / 1e6:,.0f} MB "
-                        "a rank written"
-                    )
-                yield part[start : start + PART]
-                done += min(PART, len(part) - start)
+    def _progress(self) -> Callable[[int], None]:
+        """Returns what is called after each write: now and then rank 0 tells how far it is."""
+        total, done, last = len(self.header) + len(self.data), 0, time.monotonic()
+
+        def wrote(size: int) -> None:
+            nonlocal done, last
+            done += size
+            if self.rank == 0 and time.monotonic() - last > TELL_EVERY:
+                last = time.monotonic()
+                megabytes = f"{total / 1e6:,.0f} MB a rank"
+                self.tell(f"{self.final.name}: {done / total:.0%} of {megabytes} written")
+
+        return wrote
 
 
 def prepare(
