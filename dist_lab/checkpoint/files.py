@@ -64,7 +64,12 @@ def write_file(
         wrote: called with the number of bytes after each write.
     """
     digest, size = hashlib.sha256(), sum(map(len, parts))
-    hashing = threading.Thread(target=lambda: [digest.update(part) for part in parts])
+
+    def update() -> None:
+        for part in parts:
+            digest.update(part)
+
+    hashing = threading.Thread(target=update)
     hashing.start()
     try:
         file = files.create(path)

@@ -128,6 +128,14 @@ class Saver:
                 raise write.error
         self.last = write.final
 
+    def wait(self) -> None:
+        """Wait until this rank's part of the last save is written. Not collective.
+
+        For an error that every rank raises, such as a loss that is NaN: the checkpoint is good.
+        """
+        if self._writing is not None and self._writing[1] is not None:
+            self._writing[1].join()
+
 
 def entries_of(job: Trained, optimizer: Optimizer | None, shadow: Shadow | None) -> Iterator[Entry]:
     """All that is saved as tensors."""

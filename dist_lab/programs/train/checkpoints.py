@@ -76,6 +76,11 @@ class Checkpoints:
         if self._saver is not None:
             self._saver.finish()
 
+    def wait(self) -> None:
+        """Wait for this rank's part of the last save: every rank is about to raise an error."""
+        if self._saver is not None:
+            self._saver.wait()
+
     def _resume(self) -> int:
         """Load the checkpoint that `config.resume` names. Returns its step; 0 without one."""
         mesh = self._job.mesh

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_lab.comm import ops
 from dist_lab.comm.agree import together
+from dist_lab.errors import MachineError, UserError
 from dist_lab.faults.inject import injected
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
@@ -56,6 +57,9 @@ def train(config: Config, mesh: Mesh) -> int:
             if any(rows):
                 for sink in sinks:
                     sink.pipeline(rows, config.pipeline(mesh["pp"].size))
+        except (UserError, MachineError):  # raised on every rank, such as a loss that is NaN
+            checkpoints.wait()
+            raise
         finally:
             for sink in sinks:
                 sink.close(summary)
