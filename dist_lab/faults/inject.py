@@ -1,6 +1,7 @@
 """Makes the faults of `--fault` happen on this rank, from outside the code that they hit.
 
-    with injected(faults, job, folder, first_step=1) as injector:
+    with injected(faults, job, folder) as injector:
+        injector.begin(0)
         for step in ...:
             train the step
             injector.tick(step)
@@ -36,6 +37,7 @@ from dist_lab.comm import ops
 from dist_lab.comm.context import SHARED_MEMORY
 from dist_lab.comm.ledger import Call
 from dist_lab.errors import UserError
+from dist_lab.faults.files import FilesWithFaults
 from dist_lab.faults.grammar import PHASES, Fault
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
@@ -49,18 +51,14 @@ FILE = "faults.jsonl"
 
 
 @contextmanager
-def injected(
-    faults: Sequence[Fault], job: Job, folder: Path, *, first_step: int
-) -> Iterator["Injector"]:
+def injected(faults: Sequence[Fault], job: Job, folder: Path) -> Iterator["Injector"]:
     """Make those of the faults happen that are of this rank and have not happened yet.
 
     Args:
         faults: all faults of the run, the same list on every rank.
         folder: the output folder that all attempts of the run share.
-        first_step: the first step to come.
     """
     injector = Injector(faults, job, folder / FILE)
-    injector.begin(first_step)
     chain, ledger = job.sync, job.mesh.comm.ledger
     links, chain.links = chain.links, (First(injector), *chain.links, Last(injector))
     ledger.listeners.append(injector.on_call)
@@ -78,7 +76,11 @@ def injected(
 
 
 class Injector(Sink):
-    """Counts the events of each step, and makes a fault happen at its event."""
+    """Counts the events of each step, and makes a fault happen at its event.
+
+    Attributes:
+        files: carries out the file operations of checkpoints, with the faults of the phase save.
+    """
 
     def __init__(self, faults: Sequence[Fault], job: Job, path: Path) -> None:
         self.job, self.path, self.rank = job, path, job.mesh.rank
@@ -88,13 +90,14 @@ class Injector(Sink):
             for number, fault in enumerate(faults)
             if fault.rank == self.rank and number not in happened
         }
+        self.files = FilesWithFaults(self.faults, self.happen)
         self.step, self.counts = 0, Counter[tuple[str, bool]]()
         self.axis = job.mesh.world  # of the last collective
         self.slow_until, self.began, self.blocked = 0, 0.0, 0.0
 
     def begin(self, step: int) -> None:
-        """This step is the next."""
-        self.step, self.counts = step, Counter()
+        """Faults of the step after this one are due."""
+        self.step, self.counts = step + 1, Counter()
         self.began, self.blocked = time.perf_counter(), self.job.mesh.comm.ledger.total.blocked
 
     def tick(self, step: int) -> None:
@@ -109,7 +112,7 @@ class Injector(Sink):
                     f"{self.rank} has {events} {what} (--fault); give op={max(1, events)} or less"
                     + ("" if events else ", or another phase")
                 )
-        self.begin(step + 1)
+        self.begin(step)
 
     def event(self, phase: str, tensor: Tensor | None = None) -> None:
         """An event of a phase. Faults that change a tensor count only events that have one."""
@@ -137,7 +140,7 @@ class Injector(Sink):
             ops.all_reduce(torch.zeros(3, device=self.job.mesh.device), self.axis)
         elif fault.kind == "slow":
             self.slow_until = self.step + SLOW_STEPS
-        else:
+        elif fault.kind in ENDS:
             ENDS[fault.kind]()
 
     def on_call(self, call: Call) -> None:

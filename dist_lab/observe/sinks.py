@@ -28,6 +28,9 @@ LAST_STEP = "the last step, measured"
 class Sink:
     """The events that a sink can write. By default it ignores them."""
 
+    def begin(self, step: int) -> None:
+        """Training begins after this step; 0: from the start."""
+
     def tick(self, step: int) -> None:
         """A step is done."""
 
@@ -41,22 +44,22 @@ class Sink:
         """The run is over; None if it failed."""
 
 
-def open_sinks(folder: Path, steps: int, *, plain: bool = False, first_step: int = 1) -> list[Sink]:
+def open_sinks(folder: Path, steps: int, *, plain: bool = False, first: int = 0) -> list[Sink]:
     """Returns all three, writing to `folder`, which exists. `plain`: lines in place of a bar.
 
-    `first_step`: the first step to come. Rows of it and of later steps are removed: see
+    `first`: the steps that were taken before. Rows of later steps are removed: see
     [Note: each step once].
     """
     screen = Screen(steps, plain=plain)
-    return [JsonLines(folder, first_step), TensorBoard(folder, first_step), screen]
+    return [JsonLines(folder, first), TensorBoard(folder, first), screen]
 
 
 class JsonLines(Sink):
     """Writes metrics.jsonl, a line at once."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first: int) -> None:
         self.folder = folder
-        drop_rows(folder / "metrics.jsonl", first_step)
+        drop_rows(folder / "metrics.jsonl", first)
         (folder / "summary.json").unlink(missing_ok=True)
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
@@ -81,7 +84,7 @@ class JsonLines(Sink):
 class TensorBoard(Sink):
     """Writes every number of a row as a scalar: `tensorboard --logdir runs`."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 does
 
         earlier = sorted(folder.glob("events.out.tfevents.*"))
@@ -89,7 +92,7 @@ class TensorBoard(Sink):
         # attempts must not begin alike.
         while earlier and int(time.time()) == int(earlier[-1].name.split(".")[3]):
             time.sleep(0.02)
-        self.writer = SummaryWriter(str(folder), purge_step=first_step if earlier else None)
+        self.writer = SummaryWriter(str(folder), purge_step=first + 1 if earlier else None)
 
     def row(self, row: Row) -> None:
         for name, value in row.items():
@@ -139,12 +142,12 @@ class Screen(Sink):
             self.progress.print(closing_line(summary))
 
 
-def drop_rows(path: Path, first_step: int) -> None:
-    """Removes the rows from `first_step` on, and a last line that is not complete."""
+def drop_rows(path: Path, first: int) -> None:
+    """Removes the rows of steps after `first`, and a last line that is not complete."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [ln for ln in lines if ln.endswith(b"\n") and json.loads(ln)["step"] < first_step]
+    kept = [ln for ln in lines if ln.endswith(b"\n") and json.loads(ln)["step"] <= first]
     if kept != lines:
         new = path.with_name(f"{path.name}.tmp")
         new.write_bytes(b"".join(kept))

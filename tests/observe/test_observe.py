@@ -69,11 +69,11 @@ def test_a_run_that_resumes_has_each_step_once_in_both_logs(tmp_path):
     """Killed after step 5, while a line was being written, and resumed after step 3."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def log(steps, first_step=1):
-        sinks = open_sinks(tmp_path, steps=6, plain=True, first_step=first_step)[:2]
+    def log(steps, first=0):
+        sinks = open_sinks(tmp_path, steps=6, plain=True, first=first)[:2]
         for step in steps:
             for sink in sinks:
-                sink.row({"step": step, "loss": step + first_step / 10})
+                sink.row({"step": step, "loss": step + first / 10})
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         for sink in sinks:
             sink.close(None)
@@ -85,9 +85,9 @@ def test_a_run_that_resumes_has_each_step_once_in_both_logs(tmp_path):
     (tmp_path / "summary.json").write_text("of a run that had ended")
     (events,) = tmp_path.glob("events*")
     events.write_bytes(events.read_bytes()[:-3])  # its last event was torn, too
-    log([4, 5, 6], first_step=4)
+    log([4, 5, 6], first=3)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    expected = [(1, 1.1), (2, 2.1), (3, 3.1), (4, 4.4), (5, 5.4), (6, 6.4)]
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.3), (5, 5.3), (6, 6.3)]
     assert [(row["step"], row["loss"]) for row in rows] == expected
     scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert [(e.step, round(e.value, 3)) for e in scalars] == expected
@@ -98,11 +98,11 @@ def test_rows_are_kept_as_they_are_if_none_is_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     before = path.stat()
-    drop_rows(path, 3)
+    drop_rows(path, 2)
     assert path.stat() == before
-    drop_rows(path, 1)
+    drop_rows(path, 0)
     assert path.read_text() == ""
-    drop_rows(tmp_path / "no such file", 1)
+    drop_rows(tmp_path / "no such file", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

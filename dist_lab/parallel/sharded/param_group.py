@@ -140,9 +140,9 @@ class ParamGroup:
         """Issue the all-gather. Returns False if there is no need for one."""
         if self.state is not Params.SHARDED:
             return False
-        self.state = Params.GATHERING
         with torch.inference_mode(False):  # backward may use memory gathered in inference mode
             self.sharded.issue(self._gather, self.gather_axis)
+        self.state = Params.GATHERING  # not before: a failed launch has nothing to wait for
         return True
 
     def _gather(self, memory: Tensor, axis: Axis) -> ops.Pending:

@@ -19,10 +19,10 @@ from dist_lab.comm.agree import first_says, together
 from dist_lab.data import Data
 from dist_lab.errors import MachineError, UserError
 from dist_lab.job import Job
+from dist_lab.observe.run_dir import CHECKPOINTS
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.settings import as_typed, flag
 
-CHECKPOINTS = "checkpoints"
 # Settings that may not change when a run goes on.
 MEANING = (
     "model", "size", "layers", "dropout", "sync_batchnorm", "data", "seq", "batch", "seed", "dtype",

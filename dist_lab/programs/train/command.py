@@ -33,23 +33,27 @@ def train(config: Config, mesh: Mesh) -> int:
         if mesh.rank == 0:
             print(opening_line(run_info), flush=True)
         optimizer = loop.make_optimizer(job, config)
-        checkpoints = Checkpoints(job, optimizer, config, data, folder, tell=print_line)
+        sinks: list[Sink] = []
+        files = None
+        if faults := config.faults(mesh.size):
+            injector = resources.enter_context(injected(faults, job, folder))
+            sinks, files = [injector], injector.files
+        checkpoints = Checkpoints(
+            job, optimizer, config, data, folder, files=files, tell=print_line
+        )
         if checkpoints.first >= config.steps:
             if mesh.rank == 0:
                 print_line(
                     f"step {checkpoints.first} of {config.steps}: give more --steps to train on"
                 )
             return 0
-        sinks: list[Sink] = []
         if mesh.rank == 0:
-            first_step = checkpoints.first + 1
-            sinks = open_sinks(
-                folder, config.steps, plain=config.log_collectives, first_step=first_step
+            sinks += open_sinks(
+                folder, config.steps, plain=config.log_collectives, first=checkpoints.first
             )
             run_info["out"] = str(folder)
-        if faults := config.faults(mesh.size):
-            injector = injected(faults, job, folder, first_step=checkpoints.first + 1)
-            sinks.append(resources.enter_context(injector))
+        for sink in sinks:
+            sink.begin(checkpoints.first)
         summary: Mapping[str, Any] | None = None
         try:
             summary = run_info | loop.train(job, optimizer, data, config, checkpoints, sinks)

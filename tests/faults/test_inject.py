@@ -1,0 +1,229 @@
+"""Faults on purpose: each happens at its event, on its rank, once a run."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import axes_of, batch, build, plan_of, units_of
+
+import dist_lab
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.comm.context import CollectiveMismatch
+from dist_lab.errors import MachineError, TrainingDiverged, UserError
+from dist_lab.faults import inject
+from dist_lab.faults.files import FilesWithFaults
+from dist_lab.faults.grammar import Fault, faults_of
+from dist_lab.faults.inject import injected
+from dist_lab.mesh.mesh import init_mesh
+from dist_lab.programs.verify import batch as batches
+
+STRATEGIES = ["dp", "ddp", "zero2", "fsdp", "tp", "pp"]
+ROWS, SEQ = 8, 6
+
+
+class Happened(Exception):
+    """Stands for the death of a rank, in tests that look at the place where it dies."""
+
+
+class Run:
+    """A job in training with faults."""
+
+    def __init__(self, strategy, spec, folder, steps=4):
+        self.mesh = init_mesh(**axes_of(strategy, 2))
+        self.job = dist_lab.parallelize(
+            build(strategy, "gpt"), self.mesh, strategy, units=units_of("gpt"),
+            **plan_of(strategy, "gpt"),
+        )  # fmt: skip
+        self.optimizer = self.job.optimizer(torch.optim.AdamW, lr=1e-2)
+        self.faults, self.folder, self.steps = faults_of(spec, 2, steps), folder, steps
+        self.losses = []
+
+    def train(self):
+        with injected(self.faults, self.job, self.folder) as self.injector:
+            self.injector.begin(0)
+            for step in range(1, self.steps + 1):
+                self.take(step)
+                self.injector.tick(step)
+
+    def take(self, step):
+        data = self.mesh.data
+        own = batches.slice_rows(batch(step, ROWS, SEQ), data.size)[data.index]
+        total = ROWS * SEQ
+        pairs = batches.slice_rows(own, 2)
+        loss = self.job.run(pairs, lambda out, y: dist_lab.cross_entropy_sum(out, y) / total)
+        self.job.finish()
+        norm = self.job.clip_grad_norm(1.0)
+        self.job.check_finite(step, loss, norm)
+        self.optimizer.step()
+        self.job.after_step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss)
+
+
+def happened(folder):
+    path = folder / inject.FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["fault"] for line in lines]
+
+
+# --- where a rank dies ----------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow_unless(lambda strategy: strategy in ("fsdp", "pp"))
+def test_a_rank_dies_at_the_event_that_is_asked_for(strategy, tmp_path):
+    """All ranks are asked to die there, so that none waits for another."""
+    for phase, op, phases in [
+        ("forward", 1, {"start", "forward", "after_step"}), ("backward", 3, {"backward"}),
+        ("reduce", 1, {"finish"}), ("optimizer", 2, {"clip", "loss", "finish"}),
+    ]:  # fmt: skip
+        spec = ";".join(f"kill:rank={r}@step=2,phase={phase},op={op}" for r in (0, 1))
+        run = Run(strategy, spec, tmp_path / phase)
+        run.folder.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def die(run=run):
+                raise Happened(run.mesh.comm.phase)
+
+            patch.setattr(inject, "ENDS", {"kill": die})
+            with pytest.raises(Happened) as caught:
+                run.train()
+        assert len(run.losses) == 1, "step 1 has ended, step 2 has not"
+        assert phase == "optimizer" or str(caught.value) in phases, phase
+        stepped = any(bool(state) for state in run.optimizer.state.values())
+        assert stepped, "in step 1"
+        assert set(happened(run.folder)) <= set(map(str, run.faults))
+        assert str(run.faults[run.mesh.rank]) in happened(run.folder)
+
+
+@pytest.mark.ranks(2)
+def test_a_fault_happens_once_a_run_and_others_still_happen(tmp_path):
+    spec = "exc:rank=0@step=2;exc:rank=1@step=2;exc:rank=0@step=3;exc:rank=1@step=3"
+    for attempt in (1, 2):
+        with pytest.raises(RuntimeError, match=r"a fault on purpose \(--fault\)"):
+            Run("ddp", spec, tmp_path).train()
+        own = [f for f in happened(tmp_path) if f"rank={torch.distributed.get_rank()}" in f]
+        assert len(own) == attempt
+    again = Run("ddp", spec, tmp_path)
+    again.train()
+    assert len(again.losses) == 4
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow_unless(lambda strategy: strategy in ("fsdp", "pp"))
+def test_faults_that_do_not_happen_change_nothing_and_are_refused(strategy, tmp_path):
+    plain = Run(strategy, "", tmp_path)
+    plain.train()
+    spec = ";".join(f"kill:rank={r}@step=3,phase=backward,op=999" for r in (0, 1))
+    run = Run(strategy, spec, tmp_path)
+    with pytest.raises(UserError) as caught:
+        run.train()
+    assert run.losses == plain.losses[:3]
+    events = run.injector.counts["backward", False]
+    assert events >= 3
+    assert str(caught.value).endswith(f"give op={events} or less")
+    assert happened(tmp_path) == []
+    assert all(type(link).__module__ != inject.__name__ for link in run.job.sync.links)
+
+
+# --- changed tensors ------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.slow_unless(lambda strategy, kind: (strategy, kind) in [("ddp", "nan"), ("tp", "inf")])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_in_that_step(kind, strategy, tmp_path):
+    run = Run(strategy, f"{kind}:rank=1@step=2", tmp_path)
+    with pytest.raises(TrainingDiverged, match=r"step 2: .* on rank 1; no weight was updated"):
+        run.train()
+    assert len(run.losses) == 1
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp", "tp", "pp"])
+@pytest.mark.parametrize("phase", ["backward", "reduce", "optimizer"])
+@pytest.mark.slow_unless(lambda strategy, phase: strategy == "ddp")
+def test_a_flipped_bit_changes_one_number_a_little(strategy, phase, tmp_path):
+    plain = Run(strategy, "", tmp_path)
+    plain.train()
+    run = Run(strategy, f"flip:rank=1@step=2,phase={phase}", tmp_path)
+    run.train()
+    assert happened(tmp_path) == [f"flip:rank=1@step=2,phase={phase},op=1"]
+    assert run.losses[:2] == plain.losses[:2]
+    assert run.losses[2:] != plain.losses[2:]
+    assert run.losses == pytest.approx(plain.losses, abs=0.1)
+
+
+def test_a_bit_of_one_element_is_flipped_and_flipped_back():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.ones(3, 5, dtype=dtype)
+        inject.flip_a_bit(x)
+        assert (x != 1).sum() == 1
+        assert abs(float(x.sum()) - 15) < 0.5
+        inject.flip_a_bit(x)
+        assert (x == 1).all()
+
+
+# --- the others -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+def test_a_collective_that_no_other_rank_launches_is_found_by_the_order_check(phase, tmp_path):
+    run = Run("ddp", f"mismatch:rank=1@step=2,phase={phase}", tmp_path)
+    run.mesh.comm.check = True
+    with pytest.raises(CollectiveMismatch, match=r"the ranks of dp disagree"):
+        run.train()
+    assert len(run.losses) == 1 or phase == "optimizer"
+
+
+@pytest.mark.ranks(2)
+def test_a_slow_rank_takes_about_twice_as_long_for_twenty_steps(tmp_path):
+    run = Run("ddp", "slow:rank=1@step=1", tmp_path, steps=23)
+    slept = []
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(sleep=slept.append, perf_counter=time.perf_counter, time=time.time)
+        patch.setattr(inject, "time", clock)
+        run.train()
+    assert len(slept) == (inject.SLOW_STEPS - 1 if run.mesh.rank == 1 else 0)
+    assert all(0 < seconds < 1 for seconds in slept)
+
+
+@pytest.mark.ranks(2)
+def test_a_full_disk_and_a_torn_file_are_found(tmp_path):
+    faults = [Fault("diskfull", 1, 3, "save", 1), Fault("truncate", 0, 5, "save", 1)]
+    run = Run("fsdp", "", tmp_path)
+    with injected(faults, run.job, tmp_path) as injector:
+        saver = run.job.saver(tmp_path / "saves", in_background=False, files=injector.files)
+        with pytest.raises(MachineError, match="no space left for a checkpoint"):
+            saver.save(run.optimizer, step=3)
+        torn = saver.save(run.optimizer, step=5)
+    assert len(happened(tmp_path)) == 2
+    with pytest.raises(MachineError, match=r"rank-0\.\w+' has [\d,]+ bytes, and had [\d,]+ when"):
+        Checkpoint.open(torn).verify()
+
+
+def test_operations_are_counted_for_each_checkpoint(tmp_path):
+    log = []
+    faults = {0: Fault("kill", 0, 2, "save", 2), 1: Fault("kill", 0, 4, "save", 3)}
+    files = FilesWithFaults(faults, lambda number, fault: log.append(number))
+    for step in (2, 3, 4):
+        folder = tmp_path / f"step-{step:08}.tmp-1a2b3c4d"
+        files.make_folder(folder)
+        with files.create(folder / "rank-0.json") as file:
+            assert log == [0] * (step > 1)
+            files.write(file, memoryview(b"{}"))
+        files.sync_folder(tmp_path)
+    assert log == [0, 1]
+
+
+def test_a_rank_that_holds_the_gil_stops_all_threads_of_its_process(monkeypatch):
+    monkeypatch.setattr(inject, "FOR_EVER", 1.0)
+    began = time.monotonic()
+    inject.sleep_with_the_gil()
+    assert time.monotonic() - began > 0.9
