@@ -30,11 +30,12 @@ class CollectiveError(RuntimeError):
     """A collective failed in the transport: a rank died, or did not arrive in time.
 
     The message is a line about this rank's call, and then `board`: what every rank was doing.
+    `is_first`: no other rank of this machine has failed before.
     """
 
-    def __init__(self, line: str, board: str = "") -> None:
+    def __init__(self, line: str, board: str = "", *, is_first: bool = False) -> None:
         super().__init__(f"{line}\n{board}" if board else line)
-        self.board = board
+        self.board, self.is_first = board, is_first
 
 
 class CollectiveMismatch(CollectiveError):

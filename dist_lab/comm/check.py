@@ -27,15 +27,16 @@ def order_check(call: Call, axis: Axis) -> Iterable[Sequence[Work]]:
 
     Without `check` that is nothing. Raises CollectiveMismatch if a peer has made another call.
     """
-    comm, board, checks = axis.comm, axis.comm.board, None
+    comm, board, group = axis.comm, axis.comm.board, None
     by = "" if call.algorithm == "backend" else f" by {call.algorithm}"
     if board is not None:
         group = board.group(axis)
-        check = _enter(call, axis, board, group, f"{call.op}({call.about}){by}")
-        checks = [[check]] if group.is_local else None
+        _enter(call, axis, board, group, f"{call.op}({call.about}){by}")
     if not comm.check:
         return []
-    return checks or start_first(_gather(call, axis, by))
+    if board is not None and group is not None and group.is_local:
+        return [[Check(call, axis, board, group.lane.agreement())]]
+    return start_first(_gather(call, axis, by))
 
 
 def message_check(call: Call, axis: Axis, x: Tensor, sender: int, receiver: int) -> Sequence[Work]:
@@ -44,8 +45,10 @@ def message_check(call: Call, axis: Axis, x: Tensor, sender: int, receiver: int)
     if board is None:
         return []
     group = board.messages(axis, sender, receiver)
-    check = _enter(call, axis, board, group, f"{x.dtype} x {x.numel()}")
-    return [check] if axis.comm.check and group.is_local else []
+    _enter(call, axis, board, group, f"{x.dtype} x {x.numel()}")
+    if not (axis.comm.check and group.is_local):
+        return []
+    return [Check(call, axis, board, group.lane.agreement())]
 
 
 def start_first(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
@@ -56,12 +59,12 @@ def start_first(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
 # --- on one machine -------------------------------------------------------------------------------
 
 
-def _enter(call: Call, axis: Axis, board: Board, group: Group, fingerprint: str) -> "Check":
+def _enter(call: Call, axis: Axis, board: Board, group: Group, fingerprint: str) -> None:
     try:
-        agreement = board.enter(call, axis.comm.step, group, fingerprint)
+        board.enter(call, axis.comm.step, group, fingerprint)
     except Differ as found:
-        raise mismatch(call, axis, board, found.numbers) from None
-    return Check(call, axis, board, agreement)
+        comm = axis.comm
+        raise comm.mismatch(call, *disagreement(board, found.numbers, comm.size)) from None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class Check:
         try:
             self.agreement.wait(self.axis.comm.timeout, self._fail)
         except Differ as found:
-            raise mismatch(self.call, self.axis, self.board, found.numbers) from None
+            comm = self.axis.comm
+            both = disagreement(self.board, found.numbers, comm.size)
+            raise comm.mismatch(self.call, *both) from None
         except Stuck as found:
             raise self._stuck(found.numbers) from None
         self.board.page.set(WAITING, 0)
@@ -96,18 +101,6 @@ class Check:
             f"and would hang: {each}; let all ranks make the same calls in the same order",
             all_ranks,
         )
-
-
-def mismatch(call: Call, axis: Axis, board: Board, numbers: dict[int, int]) -> CollectiveMismatch:
-    each, all_ranks = disagreement(board, numbers, axis.comm.size)
-    return CollectiveMismatch(_in_one_line(call, axis, each), all_ranks)
-
-
-def _in_one_line(call: Call, axis: Axis, each: str) -> str:
-    return (
-        f"{axis.comm.describe(call)}: the ranks of {axis.name} disagree about their next "
-        f"collective, and would hang: {each}; let all ranks make the same calls in the same order"
-    )
 
 
 # --- between machines -----------------------------------------------------------------------------
@@ -134,4 +127,4 @@ def _gather(call: Call, axis: Axis, by: str) -> Steps:
     calls = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
     if len({text.split(" at ")[0] for text in calls}) > 1:
         each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, calls, strict=True))
-        raise CollectiveMismatch(_in_one_line(call, axis, each))
+        raise comm.mismatch(call, each)

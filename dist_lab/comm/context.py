@@ -5,6 +5,7 @@ the model, and adds the rank, the call and the line that made it to an error of 
 collectives have no other state.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dist_lab.comm.board.board import Board
-from dist_lab.comm.board.report import report
+from dist_lab.comm.board.report import disagreement, report
 from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
 from dist_lab.errors import CollectiveError, CollectiveMismatch
@@ -29,6 +30,7 @@ __all__ = ["SHARED_MEMORY", "CollectiveError", "CollectiveMismatch", "CommContex
 # LOST: in errors of gloo, if a rank has ended.
 LATE = ("Timed out", "timed out")
 LOST = ("Connection closed by peer", "Connection reset by peer")
+IN_GLOO = re.compile(r"^\[/\S+\] ")  # the line of gloo's source, before its message
 # The unit of the calls that set up a shared buffer. There are many, and they carry no values.
 SHARED_MEMORY = "shared memory"
 
@@ -157,9 +159,24 @@ class CommContext:
             advice = "; another rank failed or ended, and its own error is the cause"
         who = all_ranks = ""
         if self.board is not None:
+            if numbers := self.board.differing(call.number):
+                return self.mismatch(call, *disagreement(self.board, numbers, self.size))
             who, all_ranks = report(self.board, call.number, self.size, lost=is_lost)
-        said = f"{who}: {error}" if who else str(error)
-        return CollectiveError(f"{self.describe(call)}: {said}{advice}", all_ranks)
+        text = IN_GLOO.sub("", str(error))
+        said = f"{who}: {text}" if who else text
+        return CollectiveError(
+            f"{self.describe(call)}: {said}{advice}", all_ranks,
+            is_first=self.board is not None and self.board.is_first,
+        )  # fmt: skip
+
+    def mismatch(self, call: Call, each: str, all_ranks: str = "") -> CollectiveMismatch:
+        """Returns the error of ranks that differ. `each`: what each rank calls, and where."""
+        return CollectiveMismatch(
+            f"{self.describe(call)}: the ranks of {call.axis} disagree about their next "
+            f"collective, and would hang: {each}; let all ranks make the same calls in the same "
+            "order",
+            all_ranks,
+        )
 
     def log(self, write: Callable[[str], object]) -> None:
         """Write one line for each collective when it starts: this shows when ranks communicate.

@@ -273,6 +273,7 @@ def init_mesh(
     comm = CommContext(rank, size, backend=backend, check=check, collectives=collectives)
     mesh = Mesh(axes, comm, timeout)
     comm.board = join(rank, size, comm.device, check=check, place=comm.place, mesh=str(mesh))
+    comm.begin(comm.step, comm.phase)  # the first words on the board
     return mesh
 
 

@@ -29,15 +29,18 @@ from typing import Protocol
 
 from rich.console import Console
 
+from dist_lab.comm.board.stack import answering
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
 from dist_lab.processes.failures import (
     Failure,
+    by_cause,
     causes,
     collect,
     describe,
     exit_in_words,
     heading,
+    one_of_many,
     ranks_in_words,
 )
 from dist_lab.processes.ranks import cores
@@ -110,7 +113,8 @@ def main(
         failure = Failure.of(rank, error)
         if rank_and_size is None and not failure.refused:
             raise
-        if failure.distance or (failure.refused and rank > 0):
+        waited = failure.distance and not failure.is_first
+        if waited or (failure.refused and rank > 0):
             time.sleep(AFTER_TORCHRUN)  # a rank with a better report ends first; torchrun ends us
         status = report(program, [failure], size, debug)
     if rank_and_size is not None:
@@ -131,7 +135,8 @@ def work(config: Launch, body: str, axes: dict[str, int], threads: int | None) -
         timeout=config.timeout, backend=config.backend, check=config.check_collectives,
         collectives=config.collectives, **axes,
     )  # fmt: skip
-    status: int = resolve_name(body)(config, mesh)
+    with answering(mesh.comm.board):
+        status: int = resolve_name(body)(config, mesh)
     groups.disconnect()
     return status
 
@@ -303,12 +308,14 @@ def in_flags(line: str) -> str:
 
 def report(program: str, failures: Sequence[Failure], size: int, debug: bool) -> int:
     """Print the failures to stderr, each once. Returns the exit status."""
-    nearest = causes(failures)
+    nearest = one_of_many(causes(failures))
     refusals = [failure for failure in nearest if failure.refused]
     text = describe([failure for failure in nearest if debug or not failure.refused], size)
     others = [failure.rank for failure in failures if failure not in nearest]
     if text and others:
         text += heading(f"{ranks_in_words(others)} of {size}: timed out, or lost the connection")
+    if not any(failure.board or failure.details for failure in nearest):  # it died silently
+        text += next((f"{f.board}\n" for f in by_cause(failures) if f.board), "")
     if refusals:
         text += f"{program}: error: {in_flags(refusals[0].summary)}\n"
     print(text, end="", file=sys.stderr, flush=True)

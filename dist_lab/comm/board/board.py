@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
-from dist_lab.comm.board.lanes import Agreement, Lane, Lanes
+from dist_lab.comm.board.lanes import Lane, Lanes
 from dist_lab.comm.board.page import (
     FAILED,
     LEFT,
@@ -51,6 +51,7 @@ class Group:
 
     key: bytes
     on: str  # such as dp{1,3}
+    channel: int
     lane: Lane
     is_local: bool  # all of its ranks are on this machine
 
@@ -81,16 +82,13 @@ class Board:
 
     # --- what this rank does --------------------------------------------------------------------
 
-    def enter(self, call: Call, step: int, group: Group, fingerprint: str) -> Agreement:
+    def enter(self, call: Call, step: int, group: Group, fingerprint: str) -> None:
         """Write a call that is about to start. Raises lanes.Differ."""
+        lane = group.lane
         self.page.write(
-            Entry(
-                call.number, 0.0, time.monotonic(), group.key, group.lane.seq + 1, step,
-                group.lane.channel, call.size, call.payload, call.op, call.algorithm, group.on,
-                call.about, call.phase, call.unit, call.where,
-            )
-        )  # fmt: skip
-        return group.lane.post(call.number, fingerprint)
+            call, time.monotonic(), group.key, lane.seq + 1, step, group.channel, group.on
+        )
+        lane.post(call.number, fingerprint)
 
     def wait_begins(self, number: int) -> None:
         self.page.set(WAITING, number)
@@ -102,6 +100,12 @@ class Board:
         """A collective has failed on this rank; the first time counts."""
         if not self.page.get(FAILED):
             self.page.set(FAILED, time.monotonic())
+
+    @property
+    def is_first(self) -> bool:
+        """This rank has failed, and no other of this machine before it."""
+        times = [time for page in self.pages if (time := page.get(FAILED))]
+        return bool(times) and min(times) == self.page.get(FAILED)
 
     # --- groups ---------------------------------------------------------------------------------
 
@@ -118,9 +122,11 @@ class Board:
         if short not in self._groups:
             key = blake2b(repr(short).encode(), digest_size=8).digest()
             members = [i for i, rank in enumerate(self.ranks) if rank in ranks]
-            lane = Lane(key, self._lanes, self.position, members, axis.channel)
+            lane = Lane(key, self._lanes, self.position, members)
             on = f"{axis.name}{{{between or numbers_in_words(ranks)}}}"
-            self._groups[short] = Group(key, on, lane, len(members) == len(set(ranks)))
+            self._groups[short] = Group(
+                key, on, axis.channel, lane, len(members) == len(set(ranks))
+            )
         return self._groups[short]
 
     # --- what the other ranks do ----------------------------------------------------------------
@@ -136,10 +142,26 @@ class Board:
         found = (Status.of(*pair) for pair in zip(self.ranks, self.pages, strict=True))
         return [status for status in found if status is not None]
 
-    def missing(self, entry: Entry) -> list[int]:
-        """The ranks of this machine that have not made this call of ours."""
-        late = self._lanes[self.position].missing(entry.key, entry.seq, self._lanes)
-        return [self.ranks[i] for i in late]
+    def missing(self, entry: Entry, position: int | None = None) -> list[int]:
+        """The ranks of this machine that have not made this call, of ours or another page."""
+        lanes = self._lanes[self.position if position is None else position]
+        return [self.ranks[i] for i in lanes.missing(entry.key, entry.seq, self._lanes)]
+
+    def differing(self, number: int) -> dict[int, int]:
+        """Page -> number of the call, if ranks differ about this call of ours; else empty."""
+        if (entry := self.page.entry(number)) is None:
+            return {}
+        prints = {i: lanes.print_at(entry.key, entry.seq) for i, lanes in enumerate(self._lanes)}
+        made = {i: found for i, found in prints.items() if found[2] == entry.seq}
+        differ = len({print_ for _, print_, _ in made.values()}) > 1 and self.position in made
+        return {i: number for i, (number, _, _) in made.items()} if differ else {}
+
+    def awaited(self) -> list[int]:
+        """The ranks that others wait for, and that wait for nobody."""
+        waiting = [page.entry(page.get(WAITING)) for page in self.pages]
+        late = {rank for i, entry in enumerate(waiting) if entry for rank in self.missing(entry, i)}
+        busy = {rank for rank, entry in zip(self.ranks, waiting, strict=True) if entry}
+        return sorted(late - busy)
 
     def common(self, rank: int) -> set[bytes]:
         """The keys of the groups that this rank and another one are in."""

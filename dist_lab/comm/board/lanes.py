@@ -100,9 +100,11 @@ class Lanes:
 
     def print_at(self, key: bytes, seq: int) -> tuple[int, bytes, int]:
         """The number, hash and count in the slot of call `seq`; the count is smaller if late."""
-        lane = self.find(key)
+        lane = self._offsets.get(key)
         if lane is None:
-            return 0, b"", 0
+            lane = self.find(key)
+            if lane is None:
+                return 0, b"", 0
         at = lane + seq % FINGERPRINTS * FINGERPRINT
         found: tuple[int, bytes, int] = PRINT.unpack_from(self.page.memory, at)
         return found
@@ -126,26 +128,44 @@ class Lane:
     """
 
     def __init__(
-        self, key: bytes, lanes: Sequence[Lanes], own: int, members: Sequence[int], channel: int
+        self, key: bytes, lanes: Sequence[Lanes], own: int, members: Sequence[int]
     ) -> None:
-        self.key, self.lanes, self.own, self.channel = key, lanes, own, channel
+        self.key, self.lanes, self.own = key, lanes, own
         self.seq = 0
-        self._at = lanes[own].make(key, members)
-        self._peers = [i for i in members if i != own]
+        self.peers = [i for i in members if i != own]
+        self._memory, self._at = lanes[own].page.memory, lanes[own].make(key, members)
         self._lock = threading.Lock()
+        self._last = 0, b""  # the number and hash of the last call
 
-    def post(self, number: int, text: str) -> "Agreement":
+    def post(self, number: int, text: str) -> None:
         """Write the fingerprint of a call. Raises Differ if a peer's is there, and differs."""
         self.seq += 1
-        print_ = blake2b(text.encode(), digest_size=16).digest()
+        self._last = number, blake2b(text.encode(), digest_size=16).digest()
         at = self._at + self.seq % FINGERPRINTS * FINGERPRINT
-        PRINT.pack_into(self.lanes[self.own].page.memory, at, number, print_, self.seq)
-        for _ in range(2):  # a fence: of two ranks that write and then read, one sees the other's
-            with self._lock:
-                pass
-        agreement = Agreement(self, number, self.seq, print_)
-        agreement.late()
-        return agreement
+        PRINT.pack_into(self._memory, at, *self._last, self.seq)
+        lock = self._lock
+        with lock:  # a fence: of two ranks that write and then read, one sees the other's
+            pass
+        with lock:
+            pass
+        self.late(self.seq, *self._last)
+
+    def agreement(self) -> "Agreement":
+        """The comparison of the last call with all peers."""
+        return Agreement(self, self.seq, *self._last)
+
+    def late(self, seq: int, number: int, print_: bytes) -> list[int]:
+        """Returns the pages of ranks that have not made call `seq`. Raises Differ."""
+        late, differing = [], {}
+        for i in self.peers:
+            its_number, its_print, its_seq = self.lanes[i].print_at(self.key, seq)
+            if its_seq < seq:
+                late.append(i)
+            elif its_seq == seq and its_print != print_:
+                differing[i] = its_number
+        if differing:
+            raise Differ({self.own: number, **differing})
+        return late
 
 
 @dataclass(frozen=True)
@@ -153,22 +173,12 @@ class Agreement:
     """One call's comparison with its peers."""
 
     lane: Lane
-    number: int
     seq: int
+    number: int
     print_: bytes
 
     def late(self) -> list[int]:
-        """Returns the pages of ranks that have not made this call. Raises Differ."""
-        late, differing = [], {}
-        for i in self.lane._peers:
-            number, print_, seq = self.lane.lanes[i].print_at(self.lane.key, self.seq)
-            if seq < self.seq:
-                late.append(i)
-            elif seq == self.seq and print_ != self.print_:
-                differing[i] = number
-        if differing:
-            raise Differ({self.lane.own: self.number, **differing})
-        return late
+        return self.lane.late(self.seq, self.number, self.print_)
 
     def wait(self, timeout: float, fail: Callable[[Sequence[int], str], None]) -> None:
         """Wait for all peers. Raises Differ and Stuck; calls fail(pages, why) for late ones."""

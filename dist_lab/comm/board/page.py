@@ -16,6 +16,9 @@ import time
 from dataclasses import dataclass
 from mmap import mmap
 from struct import Struct
+from typing import Any
+
+from dist_lab.comm.ledger import Call
 
 MAGIC = b"dl-board"
 IDENTITY = Struct("<8s16sqiiq64s64s")  # magic, token, process, rank, size, pages, place, mesh
@@ -105,16 +108,19 @@ class Page:
         layout, offset = NOW
         layout.pack_into(self.memory, self.at + offset, step, phase.encode(), unit.encode())
 
-    def write(self, entry: Entry) -> None:
-        e, at = entry, self.at + RING_AT + entry.number % RING * SLOT
-        NUMBER.pack_into(self.memory, at, 0)
+    def write(
+        self, call: Call, started: float, key: bytes, seq: int, step: int, channel: int, on: str
+    ) -> None:
+        """Write a call that starts: see Entry."""
+        memory, at = self.memory, self.at + RING_AT + call.number % RING * SLOT
+        NUMBER.pack_into(memory, at, 0)
         BODY[0].pack_into(
-            self.memory, at + BODY[1], e.finished, e.started, e.key, e.seq, e.step, e.channel,
-            e.size, e.payload, e.op.encode(), e.algorithm.encode(), e.on.encode(),
-            e.about.encode(), e.phase.encode(), e.unit.encode(), e.where.encode(),
+            memory, at + BODY[1], 0.0, started, key, seq, step, channel, call.size, call.payload,
+            call.op.encode(), call.algorithm.encode(), on.encode(), call.about.encode(),
+            call.phase.encode(), call.unit.encode(), call.where.encode(),
         )  # fmt: skip
-        NUMBER.pack_into(self.memory, at, e.number)
-        self.set(LAST, e.number)
+        NUMBER.pack_into(memory, at, call.number)
+        LAST[0].pack_into(memory, self.at + LAST[1], call.number)
 
     def finish(self, number: int) -> None:
         """The call has finished, and blocks the rank no more."""
@@ -128,9 +134,8 @@ class Page:
 
     # --- anybody reads --------------------------------------------------------------------------
 
-    def get(self, field: tuple[Struct, int]) -> int:
-        value: int = field[0].unpack_from(self.memory, self.at + field[1])[0]
-        return value
+    def get(self, field: tuple[Struct, int]) -> Any:
+        return field[0].unpack_from(self.memory, self.at + field[1])[0]
 
     def identity(self, token: bytes | None = None) -> Identity | None:
         """Who writes this page; None if nobody does, or somebody with another token."""

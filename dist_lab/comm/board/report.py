@@ -18,30 +18,26 @@ def report(board: Board, number: int, size: int, *, lost: bool) -> tuple[str, st
         lost: a peer's connection was closed, so a rank is ending, or has ended.
         size: the number of ranks on all machines.
     """
-    began = time.monotonic()
     board.failed()
-    entry = board.page.entry(number)
+    entry, began = board.page.entry(number), time.monotonic()
     while True:
         late = [] if entry is None else board.missing(entry)
-        statuses = by_blame(board.statuses(), late)
-        culprit = next((s for s in statuses if s.rank != board.rank), None)
-        seen = culprit is not None and (culprit.state or culprit.failed)
-        if not lost or seen or time.monotonic() - began > DYING:
+        statuses = by_blame(board.statuses(), board.awaited())
+        others = [s for s in statuses if s.rank != board.rank]
+        broken = [s for s in others if s.state or s.failed]
+        if broken or not lost or time.monotonic() - began > DYING:
             break
         time.sleep(0.01)
-    alive = {s.rank for s in statuses if not s.state} - {board.rank}
+    alive = {s.rank for s in others if not s.state}
     python = lines_now({rank: page for rank, page in board.others() if rank in alive})
     text = table(statuses, python, elsewhere(board, size))
-    blamed = [s for s in statuses if s.rank in late]
+    blamed = [s for s in others if s.rank in late]
     if not blamed and lost:
-        blamed = [s for s in statuses[:1] if s.rank != board.rank and (s.state or s.failed)]
-    if blamed and entry is not None:
+        blamed = broken[:1]
+    if blamed:
         text += "\n" + where_they_part(board, blamed[0].rank)
-    who = ", ".join(
-        f"rank {s.rank} did not arrive ({s.what})" for s in blamed[:3] if s.rank in late
-    )
-    who = who or ", ".join(f"rank {s.rank} {s.what}" for s in blamed)
-    return who, text
+    verb = "did not arrive: " if blamed and blamed[0].rank in late else ""
+    return ", ".join(f"rank {s.rank} {verb}{s.what}" for s in blamed[:3]), text
 
 
 def disagreement(board: Board, numbers: dict[int, int], size: int) -> tuple[str, str]:
@@ -49,7 +45,7 @@ def disagreement(board: Board, numbers: dict[int, int], size: int) -> tuple[str,
     board.failed()
     calls = {board.ranks[i]: board.pages[i].entry(number) for i, number in numbers.items()}
     each = "; ".join(f"rank {r} calls {said(e)}" for r, e in sorted(calls.items()) if e)
-    statuses = by_blame(board.statuses(), [])
+    statuses = by_blame(board.statuses(), board.awaited())
     other = next(rank for rank in calls if rank != board.rank)
     text = table(statuses, {}, elsewhere(board, size))
     return each, text + "\n" + where_they_part(board, other)

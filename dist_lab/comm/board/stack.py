@@ -31,7 +31,10 @@ QUIET = 0.006  # seconds without another byte, after which an answer is complete
 
 @contextmanager
 def answering(board: Board | None) -> Iterator[None]:
-    """Inside the block this process answers. Only programs do this: it takes over a signal."""
+    """Inside the block this process answers. Only programs do this: it takes over a signal.
+
+    An exception that leaves the block marks the rank as failed.
+    """
     if board is None:
         yield
         return
@@ -41,6 +44,9 @@ def answering(board: Board | None) -> Iterator[None]:
     board.page.set(STACK, file)
     try:
         yield
+    except BaseException:
+        board.failed()
+        raise
     finally:
         board.page.set(STACK, 0)
         signal.signal(SIGNAL, signal.SIG_IGN)  # for a signal that is on its way

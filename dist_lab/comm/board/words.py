@@ -85,15 +85,15 @@ def last_finished(page: Page) -> Entry | None:
     return None
 
 
-def by_blame(statuses: Iterable[Status], late: Sequence[int]) -> list[Status]:
-    """Sorts: ranks that ended without an error, stopped, late, failed by time, then all others."""
+def by_blame(statuses: Iterable[Status], awaited: Sequence[int]) -> list[Status]:
+    """Sorts: ranks that ended without an error, stopped, awaited, failed by time, all others."""
 
     def key(s: Status) -> tuple[int, float, int]:
         if s.state in ("ended", "has left") and not s.failed:
             return 0, 0.0, s.rank
         if s.state == "stopped":
             return 1, 0.0, s.rank
-        if s.rank in late and not s.failed:
+        if s.rank in awaited and not s.failed:
             return 2, -(s.now - s.last.finished) if s.last else 0.0, s.rank
         return (3, s.failed, s.rank) if s.failed else (4, 0.0, s.rank)
 
