@@ -74,8 +74,12 @@ class Entry:
         is_message = self.op in ("send", "recv")
         return self.key, self.seq, self.about.partition(", peer")[0] if is_message else self.call
 
+    @property
+    def short(self) -> str:
+        return f"{self.call} #{self.number} on {self.on}"
+
     def __str__(self) -> str:
-        return f"{self.call} #{self.number} on {self.on}, {self.payload:,} B, at {self.where}"
+        return f"{self.short}, {self.payload:,} B, at {self.where}"
 
 
 @dataclass(frozen=True)
