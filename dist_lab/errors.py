@@ -26,6 +26,22 @@ class MachineError(RuntimeError):
     exit_status = 1
 
 
+class CollectiveError(RuntimeError):
+    """A collective failed in the transport: a rank died, or did not arrive in time.
+
+    The message is a line about this rank's call, and then `board`: what every rank was doing.
+    `is_first`: no other rank of this machine has failed before.
+    """
+
+    def __init__(self, line: str, board: str = "", *, is_first: bool = False) -> None:
+        super().__init__(f"{line}\n{board}" if board else line)
+        self.board, self.is_first = board, is_first
+
+
+class CollectiveMismatch(CollectiveError):
+    """The ranks of a group call different collectives."""
+
+
 class TrainingDiverged(MachineError):
     """The loss or a gradient is not finite. The weights are still those of the last step."""
 

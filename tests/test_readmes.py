@@ -1,5 +1,6 @@
 """Each code block of each README runs: Python on two ranks, commands with the output they show."""
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -92,10 +93,11 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)
 @pytest.mark.ranks(2)
-def test_python_runs_from_the_top_of_a_page_to_its_end(path, mesh):
+def test_python_runs_from_the_top_of_a_page_to_its_end(path, mesh, tmp_path):
     page = {"__name__": "page"}
-    for text in blocks(path, "python"):
-        exec(compile(text, name(path), "exec"), page)
+    with contextlib.chdir(tmp_path):  # some write files
+        for text in blocks(path, "python"):
+            exec(compile(text, name(path), "exec"), page)
 
 
 @pytest.mark.parametrize(("program", "given", "shown"), COMMANDS)

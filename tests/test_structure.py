@@ -21,13 +21,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "torch_private", "torchvision_import", "mesh.topology", "processes.ranks"],
     ["faults.grammar"],
-    ["comm.by_hand.costs", "step.fixed_order.order"],
+    ["comm.by_hand.costs", "comm.ledger", "step.fixed_order.order"],
+    ["comm.board"],
     ["step.hooks", "transforms.init"],
     ["programs.cli.settings", "programs.cli.mesh_text"],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.mixes"],
     ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
-    ["mesh", "comm"],  # these two import each other: collectives run along an axis
+    [
+        "mesh",
+        "comm",
+        "comm.board.join",
+    ],  # these two import each other: collectives run along an axis
     ["layout"],
     ["randomness"],
     ["step"],
@@ -47,6 +52,7 @@ IMPORT_EACH_OTHER = {"mesh", "comm"}
 IMPORT_TORCH_DISTRIBUTED = {"mesh", "comm", "processes", "testing", "torch_private"}
 FREE_OF_TORCH = [
     "parallel.schedules",
+    "comm.board",
     "processes",
     "programs.cli",
     "mesh.topology",
@@ -55,7 +61,7 @@ FREE_OF_TORCH = [
     "errors",
     "testing",
 ]
-EXCEPT = {"programs.cli.setup"}
+EXCEPT = {"programs.cli.setup", "comm.board.join"}
 STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
 FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
 

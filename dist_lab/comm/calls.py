@@ -1,22 +1,22 @@
 """How every collective runs: we check it across ranks, count it, start it, and wait for it."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_lab.comm.by_hand.algorithms import STEPS, Steps, Work
 from dist_lab.comm.by_hand.costs import ALGORITHMS
 from dist_lab.comm.by_hand.messages import Messages
+from dist_lab.comm.check import order_check, start_first
 from dist_lab.comm.choice import check_algorithm, choose
-from dist_lab.comm.context import CollectiveError, CollectiveMismatch
 from dist_lab.comm.ledger import Call, backend_bytes
 from dist_lab.comm.shared.collectives import Moves
 from dist_lab.comm.shared.memory import SharedWindow
+from dist_lab.errors import CollectiveError
 from dist_lab.mesh.mesh import Axis
 
 BY_BACKEND: dict[str, Callable[..., dist.Work | None]] = {
@@ -176,24 +176,26 @@ def start_shared(spec: Spec, out: Tensor, due: int, window: SharedWindow, moves:
 
 
 def _launch(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
-    """Check the order if `comm.check` is set, count the call, and start its first step."""
-    check: Iterable[Sequence[Work]] = []
-    if axis.comm.check:
-        check = _start_first(_check_order(call, axis))
-        if axis.channel == 0:  # on others, ranks may call at very different times: wait() checks
-            _wait_for_steps(check, call, axis)
-            check = []
+    """Write the call to the board, check its order, count it, and start its first step."""
+    check: Iterable[Sequence[Work]] = order_check(call, axis)
+    if axis.channel == 0:  # on others, ranks may call at very different times: wait() checks
+        _wait_for_steps(check, call, axis)
+        check = []
     axis.comm.ledger.enter(call)
     try:
-        return Pending(out, chain(check, _start_first(steps)), call, axis)
+        return Pending(out, chain(check, start_first(steps)), call, axis)
     except RuntimeError as error:
         raise axis.comm.failure(call, error) from error
 
 
 def wait_for(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
     """Wait for all steps, and add the time to the call's `blocked`."""
-    began = time.perf_counter()
+    began, board = time.perf_counter(), axis.comm.board
+    if board is not None:
+        board.wait_begins(call.number)
     _wait_for_steps(steps, call, axis)
+    if board is not None:
+        board.wait_ends(call.number)
     axis.comm.ledger.add_blocked(call, time.perf_counter() - began)
 
 
@@ -203,46 +205,10 @@ def _wait_for_steps(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> 
         for works in steps:
             for work in works:
                 work.wait()
-    except CollectiveMismatch:
+    except CollectiveError:
         raise
     except RuntimeError as error:
         raise axis.comm.failure(call, error) from error
-
-
-def _start_first(steps: Iterator[Sequence[Work]]) -> Iterable[Sequence[Work]]:
-    """Post the messages of the first step, and return all steps to wait for."""
-    return chain([next(steps, ())], steps)
-
-
-def _check_order(call: Call, axis: Axis) -> Steps:
-    """Check that all ranks of the axis are about to launch the same collective.
-
-    [Note: the order check] Collectives have no names on the network: ranks that call different
-    ones hang, or misread each other's bytes. With `check` every rank first gathers a description
-    of fixed length. That is the same collective on all ranks, whatever they are about to launch.
-    If a rank calls nothing at all, the others still time out. Their errors name their own line.
-    """
-    width = 256
-    by = "" if call.algorithm == "backend" else f" by {call.algorithm}"
-    text = f"{call.op}({call.about}){by} at {call.where}, phase {call.phase}, {call.unit}"
-    padded = bytearray(text.encode()[:width].ljust(width))
-    row = torch.frombuffer(padded, dtype=torch.uint8).to(axis.device)
-    rows = row.new_empty(axis.size, width)
-    size, comm = axis.size, axis.comm
-    sent = backend_bytes("all_gather", size, axis.index, rows.nbytes, comm.backend)
-    comm.ledger.enter(comm.call("all_gather", axis.name, size, "order check", rows.nbytes, sent))
-    try:
-        work = dist.all_gather_single(rows.view(-1), row, axis.group, async_op=True)
-    except RuntimeError as error:
-        raise axis.comm.failure(call, error) from error
-    yield [work] if work is not None else []
-    calls = [bytes(r.tolist()).decode(errors="replace").rstrip() for r in rows]
-    if len({text.split(" at ")[0] for text in calls}) > 1:
-        each = "; ".join(f"rank {r} calls {t}" for r, t in zip(axis.ranks, calls, strict=True))
-        raise CollectiveMismatch(
-            f"call #{call.number}: the ranks of {axis.name} disagree about their next collective, "
-            f"and would hang: {each}; let all ranks make the same calls in the same order"
-        )
 
 
 def describe(x: Tensor) -> str:

@@ -5,6 +5,7 @@ the model, and adds the rank, the call and the line that made it to an error of 
 collectives have no other state.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,27 +15,24 @@ from types import FrameType
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dist_lab.comm.board.board import Board
+from dist_lab.comm.board.report import disagreement, report
 from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
+from dist_lab.errors import CollectiveError, CollectiveMismatch
 
 LAST_TAG = 2**31 - 1  # tags are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
+__all__ = ["SHARED_MEMORY", "CollectiveError", "CollectiveMismatch", "CommContext"]
 
 
 # LATE: in errors of gloo and shared/memory.py, if a rank did not arrive in time.
 # LOST: in errors of gloo, if a rank has ended.
 LATE = ("Timed out", "timed out")
 LOST = ("Connection closed by peer", "Connection reset by peer")
+IN_GLOO = re.compile(r"^\[/\S+\] ")  # the line of gloo's source, before its message
 # The unit of the calls that set up a shared buffer. There are many, and they carry no values.
 SHARED_MEMORY = "shared memory"
-
-
-class CollectiveError(RuntimeError):
-    """A collective failed in the transport: a rank died, or did not arrive in time."""
-
-
-class CollectiveMismatch(CollectiveError):
-    """The ranks of an axis call different collectives. On channel 0, none of them was launched."""
 
 
 class CommContext:
@@ -44,13 +42,17 @@ class CommContext:
         rank, size: this process's rank, and the number of ranks in the mesh.
         backend: gloo or nccl. It decides which device a tensor must be on to be sent.
         check: compare the calls of all ranks before each collective. A difference is an error that
-            names both calls, instead of a hang or a wrong number. Costs one small all_gather per
-            call.
+            names both calls, instead of a hang or a wrong number: see [Note: the order check] in
+            board/lanes.py. Between machines it costs one small all_gather per call.
         collectives: auto, backend, or an algorithm by hand: ring, direct, tree. An operation
             without that algorithm uses the backend's. See `choice`.
 
     Attributes:
         timeout: seconds that a message may take; set by the mesh.
+        place: this rank's coordinates, such as dp=0,tp=1; set by the mesh.
+        board: what this rank does, for other processes to read; None in a dry run, and where
+            processes cannot see each other. See board/.
+        step, phase, unit: the labels of the next call. `step` counts from 1.
         dry_run: True if the other ranks do not exist; see `mesh.dry_run`.
         shared: shared buffer -> its SharedWindow, the memory of all ranks; see `ops.shared_buffer`.
 
@@ -67,7 +69,9 @@ class CommContext:
         self.collectives, self.timeout = collectives, 60.0
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.ledger = Ledger()
-        self.phase, self.unit = "start", ""
+        self.place = ""
+        self.board: Board | None = None
+        self._now: tuple[int, str, str] = 0, "start", ""
         self.dry_run = False
         self.shared = WeakTensorKeyDictionary()
         self._calls = 0
@@ -76,13 +80,40 @@ class CommContext:
     @contextmanager
     def label(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
         """Label all calls inside the block with this phase and unit."""
-        previous = self.phase, self.unit
-        self.phase = self.phase if phase is None else phase
-        self.unit = self.unit if unit is None else unit
+        before = self.phase, self.unit
+        self.begin(
+            self.step, self.phase if phase is None else phase, self.unit if unit is None else unit
+        )
         try:
             yield
         finally:
-            self.phase, self.unit = previous
+            self.begin(self.step, *before)
+
+    @property
+    def step(self) -> int:
+        return self._now[0]
+
+    @property
+    def phase(self) -> str:
+        return self._now[1]
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self.begin(self._now[0], phase, self._now[2])
+
+    @property
+    def unit(self) -> str:
+        return self._now[2]
+
+    @unit.setter
+    def unit(self, unit: str) -> None:
+        self.begin(*self._now[:2], unit)
+
+    def begin(self, step: int, phase: str, unit: str = "") -> None:
+        """Label all further calls."""
+        self._now = step, phase, unit
+        if self.board is not None:
+            self.board.page.now(step, phase, unit)
 
     def call(
         self, op: str, axis: str, size: int, about: str, payload: int, due: int,
@@ -101,24 +132,51 @@ class CommContext:
         return self._tags[axis]
 
     def describe(self, call: Call) -> str:
-        """Returns the rank, the phase, the call, and the line that made it, in one phrase."""
+        """Returns the rank, the step, the call, and the line that made it, in one phrase."""
+        entry = None if self.board is None else self.board.page.entry(call.number)
+        place = f" [{self.place}]" if self.place else ""
         unit = f" unit={call.unit}" if call.unit else ""
         return (
-            f"rank {self.rank}/{self.size} phase={call.phase}{unit}: "
-            f"{call.op} #{call.number} on {call.axis} ({call.about}) at {call.where}"
+            f"rank {self.rank}/{self.size}{place} step {self.step} phase={call.phase}{unit}: "
+            f"{call.op} #{call.number} on {entry.on if entry else call.axis} "
+            f"({call.about}; {call.payload:,} B) at {call.where}"
         )
 
     def failure(self, call: Call, error: Exception) -> CollectiveError:
-        """Returns the transport's error with the rank, the call, its line, and what to do."""
+        """Returns the transport's error with the rank, the call, its line, and what to do.
+
+        Then follows what every rank was doing: see board/report.py.
+        """
+        is_late = any(phrase in str(error) for phrase in LATE)
+        is_lost = any(phrase in str(error) for phrase in LOST)
         advice = ""
-        if any(phrase in str(error) for phrase in LATE):
+        if is_late:
             advice = (
                 "; find out where the late rank is; if it is only slow, allow more than "
                 f"{self.timeout:g} s: init_mesh(timeout=), --timeout"
             )
-        elif any(phrase in str(error) for phrase in LOST):
+        elif is_lost:
             advice = "; another rank failed or ended, and its own error is the cause"
-        return CollectiveError(f"{self.describe(call)}: {error}{advice}")
+        who = all_ranks = ""
+        if self.board is not None:
+            if numbers := self.board.differing(call.number):
+                return self.mismatch(call, *disagreement(self.board, numbers, self.size))
+            who, all_ranks = report(self.board, call.number, self.size, lost=is_lost)
+        text = IN_GLOO.sub("", str(error))
+        said = f"{who}: {text}" if who else text
+        return CollectiveError(
+            f"{self.describe(call)}: {said}{advice}", all_ranks,
+            is_first=self.board is not None and self.board.is_first,
+        )  # fmt: skip
+
+    def mismatch(self, call: Call, each: str, all_ranks: str = "") -> CollectiveMismatch:
+        """Returns the error of ranks that differ. `each`: what each rank calls, and where."""
+        return CollectiveMismatch(
+            f"{self.describe(call)}: the ranks of {call.axis} disagree about their next "
+            f"collective, and would hang: {each}; let all ranks make the same calls in the same "
+            "order",
+            all_ranks,
+        )
 
     def log(self, write: Callable[[str], object]) -> None:
         """Write one line for each collective when it starts: this shows when ranks communicate.

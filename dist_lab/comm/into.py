@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_lab.comm.by_hand.costs import lengths
 from dist_lab.comm.by_hand.messages import Message
 from dist_lab.comm.calls import Pending, Spec, describe, start, start_shared, start_uneven, wait_for
+from dist_lab.comm.check import message_check
 from dist_lab.comm.shared import collectives
 from dist_lab.comm.shared.memory import DEPARTED, SUMMED, Array, Barrier, SharedWindow, as_array
 from dist_lab.mesh.mesh import Axis
@@ -156,13 +157,15 @@ def exchange(
                 verb, axis.name, axis.size, f"{describe(x)}, peer {peer}",
                 *((x.nbytes, x.nbytes) if verb == "send" else (0, 0)),
             )  # fmt: skip
+            ends = (axis.index, peer) if verb == "send" else (peer, axis.index)
+            check = message_check(call, axis, x, *ends)
             axis.comm.ledger.enter(call)
             try:
                 work = post(x, axis.ranks[peer], axis.group)
             except RuntimeError as error:
                 raise axis.comm.failure(call, error) from error
             assert work is not None
-            pendings.append(Pending(x, [[Message(work, limit)]], call, axis))
+            pendings.append(Pending(x, [check, [Message(work, limit)]], call, axis))
     return pendings
 
 

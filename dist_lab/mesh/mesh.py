@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
+from dist_lab.comm.board.join import join
 from dist_lab.comm.context import CommContext
 from dist_lab.errors import UserError
 from dist_lab.mesh.groups import (
@@ -99,6 +100,7 @@ class Mesh:
         comm.timeout = timeout
         self.rank, self.size = comm.rank, comm.size
         self.coordinates = coordinates(self.rank, self.axes)
+        comm.place = ",".join(f"{axis}={i}" for axis, i in self.coordinates.items())
         self.device = comm.device
         self._subs: dict[str, Axis | None] = {}
         self._channels = 0
@@ -269,7 +271,10 @@ def init_mesh(
             f"torchrun --nproc_per_node={max(needed, 1)} ..."
         )
     comm = CommContext(rank, size, backend=backend, check=check, collectives=collectives)
-    return Mesh(axes, comm, timeout)
+    mesh = Mesh(axes, comm, timeout)
+    comm.board = join(rank, size, comm.device, check=check, place=comm.place, mesh=str(mesh))
+    comm.begin(comm.step, comm.phase)  # the first words on the board
+    return mesh
 
 
 @contextmanager

@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_lab.errors import UserError
-from dist_lab.programs.cli.config import RunSettings
+
+if TYPE_CHECKING:  # a program that only looks at a run needs no settings
+    from dist_lab.programs.cli.config import RunSettings
 
 RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
@@ -24,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 
 
 @contextmanager
-def claimed(config: RunSettings, what: str = "run") -> Iterator[Path]:
+def claimed(config: "RunSettings", what: str = "run") -> Iterator[Path]:
     """Locks and yields the folder `config.out`, or a new one in runs/. Rank 0 only.
 
     `what` starts the name of a new folder: see `new_folder`.
@@ -44,13 +47,13 @@ def claimed(config: RunSettings, what: str = "run") -> Iterator[Path]:
         yield folder
 
 
-def placed(config: RunSettings, what: str = "run") -> str:
+def placed(config: "RunSettings", what: str = "run") -> str:
     """Returns the folder of all attempts of a run: `config.out`, or a new one in runs/."""
     with as_user_error(config.out or RUNS):
         return config.out or str(new_folder(config, what))
 
 
-def resumes_in(folder: Path, config: RunSettings) -> bool:
+def resumes_in(folder: Path, config: "RunSettings") -> bool:
     """Whether the run goes on in the folder of the checkpoint from which it resumes."""
     source = config.resume
     if source.startswith("auto"):
@@ -73,7 +76,7 @@ def make_folder(out: str, file: str) -> Path:
     return folder
 
 
-def look(config: RunSettings) -> None:
+def look(config: "RunSettings") -> None:
     """Raise what `claimed` would raise for an existing folder, without changing anything in it.
 
     The parent of the ranks calls it to report a mistake before they are started.
@@ -84,7 +87,7 @@ def look(config: RunSettings) -> None:
             reserve(folder, stack, config)
 
 
-def new_folder(config: RunSettings, what: str) -> Path:
+def new_folder(config: "RunSettings", what: str) -> Path:
     """Make a folder with the next free number: runs/003-dp-gpt-tiny if `what` is dp."""
     RUNS.mkdir(exist_ok=True)
     name = f"{what}-{config.model}-{config.size}"
@@ -98,7 +101,7 @@ def new_folder(config: RunSettings, what: str) -> Path:
             return folder
 
 
-def reserve(folder: Path, stack: ExitStack, config: RunSettings) -> None:
+def reserve(folder: Path, stack: ExitStack, config: "RunSettings") -> None:
     """Make the folder and lock it until `stack` exits. Refuse one that is in use or not empty."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -128,17 +131,22 @@ def reserve(folder: Path, stack: ExitStack, config: RunSettings) -> None:
 
 
 def holder(lock: int) -> str:
-    """Returns which process holds the lock of an open folder; only Linux knows.
+    """Returns which process holds the lock of an open folder, in words; only Linux knows."""
+    process = process_with(os.fstat(lock).st_ino)
+    return "another run" if process is None else f"process {process}"
+
+
+def process_with(folder: int) -> int | None:
+    """Returns the process that holds the lock of a folder with this inode number.
 
     A line of /proc/locks: 1: FLOCK  ADVISORY  WRITE 4711 08:01:260072 0 EOF
     """
-    number = os.fstat(lock).st_ino
     with suppress(OSError):
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             words = line.split()
-            if words[1] == "FLOCK" and words[5].endswith(f":{number}"):
-                return f"process {words[4]}"
-    return "another run"
+            if words[1] == "FLOCK" and words[5].endswith(f":{folder}"):
+                return int(words[4])
+    return None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-from dist_lab.errors import Drawn, MachineError, UserError
+from dist_lab.errors import CollectiveError, Drawn, MachineError, UserError
 from dist_lab.processes.ranks import GRACE, Rank
 
 # Errors of gloo and of comm/shared/memory.py on a healthy rank when another rank fails -> their
@@ -40,6 +40,8 @@ class Failure:
         details: the traceback, which ends in a newline; "" if the process died without one.
         refused: the error is a UserError or MachineError, and `summary` is all that a user needs.
         status: the exit status.
+        board: what every rank was doing, if a collective failed.
+        is_first: no other rank has failed before, as far as its board shows.
         distance: 0 for a failure of the rank itself, above 0 if another rank's failure caused it.
         when: time.monotonic(), one clock for all processes of a machine.
     """
@@ -50,6 +52,8 @@ class Failure:
     refused: bool = False
     status: int = 1
     distance: int = 0
+    board: str = ""
+    is_first: bool = False
     when: float = field(default_factory=time.monotonic)
 
     @staticmethod
@@ -60,7 +64,11 @@ class Failure:
             summary = str(error) if isinstance(error, Drawn) else " ".join(str(error).split())
             return Failure(rank, summary, details, refused=True, status=error.exit_status)
         summary = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        return Failure(rank, summary, details, distance=distance_from_cause(error))
+        failed = collective_error(error)
+        return Failure(
+            rank, summary, details, distance=distance_from_cause(error),
+            board=failed.board if failed else "", is_first=failed is not None and failed.is_first,
+        )  # fmt: skip
 
 
 def collect(
@@ -144,6 +152,19 @@ def exit_in_words(exit_code: int) -> str:
         return f"exited with status {exit_code}"
     hint = ", which the kernel sends when memory runs out" if exit_code == -signal.SIGKILL else ""
     return f"killed by {signal.Signals(-exit_code).name}{hint}"
+
+
+def collective_error(error: BaseException | None) -> CollectiveError | None:
+    """Returns the error itself, or the CollectiveError that caused it."""
+    while error is not None and not isinstance(error, CollectiveError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def one_of_many(failures: Sequence[Failure]) -> list[Failure]:
+    """Keeps one of those with a board, the first: each describes the failures of all ranks."""
+    first = next((failure for failure in failures if failure.board), None)
+    return [failure for failure in failures if not failure.board or failure is first]
 
 
 def distance_from_cause(error: BaseException) -> int:

@@ -30,6 +30,7 @@ from pkgutil import resolve_name
 
 from rich.console import Console
 
+from dist_lab.comm.board.stack import answering
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
 from dist_lab.processes.attempts import Launch, Place, agreed_attempt, can_restart, restart_line
@@ -90,7 +91,8 @@ def main(
         failure = Failure.of(rank, error)
         if rank_and_size is None and not failure.refused:
             raise
-        if failure.distance or (failure.refused and rank > 0):
+        waited = failure.distance and not failure.is_first
+        if waited or (failure.refused and rank > 0):
             time.sleep(AFTER_TORCHRUN)  # a rank with a better report ends first; torchrun ends us
         status = report(program, [failure], size, debug)
     if rank_and_size is not None:
@@ -111,7 +113,8 @@ def work(config: Launch, body: str, axes: dict[str, int], threads: int | None) -
         timeout=config.timeout, backend=config.backend, check=config.check_collectives,
         collectives=config.collectives, **axes,
     )  # fmt: skip
-    status: int = resolve_name(body)(config, mesh)
+    with answering(mesh.comm.board):
+        status: int = resolve_name(body)(config, mesh)
     groups.disconnect()
     return status
 

@@ -4,17 +4,27 @@ import re
 import sys
 from collections.abc import Sequence
 
-from dist_lab.processes.failures import Failure, causes, describe, heading, ranks_in_words
+from dist_lab.processes.failures import (
+    Failure,
+    by_cause,
+    causes,
+    describe,
+    heading,
+    one_of_many,
+    ranks_in_words,
+)
 
 
 def report(program: str, failures: Sequence[Failure], size: int, debug: bool) -> int:
     """Print the failures to stderr, each once. Returns the exit status."""
-    nearest = causes(failures)
+    nearest = one_of_many(causes(failures))
     refusals = [failure for failure in nearest if failure.refused]
     text = describe([failure for failure in nearest if debug or not failure.refused], size)
     others = [failure.rank for failure in failures if failure not in nearest]
     if text and others:
         text += heading(f"{ranks_in_words(others)} of {size}: timed out, or lost the connection")
+    if not any(failure.board or failure.details for failure in nearest):  # it died silently
+        text += next((f"{f.board}\n" for f in by_cause(failures) if f.board), "")
     if refusals:
         text += f"{program}: error: {in_flags(refusals[0].summary)}\n"
     print(text, end="", file=sys.stderr, flush=True)

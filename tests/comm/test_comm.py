@@ -240,15 +240,6 @@ def test_the_ledger_records_phase_unit_line_and_blocked_time(mesh):
 
 
 @pytest.mark.ranks(2)
-def test_the_ledger_counts_the_bytes_of_the_order_check(mesh):
-    mesh = init_mesh(dp=2, check=True)
-    with mesh.comm.ledger.recording() as calls:
-        ops.all_reduce(torch.ones(4), mesh["dp"])
-    assert [call.op for call in calls] == ["all_gather", "all_reduce"]
-    assert calls[0].sent == 256
-
-
-@pytest.mark.ranks(2)
 def test_the_log_has_a_line_for_each_collective(mesh):
     lines = []
     mesh.comm.log(lines.append)
@@ -303,9 +294,9 @@ def test_a_rank_that_does_not_arrive_is_an_error_that_names_rank_call_and_line(m
     if mesh.rank == 0:
         with pytest.raises(ops.CollectiveError) as caught:
             ops.all_reduce(torch.ones(4), mesh["dp"])
-        assert (
-            "rank 0/2 phase=start: all_reduce #1 on dp (float32[4], sum) at test_comm.py:"
-            in str(caught.value)
+        assert str(caught.value).startswith(
+            "rank 0/2 [dp=0] step 0 phase=start: all_reduce #1 on dp{0,1} (float32[4], sum; 16 B) "
+            "at test_comm.py:"
         )
     else:
         time.sleep(1)

@@ -25,7 +25,6 @@ import mmap
 import os
 import secrets
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +37,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dist_lab.comm.board.proc import alive, wait_until
+
 # Other ranks' memory is in NumPy arrays: observe/memory.py must not count it as this rank's.
 Array = npt.NDArray[Any]
 SUMMED = {torch.float32: np.float32, torch.float64: np.float64}
@@ -46,8 +47,6 @@ TYPES = SUMMED | {torch.bfloat16: np.int16, torch.float16: np.int16}
 FOLDER = Path("/dev/shm")  # a file system in memory, on Linux
 HEADER = 64  # bytes before the data: the counters, alone in their cache line
 ARRIVED, DEPARTED = 0, 1  # positions of the counters
-YIELD_TIME = 2e-4  # seconds for which a barrier yields to other processes, before it sleeps
-CHECK_INTERVAL = 0.1  # seconds between two checks whether the late ranks are alive
 
 
 class Memory(NamedTuple):
@@ -132,18 +131,11 @@ class Barrier:
     def wait(self) -> None:
         """Raises RuntimeError if a rank has died, or is still late at the time limit."""
         window = self.window
-        began = checked = time.monotonic()
-        while late := window.late(self.counter, self.number):
-            now = time.monotonic()
-            if now - began < YIELD_TIME:
-                os.sched_yield()  # with more ranks than cores, a late rank needs this core
-                continue
-            if now - checked > CHECK_INTERVAL:
-                checked = now
-                self._check_alive(late)
-            if now - began > window.timeout:
-                self._fail(late, f"timed out after {window.timeout:g} s")
-            time.sleep(min((now - began) / 10, 1e-3))
+        late = wait_until(
+            lambda: window.late(self.counter, self.number), window.timeout, self._check_alive
+        )
+        if late:
+            self._fail(late, f"timed out after {window.timeout:g} s")
         window.fence()
 
     def _check_alive(self, late: Sequence[int]) -> None:
@@ -203,12 +195,3 @@ def attach(path: str, length: int, dtype: torch.dtype) -> Memory | None:
     counters = memoryview(memory)[:16].cast("q")
     data = np.frombuffer(memory, TYPES[dtype], length, HEADER)
     return Memory(counters, data, int(Path(path).name.split("-")[1]))
-
-
-def alive(process: int) -> bool:
-    """Returns whether a process runs on this machine. A zombie does not run."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"

@@ -136,6 +136,7 @@ class PipelineRunner(Step):
         for backward too. An exception aborts the step.
         """
         with self.comm.label():  # restores the labels after the run
+            self.comm.begin(self.place.step + 1, "forward")
             self.sync.unshard(ROOT, Phase.FORWARD)
             if phase is Phase.BACKWARD:
                 self.sync.unshard(ROOT, Phase.BACKWARD)
@@ -178,7 +179,7 @@ class PipelineRunner(Step):
             self._saver.leave(stage_unit)
 
     def on_phase(self, phase: Phase, label: str) -> None:
-        self.comm.phase, self.comm.unit = phase.value, label
+        self.comm.begin(self.comm.step, phase.value, label)
 
     def forward(self, microbatch: int) -> AbstractContextManager[None]:
         return self.place.at(microbatch)

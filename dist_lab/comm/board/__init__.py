@@ -1,0 +1,1 @@
+"""The board: a page of memory for each rank of this machine, with its last calls. See README.md."""
