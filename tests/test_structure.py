@@ -36,7 +36,6 @@ LAYERS = [
     ["sentinel", "checkpoint"],
     ["parallel"],
     ["job"],
-    ["checkpoint"],
     ["compose"],
     ["observe"],
     ["faults"],
