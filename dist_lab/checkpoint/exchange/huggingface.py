@@ -136,7 +136,13 @@ class LlamaFolder:
     """
 
     shape: LlamaShape
-    tensors: Tensors
+    tensors: Renamed
+
+    @property
+    def once(self) -> Renamed:
+        """The same tensors, a tied head under its first name only: the embedding's."""
+        sources = {name: s for name, s in self.tensors.sources.items() if name == s}
+        return Renamed(self.tensors.source, sources)
 
 
 def open_folder(path: str | Path) -> LlamaFolder:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_lab.errors import UserError
 
-Kind = tuple[torch.Size, torch.dtype]  # the shape and the dtype of a tensor
+Kind = tuple[tuple[int, ...], torch.dtype]  # the shape and the dtype of a tensor
 Kinds = Mapping[str, Kind]
 
 
@@ -81,6 +81,29 @@ class Renamed:
 
     def read(self, name: str) -> Tensor:
         return self.source.read(self.sources[name])
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The tensors of `source`, with floating-point numbers of another dtype."""
+
+    source: Tensors
+    dtype: torch.dtype
+
+    def names(self) -> Kinds:
+        return {
+            name: (shape, self.dtype if dtype.is_floating_point else dtype)
+            for name, (shape, dtype) in self.source.names().items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.source.read(name)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def prefixed(source: Tensors, prefix: str) -> Renamed:
+    """The tensors of `source`, with `prefix` before each name."""
+    return Renamed(source, {prefix + name: name for name in source.names()})
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

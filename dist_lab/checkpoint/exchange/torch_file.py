@@ -77,6 +77,15 @@ def open_file(path: str | Path) -> InMemory:
     return InMemory({name: tensor.detach() for name, tensor in value.items()})
 
 
+def without_ties(weights: InMemory) -> InMemory:
+    """Each tensor under its first name only: tied ones share their memory, also in a file."""
+    firsts: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in weights.tensors.items():
+        key = tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride()
+        firsts.setdefault(key, name)
+    return InMemory({name: weights.tensors[name] for name in firsts.values()})
+
+
 def load(source: Path | bytes, what: str) -> Any:
     """What torch reads from a file, or from the bytes of one, with `weights_only`.
 
