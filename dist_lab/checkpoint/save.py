@@ -61,9 +61,9 @@ class Write:
         needed = len(self.header) + len(self.data)
         try:
             with as_machine_error(self.final, needed):
-                self._write()
+                self.write_part()
                 if self.rank == 0:
-                    self._commit()
+                    self.commit()
                 else:
                     self._wait(self.final.exists)
                 if self.rank == 0 and self.keep is not None and self.final.exists():
@@ -74,7 +74,8 @@ class Write:
             with suppress(OSError):
                 (self.temporary / f"rank-{self.rank}.failed").touch()
 
-    def _write(self) -> None:
+    def write_part(self) -> None:
+        """Write this rank's files."""
         shard, name = f"rank-{self.rank}.safetensors", f"rank-{self.rank}.json"
         parts = [memoryview(self.header), self.data]
         path = self.temporary / shard
@@ -84,7 +85,8 @@ class Write:
         write_file(self.files, new, [memoryview(json.dumps(self.table).encode())])
         self.files.rename(new, self.temporary / name)
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Make the files of all ranks a checkpoint, once they are there."""
         tables = [self.temporary / f"rank-{rank}.json" for rank in range(self.size)]
         if not self._wait(lambda: all(path.exists() for path in tables)):
             return
@@ -173,6 +175,21 @@ def prepare(
 
     with mesh.comm.label("save", unit=""):
         temporary = root / first_says(make, mesh.world)
+    header, data, tensors = packed(entries, buffer)
+    return Write(
+        mesh.rank, mesh.size, temporary, final, header, data, {"tensors": tensors, **table},
+        {"format": manifest.FORMAT, "step": step, "mesh": dict(mesh.axes), **about}, files, tell,
+        keep,
+    )  # fmt: skip
+
+
+def packed(
+    entries: Sequence[Entry], buffer: Buffer
+) -> tuple[bytes, memoryview, dict[str, dict[str, Any]]]:
+    """The bytes of a rank's file, and the table of its tensors: of entries it is the first to hold.
+
+    The bytes are valid until the buffer is used again.
+    """
     own = [entry for entry in entries if entry.is_first and entry.boxes]
     header, data = buffer.pack([(entry.name, _local(entry)) for entry in own])
     tensors = {
@@ -183,11 +200,7 @@ def prepare(
         }
         for entry in own
     }
-    return Write(
-        mesh.rank, mesh.size, temporary, final, header, data, {"tensors": tensors, **table},
-        {"format": manifest.FORMAT, "step": step, "mesh": dict(mesh.axes), **about}, files, tell,
-        keep,
-    )  # fmt: skip
+    return header, data, tensors
 
 
 def _local(entry: Entry) -> torch.Tensor:

@@ -175,7 +175,7 @@ def make_parser(
     """Returns a parser that collects every value of a flag as text, to detect repeated flags."""
     parser = Parser(
         prog=program,
-        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        usage="%(prog)s " + "[--config FILE] " * ("config" in options) + "[--FLAG VALUE ...]",
         description=description,
         epilog="In brackets: the default. A flag without a value is off by default unless its help "
         "says on;\n--no-FLAG turns it off, also where the file turns it on.",

@@ -1,0 +1,131 @@
+"""A checkpoint of ours as `Tensors`, and `Tensors` as a checkpoint of ours.
+
+The numbers of a checkpoint (step, options of the optimizer, settings) are JSON. On the way through
+another form they are one more tensor, "about.json", of the bytes of that JSON. A form that has no
+room for it, such as Hugging Face's, loses them; then a checkpoint begins at step 0.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lab.checkpoint.entries import Entry
+from dist_lab.checkpoint.exchange.llama import EMBEDDING, HEAD
+from dist_lab.checkpoint.exchange.tensors import Kinds, Renamed, Tensors, Under
+from dist_lab.checkpoint.offline import OfflineWriter
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.errors import UserError
+from dist_lab.randomness import generators
+
+ABOUT = "about.json"
+KEYS = ("step", "optimizer", "numbers", "modules", "settings", "extra")
+
+
+@dataclass(frozen=True)
+class WithAbout:
+    """All tensors of a checkpoint, and its numbers as the tensor "about.json"."""
+
+    checkpoint: Checkpoint
+
+    def names(self) -> Kinds:
+        about = self.read(ABOUT)
+        return {**self.checkpoint.names(), ABOUT: (about.shape, about.dtype)}
+
+    def read(self, name: str) -> Tensor:
+        if name != ABOUT:
+            return self.checkpoint.read(name)
+        text = json.dumps(about_of(self.checkpoint)).encode()
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def weights_of(checkpoint: Checkpoint) -> Tensors:
+    """The tensors of the model, as `model.state_dict()` has them.
+
+    A checkpoint has a tied tensor under its first name only. A gpt's head gets its name back.
+    """
+    weights = Under(checkpoint, "model/")
+    sources = {name: name for name in weights.names()}
+    if EMBEDDING in sources and HEAD not in sources:
+        sources[HEAD] = EMBEDDING
+    return Renamed(weights, sources)
+
+
+def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The numbers of a checkpoint, those of all ranks together."""
+    tables = reversed(checkpoint.tables)
+    return {
+        "step": checkpoint.step,
+        "optimizer": optimizer_of(checkpoint),
+        "numbers": numbers_of(checkpoint),
+        "modules": {name: state for table in tables for name, state in table["modules"].items()},
+        "settings": checkpoint.manifest["settings"],
+        "extra": checkpoint.manifest["extra"],
+    }
+
+
+def optimizer_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The class and the groups of the optimizer; each group with the names that any rank has."""
+    tables = [table["optimizer"] for table in checkpoint.tables]
+    if tables[0] is None:
+        return None
+    groups = []
+    for number, group in enumerate(tables[0]["groups"]):
+        names = {name for table in tables for name in table["groups"][number]["names"]}
+        groups.append({"options": group["options"], "names": sorted(names)})
+    return {"class": tables[0]["class"], "groups": groups}
+
+
+def numbers_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Parameter -> key -> number, of the state that is no tensor."""
+    return {name: n for table in checkpoint.tables for name, n in table["numbers"].items()}
+
+
+def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | None = None) -> Path:
+    """Write tensors as a checkpoint of one rank, in a folder of checkpoints.
+
+    Args:
+        tensors: named model/FQN, optimizer/FQN/KEY or shadow/FQN, with "about.json" or without.
+        settings: of the run, if there is no "about.json".
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        UserError: "about.json" is not as we write it, or there is a checkpoint of its step.
+        MachineError: it cannot be written.
+    """
+    about = {"step": 0, "optimizer": None, "numbers": {}, "modules": {}, "extra": None}
+    about |= {"settings": dict(settings) if settings is not None else None}
+    if ABOUT in tensors.names():
+        about = _read_about(tensors.read(ABOUT))
+    entries = [_whole(name, tensors.read(name)) for name in tensors.names() if name != ABOUT]
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    manifest = {key: about[key] for key in ("optimizer", "settings", "extra")}
+    manifest |= {"strategies": "single@hand", "versions": versions}
+    table = {key: about[key] for key in ("optimizer", "numbers", "modules")}
+    folder = Path(root).expanduser().absolute()
+    with OfflineWriter(folder, about["step"], {"dp": 1}, manifest) as writer:
+        writer.write(0, entries, {**table, "random": generators.to_json()})
+        return writer.commit()
+
+
+def _whole(name: str, tensor: Tensor) -> Entry:
+    box = tuple(slice(0, length) for length in tensor.shape)
+    return Entry(name, tuple(tensor.shape), [box], True, tensor)
+
+
+def _read_about(tensor: Tensor) -> dict[str, Any]:
+    try:
+        about = json.loads(bytes(tensor.tolist()))
+    except (ValueError, TypeError, RecursionError):
+        about = None
+    known = isinstance(about, dict) and about.keys() == set(KEYS)
+    if not known or type(about["step"]) is not int or about["step"] < 0:
+        raise UserError(f"its {ABOUT} is not as an export writes it; get the whole folder again")
+    return about

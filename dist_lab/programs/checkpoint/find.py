@@ -1,0 +1,40 @@
+"""Which checkpoint a path on the command line means."""
+
+from pathlib import Path
+
+from dist_lab.checkpoint import folder as folders
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.errors import UserError
+
+CHECKPOINTS = "checkpoints"  # in the folder of a run
+
+
+def newest(path: str) -> Checkpoint:
+    """Open the checkpoint at `path`, or the newest one of a folder of checkpoints or of a run.
+
+    Raises:
+        UserError: there is none.
+        MachineError: it is damaged.
+    """
+    return Checkpoint.open(all_in(path)[0])
+
+
+def all_in(path: str) -> list[Path]:
+    """The checkpoint at `path`, or all of a folder of checkpoints or of a run, the newest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if folders.is_checkpoint(folder) or not folder.is_dir():
+        return [folder]  # opening it says what is wrong with it
+    inner = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+    found = [place for _, place in folders.steps(inner)]
+    if not found:
+        if any(inner.glob("rank-*.safetensors")):
+            return [inner]
+        raise UserError(
+            f"there is no checkpoint in {path!r}: no folder step-... and no manifest.json; give "
+            "another folder"
+        )
+    return found

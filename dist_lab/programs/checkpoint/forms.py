@@ -1,0 +1,79 @@
+"""checkpoint.py export and import: other programs' files. See checkpoint/exchange/README.md."""
+
+from pathlib import Path
+
+import torch
+
+from dist_lab.checkpoint.exchange import dcp, huggingface, llama, ours, torch_file
+from dist_lab.checkpoint.exchange.tensors import Converted, Tensors, Under, prefixed
+from dist_lab.data.custom import is_custom
+from dist_lab.errors import UserError
+from dist_lab.programs.checkpoint.find import newest
+from dist_lab.programs.checkpoint.settings import Export, Import
+from dist_lab.zoo.sizes import SIZES
+
+
+def export(config: Export) -> int:
+    """Write a checkpoint in another form. Returns 0."""
+    checkpoint = newest(config.source)
+    checkpoint.verify()
+    weights = ours.weights_of(checkpoint)
+    if config.to == "hf":
+        settings = checkpoint.manifest["settings"]
+        if settings is None:
+            raise UserError(
+                f"checkpoint {config.source!r} was saved by a script, and does not say how many "
+                "heads the model has; call exchange.huggingface.export with its shape, or export "
+                "it to dcp or torch"
+            )
+        kinds = Under(checkpoint, "model/").names()
+        data = str(settings.get("data"))
+        huggingface.export(
+            weights, llama.shape_in_settings(settings, kinds), config.target,
+            positions=int(settings.get("seq") or 2048), file_bytes=config.file_mb * 10**6,
+            ids=f"of the data {data}" if is_custom(data) else "bytes",
+        )  # fmt: skip
+    elif config.to == "dcp":
+        dcp.export(ours.WithAbout(checkpoint), config.target)
+    else:
+        torch_file.export(weights, config.target)
+    what = "" if config.to == "dcp" else "the weights of "
+    print(f"exported {what}{checkpoint.folder} to {config.target}")
+    return 0
+
+
+def import_(config: Import) -> int:
+    """Write a checkpoint of step-... from another form, which is told by its files. Returns 0."""
+    source, left_out = Path(config.source).expanduser(), ()
+    settings = None
+    tensors: Tensors
+    if (source / dcp.METADATA).exists():
+        folder = dcp.open_folder(source)
+        tensors, left_out = folder, tuple(folder.left_out)
+    elif source.is_dir():
+        read = huggingface.open_folder(source)
+        tensors, settings = prefixed(read.once, "model/"), settings_of(read.shape)
+    else:
+        weights = torch_file.without_ties(torch_file.open_file(source))
+        tensors = prefixed(weights, "model/")
+    if config.dtype:
+        tensors = Converted(tensors, getattr(torch, config.dtype))
+    path = ours.write(tensors, config.target, settings=settings)
+    print(f"imported {config.source} as {path}")
+    if left_out:
+        print(f"left out, because they are no tensors of a model or optimizer: {_some(left_out)}")
+    return 0
+
+
+def settings_of(shape: llama.LlamaShape) -> dict[str, object] | None:
+    """The settings of a run of such a model; None if it has no size of the zoo's."""
+    size = shape.size()
+    if size is None:
+        return None
+    layers = None if shape.layers == SIZES["gpt"][size]["layers"] else shape.layers
+    return {"model": "gpt", "size": size, "layers": layers}
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

@@ -1,0 +1,126 @@
+"""checkpoint.py reshard: a checkpoint in another layout, without starting its ranks.
+
+Each rank of the new mesh is built in this process, one after another, on a mesh whose other ranks
+are simulated (`dry_run`). It loads the boxes that it holds, as on a real mesh, and its part is
+written. So the layouts cannot differ from those of a run, and the memory is that of one rank.
+
+A run needs no resharding: it resumes from any layout. But it may read less then, and files from
+another number of ranks need not be kept.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lab.checkpoint.entries import Entry, entry_of
+from dist_lab.checkpoint.exchange.ours import about_of
+from dist_lab.checkpoint.load import load
+from dist_lab.checkpoint.manifest import Damaged
+from dist_lab.checkpoint.offline import OfflineWriter
+from dist_lab.checkpoint.optimizer_state import numbers_of, options_of
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.checkpoint.saver import entries_of
+from dist_lab.errors import UserError
+from dist_lab.job import Job
+from dist_lab.layout.gather import local_part
+from dist_lab.mesh.mesh import Mesh, dry_run, init_mesh
+from dist_lab.programs.checkpoint.find import newest
+from dist_lab.programs.checkpoint.settings import Reshard, layout_of
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.mesh_text import mesh_in_words
+from dist_lab.programs.cli.settings import checked
+from dist_lab.programs.cli.setup import build, open_run
+from dist_lab.programs.train import loop
+from dist_lab.randomness import generators
+
+
+def reshard(config: Reshard) -> int:
+    """Write the checkpoint in the layout that --mesh and --strategy say. Returns 0."""
+    source = newest(config.source)
+    source.verify()
+    run = layout_of(config, **settings_of(source))
+    size = math.prod((config.mesh or {}).values())
+    run = run.fitted(size)
+    axes, target = run.axes(size) or {"dp": 1}, Path(config.target).expanduser().absolute()
+    about = {key: source.manifest[key] for key in ("settings", "extra", "versions")}
+    about |= {"strategies": "", "optimizer": None}  # the first rank says
+    with OfflineWriter(target, source.step, axes, about) as writer:
+        for rank in range(size):
+            table, about_run, entries = part_of(source, run, axes, rank)
+            writer.about |= about_run
+            writer.write(rank, entries, table)
+        path = writer.commit()
+    where = f"{mesh_in_words(axes)}: {size} ranks" if size > 1 else "one process"
+    print(f"resharded {source.folder} to {path}, {where}")
+    return 0
+
+
+def part_of(
+    source: Checkpoint, run: Config, axes: Mapping[str, int], rank: int
+) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
+    """One rank's table, what the manifest says about the job, and the entries that it holds."""
+    if math.prod(axes.values()) == 1:
+        return _part_on(init_mesh(**axes), source, run)
+    with dry_run(axes, rank) as mesh:
+        return _part_on(mesh, source, run)
+
+
+def _part_on(
+    mesh: Mesh, source: Checkpoint, run: Config
+) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
+    job = build(run, mesh, open_run(run, mesh))
+    optimizer = loop.make_optimizer(job, run) if about_of(source)["optimizer"] else None
+    before = generators.to_json()
+    try:
+        load(source, job, optimizer)
+        random = generators.to_json()
+    finally:
+        generators.from_json(before)
+    table = {
+        "random": random,
+        "optimizer": options_of(optimizer, job) if optimizer else None,
+        "numbers": numbers_of(optimizer, job) if optimizer else {},
+        "modules": about_of(source)["modules"],
+    }
+    about = {"strategies": job.strategies}
+    about |= {"optimizer": table["optimizer"]} if mesh.rank == 0 else {}
+    entries = [*entries_of(job, optimizer, None), *_shadow(source, job)]
+    return table, about, entries
+
+
+def _shadow(source: Checkpoint, job: Job) -> Iterator[Entry]:
+    """The moving average of the weights, if there is one: it lies as the parameters do."""
+    names = source.names()
+    for name, parameter in job.named_parameters():
+        if f"shadow/{name}" in names:
+            _, dtype = names[f"shadow/{name}"]
+            local = torch.empty_like(local_part(parameter.detach()), dtype=dtype)
+            entry = entry_of(f"shadow/{name}", job.layouts[name], local, job.mesh)
+            source.read_into(entry)
+            yield entry
+
+
+def settings_of(source: Checkpoint) -> dict[str, Any]:
+    """The settings of the run that has saved a checkpoint, each within the limits of its flag.
+
+    Raises:
+        UserError: a script has saved it, so that its model cannot be built here.
+    """
+    saved = source.manifest["settings"]
+    if saved is None:
+        raise UserError(
+            f"checkpoint {str(source.folder)!r} was saved by a script, whose model cannot be built "
+            "here; job.load reads it in any layout"
+        )
+    options = {option.name: option for option in fields(Config)}
+    place = f"the settings of {str(source.folder)!r}"
+    # A run with another batch may go on from these weights, so the batch need not divide here.
+    named = options.keys() - {"batch"}
+    known = {k: value for k, value in saved.items() if k in named and value is not None}
+    if not known.get("model"):
+        raise Damaged(f"{place} name no model; give another checkpoint")
+    return {name: checked(options[name], value, place) for name, value in known.items()}

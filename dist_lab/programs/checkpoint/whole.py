@@ -1,0 +1,53 @@
+"""checkpoint.py verify: is every file of a checkpoint what was saved?"""
+
+from pathlib import Path
+
+from dist_lab.checkpoint.files import sha256_of
+from dist_lab.checkpoint.load import check_name
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.errors import MachineError, UserError
+from dist_lab.programs.checkpoint.find import all_in
+from dist_lab.programs.checkpoint.settings import Verify
+
+
+def verify(config: Verify) -> int:
+    """Print a line for each checkpoint, and one for each file that is wrong. Returns 0 or 1."""
+    paths = all_in(config.checkpoint)
+    if len(paths) == 1 and not (paths[0] / "manifest.json").is_file():
+        Checkpoint.open(paths[0])  # raises: it is none, or not whole
+    bad = 0
+    for path in paths:
+        problems = wrong_in(path)
+        bad += bool(problems)
+        for problem in problems:
+            print(problem)
+        if not problems:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            count = len(list(path.iterdir()))
+            print(f"{path}: whole, {count} files, {size:,} bytes, every SHA-256 as saved")
+    if len(paths) > 1:
+        print(f"{len(paths) - bad} of {len(paths)} checkpoints are whole")
+    return 1 if bad else 0
+
+
+def wrong_in(path: Path) -> list[str]:
+    """What is wrong with a checkpoint: a line for each file that was changed."""
+    try:
+        checkpoint = Checkpoint.open(path)
+        check_name(checkpoint)
+    except (UserError, MachineError) as error:
+        return [str(error)]
+    problems = []
+    for name in checkpoint.files():
+        expected = checkpoint.manifest["files"][name]["sha256"]
+        try:
+            actual = sha256_of(path / name)
+        except OSError as error:
+            problems.append(f"cannot read {str(path / name)!r}: {error.strerror}")
+            continue
+        if actual != expected:
+            problems.append(
+                f"{str(path / name)!r} was changed: its SHA-256 is {actual}, and was {expected} "
+                "when it was saved"
+            )
+    return problems
