@@ -215,9 +215,7 @@ def test_a_dataset_that_does_not_fit_is_refused_in_one_line(case):
 def test_validation_samples_must_be_like_those_of_training():
     with pytest.raises(UserError, match=r"held_out\[0\] has input \(4,\) of .*, not \(6,\)"):
         opened(Sentences(), items((T[:4], T[:4] + 1)))
-    with pytest.raises(
-        UserError, match=r"held_out\[0\] has target 95 to 100, although"
-    ):
+    with pytest.raises(UserError, match=r"held_out\[0\] has target 95 to 100, although"):
         opened(Sentences(), items((T, T + 95)))
     with pytest.raises(UserError, match="held_out is empty"):
         opened(Sentences(), items())
