@@ -17,7 +17,8 @@ from dist_lab.programs.cli.config import RunSettings
 
 RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
-    "metrics.jsonl", "summary.json", "events.out.tfevents.*", "faults.jsonl",
+    "metrics.jsonl", "samples-rank*.jsonl", "summary.json", "events.out.tfevents.*",
+    "faults.jsonl",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
