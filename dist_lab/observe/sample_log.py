@@ -170,9 +170,7 @@ def _check_epochs(numbered: Iterable[tuple[int, int]], samples: int | None, posi
             if from_start:
                 every, whole = every or set(seen), whole + 1
                 if odd := every ^ set(seen):
-                    raise MachineError(
-                        f"sample {min(odd)} is not in every epoch: see epoch {epoch}"
-                    )
+                    raise MachineError(f"sample {min(odd)} is not in every epoch, see {epoch}")
             seen, from_start = {}, True
     return whole
 
