@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Mesh
@@ -32,6 +31,7 @@ from dist_lab.mesh.topology import ORDER, lines
 EVERY = 5  # steps between two comparisons
 WINDOW = 6  # steps that are compared
 AGREE = 5  # of these, to call a rank slow
+HISTORY = 4 * EVERY  # steps that are kept
 TIMES = 1.5  # a slow rank's work, relative to the median of the ranks with the same work
 COST = 0.05  # of the step: what a slow rank costs at least
 UNBALANCED = 1.25  # the longest stage of an unbalanced pipeline, relative to the mean
@@ -52,7 +52,7 @@ class Slow:
     last: int
     own: float
     others: float
-    lost: float
+    lost: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,7 +72,7 @@ class Stragglers:
         self.mesh, self.episodes = mesh, list[Slow]()
         self._groups = lines(mesh.axes, [name for name in ORDER if name != "pp"])
         self._recent: list[tuple[float, float]] = []  # (seconds, blocked) of this rank's last steps
-        self._last = torch.zeros(2, mesh.size, 0, dtype=torch.float64)  # work, waiting: the window
+        self._last = torch.zeros(2, mesh.size, 0, dtype=torch.float64)  # work, waiting
         self._totals = torch.zeros(2, mesh.size, dtype=torch.float64)  # in seconds
         self._steps = 0  # that are in the totals
         self._step = 0
@@ -89,14 +89,7 @@ class Stragglers:
         if len(self._recent) < EVERY:
             return []
         self._gather()
-        news = [
-            slow
-            for group in self._groups
-            for slow in slow_ranks(self._last, group, step)
-            if not self._continues(slow)
-        ]
-        self.episodes += news
-        return [in_words(step, slow) for slow in news]
+        return [in_words(step, slow) for group in self._groups for slow in self._compare(group)]
 
     def now(self) -> dict[str, float]:
         """Fields of a row of metrics.jsonl: the slowest rank, if one is slow at present."""
@@ -125,38 +118,52 @@ class Stragglers:
         with self.mesh.comm.label("measure"):
             seconds, waited = ops.all_gather(own, self.mesh.world).cpu().unbind(-1)  # (N, W)
         work_and_waiting = torch.stack([(seconds - waited).clamp(min=1e-6), waited])
-        self._last = torch.cat([self._last, work_and_waiting], dim=2)[:, :, -WINDOW:]
+        self._last = torch.cat([self._last, work_and_waiting], dim=2)[:, :, -HISTORY:]
         self._totals += work_and_waiting.sum(2)
         self._steps += len(self._recent)
         self._recent = []
 
-    def _continues(self, slow: Slow) -> bool:
-        """Whether this rank was slow a short time ago. Then that entry now includes these steps."""
-        for before in self.episodes:
-            if before.rank == slow.rank and before.last >= slow.first - 4 * EVERY:
-                before.last, before.own, before.others = slow.last, slow.own, slow.others
-                before.lost += slow.lost
-                return True
-        return False
+    def _compare(self, group: Sequence[int]) -> list[Slow]:
+        """Compare some ranks that do the same work. Returns those that have become slow."""
+        work, waited = self._last[:, list(group)]  # each (N, W), with the N of this group
+        usual = work.median(dim=0).values  # (W,); of two ranks, the shorter work
+        excess, is_longer = (work - usual).clamp(min=0), work >= TIMES * usual
+        window = slice(-WINDOW, None)
+        agrees = is_longer[:, window].sum(1) >= AGREE
+        least = COST * (work + waited)[:, window].median(1).values
+        slow_rows = agrees & (excess[:, window].median(1).values >= least)
+        new = []
+        for row in slow_rows.nonzero().flatten().tolist():
+            slow = self._recently_slow(group[row])
+            if slow is None:
+                since = self._step - steps_since_onset(is_longer[row].tolist())
+                new.append(slow := Slow(group[row], since, since - 1, 0.0, 0.0))
+            slow.lost += float((excess * is_longer)[row, slow.last - self._step :].sum())
+            slow.last = self._step
+            slow.own, slow.others = (float(x[window].median()) for x in (work[row], usual))
+        self.episodes += new
+        return new
+
+    def _recently_slow(self, rank: int) -> Slow | None:
+        """The entry of a rank that was slow a short time ago: it has not become slow again."""
+        return next(
+            (s for s in self.episodes if s.rank == rank and s.last > self._step - HISTORY), None
+        )
 
 
-def slow_ranks(last: Tensor, group: Sequence[int], step: int) -> list[Slow]:
-    """Returns the slow ones of some ranks that do the same work.
+def steps_since_onset(longer: Sequence[bool]) -> int:
+    """For how many steps, of those up to the last, a rank has been slow without a break.
 
-    Args:
-        last: seconds of work and of waiting in the steps up to this one, (2, N, W).
+    A break within the window does not count: there may be one in it.
+
+    >>> steps_since_onset([True, False, True, True, True, True, True, True, True, False])
+    7
     """
-    work, waited = last[:, list(group)]  # each (N, W), with the N of this group
-    usual = work.median(dim=0).values  # (W,); of two ranks, the shorter work
-    is_longer, excess = work >= TIMES * usual, (work - usual).clamp(min=0)
-    costs = excess.median(1).values >= COST * (work + waited).median(1).values
-    slow = []
-    for row in (costs & (is_longer.sum(1) >= AGREE)).nonzero().flatten().tolist():
-        since = step - work.shape[1] + 1 + int(is_longer[row].nonzero()[0])
-        lost = float((excess * is_longer)[row, -EVERY:].sum())  # since the last comparison
-        medians = float(work[row].median()), float(usual.median())
-        slow.append(Slow(group[row], since, step, *medians, lost))
-    return slow
+    first = len(longer) - WINDOW
+    first = longer.index(True, max(first, 0))
+    while first and longer[first - 1]:
+        first -= 1
+    return len(longer) - 1 - first
 
 
 # --- in words -------------------------------------------------------------------------------------
@@ -179,8 +186,9 @@ def closing_words(summary: Mapping[str, Any]) -> str:
     >>> slow = Slow(rank=2, first=16, last=35, own=0.2, others=0.1, lost=2)
     >>> closing_words({"slow_ranks": [slow.to_dict()], "stage_work_ms": None})
     '; rank 2 was slow in steps 16 to 35 (2.0 times the work of the others), which cost 2.0 s'
-    >>> closing_words({"slow_ranks": [], "stage_work_ms": [10, 20, 10, 10]})
-    '; an unbalanced pipeline: pp=1 works 20 ms a step, the mean of the stages is 12'
+    >>> ranks = {"work_ms": [10, 20, 10, 10]}
+    >>> closing_words({"slow_ranks": [], "stage_work_ms": [10, 20, 10, 10], "ranks": ranks})
+    '; an unbalanced pipeline or a slow rank: pp=1 works 20 ms a step, the mean of stages is 12'
     """
     words = ""
     for slow in summary["slow_ranks"]:
@@ -192,8 +200,9 @@ def closing_words(summary: Mapping[str, Any]) -> str:
     stages = summary["stage_work_ms"] or [0.0]
     mean = statistics.fmean(stages)
     if max(stages) > UNBALANCED * mean:
+        alone = " or a slow rank" if len(stages) == len(summary["ranks"]["work_ms"]) else ""
         words += (
-            f"; an unbalanced pipeline: pp={stages.index(max(stages))} works {max(stages):.0f} ms "
-            f"a step, the mean of the stages is {mean:.0f}"
+            f"; an unbalanced pipeline{alone}: pp={stages.index(max(stages))} works "
+            f"{max(stages):.0f} ms a step, the mean of stages is {mean:.0f}"
         )
     return words
