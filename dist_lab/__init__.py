@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_lab.compose import parallelize
+    from dist_lab.data.sampler import BatchSampler
     from dist_lab.errors import MachineError, ReplicasDiffer, TrainingDiverged, UserError
     from dist_lab.job import Job
     from dist_lab.loss import cross_entropy_sum
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WHERE = {
     "Axis": "mesh.mesh",
+    "BatchSampler": "data.sampler",
     "Dropout": "randomness.dropout",
     "Job": "job",
     "MachineError": "errors",
@@ -40,9 +42,9 @@ WHERE = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Axis", "Dropout", "Job", "MachineError", "Mesh", "ReplicasDiffer", "TrainingDiverged",
-    "UserError", "cross_entropy_sum", "doctor", "fix_torchvision", "init_mesh", "parallelize",
-    "verify",
+    "Axis", "BatchSampler", "Dropout", "Job", "MachineError", "Mesh", "ReplicasDiffer",
+    "TrainingDiverged", "UserError", "cross_entropy_sum", "doctor", "fix_torchvision", "init_mesh",
+    "parallelize", "verify",
 ]  # fmt: skip
 
 

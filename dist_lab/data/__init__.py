@@ -10,6 +10,8 @@ sees the same samples in the same order on any mesh, and also after a resume.
     images.py    the images of datasets, each exactly once per epoch; and noise
     order.py     the order of samples
     custom.py    your own `module:function`, checked before the first step
+    dataset.py   a map-style Dataset that such a function returns
+    sampler.py   the same order for your own loop and torch's DataLoader
     prefetch.py  loads the next batch while the current one is used
     cast.py      images in the dtype of the model
 
@@ -32,6 +34,8 @@ from dist_lab.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from dist_lab.data.order import Ids
+
 __all__ = ["DEFAULT_CACHE", "Data", "check", "open_data", "prefetch"]
 
 Shape = tuple[int, int, int]  # of an image: channels, height, width
@@ -50,13 +54,23 @@ class Data(Protocol):
 
     They are pure functions: the same arguments give the same tensors in every process, and
     consecutive slices concatenate to the whole batch.
+
+    These may be missing, which is the same as None: `image`; `samples`, the number of samples per
+    epoch, each of which occurs once; the method `sample_ids(step, rows)`, which returns the numbers
+    of the samples in these rows of a training batch, an array (rows,).
     """
 
     name: str  # for the log
     vocab: int  # token ids, or classes, are 0 .. vocab - 1
-    image: Shape | None  # the shape of an image; None, or no such attribute: text
+    image: Shape | None  # the shape of an image; None: text
     sha256: str  # hash of all samples, for the log; "" if there is none
     validation_batches: int  # number of validation batches; 0: no validation
+
+    @property
+    def samples(self) -> int | None: ...
+
+    @property
+    def sample_ids(self) -> Callable[[int, slice], Ids] | None: ...
 
     def batch(self, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the global training batch of `step`, for any step from 0."""
@@ -117,19 +131,19 @@ def open_data(
 
     `spec` is the name of an image dataset (`datasets.image_of`), a `module:function`, or else text
     (`corpus.ACCEPTED`), read in sequences of `seq` tokens. There are at most `validation_batches`
-    validation batches, fewer if not enough data is held out; a `module:function` decides for
-    itself. `download` and `fits` are as in `check`.
+    validation batches, fewer if not enough data is held out; the Data of a `module:function`
+    decides for itself. `download` and `fits` are as in `check`.
 
     Raises UserError when no data has that name, the text is shorter than one sequence, or the
-    function does not return a Data; MachineError when the cache folder cannot be written, or a
-    dataset cannot be downloaded.
+    function does not return a Data or a Dataset; MachineError when the cache folder cannot be
+    written, or a dataset cannot be downloaded.
     """
     text = check(spec, seq=seq, cache_dir=cache_dir, download=download, fits=fits)
+    order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
     if custom.is_custom(spec):
-        data = custom.open_custom(spec, batch=batch, seq=seq, seed=seed)
+        data = custom.open_custom(spec, seq=seq, **order)
         fits(data.image)
         return data
-    order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
     # Imported here and not above, because these files import torch.
     if text is not None:
         from dist_lab.data.text import Text

@@ -2,10 +2,10 @@
 
     def function(*, batch: int, seq: int, seed: int) -> dist_lab.data.Data: ...
 
-The data is text, unless its `image` is the shape of an image; then `seq` is unused. The module is
-found as by `python -m`, in the current folder first. The first batch is loaded and checked at once:
-a wrong shape is reported in one line, where the first step would fail with a traceback from the
-model on every rank.
+It may also return a map-style Dataset, or two of them: see dataset.py. The data is text, unless its
+`image` is the shape of an image; then `seq` is unused. The module is found as by `python -m`, in
+the current folder first. The first batch is loaded and checked at once: a wrong shape is reported
+in one line, where the first step would fail with a traceback from the model on every rank.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ import importlib
 import importlib.util
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from dist_lab.errors import UserError
+from dist_lab.data.user_code import calling, importable_from, refusal
 from dist_lab.torchvision_import import fix_torchvision
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dist_lab.data import Data, Shape
+    from dist_lab.data.order import Ids
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # type ./a:b for a file a:b
 
 ATTRIBUTES = {"name": str, "vocab": int, "sha256": str, "validation_batches": int}
 METHODS = ("batch", "validation")
-SEE = "see the protocol dist_lab.data.Data"
+SEE = "see the protocol dist_lab.data.Data, or return a map-style Dataset"
 
 
 def is_custom(spec: str) -> bool:
@@ -54,7 +53,7 @@ def locate(spec: str) -> None:
         raise refusal(spec, f"{missing}; {fix}")
 
 
-def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
+def open_custom(spec: str, *, batch: int, seq: int, seed: int, validation_batches: int) -> Custom:
     """Call the function. Raises UserError unless it returns a Data whose first batch is right."""
     module, _, name = spec.partition(":")
     fix_torchvision()  # the module may import torchvision
@@ -64,6 +63,11 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
         raise refusal(spec, f"module {module!r} has no function {name!r}; define it there")
     with calling(spec, f"{name}(batch={batch}, seq={seq}, seed={seed})"):
         data: Data = function(batch=batch, seq=seq, seed=seed)
+    if datasets := map_style(data):
+        from dist_lab.data.dataset import FromDataset  # imports torch
+
+        order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
+        return Custom(FromDataset(spec, *datasets, seq=seq, **order))
     returned = f"{name}() returned a {type(data).__name__}"
     missing = [
         f"{attribute}: {kind.__name__}"
@@ -89,8 +93,24 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int) -> Custom:
     return custom
 
 
+def map_style(returned: Any) -> tuple[Any, ...]:
+    """The Dataset, or the two, that a function has returned; () if it is a Data or anything else.
+
+    >>> map_style([0]), map_style(([0], [1])), map_style(None)
+    (([0],), ([0], [1]), ())
+    """
+    sets = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned,)
+    are_sets = all(
+        callable(getattr(type(one), "__len__", None))
+        and callable(getattr(type(one), "__getitem__", None))
+        and getattr(one, "validation_batches", None) is None
+        for one in sets
+    )
+    return sets if are_sets else ()
+
+
 class Custom:
-    """Your own data, with `image` = None if it has no `image`.
+    """Your own data, with None for `image`, `samples` or `sample_ids` if it has none.
 
     While its methods run, the folder that was current at the start can be imported from.
     """
@@ -99,6 +119,8 @@ class Custom:
         self.name, self.vocab, self.sha256 = data.name, data.vocab, data.sha256
         self.validation_batches = data.validation_batches
         self.image: Shape | None = getattr(data, "image", None)
+        self.samples: int | None = getattr(data, "samples", None)
+        self.sample_ids: Callable[[int, slice], Ids] | None = getattr(data, "sample_ids", None)
         self._data, self._folder = data, os.getcwd()
 
     def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
@@ -144,35 +166,3 @@ def mismatch(pair: object, rows: int, sample: tuple[int, ...], vocab: int) -> st
         if dtype == torch.int64 and (tensor.min() < 0 or tensor.max() >= vocab):
             return f"{role} from {tensor.min()} to {tensor.max()}, although vocab is {vocab}"
     return None
-
-
-# Running the user's code.
-
-
-@contextmanager
-def calling(spec: str, call: str) -> Iterator[None]:
-    """Run the user's code. An exception in it becomes a UserError that names the call."""
-    try:
-        with importable_from(os.getcwd()):
-            yield
-    except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise refusal(spec, f"{call} raised {message}; --debug shows where") from error
-
-
-@contextmanager
-def importable_from(folder: str) -> Iterator[None]:
-    """Put a folder first on sys.path, and remove it afterwards.
-
-    Threads may overlap here (prefetch.py): each adds one entry and removes one.
-    """
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
-
-
-def refusal(spec: str, what: str) -> UserError:
-    return UserError(f"data={spec!r}: {what}")

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dist_lab.data.datasets import GLYPHS
-from dist_lab.data.order import positions
+from dist_lab.data.order import Ids, positions
 from dist_lab.errors import MachineError
 
 CLASSES = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O, which look like 1 and 0
@@ -46,6 +46,7 @@ class Glyphs:
     name = "glyphs"
     vocab = len(CLASSES)
     image: tuple[int, int, int] | None = GLYPHS
+    samples = None
 
     def __init__(self, *, batch: int, seed: int, validation_batches: int) -> None:
         self.validation_batches = validation_batches
@@ -61,6 +62,10 @@ class Glyphs:
     def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """The same images at every call and for every seed."""
         return self._render(VALIDATION, 0, index, rows)
+
+    def sample_ids(self, step: int, rows: slice) -> Ids:
+        """The positions of these rows in the endless stream, (R,): every sample is new."""
+        return positions(step, rows, self._batch)
 
     def _render(self, stream: int, seed: int, step: int, rows: slice) -> tuple[Tensor, Tensor]:
         words = random_words(stream, seed, positions(step, rows, self._batch))

@@ -38,7 +38,8 @@ class Stored:
         self._train, self._validation = (load(spec, cache_dir, train=t) for t in (True, False))
         parts = (array.tobytes() for pair in (self._train, self._validation) for array in pair)
         self.sha256 = hashlib.sha256(b"".join(parts)).hexdigest()
-        self._order = Order(len(self._train[0]), batch=batch, seed=seed)
+        self.samples = len(self._train[0])
+        self._order = Order(self.samples, batch=batch, seed=seed)
         self._batch = batch
         # Too few test images for one batch still give one batch, which repeats some of them.
         self._held_out = len(self._validation[0])
@@ -48,13 +49,17 @@ class Stored:
 
     def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Images (R, C, H, W) float32 and their classes (R,) int64, each image once per epoch."""
-        return self._select(*self._train, self._order(step, rows))
+        return self._select(*self._train, self.sample_ids(step, rows))
 
     def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """The same images at every call, spread evenly over all test images."""
         number = positions(index, rows, self._batch)
         ids = number * self._held_out // (self.validation_batches * self._batch)
         return self._select(*self._validation, ids)
+
+    def sample_ids(self, step: int, rows: slice) -> Ids:
+        """The numbers of the training images of these rows, (R,)."""
+        return self._order(step, rows)
 
     def _select(self, images: Pixels, classes: Ids, ids: Ids) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(images[ids]).float() / 255
@@ -94,7 +99,7 @@ class Fake:
 
     vocab = 10
     sha256 = ""
-    samples = 1000  # FakeData's default; the samples after these are for validation
+    samples = 1000  # FakeData's default; those after these are for validation
 
     def __init__(self, spec: str, *, batch: int, seed: int, validation_batches: int) -> None:
         self.name, self.image = spec, image_of(spec)
@@ -104,11 +109,15 @@ class Fake:
 
     def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Images (R, C, H, W) float32 and their classes (R,) int64, each image once per epoch."""
-        return self._noise(self._order(step, rows))
+        return self._noise(self.sample_ids(step, rows))
 
     def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """The same images at every call."""
         return self._noise(self.samples + positions(index, rows, self._batch))
+
+    def sample_ids(self, step: int, rows: slice) -> Ids:
+        """The numbers of these rows' images, which are the seeds of their noise, (R,)."""
+        return self._order(step, rows)
 
     def _noise(self, ids: Ids) -> tuple[Tensor, Tensor]:
         assert self.image is not None

@@ -29,6 +29,7 @@ class Text:
     ) -> None:
         self.name, self.sha256 = corpus.name, corpus.sha256
         self.windows = (len(corpus.train) - 1) // seq  # per epoch; -1: targets are one byte on
+        self.samples = self.windows
         self._batch, self._seq = batch, seq
         self._train, self._validation = np.asarray(corpus.train), np.asarray(corpus.validation)
         self._order = Order(self.windows, batch=batch, seed=seed)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # a program that only looks at a run needs no settings
 
 RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
-    "metrics.jsonl", "summary.json", "events.out.tfevents.*", "faults.jsonl",
+    "metrics.jsonl", "samples-rank*.jsonl", "summary.json", "events.out.tfevents.*",
+    "faults.jsonl",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"

@@ -18,6 +18,7 @@ from typing import Any
 from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
 from dist_lab.observe.flops import in_percent
+from dist_lab.observe.stragglers import closing_words
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import TimedAction
 
@@ -36,6 +37,9 @@ class Sink:
 
     def row(self, row: Row) -> None:
         """A step is logged. README describes the fields of a row."""
+
+    def notice(self, line: str) -> None:
+        """Something has happened that a reader should see at once."""
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         """The last step is measured: the timed actions of each pipeline rank, in ms."""
@@ -136,6 +140,9 @@ class Screen(Sink):
             on_the_bar=f"{loss}{self.validation}  {_rate(row)}",
         )
 
+    def notice(self, line: str) -> None:
+        self.progress.print(line)
+
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.progress.close()
         if summary is not None:
@@ -163,7 +170,8 @@ def closing_line(summary: Mapping[str, Any]) -> str:
         f"{summary['steps']} steps, loss {summary['final_loss']:.4f}{validated}; "
         f"{_rate(median)}, MFU {in_percent(summary['mfu'])}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
-        f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}; in {summary['out']}"
+        f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}"
+        f"{closing_words(summary)}; in {summary['out']}"
     )
 
 

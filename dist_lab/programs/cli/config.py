@@ -152,6 +152,8 @@ class RunSettings(RankSettings):
     log_every: int = setting(10, "steps between logged rows", low=1)
     sentinel: int = setting(0, "every N steps compare weights, buffers, random generators and the "
         "like over the ranks that should hold the same, and stop at a difference; 0: never", low=0)
+    log_samples: bool = setting(False, "write the numbers of the samples of each step, one file "
+        "per rank: see observe/sample_log.py")
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
 

@@ -22,7 +22,7 @@ from dist_lab.programs.compare.ratios import CONFIDENCE, fewest_rounds
 DEFAULTS = {"steps": 3}  # per round; strategies are compared best within short rounds
 SMOKE = {"size": "tiny", "batch": AtLeast(8), "seq": 32, "steps": 2, "rounds": 8}
 WITHOUT = [
-    "strategy", "impl", "val_every", "log_every", "sentinel", "log_collectives",
+    "strategy", "impl", "val_every", "log_every", "log_samples", "sentinel", "log_collectives",
     "check_collectives", "reduce_order", *RESTARTS,
 ]  # fmt: skip
 ALL = "all"

@@ -15,7 +15,7 @@ from dist_lab.programs.cli.settings import read as read_settings
 
 WITHOUT = [
     "oversubscribe", "timeout", "steps", "lr", "adamw_lr", "weight_decay", "warmup",
-    "overwrite", "about", "val_every", "log_every", "sentinel", "log_collectives",
+    "overwrite", "about", "val_every", "log_every", "log_samples", "sentinel", "log_collectives",
     "check_collectives", "reduce_order", *RESTARTS,
 ]  # fmt: skip
 RANKS = 4  # the number of ranks unless --mesh, --stages or --nproc sets it

@@ -11,6 +11,7 @@ from dist_lab.errors import MachineError, UserError
 from dist_lab.faults.inject import injected
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
+from dist_lab.observe.sample_log import SampleLog, refuse_unnumbered
 from dist_lab.observe.sinks import Sink, open_sinks
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config
@@ -23,10 +24,12 @@ from dist_lab.programs.train.checkpoints import Checkpoints
 
 
 def train(config: Config, mesh: Mesh) -> int:
-    """Train a model of the zoo; rank 0 writes the files that README describes."""
+    """Train a model of the zoo, and write the files that README describes."""
     config = config.fitted(mesh.size)
     with ExitStack() as resources:
         data = open_run(config, mesh)
+        if config.log_samples:
+            refuse_unnumbered(data)
         folder = claim_folder(config, mesh, resources)
         job = build(config, mesh, data)
         run_info = describe(config, job, data) | {"strategies": job.strategies}
@@ -52,6 +55,10 @@ def train(config: Config, mesh: Mesh) -> int:
                 folder, config.steps, plain=config.log_collectives, first=checkpoints.first
             )
             run_info["out"] = str(folder)
+        if config.log_samples:
+            own, first_step = loop.own_rows(config.batch, job), checkpoints.first + 1
+            with together(mesh.world):
+                sinks.append(SampleLog(folder, mesh, data, own, first_step=first_step))
         for sink in sinks:
             sink.begin(checkpoints.first)
         summary: Mapping[str, Any] | None = None

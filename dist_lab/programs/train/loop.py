@@ -37,7 +37,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train, send rows to the sinks, and return the medians and final losses for summary.json."""
     rows = own_rows(config.batch, job)
-    meter = Meter(job, optimizer)
+    meter = Meter(job, optimizer, checkpoints.first)
     sentinel = job.sentinel(config.sentinel) if config.sentinel else None
     tokens = config.batch * config.seq if data.image is None else None
     validation: dict[str, float] = {}
@@ -62,6 +62,8 @@ def train(
                 validation = evaluate(job, data, config, rows)
             for sink in sinks:
                 sink.tick(step)
+                for line in meter.news:
+                    sink.notice(line)
             if evaluation_due or step == first + 1 or step % config.log_every == 0:
                 lr = optimizer.param_groups[0]["lr"]
                 row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}

@@ -2,6 +2,9 @@
 
 Memory and operations are measured in the first steps only. Measuring slows those steps down, so the
 times do not include them.
+
+[Note: libraries] A library's strategy waits inside the library, where the ledger does not see it.
+So the work of its ranks is not known, and not compared (observe/stragglers.py).
 """
 
 import statistics
@@ -18,20 +21,25 @@ from dist_lab.comm.ledger import Tally
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import flops, memory
+from dist_lab.observe.stragglers import Stragglers
 from dist_lab.programs.cli.config import Config
 
 WARM_UP = 2  # first steps, measured for memory and FLOPs and left out of the medians
+NOT_COMPARED: dict[str, Any] = {"ranks": None, "stage_work_ms": None, "slow_ranks": []}
 
 
 class Meter:
     """Times steps, and counts their bytes, memory and floating-point operations."""
 
-    def __init__(self, job: Job, optimizer: torch.optim.Optimizer) -> None:
-        self.job, self.optimizer = job, optimizer
+    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, first: int = 0) -> None:
+        """`first`: the number of steps that were taken before."""
+        self.job, self.optimizer, self.first = job, optimizer, first
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
         self.reported = 0
         self.memory = memory.NOTHING  # the largest of the measured steps
         self.flops_per_step = 0.0  # summed over all ranks
+        self.stragglers = None if job.about else Stragglers(job.mesh)  # see [Note: libraries]
+        self.news: list[str] = []  # about the last step
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -50,6 +58,9 @@ class Meter:
         if step == 1:
             local = torch.tensor(count.get_total_flops())
             self.flops_per_step = float(sum_over_ranks(local, self.job.mesh))
+        if step > WARM_UP and self.stragglers is not None:
+            seconds, traffic = self.steps[-1]
+            self.news = self.stragglers.after_step(self.first + step, seconds, traffic.blocked)
 
     def since_last_row(self, samples: int, tokens: int | None) -> dict[str, float]:
         """Returns the fields of a row: means over the steps since the last row.
@@ -66,6 +77,7 @@ class Meter:
             "comm_sent_bytes": recent[-1][1].sent,
             "comm_ms": statistics.fmean(t.blocked for _, t in recent) * 1e3,
             "peak_memory_bytes": self.memory.total,
+            **(self.stragglers.now() if self.stragglers else {}),
         }
 
     def summary(self, config: Config, tokens: int | None) -> dict[str, Any]:
@@ -84,6 +96,7 @@ class Meter:
             },
             "peak_memory_bytes": self.memory.total,
             "peak_memory": self.memory.to_dict(),
+            **(self.stragglers.summary() if self.stragglers else NOT_COMPARED),
             "flops_per_step": self.flops_per_step,
             "peak_flops_per_s": peak,
             "mfu": flops.utilization(self.flops_per_step, seconds, peak),

@@ -14,7 +14,9 @@ from dist_lab.programs.verify.matrix.cells import Cell, all_cells, matching
 # A bug shows in the first steps, so a small run suffices; in float64 rounding cannot hide it.
 DEFAULTS: Mapping[str, Any] = {"steps": 3, "batch": AtLeast(8), "seq": 32, "dtype": "float64"}
 BITS = {**DEFAULTS, "steps": 20, "dtype": "float32"}  # with --reduce-order
-WITHOUT = ["warmup", "overwrite", "about", "val_every", "log_every", "sentinel", *RESTARTS]
+WITHOUT = [
+    "warmup", "overwrite", "about", "val_every", "log_every", "log_samples", "sentinel", *RESTARTS,
+]  # fmt: skip
 # Flag of a program that starts its own ranks -> the settings that it takes.
 OWN_RANKS: Mapping[str, tuple[str, ...]] = {
     "matrix": ("matrix", "only", "out", "debug"),
