@@ -115,6 +115,8 @@ def test_a_command_prints_what_is_shown(program, given, shown, tmp_path):
 
 def shortened(program: str, given: list[str]) -> list[str]:
     """The same arguments, but for those that make a run long: a flag is given once."""
+    if "--fault" in given:  # it is of a certain step
+        return given
     instead = dict(zip(*[iter(SHORT.get(program, []))] * 2, strict=True))
     kept = [
         word
