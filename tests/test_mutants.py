@@ -72,3 +72,8 @@ def test_a_mutant_is_killed_by_a_test_that_fails_and_the_copy_is_mended(tmp_path
     assert [outcome.verdict for outcome in outcomes] == ["killed", "survived"]
     assert outcomes[0].by == "FAILED tests/test_a.py::test_it - assert 9 == 6"
     assert (tmp_path / "dist_lab" / "a.py").read_text() == source
+
+
+def test_a_mutant_that_is_said_to_make_no_difference_still_exists():
+    kinds = {mutant.kind for mutant in mutants.all_mutants()}
+    assert mutants.EQUIVALENT.keys() <= kinds

@@ -150,13 +150,12 @@ def _styles(model: nn.Module, plan: Mapping[str, Planned], stream: Any) -> dict[
     )
 
     replicate, sequence_parallel = Replicate(), isinstance(stream, Shard)
-    several = _shared_input_parents(plan)
     styles: dict[str, Any] = {}
     for name, planned in plan.items():
         match planned.role:
             case "colwise" | "colwise_grouped":
-                placement = replicate if name.rpartition(".")[0] in several else stream
-                styles[name] = ColwiseParallel(input_layouts=placement)
+                # A DTensor from `_share_input` keeps its own placement.
+                styles[name] = ColwiseParallel(input_layouts=stream)
             case "colwise_gather_output":
                 styles[name] = ColwiseParallel(input_layouts=stream, output_layouts=replicate)
             case "rowwise":

@@ -430,6 +430,35 @@ def test_both_groups_of_a_unit_of_two_dtypes_are_prefetched(mesh):
     ]  # fmt: skip
 
 
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_gather_that_was_for_nothing_has_ended_when_its_memory_is_freed(mesh):
+    """Else it would write to memory that is used for something else by then."""
+    job, _ = job_of(mesh)
+    groups = job.sync.links[1].groups_of
+    (group, *_) = groups[next(iter(groups))]
+    assert group.issue_unshard()
+    assert group.sharded.in_flight
+    group.reshard()
+    assert not group.sharded.in_flight
+    assert unsharded_bytes(job) == 0
+    assert group.issue_unshard()  # it is sharded again
+    group.reshard()
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_an_error_before_the_first_forward_hook_of_ours_is_the_users_error(mesh):
+    job, _ = job_of(mesh)
+
+    def refuse(module, args):
+        raise ZeroDivisionError("mine")
+
+    handle = job.model.register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        job.model(batch(0)[0])
+    handle.remove()
+    job.model(batch(0)[0])
+
+
 # --- dtypes ---------------------------------------------------------------------------------------
 
 
