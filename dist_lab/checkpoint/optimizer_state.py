@@ -169,6 +169,7 @@ def load_options(
     }
     saved = [group["options"] for group in tables[0]["groups"]]
     names = {id(parameter): name for name, parameter in job.named_parameters()}
+    found: list[Mapping[str, Any]] = []
     for number, group in enumerate(optimizer.param_groups):
         own = [names[id(p)] for p in group["params"] if id(p) in names]
         unknown = [parameter for parameter in own if parameter not in group_of]
@@ -184,7 +185,9 @@ def load_options(
                 f"group {number} of the optimizer has parameters that had different options in "
                 f"checkpoint {name!r}; build the same groups"
             )
-        for key, value in (options[0] if options else {}).items():
+        found.append(options[0] if options else {})
+    for group, values in zip(optimizer.param_groups, found, strict=True):
+        for key, value in values.items():
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)
             else:

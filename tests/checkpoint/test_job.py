@@ -1,0 +1,190 @@
+"""job.save and job.load in a loop of one's own: what they keep, and what they refuse."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dist_lab
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.errors import MachineError, UserError
+from dist_lab.mesh.mesh import init_mesh
+
+
+class Counting(nn.Module):
+    """Has a buffer, and state that is no tensor."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, width), nn.BatchNorm1d(width)
+        self.register_buffer("wide", torch.arange(2.0)[:, None].expand(2, 5))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(self.layer(x))
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def job_of(seed=0, strategy="single", mesh=None, width=4, groups=None, **options):
+    torch.manual_seed(seed)
+    job = dist_lab.parallelize(Counting(width), mesh or init_mesh(), strategy)
+    return job, job.optimizer(torch.optim.AdamW, groups=groups, **{"lr": 0.1} | options)
+
+
+def step(job, optimizer, seed=0):
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed + 10 * job.mesh.rank))
+    job.model(rows).square().sum().backward()
+    job.finish()
+    optimizer.step()
+    job.after_step()
+    optimizer.zero_grad()
+
+
+def test_a_loop_goes_on_with_its_scheduler_average_generators_and_extra_state(tmp_path):
+    job, optimizer = job_of()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    shadow = job.shadow(0.9)
+    for seed in range(3):
+        step(job, optimizer, seed)
+        scheduler.step()
+        shadow.update()
+    extra = {"scheduler": scheduler.state_dict(), "epoch": 3}
+    job.save(tmp_path, optimizer, shadow=shadow, extra=extra)
+    drawn = torch.rand(2), random.random(), np.random.rand()
+    other, its_optimizer = job_of(seed=1)
+    its_scheduler = torch.optim.lr_scheduler.ExponentialLR(its_optimizer, 0.5)
+    its_shadow = other.shadow(0.9)
+    loaded = other.load(tmp_path, its_optimizer, its_shadow)
+    its_scheduler.load_state_dict(loaded["scheduler"])
+    assert loaded["epoch"] == other.place.step == 3
+    again = torch.rand(2), random.random(), np.random.rand()
+    assert torch.equal(drawn[0], again[0])
+    assert drawn[1:] == again[1:]
+    assert other.model.calls == 3
+    assert its_optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+    for one, two in ((job, other), (shadow, its_shadow)):
+        ours, theirs = one.full_state_dict(), two.full_state_dict()
+        for name in ours:
+            if isinstance(ours[name], torch.Tensor):
+                assert torch.equal(ours[name], theirs[name]), name
+    step(job, optimizer, 5)
+    step(other, its_optimizer, 5)
+    assert torch.equal(job.model.layer.weight, other.model.layer.weight)
+
+
+@pytest.mark.ranks(2)
+def test_the_average_is_saved_in_shards_and_loaded_as_a_whole(mesh, tmp_path):
+    folder = tmp_path.parent / "shared"  # every rank has a tmp_path of its own name
+    job, optimizer = job_of(strategy="zero1", mesh=mesh)
+    shadow = job.shadow(0.5)
+    step(job, optimizer)
+    shadow.update()
+    path = job.save(folder, optimizer, shadow=shadow)
+    whole = shadow.full_state_dict()
+    found = Checkpoint.open(path)
+    assert torch.equal(found.read("shadow/layer.weight"), whole["layer.weight"])
+    other, its_optimizer = job_of(seed=1, strategy="ddp", mesh=mesh)
+    average = other.shadow(0.5)
+    other.load(folder, its_optimizer, average)
+    assert torch.equal(average.full_state_dict()["layer.weight"], whole["layer.weight"])
+
+
+def saved(tmp_path, **options):
+    job, optimizer = job_of(**options)
+    step(job, optimizer)
+    return job.save(tmp_path, optimizer)
+
+
+def by_dim(name, shape):
+    return {"weight_decay": 0.5 if len(shape) > 1 else 0.0}
+
+
+REFUSED = {
+    "another width": (
+        {"width": 5}, {}, r"is of another model: model/layer.weight is float32\[4, 3\] there and "
+        r"float32\[5, 3\] here, and \d+ more"),
+    "another class": (
+        {}, {"cls": torch.optim.SGD}, "has the state of AdamW, and this job trains with SGD"),
+    "other groups": ({}, {"saved_groups": by_dim}, "had different options in checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_model_or_optimizer_is_refused_and_nothing_changes(tmp_path, case):
+    changes, others, words = REFUSED[case]
+    saved(tmp_path, groups=others.get("saved_groups"))
+    job, optimizer = job_of(seed=3, **changes)
+    if cls := others.get("cls"):
+        optimizer = job.optimizer(cls, lr=0.25)
+    before = {n: t.clone() for n, t in job.model.state_dict().items() if hasattr(t, "clone")}
+    rate = optimizer.param_groups[0]["lr"]
+    with pytest.raises(UserError, match=words):
+        job.load(tmp_path, optimizer)
+    assert optimizer.param_groups[0]["lr"] == rate
+    for name, tensor in before.items():
+        assert torch.equal(job.model.state_dict()[name], tensor)
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_by_name(tmp_path):
+    job, optimizer = job_of()
+    step(job, optimizer)
+    with pytest.raises(UserError, match="extra= is no JSON"):
+        job.save(tmp_path, optimizer, extra={"rows": {1, 2}})
+    with pytest.raises(UserError, match="extra= is no JSON"):
+        job.save(tmp_path, optimizer, extra={"loss": float("nan")})
+    optimizer.state[job.model.layer.weight]["history"] = [torch.ones(2)]
+    with pytest.raises(UserError, match=r"keeps a list under 'history' for layer\.weight"):
+        job.save(tmp_path, optimizer)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_numbers_in_the_state_of_an_optimizer_are_kept(tmp_path):
+    job, optimizer = job_of()
+    step(job, optimizer)
+    optimizer.state[job.model.layer.weight]["seen"] = 7
+    job.save(tmp_path, optimizer)
+    other, its_optimizer = job_of(seed=1)
+    other.load(tmp_path, its_optimizer)
+    assert its_optimizer.state[other.model.layer.weight]["seen"] == 7
+
+
+def test_a_checkpoint_is_never_overwritten_and_saves_are_refused_by_their_steps(tmp_path):
+    path = saved(tmp_path)
+    job, optimizer = job_of()
+    with pytest.raises(UserError, match="is there already, and is never overwritten"):
+        job.save(tmp_path, optimizer, step=1)
+    with pytest.raises(UserError, match="keep=0 keeps no checkpoint"):
+        job.saver(tmp_path, keep=0)
+    path.rename(path.with_name("step-00000009"))
+    with pytest.raises(UserError, match="is of step 1: it was renamed"):
+        job.load(tmp_path, optimizer)
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path):
+    job, optimizer = job_of()
+    folder = tmp_path / "made"
+    saver = job.saver(folder)
+    first = saver.save(optimizer, step=1)
+    saver.finish()
+    assert saver.last == first
+    folder.rename(tmp_path / "moved")
+    folder.write_text("a file")
+    with pytest.raises(MachineError, match="cannot write a checkpoint to"):
+        saver.save(optimizer, step=2)
+
+
+def test_keep_deletes_all_but_the_newest_after_each_save(tmp_path):
+    job, optimizer = job_of()
+    saver = job.saver(tmp_path, keep=2)
+    for number in range(1, 6):
+        saver.save(optimizer, step=number)
+    saver.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
