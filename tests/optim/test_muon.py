@@ -362,3 +362,10 @@ def test_matrices_are_a_share_of_the_cost_of_their_products():
     loads = [sum(costs[n] for n in costs if owners[n] == i) for i in range(3)]
     assert sum(loads) == 40
     assert max(loads) - min(loads) <= math.ceil(max(costs.values()) / 3)
+
+
+@pytest.mark.parametrize("cls", [Muon, Shampoo])
+def test_the_bytes_of_the_state_are_those_of_the_formula(cls):
+    optimizer = stepped(cls, with_gradients((3, 5), (4,)))
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    assert sum(t.nbytes for t in tensors) == optimizer.bytes_by_formula()

@@ -428,3 +428,18 @@ def test_a_backward_without_parameter_gradients_keeps_the_summed_gradients(mesh)
     x = rows().requires_grad_()
     torch.autograd.grad(job.model(x).sum(), x)
     nn.utils.clip_grad_norm_(job.parameters(), 1.0)
+
+
+@pytest.mark.ranks(2)
+def test_noise_of_the_full_tensor_may_be_written_while_other_shards_are_old(mesh):
+    """The full tensor is there, so ranks with equal generators write the same."""
+    job = dist_lab.parallelize(net(), mesh, "zero1")
+    optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
+    backward_and_finish(job)
+    optimizer.step()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        job.model[0].weight.normal_()
+    job.after_step()
+    torch.manual_seed(7)
+    assert torch.equal(job.full_state_dict()["0.weight"], torch.empty(5, 6).double().normal_())

@@ -581,3 +581,8 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line_with_the_fix(build
     assert "; give the model `stages`, globs" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert torch.equal(rng_state, torch.get_rng_state())
+
+
+def test_one_stage_costs_as_much_as_the_whole_model():
+    assert partition.cut([3, 1], 1) == [0]
+    assert partition.cut([3, 1, 1], 1) == [0]
