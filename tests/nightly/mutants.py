@@ -59,6 +59,10 @@ EQUIVALENT: dict[str, str] = {
     "ops.all_reduce_into(self.ballot, self.axis).wait().tolist()": (
         "the counts of votes are read as yes or no"
     ),
+    "parallel/pipeline/partition.py [off by one] low, high = "
+    "max(b - a for a, b in pairwise(edges)), edges[-1]": (
+        "two stages or more can have all pieces but the last in one, so that is a bound as well"
+    ),
 }
 
 
