@@ -64,7 +64,7 @@ class Ended:
 
 def command(
     mode: str, ranks: int, out: Path, *flags: object, by: str = "launcher", restarts: int = 0,
-    steps: int = STEPS,
+    steps: int = STEPS, save_every: int = SAVE_EVERY,
 ) -> list[str]:  # fmt: skip
     """The command line of a run."""
     start = [sys.executable, str(ROOT / "launch/train.py")]
@@ -76,7 +76,7 @@ def command(
         start += ["--restarts", str(restarts)] if restarts else []
     cache = out.parent / "cache"
     run = ["--data", DATA, "--cache", cache, "--out", out, "--steps", steps]
-    run += ["--save-every", SAVE_EVERY]
+    run += ["--save-every", save_every]
     return [*start, *MODES[mode].split(), *SMALL, *map(str, [*run, *flags])]
 
 
