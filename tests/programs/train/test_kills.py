@@ -5,6 +5,7 @@ More kills, on more ranks, are in tests/nightly/kills.py.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,13 +18,15 @@ import pytest
 from programs import run
 
 STEPS, SAVE_EVERY = 12, 3
+TIME = ("--timeout", "20")  # in kills.SMALL
 
 
 def train(mode: str, out: Path, *flags: object, steps: int = STEPS):
     """Train on 2 ranks in this process's forkserver."""
     sizes = ["--steps", steps, "--save-every", SAVE_EVERY, "--nproc", 2]
     paths = ["--data", kills.DATA, "--cache", out.parent / "cache", "--out", out]
-    done = run("train.py", *kills.MODES[mode].split(), *kills.SMALL, *sizes, *paths, *flags)
+    small = [flag for flag in kills.SMALL if flag not in (() if "--timeout" not in flags else TIME)]
+    done = run("train.py", *kills.MODES[mode].split(), *small, *sizes, *paths, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -78,7 +81,7 @@ def test_random_kills_change_nothing_in_any_mode(mode, tmp_path):
 @pytest.mark.nightly_unless(lambda kind: kind in ("stop", "exc"))
 def test_a_rank_that_crashes_or_hangs_costs_one_restart(kind, tmp_path):
     spec = f"{kind}:rank=1@step=7,phase=forward"
-    flags = ["--restarts", 1, "--fault", spec, "--timeout", 2]
+    flags = ["--restarts", 1, "--fault", spec, "--timeout", 5]
     done = train("ddp", tmp_path / "run", *flags)
     assert "restart 1 of 1" in done.stderr
     assert kills.numbers(tmp_path / "run") == never_killed("ddp")
@@ -118,3 +121,26 @@ def test_torchrun_restarts_a_run_in_the_folder_that_its_first_attempt_has_chosen
     assert kills.numbers(out) == never_killed("ddp")
     check_logs(out)
     assert "connectFullMesh" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", ["--strategy ddp", "--strategy fsdp --microbatches 2"])
+@pytest.mark.slow
+def test_a_run_keeps_its_batch_on_a_number_of_ranks_that_does_not_divide_it(flags, tmp_path):
+    """The default of 32 samples is divided as 11, 11 and 10. Three ranks alone would begin with 33,
+    which would be another run.
+    """
+    small = "--size tiny --seq 16 --log-every 1 --val-every 0 --dtype float64 --dropout 0.1"
+    paths = ["--data", kills.DATA, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    common = [*flags.split(), *small.split(), *paths]
+    done = run("train.py", *common, "--nproc", 4, "--steps", 4, "--save-every", 2, "--keep", 9)
+    assert done.returncode == 0, done.stderr
+    before = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    done = run("train.py", *common, "--nproc", 3, "--steps", 4, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "32 x 16 a step" in done.stdout
+    assert losses(tmp_path / "run") == pytest.approx(before, rel=1e-10)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
