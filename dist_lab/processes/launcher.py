@@ -220,7 +220,9 @@ def on_this_rank(config: Launch, body: str, rank: int, size: int, place: Place |
             f"--nproc {config.nproc} starts ranks, but this is already rank {rank} of {size}; "
             "drop --nproc, or start it without torchrun"
         )
-    axes = config.axes(size)
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) if place is not None else 0
+    if not restarts:
+        config.axes(size)  # raises on a mistake before the ranks meet
     import torch.distributed as dist
 
     from dist_lab.mesh import groups
@@ -234,10 +236,10 @@ def on_this_rank(config: Launch, body: str, rank: int, size: int, place: Place |
             f"{str(error).splitlines()[0]}"
         ) from error
     groups.connect(store, rank, size, timeout=config.timeout, backend=config.backend)
-    if place is not None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+    if place is not None and restarts:
         config = agreed_attempt(config, place, rank, store, groups.store_of_all_attempts(store))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return work(config, body, axes, threads_per_rank(config, local))
+    return work(config, body, config.axes(size), threads_per_rank(config, local))
 
 
 def rank_in_environment() -> tuple[int, int] | None:

@@ -1,11 +1,14 @@
 """The language of --fault."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from dist_lab import faults
 from dist_lab.errors import UserError
 from dist_lab.faults.grammar import KINDS, PHASES, Fault, faults_of, read_spec
 from dist_lab.programs.cli.checks import parse
@@ -110,3 +113,17 @@ def test_settings_of_restarts_are_checked_together():
             parse(words.split())
         assert str(caught.value).startswith(line)
     assert parse("--resume auto --restarts 1 --nproc 2 --strategy dp".split()).restarts == 1
+
+
+def test_each_fault_of_the_lecture_can_happen_in_its_command_and_every_kind_is_there():
+    text = (Path(faults.__file__).parent / "README.md").read_text()
+    command = re.findall("Add the flags to `python launch/train.py ([^`]*)`", text)[0]
+    kinds = set()
+    for row in re.findall(r"^\| `.*@step=.*$", text, re.MULTILINE):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        for spec in re.findall("`([^`]+)`", cells[0]):
+            flags = " ".join(re.findall("`([^`]+)`", cells[1]))
+            sizes = command.replace("--steps 12", "") if "--steps" in flags else command
+            config = parse([*sizes.split(), *flags.split(), "--fault", spec])
+            kinds |= {fault.kind for fault in config.faults(2)}
+    assert kinds == KINDS.keys()

@@ -1,6 +1,7 @@
 """Floating-point operations of a run, the measured peak of the machine, and the sinks."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ def test_counting_operations_keeps_no_activation_alive():
                 backward(step)
         peaks.append(live.by_kind().own["activations"])
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.Mish()])
+def test_counting_operations_changes_no_bit_of_a_gradient(activation):
+    """Else a run that resumes, and counts another step, would not be the run that was killed."""
+    model = torch.nn.Sequential(torch.nn.Linear(40, 300), activation, torch.nn.Linear(300, 1))
+    x, gradients = torch.randn(64, 40), []
+    for counted in (False, True):
+        model.zero_grad()
+        with flops.counter() if counted else nullcontext():
+            model(x).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_rows_are_written_as_json_lines_and_tensorboard_scalars(tmp_path, capsys):

@@ -321,8 +321,14 @@ class Config(RunSettings):
             )
 
     def check_batch(self, axes: Mapping[str, int]) -> None:
-        """Raise UserError unless --batch, if given, divides over the mesh and micro-batches."""
+        """Raise UserError unless --batch, if given, divides over the mesh and micro-batches.
+
+        A run that goes on with another number of ranks keeps its batch. Their shares may then be
+        unequal, but not in a pipeline, whose stages expect micro-batches of one shape.
+        """
         parts = self.parts(axes)
+        if self.resume and "pp" not in axes and not self.reduce_order and self.batch >= parts:
+            return
         if self.batch % parts and not isinstance(self.batch, AtLeast):
             fitting = max(1, round(self.batch / parts)) * parts
             raise UserError(

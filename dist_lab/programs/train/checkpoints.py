@@ -5,6 +5,8 @@ model, data, batch, optimizer. All others may change, such as the number of rank
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from dist_lab.comm.agree import first_says, together
 from dist_lab.data import Data
 from dist_lab.errors import MachineError, UserError
 from dist_lab.job import Job
+from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe.run_dir import CHECKPOINTS
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.cli.settings import as_typed, flag
+from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
 
 # Settings that may not change when a run goes on.
 MEANING = (
@@ -84,7 +87,7 @@ class Checkpoints:
     def _resume(self) -> int:
         """Load the checkpoint that `config.resume` names. Returns its step; 0 without one."""
         mesh = self._job.mesh
-        source = first_says(self._source, mesh.world)
+        source = first_says(lambda: source_of(self._config, self._folder), mesh.world)
         if not source:
             return 0
         checkpoint = open_newest(source, mesh, self._tell)
@@ -98,16 +101,6 @@ class Checkpoints:
         if mesh.rank == 0:
             self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}")
         return checkpoint.step
-
-    def _source(self) -> str:
-        """The folder to load from; "" to start anew."""
-        wanted = self._config.resume
-        if wanted.partition(":")[0] == "auto":
-            if folders.steps(self._folder):
-                return str(self._folder)
-            wanted = wanted.partition(":")[2]
-        path = Path(wanted).expanduser()
-        return str(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path) if wanted else ""
 
     def _check_settings(self, name: str, saved: Mapping[str, Any] | None) -> None:
         """Raise UserError if the run would go on as another one."""
@@ -144,3 +137,39 @@ def meaning_of(config: Config, data: Data) -> dict[str, Any]:
     """The settings that decide what a run computes, as JSON."""
     settings = config.to_dict()
     return {name: settings[name] for name in MEANING} | {"data_sha256": data.sha256}
+
+
+def source_of(config: Config, folder: Path) -> str:
+    """The folder to load from, `folder` being that of the run's own checkpoints; "" for none."""
+    wanted = config.resume
+    if wanted.partition(":")[0] == "auto":
+        if folders.steps(folder):
+            return str(folder)
+        wanted = wanted.partition(":")[2]
+    path = Path(wanted).expanduser()
+    return str(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path) if wanted else ""
+
+
+def with_saved_batch(config: Config, mesh: Mesh) -> Config:
+    """Returns this Config; a default batch is that of the run that goes on. Collective.
+
+    The default depends on the number of ranks, and a run may go on with another number.
+    """
+    if not (config.resume and isinstance(config.batch, AtLeast)):
+        return config.fitted(mesh.size)
+
+    def saved() -> str:
+        source = Path(source_of(config, Path(config.out).expanduser() / CHECKPOINTS))
+        alone = [source] if folders.is_checkpoint(source) else []
+        for path in alone or [path for _, path in folders.steps(source)]:
+            with suppress(UserError, MachineError):  # loading says what is wrong with it
+                settings = manifest.read(path)["settings"] or {}
+                return str(int(settings.get("batch", 0)))
+        return "0"
+
+    batch = int(first_says(saved, mesh.world))
+    if not batch:
+        return config.fitted(mesh.size)
+    config = replace(config, batch=batch)
+    config.axes(mesh.size)
+    return config.fitted(mesh.size)

@@ -20,12 +20,12 @@ from dist_lab.programs.cli.mixes import strategies_on
 from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import batch_in_words, build, describe, open_run
 from dist_lab.programs.train import loop
-from dist_lab.programs.train.checkpoints import Checkpoints
+from dist_lab.programs.train.checkpoints import Checkpoints, with_saved_batch
 
 
 def train(config: Config, mesh: Mesh) -> int:
     """Train a model of the zoo, and write the files that README describes."""
-    config = config.fitted(mesh.size)
+    config = with_saved_batch(config, mesh)
     with ExitStack() as resources:
         data = open_run(config, mesh)
         if config.log_samples:

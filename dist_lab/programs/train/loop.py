@@ -144,7 +144,8 @@ def microbatches(
     inputs: Tensor, targets: Tensor, config: Config, job: Job
 ) -> list[tuple[Tensor, Tensor]]:
     """Splits this rank's rows into micro-batches, in the order of accumulation."""
-    chunks = (t.to(job.mesh.device).chunk(config.microbatches) for t in (inputs, targets))
+    parts = config.microbatches  # equal, or nearly so if the run went on with fewer ranks
+    chunks = (t.to(job.mesh.device).tensor_split(parts) for t in (inputs, targets))
     return list(zip(*chunks, strict=True))
 
 

@@ -16,7 +16,7 @@ import dist_lab
 from dist_lab import zoo
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
-from dist_lab.observe.flops import CPU_ATTENTION
+from dist_lab.observe.flops import OPERATIONS
 from dist_lab.parallel.pipeline import pp_torch
 from dist_lab.parallel.pipeline.library_stages import StageForward
 from dist_lab.parallel.pipeline.stages import StageInput
@@ -250,7 +250,7 @@ def test_flop_counter_mode_counts_as_many_operations_as_for_ours(schedule, mesh)
         job.finish()
         job.model.zero_grad()
         # torch's own counter, as users use it: unlike ours it puts hooks on all modules.
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as count:
+        with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as count:
             job.run(microbatches(8, 4), mean_over(48))
         counts.append(count.get_total_flops())
     assert counts[0] == counts[1]

@@ -608,3 +608,15 @@ def test_with_a_fixed_order_a_rank_has_one_micro_batch_for_each_of_its_virtual_s
     }.items():
         with pytest.raises(UserError, match=message):
             parse([*wrong, *more.split()])
+
+
+def test_a_run_that_goes_on_may_divide_its_batch_unequally_but_not_in_a_pipeline():
+    for flags in ("--strategy ddp", "--strategy fsdp --microbatches 2"):
+        parse(f"{flags} --nproc 3 --batch 32 --resume auto --out x".split())
+    for flags, words in {
+        "--strategy ddp": "not a multiple of 3",
+        "--strategy pp --microbatches 3 --resume run": "not a multiple of 1",
+        "--strategy fsdp --microbatches 12 --resume run": "not a multiple of 3",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            parse(f"{flags} --nproc 3 --batch 32".split())
