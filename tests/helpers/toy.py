@@ -136,6 +136,14 @@ def receive_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
         ops.exchange([], [(torch.empty(4), 0)], mesh["dp"])[0].wait()
 
 
+def hang_in_a_library(config: Toy, mesh: "Mesh", last: bool) -> None:
+    import torch
+
+    if last:
+        time.sleep(600)
+    torch.distributed.all_reduce(torch.ones(4))
+
+
 def wait(config: Toy, mesh: "Mesh", last: bool) -> None:
     (config.folder / f"{mesh.rank}.tmp").write_text(str(os.getpid()))
     (config.folder / f"{mesh.rank}.tmp").rename(config.folder / f"{mesh.rank}.ready")
@@ -217,6 +225,7 @@ DO: dict[str, Callable[[Toy, "Mesh", bool], int | None]] = {
     "kill last": kill_last,
     "leave on last": leave_on_last,
     "hang on last": hang_on_last,
+    "hang in a library": hang_in_a_library,
     "stop last": stop_last,
     "hold the gil on last": hold_the_gil_on_last,
     "receive on last": receive_on_last,

@@ -185,6 +185,19 @@ def test_a_rank_that_hangs_in_any_way_is_named_and_all_end(do, capsys):
         assert re.search(rf"{state}.*{line}\n", output)
 
 
+@pytest.mark.slow
+@linux
+def test_a_rank_that_hangs_while_others_wait_in_a_library_is_named_with_its_line(capsys):
+    assert launch("nproc=3", "do=hang in a library", "timeout=1") == 1
+    output = capsys.readouterr().err
+    first = (
+        r"---- rank (\d) of 3: CollectiveError: rank \1/3 \[dp=\1\] step 0 phase=start: a collec"
+    )
+    assert re.match(first, output)
+    assert re.search(r"  rank 2 \[dp=2\] .*; now at toy.py:\d+ in hang_in_a_library\n", output)
+    assert output.count("what every rank was doing") == 1
+
+
 @linux
 def test_of_a_killed_rank_the_report_has_the_last_call_and_what_the_others_did(capsys):
     assert launch("nproc=3", "do=kill last") == 1
