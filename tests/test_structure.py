@@ -55,6 +55,7 @@ FREE_OF_TORCH = [
     "comm.board",
     "processes",
     "programs.cli",
+    "programs.where",
     "mesh.topology",
     "step.fixed_order.order",
     "faults.grammar",

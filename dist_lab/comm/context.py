@@ -17,9 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dist_lab.comm.board.board import Board
 from dist_lab.comm.board.report import disagreement, report
+from dist_lab.comm.board.stack import answering
 from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
-from dist_lab.errors import CollectiveError, CollectiveMismatch
+from dist_lab.errors import CollectiveError, CollectiveMismatch, MachineError
 
 LAST_TAG = 2**31 - 1  # tags are 32-bit integers
 PACKAGE = str(Path(__file__).parent)
@@ -177,6 +178,36 @@ class CommContext:
             "order",
             all_ranks,
         )
+
+    @contextmanager
+    def visible(self) -> Iterator[None]:
+        """Inside the block, other processes can ask for this rank's Python line: board/stack.py.
+
+        Only programs do this, because it takes over a signal. Here an error of a library's own
+        collective, which is on no board, also becomes a CollectiveError.
+        """
+        with answering(self.board):
+            try:
+                yield
+            except (CollectiveError, MachineError):
+                raise
+            except RuntimeError as error:
+                if not any(phrase in str(error) for phrase in LATE + LOST):
+                    raise
+                raise self.failure_of_library(error) from error
+
+    def failure_of_library(self, error: Exception) -> CollectiveError:
+        is_lost = any(phrase in str(error) for phrase in LOST)
+        who, all_ranks = "", ""
+        if self.board is not None:
+            who, all_ranks = report(self.board, 0, self.size, lost=is_lost)
+        text = IN_GLOO.sub("", str(error).splitlines()[0])
+        unit = f" unit={self.unit}" if self.unit else ""
+        return CollectiveError(
+            f"rank {self.rank}/{self.size} [{self.place}] step {self.step} phase={self.phase}{unit}"
+            f": a collective of a library: {f'{who}: ' if who else ''}{text}", all_ranks,
+            is_first=self.board is not None and self.board.is_first,
+        )  # fmt: skip
 
     def log(self, write: Callable[[str], object]) -> None:
         """Write one line for each collective when it starts: this shows when ranks communicate.

@@ -30,7 +30,6 @@ from pkgutil import resolve_name
 
 from rich.console import Console
 
-from dist_lab.comm.board.stack import answering
 from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
 from dist_lab.processes.attempts import Launch, Place, agreed_attempt, can_restart, restart_line
@@ -113,7 +112,7 @@ def work(config: Launch, body: str, axes: dict[str, int], threads: int | None) -
         timeout=config.timeout, backend=config.backend, check=config.check_collectives,
         collectives=config.collectives, **axes,
     )  # fmt: skip
-    with answering(mesh.comm.board):
+    with mesh.comm.visible():
         status: int = resolve_name(body)(config, mesh)
     groups.disconnect()
     return status

@@ -5,6 +5,7 @@ so that a wrong setting is refused at once.
 """
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -116,6 +117,33 @@ def hang_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
         time.sleep(600)
 
 
+def stop_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hold_the_gil_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    if last:
+        re.match(r"(a+)+b", 40 * "a")  # for hours
+
+
+def receive_on_last(config: Toy, mesh: "Mesh", last: bool) -> None:
+    import torch
+
+    from dist_lab.comm import ops
+
+    if last:
+        ops.exchange([], [(torch.empty(4), 0)], mesh["dp"])[0].wait()
+
+
+def hang_in_a_library(config: Toy, mesh: "Mesh", last: bool) -> None:
+    import torch
+
+    if last:
+        time.sleep(600)
+    torch.distributed.all_reduce(torch.ones(4))
+
+
 def wait(config: Toy, mesh: "Mesh", last: bool) -> None:
     (config.folder / f"{mesh.rank}.tmp").write_text(str(os.getpid()))
     (config.folder / f"{mesh.rank}.tmp").rename(config.folder / f"{mesh.rank}.ready")
@@ -197,6 +225,10 @@ DO: dict[str, Callable[[Toy, "Mesh", bool], int | None]] = {
     "kill last": kill_last,
     "leave on last": leave_on_last,
     "hang on last": hang_on_last,
+    "hang in a library": hang_in_a_library,
+    "stop last": stop_last,
+    "hold the gil on last": hold_the_gil_on_last,
+    "receive on last": receive_on_last,
     "wait": wait,
     "wait stubbornly": wait_stubbornly,
     "keep a thread": keep_a_thread,

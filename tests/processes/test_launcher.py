@@ -156,6 +156,72 @@ def test_a_hung_rank_is_named_with_its_stack_and_all_end_soon_after_the_timeout(
     assert "in hang_on_last\n" in (tmp_path / "stderr").read_text()
 
 
+# Goal R10. What the message says of rank 2, and the line that it is at.
+HANGS = {
+    "stop last": (r"is stopped \(SIGSTOP\); in no collective", ""),
+    "hold the gil on last": ("in no collective", r"; now at toy.py:\d+ in hold_the_gil_on_last"),
+    "receive on last": (
+        r"in recv\(float32\[4\], peer 0\) #2 on dp\{0>2\}",
+        r"; now at toy.py:\d+ in receive_on_last",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow_unless(lambda do: do == "stop last")
+@pytest.mark.parametrize("do", HANGS)
+@linux
+def test_a_rank_that_hangs_in_any_way_is_named_and_all_end(do, capsys):
+    # The rank that receives times out too, and may be the first to report.
+    launch("nproc=1")
+    began = time.monotonic()
+    assert launch("nproc=3", f"do={do}", "timeout=1") == 1
+    assert time.monotonic() - began < 1 + 5 + 10  # to start them, on a busy machine
+    output = capsys.readouterr().err
+    state, line = HANGS[do]
+    assert re.search(rf"\n  rank 2 \[dp=2\] step 0, start: .*{state}.*({line})?\n", output), output
+    assert output.count("what every rank was doing") == 1
+    if do != "receive on last":
+        assert re.search(rf"rank 2 did not arrive: {state}", output)
+        assert re.search(rf"{state}.*{line}\n", output)
+
+
+@pytest.mark.slow
+@linux
+def test_a_rank_that_hangs_while_others_wait_in_a_library_is_named_with_its_line(capsys):
+    assert launch("nproc=3", "do=hang in a library", "timeout=1") == 1
+    output = capsys.readouterr().err
+    first = (
+        r"---- rank (\d) of 3: CollectiveError: rank \1/3 \[dp=\1\] step 0 phase=start: a collec"
+    )
+    assert re.match(first, output)
+    assert re.search(r"  rank 2 \[dp=2\] .*; now at toy.py:\d+ in hang_in_a_library\n", output)
+    assert output.count("what every rank was doing") == 1
+
+
+@linux
+def test_of_a_killed_rank_the_report_has_the_last_call_and_what_the_others_did(capsys):
+    assert launch("nproc=3", "do=kill last") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("---- rank 2 of 3: killed by SIGKILL")
+    assert "---- ranks 0, 1 of 3: timed out, or lost the connection ----\n" in output
+    assert output.count("what every rank was doing:\n  rank 2 [dp=2] step 0, start: its pro") == 1
+    assert re.search(r"  > all_reduce.* at toy.py:\d+ +\| -\n", output)
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@linux
+def test_under_torchrun_one_rank_reports_what_all_did_when_one_is_killed():
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    program = start("do=kill last", by=by)
+    _, output = program.communicate(timeout=60)
+    assert program.returncode == 1
+    # torchrun ends the others at once: now and then before one has reported.
+    assert output.count("what every rank was doing") <= 1
+    if "what every rank" in output:
+        assert "  rank 2 [dp=2] step 0, start: its process has ended; in no collective" in output
+
+
 def test_a_rank_that_does_not_exit_is_killed_and_reported(capsys, monkeypatch):
     monkeypatch.setattr(launcher, "AT_EXIT", 0.5)
     assert launch("nproc=2", "do=keep a thread") == 1

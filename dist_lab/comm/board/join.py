@@ -3,6 +3,7 @@
 import os
 import secrets
 import sys
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from struct import Struct
@@ -53,14 +54,13 @@ def _open(row: tuple[bytes, bytes, int, int, int], own_file: int, ranks: list[in
     if rank == ranks[0]:
         return Board(own_file, token, ranks, rank)
     os.close(own_file)
-    try:
+    with suppress(OSError):  # another user's process, or one that has left already
         file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # another user's process, or one that has left already
-        return None
-    if os.pread(file, len(MAGIC + token), 0) != MAGIC + token:
+        with suppress(OSError):  # another file: its number was used again
+            if os.pread(file, len(MAGIC + token), 0) == MAGIC + token:
+                return Board(file, token, ranks, rank)
         os.close(file)
-        return None
-    return Board(file, token, ranks, rank)
+    return None
 
 
 def machine() -> bytes:

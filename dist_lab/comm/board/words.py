@@ -86,15 +86,20 @@ def last_finished(page: Page) -> Entry | None:
 
 
 def by_blame(statuses: Iterable[Status], awaited: Sequence[int]) -> list[Status]:
-    """Sorts: ranks that ended without an error, stopped, awaited, failed by time, all others."""
+    """Sorts: ranks that ended or failed by themselves, stopped, awaited, failed in a wait, others.
+
+    Within each group the first comes first. A rank that ended without an error has no time.
+    """
 
     def key(s: Status) -> tuple[int, float, int]:
+        if s.failed and s.waiting is None:
+            return 0, s.failed, s.rank
         if s.state in ("ended", "has left") and not s.failed:
             return 0, 0.0, s.rank
         if s.state == "stopped":
             return 1, 0.0, s.rank
         if s.rank in awaited and not s.failed:
-            return 2, -(s.now - s.last.finished) if s.last else 0.0, s.rank
+            return 2, s.last.finished if s.last else 0.0, s.rank
         return (3, s.failed, s.rank) if s.failed else (4, 0.0, s.rank)
 
     return sorted(statuses, key=key)

@@ -22,7 +22,7 @@ from dist_lab.comm.board.page import (
     Page,
 )
 from dist_lab.comm.board.stack import innermost
-from dist_lab.comm.board.words import by_blame, parting
+from dist_lab.comm.board.words import Status, by_blame, parting
 from dist_lab.comm.ledger import Call
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
@@ -194,8 +194,22 @@ def test_the_line_of_a_stack_is_the_users_or_ours_and_not_a_librarys():
     assert innermost("") == ""
 
 
-def test_nobody_is_to_blame_if_there_is_nobody():
-    assert by_blame([], []) == []
+def status(rank, state="", *, failed=0.0, waiting=None, last=None):
+    return Status(rank, "", 1, "forward", "", state, failed, waiting, last, now=9.0)
+
+
+def test_the_order_of_blame(page):
+    (call,) = entries(page, "x")
+    statuses = [
+        status(0),
+        status(1, failed=8.0, waiting=call),  # lost a peer, or timed out
+        status(2, failed=7.0, waiting=call),
+        status(3),  # others wait for it
+        status(4, "stopped"),
+        status(5, "ended", failed=6.0),  # by an exception
+        status(6, "ended"),
+    ]
+    assert [s.rank for s in by_blame(statuses, [3])] == [6, 5, 4, 3, 2, 1, 0]
 
 
 @linux

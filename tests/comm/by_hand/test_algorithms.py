@@ -418,7 +418,8 @@ def test_a_rank_that_does_not_arrive_is_an_error_that_names_the_call(op, name, m
     if mesh.rank < 2:  # rank 2 is also the source of the broadcast
         with pytest.raises(ops.CollectiveError) as caught:
             call(op, values(mesh.rank, 3_000_000), mesh["dp"], name)
-        assert f"rank {mesh.rank}/3 phase=start: {op} #1 on dp (int64[" in str(caught.value)
+        assert f"phase=start: {op} #1 on dp{{0-2}} (int64[" in str(caught.value)
+        assert "rank 2 did not arrive" in str(caught.value)
         assert "at test_algorithms.py:" in str(caught.value)
         assert time.monotonic() - began < 5
     else:
@@ -432,7 +433,7 @@ def test_a_rank_that_dies_is_named_by_the_launcher_and_the_others_do_not_hang(fa
     assert launcher.main("toy.py", toy.parse, "toy:body", settings) == 1
     output = capsys.readouterr().err
     assert output.startswith("---- rank 2 of 3: killed by SIGKILL")
-    assert output.endswith("---- ranks 0, 1 of 3: timed out, or lost the connection ----\n")
+    assert "---- ranks 0, 1 of 3: timed out, or lost the connection ----\n" in output
     assert time.monotonic() - began < 15
 
 

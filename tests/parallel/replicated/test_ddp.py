@@ -277,9 +277,8 @@ def test_the_order_check_does_not_wait_for_ranks_that_issue_later(mesh):
 def test_the_order_check_also_works_on_a_channel(mesh):
     mesh = dist_lab.init_mesh(dp=2, check=True)
     channel = mesh.channel("dp")
-    pending = ops.all_reduce_into(torch.ones(4), channel, ("sum", "max")[mesh.rank])
     with pytest.raises(ops.CollectiveMismatch, match="the ranks of dp disagree"):
-        pending.wait()
+        ops.all_reduce_into(torch.ones(4), channel, ("sum", "max")[mesh.rank]).wait()
 
 
 @pytest.mark.ranks(2)
