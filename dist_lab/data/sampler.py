@@ -121,10 +121,13 @@ class BatchSampler:
             self._counts = False
         for step in self._steps_of_pass():
             microbatches = [next(loaded) for _ in range(self.microbatches)]
-            self._require_at(step)
+            if self.step != step:
+                raise UserError(
+                    f"the sampler was at step {step} in this pass, and now is at {self.step}; load "
+                    "a state before a pass, or leave the pass"
+                )
             self.step = step + 1
             yield microbatches
-            self._require_at(step + 1)
         next(loaded, None)  # ends the workers
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -180,10 +183,3 @@ class BatchSampler:
                 yield self._order(step, slice(start, end)).tolist()
         if not counts:
             self.step = steps.stop
-
-    def _require_at(self, step: int) -> None:
-        if self.step != step:
-            raise UserError(
-                f"the sampler was at step {step} in this pass, and now is at {self.step}; "
-                "load a state before a pass, or leave the pass"
-            )

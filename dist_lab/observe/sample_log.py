@@ -33,13 +33,11 @@ class SampleLog(Sink):
 
     Args:
         rows: the rows of the global batch that this rank trains on.
-        first_step: the first step to come. Lines of it and of later steps are removed, also those
-            of ranks that there are no more.
+        first: the steps that were taken before. Lines of later steps are removed, also those of
+            ranks that there are no more.
     """
 
-    def __init__(
-        self, folder: Path, mesh: Mesh, data: Data, rows: slice, first_step: int = 1
-    ) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, data: Data, rows: slice, first: int) -> None:
         assert data.sample_ids is not None, "refuse_unnumbered was not called"
         self._ids, self._rows = data.sample_ids, rows
         self._same = {
@@ -49,7 +47,7 @@ class SampleLog(Sink):
             folder.mkdir(parents=True, exist_ok=True)  # on another machine
             for path in folder.glob(FILES):
                 if int(path.stem.removeprefix(STEM)) % mesh.size == mesh.rank:
-                    drop_rows(path, first_step)
+                    drop_rows(path, first)
             self._file = (folder / f"{STEM}{mesh.rank}.jsonl").open("ab", buffering=0)
 
     def tick(self, step: int) -> None:

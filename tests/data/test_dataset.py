@@ -101,6 +101,11 @@ def test_lists_dicts_and_arrays_are_items_too(form):
     assert sorted(inputs[:, 0].tolist()) == list(range(9))
 
 
+def test_a_sample_of_one_repeated_token_has_equal_input_and_target():
+    ones = torch.ones(6, dtype=torch.int64)
+    assert first_tokens(opened(items((ones, ones))).batch(0, slice(0, 2))) == [1, 1]
+
+
 class Items(list):
     vocab = 40
 
@@ -191,6 +196,9 @@ REFUSED = {
     ),
     "a later image is larger": (
         items((F, 0), (torch.zeros(1, 3, 3), 0)), "dataset[1] has input (1, 3, 3) of torch.float32",
+    ),
+    "a later image is of another dtype": (
+        items((F, 0), (F.double(), 0)), "dataset[1] has input (1, 2, 2) of torch.float64, not (1,",
     ),
     "one-hot class": (items((F, T)), "dataset[0] has target (6,) of torch.int64, not () of torch"),
     "ids beyond vocab": (items((T, T + 35)), "target 35 to 40, although vocab is 40"),

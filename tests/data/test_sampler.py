@@ -203,3 +203,62 @@ def test_ranks_of_tp_read_the_same_samples_and_ranks_of_dp_different_ones(mesh: 
     assert rows[0] == rows[1]
     assert rows[2] == rows[3]
     assert rows[0] + rows[2] == Order(23, batch=6, seed=0)(0, slice(0, 6)).tolist()
+
+
+class Points(Numbers):
+    """Sample i: a row of numbers that depends on i alone, and its class."""
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(4, generator=generator, dtype=torch.float64)
+        return x, int(x.sum() > 0)
+
+
+def start(mesh, strategy="ddp"):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2).double()
+    job = dist_lab.parallelize(model, mesh, strategy)
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+    sampler = dist_lab.BatchSampler(Points(), batch=7, seed=3, mesh=mesh, microbatches=2)
+    return job, optimizer, sampler
+
+
+def train_until(step, job, optimizer, sampler):
+    """Train as the docstring of sampler.py shows it."""
+    loader = DataLoader(Points(), batch_sampler=sampler)
+    while sampler.step < step:
+        for microbatches in sampler.steps(loader):
+            total = job.count(sum(len(y) for _, y in microbatches))
+            job.run(
+                [(x, y) for x, y in microbatches],
+                lambda out, y, total=total: dist_lab.cross_entropy_sum(out, y) / total,
+            )
+            job.finish()
+            optimizer.step()
+            job.after_step()
+            optimizer.zero_grad()
+            if sampler.step == step:
+                break
+
+
+@pytest.mark.ranks(2)
+def test_a_loop_of_your_own_resumes_in_mid_epoch_with_the_bits_of_the_one_that_went_on(
+    mesh: Mesh, tmp_path
+):
+    job, optimizer, sampler = start(mesh)
+    train_until(5, job, optimizer, sampler)  # an epoch has 23 samples: step 4 ends the first
+    job.save(tmp_path, optimizer, step=5, extra={"sampler": sampler.state_dict()})
+    train_until(9, job, optimizer, sampler)
+    went_on = job.full_state_dict()
+
+    job, optimizer, sampler = start(mesh)
+    extra = job.load(tmp_path, optimizer)
+    sampler.load_state_dict(extra["sampler"])
+    assert sampler.step == 5
+    train_until(9, job, optimizer, sampler)
+    assert all(torch.equal(x, went_on[name]) for name, x in job.full_state_dict().items())
+
+    alone = dist_lab.BatchSampler(Points(), batch=7, seed=3, microbatches=1)
+    alone.load_state_dict(extra["sampler"])  # on one rank, with other micro-batches
+    rows = next(iter(alone))
+    assert rows == Order(23, batch=7, seed=3)(5, slice(0, 7)).tolist()

@@ -22,7 +22,7 @@ def take_steps(folder, steps, ranks, tp=1, data=None):
         mesh = SimpleNamespace(rank=rank, size=ranks * tp, data=axis)
         share = BATCH // ranks
         rows = slice(share * index, share * (index + 1))
-        logs.append(SampleLog(folder, mesh, data, rows, first_step=steps[0]))
+        logs.append(SampleLog(folder, mesh, data, rows, first=steps[0] - 1))
     for log in logs:
         for step in steps:
             log.tick(step)

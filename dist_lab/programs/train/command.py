@@ -56,9 +56,9 @@ def train(config: Config, mesh: Mesh) -> int:
             )
             run_info["out"] = str(folder)
         if config.log_samples:
-            own, first_step = loop.own_rows(config.batch, job), checkpoints.first + 1
+            own = loop.own_rows(config.batch, job)
             with together(mesh.world):
-                sinks.append(SampleLog(folder, mesh, data, own, first_step=first_step))
+                sinks.append(SampleLog(folder, mesh, data, own, checkpoints.first))
         for sink in sinks:
             sink.begin(checkpoints.first)
         summary: Mapping[str, Any] | None = None
