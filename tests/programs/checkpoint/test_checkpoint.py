@@ -2,26 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from programs import refusal, run
+from programs import ROOT, refusal, run
 from safetensors.torch import load_file
 
 from dist_lab.checkpoint.exchange import ours
 from dist_lab.checkpoint.exchange.tensors import InMemory, same_bits
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.zoo import build
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two steps on two ranks of fsdp, saved after each."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    flags = "--mesh=fsdp=2 --nproc=2 --steps=2 --save-every=1 --val-every=0 --layers=1 --batch=4"
-    done = run("train.py", *flags.split(), "--seq=16", f"--out={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def newest(folder):
@@ -39,8 +31,8 @@ STATE = {"model/w": torch.arange(6.0).view(2, 3), "model/n": torch.tensor([1, 2]
 # --- inspect and verify ---------------------------------------------------------------------------
 
 
-def test_inspect_shows_step_layout_settings_and_tensors(trained):
-    done = run("checkpoint.py", "inspect", trained)
+def test_inspect_shows_step_layout_settings_and_tensors(sharded):
+    done = run("checkpoint.py", "inspect", sharded)
     assert done.returncode == 0
     for text in (
         "step 2", "saved by 2 ranks: fsdp@hand on fsdp=2", "model='gpt'", "AdamW, 2 groups",
@@ -48,16 +40,16 @@ def test_inspect_shows_step_layout_settings_and_tensors(trained):
         "ranks 0, 1: dim 0 in 2", "more: --tensors lists them all",
     ):  # fmt: skip
         assert text in done.stdout, text
-    everything = run("checkpoint.py", "inspect", "--tensors", trained).stdout
+    everything = run("checkpoint.py", "inspect", "--tensors", sharded).stdout
     assert "optimizer/lm_head.weight/exp_avg_sq" in everything.replace("\n", "").replace(" ", "")
     assert "--tensors" not in everything
 
 
-def test_verify_looks_at_every_checkpoint_and_names_each_file_with_both_hashes(trained, tmp_path):
-    done = run("checkpoint.py", "verify", trained)
+def test_verify_looks_at_every_checkpoint_and_names_each_file_with_both_hashes(sharded, tmp_path):
+    done = run("checkpoint.py", "verify", sharded)
     assert (done.returncode, done.stdout.count(": whole, 5 files")) == (0, 2)
     assert "2 of 2 checkpoints are whole" in done.stdout
-    shutil.copytree(trained / "checkpoints", tmp_path / "copy")
+    shutil.copytree(sharded / "checkpoints", tmp_path / "copy")
     damaged = tmp_path / "copy/step-00000002"
     for rank in (0, 1):
         path = damaged / f"rank-{rank}.safetensors"
@@ -156,41 +148,41 @@ def test_diff_compares_bits_so_that_equal_nans_are_equal_and_zeros_of_two_signs_
     assert (done.returncode, "1 of 2 elements, by 0.0e+00" in done.stdout) == (1, True)
 
 
-def test_diff_lists_settings_and_steps(trained):
-    one, two = sorted((trained / "checkpoints").iterdir())
+def test_diff_lists_settings_and_steps(sharded):
+    one, two = sorted((sharded / "checkpoints").iterdir())
     done = run("checkpoint.py", "diff", one, two)
     assert done.returncode == 1
     assert "the first is of step 1, the second of step 2" in done.stdout
-    assert run("checkpoint.py", "diff", trained, two).returncode == 0
+    assert run("checkpoint.py", "diff", sharded, two).returncode == 0
 
 
 # --- export and import ----------------------------------------------------------------------------
 
 
-def test_weights_and_moments_come_back_from_dcp_with_all_numbers(trained, tmp_path):
-    assert run("checkpoint.py", "export", trained, tmp_path / "dcp", "--to=dcp").returncode == 0
+def test_weights_and_moments_come_back_from_dcp_with_all_numbers(sharded, tmp_path):
+    assert run("checkpoint.py", "export", sharded, tmp_path / "dcp", "--to=dcp").returncode == 0
     done = run("checkpoint.py", "import", tmp_path / "dcp", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert f"as {tmp_path / 'back/step-00000002'}" in done.stdout
-    done = run("checkpoint.py", "diff", trained, tmp_path / "back")
+    done = run("checkpoint.py", "diff", sharded, tmp_path / "back")
     assert done.returncode == 0, done.stdout
     again = tmp_path / "run"
-    flags = "--steps=3 --val-every=0 --layers=1 --batch=4 --seq=16".split()
+    flags = "--steps=3 --val-every=0 --layers=2 --batch=4 --seq=16".split()
     done = run("train.py", f"--resume={tmp_path / 'back'}", f"--out={again}", *flags)
     assert (done.returncode, "resumed after step 2" in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize("form", ["hf", "torch"])
-def test_weights_come_back_from_other_files(trained, tmp_path, form):
+def test_weights_come_back_from_other_files(sharded, tmp_path, form):
     out = tmp_path / "out"
-    assert run("checkpoint.py", "export", trained, out, f"--to={form}").returncode == 0
+    assert run("checkpoint.py", "export", sharded, out, f"--to={form}").returncode == 0
     if form == "hf":
         saved = load_file(out / "model.safetensors")
     else:
         saved = torch.load(out, weights_only=True)
-    build("gpt", "tiny", vocab=256, seed=0, layers=1).load_state_dict(saved)
+    build("gpt", "tiny", vocab=256, seed=0, layers=2).load_state_dict(saved)
     assert run("checkpoint.py", "import", out, tmp_path / "back").returncode == 0
-    original, back = newest(trained), Checkpoint.open(tmp_path / "back/step-00000000")
+    original, back = newest(sharded), Checkpoint.open(tmp_path / "back/step-00000000")
     assert set(back.names()) == {n for n in original.names() if n.startswith("model/")}
     assert all(same_bits(back.read(name), original.read(name)) for name in back.names())
 
@@ -208,15 +200,22 @@ def test_an_import_can_convert_and_a_tied_head_is_kept_once(tmp_path):
     assert torch.equal(weights.read("lm_head.weight"), model.lm_head.weight.detach().float())
 
 
-def test_exports_that_cannot_be_are_one_line(trained, tmp_path):
+def test_exports_that_cannot_be_are_one_line(sharded, tmp_path):
     path = written(tmp_path, STATE)
     line = refusal("checkpoint.py", "export", path, tmp_path / "hf", "--to=hf")
     assert "was saved by a script, and does not say how many heads" in line
     mlp = written(tmp_path / "mlp", STATE, settings={"model": "mlp", "size": "tiny"})
     line = refusal("checkpoint.py", "export", mlp, tmp_path / "hf", "--to=hf")
     assert "is of model 'mlp', size 'tiny', and hf has a name for gpt only" in line
-    line = refusal("checkpoint.py", "export", trained, tmp_path, "--to=dcp")
+    line = refusal("checkpoint.py", "export", sharded, tmp_path, "--to=dcp")
     assert "exists, and is not an empty folder; give a new one" in line
     assert "give a file of torch.save" in refusal(
         "checkpoint.py", "import", tmp_path / "none", tmp_path / "x"
     )
+
+
+@pytest.mark.slow
+def test_the_program_starts_in_a_process_of_its_own(sharded):
+    command = [sys.executable, str(ROOT / "launch/checkpoint.py"), "verify", str(sharded)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "2 of 2 checkpoints are whole" in done.stdout) == (0, True)
