@@ -11,11 +11,13 @@ checked against this file's description, and sizes against a limit before memory
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_lab.checkpoint import table
 from dist_lab.checkpoint.files import sha256_of
 from dist_lab.errors import MachineError, UserError
 
@@ -59,7 +61,9 @@ def read(folder: Path) -> dict[str, Any]:
             f"checkpoint {str(folder)!r} has format {manifest['format']}, and this version of "
             f"dist_lab reads up to {FORMAT}; load it with a newer version"
         )
-    wrong = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    wrong = [
+        k for k, kind in KEYS.items() if k not in manifest or not isinstance(manifest[k], kind)
+    ]
     unknown = sorted(manifest.keys() - KEYS.keys())
     if wrong or unknown:
         what = f"has no right {wrong[0]!r}" if wrong else f"has an unknown {unknown[0]!r}"
@@ -71,6 +75,14 @@ def read(folder: Path) -> dict[str, Any]:
             f"{manifest['sha256'][:16]}... when it was saved; {ANOTHER}"
         )
     _check_files(folder, manifest["files"])
+    try:
+        table.each(table.text, manifest["versions"].values())
+        table.each(table.length, [manifest["step"], *manifest["mesh"].values()])
+        table.optimizer(manifest["optimizer"])
+        if not 0 < math.prod(manifest["mesh"].values()) <= len(manifest["files"]):
+            raise table.Odd(f"{len(manifest['files'])} files for a mesh of {manifest['mesh']}")
+    except table.Odd as error:
+        raise Damaged(f"manifest {str(path)!r} has {error}; {ANOTHER}") from error
     return manifest
 
 
@@ -116,15 +128,19 @@ def check_hash(folder: Path, name: str, expected: str) -> None:
 def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
     """Every file has a name of ours, so that no path leaves the folder, and its saved size."""
     for name, about in files.items():
-        known = isinstance(about, dict) and about.keys() == {"bytes", "sha256"}
-        if not FILE.fullmatch(name) or not known or not isinstance(about["bytes"], int):
-            raise Damaged(f"manifest of {str(folder)!r} has a wrong entry {name!r}; {ANOTHER}")
+        try:
+            table.file(about)
+        except table.Odd as error:
+            raise Damaged(f"manifest of {str(folder)!r} has {error}; {ANOTHER}") from error
+        if not FILE.fullmatch(name):
+            raise Damaged(f"manifest of {str(folder)!r} has a wrong name {name!r}; {ANOTHER}")
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise Damaged(f"checkpoint {str(folder)!r} has no file {name}; {ANOTHER}")
         if (size := path.stat().st_size) != about["bytes"]:
             raise Damaged(
-                f"{str(path)!r} has {size:,} bytes, and had {about['bytes']:,} when it was saved; "
+                f"{str(path)!r} has {size:,} bytes, and had {about['bytes']:,} when it was saved: "
+                f"its SHA-256 is {sha256_of(path)[:16]}..., and was {about['sha256'][:16]}...; "
                 f"{ANOTHER}"
             )
 

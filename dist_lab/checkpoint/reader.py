@@ -20,8 +20,12 @@ from torch import Tensor
 from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.entries import Entry, Shape
 from dist_lab.checkpoint.manifest import ANOTHER, Damaged, check_hash
+from dist_lab.checkpoint.shard import DTYPES
+from dist_lab.checkpoint.table import check, length, listed
 from dist_lab.layout.boxes import intersection, lengths, numel_of, relative
 from dist_lab.layout.layout import Box
+
+DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,11 @@ class Checkpoint:
         self.folder, self.manifest, self.tables = folder, about, list(tables)
         self.tensors: dict[str, Saved] = {}
         for rank, table in enumerate(tables):
+            check(table)
+            size = 0
             for name, entry in table["tensors"].items():
-                self._add(f"rank-{rank}.safetensors", name, entry)
+                size += self._add(f"rank-{rank}.safetensors", name, entry)
+            self._check_size(f"rank-{rank}.safetensors", size)
         for name, saved in self.tensors.items():
             self._check_covered(name, saved)
         self._open: dict[str, Any] = {}
@@ -82,7 +89,7 @@ class Checkpoint:
             tables.append(manifest.read_json(path / name))
         try:
             return Checkpoint(path, about, tables)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             why = f"{error}; {ANOTHER}"
             raise Damaged(f"checkpoint {str(path)!r} has a wrong table: {why}") from error
 
@@ -129,11 +136,14 @@ class Checkpoint:
 
     # --- pieces -----------------------------------------------------------------------------------
 
-    def _add(self, file: str, name: str, entry: Mapping[str, Any]) -> None:
-        if entry.keys() != {"shape", "dtype", "boxes"}:
-            raise ValueError(f"{name} has {sorted(entry)}")
-        shape, dtype = tuple(map(int, entry["shape"])), getattr(torch, entry["dtype"])
-        boxes = tuple(tuple(slice(*map(int, side)) for side in box) for box in entry["boxes"])
+    def _add(self, file: str, name: str, entry: Mapping[str, Any]) -> int:
+        """Add a piece. Returns its size in bytes."""
+        shape, dtype = tuple(map(length, entry["shape"])), DTYPE_OF.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name} has a dtype that is none")
+        boxes = tuple(
+            tuple(slice(*map(length, listed(side, 2))) for side in box) for box in entry["boxes"]
+        )
         for box in boxes:
             sides = zip(box, shape, strict=True)
             if not all(0 <= side.start <= side.stop <= length for side, length in sides):
@@ -142,6 +152,13 @@ class Checkpoint:
         if (before.shape, before.dtype) != (shape, dtype):
             raise ValueError(f"{name} has two shapes or dtypes")
         self.tensors[name] = Saved(shape, dtype, (*before.pieces, Piece(file, boxes)))
+        return sum(map(numel_of, boxes)) * dtype.itemsize
+
+    def _check_size(self, file: str, size: int) -> None:
+        """A file has the bytes that its tensors need: before memory is taken for them."""
+        found = self.manifest["files"][file]["bytes"]
+        if size > found:
+            raise ValueError(f"{file} has {found} bytes, and its tensors need {size}")
 
     def _check_covered(self, name: str, saved: Saved) -> None:
         """Every element must be there once: boxes of one layout never overlap in part."""

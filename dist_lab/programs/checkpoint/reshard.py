@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from dist_lab.checkpoint.entries import Entry, entry_of
-from dist_lab.checkpoint.exchange.ours import about_of
+from dist_lab.checkpoint.exchange.ours import about_of, optimizer_of
 from dist_lab.checkpoint.load import load
 from dist_lab.checkpoint.manifest import Damaged
 from dist_lab.checkpoint.offline import OfflineWriter
@@ -73,7 +74,7 @@ def _part_on(
     mesh: Mesh, source: Checkpoint, run: Config
 ) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
     job = build(run, mesh, open_run(run, mesh))
-    optimizer = loop.make_optimizer(job, run) if about_of(source)["optimizer"] else None
+    optimizer = loop.make_optimizer(job, run) if optimizer_of(source) else None
     before = generators.to_json()
     try:
         load(source, job, optimizer)
@@ -82,7 +83,7 @@ def _part_on(
         generators.from_json(before)
     table = {
         "random": random,
-        "optimizer": options_of(optimizer, job) if optimizer else None,
+        "optimizer": own_groups(source, optimizer, job) if optimizer else None,
         "numbers": numbers_of(optimizer, job) if optimizer else {},
         "modules": about_of(source)["modules"],
     }
@@ -90,6 +91,24 @@ def _part_on(
     about |= {"optimizer": table["optimizer"]} if mesh.rank == 0 else {}
     entries = [*entries_of(job, optimizer, None), *_shadow(source, job)]
     return table, about, entries
+
+
+def own_groups(source: Checkpoint, optimizer: Optimizer, job: Job) -> dict[str, Any]:
+    """The source's groups of the optimizer, with the names that this rank has.
+
+    Groups have one order on all ranks. Here the parameters of other stages are not known, so this
+    rank's optimizer may have another order.
+    """
+    saved = optimizer_of(source)
+    assert saved is not None
+    own = [name for group in options_of(optimizer, job)["groups"] for name in group["names"]]
+    return {
+        "class": saved["class"],
+        "groups": [
+            {"options": group["options"], "names": [name for name in own if name in group["names"]]}
+            for group in saved["groups"]
+        ],
+    }
 
 
 def _shadow(source: Checkpoint, job: Job) -> Iterator[Entry]:

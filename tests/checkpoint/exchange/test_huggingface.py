@@ -26,9 +26,10 @@ def exported(folder, model, **options):
     return shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.slow_unless(lambda tied, file_bytes: tied == (file_bytes == 500_000))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("file_bytes", [huggingface.FILE_BYTES, 500_000, 1])
+@pytest.mark.parametrize("file_bytes", [huggingface.FILE_BYTES, 500_000])
 def test_a_folder_has_the_same_bits_when_it_is_read_again(tmp_path, dtype, tied, file_bytes):
     model = gpt(dtype=dtype, tied=tied)
     shape = exported(tmp_path / "hf", model, file_bytes=file_bytes)

@@ -1,0 +1,221 @@
+"""checkpoint.py: what it prints, its exit status, and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from programs import ROOT, refusal, run
+from safetensors.torch import load_file
+
+from dist_lab.checkpoint.exchange import ours
+from dist_lab.checkpoint.exchange.tensors import InMemory, same_bits
+from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.zoo import build
+
+
+def newest(folder):
+    return Checkpoint.open(sorted(folder.glob("checkpoints/step-*"))[-1])
+
+
+def written(folder, state, **about):
+    """A checkpoint of these tensors."""
+    return ours.write(InMemory(state), folder, **about)
+
+
+STATE = {"model/w": torch.arange(6.0).view(2, 3), "model/n": torch.tensor([1, 2])}
+
+
+# --- inspect and verify ---------------------------------------------------------------------------
+
+
+def test_inspect_shows_step_layout_settings_and_tensors(sharded):
+    done = run("checkpoint.py", "inspect", sharded)
+    assert done.returncode == 0
+    for text in (
+        "step 2", "saved by 2 ranks: fsdp@hand on fsdp=2", "model='gpt'", "AdamW, 2 groups",
+        "older ones beside it: step-00000001", "optimizer exp_avg_sq",
+        "ranks 0, 1: dim 0 in 2", "more: --tensors lists them all",
+    ):  # fmt: skip
+        assert text in done.stdout, text
+    everything = run("checkpoint.py", "inspect", "--tensors", sharded).stdout
+    assert "optimizer/lm_head.weight/exp_avg_sq" in everything.replace("\n", "").replace(" ", "")
+    assert "--tensors" not in everything
+
+
+def test_verify_looks_at_every_checkpoint_and_names_each_file_with_both_hashes(sharded, tmp_path):
+    done = run("checkpoint.py", "verify", sharded)
+    assert (done.returncode, done.stdout.count(": whole, 5 files")) == (0, 2)
+    assert "2 of 2 checkpoints are whole" in done.stdout
+    shutil.copytree(sharded / "checkpoints", tmp_path / "copy")
+    damaged = tmp_path / "copy/step-00000002"
+    for rank in (0, 1):
+        path = damaged / f"rank-{rank}.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 4
+        path.write_bytes(data)
+    done = run("checkpoint.py", "verify", tmp_path / "copy")
+    assert done.returncode == 1
+    files = json.loads((damaged / "manifest.json").read_text())["files"]
+    for rank in (0, 1):
+        name = f"rank-{rank}.safetensors"
+        (line,) = (line for line in done.stdout.splitlines() if name in line)
+        assert "was changed: its SHA-256 is" in line
+        assert files[name]["sha256"] in line
+    assert "1 of 2 checkpoints are whole" in done.stdout
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for command in ("inspect", "verify"):
+        assert "no such folder" in refusal("checkpoint.py", command, tmp_path / "none")
+        assert "no folder step-... and no manifest.json" in refusal("checkpoint.py", command, empty)
+    (empty / "config.json").write_text("{}")
+    assert "no folder step-..." in refusal("checkpoint.py", "inspect", empty)
+    path = written(tmp_path, STATE)
+    (path / "manifest.json").rename(path / "manifest")
+    assert "is not whole: it has no manifest.json" in refusal("checkpoint.py", "inspect", path)
+    (path / "manifest.json").write_text('{"format": 99}')
+    assert "has format 99, and this version of dist_lab reads up to 1" in refusal(
+        "checkpoint.py", "inspect", path
+    )
+
+
+def test_a_damaged_checkpoint_ends_every_command_with_status_1_and_one_line(tmp_path):
+    path = written(tmp_path, STATE)
+    shard = path / "rank-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    other = written(tmp_path / "other", STATE)
+    for arguments in (
+        ["inspect", path], ["diff", path, other], ["diff", other, path],
+        ["export", path, tmp_path / "out", "--to=dcp"], ["reshard", path, tmp_path / "out"],
+    ):  # fmt: skip
+        done = run("checkpoint.py", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), arguments
+        assert "rank-0.safetensors" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_command_lines_are_one_line():
+    assert (
+        "give inspect, verify, reshard, diff, export or import (did you mean verify?)"
+        in refusal("checkpoint.py", "verfy", "x")
+    )
+    assert "a command is missing" in refusal("checkpoint.py")
+    assert "diff needs DIR DIR; type checkpoint.py diff DIR DIR" in refusal(
+        "checkpoint.py", "diff", "a"
+    )
+    assert "stray argument 'b'" in refusal("checkpoint.py", "inspect", "a", "b")
+    assert "no flag '--nproc=2'" in refusal("checkpoint.py", "inspect", "a", "--nproc=2")
+    assert "give hf, dcp or torch" in refusal("checkpoint.py", "export", "a", "b")
+    assert "did you mean hf?" in refusal("checkpoint.py", "export", "a", "b", "--to=hff")
+
+
+# --- diff -----------------------------------------------------------------------------------------
+
+
+def test_diff_names_the_first_tensor_and_how_much_it_differs(tmp_path):
+    state = {**STATE, "model/z": torch.ones(4)}
+    a = written(tmp_path / "a", state)
+    changed = {**state, "model/w": STATE["model/w"].clone(), "model/z": torch.zeros(4)}
+    changed["model/w"][1, 2] = 4.0
+    done = run("checkpoint.py", "diff", a, written(tmp_path / "b", changed))
+    assert done.returncode == 1
+    assert (
+        "they differ: 2 of 3 tensors, first model/w: 1 of 6 elements, by 1.0e+00 at most, 2.5e-01 "
+        "of the largest"
+    ) in done.stdout
+
+
+def test_diff_names_tensors_of_one_side_and_other_shapes_and_dtypes(tmp_path):
+    a = written(tmp_path / "a", STATE)
+    other = {"model/w": torch.ones(3, 2), "model/n": STATE["model/n"], "model/more": torch.ones(1)}
+    done = run("checkpoint.py", "diff", a, written(tmp_path / "b", other))
+    assert done.returncode == 1
+    assert "only the second has model/more" in done.stdout
+    assert "model/w is float32[2, 3] in the first and float32[3, 2] in the second" in done.stdout
+
+
+def test_diff_compares_bits_so_that_equal_nans_are_equal_and_zeros_of_two_signs_are_not(tmp_path):
+    nan = {"model/w": torch.tensor([float("nan"), 0.0])}
+    a, b = written(tmp_path / "a", nan), written(tmp_path / "b", nan)
+    assert run("checkpoint.py", "diff", a, b).returncode == 0
+    minus = {"model/w": torch.tensor([float("nan"), -0.0])}
+    done = run("checkpoint.py", "diff", a, written(tmp_path / "c", minus))
+    assert (done.returncode, "1 of 2 elements, by 0.0e+00" in done.stdout) == (1, True)
+
+
+def test_diff_lists_settings_and_steps(sharded):
+    one, two = sorted((sharded / "checkpoints").iterdir())
+    done = run("checkpoint.py", "diff", one, two)
+    assert done.returncode == 1
+    assert "the first is of step 1, the second of step 2" in done.stdout
+    assert run("checkpoint.py", "diff", sharded, two).returncode == 0
+
+
+# --- export and import ----------------------------------------------------------------------------
+
+
+def test_weights_and_moments_come_back_from_dcp_with_all_numbers(sharded, tmp_path):
+    assert run("checkpoint.py", "export", sharded, tmp_path / "dcp", "--to=dcp").returncode == 0
+    done = run("checkpoint.py", "import", tmp_path / "dcp", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert f"as {tmp_path / 'back/step-00000002'}" in done.stdout
+    done = run("checkpoint.py", "diff", sharded, tmp_path / "back")
+    assert done.returncode == 0, done.stdout
+    again = tmp_path / "run"
+    flags = "--steps=3 --val-every=0 --layers=2 --batch=4 --seq=16".split()
+    done = run("train.py", f"--resume={tmp_path / 'back'}", f"--out={again}", *flags)
+    assert (done.returncode, "resumed after step 2" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize("form", ["hf", "torch"])
+def test_weights_come_back_from_other_files(sharded, tmp_path, form):
+    out = tmp_path / "out"
+    assert run("checkpoint.py", "export", sharded, out, f"--to={form}").returncode == 0
+    if form == "hf":
+        saved = load_file(out / "model.safetensors")
+    else:
+        saved = torch.load(out, weights_only=True)
+    build("gpt", "tiny", vocab=256, seed=0, layers=2).load_state_dict(saved)
+    assert run("checkpoint.py", "import", out, tmp_path / "back").returncode == 0
+    original, back = newest(sharded), Checkpoint.open(tmp_path / "back/step-00000000")
+    assert set(back.names()) == {n for n in original.names() if n.startswith("model/")}
+    assert all(same_bits(back.read(name), original.read(name)) for name in back.names())
+
+
+def test_an_import_can_convert_and_a_tied_head_is_kept_once(tmp_path):
+    model = build("gpt", "tiny", vocab=256, seed=0, layers=1, tied=True, dtype=torch.bfloat16)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    target = tmp_path / "imported"
+    done = run("checkpoint.py", "import", tmp_path / "weights.pt", target, "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    back = Checkpoint.open(target / "step-00000000")
+    assert set(back.names()) == {f"model/{name}" for name, _ in model.named_parameters()}
+    weights = ours.weights_of(back)
+    assert set(weights.names()) == set(model.state_dict())
+    assert torch.equal(weights.read("lm_head.weight"), model.lm_head.weight.detach().float())
+
+
+def test_exports_that_cannot_be_are_one_line(sharded, tmp_path):
+    path = written(tmp_path, STATE)
+    line = refusal("checkpoint.py", "export", path, tmp_path / "hf", "--to=hf")
+    assert "was saved by a script, and does not say how many heads" in line
+    mlp = written(tmp_path / "mlp", STATE, settings={"model": "mlp", "size": "tiny"})
+    line = refusal("checkpoint.py", "export", mlp, tmp_path / "hf", "--to=hf")
+    assert "is of model 'mlp', size 'tiny', and hf has a name for gpt only" in line
+    line = refusal("checkpoint.py", "export", sharded, tmp_path, "--to=dcp")
+    assert "exists, and is not an empty folder; give a new one" in line
+    assert "give a file of torch.save" in refusal(
+        "checkpoint.py", "import", tmp_path / "none", tmp_path / "x"
+    )
+
+
+@pytest.mark.slow
+def test_the_program_starts_in_a_process_of_its_own(sharded):
+    command = [sys.executable, str(ROOT / "launch/checkpoint.py"), "verify", str(sharded)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "2 of 2 checkpoints are whole" in done.stdout) == (0, True)
