@@ -15,6 +15,7 @@ import inspect
 import pytest
 
 import dist_lab
+from dist_lab.testing import POOL
 
 dist_lab.fix_torchvision()  # many tests import torchvision, beside a torch that may be CPU-only
 
@@ -38,3 +39,29 @@ def is_unusual(item: pytest.Item, mark_name: str) -> bool:
         if not is_usual(**arguments):
             return True
     return False
+
+
+@pytest.fixture
+def on_ranks(request):
+    """on_ranks(size, body, *arguments) -> what the body returned on each rank."""
+    pool = request.config.stash[POOL]
+    return lambda size, body, *arguments: pool.run(size, body, *arguments, timeout=90.0)
+
+
+@pytest.fixture(scope="session")
+def library(request, tmp_path_factory):
+    """Saves each layout's checkpoint once: library(name, model, optimizer) -> folder, losses."""
+    import saved
+
+    pool, made = request.config.stash[POOL], {}
+
+    def saved_by(name, model="gpt", optimizer="adamw"):
+        key = name, model, optimizer
+        if key not in made:
+            folder = tmp_path_factory.mktemp("saved")
+            arguments = saved.LAYS[name], str(folder), model, optimizer
+            ranks = saved.LAYS[name].ranks
+            made[key] = folder, pool.run(ranks, saved.save, *arguments, timeout=90.0)[0]
+        return made[key]
+
+    return saved_by

@@ -108,13 +108,13 @@ class Write:
         """
         seen, since = -1, time.monotonic()
         while not arrived():
-            paths = [*self.temporary.glob("*")]
-            if any(path.suffix == ".failed" for path in paths):
-                return arrived()
-            now = 0
-            for path in paths:
-                with suppress(OSError):  # it was renamed in between
+            now, failed = 0, False
+            with suppress(FileNotFoundError):  # rank 0 renames files, and at last the folder
+                for path in self.temporary.iterdir():
+                    failed = failed or path.suffix == ".failed"
                     now += 1 + path.stat().st_size
+            if failed:
+                return arrived()
             if now != seen:
                 seen, since = now, time.monotonic()
             if time.monotonic() - since > PATIENCE:

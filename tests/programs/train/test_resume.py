@@ -53,6 +53,7 @@ def test_a_run_goes_on_in_another_layout_with_the_losses_it_would_have_had(saved
     assert [row["loss"] for row in metrics(out)] == pytest.approx(saved[1], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_moved_aside(saved, tmp_path):
     out = without(saved, tmp_path)
     shard = out / "checkpoints" / "step-00000006" / "rank-1.safetensors"
