@@ -200,11 +200,8 @@ def kill_the_launcher(mode: str, ranks: int, folder: Path, expected: dict[str, o
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The rank processes of a launcher: the children of its forkserver, and of torchrun."""
-    below = [launcher]
-    for pid in below:
-        below += children(pid)
-    return [pid for pid in below if pid != launcher and not children(pid) and is_rank(pid)]
+    """The rank processes of our launcher: the children of its forkserver."""
+    return [rank for server in children(launcher) for rank in children(server)]
 
 
 def children(pid: int) -> list[int]:
@@ -212,14 +209,6 @@ def children(pid: int) -> list[int]:
         return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def is_rank(pid: int) -> bool:
-    """The resource tracker of multiprocessing is a child, too, and no rank."""
-    try:
-        return b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def is_running(pid: int) -> bool:
