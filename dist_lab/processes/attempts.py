@@ -64,12 +64,16 @@ def can_restart(failures: Sequence[Failure]) -> bool:
 def restart_line(
     program: str, failures: Sequence[Failure], size: int, restart: int, config: Launch
 ) -> str:
-    """Says in one line which rank failed first, how, and which restart follows."""
+    """Says in one line which rank failed first, how, and which restart follows.
+
+    If a rank hangs, no rank has failed by itself: the first to give up says for whom it waited.
+    """
     first = causes(failures)[0]
     ranks = [failure.rank for failure in causes(failures) if failure.summary == first.summary]
     hint = "" if config.debug or not first.details else " (--debug shows the traceback)"
+    did = "gave up first" if first.distance else "failed first"
     return (
-        f"{program}: {ranks_in_words(ranks)} of {size} failed first: {first.summary}{hint}; "
+        f"{program}: {ranks_in_words(ranks)} of {size} {did}: {first.summary}{hint}; "
         f"restart {restart} of {config.restarts}, in {config.out}"
     )
 
