@@ -27,6 +27,7 @@ from dist_lab.comm.board.page import (
 from dist_lab.comm.board.words import Status
 from dist_lab.comm.ledger import Call
 
+JUST_NOW = 2.0  # seconds
 NAME = "dist_lab-board"  # in the link of /proc/PID/fd
 
 
@@ -100,6 +101,10 @@ class Board:
         """A collective has failed on this rank; the first time counts."""
         if not self.page.get(FAILED):
             self.page.set(FAILED, time.monotonic())
+
+    def failed_before(self) -> bool:
+        """Whether a collective failed on this rank a moment ago, and its error is on its way."""
+        return 0 < time.monotonic() - self.page.get(FAILED) < JUST_NOW
 
     @property
     def is_first(self) -> bool:

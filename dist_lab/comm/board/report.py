@@ -14,10 +14,14 @@ DYING = 0.3  # seconds in which a process whose connections were closed is seen 
 def report(board: Board, number: int, size: int, *, lost: bool) -> tuple[str, str]:
     """Returns who did not make call `number`, in one phrase, and a text about all ranks.
 
+    Both are empty if this rank has just failed before.
+
     Args:
         lost: a peer's connection was closed, so a rank is ending, or has ended.
         size: the number of ranks on all machines.
     """
+    if board.failed_before():  # such as by another wait, while the first error is on its way
+        return "", ""
     board.failed()
     entry, began = board.page.entry(number), time.monotonic()
     while True:
@@ -34,8 +38,8 @@ def report(board: Board, number: int, size: int, *, lost: bool) -> tuple[str, st
     blamed = [s for s in others if s.rank in late]
     if not blamed and lost:
         blamed = broken[:1]
-    if blamed:
-        text += "\n" + where_they_part(board, blamed[0].rank)
+    if blamed and entry is not None:
+        text += "\n" + where_they_part(board, blamed[0].rank, entry.channel)
     verb = "did not arrive: " if blamed and blamed[0].rank in late else ""
     return ", ".join(f"rank {s.rank} {verb}{s.what}" for s in blamed[:3]), text
 
@@ -48,21 +52,20 @@ def disagreement(board: Board, numbers: dict[int, int], size: int) -> tuple[str,
     statuses = by_blame(board.statuses(), board.awaited())
     other = next(rank for rank in calls if rank != board.rank)
     text = table(statuses, {}, elsewhere(board, size))
-    return each, text + "\n" + where_they_part(board, other)
+    own = calls[board.rank]
+    return each, text + "\n" + where_they_part(board, other, own.channel if own else 0)
 
 
 def said(entry: Entry) -> str:
     return f"{entry.call} at {entry.where}, phase {entry.phase}, {entry.unit}".removesuffix(", ")
 
 
-def where_they_part(board: Board, rank: int) -> str:
+def where_they_part(board: Board, rank: int, channel: int) -> str:
     """Compares the calls of this rank and another in all groups that both are in.
 
-    Ranks call in their own order on different channels, so only the failed call's own channel
-    counts if it is not 0.
+    Ranks call in their own order on different channels, so only the failed call's own counts.
     """
     ours, theirs = board.page.entries(), board.pages[board.ranks.index(rank)].entries()
-    channel = ours[-1].channel if ours else 0
     common = board.common(rank)
     left, right = (
         [e for e in side if e.key in common and e.channel == channel] for side in (ours, theirs)

@@ -208,8 +208,9 @@ def test_the_order_of_blame(page):
         status(4, "stopped"),
         status(5, "ended", failed=6.0),  # by an exception
         status(6, "ended"),
+        status(7, "ended", failed=8.5, waiting=call),
     ]
-    assert [s.rank for s in by_blame(statuses, [3])] == [6, 5, 4, 3, 2, 1, 0]
+    assert [s.rank for s in by_blame(statuses, [3])] == [6, 5, 4, 3, 2, 1, 7, 0]
 
 
 @linux
