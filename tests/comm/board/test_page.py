@@ -223,6 +223,11 @@ def test_a_board_is_a_file_without_a_name_and_says_when_its_rank_has_left():
     assert len(list(boards_of(os.getpid()))) > len(before)
     assert [status.rank for status in board.statuses()] == [5]
     assert not page.get(LEFT)
+    if os.fork() == 0:  # as a worker that loads data
+        del board
+        os._exit(0)
+    os.wait()
+    assert not page.get(LEFT), "a fork is not the rank"
     del board
     assert page.get(LEFT) > 0
     del page
