@@ -206,7 +206,8 @@ class Last(Sync):
 
 def sleep_with_the_gil() -> None:
     """Sleep in C. PyDLL keeps the GIL, so no other thread of this process runs Python."""
-    ctypes.PyDLL(None).sleep(int(FOR_EVER))
+    while True:  # a signal ends the sleep, such as that of where.py
+        ctypes.PyDLL(None).sleep(int(FOR_EVER))
 
 
 def raise_exception() -> None:

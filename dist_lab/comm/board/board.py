@@ -27,6 +27,7 @@ from dist_lab.comm.board.page import (
 from dist_lab.comm.board.words import Status
 from dist_lab.comm.ledger import Call
 
+JUST_NOW = 2.0  # seconds
 NAME = "dist_lab-board"  # in the link of /proc/PID/fd
 
 
@@ -50,7 +51,7 @@ class Group:
     """A process group, or the messages between two of its ranks, as the board knows it."""
 
     key: bytes
-    on: str  # such as dp{1,3}
+    on: str  # such as dp{1,3}; dp{1,3}/2 on channel 2
     channel: int
     lane: Lane
     is_local: bool  # all of its ranks are on this machine
@@ -73,7 +74,7 @@ class Board:
         self.page = self.pages[self.position]
         self._lanes = [Lanes(page) for page in self.pages]
         self._groups: dict[tuple[object, ...], Group] = {}
-        weakref.finalize(self, _leave, self.page, file)
+        weakref.finalize(self, _leave, self.page, file, os.getpid())
 
     def claim(self, size: int, place: str, mesh: str) -> None:
         """Begin this rank's page. Before that, nobody believes what is in it."""
@@ -101,6 +102,10 @@ class Board:
         if not self.page.get(FAILED):
             self.page.set(FAILED, time.monotonic())
 
+    def failed_before(self) -> bool:
+        """Whether a collective failed on this rank a moment ago, and its error is on its way."""
+        return 0 < time.monotonic() - self.page.get(FAILED) < JUST_NOW
+
     @property
     def is_first(self) -> bool:
         """This rank has failed, and no other of this machine before it."""
@@ -123,7 +128,8 @@ class Board:
             key = blake2b(repr(short).encode(), digest_size=8).digest()
             members = [i for i, rank in enumerate(self.ranks) if rank in ranks]
             lane = Lane(key, self._lanes, self.position, members)
-            on = f"{axis.name}{{{between or numbers_in_words(ranks)}}}"
+            channel = f"/{axis.channel}" if axis.channel else ""
+            on = f"{axis.name}{{{between or numbers_in_words(ranks)}}}{channel}"
             self._groups[short] = Group(
                 key, on, axis.channel, lane, len(members) == len(set(ranks))
             )
@@ -205,6 +211,7 @@ def numbers_in_words(numbers: Sequence[int]) -> str:
     return ",".join(text for part in texts for text in part)
 
 
-def _leave(page: Page, file: int) -> None:
-    page.set(LEFT, time.monotonic())
+def _leave(page: Page, file: int, process: int) -> None:
     os.close(file)
+    if os.getpid() == process:  # not in a fork, such as a worker that loads data
+        page.set(LEFT, time.monotonic())

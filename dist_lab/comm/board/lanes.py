@@ -185,6 +185,8 @@ class Agreement:
         page = self.lane.lanes[self.lane.own].page
 
         def look(late: Sequence[int]) -> None:
+            if circle := find_circle(self.lane.lanes, self.lane.own):
+                raise Stuck(circle)
             pages = [self.lane.lanes[i].page for i in late]
             gone = [
                 i for i, page in zip(late, pages, strict=True)
@@ -192,8 +194,6 @@ class Agreement:
             ]  # fmt: skip
             if still := [i for i in gone if i in self.late()]:
                 fail(still, "its process has ended")
-            if circle := find_circle(self.lane.lanes, self.lane.own):
-                raise Stuck(circle)
 
         page.set(CHECKING, self.number)
         if late := wait_until(self.late, timeout, look):

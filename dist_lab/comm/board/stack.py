@@ -49,9 +49,8 @@ def answering(board: Board | None) -> Iterator[None]:
         raise
     finally:
         board.page.set(STACK, 0)
-        signal.signal(SIGNAL, signal.SIG_IGN)  # for a signal that is on its way
         faulthandler.unregister(SIGNAL)
-        signal.signal(SIGNAL, signal.SIG_IGN)
+        signal.signal(SIGNAL, signal.SIG_IGN)  # for a signal that is on its way
         os.close(file)
 
 

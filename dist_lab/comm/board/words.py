@@ -86,16 +86,16 @@ def last_finished(page: Page) -> Entry | None:
 
 
 def by_blame(statuses: Iterable[Status], awaited: Sequence[int]) -> list[Status]:
-    """Sorts: ranks that ended or failed by themselves, stopped, awaited, failed in a wait, others.
+    """Sorts: ranks that ended by themselves, stopped, awaited, failed, all others.
 
-    Within each group the first comes first. A rank that ended without an error has no time.
+    Within each group the first comes first. A rank that ended after it failed in a wait did not end
+    by itself. One that ended without an error has no time, and comes before all.
     """
 
     def key(s: Status) -> tuple[int, float, int]:
-        if s.failed and s.waiting is None:
+        gone = s.state in ("ended", "has left")
+        if gone and (s.waiting is None or not s.failed):
             return 0, s.failed, s.rank
-        if s.state in ("ended", "has left") and not s.failed:
-            return 0, 0.0, s.rank
         if s.state == "stopped":
             return 1, 0.0, s.rank
         if s.rank in awaited and not s.failed:

@@ -77,7 +77,7 @@ def table(pages: Sequence[Page]) -> str:
     assert who is not None
     title = f"{who.mesh}, {who.size} ranks"
     if hidden := [rank for rank in range(who.size) if rank not in by_rank]:
-        title += f"; ranks {numbers_in_words(hidden)} are on other machines, or have not started"
+        title += f"; on other machines, or not started yet: rank {numbers_in_words(hidden)}"
     return "\n".join([title, *lines])
 
 

@@ -208,8 +208,9 @@ def test_the_order_of_blame(page):
         status(4, "stopped"),
         status(5, "ended", failed=6.0),  # by an exception
         status(6, "ended"),
+        status(7, "ended", failed=8.5, waiting=call),
     ]
-    assert [s.rank for s in by_blame(statuses, [3])] == [6, 5, 4, 3, 2, 1, 0]
+    assert [s.rank for s in by_blame(statuses, [3])] == [6, 5, 4, 3, 2, 1, 7, 0]
 
 
 @linux
@@ -222,6 +223,11 @@ def test_a_board_is_a_file_without_a_name_and_says_when_its_rank_has_left():
     assert len(list(boards_of(os.getpid()))) > len(before)
     assert [status.rank for status in board.statuses()] == [5]
     assert not page.get(LEFT)
+    if os.fork() == 0:  # as a worker that loads data
+        del board
+        os._exit(0)
+    os.wait()
+    assert not page.get(LEFT), "a fork is not the rank"
     del board
     assert page.get(LEFT) > 0
     del page
