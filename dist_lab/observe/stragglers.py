@@ -92,7 +92,7 @@ class Stragglers:
         return [in_words(step, slow) for group in self._groups for slow in self._compare(group)]
 
     def now(self) -> dict[str, float]:
-        """Fields of a row of metrics.jsonl: the slowest rank, if one was slow when last compared."""
+        """Fields of a row of metrics.jsonl: the slowest rank, if one is slow at present."""
         present = [slow for slow in self.episodes if slow.last > self._step - EVERY]
         if not present:
             return {}
