@@ -90,6 +90,8 @@ def open_custom(spec: str, *, batch: int, seq: int, seed: int, validation_batche
             raise refusal(
                 spec, f"the first row of {rows}; a row may depend only on the step and its index"
             )
+    if custom.sample_ids is not None:
+        check_ids(spec, custom.sample_ids, batch)
     return custom
 
 
@@ -130,6 +132,15 @@ class Custom:
     def validation(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         with importable_from(self._folder):
             return self._data.validation(index, rows)
+
+
+def check_ids(spec: str, sample_ids: Callable[[int, slice], Ids], batch: int) -> None:
+    """Raise UserError unless the samples of the first batch have numbers, one for each row."""
+    call = f"sample_ids(0, slice(0, {batch}))"
+    with calling(spec, call):
+        ids = [int(number) for number in sample_ids(0, slice(0, batch))]
+    if len(ids) != batch:
+        raise refusal(spec, f"{call} returned {len(ids)} numbers, not one for each row; {SEE}")
 
 
 def first_rows(

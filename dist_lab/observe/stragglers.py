@@ -93,7 +93,7 @@ class Stragglers:
 
     def now(self) -> dict[str, float]:
         """Fields of a row of metrics.jsonl: the slowest rank, if one is slow at present."""
-        present = [slow for slow in self.episodes if slow.last > self._step - 2 * EVERY]
+        present = [slow for slow in self.episodes if slow.last > self._step - EVERY]
         if not present:
             return {}
         worst = max(present, key=lambda slow: slow.own - slow.others)

@@ -806,6 +806,32 @@ def test_data_with_a_wrong_attribute_or_first_batch_is_refused(
     assert message in refused("mine:words")
 
 
+METHOD = "    def sample_ids(self, step, rows):\n        return IDS"
+NUMBERED = GOOD.replace("    validation = batch", f"    validation, samples = batch, 100\n{METHOD}")
+
+
+def test_data_of_a_function_may_number_its_samples(module: Callable[[str], None]) -> None:
+    module(NUMBERED.replace("IDS", "range(4 * step, 4 * step + 4)[rows]"))
+    numbered = data.open_data("mine:words", batch=4, seq=6, seed=1)
+    assert numbered.samples == 100
+    assert numbered.sample_ids is not None
+    assert list(numbered.sample_ids(2, slice(1, 3))) == [9, 10]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("[1, 2]", "sample_ids(0, slice(0, 4)) returned 2 numbers, not one for each row"),
+        ("['a']", "sample_ids(0, slice(0, 4)) raised ValueError: invalid literal"),
+    ],
+)
+def test_wrong_numbers_of_samples_are_refused(
+    ids: str, message: str, module: Callable[[str], None]
+) -> None:
+    module(NUMBERED.replace("IDS", ids))
+    assert message in refused("mine:words")
+
+
 def test_with_no_validation_batches_validation_is_never_called(
     module: Callable[[str], None],
 ) -> None:

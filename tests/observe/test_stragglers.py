@@ -76,6 +76,7 @@ def test_a_rank_that_needs_twice_the_time_is_named_within_10_steps(first, ranks,
     (slow,) = watch.episodes
     assert (slow.rank, slow.first) == (1, first)
     assert abs(slow.last - (first + 19)) <= EVERY
+    assert watch.now() == {}, "it is not slow any more"
     assert slow.lost == pytest.approx(2, abs=0.5)  # 20 steps x 0.1 s; the last ones may lack
 
 
@@ -186,7 +187,8 @@ def test_a_run_names_the_slow_rank_in_its_output_its_metrics_and_its_summary(tmp
     assert int(notice.split(":")[0].removeprefix("step ")) <= 23
     assert "; rank 1 was slow in steps 1" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row.get("slow_rank") for row in rows] == [None, None, 1, 1, None]
+    named = [row.get("slow_rank") for row in rows]  # of steps 1, 10, 20, 30, 40
+    assert (named[:2], named[3:]) == ([None, None], [1, None])
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import os
 
 from dist_lab.comm.agree import together
-from dist_lab.data.custom import importable_from
+from dist_lab.data.user_code import importable_from
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import export, run_dir
 from dist_lab.observe.console import wide_console

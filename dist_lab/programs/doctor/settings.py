@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from dist_lab.data.custom import importable_from, is_custom
+from dist_lab.data.custom import is_custom
+from dist_lab.data.user_code import importable_from
 from dist_lab.errors import UserError, shown
 from dist_lab.programs.cli.ranks import RankSettings, check_nproc, needs_ranks
 from dist_lab.programs.cli.registry import STRATEGIES
