@@ -2,8 +2,7 @@
 
 import pytest
 from programs import run
-
-MODEL = {"layers": 2, "batch": 4, "seq": 16, "optimizer": "adamw"}
+from short_run import MODEL
 
 
 @pytest.fixture(scope="session")

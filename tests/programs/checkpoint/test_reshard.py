@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import MODEL
 from programs import refusal, run
+from short_run import MODEL
 
 from dist_lab.checkpoint import manifest
 from dist_lab.programs.cli.config import Config
