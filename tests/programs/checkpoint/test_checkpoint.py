@@ -9,11 +9,17 @@ import pytest
 import torch
 from programs import ROOT, refusal, run
 from safetensors.torch import load_file
+from short_run import trained_on_two_ranks
 
 from dist_lab.checkpoint.exchange import dcp, ours
 from dist_lab.checkpoint.exchange.tensors import InMemory, same_bits
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.zoo import build
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return trained_on_two_ranks(tmp_path_factory.getbasetemp())
 
 
 def newest(folder):
