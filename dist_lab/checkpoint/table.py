@@ -58,7 +58,8 @@ def random(value: Any) -> None:
     keys({name: state for name, state in value.items() if name != "cuda"}, RANDOM)
     _, words, gauss = listed(value["python"], 3)
     each(word, listed(words, WORDS + 1))
-    if value["python"][0] != 3 or words[-1] > WORDS or (gauss is not None and number(gauss)):
+    number(gauss or 0)
+    if value["python"][0] != 3 or words[-1] > WORDS:
         raise Odd("a state of Python's random generator")
     kind, key, position, has_gauss, cached = listed(value["numpy"], 5)
     each(word, (position, has_gauss))

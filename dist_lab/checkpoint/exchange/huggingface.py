@@ -38,7 +38,7 @@ from dist_lab.checkpoint.exchange.llama import (
     from_config,
     to_config,
 )
-from dist_lab.checkpoint.exchange.tensors import Kinds, Renamed, Tensors, same_bits
+from dist_lab.checkpoint.exchange.tensors import Kind, Kinds, Renamed, Tensors, same_bits
 from dist_lab.errors import MachineError, UserError
 
 ONE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -246,7 +246,7 @@ def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _bytes(kind: tuple[torch.Size, torch.dtype]) -> int:
+def _bytes(kind: Kind) -> int:
     return math.prod(kind[0]) * kind[1].itemsize
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lab.checkpoint import table
 from dist_lab.checkpoint.entries import Entry
 from dist_lab.checkpoint.exchange.llama import EMBEDDING, HEAD
 from dist_lab.checkpoint.exchange.tensors import Kinds, Renamed, Tensors, Under
@@ -63,7 +64,7 @@ def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "step": checkpoint.step,
         "optimizer": optimizer_of(checkpoint),
         "numbers": numbers_of(checkpoint),
-        "modules": {name: state for table in tables for name, state in table["modules"].items()},
+        "modules": {name: state for part in tables for name, state in part["modules"].items()},
         "settings": checkpoint.manifest["settings"],
         "extra": checkpoint.manifest["extra"],
     }
@@ -71,19 +72,20 @@ def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def optimizer_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The class and the groups of the optimizer; each group with the names that any rank has."""
-    tables = [table["optimizer"] for table in checkpoint.tables]
+    tables = [part["optimizer"] for part in checkpoint.tables]
     if tables[0] is None:
         return None
     groups = []
     for number, group in enumerate(tables[0]["groups"]):
-        names = {name for table in tables for name in table["groups"][number]["names"]}
+        same = [one for part in tables for one in part["groups"][number : number + 1]]
+        names = {name for one in same for name in one["names"]}
         groups.append({"options": group["options"], "names": sorted(names)})
     return {"class": tables[0]["class"], "groups": groups}
 
 
 def numbers_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Parameter -> key -> number, of the state that is no tensor."""
-    return {name: n for table in checkpoint.tables for name, n in table["numbers"].items()}
+    return {name: n for part in checkpoint.tables for name, n in part["numbers"].items()}
 
 
 def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | None = None) -> Path:
@@ -100,18 +102,18 @@ def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | N
         UserError: "about.json" is not as we write it, or there is a checkpoint of its step.
         MachineError: it cannot be written.
     """
-    about = {"step": 0, "optimizer": None, "numbers": {}, "modules": {}, "extra": None}
-    about |= {"settings": dict(settings) if settings is not None else None}
+    about: dict[str, Any] = {"step": 0, "optimizer": None, "numbers": {}, "modules": {}}
+    about |= {"extra": None, "settings": dict(settings) if settings is not None else None}
     if ABOUT in tensors.names():
         about = _read_about(tensors.read(ABOUT))
     entries = [_whole(name, tensors.read(name)) for name in tensors.names() if name != ABOUT]
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     manifest = {key: about[key] for key in ("optimizer", "settings", "extra")}
     manifest |= {"strategies": "single@hand", "versions": versions}
-    table = {key: about[key] for key in ("optimizer", "numbers", "modules")}
+    own = {key: about[key] for key in ("optimizer", "numbers", "modules")}
     folder = Path(root).expanduser().absolute()
     with OfflineWriter(folder, about["step"], {"dp": 1}, manifest) as writer:
-        writer.write(0, entries, {**table, "random": generators.to_json()})
+        writer.write(0, entries, {**own, "random": generators.to_json()})
         return writer.commit()
 
 
@@ -125,7 +127,15 @@ def _read_about(tensor: Tensor) -> dict[str, Any]:
         about = json.loads(bytes(tensor.tolist()))
     except (ValueError, TypeError, RecursionError):
         about = None
-    known = isinstance(about, dict) and about.keys() == set(KEYS)
-    if not known or type(about["step"]) is not int or about["step"] < 0:
-        raise UserError(f"its {ABOUT} is not as an export writes it; get the whole folder again")
+    try:
+        table.keys(about, set(KEYS))
+        assert isinstance(about, dict)
+        table.length(about["step"])
+        table.optimizer(about["optimizer"])
+        table.mapping(about["numbers"], lambda numbers: table.mapping(numbers, table.number))
+        table.mapping(about["modules"], lambda state: None)
+        for key in ("settings", "extra"):
+            table.mapping(about[key] or {}, lambda value: None)
+    except table.Odd as error:
+        raise UserError(f"its {ABOUT} has {error}; get the whole folder again") from None
     return about

@@ -44,8 +44,8 @@ def export(config: Export) -> int:
 
 def import_(config: Import) -> int:
     """Write a checkpoint of step-... from another form, which is told by its files. Returns 0."""
-    source, left_out = Path(config.source).expanduser(), ()
-    settings = None
+    source = Path(config.source).expanduser()
+    settings, left_out = None, tuple[str, ...]()
     tensors: Tensors
     if (source / dcp.METADATA).exists():
         folder = dcp.open_folder(source)

@@ -28,7 +28,7 @@ from dist_lab.checkpoint.saver import entries_of
 from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
-from dist_lab.mesh.mesh import Mesh, dry_run, init_mesh
+from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.programs.checkpoint.find import newest
 from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
@@ -64,8 +64,6 @@ def part_of(
     source: Checkpoint, run: Config, axes: Mapping[str, int], rank: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
     """One rank's table, what the manifest says about the job, and the entries that it holds."""
-    if math.prod(axes.values()) == 1:
-        return _part_on(init_mesh(**axes), source, run)
     with dry_run(axes, rank) as mesh:
         return _part_on(mesh, source, run)
 

@@ -9,11 +9,17 @@ import pytest
 import torch
 from programs import ROOT, refusal, run
 from safetensors.torch import load_file
+from short_run import trained_on_two_ranks
 
-from dist_lab.checkpoint.exchange import ours
+from dist_lab.checkpoint.exchange import dcp, ours
 from dist_lab.checkpoint.exchange.tensors import InMemory, same_bits
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.zoo import build
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return trained_on_two_ranks(tmp_path_factory.getbasetemp())
 
 
 def newest(folder):
@@ -170,6 +176,19 @@ def test_weights_and_moments_come_back_from_dcp_with_all_numbers(sharded, tmp_pa
     flags = "--steps=3 --val-every=0 --layers=2 --batch=4 --seq=16".split()
     done = run("train.py", f"--resume={tmp_path / 'back'}", f"--out={again}", *flags)
     assert (done.returncode, "resumed after step 2" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "about",
+    [b"", b"[]", b'{"step": 1}', b"\xff", b"NaN", b"[" * 10**5],
+    ids=lambda text: str(text)[:9],
+)
+def test_numbers_of_another_form_that_are_odd_are_refused(tmp_path, about):
+    data = torch.tensor(list(about), dtype=torch.uint8)
+    dcp.export(InMemory({**STATE, ours.ABOUT: data}), tmp_path / "dcp")
+    line = refusal("checkpoint.py", "import", tmp_path / "dcp", tmp_path / "back")
+    assert "its about.json" in line
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("form", ["hf", "torch"])

@@ -3,13 +3,18 @@
 import json
 
 import pytest
-from conftest import MODEL
 from programs import refusal, run
+from short_run import MODEL, trained
 
 from dist_lab.checkpoint import manifest
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return trained(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.slow_unless(lambda mesh: mesh == "pp=2")
