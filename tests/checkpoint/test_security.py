@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,9 @@ READERS = {  # of torch and numpy, and which keyword makes each safe
     "torch.jit.load": None, "torch.export.load": None, "torch.hub.load": None,
     "torch.package.PackageImporter": None, "dcp.load": None, "FileSystemReader": None,
 }  # fmt: skip
+
+
+WORDS = re.compile("|".join([*RUN, r"load\b", "_object", "allow_", "Importer", "Reader"]))
 
 
 def named(node):
@@ -85,7 +89,10 @@ def unsafe_calls_in(tree):
 
 def test_no_file_reads_a_pickle():
     for path in FILES:
-        tree = ast.parse(path.read_text())
+        text = path.read_text()
+        if not WORDS.search(text):
+            continue  # parsing takes time
+        tree = ast.parse(text)
         allowed = PICKLE.get(path.relative_to(ROOT).as_posix().removeprefix("dist_lab/"), set())
         assert pickles_in(tree) <= allowed, path
         assert not list(unsafe_calls_in(tree)), path
@@ -103,6 +110,7 @@ def test_no_file_reads_a_pickle():
 )  # fmt: skip
 def test_the_test_above_would_find(code):
     tree = ast.parse(code)
+    assert WORDS.search(code)
     assert pickles_in(tree) or list(unsafe_calls_in(tree))
 
 

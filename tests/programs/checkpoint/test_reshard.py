@@ -17,7 +17,7 @@ def source(tmp_path_factory):
     return trained(tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.slow_unless(lambda mesh: mesh == "pp=2")
+@pytest.mark.slow  # the files of three layouts are compared below
 @pytest.mark.parametrize(
     ("mesh", "strategy"),
     [
