@@ -8,6 +8,7 @@ A run needs no resharding: it resumes from any layout. But it may read less then
 another number of ranks need not be kept.
 """
 
+import gc
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -51,26 +52,28 @@ def reshard(config: Reshard) -> int:
     about |= {"strategies": "", "optimizer": None}  # the first rank says
     with OfflineWriter(target, source.step, axes, about) as writer:
         for rank in range(size):
-            table, about_run, entries = part_of(source, run, axes, rank)
-            writer.about |= about_run
-            writer.write(rank, entries, table)
+            write_part(writer, source, run, axes, rank)
+            gc.collect()  # hooks and modules refer to each other: free them before the next rank
         path = writer.commit()
     where = f"{mesh_in_words(axes)}: {size} ranks" if size > 1 else "one process"
     print(f"resharded {source.folder} to {path}, {where}")
     return 0
 
 
-def part_of(
-    source: Checkpoint, run: Config, axes: Mapping[str, int], rank: int
-) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
-    """One rank's table, what the manifest says about the job, and the entries that it holds."""
+def write_part(
+    writer: OfflineWriter, source: Checkpoint, run: Config, axes: Mapping[str, int], rank: int
+) -> None:
+    """Build one rank, load what it holds, and write it."""
     with dry_run(axes, rank) as mesh:
-        return _part_on(mesh, source, run)
+        table, about, entries = part_on(mesh, source, run)
+        writer.about |= about
+        writer.write(rank, entries, table)
 
 
-def _part_on(
+def part_on(
     mesh: Mesh, source: Checkpoint, run: Config
 ) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
+    """This rank's table, what the manifest says about the job, and the entries that it holds."""
     job = build(run, mesh, open_run(run, mesh))
     optimizer = loop.make_optimizer(job, run) if optimizer_of(source) else None
     before = generators.to_json()

@@ -1,12 +1,14 @@
 """checkpoint.py reshard: the same files as real ranks of the new layout would write."""
 
 import json
+import weakref
 
 import pytest
 from programs import refusal, run
 from short_run import MODEL, trained
 
 from dist_lab.checkpoint import manifest
+from dist_lab.programs.checkpoint import reshard
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop
@@ -76,6 +78,23 @@ def test_real_ranks_write_the_same_files(mesh, resharded):
         name = f"rank-{mesh.rank}.json"
         ours, theirs = (json.loads((path / name).read_text()) for path in (offline, again))
         assert ours == theirs
+
+
+def test_only_one_rank_is_in_memory_at_a_time(source, tmp_path, monkeypatch):
+    held, alive = [], []
+
+    def part_on(*arguments):
+        alive.append([tensor() is not None for tensor in held])
+        table, about, entries = original(*arguments)
+        held.extend(weakref.ref(entry.local) for entry in entries if entry.local.numel() > 1000)
+        return table, about, entries
+
+    original = reshard.part_on
+    monkeypatch.setattr(reshard, "part_on", part_on)
+    done = run("checkpoint.py", "reshard", source, tmp_path, "--mesh=fsdp=3")
+    assert done.returncode == 0, done.stderr
+    assert len(held) > 100
+    assert [any(rank) for rank in alive] == [False, False, False]
 
 
 @pytest.mark.slow
