@@ -83,18 +83,17 @@ def test_real_ranks_write_the_same_files(mesh, resharded):
 def test_only_one_rank_is_in_memory_at_a_time(source, tmp_path, monkeypatch):
     held, alive = [], []
 
-    def part_on(*arguments):
-        alive.append([tensor() is not None for tensor in held])
-        table, about, entries = original(*arguments)
-        held.extend(weakref.ref(entry.local) for entry in entries if entry.local.numel() > 1000)
-        return table, about, entries
+    def build_one(*arguments):
+        alive.append(sum(parameter() is not None for parameter in held))
+        job = build(*arguments)
+        held.extend(weakref.ref(parameter) for parameter in job.parameters())
+        return job
 
-    original = reshard.part_on
-    monkeypatch.setattr(reshard, "part_on", part_on)
+    monkeypatch.setattr(reshard, "build", build_one)
     done = run("checkpoint.py", "reshard", source, tmp_path, "--mesh=fsdp=3")
     assert done.returncode == 0, done.stderr
-    assert len(held) > 100
-    assert [any(rank) for rank in alive] == [False, False, False]
+    assert len(held) == 3 * 21
+    assert alive == [0, 0, 0]
 
 
 @pytest.mark.slow
