@@ -79,12 +79,12 @@ EXHIBITS = (
         "dist_lab.job:Job.optimizer",
         Edit(
             """return build_optimizer(
-    cls, options, group_options, local, self.layouts, self.mesh, self._make_optimizer,
+    cls, options, groups, local, self.layouts, self.mesh, self._make_optimizer,
     self._totals.check_optimizer,
 )  # fmt: skip""",
             """old = {name: torch.nn.Parameter(p.detach().clone()) for name, p in local.items()}
 optimizer = build_optimizer(
-    cls, options, group_options, old, self.layouts, self.mesh, self._make_optimizer,
+    cls, options, groups, old, self.layouts, self.mesh, self._make_optimizer,
     self._totals.check_optimizer,
 )
 # The loop clears gradients by model.zero_grad(), which reaches the new parameters.
