@@ -40,6 +40,7 @@ from dist_lab.errors import MachineError
 
 KEY = Struct("<8sQ")  # the group; its ranks on this machine, as a bit for each page
 PRINT = Struct("<q16sq")  # the call's number, the hash, the count in the group: written last
+COUNT, COUNT_AT = Struct("<q"), 24  # the last field: read first, see `print_at`
 
 
 class Differ(Exception):
@@ -105,9 +106,14 @@ class Lanes:
             lane = self.find(key)
             if lane is None:
                 return 0, b"", 0
-        at = lane + seq % FINGERPRINTS * FINGERPRINT
-        found: tuple[int, bytes, int] = PRINT.unpack_from(self.page.memory, at)
-        return found
+        memory, at = self.page.memory, lane + seq % FINGERPRINTS * FINGERPRINT
+        # The rank may be writing. If the count is there before we read the hash, and still after
+        # that, the hash is that of this count.
+        while True:
+            (count,) = COUNT.unpack_from(memory, at + COUNT_AT)
+            found: tuple[int, bytes, int] = PRINT.unpack_from(memory, at)
+            if found[2] == count:
+                return found
 
     def missing(self, key: bytes, seq: int, all_lanes: Sequence["Lanes"]) -> list[int]:
         """The pages of the group's ranks that have not made its call `seq`."""
