@@ -135,7 +135,7 @@ class Injector(Sink):
             file.write(json.dumps(entry) + "\n")
         if fault.kind in CHANGES:
             assert tensor is not None, fault
-            CHANGES[fault.kind](tensor)
+            CHANGES[fault.kind](tensor.data)  # unseen by autograd, as a broken memory would do it
         elif fault.kind == "mismatch":
             ops.all_reduce(torch.zeros(3, device=self.job.mesh.device), self.axis)
         elif fault.kind == "slow":
@@ -215,8 +215,8 @@ def raise_exception() -> None:
 
 
 def flip_a_bit(tensor: Tensor) -> None:
-    """Flip a bit in the middle of the mantissa of the element in the middle."""
-    element = tensor.view(-1)[tensor.numel() // 2 :][:1]
+    """Flip a bit in the middle of the mantissa of the largest element."""
+    element = tensor.view(-1)[int(tensor.abs().argmax()) :][:1]
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bit = {2: 5, 4: 16, 8: 40}[tensor.element_size()]
     element.view(integers).bitwise_xor_(1 << bit)
