@@ -206,8 +206,9 @@ class Last(Sync):
 
 def sleep_with_the_gil() -> None:
     """Sleep in C. PyDLL keeps the GIL, so no other thread of this process runs Python."""
-    while True:  # a signal ends the sleep, such as that of where.py
-        ctypes.PyDLL(None).sleep(int(FOR_EVER))
+    until = time.monotonic() + FOR_EVER
+    while (left := until - time.monotonic()) > 0:  # a signal ends the sleep, such as where.py's
+        ctypes.PyDLL(None).sleep(max(1, int(left)))
 
 
 def raise_exception() -> None:
