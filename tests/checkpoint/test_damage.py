@@ -45,6 +45,7 @@ def test_a_missing_file_is_named(checkpoint, name):
     assert name in refusal(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_files_that_are_swapped_between_ranks_or_steps_are_found(library, tmp_path, suffix):
     folder, _ = library("fsdp2")

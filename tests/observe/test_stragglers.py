@@ -154,6 +154,7 @@ def test_one_process_has_nobody_to_be_compared_with():
     assert watch.summary()["ranks"] == {"work_ms": [pytest.approx(100)], "wait_ms": [0]}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_ranks_that_really_wait_name_the_slow_one_and_none_in_200_normal_steps(mesh: Mesh):
     watch, named = Stragglers(mesh), {}

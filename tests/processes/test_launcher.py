@@ -167,7 +167,7 @@ HANGS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow_unless(lambda do: do == "stop last")
+@pytest.mark.slow
 @pytest.mark.parametrize("do", HANGS)
 @linux
 def test_a_rank_that_hangs_in_any_way_is_named_and_all_end(do, capsys):

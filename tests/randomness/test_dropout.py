@@ -50,8 +50,7 @@ ROWS = [
     ({"pp": 2, "fsdp": 2, "tp": 2}, None, {"sequence_parallel": True, "schedule": "zb"}),
 ]  # fmt: skip
 USUAL = [
-    ("gpt", {"dp": 2}, "ddp", {}), ("vit", {"tp": 2}, "tp", {}),
-    ("gpt", {"pp": 2, "fsdp": 2, "tp": 2}, None, ROWS[-1][2]),
+    ("gpt", {"dp": 2}, "ddp", {}), ("vit", {"tp": 2}, "tp", {}), ("gpt", {"pp": 2}, "pp", ROWS[11][2]),
 ]  # fmt: skip
 
 

@@ -129,6 +129,7 @@ def bytes_of(saved: Saved) -> int:
 def layout_in_words(saved: Saved) -> str:
     """Which ranks have saved a tensor, and along which dims it was split.
 
+    >>> from dist_lab.checkpoint.reader import Piece
     >>> rows = [Piece(f"rank-{i}.safetensors", ((slice(i, i + 1), slice(0, 2)),)) for i in (0, 1)]
     >>> layout_in_words(Saved((2, 2), torch.float32, tuple(rows)))
     'ranks 0, 1: dim 0 in 2'

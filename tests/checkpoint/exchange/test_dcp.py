@@ -68,6 +68,7 @@ def test_a_folder_that_torch_wrote_is_read_and_what_is_no_tensor_is_listed(tmp_p
     assert same_bits(dcp.open_folder(tmp_path / "flat").read("model/w"), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_folder_that_two_ranks_wrote_is_put_together(mesh, tmp_path):
     from torch.distributed.tensor import Shard, distribute_tensor

@@ -61,6 +61,7 @@ def resharded(source, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_real_ranks_write_the_same_files(mesh, resharded):
     from dist_lab.mesh.mesh import init_mesh

@@ -50,6 +50,7 @@ def check_logs(out: Path, steps: int = STEPS):
     assert (out / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_in_the_middle_of_a_save_changes_nothing(tmp_path):
     flags = ["--restarts", 1, "--fault", "kill:rank=0@step=6,phase=save,op=6"]
     done = train("fsdp", tmp_path / "run", *flags, steps=6)

@@ -35,7 +35,7 @@ ROWS = {
     "BatchNorm": ({"dp": 4}, "ddp", "resnet", {}),
     "convolutions x zb": ({"pp": 2, "dp": 2}, "zero1", "conv", {"schedule": "zb"}),
 }
-USUAL = ("ddp", "fsdp x zb", "zero1 x zbv")
+USUAL = ("ddp", "fsdp x zb")
 
 
 @pytest.mark.slow_unless(lambda row: row in USUAL)

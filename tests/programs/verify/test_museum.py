@@ -123,7 +123,7 @@ def test_both_runs_decay_the_norms_in_the_exhibit_of_weight_decay():
 
     class Watched(torch.optim.AdamW):
         def step(self, *args, **keywords):
-            steps.setdefault(id(self), {g["weight_decay"] for g in self.param_groups})
+            steps.setdefault(self, {g["weight_decay"] for g in self.param_groups})
             return super().step(*args, **keywords)
 
     for mistaken, decays in ((False, {0.0, 10.0}), (True, {10.0})):
