@@ -50,7 +50,8 @@ ROWS = [
     ({"pp": 2, "fsdp": 2, "tp": 2}, None, {"sequence_parallel": True, "schedule": "zb"}),
 ]  # fmt: skip
 USUAL = [
-    ("gpt", {"dp": 2}, "ddp", {}), ("vit", {"tp": 2}, "tp", {}), ("gpt", {"pp": 2}, "pp", ROWS[11][2]),
+    ("gpt", {"dp": 2}, "ddp", {}), ("vit", {"tp": 2}, "tp", {}),
+    ("gpt", {"pp": 2}, "pp", {"schedule": "zb"}),
 ]  # fmt: skip
 
 
