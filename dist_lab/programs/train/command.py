@@ -5,8 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dist_lab.comm import ops
-from dist_lab.comm.agree import together
+from dist_lab.comm.agree import first_says, together
 from dist_lab.errors import MachineError, UserError
 from dist_lab.faults.inject import injected
 from dist_lab.mesh.mesh import Mesh
@@ -84,12 +83,12 @@ def train(config: Config, mesh: Mesh) -> int:
 
 def claim_folder(config: Config, mesh: Mesh, resources: ExitStack) -> Path:
     """Returns the output folder, the same on every rank; rank 0 holds its lock. Collective."""
-    folder = Path()
-    with together(mesh.world):
-        if mesh.rank == 0:
-            what = "-".join(config.strategies)
-            folder = resources.enter_context(run_dir.claimed(config, what))
-    return Path(ops.all_gather_bytes(str(folder).encode(), mesh.world)[0].decode())
+    what = "-".join(config.strategies)
+
+    def claim() -> str:
+        return str(resources.enter_context(run_dir.claimed(config, what)))
+
+    return Path(first_says(claim, mesh.world))
 
 
 def print_line(line: str) -> None:
