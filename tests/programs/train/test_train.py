@@ -261,14 +261,16 @@ def test_accuracy_is_the_fraction_of_held_out_images_classified_right(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
-def test_an_image_model_trains_in_every_dtype(model, dtype):
+def test_an_image_model_trains_in_every_dtype(model, dtype, tmp_path):
     steps = ["--data", "fake:2x12x12", "--batch", "2", "--steps", "2", "--clip", "0"]
     config = parse(["--model", model, "--dtype", dtype, *steps])
     data = setup.open_run(config, init_mesh())
     assert data.batch(0, slice(0, 1))[0].dtype == setup.parameter_dtype(config)
     job = setup.build(config, init_mesh(), data)
     before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
-    summary = train(job, data, config, [])
+    optimizer = make_optimizer(job, config)
+    checkpoints = Checkpoints(job, optimizer, config, data, tmp_path)
+    summary = train(job, optimizer, data, config, checkpoints, [])
     assert math.isfinite(summary["final_val_loss"])
     changed = [name for name, p in job.model.named_parameters() if not torch.equal(p, before[name])]
     assert set(changed) >= {name for name in before if name.endswith("weight")}
