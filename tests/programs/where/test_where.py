@@ -91,10 +91,15 @@ def test_each_ranks_place_step_phase_unit_call_age_and_line_are_shown(mesh, tmp_
 
 def start(out: Path, *command: str) -> subprocess.Popen:
     settings = ["--strategy", "ddp", "--size", "tiny", "--steps", "100000", "--out", str(out)]
-    return subprocess.Popen(
-        [*command, *settings], cwd=ROOT, env=os.environ | {"MARK": str(out)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    with printed_by(out).open("w") as file:
+        return subprocess.Popen(
+            [*command, *settings], cwd=ROOT, env=os.environ | {"MARK": str(out)},
+            stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def printed_by(out: Path) -> Path:
+    return out.with_name("printed.txt")
 
 
 def looked(out: Path, after: int = 1) -> str:
@@ -107,7 +112,7 @@ def looked(out: Path, after: int = 1) -> str:
         if done.returncode == 0 and len(rows) == 2 and step_of(rows) > after:
             return done.stdout
         time.sleep(0.2)
-    raise AssertionError(done.stderr + done.stdout)
+    raise AssertionError(done.stderr + done.stdout + printed_by(out).read_text())
 
 
 def step_of(rows: list[str]) -> int:
@@ -115,6 +120,7 @@ def step_of(rows: list[str]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda by_torchrun: not by_torchrun)
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_a_run_can_be_watched_and_goes_on_and_a_stopped_rank_is_seen(by_torchrun, tmp_path):
     out = tmp_path / "run"
