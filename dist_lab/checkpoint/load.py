@@ -10,14 +10,14 @@ anew, because there is no rank whose numbers they could continue.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
 from dist_lab.checkpoint import folder as folders
-from dist_lab.checkpoint.entries import Trained, extra_state, model_entries
+from dist_lab.checkpoint.entries import Entry, Trained, extra_state, model_entries
 from dist_lab.checkpoint.optimizer_state import create_state, load_options
 from dist_lab.checkpoint.reader import Checkpoint, first_difference
 from dist_lab.checkpoint.saver import shadow_entries
@@ -98,8 +98,8 @@ def load(
     with mesh.comm.label("load", unit=""):
         with together(mesh.world):
             entries = [*model_entries(job)]
+            _check_model(checkpoint, job, entries)
             entries += shadow_entries(job, shadow) if shadow is not None else []
-            _check_model(checkpoint, job, saved)
             if shadow is not None and not any(name.startswith("shadow/") for name in saved):
                 raise UserError(
                     f"checkpoint {str(checkpoint.folder)!r} has no moving average; load it without"
@@ -132,12 +132,17 @@ def load(
     return checkpoint.manifest["extra"] or {}
 
 
-def _check_model(checkpoint: Checkpoint, job: Trained, saved: Mapping[str, Any]) -> None:
-    """Raise UserError unless the checkpoint has this model's tensors, in their shapes."""
+def _check_model(checkpoint: Checkpoint, job: Trained, entries: Sequence[Entry]) -> None:
+    """Raise UserError unless the checkpoint has this model's tensors, in their shapes.
+
+    Args:
+        entries: of the model, on this rank.
+    """
     layouts = {**job.layouts, **job.buffer_layouts()}
     own = {f"model/{name}": (tuple(x.shape), x.dtype) for name, x in layouts.items()}
-    for entry in model_entries(job):  # a buffer that is expanded has a smaller shape there
+    for entry in entries:  # a buffer that is expanded has a smaller shape there
         own[entry.name] = entry.shape, entry.local.dtype
+    saved = checkpoint.names()
     there = {name: about for name, about in saved.items() if name.startswith("model/")}
     differences = [*first_difference(there, own)]
     if differences:

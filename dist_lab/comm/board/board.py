@@ -195,11 +195,11 @@ def boards_of(process: int) -> Iterator[str]:
             continue  # closed in the meantime
 
 
-def numbers_in_words(numbers: Sequence[int]) -> str:
+def numbers_in_words(numbers: Sequence[int], separator: str = ",") -> str:
     """Returns numbers as ranges, where three or more follow each other.
 
-    >>> numbers_in_words([0, 1, 2, 3, 6, 8, 9])
-    '0-3,6,8,9'
+    >>> numbers_in_words([0, 1, 2, 3, 6, 8, 9]), numbers_in_words([0, 1, 2, 5, 8, 9], " ")
+    ('0-3,6,8,9', '0-2 5 8 9')
     """
     runs: list[list[int]] = []
     for number in numbers:
@@ -208,7 +208,7 @@ def numbers_in_words(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     texts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
-    return ",".join(text for part in texts for text in part)
+    return separator.join(text for part in texts for text in part)
 
 
 def _leave(page: Page, file: int, process: int) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import UserError
-
-CHECKPOINTS = "checkpoints"  # in the folder of a run
+from dist_lab.observe.run_dir import CHECKPOINTS
 
 
 def newest(path: str) -> Checkpoint:

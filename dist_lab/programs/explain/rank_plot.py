@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
+from dist_lab.comm.board.board import numbers_in_words
 from dist_lab.layout.layout import Box, Layout
 from dist_lab.mesh.topology import coordinates
 from dist_lab.observe import pipeline_plot
@@ -28,7 +29,6 @@ from dist_lab.programs.explain.ranks import (
     dots,
     in_words,
     place_text,
-    ranges,
 )
 
 NOTHING: dict[str, Any] = {"fc": "#f1f1f1", "ec": "#bbbbbb", "hatch": "////"}
@@ -171,7 +171,7 @@ def _draw_parameter(
         look: dict[str, Any] = {"fc": color, "ec": "white", "lw": 1.2}
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, **look))
         many = len(ranks_of[key]) > 1
-        text = f"rank{'s' * many} {ranges(ranks_of[key])}"
+        text = f"rank{'s' * many} {numbers_in_words(ranks_of[key], ' ')}"
         size = min(8.0, 110 * (bottom - top) / high, 380 * (right - left) / wide / len(text))
         if size >= LEAST:
             axes.text(

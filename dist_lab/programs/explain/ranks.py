@@ -17,6 +17,7 @@ from itertools import pairwise, product
 
 from rich.table import Table
 
+from dist_lab.comm.board.board import numbers_in_words
 from dist_lab.errors import UserError, one_of, shown
 from dist_lab.layout.layout import Box, FlatShard, Layout, OnlyOn, boxes
 from dist_lab.mesh.topology import ORDER, coordinates, line_through, rank_at
@@ -213,22 +214,7 @@ def holders(held: Mapping[int, list[Box]], *cell: slice) -> str:
         sides = zip(box, cell, strict=False)  # a vector has no columns
         return all(side.start <= part.start and part.stop <= side.stop for side, part in sides)
 
-    return ranges([rank for rank, parts in held.items() if any(map(covers, parts))])
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """
-    >>> ranges([0, 1, 2, 5, 8, 9])
-    '0-2 5 8 9'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = (f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs)
-    return " ".join(texts)
+    return numbers_in_words([rank for rank, parts in held.items() if any(map(covers, parts))], " ")
 
 
 def _elements(box: Box) -> int:
