@@ -3,14 +3,22 @@
 A save is a sequence of operations, and the machine may stop between any two. With all of them in
 one place a test can stop at operation k, for every k, and look at what is left. Data is on disk
 only after `sync`; a new name is there only after `sync_folder` of the folder that has it.
+
+[Note: past the kernel's memory] Usually a write copies data into the kernel's memory, and `sync`
+sends it from there to the disk. Large data is handed to the disk directly (O_DIRECT), which saves
+the copy, half of a core's time in a save. The file system demands that such data begins at a page
+and has whole blocks, so the last piece of a file goes the usual way; so does all of it where the
+file system cannot do this.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -31,7 +39,16 @@ class Files:
         return open(path, "xb", buffering=0)
 
     def write(self, file: BinaryIO, data: memoryview) -> int:
-        """Write some of the data, and return how many bytes."""
+        """Write some of the data, and return how many bytes: [Note: past the kernel's memory]."""
+        directly = len(data) == PART and _set_direct(file, True)
+        try:
+            return file.write(data)
+        except OSError as error:
+            if not (directly and error.errno == errno.EINVAL):  # the data is not aligned
+                raise
+        finally:
+            if directly:
+                _set_direct(file, False)
         return file.write(data)
 
     def sync(self, file: BinaryIO) -> None:
@@ -52,40 +69,45 @@ class Files:
         shutil.rmtree(path)
 
 
+def _set_direct(file: BinaryIO, on: bool) -> bool:
+    """Switch O_DIRECT on or off. Returns False if the file system has none."""
+    if sys.platform != "linux":
+        return False
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:
+        return False
+    return True
+
+
 def write_file(
-    files: Files, path: Path, parts: Sequence[memoryview],
-    wrote: Callable[[int], None] = lambda size: None,
-) -> dict[str, object]:  # fmt: skip
+    files: Files, path: Path, data: memoryview, wrote: Callable[[int], None] = lambda size: None
+) -> dict[str, object]:
     """Write a new file and bring it to disk. Returns its `bytes` and `sha256`.
 
-    Another thread computes the hash meanwhile: most of the time here is spent waiting for the disk.
+    Another thread computes the hash meanwhile: here most of the time is spent waiting for the disk.
 
     Args:
         wrote: called with the number of bytes after each write.
     """
-    digest, size = hashlib.sha256(), sum(map(len, parts))
-
-    def update() -> None:
-        for part in parts:
-            digest.update(part)
-
-    hashing = threading.Thread(target=update)
+    digest = hashlib.sha256()
+    hashing = threading.Thread(target=digest.update, args=(data,))
     hashing.start()
     try:
         file = files.create(path)
         try:
-            for part in parts:
-                rest = part
-                while len(rest):
-                    written = files.write(file, rest[:PART])
-                    rest = rest[written:]
-                    wrote(written)
+            rest = data
+            while len(rest):
+                written = files.write(file, rest[:PART])
+                rest = rest[written:]
+                wrote(written)
             files.sync(file)
         finally:
             file.close()
     finally:
         hashing.join()
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": len(data), "sha256": digest.hexdigest()}
 
 
 def sha256_of(path: Path) -> str:

@@ -55,12 +55,12 @@ class OfflineWriter:
 
     def write(self, rank: int, entries: Sequence[Entry], table: Mapping[str, Any]) -> None:
         """Write one rank's part: the entries that it is the first to hold, and its table."""
-        header, data, tensors = packed(entries, self._buffer)
+        data, tensors = packed(entries, self._buffer)
         write = Write(
-            rank, self._size, self._temporary, self.final, header, data,
+            rank, self._size, self._temporary, self.final, data,
             {"tensors": tensors, **table}, self.about, self._files, _say_nothing,
         )  # fmt: skip
-        with as_machine_error(self.final, len(header) + len(data)):
+        with as_machine_error(self.final, len(data)):
             write.write_part()
         self._last = write
 

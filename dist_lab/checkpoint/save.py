@@ -44,7 +44,6 @@ class Write:
     size: int
     temporary: Path
     final: Path
-    header: bytes
     data: memoryview
     table: dict[str, Any]
     about: Mapping[str, Any]  # what the manifest says
@@ -58,9 +57,8 @@ class Write:
 
         An error is kept in `error`, because this may run in a thread.
         """
-        needed = len(self.header) + len(self.data)
         try:
-            with as_machine_error(self.final, needed):
+            with as_machine_error(self.final, len(self.data)):
                 self.write_part()
                 if self.rank == 0:
                     self.commit()
@@ -77,12 +75,11 @@ class Write:
     def write_part(self) -> None:
         """Write this rank's files."""
         shard, name = f"rank-{self.rank}.safetensors", f"rank-{self.rank}.json"
-        parts = [memoryview(self.header), self.data]
         path = self.temporary / shard
-        self.table["file"] = write_file(self.files, path, parts, self._progress())
+        self.table["file"] = write_file(self.files, path, self.data, self._progress())
         # Rank 0 reads the table as soon as it has its name.
         new = self.temporary / f"{name}.new"
-        write_file(self.files, new, [memoryview(json.dumps(self.table).encode())])
+        write_file(self.files, new, memoryview(json.dumps(self.table).encode()))
         self.files.rename(new, self.temporary / name)
 
     def commit(self) -> None:
@@ -95,7 +92,7 @@ class Write:
             about[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             about[f"{path.stem}.safetensors"] = json.loads(path.read_bytes())["file"]
         text = manifest.sealed({**self.about, "files": about})
-        write_file(self.files, self.temporary / manifest.NAME, [memoryview(text)])
+        write_file(self.files, self.temporary / manifest.NAME, memoryview(text))
         self.files.sync_folder(self.temporary)
         self.files.rename(self.temporary, self.final)
         self.files.sync_folder(self.final.parent)
@@ -132,7 +129,7 @@ class Write:
 
     def _progress(self) -> Callable[[int], None]:
         """Returns what is called after each write: now and then rank 0 tells how far it is."""
-        total, done, last = len(self.header) + len(self.data), 0, time.monotonic()
+        total, done, last = len(self.data), 0, time.monotonic()
 
         def wrote(size: int) -> None:
             nonlocal done, last
@@ -175,9 +172,9 @@ def prepare(
 
     with mesh.comm.label("save", unit=""):
         temporary = root / first_says(make, mesh.world)
-    header, data, tensors = packed(entries, buffer)
+    data, tensors = packed(entries, buffer)
     return Write(
-        mesh.rank, mesh.size, temporary, final, header, data, {"tensors": tensors, **table},
+        mesh.rank, mesh.size, temporary, final, data, {"tensors": tensors, **table},
         {"format": manifest.FORMAT, "step": step, "mesh": dict(mesh.axes), **about}, files, tell,
         keep,
     )  # fmt: skip
@@ -185,13 +182,13 @@ def prepare(
 
 def packed(
     entries: Sequence[Entry], buffer: Buffer
-) -> tuple[bytes, memoryview, dict[str, dict[str, Any]]]:
+) -> tuple[memoryview, dict[str, dict[str, Any]]]:
     """The bytes of a rank's file, and the table of its tensors: of entries it is the first to hold.
 
     The bytes are valid until the buffer is used again.
     """
     own = [entry for entry in entries if entry.is_first and entry.boxes]
-    header, data = buffer.pack([(entry.name, _local(entry)) for entry in own])
+    data = buffer.pack([(entry.name, _local(entry)) for entry in own])
     tensors = {
         entry.name: {
             "shape": list(entry.shape),
@@ -200,7 +197,7 @@ def packed(
         }
         for entry in own
     }
-    return header, data, tensors
+    return data, tensors
 
 
 def _local(entry: Entry) -> torch.Tensor:

@@ -10,6 +10,7 @@ of a save in the background is raised by the next save, or by `finish`, on every
 """
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -106,7 +107,7 @@ class Saver:
         )  # fmt: skip
         thread = None
         if self.in_background:
-            thread = threading.Thread(target=write.run, name="checkpoint", daemon=True)
+            thread = threading.Thread(target=behind, args=[write], name="checkpoint", daemon=True)
             thread.start()
         else:
             write.run()
@@ -135,6 +136,13 @@ class Saver:
         """
         if self._writing is not None and self._writing[1] is not None:
             self._writing[1].join()
+
+
+def behind(write: Write) -> None:
+    """Write in this thread, behind training: if all cores are busy, training goes first."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    write.run()
 
 
 def entries_of(job: Trained, optimizer: Optimizer | None, shadow: Shadow | None) -> Iterator[Entry]:

@@ -4,11 +4,14 @@
 
 We write this format ourselves, and read it with the library. A training step is blocked for as long
 as the copy takes: the library's `save` copies three times into new memory, and this copies once,
-into memory that is kept for the next save. The format: huggingface.co/docs/safetensors.
+into memory that is kept for the next save. That memory begins at a page, so that files.py can hand
+it to the disk as it is. The format: huggingface.co/docs/safetensors.
 """
 
 import json
+import mmap
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,8 +33,8 @@ class Buffer:
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> tuple[bytes, memoryview]:
-        """Copy tensors into this memory. Returns the start of the file, and the rest of it.
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> memoryview:
+        """Copy tensors into this memory. Returns the bytes of the file.
 
         Raises:
             UserError: safetensors has no such dtype.
@@ -42,20 +45,28 @@ class Buffer:
                 raise UserError(f"{name} has dtype {dtype}, which safetensors files do not have")
         # The largest elements first: then each tensor begins at a multiple of its element's size.
         ordered = sorted(tensors, key=lambda pair: -pair[1].element_size())
-        total = sum(tensor.numel() * tensor.element_size() for _, tensor in ordered)
-        if self._bytes.numel() < total:
-            self._bytes = torch.empty(total, dtype=torch.uint8)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        stop = 0
+        ends = [0]
         for name, tensor in ordered:
-            start, stop = stop, stop + tensor.numel() * tensor.element_size()
-            self._bytes[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            ends.append(ends[-1] + tensor.numel() * tensor.element_size())
             header[name] = {
                 "dtype": DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
-                "data_offsets": [start, stop],
+                "data_offsets": ends[-2:],
             }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-        data = self._bytes[:total].numpy().data
-        return len(text).to_bytes(8, "little") + text, memoryview(data).cast("B")
+        start = 8 + len(text)
+        memory = self._of_size(start + ends[-1])
+        memory.numpy()[:start].data[:] = len(text).to_bytes(8, "little") + text
+        for (_, tensor), (low, high) in zip(ordered, pairwise(ends), strict=True):
+            place = memory[start + low : start + high]
+            place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return memory.numpy().data
+
+    def _of_size(self, size: int) -> Tensor:
+        """This memory, or a larger one, cut to this many bytes."""
+        if self._bytes.numel() < size:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        return self._bytes[:size]
