@@ -153,7 +153,7 @@ def test_programs_share_only_the_command_line_and_the_training_loop():
         program = path.parent.name
         shared = {
             "cli": set(), "train": {"cli"},
-            "bench": {"cli", "compare"}, "doctor": {"cli", "verify"},
+            "bench": {"cli", "compare"}, "sweep": {"cli", "compare"}, "doctor": {"cli", "verify"},
         }.get(program, {"cli", "train"})  # fmt: skip
         imported = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.programs.")}
         assert imported <= shared | {program}, (path, imported)

@@ -1,6 +1,6 @@
 """Breaks the library on purpose, one line at a time, and lists the mistakes that no test notices.
 
-    python tests/nightly/mutants.py --out runs/mutants              200 mutants, a random sample
+    python tests/nightly/mutants.py --out runs/mutants --jobs 2     200 mutants, a random sample
     python tests/nightly/mutants.py --only step/clip.py --count 20
     python tests/nightly/mutants.py --list --count 5                shows mutants, and runs nothing
 
@@ -11,7 +11,7 @@ missing test, or a line that makes no difference; EQUIVALENT says which of the l
 why.
 
 The sample is the same for the same --seed, and has mutants of every rule and every file. Results
-are written as they come, so a run that was stopped goes on where it was. It takes about 2 hours.
+are written as they come, so a run that was stopped goes on where it was. It takes an hour or two.
 """
 
 import argparse
@@ -28,8 +28,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Queue
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dist_lab"
@@ -357,7 +359,7 @@ def first_failure(tests: Sequence[str], copy: Path) -> str:
 
 
 def copy_of_repository(folder: Path) -> Path:
-    copy = folder / "copy"
+    copy = Path(tempfile.mkdtemp(dir=folder)) / "copy"
     ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
@@ -370,6 +372,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a part of the mutants' text")
     parser.add_argument("--list", action="store_true", help="show the mutants, and run nothing")
     parser.add_argument("--trust", action="store_true", help="do not run all tests unbroken first")
+    parser.add_argument("--jobs", type=int, default=1, help="the number of mutants at a time")
     parser.add_argument("--out", type=Path, help="the folder for mutants.jsonl")
     options = parser.parse_args()
     every = all_mutants()
@@ -381,24 +384,37 @@ def main() -> int:
     log = options.out / "mutants.jsonl" if options.out else None
     outcomes = read(log)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = copy_of_repository(Path(folder))
+        copies = Queue[Path]()
+        for _ in range(options.jobs):
+            copies.put(copy_of_repository(Path(folder)))
         is_checked = options.trust or bool(outcomes)
-        if failed := "" if is_checked else first_failure(["tests"], copy):
+        if failed := "" if is_checked else first_failure(["tests"], copies.queue[0]):
             print(f"a test fails without any mutant: {failed}")
             return 2
+
+        def run_one(mutant: Mutant, tests: Sequence[str], verdict: str) -> Outcome:
+            copy = copies.get()
+            try:
+                return run(mutant, copy, tests, verdict)
+            finally:
+                copies.put(copy)
+
         for before, after in ((None, "left"), ("left", "survived")):
-            for number, mutant in enumerate(chosen, 1):
-                known = outcomes.get(str(mutant))
-                if (known and known.verdict) != before:
-                    continue
-                tests = tests_for(mutant.path) if before is None else ["tests"]
-                outcome = outcomes[str(mutant)] = run(mutant, copy, tests, after)
-                if log:
-                    log.parent.mkdir(parents=True, exist_ok=True)
-                    with log.open("a") as file:
-                        file.write(json.dumps(asdict(outcome)) + "\n")
-                print(f"{number:4} of {len(chosen)} {outcome.seconds:6.1f} s  {outcome.mutant}")
-                print(f"     {outcome.verdict}: {outcome.by}", flush=True)
+            due = [m for m in chosen if getattr(outcomes.get(str(m)), "verdict", None) == before]
+            with ThreadPoolExecutor(options.jobs) as workers:
+                started = [
+                    workers.submit(run_one, m, ["tests"] if before else tests_for(m.path), after)
+                    for m in due
+                ]
+                for number, done in enumerate(as_completed(started), 1):
+                    outcome = done.result()
+                    outcomes[outcome.mutant] = outcome
+                    if log:
+                        log.parent.mkdir(parents=True, exist_ok=True)
+                        with log.open("a") as file:
+                            file.write(json.dumps(asdict(outcome)) + "\n")
+                    print(f"{number:4} of {len(due)} {outcome.seconds:6.1f} s  {outcome.mutant}")
+                    print(f"     {outcome.verdict}: {outcome.by}", flush=True)
     verdicts = Counter(outcomes[str(m)].verdict for m in chosen)
     real = verdicts["killed"] + verdicts["survived"]
     share = verdicts["killed"] / max(real, 1)

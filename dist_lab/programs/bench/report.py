@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.table import Table
 from dist_lab.comm.choice import AUTO
 from dist_lab.observe import export
 from dist_lab.observe.console import wide_console
+from dist_lab.observe.fit import nonnegative_fit
 from dist_lab.programs.compare.ratios import Quartiles
 
 CLEARLY = 1.05  # choose an algorithm by hand only if it is this many times as fast as the backend's
@@ -78,24 +78,18 @@ class Fit:
 
 
 def fit(rows: Sequence[BenchRow]) -> Fit:
-    """Fits by least squares of the relative errors, so that small messages count as much as large.
-
-    A negative alpha or beta has no meaning. It is then set to 0, and the other one is fitted alone.
+    """Fits a latency and a bandwidth to the medians of one algorithm: see observe/fit.py.
 
     >>> rows = [BenchRow("all_reduce", "ring", 4 * b, 6, b, [6e-4 + b * 1e-9]) for b in (10, 10**6)]
     >>> f = fit(rows)
     >>> round(1e6 * f.latency), round(1e9 * f.inverse_bandwidth, 3), round(f.error, 6)
     (100, 1.0, 0.0)
     """
-    a = numpy.array([[row.steps / row.median, row.sent / row.median] for row in rows])
-    fits = []
-    for used in ([0, 1], [0], [1]):  # alpha and beta, or one of them; a x = 1 is a perfect fit
-        x = numpy.zeros(2)
-        x[used], _, rank, _ = numpy.linalg.lstsq(a[:, used], numpy.ones(len(rows)))
-        if rank == len(used) and min(x) >= 0:
-            error = float(numpy.sqrt(numpy.mean((a @ x - 1) ** 2)))
-            fits.append(Fit(rows[0].op, rows[0].algorithm, float(x[0]), float(x[1]), error))
-    return min(fits, key=lambda fitted: fitted.error)
+    amounts = [[row.steps, row.sent] for row in rows]
+    fitted = nonnegative_fit(amounts, [row.median for row in rows])
+    assert fitted is not None, "two sizes or more"
+    latency, inverse_bandwidth = fitted.x
+    return Fit(rows[0].op, rows[0].algorithm, latency, inverse_bandwidth, fitted.error)
 
 
 def choices(rows: Sequence[BenchRow]) -> dict[str, tuple[tuple[int, str], ...]]:
