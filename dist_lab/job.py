@@ -130,7 +130,7 @@ class Job:
         if not torch.is_grad_enabled():
             raise UserError("job.run computes gradients, which are off here; call job.evaluate")
         recorded = RecordedLoss(loss_fn, keep=self._totals.keeps_losses)
-        with self.place.run(microbatches):
+        with self.mesh.comm.label(), self.place.run(microbatches):
             total = self._runner.run(microbatches, recorded)
         stepped = self._runner.named_parameters() if recorded.some_detached else ()
         trains = any(p.requires_grad for _, p in stepped)
@@ -146,7 +146,7 @@ class Job:
         check_pairs(microbatches)  # first, so that a refused call changes nothing
         with self.mesh.comm.label("buffers"):
             merge_statistics(self.model, self._data)
-        with eval_mode(self.model), torch.no_grad():
+        with self.mesh.comm.label("validation"), eval_mode(self.model), torch.no_grad():
             total = self._runner.evaluate(microbatches, loss_fn)
         with self.mesh.comm.label("loss"):
             return float(ops.all_reduce(total, self._loss_axis))

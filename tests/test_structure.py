@@ -24,7 +24,7 @@ LAYERS = [
     ["comm.by_hand.costs", "comm.ledger", "step.fixed_order.order"],
     ["comm.board"],
     ["step.hooks", "transforms.init"],
-    ["programs.cli.settings", "programs.cli.mesh_text"],
+    ["programs.cli.settings", "programs.cli.mesh_text", "programs.cli.steps"],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.mixes"],
     ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
@@ -59,6 +59,9 @@ FREE_OF_TORCH = [
     "mesh.topology",
     "step.fixed_order.order",
     "faults.grammar",
+    "observe.timeline.timeline",
+    "observe.timeline.perfetto",
+    "observe.timeline.spans",
     "errors",
     "testing",
 ]

@@ -177,6 +177,7 @@ def start_shared(spec: Spec, out: Tensor, due: int, window: SharedWindow, moves:
 
 def _launch(call: Call, axis: Axis, steps: Steps, out: Tensor) -> Pending:
     """Write the call to the board, check its order, count it, and start its first step."""
+    call.group = axis.ranks, axis.channel
     check: Iterable[Sequence[Work]] = order_check(call, axis)
     if axis.channel == 0:  # on others, ranks may call at very different times: wait() checks
         _wait_for_steps(check, call, axis)
@@ -196,7 +197,7 @@ def wait_for(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:
     _wait_for_steps(steps, call, axis)
     if board is not None:
         board.wait_ends(call.number)
-    axis.comm.ledger.add_blocked(call, time.perf_counter() - began)
+    axis.comm.ledger.add_blocked(call, began, time.perf_counter())
 
 
 def _wait_for_steps(steps: Iterable[Sequence[Work]], call: Call, axis: Axis) -> None:

@@ -32,6 +32,7 @@ __all__ = ["SHARED_MEMORY", "CollectiveError", "CollectiveMismatch", "CommContex
 LATE = ("Timed out", "timed out")
 LOST = ("Connection closed by peer", "Connection reset by peer")
 IN_GLOO = re.compile(r"^\[/\S+\] ")  # the line of gloo's source, before its message
+LOOP = "loop"  # the phase between the calls of a job: the training loop's own code
 # The unit of the calls that set up a shared buffer. There are many, and they carry no values.
 SHARED_MEMORY = "shared memory"
 
@@ -53,7 +54,9 @@ class CommContext:
         place: this rank's coordinates, such as dp=0,tp=1; set by the mesh.
         board: what this rank does, for other processes to read; None in a dry run, and where
             processes cannot see each other. See board/.
-        step, phase, unit: the labels of the next call. `step` counts from 1.
+        step, phase, unit: the labels of the next call. `step` counts from 1. A validation belongs
+            to the step before it.
+        on_label: called with step, phase and unit when they change.
         dry_run: True if the other ranks do not exist; see `mesh.dry_run`.
         shared: shared buffer -> its SharedWindow, the memory of all ranks; see `ops.shared_buffer`.
 
@@ -72,6 +75,7 @@ class CommContext:
         self.ledger = Ledger()
         self.place = ""
         self.board: Board | None = None
+        self.on_label: list[Callable[[int, str, str], None]] = []
         self._now: tuple[int, str, str] = 0, "start", ""
         self.dry_run = False
         self.shared = WeakTensorKeyDictionary()
@@ -79,16 +83,21 @@ class CommContext:
         self._tags: dict[str, int] = {}
 
     @contextmanager
-    def label(self, phase: str | None = None, unit: str | None = None) -> Iterator[None]:
-        """Label all calls inside the block with this phase and unit."""
-        before = self.phase, self.unit
+    def label(
+        self, phase: str | None = None, unit: str | None = None, then: str | None = None
+    ) -> Iterator[None]:
+        """Label all calls inside the block with this phase and unit.
+
+        After it calls have the labels from before it, or the phase `then`.
+        """
+        after = (self.phase, self.unit) if then is None else (then, "")
         self.begin(
             self.step, self.phase if phase is None else phase, self.unit if unit is None else unit
         )
         try:
             yield
         finally:
-            self.begin(self.step, *before)
+            self.begin(self.step, *after)
 
     @property
     def step(self) -> int:
@@ -115,6 +124,8 @@ class CommContext:
         self._now = step, phase, unit
         if self.board is not None:
             self.board.page.now(step, phase, unit)
+        for listen in self.on_label:
+            listen(step, phase, unit)
 
     def call(
         self, op: str, axis: str, size: int, about: str, payload: int, due: int,

@@ -158,6 +158,7 @@ def exchange(
                 *((x.nbytes, x.nbytes) if verb == "send" else (0, 0)),
             )  # fmt: skip
             ends = (axis.index, peer) if verb == "send" else (peer, axis.index)
+            call.group = (axis.ranks[ends[0]], axis.ranks[ends[1]]), axis.channel
             check = message_check(call, axis, x, *ends)
             axis.comm.ledger.enter(call)
             try:

@@ -80,6 +80,7 @@ class Call:
     algorithm: str  # "backend": the backend's own
     sent: int = 0  # bytes counted until now
     blocked: float = 0.0  # seconds that this rank waited for it
+    group: tuple[tuple[int, ...], int] = (), 0  # its ranks, and the channel of their axis
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,19 @@ class Tally:
 
 
 class Ledger:
-    """Counts every call in `total` and in `by` (phase, op, axis), and calls the listeners."""
+    """Counts every call in `total` and in `by` (phase, op, axis).
+
+    Attributes:
+        listeners: called with each call when it starts.
+        on_wait: called after each wait, with the call and when the wait began and ended, in seconds
+            of time.perf_counter.
+    """
 
     def __init__(self) -> None:
         self.total = Tally()
         self.by: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         self.listeners: list[Callable[[Call], None]] = []
+        self.on_wait: list[Callable[[Call, float, float], None]] = []
 
     def enter(self, call: Call) -> None:
         """Count a call when it starts, and pass it to the listeners.
@@ -125,10 +133,12 @@ class Ledger:
         call.sent += sent
         self._add(call, Tally(sent=sent))
 
-    def add_blocked(self, call: Call, seconds: float) -> None:
-        """Add the seconds for which this call blocked this rank."""
-        call.blocked += seconds
-        self._add(call, Tally(blocked=seconds))
+    def add_blocked(self, call: Call, began: float, ended: float) -> None:
+        """Add the time for which this call blocked this rank, and tell who listens."""
+        call.blocked += ended - began
+        self._add(call, Tally(blocked=ended - began))
+        for listen in self.on_wait:
+            listen(call, began, ended)
 
     def _add(self, call: Call, tally: Tally) -> None:
         self.total += tally

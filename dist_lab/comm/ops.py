@@ -107,7 +107,7 @@ def all_gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
     lengths = all_gather(torch.tensor([len(data)], device=device), axis).tolist()
     padded = bytearray(data.ljust(max(*lengths, 1), b"\0"))
     rows = all_gather(torch.frombuffer(padded, dtype=torch.uint8)[None].to(device), axis)
-    return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
+    return [row[:n].cpu().numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
 
 @torch.inference_mode(False)  # the first call may be in inference mode; training writes to it

@@ -47,15 +47,18 @@ from dist_lab.torch_private import TorchDispatchMode, storage_key
 KINDS = (
     "parameters", "gradients", "optimizer", "gathered", "buffers", "module_buffers", "activations",
 )  # fmt: skip
+Label = tuple[str, str]  # phase, unit
 
 
 @contextmanager
 def measured(job: Job, optimizer: torch.optim.Optimizer) -> Iterator["LiveBytes"]:
     """Counts the live bytes of a step that runs inside the block. Then call `.by_kind()`."""
-    live = LiveBytes()
+    comm = job.mesh.comm
+    live = LiveBytes(label=lambda: (comm.phase, comm.unit))
     labels = KindLabels(live, job)
     labels.label_all()
     labels.label_optimizer(optimizer)
+    live.before = len(live.changes)
     with job.listening(labels), labels.at_each_gradient(), live:
         yield live
         labels.label_optimizer(optimizer)  # a first step has created its state
@@ -125,36 +128,52 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 class LiveBytes(TorchDispatchMode):
     """Counts live bytes inside its `with` block, beginning with those of `tensors`.
 
+    Args:
+        label: returns the phase of the step and the unit that run now.
+
     Attributes:
         live, peak: bytes.
+        changes: every change of size, in order, as (storage, bytes).
+        before: the first so many changes are of tensors from before the step.
+        labels: (position in `changes`, phase, unit), from this change on.
     """
 
-    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, tensors: Iterable[Tensor] = (), label: Callable[[], Label] = lambda: ("", "")
+    ) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.before = 0
         # Live storages by address. Keep the weak reference: its callback reports the free.
-        self._known: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
-        self._changes: list[tuple[_Storage, int]] = []  # every change of size, in order
+        self._known: dict[int, tuple[weakref.ref[Any], Storage]] = {}
+        self.changes: list[tuple[Storage, int]] = []
+        self.labels: list[tuple[int, str, str]] = []
+        self._label, self._now = label, ("", "")
         for tensor in tensors:
             self.note(tensor)
 
-    def note(self, tensor: Tensor, kind: str = "activations") -> None:
-        """Record that this tensor is alive and of that kind, and the size of its storage."""
+    def note(self, tensor: Tensor, kind: str = "activations", owner: str = "") -> None:
+        """Record that this tensor is alive and of that kind, and the size of its storage.
+
+        `owner`: the name of the parameter that it belongs to.
+        """
         if tensor.is_meta:  # it has a size but no memory
             return
         local = local_part(tensor)
         storage, key = local.untyped_storage(), storage_key(local)
         if key not in self._known:  # views and in-place results share a storage that already counts
-            self._known[key] = weakref.ref(storage, partial(self._freed, key)), _Storage()
+            new = Storage(*self._label())
+            self._known[key] = weakref.ref(storage, partial(self._freed, key)), new
         _, known = self._known[key]
         known.kind = min(known.kind, KINDS.index(kind))
+        if owner:
+            known.owners[owner] = None
         self._resized(known, storage.nbytes())
 
     def by_kind(self) -> Peak:
         """Returns the peak of everything recorded so far: see [Note: the kind of a storage]."""
         now, own, at_peak = (dict.fromkeys(KINDS, 0) for _ in range(3))
         live = peak = 0
-        for storage, change in self._changes:
+        for storage, change in self.changes:
             kind = KINDS[storage.kind]
             now[kind] += change
             own[kind] = max(own[kind], now[kind])
@@ -181,9 +200,12 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*exception)
         self._known.clear()  # storages freed later do not count
 
-    def _resized(self, storage: "_Storage", size: int) -> None:
+    def _resized(self, storage: "Storage", size: int) -> None:
         if size != storage.size:
-            self._changes.append((storage, size - storage.size))
+            if (now := self._label()) != self._now:
+                self._now = now
+                self.labels.append((len(self.changes), *now))
+            self.changes.append((storage, size - storage.size))
             self.live += size - storage.size
             self.peak = max(self.peak, self.live)
             storage.size = size
@@ -193,11 +215,16 @@ class LiveBytes(TorchDispatchMode):
         self._resized(storage, 0)
 
 
-class _Storage:
-    """A storage's current size, and its kind as a position in KINDS."""
+class Storage:
+    """A storage's current size, its kind as a position in KINDS, and whose it is.
 
-    def __init__(self) -> None:
+    phase, unit: those that ran when it was first seen
+    owners: the names of the parameters that it belongs to, in order
+    """
+
+    def __init__(self, phase: str, unit: str) -> None:
         self.size, self.kind = 0, len(KINDS) - 1
+        self.phase, self.unit, self.owners = phase, unit, dict[str, None]()
 
 
 class KindLabels(Sync):
@@ -208,28 +235,32 @@ class KindLabels(Sync):
 
     def label_all(self) -> None:
         """Label everything except the optimizer state."""
-        for parameter in self.job.parameters():
-            self.live.note(parameter, "parameters")
-        for buffer in self.job.model.buffers():
-            self.live.note(buffer, "module_buffers")
+        for name, parameter in self.job.named_parameters():
+            self.live.note(parameter, "parameters", name)
+        for name, buffer in self.job.model.named_buffers():
+            self.live.note(buffer, "module_buffers", name)
         self._label_gradients(dict(self.job.model.named_parameters()))
         self._label_strategy()
 
     def label_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        for tensor in state_of(optimizer):
-            self.live.note(tensor, "optimizer")
+        names = {id(parameter): name for name, parameter in self.job.named_parameters()}
+        for parameter, tensor in state_of(optimizer):
+            self.live.note(tensor, "optimizer", names.get(id(parameter), ""))
 
     @contextmanager
     def at_each_gradient(self) -> Iterator[None]:
         """Label each gradient before the strategy sees it, which may send and free it at once."""
         leaves = dict(self.job.model.named_parameters()) | dict(self.job.leaves)
 
-        def note(leaf: Tensor) -> None:
+        def note(name: str, leaf: Tensor) -> None:
             if leaf.grad is not None:
-                self.live.note(leaf.grad, "gradients")
+                self.live.note(leaf.grad, "gradients", name)
 
-        trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        hooks = [leaf.register_post_accumulate_grad_hook(note) for leaf in trained]
+        trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(partial(note, name))
+            for name, leaf in trained.items()
+        ]
         yield
         for hook in hooks:
             hook.remove()
@@ -240,7 +271,7 @@ class KindLabels(Sync):
             for name in module._parameters:
                 cast = module.__dict__.get(name)
                 if isinstance(cast, Tensor):
-                    self.live.note(cast, "gathered")
+                    self.live.note(cast, "gathered", unit)
 
     def reshard(self, unit: str, phase: Phase) -> None:
         self._label_strategy()
@@ -255,15 +286,15 @@ class KindLabels(Sync):
         for name in names:
             for leaf in (self.job.leaves.get(name), self.job.model.get_parameter(name)):
                 if leaf is not None and (gradient := real_grad(leaf)) is not None:
-                    self.live.note(gradient, "gradients")
+                    self.live.note(gradient, "gradients", name)
 
     def _label_strategy(self) -> None:
         """Label the strategy's extra memory and its unsharded leaves, at their current size."""
         for kind, tensor in self.job.sync.extra_memory():
             self.live.note(tensor, kind)
-        for leaf in self.job.leaves.values():
+        for name, leaf in self.job.leaves.items():
             if local_part(leaf).untyped_storage().nbytes() >= local_part(leaf).nbytes:
-                self.live.note(leaf, "gathered")  # it has memory at the moment
+                self.live.note(leaf, "gathered", name)  # it has memory at the moment
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -274,10 +305,12 @@ def _tensors(result: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def state_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yields the state's tensors, also of a wrapped optimizer, as in ZeroRedundancyOptimizer."""
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+def state_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, Tensor]]:
+    """Yields (parameter, tensor) of the state, also that of a wrapped optimizer, as in
+    ZeroRedundancyOptimizer.
+    """
+    for parameter, state in optimizer.state.items():
+        yield from ((parameter, value) for value in state.values() if isinstance(value, Tensor))
     for inner in vars(optimizer).values():
         if isinstance(inner, torch.optim.Optimizer):
             yield from state_of(inner)

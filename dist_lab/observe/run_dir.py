@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a program that only looks at a run needs no settings
 RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
     "metrics.jsonl", "samples-rank*.jsonl", "summary.json", "events.out.tfevents.*",
-    "faults.jsonl",
+    "faults.jsonl", "timeline.json", "memory.json", "profile/*.json",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"

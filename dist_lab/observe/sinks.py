@@ -35,6 +35,9 @@ class Sink:
     def tick(self, step: int) -> None:
         """A step is done."""
 
+    def after(self, step: int) -> None:
+        """All of a step is done: its validation, row and checkpoint too. On all ranks."""
+
     def row(self, row: Row) -> None:
         """A step is logged. README describes the fields of a row."""
 
@@ -43,6 +46,9 @@ class Sink:
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         """The last step is measured: the timed actions of each pipeline rank, in ms."""
+
+    def memory(self, over_time: Mapping[str, Any]) -> None:
+        """The live bytes of a step of every rank: see memory_series.py."""
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """The run is over; None if it failed."""
@@ -78,6 +84,10 @@ class JsonLines(Sink):
         pipeline_plot.write(
             pipeline_plot.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg"
         )
+
+    def memory(self, over_time: Mapping[str, Any]) -> None:
+        text = json.dumps(over_time, separators=(",", ":"), allow_nan=False)
+        (self.folder / "memory.json").write_text(text + "\n", encoding="utf-8")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.file.close()

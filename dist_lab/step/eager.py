@@ -162,7 +162,7 @@ class Runner(Step):
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
-            self.comm.begin(self.place.step + 1, "forward")
+            self.comm.begin(self.place.step + torch.is_grad_enabled(), "forward")
             if any(unit.is_open for unit in self._units.values()):  # the last step was aborted
                 self._abort()
 

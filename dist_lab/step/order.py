@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_lab.comm.context import CommContext
+from dist_lab.comm.context import LOOP, CommContext
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.loss import LossFn, Pair
@@ -90,7 +90,7 @@ class Step(ABC):
         del grads  # these references would keep memory alive that the strategy frees
         self._before_finish()
         try:
-            with self.comm.label("finish", unit=""):
+            with self.comm.label("finish", unit="", then=LOOP):
                 self.sync.finish()
         finally:
             self.has_gradients = False

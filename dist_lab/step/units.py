@@ -77,9 +77,9 @@ class Unit:
             self.sync.reshard(self.name, phase)
 
     def _enter_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.outer, self.comm.unit = self.comm.unit, self.name
+        self.outer = self.comm.unit
         phase = Phase.BACKWARD if in_backward() else Phase.FORWARD  # BACKWARD: recomputed
-        self.comm.phase = phase.value  # also if the unit is called by itself
+        self.comm.begin(self.comm.step, phase.value, self.name)
         self.visit = visit = Visit()
         self.saver.enter(self)
         self.open(phase)

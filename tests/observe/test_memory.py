@@ -204,7 +204,7 @@ def memory_of(job, optimizer):
     """Returns the recorded changes of size of a step in which nothing happens."""
     with measured(job, optimizer) as live:
         pass
-    return live._changes
+    return live.changes
 
 
 def test_worst_keeps_the_higher_peak_and_each_kinds_own_peak():

@@ -136,7 +136,7 @@ class PipelineRunner(Step):
         for backward too. An exception aborts the step.
         """
         with self.comm.label():  # restores the labels after the run
-            self.comm.begin(self.place.step + 1, "forward")
+            self.comm.begin(self.place.step + (phase is Phase.BACKWARD), "forward")
             self.sync.unshard(ROOT, Phase.FORWARD)
             if phase is Phase.BACKWARD:
                 self.sync.unshard(ROOT, Phase.BACKWARD)

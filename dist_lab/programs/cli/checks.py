@@ -9,6 +9,7 @@ from dist_lab.programs.cli.mixes import AXES, IllegalMix, check_impl
 from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import read
+from dist_lab.programs.cli.steps import check_steps
 from dist_lab.step.fixed_order.order import check_strategies
 
 
@@ -41,6 +42,8 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
     """Check the settings against each other. `where`: the flag or file line that set each."""
     check_settings(config, where)
     check_restarts(config, where)
+    for name in ("timeline", "profile"):
+        check_steps(getattr(config, name), config.steps, where[name])
     check_nproc(config, where)
 
 

@@ -23,10 +23,11 @@ from dist_lab.programs.cli.mixes import DATA, in_text, strategies_on
 from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.settings import AtLeast, setting
+from dist_lab.programs.cli.steps import read_steps
 from dist_lab.step.fixed_order.order import check_microbatches, microbatches_of, shards_of
 
 # Settings of training alone; the other programs have no flags for them.
-RESTARTS = ("save_every", "keep", "resume", "restarts", "fault")
+RESTARTS = ("save_every", "keep", "resume", "restarts", "fault", "timeline", "profile")
 
 
 def read_order(value: object, where: str) -> str:
@@ -154,6 +155,11 @@ class RunSettings(RankSettings):
         "like over the ranks that should hold the same, and stop at a difference; 0: never", low=0)
     log_samples: bool = setting(False, "write the numbers of the samples of each step, one file "
         "per rank: see observe/sample_log.py")
+    timeline: str = setting("", "record what every rank does and waits for in these steps, in "
+        "OUT/timeline.json for ui.perfetto.dev; steps 1 and 2 are slow: they measure memory",
+        metavar="FIRST:LAST", read=read_steps)
+    profile: str = setting("", "torch's profiler in these steps: OUT/profile/rank-N.json, and "
+        "merged.json of all ranks with their timeline", metavar="FIRST:LAST", read=read_steps)
     overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
     about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
 

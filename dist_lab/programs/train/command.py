@@ -12,12 +12,15 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sample_log import SampleLog, refuse_unnumbered
 from dist_lab.observe.sinks import Sink, open_sinks
+from dist_lab.observe.timeline.profile import Profile
+from dist_lab.observe.timeline.sink import Recording
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.mixes import strategies_on
 from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import batch_in_words, build, describe, open_run
+from dist_lab.programs.cli.steps import steps_in
 from dist_lab.programs.train import loop
 from dist_lab.programs.train.checkpoints import Checkpoints, with_saved_batch
 
@@ -58,6 +61,9 @@ def train(config: Config, mesh: Mesh) -> int:
             own = loop.own_rows(config.batch, job)
             with together(mesh.world):
                 sinks.append(SampleLog(folder, mesh, data, own, checkpoints.first))
+        for kind, steps in ((Recording, config.timeline), (Profile, config.profile)):
+            if steps:
+                sinks.append(kind(job, folder, steps_in(steps), print_line))
         for sink in sinks:
             sink.begin(checkpoints.first)
         summary: Mapping[str, Any] | None = None

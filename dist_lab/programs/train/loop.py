@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_lab import zoo
+from dist_lab.comm.context import LOOP
 from dist_lab.data import Data, prefetch
 from dist_lab.job import Job
 from dist_lab.layout.layout import shard_bounds
@@ -42,11 +43,13 @@ def train(
     tokens = config.batch * config.seq if data.image is None else None
     validation: dict[str, float] = {}
 
-    first = checkpoints.first  # steps taken by an earlier process
+    first, comm = checkpoints.first, job.mesh.comm  # `first`: steps of an earlier process
     with closing(prefetch(data, rows, first, config.steps)) as batches:
         for step in range(first + 1, config.steps + 1):
             with meter.step():
+                comm.begin(step, "data")
                 inputs, targets = next(batches)
+                comm.begin(step, LOOP)
                 loss, norm = take_step(job, optimizer, inputs, targets, step, config)
                 if sentinel is not None:
                     sentinel.check(
@@ -59,7 +62,9 @@ def train(
             )
             validate = evaluation_due and data.validation_batches > 0
             if validate:
-                validation = evaluate(job, data, config, rows)
+                with comm.label("validation"):
+                    validation = evaluate(job, data, config, rows)
+            comm.begin(step, "log")
             for sink in sinks:
                 sink.tick(step)
                 for line in meter.news:
@@ -71,8 +76,15 @@ def train(
                 row |= meter.since_last_row(config.batch, tokens)
                 for sink in sinks:
                     sink.row(row)
+            comm.begin(step, "save")
             checkpoints.after(step)
+            comm.begin(step, LOOP)
+            for sink in sinks:
+                sink.after(step)
     checkpoints.finish()
+    over_time = meter.memory_over_time()
+    for sink in sinks:
+        sink.memory(over_time)
     final: dict[str, Any] = {"final_loss": loss, "final_val_loss": None}
     final |= {f"final_{name}": value for name, value in validation.items()}
     if config.reduce_order:

@@ -20,7 +20,7 @@ from dist_lab.comm import ops
 from dist_lab.comm.ledger import Tally
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.observe import flops, memory
+from dist_lab.observe import flops, memory, memory_series
 from dist_lab.observe.stragglers import Stragglers
 from dist_lab.programs.cli.config import Config
 
@@ -37,6 +37,7 @@ class Meter:
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
         self.reported = 0
         self.memory = memory.NOTHING  # the largest of the measured steps
+        self.series: memory_series.Entry = {}  # that step's bytes over time
         self.flops_per_step = 0.0  # summed over all ranks
         self.stragglers = None if job.about else Stragglers(job.mesh)  # see [Note: libraries]
         self.news: list[str] = []  # about the last step
@@ -54,7 +55,12 @@ class Meter:
             yield
         self.steps.append((time.perf_counter() - began, ledger.total - before))
         if step <= WARM_UP:
-            self.memory = self.memory.worst(live.by_kind())
+            peak, comm = live.by_kind(), self.job.mesh.comm
+            if peak.total > self.memory.total:
+                self.series = memory_series.of_rank(
+                    live, rank=comm.rank, place=comm.place, step=self.first + step
+                )
+            self.memory = self.memory.worst(peak)
         if step == 1:
             local = torch.tensor(count.get_total_flops())
             self.flops_per_step = float(sum_over_ranks(local, self.job.mesh))
@@ -79,6 +85,11 @@ class Meter:
             "peak_memory_bytes": self.memory.total,
             **(self.stragglers.now() if self.stragglers else {}),
         }
+
+    def memory_over_time(self) -> dict[str, Any]:
+        """Returns memory.json: see observe/memory_series.py. Collective."""
+        entries = memory_series.gather(self.series, self.job.mesh)
+        return memory_series.document("measured", entries)
 
     def summary(self, config: Config, tokens: int | None) -> dict[str, Any]:
         """Returns medians over the steps after the warm-up, and the MFU. Collective."""

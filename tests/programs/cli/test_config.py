@@ -303,6 +303,16 @@ BAD_FLAGS = [
     ("--out a\0b", r"out cannot be 'a\x00b' (--out); give UTF-8 text without NUL"),
     ("--config nope.toml", "no file 'nope.toml' (--config); give a TOML file, such as "
         "configs/02_dp.toml"),
+    ("--timeline 5:3", "steps 5:3 end before they begin (--timeline); give 3:5"),
+    ("--timeline 5", "no steps '5' (--timeline); give FIRST:LAST, such as 3:5"),
+    ("--profile three:4", "no steps 'three:4' (--profile); give FIRST:LAST, such as 3:5"),
+    ("--profile 3:4:5", "no steps '3:4:5' (--profile); give FIRST:LAST, such as 3:5"),
+    ("--timeline=-1:4", "no steps '-1:4' (--timeline); give FIRST:LAST, such as 3:5"),
+    ("--timeline 0:4", "steps are numbered from 1, not 0 (--timeline); give 1:4"),
+    ("--timeline 3:201", "the run has 200 steps, and not step 201 (--timeline); give 3:200, or "
+        "--steps 201"),
+    ("--steps 1 --profile 3:5", "the run has 1 step, and not step 5 (--profile); give 1:1, or "
+        "--steps 5"),
     ("--config=", "no file '' (--config); give a TOML file, such as configs/02_dp.toml"),
     ("--config /dev/zero", "'/dev/zero' is not a settings file (--config); give a TOML file"),
 ]  # fmt: skip

@@ -147,11 +147,13 @@ def test_every_layout_logs_the_same_losses_on_the_same_data(text, tmp_path, mesh
 @pytest.mark.slow
 def test_the_same_command_runs_under_torchrun(text, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = "launch/train.py --strategy dp --steps 2 --log-collectives"
+    flags = "launch/train.py --strategy dp --steps 2 --log-collectives --timeline 2:2 --profile 2:2"
     command = [*torchrun, *flags.split(), *map(str, place(text, tmp_path))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "timeline.json").exists()
+    assert (tmp_path / "run" / "profile" / "merged.json").exists()
     logged = [line for line in done.stderr.splitlines() if line.startswith("rank 1 | finish")]
     assert any("all_reduce" in line and "lm_head.weight" in line for line in logged)
 
