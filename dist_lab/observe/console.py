@@ -1,12 +1,16 @@
 """Console output while a program runs: a progress bar at a terminal, plain lines in a log."""
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import rich.progress
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+
+T = TypeVar("T")
+EVERY = 5.0  # seconds between two lines of progress in a log
 
 
 def wide_console() -> Console:
@@ -30,12 +34,14 @@ class Progress:
         quiet: show nothing, as on all ranks but rank 0.
         plain: print lines even at a terminal, because other processes print there, too.
         auto_refresh: redraw the bar in a thread. Set to False, it takes no time from a measurement.
+        transient: the bar goes away at the end.
     """
 
     def __init__(
         self, noun: str, total: int, *, quiet: bool = False, plain: bool = False,
-        auto_refresh: bool = True,
+        auto_refresh: bool = True, transient: bool = False,
     ) -> None:  # fmt: skip
+        self.noun, self.total, self.told = noun, total, time.monotonic()
         self.console = Console(quiet=quiet)
         self.in_lines = plain or not self.console.is_terminal
         self.bar = rich.progress.Progress(
@@ -43,12 +49,19 @@ class Progress:
             rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"),
             rich.progress.TimeRemainingColumn(),
             console=self.console, disable=quiet or self.in_lines, auto_refresh=auto_refresh,
+            transient=transient,
         )  # fmt: skip
         self.task = self.bar.add_task("", total=total)
         self.bar.start()
 
     def reach(self, done: int) -> None:
         self.bar.update(self.task, completed=done)
+
+    def keep_to(self, done: int) -> None:
+        """Reach this number. In a log, print it if nothing was printed for EVERY seconds."""
+        self.reach(done)
+        if self.in_lines and time.monotonic() - self.told > EVERY:
+            self.print(f"{self.noun} {done}/{self.total}")
 
     def say(self, line: str, *, on_the_bar: str | None = None) -> None:
         """Print a line to a log. At a terminal show it on the bar, or `on_the_bar` in its place."""
@@ -59,8 +72,24 @@ class Progress:
 
     def print(self, line: str) -> None:
         """Print a line, at a terminal and to a log."""
+        self.told = time.monotonic()
         self.console.print(line, highlight=False, soft_wrap=True)
         self.console.file.flush()
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def watched(items: Sequence[T], noun: str, *, lines: bool = True) -> Iterator[T]:
+    """Yield items one after another, with a bar if a person watches, which goes away at the end.
+
+    What is printed meanwhile appears above the bar. `lines`: in a log, tell how far it is.
+    """
+    progress = Progress(noun, len(items), transient=True)
+    try:
+        for done, item in enumerate(items):
+            progress.keep_to(done) if lines else progress.reach(done)
+            yield item
+        progress.reach(len(items))
+    finally:
+        progress.close()

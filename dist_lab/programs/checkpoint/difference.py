@@ -16,7 +16,7 @@ from dist_lab.checkpoint.exchange.ours import numbers_of, optimizer_of
 from dist_lab.checkpoint.exchange.tensors import same_bits
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import shown
-from dist_lab.observe.console import empty_table, wide_console
+from dist_lab.observe.console import empty_table, watched, wide_console
 from dist_lab.programs.checkpoint.contents import say
 from dist_lab.programs.checkpoint.find import newest
 from dist_lab.programs.checkpoint.settings import Diff
@@ -70,7 +70,7 @@ def compare(config: Diff) -> int:
 
 def differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     """Compare the tensors that both have, in one shape and dtype; one at a time is in memory."""
-    for name, kind in a.names().items():
+    for name, kind in watched([*a.names().items()], "tensors"):
         if b.names().get(name) == kind:
             one, other = a.read(name), b.read(name)
             if not same_bits(one, other):

@@ -30,6 +30,7 @@ from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.mesh.mesh import Mesh, dry_run
+from dist_lab.observe.console import watched
 from dist_lab.programs.checkpoint.find import newest
 from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
@@ -51,7 +52,7 @@ def reshard(config: Reshard) -> int:
     about = {key: source.manifest[key] for key in ("settings", "extra", "versions")}
     about |= {"strategies": "", "optimizer": None}  # the first rank says
     with OfflineWriter(target, source.step, axes, about) as writer:
-        for rank in range(size):
+        for rank in watched(range(size), "ranks written"):
             write_part(writer, source, run, axes, rank)
             gc.collect()  # hooks and modules refer to each other: free them before the next rank
         path = writer.commit()

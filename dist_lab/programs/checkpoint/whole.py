@@ -6,6 +6,7 @@ from dist_lab.checkpoint.files import sha256_of
 from dist_lab.checkpoint.load import check_name
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import MachineError, UserError
+from dist_lab.observe.console import watched
 from dist_lab.programs.checkpoint.find import all_in
 from dist_lab.programs.checkpoint.settings import Verify
 
@@ -38,7 +39,7 @@ def wrong_in(path: Path) -> list[str]:
     except (UserError, MachineError) as error:
         return [str(error)]
     problems = []
-    for name in checkpoint.files():
+    for name in watched(checkpoint.files(), f"files of {path.name}"):
         expected = checkpoint.manifest["files"][name]["sha256"]
         try:
             actual = sha256_of(path / name)

@@ -17,6 +17,13 @@ def write(report: CompareReport, folder: Path) -> None:
     export.write(folder, "compare", report.to_dict(), rows, draw(report))
 
 
+def keep(folder: Path, report: CompareReport) -> None:
+    """Write compare.json of a comparison that goes on; a reader never finds half of it."""
+    new = folder / "compare.json.new"
+    export.write_json(new, report.to_dict())
+    new.replace(folder / "compare.json")
+
+
 def draw(report: CompareReport) -> "Figure":
     """Plot throughput as bars, with error bars from the lower to the upper quartile of rounds."""
     from matplotlib.figure import Figure

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from dist_lab.comm import ops
@@ -26,7 +27,7 @@ from dist_lab.programs.cli import setup
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.compare import files, tables
 from dist_lab.programs.compare.entries import ListedStrategy
-from dist_lab.programs.compare.ratios import orders
+from dist_lab.programs.compare.ratios import fewest_rounds, orders
 from dist_lab.programs.compare.report import (
     CompareReport,
     ContenderRow,
@@ -54,7 +55,9 @@ def run(config: Settings, mesh: Mesh) -> int:
         with together(mesh.world):
             if mesh.rank == 0:
                 folder = cleanup.enter_context(run_dir.claimed(config, "compare"))
-        report = measure(config, mesh, data, config.entries())
+        # Ctrl-C leaves the rounds that were measured until then.
+        keep = partial(files.keep, folder) if mesh.rank == 0 else None
+        report = measure(config, mesh, data, config.entries(), keep=keep)
         if report is not None:
             files.write(report, folder)
             tables.show(report, folder)
@@ -62,9 +65,13 @@ def run(config: Settings, mesh: Mesh) -> int:
 
 
 def measure(
-    config: Settings, mesh: Mesh, data: Data, entries: Sequence[ListedStrategy]
-) -> CompareReport | None:
+    config: Settings, mesh: Mesh, data: Data, entries: Sequence[ListedStrategy],
+    *, keep: Callable[[CompareReport], None] | None = None,
+) -> CompareReport | None:  # fmt: skip
     """Run all entries that can run in alternating rounds. Collective; rank 0 gets the report.
+
+    Args:
+        keep: called on rank 0 with the report so far, now and then between two rounds.
 
     Raises:
         UserError: none of the entries can run, or the reference cannot.
@@ -81,7 +88,8 @@ def measure(
             except UserError as error:
                 refused[entry.label] = str(error)
             gc.collect()  # frees a refused contender: its model and hooks form a reference cycle
-        reference = find_reference(config, running, refused)
+        reference, peak = find_reference(config, running, refused), peak_rate(config.dtype, mesh)
+        reported = partial(report_of, config, mesh, data, running, refused, reference, peak)
         for done, order in enumerate(orders(len(running), config.rounds, config.seed), start=1):
             for contender in (running[place] for place in order):
                 step, alone = contender.step, contender.entry.alone
@@ -93,7 +101,19 @@ def measure(
             )
             progress.reach(done)
             progress.say(f"round {done:>3}/{config.rounds}  {times}", on_the_bar="")
-        rows, peak = [row_of(contender) for contender in running], peak_rate(config.dtype, mesh)
+            if fewest_rounds() <= done < config.rounds and done % 4 == 0:
+                so_far = reported()
+                if so_far is not None and keep is not None:
+                    keep(so_far)
+        return reported()
+
+
+def report_of(
+    config: Settings, mesh: Mesh, data: Data, running: Sequence["Contender"],
+    refused: dict[str, str], reference: str, peak: float,
+) -> CompareReport | None:  # fmt: skip
+    """The results until now. Collective; rank 0 gets them."""
+    rows = [row_of(contender) for contender in running]
     if mesh.rank > 0:
         return None
     first = running[0]

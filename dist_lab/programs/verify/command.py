@@ -1,11 +1,13 @@
 """What one rank of `launch/verify.py` runs."""
 
 import json
+from contextlib import closing
 
 from dist_lab.comm.agree import together
+from dist_lab.loss import Pair
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
-from dist_lab.observe.console import wide_console
+from dist_lab.observe.console import Progress, wide_console
 from dist_lab.programs.cli.setup import arguments, batch_in_words, draw_model, open_run
 from dist_lab.programs.train import loop
 from dist_lab.programs.verify import engine
@@ -27,21 +29,28 @@ def verify(config: Verify, mesh: Mesh) -> int:
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
             folder = run_dir.make_folder(config.out, "verify.json")
-    report = engine.verify(
-        lambda: draw_model(config, data),
-        lambda step: data.batch(step, slice(0, config.batch)),
-        mesh,
-        config.strategy,
-        config.impl,
-        steps=config.steps,
-        microbatches=config.microbatches,
-        clip=config.clip or None,
-        optimizer=loop.OPTIMIZERS[config.optimizer],
-        options={"lr": config.lr, "weight_decay": config.weight_decay},
-        seed=config.seed,
-        groups=loop.matrix_groups(config),
-        **arguments(config, data),
-    )
+    progress = Progress("steps", config.steps, quiet=mesh.rank > 0, transient=True)
+
+    def build_batch(step: int) -> Pair:
+        progress.keep_to(step)  # each step begins with its batch
+        return data.batch(step, slice(0, config.batch))
+
+    with closing(progress):
+        report = engine.verify(
+            lambda: draw_model(config, data),
+            build_batch,
+            mesh,
+            config.strategy,
+            config.impl,
+            steps=config.steps,
+            microbatches=config.microbatches,
+            clip=config.clip or None,
+            optimizer=loop.OPTIMIZERS[config.optimizer],
+            options={"lr": config.lr, "weight_decay": config.weight_decay},
+            seed=config.seed,
+            groups=loop.matrix_groups(config),
+            **arguments(config, data),
+        )
     if mesh.rank == 0:
         console = wide_console()
         if data.image is not None:

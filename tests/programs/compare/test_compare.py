@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -508,3 +509,25 @@ def test_the_program_prints_tables_and_writes_its_files(text, tmp_path):
     kept = json.loads((out / "compare.json").read_text())
     assert kept["reference"] == "dp"
     assert kept["setting"]["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_rounds_that_were_measured(tmp_path):
+    small = "--nproc 2 --layers 1 --seq 16 --batch 4 --steps 1 --rounds 100000 --strategies dp,ddp"
+    running = subprocess.Popen(
+        [sys.executable, "launch/compare.py", *small.split(), "--out", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore the signal, and so would we.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    path, deadline = tmp_path / "compare.json", time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode == 130, errors
+    report = json.loads(path.read_text())
+    counts = {row["rounds"] for row in report["strategies"]}
+    assert len(counts) == 1
+    assert min(counts) >= fewest_rounds()
+    assert [row["strategy"] for row in report["strategies"]] == ["dp", "ddp"]

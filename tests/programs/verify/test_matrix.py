@@ -188,22 +188,22 @@ def test_a_stopped_run_is_resumed_and_only_equal_cells_are_kept(tmp_path, capsys
         return a_result(cell, *(["failed", "a rank died"] if len(ran) == 2 else []))
 
     with pytest.raises(KeyboardInterrupt):
-        matrix.run_cells(cells, run_cell, tmp_path)
+        dict(matrix.run_cells(cells, run_cell, tmp_path))
     with (tmp_path / "matrix.jsonl").open("a") as file:
         file.write('{"name": "half a li')
-    results = matrix.run_cells(cells, run_cell, tmp_path)
+    results = dict(matrix.run_cells(cells, run_cell, tmp_path))
     assert ran[4:] == [cells[1], cells[3]]
     assert list(results) == cells
     assert all(result.verdict == "equal" for result in results.values())
 
 
 def test_results_of_other_code_are_not_kept(tmp_path, monkeypatch):
-    matrix.run_cells(CELLS[:1], a_result, tmp_path)
+    dict(matrix.run_cells(CELLS[:1], a_result, tmp_path))
     monkeypatch.setattr(
         "dist_lab.programs.verify.matrix.results.code_fingerprint", lambda: "changed"
     )
     ran = []
-    matrix.run_cells(CELLS[:1], lambda cell: ran.append(cell) or a_result(cell), tmp_path)
+    dict(matrix.run_cells(CELLS[:1], lambda cell: ran.append(cell) or a_result(cell), tmp_path))
     assert ran == CELLS[:1]
 
 

@@ -9,14 +9,14 @@ import io
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from dist_lab.observe import export, run_dir
-from dist_lab.observe.console import wide_console
+from dist_lab.observe.console import watched, wide_console
 from dist_lab.processes.pool import Pool, RanksFailed
 from dist_lab.processes.ranks import PRELOAD, cores
 from dist_lab.programs.verify.matrix import cell as on_rank
@@ -40,8 +40,13 @@ def matrix(cells: Sequence[Cell], out: str) -> int:
     folder = run_dir.make_folder(out, LINES) if out else None
     pool = Pool([*PRELOAD, on_rank.__name__])
     started = time.monotonic()
+    results: dict[Cell, Result] = {}
     try:
-        results = run_cells(cells, lambda cell: run_on(pool, cell), folder)
+        for cell, result in run_cells(cells, lambda cell: run_on(pool, cell), folder):
+            results[cell] = result
+    except BaseException:  # Ctrl-C: what is known so far, and the rest as it was
+        print(f"stopped: {table.sentence(results)}")
+        raise
     finally:
         complaints = pool.close()
     seconds = time.monotonic() - started
@@ -66,22 +71,21 @@ def matrix(cells: Sequence[Cell], out: str) -> int:
 
 def run_cells(
     cells: Sequence[Cell], run_cell: Callable[[Cell], Result], folder: Path | None
-) -> dict[Cell, Result]:
-    """Run the cells that an earlier run in this folder has not found equal."""
+) -> Iterator[tuple[Cell, Result]]:
+    """Run the cells that an earlier run in this folder has not found equal. Yields all results."""
     known = equal_in(folder) if folder else {}
     known = {str(cell): known[str(cell)] for cell in cells if str(cell) in known}
     if known:
         print(f"{len(known)} of {len(cells)} cells are equal in {folder}, and are not run again")
-    results = {}
-    for number, cell in enumerate(cells, 1):
+    for number, cell in enumerate(watched(cells, "cells", lines=False), 1):
         if str(cell) in known:
-            results[cell] = known[str(cell)]
+            yield cell, known[str(cell)]
             continue
-        result = results[cell] = run_cell(cell)
+        result = run_cell(cell)
         if folder:
             append(folder, result)
         print(f"{number:4} of {len(cells)} {result.seconds:6.1f} s  {result.line()}", flush=True)
-    return results
+        yield cell, result
 
 
 def run_on(pool: Pool, cell: Cell) -> Result:

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dist_lab.observe import export, run_dir
+from dist_lab.observe.console import watched
 from dist_lab.processes.pool import Pool, RanksFailed
 from dist_lab.processes.ranks import PRELOAD
 from dist_lab.programs.verify.museum import table
@@ -37,7 +38,8 @@ def museum(out: str) -> int:
     started = time.monotonic()
     with ranks() as run:
         results = []
-        for number, exhibit in enumerate(EXHIBITS.values(), 1):
+        exhibits = watched([*EXHIBITS.values()], "exhibits", lines=False)
+        for number, exhibit in enumerate(exhibits, 1):
             results.append(result_of(exhibit, run))
             print(f"{number:3} of {len(EXHIBITS)}  {table.line(results[-1])}", flush=True)
     seconds = time.monotonic() - started
