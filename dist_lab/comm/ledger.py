@@ -91,6 +91,7 @@ class Tally:
     payload: int = 0
     sent: int = 0
     blocked: float = 0.0
+    due: int = 0  # bytes by formula, as in Call
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
@@ -98,23 +99,25 @@ class Tally:
             self.payload + other.payload,
             self.sent + other.sent,
             self.blocked + other.blocked,
+            self.due + other.due,
         )
 
     def __sub__(self, other: "Tally") -> "Tally":
-        return self + Tally(-other.calls, -other.payload, -other.sent, -other.blocked)
+        return self + Tally(-other.calls, -other.payload, -other.sent, -other.blocked, -other.due)
 
 
 class Ledger:
     """Counts every call in `total` and in `by` (phase, op, axis).
 
     Attributes:
+        sizes: axis -> its number of ranks.
         listeners: called with each call when it starts.
         on_wait: called after each wait, with the call and when the wait began and ended, in seconds
             of time.perf_counter.
     """
 
     def __init__(self) -> None:
-        self.total = Tally()
+        self.total, self.sizes = Tally(), dict[str, int]()
         self.by: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         self.listeners: list[Callable[[Call], None]] = []
         self.on_wait: list[Callable[[Call, float, float], None]] = []
@@ -124,7 +127,8 @@ class Ledger:
 
         Bytes that the backend sends are counted here by formula, all others in `add_sent`.
         """
-        self._add(call, Tally(1, call.payload, call.sent, 0.0))
+        self.sizes[call.axis] = call.size
+        self._add(call, Tally(1, call.payload, call.sent, due=call.due))
         for listen in self.listeners:
             listen(call)
 

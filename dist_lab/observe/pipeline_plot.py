@@ -31,8 +31,14 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from dist_lab.errors import UserError
-from dist_lab.parallel.schedules.actions import COMPUTE, Op, Schedule
-from dist_lab.parallel.schedules.simulate import TimedAction, peak_activations, timeline
+from dist_lab.parallel.schedules.actions import Op, Schedule
+from dist_lab.parallel.schedules.simulate import (
+    TimedAction,
+    from_zero,
+    idle_shares,
+    peak_activations,
+    timeline,
+)
 
 Rows = Sequence[Sequence[TimedAction]]
 
@@ -57,14 +63,14 @@ LEAST, LARGEST, DIGIT = 4.5, 9.0, 0.7
 
 def draw(rows: Rows, *, title: str, unit: str) -> Figure:
     """Returns the lanes, and below them the forwards that each rank holds. `unit`: of time."""
-    figure = _new_figure(_from_zero(rows), [LANE, STRIP])
+    figure = _new_figure(from_zero(rows), [LANE, STRIP])
     draw_into(figure, rows, title=title, unit=unit)
     return figure
 
 
 def draw_into(figure: Figure | SubFigure, rows: Rows, *, title: str, unit: str) -> None:
     """Draw what `draw` returns into a part of a larger figure."""
-    rows = _from_zero(rows)
+    rows = from_zero(rows)
     full_title = f"{title}: {fmean(idle_shares(rows)):.1%} idle"
     lanes, strips = _panels(figure, full_title, unit, rows, _end(rows), [LANE, STRIP])
     _draw_lanes(lanes, rows)
@@ -86,7 +92,7 @@ def side_by_side(measured: Rows, schedule: Schedule, title: str) -> Figure:
 
     A unit of simulated time is scaled so that both have the same total time of computation.
     """
-    measured, simulated = _from_zero(measured), timeline(schedule)
+    measured, simulated = from_zero(measured), timeline(schedule)
     idle = [fmean(idle_shares(rows)) for rows in (measured, simulated)]
     unit = (1 - idle[0]) * _end(measured) / ((1 - idle[1]) * _end(simulated))
     simulated = [
@@ -138,17 +144,13 @@ def to_json(rows: Rows, schedule_name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def idle_shares(rows: Rows) -> list[float]:
-    """Returns for each rank the share of the step's time in which it computes nothing."""
-    rows = _from_zero(rows)
-    return [1 - sum(timed.end - timed.start for timed in row) / _end(rows) for row in rows]
-
-
-def _from_zero(rows: Rows) -> list[list[TimedAction]]:
-    """Returns the computing actions, with times that start at the first one."""
-    rows = [[timed for timed in row if timed.action.op in COMPUTE] for row in rows]
-    zero = min(timed.start for row in rows for timed in row)
-    return [[replace(s, start=s.start - zero, end=s.end - zero) for s in row] for row in rows]
+def ideal_to_json(schedule: Schedule) -> dict[str, Any]:
+    """Returns the simulated schedule as data, in units of one stage's forward."""
+    rows = timeline(schedule)
+    actions = [
+        [{"action": str(s.action), "start": s.start, "end": s.end} for s in row] for row in rows
+    ]
+    return {"unit": IDEAL_UNIT, "ranks": actions, "idle_share": fmean(idle_shares(rows))}
 
 
 def _end(rows: Rows) -> float:

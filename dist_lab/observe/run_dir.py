@@ -22,6 +22,7 @@ RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
     "metrics.jsonl", "samples-rank*.jsonl", "summary.json", "events.out.tfevents.*",
     "faults.jsonl", "timeline.json", "memory.json", "profile/*.json",
+    "pipeline.json", "pipeline.svg", "report.html",
     "compare.json", "compare.csv", "compare.png",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"

@@ -1,6 +1,6 @@
-"""Sinks for the numbers of a run: a file of JSON lines, TensorBoard, and the console.
+"""Sinks for the numbers of a run: JSON files, TensorBoard, a report, and the console.
 
-A sink takes one row per logged step, and the summary at the end. Rank 0 has all three sinks, the
+A sink takes one row per logged step, and the summary at the end. Rank 0 has all four sinks, the
 other ranks none.
 
 [Note: each step once] A run that is killed has logged steps that are after its last checkpoint. The
@@ -18,7 +18,10 @@ from typing import Any
 from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
 from dist_lab.observe.flops import in_percent
+from dist_lab.observe.report.folder import REPORT, Run, read
+from dist_lab.observe.report.run import page_of_run
 from dist_lab.observe.stragglers import closing_words
+from dist_lab.observe.theory import against_theory, in_one_line
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import TimedAction
 
@@ -55,13 +58,14 @@ class Sink:
 
 
 def open_sinks(folder: Path, steps: int, *, plain: bool = False, first: int = 0) -> list[Sink]:
-    """Returns all three, writing to `folder`, which exists. `plain`: lines in place of a bar.
+    """Returns all four, writing to `folder`, which exists. `plain`: lines in place of a bar.
 
     `first`: the steps that were taken before. Rows of later steps are removed: see
     [Note: each step once].
     """
     screen = Screen(steps, plain=plain)
-    return [JsonLines(folder, first), TensorBoard(folder, first), screen]
+    # The report reads the files that JsonLines has closed.
+    return [JsonLines(folder, first), TensorBoard(folder, first), HtmlReport(folder), screen]
 
 
 class JsonLines(Sink):
@@ -80,7 +84,9 @@ class JsonLines(Sink):
         """Write pipeline.json, and a picture of the measured step above the ideal one."""
         from dist_lab.observe import pipeline_plot  # matplotlib is slow to import
 
-        write_json(self.folder / "pipeline.json", pipeline_plot.to_json(rows, schedule.name))
+        measured = pipeline_plot.to_json(rows, schedule.name)
+        ideal = {"ideal": pipeline_plot.ideal_to_json(schedule)}
+        write_json(self.folder / "pipeline.json", measured | ideal)
         pipeline_plot.write(
             pipeline_plot.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg"
         )
@@ -127,6 +133,20 @@ class TensorBoard(Sink):
         self.writer.close()
 
 
+class HtmlReport(Sink):
+    """Writes report.html at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / REPORT).unlink(missing_ok=True)
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        if summary is not None:
+            run = read(self.folder)
+            assert isinstance(run, Run)
+            (self.folder / REPORT).write_text(page_of_run(run), encoding="utf-8")
+
+
 class Screen(Sink):
     """Shows a progress bar with the last numbers, or prints a line per row in a log."""
 
@@ -157,6 +177,7 @@ class Screen(Sink):
         self.progress.close()
         if summary is not None:
             self.progress.print(closing_line(summary))
+            self.progress.print(in_one_line(against_theory(summary)))
 
 
 def drop_rows(path: Path, first: int) -> None:

@@ -9,7 +9,7 @@ ends: real ranks wait for the same results, however long each action takes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dist_lab.parallel.schedules.actions import (
@@ -95,6 +95,20 @@ def bubble(schedule: Schedule, costs: Costs = COSTS) -> float:
     all_timed = [timed for row in timeline(schedule, costs) for timed in row]
     total = len(schedule.ranks) * max((timed.end for timed in all_timed), default=0.0)
     return 1 - sum(timed.end - timed.start for timed in all_timed) / total if total else 0.0
+
+
+def from_zero(rows: Sequence[Sequence[TimedAction]]) -> list[list[TimedAction]]:
+    """The computing actions of a step, with times that start at the first one."""
+    rows = [[timed for timed in row if timed.action.op in COMPUTE] for row in rows]
+    zero = min(timed.start for row in rows for timed in row)
+    return [[replace(s, start=s.start - zero, end=s.end - zero) for s in row] for row in rows]
+
+
+def idle_shares(rows: Sequence[Sequence[TimedAction]]) -> list[float]:
+    """For each rank the share of a step's time in which it computes nothing."""
+    rows = from_zero(rows)
+    end = max(timed.end for row in rows for timed in row)
+    return [1 - sum(timed.end - timed.start for timed in row) / end for row in rows]
 
 
 def peak_activations(schedule: Schedule) -> list[int]:

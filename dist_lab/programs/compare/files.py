@@ -1,9 +1,11 @@
-"""Write the report to files: compare.json, compare.csv and compare.png."""
+"""Write the report to files: compare.json, compare.csv, compare.png and report.html."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lab.observe import export
+from dist_lab.observe.report.comparison import page_of_comparison
+from dist_lab.observe.report.folder import REPORT, Comparison
 from dist_lab.programs.compare.report import CompareReport
 
 if TYPE_CHECKING:
@@ -11,10 +13,13 @@ if TYPE_CHECKING:
 
 
 def write(report: CompareReport, folder: Path) -> None:
-    """Write everything as JSON, one CSV line per strategy, and a plot of throughput."""
+    """Write everything as JSON, one CSV line per strategy, a plot of throughput, and a page."""
     rows = [report.summary(row) | {"refused": None} for row in report.rows]
     rows += [{"strategy": label, "refused": why} for label, why in report.refused.items()]
-    export.write(folder, "compare", report.to_dict(), rows, draw(report))
+    results = report.to_dict()
+    export.write(folder, "compare", results, rows, draw(report))
+    page = page_of_comparison(Comparison(folder, results))
+    (folder / REPORT).write_text(page, encoding="utf-8")
 
 
 def keep(folder: Path, report: CompareReport) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 from dist_lab.comm.agree import first_says, together
 from dist_lab.errors import MachineError, UserError
 from dist_lab.faults.inject import injected
+from dist_lab.layout.layout import to_json
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
 from dist_lab.observe.sample_log import SampleLog, refuse_unnumbered
 from dist_lab.observe.sinks import Sink, open_sinks
+from dist_lab.observe.theory import bubbles
 from dist_lab.observe.timeline.profile import Profile
 from dist_lab.observe.timeline.sink import Recording
 from dist_lab.processes.ranks import cores
@@ -34,7 +36,11 @@ def train(config: Config, mesh: Mesh) -> int:
             refuse_unnumbered(data)
         folder = claim_folder(config, mesh, resources)
         job = build(config, mesh, data)
-        run_info = describe(config, job, data) | {"strategies": job.strategies}
+        run_info = describe(config, job, data) | {
+            "strategies": job.strategies,
+            "about": job.about,
+            "layouts": {name: to_json(layout) for name, layout in job.layouts.items()},
+        }
         if mesh.rank == 0:
             print(opening_line(run_info), flush=True)
         optimizer = loop.make_optimizer(job, config)
@@ -66,13 +72,16 @@ def train(config: Config, mesh: Mesh) -> int:
                 sinks.append(kind(job, folder, steps_in(steps), print_line))
         for sink in sinks:
             sink.begin(checkpoints.first)
-        summary: Mapping[str, Any] | None = None
+        summary: dict[str, Any] | None = None
         try:
-            summary = run_info | loop.train(job, optimizer, data, config, checkpoints, sinks)
+            measured = loop.train(job, optimizer, data, config, checkpoints, sinks)
+            summary = run_info | measured | {"pipeline": None}
             rows = job.timeline()  # of the last step; empty rows unless it is a pipeline
             if any(rows):
+                schedule = config.pipeline(mesh["pp"].size)
+                summary |= {"pipeline": bubbles(rows, schedule)}
                 for sink in sinks:
-                    sink.pipeline(rows, config.pipeline(mesh["pp"].size))
+                    sink.pipeline(rows, schedule)
         except (UserError, MachineError):  # raised on every rank, such as a loss that is NaN
             checkpoints.wait()
             raise

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.comm.ledger import Tally
+from dist_lab.comm.ledger import SHARE_SENT, Tally, formula_bytes
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import flops, memory, memory_series
+from dist_lab.observe.report.folder import FORMAT
 from dist_lab.observe.stragglers import Stragglers
 from dist_lab.programs.cli.config import Config
 
+MOST_STEPS = 2000  # whose times are in summary.json
 WARM_UP = 2  # first steps, measured for memory and FLOPs and left out of the medians
 NOT_COMPARED: dict[str, Any] = {"ranks": None, "stage_work_ms": None, "slow_ranks": []}
 
@@ -35,6 +37,7 @@ class Meter:
         """`first`: the number of steps that were taken before."""
         self.job, self.optimizer, self.first = job, optimizer, first
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
+        self.traffic: dict[tuple[str, str, str], Tally] = {}  # of the last step, as in the ledger
         self.reported = 0
         self.memory = memory.NOTHING  # the largest of the measured steps
         self.series: memory_series.Entry = {}  # that step's bytes over time
@@ -46,7 +49,7 @@ class Meter:
     def step(self) -> Iterator[None]:
         """Measures one step."""
         step, ledger = len(self.steps) + 1, self.job.mesh.comm.ledger
-        before, began = ledger.total, time.perf_counter()
+        before, by_before, began = ledger.total, dict(ledger.by), time.perf_counter()
         with ExitStack() as measurements:
             if step <= WARM_UP:
                 live = measurements.enter_context(memory.measured(self.job, self.optimizer))
@@ -54,6 +57,8 @@ class Meter:
                 count = measurements.enter_context(flops.counter())
             yield
         self.steps.append((time.perf_counter() - began, ledger.total - before))
+        changes = {key: tally - by_before.get(key, Tally()) for key, tally in ledger.by.items()}
+        self.traffic = {key: tally for key, tally in changes.items() if tally.calls}
         if step <= WARM_UP:
             peak, comm = live.by_kind(), self.job.mesh.comm
             if peak.total > self.memory.total:
@@ -96,8 +101,11 @@ class Meter:
         steady = self.steps[WARM_UP:] or self.steps
         seconds = statistics.median(s for s, _ in steady)
         peak = peak_rate(config.dtype, self.job.mesh)
+        library = bool(self.job.about)  # neither its calls nor its memory are known to us
         return {
+            "format": FORMAT,
             "steps": len(self.steps),
+            "step_times_ms": self._step_times(),
             "median": {
                 "step_ms": seconds * 1e3,
                 **rates(config.batch, tokens, seconds),
@@ -107,11 +115,36 @@ class Meter:
             },
             "peak_memory_bytes": self.memory.total,
             "peak_memory": self.memory.to_dict(),
+            "by_layout": None if library else memory.by_layout(self.job, self.optimizer),
+            "traffic": None if library else self._traffic(),
             **(self.stragglers.summary() if self.stragglers else NOT_COMPARED),
             "flops_per_step": self.flops_per_step,
             "peak_flops_per_s": peak,
             "mfu": flops.utilization(self.flops_per_step, seconds, peak),
         }
+
+    def _step_times(self) -> dict[str, Any]:
+        """The time of each of the last steps, in ms, and the number of the first of these."""
+        recent = self.steps[-MOST_STEPS:]
+        first = self.first + len(self.steps) - len(recent) + 1
+        return {"first_step": first, "ms": [round(seconds * 1e3, 3) for seconds, _ in recent]}
+
+    def _traffic(self) -> list[dict[str, Any]]:
+        """The last step's collectives of this rank, one row per phase, operation and axis."""
+        sizes = self.job.mesh.comm.ledger.sizes
+        return [
+            {
+                "phase": phase, "op": op, "axis": axis, "ranks": sizes[axis], "calls": tally.calls,
+                "payload": tally.payload, "formula": formula(op, sizes[axis], tally.payload),
+                "due": tally.due, "sent": tally.sent, "blocked_ms": tally.blocked * 1e3,
+            }
+            for (phase, op, axis), tally in self.traffic.items()
+        ]  # fmt: skip
+
+
+def formula(op: str, size: int, payload: int) -> float:
+    """The bytes of the published formula: comm/ledger.py; those of a message are its payload."""
+    return float(formula_bytes(op, size, payload)) if op in SHARE_SENT else float(payload)
 
 
 def sum_over_ranks(numbers: Tensor, mesh: Mesh) -> Tensor:

@@ -271,7 +271,10 @@ def row(label: str, times: list[float], loss: float = 2.0, **changes) -> Contend
 def report(*rows: ContenderRow) -> CompareReport:
     config = {"model": "gpt", "dtype": "float32", "steps": 3}
     return CompareReport(
-        setting={"config": config, "parameters": 1e6, "world_size": 4, "threads": 1, "cores": 2},
+        setting={
+            "config": config, "mesh": {"dp": 4}, "parameters": 10**6, "world_size": 4, "threads": 1,
+            "cores": 2, "data": {"name": "stdlib", "sha256": ""}, "versions": {"torch": "2"},
+        },
         reference=rows[0].label, unit="tokens/s", batch=256, peak_flops_per_s=1e11, rows=[*rows],
         refused={"fsdp": "not on this mesh"},
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""One page that explains a run, a comparison, or several runs: README.md."""

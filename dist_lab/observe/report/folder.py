@@ -1,0 +1,140 @@
+"""What a run or a comparison has left in its folder, read and checked.
+
+Files are read as they are: no file of a run is trusted to be whole, because a run may have been
+killed at any time, and a folder may be another tool's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lab.errors import UserError
+from dist_lab.observe.run_dir import process_with
+
+REPORT = "report.html"
+FORMAT = 2  # of summary.json; 1 had no format, no traffic, no layouts and no times of all steps
+FIELDS = "config", "mesh", "median", "step_times_ms", "layouts", "versions"
+FIELDS_OF_COMPARISON = "setting", "reference", "unit", "strategies", "measured", "refused"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        summary: summary.json.
+        rows: of metrics.jsonl, in the order of steps.
+        pipeline: pipeline.json; None if the run has no pipeline.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+    pipeline: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: compare.json."""
+
+    folder: Path
+    results: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+
+def read(folder: Path) -> Run | Comparison:
+    """Returns what is in a folder.
+
+    Raises:
+        UserError: there is none, it is another tool's or another version's, a file in it is
+            damaged, or the run has not ended.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(
+            f"{str(folder)!r} {what}; give the folder of a run, such as runs/003-dp-gpt"
+        )
+    if (folder / "compare.json").exists():
+        results = read_json(folder / "compare.json")
+        refuse_others(folder / "compare.json", results, FIELDS_OF_COMPARISON)
+        return Comparison(folder, results)
+    if not (folder / "summary.json").exists():
+        raise no_summary(folder)
+    summary = read_json(folder / "summary.json")
+    if isinstance(summary, dict) and "config" in summary and summary.get("format") != FORMAT:
+        raise UserError(
+            f"{str(folder)!r} is a run of another version: its summary.json has format "
+            f"{summary.get('format', 1)}, and this report reads {FORMAT}; run it again"
+        )
+    refuse_others(folder / "summary.json", summary, FIELDS)
+    pipeline = folder / "pipeline.json"
+    with_pipeline = summary["pipeline"] is not None and pipeline.exists()
+    rows = read_rows(folder / "metrics.jsonl")
+    return Run(folder, summary, rows, read_json(pipeline) if with_pipeline else None)
+
+
+def no_summary(folder: Path) -> UserError:
+    """The error of a folder in which no run has ended: it goes on, was killed, or never was one."""
+    process, metrics = process_with(folder.stat().st_ino), folder / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.exists() else []
+    steps = f"step {rows[-1]['step']}" if rows else "its first step"
+    if process is not None:
+        return UserError(
+            f"the run in {str(folder)!r} is still going on (process {process}, at {steps}); it "
+            "writes its report when it ends"
+        )
+    if metrics.exists():
+        return UserError(
+            f"the run in {str(folder)!r} has not ended: it was killed, or failed, at {steps}; go "
+            "on with train.py --resume auto, or run it again"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    found = f"{len(names)} entries, first {names[0]!r}" if names else "it is empty"
+    return UserError(
+        f"{str(folder)!r} is no folder of train.py or compare.py: {found}; give one with "
+        "summary.json or compare.json"
+    )
+
+
+def refuse_others(path: Path, contents: Any, fields: tuple[str, ...]) -> None:
+    """Raises UserError if the file lacks a field, and so is another tool's."""
+    missing = [f for f in fields if not isinstance(contents, dict) or f not in contents]
+    if missing:
+        raise UserError(
+            f"{str(path)!r} is another tool's, or another version's: it has no {missing[0]!r}; "
+            "give the folder of a run of this dist_lab"
+        )
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not whole JSON"
+        raise UserError(f"cannot read {str(path)!r}: {why}; run it again") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. A last line of which only a part was written is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError):
+        raise UserError(f"cannot read {str(path)!r}; run it again") from None
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        assert all({"step", "loss"} <= row.keys() for row in rows)
+    except (ValueError, AttributeError, AssertionError):
+        raise UserError(
+            f"{str(path)!r} is not a file of rows with step and loss: another tool's, or damaged; "
+            "give the folder of a run of this dist_lab"
+        ) from None
+    return rows

@@ -1,0 +1,139 @@
+"""The page of one run: `page_of_run`, and the headline of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dist_lab.observe.report import cost, mesh, pipeline, progress, settings
+from dist_lab.observe.report.folder import Run
+from dist_lab.observe.report.markup import Content, Html, data, items, section, table, tag
+from dist_lab.observe.report.page import page
+from dist_lab.observe.report.units import digits, of_bytes, of_ms, percent, plural
+from dist_lab.observe.stragglers import closing_words
+from dist_lab.observe.theory import Check, against_theory
+
+CAUSES = "Where the two differ, the likely cause is named."
+
+
+def page_of_run(run: Run) -> str:
+    """Returns the HTML page of a run."""
+    summary, checks = run.summary, against_theory(run.summary)
+    sections = [
+        ("numbers", "Numbers", headline(summary, checks)),
+        ("theory", "Theory", theory(checks)),
+        ("loss", "Loss", progress.losses(run)),
+        ("steps", "Steps", progress.step_times(summary)),
+    ]
+    if run.pipeline is not None:
+        sections.append(("pipeline", "Pipeline", pipeline.grids(run.pipeline)))
+    sections += [
+        ("memory", "Memory", cost.memory(summary)),
+        ("traffic", "Traffic", cost.traffic(summary)),
+        ("mesh", "Mesh", mesh.who_holds_what(summary)),
+        ("ranks", "Ranks", cost.ranks(summary)),
+        ("settings", "Settings", settings.of_run(run)),
+    ]
+    return page(
+        f"{summary['strategies']} on {settings.axes(summary['mesh'])}", subtitle(run), sections
+    )
+
+
+def subtitle(run: Run) -> str:
+    summary = run.summary
+    config = summary["config"]
+    return (
+        f"{config['model']} of {digits(summary['parameters'] / 1e6)} million parameters in "
+        f"{config['dtype']}, {plural(summary['world_size'], 'rank')} on "
+        f"{plural(summary['cores'], 'core')}, {plural(summary['steps'], 'step')}; run {run.name}"
+    )
+
+
+def headline(summary: Mapping[str, Any], checks: list[Check]) -> Html:
+    """The numbers that a reader looks for first, and what he should know of the run."""
+    tiles = [tag("div", tag("dt", name), tag("dd", *content)) for name, content in numbers(summary)]
+    found = list(findings(summary, checks))
+    said = (
+        items(found, "findings")
+        if found
+        else items(["Nothing unusual was found."], "findings calm")
+    )
+    return section("numbers", "In short", tag("dl", *tiles, class_="tiles"), said)
+
+
+def numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[Content]]]:
+    """Yields the name of each headline number and its text, with the exact value for a program."""
+    median, unit = summary["median"], "tokens_per_s"
+    if unit not in median:
+        unit = "samples_per_s"
+    yield "throughput", shown(digits(median[unit]), median[unit], f"median.{unit}",
+                              unit.replace("_per_", "/"))  # fmt: skip
+    yield "step time, median", in_units(of_ms, median["step_ms"], "median.step_ms")
+    yield "final loss", shown(f"{summary['final_loss']:.4f}", summary["final_loss"], "final_loss")
+    if summary["final_val_loss"] is not None:
+        value = summary["final_val_loss"]
+        yield "validation loss", shown(f"{value:.4f}", value, "final_val_loss")
+    if summary.get("final_val_accuracy") is not None:
+        value = summary["final_val_accuracy"]
+        yield "validation accuracy", shown(percent(value), value, "final_val_accuracy")
+    if summary["mfu"] is not None:
+        peak = f"of {digits(summary['peak_flops_per_s'] / 1e9)} GFLOP/s"
+        yield "MFU", shown(percent(summary["mfu"]), summary["mfu"], "mfu", small=peak)
+    share = f"{median['comm_ms'] / median['step_ms']:.0%} of a step"
+    yield "waiting for others", in_units(of_ms, median["comm_ms"], "median.comm_ms", small=share)
+    sent = median["comm_sent_bytes"]
+    yield "sent by rank 0 a step", in_units(of_bytes, sent, "median.comm_sent_bytes")
+    yield (
+        "peak memory of rank 0",
+        in_units(of_bytes, summary["peak_memory_bytes"], "peak_memory_bytes"),
+    )
+
+
+def in_units(text: Any, value: float, field: str, small: str = "") -> list[Content]:
+    """A number whose unit `text` chooses."""
+    figure, _, unit = text(value).partition(" ")
+    return shown(figure, value, field, unit, small)
+
+
+def shown(text: str, value: float, field: str, unit: str = "", small: str = "") -> list[Content]:
+    more = [tag("small", small)] if small else []
+    return [data(text, value, field), tag("span", f" {unit}") if unit else None, *more]
+
+
+def findings(summary: Mapping[str, Any], checks: list[Check]) -> Iterator[Content]:
+    """Yields a sentence for each thing that is not as it should be, or not as one would think."""
+    if summary["about"]:
+        yield f"{summary['about']}. A library's own collectives and memory are not in our tables."
+    yield from filter(None, closing_words(summary).split("; "))
+    for check in checks:
+        if not check.exact:
+            yield check.sentence
+    ranks, threads, cores = (summary[name] for name in ("world_size", "threads", "cores"))
+    if ranks * threads > cores and summary["pipeline"] is None:
+        yield (
+            f"{plural(ranks, 'rank')} of {plural(threads, 'thread')} share "
+            f"{plural(cores, 'core')}: times say nothing about a cluster, bytes and memory do"
+        )
+
+
+def theory(checks: list[Check]) -> Html:
+    """The table of measured and computed numbers."""
+    rows = [
+        [
+            check.name,
+            check.measured,
+            check.computed,
+            verdict(check.exact),
+            tag("span", check.cause or "-", class_="long"),
+        ]
+        for check in checks
+    ]
+    head = ["what", "measured", "computed", "verdict", "likely cause"]
+    content: Html = table("measured and computed, on rank 0", head, rows)
+    if not rows:
+        content = tag("p", "Nothing that a formula gives was measured.")
+    return section("theory", "Measured against theory", content, lead=CAUSES)
+
+
+def verdict(exact: bool) -> Html:
+    return (
+        tag("span", "as computed", class_="ok") if exact else tag("span", "differs", class_="off")
+    )

@@ -1,0 +1,1 @@
+"""One page of HTML for a run, a comparison, or several runs."""

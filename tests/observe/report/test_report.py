@@ -1,0 +1,179 @@
+"""A report has the numbers of the run's files, in one file that loads nothing."""
+
+import json
+import re
+from functools import reduce
+from html.parser import HTMLParser
+
+import pytest
+from finished_run import KINDS, write_comparison, write_run
+from programs import refusal, run
+
+from dist_lab.errors import UserError
+from dist_lab.observe.report.folder import read
+from dist_lab.observe.report.markup import tag
+from dist_lab.observe.report.run import page_of_run
+
+
+class Page(HTMLParser):
+    """The exact numbers of a page by field, its ids, links, and the tags that are open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.numbers, self.ids, self.loads, self.open = text, {}, set(), [], []
+        self.headings: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        found = dict(attributes)
+        if "data-field" in found:
+            self.numbers.setdefault(found["data-field"], set()).add(float(found["value"]))
+        if "id" in found:
+            assert found["id"] not in self.ids, found["id"]
+            self.ids.add(found["id"])
+        self.loads += [value for key, value in attributes if key in ("src", "href", "srcset")]
+        if name not in ("meta", "link", "br"):
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "001-mix")
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return Page(page_of_run(read(finished)))
+
+
+def test_every_number_of_the_page_is_that_of_the_summary(finished, page):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"median.tokens_per_s", "final_loss", "mfu", "peak_memory_bytes"} <= page.numbers.keys()
+    assert {f"peak_memory.own_peak.{kind}" for kind in KINDS[:4]} <= page.numbers.keys()
+    assert len([name for name in page.numbers if name.startswith("ranks.work_ms")]) == 8
+    for field, shown in page.numbers.items():
+        value = reduce(
+            lambda data, key: data[int(key)] if isinstance(data, list) else data[key],
+            field.split("."), summary,
+        )  # fmt: skip
+        assert shown == {value}, field
+
+
+def test_the_page_loads_nothing_and_is_small(page):
+    assert all(link.startswith("#") or link == "data:," for link in page.loads)
+    assert "default-src &#x27;none&#x27;" in page.text
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page.text)
+    assert len(page.text.encode()) <= 300_000
+    assert page.open == []
+
+
+def test_each_part_of_the_page_is_a_section_with_a_heading(page):
+    links = {link.removeprefix("#") for link in page.loads if link.startswith("#")}
+    assert links <= page.ids
+    assert {"numbers", "theory", "loss", "steps", "pipeline", "memory", "traffic", "mesh", "ranks",
+            "settings"} <= page.ids  # fmt: skip
+    assert len(page.headings) == len(set(page.headings)) == 11
+
+
+def test_a_deviation_is_named_with_its_cause_and_outliers_are_counted(page):
+    assert "gloo's reduce_scatter over fsdp runs an all_reduce inside" in page.text
+    assert "backward holds whole gradients until they are reduced to shards" in page.text
+    assert "rank 7 was slow in steps 100 to 140" in page.text
+    assert "198 steps, 2 outliers above" in page.text
+    assert "outlier: step 61" in page.text
+
+
+def test_a_name_from_the_users_code_is_escaped(tmp_path):
+    summary = {"data": {"name": "<script>alert(1)</script>", "sha256": "", "image": None}}
+    text = page_of_run(read(write_run(tmp_path / "run", **summary)))
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert tag("p", 'a "b" & <c>', title='"') == '<p title="&quot;">a "b" &amp; &lt;c&gt;</p>'
+
+
+def test_a_library_and_one_process_have_a_report_too(tmp_path):
+    library = {"about": "FSDP2, units", "traffic": None, "by_layout": None, "ranks": None,
+               "stage_work_ms": None, "slow_ranks": [], "mfu": None, "pipeline": None}  # fmt: skip
+    text = page_of_run(read(write_run(tmp_path / "library", **library)))
+    assert "do not pass through our ledger" in text
+    alone = library | {"about": "", "traffic": [], "mesh": {"dp": 1}, "layouts": {}}
+    text = page_of_run(read(write_run(tmp_path / "alone", **alone)))
+    assert "Nothing is sent: there is one process." in text
+
+
+def test_a_comparison_has_a_page_with_its_table_and_what_was_refused(tmp_path):
+    folder = write_comparison(tmp_path / "002-compare", strategies=11)
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert len(text.encode()) <= 1_500_000
+    assert page.open == []
+    assert "11 strategies compared" in page.headings
+    assert "tp did not run: cannot run here, because of a &lt; b" in text
+    done = run("report.py", folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").read_text() == text
+
+
+# --- several runs, and folders of which no report can be made -------------------------------------
+
+
+def test_several_runs_have_one_page_that_says_what_can_be_compared(finished, tmp_path):
+    write_run(tmp_path / "001-a")
+    config = json.loads((finished / "summary.json").read_text())["config"]
+    write_run(tmp_path / "002-b", config=config | {"batch": 64, "lr": 0.1})
+    write_comparison(tmp_path / "003-compare")
+    (tmp_path / "004-killed").mkdir()
+    (tmp_path / "004-killed/metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n{"step": 8, "lo')
+    (tmp_path / "report.html").write_text("an earlier one")
+    done = run("report.py", *sorted(tmp_path.iterdir()))
+    assert done.returncode == 0, done.stderr
+    assert "is a comparison, which has a report of its own" in done.stdout
+    assert "004-killed' has not ended: it was killed, or failed, at step 7" in done.stdout
+    text = (tmp_path / "report.html").read_text()
+    assert Page(text).headings[0] == "2 runs"
+    assert "no: batch 32 and 64; lr 0.002 and 0.1" in text
+    assert "left out: " in text
+
+
+BAD = {
+    "no folder": (lambda folder: folder.rmdir(), "does not exist"),
+    "empty": (lambda folder: None, "is no folder of train.py or compare.py: it is empty"),
+    "another tool's": (
+        lambda folder: (folder / "notes.txt").write_text("x"), "1 entries, first 'notes.txt'"),
+    "another tool's summary": (
+        lambda folder: (folder / "summary.json").write_text('{"acc": 1}'), "it has no 'config'"),
+    "another version's": (
+        lambda folder: (folder / "summary.json").write_text('{"config": {}}'),
+        "its summary.json has format 1, and this report reads 2"),
+    "half a file": (
+        lambda folder: (folder / "summary.json").write_text('{"config": {'), "not whole JSON"),
+    "a list": (
+        lambda folder: (folder / "compare.json").write_text("[]"), "it has no 'setting'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD)
+def test_a_folder_without_a_finished_run_is_refused_in_one_line(make, words, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        read(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_program_refuses_in_one_line(tmp_path):
+    assert "is no folder of train.py" in refusal("report.py", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    line = refusal("report.py", tmp_path / "a", tmp_path / "b")
+    assert "none of 2 folders has a finished run" in line
+    assert "type report.py and folders of runs" in refusal("report.py")
