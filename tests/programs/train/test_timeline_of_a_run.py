@@ -72,7 +72,9 @@ def test_a_run_writes_its_timeline_its_profile_and_its_memory(tmp_path):
 def test_a_run_that_is_killed_and_resumed_has_the_timeline_of_the_steps_asked_for(tmp_path):
     flags = "--strategy ddp --nproc 2 --steps 6 --save-every 2 --timeline 3:4"
     train(tmp_path, f"{flags} --restarts 1 --fault kill:rank=1@step=4")
-    assert Timeline.read(tmp_path / "timeline.json").steps == range(3, 5)
+    timeline = Timeline.read(tmp_path / "timeline.json")
+    assert timeline.steps == range(3, 5)
+    assert timeline.ranks[1].share(4)["checkpoint"] > timeline.ranks[1].share(3)["checkpoint"]
     before = (tmp_path / "timeline.json").read_bytes()
     train(tmp_path, f"{flags.replace('steps 6', 'steps 8')} --resume auto")
     assert (tmp_path / "timeline.json").read_bytes() == before, "the steps were taken before"
