@@ -8,9 +8,15 @@ that it names. By default a test runs the rows that differ most, often only one.
 row by default shares its code with one that has a row, as zero1 does with zero2, hsdp with fsdp and
 dp with ddp; or a cell of tests/programs/verify/test_matrix.py covers it: the slice there has every
 strategy, schedule, model and option.
+
+A long table is sampled. Of the slow rows of a test, `slow` runs a fifth, at least five, and nightly
+runs the others. A hash of its name decides which, so that a new row moves no other. Rows that are
+marked slow one by one, in `pytest.param`, all run.
 """
 
+import hashlib
 import inspect
+from collections import defaultdict
 
 import pytest
 
@@ -22,12 +28,32 @@ dist_lab.fix_torchvision()  # many tests import torchvision, beside a torch that
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tables = defaultdict(list)  # test -> its slow rows
     for item in items:
         if is_unusual(item, "nightly_unless"):
-            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
-            item.add_marker(pytest.mark.nightly)
+            make_nightly(item)
         elif is_unusual(item, "slow_unless"):
             item.add_marker(pytest.mark.slow)
+        if is_slow_row(item):
+            tables[item.nodeid.partition("[")[0]].append(item)
+    for rows in tables.values():
+        rows.sort(key=lambda row: hashlib.sha256(row.name.encode()).digest())
+        for row in rows[max(5, len(rows) // 5) :]:
+            make_nightly(row)
+
+
+def make_nightly(item: pytest.Item) -> None:
+    item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+    item.add_marker(pytest.mark.nightly)
+
+
+def is_slow_row(item: pytest.Item) -> bool:
+    """Whether it is a row of a table that may be sampled."""
+    names = {mark.name for mark in item.iter_markers()}
+    if "slow" not in names or "nightly" in names or "[" not in item.name:
+        return False
+    assert isinstance(item, pytest.Function)
+    return all(mark.name != "slow" for mark in item.callspec.marks)
 
 
 def is_unusual(item: pytest.Item, mark_name: str) -> bool:

@@ -58,6 +58,7 @@ def test_the_sample_has_every_rule_and_most_files_and_is_the_same_each_time():
     assert {m.path.split("/")[0] for m in chosen} == set(mutants.FOLDERS)
 
 
+@pytest.mark.slow
 def test_a_mutant_is_killed_by_a_test_that_fails_and_the_copy_is_mended(tmp_path):
     (tmp_path / "dist_lab").mkdir()
     source = "def double(x):\n    return x * 2\n"
@@ -75,5 +76,5 @@ def test_a_mutant_is_killed_by_a_test_that_fails_and_the_copy_is_mended(tmp_path
 
 
 def test_a_mutant_that_is_said_to_make_no_difference_still_exists():
-    kinds = {mutant.kind for mutant in mutants.all_mutants()}
+    kinds = {mutant.kind for mutant in ALL}
     assert mutants.EQUIVALENT.keys() <= kinds

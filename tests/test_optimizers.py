@@ -416,10 +416,12 @@ def numbers(value):
     return [x for part in value for x in (numbers(part) if isinstance(part, list) else [part])]
 
 
+# By default each row of the table once: what an option does on shards, and on a stage the others.
+UNDER_FSDP = ("`foreach", "learning rates", "a class", "`differentiable")
+
+
 @pytest.mark.slow_unless(
-    lambda strategy, what: (
-        strategy == "pp" or (strategy == "fsdp" and not what.startswith(("classes", "schedulers")))
-    )
+    lambda strategy, what: strategy == ("fsdp" if what.startswith(UNDER_FSDP) else "pp")
 )
 @pytest.mark.parametrize("what", TABLE)
 @pytest.mark.parametrize("strategy", [

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def layer(module: str) -> int:
     raise AssertionError(f"{module} is in no layer: give it a place in LAYERS")
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Return the full names that a file imports, at run time or for types."""
     names = set()

@@ -289,23 +289,20 @@ def test_a_hang_is_ended_after_the_timeout_with_the_stack_of_every_hanging_rank(
 def forgotten(): time.sleep(600)
 def stopped(): os.kill(os.getpid(), signal.SIGSTOP)
 
-@pytest.mark.ranks(4, timeout=1.5)
+@pytest.mark.ranks(4, timeout=1)
 def test_hangs(mesh):
     if mesh.rank == 0: return
     if mesh.rank == 1: forgotten()
     if mesh.rank == 2: stopped()
     meet(mesh)
-
-@pytest.mark.ranks(4)
-def test_after(mesh): assert meet(mesh) == 4
 """)
     assert time.monotonic() - began < 40
-    result.assert_outcomes(passed=1, failed=1)
+    result.assert_outcomes(failed=1)
     parts = result.text.split("---- rank ")
     assert [part.splitlines()[0] for part in parts[1:5]] == [
-        "1 of 4: had not ended after 1.5 s ----",
-        "2 of 4: had not ended after 1.5 s ----",
-        "3 of 4: had not ended after 1.5 s ----",
+        "1 of 4: had not ended after 1 s ----",
+        "2 of 4: had not ended after 1 s ----",
+        "3 of 4: had not ended after 1 s ----",
         "0 of 4: no failure ----",
     ]
     assert "in forgotten\n" in parts[1]

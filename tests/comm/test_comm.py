@@ -288,6 +288,7 @@ def test_different_collectives_on_two_ranks_are_an_error_that_names_both(kind, m
     assert "test_comm.py:" in message
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, timeout=20)
 def test_a_rank_that_does_not_arrive_is_an_error_that_names_rank_call_and_line(mesh):
     mesh = init_mesh(dp=2, timeout=0.5)

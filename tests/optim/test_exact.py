@@ -147,7 +147,12 @@ OWNERS = [
 ]
 
 
-@pytest.mark.slow_unless(lambda strategy, name: (strategy in ("zero1", "ddp")) == (name == "muon"))
+@pytest.mark.slow_unless(
+    lambda axes, strategy, name: (
+        (strategy, name) in (("zero1", "muon"), ("ddp", "shampoo"))
+        or (axes, name) == ({"dp": 2, "fsdp": 2}, "shampoo")
+    )
+)
 @pytest.mark.parametrize(
     ("axes", "strategy", "name"), on_mesh(*[(*mix, name) for name in CLASSES for mix in OWNERS])
 )

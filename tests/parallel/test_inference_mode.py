@@ -25,9 +25,7 @@ def build():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
-@pytest.mark.slow_unless(
-    lambda case, narrow: narrow is None and case in ("ddp", "fsdp", "pp", "tp, sequence")
-)
+@pytest.mark.slow_unless(lambda case, narrow: narrow is None and case in ("fsdp", "tp, sequence"))
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
 @pytest.mark.parametrize("case", ROWS)
 @pytest.mark.ranks(2)

@@ -70,6 +70,7 @@ def equal_or_why(mix, mesh, *, tied, sequence_parallel=False, rows=16, **options
 # --- parity ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"tp": 2})
 def test_tp_with_sequence_parallelism_equals_one_process(mesh):
     assert equal_or_why("tp", mesh, tied=False, sequence_parallel=True) is True

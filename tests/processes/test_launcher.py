@@ -222,6 +222,7 @@ def test_under_torchrun_one_rank_reports_what_all_did_when_one_is_killed():
         assert "  rank 2 [dp=2] step 0, start: its process has ended; in no collective" in output
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_exit_is_killed_and_reported(capsys, monkeypatch):
     monkeypatch.setattr(launcher, "AT_EXIT", 0.5)
     assert launch("nproc=2", "do=keep a thread") == 1

@@ -89,12 +89,13 @@ def test_a_rank_that_is_stopped_costs_one_restart_after_the_timeout(tmp_path, ca
     assert result(tmp_path) == "2 27.0"
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback_of_a_failure_that_costs_a_restart(tmp_path, capsys):
     assert count(tmp_path, "1 2 1 exc", "restarts=1", "debug=1") == 0
     assert "in raise_key_error\n" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_torchrun_can_restart_three_times_in_a_row_and_finds_the_folder_again(tmp_path):
     """torchrun keeps its store, in which the addresses of the dead ranks are: each attempt has a
     prefix of its own, without which gloo tries to connect to them.

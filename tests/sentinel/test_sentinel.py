@@ -153,7 +153,7 @@ BROKEN = {
     "all": ({"pp": 2, "fsdp": 2, "tp": 2}, None, {"sequence_parallel": True},
             "model.norm.weight", 5, 4),
 }  # fmt: skip
-USUAL = ("zero1", "tp, shared keys", "tied")
+USUAL = ("zero1", "tp, shared keys")
 
 
 @pytest.mark.slow_unless(lambda name: name in USUAL)

@@ -59,7 +59,7 @@ def test_with_check_a_difference_is_an_error_on_all_ranks_within_two_seconds(kin
 SLACK = 3  # seconds, on a busy machine
 
 
-@pytest.mark.slow_unless(lambda kind: kind in ("bytes", "larger message"))
+@pytest.mark.slow_unless(lambda kind: kind == "bytes")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.ranks(2, timeout=30)
 def test_without_check_a_difference_is_an_error_within_the_timeout_and_no_abort(kind, mesh):
@@ -151,6 +151,7 @@ def test_between_machines_the_check_gathers_descriptions(mesh):
         ops.all_reduce(torch.ones(4), mesh["dp"], ("sum", "max")[mesh.rank])
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_a_board_covers_the_ranks_of_its_own_machine_and_says_so(mesh):
     with pytest.MonkeyPatch.context() as patch:

@@ -22,6 +22,7 @@ MIXES = [
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda axes, strategy: strategy is None and "pp" in axes)
 @pytest.mark.parametrize(("axes", "strategy"), MIXES, ids=str)
 @pytest.mark.ranks(8)
 def test_a_rank_whose_micro_batches_are_empty_or_short_adds_its_own_tokens_only(axes, strategy):

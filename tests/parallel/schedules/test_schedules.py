@@ -80,6 +80,7 @@ def test_the_grid_of_zbv():
     """)
 
 
+@pytest.mark.slow
 def test_the_idle_share_is_that_of_the_table():
     for name, p, m, v in CASES:
         units = {"gpipe": m, "1f1b": m, "interleaved": m * (v or 1), "zb": 3 * m, "zbv": 6 * m}

@@ -544,17 +544,13 @@ SOME = (
     "tied across units", "nested", "called twice", "another order in another step",
     "others in other micro-batches", "partly frozen", "not used by some ranks",
 )  # fmt: skip
+USUAL = (  # by default
+    "tied across units", "nested", "another order in another step",
+    "others in other micro-batches", "not used by some ranks", "a view of a parameter",
+)  # fmt: skip
 
 
-@pytest.mark.slow_unless(
-    lambda use, options: (
-        (
-            options == "plain"
-            and use in (*SOME, "written to in place as a view", "a view of a parameter")
-        )
-        or (use == "others in other micro-batches" and options in ("deferred", "no prefetch"))
-    )
-)
+@pytest.mark.slow_unless(lambda use, options: options == "plain" and use in USUAL)
 @pytest.mark.parametrize(
     ("use", "options"),
     [(use, options) for use in USES for options in OPTIONS if options == "plain" or use in SOME],
@@ -601,7 +597,7 @@ def of_one_step(mesh, step=0, **options):
     return gradients(job)
 
 
-@pytest.mark.slow_unless(lambda options: options in ("plain", "deferred"))
+@pytest.mark.slow_unless(lambda options: options == "deferred")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_one_backward_may_go_through_two_forwards_and_two_through_one(options, mesh):
@@ -644,8 +640,7 @@ BROKEN_OFF = [
 
 @pytest.mark.slow_unless(
     lambda options, fails, wrapped: (
-        (options, fails, wrapped)
-        in [("plain", "forward", "alone"), ("deferred", "backward", "in a block")]
+        (options, fails, wrapped) == ("deferred", "backward", "in a block")
     )
 )
 @pytest.mark.parametrize(("options", "fails", "wrapped"), BROKEN_OFF)

@@ -56,6 +56,7 @@ def plain_loss(output, y):
     return F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="sum")
 
 
+@pytest.mark.slow_unless(lambda mode: mode != "sequence-parallel")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.ranks(2, mesh={"tp": 2}, timeout=60)
 def test_gradient_penalties_equal_those_of_one_process(mode, mesh):

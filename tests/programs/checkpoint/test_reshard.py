@@ -81,6 +81,7 @@ def test_real_ranks_write_the_same_files(mesh, resharded):
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_only_one_rank_is_in_memory_at_a_time(source, tmp_path, monkeypatch):
     held, alive = [], []
 

@@ -406,7 +406,7 @@ def test_all_strategies_take_the_same_steps_and_end_with_equal_losses(text, mesh
         assert dp.kernel_bytes == pytest.approx(dp.traffic[0].sent, rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ranks(4, timeout=120)
 def test_mixes_take_the_same_steps_as_a_single_strategy_each_on_its_own_mesh(text, mesh):
     listed = "fsdp,fsdp2xtp2,pp2xfsdp2,zero1:pp2xdp2,zero1:dp2xtp2@torch"

@@ -203,6 +203,13 @@ NOTES = {
 }  # fmt: skip
 
 
+USUAL_NOTES = (
+    "no units", "units are tiny", "frozen and gathered", "unused", "BatchNorm",
+    "tp replicates an embedding", "a plan is found for tp", "tied across stages",
+)  # fmt: skip
+
+
+@pytest.mark.slow_unless(lambda case: case in USUAL_NOTES)
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("case", NOTES)
 def test_notes_have_the_numbers_of_the_model(mesh, case):
@@ -320,6 +327,13 @@ FINDINGS = {
 }  # fmt: skip
 
 
+USUAL_FINDINGS = (
+    "dropout", "a mean", "a buffer", "an error", "uneven rows", "other weights by rank",
+    "equal rows",
+)  # fmt: skip
+
+
+@pytest.mark.slow_unless(lambda case: case in USUAL_FINDINGS)
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("case", FINDINGS)
 def test_problems_of_the_model_or_the_loop_are_findings(mesh, case):
@@ -370,6 +384,7 @@ def test_a_strategy_with_a_bug_gets_the_verdict_wrong(mesh):
     assert report["dp"].worst_error > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_no_strategy_is_called_wrong_for_a_model_that_amplifies_rounding(mesh):
     def amplified(build, n):
@@ -513,6 +528,7 @@ def test_the_text_of_a_report_fits_100_columns_and_merges_equal_lines():
     assert "the model and the training loop\n" in text
 
 
+@pytest.mark.slow_unless(lambda status: status == 0)
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

@@ -43,7 +43,7 @@ def printed(capsys):
     return run_explain
 
 
-@pytest.mark.slow_unless(lambda strategy, dtype: (strategy, dtype) == ("ddp", "float32"))
+@pytest.mark.slow  # test_mixes.py does the same for a mix
 @pytest.mark.nightly_unless(
     lambda strategy, dtype: (
         strategy not in ("dp", "zero1") and (strategy, dtype) != ("pp", "float32")
@@ -151,7 +151,7 @@ def test_wrong_settings_are_refused_before_the_step_is_run(arguments, message, p
         printed(*arguments.split())
 
 
-@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
+@pytest.mark.slow  # tests/test_readmes.py has one that is printed
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb", "zbv"])
 def test_a_schedule_is_printed_and_plotted(schedule, printed, tmp_path):
     path = tmp_path / "grid.svg"

@@ -61,6 +61,7 @@ def test_a_rank_that_is_killed_in_the_middle_of_a_save_changes_nothing(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda mode: mode in ("fsdp", "pp"))
 @pytest.mark.parametrize("mode", kills.MODES)
 def test_random_kills_change_nothing_in_any_mode(mode, tmp_path):
     """Three random ones, rank 0 in the optimizer's step, and then both ranks in one step."""
@@ -79,7 +80,7 @@ def test_random_kills_change_nothing_in_any_mode(mode, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["segv", "exit", "exc", "stop", "sleep", "gil"])
-@pytest.mark.nightly_unless(lambda kind: kind in ("stop", "exc"))
+@pytest.mark.nightly_unless(lambda kind: kind == "exc")
 def test_a_rank_that_crashes_or_hangs_costs_one_restart(kind, tmp_path):
     spec = f"{kind}:rank=1@step=7,phase=forward"
     flags = ["--restarts", 1, "--fault", spec, "--timeout", 5]
@@ -124,8 +125,9 @@ def test_torchrun_restarts_a_run_in_the_folder_that_its_first_attempt_has_chosen
     assert "connectFullMesh" not in done.stderr
 
 
-@pytest.mark.parametrize("flags", ["--strategy ddp", "--strategy fsdp --microbatches 2"])
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda flags: "fsdp" in flags)
+@pytest.mark.parametrize("flags", ["--strategy ddp", "--strategy fsdp --microbatches 2"])
 def test_a_run_keeps_its_batch_on_a_number_of_ranks_that_does_not_divide_it(flags, tmp_path):
     """The default of 32 samples is divided as 11, 11 and 10. Three ranks alone would begin with 33,
     which would be another run.

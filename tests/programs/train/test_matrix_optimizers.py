@@ -54,6 +54,7 @@ def test_a_learning_rate_for_adamws_part_is_refused_where_there_is_none():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda optimizer, mesh: (optimizer == "muon") == ("pp" in mesh))
 @pytest.mark.parametrize("optimizer", ["muon", "shampoo"])
 @pytest.mark.parametrize("mesh", ["dp=4", "fsdp=2,tp=2", "pp=2,fsdp=2"])
 def test_explain_shows_the_bytes_and_the_memory_of_matrices(optimizer, mesh, tmp_path, capsys):

@@ -42,7 +42,8 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow_unless(lambda other: other == OTHERS[0])
+@pytest.mark.slow_unless(lambda other: other == "--strategy single")
+@pytest.mark.nightly_unless(lambda other: other in (OTHERS[1], "--strategy single"))
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_run_goes_on_in_another_layout_with_the_losses_it_would_have_had(saved, tmp_path, other):
     out = without(saved, tmp_path, 4, 6)

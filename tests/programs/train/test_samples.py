@@ -40,6 +40,7 @@ def mine(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda mesh: "tp" in mesh)
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
 def test_a_run_logs_the_samples_of_each_rank_and_they_are_proved_whole(mesh, tmp_path, mine):
     ranks = 2 * mesh.count("=")

@@ -261,6 +261,7 @@ def test_accuracy_is_the_fraction_of_held_out_images_classified_right(model):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_unless(lambda model, dtype: (model == "vit") == (dtype == "bfloat16"))
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_an_image_model_trains_in_every_dtype(model, dtype, tmp_path):

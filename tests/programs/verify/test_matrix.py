@@ -1,6 +1,6 @@
 """The matrix of mixes: a slice of its cells, its table, and the command that runs all of it.
 
-The slice has 38 cells by default and 25 more in `slow`. `python launch/verify.py --matrix` runs the
+The slice has 31 cells by default and 18 more in `slow`. `python launch/verify.py --matrix` runs the
 whole table; so does tests/nightly/matrix.py.
 """
 
@@ -56,10 +56,10 @@ def covering(cells, count, covered):
 COVERED = set()
 FEW = [cell for cell in CELLS if cell.ranks <= 4]
 EIGHT = [cell for cell in CELLS if cell.ranks == 8]  # four times as long
-DEFAULT = [*covering(FEW, 36, COVERED), *covering(EIGHT, 2, COVERED)]
+DEFAULT = [*covering(FEW, 30, COVERED), *covering(EIGHT, 1, COVERED)]
 SLOW = [
     cell
-    for cells, count in ((FEW, 17), (EIGHT, 8))
+    for cells, count in ((FEW, 12), (EIGHT, 6))
     for cell in covering([cell for cell in cells if cell not in DEFAULT], count, COVERED)
 ]
 
@@ -90,8 +90,8 @@ def test_the_slice_has_every_model_schedule_option_and_family_of_mixes():
     assert families(DEFAULT) >= families(FEW)
     assert words(DEFAULT + SLOW) == words(CELLS)
     assert families(DEFAULT + SLOW) == families(FEW + EIGHT)
-    assert len(DEFAULT) >= 38
-    assert len(SLOW) >= 25
+    assert len(DEFAULT) >= 31
+    assert len(SLOW) >= 18
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -135,15 +135,15 @@ def test_the_users_schedule_is_none_of_the_built_in_ones(tmp_path):
 
 
 def test_the_command_runs_the_cells_that_are_named_and_writes_a_table(tmp_path):
-    done = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 vit", "--out", tmp_path)
+    done = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 vit m2", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = [str(c) for c in matching("ddp:dp2 vit", CELLS)]
+    names = [str(c) for c in matching("ddp:dp2 vit m2", CELLS)]
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{len(names)} cells equal, 0 not equal; ")
     written = json.loads((tmp_path / "matrix.json").read_text())
     assert [cell["name"] for cell in written["cells"]] == names
     assert "| ddp | 2 | 1 | 1 |" in (tmp_path / "matrix.md").read_text()
-    again = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 vit", "--out", tmp_path)
+    again = programs.run("verify.py", "--matrix", "--only", "ddp:dp2 vit m2", "--out", tmp_path)
     assert "are not run again" in again.stdout
     assert again.returncode == 0
 
@@ -212,6 +212,7 @@ def end_on_rank_1(rank, cell):
         raise RuntimeError("a mistake of ours")
 
 
+@pytest.mark.slow  # the pool's own tests have a rank that fails
 def test_a_rank_that_fails_fails_its_cell_and_the_next_cell_runs(monkeypatch):
     pool, cell = Pool(PRELOAD), Cell("dp:dp2", "mlp", 2)
     try:

@@ -118,6 +118,7 @@ BIAS = "attend.in_proj_bias"
 KEY = slice(8, 16)  # the key's third of it
 
 
+@pytest.mark.slow  # test_parity.py lists such a weight, too
 @pytest.mark.ranks(4)
 def test_the_key_bias_without_a_true_gradient_does_not_fail_a_correct_run(mesh):
     for strategy in ("dp", "zero1"):

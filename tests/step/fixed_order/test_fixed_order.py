@@ -299,6 +299,7 @@ def expected(pieces, total):
     return {name: tree_sum([g[name] for g in gradients]) for name in gradients[0]}
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy != "zero1")
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
 @pytest.mark.ranks(2)
 def test_a_loop_of_ones_own_adds_along_the_tree_and_may_clear_gradients(strategy):
