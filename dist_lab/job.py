@@ -8,7 +8,6 @@ job.after_step()
 optimizer.zero_grad()
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from dist_lab.sentinel.sentinel import Sentinel
 from dist_lab.step.clip import clip
 from dist_lab.step.count import sum_of_counts
 from dist_lab.step.detached import RecordedLoss
-from dist_lab.step.nonfinite import FirstNonFinite, raise_divergence
+from dist_lab.step.nonfinite import FirstNonFinite, may_differ, stop_if_not_finite
 from dist_lab.step.order import Step
 from dist_lab.step.protocol import Applied, Chain, Sync
 from dist_lab.step.scaler import Scaler
@@ -54,6 +53,7 @@ class Job:
         stepped: parameter name -> the tensor that optimizers step, if it is not the parameter.
         about: the configuration that a library's implementation runs with; "" for ours.
         strategies, units: such as "pp x fsdp@hand"; name -> module that is unsharded as one.
+        tied: another name of a tied parameter -> its name in `layouts`.
         place: the number of the step, and the samples that are computed.
     """
 
@@ -76,9 +76,9 @@ class Job:
         self._make_optimizer, self.weights_changed = applied.make_optimizer, runner.weights_changed
         layouts, buffers, stepped = applied.layouts, applied.buffers, applied.stepped
         self._state = FullState(model, mesh, layouts, buffers, stepped, names)
-        self.buffer_layouts = self._state.buffer_layouts
-        self._data = mesh.data
+        self.buffer_layouts, self.tied = self._state.buffer_layouts, self._state.tied()
         self._loss_axis = mesh.flatten("pp", *DATA_AXES)  # its ranks' losses add up
+        self._may_differ = may_differ(self.layouts, mesh)
         for layout in self.layouts.values():  # creates process groups now: that takes a while
             for axis, how in layout.splits:
                 axis_of_parts(mesh, axis, how)
@@ -110,7 +110,7 @@ class Job:
             The same on every rank: an int if n has an integer type on all ranks, else a float.
         """
         with self.mesh.comm.label("count"):
-            return sum_of_counts(n, self._data)
+            return sum_of_counts(n, self.mesh.data)
 
     def run(self, microbatches: Sequence[Pair], loss_fn: LossFn) -> float:
         """Run forward and backward for each of this rank's micro-batches. Collective.
@@ -145,7 +145,7 @@ class Job:
         """
         check_pairs(microbatches)  # first, so that a refused call changes nothing
         with self.mesh.comm.label("buffers"):
-            merge_statistics(self.model, self._data)
+            merge_statistics(self.model, self.mesh.data)
         with self.mesh.comm.label("validation"), eval_mode(self.model), torch.no_grad():
             total = self._runner.evaluate(microbatches, loss_fn)
         with self.mesh.comm.label("loss"):
@@ -178,6 +178,8 @@ class Job:
                 for name, p in self.named_parameters()
             }
             norm = self._totals.norm(gradients, self.layouts, self.mesh)
+            if not norm.isfinite():  # clipping would make all gradients NaN
+                self._watch.look_at_sums(gradients)
             if max_norm is not None:
                 clip([g for g in gradients.values() if g is not None], norm, max_norm)
         return float(norm)
@@ -185,18 +187,16 @@ class Job:
     def check_finite(self, step: int, loss: float, norm: float) -> None:
         """Raise TrainingDiverged on every rank if the loss or the gradient norm is not finite.
 
-        Call it before the optimizer's step. Collective if one of them is not finite.
+        Call it before the optimizer's step. Collective: see [Note: one verdict].
 
         Args:
             step: the number of this step, for the message.
-            loss, norm: as `run` and `clip_grad_norm` return them, the same on every rank.
+            loss, norm: as `run` and `clip_grad_norm` return them.
 
         Raises:
-            TrainingDiverged: names the step, and the parameter and rank whose gradient was first
-                not finite, if there was one; the same line on every rank.
+            TrainingDiverged: names the step, and the first such gradient and its rank, if any.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise_divergence(self._watch, self.mesh, step, loss=loss, norm=norm)
+        stop_if_not_finite(self._watch, self.mesh, step, loss, norm, self._may_differ)
 
     def after_step(self) -> None:
         """Send updated weights to the ranks that need them. Call it after `optimizer.step()`."""
@@ -272,7 +272,7 @@ class Job:
     def settle(self) -> None:
         """Bring parameters and buffers into the state that is saved. Collective."""
         self._runner.sync.settle()
-        merge_statistics(self.model, self._data)
+        merge_statistics(self.model, self.mesh.data)
 
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """Return the unsharded state_dict of the plain model, equal on every rank. Collective.

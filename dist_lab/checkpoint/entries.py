@@ -46,11 +46,16 @@ class Entry:
 
 
 class Trained(Protocol):
-    """The part of `Job` that checkpoints use."""
+    """The part of `Job` that checkpoints use.
+
+    Attributes:
+        tied: another name of a parameter -> its name in `layouts`.
+    """
 
     model: nn.Module
     mesh: Mesh
     layouts: Mapping[str, Layout]
+    tied: dict[str, str]
     strategies: str
     place: Place
 

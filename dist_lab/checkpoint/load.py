@@ -10,7 +10,7 @@ anew, because there is no rank whose numbers they could continue.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def load(
 
 
 def _check_model(checkpoint: Checkpoint, job: Trained, entries: Sequence[Entry]) -> None:
-    """Raise UserError unless the checkpoint has this model's tensors, in their shapes.
+    """Raise UserError unless the checkpoint has this model's tensors, in their shapes, and ties.
 
     Args:
         entries: of the model, on this rank.
@@ -144,12 +144,25 @@ def _check_model(checkpoint: Checkpoint, job: Trained, entries: Sequence[Entry])
         own[entry.name] = entry.shape, entry.local.dtype
     saved = checkpoint.names()
     there = {name: about for name, about in saved.items() if name.startswith("model/")}
-    differences = [*first_difference(there, own)]
+    ties = checkpoint.manifest["tied"]  # None: it is not known, as from another library's file
+    differences = [*first_difference(there, own), *other_ties(ties or job.tied, job.tied)]
     if differences:
         raise UserError(
             f"checkpoint {str(checkpoint.folder)!r} is of another model: {differences[0]}"
             + (f", and {len(differences) - 1} more differences" if differences[1:] else "")
         )
+
+
+def other_ties(saved: Mapping[str, str], own: Mapping[str, str]) -> Iterator[str]:
+    """Yield the names that are tied to other tensors in a checkpoint than in a model, in words.
+
+    >>> [*other_ties({"head": "embedding"}, {})]
+    ['head is embedding there and a name of its own here']
+    """
+    for name in sorted({**saved, **own}):
+        there, here = (ties.get(name, "a name of its own") for ties in (saved, own))
+        if there != here:
+            yield f"{name} is {there} there and {here} here"
 
 
 def _load_modules(job: Trained, tables: list[Mapping[str, Any]]) -> None:

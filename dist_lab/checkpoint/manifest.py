@@ -29,7 +29,7 @@ FILE = re.compile(r"rank-\d{1,6}\.(json|safetensors)")
 KEYS: Mapping[str, type | tuple[type, ...]] = {
     "format": int, "step": int, "mesh": dict, "strategies": str, "files": dict,
     "optimizer": (dict, type(None)), "settings": (dict, type(None)), "extra": (dict, type(None)),
-    "versions": dict, "sha256": str,
+    "tied": (dict, type(None)), "versions": dict, "sha256": str,
 }  # fmt: skip
 
 
@@ -61,9 +61,7 @@ def read(folder: Path) -> dict[str, Any]:
             f"checkpoint {str(folder)!r} has format {manifest['format']}, and this version of "
             f"dist_lab reads up to {FORMAT}; load it with a newer version"
         )
-    wrong = [
-        k for k, kind in KEYS.items() if k not in manifest or not isinstance(manifest[k], kind)
-    ]
+    wrong = [k for k, kind in KEYS.items() if not isinstance(manifest.get(k), kind)]
     unknown = sorted(manifest.keys() - KEYS.keys())
     if wrong or unknown:
         what = f"has no right {wrong[0]!r}" if wrong else f"has an unknown {unknown[0]!r}"
@@ -78,12 +76,13 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         table.each(table.text, manifest["versions"].values())
         table.each(table.length, [manifest["step"], *manifest["mesh"].values()])
-        table.optimizer(manifest["optimizer"])
+        table.optimizer(manifest.get("optimizer"))
+        table.mapping(manifest.get("tied") or {}, table.text)
         if not 0 < math.prod(manifest["mesh"].values()) <= len(manifest["files"]):
             raise table.Odd(f"{len(manifest['files'])} files for a mesh of {manifest['mesh']}")
     except table.Odd as error:
         raise Damaged(f"manifest {str(path)!r} has {error}; {ANOTHER}") from error
-    return manifest
+    return dict.fromkeys(KEYS) | manifest
 
 
 def read_json(path: Path) -> Any:

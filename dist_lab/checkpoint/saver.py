@@ -90,6 +90,7 @@ class Saver:
                 "optimizer": options_of(optimizer, job) if optimizer else None,
                 "settings": settings,
                 "extra": extra,
+                "tied": dict(job.tied),
                 "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             }
             table = {

@@ -27,6 +27,7 @@ PHASES: Mapping[str, str] = {
     "save": "an operation on a file of the checkpoint that is saved after the step",
 }
 OF_A_STEP = ("forward", "backward", "reduce", "optimizer")
+OF_GRADIENTS = ("backward", "reduce")  # before and after the sum over ranks
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ KINDS: Mapping[str, Kind] = {
     "stop": Kind((*OF_A_STEP, "save"), "the rank is suspended, as by a debugger"),
     "sleep": Kind((*OF_A_STEP, "save"), "the rank sleeps for ever, in Python"),
     "gil": Kind((*OF_A_STEP, "save"), "the rank sleeps for ever in C, and holds the GIL"),
-    "nan": Kind(("backward", "optimizer"), "one element of a gradient, or weight, becomes NaN"),
-    "inf": Kind(("backward", "optimizer"), "one element of a gradient, or weight, becomes inf"),
-    "flip": Kind(("optimizer", "backward", "reduce"), "one bit of a weight, or gradient, flips"),
+    "nan": Kind((*OF_GRADIENTS, "optimizer"), "one element of a gradient, or weight, becomes NaN"),
+    "inf": Kind((*OF_GRADIENTS, "optimizer"), "one element of a gradient, or weight, becomes inf"),
+    "flip": Kind(("optimizer", *OF_GRADIENTS), "one bit of a weight, or gradient, flips"),
     "slow": Kind(("optimizer",), "the rank takes twice as long, for 20 steps"),
     "mismatch": Kind(OF_A_STEP, "the rank launches a collective that no other rank launches"),
     "diskfull": Kind(("save",), "the disk is full at a write"),

@@ -48,6 +48,10 @@ class FullState:
         # Tied tensors have several names and one value. Extra state comes from this rank.
         return {key: gathered[n] if n in gathered else local[n] for key, n in self.names.items()}
 
+    def tied(self) -> dict[str, str]:
+        """Another name of a tied parameter -> its canonical name."""
+        return {key: name for key, name in self.names.items() if key != name}
+
     def buffer_layouts(self) -> dict[str, Layout]:
         """The layout of each buffer that is saved; without a pipeline every rank has them all."""
         whole = {n: Layout(b.shape, b.dtype) for n, b in self.model.named_buffers()}

@@ -1,21 +1,15 @@
-"""Checkpoints of people who do not mean well, code that reads pickles, and sockets that listen."""
+"""Checkpoints of people who do not mean well, and code that reads pickles."""
 
 import ast
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from damage import mutated, read_all, refusal, seal
-from processes import listening, with_mark
-from saved import LAYS, build, train
 
 import dist_lab
 from dist_lab.checkpoint import manifest
@@ -112,51 +106,6 @@ def test_the_test_above_would_find(code):
     tree = ast.parse(code)
     assert WORDS.search(code)
     assert pickles_in(tree) or list(unsafe_calls_in(tree))
-
-
-# --- nothing listens off loopback -----------------------------------------------------------------
-
-LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1, as /proc has them
-
-
-def listens_while_training(rank, name):
-    """The addresses on which this rank listens after two steps in a layout."""
-    job, optimizer = build(LAYS[name])
-    train(job, optimizer, 0, 2)
-    return {address.split(":")[0] for address in listening(os.getpid())}
-
-
-@pytest.mark.slow_unless(lambda name: name == "hsdp2x2")
-@pytest.mark.parametrize("name", [name for name, lay in LAYS.items() if 1 < lay.ranks <= 4])
-def test_no_rank_listens_off_loopback_in_any_layout(on_ranks, name):
-    for addresses in on_ranks(LAYS[name].ranks, listens_while_training, name):
-        assert addresses <= LOOPBACK
-        assert addresses  # gloo's: so the test sees what listens
-
-
-@pytest.mark.slow
-def test_no_process_of_a_run_listens_off_loopback(tmp_path):
-    """The launcher and its forkserver, too."""
-    mark = f"DIST_LAB_LISTENS={os.getpid()}"
-    name, _, value = mark.partition("=")
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--nproc=2", "--strategy=ddp"]
-    command += ["--steps=1000000", f"--out={tmp_path / 'run'}"]
-    run = subprocess.Popen(command, env=os.environ | {name: value}, stdout=subprocess.DEVNULL)
-    try:
-        deadline, seen = time.monotonic() + 60, set()
-        metrics = tmp_path / "run/metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        pids = with_mark(mark)
-        for pid in pids:
-            seen |= {address.split(":")[0] for address in listening(pid)}
-        assert len(pids) >= 3
-        assert seen
-        assert seen <= LOOPBACK
-    finally:
-        run.terminate()
-        run.wait(20)
 
 
 # --- checkpoints that were made to do harm --------------------------------------------------------

@@ -74,7 +74,7 @@ def test_random_faults_are_in_a_save_only_if_there_are_saves():
         ("kill:rank=1@step=99999999999999999999", "step cannot be '99999999999999999999'"),
         ("random:n=0,seed=1", "n cannot be '0' (--fault); give a whole number from 1 to 10000"),
         ("kill:rank=1@step=2,phase=forwards", "(did you mean forward?)"),
-        ("nan:rank=1@step=2,phase=reduce", "no phase 'reduce' of nan (--fault); give backward or"),
+        ("nan:rank=1@step=2,phase=forward", "no phase 'forward' of nan (--fault); give backward,"),
         ("kill:rank=9@step=5", "there is no rank 9, ranks are 0 to 3 (--fault); give another rank"),
         (
             "kill:rank=3@step=11",

@@ -1,6 +1,7 @@
 """Faults on purpose: each happens at its event, on its rank, once a run."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -10,12 +11,14 @@ from models import axes_of, batch, build, plan_of, units_of
 
 import dist_lab
 from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.comm import ops
 from dist_lab.comm.context import CollectiveMismatch
 from dist_lab.errors import MachineError, TrainingDiverged, UserError
 from dist_lab.faults import inject
 from dist_lab.faults.files import FilesWithFaults
 from dist_lab.faults.grammar import Fault, faults_of
 from dist_lab.faults.inject import injected
+from dist_lab.layout.gather import local_part
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.programs.verify import batch as batches
 
@@ -38,7 +41,7 @@ class Run:
         )  # fmt: skip
         self.optimizer = self.job.optimizer(torch.optim.AdamW, lr=1e-2)
         self.faults, self.folder, self.steps = faults_of(spec, 2, steps), folder, steps
-        self.losses = []
+        self.losses, self.add_to_loss = [], 0.0
 
     def train(self):
         with injected(self.faults, self.job, self.folder) as self.injector:
@@ -52,7 +55,8 @@ class Run:
         own = batches.slice_rows(batch(step, ROWS, SEQ), data.size)[data.index]
         total = ROWS * SEQ
         pairs = batches.slice_rows(own, 2)
-        loss = self.job.run(pairs, lambda out, y: dist_lab.cross_entropy_sum(out, y) / total)
+        more = self.add_to_loss
+        loss = self.job.run(pairs, lambda out, y: dist_lab.cross_entropy_sum(out, y) / total + more)
         self.job.finish()
         norm = self.job.clip_grad_norm(1.0)
         self.job.check_finite(step, loss, norm)
@@ -135,13 +139,61 @@ def test_faults_that_do_not_happen_change_nothing_and_are_refused(strategy, tmp_
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("phase", ["backward", "reduce"])
 @pytest.mark.parametrize("kind", ["nan", "inf"])
-@pytest.mark.slow_unless(lambda strategy, kind: (strategy, kind) in [("ddp", "nan"), ("tp", "inf")])
-def test_a_gradient_that_is_not_finite_stops_all_ranks_in_that_step(kind, strategy, tmp_path):
-    run = Run(strategy, f"{kind}:rank=1@step=2", tmp_path)
-    with pytest.raises(TrainingDiverged, match=r"step 2: .* on rank 1; no weight was updated"):
-        run.train()
-    assert len(run.losses) == 1
+@pytest.mark.slow_unless(
+    lambda strategy, phase, kind: (
+        (strategy, phase, kind) in [("tp", "reduce", "nan"), ("ddp", "reduce", "inf")]
+    )
+)
+def test_a_gradient_that_breaks_on_one_rank_stops_all_ranks_in_that_step(
+    kind, phase, strategy, tmp_path
+):
+    """One element of a gradient, of another one in each step. After "reduce" it is on one rank."""
+    run, messages = Run(strategy, "", tmp_path), []
+    rank, world = run.mesh.rank, run.mesh.world
+    with injected([], run.job, tmp_path) as injector:
+        injector.begin(0)
+        run.take(1)
+        of_rank_1 = torch.tensor(injector.counts[phase, True] * rank)
+        gradients = int(ops.all_reduce(of_rank_1, world))
+        chosen = range(1, gradients + 1, 1 + gradients // 8)
+        faults = {n: Fault(kind, 1, 2 + i, phase, n) for i, n in enumerate(chosen)}
+        injector.faults |= faults if rank == 1 else {}
+        injector.tick(1)
+        for step in range(2, 2 + len(chosen)):
+            with pytest.raises(TrainingDiverged, match=rf"step {step}: .* on rank 1; no") as caught:
+                run.take(step)
+            run.optimizer.zero_grad()
+            messages.append(str(caught.value))
+            injector.tick(step)
+    of_all_ranks = ops.all_gather_bytes(json.dumps(messages).encode(), world)
+    assert of_all_ranks[0] == of_all_ranks[1]
+    names = {re.search("gradient of ([^ ]+) on", message)[1] for message in messages}
+    assert len(names) >= 4, "gradients of two micro-batches have one name"
+    assert all(local_part(p).isfinite().all() for p in run.job.parameters())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow_unless(lambda strategy: strategy == "tp")
+def test_a_loss_that_is_nan_on_one_rank_stops_all_ranks_in_that_step(strategy, tmp_path):
+    """Its gradients are finite: under tp nothing else tells the other rank."""
+    run = Run(strategy, "", tmp_path)
+    run.add_to_loss = float("nan") if run.mesh.rank == 1 else 0.0
+    with pytest.raises(TrainingDiverged, match=r"step 1: loss nan, .* all gradients are finite"):
+        run.take(1)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow_unless(lambda strategy: strategy in ("fsdp", "tp"))
+def test_ranks_agree_with_one_byte_if_the_norm_is_not_a_sum_over_all_of_them(strategy, tmp_path):
+    run = Run(strategy, "", tmp_path)
+    with run.mesh.comm.ledger.recording() as calls:
+        run.job.check_finite(1, 0.5, 0.5)
+    sent = [call.payload for call in calls]
+    assert sent == ([] if strategy in ("zero2", "fsdp", "pp") else [1])
 
 
 @pytest.mark.ranks(2)

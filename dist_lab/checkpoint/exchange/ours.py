@@ -25,7 +25,7 @@ from dist_lab.errors import UserError
 from dist_lab.randomness import generators
 
 ABOUT = "about.json"
-KEYS = ("step", "optimizer", "numbers", "modules", "settings", "extra")
+KEYS = ("step", "optimizer", "numbers", "modules", "settings", "extra", "tied")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class WithAbout:
 def weights_of(checkpoint: Checkpoint) -> Tensors:
     """The tensors of the model, as `model.state_dict()` has them.
 
-    A checkpoint has a tied tensor under its first name only. A gpt's head gets its name back.
+    A checkpoint has a tied tensor under its first name only. Here it has its other names, too.
     """
     weights = Under(checkpoint, "model/")
-    sources = {name: name for name in weights.names()}
-    if EMBEDDING in sources and HEAD not in sources:
-        sources[HEAD] = EMBEDDING
-    return Renamed(weights, sources)
+    names = {name: name for name in weights.names()}
+    tied = checkpoint.manifest["tied"]
+    if tied is None:  # not known: only a gpt's head can be missing
+        tied = {HEAD: EMBEDDING}
+    return Renamed(weights, {a: name for a, name in tied.items() if name in names} | names)
 
 
 def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "modules": {name: state for part in tables for name, state in part["modules"].items()},
         "settings": checkpoint.manifest["settings"],
         "extra": checkpoint.manifest["extra"],
+        "tied": checkpoint.manifest["tied"],
     }
 
 
@@ -103,12 +105,16 @@ def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | N
         MachineError: it cannot be written.
     """
     about: dict[str, Any] = {"step": 0, "optimizer": None, "numbers": {}, "modules": {}}
-    about |= {"extra": None, "settings": dict(settings) if settings is not None else None}
+    about |= {
+        "extra": None,
+        "tied": None,
+        "settings": dict(settings) if settings is not None else None,
+    }
     if ABOUT in tensors.names():
         about = _read_about(tensors.read(ABOUT))
     entries = [_whole(name, tensors.read(name)) for name in tensors.names() if name != ABOUT]
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    manifest = {key: about[key] for key in ("optimizer", "settings", "extra")}
+    manifest = {key: about[key] for key in ("optimizer", "settings", "extra", "tied")}
     manifest |= {"strategies": "single@hand", "versions": versions}
     own = {key: about[key] for key in ("optimizer", "numbers", "modules")}
     folder = Path(root).expanduser().absolute()
@@ -136,6 +142,7 @@ def _read_about(tensor: Tensor) -> dict[str, Any]:
         table.mapping(about["modules"], lambda state: None)
         for key in ("settings", "extra"):
             table.mapping(about[key] or {}, lambda value: None)
+        table.mapping(about["tied"] or {}, table.text)
     except table.Odd as error:
         raise UserError(f"its {ABOUT} has {error}; get the whole folder again") from None
     return about

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from dist_lab.checkpoint.reader import Checkpoint, Saved
+from dist_lab.comm.board.board import numbers_in_words
 from dist_lab.errors import shown
 from dist_lab.layout.boxes import numel_of
 from dist_lab.layout.layout import Box
@@ -138,26 +139,10 @@ def layout_in_words(saved: Saved) -> str:
     ranks = [int(piece.file.removeprefix("rank-").partition(".")[0]) for piece in pieces]
     if len(pieces) < 2:
         return f"rank {ranks[0]}" if ranks else "nobody: it is empty"
-    who = f"ranks {numbers_in_words(ranks)}"
+    who = f"ranks {numbers_in_words(sorted(ranks), ', ')}"
     if any(len(piece.boxes) > 1 for piece in pieces):
         return f"{who}: ranges of elements"
     return f"{who}: " + " and ".join(_splits([piece.boxes[0] for piece in pieces]))
-
-
-def numbers_in_words(numbers: Sequence[int]) -> str:
-    """
-    >>> numbers_in_words([0, 2, 4, 6]), numbers_in_words([3]), numbers_in_words([0, 1, 2, 5])
-    ('0, 2, 4, 6', '3', '0-2, 5')
-    """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
-    )
 
 
 def _splits(boxes: Sequence[Box]) -> list[str]:

@@ -142,7 +142,10 @@ def _of_the_runs(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
 
 def _keys(what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     for key in (key for key in a if key in b and a[key] != b[key]):
-        yield f"{what}: {key} is {shown(a[key])} in the first, {shown(b[key])} in the second"
+        if isinstance(a[key], dict):
+            yield f"{what}: {key} differs"
+        else:
+            yield f"{what}: {key} is {shown(a[key])} in the first, {shown(b[key])} in the second"
     for these, others, which in ((a, b, "first"), (b, a, "second")):
         alone = [key for key in these if key not in others and these[key] is not None]
         if alone:

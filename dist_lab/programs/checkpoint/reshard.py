@@ -49,7 +49,7 @@ def reshard(config: Reshard) -> int:
     size = math.prod((config.mesh or {}).values())
     run = run.fitted(size)
     axes, target = run.axes(size) or {"dp": 1}, Path(config.target).expanduser().absolute()
-    about = {key: source.manifest[key] for key in ("settings", "extra", "versions")}
+    about = {key: source.manifest[key] for key in ("settings", "extra", "tied", "versions")}
     about |= {"strategies": "", "optimizer": None}  # the first rank says
     with OfflineWriter(target, source.step, axes, about) as writer:
         for rank in watched(range(size), "ranks written"):
