@@ -26,6 +26,7 @@ from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import TimedAction
 
 Row = Mapping[str, Any]
+SUMMARY = "summary.json"
 LAST_STEP = "the last step, measured"
 
 
@@ -74,7 +75,7 @@ class JsonLines(Sink):
     def __init__(self, folder: Path, first: int) -> None:
         self.folder = folder
         drop_rows(folder / "metrics.jsonl", first)
-        (folder / "summary.json").unlink(missing_ok=True)
+        (folder / SUMMARY).unlink(missing_ok=True)
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def row(self, row: Row) -> None:
@@ -98,7 +99,7 @@ class JsonLines(Sink):
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.file.close()
         if summary is not None:
-            write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / SUMMARY, summary)
 
 
 class TensorBoard(Sink):
@@ -151,8 +152,11 @@ class Screen(Sink):
     """Shows a progress bar with the last numbers, or prints a line per row in a log."""
 
     def __init__(self, steps: int, *, plain: bool) -> None:
-        self.steps, self.validation = steps, ""
+        self.steps, self.first, self.validation = steps, 0, ""
         self.progress = Progress("step", steps, plain=plain)
+
+    def begin(self, step: int) -> None:
+        self.first = step
 
     def tick(self, step: int) -> None:
         self.progress.reach(step)
@@ -176,7 +180,7 @@ class Screen(Sink):
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.progress.close()
         if summary is not None:
-            self.progress.print(closing_line(summary))
+            self.progress.print(closing_line(summary, self.first))
             self.progress.print(in_one_line(against_theory(summary)))
 
 
@@ -192,13 +196,15 @@ def drop_rows(path: Path, first: int) -> None:
         new.replace(path)  # at once, so that a run that is killed here loses no row
 
 
-def closing_line(summary: Mapping[str, Any]) -> str:
+def closing_line(summary: Mapping[str, Any], first: int = 0) -> str:
+    """The result of a run in one line. `first`: the steps that were taken before it resumed."""
     median, validation = summary["median"], summary["final_val_loss"]
     validated = ""
     if validation is not None:
         validated = f", validation {validation:.4f}{_accuracy(summary, 'final_val_accuracy')}"
+    since = f" ({summary['steps'] - first} since it resumed)" if first else ""
     return (
-        f"{summary['steps']} steps, loss {summary['final_loss']:.4f}{validated}; "
+        f"{summary['steps']} steps{since}, loss {summary['final_loss']:.4f}{validated}; "
         f"{_rate(median)}, MFU {in_percent(summary['mfu'])}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
         f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}"

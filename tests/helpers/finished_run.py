@@ -54,7 +54,7 @@ def summary_of(name: str = "runs/001-mix", **changes: Any) -> dict[str, Any]:
         "data": {"name": "stdlib", "sha256": "e4266d7c2a78" * 5, "image": None},
         "versions": {"python": "3.11.7", "torch": "2.13.0"}, "strategies": "pp x fsdp x tp@hand",
         "about": "", "layouts": layouts(), "out": name, "format": FORMAT, "steps": STEPS,
-        "step_times_ms": {"first_step": 1, "ms": times},
+        "step_times_ms": {"first_step": 1, "warm_up": 2, "ms": times},
         "median": {"step_ms": 300.2, "samples_per_s": 106.6, "tokens_per_s": 13644.9,
                    "comm_ms": 60.4, "comm_payload_bytes": 13_500_000,
                    "comm_sent_bytes": 11_500_000},

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import evidence
+
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.step.fixed_order.digest import sha256
@@ -44,6 +46,7 @@ MODES = {
 SMALL = "--size tiny --batch 8 --seq 16 --log-every 1 --val-every 0 --timeout 20".split()
 STEPS, SAVE_EVERY, KILLS = 24, 4, 5
 DATA = ROOT / "dist_lab/job.py"  # any text
+SAME = ("steps", "final_loss", "final_val_loss", "parameters", "flops_per_step")
 FAILED = re.compile(
     r"train\.py: .* failed first: .*restart \d+ of|Sending process|failed \(exitcode"
 )
@@ -106,10 +109,15 @@ def finished(
 
 
 def numbers(out: Path) -> dict[str, object]:
-    """What a run has computed: the bits of each row, and the digest of weights and moments."""
+    """What a run has computed: the bits of each row, and the digest of weights and moments.
+
+    Its summary is another's, apart from times.
+    """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     saved = Checkpoint.open(folders.steps(out / "checkpoints")[0][1])
+    summary = json.loads((out / "summary.json").read_text())
     return {
+        "summary": {name: summary[name] for name in SAME},
         "rows": [(r["step"], r["loss"].hex(), float(r["grad_norm"]).hex()) for r in rows],
         "saved": saved.step,
         "sha256": sha256({name: saved.read(name) for name in sorted(saved.names())}),
@@ -228,8 +236,10 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--by", choices=["launcher", "torchrun"], default="launcher")
     parser.add_argument("--modes", default=",".join(MODES))
+    evidence.add_out(parser)
     known = parser.parse_args()
     modes, ranks, problems = known.modes.split(","), known.ranks, list[str]()
+    cases = 0
     kills: list[dict[str, object]] = []
 
     def note(name: str, problem: str) -> None:
@@ -268,12 +278,19 @@ def main() -> int:
                 else:
                     problem = kill_the_launcher(mode, ranks, folder, expected[mode])
                 note(f"{mode} {case}", problem)
+                cases += 1
     recovered = sorted(float(str(k["recovered_s"])) for k in kills if k["recovered_s"])
+    median, p95 = statistics.median(recovered), recovered[int(0.95 * (len(recovered) - 1))]
     print(json.dumps({
         "kills": len(kills), "runs": run, "problems": problems,
-        "recovered_median_s": statistics.median(recovered),
-        "recovered_p95_s": recovered[int(0.95 * (len(recovered) - 1))],
+        "recovered_median_s": median, "recovered_p95_s": p95,
     }))  # fmt: skip
+    by = "" if known.by == "launcher" else "by torchrun"
+    equal = "all equal to the bit" if not problems else f"{len(problems)} not equal"
+    times = f"recovery median {median:.1f} s, 95% within {p95:.1f} s"
+    evidence.note(known.out, "R1", by, f"{run} runs, {len(kills)} kills: {equal}; {times}")
+    if cases:
+        evidence.note(known.out, "R2", by, f"{cases} runs: {equal}")
     return 1 if problems else 0
 
 

@@ -10,7 +10,6 @@ from dist_lab.observe.report.markup import Cell, Content, Html, figure, number, 
 from dist_lab.observe.report.units import of_ms, plural
 
 MOST_ROWS = 300  # of the table of losses; of a longer run every second, third ... row is shown
-WARM_UP = 2  # steps that are measured for memory and operations, and so are slower
 BINS = 40
 FAR = 4.0  # an outlier's distance from the median, in robust standard deviations
 ROBUST = 1.4826  # standard deviation / median absolute deviation, of normal numbers
@@ -57,7 +56,7 @@ def step_times(summary: Mapping[str, Any]) -> Html:
     times = summary["step_times_ms"]
     first, values = times["first_step"], times["ms"]
     numbered = list(enumerate(values, start=first))
-    warm = numbered[:WARM_UP] if len(values) == summary["steps"] > WARM_UP else []
+    warm = numbered[: times["warm_up"]]
     steady = numbered[len(warm) :]
     limit = outlier_limit([ms for _, ms in steady])
     far = [(step, ms) for step, ms in steady if ms > limit]

@@ -38,6 +38,7 @@ class Checkpoints:
 
     Attributes:
         first: the number of steps that were taken before this process was started.
+        summary: the contents of summary.json, if these were all steps; else empty.
     """
 
     def __init__(
@@ -63,20 +64,25 @@ class Checkpoints:
             if job.mesh.rank == 0:
                 with as_machine_error(self._folder):
                     folders.sweep(self._folder, Files())
-        self.first = self._resume() if config.resume else 0
+        self.first, self.summary = self._resume() if config.resume else (0, {})
         self._saver = None
         if config.save_every:
             self._saver = job.saver(self._folder, keep=config.keep, files=self._files, tell=tell)
 
     def after(self, step: int) -> None:
-        """A step has ended: save, if it is time. Collective."""
-        is_last, every = step == self._config.steps, self._config.save_every
-        if self._saver is not None and (is_last or step % every == 0):
+        """A step has ended, and it is not the last: save, if it is time. Collective."""
+        if self._saver is not None and step % self._config.save_every == 0:
             self._saver.save(self._optimizer, step=step, settings=self._meaning)
 
-    def finish(self) -> None:
-        """Wait for the last save. Collective."""
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The last step has ended: save, together with the summary. Collective.
+
+        Whoever resumes a run that was killed after this save takes no step that it could measure.
+        """
         if self._saver is not None:
+            extra = {"summary": dict(summary)}
+            steps, meaning = self._config.steps, self._meaning
+            self._saver.save(self._optimizer, step=steps, settings=meaning, extra=extra)
             self._saver.finish()
 
     def wait(self) -> None:
@@ -84,12 +90,12 @@ class Checkpoints:
         if self._saver is not None:
             self._saver.wait()
 
-    def _resume(self) -> int:
-        """Load the checkpoint that `config.resume` names. Returns its step; 0 without one."""
+    def _resume(self) -> tuple[int, Mapping[str, Any]]:
+        """Load the checkpoint that `config.resume` names. Returns its step and its summary."""
         mesh = self._job.mesh
         source = first_says(lambda: source_of(self._config, self._folder), mesh.world)
         if not source:
-            return 0
+            return 0, {}
         checkpoint = open_newest(source, mesh, self._tell)
         with together(mesh.world):
             self._check_settings(str(checkpoint.folder), checkpoint.manifest["settings"])
@@ -97,10 +103,10 @@ class Checkpoints:
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
                     self._set_aside(checkpoint.step, checkpoint.folder)
-        load(checkpoint, self._job, self._optimizer)
+        extra = load(checkpoint, self._job, self._optimizer)
         if mesh.rank == 0:
             self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}")
-        return checkpoint.step
+        return checkpoint.step, extra.get("summary") or {}
 
     def _check_settings(self, name: str, saved: Mapping[str, Any] | None) -> None:
         """Raise UserError if the run would go on as another one."""

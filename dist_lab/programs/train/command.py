@@ -11,8 +11,9 @@ from dist_lab.faults.inject import injected
 from dist_lab.layout.layout import to_json
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
+from dist_lab.observe.export import write_json
 from dist_lab.observe.sample_log import SampleLog, refuse_unnumbered
-from dist_lab.observe.sinks import Sink, open_sinks
+from dist_lab.observe.sinks import SUMMARY, Sink, open_sinks
 from dist_lab.observe.theory import bubbles
 from dist_lab.observe.timeline.profile import Profile
 from dist_lab.observe.timeline.sink import Recording
@@ -57,6 +58,7 @@ def train(config: Config, mesh: Mesh) -> int:
                 print_line(
                     f"step {checkpoints.first} of {config.steps}: give more --steps to train on"
                 )
+                complete(folder, checkpoints.summary)
             return 0
         if mesh.rank == 0:
             sinks += open_sinks(
@@ -75,13 +77,15 @@ def train(config: Config, mesh: Mesh) -> int:
         summary: dict[str, Any] | None = None
         try:
             measured = loop.train(job, optimizer, data, config, checkpoints, sinks)
-            summary = run_info | measured | {"pipeline": None}
+            measured = run_info | measured | {"pipeline": None}
             rows = job.timeline()  # of the last step; empty rows unless it is a pipeline
             if any(rows):
                 schedule = config.pipeline(mesh["pp"].size)
-                summary |= {"pipeline": bubbles(rows, schedule)}
+                measured |= {"pipeline": bubbles(rows, schedule)}
                 for sink in sinks:
                     sink.pipeline(rows, schedule)
+            checkpoints.finish(measured)
+            summary = measured
         except (UserError, MachineError):  # raised on every rank, such as a loss that is NaN
             checkpoints.wait()
             raise
@@ -104,6 +108,12 @@ def claim_folder(config: Config, mesh: Mesh, resources: ExitStack) -> Path:
         return str(resources.enter_context(run_dir.claimed(config, what)))
 
     return Path(first_says(claim, mesh.world))
+
+
+def complete(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary of a run that was killed after its last step, before it could."""
+    if summary and not (folder / SUMMARY).exists():
+        write_json(folder / SUMMARY, {**summary, "out": str(folder)})
 
 
 def print_line(line: str) -> None:

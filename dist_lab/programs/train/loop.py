@@ -36,7 +36,10 @@ def train(
     job: Job, optimizer: torch.optim.Optimizer, data: Data, config: Config,
     checkpoints: Checkpoints, sinks: Sequence[Sink],
 ) -> dict[str, Any]:  # fmt: skip
-    """Train, send rows to the sinks, and return the medians and final losses for summary.json."""
+    """Train, send rows to the sinks, and return the medians and final losses for summary.json.
+
+    Saves when it is time, but not after the last step: the last checkpoint has the summary, too.
+    """
     rows = own_rows(config.batch, job)
     meter = Meter(job, optimizer, checkpoints.first)
     sentinel = job.sentinel(config.sentinel) if config.sentinel else None
@@ -76,12 +79,12 @@ def train(
                 row |= meter.since_last_row(config.batch, tokens)
                 for sink in sinks:
                     sink.row(row)
-            comm.begin(step, "save")
-            checkpoints.after(step)
-            comm.begin(step, LOOP)
+            if step < config.steps:
+                comm.begin(step, "save")
+                checkpoints.after(step)
+                comm.begin(step, LOOP)
             for sink in sinks:
                 sink.after(step)
-    checkpoints.finish()
     over_time = meter.memory_over_time()
     for sink in sinks:
         sink.memory(over_time)

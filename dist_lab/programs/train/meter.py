@@ -104,7 +104,7 @@ class Meter:
         library = bool(self.job.about)  # neither its calls nor its memory are known to us
         return {
             "format": FORMAT,
-            "steps": len(self.steps),
+            "steps": self.first + len(self.steps),
             "step_times_ms": self._step_times(),
             "median": {
                 "step_ms": seconds * 1e3,
@@ -124,10 +124,12 @@ class Meter:
         }
 
     def _step_times(self) -> dict[str, Any]:
-        """The time of each of the last steps, in ms, and the number of the first of these."""
+        """The time of each of the last steps, in ms; the first one's number; the slow warm-up's."""
         recent = self.steps[-MOST_STEPS:]
         first = self.first + len(self.steps) - len(recent) + 1
-        return {"first_step": first, "ms": [round(seconds * 1e3, 3) for seconds, _ in recent]}
+        warm_up = WARM_UP if len(recent) == len(self.steps) > WARM_UP else 0
+        ms = [round(seconds * 1e3, 3) for seconds, _ in recent]
+        return {"first_step": first, "warm_up": warm_up, "ms": ms}
 
     def _traffic(self) -> list[dict[str, Any]]:
         """The last step's collectives of this rank, one row per phase, operation and axis."""

@@ -28,6 +28,7 @@ def train(mode: str, out: Path, *flags: object, steps: int = STEPS):
     small = [flag for flag in kills.SMALL if flag not in (() if "--timeout" not in flags else TIME)]
     done = run("train.py", *kills.MODES[mode].split(), *small, *sizes, *paths, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, "a rank that lost another one says so in one line"
     return done
 
 
@@ -62,6 +63,13 @@ def test_a_rank_that_is_killed_in_the_middle_of_a_save_changes_nothing(tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.nightly_unless(lambda mode: mode in ("fsdp", "pp"))
+@pytest.mark.parametrize("mode", kills.MODES)
+def test_the_same_command_with_the_same_seed_computes_the_same_bits(mode, tmp_path):
+    train(mode, tmp_path / "run")
+    assert kills.numbers(tmp_path / "run") == never_killed(mode)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", kills.MODES)
 def test_random_kills_change_nothing_in_any_mode(mode, tmp_path):
     """Three random ones, rank 0 in the optimizer's step, and then both ranks in one step."""

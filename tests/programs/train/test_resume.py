@@ -50,6 +50,7 @@ def test_a_run_goes_on_in_another_layout_with_the_losses_it_would_have_had(saved
     done = train(out, f"{other} --resume auto")
     assert done.returncode == 0, done.stderr
     assert "resumed after step 2" in done.stdout
+    assert "6 steps (4 since it resumed), loss" in done.stdout
     assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]  # each step once
     assert [row["loss"] for row in metrics(out)] == pytest.approx(saved[1], rel=1e-10)
 
@@ -71,10 +72,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_moved_aside(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_has_taken_all_its_steps_says_so(saved, tmp_path):
-    done = train(without(saved, tmp_path), "--strategy fsdp --nproc 2 --resume auto")
+@pytest.mark.parametrize("other", ["--strategy fsdp --nproc 2", "--strategy ddp --nproc 3"])
+def test_a_run_that_was_killed_after_its_last_save_leaves_the_summary_all_the_same(
+    saved, tmp_path, other
+):
+    out = without(saved, tmp_path)
+    (out / "summary.json").unlink()
+    done = train(out, f"{other} --resume auto")
     assert done.returncode == 0
     assert "step 6 of 6: give more --steps to train on" in done.stdout
+    first, again = (json.loads((run / "summary.json").read_text()) for run in (saved[0], out))
+    assert again == first | {"out": str(out)}, "also its times: they were measured before the save"
 
 
 REFUSED = {
