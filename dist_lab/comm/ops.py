@@ -126,17 +126,12 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     comm = axis.comm
     if axis.size == 1 or comm.collectives != "auto" or comm.backend != "gloo":
         return torch.zeros(length, dtype=dtype, device=comm.device)
-    own_path = shared.create(length, dtype)
-    try:
-        with comm.label(unit=SHARED_MEMORY):
-            paths = [p.decode() for p in all_gather_bytes(str(own_path or "").encode(), axis)]
-            by_path = {path: shared.attach(path, length, dtype) for path in set(paths)}
-            memories = [memory for path in paths if (memory := by_path[path]) is not None]
-            status = b"all" if len(memories) == axis.size else b"not all"
-            statuses = all_gather_bytes(status, axis)
-    finally:
-        if own_path is not None:
-            own_path.unlink()  # the memory lives on until the last rank unmaps it
+    with shared.created(length, dtype) as own, comm.label(unit=SHARED_MEMORY):
+        places = [place.decode() for place in all_gather_bytes(own.encode(), axis)]
+        attached = {place: shared.attach(place, length, dtype) for place in set(places)}
+        memories = [memory for place in places if (memory := attached[place]) is not None]
+        status = b"all" if len(memories) == axis.size else b"not all"
+        statuses = all_gather_bytes(status, axis)
     if set(statuses) != {b"all"}:
         return torch.zeros(length, dtype=dtype)
     buffer = torch.from_numpy(memories[axis.index].data).view(dtype)

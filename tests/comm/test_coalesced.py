@@ -416,9 +416,8 @@ def test_a_rank_that_ends_after_its_last_collective_is_not_an_error(mesh):
 
 @needs_linux
 def test_a_rank_that_arrives_just_before_it_dies_is_not_an_error(monkeypatch):
-    path = shared.create(1, F32)
-    memory = shared.attach(str(path), 1, F32)
-    path.unlink()
+    with shared.created(1, F32) as place:
+        memory = shared.attach(place, 1, F32)
     window = shared.SharedWindow([memory], 0, (0,), timeout=5.0)
 
     def dies(process):

@@ -3,10 +3,12 @@
     flat = ops.shared_buffer(length, torch.float32, axis)    on every rank, in the same order
     ops.all_reduce_into(flat, axis).wait()                   sums it in place
 
-Each rank's shared buffer is a file in memory, which the other ranks map as well. A window is one
-rank's view of such a buffer: the memory of all ranks, mapped into this process. `collectives` works
-on windows. MPI-3 calls this a shared-memory window (Hoefler et al. 2013, "MPI + MPI: a new hybrid
-approach to parallel programming"), and OpenSHMEM calls it symmetric memory.
+Each rank's shared buffer is a file in memory, which the other ranks map as well. It has no name:
+they open it as its owner has it open, in /proc. So a rank that is killed at any time leaves nothing
+behind. A window is one rank's view of such a buffer: the memory of all ranks, mapped into this
+process. `collectives` works on windows. MPI-3 calls this a shared-memory window (Hoefler et al.
+2013, "MPI + MPI: a new hybrid approach to parallel programming"), and OpenSHMEM calls it symmetric
+memory.
 
 [Note: barriers] A rank must not read before all ranks have written, and must not write again before
 all have read. So each file begins with two counters. Its owner alone writes them, and every rank
@@ -24,13 +26,14 @@ are still alive, and it gives up at the time limit of the mesh.
 import mmap
 import os
 import secrets
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +48,9 @@ SUMMED = {torch.float32: np.float32, torch.float64: np.float64}
 # NumPy has no bfloat16. So 16-bit numbers are copied as integers; sums of them use messages.
 TYPES = SUMMED | {torch.bfloat16: np.int16, torch.float16: np.int16}
 FOLDER = Path("/dev/shm")  # a file system in memory, on Linux
-HEADER = 64  # bytes before the data: the counters, alone in their cache line
+HEADER = 64  # bytes before the data: the counters and the token, alone in their cache line
 ARRIVED, DEPARTED = 0, 1  # positions of the counters
+TOKEN = slice(16, 32)  # random bytes, by which another rank knows the file
 
 
 class Memory(NamedTuple):
@@ -73,8 +77,6 @@ class SharedWindow:
         self.arrays = [memory.data for memory in memories]
         self.timeout = timeout
         self.call: Any = None
-        # A process in another PID namespace looks dead from ours: never report that one as dead.
-        self.visible = [alive(memory.process) for memory in memories]
         self._counters = memories[index].counters
         self._lock = threading.Lock()
 
@@ -140,7 +142,7 @@ class Barrier:
 
     def _check_alive(self, late: Sequence[int]) -> None:
         window = self.window
-        dead = [i for i in late if window.visible[i] and not alive(window.memories[i].process)]
+        dead = [i for i in late if not alive(window.memories[i].process)]
         # A dead rank is not late if it reached the number just before it died.
         if dead_and_late := [i for i in dead if i in window.late(self.counter, self.number)]:
             self._fail(dead_and_late, "its process has ended")
@@ -169,29 +171,46 @@ def as_array(x: Tensor) -> Array:
 # --- files in memory ------------------------------------------------------------------------------
 
 
-def create(length: int, dtype: torch.dtype) -> Path | None:
-    """Creates a file in memory with room for `length` elements. None if there is no room."""
-    if dtype not in TYPES or not FOLDER.is_dir():
-        return None
-    # Ranks gather each other's paths, so all paths have one length.
-    path = FOLDER / f"dist_lab-{os.getpid():010}-{secrets.token_hex(8)}"
-    try:
-        with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
-            # Reserve the space now: if a later write finds none, the process is killed.
-            os.posix_fallocate(file.fileno(), 0, HEADER + length * dtype.itemsize)
-    except OSError:
-        path.unlink(missing_ok=True)
-        return None
-    return path
+@contextmanager
+def created(length: int, dtype: torch.dtype) -> Iterator[str]:
+    """Creates a file in memory with room for `length` elements, and yields where it is open.
+
+    "" if there is no room. After the block the memory is that of the ranks that have attached it.
+    """
+    file = new_file(HEADER + length * dtype.itemsize) if dtype in TYPES else None
+    if file is None:
+        yield ""
+        return
+    with file:
+        token = secrets.token_hex(8)
+        os.pwrite(file.fileno(), token.encode(), TOKEN.start)
+        # All texts have one length, because ranks gather them.
+        yield f"{os.getpid():010} {file.fileno():06} {token}"
 
 
-def attach(path: str, length: int, dtype: torch.dtype) -> Memory | None:
+def new_file(size: int) -> IO[bytes] | None:
+    """Returns a file in memory that has no name; None if there is no room for it."""
+    if not FOLDER.is_dir():
+        return None
+    with ExitStack() as unless_ready, suppress(OSError):
+        file = unless_ready.enter_context(tempfile.TemporaryFile(dir=FOLDER, prefix="dist_lab-"))
+        # Reserve the space now: if a later write finds none, the process is killed.
+        os.posix_fallocate(file.fileno(), 0, size)
+        unless_ready.pop_all()
+        return file
+    return None
+
+
+def attach(where: str, length: int, dtype: torch.dtype) -> Memory | None:
     """Maps a rank's file. None if it is missing, or on another machine."""
     try:
-        with open(path, "r+b") as file:
+        process, number, token = where.split()
+        with open(f"/proc/{int(process)}/fd/{int(number)}", "r+b", buffering=0) as file:
             memory = mmap.mmap(file.fileno(), HEADER + length * dtype.itemsize)
     except (OSError, ValueError):
         return None
+    if memory[TOKEN] != token.encode():
+        return None
     counters = memoryview(memory)[:16].cast("q")
     data = np.frombuffer(memory, TYPES[dtype], length, HEADER)
-    return Memory(counters, data, int(Path(path).name.split("-")[1]))
+    return Memory(counters, data, int(process))

@@ -71,7 +71,7 @@ def test_explain_shows_ranks_layouts_buckets_and_bytes_of_a_large_mesh(printed):
     assert "bucket 0: lm_head.weight" in text
     assert "2 (N-1)/N S" in text
     set_up = [line for line in text.splitlines() if "set-up of shared memory, 8 calls" in line]
-    assert [line.split()[-2:] for line in set_up] == [["8,192", "8,064"]]
+    assert [line.split()[-2:] for line in set_up] == [["6,784", "6,678"]]
     row = next(line.split() for line in text.splitlines() if line.lstrip().startswith("all_reduce"))
     payload, by_formula, sent = (int(row[i].replace(",", "")) for i in (3, -2, -1))
     assert payload > 4 * 1_000_576  # all parameters, and the flags
