@@ -9,6 +9,7 @@ recomputes this forward, and when backward reaches its outputs or a saved tensor
 * when backward ends, in any case.
 """
 
+import sys
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm.context import CommContext
-from dist_lab.errors import UserError
+from dist_lab.errors import CollectiveError, UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors, tensors_in
 from dist_lab.step.protocol import Chain, Phase
 from dist_lab.step.reads import close_read_units
@@ -95,6 +96,8 @@ class Unit:
         if not self.saver.leave(self):
             return None
         self.comm.unit = self.outer
+        if isinstance(sys.exception(), CollectiveError):
+            return None  # no rank answers any more: leave the unit open, and send nothing
         visit, outputs = self.visit, list(tensors_in(output))
         unsharded = ChainMap(self.unsharded, *(unit.unsharded for unit in self.read_units))
         replaced = None  # the output that the hook returns, if it changes it

@@ -686,6 +686,22 @@ def test_after_a_broken_off_step_only_units_of_the_next_step_are_reduced(mesh):
     assert sorted(c.unit for c in calls if c.op == "reduce_scatter") == ["b", "c", "root"]
 
 
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_after_a_collective_has_failed_in_forward_nothing_more_is_sent(mesh):
+    """As when a rank was killed. A second error would be a warning of torch's, of our own hooks."""
+    job, _ = trained(mesh)
+    calls = []
+
+    def fail(call):
+        calls.append(call)
+        raise CollectiveError("the other rank is gone")
+
+    mesh.comm.ledger.listeners.append(fail)
+    with pytest.raises(CollectiveError, match="is gone"), job.microbatch(last=True):
+        loss_of(job)
+    assert len(calls) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_rank_that_fails_alone_raises_at_once_and_the_other_after_the_timeout(mesh):
