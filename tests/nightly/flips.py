@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
+import evidence
 from damage import flips_not_found
 
 import dist_lab
@@ -26,6 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    evidence.add_out(parser)
     given = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -33,6 +35,7 @@ def main() -> int:
     seconds = time.perf_counter() - start
     row = {"flips": given.count, "found": given.count - len(missed), "seed": given.seed}
     print(json.dumps(row | {"seconds": round(seconds, 1), "missed": missed[:10]}))
+    evidence.note(given.out, "R7", "", f"{row['found']:,} of {given.count:,} found")
     return bool(missed)
 
 

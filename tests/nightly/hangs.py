@@ -1,10 +1,11 @@
-"""Ranks that differ and ranks that hang, many times: `python tests/nightly/hangs.py [HANGS]`.
+"""Ranks that differ and ranks that hang, many times: `python tests/nightly/hangs.py [--hangs 40]`.
 
-Goal R8: every kind of mismatch on 2, 3 and 4 ranks, with the check and without. Goal R10: HANGS
-runs (40) of the launcher in which a rank is stopped, sleeps, holds the GIL or waits for a message.
+Goal R8: every kind of mismatch on 2, 3 and 4 ranks, with the check and without. Goal R10: runs
+of the launcher in which a rank is stopped, sleeps, holds the GIL or waits for a message.
 Prints two tables, and exits with 1 if anything was not found in time, or aborted.
 """
 
+import argparse
 import contextlib
 import io
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "helpers")]  # as pytest does
 
+import evidence  # noqa: E402
 import torch  # noqa: E402
 import toy  # noqa: E402
 from mismatches import KINDS, is_quiet  # noqa: E402
@@ -52,9 +54,9 @@ def body(rank: int, kind: str, size: int, check: bool) -> tuple[str, float]:
     return "nothing", time.monotonic() - began
 
 
-def mismatches() -> bool:
+def mismatches(out: Path | None) -> bool:
     """Prints a table; returns whether all were found in time."""
-    good, pool = True, Pool(PRELOAD)
+    good, pool, worst = True, Pool(PRELOAD), dict.fromkeys(LIMITS, 0.0)
     print("| mismatch | ranks | with check: found, s | without: found, s |\n|---|---|---|---|")
     for kind in KINDS:
         for size in (2, 3, 4):
@@ -68,15 +70,19 @@ def mismatches() -> bool:
                 someone = any(what in ("mismatch", "named") for what, _ in found)
                 everyone = all(what in ("mismatch", "named", "quiet") for what, _ in found)
                 slowest = max(seconds for _, seconds in found)
+                worst[check] = max(worst[check], slowest)
                 good &= (everyone if check else someone) and slowest <= limit
                 words = "/".join(sorted({what for what, _ in found} - {"quiet"}))
                 cells.append(f"{words}, {slowest:.2f}")
             print(f"| {kind} | {size} | {' | '.join(cells)} |", flush=True)
     pool.close()
+    within = f"within {worst[True]:.2f} s with the check, {worst[False]:.2f} s without"
+    found_all = "all found" if good else "not all found in time"
+    evidence.note(out, "R8", "", f"{len(KINDS)} kinds on 2 to 4 ranks: {found_all}, {within}")
     return good
 
 
-def hangs(count: int) -> bool:
+def hangs(count: int, out: Path | None) -> bool:
     """Prints a table; returns whether each hung rank was named and all ranks ended in time."""
     seconds: dict[str, list[float]] = {do: [] for do in HANGS}
     named = 0
@@ -93,10 +99,16 @@ def hangs(count: int) -> bool:
         print(f"| {do} | {len(each)} | {max(each, default=0.0):.1f} |")
     print(f"\n{named} of {count} hung ranks were named")
     slowest = max(max(each, default=0.0) for each in seconds.values())
+    ended = f"all processes gone {slowest:.1f} s after their start at the latest"
+    evidence.note(out, "R10", "", f"{named} of {count} named, {ended}")
     return named == count and slowest <= TIMEOUT + 5.0 + TO_START
 
 
 if __name__ == "__main__":
-    found = mismatches()
-    named_in_time = hangs(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hangs", type=int, default=40)
+    evidence.add_out(parser)
+    known = parser.parse_args()
+    found = mismatches(known.out)
+    named_in_time = hangs(known.hangs, known.out)
     sys.exit(0 if found and named_in_time else 1)

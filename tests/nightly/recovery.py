@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import evidence
 import kills
 
 GOAL = {"launcher": 3.0, "torchrun": 8.0}  # seconds
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--by", choices=[*GOAL], default="launcher")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--mode", choices=[*kills.MODES], default="ddp")
+    evidence.add_out(parser)
     known = parser.parse_args()
     phases = ("forward", "backward", "reduce", "optimizer")
     faults = [
@@ -52,6 +54,13 @@ def main() -> int:
         "median_s": seconds[len(seconds) // 2] if seconds else None, "p95_s": p95,
         "goal_s": GOAL[known.by], "connectFullMesh": full_mesh,
     }))  # fmt: skip
+    if seconds:
+        median, by = seconds[len(seconds) // 2], "by torchrun" if known.by == "torchrun" else ""
+        times = f"median {median:.1f} s, 95% within {p95:.1f} s, {len(happened)} kills"
+        evidence.note(known.out, "R4", by, times)
+        if by:
+            failed = f"{full_mesh} of {len(happened)} restarts failed to connect"
+            evidence.note(known.out, "R3", "", failed)
     if ended.status:
         print(ended.text[-4000:], file=sys.stderr)
     missed = p95 is None or p95 > GOAL[known.by] or len(happened) < known.kills

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
+import evidence
 import saved
 import torch
 
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--chains", type=int, default=20)
     parser.add_argument("--length", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    evidence.add_out(parser)
     options = parser.parse_args()
     draw, pool, wrong = random.Random(options.seed), Pool([*PRELOAD, "saved"]), 0
     for number in range(1, options.chains + 1):
@@ -73,7 +75,9 @@ def main() -> int:
             flush=True,
         )
     pool.close()
-    print(f"{options.chains - wrong} of {options.chains} chains equal")
+    equal = f"{options.chains - wrong} of {options.chains} chains of {options.length} equal"
+    print(equal)
+    evidence.note(options.out, "R14", "", f"{equal} to the bit")
     return 1 if wrong else 0
 
 

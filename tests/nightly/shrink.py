@@ -8,6 +8,7 @@ after the newest checkpoint, in the folder that rank 0 chose before, with the sa
 losses as in a run of one process. Prints a JSON line; the exit status is 1 if that is not so.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import evidence
 import kills
 
 STEPS = 20
@@ -28,6 +30,9 @@ TRAIN = (
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    evidence.add_out(parser)
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train = [str(kills.ROOT / "launch/train.py"), *TRAIN, "--data", str(kills.DATA)]
@@ -66,6 +71,8 @@ def main() -> int:
         is_right = not status and about["steps"] and worst < 1e-9 and about["ranks"] == 2
         if not is_right:
             print(text(folder, first)[-4000:], file=sys.stderr)
+        same = f"largest difference of a loss {worst:.0e}" if is_right else "the run went wrong"
+        evidence.note(given.out, "shrink", "", same)
         return int(not is_right)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
+import evidence
 from programs import run
 
 NORMAL = 200
@@ -43,7 +44,9 @@ def train(layout: str, rank: int, step: int, seed: int, folder: Path) -> list[tu
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=int, default=20)
-    late, alarms, runs = 0, 0, parser.parse_args().runs
+    evidence.add_out(parser)
+    known = parser.parse_args()
+    late, alarms, runs = 0, 0, known.runs
     for seed in range(runs):
         draw, layout = random.Random(seed), LAYOUTS[seed % len(LAYOUTS)]
         rank, step = draw.randrange(4), NORMAL + 3 + draw.randrange(5)  # 2 steps are warm-up
@@ -59,7 +62,9 @@ def main() -> int:
             f"{layout:20} rank {rank} at step {step}: {after}; false {false}; load {load:.1f}",
             flush=True,
         )
-    print(f"{runs} runs: {late} not named within 10 steps, {alarms} false alarms")
+    counted = f"{runs} runs: {late} not named within 10 steps, {alarms} false alarms"
+    print(counted)
+    evidence.note(known.out, "R16", "", counted)
     return int(late + alarms > 0)
 
 
