@@ -16,9 +16,12 @@ marked slow one by one, in `pytest.param`, all run.
 
 import hashlib
 import inspect
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
+from processes import descendants
 
 import dist_lab
 from dist_lab.testing import POOL
@@ -65,6 +68,19 @@ def is_unusual(item: pytest.Item, mark_name: str) -> bool:
         if not is_usual(**arguments):
             return True
     return False
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test, every process that it has started must have ended."""
+    pool = request.config.stash[POOL]
+    before = descendants(pool)
+    yield
+    deadline = time.monotonic() + 10.0  # for those that are ending
+    while left := descendants(pool) - before:
+        if time.monotonic() > deadline:
+            pytest.fail(f"processes {sorted(left)} are left")
+        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -94,6 +94,10 @@ class Pool:
             self._end()
             raise
 
+    def processes(self) -> set[int]:
+        """The ids of the processes of its ranks."""
+        return {rank.process.pid or 0 for rank in self._ranks}
+
     def close(self) -> list[str]:
         """Let every rank end by itself. Returns a line for each that ended with an error."""
         for rank in self._ranks:
