@@ -10,6 +10,8 @@ from dist_lab.layout.layout import Layout, OnlyOn, Shard, to_json
 from dist_lab.observe import pipeline_plot
 from dist_lab.observe.report.folder import FORMAT
 from dist_lab.observe.theory import bubbles
+from dist_lab.observe.timeline import perfetto
+from dist_lab.observe.timeline.timeline import CallSpan, RankTimeline, Segment, StepSpan, Timeline
 from dist_lab.parallel.schedules.library import make
 from dist_lab.parallel.schedules.simulate import timeline
 from dist_lab.programs.cli.config import Config
@@ -95,6 +97,8 @@ def write_run(folder: Path, **changes: Any) -> Path:
     rows = timeline(schedule)
     data = pipeline_plot.to_json(rows, "zb") | {"ideal": pipeline_plot.ideal_to_json(schedule)}
     (folder / "pipeline.json").write_text(json.dumps(data))
+    perfetto.write(timeline_of(), folder / "timeline.json")
+    (folder / "memory.json").write_text(json.dumps(memory_over_time()))
     summary = summary_of(str(folder), **{"pipeline": bubbles(rows, schedule), **changes})
     (folder / "summary.json").write_text(json.dumps(summary))
     with (folder / "metrics.jsonl").open("w") as file:
@@ -141,3 +145,55 @@ def write_comparison(folder: Path, strategies: int = 5, rounds: int = 24) -> Pat
     )
     files.write(report, folder)
     return folder
+
+
+def timeline_of(ranks: int = 8, steps: int = 3, units: int = 40) -> Timeline:
+    """A timeline in which every rank computes some units, and waits a little for each."""
+    rng, found = random.Random(2), []
+    for rank in range(ranks):
+        segments, calls, spans, now = [], [], [], 1000 * rank
+        for step in range(10, 10 + steps):
+            began = now
+            for n in range(units):
+                phase = "forward" if n < units // 2 else "backward"
+                unit, work, wait = f"model.layers.{n % 4}", rng.randint(10**6, 10**7), 400_000
+                op = "all_gather" if n < units // 2 else "reduce_scatter"
+                calls.append(CallSpan(
+                    len(calls), op, "fsdp", 2, "", 2_000_000, 1_000_000, phase, unit, "ring",
+                    "fsdp.py:1", step, now, now + work + wait, wait, work, (rank + 1) % ranks,
+                ))  # fmt: skip
+                kind = "waiting" if n % 3 else "idle"
+                segments.append(Segment(now, now + work, phase, phase, unit, None))
+                segments.append(
+                    Segment(now + work, now + work + wait, kind, phase, unit, len(calls) - 1)
+                )
+                now += work + wait
+            spans.append(StepSpan(step, began, now))
+        place = f"pp={rank // 4} fsdp={rank // 2 % 2} tp={rank % 2}"
+        found.append(RankTimeline(rank, place, "here", tuple(spans), tuple(segments), tuple(calls)))
+    about = {"tool": "dist_lab", "format": 1, "library": "", "mesh": MESH, "world_size": ranks}
+    return Timeline(about, tuple(found))
+
+
+def memory_over_time(ranks: int = 8, positions: int = 200) -> dict[str, Any]:
+    """The memory.json of a step whose activations grow in forward and shrink in backward."""
+    at = list(range(0, 10 * positions, 10))
+    entries = []
+    for rank in range(ranks):
+        grows = [min(i, positions - i) * 90_000 for i in range(positions)]
+        series = {k: [100_000 * j] * positions for j, k in enumerate(KINDS)} | {
+            "activations": grows
+        }
+        peak = max(range(positions), key=lambda i, s=series: sum(row[i] for row in s.values()))
+        by_kind = {kind: values[peak] for kind, values in series.items()}
+        alive = [{"kind": "activations", "of": f"model.layers.{n}", "when": "forward",
+                  "bytes": 2_000_000, "tensors": 3} for n in range(4)]  # fmt: skip
+        entries.append({
+            "rank": rank, "place": f"tp={rank % 2}", "step": 2, "changes": 10 * positions, "at": at,
+            "bytes": series,
+            "phases": [[0, "forward", "model.layers.0"], [900, "backward", "lm_head"]],
+            "peak": {"at": at[peak], "total": sum(by_kind.values()), "by_kind": by_kind,
+                     "alive": alive},
+        })  # fmt: skip
+    return {"tool": "dist_lab", "format": 1, "source": "measured", "kinds": list(KINDS),
+            "ranks": entries}  # fmt: skip

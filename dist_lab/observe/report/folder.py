@@ -12,9 +12,11 @@ from typing import Any
 
 from dist_lab.errors import UserError
 from dist_lab.observe.run_dir import process_with
+from dist_lab.observe.timeline.timeline import Timeline
 
 REPORT = "report.html"
 FORMAT = 2  # of summary.json; 1 had no format, no traffic, no layouts and no times of all steps
+MEMORY_FORMAT = 1  # as in memory_series.py, which imports torch
 FIELDS = "config", "mesh", "median", "step_times_ms", "layouts", "versions"
 FIELDS_OF_COMPARISON = "setting", "reference", "unit", "strategies", "measured", "refused"
 
@@ -27,12 +29,16 @@ class Run:
         summary: summary.json.
         rows: of metrics.jsonl, in the order of steps.
         pipeline: pipeline.json; None if the run has no pipeline.
+        memory: memory.json; None if there is none.
+        timeline: timeline.json; None if the run has not recorded one.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     rows: list[dict[str, Any]]
     pipeline: Mapping[str, Any] | None
+    memory: Mapping[str, Any] | None = None
+    timeline: Timeline | None = None
 
     @property
     def name(self) -> str:
@@ -76,10 +82,13 @@ def read(folder: Path) -> Run | Comparison:
             f"{summary.get('format', 1)}, and this report reads {FORMAT}; run it again"
         )
     refuse_others(folder / "summary.json", summary, FIELDS)
-    pipeline = folder / "pipeline.json"
-    with_pipeline = summary["pipeline"] is not None and pipeline.exists()
-    rows = read_rows(folder / "metrics.jsonl")
-    return Run(folder, summary, rows, read_json(pipeline) if with_pipeline else None)
+    pipeline = summary["pipeline"] and read_json(folder / "pipeline.json")
+    memory, timeline = folder / "memory.json", folder / "timeline.json"
+    return Run(
+        folder, summary, read_rows(folder / "metrics.jsonl"), pipeline,
+        read_memory(memory) if memory.exists() else None,
+        Timeline.read(timeline) if timeline.exists() else None,
+    )  # fmt: skip
 
 
 def no_summary(folder: Path) -> UserError:
@@ -121,6 +130,17 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not whole JSON"
         raise UserError(f"cannot read {str(path)!r}: {why}; run it again") from None
+
+
+def read_memory(path: Path) -> Any:
+    memory = read_json(path)
+    refuse_others(path, memory, ("tool", "format", "kinds", "ranks"))
+    if (memory["tool"], memory["format"]) != ("dist_lab", MEMORY_FORMAT):
+        raise UserError(
+            f"{str(path)!r} is of {memory['tool']!r}, format {memory['format']}, and this report "
+            f"reads dist_lab's, format {MEMORY_FORMAT}; run it again"
+        )
+    return memory
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

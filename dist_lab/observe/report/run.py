@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dist_lab.observe.report import cost, mesh, pipeline, progress, settings
+from dist_lab.observe.report import cost, memory_strip, mesh, pipeline, progress, settings
+from dist_lab.observe.report import timeline as timeline_section
 from dist_lab.observe.report.folder import Run
 from dist_lab.observe.report.markup import Content, Html, data, items, section, table, tag
 from dist_lab.observe.report.page import page
@@ -17,16 +18,19 @@ CAUSES = "Where the two differ, the likely cause is named."
 def page_of_run(run: Run) -> str:
     """Returns the HTML page of a run."""
     summary, checks = run.summary, against_theory(run.summary)
+    strip = memory_strip.over_time(run.memory) if run.memory is not None else None
     sections = [
         ("numbers", "Numbers", headline(summary, checks)),
         ("theory", "Theory", theory(checks)),
         ("loss", "Loss", progress.losses(run)),
         ("steps", "Steps", progress.step_times(summary)),
     ]
+    if run.timeline is not None:
+        sections.append(("timeline", "Timeline", timeline_section.timeline_of(run.timeline)))
     if run.pipeline is not None:
         sections.append(("pipeline", "Pipeline", pipeline.grids(run.pipeline)))
     sections += [
-        ("memory", "Memory", cost.memory(summary)),
+        ("memory", "Memory", cost.memory(summary, strip)),
         ("traffic", "Traffic", cost.traffic(summary)),
         ("mesh", "Mesh", mesh.who_holds_what(summary)),
         ("ranks", "Ranks", cost.ranks(summary)),

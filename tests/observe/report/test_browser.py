@@ -134,10 +134,45 @@ def test_a_chart_can_be_read_by_keys_and_a_parameter_shows_who_holds_it(opened):
     assert parts[4:] == ["4dim 0 0:64", "5dim 0 128:192", "6dim 0 64:128", "7dim 0 192:256"]
 
 
+def test_the_timeline_zooms_and_moves_by_click_and_by_key_and_tells_of_each_span(opened):
+    page = opened("run")
+    figure, canvas = page.locator("figure.timeline"), page.locator("figure.timeline canvas")
+
+    def view():
+        first, last = map(float, figure.get_attribute("data-view").split())
+        return first, last - first
+
+    start, whole = view()
+    page.get_by_role("button", name="zoom in").click()
+    assert view()[1] == pytest.approx(whole / 2)
+    canvas.press("+")
+    assert view()[1] == pytest.approx(whole / 4)
+    before = view()[0]
+    canvas.press("ArrowRight")
+    assert view()[0] > before
+    page.get_by_role("button", name="earlier").click()
+    assert view()[0] == pytest.approx(before)
+    page.get_by_role("button", name="zoom to step 11").press("Enter")
+    assert start < view()[0]
+    canvas.press("0")
+    assert view() == (start, whole)
+    info = page.locator(".span-info")
+    canvas.press(".")
+    assert info.text_content().startswith("rank 0, forward, forward model.layers.0: ")
+    canvas.press(".")
+    assert "for all_gather over fsdp, forward model.layers.0, ring: payload 2.00 MB" in (
+        info.text_content()
+    )
+    canvas.press("ArrowDown")
+    assert info.text_content().startswith("rank 1, ")
+    canvas.click(position={"x": 300, "y": 10})
+    assert info.text_content().startswith("rank 0, ")
+
+
 def test_everything_can_be_reached_by_the_tab_key(opened):
     page = opened("run")
     reached = set()
-    for _ in range(80):
+    for _ in range(99):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
     assert {"A", "theme", "svg", "SUMMARY", "parameter", "DIV"} <= reached

@@ -6,13 +6,15 @@ from functools import reduce
 from html.parser import HTMLParser
 
 import pytest
-from finished_run import KINDS, write_comparison, write_run
+from finished_run import KINDS, timeline_of, write_comparison, write_run
 from programs import refusal, run
 
 from dist_lab.errors import UserError
 from dist_lab.observe.report.folder import read
 from dist_lab.observe.report.markup import tag
 from dist_lab.observe.report.run import page_of_run
+from dist_lab.observe.report.timeline import as_data, drawn_steps, exposed_table
+from dist_lab.observe.report.timeline import timeline_of as timeline_section
 
 
 class Page(HTMLParser):
@@ -42,6 +44,22 @@ class Page(HTMLParser):
     def handle_data(self, text):
         if self.open and self.open[-1] in ("h1", "h2"):
             self.headings.append(text)
+
+
+class Cells(HTMLParser):
+    """The exact numbers of each row of a table."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.numbers: list[list[float]] = []
+        self.feed(text)
+
+    def handle_starttag(self, name, attributes):
+        if name == "tr":
+            self.numbers.append([])
+        elif name == "data":
+            self.numbers[-1].append(float(dict(attributes)["value"]))
+        self.numbers = [row for row in self.numbers if row or row is self.numbers[-1]]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +96,9 @@ def test_the_page_loads_nothing_and_is_small(page):
 def test_each_part_of_the_page_is_a_section_with_a_heading(page):
     links = {link.removeprefix("#") for link in page.loads if link.startswith("#")}
     assert links <= page.ids
-    assert {"numbers", "theory", "loss", "steps", "pipeline", "memory", "traffic", "mesh", "ranks",
-            "settings"} <= page.ids  # fmt: skip
-    assert len(page.headings) == len(set(page.headings)) == 11
+    assert {"numbers", "theory", "loss", "steps", "timeline", "pipeline", "memory", "traffic",
+            "mesh", "ranks", "settings"} <= page.ids  # fmt: skip
+    assert len(page.headings) == len(set(page.headings)) == 12
 
 
 def test_a_deviation_is_named_with_its_cause_and_outliers_are_counted(page):
@@ -120,6 +138,32 @@ def test_a_comparison_has_a_page_with_its_table_and_what_was_refused(tmp_path):
     done = run("report.py", folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "report.html").read_text() == text
+
+
+def test_segments_of_the_page_fill_the_wall_time_and_waiting_is_that_of_the_timeline(finished):
+    timeline = read(finished).timeline
+    for rank, drawn in zip(timeline.ranks, as_data(timeline, timeline.steps)["ranks"], strict=True):
+        wall = (rank.segments[-1].end - rank.segments[0].start) / 1000
+        assert sum(length for length, *_ in drawn["segments"]) == pytest.approx(wall, abs=1)
+        blocked = sum(call.exposed for call in rank.calls) / 1000
+        assert sum(exposed for _, _, exposed, *_ in drawn["calls"]) == pytest.approx(blocked)
+    shown = Cells(exposed_table(timeline)).numbers
+    per_step = {axis: s / len(timeline.steps) for axis, s in timeline.exposed().items()}
+    assert sum(row[2] for row in shown) / 1e3 == pytest.approx(sum(per_step.values()))
+
+
+def test_a_long_timeline_is_cut_to_its_first_steps_and_says_so(finished):
+    timeline = timeline_of(ranks=2, steps=40)
+    steps = drawn_steps(timeline)
+    assert 1 <= len(steps) < 40
+    text = str(timeline_section(timeline))
+    assert f"only steps 10 to {steps[-1]} can be seen here" in text
+    assert len(text) < 250_000
+
+
+def test_memory_over_a_step_names_the_peak_and_what_is_alive_there(page):
+    assert "rank 0, step 2: 10.5 MB at the peak, in backward of lm_head" in page.text
+    assert "alive at the peak of rank 0" in page.text
 
 
 # --- several runs, and folders of which no report can be made -------------------------------------
