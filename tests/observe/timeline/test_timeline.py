@@ -55,7 +55,7 @@ def take_steps(job, optimizer, count):
         optimizer.zero_grad()
 
 
-@pytest.mark.slow_unless(lambda name: name in ("fsdp", "zb"))
+@pytest.mark.slow_unless(lambda name: name == "zb")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.ranks(4)
 def test_segments_tile_the_wall_time_and_every_number_is_the_ledgers(name, mesh):

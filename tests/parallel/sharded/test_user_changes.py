@@ -152,7 +152,7 @@ BY_NAME = {
         of is all_parameters
         and (
             ((strategy, whose, edit) in BY_NAME and edit is replace)
-            or (edit is double and whose == "model" and strategy in FEW)
+            or (edit is double and whose == "model" and strategy in ("ddp", "fsdp"))
         )
     )
 )
@@ -181,7 +181,9 @@ def test_a_gradient_that_is_edited_between_micro_batches_is_kept_or_refused_by_n
 
 
 @pytest.mark.slow_unless(
-    lambda strategy, how, of: strategy in FEW and of is all_parameters and how is CLEARS[0]
+    lambda strategy, how, of: (
+        strategy in ("zero2", "fsdp") and of is all_parameters and how is CLEARS[0]
+    )
 )
 @pytest.mark.parametrize("of", [all_parameters, one_parameter])
 @pytest.mark.parametrize("how", CLEARS)

@@ -100,6 +100,7 @@ CORRECT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda case: "rowwise alone" in case)
 @pytest.mark.parametrize("case", CORRECT)
 @ranks
 def test_a_correct_plan_equals_one_process(case, mesh):
@@ -219,6 +220,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda case: "softmax" in case or "only rank 1" in case)
 @pytest.mark.parametrize("case", WRONG)
 @ranks
 def test_a_wrong_plan_is_refused_before_a_number_is_wrong(case, mesh):

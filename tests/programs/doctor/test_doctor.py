@@ -204,8 +204,8 @@ NOTES = {
 
 
 USUAL_NOTES = (
-    "no units", "units are tiny", "frozen and gathered", "unused", "BatchNorm",
-    "tp replicates an embedding", "a plan is found for tp", "tied across stages",
+    "no units", "frozen and gathered", "unused", "BatchNorm", "a plan is found for tp",
+    "tied across stages",
 )  # fmt: skip
 
 

@@ -357,6 +357,7 @@ def test_a_wrong_number_of_micro_batches_is_refused(mesh):
             cross_entropy_sum(job.model(x), y).backward()
 
 
+@pytest.mark.slow_unless(lambda strategy: strategy == "zero2")
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
 @pytest.mark.ranks(2)
 def test_a_wrong_number_of_micro_batches_on_one_rank_is_refused_on_every_rank(mesh, strategy):
@@ -551,6 +552,7 @@ class Tied(nn.Module):
         return nn.functional.linear(self.enc(x), self.enc.weight.t())
 
 
+@pytest.mark.slow_unless(lambda schedule: schedule == "zbv")
 @pytest.mark.parametrize("schedule", ["1f1b", "zb", "zbv"])
 @pytest.mark.ranks(2)
 def test_a_weight_with_gradients_in_both_halves_of_a_split_backward_counts_them_once(schedule):
