@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_lab.errors import UserError
 from dist_lab.observe.console import Progress
 from dist_lab.observe.export import write_json
 from dist_lab.observe.flops import in_percent
@@ -143,9 +144,13 @@ class HtmlReport(Sink):
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            run = read(self.folder)
-            assert isinstance(run, Run)
-            (self.folder / REPORT).write_text(page_of_run(run), encoding="utf-8")
+            try:
+                run = read(self.folder)
+            except UserError as error:  # a damaged file of an earlier attempt: the run is over well
+                print(f"no report: {error}", flush=True)
+            else:
+                assert isinstance(run, Run)
+                (self.folder / REPORT).write_text(page_of_run(run), encoding="utf-8")
 
 
 class Screen(Sink):

@@ -16,6 +16,7 @@ from dist_lab.observe.timeline.timeline import Timeline
 
 REPORT = "report.html"
 FORMAT = 2  # of summary.json; 1 had no format, no traffic, no layouts and no times of all steps
+LARGEST_TIMELINE = 10_000_000  # bytes, so that a run has its report within a second
 MEMORY_FORMAT = 1  # as in memory_series.py, which imports torch
 FIELDS = "config", "mesh", "median", "step_times_ms", "layouts", "versions"
 FIELDS_OF_COMPARISON = "setting", "reference", "unit", "strategies", "measured", "refused"
@@ -30,7 +31,8 @@ class Run:
         rows: of metrics.jsonl, in the order of steps.
         pipeline: pipeline.json; None if the run has no pipeline.
         memory: memory.json; None if there is none.
-        timeline: timeline.json; None if the run has not recorded one.
+        timeline: timeline.json; None if the run has not recorded one, or one that is too large.
+        notes: what a reader should know of these files.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Run:
     pipeline: Mapping[str, Any] | None
     memory: Mapping[str, Any] | None = None
     timeline: Timeline | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,11 +86,17 @@ def read(folder: Path) -> Run | Comparison:
         )
     refuse_others(folder / "summary.json", summary, FIELDS)
     pipeline = summary["pipeline"] and read_json(folder / "pipeline.json")
-    memory, timeline = folder / "memory.json", folder / "timeline.json"
+    memory, path = folder / "memory.json", folder / "timeline.json"
+    timeline: Timeline | None = None
+    notes: tuple[str, ...] = ()
+    if path.exists() and path.stat().st_size <= LARGEST_TIMELINE:
+        timeline = Timeline.read(path)
+    elif path.exists():
+        size = f"{path.stat().st_size / 1e6:,.0f} MB"
+        notes = (f"timeline.json is not drawn here, because it has {size}: see ui.perfetto.dev",)
     return Run(
         folder, summary, read_rows(folder / "metrics.jsonl"), pipeline,
-        read_memory(memory) if memory.exists() else None,
-        Timeline.read(timeline) if timeline.exists() else None,
+        read_memory(memory) if memory.exists() else None, timeline, notes,
     )  # fmt: skip
 
 

@@ -53,7 +53,11 @@ def picture(
 ) -> Html:
     """The grid of ranks. A parameter that is chosen is drawn, with who holds its parts."""
     contents = [as_data(layouts[name], held[name]) for name in layouts]
-    options = [tag("option", name, value=i) for i, name in enumerate(layouts)]
+    largest = max(layouts, key=lambda name: layouts[name].shape.numel(), default="")
+    options = [
+        tag("option", name + state_only(layout), value=i, selected=name == largest)
+        for i, (name, layout) in enumerate(layouts.items())
+    ]
     choice = tag(
         "div", tag("label", "parameter", for_="parameter"), tag("select", *options, id="parameter"),
         class_="controls",
@@ -65,6 +69,12 @@ def picture(
         "figure", tag("figcaption", "each rank, and what it holds of one parameter"), choice,
         grid(sizes), drawn, content, data_held=True,
     )  # fmt: skip
+
+
+def state_only(layout: Layout) -> str:
+    """What is split, if it is not the parameter: zero's buckets are ranges of elements."""
+    flat = any(isinstance(how, FlatShard) for _, how in layout.splits)
+    return " (its gradient and optimizer state)" if flat else ""
 
 
 def grid(sizes: Mapping[str, int]) -> Html:

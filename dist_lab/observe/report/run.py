@@ -20,7 +20,7 @@ def page_of_run(run: Run) -> str:
     summary, checks = run.summary, against_theory(run.summary)
     strip = memory_strip.over_time(run.memory) if run.memory is not None else None
     sections = [
-        ("numbers", "Numbers", headline(summary, checks)),
+        ("numbers", "Numbers", headline(run, checks)),
         ("theory", "Theory", theory(checks)),
         ("loss", "Loss", progress.losses(run)),
         ("steps", "Steps", progress.step_times(summary)),
@@ -51,10 +51,12 @@ def subtitle(run: Run) -> str:
     )
 
 
-def headline(summary: Mapping[str, Any], checks: list[Check]) -> Html:
+def headline(run: Run, checks: list[Check]) -> Html:
     """The numbers that a reader looks for first, and what he should know of the run."""
-    tiles = [tag("div", tag("dt", name), tag("dd", *content)) for name, content in numbers(summary)]
-    found = list(findings(summary, checks))
+    tiles = [
+        tag("div", tag("dt", name), tag("dd", *content)) for name, content in numbers(run.summary)
+    ]
+    found = list(findings(run, checks))
     said = (
         items(found, "findings")
         if found
@@ -102,8 +104,10 @@ def shown(text: str, value: float, field: str, unit: str = "", small: str = "") 
     return [data(text, value, field), tag("span", f" {unit}") if unit else None, *more]
 
 
-def findings(summary: Mapping[str, Any], checks: list[Check]) -> Iterator[Content]:
+def findings(run: Run, checks: list[Check]) -> Iterator[Content]:
     """Yields a sentence for each thing that is not as it should be, or not as one would think."""
+    summary = run.summary
+    yield from run.notes
     if summary["about"]:
         yield f"{summary['about']}. A library's own collectives and memory are not in our tables."
     yield from filter(None, closing_words(summary).split("; "))

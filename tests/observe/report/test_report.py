@@ -1,7 +1,9 @@
 """A report has the numbers of the run's files, in one file that loads nothing."""
 
 import json
+import os
 import re
+import sys
 from functools import reduce
 from html.parser import HTMLParser
 
@@ -15,6 +17,9 @@ from dist_lab.observe.report.markup import tag
 from dist_lab.observe.report.run import page_of_run
 from dist_lab.observe.report.timeline import as_data, drawn_steps, exposed_table
 from dist_lab.observe.report.timeline import timeline_of as timeline_section
+from dist_lab.observe.run_dir import claimed
+from dist_lab.observe.sinks import HtmlReport
+from dist_lab.programs.cli.config import Config
 
 
 class Page(HTMLParser):
@@ -212,6 +217,32 @@ def test_a_folder_without_a_finished_run_is_refused_in_one_line(make, words, tmp
     with pytest.raises(UserError, match=re.escape(words)) as error:
         read(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_that_goes_on_is_refused_with_its_process_and_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 30, "loss": 2.0}\n')
+    with claimed(Config(out=str(tmp_path), resume="auto")), pytest.raises(UserError) as error:
+        read(tmp_path)
+    process = f"(process {os.getpid()}, at step 30)" if sys.platform == "linux" else ""
+    assert process in str(error.value)
+    with pytest.raises(UserError, match="was killed, or failed, at step 30"):
+        read(tmp_path)
+
+
+def test_a_timeline_that_is_too_large_for_a_page_is_left_out_with_a_note(finished, monkeypatch):
+    monkeypatch.setattr("dist_lab.observe.report.folder.LARGEST_TIMELINE", 1000)
+    text = page_of_run(read(finished))
+    assert "timeline.json is not drawn here, because it has " in text
+    assert 'id="timeline"' not in text
+
+
+def test_a_damaged_file_of_an_earlier_attempt_costs_a_run_only_its_report(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "timeline.json").write_text("{")
+    HtmlReport(folder).close(summary)
+    assert capsys.readouterr().out.startswith("no report: ")
+    assert not (folder / "report.html").exists()
 
 
 def test_the_program_refuses_in_one_line(tmp_path):
