@@ -57,11 +57,15 @@ class Write:
 
         An error is kept in `error`, because this may run in a thread.
         """
+        began = time.monotonic()
         try:
             with as_machine_error(self.final, len(self.data)):
                 self.write_part()
                 if self.rank == 0:
                     self.commit()
+                    seconds = time.monotonic() - began
+                    if seconds > TELL_EVERY and self.final.exists():
+                        self.tell(f"{self.final.name}: whole after {seconds:.1f} s")
                 else:
                     self._wait(self.final.exists)
                 if self.rank == 0 and self.keep is not None and self.final.exists():

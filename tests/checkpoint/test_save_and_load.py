@@ -1,6 +1,7 @@
 """job.save and job.load in a loop of one's own: what they keep, and what they refuse."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import dist_lab
+from dist_lab.checkpoint import save as saving
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import MachineError, UserError
@@ -196,6 +198,17 @@ def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path):
     folder.write_text("a file")
     with pytest.raises(MachineError, match="cannot write a checkpoint to"):
         saver.save(optimizer, step=2)
+
+
+def test_a_long_save_tells_how_far_it_is_and_when_it_is_whole(tmp_path, monkeypatch):
+    job, optimizer = job_of()
+    lines = []
+    job.saver(tmp_path, tell=lines.append, in_background=False).save(optimizer, step=1)
+    assert lines == [], "it took no time"
+    monkeypatch.setattr(saving, "TELL_EVERY", 0.0)
+    job.saver(tmp_path, tell=lines.append, in_background=False).save(optimizer, step=2)
+    assert lines[0].startswith("step-00000002: 100% of 0 MB a rank written")
+    assert re.fullmatch(r"step-00000002: whole after \d\.\d s", lines[-1])
 
 
 def test_keep_deletes_all_but_the_newest_after_each_save(tmp_path):
