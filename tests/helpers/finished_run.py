@@ -111,6 +111,9 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+LIBRARY = f"torch Library({80 * 'x'})"  # a long word
+
+
 def write_comparison(folder: Path, strategies: int = 5, rounds: int = 24) -> Path:
     """Writes the folder of a comparison. Returns it."""
     from dist_lab.programs.compare import files
@@ -126,7 +129,8 @@ def write_comparison(folder: Path, strategies: int = 5, rounds: int = 24) -> Pat
         ]
         rows.append(ContenderRow(
             label=f"strategy{i}", strategy="fsdp", impl="hand", mesh={"fsdp": 4}, mix="fsdp@hand",
-            about="", processes=4, losses=[6.0 * math.exp(-n / 90) for n in range(4 + 3 * rounds)],
+            about=LIBRARY if i == 1 else "", processes=4,
+            losses=[6.0 * math.exp(-n / 90) for n in range(4 + 3 * rounds)],
             rounds=[[abs(rng.gauss(0.3 + i / 20, 0.01)) for _ in range(3)] for _ in range(rounds)],
             blocked=[0.05] * 10, peak_memory_bytes=sum(peak.values()),
             peak_memory={"at_peak": peak, "own_peak": peak}, flops_per_step=8e9, traffic=traffic,

@@ -24,6 +24,7 @@ from dist_lab.observe.report.units import digits, of_bytes, of_ms, percent, plur
 
 Row = Mapping[str, Any]
 LOOKS = 8  # of lines: page.css has l0 to l7
+OF_ONE_STRATEGY = "strategy", "impl", "mesh"  # settings
 VERDICTS = "faster", "slower", "too noisy to tell"
 
 
@@ -201,7 +202,8 @@ def whole_table(rows: Sequence[Row], unit: str) -> Html:
 
 def settings(results: Mapping[str, Any]) -> Html:
     setting = results["setting"]
-    given = {n: in_text(value) for n, value in setting["config"].items() if is_set(value)}
+    common = {n: v for n, v in setting["config"].items() if n not in OF_ONE_STRATEGY}
+    given = {name: in_text(value) for name, value in common.items() if is_set(value)}
     about = {row["label"]: row["about"] for row in results["measured"] if row["about"]}
     return section(
         "settings", "Settings and versions", pairs(given),
