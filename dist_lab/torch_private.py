@@ -42,9 +42,9 @@ __all__ = [
     "ddp_forward_begins", "ddp_forward_ends", "flop_counter", "forget_shardings",
     "forget_unsharded_gradients", "found_infs", "group_timeout", "is_view", "keeps_graph",
     "may_be_split_again", "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors",
-    "outside_modes", "register_fake_backend", "saved_tensors_hooks_around", "set_scaled_step",
-    "share_hooks", "storage_key", "swap_also", "tree_flatten", "tree_leaves", "tree_map",
-    "tree_map_only", "tree_unflatten", "when_backward_ends", "without_fsdp",
+    "outside_modes", "register_fake_backend", "saved_tensors_hooks_around", "schema_of",
+    "set_scaled_step", "share_hooks", "storage_key", "swap_also", "tree_flatten", "tree_leaves",
+    "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends", "without_fsdp",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -69,6 +69,11 @@ def of_plain_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
     """Call the function with subclasses of Tensor treated as plain tensors."""
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)
+
+
+def schema_of(operation: Any) -> Any:
+    """Return the schema of an operation that a dispatch mode sees: which arguments it changes."""
+    return operation._schema
 
 
 def share_hooks(parameter: Tensor, other: Tensor) -> None:

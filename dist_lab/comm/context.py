@@ -20,6 +20,7 @@ from dist_lab.comm.board.report import disagreement, report
 from dist_lab.comm.board.stack import answering
 from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import Call, Ledger
+from dist_lab.comm.shared.memory import SharedFiles
 from dist_lab.errors import CollectiveError, CollectiveMismatch, MachineError
 
 LAST_TAG = 2**31 - 1  # tags are 32-bit integers
@@ -58,6 +59,7 @@ class CommContext:
             to the step before it.
         on_label: called with step, phase and unit when they change.
         dry_run: True if the other ranks do not exist; see `mesh.dry_run`.
+        files: how the ranks share memory.
         shared: shared buffer -> its SharedWindow, the memory of all ranks; see `ops.shared_buffer`.
 
     Raises:
@@ -78,6 +80,7 @@ class CommContext:
         self.on_label: list[Callable[[int, str, str], None]] = []
         self._now: tuple[int, str, str] = 0, "start", ""
         self.dry_run = False
+        self.files = SharedFiles()
         self.shared = WeakTensorKeyDictionary()
         self._calls = 0
         self._tags: dict[str, int] = {}

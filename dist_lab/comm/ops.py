@@ -126,16 +126,19 @@ def shared_buffer(length: int, dtype: torch.dtype, axis: Axis) -> Tensor:
     comm = axis.comm
     if axis.size == 1 or comm.collectives != "auto" or comm.backend != "gloo":
         return torch.zeros(length, dtype=dtype, device=comm.device)
-    with shared.created(length, dtype) as own, comm.label(unit=SHARED_MEMORY):
+    files = comm.files
+    with files.create(length, dtype) as own, comm.label(unit=SHARED_MEMORY):
         places = [place.decode() for place in all_gather_bytes(own.encode(), axis)]
-        attached = {place: shared.attach(place, length, dtype) for place in set(places)}
+        attached = {place: files.attach(place, length, dtype) for place in set(places)}
         memories = [memory for place in places if (memory := attached[place]) is not None]
         status = b"all" if len(memories) == axis.size else b"not all"
         statuses = all_gather_bytes(status, axis)
     if set(statuses) != {b"all"}:
         return torch.zeros(length, dtype=dtype)
     buffer = torch.from_numpy(memories[axis.index].data).view(dtype)
-    comm.shared[buffer] = shared.SharedWindow(memories, axis.index, axis.ranks, comm.timeout)
+    comm.shared[buffer] = shared.SharedWindow(
+        memories, axis.index, axis.ranks, comm.timeout, files.move
+    )
     return buffer
 
 

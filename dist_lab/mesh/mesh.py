@@ -210,6 +210,8 @@ class Mesh:
         # new_group is collective over the world: all ranks make all groups, in the same order.
         for line in lines(self.axes, names):
             ranks = [line[i] for i in indices]
+            if self.comm.dry_run and self.rank not in ranks:
+                continue  # the other ranks do not exist
             group = new_group(ranks, self.timeout)
             own_group = group if self.rank in ranks else own_group
         return own_group

@@ -7,6 +7,7 @@ from dist_lab.mesh import groups
 from dist_lab.mesh.mesh import dry_run, init_mesh
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.explain.dry_run import DryRunResult, observe
+from dist_lab.programs.explain.shapes_only import shapes_only
 
 
 def explained_and_real(config: Config, mesh) -> tuple[dict, dict]:
@@ -19,7 +20,7 @@ def explained_and_real(config: Config, mesh) -> tuple[dict, dict]:
     real = as_values(observe(config, init_mesh(timeout=mesh.timeout, **axes)))
     groups.disconnect()  # from here on each rank is a single process, as explain.py is
     gc.collect()
-    with dry_run(axes, mesh.rank) as other:
+    with dry_run(axes, mesh.rank) as other, shapes_only(other, small=1024):
         return as_values(observe(config, other)), real
 
 

@@ -253,11 +253,21 @@ def test_each_size_has_the_documented_number_of_parameters(size: str, gpt: int, 
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("1b", 1_100_048_384), ("7b", 6_738_415_616), ("13b", 13_015_864_320),
+     ("70b", 68_976_648_192), ("405b", 405_853_388_800)],
+)  # fmt: skip
+def test_the_sizes_of_published_models_have_their_number_of_parameters(size, parameters) -> None:
+    model = zoo.build("gpt", size, vocab=256, seed=0, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
 def test_for_an_unknown_name_or_size_the_error_lists_the_choices() -> None:
     with pytest.raises(ValueError, match="no model named 'gtp': choose from gpt, mlp"):
         zoo.build("gtp", "tiny", vocab=V, seed=0)
-    with pytest.raises(ValueError, match="gpt has no size '7b': choose from tiny, small, 25m, 124"):
-        zoo.build("gpt", "7b", vocab=V, seed=0)
+    with pytest.raises(ValueError, match="gpt has no size '9b': choose from tiny, small, 25m, 124"):
+        zoo.build("gpt", "9b", vocab=V, seed=0)
     with pytest.raises(ValueError, match="width=48 heads=6 kv_heads=4"):
         GPT(V, **GPT_SHAPE | {"kv_heads": 4})
 

@@ -18,6 +18,9 @@ from dist_lab.zoo.sizes import SIZES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGEST = 2**31 - 1  # of a number in config.json
+NEEDED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def shape_in_settings(settings: Mapping[str, Any], kinds: Kinds) -> LlamaShape:
         raise UserError(f"the checkpoint has no {EMBEDDING}, so it is no gpt; export it to dcp")
     numbers = dict(SIZES["gpt"][size])
     numbers["layers"] = settings.get("layers") or numbers["layers"]
-    return LlamaShape(vocab=kinds[EMBEDDING][0][0], tied=HEAD not in kinds, **numbers)
+    return LlamaShape(**numbers | {"vocab": kinds[EMBEDDING][0][0], "tied": HEAD not in kinds})
 
 
 def check_names_and_shapes(kinds: Kinds, shape: LlamaShape, what: str) -> None:
@@ -159,9 +162,10 @@ def from_config(config: Mapping[str, Any]) -> LlamaShape:
         UserError: the model is not a Llama, or one with a part that our GPT does not have.
     """
     if config.get("model_type") != "llama":
+        missing = [key for key in NEEDED if key not in config]
         raise UserError(
-            f"config.json is of model_type {shown(config.get('model_type'))}; only llama can be "
-            "imported"
+            f"config.json is of model_type {shown(config.get('model_type'))}"
+            f"{', without ' * bool(missing)}{', '.join(missing)}; only llama can be imported"
         )
     heads = _number(config, "num_attention_heads")
     width = _number(config, "hidden_size")

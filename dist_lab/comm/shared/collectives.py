@@ -14,6 +14,7 @@ of bytes that it read from other ranks' memory and wrote to it.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from dist_lab.comm.by_hand.algorithms import Work
 from dist_lab.comm.by_hand.pairwise import add_in_pairs
-from dist_lab.comm.shared.memory import ARRIVED, DEPARTED, Array, Barrier, SharedWindow
+from dist_lab.comm.shared.memory import ARRIVED, DEPARTED, Array, Barrier, SharedWindow, as_array
 
 Moves = Generator[Sequence[Work], None, int]
 AddUp = Callable[..., Array]  # add_up or add_up_in_pairs
@@ -37,11 +38,7 @@ def all_reduce(window: SharedWindow, chunks: Sequence[Array], add: AddUp) -> Mov
     number = window.arrive()
     # A rank that has departed from the previous collective no longer reads what we overwrite.
     yield [Barrier(window, ARRIVED, number), Barrier(window, DEPARTED, number - 1)]
-    for start in range(0, len(chunks[0]), BLOCK):
-        blocks = [chunk[start : start + BLOCK] for chunk in chunks]
-        total = add(blocks)
-        for block in blocks:
-            block[:] = total
+    window.move(partial(_sum_everywhere, add), chunks)
     window.depart(number)
     yield [Barrier(window, DEPARTED, number)]  # all ranks have written their sums to our buffer
     return 2 * (window.size - 1) * chunks[0].nbytes
@@ -61,16 +58,12 @@ def reduce_scatter(
     add = add or add_up
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
-    outer, inner = addends[0].shape
-    spare = np.empty(min(BLOCK, inner) if isinstance(out, Tensor) else 0, addends[0].dtype)
-    for row in range(outer):
-        for start in range(0, inner, BLOCK):
-            blocks = [addend[row, start : start + BLOCK] for addend in addends]
-            if isinstance(out, Tensor):
-                total = add(blocks, spare[: len(blocks[0])])
-                out.data[row, start : start + BLOCK].copy_(torch.from_numpy(total))
-            else:
-                add(blocks, out[row, start : start + BLOCK])
+    if isinstance(out, Tensor):
+        like = torch.from_numpy(addends[0][:0])
+        spare = like.new_empty(min(BLOCK, addends[0].shape[1]))  # a tensor, so that it is counted
+        window.move(partial(_sum_and_copy, add), addends, out, spare)
+    else:
+        window.move(partial(_sum_into, add), addends, out)
     window.depart(number)
     return (window.size - 1) * addends[0].nbytes
 
@@ -89,15 +82,46 @@ def all_gather(
     """
     number = window.arrive()
     yield [Barrier(window, ARRIVED, number)]
-    moved = 0
-    for j, (sources_of_j, targets_of_j) in enumerate(zip(sources, targets, strict=True)):
-        if j == window.index and not own:
-            continue
-        for source, target in zip(sources_of_j, targets_of_j, strict=True):
-            target[...] = source
-            moved += source.nbytes if j != window.index else 0
+    copies = [
+        [target, source]
+        for j, (sources_of_j, targets_of_j) in enumerate(zip(sources, targets, strict=True))
+        if j != window.index or own
+        for target, source in zip(targets_of_j, sources_of_j, strict=True)
+    ]
+    window.move(_copy_all, copies)
     window.depart(number)
-    return moved
+    return sum(s.nbytes for j, of_j in enumerate(sources) if j != window.index for s in of_j)
+
+
+def _sum_everywhere(add: AddUp, chunks: Sequence[Array]) -> None:
+    for start in range(0, len(chunks[0]), BLOCK):
+        blocks = [chunk[start : start + BLOCK] for chunk in chunks]
+        total = add(blocks)
+        for block in blocks:
+            block[:] = total
+
+
+def _sum_into(add: AddUp, addends: Sequence[Array], out: Array) -> None:
+    outer, inner = addends[0].shape
+    for row in range(outer):
+        for start in range(0, inner, BLOCK):
+            blocks = [addend[row, start : start + BLOCK] for addend in addends]
+            add(blocks, out[row, start : start + BLOCK])
+
+
+def _sum_and_copy(add: AddUp, addends: Sequence[Array], out: Tensor, spare: Tensor) -> None:
+    array = as_array(spare)
+    outer, inner = addends[0].shape
+    for row in range(outer):
+        for start in range(0, inner, BLOCK):
+            blocks = [addend[row, start : start + BLOCK] for addend in addends]
+            add(blocks, array[: len(blocks[0])])
+            out.data[row, start : start + BLOCK].copy_(spare[: len(blocks[0])])
+
+
+def _copy_all(copies: Sequence[Sequence[Array]]) -> None:
+    for target, source in copies:
+        target[...] = source
 
 
 def add_up(blocks: Sequence[Array], out: Array | None = None) -> Array:

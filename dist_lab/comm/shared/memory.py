@@ -28,8 +28,8 @@ import os
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,21 +61,27 @@ class Memory(NamedTuple):
     process: int
 
 
+def at_once(function: Callable[..., object], *arrays: Any) -> object:
+    return function(*arrays)
+
+
 class SharedWindow:
     """A rank's window onto one shared buffer: the memory of all ranks, in order of position.
 
     Attributes:
         ranks: global ranks, for error messages and to compare with an axis.
         timeout: seconds that a barrier may take.
+        move: calls a function that reads and writes the ranks' memory; see `SharedFiles`.
         call: the last collective on this buffer, a `ledger.Call`.
     """
 
     def __init__(
-        self, memories: Sequence[Memory], index: int, ranks: tuple[int, ...], timeout: float
-    ) -> None:
+        self, memories: Sequence[Memory], index: int, ranks: tuple[int, ...], timeout: float,
+        move: Callable[..., object] = at_once,
+    ) -> None:  # fmt: skip
         self.memories, self.index, self.ranks = list(memories), index, ranks
         self.arrays = [memory.data for memory in memories]
-        self.timeout = timeout
+        self.timeout, self.move = timeout, move
         self.call: Any = None
         self._counters = memories[index].counters
         self._lock = threading.Lock()
@@ -214,3 +220,17 @@ def attach(where: str, length: int, dtype: torch.dtype) -> Memory | None:
     counters = memoryview(memory)[:16].cast("q")
     data = np.frombuffer(memory, TYPES[dtype], length, HEADER)
     return Memory(counters, data, int(process))
+
+
+class SharedFiles(NamedTuple):
+    """How ranks share memory. A mesh without other ranks has its own: programs/explain.
+
+    Attributes:
+        create, attach: the functions of this file.
+        move: calls the function of a collective that reads and writes the ranks' memory, with the
+            arrays, and lists of arrays, on which it works.
+    """
+
+    create: Callable[[int, torch.dtype], AbstractContextManager[str]] = created
+    attach: Callable[[str, int, torch.dtype], Memory | None] = attach
+    move: Callable[..., object] = at_once

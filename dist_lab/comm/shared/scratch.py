@@ -17,6 +17,7 @@ messages.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,7 +133,7 @@ def _all_reduce(window: SharedWindow, out: Tensor) -> Moves:
     chunks = slices(lengths(len(out), window.size))
     addends = [array[None, chunks[i]] for array in window.arrays]
     moved = yield from reduce_scatter(window, addends, full[None, chunks[i]])
-    window.arrays[i][chunks[i]] = full[chunks[i]]
+    window.move(np.copyto, window.arrays[i][chunks[i]], full[chunks[i]])
     sums = [[array[chunk]] for array, chunk in zip(window.arrays, chunks, strict=True)]
     targets = [[full[chunk]] for chunk in chunks]
     return moved + (yield from all_gather(window, sums, targets, own=False))

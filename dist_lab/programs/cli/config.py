@@ -54,8 +54,8 @@ class RunSettings(RankSettings):
         "strategy's own axis", metavar="AXIS=N,...", read=read_mesh)
     model: str = setting("gpt", "text: gpt (a Llama-style transformer) or mlp (residual MLP on the "
         "last 16 bytes); images: vit or resnet18", choices=tuple(MODELS))
-    size: str = setting("tiny", "number of parameters: about 1, 8, 25 or 124 million; resnet18 has "
-        "only tiny, with 11 million", choices=ALL_SIZES)
+    size: str = setting("tiny", "number of parameters: about 1, 8, 25 or 124 million, and for gpt "
+        "those of published Llamas; resnet18 has only tiny, with 11 million", choices=ALL_SIZES)
     data: str = setting("", "text: stdlib (the source of Python's standard library), a file or a "
         "folder; images: glyphs (distorted characters), mnist, cifar10, fake (noise) or "
         "fake:3x64x64; your own: module:function; default: stdlib for text models, glyphs for "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dist_lab.errors import UserError, nearest_degree, one_of, shown
-from dist_lab.zoo.sizes import SIZES
+from dist_lab.zoo.sizes import SIZES, numbers_of
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,12 @@ class Model:
 
     def blocks(self, size: str) -> int:
         """The number of blocks; a pipeline cuts the model between blocks."""
-        return SIZES[self.name][size].get("layers", self.own_blocks)
+        blocks: int = numbers_of(self.name, size).get("layers", self.own_blocks)
+        return blocks
 
     def heads(self, size: str) -> tuple[int, int] | None:
         """The number of query heads and of key and value heads; None without attention."""
-        shape = SIZES[self.name][size]
+        shape = numbers_of(self.name, size)
         return (shape["heads"], shape.get("kv_heads", shape["heads"])) if "heads" in shape else None
 
     def check_split(self, size: str, impl: str, ranks: int) -> None:

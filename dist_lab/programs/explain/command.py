@@ -16,7 +16,8 @@ from dist_lab.observe.console import wide_console
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import bubble, peak_activations, render
-from dist_lab.programs.explain import ranks, tables
+from dist_lab.programs.explain import all_ranks, ranks, tables
+from dist_lab.programs.explain.classes import Runs, classes
 from dist_lab.programs.explain.dry_run import DryRunResult, observe
 from dist_lab.programs.explain.file import write
 from dist_lab.programs.explain.settings import Explain
@@ -36,12 +37,21 @@ def explain(config: Explain, mesh: Mesh) -> int:
     folder = make_folder(config.out, "explain.json") if config.out else None
     console = wide_console()
     schedule = run.pipeline(axes["pp"]) if "pp" in axes else None
+    if config.all_ranks:
+        runs = Runs(run, axes, values=config.values)
+        found = classes(runs, schedule)
+        show_lines(console, ranks.rank_picture(axes, config.rank))
+        all_ranks.show(console, found, axes)
+        if folder is not None:
+            path = all_ranks.write(folder, runs, found)
+            console.print(f"written to {path}", highlight=False, soft_wrap=True)
+        return 0
     several = math.prod(axes.values()) > 1
     with ExitStack() as cleanup:
         if several:
             dry = dry_run(axes, config.rank, backend=config.backend, collectives=config.collectives)
             mesh = cleanup.enter_context(dry)
-        result = observe(run, mesh)
+        result = observe(run, mesh, values=config.values)
         parameter = None
         if config.parameter:  # before anything is printed: there may be no such parameter
             parameter = config.parameter, ranks.find(result.job.layouts, config.parameter)
@@ -79,6 +89,7 @@ def show(console: Console, result: DryRunResult) -> None:
     """Print the tables of layouts, memory and collectives."""
     console.print(tables.layout_table(result.job))
     console.print(tables.memory_table(result))
+    console.print(tables.alive_table(result))
     first, steady = result.first, result.steady
     if not steady:
         return

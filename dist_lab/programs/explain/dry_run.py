@@ -1,10 +1,11 @@
 """A dry run: two steps of one rank, with all other ranks simulated.
 
 The rank runs its real model, strategy and training loop on a mesh whose other ranks are simulated
-(`mesh.dry_run`). So the result cannot differ from what a run does. It costs the time and memory of
-two steps of one rank.
+(`mesh.dry_run`). So the result cannot differ from what a run does. With `shapes_only` it computes
+hardly any values, and so needs little time and memory; else those of two steps of one rank.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
@@ -12,9 +13,10 @@ from torch.optim import Optimizer
 from dist_lab.comm.ledger import Call
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.observe import memory
+from dist_lab.observe import memory, memory_series
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.setup import build, open_run
+from dist_lab.programs.explain.shapes_only import shapes_only
 from dist_lab.programs.train import loop
 from dist_lab.programs.train.meter import Meter
 
@@ -25,6 +27,10 @@ class DryRunResult:
 
     In the first step a strategy may learn the order of its buckets or units; the second is like all
     later steps.
+
+    Attributes:
+        operations: floating-point operations of a step, of all ranks that are not simulated.
+        series: the bytes of the step with the higher peak over time: see memory_series.py.
     """
 
     job: Job
@@ -32,17 +38,27 @@ class DryRunResult:
     first: list[Call]
     steady: list[Call]
     peak: memory.Peak
+    operations: float
+    series: memory_series.Entry
 
 
-def observe(config: Config, mesh: Mesh) -> DryRunResult:
-    """Take the two steps as this rank of the mesh."""
-    data = open_run(replace(config, log_collectives=False), mesh)
-    job = build(config, mesh, data)
-    optimizer = loop.make_optimizer(job, config)
-    steps, meter = [], Meter(job, optimizer)
-    for number in range(2):
-        rows = data.batch(number, loop.own_rows(config.batch, job))
-        with meter.step(), mesh.comm.ledger.recording() as calls:
-            loop.take_step(job, optimizer, *rows, number + 1, config)
-        steps.append(calls)
-    return DryRunResult(job, optimizer, steps[0], steps[1], meter.memory)
+def observe(config: Config, mesh: Mesh, *, values: bool = True) -> DryRunResult:
+    """Take the two steps as this rank of the mesh.
+
+    Args:
+        values: compute the step's numbers; False: only sizes, see shapes_only.py.
+    """
+    with nullcontext() if values else shapes_only(mesh):
+        data = open_run(replace(config, log_collectives=False), mesh)
+        job = build(config, mesh, data)
+        optimizer = loop.make_optimizer(job, config)
+        steps, meter = list[list[Call]](), Meter(job, optimizer)
+        for number in range(2):
+            rows = data.batch(number, loop.own_rows(config.batch, job))
+            with meter.step(), mesh.comm.ledger.recording() as calls:
+                loop.take_step(job, optimizer, *rows, number + 1, config)
+            steps.append(calls)
+    first, steady = steps
+    return DryRunResult(
+        job, optimizer, first, steady, meter.memory, meter.flops_per_step, meter.series
+    )

@@ -8,7 +8,7 @@
 
 All sizes are in bytes. "rank" is that of --rank, left out if it is 0. In step 1 a strategy may
 learn the order of its buckets or units; step 2 is like all later steps. Nothing in the file depends
-on the time, the machine or line numbers.
+on the time, the machine or line numbers. Beside it, memory.json has the bytes over one step.
 """
 
 from pathlib import Path
@@ -16,14 +16,16 @@ from typing import Any
 
 from dist_lab.comm.ledger import Call
 from dist_lab.layout.layout import to_json
-from dist_lab.observe import export, memory
+from dist_lab.observe import export, memory, memory_series
 from dist_lab.programs.explain.dry_run import DryRunResult
 
 
 def write(folder: Path, strategy: str, result: DryRunResult) -> Path:
-    """Write the result of `observe` to the file. Returns its path."""
+    """Write the result of `observe` to the file, and memory.json beside it. Returns its path."""
     path = folder / "explain.json"
     export.write_json(path, to_dict(strategy, result))
+    over_time = memory_series.document("predicted", [result.series])
+    export.write_json(folder / "memory.json", over_time)
     return path
 
 

@@ -12,7 +12,7 @@ from dist_lab.comm.context import SHARED_MEMORY
 from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
 from dist_lab.job import Job
 from dist_lab.layout.layout import OnlyOn, Placement, Shard
-from dist_lab.observe import memory
+from dist_lab.observe import memory, memory_series
 from dist_lab.observe.console import empty_table
 from dist_lab.programs.explain.dry_run import DryRunResult
 
@@ -60,6 +60,20 @@ def memory_table(result: DryRunResult) -> Table:
             )  # fmt: skip
     table.add_section()
     table.add_row("total", f"{peak.total:,}", "", f"{peak.total / count:.2f}", "")
+    return table
+
+
+def alive_table(result: DryRunResult, most: int = 6) -> Table:
+    """Returns what is alive at the peak, and whose it is: the largest, and all the others."""
+    title = "alive at the peak, the largest first, bytes"
+    table = empty_table(["kind", "of", "since"], ["tensors", "bytes"], title=title)
+    rows = result.series["peak"]["alive"]
+    for row in rows[:most]:
+        kind = row["kind"].replace("_", " ")
+        table.add_row(kind, row["of"], row["when"], f"{row['tensors']:,}", f"{row['bytes']:,}")
+    if rest := rows[most:]:
+        tensors, size = (sum(row[name] for row in rest) for name in ("tensors", "bytes"))
+        table.add_row("", memory_series.REST, "", f"{tensors:,}", f"{size:,}")
     return table
 
 

@@ -108,9 +108,10 @@ def test_all_ranks_use_ordinary_memory_if_one_has_no_room(mesh):
 def test_ranks_on_two_machines_use_ordinary_memory(mesh):
     real = memory.attach  # as on two machines: a rank can open only its own file
     own = f"{os.getpid():010} "
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "attach", lambda p, n, d: real(p, n, d) if p[:11] == own else None)
-        buffer, wanted = filled(1000, torch.float32, mesh["dp"])
+    mesh.comm.files = memory.SharedFiles(
+        attach=lambda p, n, d: real(p, n, d) if p[:11] == own else None
+    )
+    buffer, wanted = filled(1000, torch.float32, mesh["dp"])
     with mesh.comm.ledger.recording() as calls:
         ops.all_reduce_into(buffer, mesh["dp"]).wait()
     assert [call.algorithm for call in calls] == ["backend"]

@@ -180,8 +180,8 @@ BAD_FLAGS = [
     ("--sync-batchnorm", "model gpt has no BatchNorm to synchronize (--sync-batchnorm); leave it "
         "out, or give --model resnet18"),
     ("--dtype fp8", "dtype cannot be 'fp8' (--dtype); give float32, bfloat16 or float64"),
-    ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m or 124m "
-        "(did you mean tiny?)"),
+    ("--size tinny", "size cannot be 'tinny' (--size); give tiny, small, 25m, 124m, 1b, "
+        "7b, 13b, 70b or 405b (did you mean tiny?)"),
     ("--size small --model resnet18", "model resnet18 has no size small (--size); give tiny, its "
         "only size"),
     ("--model resnet", "model cannot be 'resnet' (--model); give gpt, mlp, vit or resnet18 (did "

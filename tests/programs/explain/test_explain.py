@@ -11,7 +11,7 @@ import pytest
 from programs import run
 from real_steps import explained_and_real
 
-from dist_lab.errors import UserError
+from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.parallel.schedules.library import make
 from dist_lab.parallel.schedules.simulate import bubble, render
@@ -138,6 +138,8 @@ def test_a_run_that_cannot_be_explained_is_refused_in_one_line(arguments, line):
         ("--svg a.svg", "nothing to draw (--svg); give --mesh, such as fsdp=2,tp=2"),
         ("--parameter w", "nothing to draw (--parameter); give --mesh"),
         ("--mesh dp=2 --rank 2", "mesh dp=2 has no rank 2 (--rank); give 0 to 1"),
+        ("--all-ranks", "nothing to draw (--all-ranks); give --mesh, such as"),
+        ("--mesh dp=2 --all-ranks --svg a.svg", "has no use for svg (--svg); leave one out"),
         ("--rank 1", "a single process has no rank 1 (--rank); give 0, or --mesh"),
         ("--strategy pp --stages 2 --mesh pp=4", "and there is --mesh pp=4 (--stages); give one"),
         (
@@ -149,6 +151,74 @@ def test_a_run_that_cannot_be_explained_is_refused_in_one_line(arguments, line):
 def test_wrong_settings_are_refused_before_the_step_is_run(arguments, message, printed):
     with pytest.raises(UserError, match=re.escape(message)):
         printed(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"model_type": "gpt2", "n_embd": 768, "vocab_size": 50257},
+         "model_type 'gpt2', without hidden_size, intermediate_size, num_hidden_layers, num_att"),
+        ({"model_type": "llama", "hidden_size": 64}, "num_attention_heads None, not a whole"),
+        ("{", "is not JSON"),
+        (None, "cannot read"),
+    ],
+)  # fmt: skip
+def test_a_config_of_another_family_or_an_unreadable_one_is_refused(
+    contents, message, printed, tmp_path
+):
+    path = tmp_path / "config.json"
+    if contents is not None:
+        path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
+    with pytest.raises((UserError, MachineError), match=re.escape(message)):
+        printed("--model-config", str(path))
+
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+}  # fmt: skip
+
+
+def test_a_llama_is_explained_from_its_config(printed, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    given = ["--model-config", str(tmp_path), "--batch", "2", "--seq", "8"]
+    count = 2 * 1000 * 64 + 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96 + 2 * 64) + 64
+    assert f"{count:,} parameters" in printed(*given)
+    with pytest.raises(
+        UserError, match="4 query heads and 2 key and value heads, which do not div"
+    ):
+        printed(*given, "--mesh", "tp=3")
+    with pytest.raises(UserError, match=r"4 stages .* are more than the 3 blocks of gpt of"):
+        printed(*given, "--mesh", "pp=4", "--microbatches", "2")
+    with pytest.raises(UserError, match="leave out --model, --size and --layers"):
+        printed(*given, "--size", "25m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", ["--strategy zero2", "--mesh pp=2,fsdp=2,tp=2"])
+def test_with_values_the_bytes_are_the_same(mix, printed, tmp_path):
+    few = [*mix.split(), "--batch", "8", "--seq", "64", "--microbatches", "2"]
+    for name, more in (("sizes", []), ("values", ["--values"])):
+        printed(*few, *more, "--out", str(tmp_path / name))
+    sizes, values = ((tmp_path / n / "explain.json").read_text() for n in ("sizes", "values"))
+    assert sizes == values
+
+
+def test_a_model_of_seven_billion_parameters_is_explained(printed):
+    text = printed("--size", "7b", "--mesh", "tp=8", "--batch", "1", "--seq", "64")
+    assert re.search(r"8 ranks: rank 0 sends [\d.,]+ MB a step in \d+ calls, and holds 1\d,", text)
+
+
+def test_all_ranks_are_shown_by_classes(printed, tmp_path):
+    few = "--mesh fsdp=3,tp=2 --batch 3 --seq 8 --layers 1 --all-ranks".split()
+    text = printed(*few, "--out", str(tmp_path))
+    assert "6 ranks in 3 classes: together they send" in text
+    contents = json.loads((tmp_path / "explain.json").read_text())
+    assert [one["ranks"] for one in contents["classes"]] == ["0,1", "2,3", "4,5"]
+    for one in contents["classes"]:
+        assert sum(kind["at_peak"] for kind in one["memory"].values()) == one["peak"]
+    assert {"op", "axis", "calls", "payload", "sent"} == set(contents["classes"][0]["traffic"][0])
 
 
 @pytest.mark.slow  # tests/test_readmes.py has one that is printed
