@@ -23,7 +23,7 @@ FILES_OF_A_RUN = (  # globs
     "metrics.jsonl", "samples-rank*.jsonl", "summary.json", "events.out.tfevents.*",
     "faults.jsonl", "timeline.json", "memory.json", "profile/*.json",
     "pipeline.json", "pipeline.svg", "report.html",
-    "compare.json", "compare.csv", "compare.png",
+    "compare.json", "compare.csv", "compare.png", "tensorboard/**/events.out.tfevents.*",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
 

@@ -22,6 +22,7 @@ from dist_lab.observe.flops import in_percent
 from dist_lab.observe.report.folder import REPORT, Run, read
 from dist_lab.observe.report.run import page_of_run
 from dist_lab.observe.stragglers import closing_words
+from dist_lab.observe.tensorboard import log_summary
 from dist_lab.observe.theory import against_theory, in_one_line
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import TimedAction
@@ -104,7 +105,7 @@ class JsonLines(Sink):
 
 
 class TensorBoard(Sink):
-    """Writes every number of a row as a scalar: `tensorboard --logdir runs`."""
+    """Writes events for `tensorboard --logdir runs`: tensorboard.py has the list."""
 
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 does
@@ -132,6 +133,8 @@ class TensorBoard(Sink):
             self.writer.add_image(name, pipeline_plot.image(figure), dataformats="HWC")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
+        if summary is not None:
+            log_summary(self.writer, summary)
         self.writer.close()
 
 

@@ -1,4 +1,4 @@
-"""Write the report to files: compare.json, compare.csv, compare.png and report.html."""
+"""Write the report to files: compare.json, .csv and .png, report.html, and for TensorBoard."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from dist_lab.observe import export
 from dist_lab.observe.report.comparison import page_of_comparison
 from dist_lab.observe.report.folder import REPORT, Comparison
+from dist_lab.observe.tensorboard import log_comparison
 from dist_lab.programs.compare.report import CompareReport
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def write(report: CompareReport, folder: Path) -> None:
     rows += [{"strategy": label, "refused": why} for label, why in report.refused.items()]
     results = report.to_dict()
     export.write(folder, "compare", results, rows, draw(report))
+    log_comparison(folder, results)
     page = page_of_comparison(Comparison(folder, results))
     (folder / REPORT).write_text(page, encoding="utf-8")
 

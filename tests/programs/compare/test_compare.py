@@ -508,7 +508,9 @@ def test_the_program_prints_tables_and_writes_its_files(text, tmp_path):
     assert "single: the whole batch on rank 0 alone" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 200
     names = {path.name for path in out.iterdir()}
-    assert names == {"compare.json", "compare.csv", "compare.png"}
+    assert names == {
+        "compare.json", "compare.csv", "compare.png", "report.html", "tensorboard",
+    }  # fmt: skip
     kept = json.loads((out / "compare.json").read_text())
     assert kept["reference"] == "dp"
     assert kept["setting"]["world_size"] == 2
