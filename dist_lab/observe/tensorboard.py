@@ -1,11 +1,13 @@
 """What TensorBoard shows of a run and of a comparison: `tensorboard --logdir runs`.
 
-scalars      every number of a logged step; at the end, memory at the peak by kind
-             (memory/activations) and the bytes of a step by collective (traffic/all_reduce dp)
-histograms   step_ms: the times of all steps
-images       of a pipeline: the last step, alone and beside the ideal one; the mesh
-text         settings: those of the run, and what it ran on
-hparams      of a comparison: one run for each strategy, with its speed, bytes and memory
+The names are those of metrics.jsonl and summary.json:
+
+    scalars      every number of a logged step; at the end, memory at the peak by kind
+                 (memory/activations) and the bytes of a step by collective (traffic/all_reduce dp)
+    histograms   step_ms: the times of all steps
+    images       the mesh; of a pipeline, the last step alone and beside the ideal one
+    text         settings: those of the run, and what it ran on
+    hparams      of a comparison: one run for each strategy, with its speed, bytes and memory
 """
 
 from collections import Counter
@@ -33,6 +35,11 @@ def log_summary(writer: "SummaryWriter", summary: Mapping[str, Any]) -> None:
     for name, size in sent.items():
         writer.add_scalar(name, size, last)
     writer.add_histogram("step_ms", numpy.array(summary["step_times_ms"]["ms"]), last)
+    if summary["world_size"] > 1:
+        from dist_lab.observe import pipeline_plot, rank_plot  # matplotlib is slow to import
+
+        picture = pipeline_plot.image(rank_plot.draw(summary["mesh"], 0))
+        writer.add_image("mesh", picture, last, dataformats="HWC")
     settings = {name: summary[name] for name in ABOUT} | dict(summary["config"])
     writer.add_text("settings", as_markdown(settings), last)
 

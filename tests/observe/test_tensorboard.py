@@ -32,6 +32,7 @@ def test_a_run_ends_with_its_memory_traffic_step_times_and_settings(tmp_path):
     times = summary["step_times_ms"]["ms"]
     assert histogram.step == summary["steps"] == histogram.histogram_value.num
     assert histogram.histogram_value.max == pytest.approx(max(times))
+    assert events.Images("mesh")[0].width > 300
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| schedule | zb |" in text
     assert "| mesh | pp=2, fsdp=2, tp=2 |" in text

@@ -11,7 +11,8 @@ from math import prod
 from typing import Any
 
 from dist_lab.comm.board.board import numbers_in_words
-from dist_lab.layout.layout import Box, FlatShard, Layout, OnlyOn, boxes, from_json
+from dist_lab.layout.holders import by_rank, in_words
+from dist_lab.layout.layout import Box, FlatShard, Layout, from_json
 from dist_lab.mesh.topology import ORDER, coordinates, lines, rank_at
 from dist_lab.observe.report.markup import Cell, Content, Html, number, section, table, tag
 from dist_lab.observe.report.units import plural
@@ -24,7 +25,7 @@ def who_holds_what(summary: Mapping[str, Any]) -> Html:
     """A picture of the ranks, with a choice of parameters, and the table of all layouts."""
     sizes: Mapping[str, int] = summary["mesh"]
     layouts = grouped({name: from_json(data) for name, data in summary["layouts"].items()})
-    held = {name: held_by(layout, sizes) for name, layout in layouts.items()}
+    held = {name: by_rank(layout, sizes) for name, layout in layouts.items()}
     count = prod(sizes.values())
     rows: list[list[Content | Cell]] = [
         [
@@ -124,11 +125,6 @@ def grouped(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
     return {key.format(numbers_in_words(blocks)): layout for (key, layout), blocks in alike.items()}
 
 
-def held_by(layout: Layout, sizes: Mapping[str, int]) -> Held:
-    ranks = range(prod(sizes.values()))
-    return {rank: boxes(layout, sizes, coordinates(rank, sizes)) for rank in ranks}
-
-
 def as_data(layout: Layout, held: Held) -> dict[str, Any]:
     """What page.js draws: the parts, each with its text, boxes in percent and ranks."""
     parts: dict[str, list[int]] = {}
@@ -175,17 +171,3 @@ def _per_rank(held: Held) -> str:
 
 def _elements(own: list[Box]) -> int:
     return sum(prod(side.stop - side.start for side in box) for box in own)
-
-
-def in_words(layout: Layout) -> str:
-    """How a parameter is split: "only on pp=0, then dim 0 over tp"."""
-    words = []
-    for axis, how in layout.splits:
-        if isinstance(how, OnlyOn):
-            words.append(f"only on {' and '.join(f'{axis}={i}' for i in how.positions)}")
-        elif isinstance(how, FlatShard):
-            words.append(f"gradient and state: a range of elements over {axis}")
-        else:
-            copies = f", each on {how.copies} neighbours" if how.copies > 1 else ""
-            words.append(f"dim {how.dim} over {axis}{copies}")
-    return ", then ".join(words) or "replicated on every rank"

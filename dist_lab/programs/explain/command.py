@@ -12,11 +12,12 @@ from dist_lab.errors import UserError
 from dist_lab.job import Job
 from dist_lab.layout.layout import Layout
 from dist_lab.mesh.mesh import Mesh, dry_run
+from dist_lab.observe import rank_grid
 from dist_lab.observe.console import wide_console
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import bubble, peak_activations, render
-from dist_lab.programs.explain import all_ranks, ranks, tables
+from dist_lab.programs.explain import all_ranks, tables
 from dist_lab.programs.explain.classes import Runs, classes
 from dist_lab.programs.explain.dry_run import DryRunResult, observe
 from dist_lab.programs.explain.file import write
@@ -40,7 +41,7 @@ def explain(config: Explain, mesh: Mesh) -> int:
     if config.all_ranks:
         runs = Runs(run, axes, values=config.values)
         found = classes(runs, schedule)
-        show_lines(console, ranks.rank_picture(axes, config.rank))
+        show_lines(console, rank_grid.rank_picture(axes, config.rank))
         all_ranks.show(console, found, axes)
         if folder is not None:
             path = all_ranks.write(folder, runs, found)
@@ -54,11 +55,11 @@ def explain(config: Explain, mesh: Mesh) -> int:
         result = observe(run, mesh, values=config.values)
         parameter = None
         if config.parameter:  # before anything is printed: there may be no such parameter
-            parameter = config.parameter, ranks.find(result.job.layouts, config.parameter)
+            parameter = config.parameter, rank_grid.find(result.job.layouts, config.parameter)
         if schedule is not None:
             show_schedule(console, schedule)
         if several:
-            show_lines(console, ranks.rank_picture(mesh.axes, mesh.rank))
+            show_lines(console, rank_grid.rank_picture(mesh.axes, mesh.rank))
         show(console, result)
         if parameter is not None:
             show_parameter(console, *parameter, result.job)
@@ -113,8 +114,8 @@ def show_schedule(console: Console, schedule: Schedule) -> None:
 def show_parameter(console: Console, name: str, layout: Layout, job: Job) -> None:
     """Print a picture of a parameter, and the part of it that each rank holds."""
     flat = "the gradient and the optimizer state" if name in job.stepped else "the parameter"
-    show_lines(console, ranks.parameter_lines(name, layout, job.mesh.axes, flat=flat))
-    console.print(ranks.parameter_table(layout, job.mesh.axes))
+    show_lines(console, rank_grid.parameter_lines(name, layout, job.mesh.axes, flat=flat))
+    console.print(rank_grid.parameter_table(layout, job.mesh.axes))
 
 
 def show_lines(console: Console, lines: Sequence[str]) -> None:
@@ -126,7 +127,6 @@ def plot(
     path: str, mesh: Mesh, parameter: tuple[str, Layout] | None, schedule: Schedule | None
 ) -> None:
     """Plot the ranks of the mesh, and a parameter's parts and a schedule if there are any."""
-    from dist_lab.observe import pipeline_plot  # here: matplotlib is slow to import
-    from dist_lab.programs.explain import rank_plot
+    from dist_lab.observe import pipeline_plot, rank_plot  # here: matplotlib is slow to import
 
     pipeline_plot.write(rank_plot.draw(mesh.axes, mesh.rank, parameter, schedule), path)

@@ -8,16 +8,15 @@ from rich.console import Console
 
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import FlatShard, Layout, OnlyOn, Shard
-from dist_lab.observe import pipeline_plot
-from dist_lab.parallel.schedules.library import make
-from dist_lab.programs.explain import rank_plot
-from dist_lab.programs.explain.ranks import (
+from dist_lab.observe import pipeline_plot, rank_plot
+from dist_lab.observe.rank_grid import (
     RankGrid,
     find,
     parameter_lines,
     parameter_table,
     rank_picture,
 )
+from dist_lab.parallel.schedules.library import make
 
 
 def layout(shape, *splits):

@@ -2,7 +2,7 @@
 
 A parameter is drawn as one rectangle, whose boxes have the colors of the ranks that hold them. A
 rank without any part of it is grey. Without a parameter, ranks are colored by their position on the
-outermost axis. The pictures in the terminal, of ranks.py, show the same.
+outermost axis. The pictures in the terminal, of rank_grid.py, show the same.
 
 No window opens. matplotlib is slow to import, so import this module only where a picture is drawn.
 """
@@ -18,18 +18,12 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from dist_lab.comm.board.board import numbers_in_words
+from dist_lab.layout.holders import by_rank, in_words
 from dist_lab.layout.layout import Box, Layout
 from dist_lab.mesh.topology import coordinates
 from dist_lab.observe import pipeline_plot
+from dist_lab.observe.rank_grid import RankGrid, cuts, dots, place_text
 from dist_lab.parallel.schedules.actions import Schedule
-from dist_lab.programs.explain.ranks import (
-    RankGrid,
-    by_rank,
-    cuts,
-    dots,
-    in_words,
-    place_text,
-)
 
 NOTHING: dict[str, Any] = {"fc": "#f1f1f1", "ec": "#bbbbbb", "hatch": "////"}
 QUIET = "#555555"

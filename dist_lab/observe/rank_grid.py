@@ -19,7 +19,8 @@ from rich.table import Table
 
 from dist_lab.comm.board.board import numbers_in_words
 from dist_lab.errors import UserError, one_of, shown
-from dist_lab.layout.layout import Box, FlatShard, Layout, OnlyOn, boxes
+from dist_lab.layout.holders import by_rank, in_words
+from dist_lab.layout.layout import Box, FlatShard, Layout
 from dist_lab.mesh.topology import ORDER, coordinates, line_through, rank_at
 from dist_lab.observe.console import empty_table
 
@@ -175,26 +176,6 @@ def parameter_table(layout: Layout, sizes: Mapping[str, int]) -> Table:
         note = "-" if not parts else f"{count:,}" + (f", as rank {same}" if same != rank else "")
         table.add_row(str(rank), *place, *("\n".join(side) or "-" for side in sides), note)
     return table
-
-
-def by_rank(layout: Layout, sizes: Mapping[str, int]) -> dict[int, list[Box]]:
-    """The boxes of the tensor that each rank of a mesh holds."""
-    ranks = range(math.prod(sizes.values()))
-    return {rank: boxes(layout, sizes, coordinates(rank, sizes)) for rank in ranks}
-
-
-def in_words(layout: Layout) -> str:
-    """How a parameter is split: "only on pp=0, then dim 0 over tp"."""
-    words = []
-    for axis, how in layout.splits:
-        if isinstance(how, OnlyOn):
-            words.append(f"only on {' and '.join(f'{axis}={i}' for i in how.positions)}")
-        elif isinstance(how, FlatShard):
-            words.append(f"a range of elements over {axis}")
-        else:
-            copies = f", each on {how.copies} neighbours" if how.copies > 1 else ""
-            words.append(f"dim {how.dim} over {axis}{copies}")
-    return ", then ".join(words) or "replicated on every rank"
 
 
 def cuts(layout: Layout, held: Iterable[list[Box]], dim: int) -> list[slice]:
