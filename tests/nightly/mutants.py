@@ -6,9 +6,9 @@
 
 A mutant is a copy of the package in which one line is wrong, by one of RULES: a sum is dropped, a
 wait is skipped, a shard bound is off by one. pytest runs the tests of that file on it until one
-fails: then the mutant is killed. Those that are left meet all default tests. A survivor is a
-missing test, or a line that makes no difference; EQUIVALENT says which of the latter are known, and
-why.
+fails: then the mutant is killed. Those that are left meet the slow tests of that file as well, and
+then all default tests. A survivor is a missing test, or a line that makes no difference; EQUIVALENT
+says which of the latter are known, and why.
 
 The sample is the same for the same --seed, and has mutants of every rule and every file. Results
 are written as they come, so a run that was stopped goes on where it was. It takes an hour or two.
@@ -36,6 +36,8 @@ from queue import Queue
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dist_lab"
 FOLDERS = ("parallel", "step", "comm", "layout", "optim", "randomness", "sentinel")  # of dist_lab
+DEFAULT, SLOW = "not slow and not nightly", "slow"
+NO_TESTS = 5  # pytest's exit status if there are none with these marks
 TIMEOUT = 900.0  # seconds for the tests of a mutant; if they take longer, it is not killed
 
 # Source, by prefix of its path in dist_lab -> tests to run first, in this order; then all others.
@@ -299,7 +301,8 @@ def sample(mutants: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
 class Outcome:
     """Attributes:
     mutant: its text.
-    verdict: "killed", "survived" or "equivalent"; "left" by the tests of its file.
+    verdict: "killed", "survived" or "equivalent"; "left" by the tests of its file, "tough" if also
+        by the slow ones.
     by: the test that failed first, or why it is equivalent.
     """
 
@@ -317,18 +320,21 @@ def tests_for(path: str) -> list[str]:
     return [*own, *TESTS[prefix].split()]
 
 
-def run(mutant: Mutant, copy: Path, tests: Sequence[str], verdict: str) -> Outcome:
+def run(
+    mutant: Mutant, copy: Path, tests: Sequence[str], verdict: str, marks: str = DEFAULT
+) -> Outcome:
     """Break a copy of the repository, run tests until one fails, and mend the copy.
 
     Args:
         verdict: if none fails.
+        marks: which tests, as for pytest -m.
     """
     started = time.monotonic()
     file = copy / "dist_lab" / mutant.path
     source = file.read_text()
     file.write_text(broken(mutant, source))
     try:
-        failed = first_failure(tests, copy)
+        failed = first_failure(tests, copy, marks)
     finally:
         file.write_text(source)
     verdict = "killed" if failed else verdict
@@ -337,9 +343,19 @@ def run(mutant: Mutant, copy: Path, tests: Sequence[str], verdict: str) -> Outco
     return Outcome(str(mutant), verdict, failed, round(time.monotonic() - started, 1))
 
 
-def first_failure(tests: Sequence[str], copy: Path) -> str:
+def first_failure(tests: Sequence[str], copy: Path, marks: str = DEFAULT) -> str:
     """The name of the first test that fails, and its error; "" if none has, in TIMEOUT seconds."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--no-header"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--no-header",
+        "-m",
+        marks,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
         [*command, *tests], cwd=copy, env=environment, text=True, start_new_session=True,
@@ -352,7 +368,7 @@ def first_failure(tests: Sequence[str], copy: Path) -> str:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with ranks that a mutant has left hanging
-    if process.returncode == 0:
+    if process.returncode in (0, NO_TESTS):
         return ""
     named = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     return named[0][:200] if named else "\n".join(output.splitlines()[-3:])
@@ -392,20 +408,19 @@ def main() -> int:
             print(f"a test fails without any mutant: {failed}")
             return 2
 
-        def run_one(mutant: Mutant, tests: Sequence[str], verdict: str) -> Outcome:
+        def run_one(mutant: Mutant, verdict: str, marks: str) -> Outcome:
+            tests = ["tests"] if verdict == "survived" else tests_for(mutant.path)
             copy = copies.get()
             try:
-                return run(mutant, copy, tests, verdict)
+                return run(mutant, copy, tests, verdict, marks)
             finally:
                 copies.put(copy)
 
-        for before, after in ((None, "left"), ("left", "survived")):
+        passes = (None, "left", DEFAULT), ("left", "tough", SLOW), ("tough", "survived", DEFAULT)
+        for before, after, marks in passes:
             due = [m for m in chosen if getattr(outcomes.get(str(m)), "verdict", None) == before]
             with ThreadPoolExecutor(options.jobs) as workers:
-                started = [
-                    workers.submit(run_one, m, ["tests"] if before else tests_for(m.path), after)
-                    for m in due
-                ]
+                started = [workers.submit(run_one, m, after, marks) for m in due]
                 for number, done in enumerate(as_completed(started), 1):
                     outcome = done.result()
                     outcomes[outcome.mutant] = outcome
