@@ -234,6 +234,7 @@ def test_a_schedule_is_printed_and_plotted(schedule, printed, tmp_path):
     assert path.read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_another_rank_is_explained_with_its_own_stage(printed, tmp_path):
     few = "--mesh pp=2,tp=2 --microbatches 2 --batch 2 --seq 8 --rank 3".split()
     output = printed(*few, "--out", str(tmp_path))

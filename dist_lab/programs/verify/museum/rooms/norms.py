@@ -151,10 +151,14 @@ for name in self._used_on_any_rank():""",
         "dist_lab.job:Job.clip_grad_norm",
         Edit(
             """norm = self._totals.norm(gradients, self.layouts, self.mesh)
+if not norm.isfinite():  # clipping would make all gradients NaN
+    self._watch.look_at_sums(gradients)
 if max_norm is not None:
     clip([g for g in gradients.values() if g is not None], norm, max_norm)""",
             """parameters = (item for item in gradients.items())
 norm = self._totals.norm(dict(parameters), self.layouts, self.mesh)
+if not norm.isfinite():  # clipping would make all gradients NaN
+    self._watch.look_at_sums(gradients)
 if max_norm is not None:
     clip([g for _, g in parameters if g is not None], norm, max_norm)""",
         ),
