@@ -29,30 +29,10 @@ from dist_lab.testing import POOL
 dist_lab.fix_torchvision()  # many tests import torchvision, beside a torch that may be CPU-only
 
 
-# Rows that fail since explain computes no values: bugs to mend, and then to be removed here.
-OPEN = (
-    "tests/programs/explain/test_baseline.py::test_explain_json_is_the_same_as_before_to_the_byte[fsdp, one reduction]",  # noqa: E501
-    "tests/programs/explain/test_baseline.py::test_explain_json_is_the_same_as_before_to_the_byte[fsdp, in bfloat16]",  # noqa: E501
-    "tests/programs/explain/test_baseline.py::test_explain_json_is_the_same_as_before_to_the_byte[13_resnet]",
-    "tests/programs/explain/test_baseline.py::test_explain_json_is_the_same_as_before_to_the_byte[22_all_axes]",
-    "tests/programs/explain/test_classes.py::test_each_rank_counts_what_its_class_says[ddp, a ring]",  # noqa: E501
-    "tests/programs/explain/test_classes.py::test_each_rank_counts_what_its_class_says[ddp, a tree]",  # noqa: E501
-    "tests/programs/explain/test_classes.py::test_of_many_microbatches_a_few_are_run_and_the_rest_is_multiplied[mesh2-1f1b]",
-    "tests/programs/explain/test_classes.py::test_of_many_microbatches_a_few_are_run_and_the_rest_is_multiplied[mesh4-1f1b]",
-    "tests/programs/explain/test_explain.py::test_measured_memory_equals_the_bytes_computed_from_layouts",
-    "tests/programs/train/test_matrix_optimizers.py::test_explain_shows_the_bytes_and_the_memory_of_matrices[dp=4-shampoo]",
-    "tests/programs/train/test_matrix_optimizers.py::test_explain_shows_the_bytes_and_the_memory_of_matrices[fsdp=2,tp=2-shampoo]",
-    "tests/programs/train/test_matrix_optimizers.py::test_explain_shows_the_bytes_and_the_memory_of_matrices[pp=2,fsdp=2-muon]",
-    "tests/test_readmes.py::test_a_command_prints_what_is_shown[README.md-0_2]",
-)
-
-
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tables = defaultdict(list)  # test -> its slow rows
     for item in items:
-        if any(item.nodeid.endswith(name) for name in OPEN):
-            item.add_marker(pytest.mark.xfail(reason="explain without values is wrong here"))
         if is_unusual(item, "nightly_unless"):
             make_nightly(item)
         elif is_unusual(item, "slow_unless"):

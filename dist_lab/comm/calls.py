@@ -134,7 +134,7 @@ def start(
 
     def steps() -> Steps:
         if chosen != "backend":
-            post = Messages(call, axis, comm.tag(f"{axis.name}/{axis.channel}"))
+            post = Messages(call, axis, comm.tag(f"{axis.name}/{axis.channel}"), out)
             yield from STEPS[op][chosen](post, *by_hand)
         # In a dry run an algorithm by hand allocates its memory and counts its bytes, but receives
         # nothing. So we also call the fake backend, whose result is as if all ranks had the values

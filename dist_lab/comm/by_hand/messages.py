@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_lab.comm.by_hand.algorithms import Work
 from dist_lab.comm.ledger import Call
 from dist_lab.mesh.mesh import Axis
+from dist_lab.torch_private import storage_key
 
 # Up to this many bytes, `swap` is one call of the backend's all_to_all: N-1 sends would cost more
 # than the copy into one tensor. Above it, sums start while other chunks are still in flight.
@@ -37,12 +38,18 @@ class Messages:
     those of the second. So every call on an axis has its own tag, counted in the same way on all
     ranks. `exchange` has the tag 0.
 
-    [Note: silence] In a dry run a send is counted and not sent, and a receive yields zeros.
+    [Note: silence] In a dry run a send is counted and not sent. What is received is as if all other
+    ranks had zeros to add, and then the result of this one: a receive into the result leaves it as
+    it is, and one into other memory yields zeros.
+
+    Args:
+        result: the tensor that the collective returns.
     """
 
-    def __init__(self, call: Call, axis: Axis, tag: int) -> None:
+    def __init__(self, call: Call, axis: Axis, tag: int, result: Tensor) -> None:
         assert axis.group is not None
         self.call, self.axis, self.tag, self.group = call, axis, tag, axis.group
+        self.result = result
         self.size, self.index = axis.size, axis.index
         self.limit = timedelta(seconds=axis.comm.timeout)
 
@@ -60,8 +67,8 @@ class Messages:
     def receive(self, into: Tensor, source: int) -> list[Work]:
         if into.numel() == 0:
             return []
-        if self.axis.comm.dry_run:  # see [Note: silence]
-            into.zero_()
+        if self.axis.comm.dry_run:
+            self._stay_silent(into)
             return []
         return [Message(self.group.recv([into], source % self.size, self.tag), self.limit)]
 
@@ -69,10 +76,10 @@ class Messages:
         self, into: Tensor, give: Sequence[Tensor], whole: Tensor
     ) -> list[tuple[int, list[Work]]]:
         others = [(self.index - distance) % self.size for distance in range(1, self.size)]
-        if self.axis.comm.dry_run:  # see [Note: silence]
+        if self.axis.comm.dry_run:
             self.axis.comm.ledger.add_sent(self.call, sum(give[j].nbytes for j in others))
-            into[: self.index].zero_()
-            into[self.index + 1 :].zero_()
+            self._stay_silent(into[: self.index])
+            self._stay_silent(into[self.index + 1 :])
             return [(j, []) for j in others]
         if 0 < whole.nbytes <= SWAP_IN_ONE_CALL:
             self.axis.comm.ledger.add_sent(self.call, sum(give[j].nbytes for j in others))
@@ -86,3 +93,8 @@ class Messages:
         arrivals = [(j, self.receive(into[j], j)) for j in others]
         arrivals[-1][1].extend(sends)
         return arrivals
+
+    def _stay_silent(self, into: Tensor) -> None:
+        """What a receive does in a dry run: see [Note: silence]."""
+        if storage_key(into) != storage_key(self.result):
+            into.zero_()

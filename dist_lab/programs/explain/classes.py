@@ -10,7 +10,8 @@ these, and what is shown of a class is counted on its first rank.
 
 [Note: many micro-batches] Once a pipeline is full, each further micro-batch adds the same calls and
 bytes, and the batch's own tensors. So of many micro-batches a few are run, and the rest is
-multiplied: from d + 2 and d + 3 of them, if at most d are in flight on this rank. Under 1f1b the
+multiplied: from d + 3 and d + 4 of them, if at most d are in flight on this rank. (An interleaved
+schedule takes them in groups of one per rank, so there it is one group more.) Under 1f1b the
 stages that differ in d only are equal, apart from the activations that d micro-batches hold. They
 are computed from three such stages, if these are on a line; if not, each stage is run.
 """
@@ -39,7 +40,6 @@ from dist_lab.programs.explain.dry_run import DryRunResult, observe
 Numbers = Mapping[tuple[str, ...], int]
 """("peak",): bytes; ("at_peak" or "own_peak", kind): bytes; ("calls", "payload" or "sent", op,
 axis): in a step; ("operations",): floating-point operations; ("parameters",): elements."""
-ALL_RUN = 3  # a pipeline of d micro-batches in flight and up to so many more is run as it is
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,22 @@ class Runs:
     def __init__(self, config: Config, axes: Mapping[str, int], *, values: bool = False) -> None:
         self.config, self.axes, self.values = config, axes, values
         self.microbatches = config.microbatches
+        self.group = axes["pp"] if config.schedule == "interleaved" else 1
         self.done: dict[tuple[int, int], Outcome] = {}
 
     def first_rank(self, stage: int) -> int:
         """The first rank of a position along pp."""
         return rank_at({**dict.fromkeys(self.axes, 0), "pp": stage}, self.axes)
 
+    def few(self, depth: int) -> int:
+        """Micro-batches that fill a pipeline of which this rank has at most `depth` in flight."""
+        return -(-(depth + 3) // self.group) * self.group
+
     def first_of(self, stage: int) -> Outcome:
         """A run of that rank, of as many micro-batches as there is one of, or of few."""
         rank = self.first_rank(stage)
         done = [outcome for (r, _), outcome in self.done.items() if r == rank]
-        return done[0] if done else self(rank, min(self.microbatches, 1 + ALL_RUN))
+        return done[0] if done else self(rank, min(self.microbatches, self.few(1)))
 
     def __call__(self, rank: int, microbatches: int) -> Outcome:
         """What this rank counts in a step of so many micro-batches, each of the usual size."""
@@ -150,11 +155,10 @@ def classes(runs: Runs, schedule: Schedule | None) -> list[RankClass]:
 
 def at(runs: Runs, rank: int, depth: int) -> Numbers:
     """What a rank counts, of which `depth` micro-batches are in flight at most."""
-    if runs.microbatches > depth + ALL_RUN:
-        few = depth + 2
-        numbers = along(
-            runs(rank, few).numbers, runs(rank, few + 1).numbers, runs.microbatches - few
-        )
+    few, more = runs.few(depth), runs.few(depth) + runs.group
+    if runs.microbatches > more:
+        steps = (runs.microbatches - few) // runs.group
+        numbers = along(runs(rank, few).numbers, runs(rank, more).numbers, steps)
         if is_consistent(numbers):
             return numbers
     return runs(rank, runs.microbatches).numbers

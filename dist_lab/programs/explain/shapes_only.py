@@ -24,9 +24,6 @@ device.
 """
 
 import mmap
-import os
-import secrets
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,19 +31,17 @@ from functools import cache
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dist_lab.comm.shared.memory import FOLDER, HEADER, TYPES, Memory, SharedFiles
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
+from dist_lab.programs.explain import ends_only
+from dist_lab.programs.explain.ends_only import FLAGS, PAGES, end
+from dist_lab.programs.explain.nested import key_of_sizes, leaves, mapped
 from dist_lab.torch_private import TorchDispatchMode, of_plain_tensors, schema_of, storage_key
 
 SMALL, SMALL_INTEGERS = 1 << 14, 1 << 26  # bytes
-FLAGS = 1 << 10  # elements at the end of a large vector that have values
-# Pages that the kernel provides when they are touched, and does not reserve (0x4000) before.
-PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x4000 if sys.platform == "linux" else 0)
 EMPTY = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
 RESIZES = {"aten::resize_", "aten::set_"}
 RESHAPES = {
@@ -65,7 +60,7 @@ def shapes_only(mesh: Mesh, small: int = SMALL) -> Iterator[None]:
     Raises:
         UserError: an operation cannot be run so; see [Note: what cannot be run so].
     """
-    files, mesh.comm.files = mesh.comm.files, SharedFiles(_created, _attach, _move_ends)
+    files, mesh.comm.files = mesh.comm.files, ends_only.FILES
     try:
         with ShapesOnly(small):
             yield
@@ -91,13 +86,15 @@ class ShapesOnly(TorchDispatchMode):
         return of_plain_tensors(self._run, func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        plan, tensors = plan_of(func), list(_leaves([args, *kwargs.values()], Tensor))
+        plan, tensors = plan_of(func), list(leaves([args, *kwargs.values()], Tensor))
         on_meta = any(t.is_meta for t in tensors) or str(kwargs.get("device")) == "meta"
-        all_small = all(self._is_small(t.dtype, t.numel()) for t in tensors)
+        all_small = all(self._is_small(t.dtype, _elements(t)) for t in tensors)
         if plan.is_view or on_meta or (all_small and plan.in_place is not None):
             return func(*args, **kwargs)
         if func.namespace == "c10d":
-            return func(*args, **kwargs) if all_small else _send_nothing(func, args, kwargs)
+            if all_small:
+                return func(*args, **kwargs)
+            return ends_only.collective(plan.name, func, args, kwargs)
         if plan.name == "aten::equal" and not all_small:
             return args[0].shape == args[1].shape
         if plan.is_number or plan.name in RESHAPES:
@@ -107,7 +104,7 @@ class ShapesOnly(TorchDispatchMode):
         if plan.name in RESIZES:
             raise _refused(func, "it changes the memory of a large tensor")
         if {t.shape for t in tensors if t.dim()} == {tensors[0].shape} and tensors[0].dim() == 1:
-            func(*_map(args, Tensor, _end), **_map(kwargs, Tensor, _end))
+            func(*mapped(args, Tensor, end), **mapped(kwargs, Tensor, end))
         written = [args[i] if i < len(args) else kwargs[name] for i, name in plan.in_place]
         return None if not written else written[0] if len(written) == 1 else tuple(written)
 
@@ -120,7 +117,7 @@ class ShapesOnly(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], all_small: bool
     ) -> Any:
         """The result of an operation that returns new tensors."""
-        key = _key((args, kwargs))
+        key = key_of_sizes((args, kwargs))
         result = None if key is None else self._sizes.get((func, key))
         if result is None:
             try:
@@ -131,12 +128,12 @@ class ShapesOnly(TorchDispatchMode):
                 raise _refused(func, str(error).splitlines()[0]) from None
             if key is not None:
                 self._sizes[func, key] = result
-        sizes = _leaves(result, Size)
+        sizes = leaves(result, Size)
         if all_small and all(self._is_small(size.dtype, prod(size.shape)) for size in sizes):
             value = func(*args, **kwargs)
             return value.fill_(1) if plan_of(func).name in EMPTY else value
         answer = not all_small and _answer_of_zeros(func, args, kwargs, tensors, result)
-        return _map(result, Size, lambda size: _untouched(size, tensors, answer))
+        return mapped(result, Size, lambda size: _untouched(size, tensors, answer))
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,12 @@ def plan_of(func: Any) -> Plan:
     )
 
 
+def _elements(t: Tensor) -> int:
+    """Of a view of a large memory, those of the memory, unless they may be flags at its end."""
+    few = t.is_meta or t.numel() <= FLAGS
+    return t.numel() if few else t.untyped_storage().nbytes() // t.itemsize
+
+
 # --- results --------------------------------------------------------------------------------------
 
 
@@ -217,7 +220,7 @@ def _on_meta_device(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
         def twin(t: Tensor) -> Tensor:
             return t if id(t) in kept else twins[id(t)]
 
-        return func(*_map(args, Tensor, twin), **_map(kwargs, Tensor, twin))
+        return func(*mapped(args, Tensor, twin), **mapped(kwargs, Tensor, twin))
 
     try:
         value = run(numbers)
@@ -233,7 +236,7 @@ def _on_meta_device(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
         offset = int(t.storage_offset())
         return Size(t.shape, t.stride(), offset, t.dtype, memory, shares)
 
-    return _map(value, Tensor, size)
+    return mapped(value, Tensor, size)
 
 
 def _untouched(size: Size, arguments: list[Tensor], answer: bool) -> Tensor:
@@ -260,18 +263,9 @@ def _answer_of_zeros(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], r
         return torch.zeros([1] * t.dim(), dtype=t.dtype, device="cpu")
 
     try:
-        return bool(func(*_map(args, Tensor, zero), **_map(kwargs, Tensor, zero)).any())
+        return bool(func(*mapped(args, Tensor, zero), **mapped(kwargs, Tensor, zero)).any())
     except (RuntimeError, IndexError):  # it needs other shapes
         return False
-
-
-def _send_nothing(func: Any, args: Any, kwargs: Any) -> Any:
-    """A collective that leaves its tensors as they are. Returns what torch's fake one does."""
-
-    def nothing(t: Tensor) -> Tensor:
-        return torch.empty(0, dtype=t.dtype, device="cpu")
-
-    return func(*_map(args, Tensor, nothing), **_map(kwargs, Tensor, nothing))
 
 
 def _refused(func: Any, why: str) -> UserError:
@@ -279,70 +273,3 @@ def _refused(func: Any, why: str) -> UserError:
         f"{plan_of(func).name} cannot be run without values ({why.rstrip('.')}); add --values, to "
         "run the step in real memory"
     )
-
-
-# --- memory that ranks share ----------------------------------------------------------------------
-
-
-@contextmanager
-def _created(length: int, dtype: torch.dtype) -> Iterator[str]:
-    """Yields a text as long as that of a real file, because ranks gather it; "" for no file."""
-    exists = dtype in TYPES and FOLDER.is_dir()
-    yield f"{os.getpid():010} {0:06} {secrets.token_hex(8)}" if exists else ""
-
-
-def _attach(where: str, length: int, dtype: torch.dtype) -> Memory | None:
-    if not where:
-        return None
-    memory = mmap.mmap(-1, HEADER + length * dtype.itemsize, flags=PAGES)
-    data = np.frombuffer(memory, TYPES[dtype], length, HEADER)
-    return Memory(memoryview(memory)[:16].cast("q"), data, os.getpid())
-
-
-def _move_ends(function: Any, *arrays: Any) -> None:
-    """Call the function on the last elements only: see [Note: small tensors have values]."""
-    function(*_map(list(arrays), (np.ndarray, Tensor), _end))
-
-
-def _end(array: Any) -> Any:
-    """The last elements of an array or tensor, of the last row if it has rows."""
-    if not array.ndim:
-        return array
-    return array[(*[slice(-1, None)] * (array.ndim - 1), slice(-FLAGS, None))]
-
-
-# --- nested arguments -----------------------------------------------------------------------------
-
-
-def _leaves(value: Any, kind: type[Any]) -> Iterator[Any]:
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item, kind)
-
-
-def _map(value: Any, kind: Any, function: Any) -> Any:
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_map(item, kind, function) for item in value)
-    if isinstance(value, dict):
-        return {name: _map(item, kind, function) for name, item in value.items()}
-    return value
-
-
-PLAIN = (
-    int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-
-
-def _key(value: Any) -> Any:
-    """A key that is equal for arguments that give results of one size; None if there is none."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, list | tuple | dict):
-        items = value.items() if isinstance(value, dict) else value
-        keys = tuple(_key(item) for item in items)
-        return None if None in keys else keys
-    return (type(value), value) if isinstance(value, PLAIN) else None
