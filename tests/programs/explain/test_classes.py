@@ -42,7 +42,8 @@ def test_each_rank_counts_what_its_class_says(mix):
 @pytest.mark.slow_unless(lambda mesh, schedule: mesh == {"dp": 2})
 @pytest.mark.parametrize(
     ("mesh", "schedule"), [({"dp": 2}, None), ({"fsdp": 2}, None), ({"pp": 4}, "1f1b"),
-                           ({"pp": 2}, "zb"), ({"pp": 3, "fsdp": 2}, "1f1b"), ({"pp": 2}, "interleaved")],
+                           ({"pp": 2}, "zb"), ({"pp": 3, "fsdp": 2}, "1f1b"),
+                           ({"pp": 2}, "interleaved")],
 )  # fmt: skip
 def test_of_many_microbatches_a_few_are_run_and_the_rest_is_multiplied(mesh, schedule):
     many = 12 if schedule else 6
