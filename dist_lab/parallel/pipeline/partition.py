@@ -11,7 +11,7 @@ the meta device, where a model runs without values, in almost no time and memory
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import accumulate, pairwise
@@ -209,30 +209,7 @@ def seam_costs(modules: Sequence[Sequence[nn.Module]], example: Any) -> list[flo
     return costs
 
 
-def check_whole(model: nn.Module, modules: Iterable[nn.Module], example: Any) -> None:
-    """Check that the modules in sequence run the same operations as the model.
-
-    Args:
-        model, modules, example: on the meta device.
-
-    Raises:
-        UserError: they run other operations.
-    """
-    with on_meta(), as_user_error("the modules in `stages`, in sequence, fail"):
-        with _Operations() as of_model:
-            model(example)
-        with _Operations() as of_sequence:
-            x = example
-            for module in modules:
-                x = module(x)
-    if of_sequence.names != of_model.names:
-        raise UserError(
-            f"the modules in `stages` of {type(model).__name__}, in sequence, do not compute what "
-            "its forward computes; name in `stages` all modules that the forward calls"
-        )
-
-
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Records the names of the operations that run inside."""
 
     def __init__(self) -> None:
@@ -244,6 +221,25 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def check_whole(model: nn.Module, of_sequence: Operations, example: Any) -> None:
+    """Check that the modules in sequence ran the same operations as the model.
+
+    Args:
+        model, example: on the meta device.
+        of_sequence: those of `seam_costs` for the same example.
+
+    Raises:
+        UserError: they ran other operations.
+    """
+    with Operations() as of_model, on_meta(), as_user_error("the model fails on the meta device"):
+        model(example)
+    if of_sequence.names != of_model.names:
+        raise UserError(
+            f"the modules in `stages` of {type(model).__name__}, in sequence, do not compute what "
+            "its forward computes; name in `stages` all modules that the forward calls"
+        )
 
 
 # --- the meta device ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from dist_lab.layout.layout import Layout, OnlyOn, Owed
 from dist_lab.mesh.mesh import Axis
 from dist_lab.parallel.pipeline.other_stages import contents, remove_others
 from dist_lab.parallel.pipeline.partition import (
+    Operations,
     check_whole,
     cut,
     meta_copy,
@@ -139,18 +140,12 @@ def _split(
     if seams(model) is not None:
         pieces = pieces_by_seams(model)
         modules = [[model.get_submodule(name) for name in piece] for piece in pieces]
-        costs = [1.0] * len(pieces)
-        if balance == "cost":
-            meta_stages = meta_copy(nn.ModuleList(nn.ModuleList(piece) for piece in modules))
-            assert isinstance(meta_stages, nn.ModuleList)
-            costs = seam_costs(
-                [list(piece) for piece in meta_stages],  # type: ignore[call-overload]
-                None if example is None else to_meta(example),
-            )
-        if example is not None:
-            meta_model = meta_copy(model)
-            names = [name for piece in pieces for name in piece]
-            check_whole(meta_model, map(meta_model.get_submodule, names), to_meta(example))
+        meta_model, x = meta_copy(model), None if example is None else to_meta(example)
+        with Operations() as of_sequence:
+            costs = seam_costs([[*map(meta_model.get_submodule, piece)] for piece in pieces], x)
+        if x is not None:
+            check_whole(meta_model, of_sequence, x)
+        costs = costs if balance == "cost" else [1.0] * len(pieces)
         _check_enough(num_stages, len(pieces), f"blocks of {type(model).__name__}")
         ends = [*cut(costs, num_stages), len(pieces)]
         stages: list[nn.Module] = [

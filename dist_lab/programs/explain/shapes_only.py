@@ -89,6 +89,8 @@ class ShapesOnly(TorchDispatchMode):
         plan, tensors = plan_of(func), list(leaves([args, *kwargs.values()], Tensor))
         on_meta = any(t.is_meta for t in tensors) or str(kwargs.get("device")) == "meta"
         all_small = all(self._is_small(t.dtype, _elements(t)) for t in tensors)
+        if on_meta and plan.in_place is None and not plan.is_view:
+            return self._new_on_meta(func, args, kwargs, tensors)
         if plan.is_view or on_meta or (all_small and plan.in_place is not None):
             return func(*args, **kwargs)
         if func.namespace == "c10d":
@@ -117,23 +119,35 @@ class ShapesOnly(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], all_small: bool
     ) -> Any:
         """The result of an operation that returns new tensors."""
-        key = key_of_sizes((args, kwargs))
-        result = None if key is None else self._sizes.get((func, key))
-        if result is None:
-            try:
-                result = _on_meta_device(func, args, kwargs, tensors)
-            except RuntimeError as error:
-                if all_small:
-                    return func(*args, **kwargs)
-                raise _refused(func, str(error).splitlines()[0]) from None
-            if key is not None:
-                self._sizes[func, key] = result
+        try:
+            result = self._result(func, args, kwargs, tensors)
+        except RuntimeError as error:
+            if all_small:
+                return func(*args, **kwargs)
+            raise _refused(func, str(error).splitlines()[0]) from None
         sizes = leaves(result, Size)
         if all_small and all(self._is_small(size.dtype, prod(size.shape)) for size in sizes):
             value = func(*args, **kwargs)
             return value.fill_(1) if plan_of(func).name in EMPTY else value
         answer = not all_small and _answer_of_zeros(func, args, kwargs, tensors, result)
         return mapped(result, Size, lambda size: _untouched(size, tensors, answer))
+
+    def _new_on_meta(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """The same on the meta device, where many layers ask for the same."""
+        result = self._result(func, args, kwargs, tensors)
+        if any(size.offset or size.shares is not None for size in leaves(result, Size)):
+            return func(*args, **kwargs)
+        return mapped(result, Size, lambda size: torch.empty_strided(
+            size.shape, size.stride, dtype=size.dtype, device="meta"))  # fmt: skip
+
+    def _result(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """What the operation returns, with a `Size` for each tensor."""
+        key = key_of_sizes((args, kwargs))
+        if key is None:
+            return _on_meta_device(func, args, kwargs, tensors)
+        if (func, key) not in self._sizes:
+            self._sizes[func, key] = _on_meta_device(func, args, kwargs, tensors)
+        return self._sizes[func, key]
 
 
 @dataclass(frozen=True)
