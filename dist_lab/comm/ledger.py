@@ -53,6 +53,8 @@ def backend_bytes(op: str, size: int, position: int, payload: int, backend: str 
 
     >>> [backend_bytes("broadcast", 4, i, 100) for i in range(4)]
     [200, 100, 0, 0]
+    >>> [backend_bytes("broadcast", 3, i, 100) for i in range(3)]  # nobody is at distance 2 of 1
+    [200, 0, 0]
     """
     if op == "broadcast" and backend == "nccl":
         return payload if position < size - 1 else 0

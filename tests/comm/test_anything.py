@@ -17,6 +17,7 @@ BUFFERS = {
     "csr": lambda f: (torch.eye(3) * f).to_sparse_csr(),
     "csc": lambda f: (torch.eye(3) * f).to_sparse_csc(),
     "expanded": lambda f: torch.tensor([[2.0 * f], [1.0]]).expand(2, 6),
+    "expanded to two": lambda f: torch.tensor([[1.0 * f], [2.0]]).expand(2, 2),
     "expanded from one": lambda f: torch.tensor(2.0 * f).expand(4),
     "conjugated": lambda f: torch.polar(MATRIX + f, MATRIX).conj(),
     "negated": lambda f: torch.polar(MATRIX + f, MATRIX).conj().imag,

@@ -17,7 +17,7 @@ from dist_lab.comm.agree import (
     together,
 )
 from dist_lab.comm.by_hand.costs import ALGORITHMS
-from dist_lab.comm.choice import effective
+from dist_lab.comm.choice import check_setting, effective
 from dist_lab.comm.ledger import formula_bytes
 from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh.mesh import init_mesh
@@ -349,3 +349,11 @@ def test_an_all_to_all_of_unequal_parts_has_no_padding_and_counts_what_leaves_th
     (call,) = calls
     assert (call.op, call.payload) == ("all_to_all", x.nbytes)
     assert call.sent == call.due == 4 * (sum(lengths) - lengths[i])
+
+
+def test_by_hand_is_for_gloo_and_the_default_for_every_backend():
+    for setting in ("auto", "backend"):
+        check_setting(setting, "nccl")
+    check_setting("ring", "gloo")
+    with pytest.raises(UserError, match="collectives ring are by hand, for gloo alone"):
+        check_setting("ring", "nccl")

@@ -159,14 +159,15 @@ def test_an_inverse_root_is_the_inverse_of_the_fourth_root():
     torch.testing.assert_close(identity, torch.eye(6, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-def test_a_first_step_of_shampoo_has_the_directions_of_the_singular_vectors_and_adams_length():
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_a_first_step_of_shampoo_has_the_directions_of_the_singular_vectors_and_adams_length(eps):
     # L = G G' and R = G' G, so that L^(-1/4) G R^(-1/4) has only singular values of 1.
     (p,) = with_gradients((6, 9))
     before, gradient = p.detach().clone(), p.grad.clone()
-    Shampoo([p], lr=1.0, weight_decay=0.0, damping=0.0).step()
+    Shampoo([p], lr=1.0, weight_decay=0.0, damping=0.0, eps=eps).step()
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     direction = left @ right
-    adam = gradient / (gradient.abs() + 1e-8)
+    adam = gradient / (gradient.abs() + eps)
     expected = before - direction * adam.norm() / direction.norm()
     torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0)
 
@@ -231,6 +232,7 @@ class Model(nn.Module):
         self.qkv = nn.Linear(8, 16)
         self.experts = nn.Parameter(torch.zeros(3, 8, 16))
         self.norm = nn.LayerNorm(8)
+        self.mixer = nn.ParameterDict({"in_proj_weight": torch.zeros(9, 8)})  # of no attention
         self.head = nn.Linear(8, 11)
 
 
@@ -248,6 +250,7 @@ def test_matrices_reads_each_kind_of_layer():
         "hidden.0.weight": ("rows", (4, 4)),
         "qkv.weight": ("rows", (8, 4, 4)),
         "experts": "stack",
+        "mixer.in_proj_weight": "one",
     }
 
 

@@ -144,7 +144,7 @@ class FullySharded(Sync):
         defer_reduce: bool,
         prefetch: bool,
     ) -> None:
-        self.groups, self.groups_of, self.axis, self.replicate = groups, groups_of, axis, replicate
+        self.groups, self.groups_of, self.replicate = groups, groups_of, replicate
         self.reshard_after_forward, self.keep_gathered = reshard_after_forward, keep_gathered
         self.defer_reduce, self.prefetch = defer_reduce, prefetch
         self.group_of = {param.name: group for group in groups for param in group.params}

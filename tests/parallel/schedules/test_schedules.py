@@ -382,6 +382,22 @@ def test_ranks_that_wait_for_each_other():
     )
 
 
+def test_of_a_circle_of_four_ranks_all_are_named_and_of_five_the_first_three():
+    def circle(p):
+        """Each rank waits for its backward in the next rank, and the last for one in rank 0."""
+        first = [f"0F0 {p}F0 0B0 {p}B0"]
+        return [*first, *(f"{s}F0 {s + p}F0 {s + p}B0 {s}B0" for s in range(1, p))]
+
+    assert error_of(rows(*circle(4))).splitlines()[0] == (
+        "schedule mine: deadlock: rank 0 waits in 0B0 for 1B0, rank 1 waits in 1B0 for 2B0, rank 2 "
+        "waits in 2B0 for 3B0, rank 3 waits in 3B0 for 4B0; on rank 0 move 4B0 before 0B0"
+    )
+    assert error_of(rows(*circle(5))).splitlines()[0] == (
+        "schedule mine: deadlock: rank 0 waits in 0B0 for 1B0, rank 1 waits in 1B0 for 2B0, rank 2 "
+        "waits in 2B0 for 3B0, and so on round 5 ranks; on rank 0 move 5B0 before 0B0"
+    )
+
+
 def test_a_rank_that_waits_for_itself():
     assert_error(
         rows("0F0 0W0 0I0"),

@@ -603,6 +603,7 @@ ORDERS = {
     "fast": 'give reduce_order="fixed"', "fixed:": 'give reduce_order="fixed"',
     "fixed:0": 'give reduce_order="fixed"', "fixed:-8": 'give reduce_order="fixed"',
     "fixed:8.5": 'give reduce_order="fixed"', "fixed:6": 'reduce_order="fixed:4"', 8: "fixed:V",
+    "fixed:16384": 'give reduce_order="fixed"',
 }  # fmt: skip
 
 
