@@ -35,11 +35,14 @@ SHARE_SENT = {
 
 
 def formula_bytes(op: str, size: int, payload: int) -> Fraction:
-    """Returns the bytes that one of `size` ranks sends for this payload, as in the table.
+    """Returns the bytes that one of `size` ranks sends for this payload, as in the table. Those of
+    a message are its payload.
 
     >>> formula_bytes("all_reduce", 4, 1000), formula_bytes("all_gather", 4, 1000)
     (Fraction(1500, 1), Fraction(750, 1))
     """
+    if op not in SHARE_SENT:
+        return Fraction(payload)
     return SHARE_SENT[op] * Fraction(size - 1, size) * payload
 
 

@@ -27,5 +27,8 @@ def write(
 
 
 def write_json(path: Path, everything: Mapping[str, Any]) -> None:
+    """Write JSON to a file, at once: a reader, or a stop at any moment, never leaves half of it."""
     text = json.dumps(everything, indent=1, allow_nan=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

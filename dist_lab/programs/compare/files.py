@@ -25,10 +25,8 @@ def write(report: CompareReport, folder: Path) -> None:
 
 
 def keep(folder: Path, report: CompareReport) -> None:
-    """Write compare.json of a comparison that goes on; a reader never finds half of it."""
-    new = folder / "compare.json.new"
-    export.write_json(new, report.to_dict())
-    new.replace(folder / "compare.json")
+    """Write compare.json of a comparison that goes on."""
+    export.write_json(folder / "compare.json", report.to_dict())
 
 
 def draw(report: CompareReport) -> "Figure":

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from dist_lab.comm.ledger import SHARE_SENT, Call, formula_bytes
+from dist_lab.comm.ledger import Call, formula_bytes
 from dist_lab.observe.flops import utilization
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.compare.ratios import Quartiles, Ratio, ratio
@@ -189,9 +189,7 @@ def by_collective(calls: Iterable[Call]) -> list[list[Any]]:
     """Sum the calls of one rank per collective: [collective, calls, payload, sent, formula]."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     for call in calls:
-        formula = float(call.payload)  # right for send and recv
-        if call.op in SHARE_SENT:
-            formula = float(formula_bytes(call.op, call.size, call.payload))
+        formula = float(formula_bytes(call.op, call.size, call.payload))
         transport = f", {IN_MEMORY}" if call.algorithm == "shared" else ""
         for i, number in enumerate((1, call.payload, call.sent, formula)):
             sums[f"{call.op} {call.axis}{transport}"][i] += number

@@ -123,7 +123,7 @@ def totals_table(calls: Sequence[Call], rank: int) -> Table:
         payload = sum(call.payload for call in group)
         share = SHARE_SENT.get(op)
         formula = f"{share if share != 1 else ''} (N-1)/N S".strip() if share else "S"
-        formula_sent = formula_bytes(op, size, payload) if share else payload
+        formula_sent = formula_bytes(op, size, payload)
         table.add_row(
             op, axis, str(len(group)), f"{payload:,}", formula, f"{float(formula_sent):,.0f}",
             f"{sum(call.sent for call in group):,}",

@@ -1,6 +1,5 @@
 """One comparison of a sweep, on each of its ranks."""
 
-import os
 from pathlib import Path
 
 from dist_lab.mesh.mesh import Mesh
@@ -15,8 +14,7 @@ def run(config: Settings, mesh: Mesh) -> int:
     data = setup.open_run(config, mesh)
     report = measure(config, mesh, data, config.entries())
     if report is not None:
-        path = Path(config.out)
-        new = path.with_suffix(".new")
-        export.write_json(new, report.to_dict())
-        os.replace(new, path)  # a file of this name is whole: an interrupted sweep goes on after it
+        export.write_json(
+            Path(config.out), report.to_dict()
+        )  # a sweep goes on after it
     return 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
-from dist_lab.comm.ledger import SHARE_SENT, Tally, formula_bytes
+from dist_lab.comm.ledger import Tally, formula_bytes
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import flops, memory, memory_series
@@ -137,16 +137,12 @@ class Meter:
         return [
             {
                 "phase": phase, "op": op, "axis": axis, "ranks": sizes[axis], "calls": tally.calls,
-                "payload": tally.payload, "formula": formula(op, sizes[axis], tally.payload),
+                "payload": tally.payload,
+                "formula": float(formula_bytes(op, sizes[axis], tally.payload)),
                 "due": tally.due, "sent": tally.sent, "blocked_ms": tally.blocked * 1e3,
             }
             for (phase, op, axis), tally in self.traffic.items()
         ]  # fmt: skip
-
-
-def formula(op: str, size: int, payload: int) -> float:
-    """The bytes of the published formula: comm/ledger.py; those of a message are its payload."""
-    return float(formula_bytes(op, size, payload)) if op in SHARE_SENT else float(payload)
 
 
 def sum_over_ranks(numbers: Tensor, mesh: Mesh) -> Tensor:
