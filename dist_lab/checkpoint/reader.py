@@ -22,7 +22,7 @@ from dist_lab.checkpoint.entries import Entry, Shape
 from dist_lab.checkpoint.manifest import ANOTHER, Damaged, check_hash
 from dist_lab.checkpoint.shard import DTYPES
 from dist_lab.checkpoint.table import check, length, listed
-from dist_lab.layout.boxes import intersection, lengths, numel_of, relative
+from dist_lab.layout.boxes import intersection, lengths, numel_of, overlap, relative
 from dist_lab.layout.layout import Box
 
 DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -132,7 +132,12 @@ class Checkpoint:
         return sorted(self.manifest["files"])
 
     def verify_file(self, name: str) -> None:
+        """Compare a file's hash; of a file of tensors also shapes and dtypes. Raises Damaged."""
         check_hash(self.folder, name, self.manifest["files"][name]["sha256"])
+        for tensor, saved in self.tensors.items():
+            for piece in saved.pieces:
+                if piece.file == name:
+                    self._slice(piece, tensor)
 
     # --- pieces -----------------------------------------------------------------------------------
 
@@ -161,10 +166,13 @@ class Checkpoint:
             raise ValueError(f"{file} has {found} bytes, and its tensors need {size}")
 
     def _check_covered(self, name: str, saved: Saved) -> None:
-        """Every element must be there once: boxes of one layout never overlap in part."""
-        found = sum(numel_of(box) for piece in saved.pieces for box in piece.boxes)
+        """Every element must be there once."""
+        boxes = [box for piece in saved.pieces for box in piece.boxes]
+        found = sum(map(numel_of, boxes))
         if found != math.prod(saved.shape):
             raise ValueError(f"{name} has {found} of {math.prod(saved.shape)} elements")
+        if overlap(boxes):
+            raise ValueError(f"{name} has elements twice, and others not at all")
 
     def _fill(self, name: str, box: Box, out: Tensor) -> None:
         """Copy a box into a tensor of its shape."""
@@ -180,21 +188,36 @@ class Checkpoint:
 
     def _part(self, piece: Piece, name: str, saved: Box, first: int, wanted: Box) -> Tensor:
         """A part of one of a piece's boxes, whose elements begin at `first` in the file."""
+        values = self._slice(piece, name)
+        try:
+            if not wanted:
+                return self._open[piece.file].get_tensor(name).reshape(())
+            if len(piece.boxes) == 1:
+                return values[wanted]
+            return values[first : first + numel_of(saved)].view(lengths(saved))[wanted]
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            raise self._unreadable(piece, name, error) from error
+
+    def _slice(self, piece: Piece, name: str) -> Any:
+        """A tensor in a file, not read yet. Its dtype and shape are those that the table says."""
         try:
             if piece.file not in self._open:
                 path = self.folder / piece.file
                 self._open[piece.file] = safe_open(path, "pt").__enter__()
-            file = self._open[piece.file]
-            if not wanted:
-                return file.get_tensor(name).reshape(())
-            if len(piece.boxes) == 1:
-                return file.get_slice(name)[wanted]
-            elements = file.get_slice(name)[first : first + numel_of(saved)]
-            return elements.view(lengths(saved))[wanted]
-        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
-            raise Damaged(
-                f"cannot read {name} from {str(self.folder / piece.file)!r}: {error}; {ANOTHER}"
-            ) from error
+            values = self._open[piece.file].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(piece, name, error) from error
+        one = len(piece.boxes) == 1
+        shape = lengths(piece.boxes[0]) if one else [sum(map(numel_of, piece.boxes))]
+        wanted = DTYPES[self.tensors[name].dtype], shape
+        if (found := (values.get_dtype(), values.get_shape())) != wanted:
+            why = f"it is {found[0]}{found[1]} in the file and {wanted[0]}{shape} in the table"
+            raise self._unreadable(piece, name, why)
+        return values
+
+    def _unreadable(self, piece: Piece, name: str, why: object) -> Damaged:
+        path = str(self.folder / piece.file)
+        return Damaged(f"cannot read {name} from {path!r}: {why}; {ANOTHER}")
 
 
 def first_difference(

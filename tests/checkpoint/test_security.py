@@ -164,9 +164,21 @@ def huge(table):
     entry(table).update(shape=[10**6, 10**6], boxes=[[[0, 10**6], [0, 10**6]]])
 
 
+def twice(table):
+    """As many elements as the tensor has, but rows 0 and 1 twice."""
+    entry(table).update(boxes=[[[0, 3], [0, 3]], [[0, 2], [0, 3]]])
+
+
+def turned(table):
+    entry(table).update(shape=[3, 5], boxes=[[[0, 3], [0, 5]]])
+
+
 @pytest.mark.parametrize(
     ("file", "edit", "message"),
     [
+        ("rank-0.json", twice, "model/0.weight has elements twice, and others not at all"),
+        ("rank-0.json", turned, "it is F32[5, 3] in the file and F32[3, 5] in the table"),
+        ("rank-0.json", lambda t: entry(t).update(dtype="int32"), "F32[5, 3] in the file and I32"),
         ("rank-0.json", huge, "bytes, and its tensors need 4000000000"),
         ("rank-0.json", lambda t: entry(t).update(shape=[-5, -3]), "a length of -5"),
         ("rank-0.json", lambda t: entry(t).update(shape=[2**70, 0]), "a length of 11805916207"),

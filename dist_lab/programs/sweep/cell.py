@@ -14,7 +14,5 @@ def run(config: Settings, mesh: Mesh) -> int:
     data = setup.open_run(config, mesh)
     report = measure(config, mesh, data, config.entries())
     if report is not None:
-        export.write_json(
-            Path(config.out), report.to_dict()
-        )  # a sweep goes on after it
+        export.write_json(Path(config.out), report.to_dict())  # a sweep goes on after it
     return 0
