@@ -1,4 +1,5 @@
-"""Live bytes over one step, by kind, and whose they are at the peak: DIR/memory.json.
+"""Live bytes over one step, by kind, and whose they are at the peak: DIR/memory.json of a run, and
+DIR/memory_predicted.json of explain.
 
 A position is a number of changes of size since the step began: tensors were created or freed. It is
 not a time, so a prediction can be drawn over a measurement. Of a long step only some positions are
@@ -28,6 +29,7 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe.memory import KINDS, LiveBytes, Storage
 
 FORMAT = 1
+PREDICTED = "memory_predicted.json"
 MOST = 200  # positions of a rank
 LARGEST = 20  # entries of `alive`; the others are one more
 REST = "(the rest)"

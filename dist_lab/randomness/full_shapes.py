@@ -71,6 +71,8 @@ def offsets(local: torch.Size, full: torch.Size, size: int, index: int) -> list[
     [0, 0, 3]
     >>> offsets(torch.Size([2, 1, 5]), torch.Size([2, 2, 5]), 4, 1)  # two ranks share a key head
     [0, 0, 0]
+    >>> offsets(torch.Size([2, 3]), torch.Size([2, 6]), 4, 2)  # halves, each on two ranks
+    [0, 3]
     """
     if len(local) != len(full):
         return None

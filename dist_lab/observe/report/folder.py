@@ -31,6 +31,7 @@ class Run:
         rows: of metrics.jsonl, in the order of steps.
         pipeline: pipeline.json; None if the run has no pipeline.
         memory: memory.json; None if there is none.
+        predicted: memory_predicted.json, which explain writes; None if there is none.
         timeline: timeline.json; None if the run has not recorded one, or one that is too large.
         notes: what a reader should know of these files.
     """
@@ -40,6 +41,7 @@ class Run:
     rows: list[dict[str, Any]]
     pipeline: Mapping[str, Any] | None
     memory: Mapping[str, Any] | None = None
+    predicted: Mapping[str, Any] | None = None
     timeline: Timeline | None = None
     notes: tuple[str, ...] = ()
 
@@ -86,7 +88,7 @@ def read(folder: Path) -> Run | Comparison:
         )
     refuse_others(folder / "summary.json", summary, FIELDS)
     pipeline = summary["pipeline"] and read_json(folder / "pipeline.json")
-    memory, path = folder / "memory.json", folder / "timeline.json"
+    path = folder / "timeline.json"
     timeline: Timeline | None = None
     notes: tuple[str, ...] = ()
     if path.exists() and path.stat().st_size <= LARGEST_TIMELINE:
@@ -96,7 +98,8 @@ def read(folder: Path) -> Run | Comparison:
         notes = (f"timeline.json is not drawn here, because it has {size}: see ui.perfetto.dev",)
     return Run(
         folder, summary, read_rows(folder / "metrics.jsonl"), pipeline,
-        read_memory(memory) if memory.exists() else None, timeline, notes,
+        read_memory(folder / "memory.json"), read_memory(folder / "memory_predicted.json"),
+        timeline, notes,
     )  # fmt: skip
 
 
@@ -142,6 +145,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_memory(path: Path) -> Any:
+    """Live bytes over a step; None if there is no such file."""
+    if not path.exists():
+        return None
     memory = read_json(path)
     refuse_others(path, memory, ("tool", "format", "kinds", "ranks"))
     if (memory["tool"], memory["format"]) != ("dist_lab", MEMORY_FORMAT):

@@ -9,8 +9,12 @@ from dist_lab.observe.report.markup import Cell, Content, Html, figure, join, nu
 from dist_lab.observe.report.units import of_bytes, plural
 
 
-def over_time(memory: Mapping[str, Any]) -> Html:
-    """The strip of the rank with the highest peak, what is alive there, and all ranks' peaks."""
+def over_time(memory: Mapping[str, Any], predicted: Mapping[str, Any] | None = None) -> Html:
+    """The strip of the rank with the highest peak, what is alive there, and all ranks' peaks.
+
+    Args:
+        predicted: by explain; the total of the same rank is drawn over the strip.
+    """
     ranks = memory["ranks"]
     fullest = max(ranks, key=lambda entry: entry["peak"]["total"])
     kinds = [kind for kind in memory["kinds"] if any(fullest["bytes"][kind])]
@@ -19,16 +23,43 @@ def over_time(memory: Mapping[str, Any]) -> Html:
         f"rank {fullest['rank']}, step {fullest['step']}: {of_bytes(peak['total'])} at the peak, "
         f"{running_at(fullest, peak['at'])}"
     )
-    x, y = Scale(0, max(fullest["changes"], 1)), Scale(0.0, 1.05 * peak["total"] / 1e6)
+    same = [e for e in (predicted or {"ranks": []})["ranks"] if e["rank"] == fullest["rank"]]
+    highest = max(entry["peak"]["total"] for entry in [fullest, *same])
+    last = max(entry["changes"] for entry in [fullest, *same])
+    x, y = Scale(0, max(last, 1)), Scale(0.0, 1.05 * highest / 1e6)
     chart = plot(
         [], x, y, title=title, x_label="allocations and frees since the step began", y_label="MB",
-        extra=join([areas(fullest, kinds, x, y), peak_line(peak["at"], x)]),
+        extra=join([
+            areas(fullest, kinds, x, y), peak_line(peak["at"], x),
+            *(outline(entry, x, y) for entry in same),
+        ]),
     )  # fmt: skip
-    keys = legend([(words(kind), kind) for kind in kinds])
+    keys = [(words(kind), kind) for kind in kinds]
     return join([
-        tag("h3", "Memory over a step"), figure(title, keys, chart), alive(fullest),
-        peaks(ranks, kinds) if len(ranks) > 1 else None,
+        tag("h3", "Memory over a step"),
+        figure(title, legend(keys + [("predicted, dashed", "predicted")] * len(same)), chart),
+        *(tag("p", beside(entry["peak"]["total"], peak["total"])) for entry in same),
+        alive(fullest), peaks(ranks, kinds) if len(ranks) > 1 else None,
     ])  # fmt: skip
+
+
+def outline(entry: Mapping[str, Any], x: Scale, y: Scale) -> Html:
+    """The total of all kinds as a dashed line."""
+    totals = [sum(sizes) / 1e6 for sizes in zip(*entry["bytes"].values(), strict=True)]
+    points = _edge([*entry["at"], entry["changes"]], [*totals, totals[-1]], x, y)
+    return tag("path", d=f"M{'L'.join(points)}", class_="line dash predicted")
+
+
+def beside(predicted: int, measured: int) -> str:
+    """
+    >>> beside(100, 100), beside(110, 100)
+    ('The peak is what explain predicts.', 'explain predicts a peak of 110 B, 10.0% more.')
+    """
+    if predicted == measured:
+        return "The peak is what explain predicts."
+    more = predicted / max(measured, 1) - 1
+    by = f"{abs(more):.1%} {'more' if more > 0 else 'less'}"
+    return f"explain predicts a peak of {of_bytes(predicted)}, {by}."
 
 
 def areas(entry: Mapping[str, Any], kinds: Sequence[str], x: Scale, y: Scale) -> Html:

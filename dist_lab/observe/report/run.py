@@ -18,7 +18,7 @@ CAUSES = "Where the two differ, the likely cause is named."
 def page_of_run(run: Run) -> str:
     """Returns the HTML page of a run."""
     summary, checks = run.summary, against_theory(run.summary)
-    strip = memory_strip.over_time(run.memory) if run.memory is not None else None
+    strip = memory_strip.over_time(run.memory, run.predicted) if run.memory is not None else None
     sections = [
         ("numbers", "Numbers", headline(run, checks)),
         ("theory", "Theory", theory(checks)),

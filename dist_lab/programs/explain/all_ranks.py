@@ -95,7 +95,8 @@ def summary(found: Sequence[RankClass], axes: Mapping[str, int]) -> str:
 def write(folder: Path, runs: Runs, found: Sequence[RankClass]) -> Path:
     """Write explain.json. Returns its path.
 
-    memory.json beside it has the first rank of each class, if all its micro-batches were run.
+    memory_predicted.json beside it has the first rank of each class, if all its micro-batches were
+    run.
     """
     path, outcome = folder / "explain.json", runs.first_of(0)
     contents = {
@@ -107,7 +108,8 @@ def write(folder: Path, runs: Runs, found: Sequence[RankClass]) -> Path:
     export.write_json(path, contents)
     whole = [runs.done.get((one.ranks[0], runs.microbatches)) for one in found]
     over_time = [outcome.series for outcome in whole if outcome is not None]
-    export.write_json(folder / "memory.json", memory_series.document("predicted", over_time))
+    predicted = memory_series.document("predicted", over_time)
+    export.write_json(folder / memory_series.PREDICTED, predicted)
     return path
 
 

@@ -75,10 +75,18 @@ class Runs:
     Args:
         config: the settings of the run, with a batch that fits the mesh.
         values: compute the numbers of each step.
+        tell: is called with the rank that runs next, in words.
     """
 
-    def __init__(self, config: Config, axes: Mapping[str, int], *, values: bool = False) -> None:
-        self.config, self.axes, self.values = config, axes, values
+    def __init__(
+        self,
+        config: Config,
+        axes: Mapping[str, int],
+        *,
+        values: bool = False,
+        tell: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        self.config, self.axes, self.values, self.tell = config, axes, values, tell
         self.microbatches = config.microbatches
         self.group = axes["pp"] if config.schedule == "interleaved" else 1
         self.done: dict[tuple[int, int], Outcome] = {}
@@ -101,6 +109,7 @@ class Runs:
         """What this rank counts in a step of so many micro-batches, each of the usual size."""
         key = rank, microbatches
         if key not in self.done:
+            self.tell(f"rank {rank}: a step of {microbatches} micro-batches")
             batch = self.config.batch // self.microbatches * microbatches
             config = replace(self.config, microbatches=microbatches, batch=batch)
             dry = dry_run(self.axes, rank, backend=config.backend, collectives=config.collectives)

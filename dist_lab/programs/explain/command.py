@@ -39,8 +39,9 @@ def explain(config: Explain, mesh: Mesh) -> int:
     console = wide_console()
     schedule = run.pipeline(axes["pp"]) if "pp" in axes else None
     if config.all_ranks:
-        runs = Runs(run, axes, values=config.values)
-        found = classes(runs, schedule)
+        with console.status("") as status:  # shown if a person watches
+            runs = Runs(run, axes, values=config.values, tell=status.update)
+            found = classes(runs, schedule)
         show_lines(console, rank_grid.rank_picture(axes, config.rank))
         all_ranks.show(console, found, axes)
         if folder is not None:
@@ -77,13 +78,11 @@ def summary(result: DryRunResult, axes: Mapping[str, int]) -> str:
     """The result in one line."""
     size, sent = math.prod(axes.values()), sum(call.sent for call in result.steady)
     rank = result.job.mesh.rank
-    traffic = f"nothing is sent, and rank {rank}"
+    traffic = f"nothing is sent; rank {rank}"
     if result.steady:
-        traffic = (
-            f"rank {rank} sends {sent / 1e6:,.2f} MB a step in {len(result.steady)} calls, and"
-        )
-    peak = f"{result.peak.total / 1e6:,.1f} MB"
-    return f"{size} rank{'s' * (size > 1)}: {traffic} holds {peak} at most"
+        traffic = f"rank {rank} sends {sent / 1e6:,.2f} MB a step in {len(result.steady)} calls,"
+    work, peak = f"{result.operations / 1e9:,.2f} GFLOP", f"{result.peak.total / 1e6:,.1f} MB"
+    return f"{size} rank{'s' * (size > 1)}: {traffic} computes {work}, and holds {peak} at most"
 
 
 def show(console: Console, result: DryRunResult) -> None:

@@ -8,7 +8,8 @@
 
 All sizes are in bytes. "rank" is that of --rank, left out if it is 0. In step 1 a strategy may
 learn the order of its buckets or units; step 2 is like all later steps. Nothing in the file depends
-on the time, the machine or line numbers. Beside it, memory.json has the bytes over one step.
+on the time, the machine or line numbers. Beside it, memory_predicted.json has the bytes
+over one step: the report of a run in that folder draws it over what the run has measured.
 """
 
 from pathlib import Path
@@ -21,11 +22,11 @@ from dist_lab.programs.explain.dry_run import DryRunResult
 
 
 def write(folder: Path, strategy: str, result: DryRunResult) -> Path:
-    """Write the result of `observe` to the file, and memory.json beside it. Returns its path."""
+    """Write the result of `observe` to the file, with the memory over time beside it."""
     path = folder / "explain.json"
     export.write_json(path, to_dict(strategy, result))
     over_time = memory_series.document("predicted", [result.series])
-    export.write_json(folder / "memory.json", over_time)
+    export.write_json(folder / memory_series.PREDICTED, over_time)
     return path
 
 

@@ -169,6 +169,22 @@ def test_a_long_timeline_is_cut_to_its_first_steps_and_says_so(finished):
 def test_memory_over_a_step_names_the_peak_and_what_is_alive_there(page):
     assert "rank 0, step 2: 10.5 MB at the peak, in backward of lm_head" in page.text
     assert "alive at the peak of rank 0" in page.text
+    assert "explain predicts" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [(1, "The peak is what explain predicts."), (2, "21.0 MB, 100.0% more.")]
+)
+def test_what_explain_predicts_is_drawn_over_what_was_measured(part, said, tmp_path):
+    write_run(folder := tmp_path / "run")
+    memory = json.loads((folder / "memory.json").read_text())
+    for entry in memory["ranks"]:
+        entry["peak"]["total"] *= part
+        entry["bytes"] = {kind: [part * n for n in row] for kind, row in entry["bytes"].items()}
+    (folder / "memory_predicted.json").write_text(json.dumps(memory | {"source": "predicted"}))
+    text = page_of_run(read(folder))
+    assert said in text
+    assert len(re.findall('class="line dash predicted"', text)) == 1
 
 
 # --- several runs, and folders of which no report can be made -------------------------------------

@@ -181,6 +181,17 @@ def test_new_memory_for_data_is_refused_while_the_old_is_held(mesh):
         job.model(rows(0, rows_of(mesh)))
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+@pytest.mark.ranks(2)
+def test_new_memory_for_data_between_steps_is_copied_into_the_bucket(strategy, mesh):
+    plain = model_of(lambda layer, x: None)
+    job = dist_lab.parallelize(copy.deepcopy(plain), mesh, strategy)
+    for model in plain, job.model:
+        model[1].weight.data = model[1].weight.data * 2
+    assert torch.equal(job.model(rows(0)), plain(rows(0)))
+    assert torch.equal(job.full_state_dict()["1.weight"], plain[1].weight)
+
+
 @pytest.mark.ranks(2, mesh={"fsdp": 2})
 def test_a_write_to_a_frozen_weight_is_refused_if_it_would_be_lost(mesh):
     def age(layer, x):
