@@ -55,19 +55,21 @@ def check_free(path: Path) -> None:
         )
 
 
-def prune(folder: Path, keep: int, files: Files) -> None:
-    """Delete all whole checkpoints but the newest `keep`. Damaged ones are left alone.
+def prune(newest: Path, keep: int, files: Files) -> None:
+    """Delete the whole checkpoints before `newest`, which was just saved; with it `keep` are left.
 
-    A checkpoint gets another name first. So one that is half deleted is never read.
+    Damaged ones are left alone, and so are those of later steps, which another run has saved. A
+    checkpoint gets another name first. So one that is half deleted is never read.
     """
-    whole = []
-    for _, path in steps(folder):
+    folder, whole = newest.parent, []
+    paths = [path for _, path in steps(folder)]
+    for path in paths[paths.index(newest) + 1 :]:
         try:
             manifest.read(path)
         except (UserError, MachineError):
             continue
         whole.append(path)
-    for path in whole[keep:]:
+    for path in whole[keep - 1 :]:
         leaving = beside(path, "del")
         files.rename(path, leaving)
         files.sync_folder(folder)

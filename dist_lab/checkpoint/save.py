@@ -70,7 +70,7 @@ class Write:
                     self._wait(self.final.exists)
                 if self.rank == 0 and self.keep is not None and self.final.exists():
                     manifest.verify(self.final)
-                    folders.prune(self.final.parent, self.keep, self.files)
+                    folders.prune(self.final, self.keep, self.files)
         except Exception as error:
             self.error = error
             with suppress(OSError):
@@ -105,10 +105,16 @@ class Write:
         """Wait until something is there. False if another rank has failed: it says why.
 
         Raises:
-            MachineError: nothing has happened for PATIENCE seconds.
+            MachineError: nothing has happened for PATIENCE seconds, or the folder was removed.
         """
         seen, since = -1, time.monotonic()
         while not arrived():
+            # In this order: rank 0 renames the one to the other, which are never both missing.
+            if not self.temporary.exists() and not self.final.exists():
+                raise MachineError(
+                    f"checkpoint {str(self.final)!r} was removed or renamed while rank {self.rank} "
+                    "waited for it; save it again, and leave its folder alone meanwhile"
+                )
             now, failed = 0, False
             with suppress(FileNotFoundError):  # rank 0 renames files, and at last the folder
                 for path in self.temporary.iterdir():

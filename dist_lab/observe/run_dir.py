@@ -8,6 +8,7 @@ A run that resumes in the folder keeps its files.
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ FILES_OF_A_RUN = (  # globs
     "compare.json", "compare.csv", "compare.png", "tensorboard/**/events.out.tfevents.*",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
+# Also those that were being written or deleted, or were found damaged: see checkpoint/folder.py.
+CHECKPOINT = re.compile(r"step-\d{8,}(\.(tmp|del|damaged)-[0-9a-f]{8})?")
 
 
 @contextmanager
@@ -43,16 +46,32 @@ def claimed(config: "RunSettings", what: str = "run") -> Iterator[Path]:
             folder = Path(config.out).expanduser() if config.out else new_folder(config, what)
             reserve(folder, stack, config)
             if not resumes_in(folder, config):
-                for pattern in FILES_OF_A_RUN:
-                    for path in folder.glob(pattern):
-                        path.unlink()
+                remove_run(folder)
         yield folder
 
 
 def placed(config: "RunSettings", what: str = "run") -> str:
-    """Returns the folder of all attempts of a run: `config.out`, or a new one in runs/."""
-    with as_user_error(config.out or RUNS):
-        return config.out or str(new_folder(config, what))
+    """Returns the folder of all attempts of a run: `config.out`, or a new one in runs/.
+
+    What an earlier run has left there is removed before the first attempt. An attempt that ends
+    before it has claimed the folder is followed by one that resumes in it.
+    """
+    with claimed(config, what) as folder:
+        return str(folder)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the logs and checkpoints of a run, and nothing else."""
+    for pattern in FILES_OF_A_RUN:
+        for path in folder.glob(pattern):
+            path.unlink()
+    inner = folder / CHECKPOINTS
+    for path in inner.iterdir() if inner.is_dir() else ():
+        if CHECKPOINT.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def resumes_in(folder: Path, config: "RunSettings") -> bool:
@@ -125,10 +144,11 @@ def reserve(folder: Path, stack: ExitStack, config: "RunSettings") -> None:
                 f"{names[0]!r} (--out, --resume); give the folder of a run, or an empty one"
             )
     elif names and not config.overwrite:
+        has_checkpoints = (folder / CHECKPOINTS).exists()
         raise UserError(
             f"folder {str(folder)!r} is not empty: {len(names)} entries, first {names[0]!r} "
-            "(--out); give another, or add --overwrite to replace the logs in it"
-            + (", or --resume auto to go on" if (folder / CHECKPOINTS).exists() else "")
+            "(--out); give another, or add --overwrite to replace the logs"
+            + (" and checkpoints in it, or --resume auto to go on" if has_checkpoints else " in it")
         )
 
 

@@ -129,6 +129,28 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_old_checkpoint(tmp_path, 
             assert all(torch.equal(found[1][name], old[1][name]) for name in old[1])
 
 
+def test_a_saver_never_deletes_the_checkpoint_it_has_just_saved(tmp_path):
+    """With one of a later step there, of another run, it was deleted at once."""
+    job, optimizer = small_job()
+    step(job, optimizer)
+    job.save(tmp_path, optimizer, step=10)
+    saver = job.saver(tmp_path, in_background=False, keep=1)
+    for number in (4, 5):
+        assert saver.save(optimizer, step=number).is_dir()
+    assert [number for number, _ in folders.steps(tmp_path)] == [10, 5]
+
+
+def test_a_rank_does_not_wait_for_a_checkpoint_that_was_removed(tmp_path):
+    folder = tmp_path / "step-00000001.tmp-0123abcd"
+    folder.mkdir()
+    final, data = tmp_path / "step-00000001", memoryview(b"")
+    write = saving.Write(1, 2, folder, final, data, {}, {}, Files(), print)
+    write.write_part()
+    shutil.rmtree(folder)
+    with pytest.raises(MachineError, match="was removed or renamed while rank 1 waited for it"):
+        write._wait(final.exists)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stops", [0, 1])
 def test_a_rank_that_stops_at_any_operation_leaves_a_whole_checkpoint(tmp_path, on_ranks, stops):

@@ -76,6 +76,25 @@ def test_overwrite_removes_the_logs_of_a_run_and_nothing_else(tmp_path):
     assert (tmp_path / "below" / "summary.json").exists()
 
 
+def test_overwrite_removes_the_checkpoints_of_a_run_and_nothing_else(tmp_path):
+    """An old checkpoint would be resumed instead of the new run's, and new ones pruned for it."""
+    inner, (whole, name) = tmp_path / "checkpoints", ("step-00000006", "step-00000007.tmp-0123abcd")
+    for path in (inner / whole, inner / name, inner / "step-00000006-mine", tmp_path / whole):
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
+    (inner / "notes.txt").write_text("mine")
+    (inner / "step-00000008").symlink_to(tmp_path / whole)
+    with claimed(Config(out=str(tmp_path), overwrite=True)):
+        assert {path.name for path in inner.iterdir()} == {"notes.txt", "step-00000006-mine"}
+    assert (tmp_path / whole / "manifest.json").exists()
+
+
+def test_an_attempt_that_ends_early_leaves_no_old_checkpoint_to_the_next(tmp_path):
+    (tmp_path / "checkpoints/step-00000006").mkdir(parents=True)
+    assert placed(Config(out=str(tmp_path), overwrite=True)) == str(tmp_path)
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
 def test_a_file_or_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     line = "cannot write to folder 'file': it is a file (--out); give another"
@@ -172,7 +191,7 @@ def test_the_checkpoint_of_another_run_does_not_open_a_folder_with_files(tmp_pat
     for run in ("a", "b"):
         (tmp_path / run / "checkpoints/step-00000003").mkdir(parents=True)
     line = refusal(out=str(tmp_path / "a"), resume=str(tmp_path / "b"))
-    assert line.endswith("add --overwrite to replace the logs in it, or --resume auto to go on")
+    assert line.endswith("to replace the logs and checkpoints in it, or --resume auto to go on")
 
 
 def test_all_attempts_share_a_folder_that_is_chosen_once(tmp_path):

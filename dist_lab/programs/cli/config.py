@@ -160,7 +160,8 @@ class RunSettings(RankSettings):
         metavar="FIRST:LAST", read=read_steps)
     profile: str = setting("", "torch's profiler in these steps: OUT/profile/rank-N.json, and "
         "merged.json of all ranks with their timeline", metavar="FIRST:LAST", read=read_steps)
-    overwrite: bool = setting(False, "replace the logs of an earlier run in --out")
+    overwrite: bool = setting(False, "replace the logs and checkpoints of an earlier run in "
+        "--out")
     about: str = setting("", "a note about this run, saved in its summary", metavar="TEXT")
 
     save_every: int = setting(0, "save a checkpoint in OUT/checkpoints every N steps; 0: never",

@@ -72,6 +72,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_moved_aside(saved, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_overwrites_another_resumes_its_own_checkpoints(saved, tmp_path):
+    """An old run's checkpoint of step 6 was resumed, and the new ones of fewer steps deleted."""
+    out = without(saved, tmp_path)
+    flags = "--nproc 1 --seed 7 --overwrite --restarts 1 --fault kill:rank=0@step=1 --save-every 1"
+    done = train(out, flags, steps=4)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step" not in done.stdout
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["--strategy fsdp --nproc 2", "--strategy ddp --nproc 3"])
 def test_a_run_that_was_killed_after_its_last_save_leaves_the_summary_all_the_same(
     saved, tmp_path, other
