@@ -55,6 +55,25 @@ def check_free(path: Path) -> None:
         )
 
 
+def set_aside_damaged(folder: Path, first: int, files: Files) -> list[Path]:
+    """Rename the damaged checkpoints of step `first` and later. Returns the others.
+
+    A run that went on after an earlier one needs their names, and may not count them as whole.
+
+    Raises:
+        UserError: one was saved by a newer version of this library.
+        MachineError: one cannot be read now.
+    """
+    whole = []
+    for path in (path for step, path in steps(folder) if step >= first):
+        try:
+            manifest.verify(path)
+            whole.append(path)
+        except manifest.Damaged:
+            files.rename(path, beside(path, "damaged"))
+    return whole
+
+
 def prune(newest: Path, keep: int, files: Files) -> None:
     """Delete the whole checkpoints before `newest`, which was just saved; with it `keep` are left.
 

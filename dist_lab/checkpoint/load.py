@@ -18,11 +18,13 @@ from torch.optim import Optimizer
 
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint.entries import Entry, Trained, extra_state, model_entries
+from dist_lab.checkpoint.manifest import Damaged
 from dist_lab.checkpoint.optimizer_state import create_state, load_options
 from dist_lab.checkpoint.reader import Checkpoint, first_difference
 from dist_lab.checkpoint.saver import shadow_entries
+from dist_lab.comm import ops
 from dist_lab.comm.agree import first_says, together
-from dist_lab.errors import MachineError, UserError
+from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.randomness import generators
 from dist_lab.step.shadow import Shadow
@@ -37,8 +39,8 @@ def open_newest(
         tell: called on rank 0 with a line for each checkpoint that is damaged.
 
     Raises:
-        UserError: there is none.
-        MachineError: this one, or every one in the folder, is damaged.
+        UserError: there is none, or a newer version of this library has saved the newest.
+        MachineError: this one, or every one in the folder, is damaged; or one cannot be read now.
     """
     path = Path(folder).expanduser().absolute()
 
@@ -53,19 +55,29 @@ def open_newest(
     with mesh.comm.label("load", unit=""):
         paths = json.loads(first_says(listed, mesh.world))
         for number, candidate in enumerate(paths, 1):
-            try:
-                with together(mesh.world):
+            damage = ""
+            with together(mesh.world):
+                try:
                     checkpoint = Checkpoint.open(candidate)
                     check_name(checkpoint)
                     for file in checkpoint.files()[mesh.rank :: mesh.size]:
                         checkpoint.verify_file(file)
+                except Damaged as error:
+                    damage = str(error)
+            damage = first_text(damage, mesh)
+            if not damage:
                 return checkpoint
-            except (UserError, MachineError) as error:
-                if number == len(paths):
-                    raise
-                if mesh.rank == 0:
-                    tell(f"{error}: taking {Path(paths[number]).name}")
+            if number == len(paths):
+                raise Damaged(damage)
+            if mesh.rank == 0:
+                tell(f"{damage}: taking {Path(paths[number]).name}")
     raise AssertionError("a folder without checkpoints was refused above")
+
+
+def first_text(text: str, mesh: Mesh) -> str:
+    """The text of the first rank that has one, on every rank; "" if none has. Collective."""
+    texts = map(json.loads, ops.all_gather_bytes(json.dumps(text).encode(), mesh.world))
+    return next(filter(None, texts), "")
 
 
 def check_name(checkpoint: Checkpoint) -> None:

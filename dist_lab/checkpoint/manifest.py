@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no checkpoint, or one of a newer version of this library.
         Damaged: it is not what was saved.
+        MachineError: it cannot be read now.
     """
     path = folder / NAME
-    if not path.is_file():
-        raise UserError(_no_manifest(folder))
+    with readable(path):
+        if not path.is_file():
+            raise _no_manifest(folder)
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise UserError(f"{str(path)!r} is no manifest of a checkpoint; give another folder")
@@ -72,7 +75,8 @@ def read(folder: Path) -> dict[str, Any]:
             f"manifest {str(path)!r} was changed: its SHA-256 is {_hash(without)[:16]}..., and was "
             f"{manifest['sha256'][:16]}... when it was saved; {ANOTHER}"
         )
-    _check_files(folder, manifest["files"])
+    with readable(folder):
+        _check_files(folder, manifest["files"])
     try:
         table.each(table.text, manifest["versions"].values())
         table.each(table.length, [manifest["step"], *manifest["mesh"].values()])
@@ -86,16 +90,16 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint. Raises Damaged if it cannot be read."""
-    try:
+    """Read a JSON file of a checkpoint. Raises Damaged, or MachineError: see `readable`."""
+    with readable(path):
         size = path.stat().st_size
         if size > LARGEST_JSON:
             raise Damaged(
                 f"{str(path)!r} has {size:,} bytes, more than {LARGEST_JSON:,}; {ANOTHER}"
             )
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise Damaged(f"cannot read {str(path)!r}: {error.strerror}; {ANOTHER}") from error
+        data = path.read_bytes()
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{str(path)!r} is no JSON: it is cut off or changed; {ANOTHER}") from error
 
@@ -113,15 +117,31 @@ def verify(folder: Path) -> None:
 
 def check_hash(folder: Path, name: str, expected: str) -> None:
     """Raise Damaged if a file of a checkpoint is not what was saved."""
-    try:
+    with readable(folder / name):
         actual = sha256_of(folder / name)
-    except OSError as error:
-        raise Damaged(f"cannot read {str(folder / name)!r}: {error.strerror}; {ANOTHER}") from error
     if actual != expected:
         raise Damaged(
             f"{str(folder / name)!r} was changed: its SHA-256 is {actual[:16]}..., and was "
             f"{expected[:16]}... when it was saved; {ANOTHER}"
         )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into an error of one line.
+
+    Raises:
+        Damaged: the file is not there.
+        MachineError: anything else, such as too many open files. The checkpoint may be whole.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise Damaged(f"cannot read {str(path)!r}: {error.strerror}; {ANOTHER}") from error
+    except OSError as error:
+        raise MachineError(
+            f"cannot read {str(path)!r}: {error.strerror}; try again, or {ANOTHER}"
+        ) from error
 
 
 def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
@@ -144,14 +164,14 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
             )
 
 
-def _no_manifest(folder: Path) -> str:
+def _no_manifest(folder: Path) -> UserError | MachineError:
     if not folder.exists():
-        return f"there is no checkpoint {str(folder)!r}: no such folder"
+        return UserError(f"there is no checkpoint {str(folder)!r}: no such folder")
     if not folder.is_dir():
-        return f"{str(folder)!r} is a file, and a checkpoint is a folder"
+        return UserError(f"{str(folder)!r} is a file, and a checkpoint is a folder")
     if any(folder.glob("rank-*.safetensors")):
-        return f"checkpoint {str(folder)!r} is not whole: it has no {NAME}; {ANOTHER}"
-    return f"{str(folder)!r} is no checkpoint: it has no {NAME}"
+        return Damaged(f"checkpoint {str(folder)!r} is not whole: it has no {NAME}; {ANOTHER}")
+    return UserError(f"{str(folder)!r} is no checkpoint: it has no {NAME}")
 
 
 def _hash(manifest: Mapping[str, Any]) -> str:

@@ -164,17 +164,21 @@ def prepare(
     files: Files,
     tell: Tell,
     keep: int | None,
+    is_first: bool,
 ) -> Write:
     """Copy the entries that this rank is the first to hold. Collective.
 
     Args:
         root: the folder of checkpoints.
         table, about: what this rank's table, and the manifest, say besides.
+        is_first: no checkpoint was saved there yet. Those of later steps may be damaged.
     """
     final = root / folders.name_of(step)
 
     def make() -> str:
         with as_machine_error(root):
+            if is_first:
+                folders.set_aside_damaged(root, step, files)
             folders.check_free(final)
             temporary = folders.beside(final, "tmp")
             files.make_folder(temporary)

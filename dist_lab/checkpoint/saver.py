@@ -9,7 +9,6 @@ moments. It is kept and used again for the next save. A save waits for the one b
 of a save in the background is raised by the next save, or by `finish`, on every rank.
 """
 
-import json
 import os
 import sys
 import threading
@@ -20,13 +19,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dist_lab.checkpoint import manifest
+from dist_lab.checkpoint import table as tables
 from dist_lab.checkpoint.entries import Entry, Trained, entry_of, extra_state, model_entries
 from dist_lab.checkpoint.files import Files
 from dist_lab.checkpoint.optimizer_state import numbers_of, optimizer_entries, options_of
 from dist_lab.checkpoint.save import Tell, Write, prepare
 from dist_lab.checkpoint.shard import Buffer
 from dist_lab.comm.agree import together
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, shown
 from dist_lab.randomness import generators
 from dist_lab.step.shadow import Shadow
 
@@ -50,8 +51,8 @@ class Saver:
             files: the file operations.
             tell: called with a line of progress now and then, on rank 0, from any thread.
         """
-        if keep is not None and keep < 1:
-            raise UserError(f"keep={keep} keeps no checkpoint; give 1 or more")
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise UserError(f"keep={shown(keep)} keeps no checkpoint; give 1 or more")
         self.job, self.folder = job, Path(folder).expanduser().absolute()
         self.keep, self.in_background = keep, in_background
         self.files, self.tell = files or Files(), tell
@@ -85,11 +86,12 @@ class Saver:
         with world.comm.label("save", unit=""):
             job.settle()
         with world.comm.label("save", unit=""), together(world):
+            step = checked_step(job.place.step if step is None else step)
             about = {
                 "strategies": job.strategies,
                 "optimizer": options_of(optimizer, job) if optimizer else None,
-                "settings": settings,
-                "extra": extra,
+                "settings": checked_mapping("settings", settings),
+                "extra": checked_mapping("extra", extra),
                 "tied": dict(job.tied),
                 "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             }
@@ -103,8 +105,8 @@ class Saver:
                 check_json(name, value)
             entries = [*entries_of(job, optimizer, shadow)]
         write = prepare(
-            job.mesh, self.folder, job.place.step if step is None else step, entries, table, about,
-            self._buffer, files=self.files, tell=self.tell, keep=self.keep,
+            job.mesh, self.folder, step, entries, table, about, self._buffer, files=self.files,
+            tell=self.tell, keep=self.keep, is_first=self.last is None,
         )  # fmt: skip
         thread = None
         if self.in_background:
@@ -161,10 +163,25 @@ def shadow_entries(job: Trained, shadow: Shadow) -> Iterator[Entry]:
         yield entry_of(f"shadow/{name}", job.layouts[name], average, job.mesh)
 
 
+def checked_step(step: Any) -> int:
+    """Returns the step. Raises UserError unless it is a number of steps."""
+    if type(step) is not int or not 0 <= step <= tables.LARGEST:
+        raise UserError(f"step={shown(step)} is no number of steps; give a whole one, 0 or more")
+    return step
+
+
+def checked_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """Returns the value. Raises UserError unless it is a mapping or None."""
+    if not isinstance(value, Mapping | None):
+        raise UserError(f"{name}={shown(value)} is no mapping; give a dict, or leave it out")
+    return None if value is None else dict(value)
+
+
 def check_json(name: str, value: Any) -> None:
+    """Raise UserError unless a checkpoint can hold the value and give it back."""
     try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        manifest.sealed({name: value})
+    except (TypeError, ValueError, RecursionError) as error:
         what = {"modules": "the extra state of a module"}.get(name, f"{name}=")
         raise UserError(
             f"{what} is no JSON ({error}), which a checkpoint holds; make it of numbers, texts, "

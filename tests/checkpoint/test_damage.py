@@ -1,5 +1,7 @@
 """Damaged checkpoints: every kind is found before a tensor is used, and the message names it."""
 
+import errno
+import io
 import json
 import shutil
 
@@ -7,8 +9,11 @@ import pytest
 from damage import flips_not_found, refusal
 from flips import small_checkpoint
 
+from dist_lab.checkpoint import folder as folders
+from dist_lab.checkpoint.files import Files
 from dist_lab.checkpoint.load import open_newest
-from dist_lab.errors import UserError
+from dist_lab.checkpoint.manifest import Damaged
+from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh.mesh import init_mesh
 
 
@@ -63,6 +68,41 @@ def test_files_that_are_swapped_between_ranks_or_steps_are_found(library, tmp_pa
     other, _ = library("fsdp2", optimizer="sgd")
     shutil.copyfile(other / f"step-00000002/rank-0.{suffix}", first)
     assert f"rank-0.{suffix}" in refusal(here)
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_passed_over(checkpoint):
+    """It was taken for a damaged one, and renamed so, after the run had gone back a step."""
+    newer = checkpoint.with_name("step-00000002")
+    shutil.copytree(checkpoint, newer)
+    about = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps(about | {"format": 9}))
+    with pytest.raises(UserError, match="has format 9"):
+        open_newest(checkpoint.parent, init_mesh())
+    with pytest.raises(UserError, match="has format 9"):
+        folders.set_aside_damaged(checkpoint.parent, 2, Files())
+    assert newer.is_dir()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-0.json", "rank-0.safetensors"])
+def test_a_file_that_cannot_be_read_now_is_not_damaged(checkpoint, name, monkeypatch):
+    shutil.copytree(checkpoint, checkpoint.with_name("step-00000000"))
+    open_file = io.open
+
+    def without_handles(path, *arguments, **options):
+        if str(path) == str(checkpoint / name):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr("io.open", without_handles)
+    monkeypatch.setattr("builtins.open", without_handles)
+    for look in (
+        lambda: open_newest(checkpoint.parent, init_mesh()),
+        lambda: folders.set_aside_damaged(checkpoint.parent, 1, Files()),
+    ):
+        with pytest.raises(MachineError, match="Too many open files; try again") as raised:
+            look()
+        assert not isinstance(raised.value, Damaged)
+    assert checkpoint.is_dir()
 
 
 def test_an_edited_manifest_is_found(checkpoint):

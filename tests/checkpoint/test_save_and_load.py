@@ -2,6 +2,7 @@
 
 import random
 import re
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -108,6 +109,41 @@ def saved(tmp_path, **options):
 
 def by_dim(name, shape):
     return {"weight_decay": 0.5 if len(shape) > 1 else 0.0}
+
+
+DEEP = reduce(lambda inner, _: {"a": inner}, range(1500), {})
+NOT_SAVED = {
+    "step": [-1, 1.0, True, "7", 10**30],
+    "extra": [[1, 2], "abc", 5, {1: "a", "1": "b"}, {"a": {1, 2}}, {"a": float("nan")}, DEEP],
+    "settings": [[1], "abc"],
+    "keep": [0, "2", 1.5, True],
+}
+
+
+@pytest.mark.parametrize("name", NOT_SAVED)
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, name):
+    job, optimizer = job_of()
+    for value in NOT_SAVED[name]:
+        with pytest.raises(UserError, match=f"^{name}=") as raised:
+            saver = job.saver(tmp_path, **({"keep": value} if name == "keep" else {}))
+            saver.save(optimizer, **({name: value} if name != "keep" else {}))
+        assert "\n" not in str(raised.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_loop_that_went_on_before_a_damaged_checkpoint_can_save_its_step(tmp_path):
+    job, optimizer = job_of()
+    for number in (1, 2, 3):
+        job.save(tmp_path, optimizer, step=number)
+    for number in (2, 3):
+        (tmp_path / f"step-{number:08}" / "rank-0.safetensors").write_bytes(b"")
+    job.load(tmp_path, optimizer)
+    assert job.place.step == 1
+    job.save(tmp_path, optimizer, step=2)
+    names = sorted(path.name.partition("-")[2][:17] for path in tmp_path.iterdir())
+    assert names == ["00000001", "00000002", "00000002.damaged-", "00000003.damaged-"]
+    assert job.load(tmp_path, optimizer) == {}
+    assert job.place.step == 2
 
 
 REFUSED = {

@@ -102,7 +102,7 @@ class Checkpoints:
         with together(mesh.world):
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
-                    self._set_aside(checkpoint.step, checkpoint.folder)
+                    self._set_aside(checkpoint.step)
         extra = load(checkpoint, self._job, self._optimizer)
         if mesh.rank == 0:
             self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}")
@@ -122,21 +122,14 @@ class Checkpoints:
                 else f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give its data"
             )
 
-    def _set_aside(self, step: int, source: Path) -> None:
+    def _set_aside(self, step: int) -> None:
         """Make room for the steps to come: in this run's folder there may be damaged ones."""
-        for later, path in folders.steps(self._folder):
-            if later <= step:
-                continue
-            try:
-                manifest.verify(path)
-            except (UserError, MachineError):
-                self._files.rename(path, folders.beside(path, "damaged"))
-            else:
-                raise UserError(
-                    f"{str(self._folder)!r} has checkpoints after step {step}, such as "
-                    f"{path.name} ({flag('resume')}); give another folder ({flag('out')}), or move "
-                    "them away"
-                )
+        if whole := folders.set_aside_damaged(self._folder, step + 1, self._files):
+            raise UserError(
+                f"{str(self._folder)!r} has checkpoints after step {step}, such as "
+                f"{whole[0].name} ({flag('resume')}); give another folder ({flag('out')}), or move "
+                "them away"
+            )
 
 
 def meaning_of(config: Config, data: Data) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     assert "no folder step-..." in refusal("checkpoint.py", "inspect", empty)
     path = written(tmp_path, STATE)
     (path / "manifest.json").rename(path / "manifest")
-    assert "is not whole: it has no manifest.json" in refusal("checkpoint.py", "inspect", path)
+    done = run("checkpoint.py", "inspect", path)
+    assert "is not whole: it has no manifest.json" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     (path / "manifest.json").write_text('{"format": 99}')
     assert "has format 99, and this version of dist_lab reads up to 1" in refusal(
         "checkpoint.py", "inspect", path
