@@ -25,7 +25,12 @@ LAYERS = [
     ["comm.by_hand.costs", "comm.ledger", "step.fixed_order.order"],
     ["comm.board"],
     ["step.hooks", "transforms.init"],
-    ["programs.cli.settings", "programs.cli.mesh_text", "programs.cli.steps"],
+    [
+        "programs.cli.settings",
+        "programs.cli.mesh_text",
+        "programs.cli.steps",
+        "programs.cli.resume",
+    ],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.mixes"],
     ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],

@@ -12,8 +12,9 @@ of every optimizer, and the object that carries out the file operations of a che
 strategy, collective or checkpoint contains a line about faults.
 
 [Note: once a run] A fault happens once in a run, also when the run is restarted and takes the step
-again: before it happens, its number is added to the file faults.jsonl in the output folder, which
-all attempts share. The line also has the time, from which a test knows how long the recovery took.
+again: before it happens, its number and text are added to the file faults.jsonl in the output
+folder, which all attempts share. A run that resumes may be given other faults. The line
+also has the time, from which a test knows how long the recovery took.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -84,11 +85,11 @@ class Injector(Sink):
 
     def __init__(self, faults: Sequence[Fault], job: Job, path: Path) -> None:
         self.job, self.path, self.rank = job, path, job.mesh.rank
-        happened = [json.loads(line)["number"] for line in lines(path)]
+        past = happened(path)
         self.faults = {
             number: fault
             for number, fault in enumerate(faults)
-            if fault.rank == self.rank and number not in happened
+            if fault.rank == self.rank and (number, str(fault)) not in past
         }
         self.files = FilesWithFaults(self.faults, self.happen)
         self.step, self.counts = 0, Counter[tuple[str, bool]]()
@@ -131,8 +132,9 @@ class Injector(Sink):
         """Make the fault happen now: see [Note: once a run]."""
         del self.faults[number]
         entry = {"number": number, "fault": str(fault), "time": time.time()}
+        is_torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         with self.path.open("a") as file:  # one write, so the lines of several ranks do not mix
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" * is_torn + json.dumps(entry) + "\n")
         if fault.kind in CHANGES:
             assert tensor is not None, fault
             CHANGES[fault.kind](tensor.data)  # unseen by autograd, as a broken memory would do it
@@ -246,5 +248,11 @@ CHANGES: Mapping[str, Callable[[Tensor], None]] = {
 }
 
 
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+def happened(path: Path) -> set[tuple[int, str]]:
+    """The number and the text of each fault that has happened in this run."""
+    past = set()
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # the machine stopped, or the disk was full, within a line
+            entry = json.loads(line)
+            past.add((entry["number"], entry["fault"]))
+    return past

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lab.errors import UserError
+from dist_lab.programs.cli.resume import is_auto
 
 if TYPE_CHECKING:  # a program that only looks at a run needs no settings
     from dist_lab.programs.cli.config import RunSettings
@@ -77,7 +78,7 @@ def remove_run(folder: Path) -> None:
 def resumes_in(folder: Path, config: "RunSettings") -> bool:
     """Whether the run goes on in the folder of the checkpoint from which it resumes."""
     source = config.resume
-    if source.startswith("auto"):
+    if is_auto(source):
         return True
     return bool(source) and Path(source).expanduser().resolve().is_relative_to(folder.resolve())
 

@@ -108,10 +108,14 @@ def test_settings_of_restarts_are_checked_together():
         "--resume auto": "resume auto looks for checkpoints in --out, which is not given",
         "--resume auto --out x --overwrite": "resume auto goes on with the run in --out, and",
         "--restarts 3": "restarts 3 start new ranks, which only --nproc does",
+        "--keep 1": "keep 1 says which checkpoints to delete, and this run saves none (--keep)",
+        "--resume=": "resume cannot be '' (--resume); give auto, a folder or auto:FOLDER",
+        "--resume auto: --out x": "resume cannot be 'auto:' (--resume); give auto, a folder",
     }.items():
         with pytest.raises(UserError) as caught:
             parse(words.split())
         assert str(caught.value).startswith(line)
+    assert parse("--resume autumn --overwrite".split()).resume == "autumn", "a folder"
     assert parse("--resume auto --restarts 1 --nproc 2 --strategy dp".split()).restarts == 1
 
 

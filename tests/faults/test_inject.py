@@ -116,6 +116,19 @@ def test_a_fault_happens_once_a_run_and_others_still_happen(tmp_path):
     assert len(again.losses) == 4
 
 
+def test_a_run_that_resumes_with_another_fault_has_it(tmp_path):
+    """It had the number of the one that had happened. A line may be cut off by a full disk."""
+    (tmp_path / inject.FILE).write_text('{"number": 0, "fault": "exc:ra')
+    job = SimpleNamespace(mesh=SimpleNamespace(rank=0, world=None))
+    for step in (2, 3):
+        faults = faults_of(f"slow:rank=0@step={step}", 1, 4)
+        for is_due in (True, False):
+            injector = inject.Injector(faults, job, tmp_path / inject.FILE)
+            assert [*injector.faults.values()] == (faults if is_due else [])
+            if is_due:
+                injector.happen(0, faults[0])
+
+
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.slow_unless(lambda strategy: strategy == "fsdp")

@@ -174,6 +174,16 @@ def test_a_run_that_resumes_in_a_folder_keeps_its_logs(resume, tmp_path):
         assert {path.name for path in folder.iterdir()} == {*LOGS, "checkpoints"}
 
 
+def test_a_folder_whose_name_begins_with_auto_is_not_resume_auto(tmp_path):
+    (tmp_path / "autumn/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/metrics.jsonl").write_text("old")
+    config = Config(out="new", resume="autumn", overwrite=True)
+    with claimed(config) as folder:
+        assert not any(folder.iterdir())
+    assert config.attempt("new", again=True).resume == "auto:autumn"
+
+
 def test_resume_auto_in_an_empty_folder_starts_a_run(tmp_path):
     with claimed(Config(out=str(tmp_path / "new"), resume="auto")) as folder:
         assert not any(folder.iterdir())

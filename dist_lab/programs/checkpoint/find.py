@@ -18,6 +18,16 @@ def newest(path: str) -> Checkpoint:
     return Checkpoint.open(all_in(path)[0])
 
 
+def check_target(path: str) -> None:
+    """Raise UserError if a checkpoint that is written to `path` would not be found there."""
+    inner = Path(path).expanduser() / CHECKPOINTS
+    if inner.is_dir():
+        raise UserError(
+            f"{path!r} is the folder of a run, whose checkpoints are in {str(inner)!r}; give that "
+            "one, or a new folder"
+        )
+
+
 def all_in(path: str) -> list[Path]:
     """The checkpoint at `path`, or all of a folder of checkpoints or of a run, the newest first.
 

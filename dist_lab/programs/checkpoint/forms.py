@@ -8,7 +8,7 @@ from dist_lab.checkpoint.exchange import dcp, huggingface, llama, ours, torch_fi
 from dist_lab.checkpoint.exchange.tensors import Converted, Tensors, Under, prefixed
 from dist_lab.data.custom import is_custom
 from dist_lab.errors import UserError
-from dist_lab.programs.checkpoint.find import newest
+from dist_lab.programs.checkpoint.find import check_target, newest
 from dist_lab.programs.checkpoint.settings import Export, Import
 from dist_lab.zoo.sizes import SIZES
 
@@ -44,6 +44,7 @@ def export(config: Export) -> int:
 
 def import_(config: Import) -> int:
     """Write a checkpoint of step-... from another form, which is told by its files. Returns 0."""
+    check_target(config.target)
     source = Path(config.source).expanduser()
     settings, left_out = None, tuple[str, ...]()
     tensors: Tensors

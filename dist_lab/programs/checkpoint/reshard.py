@@ -31,7 +31,7 @@ from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.observe.console import watched
-from dist_lab.programs.checkpoint.find import newest
+from dist_lab.programs.checkpoint.find import check_target, newest
 from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
@@ -43,6 +43,7 @@ from dist_lab.randomness import generators
 
 def reshard(config: Reshard) -> int:
     """Write the checkpoint in the layout that --mesh and --strategy say. Returns 0."""
+    check_target(config.target)
     source = newest(config.source)
     source.verify()
     run = layout_of(config, **settings_of(source))

@@ -8,6 +8,7 @@ from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mixes import AXES, IllegalMix, check_impl
 from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES
+from dist_lab.programs.cli.resume import is_auto
 from dist_lab.programs.cli.settings import read
 from dist_lab.programs.cli.steps import check_steps
 from dist_lab.step.fixed_order.order import check_strategies
@@ -145,15 +146,20 @@ def check_order(config: Config, where: Mapping[str, str]) -> None:
 
 def check_restarts(config: Config, where: Mapping[str, str]) -> None:
     """Check that the settings of checkpoints and restarts have a meaning together."""
-    if config.resume.startswith("auto") and not (config.out or config.restarts):
+    if is_auto(config.resume) and not (config.out or config.restarts):
         raise UserError(
             f"resume auto looks for checkpoints in --out, which is not given ({where['resume']}); "
             "add --out DIR, or give --resume DIR"
         )
-    if config.resume.startswith("auto") and config.overwrite:
+    if is_auto(config.resume) and config.overwrite:
         raise UserError(
             f"resume auto goes on with the run in --out, and overwrite removes it "
             f"({where['resume']}, {where['overwrite']}); leave one out"
+        )
+    if config.keep is not None and not config.save_every:
+        raise UserError(
+            f"keep {config.keep} says which checkpoints to delete, and this run saves none "
+            f"({where['keep']}); add --save-every N, or leave it out"
         )
     if config.restarts and config.nproc is None:
         raise UserError(

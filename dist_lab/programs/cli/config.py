@@ -22,6 +22,7 @@ from dist_lab.programs.cli.mesh_text import read_mesh
 from dist_lab.programs.cli.mixes import DATA, in_text, strategies_on
 from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
+from dist_lab.programs.cli.resume import is_auto, read_resume
 from dist_lab.programs.cli.settings import AtLeast, setting
 from dist_lab.programs.cli.steps import read_steps
 from dist_lab.step.fixed_order.order import check_microbatches, microbatches_of, shards_of
@@ -166,10 +167,10 @@ class RunSettings(RankSettings):
 
     save_every: int = setting(0, "save a checkpoint in OUT/checkpoints every N steps; 0: never",
         low=0, heading="checkpoints, restarts and faults")
-    keep: int = setting(2, "keep the N newest checkpoints", low=1)
+    keep: int | None = setting(None, "keep the N newest checkpoints; default: 2", low=1)
     resume: str = setting("", "auto: go on after the newest valid checkpoint in --out, or start if "
         "there is none; DIR: a run or one of its checkpoints; auto:DIR: as auto, or else from DIR",
-        metavar="auto|DIR")
+        metavar="auto|DIR", read=read_resume)
     restarts: int = setting(0, "with --nproc: start new ranks up to N times when one fails, and go "
         "on after the newest checkpoint; under torchrun give it --max-restarts", low=0, high=10_000)
     fault: str = setting("", "make a rank fail on purpose: kill:rank=2@step=7,phase=backward, or "
@@ -266,7 +267,7 @@ class Config(RunSettings):
     def attempt(self, out: str, *, again: bool) -> Self:
         """Returns this Config writing to `out`; `again`: going on after its newest checkpoint."""
         resume = self.resume
-        if again and not resume.startswith("auto"):
+        if again and not is_auto(resume):
             resume = f"auto:{resume}" if resume else "auto"
         return replace(self, out=out, resume=resume)
 

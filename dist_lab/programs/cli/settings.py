@@ -220,7 +220,9 @@ def read_flags(parser: Parser, options: Options, argv: Sequence[str]) -> SetValu
     known, unknown = parser.parse_known_args(argv)
     for stray in unknown:
         if not stray.startswith("-"):
-            raise UserError(f"stray argument {shown(stray)}; every setting is a flag: --steps 300")
+            takes = "every setting is a flag: --steps 300"
+            hint = takes if "steps" in options else "--help shows all that belongs here"
+            raise UserError(f"stray argument {shown(stray)}; {hint}")
         near = nearest_word(stray.partition("=")[0].strip("-").replace("-", "_"), options)
         hint = f"did you mean {flag(near)}? " if near else ""
         raise UserError(f"no flag {shown(stray)}; {hint}--help lists them all")

@@ -24,6 +24,7 @@ from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe.run_dir import CHECKPOINTS
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.resume import is_auto
 from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
 
 # Settings that may not change when a run goes on.
@@ -31,6 +32,7 @@ MEANING = (
     "model", "size", "layers", "dropout", "sync_batchnorm", "data", "seq", "batch", "seed", "dtype",
     "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip",
 )  # fmt: skip
+KEEP = 2  # checkpoints, by default
 
 
 class Checkpoints:
@@ -67,7 +69,8 @@ class Checkpoints:
         self.first, self.summary = self._resume() if config.resume else (0, {})
         self._saver = None
         if config.save_every:
-            self._saver = job.saver(self._folder, keep=config.keep, files=self._files, tell=tell)
+            keep = KEEP if config.keep is None else config.keep
+            self._saver = job.saver(self._folder, keep=keep, files=self._files, tell=tell)
 
     def after(self, step: int) -> None:
         """A step has ended, and it is not the last: save, if it is time. Collective."""
@@ -95,6 +98,9 @@ class Checkpoints:
         mesh = self._job.mesh
         source = first_says(lambda: source_of(self._config, self._folder), mesh.world)
         if not source:
+            if mesh.rank == 0:
+                hint = "" if self._config.save_every else f"; {flag('save_every')} N saves some"
+                self._tell(f"no checkpoint in {self._folder}: starting with step 1{hint}")
             return 0, {}
         checkpoint = open_newest(source, mesh, self._tell)
         with together(mesh.world):
@@ -103,9 +109,11 @@ class Checkpoints:
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
                     self._set_aside(checkpoint.step)
-        extra = load(checkpoint, self._job, self._optimizer)
+        only_weights = checkpoint.step == 0 and checkpoint.tables[0]["optimizer"] is None
+        extra = load(checkpoint, self._job, None if only_weights else self._optimizer)
         if mesh.rank == 0:
-            self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}")
+            new = " with a new optimizer: it has only weights" if only_weights else ""
+            self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}{new}")
         return checkpoint.step, extra.get("summary") or {}
 
     def _check_settings(self, name: str, saved: Mapping[str, Any] | None) -> None:
@@ -141,7 +149,7 @@ def meaning_of(config: Config, data: Data) -> dict[str, Any]:
 def source_of(config: Config, folder: Path) -> str:
     """The folder to load from, `folder` being that of the run's own checkpoints; "" for none."""
     wanted = config.resume
-    if wanted.partition(":")[0] == "auto":
+    if is_auto(wanted):
         if folders.steps(folder):
             return str(folder)
         wanted = wanted.partition(":")[2]

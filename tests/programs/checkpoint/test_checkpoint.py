@@ -116,7 +116,8 @@ def test_wrong_command_lines_are_one_line():
     assert "diff needs DIR DIR; type checkpoint.py diff DIR DIR" in refusal(
         "checkpoint.py", "diff", "a"
     )
-    assert "stray argument 'b'" in refusal("checkpoint.py", "inspect", "a", "b")
+    line = refusal("checkpoint.py", "inspect", "a", "b")
+    assert "stray argument 'b'; --help shows all that belongs here" in line
     assert "no flag '--nproc=2'" in refusal("checkpoint.py", "inspect", "a", "--nproc=2")
     assert "give hf, dcp or torch" in refusal("checkpoint.py", "export", "a", "b")
     assert "did you mean hf?" in refusal("checkpoint.py", "export", "a", "b", "--to=hff")
@@ -191,6 +192,23 @@ def test_numbers_of_another_form_that_are_odd_are_refused(tmp_path, about):
     line = refusal("checkpoint.py", "import", tmp_path / "dcp", tmp_path / "back")
     assert "its about.json" in line
     assert not (tmp_path / "back").exists()
+
+
+def test_nothing_is_written_beside_the_checkpoints_of_a_run(sharded):
+    for command in (["reshard", sharded, sharded, "--mesh=dp=2"], ["import", "x.pt", sharded]):
+        assert "is the folder of a run, whose checkpoints are in" in refusal(
+            "checkpoint.py", *command
+        )
+
+
+def test_a_run_starts_from_weights_that_were_imported(sharded, tmp_path):
+    assert run("checkpoint.py", "export", sharded, tmp_path / "pt", "--to=torch").returncode == 0
+    assert run("checkpoint.py", "import", tmp_path / "pt", tmp_path / "new").returncode == 0
+    flags = "--steps=1 --val-every=0 --layers=2 --batch=4 --seq=16".split()
+    done = run("train.py", f"--resume={tmp_path / 'new'}", f"--out={tmp_path / 'run'}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 0" in done.stdout
+    assert "with a new optimizer: it has only weights" in done.stdout
 
 
 @pytest.mark.parametrize("form", ["hf", "torch"])

@@ -67,6 +67,7 @@ ONLY_WITH = (
         "sequence_parallel": {"strategy": "tp"},
         "regather": {"strategy": "tp", "sequence_parallel": True},
         "adamw_lr": {"optimizer": "muon"},
+        "keep": {"save_every": 5},
     }
     | {name: {"strategy": "pp"} for name in STRATEGIES["pp"].options}
 )
@@ -89,7 +90,7 @@ def test_every_setting_is_a_flag_and_a_toml_key_and_is_listed_in_help(file, caps
             continue
         listed = option.metadata.get("choices", ("1",))[0]
         given = option.default if option.default is not None else kind(option)(listed)
-        if option.name == "data":  # the default "" means the default of the model
+        if option.name in ("data", "resume"):  # the default "" means that of the model, or none
             given = "words.txt"
         word, around = json.dumps(given), {"batch": 1} | ONLY_WITH.get(option.name, {})
         read = parse(["--config", file(f"{option.name} = {word}\n")], defaults=around)
