@@ -76,6 +76,15 @@ def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.5) -> str | 
     return matches[0] if matches else None
 
 
+def printable(text: str) -> str:
+    """Escape what is not printable: a text from a file must not steer the terminal.
+
+    >>> print(printable("red: " + chr(27) + "[31m"))
+    red: \\x1b[31m
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def shown(value: Any) -> str:
     """Format any value for an error message, on one line and in at most 80 characters."""
     if isinstance(value, bool):

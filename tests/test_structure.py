@@ -34,6 +34,7 @@ LAYERS = [
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.mixes"],
     ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
+    ["programs.cli.saved_settings"],
     [
         "mesh",
         "comm",

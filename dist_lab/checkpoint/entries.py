@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm.anything import distinct
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, shown
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Box, Layout, boxes, is_first_holder
 from dist_lab.mesh.mesh import Mesh
@@ -76,9 +76,14 @@ def model_entries(job: Trained) -> Iterator[Entry]:
     """The entries of this rank's parameters and of the buffers of its state dict.
 
     Raises:
-        UserError: a buffer is sparse.
+        UserError: a buffer is sparse, or a name cannot be printed.
     """
     mesh = job.mesh
+    if odd := [name for name in job.layouts if not name.isprintable()]:
+        raise UserError(
+            f"parameter {shown(odd[0])} has a name that cannot be printed, which no checkpoint "
+            "holds; give the module another name"
+        )
     for name, parameter in job.named_parameters():
         local = local_part(parameter.detach())
         yield entry_of(f"model/{name}", job.layouts[name], local, mesh)

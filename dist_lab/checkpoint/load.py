@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint.entries import Entry, Trained, extra_state, model_entries
 from dist_lab.checkpoint.manifest import Damaged
-from dist_lab.checkpoint.optimizer_state import create_state, load_options
+from dist_lab.checkpoint.optimizer_state import create_state, load_options, unwrapped
 from dist_lab.checkpoint.reader import Checkpoint, first_difference
 from dist_lab.checkpoint.saver import shadow_entries
+from dist_lab.checkpoint.state_check import check_groups, check_state
 from dist_lab.comm import ops
 from dist_lab.comm.agree import first_says, together
 from dist_lab.errors import UserError
@@ -107,6 +108,7 @@ def load(
     """
     mesh, tables = job.mesh, checkpoint.tables
     saved = checkpoint.names()
+    numbers = {k: v for table in tables for k, v in table["numbers"].items()}
     with mesh.comm.label("load", unit=""):
         with together(mesh.world):
             entries = [*model_entries(job)]
@@ -124,12 +126,15 @@ def load(
                         "it without one"
                     )
                 options = [table["optimizer"] for table in tables]
-                load_options(optimizer, job, str(checkpoint.folder), options)
+                shapes = {tensor: shape for tensor, (shape, _) in saved.items()}
+                kind, name = type(unwrapped(optimizer)), str(checkpoint.folder)
+                check_groups(name, options)
+                check_state(name, kind, options, shapes, numbers)
+                load_options(optimizer, job, name, options)
         with together(mesh.world):
             for entry in entries:
                 checkpoint.read_into(entry)
             if optimizer is not None:
-                numbers = {k: v for table in tables for k, v in table["numbers"].items()}
                 for entry in create_state(optimizer, job, saved, numbers):
                     checkpoint.read_into(entry)
     _load_modules(job, tables)

@@ -57,7 +57,7 @@ def read(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise _no_manifest(folder)
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise UserError(f"{str(path)!r} is no manifest of a checkpoint; give another folder")
     if manifest["format"] > FORMAT:
         raise UserError(
@@ -65,25 +65,32 @@ def read(folder: Path) -> dict[str, Any]:
             f"dist_lab reads up to {FORMAT}; load it with a newer version"
         )
     wrong = [k for k, kind in KEYS.items() if not isinstance(manifest.get(k), kind)]
+    wrong += ["format"] * (manifest["format"] < FORMAT)
     unknown = sorted(manifest.keys() - KEYS.keys())
     if wrong or unknown:
         what = f"has no right {wrong[0]!r}" if wrong else f"has an unknown {unknown[0]!r}"
         raise Damaged(f"manifest {str(path)!r} {what}: it is not what was saved; {ANOTHER}")
     without = {key: value for key, value in manifest.items() if key != "sha256"}
-    if _hash(without) != manifest["sha256"]:
+    try:
+        actual = _hash(without)
+    except (ValueError, RecursionError) as error:  # 1e999, or lists that nest too deep
+        raise Damaged(f"manifest {str(path)!r} is no JSON of ours; {ANOTHER}") from error
+    if actual != manifest["sha256"]:
         raise Damaged(
-            f"manifest {str(path)!r} was changed: its SHA-256 is {_hash(without)[:16]}..., and was "
+            f"manifest {str(path)!r} was changed: its SHA-256 is {actual[:16]}..., and was "
             f"{manifest['sha256'][:16]}... when it was saved; {ANOTHER}"
         )
     with readable(folder):
         _check_files(folder, manifest["files"])
     try:
-        table.each(table.text, manifest["versions"].values())
-        table.each(table.length, [manifest["step"], *manifest["mesh"].values()])
+        versions, mesh = manifest["versions"], manifest["mesh"]
+        names = [*versions, *versions.values(), *mesh, manifest["strategies"]]
+        table.each(table.text, names)
+        table.each(table.length, [manifest["step"], *mesh.values()])
         table.optimizer(manifest.get("optimizer"))
         table.mapping(manifest.get("tied") or {}, table.text)
-        if not 0 < math.prod(manifest["mesh"].values()) <= len(manifest["files"]):
-            raise table.Odd(f"{len(manifest['files'])} files for a mesh of {manifest['mesh']}")
+        if not 0 < math.prod(mesh.values()) <= len(manifest["files"]):
+            raise table.Odd(f"{len(manifest['files'])} files for a mesh of {mesh}")
     except table.Odd as error:
         raise Damaged(f"manifest {str(path)!r} has {error}; {ANOTHER}") from error
     return dict.fromkeys(KEYS) | manifest

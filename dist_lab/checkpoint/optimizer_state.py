@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_lab.checkpoint.entries import Entry, Shape, Trained
+from dist_lab.checkpoint.state_check import check_options
 from dist_lab.errors import UserError
 from dist_lab.layout.gather import local_part
 from dist_lab.layout.layout import Layout, OnlyOn, boxes, is_first_holder
@@ -154,6 +155,7 @@ def load_options(
 
     Raises:
         UserError: it is of another class, or its groups have other parameters.
+        Damaged: an option is of another kind.
     """
     kind = type(unwrapped(optimizer)).__name__
     if tables[0]["class"] != kind:
@@ -186,6 +188,7 @@ def load_options(
                 f"checkpoint {name!r}; build the same groups"
             )
         found.append(options[0] if options else {})
+        check_options(name, group, found[-1], number)
     for group, values in zip(optimizer.param_groups, found, strict=True):
         for key, value in values.items():
             if isinstance(group.get(key), Tensor):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dist_lab.errors import shown
+
 KEYS = {"tensors", "random", "optimizer", "numbers", "modules", "file"}
 LARGEST = 2**62  # of a length
 WORDS = 624  # of the Mersenne twister, whose state is 32-bit words
@@ -23,6 +25,8 @@ class Odd(ValueError):
 def check(table: Any) -> None:
     """Raise Odd unless this is the table of a rank. The reader checks the boxes of tensors."""
     keys(table, KEYS)
+    for named in ("tensors", "modules", "numbers"):
+        each(text, table[named])
     mapping(table["tensors"], lambda entry: keys(entry, {"shape", "dtype", "boxes"}))
     mapping(table["modules"], lambda state: None)
     mapping(table["numbers"], lambda numbers: mapping(numbers, number))
@@ -101,8 +105,17 @@ def listed(value: Any, count: int | None = None) -> list[Any]:
 
 
 def text(value: Any) -> str:
+    """A name: it will be printed, so it must not have what steers a terminal.
+
+    >>> text(chr(27) + "[2J")
+    Traceback (most recent call last):
+        ...
+    dist_lab.checkpoint.table.Odd: a name '\\x1b[2J', which cannot be printed
+    """
     if not isinstance(value, str):
         raise Odd(f"a {type(value).__name__} in place of a text")
+    if not value.isprintable():
+        raise Odd(f"a name {shown(value)}, which cannot be printed")
     return value
 
 
@@ -114,7 +127,7 @@ def length(value: Any) -> int:
     dist_lab.checkpoint.table.Odd: a length of -1
     """
     if type(value) is not int or not 0 <= value <= LARGEST:
-        raise Odd(f"a length of {str(value)[:20]}")
+        raise Odd(f"a length of {shown(value)}")
     return value
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dist_lab.checkpoint.reader import Checkpoint, Saved
 from dist_lab.comm.board.board import numbers_in_words
-from dist_lab.errors import shown
+from dist_lab.errors import printable, shown
 from dist_lab.layout.boxes import numel_of
 from dist_lab.layout.layout import Box
 from dist_lab.observe.console import empty_table, wide_console
@@ -69,7 +69,7 @@ def in_words(settings: Mapping[str, Any] | None) -> str:
 def optimizer_in_words(optimizer: Mapping[str, Any] | None) -> str:
     if optimizer is None:
         return "none"
-    rates = dict.fromkeys(str(group["options"].get("lr")) for group in optimizer["groups"])
+    rates = dict.fromkeys(shown(group["options"].get("lr")) for group in optimizer["groups"])
     count = len(optimizer["groups"])
     return f"{optimizer['class']}, {count} group{'s' * (count > 1)}, lr {' and '.join(rates)}"
 
@@ -156,5 +156,5 @@ def _splits(boxes: Sequence[Box]) -> list[str]:
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line. It is not wrapped, and [0] is not markup."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line. It is not wrapped, [0] is not markup, and nothing in it steers the terminal."""
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

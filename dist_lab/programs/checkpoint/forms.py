@@ -10,6 +10,7 @@ from dist_lab.data.custom import is_custom
 from dist_lab.errors import UserError
 from dist_lab.programs.checkpoint.find import check_target, newest
 from dist_lab.programs.checkpoint.settings import Export, Import
+from dist_lab.programs.cli.saved_settings import checked_settings
 from dist_lab.zoo.sizes import SIZES
 
 
@@ -19,18 +20,19 @@ def export(config: Export) -> int:
     checkpoint.verify()
     weights = ours.weights_of(checkpoint)
     if config.to == "hf":
-        settings = checkpoint.manifest["settings"]
-        if settings is None:
+        saved = checkpoint.manifest["settings"]
+        if saved is None:
             raise UserError(
                 f"checkpoint {config.source!r} was saved by a script, and does not say how many "
                 "heads the model has; call exchange.huggingface.export with its shape, or export "
                 "it to dcp or torch"
             )
+        settings = checked_settings(saved, checkpoint.folder)
         kinds = Under(checkpoint, "model/").names()
         data = str(settings.get("data"))
         huggingface.export(
             weights, llama.shape_in_settings(settings, kinds), config.target,
-            positions=int(settings.get("seq") or 2048), file_bytes=config.file_mb * 10**6,
+            positions=settings.get("seq", 2048), file_bytes=config.file_mb * 10**6,
             ids=f"of the data {data}" if is_custom(data) else "bytes",
         )  # fmt: skip
     elif config.to == "dcp":

@@ -11,7 +11,6 @@ another number of ranks need not be kept.
 import gc
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from dist_lab.programs.checkpoint.find import check_target, newest
 from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.settings import checked
+from dist_lab.programs.cli.saved_settings import checked_settings
 from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop
 from dist_lab.randomness import generators
@@ -138,11 +137,11 @@ def settings_of(source: Checkpoint) -> dict[str, Any]:
             f"checkpoint {str(source.folder)!r} was saved by a script, whose model cannot be built "
             "here; job.load reads it in any layout"
         )
-    options = {option.name: option for option in fields(Config)}
-    place = f"the settings of {str(source.folder)!r}"
     # A run with another batch may go on from these weights, so the batch need not divide here.
-    named = options.keys() - {"batch"}
-    known = {k: value for k, value in saved.items() if k in named and value is not None}
+    without_batch = {name: value for name, value in saved.items() if name != "batch"}
+    known = checked_settings(without_batch, source.folder)
     if not known.get("model"):
-        raise Damaged(f"{place} name no model; give another checkpoint")
-    return {name: checked(options[name], value, place) for name, value in known.items()}
+        raise Damaged(
+            f"the settings of {str(source.folder)!r} name no model; give another checkpoint"
+        )
+    return known

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 import dist_lab
-from dist_lab.errors import UserError, nearest_word, one_of, shown
+from dist_lab.errors import UserError, nearest_word, one_of, printable, shown
 
 C = TypeVar("C")
 Options = Mapping[str, Field[Any]]  # name -> dataclass field
@@ -249,7 +249,7 @@ def as_typed(name: str, value: Any) -> str:
     """
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
-    return f"{flag(name)} {shlex.quote(str(value))}"
+    return f"{flag(name)} {printable(shlex.quote(str(value)))}"
 
 
 def from_text(option: Field[Any], text: str) -> Any:

@@ -16,15 +16,19 @@ from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.files import Files, as_machine_error
 from dist_lab.checkpoint.load import load, open_newest
+from dist_lab.checkpoint.manifest import ANOTHER, Damaged
+from dist_lab.checkpoint.optimizer_state import unwrapped
 from dist_lab.checkpoint.save import Tell
+from dist_lab.checkpoint.state_check import check_stepped
 from dist_lab.comm.agree import first_says, together
 from dist_lab.data import Data
-from dist_lab.errors import MachineError, UserError
+from dist_lab.errors import MachineError, UserError, shown
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe.run_dir import CHECKPOINTS
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.resume import is_auto
+from dist_lab.programs.cli.saved_settings import checked_settings
 from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
 
 # Settings that may not change when a run goes on.
@@ -105,6 +109,9 @@ class Checkpoints:
         checkpoint = open_newest(source, mesh, self._tell)
         with together(mesh.world):
             self._check_settings(str(checkpoint.folder), checkpoint.manifest["settings"])
+            if checkpoint.step and checkpoint.manifest["settings"]:  # of a run like this one
+                kind = type(unwrapped(self._optimizer))
+                check_stepped(str(checkpoint.folder), kind, checkpoint.tensors)
         with together(mesh.world):
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
@@ -114,15 +121,23 @@ class Checkpoints:
         if mesh.rank == 0:
             new = " with a new optimizer: it has only weights" if only_weights else ""
             self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}{new}")
-        return checkpoint.step, extra.get("summary") or {}
+        summary = extra.get("summary") or {}
+        if not isinstance(summary, dict):
+            raise Damaged(
+                f"checkpoint {str(checkpoint.folder)!r} has a summary that is none; {ANOTHER}"
+            )
+        return checkpoint.step, summary
 
     def _check_settings(self, name: str, saved: Mapping[str, Any] | None) -> None:
         """Raise UserError if the run would go on as another one."""
         if saved is None:
             return  # saved by a script: only the model's tensors can be compared
+        _ = checked_settings({k: saved[k] for k in MEANING if k in saved}, name)
         different = [k for k, value in self._meaning.items() if saved.get(k, value) != value]
         if different:
-            was = ", ".join(f"{k} {saved[k]} (now {self._meaning[k]})" for k in different)
+            was = ", ".join(
+                f"{k} {shown(saved[k])} (now {shown(self._meaning[k])})" for k in different
+            )
             typed = " ".join(as_typed(k, saved[k]) for k in different if k in MEANING)
             raise UserError(
                 f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give {typed}"
@@ -171,7 +186,8 @@ def with_saved_batch(config: Config, mesh: Mesh) -> Config:
         for path in alone or [path for _, path in folders.steps(source)]:
             with suppress(UserError, MachineError):  # loading says what is wrong with it
                 settings = manifest.read(path)["settings"] or {}
-                return str(int(settings.get("batch", 0)))
+                batch = {"batch": settings.get("batch")}
+                return str(checked_settings(batch, path).get("batch", 0))
         return "0"
 
     batch = int(first_says(saved, mesh.world))

@@ -4,7 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
+from damage import seal
 from programs import run
+
+import dist_lab
+from dist_lab import zoo
+from dist_lab.mesh.mesh import init_mesh
 
 SMALL = "--size tiny --batch 12 --seq 16 --log-every 1 --val-every 0 --dtype float64 --dropout 0.1"
 SMALL = SMALL.split()
@@ -131,3 +137,43 @@ def test_a_wrong_resume_is_one_line_and_changes_nothing(saved, tmp_path, case):
     (line,) = done.stderr.splitlines()
     assert words in line
     assert sorted(str(path) for path in out.rglob("*")) == before
+
+
+CRAFTED = {
+    "a batch that is a text": (["settings", "batch"], "x", "batch cannot be 'x' (the settings of"),
+    "a batch that is a list": (["settings", "batch"], [1], "batch cannot be a list (the settings"),
+    "a hash that is a table": (["settings", "data_sha256"], {"\x1b[2J": 1}, "data_sha256 a table"),
+    "a summary that is a text": (["extra", "summary"], "x", "has a summary that is none"),
+    "a model that steers the terminal": (["settings", "model"], "\x1b[2J", "'\\x1b[2J'"),
+    "data that steer the terminal": (["settings", "data"], "\x1b[2J", "data '\\x1b[2J' (now"),
+}  # fmt: skip
+
+
+def test_a_run_without_the_moments_of_its_steps_does_not_go_on_with_new_ones(tmp_path):
+    job = dist_lab.parallelize(zoo.build("mlp", "tiny", vocab=256, seed=0), init_mesh(), "single")
+    optimizer = job.optimizer(torch.optim.AdamW, lr=1e-3)
+    path = job.save(tmp_path, optimizer, step=1, settings={"model": "mlp"})
+    flags = "--model mlp --size tiny --steps 2 --seq 8 --val-every 0".split()
+    done = run("train.py", *flags, "--resume", path, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "was saved after steps of AdamW, and has no state of it" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_manifest_with_odd_settings_is_one_line(tmp_path, case):
+    (where, key), value, words = CRAFTED[case]
+    job = dist_lab.parallelize(zoo.build("mlp", "tiny", vocab=256, seed=0), init_mesh(), "single")
+    optimizer = job.optimizer(torch.optim.AdamW, lr=1e-3)
+    settings, extra = {"model": "mlp", "batch": 4}, {"summary": {}}
+    path = job.save(tmp_path, optimizer, step=0, settings=settings, extra=extra)
+    about = json.loads((path / "manifest.json").read_text())
+    about[where][key] = value
+    (path / "manifest.json").write_text(json.dumps(about))
+    seal(path)
+    flags = "--model mlp --size tiny --steps 2 --seq 8 --val-every 0".split()
+    done = run("train.py", *flags, "--resume", path, "--out", tmp_path / "out")
+    line = done.stderr.strip()
+    assert done.returncode in (1, 2)
+    assert words in line
+    assert line.isprintable()
