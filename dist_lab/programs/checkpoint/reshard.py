@@ -25,7 +25,8 @@ from dist_lab.checkpoint.offline import OfflineWriter
 from dist_lab.checkpoint.optimizer_state import numbers_of, options_of
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.checkpoint.saver import entries_of
-from dist_lab.errors import UserError
+from dist_lab.data.custom import is_custom
+from dist_lab.errors import UserError, shown
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.mesh.mesh import Mesh, dry_run
@@ -35,6 +36,7 @@ from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.saved_settings import checked_settings
+from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop
 from dist_lab.randomness import generators
@@ -45,7 +47,9 @@ def reshard(config: Reshard) -> int:
     check_target(config.target)
     source = newest(config.source)
     source.verify()
-    run = layout_of(config, **settings_of(source))
+    settings = settings_of(source)
+    check_data(config, settings)
+    run = layout_of(config, **settings)
     size = math.prod((config.mesh or {}).values())
     run = run.fitted(size)
     axes, target = run.axes(size) or {"dp": 1}, Path(config.target).expanduser().absolute()
@@ -123,6 +127,20 @@ def _shadow(source: Checkpoint, job: Job) -> Iterator[Entry]:
             entry = entry_of(f"shadow/{name}", job.layouts[name], local, job.mesh)
             source.read_into(entry)
             yield entry
+
+
+def check_data(config: Reshard, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if the data is code that the checkpoint names, and the user does not."""
+    spec = settings.get("data", "")
+    if config.data not in ("", spec):
+        raise UserError(
+            f"the run's data is {shown(spec)}, not {shown(config.data)} (--data); leave it out"
+        )
+    if is_custom(spec) and not config.data:
+        raise UserError(
+            f"{config.source!r} was trained on data {spec!r}, whose code would run here; if you "
+            f"trust it, give {as_typed('data', spec)}"
+        )
 
 
 def settings_of(source: Checkpoint) -> dict[str, Any]:

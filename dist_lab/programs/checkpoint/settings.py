@@ -75,6 +75,8 @@ class Reshard(Command):
     schedule: str | None = setting(None, "the schedule of a pipeline, which decides how many stages"
         " a rank has: as in train.py", metavar="NAME|FILE")
     chunks: int | None = setting(None, "stages per rank for --schedule interleaved", low=1)
+    data: str = setting("", "the run's own data, whose code the checkpoint only names: it runs if "
+        "you give it", metavar="module:function")
     # fmt: on
 
 

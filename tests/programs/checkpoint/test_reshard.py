@@ -1,9 +1,11 @@
 """checkpoint.py reshard: the same files as real ranks of the new layout would write."""
 
 import json
+import shutil
 import weakref
 
 import pytest
+from damage import seal
 from programs import refusal, run
 from short_run import MODEL, trained
 
@@ -116,3 +118,22 @@ def test_a_layout_that_is_none_is_refused_in_one_line(source, tmp_path):
     assert "3 stages (3 ranks of pp x 1) are more than the 2 blocks" in of("--mesh=pp=3")
     assert "has no schedule (--schedule); leave it out" in of("--mesh=dp=2", "--schedule=zb")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_only_the_checkpoint_names_does_not_run(source, tmp_path, monkeypatch):
+    """It is found in the current folder, so a checkpoint next to it would be enough."""
+    path = tmp_path / "step-00000002"
+    shutil.copytree(source / "checkpoints/step-00000002", path)
+    about = json.loads((path / "manifest.json").read_text())
+    about["settings"]["data"] = "of_somebody_else:data"
+    (path / "manifest.json").write_text(json.dumps(about))
+    seal(path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_somebody_else.py").write_text("raise ValueError('it ran')")
+    target = tmp_path / "x"
+    line = refusal("checkpoint.py", "reshard", path, target)
+    assert "whose code would run here; if you trust it, give --data of_somebody_else:data" in line
+    line = refusal("checkpoint.py", "reshard", path, target, "--data=of_somebody_else:data")
+    assert "importing of_somebody_else raised ValueError: it ran" in line
+    line = refusal("checkpoint.py", "reshard", path, target, "--data=glyphs")
+    assert "the run's data is 'of_somebody_else:data', not 'glyphs' (--data); leave it out" in line
