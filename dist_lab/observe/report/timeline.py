@@ -14,7 +14,7 @@ from dist_lab.observe.report.charts import bar, legend
 from dist_lab.observe.report.markup import Cell, Content, Html, number, section, table, tag
 from dist_lab.observe.report.page import source
 from dist_lab.observe.report.units import of_bytes, of_ms, percent
-from dist_lab.observe.timeline.timeline import KINDS, RankTimeline, Timeline
+from dist_lab.observe.timeline.timeline import KINDS, RankTimeline, Timeline, in_words
 
 MOST_SPANS = 5000  # segments and collectives on a page; of more, the first steps are drawn
 BUTTONS = (
@@ -47,8 +47,7 @@ def timeline_of(timeline: Timeline) -> Html:
     about = "timeline; use the arrow keys, + and -"
     canvas = tag("canvas", tabindex=0, role="img", aria_label=about)
     content = json.dumps(as_data(timeline, steps), separators=(",", ":")).replace("<", "\\u003c")
-    drawn = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
-    cut = f" There are more than {MOST_SPANS} spans: only {drawn} can be seen here."
+    cut = f" There are more than {MOST_SPANS} spans: only {in_words(steps)} can be seen here."
     lead = (
         f"{timeline}. Waiting: all ranks of the collective have started it, and bytes travel. "
         f"Idle: another rank has not started it.{cut if len(steps) < len(timeline.steps) else ''} "

@@ -7,6 +7,9 @@ Both are for https://ui.perfetto.dev. In the merged file each rank has a process
 and after it those of torch: every operation, on the thread that ran it. Profiling slows a step
 down, so the timeline of these steps is not that of others.
 
+[Note: not in the timeline] Writing the files takes a second or so. It waits until `--timeline` has
+recorded its own steps, which would have this second in them.
+
 [Note: one clock] torch's times count from a moment of its own. Each rank marks a time of our clock
 in its trace, as an operation of a name that we know; the difference is added to all of its times.
 """
@@ -28,19 +31,24 @@ from dist_lab.job import Job
 from dist_lab.observe.sinks import Sink
 from dist_lab.observe.timeline import perfetto
 from dist_lab.observe.timeline.recorder import Recorder, recorded
-from dist_lab.observe.timeline.timeline import Timeline
+from dist_lab.observe.timeline.timeline import Timeline, in_words
 
 FOLDER, MERGED, MARK = "profile", "merged.json", "the clock of dist_lab"
 Event = dict[str, Any]
 
 
 class Profile(Sink):
-    """On every rank, as sink.py's Recording."""
+    """On every rank, after sink.py's Recording.
+
+    `recorded`: the steps of the timeline; see [Note: not in the timeline].
+    """
 
     def __init__(
-        self, job: Job, folder: Path, steps: range, tell: Callable[[str], object] = print
-    ) -> None:
+        self, job: Job, folder: Path, steps: range, tell: Callable[[str], object] = print,
+        *, recorded: range = range(0),
+    ) -> None:  # fmt: skip
         self.job, self.folder, self.steps, self.tell = job, folder / FOLDER, steps, tell
+        self.recorded = recorded
         self.recorder: Recorder | None = None
         self.profiler: profile | None = None
         self.stack = ExitStack()
@@ -59,8 +67,9 @@ class Profile(Sink):
                     self.marked = time.perf_counter()
 
     def after(self, step: int) -> None:
-        if self.recorder is not None and step == self.steps[-1]:
+        if step == self.steps[-1]:
             self.stack.close()
+        if self.recorder is not None and step >= self.steps[-1] and step + 1 not in self.recorded:
             self._write()
             self.recorder = self.profiler = None
         self.begin(step)
@@ -84,8 +93,8 @@ class Profile(Sink):
         with together(mesh.world):
             if timeline is not None:
                 write_merged(timeline, self.folder, ((marks - begins.min()) * 1e6).tolist())
-                steps = f"{self.steps[0]} to {self.steps[-1]}"
-                self.tell(f"profile of steps {steps} in {self.folder}, for ui.perfetto.dev")
+                steps = in_words(self.steps)
+                self.tell(f"profile of {steps} in {self.folder}, for ui.perfetto.dev")
 
 
 def write_merged(timeline: Timeline, folder: Path, marks: list[float]) -> None:

@@ -14,7 +14,7 @@ so its segments follow each other without a gap, and their lengths add up to the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -142,9 +142,7 @@ class Timeline:
         large = sorted(mean, key=lambda kind: -mean[kind])
         parts = [f"{kind} {mean[kind] / whole:.0%}" for kind in large if mean[kind] > 0.01 * whole]
         axes = [f"{axis} {s / whole:.0%}" for axis, s in self.exposed().items()]
-        first, last = self.steps[0], self.steps[-1]
-        steps = f"steps {first} to {last}" if first < last else f"step {first}"
-        return f"timeline of {steps}: {', '.join(parts)}" + (
+        return f"timeline of {in_words(self.steps)}: {', '.join(parts)}" + (
             f"; exposed communication by axis: {', '.join(axes)}" if axes else ""
         )
 
@@ -215,3 +213,11 @@ class Timeline:
                 f"{again}"
             )
         raise UserError(f"{str(path)!r} is not a timeline of dist_lab, or is damaged; {again}")
+
+
+def in_words(steps: Sequence[int]) -> str:
+    """
+    >>> in_words(range(3, 6)), in_words([3])
+    ('steps 3 to 5', 'step 3')
+    """
+    return f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"

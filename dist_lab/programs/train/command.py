@@ -69,9 +69,11 @@ def train(config: Config, mesh: Mesh) -> int:
             own = loop.own_rows(config.batch, job)
             with together(mesh.world):
                 sinks.append(SampleLog(folder, mesh, data, own, checkpoints.first))
-        for kind, steps in ((Recording, config.timeline), (Profile, config.profile)):
-            if steps:
-                sinks.append(kind(job, folder, steps_in(steps), print_line))
+        recorded = steps_in(config.timeline)
+        if recorded:
+            sinks.append(Recording(job, folder, recorded, print_line))
+        if profiled := steps_in(config.profile):
+            sinks.append(Profile(job, folder, profiled, print_line, recorded=recorded))
         for sink in sinks:
             sink.begin(checkpoints.first)
         summary: dict[str, Any] | None = None

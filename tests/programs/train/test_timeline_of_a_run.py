@@ -24,10 +24,10 @@ def metrics(out):
 
 
 def test_a_run_writes_its_timeline_its_profile_and_its_memory(tmp_path):
-    flags = "--strategy fsdp --nproc 2 --steps 5 --timeline 3:4 --profile 4:4 --recompute 1"
+    flags = "--strategy fsdp --nproc 2 --steps 5 --timeline 3:4 --profile 3:3 --recompute 1"
     printed = train(tmp_path, flags)
     assert f"in {tmp_path / 'timeline.json'}, for ui.perfetto.dev" in printed
-    assert f"profile of steps 4 to 4 in {tmp_path / 'profile'}" in printed
+    assert f"profile of step 3 in {tmp_path / 'profile'}" in printed
 
     timeline = Timeline.read(tmp_path / "timeline.json")
     assert timeline.steps == range(3, 5)
@@ -43,6 +43,8 @@ def test_a_run_writes_its_timeline_its_profile_and_its_memory(tmp_path):
     for rank in timeline.ranks:
         seconds = rank.share()
         assert min(seconds[kind] for kind in ("forward", "backward", "recompute", "optimizer")) > 0
+        written = seconds["other"] / sum(seconds.values())
+        assert written < 0.2, "the profile's files are written after the timeline's steps"
 
     memory = json.loads((tmp_path / "memory.json").read_text())
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -57,7 +59,7 @@ def test_a_run_writes_its_timeline_its_profile_and_its_memory(tmp_path):
 
     merged = json.loads((tmp_path / "profile" / "merged.json").read_text())["traceEvents"]
     spans = [e for e in merged if e["ph"] == "X" and e["pid"] == 0 and e["cat"] == "step"]
-    assert [span["name"] for span in spans] == ["step 4"]
+    assert [span["name"] for span in spans] == ["step 3"]
     begin, end = spans[0]["ts"], spans[0]["ts"] + spans[0]["dur"]
     for rank in (0, 1):
         own = json.loads((tmp_path / f"profile/rank-{rank}.json").read_text())["traceEvents"]
