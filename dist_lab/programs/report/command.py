@@ -27,12 +27,13 @@ def report(words: Sequence[str], out: str = "") -> tuple[Path, list[str]]:
     folders = [Path(word).expanduser() for word in words if Path(word).name != REPORT]
     if not folders:
         raise UserError("no folder is given; type report.py and folders of runs, such as runs/*")
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     if len(folders) == 1:
         found = read(folders[0])
         return written(Path(out) if out else folders[0] / REPORT, page_of(found)), []
     runs, left_out = readable(folders)
     path = Path(out) if out else common_parent(folders) / REPORT
-    return written(path, page_of_runs(runs, left_out)), list(left_out.values())
+    return written(path, page_of_runs(runs, left_out, path.parent)), list(left_out.values())
 
 
 def page_of(found: Run | Comparison) -> str:

@@ -6,20 +6,23 @@ import re
 import sys
 from functools import reduce
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from finished_run import KINDS, timeline_of, write_comparison, write_run
+from finished_run import KINDS, summary_of, timeline_of, write_comparison, write_run
 from programs import refusal, run
 
 from dist_lab.errors import UserError
-from dist_lab.observe.report.folder import read
+from dist_lab.observe.report.folder import Run, read
 from dist_lab.observe.report.markup import tag
 from dist_lab.observe.report.run import page_of_run
+from dist_lab.observe.report.several import LOSS_MAY, SPEED_MAY, same
 from dist_lab.observe.report.timeline import as_data, drawn_steps, exposed_table
 from dist_lab.observe.report.timeline import timeline_of as timeline_section
 from dist_lab.observe.run_dir import claimed
 from dist_lab.observe.sinks import HtmlReport
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.report.command import report
 
 
 class Page(HTMLParser):
@@ -204,8 +207,56 @@ def test_several_runs_have_one_page_that_says_what_can_be_compared(finished, tmp
     assert "004-killed' has not ended: it was killed, or failed, at step 7" in done.stdout
     text = (tmp_path / "report.html").read_text()
     assert Page(text).headings[0] == "2 runs"
-    assert "no: batch 32 and 64; lr 0.002 and 0.1" in text
+    assert "no: batch 32 and 64<" in text
+    assert "no: batch 32 and 64; lr 0.002 and 0.1<" in text
     assert "left out: " in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "of"),
+    [
+        ("optimizer", "shampoo", "speed and loss"), ("dropout", 0.1, "speed and loss"),
+        ("emulate_compute", 5.0, "speed"), ("recompute", 1, "speed"), ("backend", "nccl", "speed"),
+        ("adamw_lr", 0.1, "loss"), ("sync_batchnorm", True, "speed and loss"),
+        ("reduce_dtype", "bfloat16", "loss"), ("a_new_setting", 1, "speed and loss"),
+        ("strategy", "zero1", ""), ("prefetch", False, ""), ("val_every", 7, ""),
+    ],
+)  # fmt: skip
+def test_runs_that_differ_in_a_setting_are_compared_only_if_it_may_differ(setting, value, of):
+    first, other = (Run(Path(name), summary_of(), [], None) for name in "ab")
+    other.summary["config"][setting] = value
+    for number, may in (("speed", SPEED_MAY), ("loss", LOSS_MAY)):
+        answer = same(first, other, may)
+        assert answer.startswith("<span") if number in of else answer == "yes", (number, answer)
+        assert setting in answer or number not in of
+
+
+def test_every_setting_in_which_runs_may_differ_exists():
+    facts_of_runs = {"ranks", "cores", "python"}
+    assert Config().to_dict().keys() | facts_of_runs >= SPEED_MAY | LOSS_MAY
+
+
+def test_links_lead_from_the_page_to_folders_of_equal_names_anywhere(tmp_path):
+    folders = [write_run(tmp_path / "a/run"), write_run(tmp_path / "b c/run")]
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    path, _ = report([*map(str, folders), str(tmp_path / "a/../a/run")], str(pages / "all.html"))
+    text = path.read_text()
+    links = [link for link in Page(text).loads if link.endswith("report.html")]
+    assert links == ["../a/run/report.html", "../b%20c/run/report.html"]
+    assert ">a/run<" in text
+    assert ">b c/run<" in text
+
+
+def test_hashes_are_short_and_bytes_of_a_library_are_not_those_of_our_own_calls(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", traffic=None)]
+    data = {"name": "stdlib", "sha256": 64 * "7", "image": None}
+    runs.append(write_run(tmp_path / "c", data=data))
+    path, _ = report(list(map(str, runs)))
+    text = path.read_text()
+    assert 12 * "7" in text
+    assert 13 * "7" not in text
+    assert text.count("11.5 MB") == 2
 
 
 BAD = {
