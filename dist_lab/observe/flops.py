@@ -3,32 +3,48 @@
     MFU = floating-point operations of the model per second / peak      Chowdhery et al. 2022,
                                                                         arXiv:2204.02311, appendix B
 
-Both are measured. The operations are counted while one step executes. The peak is that of a plain
+Both are measured. The operations are counted while one step executes: all of them, and those of the
+model, without the optimizer's and without forwards that are recomputed, which a model could do
+without. So recomputing lowers the MFU. The peak is that of a plain
 matmul at the run's dtype and number of threads, on all ranks at the same time, because they share
 the cores. A peak from a data sheet would be that of another machine.
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_lab.torch_private import flop_counter
+from dist_lab.transforms.recompute import CheckpointedForward
 
 
 def utilization(operations: float, seconds: float, peak: float) -> float | None:
-    """Returns the MFU. None if it is above 1, which cannot be right.
-
-    This happens if a library computes on DTensors: each rank then counts the operations of all
-    ranks.
+    """Returns the MFU. None if it is above 1, which cannot be right: see `why_no_mfu`.
 
     >>> utilization(3e9, 1.0, 4e9), utilization(5e9, 1.0, 4e9)
     (0.75, None)
     """
     mfu = operations / seconds / peak
     return mfu if mfu <= 1 else None
+
+
+def why_no_mfu(library: str) -> str:
+    """Why an MFU would be above 1. `library`: that whose strategy computes, "" for ours.
+
+    A library that computes on DTensors lets each rank count the operations of all ranks.
+    """
+    if library:
+        return "each rank also counts operations of other ranks, as on a library's DTensors"
+    return "the machine was busy when its peak was measured"
 
 
 def in_percent(mfu: float | None) -> str:
@@ -38,6 +54,58 @@ def in_percent(mfu: float | None) -> str:
 def counter() -> FlopCounterMode:
     """Returns a context that counts this rank's operations; then call `.get_total_flops()`."""
     return flop_counter(OPERATIONS)
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator["Operations"]:
+    """Counts this rank's operations inside the block, and tells those of the model apart."""
+    with ExitStack() as stack:
+        found = Operations(stack.enter_context(counter()))
+        stack.callback(register_optimizer_step_pre_hook(found.begin).remove)
+        stack.callback(register_optimizer_step_post_hook(found.end).remove)
+        for unit in model.modules():
+            if isinstance(unit.forward, CheckpointedForward):
+                unit.forward.around.append(found.around)
+                stack.callback(unit.forward.around.remove, found.around)
+        yield found
+
+
+class Operations:
+    """The operations of a block: `total`, and those of the `model`."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter = counter
+        self._not_the_models = 0
+        self._since: list[int] = []  # the count when each of these began: some step another one
+
+    @property
+    def total(self) -> int:
+        return int(self._counter.get_total_flops())
+
+    @property
+    def model(self) -> int:
+        return self.total - self._not_the_models
+
+    def begin(self, *_: Any) -> None:
+        """An optimizer begins its step: torch's hook."""
+        self._since.append(self.total)
+
+    def end(self, *_: Any) -> None:
+        since = self._since.pop()
+        if not self._since:
+            self._not_the_models += self.total - since
+
+    def around(self, unit: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+        """Surrounds each second forward of a unit: see transforms/recompute.py."""
+        return self._recompute
+
+    @contextmanager
+    def _recompute(self) -> Iterator[None]:
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
 
 
 def calibrate(

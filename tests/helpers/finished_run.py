@@ -67,8 +67,8 @@ def summary_of(name: str = "runs/001-mix", **changes: Any) -> dict[str, Any]:
                   "wait_ms": [100.0 - 5 * rank for rank in range(8)]},
         "slow_ranks": [{"rank": 7, "first_step": 100, "last_step": 140, "work_ms": 400.0,
                         "others_work_ms": 200.0, "lost_s": 4.5}],
-        "flops_per_step": 8e9, "peak_flops_per_s": 7.5e10, "mfu": 0.355, "final_loss": 1.6233,
-        "final_val_loss": 1.5973, "pipeline": None,
+        "flops_per_step": 8e9, "model_flops_per_step": 8e9, "peak_flops_per_s": 7.5e10,
+        "mfu": 0.355, "final_loss": 1.6233, "final_val_loss": 1.5973, "pipeline": None,
     } | changes  # fmt: skip
 
 
@@ -133,8 +133,8 @@ def write_comparison(folder: Path, strategies: int = 5, rounds: int = 24) -> Pat
             losses=[6.0 * math.exp(-n / 90) for n in range(4 + 3 * rounds)],
             rounds=[[abs(rng.gauss(0.3 + i / 20, 0.01)) for _ in range(3)] for _ in range(rounds)],
             blocked=[0.05] * 10, peak_memory_bytes=sum(peak.values()),
-            peak_memory={"at_peak": peak, "own_peak": peak}, flops_per_step=8e9, traffic=traffic,
-            kernel_bytes=6.1e6,
+            peak_memory={"at_peak": peak, "own_peak": peak}, flops_per_step=8e9,
+            model_flops_per_step=8e9, traffic=traffic, kernel_bytes=6.1e6,
         ))  # fmt: skip
     names = "config", "mesh", "world_size", "threads", "cores", "parameters", "data", "versions"
     setting = {name: summary_of()[name] for name in names}

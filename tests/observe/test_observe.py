@@ -11,6 +11,7 @@ from torch import nn
 from dist_lab.observe import flops
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.observe.sinks import drop_rows, open_sinks
+from dist_lab.optim import Muon
 from dist_lab.transforms.recompute import recompute
 
 
@@ -25,6 +26,26 @@ def test_counted_operations_equal_the_formula():
     matrices -= VOCAB * width  # the embedding is a lookup
     attention = 7 * 2 * rows * heads * seq * seq * head_dim * layers
     assert counter.get_total_flops() == 6 * matrices * rows * seq + attention
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("matrices", ["adamw", "one"])
+def test_operations_of_the_model_are_neither_the_optimizers_nor_recomputed_ones(every, matrices):
+    model = gpt(torch.float32)
+    recompute(model, {f"layers.{n}": block for n, block in model.model.layers.items()}, every)
+    inputs, _ = batch(0, 4)
+    groups = [
+        {"params": [p], "matrices": matrices if p.dim() == 2 else "adamw"}
+        for p in model.parameters()
+    ]
+    optimizer = Muon(groups, lr=1e-3)
+    with flops.counter() as counter:
+        gpt(torch.float32)(inputs).sum().backward()
+    with flops.counted(model) as found:
+        model(inputs).sum().backward()
+        optimizer.step()
+    assert found.model == counter.get_total_flops()
+    assert (found.total > found.model) == (every == 1 or matrices == "one")
 
 
 def test_counting_operations_keeps_no_activation_alive():

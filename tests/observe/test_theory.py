@@ -26,6 +26,17 @@ def test_a_byte_too_much_is_a_bug_and_is_called_one():
     assert "which is a bug" in check.cause
 
 
+def test_only_what_a_run_does_not_always_have_is_an_alarm():
+    (row, *others) = summary_of()["traffic"]
+    found = checks(traffic=[row | {"sent": row["sent"] + 1}, *others], pipeline=IDLE)
+    assert [name for name, check in found.items() if not check.as_expected] == ["bytes sent"]
+
+
+def test_only_a_librarys_ranks_are_said_to_count_operations_of_others():
+    assert "a library's DTensors" in checks(mfu=None, about="torch fully_shard")["MFU"].cause
+    assert "busy when its peak was measured" in checks(mfu=None)["MFU"].cause
+
+
 def test_a_collective_that_sends_more_than_the_published_formula_is_named():
     check = checks()["bytes against the optimum"]
     assert check.cause.startswith("gloo's reduce_scatter over fsdp runs an all_reduce inside")
@@ -63,5 +74,7 @@ def test_the_last_line_of_a_run_is_one_line_and_says_what_is_not_as_computed():
     assert line.startswith("against theory: as computed: bytes sent, parameters, optimizer state;")
     assert "MFU 35.5% of 75 GFLOP/s, not 100%: small matrices" in line
     assert "\n" not in line
+    fast = in_one_line(against_theory(summary_of(mfu=0.52)))
+    assert "MFU 52.0% of 75 GFLOP/s, not 100%: small matrices" in fast, "never as computed"
     nothing = summary_of(traffic=[], by_layout=None)
     assert in_one_line(against_theory(nothing)).startswith("against theory: MFU 35.5%")

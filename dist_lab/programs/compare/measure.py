@@ -191,6 +191,7 @@ class Contender:
             "peak_memory_bytes": self.meter.memory.total,
             "peak_memory": self.meter.memory.to_dict(),
             "flops_per_step": self.meter.flops_per_step,
+            "model_flops_per_step": self.meter.model_flops_per_step,
             "traffic": by_collective(self.calls) if counted else None,
             "kernel_bytes": self.kernel_bytes,
         }

@@ -45,6 +45,7 @@ class ContenderRow:
         blocked: seconds that rank 0 waited for others in each step of the rounds; None for a
             library's strategy, whose waiting is not counted.
         peak_memory: bytes by kind on the rank that needs most, at its peak and at each kind's peak.
+        flops_per_step, model_flops_per_step: of all ranks; the model's are those of the MFU.
         traffic: the collectives of one step; None for a library's strategy.
         kernel_bytes: bytes sent in that step as the kernel counts them, mean over ranks; None
             where the system does not count them.
@@ -63,6 +64,7 @@ class ContenderRow:
     peak_memory_bytes: int
     peak_memory: dict[str, dict[str, int]]
     flops_per_step: float
+    model_flops_per_step: float
     traffic: list[Traffic] | None
     kernel_bytes: float | None
 
@@ -133,7 +135,7 @@ class CompareReport:
 
     def mfu(self, row: ContenderRow) -> float | None:
         """Model FLOPs utilization; None where it would be wrong: see observe/flops.py."""
-        return utilization(row.flops_per_step, row.seconds.median, self.peak_flops_per_s)
+        return utilization(row.model_flops_per_step, row.seconds.median, self.peak_flops_per_s)
 
     def summary(self, row: ContenderRow) -> dict[str, Any]:
         """One row as a flat dict of numbers, in milliseconds, bytes and `unit`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dist_lab.observe.console import empty_table, wide_console
-from dist_lab.observe.flops import in_percent
+from dist_lab.observe.flops import in_percent, why_no_mfu
 from dist_lab.observe.memory import KINDS
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.compare.ratios import Ratio
@@ -139,7 +139,7 @@ def notes(report: CompareReport) -> Iterator[str]:
     yield "MFU: relative to the peak FLOP/s of all ranks together"
     for row in report.rows:
         if report.mfu(row) is None:
-            yield f"{row.label}: no MFU, because each rank also counts operations of other ranks"
+            yield f"{row.label}: no MFU, because {why_no_mfu(row.about)}"
     worst = max(report.rows, key=report.loss_error)
     if len(report.rows) > 1:
         equal = report.loss_error(worst) <= report.tolerance

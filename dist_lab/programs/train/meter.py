@@ -41,7 +41,7 @@ class Meter:
         self.reported = 0
         self.memory = memory.NOTHING  # the largest of the measured steps
         self.series: memory_series.Entry = {}  # that step's bytes over time
-        self.flops_per_step = 0.0  # summed over all ranks
+        self.flops_per_step = self.model_flops_per_step = 0.0  # summed over all ranks
         self.stragglers = None if job.about else Stragglers(job.mesh)  # see [Note: libraries]
         self.news: list[str] = []  # about the last step
 
@@ -54,7 +54,7 @@ class Meter:
             if step <= WARM_UP:
                 live = measurements.enter_context(memory.measured(self.job, self.optimizer))
             if step == 1:
-                count = measurements.enter_context(flops.counter())
+                count = measurements.enter_context(flops.counted(self.job.model))
             yield
         self.steps.append((time.perf_counter() - began, ledger.total - before))
         changes = {key: tally - by_before.get(key, Tally()) for key, tally in ledger.by.items()}
@@ -67,8 +67,9 @@ class Meter:
                 )
             self.memory = self.memory.worst(peak)
         if step == 1:
-            local = torch.tensor(count.get_total_flops())
-            self.flops_per_step = float(sum_over_ranks(local, self.job.mesh))
+            local = torch.tensor([count.total, count.model])
+            total, of_model = sum_over_ranks(local, self.job.mesh).tolist()
+            self.flops_per_step, self.model_flops_per_step = float(total), float(of_model)
         if step > WARM_UP and self.stragglers is not None:
             seconds, traffic = self.steps[-1]
             self.news = self.stragglers.after_step(self.first + step, seconds, traffic.blocked)
@@ -119,8 +120,9 @@ class Meter:
             "traffic": None if library else self._traffic(),
             **(self.stragglers.summary() if self.stragglers else NOT_COMPARED),
             "flops_per_step": self.flops_per_step,
+            "model_flops_per_step": self.model_flops_per_step,
             "peak_flops_per_s": peak,
-            "mfu": flops.utilization(self.flops_per_step, seconds, peak),
+            "mfu": flops.utilization(self.model_flops_per_step, seconds, peak),
         }
 
     def _step_times(self) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def row(label: str, times: list[float], loss: float = 2.0, **changes) -> Contend
         rounds=[[t, t, 9 * t] for t in times],  # one step in three is interrupted
         losses=[5.0, loss], blocked=[0.25, 0.25], peak_memory_bytes=40_000_000,
         peak_memory={"at_peak": AT_PEAK, "own_peak": AT_PEAK},
-        flops_per_step=1e9, kernel_bytes=6_010_000.0,
+        flops_per_step=2e9, model_flops_per_step=1e9, kernel_bytes=6_010_000.0,
         traffic=[Traffic("all_reduce dp", 4, 4e6, 6e6, 6e6), Traffic("send pp", 1, 8, 8, 8)],
     )  # fmt: skip
     return replace(made, **changes)
@@ -289,7 +289,7 @@ def test_the_numbers_of_a_row_follow_from_the_times_of_its_rounds():
     assert (summary["step_ms"], summary["ratio"], summary["verdict"]) == (1000, 0.5, "slower")
     assert summary["tokens_per_s"] == Quartiles.of([128 / t for t in TIMES]).median
     assert summary["mfu"] == pytest.approx(1e9 / 1.0 / 1e11)
-    beyond = report(row("tp@torch", TIMES, flops_per_step=2e11))
+    beyond = report(row("tp@torch", TIMES, model_flops_per_step=2e11))
     assert beyond.summary(beyond.rows[0])["mfu"] is None  # not 400%
     assert (summary["payload_bytes"], summary["sent_bytes"]) == (4_000_008, 6_000_008)
     assert (summary["blocked_ms"], summary["final_loss"]) == (None, 2.0)

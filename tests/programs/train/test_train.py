@@ -103,7 +103,7 @@ def test_a_run_writes_metrics_a_summary_and_tensorboard_events(text, tmp_path):
     assert summary["mesh"] == {"dp": 2}
     assert summary["final_loss"] == rows[-1]["loss"]
     assert summary["final_val_loss"] == rows[-1]["val_loss"]
-    per_second = summary["flops_per_step"] / summary["median"]["step_ms"] * 1e3
+    per_second = summary["model_flops_per_step"] / summary["median"]["step_ms"] * 1e3
     assert summary["mfu"] == pytest.approx(per_second / summary["peak_flops_per_s"])
     assert list(out.glob("events.out.tfevents.*"))
     assert "dp@hand on dp=2: 2 ranks" in done.stdout
