@@ -18,8 +18,17 @@ REPORT = "report.html"
 FORMAT = 2  # of summary.json; 1 had no format, no traffic, no layouts and no times of all steps
 LARGEST_TIMELINE = 10_000_000  # bytes, so that a run has its report within a second
 MEMORY_FORMAT = 1  # as in memory_series.py, which imports torch
-FIELDS = "config", "mesh", "median", "step_times_ms", "layouts", "versions"
+FIELDS = (
+    "config", "mesh", "median", "step_times_ms", "layouts", "versions", "pipeline", "traffic",
+    "ranks", "slow_ranks", "stage_work_ms", "by_layout", "peak_memory", "peak_memory_bytes",
+    "peak_flops_per_s", "mfu", "final_loss", "final_val_loss", "steps", "strategies", "about",
+    "world_size", "threads", "cores", "parameters", "data",
+)  # fmt: skip
 FIELDS_OF_COMPARISON = "setting", "reference", "unit", "strategies", "measured", "refused"
+FIELDS_OF_PIPELINE = "schedule", "ranks", "idle_share", "peak_activations", "ideal"
+FIELDS_OF_MEMORY = "tool", "format", "kinds", "ranks"
+FIELDS_OF_A_RANK = "rank", "place", "changes", "at", "bytes", "phases", "peak"  # of its memory
+FIELDS_OF_A_ROW = "step", "loss", "grad_norm", "lr"
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,14 @@ def read(folder: Path) -> Run | Comparison:
             f"{summary.get('format', 1)}, and this report reads {FORMAT}; run it again"
         )
     refuse_others(folder / "summary.json", summary, FIELDS)
+    rows = read_rows(folder / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{str(folder / 'metrics.jsonl')!r} has no row; run it again")
+    for row in rows:
+        refuse_others(folder / "metrics.jsonl", row, FIELDS_OF_A_ROW)
     pipeline = summary["pipeline"] and read_json(folder / "pipeline.json")
+    if pipeline:
+        refuse_others(folder / "pipeline.json", pipeline, FIELDS_OF_PIPELINE)
     path = folder / "timeline.json"
     timeline: Timeline | None = None
     notes: tuple[str, ...] = ()
@@ -97,7 +113,7 @@ def read(folder: Path) -> Run | Comparison:
         size = f"{path.stat().st_size / 1e6:,.0f} MB"
         notes = (f"timeline.json is not drawn here, because it has {size}: see ui.perfetto.dev",)
     return Run(
-        folder, summary, read_rows(folder / "metrics.jsonl"), pipeline,
+        folder, summary, rows, pipeline,
         read_memory(folder / "memory.json"), read_memory(folder / "memory_predicted.json"),
         timeline, notes,
     )  # fmt: skip
@@ -149,12 +165,16 @@ def read_memory(path: Path) -> Any:
     if not path.exists():
         return None
     memory = read_json(path)
-    refuse_others(path, memory, ("tool", "format", "kinds", "ranks"))
+    refuse_others(path, memory, FIELDS_OF_MEMORY)
     if (memory["tool"], memory["format"]) != ("dist_lab", MEMORY_FORMAT):
         raise UserError(
             f"{str(path)!r} is of {memory['tool']!r}, format {memory['format']}, and this report "
             f"reads dist_lab's, format {MEMORY_FORMAT}; run it again"
         )
+    if not memory["ranks"]:
+        raise UserError(f"{str(path)!r} has the memory of no rank; run it again")
+    for entry in memory["ranks"]:
+        refuse_others(path, entry, FIELDS_OF_A_RANK)
     return memory
 
 
@@ -166,7 +186,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {str(path)!r}; run it again") from None
     try:
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        assert all({"step", "loss"} <= row.keys() for row in rows)
+        assert all({*FIELDS_OF_A_ROW[:2]} <= row.keys() for row in rows)
     except (ValueError, AttributeError, AssertionError):
         raise UserError(
             f"{str(path)!r} is not a file of rows with step and loss: another tool's, or damaged; "

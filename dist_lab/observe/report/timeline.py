@@ -106,7 +106,7 @@ def as_data(timeline: Timeline, steps: Sequence[int]) -> dict[str, Any]:
             "segments": [
                 [
                     _us(s.end) - _us(s.start), KINDS.index(s.kind),
-                    text(" ".join(filter(None, [s.phase, s.unit]))),
+                    text(_words(s.phase, s.unit)),
                     -1 if s.call is None or s.call >= len(calls) else s.call,
                 ]
                 for s in segments
@@ -114,8 +114,8 @@ def as_data(timeline: Timeline, steps: Sequence[int]) -> dict[str, Any]:
             "calls": [
                 [
                     _us(c.start), _us(c.end) - _us(c.start), _us(c.exposed), _us(c.hidden),
-                    text(f"{c.op} over {c.axis}, {c.phase} {c.unit}, {c.algorithm}"), c.payload,
-                    c.sent, -1 if c.late is None else c.late,
+                    text(f"{c.op} over {c.axis}, {_words(c.phase, c.unit)}, {c.algorithm}"),
+                    c.payload, c.sent, -1 if c.late is None else c.late,
                 ]
                 for c in calls
             ],
@@ -128,7 +128,7 @@ def exposed_table(timeline: Timeline) -> Html:
     ranks, steps = len(timeline.ranks), len(timeline.steps)
     sums: dict[tuple[str, str], list[float]] = {}
     for rank in timeline.ranks:
-        for call in rank.calls:
+        for call in rank.calls_of_steps():
             total = sums.setdefault((call.axis, call.op), [0.0] * 4)
             for i, value in enumerate((1, call.sent, call.exposed / 1e6, call.hidden / 1e6)):
                 total[i] += value / ranks / steps
@@ -143,9 +143,13 @@ def exposed_table(timeline: Timeline) -> Html:
         for (axis, op), (calls, sent, exposed, hidden) in sorted(sums.items())
     ]  # fmt: skip
     if not rows:
-        return tag("p", str(timeline.about.get("library") or "No collective ran."))
+        return tag("p", "No collective ran that can be seen here.")
     head = ["axis", "collective", "", "calls", "sent", "exposed", "hidden", "share hidden"]
-    return table("exposed and hidden communication: a rank's mean in one step", head, rows)
+    caption = (
+        "exposed and hidden communication: a rank's mean in one step, without validation and "
+        "checkpoints"
+    )
+    return table(caption, head, rows)
 
 
 def time_table(timeline: Timeline) -> Html:
@@ -167,3 +171,7 @@ def time_table(timeline: Timeline) -> Html:
 
 def _us(nanoseconds: int) -> int:
     return round(nanoseconds / 1000)
+
+
+def _words(*parts: str) -> str:
+    return " ".join(filter(None, parts))

@@ -17,7 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from dist_lab.observe.timeline.timeline import CallSpan, RankTimeline, Segment, StepSpan, Timeline
+from dist_lab.observe.timeline.timeline import (
+    NOT_OF_A_STEP,
+    CallSpan,
+    RankTimeline,
+    Segment,
+    StepSpan,
+    Timeline,
+)
 
 Record = dict[str, Any]  # the events of one rank as JSON: see recorder.py
 
@@ -27,9 +34,7 @@ KIND_OF = {
     "clip": "optimizer", "optimizer": "optimizer", "after_step": "optimizer", "data": "data",
     "samples": "data", "validation": "validation", "save": "checkpoint", "load": "checkpoint",
 }  # fmt: skip
-# What runs inside these counts as one of them, such as the forward of a validation.
-WHOLE = ("validation", "save")
-MARKS = ("loop", "log", "data", *WHOLE)  # phases that no other phase is around
+MARKS = ("loop", "log", "data", *NOT_OF_A_STEP)  # phases that no other phase is around
 
 
 class Wait(NamedTuple):
@@ -115,7 +120,7 @@ def tiles(labels: Sequence[Label], waits: Sequence[Wait], end: int) -> Iterator[
     at, whole, i = labels[0].start, "", 0
     for label, until in zip(labels, [*(x.start for x in labels[1:]), end], strict=True):
         if label.phase in MARKS:
-            whole = label.phase if label.phase in WHOLE else ""
+            whole = label.phase if label.phase in NOT_OF_A_STEP else ""
         kind = KIND_OF.get(whole or label.phase, "other")
         name = whole or label.phase, label.unit
         while i < len(waits) and waits[i].start < until:

@@ -14,7 +14,8 @@ so its segments follow each other without a gap, and their lengths add up to the
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +30,9 @@ KINDS = (
     "waiting", "idle", "other",
 )  # fmt: skip
 BLOCKED = ("waiting", "idle")
+# Phases that only some steps end with. What runs inside them counts as one of them, such as the
+# forward of a validation.
+NOT_OF_A_STEP = ("validation", "save")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,18 @@ class RankTimeline:
     segments: tuple[Segment, ...]
     calls: tuple[CallSpan, ...]
 
+    def calls_of_steps(self) -> Iterator[CallSpan]:
+        """Yields the calls launched in these steps, without those of validations and checkpoints.
+
+        Those that were launched before the recording are not among them either.
+        """
+        starts = [segment.start for segment in self.segments]
+        steps = {span.step for span in self.steps}
+        for call in self.calls:
+            segment = self.segments[max(0, bisect_right(starts, call.start) - 1)]
+            if call.step in steps and segment.phase not in NOT_OF_A_STEP:
+                yield call
+
     def share(self, step: int | None = None) -> dict[str, float]:
         """Returns the seconds of each kind, in one step or in all."""
         spans = [span for span in self.steps if step in (None, span.step)]
@@ -142,9 +158,12 @@ class Timeline:
         large = sorted(mean, key=lambda kind: -mean[kind])
         parts = [f"{kind} {mean[kind] / whole:.0%}" for kind in large if mean[kind] > 0.01 * whole]
         axes = [f"{axis} {s / whole:.0%}" for axis, s in self.exposed().items()]
-        return f"timeline of {in_words(self.steps)}: {', '.join(parts)}" + (
-            f"; exposed communication by axis: {', '.join(axes)}" if axes else ""
-        )
+        sentences = [
+            f"timeline of {in_words(self.steps)}: {', '.join(parts)}",
+            f"exposed communication by axis: {', '.join(axes)}" if axes else "",
+            str(self.about.get("library") or ""),
+        ]
+        return "; ".join(filter(None, sentences))
 
     # --- as JSON ----------------------------------------------------------------------------------
 
@@ -202,7 +221,10 @@ class Timeline:
             written = json.loads(Path(path).read_text(encoding="utf-8"))["otherData"]
             tool, number = written["tool"], written["format"]
             if (tool, number) == ("dist_lab", FORMAT):
-                return cls.from_json(written)
+                timeline = cls.from_json(written)
+                if timeline.ranks and all(rank.steps and rank.segments for rank in timeline.ranks):
+                    return timeline
+                raise ValueError
         except OSError as error:
             raise UserError(f"cannot read {str(path)!r}: {error.strerror}; {again}") from None
         except (ValueError, KeyError, TypeError, IndexError):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import reduce
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,7 @@ from dist_lab.observe.report.timeline import as_data, drawn_steps, exposed_table
 from dist_lab.observe.report.timeline import timeline_of as timeline_section
 from dist_lab.observe.run_dir import claimed
 from dist_lab.observe.sinks import HtmlReport
+from dist_lab.observe.timeline.timeline import Segment, Timeline
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.report.command import report
 
@@ -130,6 +132,8 @@ def test_a_library_and_one_process_have_a_report_too(tmp_path):
                "stage_work_ms": None, "slow_ranks": [], "mfu": None, "pipeline": None}  # fmt: skip
     text = page_of_run(read(write_run(tmp_path / "library", **library)))
     assert "do not pass through our ledger" in text
+    assert "comm_sent_bytes" not in text, "17 bytes of our own are not a library's traffic"
+    assert "comm_ms" not in text
     alone = library | {"about": "", "traffic": [], "mesh": {"dp": 1}, "layouts": {}}
     text = page_of_run(read(write_run(tmp_path / "alone", **alone)))
     assert "Nothing is sent: there is one process." in text
@@ -158,6 +162,32 @@ def test_segments_of_the_page_fill_the_wall_time_and_waiting_is_that_of_the_time
     shown = Cells(exposed_table(timeline)).numbers
     per_step = {axis: s / len(timeline.steps) for axis, s in timeline.exposed().items()}
     assert sum(row[2] for row in shown) / 1e3 == pytest.approx(sum(per_step.values()))
+
+
+def test_a_mean_of_one_step_has_no_call_of_a_validation_or_of_before_the_recording(finished):
+    timeline = timeline_of(ranks=1, steps=2, units=4)
+    (rank,) = timeline.ranks
+    before, after = Cells(exposed_table(timeline)).numbers[0], rank.calls[-1]
+    validation = Segment(after.end, after.end + 1000, "validation", "validation", "", None)
+    also = (
+        replace(rank.calls[0], step=9),  # launched before the first step, and waited for in it
+        replace(after, start=after.end + 1, end=after.end + 900),
+    )
+    more = replace(rank, segments=(*rank.segments, validation), calls=rank.calls + also)
+    assert Cells(exposed_table(replace(timeline, ranks=(more,)))).numbers[0] == before
+    assert before[0] == 2, "all_gathers in each step"
+
+
+def test_a_librarys_timeline_says_what_is_not_seen_and_a_span_without_a_unit_has_no_gap():
+    timeline = timeline_of(ranks=1, steps=1, units=2)
+    (rank,) = timeline.ranks
+    calls = tuple(replace(call, op="count", unit="") for call in rank.calls)
+    about = {**timeline.about, "library": "the collectives of fsdp@torch are not seen here"}
+    seen = Timeline(about, (replace(rank, calls=calls),))
+    assert str(seen).endswith("; the collectives of fsdp@torch are not seen here")
+    text = timeline_section(seen)
+    assert "are not seen here. Waiting:" in text
+    assert "count over fsdp, forward, ring" in text
 
 
 def test_a_long_timeline_is_cut_to_its_first_steps_and_says_so(finished):
@@ -274,6 +304,38 @@ BAD = {
     "a list": (
         lambda folder: (folder / "compare.json").write_text("[]"), "it has no 'setting'"),
 }  # fmt: skip
+
+
+def rewrite(folder, name, change):
+    """Changes a JSON file of a finished run."""
+    contents = json.loads((folder / name).read_text())
+    change(contents.get("otherData", contents))
+    (folder / name).write_text(json.dumps(contents))
+
+
+DAMAGED = {
+    "summary.json": lambda it: it.pop("pipeline"),
+    "pipeline.json": lambda it: it.pop("ideal"),
+    "timeline.json": lambda it: it.update(ranks=[]),
+    "memory.json": lambda it: it.update(ranks=[]),
+    "metrics.jsonl": None,
+}
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGED.items(), ids=DAMAGED)
+def test_a_run_of_which_a_file_is_not_whole_is_refused_and_left_out_among_others(
+    name, change, tmp_path
+):
+    whole, damaged = write_run(tmp_path / "whole"), write_run(tmp_path / "damaged")
+    if change is None:
+        (damaged / name).write_text("")
+    else:
+        rewrite(damaged, name, change)
+    with pytest.raises(UserError, match=re.escape(name)) as error:
+        read(damaged)
+    assert "\n" not in str(error.value)
+    _, left_out = report([str(whole), str(damaged)])
+    assert left_out == [str(error.value)]
 
 
 @pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD)
