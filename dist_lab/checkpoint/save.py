@@ -73,8 +73,8 @@ class Write:
                     folders.prune(self.final, self.keep, self.files)
         except Exception as error:
             self.error = error
-            with suppress(OSError):
-                (self.temporary / f"rank-{self.rank}.failed").touch()
+        if not self.final.exists():
+            self._give_up()
 
     def write_part(self) -> None:
         """Write this rank's files."""
@@ -136,6 +136,23 @@ class Write:
                 )
             time.sleep(0.005)
         return True
+
+    def _give_up(self) -> None:
+        """Free the space of a save that has failed. The last rank to do so removes the folder.
+
+        Until rank 0 gives up, it may be about to commit: then a part that is complete must stay.
+        """
+        own = f"rank-{self.rank}."
+        complete = (self.temporary / f"{own}json").exists()
+        over = self.rank == 0 or (self.temporary / "rank-0.failed").exists()
+        with suppress(OSError):  # the error of the save is the one to raise
+            for path in self.temporary.iterdir():
+                is_own = path.name.startswith(own) and (over or not complete)
+                if path.suffix != ".failed" and (is_own or self.rank == 0):
+                    path.unlink(missing_ok=True)
+            (self.temporary / f"{own}failed").touch()
+            if len([*self.temporary.glob("*.failed")]) == self.size:
+                self.files.remove_folder(self.temporary)
 
     def _progress(self) -> Callable[[int], None]:
         """Returns what is called after each write: now and then rank 0 tells how far it is."""

@@ -1,10 +1,15 @@
 """Writes a measurement to files: everything as JSON, its rows as CSV, and a picture."""
 
 import csv
+import errno
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dist_lab.errors import MachineError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,3 +37,17 @@ def write_json(path: Path, everything: Mapping[str, Any]) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a MachineError of one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        free = f", {shutil.disk_usage(folder).free:,} bytes are free" if full else ""
+        raise MachineError(
+            f"cannot write to {str(error.filename or folder)!r}: {error.strerror}{free}; make room,"
+            " or give another folder (--out)"
+        ) from error

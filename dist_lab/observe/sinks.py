@@ -12,12 +12,13 @@ on. Both files are flushed after every row: a row that is before a checkpoint is
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from dist_lab.errors import UserError
 from dist_lab.observe.console import Progress
-from dist_lab.observe.export import write_json
+from dist_lab.observe.export import write_json, writing
 from dist_lab.observe.flops import in_percent
 from dist_lab.observe.report.folder import REPORT, Run, read
 from dist_lab.observe.report.run import page_of_run
@@ -76,12 +77,14 @@ class JsonLines(Sink):
 
     def __init__(self, folder: Path, first: int) -> None:
         self.folder = folder
-        drop_rows(folder / "metrics.jsonl", first)
-        (folder / SUMMARY).unlink(missing_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        with writing(folder):
+            drop_rows(folder / "metrics.jsonl", first)
+            (folder / SUMMARY).unlink(missing_ok=True)
+            self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def row(self, row: Row) -> None:
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
+        with writing(self.folder):
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         """Write pipeline.json, and a picture of the measured step above the ideal one."""
@@ -89,19 +92,21 @@ class JsonLines(Sink):
 
         measured = pipeline_plot.to_json(rows, schedule.name)
         ideal = {"ideal": pipeline_plot.ideal_to_json(schedule)}
-        write_json(self.folder / "pipeline.json", measured | ideal)
-        pipeline_plot.write(
-            pipeline_plot.side_by_side(rows, schedule, LAST_STEP), self.folder / "pipeline.svg"
-        )
+        picture = pipeline_plot.side_by_side(rows, schedule, LAST_STEP)
+        with writing(self.folder):
+            write_json(self.folder / "pipeline.json", measured | ideal)
+            pipeline_plot.write(picture, self.folder / "pipeline.svg")
 
     def memory(self, over_time: Mapping[str, Any]) -> None:
         text = json.dumps(over_time, separators=(",", ":"), allow_nan=False)
-        (self.folder / "memory.json").write_text(text + "\n", encoding="utf-8")
+        with writing(self.folder):
+            (self.folder / "memory.json").write_text(text + "\n", encoding="utf-8")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        self.file.close()
-        if summary is not None:
-            write_json(self.folder / SUMMARY, summary)
+        with closing(self.folder, summary):
+            self.file.close()
+            if summary is not None:
+                write_json(self.folder / SUMMARY, summary)
 
 
 class TensorBoard(Sink):
@@ -110,18 +115,21 @@ class TensorBoard(Sink):
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 does
 
+        self.folder = folder
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         # Files are read in the order of their names, which begin with the second: the files of two
         # attempts must not begin alike.
         while earlier and int(time.time()) == int(earlier[-1].name.split(".")[3]):
             time.sleep(0.02)
-        self.writer = SummaryWriter(str(folder), purge_step=first + 1 if earlier else None)
+        with writing(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=first + 1 if earlier else None)
 
     def row(self, row: Row) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
+        with writing(self.folder):
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
+            self.writer.flush()
 
     def pipeline(self, rows: Sequence[Sequence[TimedAction]], schedule: Schedule) -> None:
         from dist_lab.observe import pipeline_plot
@@ -130,12 +138,14 @@ class TensorBoard(Sink):
             ("pipeline/the last step", pipeline_plot.draw(rows, title=schedule.name, unit="ms")),
             ("pipeline/beside the ideal", pipeline_plot.side_by_side(rows, schedule, LAST_STEP)),
         ):
-            self.writer.add_image(name, pipeline_plot.image(figure), dataformats="HWC")
+            with writing(self.folder):
+                self.writer.add_image(name, pipeline_plot.image(figure), dataformats="HWC")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        if summary is not None:
-            log_summary(self.writer, summary)
-        self.writer.close()
+        with closing(self.folder, summary):
+            if summary is not None:
+                log_summary(self.writer, summary)
+            self.writer.close()
 
 
 class HtmlReport(Sink):
@@ -153,7 +163,9 @@ class HtmlReport(Sink):
                 print(f"no report: {error}", flush=True)
             else:
                 assert isinstance(run, Run)
-                (self.folder / REPORT).write_text(page_of_run(run), encoding="utf-8")
+                page = page_of_run(run)
+                with writing(self.folder):
+                    (self.folder / REPORT).write_text(page, encoding="utf-8")
 
 
 class Screen(Sink):
@@ -190,6 +202,11 @@ class Screen(Sink):
         if summary is not None:
             self.progress.print(closing_line(summary, self.first))
             self.progress.print(in_one_line(against_theory(summary)))
+
+
+def closing(folder: Path, summary: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+    """For closing files: an error is raised, unless the run has failed with one of its own."""
+    return suppress(OSError) if summary is None else writing(folder)
 
 
 def drop_rows(path: Path, first: int) -> None:

@@ -127,6 +127,28 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_old_checkpoint(tmp_path, 
             shutil.rmtree(tmp_path / folders.name_of(2))
         else:
             assert all(torch.equal(found[1][name], old[1][name]) for name in old[1])
+        assert [path.name for path in tmp_path.glob("step-*.*")] == [], "it keeps the disk full"
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_ranks_remove_what_they_wrote_for_a_save_that_fails_on_one(tmp_path, fails):
+    files = [Counted(), Counted()]
+    files[fails] = Counted(1, fail(errno.ENOSPC))
+    for attempt in range(5):
+        folder, final = tmp_path / f"step-0000000{attempt}.tmp-0123abcd", tmp_path / "final"
+        folder.mkdir()
+        writes = [
+            saving.Write(rank, 2, folder, final, memoryview(b"x" * 99), {}, {}, files[rank], print)
+            for rank in (0, 1)
+        ]
+        threads = [threading.Thread(target=write.run) for write in writes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert "no space left" in str(writes[fails].error)
+        assert list(tmp_path.iterdir()) == []
+        files[fails].count = 0
 
 
 def test_a_saver_never_deletes_the_checkpoint_it_has_just_saved(tmp_path):

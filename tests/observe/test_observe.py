@@ -1,13 +1,15 @@
 """Floating-point operations of a run, the measured peak of the machine, and the sinks."""
 
 import json
-from contextlib import nullcontext
+import shutil
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
 from models import VOCAB, batch, gpt
 from torch import nn
 
+from dist_lab.errors import MachineError
 from dist_lab.observe import flops
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.observe.sinks import drop_rows, open_sinks
@@ -98,6 +100,20 @@ def test_rows_are_written_as_json_lines_and_tensorboard_scalars(tmp_path, capsys
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 1.5)]
     assert "step     2/2  loss 1.5000" in capsys.readouterr().out
     assert not (tmp_path / "summary.json").exists(), "a run that failed has no summary"
+
+
+@pytest.mark.parametrize("event", ["row", "memory", "close"])
+def test_a_disk_that_is_full_is_one_line(tmp_path, event):
+    sink = open_sinks(tmp_path, steps=2)[0]
+    sink.file.close()
+    sink.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    if event != "row":
+        shutil.rmtree(tmp_path)  # any other error of a disk
+    with pytest.raises(MachineError, match=r"cannot write to .*; make room, or give"):
+        getattr(sink, event)({"step": 1})
+    with suppress(OSError):
+        sink.file.close()
+    sink.close(None)  # the run has failed: another error would hide the first
 
 
 def test_a_run_that_resumes_has_each_step_once_in_both_logs(tmp_path):

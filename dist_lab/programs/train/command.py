@@ -11,7 +11,7 @@ from dist_lab.faults.inject import injected
 from dist_lab.layout.layout import to_json
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import run_dir
-from dist_lab.observe.export import write_json
+from dist_lab.observe.export import write_json, writing
 from dist_lab.observe.sample_log import SampleLog, refuse_unnumbered
 from dist_lab.observe.sinks import SUMMARY, Sink, open_sinks
 from dist_lab.observe.theory import bubbles
@@ -115,7 +115,8 @@ def claim_folder(config: Config, mesh: Mesh, resources: ExitStack) -> Path:
 def complete(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write the summary of a run that was killed after its last step, before it could."""
     if summary and not (folder / SUMMARY).exists():
-        write_json(folder / SUMMARY, {**summary, "out": str(folder)})
+        with writing(folder):
+            write_json(folder / SUMMARY, {**summary, "out": str(folder)})
 
 
 def print_line(line: str) -> None:
