@@ -38,7 +38,8 @@ from dist_lab.comm.board.page import (
 from dist_lab.comm.board.proc import alive, wait_until
 from dist_lab.errors import MachineError
 
-KEY = Struct("<8sQ")  # the group; its ranks on this machine, as a bit for each page
+MOST = 8 * (LANE_HEADER - 8)  # ranks of one machine
+KEY = Struct(f"<8s{MOST // 8}s")  # the group; its ranks on this machine, as a bit for each page
 PRINT = Struct("<q16sq")  # the call's number, the hash, the count in the group: written last
 COUNT, COUNT_AT = Struct("<q"), 24  # the last field: read first, see `print_at`
 
@@ -81,7 +82,8 @@ class Lanes:
         for i in range(len(self._offsets), self.page.get(LANES_USED)):
             at = self.page.at + LANES_AT + i * LANE
             name, members = KEY.unpack_from(self.page.memory, at)
-            self._offsets[name], self._members[name] = at + LANE_HEADER, members
+            self._offsets[name] = at + LANE_HEADER
+            self._members[name] = int.from_bytes(members, "little")
 
     def make(self, key: bytes, members: Sequence[int]) -> int:
         """Returns this rank's own lane of a group, a new one at its first call."""
@@ -92,8 +94,13 @@ class Lanes:
             raise MachineError(
                 f"one mesh has more than {LANES} process groups; make a new mesh: init_mesh(...)"
             )
+        if max(members) >= MOST:
+            raise MachineError(
+                f"{max(members) + 1} ranks on one machine are more than {MOST}; start fewer"
+            )
         at = self.page.at + LANES_AT + count * LANE
-        KEY.pack_into(self.page.memory, at, key, sum(1 << i for i in members))
+        bits = sum(1 << i for i in members)
+        KEY.pack_into(self.page.memory, at, key, bits.to_bytes(MOST // 8, "little"))
         self.page.set(LANES_USED, count + 1)
         made = self.find(key)
         assert made is not None

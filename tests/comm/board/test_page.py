@@ -5,11 +5,12 @@ import os
 import sys
 import time
 import timeit
+from types import SimpleNamespace
 
 import pytest
 
 from dist_lab.comm.board.board import Board, boards_of, new_file, numbers_in_words
-from dist_lab.comm.board.lanes import Differ, Lane, Lanes
+from dist_lab.comm.board.lanes import MOST, Differ, Lane, Lanes
 from dist_lab.comm.board.page import (
     LAST,
     LEFT,
@@ -24,6 +25,7 @@ from dist_lab.comm.board.page import (
 from dist_lab.comm.board.stack import innermost
 from dist_lab.comm.board.words import Status, by_blame, parting
 from dist_lab.comm.ledger import Call
+from dist_lab.errors import MachineError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
 KEY = b"of group"
@@ -232,3 +234,22 @@ def test_a_board_is_a_file_without_a_name_and_says_when_its_rank_has_left():
     assert page.get(LEFT) > 0
     del page
     assert list(boards_of(os.getpid())) == before
+
+
+@linux
+def test_a_hundred_ranks_find_each_other_in_a_group():
+    """64 bits are not enough for the ranks of a large machine."""
+    size = 100
+    file = new_file(size)
+    boards = [
+        Board(one, b"t" * 16, range(size), rank)
+        for one, rank in ((file, 0), (os.dup(file), size - 1))
+    ]
+    axis = SimpleNamespace(name="dp", size=size, index=0, ranks=tuple(range(size)), channel=0)
+    groups = [board.group(axis) for board in boards]
+    key = groups[0].key
+    assert boards[0].common(size - 1) == {key}
+    groups[1].lane.post(1, "a call")
+    assert boards[0]._lanes[0].missing(key, 1, boards[0]._lanes) == [*range(size - 1)]
+    with pytest.raises(MachineError, match=f"{MOST + 1} ranks on one machine are more than {MOST}"):
+        Lanes(boards[0].page).make(b"another", range(MOST + 1))
