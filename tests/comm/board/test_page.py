@@ -12,6 +12,7 @@ import pytest
 from dist_lab.comm.board.board import Board, boards_of, new_file, numbers_in_words
 from dist_lab.comm.board.lanes import MOST, Differ, Lane, Lanes
 from dist_lab.comm.board.page import (
+    FAILED,
     LAST,
     LEFT,
     NUMBER,
@@ -22,6 +23,7 @@ from dist_lab.comm.board.page import (
     Identity,
     Page,
 )
+from dist_lab.comm.board.report import report
 from dist_lab.comm.board.stack import innermost
 from dist_lab.comm.board.words import Status, by_blame, parting
 from dist_lab.comm.ledger import Call
@@ -213,6 +215,18 @@ def test_the_order_of_blame(page):
         status(7, "ended", failed=8.5, waiting=call),
     ]
     assert [s.rank for s in by_blame(statuses, [3])] == [6, 5, 4, 3, 2, 1, 7, 0]
+
+
+@linux
+def test_of_two_ranks_that_failed_the_first_is_said_to_be_the_cause():
+    board = Board(new_file(3), b"t" * 16, [0, 1, 2], 0)
+    board.claim(3, "dp=0", "dp=3")
+    for rank, failed in ((1, 8.0), (2, 7.0)):
+        board.pages[rank].claim(b"t" * 16, Identity(os.getpid(), rank, 3, 3, f"dp={rank}", "dp=3"))
+        board.pages[rank].set(FAILED, failed)
+    cause, _ = report(board, 1, 3, lost=True)
+    assert cause.startswith("rank 2 ")
+    assert "rank 1" not in cause
 
 
 @linux

@@ -409,6 +409,17 @@ def test_skipping_a_step_without_finish_is_refused_with_the_way_out(mesh):
         backward(job)
 
 
+@pytest.mark.ranks(2)
+def test_skipping_a_step_between_forward_and_backward_is_refused_as_well(mesh):
+    job, _ = job_with_buckets(mesh)
+    backward(job)
+    x, y = batch(0)
+    loss = dist_lab.cross_entropy_sum(job.model(x), y)
+    job.model.zero_grad()
+    with pytest.raises(UserError, match=r"call job.finish\(\) before zero_grad\(\), also if"):
+        loss.backward()
+
+
 def test_a_complex_parameter_is_refused():
     model = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(UserError, match="weight is complex"):
