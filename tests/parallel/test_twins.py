@@ -1,5 +1,6 @@
 """Our implementations against the library's own: the same model, data and steps."""
 
+import copy
 import math
 import os
 import warnings
@@ -170,7 +171,9 @@ def test_the_users_own_accelerator_is_not_changed(mesh):
     with as_under_torchrun(mesh.rank, mesh.size):
         own = Accelerator(cpu=True, gradient_accumulation_steps=3, mixed_precision="bf16")
     before = [dict(state._shared_state) for state in states]
-    dist_lab.parallelize(nn.Linear(2, 2), mesh, "ddp", "accelerate")
+    plain, x = nn.Linear(2, 2), torch.rand(3, 2)
+    job = dist_lab.parallelize(copy.deepcopy(plain), mesh, "ddp", "accelerate", broadcast=False)
+    assert torch.equal(job.model(x), plain(x)), "the twin is not in the user's bfloat16"
     assert [state._shared_state for state in states] == before
     assert (own.mixed_precision, own.gradient_accumulation_steps) == ("bf16", 3)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -18,6 +18,7 @@ are computed from three such stages, if these are on a line; if not, each stage 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -29,13 +30,13 @@ import torch
 from dist_lab.comm.by_hand.costs import ALGORITHMS, lengths
 from dist_lab.comm.ledger import Call, backend_bytes
 from dist_lab.layout.layout import FlatShard, Layout, holds, local_numel, shard_bounds
-from dist_lab.mesh.mesh import dry_run
+from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.mesh.topology import DATA_AXES, ORDER, coordinates, rank_at
 from dist_lab.observe import memory, memory_series
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.simulate import peak_activations
 from dist_lab.programs.cli.config import Config
-from dist_lab.programs.explain.dry_run import DryRunResult, observe
+from dist_lab.programs.explain.dry_run import DryRunResult, observe, take_steps
 
 Numbers = Mapping[tuple[str, ...], int]
 """("peak",): bytes; ("at_peak" or "own_peak", kind): bytes; ("calls", "payload" or "sent", op,
@@ -68,6 +69,11 @@ class Outcome:
     calls: Sequence[Call]
     series: memory_series.Entry
 
+    @classmethod
+    def of(cls, result: DryRunResult) -> "Outcome":
+        job = result.job
+        return cls(numbers_of(result), job.strategies, job.layouts, result.steady, result.series)
+
 
 class Runs:
     """Runs ranks of the mesh, each once. `Runs(config, axes)(rank, microbatches)`.
@@ -95,31 +101,48 @@ class Runs:
         """The first rank of a position along pp."""
         return rank_at({**dict.fromkeys(self.axes, 0), "pp": stage}, self.axes)
 
-    def few(self, depth: int) -> int:
-        """Micro-batches that fill a pipeline of which this rank has at most `depth` in flight."""
-        return -(-(depth + 3) // self.group) * self.group
+    def in_groups(self, microbatches: int) -> int:
+        """So many micro-batches, or as many more as the schedule needs."""
+        return -(-microbatches // self.group) * self.group
 
     def first_of(self, stage: int) -> Outcome:
         """A run of that rank, of as many micro-batches as there is one of, or of few."""
         rank = self.first_rank(stage)
         done = [outcome for (r, _), outcome in self.done.items() if r == rank]
-        return done[0] if done else self(rank, min(self.microbatches, self.few(1)))
+        return done[0] if done else self(rank, min(self.microbatches, self.in_groups(4)))
 
     def __call__(self, rank: int, microbatches: int) -> Outcome:
         """What this rank counts in a step of so many micro-batches, each of the usual size."""
         key = rank, microbatches
         if key not in self.done:
             self.tell(f"rank {rank}: a step of {microbatches} micro-batches")
-            batch = self.config.batch // self.microbatches * microbatches
-            config = replace(self.config, microbatches=microbatches, batch=batch)
-            dry = dry_run(self.axes, rank, backend=config.backend, collectives=config.collectives)
-            with dry as mesh:
-                result = observe(config, mesh, values=self.values)
-                self.done[key] = Outcome(
-                    numbers_of(result), result.job.strategies, result.job.layouts, result.steady,
-                    result.series,
-                )  # fmt: skip
+            with self._as_rank(rank) as mesh:
+                result = observe(self._config(microbatches), mesh, values=self.values)
+            self.done[key] = Outcome.of(result)
         return self.done[key]
+
+    def two(self, rank: int, few: int, more: int, depth: int) -> tuple[Outcome, Outcome]:
+        """The same for two numbers of micro-batches, in one job.
+
+        The first step fills the pipeline. In steps 1, 2, 4, 8 and so on strategies make a check, so
+        the counted ones are steps 2 and 4.
+        """
+        keys = (rank, few), (rank, more)
+        if not all(key in self.done for key in keys):
+            self.tell(f"rank {rank}: steps of {few} and of {more} micro-batches")
+            counts = self.in_groups(depth), few, self.group, more
+            with self._as_rank(rank) as mesh:
+                results = take_steps([*map(self._config, counts)], mesh, values=self.values)
+            self.done.update(zip(keys, map(Outcome.of, results[1::2]), strict=True))
+        return self.done[keys[0]], self.done[keys[1]]
+
+    def _config(self, microbatches: int) -> Config:
+        batch = self.config.batch // self.microbatches * microbatches
+        return replace(self.config, microbatches=microbatches, batch=batch)
+
+    def _as_rank(self, rank: int) -> AbstractContextManager[Mesh]:
+        config = self.config
+        return dry_run(self.axes, rank, backend=config.backend, collectives=config.collectives)
 
 
 def numbers_of(result: DryRunResult) -> Numbers:
@@ -164,10 +187,12 @@ def classes(runs: Runs, schedule: Schedule | None) -> list[RankClass]:
 
 def at(runs: Runs, rank: int, depth: int) -> Numbers:
     """What a rank counts, of which `depth` micro-batches are in flight at most."""
-    few, more = runs.few(depth), runs.few(depth) + runs.group
+    few = runs.in_groups(depth + 3)
+    more = few + runs.group
     if runs.microbatches > more:
         steps = (runs.microbatches - few) // runs.group
-        numbers = along(runs(rank, few).numbers, runs(rank, more).numbers, steps)
+        a, b = runs.two(rank, few, more, depth)
+        numbers = along(a.numbers, b.numbers, steps)
         if is_consistent(numbers):
             return numbers
     return runs(rank, runs.microbatches).numbers

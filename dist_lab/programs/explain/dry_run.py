@@ -5,6 +5,7 @@ The rank runs its real model, strategy and training loop on a mesh whose other r
 hardly any values, and so needs little time and memory; else those of two steps of one rank.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -48,17 +49,34 @@ def observe(config: Config, mesh: Mesh, *, values: bool = True) -> DryRunResult:
     Args:
         values: compute the step's numbers; False: only sizes, see shapes_only.py.
     """
+    first, second = take_steps([config, config], mesh, values=values)
+    higher = first if first.peak.total >= second.peak.total else second
+    return replace(
+        second, first=first.steady, peak=first.peak.worst(second.peak), series=higher.series,
+        operations=first.operations,
+    )  # fmt: skip
+
+
+def take_steps(configs: Sequence[Config], mesh: Mesh, *, values: bool = True) -> list[DryRunResult]:
+    """Take one step after another as this rank of the mesh, each with its own settings.
+
+    Args:
+        configs: they may differ in the number of their micro-batches, of which the last has most.
+
+    Returns:
+        A result for each step; its `first` and `steady` are this step's.
+    """
+    results = []
     with nullcontext() if values else shapes_only(mesh):
-        data = open_run(replace(config, log_collectives=False), mesh)
-        job = build(config, mesh, data)
-        optimizer = loop.make_optimizer(job, config)
-        steps, meter = list[list[Call]](), Meter(job, optimizer)
-        for number in range(2):
+        data = open_run(replace(configs[-1], log_collectives=False), mesh)
+        job = build(configs[-1], mesh, data)
+        optimizer = loop.make_optimizer(job, configs[-1])
+        for number, config in enumerate(configs):
             rows = data.batch(number, loop.own_rows(config.batch, job))
+            meter = Meter(job, optimizer, first=number)
             with meter.step(), mesh.comm.ledger.recording() as calls:
                 loop.take_step(job, optimizer, *rows, number + 1, config)
-            steps.append(calls)
-    first, steady = steps
-    return DryRunResult(
-        job, optimizer, first, steady, meter.memory, meter.flops_per_step, meter.series
-    )
+            results.append(DryRunResult(
+                job, optimizer, calls, calls, meter.memory, meter.flops_per_step, meter.series
+            ))  # fmt: skip
+    return results

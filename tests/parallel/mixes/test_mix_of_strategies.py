@@ -495,3 +495,30 @@ def test_a_gradient_set_when_its_bucket_has_been_sent_is_refused(strategy):
 def test_a_pipeline_never_gathers_in_advance(mesh):
     with pytest.raises(UserError, match="when the schedule says so, and never in advance"):
         dist_lab.parallelize(gpt(layers=4), mesh, prefetch=False)
+
+
+def freeze_a_layer(model):
+    for name, parameter in model.named_parameters():
+        if ".layers.1." in name:
+            parameter.requires_grad_(False)
+
+
+@pytest.mark.slow_unless(lambda axes, strategy: "fsdp" in axes)
+@pytest.mark.parametrize(("axes", "strategy"), [(a, s) for a, s in FOUR if "pp" in a])
+@pytest.mark.ranks(4)
+def test_a_layer_that_is_frozen_between_two_steps_stays_as_it_is(axes, strategy, mesh):
+    job = dist_lab.parallelize(gpt(layers=4), dist_lab.init_mesh(**axes), strategy)
+    optimizer = job.optimizer(torch.optim.AdamW, lr=1e-2)
+    train(job, steps=1, optimizer=optimizer)
+    freeze_a_layer(job.model)
+    train(job, steps=1, optimizer=optimizer)
+    model = gpt(layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        x, y = batch(0, 8)
+        loss_of(48)(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        freeze_a_layer(model)
+    assert_weights_equal(job, model)

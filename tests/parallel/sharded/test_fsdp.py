@@ -604,3 +604,45 @@ def test_an_impossible_start_from_meta_is_refused_in_one_line(strategy):
         start(model())
     job = start(model(), init_fn=init_all)
     assert all((p == len(name)).all() for name, p in job.model.named_parameters())
+
+
+class Reads(nn.Module):
+    """The forward of the whole model reads the head's weight, and never calls the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.body(x), self.head.weight)
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_a_unit_that_another_forward_reads_is_gathered_in_forward(mesh):
+    job = dist_lab.parallelize(Reads(), mesh, "fsdp", units=["body", "head"])
+    job.model(torch.ones(3, 4))  # learns the order
+    with mesh.comm.ledger.recording() as calls:
+        job.model(torch.ones(3, 4))
+    gathers = [(call.phase, call.unit) for call in calls if call.op == "all_gather"]
+    assert gathers == [("forward", "body"), ("forward", "head")]
+
+
+class Detached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).detach())
+
+
+@pytest.mark.ranks(2, mesh={"fsdp": 2})
+def test_after_finish_a_unit_that_backward_did_not_reach_holds_its_shard(mesh):
+    job = dist_lab.parallelize(
+        Detached(), mesh, "fsdp", units=["body", "head"], reshard_after_forward=False
+    )
+    loss = job.model(torch.ones(3, 4)).sum()
+    assert job.model.body.weight.numel() == 16
+    loss.backward()
+    job.finish()
+    assert job.model.body.weight.numel() == 8
