@@ -134,6 +134,10 @@ class Checkpoint:
     def verify_file(self, name: str) -> None:
         """Compare a file's hash; of a file of tensors also shapes and dtypes. Raises Damaged."""
         check_hash(self.folder, name, self.manifest["files"][name]["sha256"])
+        self.check_tensors(name)
+
+    def check_tensors(self, name: str) -> None:
+        """Compare shapes and dtypes in a file with those that its table says. Raises Damaged."""
         for tensor, saved in self.tensors.items():
             for piece in saved.pieces:
                 if piece.file == name:

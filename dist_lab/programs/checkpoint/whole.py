@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.files import sha256_of
 from dist_lab.checkpoint.load import check_name
 from dist_lab.checkpoint.reader import Checkpoint
-from dist_lab.errors import MachineError, UserError
+from dist_lab.errors import MachineError, UserError, shown
 from dist_lab.observe.console import watched
 from dist_lab.programs.checkpoint.find import all_in
 from dist_lab.programs.checkpoint.settings import Verify
@@ -23,9 +24,9 @@ def verify(config: Verify) -> int:
         for problem in problems:
             print(problem)
         if not problems:
-            size = sum(file.stat().st_size for file in path.iterdir())
-            count = len(list(path.iterdir()))
-            print(f"{path}: whole, {count} files, {size:,} bytes, every SHA-256 as saved")
+            print(f"{path}: whole, {size_in_words(path)}, every SHA-256 as saved")
+            for name in unlisted(path):
+                print(f"{path}: {shown(name)} is not of the checkpoint, and was not checked")
     if len(paths) > 1:
         print(f"{len(paths) - bad} of {len(paths)} checkpoints are whole")
     return 1 if bad else 0
@@ -51,4 +52,22 @@ def wrong_in(path: Path) -> list[str]:
                 f"{str(path / name)!r} was changed: its SHA-256 is {actual}, and was {expected} "
                 "when it was saved"
             )
+            continue
+        try:
+            checkpoint.check_tensors(name)
+        except MachineError as error:
+            problems.append(str(error))
     return problems
+
+
+def size_in_words(path: Path) -> str:
+    """The number of files that were checked, and their bytes."""
+    files = manifest.read(path)["files"]
+    size = (path / manifest.NAME).stat().st_size + sum(about["bytes"] for about in files.values())
+    return f"{len(files) + 1} files, {size:,} bytes"
+
+
+def unlisted(path: Path) -> list[str]:
+    """The names in a checkpoint's folder that its manifest does not have."""
+    known = {manifest.NAME, *manifest.read(path)["files"]}
+    return sorted({entry.name for entry in path.iterdir()} - known)

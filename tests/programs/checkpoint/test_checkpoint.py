@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from damage import seal
 from programs import ROOT, refusal, run
 from safetensors.torch import load_file
 from short_run import trained_on_two_ranks
@@ -71,6 +72,34 @@ def test_verify_looks_at_every_checkpoint_and_names_each_file_with_both_hashes(s
         assert "was changed: its SHA-256 is" in line
         assert files[name]["sha256"] in line
     assert "1 of 2 checkpoints are whole" in done.stdout
+
+
+def test_verify_counts_what_it_has_checked_and_names_the_rest(tmp_path):
+    path = written(tmp_path, STATE)
+    files = f"whole, 3 files, {sum(f.stat().st_size for f in path.iterdir()):,} bytes"
+    (path / "notes\x1b[2J").write_text("of somebody")
+    (path / "link").symlink_to(tmp_path / "nowhere")
+    done = run("checkpoint.py", "verify", path)
+    assert (done.returncode, files in done.stdout) == (0, True)
+    for name in ("'link'", r"'notes\x1b[2J'"):
+        assert f"{name} is not of the checkpoint, and was not checked" in done.stdout
+    table = json.loads((path / "rank-0.json").read_text())
+    table["tensors"]["model/w"]["dtype"] = "int32"
+    (path / "rank-0.json").write_text(json.dumps(table))
+    seal(path)
+    done = run("checkpoint.py", "verify", path)
+    assert done.returncode == 1
+    assert "it is F32[2, 3] in the file and I32[2, 3] in the table" in done.stdout
+
+
+def test_settings_of_another_author_do_not_steer_the_terminal(tmp_path):
+    steer = "\x1b[2J\r"
+    a = written(tmp_path / "a", STATE, settings={steer: steer, "model": steer})
+    b = written(tmp_path / "b", STATE, settings={steer: 1, "more" + steer: 1})
+    shown = run("checkpoint.py", "inspect", a).stdout + run("checkpoint.py", "diff", a, b).stdout
+    assert shown.replace("\n", "").isprintable()
+    assert r"\x1b[2J\r='\x1b[2J\r'" in shown
+    assert r"only the second has more\x1b[2J\r" in shown
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
