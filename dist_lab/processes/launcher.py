@@ -22,7 +22,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -34,6 +33,7 @@ from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
 from dist_lab.processes.attempts import Launch, Place, agreed_attempt, can_restart, restart_line
 from dist_lab.processes.failures import Failure, causes, collect, exit_in_words, heading
+from dist_lab.processes.meeting_place import meeting_place
 from dist_lab.processes.ranks import cores
 from dist_lab.processes.report import report
 
@@ -134,7 +134,7 @@ def on_new_ranks(program: str, config: Launch, body: str, size: int, place: Plac
     if config.restarts and place is not None:
         config = config.attempt(place(config), again=False)
     status = None
-    with tempfile.TemporaryDirectory(prefix="dist_lab-") as folder:
+    with meeting_place() as folder:
         for restart in range(1, config.restarts + 2):
             # Each attempt has its own store: in an old one are the addresses of dead ranks.
             rendezvous = f"{folder}/rendezvous-{restart}"
