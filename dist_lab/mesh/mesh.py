@@ -286,7 +286,8 @@ def dry_run(
     """One rank of a mesh without its other ranks: a dry run shows what a step would send.
 
     All code runs as on a real mesh, with torch's fake process group, which sends nothing and
-    returns at once. Numbers that depend on other ranks are wrong; the ledger is right.
+    returns at once. Numbers that depend on other ranks are wrong; the ledger is right. So a machine
+    without a GPU can show the step of nccl, too, on its CPU.
     """
     register_fake_backend()
     size = math.prod(axes.values())
@@ -294,6 +295,8 @@ def dry_run(
     try:
         comm = CommContext(rank, size, backend=backend, collectives=collectives)
         comm.dry_run = True
+        if not torch.cuda.is_available():
+            comm.device = torch.device("cpu")
         yield Mesh(axes, comm, timeout=60.0)
     finally:
         dist.destroy_process_group()

@@ -66,7 +66,7 @@ def table(found: Sequence[Point], sweep: Sweep, costs: Costs | None) -> Table:
         cells = ["-"] * 4
         if parts:
             rest = point.seconds - sum(parts.values())
-            cells = [f"{1e3 * part:.0f}" for part in (*parts.values(), rest)]
+            cells = [f"{round(1e3 * part)}" for part in (*parts.values(), rest)]
         low, high = point.interval
         alone = point.strategy == SINGLE
         result.add_row(
@@ -97,6 +97,12 @@ def notes(found: Sequence[Point], sweep: Sweep, costs: Costs | None) -> Iterator
         yield (
             f"fitted to all steps: {speed}, {1e6 * call:.0f} us a call, {moved}; the fit is off by "
             f"{costs.error:.0%} on average. rest: waiting for other ranks, idle stages, noise"
+        )
+    else:
+        known = sum(point.work is not None for point in found)
+        yield (
+            f"no costs are fitted: {len(TERMS)} costs need more than the {known} steps whose bytes "
+            "are counted; add --worlds, --sizes or --strategies"
         )
     unlike = [f"{p.strategy} on {p.ranks}" for p in found if not p.equal]
     if unlike:

@@ -127,5 +127,16 @@ def read(argv: Sequence[str] | None, description: str | None = None) -> Sweep:
     sweep, where = read_settings(Sweep, argv, "sweep.py", description, DEFAULTS, WITHOUT)
     where |= {"nproc": "--worlds", "size": "--sizes"}
     for cell in sweep.cells():
-        compare.check(cell.settings, where)
+        try:
+            compare.check(cell.settings, where)
+        except UserError as error:
+            raise as_typed_here(error, cell) from None
     return sweep
+
+
+def as_typed_here(error: UserError, cell: Cell) -> UserError:
+    """The error of a cell, which names --mesh where the numbers of ranks are those of --worlds."""
+    cause, found, _ = str(error).partition(" (--mesh)")
+    if not found or any(entry.mesh for entry in cell.settings.entries()):
+        return error
+    return UserError(f"{cause} (--worlds); leave {cell.ranks} out, or name other --strategies")

@@ -101,6 +101,11 @@ def test_hand_written_algorithms_are_explained_without_other_ranks(collectives, 
 
 
 @pytest.mark.slow
+def test_a_step_of_nccl_is_explained_without_a_gpu(printed):
+    text = printed("--strategy", "fsdp", "--backend", "nccl", "--nproc", "2", "--seq", "16")
+    assert "2 ranks: rank 0 sends" in text
+
+
 def test_one_process_sends_nothing():
     done = program("--seq", "8", "--batch", "2")
     assert (done.returncode, done.stderr) == (0, "")

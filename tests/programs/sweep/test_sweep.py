@@ -43,6 +43,7 @@ def test_a_mesh_runs_on_its_own_number_of_ranks_only():
         (["--worlds", "2,x"], "no number of ranks 'x' (--worlds)"),
         (["--worlds", "0"], "no number of ranks '0' (--worlds)"),
         (["--worlds", "2", "--strategies", "fsdp2xtp2"], "runs on 2 ranks (--strategies, --wor"),
+        (["--worlds", "2,3", "--strategies", "tp"], "ranks of tp@hand (--worlds); leave 3 out, or"),
         (["--sizes", "huge"], "no size 'huge' (--sizes)"),
         (["--worlds", "1000"], "(--worlds); give"),
         (["--strategies", "zero9"], "(--strategies)"),
@@ -86,7 +87,7 @@ def test_costs_are_found_from_the_steps_that_they_make():
 
 
 def test_a_cost_is_never_negative_and_needs_enough_steps():
-    assert fit(POINTS[:2]) is None
+    assert fit(POINTS[:3]) is None, "three costs fit any three steps without an error"
     assert fit([replace(p, work=None) for p in POINTS]) is None
     falling = nonnegative_fit([[1, 0], [1, 1], [1, 2]], [3.0, 2.0, 1.0])
     assert falling.x[1] == 0, "more of it took less time"
@@ -96,6 +97,8 @@ def test_a_cost_is_never_negative_and_needs_enough_steps():
 def test_cores_are_said_to_be_the_limit_where_ranks_share_them():
     sweep = settings.read([])
     lines = [*notes(POINTS, sweep, fit(POINTS))]
+    few = " ".join(notes(POINTS[:3], sweep, None))
+    assert "3 costs need more than the 3 steps" in few
     assert lines[0].startswith("4 ranks share 2 cores, so no strategy can be more than 2 times")
     assert not any("share" in line for line in notes(POINTS[:2], sweep, None))
     assert POINTS[2].efficiency == pytest.approx(POINTS[2].speedup / 4)
