@@ -229,7 +229,8 @@ def closing_line(summary: Mapping[str, Any], first: int = 0) -> str:
         validated = f", validation {validation:.4f}{_accuracy(summary, 'final_val_accuracy')}"
     since = f" ({summary['steps'] - first} since it resumed)" if first else ""
     return (
-        f"{summary['steps']} steps{since}, loss {summary['final_loss']:.4f}{validated}; "
+        f"{summary['steps']} step{'s' * (summary['steps'] != 1)}{since}, "
+        f"loss {summary['final_loss']:.4f}{validated}; "
         f"{_rate(median)}, MFU {in_percent(summary['mfu'])}, "
         f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
         f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}"

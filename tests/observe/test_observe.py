@@ -6,13 +6,14 @@ from contextlib import nullcontext, suppress
 
 import pytest
 import torch
+from finished_run import summary_of
 from models import VOCAB, batch, gpt
 from torch import nn
 
 from dist_lab.errors import MachineError
 from dist_lab.observe import flops
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.observe.sinks import drop_rows, open_sinks
+from dist_lab.observe.sinks import closing_line, drop_rows, open_sinks
 from dist_lab.optim import Muon
 from dist_lab.transforms.recompute import recompute
 
@@ -81,6 +82,11 @@ def test_counting_operations_changes_no_bit_of_a_gradient(activation):
             model(x).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1, "1 step, loss 1.6"), (2, "2 steps, loss 1.6")])
+def test_the_last_line_of_a_run_begins_with_its_steps(steps, words):
+    assert closing_line(summary_of(steps=steps)).startswith(words)
 
 
 def test_rows_are_written_as_json_lines_and_tensorboard_scalars(tmp_path, capsys):

@@ -67,7 +67,9 @@ def plot(
         extra: more SVG, below the lines.
         cursor: the reader can walk along the rows of the table in the same figure (page.js).
     """
-    x_ticks, y_ticks = x.ticks(6), y.ticks(5)
+    last = max((a for one in series for a in one.xs), default=x.high)
+    x_ticks = [v for v in x.ticks(6) if v == int(v) and v <= last]  # steps, and other counts
+    y_ticks = y.ticks(5)
     grid = "".join(f"M0 {_down(y, value)}h{SIZE}" for value in y_ticks)
     shapes = [tag("path", d=grid, class_="grid"), extra]
     for one in series:

@@ -9,7 +9,7 @@ from dist_lab.observe.report.folder import Comparison
 from dist_lab.observe.report.markup import (
     Cell,
     Content,
-    Html,
+    Section,
     figure,
     items,
     join,
@@ -36,32 +36,32 @@ def page_of_comparison(comparison: Comparison) -> str:
     rows: Sequence[Row] = results["strategies"]
     measured: Sequence[Row] = results["measured"]
     sections = [
-        ("numbers", "In short", in_short(results)),
-        ("throughput", "Throughput", throughput(results)),
-        ("loss", "Loss", losses(measured, results["loss_tolerance"])),
-        ("memory", "Memory", memory(measured)),
-        ("bytes", "Bytes", traffic(measured)),
-        ("table", "Table", whole_table(rows, results["unit"])),
-        ("settings", "Settings", settings(results)),
+        in_short(results),
+        throughput(results),
+        losses(measured, results["loss_tolerance"]),
+        memory(measured),
+        traffic(measured),
+        whole_table(rows, results["unit"]),
+        settings(results),
     ]
     subtitle = (
         f"{config['model']} of {digits(setting['parameters'] / 1e6)} million parameters in "
         f"{config['dtype']}, {results['batch']:,} {results['unit'].removesuffix('/s')} a step, "
         f"{plural(setting['world_size'], 'rank')} on {plural(setting['cores'], 'core')}; "
-        f"{comparison.name}"
+        f"in {comparison.name}"
     )
     return page(f"{plural(len(rows), 'strategy').replace('strategys', 'strategies')} compared",
                 subtitle, sections)  # fmt: skip
 
 
-def in_short(results: Mapping[str, Any]) -> Html:
+def in_short(results: Mapping[str, Any]) -> Section:
     """The verdicts in words."""
     rows, reference = results["strategies"], results["reference"]
     lines: list[Content] = []
     for verdict in VERDICTS:
         told = verdict in VERDICTS[:2]
         labels = [
-            row["strategy"] + (f" ({row['ratio']:.2f} times)" if told else "")
+            row["strategy"] + (f" ({row['ratio']:.2f} times as fast)" if told else "")
             for row in rows
             if row["verdict"] == verdict
         ]
@@ -76,7 +76,7 @@ def in_short(results: Mapping[str, Any]) -> Html:
     return section("numbers", "In short", items(lines, "findings calm"))
 
 
-def throughput(results: Mapping[str, Any]) -> Html:
+def throughput(results: Mapping[str, Any]) -> Section:
     """A bar for each strategy, with the quartiles of its rounds, and its ratio to the reference."""
     rate, batch, reference = (results[name] for name in ("unit", "batch", "reference"))
     field = rate.replace("/", "_per_")
@@ -89,11 +89,11 @@ def throughput(results: Mapping[str, Any]) -> Html:
         if row["ratio_low"] is not None:
             interval = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
         cells.append([
-            row["strategy"], bar([(row[field], "work")], most, (low, high)),
-            number(digits(row[field]), row[field]), number(of_ms(row["step_ms"]), row["step_ms"]),
-            number(f"{row['ratio']:.3f}", row["ratio"]), interval, row["verdict"],
+            row["strategy"], row["verdict"], number(f"{row['ratio']:.3f}", row["ratio"]), interval,
+            bar([(row[field], "work")], most, (low, high)), number(digits(row[field]), row[field]),
+            number(of_ms(row["step_ms"]), row["step_ms"]),
         ])  # fmt: skip
-    head = ["strategy", "", rate, "step", f"ratio to {reference}", "99% interval", "verdict"]
+    head = ["strategy", "verdict", f"ratio to {reference}", "99% interval", "", rate, "step"]
     lead = (
         "Bars: the median over rounds; whiskers: lower and upper quartile. The ratio is computed "
         "within each round, so a slow minute of the machine does not count. If the interval holds "
@@ -103,7 +103,7 @@ def throughput(results: Mapping[str, Any]) -> Html:
     return section("throughput", "Throughput", whole, lead=lead)
 
 
-def losses(measured: Sequence[Row], tolerance: float) -> Html:
+def losses(measured: Sequence[Row], tolerance: float) -> Section:
     """The loss of each strategy by step, one over another."""
     lines = [
         Series(row["label"], range(1, len(row["losses"]) + 1), row["losses"], line_look(i))
@@ -136,7 +136,7 @@ def line_look(i: int) -> str:
     return f"l{i % LOOKS}" + (" dash" if i >= LOOKS else "")
 
 
-def memory(measured: Sequence[Row]) -> Html:
+def memory(measured: Sequence[Row]) -> Section:
     """A stacked bar for each strategy: the bytes of each kind at the peak of its fullest rank."""
     peaks = [row["peak_memory"]["at_peak"] for row in measured]
     kinds = [kind for kind in peaks[0] if any(peak[kind] for peak in peaks)]
@@ -155,7 +155,7 @@ def memory(measured: Sequence[Row]) -> Html:
     return section("memory", "Memory by kind", keys, whole)
 
 
-def traffic(measured: Sequence[Row]) -> Html:
+def traffic(measured: Sequence[Row]) -> Section:
     """What a rank sends in a step, by collective, beside the published formula."""
     most = max((call["sent"] for row in measured for call in row["traffic"] or []), default=0) or 1
     rows: list[list[Content | Cell]] = []
@@ -181,7 +181,7 @@ def traffic(measured: Sequence[Row]) -> Html:
     return section("bytes", "Bytes sent", table("bytes of a step", head, rows), lead=lead)
 
 
-def whole_table(rows: Sequence[Row], unit: str) -> Html:
+def whole_table(rows: Sequence[Row], unit: str) -> Section:
     """All numbers of compare.csv that are not in the other tables, sortable."""
     rate = unit.replace("/", "_per_")
     head = ["strategy", "mesh", unit, "step", "MFU", "waiting", "sent", "peak memory", "final loss"]
@@ -200,7 +200,7 @@ def whole_table(rows: Sequence[Row], unit: str) -> Html:
     return section("table", "All strategies", whole, lead=lead)
 
 
-def settings(results: Mapping[str, Any]) -> Html:
+def settings(results: Mapping[str, Any]) -> Section:
     setting = results["setting"]
     common = {n: v for n, v in setting["config"].items() if n not in OF_ONE_STRATEGY}
     given = {name: in_text(value) for name, value in common.items() if is_set(value)}

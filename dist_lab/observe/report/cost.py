@@ -6,13 +6,23 @@ from typing import Any
 
 from dist_lab.mesh.topology import coordinates
 from dist_lab.observe.report.charts import bar, legend
-from dist_lab.observe.report.markup import Cell, Content, Html, join, number, section, table, tag
+from dist_lab.observe.report.markup import (
+    Cell,
+    Content,
+    Html,
+    Section,
+    join,
+    number,
+    section,
+    table,
+    tag,
+)
 from dist_lab.observe.report.units import of_bytes, of_ms, plural
 
 Summary = Mapping[str, Any]
 
 
-def memory(summary: Summary, over_time: Html | None = None) -> Html:
+def memory(summary: Summary, over_time: Html | None = None) -> Section:
     """The bytes of each kind at the peak, at the kind's own peak, and by layout."""
     peak, own = (summary["peak_memory"][name] for name in ("at_peak", "own_peak"))
     computed = summary["by_layout"] or {}
@@ -45,7 +55,7 @@ def memory(summary: Summary, over_time: Html | None = None) -> Html:
     return section("memory", "Memory", stack, whole, over_time, lead=lead)
 
 
-def traffic(summary: Summary) -> Html:
+def traffic(summary: Summary) -> Section:
     """The bytes of each collective of a step, beside the formulas."""
     lead = (
         "Rank 0's last step. Payload is the size of the full tensor. Least is the published "
@@ -91,7 +101,7 @@ def _row(
     ]  # fmt: skip
 
 
-def ranks(summary: Summary) -> Html:
+def ranks(summary: Summary) -> Section:
     """The work and the waiting of each rank, and the stragglers."""
     if summary["ranks"] is None:
         text = "A library waits inside its own code, so the work of its ranks is not known."
@@ -113,7 +123,9 @@ def ranks(summary: Summary) -> Html:
         "so only the work tells who is slow."
     )
     head = ["rank", "place", "", "work", "waiting", "straggler"]
-    found = "No rank was slow." if not slow else f"{plural(len(slow), 'rank')} was slow."
+    found = "No rank was slow."
+    if slow:
+        found = f"{plural(len(slow), 'rank')} {'was' if len(slow) == 1 else 'were'} slow."
     keys = legend([("work", "work"), ("waiting", "waiting")])
     whole = table(f"means of the steps after the warm-up. {found}", head, rows)
     return section("ranks", "Ranks and stragglers", keys, whole, lead=lead)

@@ -112,13 +112,23 @@ def figure(caption: Content, *content: Content, details: Content = None, about: 
     return tag("figure", tag("figcaption", caption), *content, unfold)
 
 
-def section(id_: str, title: str, *content: Content, lead: Content = None) -> Html:
+@dataclass(frozen=True)
+class Section:
+    """A section of the page."""
+
+    id: str
+    title: str
+    html: Html
+
+
+def section(id_: str, title: str, *content: Content, lead: Content = None) -> Section:
     """A section of the page with its heading, and a sentence that says what is to be seen."""
-    return tag(
+    html = tag(
         "section", tag("h2", title, id=f"{id_}-title"),
         tag("p", lead, class_="lead") if lead else None, *content,
         id=id_, aria_labelledby=f"{id_}-title",
     )  # fmt: skip
+    return Section(id_, title, html)
 
 
 def items(lines: Iterable[Content], class_: str | None = None) -> Html:

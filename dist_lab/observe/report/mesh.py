@@ -14,14 +14,23 @@ from dist_lab.comm.board.board import numbers_in_words
 from dist_lab.layout.holders import by_rank, in_words
 from dist_lab.layout.layout import Box, FlatShard, Layout, from_json
 from dist_lab.mesh.topology import ORDER, coordinates, lines, rank_at
-from dist_lab.observe.report.markup import Cell, Content, Html, number, section, table, tag
+from dist_lab.observe.report.markup import (
+    Cell,
+    Content,
+    Html,
+    Section,
+    number,
+    section,
+    table,
+    tag,
+)
 from dist_lab.observe.report.units import plural
 
 MOST_RANKS = 64  # that are drawn
 Held = dict[int, list[Box]]  # rank -> the boxes of a tensor that it holds
 
 
-def who_holds_what(summary: Mapping[str, Any]) -> Html:
+def who_holds_what(summary: Mapping[str, Any]) -> Section:
     """A picture of the ranks, with a choice of parameters, and the table of all layouts."""
     sizes: Mapping[str, int] = summary["mesh"]
     layouts = grouped({name: from_json(data) for name, data in summary["layouts"].items()})

@@ -6,18 +6,14 @@ Everything is in the one file. The content security policy forbids the page to l
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lab.observe.report.markup import Html, join, tag
+from dist_lab.observe.report.markup import Html, Section, join, tag
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, Html]]) -> str:
-    """Returns the file's text.
-
-    Args:
-        sections: the id, the name in the list of sections, and the content of each.
-    """
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """Returns the file's text. The list of sections has their headings."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -30,13 +26,13 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, Html]]) -
     )
     button = tag("button", "Dark", type="button", id="theme", aria_pressed="false",
                  title="light or dark page")  # fmt: skip
-    links = [tag("li", tag("a", name, href=f"#{id_}")) for id_, name, _ in sections]
+    links = [tag("li", tag("a", one.title, href=f"#{one.id}")) for one in sections]
     body = tag(
         "body",
         tag("a", "to the content", href="#content", class_="skip"),
         tag("header", tag("div", tag("h1", title), tag("p", subtitle)), button),
         tag("nav", tag("ol", *links), aria_label="sections"),
-        tag("main", *(content for *_, content in sections), id="content"),
+        tag("main", *(one.html for one in sections), id="content"),
         tag("p", "", id="said", class_="hidden", aria_live="polite"),
         tag("script", source("page.js")),
     )

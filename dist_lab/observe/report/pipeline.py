@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_lab.observe.report.charts import legend
-from dist_lab.observe.report.markup import Cell, Content, Html, figure, number, section, table, tag
+from dist_lab.observe.report.markup import (
+    Cell,
+    Content,
+    Html,
+    Section,
+    figure,
+    number,
+    section,
+    table,
+    tag,
+)
 from dist_lab.observe.report.units import of_ms, percent
 from dist_lab.parallel.schedules.actions import Action, Op
 
@@ -19,7 +29,7 @@ NARROW = 1.6  # percent of the width: a narrower bar has no number
 Row = Sequence[tuple[Action, float, float]]  # action, start and end
 
 
-def grids(pipeline: Mapping[str, Any]) -> Html:
+def grids(pipeline: Mapping[str, Any]) -> Section:
     """The measured grid above the ideal one."""
     measured = [_row(row, "start_ms", "end_ms") for row in pipeline["ranks"]]
     ideal = [_row(row, "start", "end") for row in pipeline["ideal"]["ranks"]]

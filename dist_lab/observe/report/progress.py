@@ -6,7 +6,17 @@ from typing import Any
 
 from dist_lab.observe.report.charts import SIZE, Scale, Series, legend, plot
 from dist_lab.observe.report.folder import Run
-from dist_lab.observe.report.markup import Cell, Content, Html, figure, number, section, table, tag
+from dist_lab.observe.report.markup import (
+    Cell,
+    Content,
+    Html,
+    Section,
+    figure,
+    number,
+    section,
+    table,
+    tag,
+)
 from dist_lab.observe.report.units import of_ms, plural
 
 MOST_ROWS = 300  # of the table of losses; of a longer run every second, third ... row is shown
@@ -15,7 +25,7 @@ FAR = 4.0  # an outlier's distance from the median, in robust standard deviation
 ROBUST = 1.4826  # standard deviation / median absolute deviation, of normal numbers
 
 
-def losses(run: Run) -> Html:
+def losses(run: Run) -> Section:
     """The loss and the validation loss, by step."""
     rows = thinned(run.rows)
     steps = [row["step"] for row in rows]
@@ -41,8 +51,21 @@ def losses(run: Run) -> Html:
     ]  # fmt: skip
     whole = table("loss by step", head, cells)
     names = legend([(line.name, line.look) for line in lines]) if checked else None
-    lead = "The mean over the global batch. All layouts of the same settings have the same curve."
+    lead = (
+        "The mean over the global batch. All layouts of the same settings have the same curve. "
+        f"{which_steps(run.summary['config']['log_every'])}"
+    )
     return section("loss", "Loss", figure(title, names, chart, details=whole), lead=lead)
+
+
+def which_steps(log_every: int) -> str:
+    """
+    >>> which_steps(1), which_steps(3)
+    ('All steps were logged.', 'One step in 3 was logged, and the first and those of a validation.')
+    """
+    if log_every == 1:
+        return "All steps were logged."
+    return f"One step in {log_every:,} was logged, and the first and those of a validation."
 
 
 def thinned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -51,7 +74,7 @@ def thinned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for i, r in enumerate(reversed(rows)) if i % every == 0 or "val_loss" in r][::-1]
 
 
-def step_times(summary: Mapping[str, Any]) -> Html:
+def step_times(summary: Mapping[str, Any]) -> Section:
     """The time of every step, with outliers marked, and how the times are distributed."""
     times = summary["step_times_ms"]
     first, values = times["first_step"], times["ms"]

@@ -6,7 +6,16 @@ from typing import Any
 from dist_lab.observe.report import cost, memory_strip, mesh, pipeline, progress, settings
 from dist_lab.observe.report import timeline as timeline_section
 from dist_lab.observe.report.folder import Run
-from dist_lab.observe.report.markup import Content, Html, data, items, section, table, tag
+from dist_lab.observe.report.markup import (
+    Content,
+    Html,
+    Section,
+    data,
+    items,
+    section,
+    table,
+    tag,
+)
 from dist_lab.observe.report.page import page
 from dist_lab.observe.report.units import digits, of_bytes, of_ms, percent, plural
 from dist_lab.observe.stragglers import closing_words
@@ -20,21 +29,21 @@ def page_of_run(run: Run) -> str:
     summary, checks = run.summary, against_theory(run.summary)
     strip = memory_strip.over_time(run.memory, run.predicted) if run.memory is not None else None
     sections = [
-        ("numbers", "Numbers", headline(run, checks)),
-        ("theory", "Theory", theory(checks)),
-        ("loss", "Loss", progress.losses(run)),
-        ("steps", "Steps", progress.step_times(summary)),
+        headline(run, checks),
+        theory(checks),
+        progress.losses(run),
+        progress.step_times(summary),
     ]
     if run.timeline is not None:
-        sections.append(("timeline", "Timeline", timeline_section.timeline_of(run.timeline)))
+        sections.append(timeline_section.timeline_of(run.timeline))
     if run.pipeline is not None:
-        sections.append(("pipeline", "Pipeline", pipeline.grids(run.pipeline)))
+        sections.append(pipeline.grids(run.pipeline))
     sections += [
-        ("memory", "Memory", cost.memory(summary, strip)),
-        ("traffic", "Traffic", cost.traffic(summary)),
-        ("mesh", "Mesh", mesh.who_holds_what(summary)),
-        ("ranks", "Ranks", cost.ranks(summary)),
-        ("settings", "Settings", settings.of_run(run)),
+        cost.memory(summary, strip),
+        cost.traffic(summary),
+        mesh.who_holds_what(summary),
+        cost.ranks(summary),
+        settings.of_run(run),
     ]
     return page(
         f"{summary['strategies']} on {settings.axes(summary['mesh'])}", subtitle(run), sections
@@ -47,11 +56,11 @@ def subtitle(run: Run) -> str:
     return (
         f"{config['model']} of {digits(summary['parameters'] / 1e6)} million parameters in "
         f"{config['dtype']}, {plural(summary['world_size'], 'rank')} on "
-        f"{plural(summary['cores'], 'core')}, {plural(summary['steps'], 'step')}; run {run.name}"
+        f"{plural(summary['cores'], 'core')}, {plural(summary['steps'], 'step')}; in {run.name}"
     )
 
 
-def headline(run: Run, checks: list[Check]) -> Html:
+def headline(run: Run, checks: list[Check]) -> Section:
     """The numbers that a reader looks for first, and what he should know of the run."""
     tiles = [
         tag("div", tag("dt", name), tag("dd", *content)) for name, content in numbers(run.summary)
@@ -132,7 +141,7 @@ def notes(run: Run, checks: list[Check]) -> Iterator[Content]:
         )
 
 
-def theory(checks: list[Check]) -> Html:
+def theory(checks: list[Check]) -> Section:
     """The table of measured and computed numbers."""
     rows = [
         [

@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_lab.observe.report.folder import Run
-from dist_lab.observe.report.markup import Content, Html, section, tag
+from dist_lab.observe.report.markup import (
+    Content,
+    Html,
+    Section,
+    section,
+    tag,
+)
 from dist_lab.observe.report.units import plural
 
 
-def of_run(run: Run) -> Html:
+def of_run(run: Run) -> Section:
     """All settings that are set, then the machine; those that are not are named."""
     summary = run.summary
     config = summary["config"]

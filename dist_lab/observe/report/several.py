@@ -12,7 +12,7 @@ from dist_lab.observe.report.folder import REPORT, Run
 from dist_lab.observe.report.markup import (
     Cell,
     Content,
-    Html,
+    Section,
     figure,
     items,
     number,
@@ -56,10 +56,10 @@ def page_of_runs(runs: Sequence[Run], left_out: Mapping[str, str], beside: Path)
     """
     named = dict(zip(names_of(runs), runs, strict=True))
     sections = [
-        ("table", "Runs", all_runs(named, left_out, beside)),
-        ("loss", "Loss", losses(named)),
-        ("compare", "What can be compared", comparable(named)),
-        ("settings", "Differences of settings", differences(named)),
+        all_runs(named, left_out, beside),
+        losses(named),
+        comparable(named),
+        differences(named),
     ]
     names = ", ".join([*named][:MOST_NAMES]) + (", ..." if len(named) > MOST_NAMES else "")
     return page(plural(len(runs), "run"), f"in {names}", sections)
@@ -74,7 +74,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [str(folder.relative_to(above)) for folder in folders]
 
 
-def all_runs(named: Mapping[str, Run], left_out: Mapping[str, str], beside: Path) -> Html:
+def all_runs(named: Mapping[str, Run], left_out: Mapping[str, str], beside: Path) -> Section:
     """The table of the numbers of each run."""
     rows: list[list[Content | Cell]] = []
     for name, run in named.items():
@@ -105,7 +105,7 @@ def all_runs(named: Mapping[str, Run], left_out: Mapping[str, str], beside: Path
     )  # fmt: skip
 
 
-def losses(named: Mapping[str, Run]) -> Html:
+def losses(named: Mapping[str, Run]) -> Section:
     """The loss curves of all runs, one over another."""
     drawn = [*named.items()][:MOST_CURVES]
     lines = [
@@ -126,7 +126,7 @@ def losses(named: Mapping[str, Run]) -> Html:
     return section("loss", "Loss", figure(title, names, chart, details=whole))
 
 
-def comparable(named: Mapping[str, Run]) -> Html:
+def comparable(named: Mapping[str, Run]) -> Section:
     """Whether each run's speed and loss can be compared with the first one's, or why not."""
     first, *others = named
     rows: list[list[Content | Cell]] = [
@@ -159,7 +159,7 @@ def shown(value: Any) -> str:
     return "-" if value is None else in_text(value)
 
 
-def differences(named: Mapping[str, Run]) -> Html:
+def differences(named: Mapping[str, Run]) -> Section:
     """The settings in which the runs differ, a column for each."""
     every = [facts(run) for run in named.values()]
     names = [name for name in every[0] if len({repr(one.get(name)) for one in every}) > 1]

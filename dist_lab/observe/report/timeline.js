@@ -90,7 +90,8 @@
       pen.moveTo(left, 0);
       pen.lineTo(left, high - AXIS + 4);
       pen.stroke();
-      pen.fillText(time(at), Math.min(left + 3, wide - 44), high - 6);
+      const text = time(at);
+      pen.fillText(text, Math.min(left + 3, wide - pen.measureText(text).width), high - 6);
     }
     for (const [step, start] of ranks[0].steps) {
       const left = x(start);

@@ -11,7 +11,16 @@ from itertools import accumulate
 from typing import Any
 
 from dist_lab.observe.report.charts import bar, legend
-from dist_lab.observe.report.markup import Cell, Content, Html, number, section, table, tag
+from dist_lab.observe.report.markup import (
+    Cell,
+    Content,
+    Html,
+    Section,
+    number,
+    section,
+    table,
+    tag,
+)
 from dist_lab.observe.report.page import source
 from dist_lab.observe.report.units import of_bytes, of_ms, percent
 from dist_lab.observe.timeline.timeline import KINDS, RankTimeline, Timeline, in_words
@@ -30,7 +39,7 @@ KEYS = (
 )
 
 
-def timeline_of(timeline: Timeline) -> Html:
+def timeline_of(timeline: Timeline) -> Section:
     """The chart of all ranks, and the tables of exposed communication and of each rank's time."""
     steps = drawn_steps(timeline)
     used = {segment.kind for rank in timeline.ranks for segment in rank.segments}

@@ -76,9 +76,13 @@ class Checkpoints:
             keep = KEEP if config.keep is None else config.keep
             self._saver = job.saver(self._folder, keep=keep, files=self._files, tell=tell)
 
+    def due(self, step: int) -> bool:
+        """Whether it is time to save after this step, which is not the last."""
+        return self._saver is not None and step % self._config.save_every == 0
+
     def after(self, step: int) -> None:
-        """A step has ended, and it is not the last: save, if it is time. Collective."""
-        if self._saver is not None and step % self._config.save_every == 0:
+        """A step has ended, after which it is time to save. Collective."""
+        if self._saver is not None:
             self._saver.save(self._optimizer, step=step, settings=self._meaning)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ def train(
                 row |= meter.since_last_row(config.batch, tokens)
                 for sink in sinks:
                     sink.row(row)
-            if step < config.steps:
+            if step < config.steps and checkpoints.due(step):
                 comm.begin(step, "save")
                 checkpoints.after(step)
                 comm.begin(step, LOOP)

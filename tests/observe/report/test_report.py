@@ -14,8 +14,11 @@ from finished_run import KINDS, summary_of, timeline_of, write_comparison, write
 from programs import refusal, run
 
 from dist_lab.errors import UserError
+from dist_lab.observe.report.cost import ranks
 from dist_lab.observe.report.folder import Run, read
 from dist_lab.observe.report.markup import tag
+from dist_lab.observe.report.page import source
+from dist_lab.observe.report.progress import step_times
 from dist_lab.observe.report.run import page_of_run
 from dist_lab.observe.report.several import LOSS_MAY, SPEED_MAY, same
 from dist_lab.observe.report.timeline import as_data, drawn_steps, exposed_table
@@ -109,6 +112,8 @@ def test_each_part_of_the_page_is_a_section_with_a_heading(page):
     assert {"numbers", "theory", "loss", "steps", "timeline", "pipeline", "memory", "traffic",
             "mesh", "ranks", "settings"} <= page.ids  # fmt: skip
     assert len(page.headings) == len(set(page.headings)) == 12
+    menu = re.findall('<li><a href="#[a-z]+">([^<]*)', page.text)
+    assert menu == page.headings[1:]
 
 
 def test_a_deviation_is_named_with_its_cause_and_outliers_are_counted(page):
@@ -117,6 +122,35 @@ def test_a_deviation_is_named_with_its_cause_and_outliers_are_counted(page):
     assert "rank 7 was slow in steps 100 to 140" in page.text
     assert "198 steps, 2 outliers above" in page.text
     assert "outlier: step 61" in page.text
+
+
+def test_a_chart_of_eight_steps_has_no_mark_at_a_step_that_was_not_taken():
+    times = {"first_step": 1, "warm_up": 2, "ms": [9.0, 9.0, *map(float, range(10, 16))]}
+    marks = re.findall(
+        r'<span style="left:[^"]*">([^<]*)', step_times({"step_times_ms": times}).html
+    )
+    assert marks == ["0", "2", "4", "6", "8"]
+
+
+def test_the_slow_ranks_are_counted_in_english_and_steps_that_were_not_logged_are_said(page):
+    slow = summary_of()["slow_ranks"] * 2
+    assert "1 rank was slow" in page.text
+    assert (
+        "2 ranks were slow" in ranks(summary_of(slow_ranks=[slow[0], slow[0] | {"rank": 1}])).html
+    )
+    assert "One step in 10 was logged" in page.text
+
+
+def test_what_such_a_run_always_has_is_no_alarm(page):
+    alarms = re.search('<ul class="findings">(.*?)</ul>', page.text)[1]
+    assert "rank 7 was slow" in alarms
+    assert "gradients 1.20 MB, not 1.00 MB" not in alarms
+    assert "MFU" not in alarms
+
+
+def test_lines_have_other_colors_on_a_dark_page():
+    looks = re.findall(r"\.l\d { color: (\S+?)\(", source("page.css"))
+    assert looks == 8 * ["light-dark"]
 
 
 def test_a_name_from_the_users_code_is_escaped(tmp_path):
@@ -146,6 +180,7 @@ def test_a_comparison_has_a_page_with_its_table_and_what_was_refused(tmp_path):
     assert len(text.encode()) <= 1_500_000
     assert page.open == []
     assert "11 strategies compared" in page.headings
+    assert re.search(r"<b>slower</b> than strategy0: .*strategy9 \(0\.\d\d times as fast\)", text)
     assert "tp did not run: cannot run here, because of a &lt; b" in text
     done = run("report.py", folder)
     assert done.returncode == 0, done.stderr
@@ -185,7 +220,7 @@ def test_a_librarys_timeline_says_what_is_not_seen_and_a_span_without_a_unit_has
     about = {**timeline.about, "library": "the collectives of fsdp@torch are not seen here"}
     seen = Timeline(about, (replace(rank, calls=calls),))
     assert str(seen).endswith("; the collectives of fsdp@torch are not seen here")
-    text = timeline_section(seen)
+    text = timeline_section(seen).html
     assert "are not seen here. Waiting:" in text
     assert "count over fsdp, forward, ring" in text
 
@@ -194,7 +229,7 @@ def test_a_long_timeline_is_cut_to_its_first_steps_and_says_so(finished):
     timeline = timeline_of(ranks=2, steps=40)
     steps = drawn_steps(timeline)
     assert 1 <= len(steps) < 40
-    text = str(timeline_section(timeline))
+    text = timeline_section(timeline).html
     assert f"only steps 10 to {steps[-1]} can be seen here" in text
     assert len(text) < 250_000
 
