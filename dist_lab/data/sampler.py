@@ -27,9 +27,10 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from dist_lab.data.order import Order
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, shown
 
 SAME = ("samples", "batch", "seed")  # a state fits a sampler if these are equal
+MOST = 2**62  # samples, over all epochs: numpy counts them in int64
 
 
 class Axis(Protocol):
@@ -156,7 +157,9 @@ class BatchSampler:
 
         Raises UserError for the state of another dataset, batch or seed, which name another order.
         """
-        wrong = sorted({"step", *SAME} ^ set(state))
+        if not isinstance(state, Mapping):
+            raise UserError(f"{shown(state)} is no state of a sampler; give one of state_dict()")
+        wrong = sorted({"step", *SAME} ^ set(state), key=str)
         if wrong:
             raise UserError(f"{wrong[0]!r} is missing in this state of a sampler, or unknown")
         for name in SAME:
@@ -166,9 +169,10 @@ class BatchSampler:
                     f"{getattr(self, name)}, so samples would be left out or repeated; give both "
                     f"the same {name}"
                 )
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise UserError(f"step is {state['step']!r} in this state of a sampler, no step number")
-        self.step, self._uncounted = state["step"], False
+        step = state["step"]
+        if type(step) is not int or not 0 <= step * self.batch < MOST:
+            raise UserError(f"step is {shown(step)} in this state of a sampler, no step number")
+        self.step, self._uncounted = step, False
 
     def _steps_of_pass(self) -> range:
         """The steps from this position to the one that completes the epoch."""

@@ -137,6 +137,9 @@ def test_a_plain_pass_over_the_loader_has_the_same_batches_but_no_position_to_sa
         ({"samples": 99}, "has samples 99, this one 23"),
         ({"step": -1}, "step is -1 in this state"),
         ({"step": 2.5}, "step is 2.5 in this state"),
+        ({"step": 10**30}, "step is so large a number in this state"),
+        ({"step": 10**18}, "step is 1000000000000000000 in this state"),
+        ({1: 2}, "1 is missing in this state of a sampler, or unknown"),
         ({"rank": 3}, "'rank' is missing in this state of a sampler, or unknown"),
     ],
 )
@@ -147,6 +150,9 @@ def test_a_state_of_another_order_is_refused_and_changes_nothing(change, message
         sampler.load_state_dict(sampler.state_dict() | {"step": 3} | change)
     assert message in str(refused.value)
     assert sampler.step == 2
+    for odd in (None, [], "step"):
+        with pytest.raises(UserError, match="is no state of a sampler"):
+            sampler.load_state_dict(odd)
     with pytest.raises(UserError, match="'batch' is missing"):
         sampler.load_state_dict({"step": 3, "samples": 23, "seed": 0})
 
