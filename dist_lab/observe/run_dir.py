@@ -155,21 +155,43 @@ def reserve(folder: Path, stack: ExitStack, config: "RunSettings") -> None:
 
 def holder(lock: int) -> str:
     """Returns which process holds the lock of an open folder, in words; only Linux knows."""
-    process = process_with(os.fstat(lock).st_ino)
+    process = process_with(os.fstat(lock))
     return "another run" if process is None else f"process {process}"
 
 
-def process_with(folder: int) -> int | None:
-    """Returns the process that holds the lock of a folder with this inode number.
+def process_with(folder: os.stat_result) -> int | None:
+    """Returns the process that holds the lock of a folder.
 
     A line of /proc/locks: 1: FLOCK  ADVISORY  WRITE 4711 08:01:260072 0 EOF
+
+    Its device is not always that of `stat`, and a folder of another disk may have the same inode
+    number. So the process must also have this folder open.
     """
     with suppress(OSError):
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             words = line.split()
-            if words[1] == "FLOCK" and words[5].endswith(f":{folder}"):
+            is_lock = words[1] == "FLOCK" and words[5].endswith(f":{folder.st_ino}")
+            if is_lock and has_open(words[4], folder):
                 return int(words[4])
     return None
+
+
+def has_open(process: str, folder: os.stat_result) -> bool:
+    """Whether a process has a folder open; True also if it is another user's and may not be asked.
+
+    `folder`: as from `os.stat`.
+    """
+    try:
+        files = list(Path(f"/proc/{process}/fd").iterdir())
+    except PermissionError:
+        return True
+    except OSError:  # it has ended
+        return False
+    for file in files:
+        with suppress(OSError):  # it was closed in the meantime
+            if os.path.samestat(file.stat(), folder):
+                return True
+    return False
 
 
 @contextmanager

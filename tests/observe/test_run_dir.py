@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dist_lab.errors import UserError
-from dist_lab.observe.run_dir import claimed, look, make_folder, placed
+from dist_lab.observe.run_dir import claimed, look, make_folder, placed, process_with
 from dist_lab.programs.cli.config import Config
 
 HOLD = """
@@ -125,6 +125,15 @@ def test_a_second_run_on_one_folder_is_refused_and_names_the_first(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     with claimed(Config(out=out, overwrite=True)) as folder:
         assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows who holds a lock")
+def test_a_lock_on_a_folder_of_another_disk_is_not_this_folders():
+    with claimed(Config(out="run")) as folder:
+        numbers = list(folder.stat())
+        assert process_with(folder.stat()) == os.getpid()
+        numbers[2] += 1  # the device; the inode number is the same
+        assert process_with(os.stat_result(numbers)) is None
 
 
 def test_a_run_that_fails_unlocks_its_folder(tmp_path):

@@ -121,7 +121,7 @@ def read(folder: Path) -> Run | Comparison:
 
 def no_summary(folder: Path) -> UserError:
     """The error of a folder in which no run has ended: it goes on, was killed, or never was one."""
-    process, metrics = process_with(folder.stat().st_ino), folder / "metrics.jsonl"
+    process, metrics = process_with(folder.stat()), folder / "metrics.jsonl"
     rows = read_rows(metrics) if metrics.exists() else []
     steps = f"step {rows[-1]['step']}" if rows else "its first step"
     if process is not None:

@@ -30,7 +30,7 @@ def where(run: str) -> str:
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no folder {run!r}; give that of a run, such as runs/003-dp-gpt")
-    process = process_with(folder.stat().st_ino)
+    process = process_with(folder.stat())
     if process is None:
         names = {path.name for path in folder.iterdir()}
         ended = "has ended" if names & {"metrics.jsonl", "compare.json"} else "is not one of a run"
