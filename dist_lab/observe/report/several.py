@@ -28,7 +28,7 @@ MOST_CURVES, MOST_NAMES = 24, 4
 # Settings, and facts, in which runs may differ if their numbers are to be compared. Any other one,
 # such as a setting that is new, is named as a reason not to.
 HOW = (
-    "strategy", "impl", "mesh", "nproc", "ranks", "microbatches", "bucket_mb",
+    "strategy", "impl", "mesh", "nproc", "ranks", "threads", "microbatches", "bucket_mb",
     "reshard_after_forward", "keep_gathered", "prefetch", "offload", "defer_reduce",
     "sequence_parallel", "regather", "schedule", "chunks", "pp_balance", "collectives",
 )  # fmt: skip
@@ -41,9 +41,10 @@ SPEED_MAY = {
     "warmup",
 }  # fmt: skip
 LOSS_MAY = {
-    *HOW, *OF_NO_NUMBER, "backend", "threads", "cores", "emulate_compute", "recompute",
+    *HOW, *OF_NO_NUMBER, "backend", "threads in all", "cores", "emulate_compute", "recompute",
     "reduce_order", "log_collectives", "check_collectives", "sentinel", "save_every", "fault",
 }  # fmt: skip
+BATCHNORM = "resnet18"  # whose loss depends on which samples a rank has at a time
 NOT_SETTINGS = "out", "config", "overwrite", "resume"
 
 
@@ -130,7 +131,11 @@ def comparable(named: Mapping[str, Run]) -> Section:
     """Whether each run's speed and loss can be compared with the first one's, or why not."""
     first, *others = named
     rows: list[list[Content | Cell]] = [
-        [name, *(same(named[first], named[name], may) for may in (SPEED_MAY, LOSS_MAY))]
+        [
+            name,
+            same(named[first], named[name], SPEED_MAY),
+            same(named[first], named[name], loss_may(named[name])),
+        ]
         for name in others
     ]
     lead = (
@@ -142,6 +147,12 @@ def comparable(named: Mapping[str, Run]) -> Section:
     return section(
         "compare", "What can be compared", table("with the first run", head, rows), lead=lead
     )
+
+
+def loss_may(run: Run) -> Collection[str]:
+    """The facts in which another run may differ, if its loss is to be compared with this one's."""
+    alone = run.summary["config"]["model"] == BATCHNORM
+    return LOSS_MAY - {"mesh", "microbatches"} if alone else LOSS_MAY
 
 
 def same(first: Run, run: Run, may: Collection[str]) -> Content:
@@ -178,7 +189,8 @@ def facts(run: Run) -> dict[str, Any]:
     """The settings of a run, and what else its numbers depend on."""
     summary = run.summary
     config = {n: value for n, value in summary["config"].items() if n not in NOT_SETTINGS}
-    found = {"mesh": dict(summary["mesh"]), "ranks": summary["world_size"],
-             "threads": summary["threads"], "cores": summary["cores"]}  # fmt: skip
+    ranks, threads = summary["world_size"], summary["threads"]
+    found = {"mesh": dict(summary["mesh"]), "ranks": ranks, "threads": threads,
+             "threads in all": ranks * threads, "cores": summary["cores"]}  # fmt: skip
     data = summary["data"]["sha256"][:12] or summary["data"]["name"]
     return config | found | summary["versions"] | {"data": data}

@@ -156,7 +156,7 @@ def exposed_table(timeline: Timeline) -> Html:
     head = ["axis", "collective", "", "calls", "sent", "exposed", "hidden", "share hidden"]
     caption = (
         "exposed and hidden communication: a rank's mean in one step, without validation and "
-        "checkpoints"
+        "checkpoints" + (", of our own calls alone" if timeline.about.get("library") else "")
     )
     return table(caption, head, rows)
 

@@ -20,7 +20,7 @@ from dist_lab.observe.report.markup import tag
 from dist_lab.observe.report.page import source
 from dist_lab.observe.report.progress import step_times
 from dist_lab.observe.report.run import page_of_run
-from dist_lab.observe.report.several import LOSS_MAY, SPEED_MAY, same
+from dist_lab.observe.report.several import LOSS_MAY, SPEED_MAY, loss_may, same
 from dist_lab.observe.report.timeline import as_data, drawn_steps, exposed_table
 from dist_lab.observe.report.timeline import timeline_of as timeline_section
 from dist_lab.observe.run_dir import claimed
@@ -222,6 +222,7 @@ def test_a_librarys_timeline_says_what_is_not_seen_and_a_span_without_a_unit_has
     assert str(seen).endswith("; the collectives of fsdp@torch are not seen here")
     text = timeline_section(seen).html
     assert "are not seen here. Waiting:" in text
+    assert "of our own calls alone" in text
     assert "count over fsdp, forward, ring" in text
 
 
@@ -296,8 +297,24 @@ def test_runs_that_differ_in_a_setting_are_compared_only_if_it_may_differ(settin
         assert setting in answer or number not in of
 
 
+def test_one_process_of_two_threads_is_compared_with_two_ranks_of_one():
+    alone, ranks, more = (
+        Run(Path("run"), summary_of(world_size=size, threads=threads), [], None)
+        for size, threads in ((1, 2), (2, 1), (2, 2))
+    )
+    assert same(alone, ranks, SPEED_MAY) == "yes"
+    assert "no: threads in all 2 and 4" in same(ranks, more, SPEED_MAY)
+    assert same(ranks, more, LOSS_MAY) == "yes"
+
+
+def test_losses_of_batchnorm_depend_on_the_mesh_and_on_micro_batches():
+    text, images = (Run(Path("run"), summary_of(), [], None) for _ in range(2))
+    images.summary["config"]["model"] = "resnet18"
+    assert {"mesh", "microbatches"} <= loss_may(text) - loss_may(images)
+
+
 def test_every_setting_in_which_runs_may_differ_exists():
-    facts_of_runs = {"ranks", "cores", "python"}
+    facts_of_runs = {"ranks", "cores", "python", "threads in all"}
     assert Config().to_dict().keys() | facts_of_runs >= SPEED_MAY | LOSS_MAY
 
 
