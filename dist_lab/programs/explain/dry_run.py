@@ -50,10 +50,9 @@ def observe(config: Config, mesh: Mesh, *, values: bool = True) -> DryRunResult:
         values: compute the step's numbers; False: only sizes, see shapes_only.py.
     """
     first, second = take_steps([config, config], mesh, values=values)
-    higher = first if first.peak.total >= second.peak.total else second
+    higher = second if second.peak.total > first.peak.total else first
     return replace(
-        second, first=first.steady, peak=first.peak.worst(second.peak), series=higher.series,
-        operations=first.operations,
+        second, first=first.steady, series=higher.series, operations=first.operations
     )  # fmt: skip
 
 
@@ -64,7 +63,8 @@ def take_steps(configs: Sequence[Config], mesh: Mesh, *, values: bool = True) ->
         configs: they may differ in the number of their micro-batches, of which the last has most.
 
     Returns:
-        A result for each step; its `first` and `steady` are this step's.
+        A result for each step. Its `first` and `steady` are this step's; its `peak` is of this step
+        or the first, as a run measures it: the larger one of each kind.
     """
     results = []
     with nullcontext() if values else shapes_only(mesh):
@@ -76,7 +76,8 @@ def take_steps(configs: Sequence[Config], mesh: Mesh, *, values: bool = True) ->
             meter = Meter(job, optimizer, first=number)
             with meter.step(), mesh.comm.ledger.recording() as calls:
                 loop.take_step(job, optimizer, *rows, number + 1, config)
+            peak = results[0].peak.worst(meter.memory) if results else meter.memory
             results.append(DryRunResult(
-                job, optimizer, calls, calls, meter.memory, meter.flops_per_step, meter.series
+                job, optimizer, calls, calls, peak, meter.flops_per_step, meter.series
             ))  # fmt: skip
     return results

@@ -89,7 +89,8 @@ class ShapesOnly(TorchDispatchMode):
         plan, tensors = plan_of(func), list(leaves([args, *kwargs.values()], Tensor))
         on_meta = any(t.is_meta for t in tensors) or str(kwargs.get("device")) == "meta"
         all_small = all(self._is_small(t.dtype, _elements(t)) for t in tensors)
-        if on_meta and plan.in_place is None and not plan.is_view:
+        stays = str(kwargs.get("device") or "meta") == "meta"  # it may move a tensor to the CPU
+        if on_meta and stays and plan.in_place is None and not plan.is_view:
             return self._new_on_meta(func, args, kwargs, tensors)
         if plan.is_view or on_meta or (all_small and plan.in_place is not None):
             return func(*args, **kwargs)
