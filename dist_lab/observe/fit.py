@@ -9,10 +9,13 @@ import numpy
 
 @dataclass(frozen=True)
 class Fitted:
-    """x: the costs. error: the root mean square of (fitted - measured) / measured."""
+    """x: the costs. error: the root mean square of (fitted - measured) / measured.
+
+    The error is None if as many costs as rows are above 0: these fit whatever was measured.
+    """
 
     x: list[float]
-    error: float
+    error: float | None
 
 
 def nonnegative_fit(amounts: Sequence[Sequence[float]], times: Sequence[float]) -> Fitted | None:
@@ -33,7 +36,7 @@ def nonnegative_fit(amounts: Sequence[Sequence[float]], times: Sequence[float]) 
         return None
     a = numpy.array(amounts, dtype=float)
     a /= numpy.array(times, dtype=float)[:, None]  # a x = 1 is a perfect fit
-    fits = []
+    fits: list[tuple[float, list[float]]] = []
     for count in range(1, a.shape[1] + 1):
         for used in map(list, combinations(range(a.shape[1]), count)):
             x = numpy.zeros(a.shape[1])
@@ -44,5 +47,8 @@ def nonnegative_fit(amounts: Sequence[Sequence[float]], times: Sequence[float]) 
             x[used] = solved / scale
             if rank == len(used) and min(x) >= 0:
                 error = float(numpy.sqrt(numpy.mean((a @ x - 1) ** 2)))
-                fits.append(Fitted(x.tolist(), error))
-    return min(fits, key=lambda fitted: fitted.error) if fits else None
+                fits.append((error, x.tolist()))
+    if not fits:
+        return None
+    error, costs = min(fits)
+    return Fitted(costs, error if len(times) > numpy.count_nonzero(costs) else None)

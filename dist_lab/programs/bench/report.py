@@ -61,14 +61,15 @@ class Fit:
     Attributes:
         latency: alpha, seconds per step.
         inverse_bandwidth: beta, seconds per byte.
-        error: the root mean square of (fitted - measured) / measured.
+        error: the root mean square of (fitted - measured) / measured; None for two sizes, if
+            both costs are above 0: two costs fit any two sizes.
     """
 
     op: str
     algorithm: str
     latency: float
     inverse_bandwidth: float
-    error: float
+    error: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -82,8 +83,8 @@ def fit(rows: Sequence[BenchRow]) -> Fit:
 
     >>> rows = [BenchRow("all_reduce", "ring", 4 * b, 6, b, [6e-4 + b * 1e-9]) for b in (10, 10**6)]
     >>> f = fit(rows)
-    >>> round(1e6 * f.latency), round(1e9 * f.inverse_bandwidth, 3), round(f.error, 6)
-    (100, 1.0, 0.0)
+    >>> round(1e6 * f.latency), round(1e9 * f.inverse_bandwidth, 3), f.error
+    (100, 1.0, None)
     """
     amounts = [[row.steps, row.sent] for row in rows]
     fitted = nonnegative_fit(amounts, [row.median for row in rows])
@@ -183,9 +184,10 @@ def fit_table(fits: Sequence[Fit]) -> Table:
         table.add_column(column, justify="left" if column in ("", "algorithm") else "right")
     for fitted in fits:
         beta = fitted.inverse_bandwidth
+        error = "-" if fitted.error is None else f"{fitted.error:.0%}"
         table.add_row(
             fitted.op, fitted.algorithm, f"{1e6 * fitted.latency:.0f}",
-            f"{1e-9 / beta:.2f}" if beta else "-", f"{fitted.error:.0%}",
+            f"{1e-9 / beta:.2f}" if beta else "-", error,
         )  # fmt: skip
     return table
 

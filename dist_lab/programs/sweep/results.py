@@ -105,12 +105,9 @@ def points(reports: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def fit(found: Sequence[Point]) -> Costs | None:
-    """The costs that describe all steps best; None unless there are more steps than costs.
-
-    As many costs as steps fit without an error, whatever was measured.
-    """
+    """The costs that describe all steps best; None unless there are more steps than costs."""
     known = [(point.work, point.seconds) for point in found if point.work is not None]
-    if len(known) <= len(TERMS):
-        return None
     fitted = nonnegative_fit([work for work, _ in known], [seconds for _, seconds in known])
-    return None if fitted is None else Costs((fitted.x[0], fitted.x[1], fitted.x[2]), fitted.error)
+    if fitted is None or fitted.error is None:
+        return None
+    return Costs((fitted.x[0], fitted.x[1], fitted.x[2]), fitted.error)
