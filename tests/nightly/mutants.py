@@ -88,6 +88,10 @@ EQUIVALENT: dict[str, str] = {
     "comm/board/proc.py [other operator] time.sleep(min((now - began) / 10, 1e-3))": (
         "how long a rank sleeps between two looks"
     ),
+    'randomness/generators.py [half a condition] if "cuda" in states and '
+    "torch.cuda.is_available():": (
+        "without a GPU torch keeps the state for later, and has no later"
+    ),
     "step/trainable.py [other operator] "
     "return {id(p): sys.getrefcount(p) - times for p, times in uses.items()}": (
         "it says of tied parameters that something else refers to them, so a search for optimizers "

@@ -66,7 +66,7 @@ def take_steps(configs: Sequence[Config], mesh: Mesh, *, values: bool = True) ->
         A result for each step. Its `first` and `steady` are this step's; its `peak` is of this step
         or the first, as a run measures it: the larger one of each kind.
     """
-    results = []
+    results: list[DryRunResult] = []
     with nullcontext() if values else shapes_only(mesh):
         data = open_run(replace(configs[-1], log_collectives=False), mesh)
         job = build(configs[-1], mesh, data)
