@@ -88,10 +88,10 @@ def check_options(name: str, own: Mapping[str, Any], saved: Mapping[str, Any], n
     """
     for key, value in saved.items():
         if _kind(value) != _kind(own.get(key, 0.0)):
+            here = shown(own[key]) if key in own else "no such option"
             raise Damaged(
                 f"checkpoint {name!r} has {key} {shown(value)} in group {number} of the optimizer, "
-                f"which has {shown(own.get(key, 'no such option'))}; build the same optimizer, or "
-                f"{ANOTHER}"
+                f"which has {here}; build the same optimizer, or {ANOTHER}"
             )
 
 
