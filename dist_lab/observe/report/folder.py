@@ -86,6 +86,8 @@ def read(folder: Path) -> Run | Comparison:
     if (folder / "compare.json").exists():
         results = read_json(folder / "compare.json")
         refuse_others(folder / "compare.json", results, FIELDS_OF_COMPARISON)
+        if not (results["strategies"] and results["measured"]):
+            raise UserError(f"{str(folder / 'compare.json')!r} has no strategy; run it again")
         return Comparison(folder, results)
     if not (folder / "summary.json").exists():
         raise no_summary(folder)
