@@ -1,6 +1,6 @@
 """Numbers as text, with their units."""
 
-BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+BYTES = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def digits(value: float) -> str:

@@ -21,6 +21,7 @@ from dist_lab.comm.board.board import numbers_in_words
 from dist_lab.layout.layout import to_json
 from dist_lab.observe import export, memory, memory_series
 from dist_lab.observe.console import empty_table
+from dist_lab.observe.report.units import of_bytes
 from dist_lab.programs.explain.classes import RankClass, Runs
 
 LONGEST = 40  # characters of the ranks of a class in the table
@@ -87,8 +88,8 @@ def summary(found: Sequence[RankClass], axes: Mapping[str, int]) -> str:
     sent = sum(len(one.ranks) * one.sent for one in found)
     classes = f"{len(found)} class{'es' * (len(found) > 1)}"
     return (
-        f"{prod(axes.values()):,} ranks in {classes}: together they send {sent / 1e6:,.2f} MB a "
-        f"step; ranks {in_words(most.ranks)} hold the most, {most.peak / 1e6:,.1f} MB each"
+        f"{prod(axes.values()):,} ranks in {classes}: together they send {of_bytes(sent)} a step; "
+        f"ranks {in_words(most.ranks)} hold the most, {of_bytes(most.peak)} each"
     )
 
 

@@ -12,11 +12,12 @@ what a run counts.
 [Note: small tensors have values] A step makes decisions by values: which parameters were used,
 whether a loss is finite, in what order gradients came. Those values are in small tensors, or in
 small views of a large one, such as the flags at the end of a bucket. So an operation is computed if
-all its tensors are small: floating-point numbers of up to `SMALL` bytes, and integers of up to
-`SMALL_INTEGERS`, such as token ids. Of a large vector that is changed in place, the last elements
-are computed: there are flags. Likewise in memory that ranks share, as if all ranks had the values
-of this one. A small result of a large tensor is made up: a sum or a norm is 1, and a comparison is
-what zeros would give, so "is any of it not a number?" is no.
+all its tensors are small: floating-point numbers of up to `SMALL` bytes, masks of up to
+`SMALL_MASKS`, and integers of up to `SMALL_INTEGERS`, such as token ids. Of a large vector that is
+changed in place, the last elements are computed: there are flags. Likewise in memory that ranks
+share, as if all ranks had the values of this one. A small result of a large tensor is made up: a
+sum or a norm is 1, and a comparison is what zeros would give, so "is any of it not a number?" is
+no.
 
 [Note: what cannot be run so] An operation whose result has a size that depends on the values of a
 large tensor, such as `nonzero`, is refused in one line; so is one that torch cannot run on the meta
@@ -41,7 +42,7 @@ from dist_lab.programs.explain.ends_only import FLAGS, PAGES, end
 from dist_lab.programs.explain.nested import key_of_sizes, leaves, mapped
 from dist_lab.torch_private import TorchDispatchMode, of_plain_tensors, schema_of, storage_key
 
-SMALL, SMALL_INTEGERS = 1 << 14, 1 << 26  # bytes
+SMALL, SMALL_MASKS, SMALL_INTEGERS = 1 << 14, 1 << 20, 1 << 26  # bytes
 EMPTY = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
 RESIZES = {"aten::resize_", "aten::set_"}
 RESHAPES = {
@@ -113,8 +114,9 @@ class ShapesOnly(TorchDispatchMode):
 
     def _is_small(self, dtype: torch.dtype, elements: int) -> bool:
         """Whether operations on such a tensor are computed; see [Note: small ...]."""
-        real = dtype.is_floating_point or dtype.is_complex
-        return elements * dtype.itemsize <= (self.small if real else SMALL_INTEGERS)
+        if dtype.is_floating_point or dtype.is_complex:
+            return elements * dtype.itemsize <= self.small
+        return elements * dtype.itemsize <= (SMALL_MASKS if dtype is torch.bool else SMALL_INTEGERS)
 
     def _new(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], all_small: bool
