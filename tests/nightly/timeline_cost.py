@@ -29,9 +29,10 @@ def body(rank: int, strategy: str, size: str, rounds: int) -> tuple[dict[str, li
     """Returns the seconds of each step, and on rank 0 the size of a step in the file."""
     torch.set_num_threads(1)
     rows, tokens = SHAPES[size]
-    text = torch.randint(256, (rows, tokens + 1), generator=torch.Generator().manual_seed(rank))
-    batch = [(text[:, :-1].contiguous(), text[:, 1:].contiguous())]
     mesh = dist_lab.init_mesh(**{AXIS.get(strategy, "dp"): 4})
+    seed = torch.Generator().manual_seed(mesh.data.index)
+    text = torch.randint(256, (rows, tokens + 1), generator=seed)
+    batch = [(text[:, :-1].contiguous(), text[:, 1:].contiguous())]
     model = zoo.build("gpt", size, vocab=256, seed=0, dtype=torch.float32)
     options = {}
     if strategy == "pp":
