@@ -4,8 +4,8 @@
 
 Trains the model on the source of Python's standard library with each optimizer and each learning
 rate of a small sweep, in one process, and prints a table of the validation losses at the last step.
-All else is equal: data, initial weights, warm-up, schedule, weight decay and clipping. 18 runs of
-200 steps take about 40 minutes on 2 quiet cores.
+All else is equal: data, initial weights, warm-up, schedule, weight decay and clipping. The best
+rate lies within each sweep. 12 runs of 200 steps take about 12 minutes on 2 quiet cores.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.train.command import train
 
 RATES = {
-    "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "muon": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "shampoo": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
+    "muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "shampoo": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 
 
