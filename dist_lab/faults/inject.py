@@ -13,8 +13,8 @@ strategy, collective or checkpoint contains a line about faults.
 
 [Note: once a run] A fault happens once in a run, also when the run is restarted and takes the step
 again: before it happens, its number and text are added to the file faults.jsonl in the output
-folder, which all attempts share. A run that resumes may be given other faults. The line
-also has the time, from which a test knows how long the recovery took.
+folder, which all attempts share. A run that resumes may be given other faults. The line also has
+the time, from which a test knows how long the recovery took.
 """
 
 import ctypes

@@ -5,9 +5,9 @@
 
 Both are measured. The operations are counted while one step executes: all of them, and those of the
 model, without the optimizer's and without forwards that are recomputed, which a model could do
-without. So recomputing lowers the MFU. The peak is that of a plain
-matmul at the run's dtype and number of threads, on all ranks at the same time, because they share
-the cores. A peak from a data sheet would be that of another machine.
+without. So recomputing lowers the MFU. The peak is that of a plain matmul at the run's dtype and
+number of threads, on all ranks at the same time, because they share the cores. A peak from a data
+sheet would be that of another machine.
 """
 
 import time

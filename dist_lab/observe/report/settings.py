@@ -4,13 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_lab.observe.report.folder import Run
-from dist_lab.observe.report.markup import (
-    Content,
-    Html,
-    Section,
-    section,
-    tag,
-)
+from dist_lab.observe.report.markup import Content, Html, Section, section, tag
 from dist_lab.observe.report.units import plural
 
 

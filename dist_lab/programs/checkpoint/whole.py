@@ -1,6 +1,8 @@
 """checkpoint.py verify: is every file of a checkpoint what was saved?"""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.files import sha256_of
@@ -24,8 +26,9 @@ def verify(config: Verify) -> int:
         for problem in problems:
             print(problem)
         if not problems:
-            print(f"{path}: whole, {size_in_words(path)}, every SHA-256 as saved")
-            for name in unlisted(path):
+            files = manifest.read(path)["files"]
+            print(f"{path}: whole, {size_in_words(path, files)}, every SHA-256 as saved")
+            for name in sorted({entry.name for entry in path.iterdir()} - {manifest.NAME, *files}):
                 print(f"{path}: {shown(name)} is not of the checkpoint, and was not checked")
     if len(paths) > 1:
         print(f"{len(paths) - bad} of {len(paths)} checkpoints are whole")
@@ -60,14 +63,7 @@ def wrong_in(path: Path) -> list[str]:
     return problems
 
 
-def size_in_words(path: Path) -> str:
-    """The number of files that were checked, and their bytes."""
-    files = manifest.read(path)["files"]
+def size_in_words(path: Path, files: Mapping[str, Any]) -> str:
+    """The number of files that were checked, and their bytes. `files`: of the manifest."""
     size = (path / manifest.NAME).stat().st_size + sum(about["bytes"] for about in files.values())
     return f"{len(files) + 1} files, {size:,} bytes"
-
-
-def unlisted(path: Path) -> list[str]:
-    """The names in a checkpoint's folder that its manifest does not have."""
-    known = {manifest.NAME, *manifest.read(path)["files"]}
-    return sorted({entry.name for entry in path.iterdir()} - known)

@@ -51,9 +51,7 @@ def observe(config: Config, mesh: Mesh, *, values: bool = True) -> DryRunResult:
     """
     first, second = take_steps([config, config], mesh, values=values)
     higher = second if second.peak.total > first.peak.total else first
-    return replace(
-        second, first=first.steady, series=higher.series, operations=first.operations
-    )  # fmt: skip
+    return replace(second, first=first.steady, series=higher.series, operations=first.operations)
 
 
 def take_steps(configs: Sequence[Config], mesh: Mesh, *, values: bool = True) -> list[DryRunResult]:

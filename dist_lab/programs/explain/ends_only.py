@@ -25,6 +25,11 @@ FLAGS = 1 << 10  # elements at the end of a large vector that have values
 PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x4000 if sys.platform == "linux" else 0)
 
 
+def untouched(length: int) -> mmap.mmap:
+    """Memory of so many bytes, of which the kernel provides what is touched."""
+    return mmap.mmap(-1, length, flags=PAGES)
+
+
 def collective(name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """A collective of torch on large tensors. Returns what torch's fake one returns.
 
@@ -67,7 +72,7 @@ def _created(length: int, dtype: torch.dtype) -> Iterator[str]:
 def _attach(where: str, length: int, dtype: torch.dtype) -> Memory | None:
     if not where:
         return None
-    memory = mmap.mmap(-1, HEADER + length * dtype.itemsize, flags=PAGES)
+    memory = untouched(HEADER + length * dtype.itemsize)
     data = np.frombuffer(memory, TYPES[dtype], length, HEADER)
     return Memory(memoryview(memory)[:16].cast("q"), data, os.getpid())
 

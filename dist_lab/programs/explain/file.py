@@ -8,8 +8,8 @@
 
 All sizes are in bytes. "rank" is that of --rank, left out if it is 0. In step 1 a strategy may
 learn the order of its buckets or units; step 2 is like all later steps. Nothing in the file depends
-on the time, the machine or line numbers. Beside it, memory_predicted.json has the bytes
-over one step: the report of a run in that folder draws it over what the run has measured.
+on the time, the machine or line numbers. Beside it, memory_predicted.json has the bytes over one
+step: the report of a run in that folder draws it over what the run has measured.
 """
 
 from pathlib import Path

@@ -24,7 +24,6 @@ large tensor, such as `nonzero`, is refused in one line; so is one that torch ca
 device.
 """
 
-import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from torch import Tensor
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.explain import ends_only
-from dist_lab.programs.explain.ends_only import FLAGS, PAGES, end
+from dist_lab.programs.explain.ends_only import FLAGS, end, untouched
 from dist_lab.programs.explain.nested import key_of_sizes, leaves, mapped
 from dist_lab.torch_private import TorchDispatchMode, of_plain_tensors, schema_of, storage_key
 
@@ -88,9 +87,10 @@ class ShapesOnly(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         plan, tensors = plan_of(func), list(leaves([args, *kwargs.values()], Tensor))
-        on_meta = any(t.is_meta for t in tensors) or str(kwargs.get("device")) == "meta"
+        device = str(kwargs.get("device"))
+        on_meta = device == "meta" or any(t.is_meta for t in tensors)
         all_small = all(self._is_small(t.dtype, _elements(t)) for t in tensors)
-        stays = str(kwargs.get("device") or "meta") == "meta"  # it may move a tensor to the CPU
+        stays = device in ("meta", "None")  # another device: it moves a tensor there
         if on_meta and stays and plan.in_place is None and not plan.is_view:
             return self._new_on_meta(func, args, kwargs, tensors)
         if plan.is_view or on_meta or (all_small and plan.in_place is not None):
@@ -266,7 +266,7 @@ def _untouched(size: Size, arguments: list[Tensor], answer: bool) -> Tensor:
         value = 1.0 if size.dtype.is_floating_point else answer
         whole = torch.full((elements,), value, dtype=size.dtype, device="cpu")
     else:
-        whole = torch.frombuffer(mmap.mmap(-1, size.memory, flags=PAGES), dtype=size.dtype)
+        whole = torch.frombuffer(untouched(size.memory), dtype=size.dtype)
     result = torch.empty(0, dtype=size.dtype, device="cpu")  # to autograd a view is something else
     return result.set_(whole.untyped_storage(), offset, size.shape, size.stride)
 
