@@ -44,6 +44,7 @@ LAYERS = [
     ["randomness"],
     ["step"],
     ["optim"],
+    ["quantize"],
     ["transforms"],
     ["sentinel", "checkpoint"],
     ["parallel"],

@@ -1,0 +1,1 @@
+"""Weights and activations in few bits: the formula, GPTQ, AWQ, and training that knows of it."""

@@ -1,0 +1,225 @@
+"""The formula of quantisation: a number becomes a small integer, and two numbers bring it back.
+
+    code = clamp(round(x / scale) + zero, low, high)          x ~ scale * (code - zero)
+
+Everything else in this folder chooses `scale` and `zero`, or moves the rounding errors elsewhere.
+A matrix has one scale, one per row, or one per group of neighboring columns of a row. The more
+scales, the smaller the error, and the more bytes: a group of 32 columns with a 16-bit scale costs
+half a bit a weight.
+
+    W[F, D]    scale, zero [F, G]    column d has the scale of group `groups[d]`
+
+`symmetric` codes are signed, and their zero is 0: products of such codes need no correction.
+Affine codes are unsigned, and use the whole range of values that are mostly positive. Jacob et al.
+2018 (arXiv:1712.05877), section 2.1.
+
+[Note: ties] x / scale is computed as x * (1 / scale), which is what PyTorch does. A number exactly
+between two codes is rounded to the even one; but before or after the zero is added? With an odd
+zero the results differ by one code. `fake_quantize_*` rounds first, and so do we.
+`quantize_per_tensor` adds first, in a fused multiply-add; `codes_added_first` does the same.
+
+Letters: F rows (outputs), D columns (inputs), G groups of columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_lab.errors import UserError, shown
+
+WIDTHS = (2, 3, 4, 8)  # bits
+WHOLE = -1  # as a group: all columns of a row
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix is quantised.
+
+    bits: of a code: 2, 3, 4 or 8
+    group: the number of columns that share a scale; WHOLE (-1): one scale per row; None: one for
+        the matrix
+    symmetric: codes are signed, and zero is 0
+    """
+
+    bits: int
+    group: int | None = WHOLE
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in WIDTHS:
+            raise UserError(f"bits={shown(self.bits)} is no width of a code; give 2, 3, 4 or 8")
+        good = self.group is None or (type(self.group) is int and self.group >= 1)
+        if not good and self.group != WHOLE:
+            raise UserError(
+                f"group={shown(self.group)} is no number of columns; give 1 or more, or -1 for one "
+                "scale per row"
+            )
+
+    @property
+    def steps(self) -> int:
+        """The largest code minus the smallest."""
+        return 2**self.bits - 1
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        return self.low + self.steps
+
+    def groups_of(self, columns: int) -> Tensor:
+        """(D,) int32: the group of each column. All are 0 with one scale per row or matrix.
+
+        Raises:
+            UserError: the columns do not divide into groups.
+        """
+        size = columns if self.group in (None, WHOLE) else self.group
+        assert size is not None
+        if columns and columns % size:
+            raise UserError(
+                f"{columns} columns do not divide into groups of {size} (group={size}); give "
+                f"{nearest_divisor(columns, size)}, or -1 for one scale per row"
+            )
+        return torch.arange(columns, dtype=torch.int32) // max(size, 1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The real numbers that codes stand for: `scale * (code - zero)`.
+
+    scheme: the range of codes
+    scale: (F, G), or (1, 1) for the whole matrix
+    zero: the same shape and dtype, of whole numbers; 0 if the scheme is symmetric
+    groups: (D,) int32, the group of each column
+    """
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor
+    groups: Tensor
+
+    def codes(self, x: Tensor) -> Tensor:
+        """x (F, D) -> codes (F, D), int8 if symmetric, else uint8. See [Note: ties]."""
+        return self._stored(self._codes(x))
+
+    def codes_added_first(self, x: Tensor) -> Tensor:
+        """The codes of `torch.quantize_per_tensor`, which differ on ties: see [Note: ties].
+
+        A product of two float32 is exact in float64, so this rounds once, like a fused
+        multiply-add.
+        """
+        scale, zero = self._by_column()
+        summed = (x.double() * (1 / scale).double() + zero).to(x.dtype)
+        return self._stored(summed.round().clamp(self.scheme.low, self.scheme.high))
+
+    def values(self, codes: Tensor) -> Tensor:
+        """codes (F, D) -> the numbers that they stand for, in the dtype of the scale."""
+        scale, zero = self._by_column()
+        return (codes.to(scale.dtype) - zero) * scale
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x (F, D) -> the nearest numbers of the grid: `values(codes(x))`."""
+        return self.values(self._codes(x))
+
+    def column(self, d: int) -> "Grid":
+        """The grid of one column, for x (F, 1)."""
+        group = int(self.groups[d])
+        part = slice(group, group + 1)
+        return Grid(self.scheme, self.scale[:, part], self.zero[:, part], self.groups.new_zeros(1))
+
+    def rows(self, rows: slice) -> "Grid":
+        """The grid of some rows."""
+        if self.scheme.group is None:
+            return self
+        return Grid(self.scheme, self.scale[rows], self.zero[rows], self.groups)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        scale, zero = self._by_column()
+        return ((x * (1 / scale)).round() + zero).clamp(self.scheme.low, self.scheme.high)
+
+    def _by_column(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero of each column: (F, D), or (F, 1) if all columns share them."""
+        if self.scale.size(1) == 1:
+            return self.scale, self.zero
+        groups = self.groups.to(self.scale.device, torch.int64)
+        return self.scale[:, groups], self.zero[:, groups]
+
+    def _stored(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.int8 if self.scheme.symmetric else torch.uint8)
+
+
+def bounds(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value in each group: x (F, D) -> two of (F, G).
+
+    Raises:
+        UserError: x has a value that is not finite.
+    """
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).sum())
+        raise UserError(f"{bad} of {x.numel()} values are not finite, and have no codes")
+    if scheme.group is None:
+        return x.min().view(1, 1), x.max().view(1, 1)
+    groups = int(scheme.groups_of(x.size(1))[-1]) + 1
+    low, high = x.view(x.size(0), groups, -1).aminmax(dim=-1)
+    return low, high
+
+
+def grid_between(low: Tensor, high: Tensor, scheme: Scheme, columns: int) -> Grid:
+    """The grid that covers the values from low to high, and has 0.
+
+    Where all values are 0, the scale is 1: codes are 0, and so are their values.
+
+    Args:
+        low, high: (F, G).
+        columns: D.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = (high - low) / scheme.steps
+    # Subnormal ranges, too: the inverse of their scale may be infinite.
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+    zero = torch.zeros_like(scale)
+    if not scheme.symmetric:
+        zero = (scheme.low - (low / scale).round()).clamp(scheme.low, scheme.high)
+    return Grid(scheme, scale, zero, scheme.groups_of(columns))
+
+
+def grid_of(x: Tensor, scheme: Scheme) -> Grid:
+    """The grid from the smallest to the largest value of x (F, D), in each group."""
+    low, high = bounds(x, scheme)
+    return grid_between(low, high, scheme, x.size(1))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised matrix.
+
+    codes: (F, D), int8 if the scheme is symmetric, else uint8
+    grid: what they stand for
+    """
+
+    codes: Tensor
+    grid: Grid
+
+    def values(self) -> Tensor:
+        """(F, D), in the dtype of the scale."""
+        return self.grid.values(self.codes)
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme) -> Quantized:
+    """Quantise a matrix (F, D) by rounding each weight to the nearest code: the baseline."""
+    grid = grid_of(weight, scheme)
+    return Quantized(grid.codes(weight), grid)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """
+    >>> nearest_divisor(480, 100), nearest_divisor(128, 96)
+    (96, 128)
+    """
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
