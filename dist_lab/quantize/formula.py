@@ -40,11 +40,13 @@ class Scheme:
     group: the number of columns that share a scale; WHOLE (-1): one scale per row; None: one for
         the matrix
     symmetric: codes are signed, and zero is 0
+    scale_dtype: scales are numbers of this dtype, in which a file will have them; None: any
     """
 
     bits: int
     group: int | None = WHOLE
     symmetric: bool = False
+    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in WIDTHS:
@@ -180,6 +182,8 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme, columns: int) -> Gri
         high = torch.maximum(-low, high)
         low = -high
     scale = (high - low) / scheme.steps
+    if scheme.scale_dtype is not None:
+        scale = scale.to(scheme.scale_dtype).to(low.dtype)
     # Subnormal ranges, too: the inverse of their scale may be infinite.
     scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
     zero = torch.zeros_like(scale)

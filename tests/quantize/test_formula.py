@@ -118,6 +118,15 @@ def test_zero_stays_zero_and_zeros_have_no_nan() -> None:
         assert (values[x == 0] == 0).all()
 
 
+def test_a_scale_that_is_stored_in_16_bits_is_rounded_before_the_codes_are_chosen() -> None:
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(5))
+    x[0] = 1e-9  # less than any float16: there is no scale for it, so its codes are 0
+    grid = grid_of(x, Scheme(4, 8, scale_dtype=torch.float16))
+    assert torch.equal(grid.scale.half().float(), grid.scale)
+    assert not torch.equal(grid.scale[1:], grid_of(x, Scheme(4, 8)).scale[1:])
+    assert torch.equal(grid.rounded(x)[0], torch.zeros(32))
+
+
 def test_bounds_are_those_of_each_group() -> None:
     x = torch.arange(12.0).view(2, 6)
     low, high = bounds(x, Scheme(4, 3))
