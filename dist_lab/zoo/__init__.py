@@ -2,11 +2,12 @@
 
 A model class has attributes for the data loader and for strategies:
 
-    reads       "text" or "images"
-    units       the classes or names of its blocks
-    ends        the names of large layers before and after the blocks
-    stages      globs on module names (`*`: one name between dots); a pipeline cuts between them
-    tp_plan()   the role of each module under tensor parallelism
+    reads          "text" or "images"
+    units          the classes or names of its blocks
+    ends           the names of large layers before and after the blocks
+    stages         globs on module names (`*`: one name between dots); a pipeline cuts between them
+    tp_plan()      the role of each module under tensor parallelism
+    scale_plan()   what makes the input of each Linear, so that quantisation can move scales
 
 `init_weight(fqn, tensor, generator)` initializes one parameter, and `init_buffer(fqn, buffer)` one
 buffer, if the model has buffers.

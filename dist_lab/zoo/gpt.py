@@ -212,6 +212,21 @@ class GPT(nn.Module):
             "lm_head": "vocabulary",
         }
 
+    def scale_plan(self) -> dict[str, str | tuple[str, int]]:
+        """Globs on Linears -> the module that makes their input: see quantize/folding.py.
+
+        Heads of v_proj are shared by heads of o_proj. gate_proj is not linear before down_proj.
+        """
+        return {
+            "model.layers.*.self_attn.q_proj": "model.layers.*.input_layernorm",
+            "model.layers.*.self_attn.k_proj": "model.layers.*.input_layernorm",
+            "model.layers.*.self_attn.v_proj": "model.layers.*.input_layernorm",
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.v_proj", self.head_dim),
+            "model.layers.*.mlp.gate_proj": "model.layers.*.post_attention_layernorm",
+            "model.layers.*.mlp.up_proj": "model.layers.*.post_attention_layernorm",
+            "model.layers.*.mlp.down_proj": "model.layers.*.mlp.up_proj",
+        }
+
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Norms are 1, matrices Normal(0, 1/sqrt(columns)), so outputs are as large as inputs.
 

@@ -90,6 +90,13 @@ class MLP(nn.Module):
             "head": "vocabulary",
         }
 
+    def scale_plan(self) -> dict[str, str]:
+        """Globs on Linears -> the module that makes their input: see quantize/folding.py.
+
+        `down` is not there: gelu lies between `up` and `down`, and is not linear.
+        """
+        return {"blocks.*.up": "blocks.*.norm"}
+
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Biases are 0, norms 1, matrices Normal(0, 1/sqrt(columns)): outputs as large as inputs.
 

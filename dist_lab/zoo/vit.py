@@ -169,6 +169,19 @@ class ViT(nn.Module):
             "head": "replicate",
         }
 
+    def scale_plan(self) -> dict[str, str]:
+        """Globs on Linears -> the module that makes their input: see quantize/folding.py.
+
+        down_proj is not there: gelu lies between up_proj and down_proj, and is not linear.
+        """
+        return {
+            "layers.*.self_attn.q_proj": "layers.*.input_layernorm",
+            "layers.*.self_attn.k_proj": "layers.*.input_layernorm",
+            "layers.*.self_attn.v_proj": "layers.*.input_layernorm",
+            "layers.*.self_attn.o_proj": "layers.*.self_attn.v_proj",
+            "layers.*.mlp.up_proj": "layers.*.post_attention_layernorm",
+        }
+
     def init_weight(self, fqn: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Biases are 0, norms 1, matrices Normal(0, 1/sqrt(columns)): outputs as large as inputs.
 
