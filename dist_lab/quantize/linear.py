@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from dist_lab.errors import UserError
 from dist_lab.quantize.formula import WHOLE, Grid, Quantized, Scheme, grid_of
-from dist_lab.quantize.packed_matmul import SortedWeight, packed_matmul, sorted_by_group
+from dist_lab.quantize.packed_matmul import (
+    SortedWeight,
+    dequantize,
+    packed_matmul,
+    sorted_by_group,
+)
 from dist_lab.quantize.packing import BLOCK, Packed, pack, unpack
 
 FEW_ROWS = 16
@@ -145,7 +150,7 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(F, D): the values of the codes. A new tensor each time."""
-        return self.quantized().values()
+        return dequantize(self.packed, self.dtype)
 
     def quantized(self) -> Quantized:
         """The weight as codes and grid."""

@@ -7,11 +7,13 @@ of 4 bits are an eighth of the bytes. That is lost if W is made first, written t
 again. So a tile of inputs at a time is unpacked into memory that stays in the cache, and is
 multiplied:
 
-    for a tile of inputs d0..d1, all in one group g:
+    for a tile of inputs, and each group g in it, of inputs d0..d1:
         y += (x[:, d0:d1] . (codes[d0:d1] - zero[g])) * scale[g]
 
 The scale is taken out of the sum: it multiplies y, not each weight. The peak is one tile,
 `TILE x F` numbers of 4 bytes twice: the codes as integers, and as numbers to multiply.
+
+For many rows of x each weight is used many times, and it pays to make it once: `dequantize`.
 
 [Note: order of inputs] With act-order the inputs of a group are scattered: g_idx is 3, 0, 7, 3 ...
 Then each weight needs its own scale. Like exllama we sort the inputs by group once, and afterwards
@@ -25,7 +27,6 @@ Letters: M rows of x, F outputs, D inputs, G groups.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ TILE = 128  # inputs
 
 @dataclass(frozen=True)
 class Tile:
-    """Inputs from `start` to `stop`, a multiple of 32 apart. `group`: theirs; None: several."""
+    """Inputs from `start` to `stop`. `groups`: theirs, all of one size; None: of several sizes."""
 
     start: int
     stop: int
-    group: int | None
+    groups: slice | None
 
 
 @dataclass(frozen=True)
@@ -91,33 +92,65 @@ def packed_matmul(x: Tensor, weight: SortedWeight) -> Tensor:
     """
     if weight.order is not None:
         x = x[:, weight.order]
+    rows, outputs = x.size(0), weight.words.size(1)
     precise = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_zeros(x.size(0), weight.words.size(1), dtype=precise)
+    y = x.new_zeros(rows, outputs, dtype=precise)
     scales = weight.scales.to(precise)
     for tile in weight.tiles:
-        rows = slice(tile.start // BLOCK * weight.bits, -(-tile.stop // BLOCK) * weight.bits)
-        codes = unpack_blocks(weight.words[rows], weight.bits)[: tile.stop - tile.start]
         part = x[:, tile.start : tile.stop]
-        if tile.group is not None:
-            codes = codes.sub_(weight.zeros[tile.group]).to(x.dtype)  # whole numbers: exact
-            y.addcmul_((part @ codes).to(precise), scales[tile.group])
+        codes = _codes(weight.words, tile.start, tile.stop, weight.bits)  # (t, F)
+        if tile.groups is not None:
+            zeros = weight.zeros[tile.groups, None]  # (k, 1, F): k groups in this tile
+            of_groups = codes.view(zeros.size(0), -1, outputs).sub_(zeros).to(x.dtype)
+            parts = part.reshape(rows, zeros.size(0), -1).transpose(0, 1)
+            products = torch.bmm(parts, of_groups).to(precise)  # (k, M, F)
+            y += products.mul_(scales[tile.groups, None]).sum(0)
         else:
             groups = weight.groups[tile.start : tile.stop]
-            codes = codes.sub_(weight.zeros[groups])
-            y += part.to(precise) @ (codes * scales[groups])
+            y += part.to(precise) @ (codes.sub_(weight.zeros[groups]) * scales[groups])
     return y.to(x.dtype)
 
 
-def _tiles(groups: Tensor, size: int) -> tuple[Tile, ...]:
-    """Tiles of one group each if groups begin at multiples of 32, else of several groups."""
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The whole matrix, (F, D): the bits of `unpack(packed, dtype).values()`, in less time.
+
+    One tile after another is unpacked, too, so that only the result leaves the cache.
+    """
+    outputs, inputs = packed.shape
+    groups, zeros, scales = packed.g_idx.long(), packed.zeros().int(), packed.scales.to(dtype)
+    values = scales.new_empty(outputs, inputs)
+    for start in range(0, inputs, TILE):
+        stop = min(start + TILE, inputs)
+        group = groups[start:stop] if zeros.size(0) > 1 else slice(None)
+        codes = _codes(packed.qweight, start, stop, packed.scheme.bits).sub_(zeros[group])
+        values[:, start:stop] = codes.to(dtype).mul_(scales[group]).t()
+    return values
+
+
+def _codes(words: Tensor, start: int, stop: int, bits: int) -> Tensor:
+    """The codes (stop - start, F) int32 of some inputs. `start`: a multiple of 32."""
+    rows = slice(start // BLOCK * bits, -(-stop // BLOCK) * bits)
+    return unpack_blocks(words[rows], bits)[: stop - start]
+
+
+def _tiles(groups: Tensor, most: int) -> tuple[Tile, ...]:
+    """Tiles of whole groups, or of a part of one group, where all groups have one size.
+
+    The largest such tile is taken, and tiles of several groups if there is none.
+    """
     inputs = groups.numel()
-    starts = [0, *(groups.diff().nonzero().flatten() + 1).tolist(), inputs]
-    if any(start % BLOCK for start in starts[:-1]):
-        return tuple(
-            Tile(start, min(start + size, inputs), None) for start in range(0, inputs, size)
-        )
-    return tuple(
-        Tile(first, min(first + size, stop), int(groups[start]))
-        for start, stop in pairwise(starts)
-        for first in range(start, stop, size)
-    )
+    each, size = inputs // (int(groups[-1]) + 1), most
+    fitting = [n for n in range(most, 0, -BLOCK) if not (n % each and each % n)]
+    if each == inputs:
+        fitting = [most]
+    regular = torch.equal(groups, torch.arange(inputs, device=groups.device) // each)
+    if regular and fitting:
+        size = fitting[0]
+    else:
+        each = 0
+    tiles = []
+    for start in range(0, inputs, size):
+        stop = min(start + size, inputs)
+        within = slice(start // each, -(-stop // each)) if each else None
+        tiles.append(Tile(start, stop, within))
+    return tuple(tiles)

@@ -12,7 +12,7 @@ from dist_lab.errors import UserError
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.quantize.formula import WIDTHS, Quantized, Scheme, grid_of, round_to_nearest
 from dist_lab.quantize.linear import FEW_ROWS, ActivationGrid, QuantizedLinear, replace_linears
-from dist_lab.quantize.packed_matmul import packed_matmul, sorted_by_group
+from dist_lab.quantize.packed_matmul import dequantize, packed_matmul, sorted_by_group
 from dist_lab.quantize.packing import as_stored, pack
 from dist_lab.zoo import build
 
@@ -40,6 +40,7 @@ def inputs(rows, columns=128, dtype=torch.float64):
 def test_a_product_of_packed_words_is_that_of_the_values(bits, group, act_order):
     for symmetric, shape in itertools.product((False, True), ((96, 128), (7, 64))):
         matrix = quantized(bits, group, symmetric, act_order, shape)
+        assert torch.equal(dequantize(pack(matrix), torch.float64), matrix.values())
         weight = sorted_by_group(pack(matrix), tile=64)
         for rows in (1, 5):
             x = inputs(rows, shape[1])
@@ -83,7 +84,7 @@ def test_without_act_order_the_words_are_shared_and_with_it_they_are_sorted_once
     first = shuffled.sorted_weight()
     assert first.order is not None
     assert shuffled.sorted_weight() is first
-    assert all(tile.group is not None for tile in first.tiles)
+    assert all(tile.groups is not None for tile in first.tiles)
 
 
 def test_new_values_of_the_words_are_seen():
