@@ -81,8 +81,8 @@ def shards_of_rows(rows: Tensor, axis: Axis, shards: int = SHARDS) -> Calibratio
     Raises:
         UserError: rows, shards and ranks do not divide, there are no rows, or ranks differ in them.
     """
-    check_division(len(rows), shards, axis.size)
     check_tensors_agree({"the calibration rows": rows}, axis)
+    check_division(len(rows), shards, axis.size)
     own = shards // axis.size
     chunks = rows.to(axis.device).chunk(shards)[axis.index * own : (axis.index + 1) * own]
     return Calibration([aligned(chunk) for chunk in chunks], axis)
