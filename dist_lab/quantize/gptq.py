@@ -106,16 +106,16 @@ def stacks_of(observers: Mapping[str, HessianObserver], scheme: Scheme) -> dict[
 
 
 def costs(stacks: Mapping[str, list[str]], linears: Mapping[str, nn.Linear]) -> dict[str, float]:
-    """About the operations of solving each stack: D^3 for U, then F D^2 for each of three products.
+    """About how long each stack takes to solve, in units of 12 ps: measured on one core.
 
-    A column costs much more than its operations: D times the operations in the time that Python
-    needs for one column.
+    D^3 is for U, F D^2 for moving weights and for the error of rounding to nearest, and D for the
+    Python of each column.
     """
     sizes = {
         first: (sum(linears[name].out_features for name in names), linears[first].in_features)
         for first, names in stacks.items()
     }
-    return {first: d**3 + 3 * f * d**2 + 3e6 * d for first, (f, d) in sizes.items()}
+    return {first: d**3 + 7 * f * d**2 + 4e6 * d for first, (f, d) in sizes.items()}
 
 
 def unstacked(quantized: Quantized, linears: Mapping[str, nn.Linear]) -> dict[str, Quantized]:

@@ -25,7 +25,9 @@ first column of U_i only U_ii is not 0. So K_ij = U_ii U_ij, and
     K_ij / K_ii = U_ij / U_ii        1 / K_ii = 1 / U_ii^2
 
 [Note: rows] Rows of W never meet: they share H, and that is all. So q, k and v, which have one
-input, are solved as one matrix of more rows, and so are gate and up.
+input, are solved as one matrix of more rows, and so are gate and up. A matrix product may round a
+row differently if it has more rows beside it, so products are done in panels of PANEL rows: whole
+panels have the same bits in any matrix, and on any rank.
 
 Letters: F rows (outputs), D columns (inputs), G groups of columns.
 """
@@ -38,6 +40,8 @@ from torch import Tensor
 
 from dist_lab.quantize.formula import WHOLE, Grid, Quantized, Scheme, grid_of
 from dist_lab.quantize.hessian import Factor, inverse_factor
+
+PANEL = 64  # rows in one matrix product
 
 # `columns` is W^T (D, F): a column of W is one stretch of memory. It becomes Q^T in place. Each of
 # the three returns the error of each row, (F,), by the damped H.
@@ -82,9 +86,11 @@ def by_blocks(columns: Tensor, upper: Tensor, grids: "ColumnGrids", block: int =
         for i in range(start, stop):
             q = grids.at(i, columns).rounded(columns[i, :, None])[:, 0]
             change = torch.sub(columns[i], q, out=changes[i - start]).div_(diagonal[i])
-            columns[i + 1 : stop].addr_(upper[i, i + 1 : stop], change, alpha=-1)
+            columns[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], change)
             columns[i] = q
-        columns[stop:] -= upper[start:stop, stop:].T @ changes
+        moves = upper[start:stop, stop:].T  # (D - stop, block)
+        for rows, change in zip(columns.split(PANEL, 1), changes.split(PANEL, 1), strict=True):
+            rows[stop:] -= moves @ change.contiguous()
         errors += changes.square().sum(0) / 2
     return errors
 
@@ -145,7 +151,7 @@ def solve(
     weight = torch.where(diagonal > 0, weight, 0)
     factor = inverse_factor(hessian[order][:, order], damping)
     grids = ColumnGrids(weight, scheme, order, static=static_groups)
-    columns = weight.T[order]  # W (F, D) -> W^T (D, F)
+    columns = weight.T[order].contiguous()  # W (F, D) -> W^T (D, F)
     errors = method(columns, factor.upper, grids)
     values = columns[order.argsort()].T.contiguous()
     errors = errors - factor.ridge / 2 * (weight - values).square().sum(1)  # H was damped
