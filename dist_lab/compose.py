@@ -23,6 +23,7 @@ from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.exact_dropout import ExactDropout
 from dist_lab.parallel.param_slots import param_slots, set_param
 from dist_lab.parallel.pipeline.partition import seams
+from dist_lab.parallel.recipe_on_ranks import RecipeOnRanks
 from dist_lab.parallel.tensor.before_stages import try_before_stages
 from dist_lab.programs.cli.mixes import check_impl, strategies_on
 from dist_lab.programs.cli.registry import STRATEGIES, Impl
@@ -42,6 +43,7 @@ from dist_lab.transforms.batchnorm import convert_batchnorm
 from dist_lab.transforms.deferred_init import deferred_init, is_meta
 from dist_lab.transforms.init import InitFn
 from dist_lab.transforms.precision import compute_in
+from dist_lab.transforms.recipe import Recipe
 from dist_lab.transforms.recompute import recompute as recompute_units
 
 
@@ -70,6 +72,7 @@ def parallelize(
     sync_batchnorm: bool = False,
     reduce_order: str | None = None,
     dropout: str | None = None,
+    recipe: Recipe | None = None,
     **options: Any,
 ) -> Job:
     """Prepare a model, in place, for training on a mesh. Collective.
@@ -95,6 +98,7 @@ def parallelize(
             every layout. Each of V (8) parts of the batch is one micro-batch: step/fixed_order.
         dropout: "exact": every nn.Dropout has the masks that one process has, by `seed`, and other
             random numbers are refused. None: each rank draws its own.
+        recipe: what Linears multiply, such as quantised weights: transforms/operands.py.
         options: the strategies' own options, the keyword arguments of their `apply`: ddp's
             bucket_mb.
 
@@ -126,6 +130,13 @@ def parallelize(
     if sync_batchnorm:
         convert_batchnorm(model, mesh.channel(*DATA_AXES))
     units_by_name = {ROOT: model, **find_units(model, units)}
+    on_ranks = None
+    if recipe is not None:
+        labels = [chosen.label for chosen in mix]
+        inner = {name: unit for name, unit in units_by_name.items() if name != ROOT}
+        on_ranks = RecipeOnRanks(
+            recipe, model, inner, mesh, labels, options, fixed_order=order is not None
+        )
     recompute_units(model, units_by_name, recompute)
     parameters = dict(model.named_parameters())
     first_name = {id(p): name for name, p in parameters.items()}
@@ -170,6 +181,8 @@ def parallelize(
         for stage, module in modules.items():
             casts = any(chosen.impl.casts for chosen in mix)
             compute_in(module, param_dtype, parameters=not casts, inputs=stage == 0)
+    if on_ranks is not None:  # after it, to round what it has cast
+        on_ranks.bind(applied.layouts, model, applied.stages)
     exact_dropout.bind(
         runner.place, seed, applied.stages.modules.values() if applied.stages else [model]
     )

@@ -43,6 +43,7 @@ LAYERS = [
     ["layout"],
     ["randomness"],
     ["step"],
+    ["transforms.recompute", "transforms.operands", "transforms.recipe"],
     ["optim"],
     ["quantize"],
     ["transforms"],

@@ -137,9 +137,17 @@ class Grid:
             return self
         return Grid(self.scheme, self.scale[rows], self.zero[rows], self.groups)
 
+    def contains(self, x: Tensor) -> Tensor:
+        """Whether the code of each number of x (F, D) is on the grid without clamping."""
+        codes = self._unclamped(x)
+        return (self.scheme.low <= codes) & (codes <= self.scheme.high)
+
     def _codes(self, x: Tensor) -> Tensor:
+        return self._unclamped(x).clamp(self.scheme.low, self.scheme.high)
+
+    def _unclamped(self, x: Tensor) -> Tensor:
         scale, zero = self._by_column()
-        return ((x * (1 / scale)).round() + zero).clamp(self.scheme.low, self.scheme.high)
+        return (x * (1 / scale)).round() + zero
 
     def _by_column(self) -> tuple[Tensor, Tensor]:
         """Scale and zero of each column: (F, D), or (F, 1) if all columns share them."""
@@ -156,15 +164,26 @@ def bounds(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value in each group: x (F, D) -> two of (F, G).
 
     Raises:
-        UserError: x has a value that is not finite.
+        UserError: x has a value that is not finite, or its columns do not divide into groups.
     """
+    scheme.groups_of(x.size(1))
     if not x.isfinite().all():
         bad = int((~x.isfinite()).sum())
         raise UserError(f"{bad} of {x.numel()} values are not finite, and have no codes")
+    return extremes(x, scheme)
+
+
+def extremes(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The same without a check: NaN stays NaN. Of no values the smallest and largest are 0."""
+    columns = x.size(1)
     if scheme.group is None:
-        return x.min().view(1, 1), x.max().view(1, 1)
-    groups = int(scheme.groups_of(x.size(1))[-1]) + 1
-    low, high = x.view(x.size(0), groups, -1).aminmax(dim=-1)
+        low, high = x.aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+        return low.view(1, 1), high.view(1, 1)
+    size = scheme.group if scheme.group != WHOLE else columns
+    shape = x.size(0), columns // size if size else 1
+    if not x.numel():
+        return x.new_zeros(shape), x.new_zeros(shape)
+    low, high = x.reshape(*shape, size).aminmax(dim=-1)
     return low, high
 
 

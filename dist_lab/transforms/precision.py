@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dist_lab.errors import UserError
 from dist_lab.step.hooks import ModuleHook, map_tensors
 from dist_lab.torch_private import StatisticsNorm, of_plain_tensors
+from dist_lab.transforms.operands import ShownTensors
 from dist_lab.transforms.recompute import CheckpointedForward
 
 
@@ -57,7 +58,7 @@ class LowPrecisionView:
     def __init__(self, dtype: torch.dtype, parameters: bool, inputs: bool) -> None:
         self.dtype, self.parameters, self.inputs = dtype, parameters, inputs
         self.running: list[nn.Module] = []  # modules in the middle of forward, outermost first
-        self.replaced: list[tuple[nn.Module, str, Tensor | None]] = []  # (module, name, before)
+        self.shown = ShownTensors()
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,7 +74,7 @@ class LowPrecisionView:
         if self.running and self.running[-1] is module:
             self.running.pop()
             if not self.running:
-                self._remove_copies()
+                self.shown.hide()
 
     @contextmanager
     def around(self, unit: nn.Module) -> Iterator[None]:
@@ -98,15 +99,7 @@ class LowPrecisionView:
                         if parameter not in copies:
                             # Guards are off: the copy of a guarded parameter is a plain tensor.
                             copies[parameter] = of_plain_tensors(parameter.to, self.dtype)
-                        self.replaced.append((submodule, name, submodule.__dict__.get(name)))
-                        submodule.__dict__[name] = copies[parameter]  # found before _parameters
-
-    def _remove_copies(self) -> None:
-        while self.replaced:
-            submodule, name, before = self.replaced.pop()
-            submodule.__dict__.pop(name, None)
-            if before is not None:
-                submodule.__dict__[name] = before
+                        self.shown.show(submodule, name, copies[parameter])
 
     def _cast(self, value: Any) -> Any:
         return map_tensors(lambda t: t.to(self.dtype) if t.is_floating_point() else t, value)

@@ -24,6 +24,7 @@ from dist_lab.parallel.split_linear import Queue, defer_to, split_linear
 from dist_lab.step.hooks import StaysBehind
 from dist_lab.step.setup import WeightWork
 from dist_lab.torch_private import tree_flatten, tree_unflatten
+from dist_lab.transforms.operands import without_graph
 
 # Modules that are one operation, whose backward reads the input once.
 ONE_OPERATION = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -98,7 +99,8 @@ class SplitForward(StaysBehind):
 
 def _linear(linear: nn.Linear, x: Tensor, weight_work: Queue) -> Tensor:
     weight = linear.weight  # in the compute dtype: perhaps a cast of the parameter
-    return split_linear(x, weight, linear.bias, defer_to(weight_work, weight, x))
+    on_grad = defer_to(weight_work, weight, x)
+    return split_linear(x, without_graph(weight), linear.bias, on_grad)
 
 
 def _with_inner_graph(

@@ -27,6 +27,7 @@ from dist_lab.parallel.split_linear import (
 from dist_lab.parallel.tensor.layers import AnyLinear
 from dist_lab.parallel.tensor.plan import divisors
 from dist_lab.step.setup import WeightWork
+from dist_lab.transforms.operands import without_graph
 
 T = -2  # the dim of a sequence, in (..., T, D)
 
@@ -50,7 +51,7 @@ class ActivationLayout:
         queue = self.weight_work.queue
         if queue is None or not torch.is_grad_enabled() or not weight.requires_grad:
             return F.linear(x, weight)
-        return split_linear(x, weight, None, defer_to(queue, weight, x))
+        return split_linear(x, without_graph(weight), None, defer_to(queue, weight, x))
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x[T_tp] -> x[T], or x itself. Not differentiable."""
@@ -132,8 +133,9 @@ class SharedColumnInput:
         if not is_same or column not in self.uncalled:
             output_grads: dict[int, Tensor] = {}
             weights = [each.weight for each in self.columns]
+            operands = weights if queue is None else map(without_graph, weights)
             self.gathered, *views = _EnterBlock.apply(
-                x, self.activations, queue, output_grads, *weights
+                x, self.activations, queue, output_grads, weights, *operands
             )
             self.source = x, version
             self.uncalled = {
@@ -150,7 +152,7 @@ class SharedColumnInput:
 def enter_block(x: Tensor, activations: ActivationLayout) -> Tensor:
     """Unshard x for layers that differ between ranks. Differentiable: backward sums dx."""
     gathered: Tensor
-    (gathered,) = _EnterBlock.apply(x, activations, None, {})
+    (gathered,) = _EnterBlock.apply(x, activations, None, {}, [])
     return gathered
 
 
@@ -167,16 +169,16 @@ class _EnterBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, activations: ActivationLayout, queue: Queue | None,
-        output_grads: dict[int, Tensor], *weights: Tensor,
+        output_grads: dict[int, Tensor], deferred: list[Tensor], *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.activations, ctx.queue, ctx.output_grads = activations, queue, output_grads
-        ctx.weights = weights if queue is not None else ()
+        ctx.deferred = deferred if queue is not None else []
         ctx.set_materialize_grads(False)
         full_x = activations.all_gather(x)
         gathered = x.view_as(x) if full_x is x else full_x
         ctx.save_for_backward(x if activations.regather else gathered)
         outputs = [gathered, *(weight.view_as(weight) for weight in weights)]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
         frozen = [y for y, needs_grad in zip(outputs, needs, strict=True) if not needs_grad]
         ctx.mark_non_differentiable(*frozen)
         return tuple(outputs)
@@ -197,8 +199,8 @@ class _EnterBlock(torch.autograd.Function):
         weight_grads = list(view_grads)
         for i, view_grad in enumerate(view_grads):
             if i in output_grads and ctx.queue is not None and not create_graph:
-                defer_to(ctx.queue, ctx.weights[i], x)(output_grads.pop(i))
+                defer_to(ctx.queue, ctx.deferred[i], x)(output_grads.pop(i))
             elif i in output_grads:
                 dw = weight_gradient(output_grads.pop(i), x)
                 weight_grads[i] = dw if view_grad is None else dw + view_grad
-        return None if pending is None else pending.wait(), None, None, None, *weight_grads
+        return None if pending is None else pending.wait(), *[None] * 4, *weight_grads

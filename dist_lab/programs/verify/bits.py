@@ -17,7 +17,12 @@ from dist_lab.loss import LossFn, Pair
 from dist_lab.optim.matrices import Groups
 from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.compare import State, error
-from dist_lab.programs.verify.reference import build, state, weights_and_buffers_of
+from dist_lab.programs.verify.reference import (
+    OnModel,
+    build,
+    state,
+    weights_and_buffers_of,
+)
 from dist_lab.programs.verify.report import Comparison
 from dist_lab.randomness.dropout import bind, named_dropouts
 from dist_lab.randomness.place import Place
@@ -40,13 +45,14 @@ def one_process_by_shards(
     groups: Groups | None = None,
     loss_sum: LossFn,
     dropout: str | None = None,
+    recipe: OnModel | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Train in one process, shard by shard; yield each step's batch and the state after it.
 
     The next step changes the state in place. The arguments are those of `one_process`.
     """
-    model = build(build_model, device, None, dropout)
+    model = build(build_model, device, None, dropout, recipe)
     place = Place()
     place.seed = seed
     bind(named_dropouts(model), place)

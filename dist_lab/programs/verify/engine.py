@@ -27,6 +27,7 @@ from dist_lab.programs.verify import batch as batches
 from dist_lab.programs.verify.bits import compare_bits, one_process_by_shards
 from dist_lab.programs.verify.compare import TOLERANCE, State, compare, worst_over_ranks
 from dist_lab.programs.verify.reference import (
+    OnModel,
     batchnorm_in_words,
     check_model,
     checked_steps,
@@ -38,6 +39,7 @@ from dist_lab.programs.verify.report import Comparison, VerifyReport
 from dist_lab.step.fixed_order.digest import sha256
 from dist_lab.step.fixed_order.order import microbatches_of, shards_of
 from dist_lab.step.protocol import Apply
+from dist_lab.transforms.recipe import Recipe
 
 
 def verify(
@@ -61,6 +63,7 @@ def verify(
     reduce_order: str | None = None,
     reference: Iterable[tuple[Pair, State]] | None = None,
     dropout: str | None = None,
+    recipe: Recipe | None = None,
     seed: int = 0,
     **strategy_options: Any,
 ) -> VerifyReport:
@@ -83,7 +86,7 @@ def verify(
         reduce_order: "fixed" or "fixed:V": compare bits, see bits.py and `parallelize`.
         reference: the steps of `one_process`, if the caller has run them already. Then the first
             step is not run again to check that it is repeatable.
-        sync_batchnorm, dropout, seed, strategy_options: see `parallelize`.
+        sync_batchnorm, dropout, recipe, seed, strategy_options: see `parallelize`.
 
     Raises:
         UserError: on every rank, if all rows are equal (that would hide a missing sum over ranks),
@@ -99,7 +102,7 @@ def verify(
         raise UserError(f"steps={steps} and microbatches={microbatches} must be 1 or more")
     with together(mesh.world):
         tested = build_model()
-        check_model(tested, dropout)
+        check_model(tested, dropout, recipe, sync_batchnorm=sync_batchnorm)
         dtype = coarsest(tested, param_dtype, tolerance)
     batchnorm = batchnorm_in_words(tested, mesh.data.size, microbatches, sync_batchnorm)
     tested = tested.to(mesh.device)
@@ -109,19 +112,21 @@ def verify(
     job = parallelize(
         tested, mesh, strategy, impl, units=units, param_dtype=param_dtype,
         broadcast=False, sync_batchnorm=sync_batchnorm, reduce_order=reduce_order,
-        dropout=dropout, seed=seed, **strategy_options,
+        dropout=dropout, recipe=recipe, seed=seed, **strategy_options,
     )  # fmt: skip
     opt = job.optimizer(optimizer, groups=groups, **options)
+    on_model = None if recipe is None else OnModel(recipe, tuple(units))
     source = build_model, build_batch, mesh.data.size, mesh.device
     if reference is None and shards:
         reference = one_process_by_shards(
             *source, shards=shards, steps=steps, clip=clip, optimizer=optimizer, options=options,
-            groups=groups, loss_sum=loss_sum, dropout=dropout, seed=seed,
+            groups=groups, loss_sum=loss_sum, dropout=dropout, recipe=on_model, seed=seed,
         )  # fmt: skip
     elif reference is None:
         run_options: dict[str, Any] = {
             "microbatches": microbatches, "loss_sum": loss_sum, "param_dtype": param_dtype,
-            "sync_batchnorm": sync_batchnorm, "dropout": dropout, "seed": seed,
+            "sync_batchnorm": sync_batchnorm, "dropout": dropout, "recipe": on_model,
+            "seed": seed,
         }  # fmt: skip
         reference = one_process(
             *source, steps=steps, clip=clip, optimizer=optimizer, options=options, groups=groups,

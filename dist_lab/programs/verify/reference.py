@@ -9,6 +9,10 @@ reference splits the batch as the ranks do: it runs each rank's micro-batches on
 SyncBatchNorm the i-th micro-batches of all ranks as one. With SyncBatchNorm the buffers are
 compared too. Without it each rank has buffers of its own, and one process has no counterpart.
 
+[Note: rows that are rounded] A recipe that rounds inputs with one scale per tensor takes the scale
+over all rows of a micro-batch, on all ranks. So the reference runs the i-th micro-batches of all
+ranks as one, as it does with SyncBatchNorm.
+
 [Note: dropout] Exact dropout is the one random layer that a comparison can have. Its mask is a
 function of the step and of a row's number in the batch (randomness/dropout.py). One process has all
 rows, so here their numbers are simply counted.
@@ -16,6 +20,7 @@ rows, so here their numbers are simply counted.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -34,6 +39,7 @@ from dist_lab.randomness.place import Place
 from dist_lab.step.optimizer_options import groups_of
 from dist_lab.torch_private import AnyBatchNorm, AnyDropout
 from dist_lab.transforms.precision import compute_in
+from dist_lab.transforms.recipe import Recipe
 
 
 def one_process(
@@ -52,6 +58,7 @@ def one_process(
     param_dtype: torch.dtype | None = None,
     sync_batchnorm: bool = False,
     dropout: str | None = None,
+    recipe: "OnModel | None" = None,
     seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Train in one process with PyTorch alone; yield each step's batch and the state after it.
@@ -61,14 +68,14 @@ def one_process(
     Args:
         ranks: how many ranks split the batch. Only a model with BatchNorm needs it.
         groups: as for `job.optimizer`.
-        dropout, seed: see `parallelize`.
+        dropout, recipe, seed: see `parallelize`.
     """
-    model = build(build_model, device, param_dtype, dropout)
+    model = build(build_model, device, param_dtype, dropout, recipe)
     reference_optimizer = optimizer(groups_of(model, groups), **options)
     for step in range(steps):
         batch = batches.checked_batch(build_batch, step, device)
-        pieces = batchnorm_pieces(model, batch, ranks, microbatches, sync_batchnorm)
-        numbers = row_numbers(model, batch, ranks, microbatches, sync_batchnorm)
+        how = ranks, microbatches, sync_batchnorm, recipe
+        pieces, numbers = rows_together(model, batch, *how), row_numbers(model, batch, *how)
         loss, gradients = loss_and_gradients(model, pieces, loss_sum, numbers, step=step, seed=seed)
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
         reference_optimizer.step()
@@ -111,13 +118,22 @@ def build(
     device: torch.device,
     param_dtype: torch.dtype | None,
     dropout: str | None = None,
+    recipe: "OnModel | None" = None,
 ) -> nn.Module:
     model = build_model().to(device)
     if dropout == "exact":
         use_exact_dropout(model)
     if param_dtype is not None:
         compute_in(model, param_dtype)
-    return model
+    return model if recipe is None else recipe.recipe.on(model, recipe.units)
+
+
+@dataclass(frozen=True)
+class OnModel:
+    """A recipe, and the units that `parallelize` is given: see [Note: rows that are rounded]."""
+
+    recipe: Recipe
+    units: tuple[type[nn.Module] | str, ...]
 
 
 def loss_and_gradients(
@@ -164,24 +180,28 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(isinstance(module, AnyBatchNorm) for module in model.modules())
 
 
-def batchnorm_pieces(
-    model: nn.Module, batch: Pair, ranks: int, microbatches: int, over_ranks: bool
-) -> list[Pair]:
-    """Splits the global batch into the rows that are normalized together: [Note: BatchNorm]."""
-    if not has_batchnorm(model):  # no row depends on another, so the batch stays in one piece
-        return [batch]
+def rows_together(
+    model: nn.Module, batch: Pair, ranks: int, microbatches: int, over_ranks: bool,
+    recipe: OnModel | None = None,
+) -> list[Pair]:  # fmt: skip
+    """Splits the global batch into the rows that are computed together: [Note: BatchNorm]."""
+    rounds_together = recipe is not None and recipe.recipe.mixes_rows
+    if not has_batchnorm(model) and not rounds_together:
+        return [batch]  # no row depends on another, so the batch stays in one piece
     by_rank = [batches.slice_rows(rows, microbatches) for rows in batches.slice_rows(batch, ranks)]
-    if not over_ranks:
+    if not over_ranks and not rounds_together:
         return [pair for pairs in by_rank for pair in pairs if batches.rows_in(pair[0])]
     return [batches.join(list(pairs)) for pairs in zip(*by_rank, strict=True)]
 
 
 def row_numbers(
-    model: nn.Module, batch: Pair, ranks: int, microbatches: int, over_ranks: bool
-) -> list[Tensor]:
-    """The numbers of the rows of each of `batchnorm_pieces`."""
+    model: nn.Module, batch: Pair, ranks: int, microbatches: int, over_ranks: bool,
+    recipe: OnModel | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The numbers of the rows of each of `rows_together`."""
     numbers = torch.arange(batches.rows_in(batch[0]))
-    pieces = batchnorm_pieces(model, (numbers, numbers), ranks, microbatches, over_ranks)
+    both = numbers, numbers
+    pieces = rows_together(model, both, ranks, microbatches, over_ranks, recipe)
     return [piece for piece, _ in pieces]
 
 
@@ -196,8 +216,13 @@ def batchnorm_in_words(model: nn.Module, ranks: int, microbatches: int, over_ran
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def check_model(model: nn.Module, dropout: str | None = None) -> None:
-    """Raises UserError if the model has nothing to compare, or active dropout that is not exact."""
+def check_model(
+    model: nn.Module, dropout: str | None = None, recipe: Recipe | None = None, *,
+    sync_batchnorm: bool = False,
+) -> None:  # fmt: skip
+    """Raises UserError if the model has nothing to compare, active dropout that is not exact, or
+    two layers of which each needs other rows together.
+    """
     if not isinstance(model, nn.Module):
         raise UserError(f"build_model() must return a built module, not {model!r:.60}")
     parameters = dict(model.named_parameters())
@@ -208,6 +233,13 @@ def check_model(model: nn.Module, dropout: str | None = None) -> None:
             raise UserError(
                 f"{name} has no values yet; build_model() must return an initialized model"
             )
+    mixes_rows = recipe is not None and recipe.mixes_rows
+    if mixes_rows and has_batchnorm(model) and not sync_batchnorm:
+        raise UserError(
+            "BatchNorm takes statistics over one rank's rows, and the recipe ranges over all "
+            "ranks' (recipe=), so one process has no counterpart; give sync_batchnorm=True, or one "
+            "scale per token"
+        )
     if not any(p.requires_grad for p in parameters.values()):
         raise UserError(
             "every parameter of the model is frozen; set requires_grad=True on those to train"

@@ -30,11 +30,12 @@ from dist_lab.programs.verify.compare import (
     rounding_only_tensors,
 )
 from dist_lab.programs.verify.reference import (
-    batchnorm_pieces,
+    OnModel,
     build,
     has_batchnorm,
     loss_and_gradients,
     row_numbers,
+    rows_together,
 )
 from dist_lab.step.hooks import tensors_in
 
@@ -58,6 +59,7 @@ def repeat_first_step(
     dtype: torch.dtype,
     tolerance: float,
     dropout: str | None = None,
+    recipe: OnModel | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[Pair, State]]:
     """Yields the steps of `one_process`, after running the first one a second time.
@@ -77,15 +79,16 @@ def repeat_first_step(
         )
 
     def run_pieces(model: nn.Module) -> tuple[float, dict[str, Tensor | None]]:
-        how = batch, ranks, microbatches, sync_batchnorm
-        pieces, numbers = batchnorm_pieces(model, *how), row_numbers(model, *how)
+        how = batch, ranks, microbatches, sync_batchnorm, recipe
+        pieces, numbers = rows_together(model, *how), row_numbers(model, *how)
         return loss_and_gradients(model, pieces, loss_sum, numbers, seed=seed)
 
     for attempt in range(ATTEMPTS):
-        model = build(build_model, device, param_dtype, dropout)
+        model = build(build_model, device, param_dtype, dropout, recipe)
         if attempt == 0:
             _check_weights(built, model)
-        split = ranks * microbatches > 1 and not has_batchnorm(model)
+        mixes_rows = has_batchnorm(model) or (recipe is not None and recipe.recipe.mixes_rows)
+        split = ranks * microbatches > 1 and not mixes_rows
         half_batches = [half for half in batches.slice_rows(batch, 2) if batches.rows_in(half[0])]
         with _seeded(attempt, model, device) as has_drawn:
             rerun = (
@@ -95,7 +98,7 @@ def repeat_first_step(
             )
             drew = has_drawn()
         if mismatch := difference(*rerun, expected, dtype, tolerance):
-            fresh = partial(build, build_model, device, param_dtype, dropout)
+            fresh = partial(build, build_model, device, param_dtype, dropout, recipe)
             change = _find_change(fresh, run_pieces, device)
             raise UserError(change or _split_message(*mismatch, dtype))
         if not drew:

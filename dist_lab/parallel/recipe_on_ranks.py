@@ -1,0 +1,137 @@
+"""Applies a recipe to a model under strategies: finds the ranks that share each operand's range.
+
+    tp        colwise     W[F_tp, D]  x[B, D]  dy[B, F_tp]     rows of W are split; columns of dy
+              rowwise     W[F, D_tp]  x[B, D_tp]  dy[B, F]     columns of W and of x are split
+              sequence    rows of x and dy are split over tp as well
+    data      x[B_dp]  dy[B_dp]                                rows of x and dy are split
+
+All other strategies show a forward the weight as tp has left it: fsdp unshards it, zero keeps it,
+a pipeline's stage holds it. A range is a maximum, so taking it over ranks that have the same
+elements changes nothing. Each kind of axis has a process group of its own, because backward
+takes ranges too, while gradients are on their way. See transforms/operands.py.
+
+`RecipeOnRanks` is made before any strategy changes the model, when names are those of one process.
+`bind` registers the hooks when all strategies are applied.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_lab.errors import UserError
+from dist_lab.layout.layout import Layout, Shard
+from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.mesh.topology import DATA_AXES, ORDER
+from dist_lab.step.setup import Stages
+from dist_lab.transforms.operands import LinearOperands, Split, scopes_of
+from dist_lab.transforms.recipe import Recipe, linears_of
+
+Axes = tuple[str, ...]
+
+
+class RecipeOnRanks:
+    """The Linears of one model to which a recipe applies.
+
+    Args:
+        units: name -> module, those of `parallelize`, without the model itself.
+        options: those of the strategies.
+        fixed_order: each virtual shard of the batch has ranges of its own, so that they do not
+            depend on the number of ranks.
+
+    Raises:
+        UserError: `recipe` is none, there are no such Linears, or the strategies are a library's.
+    """
+
+    def __init__(
+        self, recipe: Any, model: nn.Module, units: Mapping[str, nn.Module], mesh: Mesh,
+        impls: Sequence[str], options: Mapping[str, Any], *, fixed_order: bool,
+    ) -> None:  # fmt: skip
+        if not isinstance(recipe, Recipe):
+            raise UserError(
+                f"recipe cannot be {recipe!r:.60}; give a recipe, such as "
+                "dist_lab.quantize.qat.QAT(Scheme(4, 32))"
+            )
+        for impl in impls:
+            if "@" in impl and not impl.endswith("@hand"):
+                raise UserError(
+                    f"{impl} puts weights and gradients in tensors of its own, and a recipe rounds "
+                    'those of our strategies (recipe=); give impl="hand", or leave recipe out'
+                )
+        self.recipe, self.mesh, self.units = recipe, mesh, list(units)
+        linears = linears_of(model, recipe, units)
+        self.widths = {name: (m.in_features, m.out_features) for name, m in linears.items()}
+        name_of: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.weights = {name: name_of[m.weight] for name, m in linears.items()}  # tied: the first
+        self.data: Axes = () if fixed_order else DATA_AXES
+        self.splits_sequence = bool(options.get("sequence_parallel"))
+
+    def bind(self, layouts: Mapping[str, Layout], model: nn.Module, stages: Stages | None) -> None:
+        """Register the hooks in this rank's part of the model. Collective: makes process groups.
+
+        Args:
+            layouts: after all strategies.
+        """
+        if stages is not None and stages.traced:
+            raise UserError(
+                "pp has cut this model's graph, in which no unit is called, so a recipe cannot "
+                "round its weights (recipe=); give the model `stages`, globs on names of modules "
+                'that in sequence are its forward: stages = ("embed", "layers.*", "head")'
+            )
+        over = {
+            name: self._axes_of(name, dict(layouts[weight].splits).get("tp"))
+            for name, weight in self.weights.items()
+        }
+        channels: dict[Axes, Axis | None] = {(): None}
+        for axes in sorted({axes for each in over.values() for axes in each} - {()}):
+            channels[axes] = self.mesh.channel(*axes)  # the same on every rank, in this order
+        roots = [model] if stages is None else list(stages.modules.values())
+        on_rank = {m for root in roots for m in root.modules()}
+        local = {name: m for name, m in model.named_modules() if m in on_rank}
+        operands = {
+            name: LinearOperands(name, local[name], *(channels[axes] for axes in over[name]))
+            for name in self.weights
+            if name in local
+        }
+        units = {name: local[name] for name in self.units if name in local}
+        scopes = scopes_of(roots, units, operands)
+        self._refuse_alone([name for name, unit in units.items() if unit in scopes])
+        self.recipe.show(scopes)
+
+    def _axes_of(self, name: str, placement: object) -> tuple[Axes, Axes, Axes]:
+        """The axes over which the ranges of weight, input and output gradient are taken."""
+        columns, rows = self.widths[name]
+        dim = placement.dim if isinstance(placement, Shard) else None
+        colwise: Axes = ("tp",) if dim == 0 else ()
+        rowwise: Axes = ("tp",) if dim == 1 else ()
+        tokens: Axes = (*self.data, "tp") if self.splits_sequence else self.data
+        part, part_of_rows = (
+            -(-width // self.mesh["tp"].size) if split else width
+            for width, split in ((columns, rowwise), (rows, colwise))
+        )
+        recipe = self.recipe
+        pairs = (
+            (recipe.weights, Split(name, columns, part, colwise, rowwise)),
+            (recipe.inputs, Split(name, columns, part, tokens, rowwise)),
+            (recipe.output_grads, Split(name, rows, part_of_rows, tokens, colwise)),
+        )
+        weight, inputs, grads = (
+            () if rounding is None else self._longer(rounding.over(split))
+            for rounding, split in pairs
+        )
+        return weight, inputs, grads
+
+    def _longer(self, axes: Axes) -> Axes:
+        """Those with several ranks, each once, in the order of the mesh."""
+        return tuple(axis for axis in ORDER if axis in axes and self.mesh[axis].size > 1)
+
+    def _refuse_alone(self, units: Sequence[str]) -> None:
+        """Raise UserError if a Linear is a unit, and tp computes it together with another one."""
+        parents = [name.rpartition(".")[0] for name in self.weights]
+        for name in units if self.mesh["tp"].size > 1 else ():
+            if name in self.weights and parents.count(name.rpartition(".")[0]) > 1:
+                raise UserError(
+                    f"{name} is a unit by itself, and under tp the Linears of one parent read "
+                    "their input together, so their weights must be rounded together (recipe=); "
+                    "give the module around it as a unit"
+                )

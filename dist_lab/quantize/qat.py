@@ -1,0 +1,108 @@
+"""Quantisation-aware training: forward computes with rounded weights, and backward ignores that.
+
+    forward     y = x W'^T        W' = scale * (clamp(round(W / scale) + zero, low, high) - zero)
+    backward    dW = dW'          where round(W / scale) + zero is between low and high, else 0
+
+Rounding has the derivative 0 almost everywhere, so nothing would be learned through it. The
+straight-through estimator takes 1 instead, and 0 where a code is clamped: Bengio et al. 2013
+(arXiv:1308.3432). The optimizer moves W, of full precision, to where its rounded values give a
+small loss. Rounding W after training then changes nothing: the loss is that of W' already. Jacob et
+al. 2018 (arXiv:1712.05877), section 3.
+
+Inputs of the Linears can be rounded as well. Then a Linear multiplies the numbers that a kernel of
+8-bit integers would. With one scale per row (`Scheme(8)`) a token's codes depend on that token
+alone; with one scale per tensor (`Scheme(8, None)`) they depend on all tokens of the micro-batch,
+on all ranks.
+
+[Note: why there is no observer] Jacob et al. and PyTorch's own modules keep running ranges of the
+activations in buffers. Data-parallel ranks see different rows, so their buffers differ, and DDP
+broadcasts rank 0's: the ranges of the other ranks are lost, and a value outside of rank 0's range
+is clamped. Here a range is computed in every forward and taken over the ranks; there is no state.
+
+[Note: the numbers] In a forward in bfloat16 the weights that are rounded are those in bfloat16. The
+arithmetic is in float32, and the result is bfloat16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lab.errors import UserError
+from dist_lab.quantize.formula import WHOLE, Grid, Scheme, extremes, grid_between, nearest_divisor
+from dist_lab.transforms.operands import Split
+from dist_lab.transforms.recipe import Recipe
+
+
+class QAT(Recipe):
+    """Train with quantised weights, and perhaps inputs: `parallelize(..., recipe=QAT(Scheme(4)))`.
+
+    Args:
+        weights: the scheme of each weight.
+        inputs: that of each input; group -1 for one scale per token, None for one per tensor.
+        linears: see Recipe.
+    """
+
+    def __init__(
+        self, weights: Scheme, inputs: Scheme | None = None, linears: tuple[str, ...] = ()
+    ) -> None:
+        of_inputs = None if inputs is None else StraightThrough(inputs)
+        super().__init__(StraightThrough(weights), of_inputs, linears=linears)
+
+
+class StraightThrough:
+    """A Rounding to a quantiser's grid, with the straight-through estimator as its derivative."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def over(self, split: Split) -> tuple[str, ...]:
+        """A row's range is taken over ranks that have other columns. A group is within a rank."""
+        if self.scheme.group is None:
+            return (*split.rows, *split.columns)
+        self.scheme.groups_of(split.width)
+        if self.scheme.group == WHOLE:
+            return split.columns
+        if split.columns and split.shard % self.scheme.group:
+            group, near = self.scheme.group, nearest_divisor(split.shard, self.scheme.group)
+            raise UserError(
+                f"{split.name} has {split.width} columns, of which a rank of "
+                f"{' and '.join(split.columns)} has {split.shard}: groups of {group} lie on two "
+                f"ranks (group={group}); give {near}, or -1 for one scale per row"
+            )
+        return ()
+
+    def limits_of(self, x: Tensor) -> Tensor:
+        """x (N, D) -> (2, N, G): minus the smallest value of each group, and the largest."""
+        low, high = extremes(_wide(x), self.scheme)
+        return torch.stack([-low, high])
+
+    def round(self, x: Tensor, limits: Tensor) -> Tensor:
+        grid = grid_between(-limits[0], limits[1], self.scheme, x.size(1))
+        return _StraightThrough.apply(x, grid)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """x -> the nearest numbers of a grid. Backward: dy, and 0 where a code was clamped.
+
+    A leaf is saved itself, and its codes are computed again in backward: under fsdp it has no
+    memory in between. Of another tensor the mask is saved, one byte for each number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        wide = _wide(x)
+        ctx.grid, ctx.is_leaf = grid, x.is_leaf
+        ctx.save_for_backward(x if x.is_leaf else grid.contains(wide))
+        return grid.rounded(wide).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        inside = ctx.grid.contains(_wide(saved)) if ctx.is_leaf else saved
+        return dy * inside, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype if that is wider."""
+    return x if x.dtype.itemsize >= 4 else x.float()

@@ -1,0 +1,299 @@
+"""A recipe: what a Linear multiplies, instead of its weight, its input, and its output's gradient.
+
+    y  = x W^T                  ->    y  = X(x) W'(W)^T                       forward
+    dx = dy W,  dW = dy^T x     ->    dx = G(dy) W'(W),  dW = G(dy)^T X(x)    backward
+
+X, W' and G are roundings to fewer numbers, which a `Rounding` computes. Each is differentiable, so
+dx and dW go on through its own backward. A training run that quantises its weights is such a
+recipe (quantize/qat.py), and so is one that multiplies in 8-bit floating point.
+
+The parameters stay what they are. While the forward of a unit runs, each of its Linears has the
+rounded weight in its `__dict__`, where Python looks before `_parameters`: see [Note: master
+weights] in precision.py, which does the same with a cast. So a recipe rounds what the forward would
+have used: the unsharded parameter under fsdp, this rank's shard under tp, and in a run that
+computes in bfloat16 the bfloat16 copy. Optimizers and checkpoints see the parameters.
+
+[Note: a range over ranks] To round, one needs a range, such as the largest absolute value of a row.
+Under tp a row of the weight may be spread over ranks, and the rows of an input are always spread
+over data-parallel ranks. Then each rank takes the range of its own elements, and the ranks take the
+maximum: one all_reduce per unit for the weights, and one for each input. It is computed anew in
+each forward, by all ranks, also by one without rows: there is no running average in a buffer, which
+could differ between ranks.
+
+[Note: one tensor for several readers] q, k and v read one tensor. It is rounded once, and all three
+get the same object, which tp recognises (parallel/tensor/sequence.py).
+
+[Note: recomputation] The first forward of a unit that recomputes makes the rounded weights before
+the part that is recomputed begins. The second forward makes them again, as leaves: nothing is
+saved for backward, because torch counts what the second forward saves.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dist_lab.comm import ops
+from dist_lab.errors import UserError
+from dist_lab.mesh.mesh import Axis
+from dist_lab.step.hooks import ModuleHook
+from dist_lab.torch_private import of_plain_tensors
+from dist_lab.transforms.recompute import CheckpointedForward
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a matrix (N, D) is split over ranks.
+
+    name: of the Linear, for messages
+    rows, columns: the mesh axes along which ranks have other rows, and other columns
+    width: D, on all ranks together
+    shard: the columns on one rank
+    """
+
+    name: str
+    width: int
+    shard: int
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+
+class Rounding(Protocol):
+    """Rounds a matrix (N, D): the rows are outputs of a weight, or tokens."""
+
+    def over(self, split: Split) -> tuple[str, ...]:
+        """The mesh axes over which the range is taken. UserError: it cannot do that split."""
+
+    def limits_of(self, x: Tensor) -> Tensor:
+        """Numbers of which the ranks take the maximum, each by itself. x may have no rows."""
+
+    def round(self, x: Tensor, limits: Tensor) -> Tensor:
+        """The rounded matrix, in the dtype of x. Differentiable."""
+
+
+@dataclass(frozen=True)
+class LinearOperands:
+    """One Linear, and the ranks with which it shares the range of each operand; None: with none."""
+
+    name: str
+    module: nn.Linear
+    weight_axis: Axis | None = None
+    input_axis: Axis | None = None
+    grad_axis: Axis | None = None
+
+
+Scopes = dict[nn.Module, list[LinearOperands]]
+
+
+def scopes_of(
+    roots: Sequence[nn.Module],
+    units: Mapping[str, nn.Module],
+    linears: Mapping[str, LinearOperands],
+) -> Scopes:
+    """The module whose forward shows the rounded weight of a Linear: its innermost unit.
+
+    Args:
+        roots: the modules whose forwards are called: the model, or the stages of this rank.
+        units: an outer unit comes before the units inside it.
+    """
+    scope_of: dict[nn.Module, nn.Module] = {}
+    for module in (*roots, *units.values()):
+        scope_of |= dict.fromkeys(module.modules(), module)
+    scopes: Scopes = {}
+    for linear in linears.values():
+        scopes.setdefault(scope_of[linear.module], []).append(linear)
+    return scopes
+
+
+def show_operands(
+    weights: Rounding | None, inputs: Rounding | None, output_grads: Rounding | None, scopes: Scopes
+) -> None:
+    """Register the hooks of a recipe."""
+    latest = LatestInput()
+    for unit, linears in scopes.items():
+        shown = RoundedWeights(weights, linears, latest)
+        # Shown after the unit is unsharded, hidden before it is resharded.
+        unit.register_forward_pre_hook(ModuleHook(shown.enter))
+        unit.register_forward_hook(ModuleHook(shown.leave), always_call=True, prepend=True)
+        if isinstance(unit.forward, CheckpointedForward):  # in backward it runs without hooks
+            unit.forward.around.append(shown.in_recomputation)
+        for linear in linears:
+            if inputs is not None:
+                hook = ModuleHook(partial(latest.round, inputs, linear.input_axis))
+                linear.module.register_forward_pre_hook(hook, with_kwargs=True)
+            if output_grads is not None:
+                hook = ModuleHook(partial(_round_gradient, output_grads, linear))
+                linear.module.register_forward_hook(hook)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+class ShownTensors:
+    """Tensors that modules show in place of their parameters for a while."""
+
+    def __init__(self) -> None:
+        self._before: list[
+            tuple[nn.Module, str, Tensor | None]
+        ] = []  # (module, name, shown so far)
+
+    def show(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        self._before.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = tensor  # found before _parameters
+
+    def hide(self) -> None:
+        """Show again what was there before."""
+        while self._before:
+            module, name, before = self._before.pop()
+            module.__dict__.pop(name, None)
+            if before is not None:
+                module.__dict__[name] = before
+
+
+class RoundedWeights:
+    """Shows the rounded weights of some Linears while the forward of their unit runs."""
+
+    def __init__(
+        self, rounding: Rounding | None, linears: Sequence[LinearOperands], latest: "LatestInput"
+    ) -> None:
+        self.rounding, self.linears, self.latest = rounding, linears, latest
+        self.shown, self.depth = ShownTensors(), 0
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            for linear, rounded in zip(self.linears, self._rounded(), strict=False):
+                self.shown.show(linear.module, "weight", rounded)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Called after every exception, also after that of a hook that runs before `enter`.
+        self._end()
+
+    def in_recomputation(self, unit: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+        return self._again
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Surrounds the second forward of the unit: see [Note: recomputation]."""
+        with torch.no_grad():
+            weights = [rounded.detach() for rounded in self._rounded()]
+        self.depth += 1
+        for linear, rounded in zip(self.linears, weights, strict=False):
+            trained = linear.module.weight.requires_grad
+            self.shown.show(linear.module, "weight", rounded.requires_grad_(trained))
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.depth = max(0, self.depth - 1)
+        if self.depth == 0:
+            self.shown.hide()
+            self.latest.forget()
+
+    def _rounded(self) -> list[Tensor]:
+        if self.rounding is None:
+            return []
+        return of_plain_tensors(self._round, self.rounding)
+
+    def _round(self, rounding: Rounding) -> list[Tensor]:
+        weights = [linear.module.weight for linear in self.linears]
+        limits = [rounding.limits_of(weight.detach()) for weight in weights]
+        by_axis: dict[Axis, list[int]] = {}
+        for i, linear in enumerate(self.linears):
+            if linear.weight_axis is not None:
+                by_axis.setdefault(linear.weight_axis, []).append(i)
+        for axis, places in by_axis.items():  # one message for the unit
+            largest = over_ranks([limits[i] for i in places], axis, "ranges of weights")
+            for i, of_all in zip(places, largest, strict=True):
+                limits[i] = of_all
+        return [rounding.round(w, each) for w, each in zip(weights, limits, strict=True)]
+
+
+def without_graph(weight: Tensor) -> Tensor:
+    """The weight for an operation whose weight gradient is deferred.
+
+    A cast or a rounded weight has a graph, which only the deferred work may run: a backward that
+    passes through it, even without a gradient, frees what it has saved.
+    """
+    return weight if weight.is_leaf else weight.detach().requires_grad_(weight.requires_grad)
+
+
+def over_ranks(limits: Sequence[Tensor], axis: Axis, what: str) -> list[Tensor]:
+    """The maximum of each number over the ranks of an axis. Sends one message."""
+    with axis.comm.label(unit=what):
+        flat = torch.cat([each.flatten() for each in limits])
+        largest = ops.all_reduce_into(flat, axis, "max").wait()
+    parts = largest.split([each.numel() for each in limits])
+    return [part.view_as(each) for part, each in zip(parts, limits, strict=True)]
+
+
+# --- inputs and gradients -------------------------------------------------------------------------
+
+
+class LatestInput:
+    """The input that was rounded last, for the next reader: [Note: one tensor for several readers].
+
+    Attributes:
+        source: the input, its version, whether gradients were on, and the axis of its range.
+    """
+
+    def __init__(self) -> None:
+        self.source: tuple[Tensor, int, bool, Axis | None] | None = None
+        self.rounded: Tensor | None = None
+
+    def round(
+        self, rounding: Rounding, axis: Axis | None, module: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """The arguments of a Linear, with its input rounded."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        if x.is_inference():  # it has no version that would show a change
+            self.source, self.rounded = None, rounded(x, rounding, axis, "range of an input")
+        else:
+            source = x, x._version, torch.is_grad_enabled(), axis
+            if self.source is None or self.source[0] is not x or self.source[1:] != source[1:]:
+                self.source, self.rounded = source, rounded(x, rounding, axis, "range of an input")
+        if args:
+            return (self.rounded, *args[1:]), kwargs
+        return args, {**kwargs, "input": self.rounded}
+
+    def forget(self) -> None:
+        self.source = self.rounded = None
+
+
+def rounded(x: Tensor, rounding: Rounding, axis: Axis | None, what: str) -> Tensor:
+    """x (..., D), rounded as a matrix whose rows are all but the last dim."""
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    limits = rounding.limits_of(rows.detach())
+    if axis is not None:
+        (limits,) = over_ranks([limits], axis, what)
+    return rounding.round(rows, limits).view(x.shape)
+
+
+def _round_gradient(
+    rounding: Rounding, linear: LinearOperands, module: nn.Module, args: Any, output: Any
+) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"{linear.name} returns a {type(output).__name__}, of which a recipe cannot round the "
+            "gradient (recipe=); leave it out of linears="
+        )
+    return _RoundedGradient.apply(output, rounding, linear.grad_axis)
+
+
+class _RoundedGradient(torch.autograd.Function):
+    """y -> y. Backward rounds dy."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, rounding: Rounding, axis: Axis | None) -> Tensor:
+        ctx.rounding, ctx.axis = rounding, axis
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return rounded(dy, ctx.rounding, ctx.axis, "range of a gradient"), None, None
