@@ -154,7 +154,12 @@ def open_folder(path: str | Path) -> LlamaFolder:
         MachineError: a file is missing or damaged.
     """
     folder = is_folder(path, "a Hugging Face folder, with config.json and model.safetensors")
-    shape = from_config(read_json(inside(folder, CONFIG, "a Hugging Face folder")))
+    config = read_json(inside(folder, CONFIG, "a Hugging Face folder"))
+    if "quantization_config" in config:
+        raise UserError(
+            f"{str(path)!r} is quantised; load it with dist_lab.checkpoint.exchange.gptq_files.load"
+        )
+    shape = from_config(config)
     found = open_files(folder)
     # Weights of the first Llamas also have a table that everyone computes.
     kinds = {n: k for n, k in found.names().items() if not n.endswith("rotary_emb.inv_freq")}

@@ -13,7 +13,7 @@ import torch
 
 from dist_lab.checkpoint.exchange.tensors import Kinds
 from dist_lab.errors import UserError, shown
-from dist_lab.zoo.gpt import GPT, Attention
+from dist_lab.zoo.gpt import GPT, Attention, SwiGLU
 from dist_lab.zoo.sizes import SIZES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -61,8 +61,9 @@ LAYERS = {"layers"}
 def shape_of(model: GPT) -> LlamaShape:
     """The shape of a whole model, also on the meta device."""
     first = next(iter(model.model.layers.values()))
-    attention = first.get_submodule("self_attn")
+    attention, mlp = first.get_submodule("self_attn"), first.get_submodule("mlp")
     assert isinstance(attention, Attention)
+    assert isinstance(mlp, SwiGLU)
     head = attention.head_dim
     return LlamaShape(
         vocab=model.model.embed_tokens.num_embeddings,
@@ -70,7 +71,7 @@ def shape_of(model: GPT) -> LlamaShape:
         width=model.model.embed_tokens.embedding_dim,
         heads=attention.q_proj.out_features // head,
         kv_heads=attention.k_proj.out_features // head,
-        ffn=first.get_parameter("mlp.gate_proj.weight").size(0),
+        ffn=mlp.gate_proj.out_features,
         tied=model.lm_head.weight is model.model.embed_tokens.weight,
         rope_base=attention.rope_base,
         eps=model.model.norm.eps or 1e-5,
