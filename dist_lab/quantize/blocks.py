@@ -160,7 +160,7 @@ def check_chain(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], row: 
                 nonlocal why
                 if not args or not isinstance(args[0], Tensor):
                     why = why or f"{name} takes no tensor as its first argument"
-                elif calls and not (isinstance(output, Tensor) and args[0].equal(output)):
+                elif calls and not is_same(args[0], output):
                     why = why or f"the input of {name} is not the output of {calls[-1][0]}"
                 elif calls and not same_arguments((args[1:], kwargs), calls[-1][2]):
                     why = why or f"{name} has other arguments than {calls[-1][0]}"
@@ -181,6 +181,11 @@ def check_chain(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], row: 
             f"the blocks of {type(model).__name__} do not run one after another: {why}; quantise a "
             "model whose units pass on one hidden tensor"
         )
+
+
+def is_same(x: Tensor, output: Any) -> bool:
+    """The tensor is the output, or a copy. NaN is not equal to itself, so values are not enough."""
+    return x is output or (isinstance(output, Tensor) and x.equal(output))
 
 
 def same_arguments(a: Others, b: Others) -> bool:
