@@ -242,7 +242,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> Quantized:
 def nearest_divisor(number: int, wanted: int) -> int:
     """
     >>> nearest_divisor(480, 100), nearest_divisor(128, 96)
-    (96, 128)
+    (96, 64)
     """
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: (abs(d - wanted), d))

@@ -83,19 +83,16 @@ def inverse_factor(hessian: Tensor, damping: float) -> Factor:
     """
     if not 0 <= damping < float("inf"):
         raise UserError(f"damping={damping} is no fraction of the diagonal; give 0.01")
-    diagonal = hessian.diagonal()
     if not hessian.isfinite().all():
         raise UserError("an input of a Linear is not finite, so there is no Hessian")
-    live = diagonal > 0
-    mean = float(diagonal[live].mean()) if live.any() else 1.0
-    damped = hessian + torch.diag((~live).to(hessian.dtype))
+    live = hessian.diagonal() > 0
+    mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     while True:
-        ridge = damping * mean
-        shifted = damped + ridge * torch.eye(len(hessian), dtype=hessian.dtype).to(hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(shifted.flip(0, 1))
+        damped = hessian + damping * mean * identity + torch.diag((~live).to(hessian.dtype))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             break
         damping = 10 * damping or 0.01
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return Factor(upper, ridge, damping)
+    return Factor(upper, damping * mean, damping)
