@@ -51,6 +51,7 @@ LAYERS = [
     ["parallel"],
     ["job"],
     ["compose"],
+    ["inference"],
     ["observe"],
     ["faults"],
     ["processes"],

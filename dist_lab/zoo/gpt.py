@@ -20,11 +20,28 @@ F hidden width of the MLP, H query heads, K key and value heads, Dh = D / H.
   ranks once in `self_attn` and once in `mlp`, not once per projection.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Past = list[Tensor]  # the KV cache of a layer: [], then [keys, values], each (B, K, S, Dh)
+
+class Past(Protocol):
+    """One layer's keys and values of earlier tokens. A cache of the model has one for each layer.
+
+    How they are kept is not the model's business: see dist_lab/inference/cache.py.
+    """
+
+    def positions(self, new: int) -> Tensor:
+        """The positions (T,) of the next T = `new` tokens, unless the caller gives them."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Add the keys and values of new tokens, and attend to these and all earlier ones.
+
+        q (B, H, T, Dh) and k, v (B, K, T, Dh) -> (B, H, T, Dh). q and k are rotated already.
+        """
 
 
 class Attention(nn.Module):
@@ -45,23 +62,29 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, H, T, Dh)
         k = self.k_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, K, T, Dh)
         v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)  # (B, T, D) -> (B, K, T, Dh)
-        new, seen = q.size(2), past[0].size(2) if past else 0
         if positions is None:
-            positions = torch.arange(seen, seen + new, device=x.device)
-        cos, sin = rope_table(positions, self.head_dim, self.rope_base, q.dtype)
+            new = q.size(2)
+            positions = torch.arange(new) if past is None else past.positions(new)
+        cos, sin = rope_table(positions.to(x.device), self.head_dim, self.rope_base, q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # T -> S
-        if past is not None:
-            past[:] = k, v
-        sharing = q.size(1) // k.size(1)  # enable_gqa=True would sum gradients in bfloat16
-        k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)  # K -> H
-        # is_causal aligns the first query with the first key, which is wrong if T < S.
-        mask = torch.ones(new, seen + new, dtype=torch.bool, device=x.device).tril(seen)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask if seen else None, is_causal=not seen
-        )
+        out = causal_attention(q, k, v) if past is None else past.attend(q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, H, T, Dh) -> (B, T, D)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, T, Dh) of the last T of S tokens, k and v (B, K, S, Dh) of all -> (B, H, T, Dh)."""
+    new, seen = q.size(2), k.size(2) - q.size(2)
+    sharing = q.size(1) // k.size(1)
+    if new == 1:  # decoding: the query heads that share keys are as many queries of one head
+        out = F.scaled_dot_product_attention(q.view(*k.shape[:2], sharing, -1), k, v)
+        return out.view(q.shape)
+    # enable_gqa=True would sum gradients in bfloat16
+    k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)  # K -> H
+    if not seen:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # is_causal aligns the first query with the first key, which is wrong if T < S.
+    mask = torch.ones(new, seen + new, dtype=torch.bool, device=q.device).tril(seen)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def rope_table(
@@ -129,10 +152,10 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(width, eps)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Past] | None = None
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Sequence[Past] | None = None
     ) -> Tensor:
         x = self.embed_tokens(tokens)  # (B, T) -> (B, T, D)
-        pasts = [None] * len(self.layers) if cache is None else cache
+        pasts: Sequence[Past | None] = [None] * len(self.layers) if cache is None else cache
         for layer, past in zip(self.layers.values(), pasts, strict=True):
             x = layer(x, positions, past)
         return self.norm(x)
@@ -182,12 +205,13 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Past] | None = None
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Sequence[Past] | None = None
     ) -> Tensor:
         """`positions` (T,) default to 0, 1, ..., continuing after the tokens in the cache.
 
-        To decode, create `cache = [[] for _ in range(layers)]` and pass it with each part of the
-        text. The cache grows in place. The logits equal those of the whole text at once.
+        To decode, create `cache = [Contiguous() for _ in range(layers)]`, which is in
+        dist_lab/inference/cache.py, and pass it with each part of the text. The cache grows in
+        place. The logits equal those of the whole text at once.
         """
         return self.lm_head(self.model(tokens, positions, cache))  # (B, T, D) -> (B, T, V)
 

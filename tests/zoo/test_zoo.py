@@ -7,6 +7,7 @@ from models import in_stage_order
 from torch import Tensor, nn
 
 from dist_lab import zoo
+from dist_lab.inference.cache import Contiguous
 from dist_lab.transforms.init import draw, initialize
 from dist_lab.zoo.gpt import GPT, Attention
 from dist_lab.zoo.mlp import MLP
@@ -125,7 +126,7 @@ def test_logits_of_the_mlp_depend_only_on_its_context() -> None:
 @pytest.mark.parametrize("lengths", [[1] * 11, [4, 1, 6], [11]], ids=str)
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(lengths: list[int]) -> None:
     model, tokens = make("gpt"), some_tokens()
-    cache: list[list[Tensor]] = [[] for _ in range(GPT_SHAPE["layers"])]
+    cache = [Contiguous() for _ in range(GPT_SHAPE["layers"])]
     decoded = [model(part, cache=cache) for part in tokens.split(lengths, dim=1)]
     assert_same(torch.cat(decoded, dim=1), model(tokens))
 

@@ -40,6 +40,7 @@ from dist_lab.checkpoint.exchange.llama import (
 )
 from dist_lab.checkpoint.exchange.tensors import Kind, Kinds, Renamed, Tensors, same_bits
 from dist_lab.errors import MachineError, UserError
+from dist_lab.layout.layout import Box
 
 ONE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 FILE_BYTES = 5_000_000_000  # what transformers writes by default
@@ -127,6 +128,12 @@ class SafetensorsFiles:
         with _open(self.files[name]) as file:
             return file.get_tensor(name)
 
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor. No other part of the file is read."""
+        with _open(self.files[name]) as file:
+            part: Tensor = file.get_slice(name)[box]
+            return part
+
 
 @dataclass(frozen=True)
 class LlamaFolder:
@@ -137,6 +144,11 @@ class LlamaFolder:
 
     shape: LlamaShape
     tensors: Renamed
+    files: SafetensorsFiles
+
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor, by its name in the model."""
+        return self.files.read_box(self.tensors.sources[name], box)
 
     @property
     def once(self) -> Renamed:
@@ -168,7 +180,7 @@ def open_folder(path: str | Path) -> LlamaFolder:
     sources = {name: name for name in kinds}
     if shape.tied:
         sources[HEAD] = EMBEDDING
-    return LlamaFolder(shape, Renamed(found, sources))
+    return LlamaFolder(shape, Renamed(found, sources), found)
 
 
 def open_files(folder: Path) -> SafetensorsFiles:

@@ -1,0 +1,1 @@
+"""Generating text: forward only, with a cache of keys and values."""
