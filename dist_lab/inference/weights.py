@@ -17,7 +17,7 @@ from dist_lab.checkpoint.exchange.llama import (
 )
 from dist_lab.checkpoint.exchange.tensors import Kinds, Under
 from dist_lab.checkpoint.reader import Checkpoint
-from dist_lab.errors import UserError, shown
+from dist_lab.errors import UserError
 
 
 class Weights(Protocol):
@@ -61,7 +61,7 @@ def of_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> OfCheckpoint:
         )
     if settings.get("model") != "gpt":
         raise UserError(
-            f"checkpoint {folder!r} is of model {shown(settings.get('model'))}, and only gpt "
+            f"checkpoint {folder!r} is of model {settings.get('model')}, and only gpt "
             "generates text; give the run of a gpt"
         )
     kinds = Under(checkpoint, "model/").names()

@@ -12,12 +12,14 @@ from dist_lab.checkpoint.exchange.llama import shape_of
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.checkpoint.exchange.tensors import state_dict
 from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.errors import UserError
 from dist_lab.inference import generate as generation
 from dist_lab.inference.generate import Request, generate
 from dist_lab.inference.sampling import Sampling, choose
 from dist_lab.inference.stage import load_stage
 from dist_lab.inference.weights import OfCheckpoint, OfFolder, Weights
 from dist_lab.mesh.mesh import init_mesh
+from dist_lab.observe.memory import LiveBytes
 from dist_lab.programs.verify.matrix import models
 
 STEP = "step-00000002"
@@ -98,3 +100,27 @@ def oracle(folder: str, asked: list[Request], model: str = "gpt"):
             text.append(choose(row, request.sampling, len(text)))
         tokens.append(text[len(request.prompt) :])
     return tokens, logits
+
+
+def memory_on_rank(rank: int, axes: dict[str, int], folder: str) -> tuple[int, int, int]:
+    """Bytes of this rank's tensors after a load, at their peak, and of all boxes read."""
+    mesh = init_mesh(**axes)
+    weights, read = weights_in(folder), []
+    fill = Checkpoint._fill
+
+    def count(self, name, box, out):
+        read.append(out.nbytes)
+        fill(self, name, box, out)
+
+    with pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
+        patch.setattr(Checkpoint, "_fill", count)
+        stage = load_stage(weights, mesh)
+    held = sum(p.nbytes for p in stage.model.parameters())
+    assert live.live >= held
+    return held, live.peak, sum(read)
+
+
+def refusal_on_rank(rank: int, axes: dict[str, int], folder: str) -> str:
+    with pytest.raises(UserError) as refused:
+        load_stage(weights_in(folder), init_mesh(**axes))
+    return str(refused.value)
