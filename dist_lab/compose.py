@@ -148,6 +148,7 @@ def parallelize(
     setup = Setup(
         model, mesh, {}, layouts, trained, draw or _current_value(model), units_by_name,
         param_dtype, recompute, fixed_order=order is not None,
+        coded=on_ranks.on_model.coded if on_ranks else None,
     )  # fmt: skip
     del parameters, first_name
     if mix[0].axes == ("pp",) and seams(model) is not None:  # without stages, tp will refuse it

@@ -17,7 +17,7 @@ takes ranges too, while gradients are on their way. See transforms/operands.py.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dist_lab.errors import UserError
 from dist_lab.layout.layout import Layout, Shard
@@ -25,7 +25,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
 from dist_lab.step.setup import Stages
 from dist_lab.transforms.operands import LinearOperands, Split, scopes_of
-from dist_lab.transforms.recipe import Recipe, linears_of
+from dist_lab.transforms.recipe import Recipe, linears_of, names_of_weights
 
 Axes = tuple[str, ...]
 
@@ -61,8 +61,8 @@ class RecipeOnRanks:
         self.recipe, self.mesh, self.units = recipe, mesh, list(units)
         linears = linears_of(model, recipe, units)
         self.widths = {name: (m.in_features, m.out_features) for name, m in linears.items()}
-        name_of: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self.weights = {name: name_of[m.weight] for name, m in linears.items()}  # tied: the first
+        self.weights = names_of_weights(model, linears)
+        self.on_model = recipe.start(linears, self.weights)
         self.data: Axes = () if fixed_order else DATA_AXES
         self.splits_sequence = bool(options.get("sequence_parallel"))
 
@@ -96,7 +96,7 @@ class RecipeOnRanks:
         units = {name: local[name] for name in self.units if name in local}
         scopes = scopes_of(roots, units, operands)
         self._refuse_alone([name for name, unit in units.items() if unit in scopes])
-        self.recipe.show(scopes)
+        self.on_model.show(scopes)
 
     def _axes_of(self, name: str, placement: object) -> tuple[Axes, Axes, Axes]:
         """The axes over which the ranges of weight, input and output gradient are taken."""

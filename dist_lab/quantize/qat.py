@@ -31,7 +31,7 @@ from torch import Tensor
 from dist_lab.errors import UserError
 from dist_lab.quantize.formula import WHOLE, Grid, Scheme, extremes, grid_between, nearest_divisor
 from dist_lab.transforms.operands import Split
-from dist_lab.transforms.recipe import Recipe
+from dist_lab.transforms.recipe import Recipe, RoundedOperands, Start
 
 
 class QAT(Recipe):
@@ -46,8 +46,11 @@ class QAT(Recipe):
     def __init__(
         self, weights: Scheme, inputs: Scheme | None = None, linears: tuple[str, ...] = ()
     ) -> None:
-        of_inputs = None if inputs is None else StraightThrough(inputs)
-        super().__init__(StraightThrough(weights), of_inputs, linears=linears)
+        rounded = RoundedOperands(
+            StraightThrough(weights), None if inputs is None else StraightThrough(inputs)
+        )
+        start: Start = lambda linears, weights: rounded  # noqa: E731
+        super().__init__(rounded.weights, rounded.inputs, None, start, linears)
 
 
 class StraightThrough:

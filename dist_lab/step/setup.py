@@ -1,11 +1,13 @@
 """The input of a strategy: the model as the strategies before it left it, and all about it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dist_lab.comm.ops import Pending
 from dist_lab.layout.layout import Layout, Owed
 from dist_lab.mesh.mesh import Axis, Mesh
 
@@ -31,6 +33,7 @@ class Setup:
     recompute    every k-th of the user's units is recomputed in backward, which is arranged already
     stages       the pipeline's stages, if there is a pipeline around this strategy
     weight_work  the weight gradients that the pipeline's schedule defers
+    coded        weights that are gathered in codes, for strategies that gather weights to use them
     fixed_order  the bits of a step must not depend on the layout: see step/fixed_order
     folded       filled in once all strategies are applied
     """
@@ -47,6 +50,7 @@ class Setup:
     inner_units: Mapping[str, nn.Module] = field(default_factory=dict)
     stages: "Stages | None" = None
     weight_work: "WeightWork" = field(default_factory=lambda: WeightWork())
+    coded: "CodedGathers | None" = None
     fixed_order: bool = False
     folded: "Folded" = field(default_factory=lambda: Folded())
 
@@ -90,6 +94,18 @@ class Setup:
         """The layouts, with a pending sum over these axes for each trained parameter's gradient."""
         sums = [Owed(axis.name) for axis in axes]
         return {**self.layouts} | {n: self.layouts[n].owing(*sums) for n in self.trained}
+
+
+AllGather = Callable[[Sequence[Tensor], Tensor, Axis], Pending]  # as ops.all_gather_coalesced
+
+
+class CodedGathers(Protocol):
+    """Makes the all-gathers of weights in codes: see quantize/lowp/gather.py."""
+
+    names: frozenset[str]
+
+    def all_gather_of(self, names: Sequence[str], range_axis: Axis) -> AllGather:
+        """The all-gather of these weights, whose parts all ranks of `range_axis` hold."""
 
 
 @dataclass

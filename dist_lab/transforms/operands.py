@@ -62,11 +62,15 @@ class Split:
     columns: tuple[str, ...] = ()
 
 
-class Rounding(Protocol):
-    """Rounds a matrix (N, D): the rows are outputs of a weight, or tokens."""
+class Ranged(Protocol):
+    """An operand whose numbers are chosen by its range. Its rows are outputs of W, or tokens."""
 
     def over(self, split: Split) -> tuple[str, ...]:
         """The mesh axes over which the range is taken. UserError: it cannot do that split."""
+
+
+class Rounding(Ranged, Protocol):
+    """Rounds a matrix (N, D)."""
 
     def limits_of(self, x: Tensor) -> Tensor:
         """Numbers of which the ranks take the maximum, each by itself. x may have no rows."""
@@ -112,7 +116,7 @@ def scopes_of(
 def show_operands(
     weights: Rounding | None, inputs: Rounding | None, output_grads: Rounding | None, scopes: Scopes
 ) -> None:
-    """Register the hooks of a recipe."""
+    """Register the hooks that round these operands; None: it stays as it is."""
     latest = LatestInput()
     for unit, linears in scopes.items():
         shown = RoundedWeights(weights, linears, latest)

@@ -1,18 +1,24 @@
 """A recipe says what Linears multiply, and which Linears: `parallelize(model, ..., recipe=...)`.
 
-A run that quantises its weights is a recipe (quantize/qat.py), and so is one that multiplies in
-8-bit floating point. How the rounded operands get into a forward: operands.py.
+A run that quantises its weights is a recipe (quantize/qat.py): hooks round the operands, and the
+layer multiplies them (operands.py). So is a run that multiplies in 8-bit floating point
+(quantize/lowp). It rounds an operand differently for each of the products that it is in, and so it
+computes these products itself (step/products.py).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_lab.errors import UserError, shown
 from dist_lab.step.find_units import find_units
+from dist_lab.step.setup import CodedGathers
 from dist_lab.transforms.operands import (
     LinearOperands,
+    Ranged,
     Rounding,
     Scopes,
     Split,
@@ -21,21 +27,51 @@ from dist_lab.transforms.operands import (
 )
 
 
+class OnModel(Protocol):
+    """A recipe on one model."""
+
+    @property
+    def coded(self) -> CodedGathers | None:
+        """The weights that may be gathered in codes; None: there are none."""
+
+    def show(self, scopes: Scopes) -> None:
+        """Let Linears multiply what the recipe says. Called when all strategies are applied."""
+
+
+# (name -> Linear, name of a Linear -> name of its weight) -> the recipe on these. Called before any
+# strategy is applied.
+Start = Callable[[Mapping[str, nn.Linear], Mapping[str, str]], OnModel]
+
+
+@dataclass(frozen=True)
+class RoundedOperands:
+    """Rounds operands by hooks; None: the operand stays as it is. An OnModel for any model."""
+
+    weights: Rounding | None
+    inputs: Rounding | None = None
+    output_grads: Rounding | None = None
+    coded: CodedGathers | None = None
+
+    def show(self, scopes: Scopes) -> None:
+        show_operands(self.weights, self.inputs, self.output_grads, scopes)
+
+
 class Recipe:
     """What the Linears of a model multiply.
 
     Args:
-        weights, inputs, output_grads: how each operand is rounded; None: it is not.
+        weights, inputs, output_grads: the operands that are rounded; None: this one is not.
+        start: applies the recipe.
         linears: globs on the names of modules, where a * is one name between dots. Default: all
             that are inside the model's `units`, or inside the units that `parallelize` is given.
     """
 
     def __init__(
-        self, weights: Rounding | None, inputs: Rounding | None = None,
-        output_grads: Rounding | None = None, linears: Sequence[str] = (),
+        self, weights: Ranged | None, inputs: Ranged | None, output_grads: Ranged | None,
+        start: Start, linears: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.weights, self.inputs, self.output_grads = weights, inputs, output_grads
-        self.linears = tuple(linears)
+        self.start, self.linears = start, tuple(linears)
 
     @property
     def mixes_rows(self) -> bool:
@@ -57,12 +93,9 @@ class Recipe:
         named = find_units(model, units or getattr(model, "units", ()))
         linears = linears_of(model, self, named)
         alone = {name: LinearOperands(name, linear) for name, linear in linears.items()}
-        self.show(scopes_of([model], named, alone))
+        on_model = self.start(linears, names_of_weights(model, linears))
+        on_model.show(scopes_of([model], named, alone))
         return model
-
-    def show(self, scopes: Scopes) -> None:
-        """Register the hooks of the recipe."""
-        show_operands(self.weights, self.inputs, self.output_grads, scopes)
 
 
 def linears_of(
@@ -96,6 +129,12 @@ def linears_of(
             'give units=[Block], or name them: linears=("layers.*.up",)'
         )
     return found
+
+
+def names_of_weights(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Name of a Linear -> the name of its weight. A tied weight has the first of its names."""
+    name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {name: name_of[linear.weight] for name, linear in linears.items()}
 
 
 def by_globs(linears: Mapping[str, nn.Linear], globs: Sequence[str]) -> dict[str, nn.Linear]:

@@ -7,7 +7,8 @@ from torch import nn
 
 from dist_lab.errors import UserError
 from dist_lab.parallel.pipeline import split_backward
-from dist_lab.parallel.split_linear import split_linear, weight_gradient
+from dist_lab.parallel.split_linear import split_linear
+from dist_lab.step.products import PLAIN
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -24,14 +25,14 @@ def test_split_linear_has_the_gradients_of_a_linear(shape, bias):
     )
     wanted = F.linear(*plain)
     dy, output_grads = draw(*wanted.shape), []
-    y = split_linear(*ours, *([] if bias else [None]), output_grads.append)
+    y = split_linear(*ours, *([] if bias else [None]), PLAIN, output_grads.append)
     assert torch.equal(y, wanted)
     y.backward(dy)
     wanted.backward(dy)
     assert ours[1].grad is None, "the weight's gradient is deferred"
     assert len(output_grads) == 1
     torch.testing.assert_close(
-        weight_gradient(output_grads[0], x), plain[1].grad, rtol=1e-12, atol=1e-12
+        PLAIN.weight_grad(output_grads[0], x), plain[1].grad, rtol=1e-12, atol=1e-12
     )
     for leaf, wanted_leaf in zip(ours[::2], plain[::2], strict=True):
         torch.testing.assert_close(leaf.grad, wanted_leaf.grad, rtol=1e-12, atol=1e-12)
@@ -46,7 +47,7 @@ def test_split_linear_saves_no_input_and_defers_nothing_for_a_frozen_weight():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = split_linear(x, weight, None, output_grads.append)
+        y = split_linear(x, weight, None, PLAIN, output_grads.append)
     assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
     y.sum().backward()
     assert output_grads == []

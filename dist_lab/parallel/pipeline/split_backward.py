@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dist_lab.parallel.split_linear import Queue, defer_to, split_linear
 from dist_lab.step.hooks import StaysBehind
+from dist_lab.step.products import ProductForward, new_product
 from dist_lab.step.setup import WeightWork
 from dist_lab.torch_private import tree_flatten, tree_unflatten
 from dist_lab.transforms.operands import without_graph
@@ -47,7 +48,7 @@ class SplitBackward:
 
     def split(self, module: nn.Module) -> None:
         """Replace the forwards of the outermost modules that hold trained parameters directly."""
-        if "forward" in vars(module):
+        if not isinstance(vars(module).get("forward"), ProductForward | None):
             return  # by another strategy, or by this function: two stages use the module
         has_weights = any(p is not None and p.requires_grad for p in module._parameters.values())
         replaced_inside = any(is_replaced(child) for child in module.modules())
@@ -72,7 +73,7 @@ class SplitBackward:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether another strategy has replaced the module's forward."""
-    return not isinstance(vars(module).get("forward"), SplitForward | None)
+    return not isinstance(vars(module).get("forward"), SplitForward | ProductForward | None)
 
 
 class SplitForward(StaysBehind):
@@ -99,8 +100,9 @@ class SplitForward(StaysBehind):
 
 def _linear(linear: nn.Linear, x: Tensor, weight_work: Queue) -> Tensor:
     weight = linear.weight  # in the compute dtype: perhaps a cast of the parameter
-    on_grad = defer_to(weight_work, weight, x)
-    return split_linear(x, without_graph(weight), linear.bias, on_grad)
+    product = new_product(linear)
+    on_grad = defer_to(weight_work, weight, x, product)
+    return split_linear(x, without_graph(weight), linear.bias, product, on_grad)
 
 
 def _with_inner_graph(

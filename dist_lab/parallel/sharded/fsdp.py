@@ -39,7 +39,7 @@ from dist_lab.parallel.sharded.fsdp_stages import ShardedStages
 from dist_lab.parallel.sharded.param_group import Grads, ParamGroup
 from dist_lab.parallel.sharded.reductions import Reductions
 from dist_lab.parallel.sharded.replicas import sum_over_replicas
-from dist_lab.parallel.sharded.unit_groups import groups_by_unit, names_by_group
+from dist_lab.parallel.sharded.unit_groups import gather_in_codes, groups_by_unit, names_by_group
 from dist_lab.step.protocol import ROOT, Applied, Phase, Sync
 from dist_lab.step.setup import Setup
 from dist_lab.transforms.offload import maker, offloaded
@@ -85,10 +85,11 @@ def apply(
             unit, {name: slots[name] for name in names}, dtypes, axis, gather_axis,
             setup.full_value, make_memory, setup.slot_length,
         )
-        for (unit, dtypes), names in names_by_group(setup, slots).items()
+        for (unit, dtypes, _), names in names_by_group(setup, slots).items()
     ]  # fmt: skip
     for group in groups:
         group.reduce_dtype = reduce_dtype or group.shard_dtype
+    gather_in_codes(groups, setup)
     groups_of = groups_by_unit(groups, setup.units)
     if setup.stages is None:
         sync: Sync = FullySharded(

@@ -29,6 +29,7 @@ from dist_lab.parallel.sharded.sharded_grads import ShardedGrads
 from dist_lab.parallel.sharded.sharded_param import ShardedParam, shard_length, shard_param
 from dist_lab.parallel.sharded.unsharded import copy_writes_to_shards, shard_value
 from dist_lab.step.grad_elsewhere import GradElsewhere, real_grad
+from dist_lab.step.setup import AllGather
 from dist_lab.transforms.offload import Make
 
 
@@ -64,6 +65,7 @@ class ParamGroup:
         sent: send buffer of the all-gather; None: each all-gather sends a new copy.
         users: units in forward or backward that need the parameters.
         visits: number of forwards through the group's unit whose backward has not ended.
+        all_gather: `ops.all_gather_coalesced`, or one that sends codes (quantize/lowp/gather.py).
         reduce_dtype: the dtype in which gradients are summed.
         written: name -> digest, of the parameters that forwards have written to by `.data`.
     """
@@ -82,6 +84,7 @@ class ParamGroup:
         self.unit, self.axis, self.gather_axis = unit, axis, gather_axis
         self.shard_dtype, self.compute_dtype = dtypes
         self.reduce_dtype = self.shard_dtype
+        self.all_gather: AllGather = ops.all_gather_coalesced
         shapes = {name: parameter_at(places).shape for name, places in slots.items()}
         longest = {name: shard_length(shape, axis.size) for name, shape in shapes.items()}
         lengths = {n: slot_length(k, dtypes[0], axis.size) for n, k in longest.items()}
@@ -108,10 +111,7 @@ class ParamGroup:
         self.keep_incoming = True  # False: drop it, because the step was aborted
 
     def _allocate(self, length: int, make_memory: Make | None) -> tuple[Tensor, Tensor | None]:
-        """The memory of the shards, and the send buffer of the all-gather: see `sent`.
-
-        Both are the same memory if the shards are in the dtype of compute.
-        """
+        """Memory of the shards, and of `sent`: the same if the shards are in the compute dtype."""
         if make_memory:
             return make_memory(length, self.shard_dtype), None
         sent = ops.shared_buffer(length, self.compute_dtype, self.gather_axis)
@@ -152,7 +152,7 @@ class ParamGroup:
                 param.use_rows(shard[None])
             return ops.Pending(sent)
         rows = [param.use_rows(param.new_rows(axis.size)) for param in self.params]
-        return ops.all_gather_coalesced(rows, sent, axis)
+        return self.all_gather(rows, sent, axis)
 
     def _to_send(self) -> Tensor:
         """This rank's shards, in the dtype of compute."""

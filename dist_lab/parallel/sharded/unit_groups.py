@@ -29,16 +29,19 @@ def groups_by_unit(
 
 def names_by_group(
     setup: Setup, slots: Mapping[str, list[ParamSlot]]
-) -> dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]]:
-    """(unit, (dtype of the shards, dtype of compute)) -> names of the parameters in this group."""
+) -> dict[tuple[str, tuple[torch.dtype, torch.dtype], bool], list[str]]:
+    """(unit, (dtype of the shards, dtype of compute), whether the all-gather sends codes) -> names
+    of the parameters in this group.
+    """
     owner = owners(_where_used(setup, slots), setup.units)
-    groups: dict[tuple[str, tuple[torch.dtype, torch.dtype]], list[str]] = {}
+    coded = setup.coded.names if setup.coded else frozenset()
+    groups: dict[tuple[str, tuple[torch.dtype, torch.dtype], bool], list[str]] = {}
     for name, p in setup.model.named_parameters():
         # A norm with running statistics computes in their dtype: see transforms/precision.py.
         in_norm = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
         is_cast = p.is_floating_point() and not in_norm
         compute_dtype = (setup.param_dtype or p.dtype) if is_cast else p.dtype
-        groups.setdefault((owner[name], (p.dtype, compute_dtype)), []).append(name)
+        groups.setdefault((owner[name], (p.dtype, compute_dtype), name in coded), []).append(name)
     return groups
 
 
@@ -49,3 +52,15 @@ def _where_used(
     stages = setup.stages.modules.values() if setup.stages else ()
     read = {module for stage in stages for module in stage.modules()}
     return {n: [s for s in places if s[0] in read] or places for n, places in slots.items()}
+
+
+def gather_in_codes(groups: Sequence[ParamGroup], setup: Setup) -> None:
+    """Let those groups send codes that consist of weights to be coded. Collective."""
+    if setup.coded is None or setup.axis.size == 1:
+        return
+    # Of a weight that tp splits, each rank of tp holds a part. Copies change no maximum.
+    range_axis = setup.mesh.channel("fsdp", "tp")
+    for group in groups:
+        names = [param.name for param in group.params]
+        if setup.coded.names.issuperset(names):
+            group.all_gather = setup.coded.all_gather_of(names, range_axis)

@@ -5,11 +5,11 @@
 The table in tp.py says which collective each arrow is, in forward and in backward.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lab.comm import autograd
@@ -17,15 +17,10 @@ from dist_lab.comm.ops import Pending
 from dist_lab.comm.shared.scratch import Scratch
 from dist_lab.errors import UserError, nearest_degree
 from dist_lab.mesh.mesh import Axis
-from dist_lab.parallel.split_linear import (
-    OnOutputGrad,
-    Queue,
-    defer_to,
-    split_linear,
-    weight_gradient,
-)
+from dist_lab.parallel.split_linear import OnOutputGrad, Queue, defer_to, split_linear
 from dist_lab.parallel.tensor.layers import AnyLinear
 from dist_lab.parallel.tensor.plan import divisors
+from dist_lab.step.products import Product, linear, new_product
 from dist_lab.step.setup import WeightWork
 from dist_lab.transforms.operands import without_graph
 
@@ -46,12 +41,13 @@ class ActivationLayout:
         self.weight_work = weight_work
         self.scratch = Scratch(axis)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
         """x W^T, of which a pipeline's schedule may defer the weight gradient. Differentiable."""
-        queue = self.weight_work.queue
+        queue, weight, product = self.weight_work.queue, layer.weight, new_product(layer)
         if queue is None or not torch.is_grad_enabled() or not weight.requires_grad:
-            return F.linear(x, weight)
-        return split_linear(x, without_graph(weight), None, defer_to(queue, weight, x))
+            return linear(x, weight, None, product)
+        on_grad = defer_to(queue, weight, x, product)
+        return split_linear(x, without_graph(weight), None, product, on_grad)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x[T_tp] -> x[T], or x itself. Not differentiable."""
@@ -121,7 +117,7 @@ class SharedColumnInput:
     def clear(self) -> None:
         self.source: tuple[Tensor, int | None] | None = None  # the input, and its version
         self.gathered: Tensor | None = None
-        self.uncalled: dict[AnyLinear, tuple[Tensor, OnOutputGrad]] = {}
+        self.uncalled: dict[AnyLinear, tuple[Tensor, Product, OnOutputGrad]] = {}
 
     def __call__(self, x: Tensor, column: AnyLinear) -> Tensor:
         """x W^T + b of one colwise layer."""
@@ -133,26 +129,27 @@ class SharedColumnInput:
         if not is_same or column not in self.uncalled:
             output_grads: dict[int, Tensor] = {}
             weights = [each.weight for each in self.columns]
+            products = [new_product(each) for each in self.columns]
             operands = weights if queue is None else map(without_graph, weights)
             self.gathered, *views = _EnterBlock.apply(
-                x, self.activations, queue, output_grads, weights, *operands
+                x, self.activations, queue, output_grads, products, weights, *operands
             )
             self.source = x, version
             self.uncalled = {
-                each: (view, partial(output_grads.__setitem__, i))
+                each: (view, products[i], partial(output_grads.__setitem__, i))
                 for i, (each, view) in enumerate(zip(self.columns, views, strict=True))
             }
-        gathered, (weight, on_grad) = self.gathered, self.uncalled.pop(column)
+        gathered, (weight, product, on_grad) = self.gathered, self.uncalled.pop(column)
         assert gathered is not None
         if not self.uncalled:
             self.clear()
-        return split_linear(gathered, weight, column.bias, on_grad)
+        return split_linear(gathered, weight, column.bias, product, on_grad)
 
 
 def enter_block(x: Tensor, activations: ActivationLayout) -> Tensor:
     """Unshard x for layers that differ between ranks. Differentiable: backward sums dx."""
     gathered: Tensor
-    (gathered,) = _EnterBlock.apply(x, activations, None, {}, [])
+    (gathered,) = _EnterBlock.apply(x, activations, None, {}, [], [])
     return gathered
 
 
@@ -169,16 +166,17 @@ class _EnterBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, activations: ActivationLayout, queue: Queue | None,
-        output_grads: dict[int, Tensor], deferred: list[Tensor], *weights: Tensor,
+        output_grads: dict[int, Tensor], products: Sequence[Product], deferred: list[Tensor],
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.activations, ctx.queue, ctx.output_grads = activations, queue, output_grads
-        ctx.deferred = deferred if queue is not None else []
+        ctx.products, ctx.deferred = products, deferred if queue is not None else []
         ctx.set_materialize_grads(False)
         full_x = activations.all_gather(x)
         gathered = x.view_as(x) if full_x is x else full_x
         ctx.save_for_backward(x if activations.regather else gathered)
         outputs = [gathered, *(weight.view_as(weight) for weight in weights)]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         frozen = [y for y, needs_grad in zip(outputs, needs, strict=True) if not needs_grad]
         ctx.mark_non_differentiable(*frozen)
         return tuple(outputs)
@@ -199,8 +197,9 @@ class _EnterBlock(torch.autograd.Function):
         weight_grads = list(view_grads)
         for i, view_grad in enumerate(view_grads):
             if i in output_grads and ctx.queue is not None and not create_graph:
-                defer_to(ctx.queue, ctx.deferred[i], x)(output_grads.pop(i))
+                on_grad = defer_to(ctx.queue, ctx.deferred[i], x, ctx.products[i])
+                on_grad(output_grads.pop(i))
             elif i in output_grads:
-                dw = weight_gradient(output_grads.pop(i), x)
+                dw = ctx.products[i].weight_grad(output_grads.pop(i), x)
                 weight_grads[i] = dw if view_grad is None else dw + view_grad
-        return None if pending is None else pending.wait(), *[None] * 4, *weight_grads
+        return None if pending is None else pending.wait(), *[None] * 5, *weight_grads

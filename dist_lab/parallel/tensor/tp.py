@@ -203,7 +203,7 @@ def _rowwise(
     if x.shape[-1] == linear.in_features != width:  # unsharded: no colwise layer came before
         start, _ = shard_bounds(linear.in_features, axis.size, axis.index)
         x = enter_block(x, activations).narrow(-1, start, width)  # In[B, F] -> In[B, F_tp]
-    partial_y = activations.linear(x, linear.weight)  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp}
+    partial_y = activations.linear(x, linear)  # In[B, F_tp] . W[F_tp, D] -> Out{U_tp}
     y = activations.reduce(partial_y)
     return y if linear.bias is None else y + linear.bias  # after the sum, so that it is added once
 

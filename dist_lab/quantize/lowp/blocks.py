@@ -76,12 +76,10 @@ class Codec:
             x: float64, or anything else, which is taken as float32.
             largest: the largest magnitude in the whole matrix, if x is a part of it.
         """
-        x = x if x.dtype == torch.float64 else x.float()
+        x = wide(x)
         outer = x.new_ones(())
         if self.outer is not None:
-            largest = magnitude(x) if largest is None else largest.to(x.dtype)
-            top = self.element.max * (self.scale.top if self.scale else 1)
-            outer = self.outer.of(largest, top)
+            outer = self.outer_of(magnitude(x) if largest is None else largest)
             x = x / outer
         if self.block is None or self.scale is None:
             return Coded(self, self.element.rounded(x), x.new_ones(1, 1), outer)
@@ -90,6 +88,11 @@ class Codec:
         divisor = torch.where(scale == 0, 1, scale)[:, None, :, None]
         elements = self.element.rounded(as_matrix(tiles / divisor, x.shape))
         return Coded(self, elements, scale, outer)
+
+    def outer_of(self, largest: Tensor) -> Tensor:
+        """The scale of the matrix, from its largest magnitude; 1 if the codec has none."""
+        top = self.element.max * (self.scale.top if self.scale else 1)
+        return torch.ones_like(largest) if self.outer is None else self.outer.of(largest, top)
 
     @property
     def bits(self) -> float:
@@ -133,8 +136,14 @@ class Coded:
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """The largest |x|, 0-dim; 0 of no values, NaN if one is NaN."""
-    return x.detach().abs().amax() if x.numel() else x.new_zeros(())
+    """The largest |x|, 0-dim, in float32 or float64; 0 of no values, NaN if one is NaN."""
+    x = wide(x.detach())
+    return x.abs().amax() if x.numel() else x.new_zeros(())
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 # --- scales ---------------------------------------------------------------------------------------

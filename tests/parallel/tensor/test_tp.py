@@ -21,6 +21,7 @@ from dist_lab.observe.memory import by_layout, measured
 from dist_lab.parallel.tensor import sequence, tp
 from dist_lab.parallel.tensor.vocabulary import SplitLogits
 from dist_lab.programs.cli import registry
+from dist_lab.step.products import Plain
 
 SEQ_PARALLEL = {"sequence_parallel": True}
 REGATHER = SEQ_PARALLEL | {"regather": True}
@@ -269,19 +270,19 @@ def test_weight_gradients_are_computed_while_the_input_gradient_is_in_flight(mes
             events.append("wait")
             return self.pending.wait()
 
-    start, compute = sequence.ActivationLayout.start_reduce, sequence.weight_gradient
+    start, compute = sequence.ActivationLayout.start_reduce, Plain.weight_grad
 
     def start_reduce(self, x):
         events.append("issue")
         return Watched(start(self, x))
 
-    def weight_gradient(dy, x):
+    def weight_grad(self, dy, x):
         events.append("dW")
-        return compute(dy, x)
+        return compute(self, dy, x)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sequence.ActivationLayout, "start_reduce", start_reduce)
-        patch.setattr(sequence, "weight_gradient", weight_gradient)
+        patch.setattr(Plain, "weight_grad", weight_grad)
         output = job.model(text(0)[0])
         events.clear()
         job.cross_entropy_sum(output, text(0)[1]).backward()

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from dist_lab.quantize.lowp.blocks import Codec, as_matrix, as_tiles
+from dist_lab.quantize.lowp.codecs import CODECS
 from dist_lab.quantize.lowp.formats import E2M1, E4M3, E5M2, decode_e8m0
-from dist_lab.quantize.lowp.recipes import RECIPES
 
-CODECS = {
-    f"{recipe.name} {operand}": getattr(recipe, operand)
-    for recipe in RECIPES.values()
+OPERANDS = {
+    f"{codecs.name} {operand}": getattr(codecs, operand)
+    for codecs in CODECS.values()
     for operand in ("x", "weight", "dy")
 }
-EACH = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+EACH = pytest.mark.parametrize("codec", OPERANDS.values(), ids=OPERANDS)
 
 
 def matrix(rows: int = 48, columns: int = 160, seed: int = 0) -> Tensor:
@@ -34,7 +34,7 @@ def nearest_e2m1(x: float) -> float:
 
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp4"])
 def test_mx_has_the_scales_and_elements_of_the_specification(name):
-    x, codec = matrix(12, 64), RECIPES[name].x
+    x, codec = matrix(12, 64), CODECS[name].x
     coded = codec(x)
     for row in range(x.size(0)):
         for block in range(x.size(1) // 32):
@@ -54,7 +54,7 @@ def test_mx_has_the_scales_and_elements_of_the_specification(name):
 
 def test_nvfp4_has_a_scale_in_e4m3_and_one_for_the_matrix():
     x = matrix()
-    coded = RECIPES["nvfp4"].x(x)
+    coded = CODECS["nvfp4"].x(x)
     assert float(coded.outer) == float(x.abs().max() / (6 * 448))
     largest = x.view(48, 10, 16).abs().amax(-1) / coded.outer
     assert torch.equal(coded.scale, (largest / 6).to(torch.float8_e4m3fn).float())
@@ -66,7 +66,7 @@ def test_nvfp4_has_a_scale_in_e4m3_and_one_for_the_matrix():
 @pytest.mark.parametrize(("name", "cast"), [("x", torch.float8_e4m3fn), ("dy", torch.float8_e5m2)])
 def test_one_scale_for_the_matrix_has_the_bits_of_torchs_cast(name, cast):
     x, top = matrix(), torch.finfo(cast).max
-    coded = getattr(RECIPES["fp8"], name)(x)
+    coded = getattr(CODECS["fp8"], name)(x)
     assert float(coded.outer) == float(x.abs().max() / top)
     assert torch.equal(coded.elements, (x / coded.outer).clamp(-top, top).to(cast).float())
     assert torch.equal(coded.codes(), coded.elements.to(cast).view(torch.uint8))
@@ -74,7 +74,7 @@ def test_one_scale_for_the_matrix_has_the_bits_of_torchs_cast(name, cast):
 
 def test_blocks_of_128_have_the_scale_of_their_largest_value():
     x = matrix(256, 256)
-    rows, squares = (codec(x) for codec in (RECIPES["fp8-block"].x, RECIPES["fp8-block"].weight))
+    rows, squares = (codec(x) for codec in (CODECS["fp8-block"].x, CODECS["fp8-block"].weight))
     assert torch.equal(rows.scale[7, 1], x[7, 128:].abs().max() / 448)
     assert torch.equal(squares.scale[1, 0], x[128:, :128].abs().max() / 448)
 
@@ -106,10 +106,10 @@ def test_a_coded_matrix_is_near_and_coding_it_again_changes_nothing(codec):
         )
 
 
-@pytest.mark.parametrize("name", [n for n in RECIPES if "pow2" in n or n.startswith("mx")])
+@pytest.mark.parametrize("name", [n for n in CODECS if "pow2" in n or n.startswith("mx")])
 def test_scales_that_are_powers_of_two_change_no_digit(name):
     for x in (matrix(), matrix().double() / 3):
-        for codec in (RECIPES[name].x, RECIPES[name].weight, RECIPES[name].dy):
+        for codec in (CODECS[name].x, CODECS[name].weight, CODECS[name].dy):
             coded = codec(x)
             scales = coded.outer if codec.outer is not None else coded.scale
             assert (torch.frexp(scales)[0] == 0.5).all()
@@ -153,6 +153,6 @@ def test_tiles_are_padded_with_zeros():
 
 
 def test_bits_are_those_of_elements_and_scales():
-    bits = {name: RECIPES[name].x.bits for name in ("fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4")}
+    bits = {name: CODECS[name].x.bits for name in ("fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4")}
     assert bits == {"fp8": 8, "fp8-block": 8.25, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}
-    assert isinstance(RECIPES["nvfp4"].weight, Codec)
+    assert isinstance(CODECS["nvfp4"].weight, Codec)

@@ -1,4 +1,4 @@
-"""Recipes: which codec each matrix of a training step is coded with.
+"""Recipes: which codec each operand of a training step is coded with.
 
 A Linear has three matrix products, and each sums over another letter:
 
@@ -44,7 +44,7 @@ from dist_lab.quantize.lowp.formats import E2M1, E4M3, E5M2, Format
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Codecs:
     """The codecs of inputs, weights and gradients of outputs. Blocks run along the sum: (r, c)
     has c values of the letter that is summed over.
     """
@@ -55,29 +55,29 @@ class Recipe:
     dy: Codec
 
 
-def per_matrix(name: str, scale: Scale) -> Recipe:
+def per_matrix(name: str, scale: Scale) -> Codecs:
     e4m3, e5m2 = Codec(E4M3, outer=scale), Codec(E5M2, outer=scale)
-    return Recipe(name, e4m3, e4m3, e5m2)
+    return Codecs(name, e4m3, e4m3, e5m2)
 
 
-def per_block(name: str, scale: Scale) -> Recipe:
+def per_block(name: str, scale: Scale) -> Codecs:
     row, square = Codec(E4M3, (1, 128), scale), Codec(E4M3, (128, 128), scale)
-    return Recipe(name, row, square, row)
+    return Codecs(name, row, square, row)
 
 
-def microscaled(name: str, element: Format) -> Recipe:
+def microscaled(name: str, element: Format) -> Codecs:
     codec = Codec(element, (1, 32), E8M0)
-    return Recipe(name, codec, codec, codec)
+    return Codecs(name, codec, codec, codec)
 
 
-def two_levels(name: str, outer: Scale) -> Recipe:
+def two_levels(name: str, outer: Scale) -> Codecs:
     row, square = (Codec(E2M1, (r, 16), E4M3_SCALE, outer) for r in (1, 16))
-    return Recipe(name, row, square, row)
+    return Codecs(name, row, square, row)
 
 
-RECIPES: Mapping[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
+CODECS: Mapping[str, Codecs] = {
+    codecs.name: codecs
+    for codecs in (
         per_matrix("fp8", FLOAT32), per_matrix("fp8-pow2", POWER_OF_TWO),
         per_block("fp8-block", FLOAT32), per_block("fp8-block-pow2", POWER_OF_TWO),
         microscaled("mxfp8", E4M3), microscaled("mxfp4", E2M1),
