@@ -6,7 +6,19 @@
 
 Products with few rows, as when text is generated, unpack a tile of the weight at a time
 (packed_matmul.py). Products with many rows make the whole weight first, and then are those of an
-nn.Linear with this weight, bit for bit. FEW_ROWS is where the second becomes the faster one.
+nn.Linear with this weight, bit for bit.
+
+[Note: how many rows are few] Microseconds of a product with a weight of 1024 x 1024, 4 bits, groups
+of 32, on one core of an AMD EPYC, CPU time, the median of 11 rounds (tests/nightly/weight_only.py):
+
+    rows               1     16     64    128    512
+    tiles           2025   2505   4667   8761  54613
+    whole           4774   4846   6569   7968  18761
+    float32          231    593   1940   3328  11921    nn.Linear
+    torch int4        55    227    882   1767   6694    one fused kernel, bfloat16 inputs
+
+The whole weight wins from 64 to 256 rows on, depending on the shape. Neither is as fast as float32:
+unpacking by tensor operations takes longer than reading eight times the bytes. Tiles save memory.
 
 The layer has no parameters: codes are not trained. Gradients flow through it to its input.
 """
@@ -28,7 +40,7 @@ from dist_lab.quantize.packed_matmul import (
 )
 from dist_lab.quantize.packing import BLOCK, Packed, pack, unpack
 
-FEW_ROWS = 16
+FEW_ROWS = 64  # [Note: how many rows are few]
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class QuantizedLinear(nn.Module):
         if self.inputs is not None:
             x = self.inputs(x)
         differentiable = torch.is_grad_enabled() and x.requires_grad
-        if x.numel() > FEW_ROWS * self.in_features or differentiable:
+        if x.numel() > FEW_ROWS * self.in_features or differentiable or x.is_meta:
             return F.linear(x, self.weight, self.bias)
         y = packed_matmul(x.reshape(-1, self.in_features), self.sorted_weight())
         y = y.view(*x.shape[:-1], self.out_features)

@@ -2,7 +2,8 @@
 
 AutoAWQ (MIT) says that 4-bit weights are faster while a product is bound by memory, that is for few
 rows, and slower beyond. For the matrices of gpt 124m and 25m, and M rows from 1 to 512, prints the
-microseconds of each product y[M, F] = x[M, D] . W[D, F] in alternating rounds:
+microseconds of each product y[M, F] = x[M, D] . W[D, F]: the median of alternating rounds, of the
+CPU time of one thread, so that whatever else runs on the machine does not count:
 
     float32, bfloat16       torch's matmul of the plain weight
     torch int8, torch int4  torch's own kernels of packed weights, bfloat16 inputs
@@ -55,16 +56,16 @@ def products(inputs: int, outputs: int, bits: int) -> dict[str, Product]:
 
 
 def microseconds(functions: dict[str, Product], rows: int, inputs: int, rounds: int) -> dict:
-    """The median time of each product."""
+    """The median CPU time of each product."""
     x = torch.randn(rows, inputs)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
             given = x if name in ("float32", "tiles", "whole") else x.bfloat16()
-            began = time.perf_counter()
+            began = time.thread_time()
             function(given)
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.thread_time() - began)
     return {name: 1e6 * statistics.median(each) for name, each in seconds.items()}
 
 
@@ -82,9 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     for size, shapes in SIZES.items():
         for inputs, outputs in shapes:

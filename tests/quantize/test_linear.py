@@ -48,6 +48,17 @@ def test_a_product_of_packed_words_is_that_of_the_values(bits, group, act_order)
             assert (packed_matmul(x, weight) - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
+@pytest.mark.parametrize("group", [24, 48, 96, 192])
+def test_tiles_fit_groups_of_any_size_or_have_several(group):
+    matrix = quantized(4, group, shape=(32, 192))
+    weight = sorted_by_group(pack(matrix), tile=64)
+    whole_groups = all(tile.groups is not None for tile in weight.tiles)
+    assert whole_groups == (group in (96, 192))  # tiles of 32 and of 64
+    x = inputs(3, 192)
+    expected = x @ matrix.values().t()
+    assert (packed_matmul(x, weight) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_of_short_numbers_are_at_least_float32(dtype):
     matrix = quantized(8, -1, dtype=torch.float32)
@@ -109,6 +120,8 @@ def test_many_rows_have_the_bits_of_a_linear_and_few_rows_its_values():
     many, few = inputs(FEW_ROWS + 1, dtype=torch.float32), inputs(FEW_ROWS, dtype=torch.float32)
     assert torch.equal(ours(many), linear(many))
     assert torch.equal(ours(many[None]), linear(many[None]))
+    trained = few.clone().requires_grad_()  # autograd would keep every tile
+    assert torch.equal(ours(trained), linear(trained))
     with torch.no_grad():
         assert (ours(few) - linear(few)).abs().max() < 1e-4
         assert ours(few.view(2, -1, 128)).shape == (2, FEW_ROWS // 2, 96)
@@ -122,6 +135,12 @@ def test_gradients_flow_to_the_input():
     linear(x).sum().backward()
     assert torch.allclose(x.grad, matrix.values().sum(0).expand(2, -1), rtol=0, atol=1e-12)
     assert not list(linear.parameters())
+
+
+def test_on_the_meta_device_it_has_shapes():
+    linear = QuantizedLinear.from_quantized(quantized(act_order=True)).to("meta")
+    for rows in (1, FEW_ROWS + 1):
+        assert linear(inputs(rows).to("meta")).shape == (rows, 96)
 
 
 def test_its_dtype_follows_the_module_and_its_words_do_not():

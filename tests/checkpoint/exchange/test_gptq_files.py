@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import dist_lab
 from dist_lab.checkpoint.exchange import gptq_files, huggingface, llama
 from dist_lab.checkpoint.exchange.tensors import InMemory, same_bits
 from dist_lab.errors import MachineError, UserError
@@ -48,7 +49,7 @@ def quantized(scheme, act_order=False, inputs=None, scale_dtype=torch.float16, *
     return model, plain
 
 
-def tokens(rows=2, length=24):
+def tokens(rows=4, length=24):  # many rows, see FEW_ROWS
     return torch.randint(64, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
@@ -91,6 +92,20 @@ def test_a_folder_has_the_same_bits_and_logits_when_it_is_loaded(
     assert same_bits(logits, plain(tokens()))  # of Linears with these values
     with torch.no_grad():  # few rows: products of packed words
         assert same_bits(loaded(tokens(1, 3)), model(tokens(1, 3)))
+
+
+@pytest.mark.ranks(2, mesh={"dp": 2})
+def test_a_quantised_model_is_evaluated_over_ranks_like_any_other(mesh):
+    rows = tokens(8)[mesh.world.index :: 2]
+
+    def loss_of(model):
+        job = dist_lab.parallelize(model, mesh, "ddp")
+        total = job.count(rows[:, 1:].numel())
+        loss = lambda logits, y: dist_lab.cross_entropy_sum(logits, y) / total  # noqa: E731
+        return float(job.evaluate([(rows[:, :-1], rows[:, 1:])], loss))
+
+    model, plain = quantized(Scheme(4, 32), act_order=True)
+    assert loss_of(model) == loss_of(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
