@@ -183,7 +183,7 @@ def parallelize(
             casts = any(chosen.impl.casts for chosen in mix)
             compute_in(module, param_dtype, parameters=not casts, inputs=stage == 0)
     if on_ranks is not None:  # after it, to round what it has cast
-        on_ranks.bind(applied.layouts, model, applied.stages)
+        on_ranks.bind(applied, model)
     exact_dropout.bind(
         runner.place, seed, applied.stages.modules.values() if applied.stages else [model]
     )

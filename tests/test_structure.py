@@ -33,7 +33,12 @@ LAYERS = [
     ],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.mixes"],
-    ["programs.cli.ranks", "programs.cli.config", "programs.cli.checks"],
+    [
+        "programs.cli.ranks",
+        "programs.cli.low_precision",
+        "programs.cli.config",
+        "programs.cli.checks",
+    ],
     ["programs.cli.saved_settings"],
     [
         "mesh",
@@ -43,7 +48,12 @@ LAYERS = [
     ["layout"],
     ["randomness"],
     ["step"],
-    ["transforms.recompute", "transforms.operands", "transforms.recipe"],
+    [
+        "transforms.recompute",
+        "transforms.saved_weights",
+        "transforms.operands",
+        "transforms.recipe",
+    ],
     ["optim"],
     ["quantize"],
     ["transforms"],

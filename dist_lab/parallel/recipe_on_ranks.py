@@ -20,11 +20,11 @@ from typing import Any
 from torch import nn
 
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Layout, Shard
+from dist_lab.layout.layout import Shard, shard_bounds
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
-from dist_lab.step.setup import Stages
-from dist_lab.transforms.operands import LinearOperands, Split, scopes_of
+from dist_lab.step.protocol import Applied
+from dist_lab.transforms.operands import LinearOperands, Split, Splits, scopes_of
 from dist_lab.transforms.recipe import Recipe, linears_of, names_of_weights
 
 Axes = tuple[str, ...]
@@ -66,60 +66,71 @@ class RecipeOnRanks:
         self.data: Axes = () if fixed_order else DATA_AXES
         self.splits_sequence = bool(options.get("sequence_parallel"))
 
-    def bind(self, layouts: Mapping[str, Layout], model: nn.Module, stages: Stages | None) -> None:
+    def bind(self, applied: Applied, model: nn.Module) -> None:
         """Register the hooks in this rank's part of the model. Collective: makes process groups.
 
         Args:
-            layouts: after all strategies.
+            applied: the result of all strategies.
         """
+        layouts, stages = applied.layouts, applied.stages
         if stages is not None and stages.traced:
             raise UserError(
                 "pp has cut this model's graph, in which no unit is called, so a recipe cannot "
                 "round its weights (recipe=); give the model `stages`, globs on names of modules "
                 'that in sequence are its forward: stages = ("embed", "layers.*", "head")'
             )
-        over = {
-            name: self._axes_of(name, dict(layouts[weight].splits).get("tp"))
+        splits = {
+            name: self._splits(name, dict(layouts[weight].splits).get("tp"))
             for name, weight in self.weights.items()
         }
+        over = {name: self._over(each) for name, each in splits.items()}
         channels: dict[Axes, Axis | None] = {(): None}
         for axes in sorted({axes for each in over.values() for axes in each} - {()}):
             channels[axes] = self.mesh.channel(*axes)  # the same on every rank, in this order
         roots = [model] if stages is None else list(stages.modules.values())
         on_rank = {m for root in roots for m in root.modules()}
         local = {name: m for name, m in model.named_modules() if m in on_rank}
-        operands = {
-            name: LinearOperands(name, local[name], *(channels[axes] for axes in over[name]))
-            for name in self.weights
-            if name in local
-        }
+        operands: dict[str, LinearOperands] = {}
+        for name in self.weights:
+            linear = local.get(name)
+            if isinstance(linear, nn.Linear):
+                weight, inputs, grads = (channels[axes] for axes in over[name])
+                operands[name] = LinearOperands(
+                    name, linear, splits[name], weight, inputs, grads,
+                    resharded=applied.sharded_between_units,
+                )  # fmt: skip
         units = {name: local[name] for name in self.units if name in local}
         scopes = scopes_of(roots, units, operands)
         self._refuse_alone([name for name, unit in units.items() if unit in scopes])
         self.on_model.show(scopes)
 
-    def _axes_of(self, name: str, placement: object) -> tuple[Axes, Axes, Axes]:
-        """The axes over which the ranges of weight, input and output gradient are taken."""
-        columns, rows = self.widths[name]
-        dim = placement.dim if isinstance(placement, Shard) else None
+    def _splits(self, name: str, placement: object) -> Splits:
+        """How weight, input and output gradient of a Linear are split; `placement`: over tp."""
+        inputs, outputs = self.widths[name]
+        dim, tp = placement.dim if isinstance(placement, Shard) else None, self.mesh["tp"]
         colwise: Axes = ("tp",) if dim == 0 else ()
         rowwise: Axes = ("tp",) if dim == 1 else ()
         tokens: Axes = (*self.data, "tp") if self.splits_sequence else self.data
-        part, part_of_rows = (
-            -(-width // self.mesh["tp"].size) if split else width
-            for width, split in ((columns, rowwise), (rows, colwise))
+
+        def split(width: int, rows: Axes, columns: Axes) -> Split:
+            shard = -(-width // tp.size) if columns else width
+            first = shard_bounds(width, tp.size, tp.index)[0] if columns else 0
+            return Split(name, width, shard, first, rows, columns)
+
+        return (
+            split(inputs, colwise, rowwise),
+            split(inputs, tokens, rowwise),
+            split(outputs, tokens, colwise),
         )
+
+    def _over(self, splits: Splits) -> tuple[Axes, ...]:
+        """The axes over which the ranges of weight, input and output gradient are taken."""
         recipe = self.recipe
-        pairs = (
-            (recipe.weights, Split(name, columns, part, colwise, rowwise)),
-            (recipe.inputs, Split(name, columns, part, tokens, rowwise)),
-            (recipe.output_grads, Split(name, rows, part_of_rows, tokens, colwise)),
+        operands = recipe.weights, recipe.inputs, recipe.output_grads
+        return tuple(
+            () if operand is None else self._longer(operand.over(split))
+            for operand, split in zip(operands, splits, strict=True)
         )
-        weight, inputs, grads = (
-            () if rounding is None else self._longer(rounding.over(split))
-            for rounding, split in pairs
-        )
-        return weight, inputs, grads
 
     def _longer(self, axes: Axes) -> Axes:
         """Those with several ranks, each once, in the order of the mesh."""

@@ -23,13 +23,13 @@ is clamped. Here a range is computed in every forward and taken over the ranks; 
 arithmetic is in float32, and the result is bfloat16.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_lab.errors import UserError
-from dist_lab.quantize.formula import WHOLE, Grid, Scheme, extremes, grid_between, nearest_divisor
+from dist_lab.quantize.formula import WHOLE, Grid, Scheme, extremes, grid_between
 from dist_lab.transforms.operands import Split
 from dist_lab.transforms.recipe import Recipe, RoundedOperands, Start
 
@@ -60,29 +60,43 @@ class StraightThrough:
         self.scheme = scheme
 
     def over(self, split: Split) -> tuple[str, ...]:
-        """A row's range is taken over ranks that have other columns. A group is within a rank."""
+        """A range is taken over ranks that have other elements of the row, or of a group of it."""
         if self.scheme.group is None:
             return (*split.rows, *split.columns)
-        self.scheme.groups_of(split.width)
-        if self.scheme.group == WHOLE:
-            return split.columns
-        if split.columns and split.shard % self.scheme.group:
-            group, near = self.scheme.group, nearest_divisor(split.shard, self.scheme.group)
-            raise UserError(
-                f"{split.name} has {split.width} columns, of which a rank of "
-                f"{' and '.join(split.columns)} has {split.shard}: groups of {group} lie on two "
-                f"ranks (group={group}); give {near}, or -1 for one scale per row"
-            )
-        return ()
+        self.scheme.groups_of(split.width)  # raises
+        shared = self.scheme.group == WHOLE or self._shares_groups(split)
+        return split.columns if shared else ()
 
-    def limits_of(self, x: Tensor) -> Tensor:
-        """x (N, D) -> (2, N, G): minus the smallest value of each group, and the largest."""
+    def limits_of(self, x: Tensor, split: Split) -> Tensor:
+        """x (N, D) -> (2, N, G): minus the smallest value of each group, and the largest.
+
+        If ranks share groups, G are those of the whole row. 0 is in every range, so a group of
+        which this rank has no column is 0 here.
+        """
+        if self._shares_groups(split):
+            first, rows = self._first(x, split), x.new_zeros(x.size(0), split.width)
+            rows[:, first : first + x.size(1)] = x
+            x = rows
         low, high = extremes(_wide(x), self.scheme)
         return torch.stack([-low, high])
 
-    def round(self, x: Tensor, limits: Tensor) -> Tensor:
-        grid = grid_between(-limits[0], limits[1], self.scheme, x.size(1))
+    def round(self, x: Tensor, limits: Tensor, split: Split) -> Tensor:
+        columns = split.width if self._shares_groups(split) else x.size(1)
+        grid = grid_between(-limits[0], limits[1], self.scheme, columns)
+        if self._shares_groups(split):
+            first = self._first(x, split)
+            grid = replace(grid, groups=grid.groups[first : first + x.size(1)])
         return _StraightThrough.apply(x, grid)
+
+    def _shares_groups(self, split: Split) -> bool:
+        """Whether some group of columns lies on two ranks."""
+        group = self.scheme.group
+        in_groups = group is not None and group != WHOLE and split.columns
+        return bool(in_groups) and split.shard % group != 0  # type: ignore[operator]
+
+    def _first(self, x: Tensor, split: Split) -> int:
+        """The first column of x: under tp a rowwise Linear may be given all columns."""
+        return 0 if x.size(1) == split.width else split.first
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -43,6 +43,7 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.step.hooks import ModuleHook
 from dist_lab.torch_private import of_plain_tensors
 from dist_lab.transforms.recompute import CheckpointedForward
+from dist_lab.transforms.saved_weights import Round, RoundAgain
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class Split:
     """How a matrix (N, D) is split over ranks.
 
     name: of the Linear, for messages
-    rows, columns: the mesh axes along which ranks have other rows, and other columns
     width: D, on all ranks together
-    shard: the columns on one rank
+    shard: the columns on one rank; the last ranks may have fewer
+    first: the first column on this rank
+    rows, columns: the mesh axes along which ranks have other rows, and other columns
     """
 
     name: str
     width: int
     shard: int
+    first: int = 0
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
 
@@ -70,24 +73,55 @@ class Ranged(Protocol):
 
 
 class Rounding(Ranged, Protocol):
-    """Rounds a matrix (N, D)."""
+    """Rounds a matrix (N, D), of which this rank has a part: see Split."""
 
-    def limits_of(self, x: Tensor) -> Tensor:
+    def limits_of(self, x: Tensor, split: Split) -> Tensor:
         """Numbers of which the ranks take the maximum, each by itself. x may have no rows."""
 
-    def round(self, x: Tensor, limits: Tensor) -> Tensor:
+    def round(self, x: Tensor, limits: Tensor, split: Split) -> Tensor:
         """The rounded matrix, in the dtype of x. Differentiable."""
 
 
 @dataclass(frozen=True)
+class Operand:
+    """A matrix that a Linear multiplies, and the ranks that share its range; None: no others."""
+
+    rounding: Rounding
+    split: Split
+    axis: Axis | None = None
+
+    def rounded(self, x: Tensor, what: str) -> Tensor:
+        """x (..., D), rounded as a matrix whose rows are all but the last dim."""
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        limits = self.rounding.limits_of(rows.detach(), self.split)
+        if self.axis is not None:
+            (limits,) = over_ranks([limits], self.axis, what)
+        return self.rounding.round(rows, limits, self.split).view(x.shape)
+
+
+Splits = tuple[Split, Split, Split]  # of the weight, the input, and the gradient of the output
+
+
+def unsplit(name: str, linear: nn.Linear) -> Splits:
+    """The operands of a Linear in one process."""
+    inputs, outputs = linear.in_features, linear.out_features
+    return Split(name, inputs, inputs), Split(name, inputs, inputs), Split(name, outputs, outputs)
+
+
+@dataclass(frozen=True)
 class LinearOperands:
-    """One Linear, and the ranks with which it shares the range of each operand; None: with none."""
+    """One Linear, and the ranks with which it shares the range of each operand; None: with none.
+
+    resharded: between forward and backward the weight has no memory
+    """
 
     name: str
     module: nn.Linear
+    splits: Splits
     weight_axis: Axis | None = None
     input_axis: Axis | None = None
     grad_axis: Axis | None = None
+    resharded: bool = False
 
 
 Scopes = dict[nn.Module, list[LinearOperands]]
@@ -126,12 +160,14 @@ def show_operands(
         if isinstance(unit.forward, CheckpointedForward):  # in backward it runs without hooks
             unit.forward.around.append(shown.in_recomputation)
         for linear in linears:
+            _, of_input, of_grad = linear.splits
             if inputs is not None:
-                hook = ModuleHook(partial(latest.round, inputs, linear.input_axis))
+                operand = Operand(inputs, of_input, linear.input_axis)
+                hook = ModuleHook(partial(latest.round, operand))
                 linear.module.register_forward_pre_hook(hook, with_kwargs=True)
             if output_grads is not None:
-                hook = ModuleHook(partial(_round_gradient, output_grads, linear))
-                linear.module.register_forward_hook(hook)
+                operand = Operand(output_grads, of_grad, linear.grad_axis)
+                linear.module.register_forward_hook(ModuleHook(partial(_round_gradient, operand)))
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -164,14 +200,22 @@ class RoundedWeights:
     def __init__(
         self, rounding: Rounding | None, linears: Sequence[LinearOperands], latest: "LatestInput"
     ) -> None:
-        self.rounding, self.linears, self.latest = rounding, linears, latest
-        self.shown, self.depth = ShownTensors(), 0
+        self.pairs = [
+            (linear.module, Operand(rounding, linear.splits[0], linear.weight_axis))
+            for linear in linears
+            if rounding is not None
+        ]
+        self.latest, self.resharded = latest, any(linear.resharded for linear in linears)
+        self.shown, self.saved, self.depth = ShownTensors(), RoundAgain(), 0
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.depth += 1
         if self.depth == 1:
-            for linear, rounded in zip(self.linears, self._rounded(), strict=False):
-                self.shown.show(linear.module, "weight", rounded)
+            weights = self._rounded()
+            if self.resharded:
+                self.saved.start(weights)
+            for (linear, _), (_, rounded, _) in zip(self.pairs, weights, strict=True):
+                self.shown.show(linear, "weight", rounded)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         # Called after every exception, also after that of a hook that runs before `enter`.
@@ -184,11 +228,11 @@ class RoundedWeights:
     def _again(self) -> Iterator[None]:
         """Surrounds the second forward of the unit: see [Note: recomputation]."""
         with torch.no_grad():
-            weights = [rounded.detach() for rounded in self._rounded()]
+            weights = self._rounded()
         self.depth += 1
-        for linear, rounded in zip(self.linears, weights, strict=False):
-            trained = linear.module.weight.requires_grad
-            self.shown.show(linear.module, "weight", rounded.requires_grad_(trained))
+        for (linear, _), (parameter, rounded, _) in zip(self.pairs, weights, strict=True):
+            leaf = rounded.detach().requires_grad_(parameter.requires_grad)
+            self.shown.show(linear, "weight", leaf)
         try:
             yield
         finally:
@@ -197,26 +241,34 @@ class RoundedWeights:
     def _end(self) -> None:
         self.depth = max(0, self.depth - 1)
         if self.depth == 0:
+            self.saved.stop()
             self.shown.hide()
             self.latest.forget()
 
-    def _rounded(self) -> list[Tensor]:
-        if self.rounding is None:
-            return []
-        return of_plain_tensors(self._round, self.rounding)
+    def _rounded(self) -> list[tuple[Tensor, Tensor, Round]]:
+        """Each weight, what it is rounded to, and the function from one to the other."""
+        return of_plain_tensors(self._round)
 
-    def _round(self, rounding: Rounding) -> list[Tensor]:
-        weights = [linear.module.weight for linear in self.linears]
-        limits = [rounding.limits_of(weight.detach()) for weight in weights]
+    def _round(self) -> list[tuple[Tensor, Tensor, Round]]:
+        weights = [linear.weight for linear, _ in self.pairs]
+        operands = [operand for _, operand in self.pairs]
+        limits = [
+            operand.rounding.limits_of(weight.detach(), operand.split)
+            for weight, operand in zip(weights, operands, strict=True)
+        ]
         by_axis: dict[Axis, list[int]] = {}
-        for i, linear in enumerate(self.linears):
-            if linear.weight_axis is not None:
-                by_axis.setdefault(linear.weight_axis, []).append(i)
+        for i, operand in enumerate(operands):
+            if operand.axis is not None:
+                by_axis.setdefault(operand.axis, []).append(i)
         for axis, places in by_axis.items():  # one message for the unit
             largest = over_ranks([limits[i] for i in places], axis, "ranges of weights")
             for i, of_all in zip(places, largest, strict=True):
                 limits[i] = of_all
-        return [rounding.round(w, each) for w, each in zip(weights, limits, strict=True)]
+        rounds = [
+            partial(operand.rounding.round, limits=each, split=operand.split)
+            for each, operand in zip(limits, operands, strict=True)
+        ]
+        return [(w, round(w), round) for w, round in zip(weights, rounds, strict=True)]
 
 
 def without_graph(weight: Tensor) -> Tensor:
@@ -244,24 +296,25 @@ class LatestInput:
     """The input that was rounded last, for the next reader: [Note: one tensor for several readers].
 
     Attributes:
-        source: the input, its version, whether gradients were on, and the axis of its range.
+        source: the input; its version, whether gradients were on, and how it is split.
     """
 
     def __init__(self) -> None:
-        self.source: tuple[Tensor, int, bool, Axis | None] | None = None
+        self.source: tuple[Tensor, Any] | None = None
         self.rounded: Tensor | None = None
 
-    def round(
-        self, rounding: Rounding, axis: Axis | None, module: nn.Module, args: Any, kwargs: Any
-    ) -> tuple[Any, Any]:
+    def round(self, operand: Operand, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a Linear, with its input rounded."""
         x: Tensor = args[0] if args else kwargs["input"]
-        if x.is_inference():  # it has no version that would show a change
-            self.source, self.rounded = None, rounded(x, rounding, axis, "range of an input")
-        else:
-            source = x, x._version, torch.is_grad_enabled(), axis
-            if self.source is None or self.source[0] is not x or self.source[1:] != source[1:]:
-                self.source, self.rounded = source, rounded(x, rounding, axis, "range of an input")
+        version = None if x.is_inference() else x._version  # None: nothing would show a change
+        how = version, torch.is_grad_enabled(), operand.axis, operand.split.columns
+        if (
+            self.source is None
+            or self.source[0] is not x
+            or self.source[1] != how
+            or version is None
+        ):
+            self.source, self.rounded = (x, how), operand.rounded(x, "range of an input")
         if args:
             return (self.rounded, *args[1:]), kwargs
         return args, {**kwargs, "input": self.rounded}
@@ -270,34 +323,23 @@ class LatestInput:
         self.source = self.rounded = None
 
 
-def rounded(x: Tensor, rounding: Rounding, axis: Axis | None, what: str) -> Tensor:
-    """x (..., D), rounded as a matrix whose rows are all but the last dim."""
-    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    limits = rounding.limits_of(rows.detach())
-    if axis is not None:
-        (limits,) = over_ranks([limits], axis, what)
-    return rounding.round(rows, limits).view(x.shape)
-
-
-def _round_gradient(
-    rounding: Rounding, linear: LinearOperands, module: nn.Module, args: Any, output: Any
-) -> Tensor:
+def _round_gradient(operand: Operand, module: nn.Module, args: Any, output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise UserError(
-            f"{linear.name} returns a {type(output).__name__}, of which a recipe cannot round the "
-            "gradient (recipe=); leave it out of linears="
+            f"{operand.split.name} returns a {type(output).__name__}, of which a recipe cannot "
+            "round the gradient (recipe=); leave it out of linears="
         )
-    return _RoundedGradient.apply(output, rounding, linear.grad_axis)
+    return _RoundedGradient.apply(output, operand)
 
 
 class _RoundedGradient(torch.autograd.Function):
     """y -> y. Backward rounds dy."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, rounding: Rounding, axis: Axis | None) -> Tensor:
-        ctx.rounding, ctx.axis = rounding, axis
+    def forward(ctx: Any, y: Tensor, operand: Operand) -> Tensor:
+        ctx.operand = operand
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return rounded(dy, ctx.rounding, ctx.axis, "range of a gradient"), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.operand.rounded(dy, "range of a gradient"), None

@@ -7,7 +7,7 @@ computes these products itself (step/products.py).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from dist_lab.transforms.operands import (
     Split,
     scopes_of,
     show_operands,
+    unsplit,
 )
 
 
@@ -92,10 +93,19 @@ class Recipe:
         """
         named = find_units(model, units or getattr(model, "units", ()))
         linears = linears_of(model, self, named)
-        alone = {name: LinearOperands(name, linear) for name, linear in linears.items()}
+        alone = {name: LinearOperands(name, m, unsplit(name, m)) for name, m in linears.items()}
+        self._check(alone.values())
         on_model = self.start(linears, names_of_weights(model, linears))
         on_model.show(scopes_of([model], named, alone))
         return model
+
+    def _check(self, linears: Iterable[LinearOperands]) -> None:
+        """Raise UserError if an operand cannot be rounded at all."""
+        for linear in linears:
+            operands = self.weights, self.inputs, self.output_grads
+            for operand, split in zip(operands, linear.splits, strict=True):
+                if operand is not None:
+                    operand.over(split)
 
 
 def linears_of(

@@ -53,6 +53,7 @@ def check_settings(config: Config, where: Mapping[str, str]) -> None:
     check_strategy(config, where)
     check_model(config, where)
     check_order(config, where)
+    check_quantised(config, where)
     if config.adamw_lr is not None and config.optimizer not in ("muon", "shampoo"):
         raise UserError(
             f"optimizer {config.optimizer} has no part for adamw with a learning rate of its own "
@@ -122,6 +123,26 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"model {config.model} has no BatchNorm to synchronize ({where['sync_batchnorm']}); "
             "leave it out, or give --model resnet18"
+        )
+
+
+def check_quantised(config: Config, where: Mapping[str, str]) -> None:
+    """Check that the Linears of the model can multiply what --qat rounds."""
+    if config.qat_inputs and not config.qat:
+        raise UserError(
+            f"qat_inputs {config.qat_inputs} rounds inputs together with weights "
+            f"({where['qat_inputs']}); give --qat, too, such as --qat 8"
+        )
+    if config.qat and config.model == "resnet18":
+        raise UserError(
+            f"model resnet18 has no Linear in its blocks to quantise ({where['qat']}); leave it "
+            "out, or give --model gpt, mlp or vit"
+        )
+    if config.qat and config.impl != "hand":
+        raise UserError(
+            f"{' x '.join(config.strategies)}@{config.impl} keeps weights in tensors of its own, "
+            f"and --qat rounds those of our strategies ({where['qat']}); leave it out, or give "
+            "--impl hand"
         )
 
 

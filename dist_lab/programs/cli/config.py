@@ -18,9 +18,10 @@ from dist_lab.faults.grammar import Fault, faults_of, read_spec
 from dist_lab.mesh.topology import DATA_AXES
 from dist_lab.parallel.schedules.actions import Schedule
 from dist_lab.parallel.schedules.library import make
+from dist_lab.programs.cli.low_precision import LowPrecision
 from dist_lab.programs.cli.mesh_text import read_mesh
 from dist_lab.programs.cli.mixes import DATA, in_text, strategies_on
-from dist_lab.programs.cli.ranks import RankSettings, needs_ranks
+from dist_lab.programs.cli.ranks import needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.resume import is_auto, read_resume
 from dist_lab.programs.cli.settings import AtLeast, setting
@@ -40,7 +41,7 @@ def read_order(value: object, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class RunSettings(RankSettings):
+class RunSettings(LowPrecision):
     """The settings of a run. None means a default that depends on other settings."""
 
     # fmt: off
@@ -186,10 +187,7 @@ class RunSettings(RankSettings):
             object.__setattr__(self, "strategy", implied[-1 if implied[-1] in DATA else 0])
 
     def run(self, **changes: Any) -> "Config":
-        """Returns the Config of one run: these settings, with some changed.
-
-        Explain and compare call this; they have no --reduce-order.
-        """
+        """Returns these settings as a Config, with some changed, and without --reduce-order."""
         values = {option.name: getattr(self, option.name) for option in fields(Config)}
         return Config(**values | {"reduce_order": None} | changes)
 

@@ -18,6 +18,10 @@ from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config, RunSettings
+from dist_lab.programs.cli.low_precision import scheme_of
+from dist_lab.quantize.formula import Scheme
+from dist_lab.quantize.qat import QAT
+from dist_lab.transforms.recipe import Recipe
 
 
 def open_run(config: RunSettings, mesh: Mesh) -> Data:
@@ -59,7 +63,16 @@ def arguments(config: Config, data: Data) -> dict[str, Any]:
         "sync_batchnorm": config.sync_batchnorm,
         "reduce_order": config.reduce_order,
         "dropout": "exact" if config.dropout else None,
+        "recipe": recipe_of(config),
     }
+
+
+def recipe_of(config: RunSettings) -> Recipe | None:
+    """What the model's Linears multiply."""
+    if config.qat is None:
+        return None
+    inputs = None if config.qat_inputs is None else Scheme(*scheme_of(config.qat_inputs))
+    return QAT(Scheme(*scheme_of(config.qat)), inputs)
 
 
 def parameter_dtype(config: RunSettings) -> torch.dtype:

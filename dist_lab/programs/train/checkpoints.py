@@ -34,7 +34,7 @@ from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
 # Settings that may not change when a run goes on.
 MEANING = (
     "model", "size", "layers", "dropout", "sync_batchnorm", "data", "seq", "batch", "seed", "dtype",
-    "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip",
+    "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip", "qat", "qat_inputs",
 )  # fmt: skip
 KEEP = 2  # checkpoints, by default
 
@@ -142,7 +142,11 @@ class Checkpoints:
             was = ", ".join(
                 f"{k} {shown(saved[k])} (now {shown(self._meaning[k])})" for k in different
             )
-            typed = " ".join(as_typed(k, saved[k]) for k in different if k in MEANING)
+            typed = " ".join(
+                f"no {flag(k)}" if saved[k] is None else as_typed(k, saved[k])
+                for k in different
+                if k in MEANING
+            )
             raise UserError(
                 f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give {typed}"
                 if typed

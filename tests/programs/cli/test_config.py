@@ -86,6 +86,8 @@ def test_every_setting_is_a_flag_and_a_toml_key_and_is_listed_in_help(file, caps
             "config",
             "mesh",
             "reduce_order",
+            "qat",
+            "qat_inputs",
         ):  # these have tests of their own
             continue
         listed = option.metadata.get("choices", ("1",))[0]

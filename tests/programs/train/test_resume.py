@@ -106,6 +106,8 @@ def test_a_run_that_was_killed_after_its_last_save_leaves_the_summary_all_the_sa
 REFUSED = {
     "another learning rate": ("--lr 0.001 --resume {out}", "with lr 0.002 (now 0.001)", 2),
     "another model": ("--layers 3 --resume {out}", "with layers None (now 3)", 2),
+    "quantised training": (
+        "--qat 4 --resume {out}", "with qat None (now '4') (--resume); give no --qat", 2),
     "no such folder": ("--resume {out}/nowhere", "no such folder", 2),
     "an empty folder": ("--resume {empty} --out {empty}/new", "there is no checkpoint in", 2),
     "an older one in its own folder": (
