@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from dist_lab.checkpoint.entries import entry_of
 from dist_lab.comm import ops
+from dist_lab.comm.shared.scratch import Scratch
 from dist_lab.compose import Chosen, fold
 from dist_lab.inference.cache import Contiguous
+from dist_lab.inference.quantized import local_linear
 from dist_lab.inference.weights import Weights
 from dist_lab.layout.layout import Layout, shard_shape
 from dist_lab.mesh.mesh import Mesh
@@ -144,6 +146,11 @@ def load_stage(weights: Weights, mesh: Mesh, dtype: torch.dtype | None = None) -
     )
     assert applied.stages is not None
     (stage,) = applied.stages.modules.values()
+    scratch = Scratch(mesh["tp"])
+    for name, linear in [*model.named_modules()]:
+        if isinstance(linear, nn.Linear) and (whole := weights.quantized(name, dtype)) is not None:
+            part = local_linear(whole, applied.layouts[f"{name}.weight"], scratch)
+            model.set_submodule(name, part.to(mesh.device))
     for name, slots in param_slots(model, stage).items():
         layout = applied.layouts[name]
         local = torch.empty(shard_shape(layout, mesh.axes, mesh.coordinates), dtype=layout.dtype)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+
 from dist_lab.checkpoint.entries import Entry
 from dist_lab.checkpoint.exchange.huggingface import LlamaFolder
 from dist_lab.checkpoint.exchange.llama import (
@@ -18,6 +20,7 @@ from dist_lab.checkpoint.exchange.llama import (
 from dist_lab.checkpoint.exchange.tensors import Kinds, Under
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import UserError
+from dist_lab.quantize.linear import QuantizedLinear
 
 
 class Weights(Protocol):
@@ -28,6 +31,9 @@ class Weights(Protocol):
     def kinds(self) -> Kinds: ...
     def read_into(self, entry: Entry) -> None:
         """Fill an entry's local tensor, which has the dtype of the tensor on disk."""
+
+    def quantized(self, name: str, dtype: torch.dtype) -> QuantizedLinear | None:
+        """The whole Linear of this name if it is quantised; None: its weight can be read."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class OfCheckpoint:
 
     def read_into(self, entry: Entry) -> None:
         self.checkpoint.read_into(replace(entry, name=f"model/{entry.name}"))
+
+    def quantized(self, name: str, dtype: torch.dtype) -> None:
+        return None
 
 
 def of_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> OfCheckpoint:
@@ -86,3 +95,6 @@ class OfFolder:
     def read_into(self, entry: Entry) -> None:
         for box in entry.boxes:  # one: a shard; none: an empty shard
             entry.local.copy_(self.folder.read_box(entry.name, box))
+
+    def quantized(self, name: str, dtype: torch.dtype) -> None:
+        return None

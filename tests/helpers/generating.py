@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_lab.checkpoint.exchange import huggingface
+from dist_lab.checkpoint.exchange import gptq_files, huggingface
 from dist_lab.checkpoint.exchange.llama import shape_of
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.checkpoint.exchange.tensors import state_dict
@@ -15,12 +15,14 @@ from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import UserError
 from dist_lab.inference import generate as generation
 from dist_lab.inference.generate import Request, generate
+from dist_lab.inference.quantized import OfQuantizedFolder
 from dist_lab.inference.sampling import Sampling, choose
 from dist_lab.inference.stage import load_stage
 from dist_lab.inference.weights import OfCheckpoint, OfFolder, Weights
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.observe.memory import LiveBytes
 from dist_lab.programs.verify.matrix import models
+from dist_lab.quantize.linear import QuantizedLinear
 
 STEP = "step-00000002"
 LAYERS = 4
@@ -58,6 +60,8 @@ def requests(new: int = NEW) -> list[Request]:
 
 
 def weights_in(folder: str, model: str = "gpt") -> Weights:
+    if gptq_files.is_quantized(folder):
+        return OfQuantizedFolder(gptq_files.open_folder(folder))
     if (Path(folder) / "config.json").exists():
         return OfFolder(huggingface.open_folder(folder))
     built = models.build(model, LAYERS, torch.float64, "meta")
@@ -90,12 +94,17 @@ def oracle(folder: str, asked: list[Request], model: str = "gpt"):
     """The same with the whole model in one process, and a whole forward for each token."""
     built = models.build(model, LAYERS, torch.float64)
     built.load_state_dict(state_dict(weights_of(Checkpoint.open(folder))))
+    return continued(built, asked)
+
+
+def continued(model: torch.nn.Module, asked: list[Request]):
+    """Tokens and logits, by a whole forward for each token."""
     tokens, logits = [], {}
     for request in asked:
         text = list(request.prompt)
         for _ in range(request.new_tokens):
             with torch.no_grad():
-                row = built(torch.tensor([text]))[0, -1]
+                row = model(torch.tensor([text]))[0, -1]
             logits[request.sampling.seed, len(text)] = row.tolist()
             text.append(choose(row, request.sampling, len(text)))
         tokens.append(text[len(request.prompt) :])
@@ -124,3 +133,11 @@ def refusal_on_rank(rank: int, axes: dict[str, int], folder: str) -> str:
     with pytest.raises(UserError) as refused:
         load_stage(weights_in(folder), init_mesh(**axes))
     return str(refused.value)
+
+
+def codes_on_rank(rank: int, axes: dict[str, int], folder: str) -> int:
+    """Bytes of the packed codes of this rank's Linears."""
+    stage = load_stage(weights_in(folder), init_mesh(**axes))
+    layers = [m for m in stage.model.modules() if isinstance(m, QuantizedLinear)]
+    assert not [m for m in stage.modules[1].modules() if isinstance(m, torch.nn.Linear)]
+    return sum(layer.qweight.nbytes for layer in layers)

@@ -131,6 +131,23 @@ def test_a_hugging_face_folder_gives_the_tokens_of_the_checkpoint_that_it_is_of(
         assert seen.tokens == tokens
 
 
+def test_transformers_generates_the_same_tokens_from_an_export(checkpoints, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    weights = weights_in(checkpoints("untrained"))
+    tensors = ours.weights_of(weights.checkpoint)
+    huggingface.export(tensors, weights.shape, tmp_path / "hf", ids="letters")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert theirs.dtype == torch.float64
+    asked = [Request(prompt, 30) for prompt in PROMPTS]
+    done = generate(load_stage(weights, init_mesh(dp=1)), asked, Letters())
+    for request, ours_done in zip(asked, done, strict=True):
+        prompt = torch.tensor([request.prompt])
+        out = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
+        )
+        assert out[0].tolist() == [*request.prompt, *ours_done.tokens]
+
+
 # --- where a text ends ----------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dist_lab.checkpoint.exchange.folders import (
     inside,
@@ -65,7 +65,7 @@ from dist_lab.quantize.linear import QuantizedLinear
 from dist_lab.quantize.packing import SUBTRACTED, check_storable, pack_words
 from dist_lab.zoo.gpt import GPT
 
-__all__ = ["GptqFolder", "is_quantized", "load", "open_folder", "save"]
+__all__ = ["GptqFolder", "is_quantized", "load", "open_folder", "read_linear", "save"]
 
 ABOUT, NOTE = "dist_lab.json", "README.md"
 
@@ -128,19 +128,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> GPT:
     """
     opened = open_folder(path)
     opened.check_hashes()
-    shape, config, kinds = opened.shape, opened.config, opened.tensors.names()
+    shape, kinds = opened.shape, opened.tensors.names()
     dtype = dtype or kinds[EMBEDDING][1]
     model = shape.build().to(dtype)
     state = {name: opened.tensors.read(name) for name in kinds}
-    for name, inputs, outputs in linears_of(shape):
-        check_values(name, state, config)
-        scales = state[f"{name}.scales"]
-        layer = QuantizedLinear(
-            inputs, outputs, replace(config.scheme(), scale_dtype=scales.dtype),
-            groups=scales.size(0), bias=f"{name}.bias" in kinds, format=config.format,
-            dtype=dtype, device="meta", inputs=config.inputs, static=config.static,
-        )  # fmt: skip
-        model.set_submodule(name, layer)
+    for name, _, _ in linears_of(shape):
+        model.set_submodule(name, _layer(opened.config, name, state, dtype))
     for name, tensor in state.items():
         if tensor.is_floating_point() and not name.endswith(".scales"):
             state[name] = tensor.to(dtype)
@@ -150,6 +143,37 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> GPT:
     if shape.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def read_linear(opened: "GptqFolder", name: str, dtype: torch.dtype) -> QuantizedLinear:
+    """One of a folder's quantised Linears, by its name in the model. Reads no other tensor.
+
+    Raises:
+        MachineError: a tensor is damaged.
+    """
+    names = [n for n in opened.tensors.names() if n.startswith(f"{name}.")]
+    state = {n: opened.tensors.read(n) for n in names}
+    layer = _layer(opened.config, name, state, dtype)
+    for full, tensor in state.items():
+        key = full.removeprefix(f"{name}.")
+        real = tensor.is_floating_point() and key != "scales"
+        setattr(layer, key, tensor.to(dtype) if real else tensor)
+    layer.like = torch.empty(0, dtype=dtype)
+    return layer
+
+
+def _layer(
+    config: GptqConfig, name: str, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> QuantizedLinear:
+    """The layer of these tensors, on the meta device. Raises MachineError if they are damaged."""
+    check_values(name, state, config)
+    scales = state[f"{name}.scales"]
+    return QuantizedLinear(
+        len(state[f"{name}.g_idx"]), scales.size(1),
+        replace(config.scheme(), scale_dtype=scales.dtype), groups=scales.size(0),
+        bias=f"{name}.bias" in state, format=config.format, dtype=dtype, device="meta",
+        inputs=config.inputs, static=config.static,
+    )  # fmt: skip
 
 
 # --- a folder, checked ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from dist_lab.checkpoint.exchange import gptq_files
 from dist_lab.checkpoint.exchange.huggingface import CONFIG, open_folder
 from dist_lab.checkpoint.load import open_newest
 from dist_lab.comm.agree import check_settings_agree, together
@@ -11,6 +12,7 @@ from dist_lab.data.custom import is_custom
 from dist_lab.errors import MachineError, UserError, printable, shown
 from dist_lab.inference.generate import Request
 from dist_lab.inference.generate import generate as generate_texts
+from dist_lab.inference.quantized import OfQuantizedFolder
 from dist_lab.inference.sampling import Sampling
 from dist_lab.inference.stage import Stage, load_stage
 from dist_lab.inference.text import Bytes, Tokenizer
@@ -92,6 +94,12 @@ def open_weights(path: str, mesh: Mesh) -> tuple[Weights, int]:
         MachineError: it is damaged.
     """
     folder = Path(path).expanduser()
+    if gptq_files.is_quantized(folder):
+        with together(mesh.world):
+            opened = gptq_files.open_folder(folder)
+            if mesh.rank == 0:
+                opened.check_hashes()
+            return OfQuantizedFolder(opened), 0
     if (folder / CONFIG).is_file():
         with together(mesh.world):
             return OfFolder(open_folder(folder)), 0

@@ -2,17 +2,21 @@
 
 import subprocess
 import sys
+from codecs import getincrementaldecoder
 
 import pytest
 import short_run
 import torch
 from programs import ROOT, refusal, run
 
-from dist_lab.checkpoint.exchange import ours
+from dist_lab.checkpoint.exchange import gptq_files, ours
 from dist_lab.checkpoint.exchange.tensors import InMemory, state_dict
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.inference.sampling import Sampling, choose
 from dist_lab.inference.weights import of_run
+from dist_lab.quantize.formula import Scheme, round_to_nearest
+from dist_lab.quantize.linear import replace_linears
+from dist_lab.quantize.packing import as_stored
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,8 @@ def continued(model, prompt, count, sampling):
         with torch.no_grad():
             logits = model(torch.tensor([tokens]))[0, -1]
         tokens.append(choose(logits, sampling, len(tokens)))
-    return bytes(tokens[len(prompt.encode()) :]).decode(errors="replace")
+    generated = bytes(tokens[len(prompt.encode()) :])
+    return getincrementaldecoder("utf-8")("replace").decode(generated)  # no half character
 
 
 @pytest.mark.parametrize(
@@ -91,6 +96,28 @@ def test_in_a_new_process_text_goes_to_a_pipe_byte_by_byte(trained):
     assert done.returncode == 0, done.stderr
     expected = continued(model_of(trained), "def ", 5, Sampling())
     assert done.stdout.decode() == expected
+
+
+def test_a_quantised_folder_continues_a_text(trained, tmp_path):
+    model = model_of(trained)
+    weights = {
+        name: as_stored(
+            round_to_nearest(linear.weight.detach(), Scheme(4, group=32)), torch.float32
+        )
+        for name, linear in model.model.layers.named_modules(prefix="model.layers")
+        if isinstance(linear, torch.nn.Linear)
+    }
+    replace_linears(model, weights)
+    gptq_files.save(model, tmp_path / "quantised")
+    asked = f"--checkpoint={tmp_path / 'quantised'}", "--prompt=x = ", "--tokens=6"
+    whole = continued(gptq_files.load(tmp_path / "quantised"), "x = ", 6, Sampling())
+    assert run("generate.py", *asked, "--nproc=2").stdout == whole
+    with (tmp_path / "quantised/model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    done = run("generate.py", *asked)
+    assert done.returncode == 1
+    assert "is not the file that was saved" in done.stderr
 
 
 # --- refusals -------------------------------------------------------------------------------------
