@@ -24,7 +24,7 @@ def test_frequencies_are_the_probabilities_of_the_softmax(temperature):
     """With 5 degrees of freedom chi-square is above 20.5 once in a thousand seeds."""
     sampling = Sampling(temperature, seed=3)
     counts = torch.zeros(6)
-    for position in range(3000):
+    for position in range(2000):
         counts[choose(LOGITS, sampling, position)] += 1
     assert chi_square(counts, (LOGITS / temperature).softmax(0)) < 20.5
 
@@ -34,7 +34,7 @@ def test_frequencies_after_top_k_and_top_p_are_those_of_the_kept_tokens():
     probabilities = filtered(LOGITS, sampling).softmax(0)
     assert probabilities.gt(0).tolist() == [False, True, True, False, True, False]
     counts = torch.zeros(6)
-    for position in range(3000):
+    for position in range(2000):
         counts[choose(LOGITS, sampling, position)] += 1
     assert counts[probabilities == 0].sum() == 0
     assert chi_square(counts[counts > 0], probabilities[counts > 0]) < 13.8  # 2 degrees of freedom

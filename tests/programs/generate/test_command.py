@@ -87,6 +87,7 @@ def test_a_hugging_face_folder_continues_as_the_run_that_it_is_of(trained, tmp_p
     assert texts[0] == texts[1] != ""
 
 
+@pytest.mark.slow
 def test_in_a_new_process_text_goes_to_a_pipe_byte_by_byte(trained):
     command = [sys.executable, "launch/generate.py", "--checkpoint", trained, "--prompt", "def "]
     done = subprocess.run(
