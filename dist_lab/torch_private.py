@@ -40,11 +40,12 @@ Slot = tuple[nn.Module, str]  # a module, and the name under which it holds a pa
 __all__ = [
     "AnyBatchNorm", "AnyDropout", "StatisticsNorm", "TorchDispatchMode", "backward_number",
     "ddp_forward_begins", "ddp_forward_ends", "flop_counter", "forget_shardings",
-    "forget_unsharded_gradients", "found_infs", "group_timeout", "is_view", "keeps_graph",
-    "may_be_split_again", "move_hooks", "multiply_all", "not_compiled", "of_plain_tensors",
-    "outside_modes", "register_fake_backend", "saved_tensors_hooks_around", "schema_of",
-    "set_scaled_step", "share_hooks", "storage_key", "swap_also", "tree_flatten", "tree_leaves",
-    "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends", "without_fsdp",
+    "forget_unsharded_gradients", "found_infs", "group_timeout", "int8_matmul", "is_view",
+    "keeps_graph", "may_be_split_again", "move_hooks", "multiply_all", "not_compiled",
+    "of_plain_tensors", "outside_modes", "register_fake_backend", "saved_tensors_hooks_around",
+    "schema_of", "set_scaled_step", "share_hooks", "storage_key", "swap_also", "tree_flatten",
+    "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten", "when_backward_ends",
+    "without_fsdp",
 ]  # fmt: skip
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -58,6 +59,11 @@ def is_view(tensor: Tensor) -> bool:
 def storage_key(tensor: Tensor) -> int:
     """Return a key that is equal for tensors that share memory, even if the storage is empty."""
     return tensor.untyped_storage()._cdata
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, D) x b (D, F), both int8 -> (N, F) int32. The public product of int8 returns int8."""
+    return torch._int_mm(a, b)
 
 
 def multiply_all(tensors: list[Tensor], factor: Tensor) -> None:

@@ -31,6 +31,7 @@ from dist_lab.comm.agree import check_tensors_agree
 from dist_lab.comm.by_hand.pairwise import add_in_pairs
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
+from dist_lab.quantize.activations import ActivationGrid
 from dist_lab.quantize.blocks import Block, blocks_of, check_chain, first_call, linear_inputs
 from dist_lab.quantize.formula import Grid, Quantized, Scheme, round_to_nearest
 from dist_lab.step.fixed_order.order import SHARDS
@@ -55,10 +56,13 @@ class Result:
 
     weights: the full name of each Linear -> its quantised weight
     notes: lines for the user, such as "model.layers.0.mlp.down_proj: 3 dead columns"
+    inputs: the full name -> how the inputs are rounded, if they are. The model itself does not
+        round them: see linear.py's `replace_linears`
     """
 
     weights: dict[str, Quantized] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    inputs: dict[str, ActivationGrid] = field(default_factory=dict)
 
 
 class Observer(Protocol):

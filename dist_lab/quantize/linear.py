@@ -24,14 +24,14 @@ The layer has no parameters: codes are not trained. Gradients flow through it to
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.quantize.formula import WHOLE, Grid, Quantized, Scheme, grid_of
+from dist_lab.quantize.activations import ActivationGrid, has_integer_product, integer_linear
+from dist_lab.quantize.formula import WHOLE, Quantized, Scheme
 from dist_lab.quantize.packed_matmul import (
     SortedWeight,
     dequantize,
@@ -41,29 +41,6 @@ from dist_lab.quantize.packed_matmul import (
 from dist_lab.quantize.packing import BLOCK, Packed, pack, unpack
 
 FEW_ROWS = 64  # [Note: how many rows are few]
-
-
-@dataclass(frozen=True)
-class ActivationGrid:
-    """How a layer's input is rounded.
-
-    scheme: bits and sign; group None: one range for all inputs; WHOLE (-1): one for each row
-    scale, zero: (1, 1), chosen from samples before (static); None: of each input as it comes
-        (dynamic)
-    """
-
-    scheme: Scheme
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., D) -> the nearest numbers of the grid."""
-        rows = x.flatten(0, -2)
-        if self.scale is None or self.zero is None:
-            return grid_of(rows, self.scheme).rounded(rows).view_as(x)
-        groups = self.scheme.groups_of(rows.size(1))
-        scale, zero = self.scale.to(x.dtype), self.zero.to(x.dtype)
-        return Grid(self.scheme, scale, zero, groups).rounded(rows).view_as(x)
 
 
 class QuantizedLinear(nn.Module):
@@ -169,10 +146,14 @@ class QuantizedLinear(nn.Module):
         return unpack(self.packed, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.inputs is not None:
-            x = self.inputs(x)
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        if x.numel() > FEW_ROWS * self.in_features or differentiable or x.is_meta:
+        as_matrix = x.is_meta or (torch.is_grad_enabled() and x.requires_grad)
+        if (inputs := self.inputs) is not None and not x.is_meta:
+            if has_integer_product(self.scheme, inputs.scheme) and not as_matrix:
+                y = integer_linear(inputs.quantized(x.flatten(0, -2)), self.quantized())
+                y = y.view(*x.shape[:-1], self.out_features)
+                return y if self.bias is None else y + self.bias
+            x = inputs(x)
+        if as_matrix or x.numel() > FEW_ROWS * self.in_features:
             return F.linear(x, self.weight, self.bias)
         y = packed_matmul(x.reshape(-1, self.in_features), self.sorted_weight())
         y = y.view(*x.shape[:-1], self.out_features)

@@ -32,7 +32,7 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.quantize.formula import Scheme, grid_between
 
 BINS = 2048  # on each side of 0
-SHRINKS = 32  # MinError tries 1/32, 2/32, ... of the range
+SHRINKS = 20  # MinError tries 1/20, 2/20, ... of the range
 
 
 class RangeObserver(Protocol):
@@ -117,7 +117,7 @@ class Percentile:
 class MinError:
     """The range whose grid is nearest to all values, in the sum of squares.
 
-    It tries 1/32, 2/32, ... 32/32 of the largest and of the smallest value. If the scheme is
+    It tries 1/20, 2/20, ... 20/20 of the largest and of the smallest value. If the scheme is
     symmetric, both ends have the larger magnitude of the two, so it tries only that.
     """
 

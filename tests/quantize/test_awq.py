@@ -167,6 +167,23 @@ def test_its_error_is_that_of_the_outputs_and_the_least_of_its_alphas(scheme):
     assert own == pytest.approx(errors[alpha])
 
 
+@torch.no_grad()
+def test_ranges_are_chosen_for_the_inputs_after_folding():
+    """Which are those of before, divided by the scale: the block does not run again."""
+    scheme, calibration = Scheme(3, 8), alone()
+    _, weights = quantized(gpt(), calibration, scheme)
+    model = gpt()
+    feds = [f for f in read_plan(model, None) if "layers.0." in f.source]
+    block = next(walk(model, calibration))
+    for fed, scale in searched(model, feds, inputs_of(block, calibration), scheme, calibration):
+        fold(model, fed, scale)
+    again = inputs_of(block, calibration)
+    for name, linear in linears_of(block.module).items():
+        name = f"{block.name}.{name}"
+        expected = clipped(linear.weight, again[name].hessian, scheme)
+        assert (expected.codes == weights[name].codes).double().mean() > 0.999
+
+
 # --- the range ------------------------------------------------------------------------------------
 
 
