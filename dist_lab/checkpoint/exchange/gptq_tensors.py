@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.checkpoint.exchange.gptq_config import GptqConfig
-from dist_lab.checkpoint.exchange.llama import HEAD, LlamaShape
+from dist_lab.checkpoint.exchange.llama import HEAD, LlamaShape, check_embedding
 from dist_lab.checkpoint.exchange.tensors import Kinds
 from dist_lab.errors import MachineError, UserError
 from dist_lab.quantize.formula import WHOLE
@@ -66,6 +66,7 @@ def check_kinds(kinds: Kinds, shape: LlamaShape, config: GptqConfig, what: str) 
             f"{what} has {len(kinds)} tensors, too few for {shape.layers} quantised layers of "
             f"{4 * len(LINEARS) + 2}; it is not whole, or its config is another model's"
         )
+    check_embedding(kinds, shape, what)
     for name, inputs, outputs in linears_of(shape):
         check_storable((outputs, inputs), f"{what}: {name}")
     tensors = wanted(shape, config)

@@ -107,6 +107,7 @@ def check_names_and_shapes(kinds: Kinds, shape: LlamaShape, what: str) -> None:
             f"{what} has {len(kinds)} tensors, too few for {shape.layers} layers of 9; it is not "
             "whole, or its config is another model's"
         )
+    check_embedding(kinds, shape, what)
     wanted = {name: tensor.shape for name, tensor in shape.build().state_dict().items()}
     missing = sorted(wanted.keys() - kinds.keys() - ({HEAD} if shape.tied else set()))
     unknown = sorted(kinds.keys() - wanted.keys())
@@ -123,6 +124,19 @@ def check_names_and_shapes(kinds: Kinds, shape: LlamaShape, what: str) -> None:
             )
         if not dtype.is_floating_point:
             raise UserError(f"{what}: {name} is of {dtype}, not of floating-point numbers")
+
+
+def check_embedding(kinds: Kinds, shape: LlamaShape, what: str) -> None:
+    """Raise UserError unless the embedding is of this shape.
+
+    A width that is that of a real tensor can be multiplied. Those that only a config names may
+    overflow when the model is built, even on the meta device.
+    """
+    if EMBEDDING not in kinds:
+        raise UserError(f"{what}: names do not fit its config, first: {EMBEDDING} is missing")
+    found, wanted = tuple(kinds[EMBEDDING][0]), (shape.vocab, shape.width)
+    if found != wanted:
+        raise UserError(f"{what}: {EMBEDDING} has shape {found}, and its config needs {wanted}")
 
 
 # --- config.json ----------------------------------------------------------------------------------

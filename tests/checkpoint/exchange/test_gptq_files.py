@@ -403,6 +403,15 @@ def test_a_huge_header_takes_no_memory(good, tmp_path):
     edit(folder, "config.json", num_hidden_layers=10**9)
     with pytest.raises(UserError, match="too few for 1000000000 quantised layers of 30"):
         gptq_files.load(folder)
+    huge = {"num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2**31 - 32}
+    edit(folder, "config.json", num_hidden_layers=1, head_dim=None, **huge)
+    with pytest.raises(
+        UserError, match=r"embed_tokens.weight has shape \(64, 64\), and its config"
+    ):
+        gptq_files.load(folder)
+    edit(folder, "config.json", hidden_size=64, intermediate_size=2**31 - 1)
+    with pytest.raises(UserError, match="gate_proj has 2147483647 outputs, and AutoGPTQ's format"):
+        gptq_files.load(folder)
 
 
 def test_no_name_leads_out_of_the_folder(good, tmp_path):

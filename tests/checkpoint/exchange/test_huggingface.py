@@ -207,6 +207,11 @@ def changed_config(folder, **changes):
         ({"num_hidden_layers": 10**9}, "too few for 1000000000 layers"),
         ({"vocab_size": "many"}, "has vocab_size 'many', not a whole number"),
         ({"vocab_size": 255}, r"embed_tokens.weight has shape \(256, 128\), and its config needs"),
+        (
+            {"hidden_size": 2**31 - 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+            | {"head_dim": None},
+            r"embed_tokens.weight has shape \(256, 128\), and its config needs",
+        ),
         ({"rope_theta": float("nan")}, "has rope_theta nan, not a number above 0"),
         ({"tie_word_embeddings": True}, "are tied and have different values"),
     ],
