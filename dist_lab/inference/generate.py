@@ -86,7 +86,9 @@ def step(stage: Stage, live: Sequence[tuple[int, "Running"]]) -> Iterator[tuple[
     last = torch.tensor(counts).cumsum(0) - 1  # where the last new token of each sequence is
     tokens = torch.tensor([token for part in parts for token in part])  # (N,)
     cache = flattened([s.cache for _, s in live], counts)
-    logits = stage.forward(tokens, cache[0].positions(len(tokens)), cache, last[ready])
+    phase = "decode" if len(tokens) == len(live) else "prefill"
+    with stage.mesh.comm.label(phase, unit=""):
+        logits = stage.forward(tokens, cache[0].positions(len(tokens)), cache, last[ready])
     if not ready:
         return
     chosen = None
