@@ -67,7 +67,8 @@ def quantize(
         linears = linears_of(layer.module)
         observers = observe(layer, lambda name: HessianObserver(len(calibration.shards)))
         stacks = stacks_of(observers, scheme)
-        hessians = {first: observers[first].total(axis) for first in stacks}
+        totals = {each: each.total(axis) for each in dict.fromkeys(observers.values())}
+        hessians = {first: totals[observers[first]] for first in stacks}
         owners = share_out(costs(stacks, linears), axis)
         solved: dict[str, Quantized] = {}  # on this rank
         notes: dict[str, list[str]] = {}
