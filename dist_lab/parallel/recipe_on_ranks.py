@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from dist_lab.errors import UserError
-from dist_lab.layout.layout import Shard, shard_bounds
+from dist_lab.layout.layout import Layout, Shard, shard_bounds
 from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.mesh.topology import DATA_AXES, ORDER
 from dist_lab.step.protocol import Applied
@@ -79,6 +79,7 @@ class RecipeOnRanks:
                 "round its weights (recipe=); give the model `stages`, globs on names of modules "
                 'that in sequence are its forward: stages = ("embed", "layers.*", "head")'
             )
+        self._refuse_partial(layouts)
         splits = {
             name: self._splits(name, dict(layouts[weight].splits).get("tp"))
             for name, weight in self.weights.items()
@@ -135,6 +136,21 @@ class RecipeOnRanks:
     def _longer(self, axes: Axes) -> Axes:
         """Those with several ranks, each once, in the order of the mesh."""
         return tuple(axis for axis in ORDER if axis in axes and self.mesh[axis].size > 1)
+
+    def _refuse_partial(self, layouts: Mapping[str, Layout]) -> None:
+        """Raise UserError if a rank has only a term of a gradient that the recipe rounds.
+
+        Rounding the terms is not rounding their sum.
+        """
+        rounds = self.recipe.output_grads is not None
+        for name, weight in self.weights.items() if rounds else ():
+            if any(owed.axis == "tp" for owed in layouts[weight].partial):
+                raise UserError(
+                    f"each rank of tp has only a term of the gradient of {name}, because ranks "
+                    "share its features or split its tokens, and the recipe rounds the sum "
+                    "(recipe=); give tp at most as many ranks as there are key heads, or leave "
+                    "recipe out"
+                )
 
     def _refuse_alone(self, units: Sequence[str]) -> None:
         """Raise UserError if a Linear is a unit, and tp computes it together with another one."""

@@ -6,8 +6,7 @@
 
 Products with few rows, as when text is generated, unpack a tile of the weight at a time
 (packed_matmul.py). Products with many rows make the whole weight first, and then are those of an
-nn.Linear with this weight, bit for bit. Where inputs have 8 bits, too, and weights one signed scale
-per row, products are those of integers (activations.py).
+nn.Linear with this weight, bit for bit.
 
 [Note: how many rows are few] Microseconds of a product with a weight of 1024 x 1024, 4 bits, groups
 of 32, on one core of an AMD EPYC, CPU time, the median of 11 rounds (tests/nightly/weight_only.py):

@@ -100,9 +100,12 @@ AllGather = Callable[[Sequence[Tensor], Tensor, Axis], Pending]  # as ops.all_ga
 
 
 class CodedGathers(Protocol):
-    """Makes the all-gathers of weights in codes: see quantize/lowp/gather.py."""
+    """Makes the all-gathers of weights in codes: see quantize/lowp/gather.py.
 
-    names: frozenset[str]
+    layers: whose weights these are
+    """
+
+    layers: frozenset[nn.Module]
 
     def all_gather_of(self, names: Sequence[str], range_axis: Axis) -> AllGather:
         """The all-gather of these weights, whose parts all ranks of `range_axis` hold."""

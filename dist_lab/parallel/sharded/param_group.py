@@ -65,7 +65,7 @@ class ParamGroup:
         sent: send buffer of the all-gather; None: each all-gather sends a new copy.
         users: units in forward or backward that need the parameters.
         visits: number of forwards through the group's unit whose backward has not ended.
-        all_gather: `ops.all_gather_coalesced`, or one that sends codes (quantize/lowp/gather.py).
+        all_gather: `ops.all_gather_coalesced`, or one in codes: see quantize/lowp/gather.py.
         reduce_dtype: the dtype in which gradients are summed.
         written: name -> digest, of the parameters that forwards have written to by `.data`.
     """

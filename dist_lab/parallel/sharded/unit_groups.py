@@ -34,14 +34,14 @@ def names_by_group(
     of the parameters in this group.
     """
     owner = owners(_where_used(setup, slots), setup.units)
-    coded = setup.coded.names if setup.coded else frozenset()
     groups: dict[tuple[str, tuple[torch.dtype, torch.dtype], bool], list[str]] = {}
     for name, p in setup.model.named_parameters():
         # A norm with running statistics computes in their dtype: see transforms/precision.py.
         in_norm = any(isinstance(module, StatisticsNorm) for module, _ in slots[name])
         is_cast = p.is_floating_point() and not in_norm
         compute_dtype = (setup.param_dtype or p.dtype) if is_cast else p.dtype
-        groups.setdefault((owner[name], (p.dtype, compute_dtype), name in coded), []).append(name)
+        key = owner[name], (p.dtype, compute_dtype), is_coded(setup, slots[name])
+        groups.setdefault(key, []).append(name)
     return groups
 
 
@@ -61,6 +61,12 @@ def gather_in_codes(groups: Sequence[ParamGroup], setup: Setup) -> None:
     # Of a weight that tp splits, each rank of tp holds a part. Copies change no maximum.
     range_axis = setup.mesh.channel("fsdp", "tp")
     for group in groups:
-        names = [param.name for param in group.params]
-        if setup.coded.names.issuperset(names):
+        if all(is_coded(setup, param.slots) for param in group.params):
+            names = [param.name for param in group.params]
             group.all_gather = setup.coded.all_gather_of(names, range_axis)
+
+
+def is_coded(setup: Setup, slots: Sequence[ParamSlot]) -> bool:
+    """Whether a parameter is a weight that all its readers code."""
+    layers = setup.coded.layers if setup.coded else frozenset()
+    return all(module in layers and attribute == "weight" for module, attribute in slots)

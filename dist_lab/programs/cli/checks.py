@@ -127,21 +127,29 @@ def check_model(config: Config, where: Mapping[str, str]) -> None:
 
 
 def check_quantised(config: Config, where: Mapping[str, str]) -> None:
-    """Check that the Linears of the model can multiply what --qat rounds."""
+    """Check that the Linears of the model can multiply what --qat or --recipe rounds."""
     if config.qat_inputs and not config.qat:
         raise UserError(
             f"qat_inputs {config.qat_inputs} rounds inputs together with weights "
             f"({where['qat_inputs']}); give --qat, too, such as --qat 8"
         )
-    if config.qat and config.model == "resnet18":
+    if config.qat and config.recipe:
         raise UserError(
-            f"model resnet18 has no Linear in its blocks to quantise ({where['qat']}); leave it "
+            f"qat {config.qat} and recipe {config.recipe} both say what Linears multiply "
+            f"({where['qat']}, {where['recipe']}); leave one out"
+        )
+    name = "qat" if config.qat else "recipe"
+    if not getattr(config, name):
+        return
+    if config.model == "resnet18":
+        raise UserError(
+            f"model resnet18 has no Linear in its blocks to quantise ({where[name]}); leave it "
             "out, or give --model gpt, mlp or vit"
         )
-    if config.qat and config.impl != "hand":
+    if config.impl != "hand":
         raise UserError(
             f"{' x '.join(config.strategies)}@{config.impl} keeps weights in tensors of its own, "
-            f"and --qat rounds those of our strategies ({where['qat']}); leave it out, or give "
+            f"and --{name} rounds those of our strategies ({where[name]}); leave it out, or give "
             "--impl hand"
         )
 

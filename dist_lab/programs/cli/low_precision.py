@@ -9,6 +9,9 @@ from dist_lab.programs.cli.settings import setting
 
 BITS = (2, 3, 4, 8)  # of a code; the same as in quantize/formula.py, which imports torch
 WHOLE_ROW, WHOLE_MATRIX = -1, "tensor"
+RECIPES = (  # as in quantize/lowp/codecs.py
+    "fp8", "fp8-pow2", "fp8-block", "fp8-block-pow2", "mxfp8", "mxfp4", "nvfp4", "nvfp4-pow2",
+)  # fmt: skip
 
 
 def read_scheme(value: object, where: str) -> str:
@@ -47,4 +50,8 @@ class LowPrecision(RankSettings):
     qat_inputs: str | None = setting(None, "with --qat: round the inputs of these Linears, too, "
         "with one scale per token, or (tensor) one for all rows of all ranks",
         metavar="BITS[:tensor]", read=read_scheme)
+    recipe: str | None = setting(None, "the blocks' Linears multiply 8-bit or 4-bit floating-point "
+        "numbers, emulated, in forward and backward: fp8 (one scale per matrix), fp8-block (per "
+        "128 values), mxfp8, mxfp4 (per 32), nvfp4 (per 16); -pow2: scales are powers of two",
+        choices=RECIPES)
     # fmt: on

@@ -20,6 +20,7 @@ from dist_lab.processes.ranks import cores
 from dist_lab.programs.cli.config import Config, RunSettings
 from dist_lab.programs.cli.low_precision import scheme_of
 from dist_lab.quantize.formula import Scheme
+from dist_lab.quantize.lowp.recipe import LowPrecision
 from dist_lab.quantize.qat import QAT
 from dist_lab.transforms.recipe import Recipe
 
@@ -69,6 +70,8 @@ def arguments(config: Config, data: Data) -> dict[str, Any]:
 
 def recipe_of(config: RunSettings) -> Recipe | None:
     """What the model's Linears multiply."""
+    if config.recipe is not None:
+        return LowPrecision(config.recipe)
     if config.qat is None:
         return None
     inputs = None if config.qat_inputs is None else Scheme(*scheme_of(config.qat_inputs))

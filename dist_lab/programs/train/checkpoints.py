@@ -35,6 +35,7 @@ from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
 MEANING = (
     "model", "size", "layers", "dropout", "sync_batchnorm", "data", "seq", "batch", "seed", "dtype",
     "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip", "qat", "qat_inputs",
+    "recipe",
 )  # fmt: skip
 KEEP = 2  # checkpoints, by default
 

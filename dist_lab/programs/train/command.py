@@ -130,7 +130,7 @@ def next_line(config: Config, ranks: int) -> str:
         return f"next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4{order}"
     default = Config(strategy=config.strategy)
     names = ["impl", "mesh", "model", "layers", "dropout", "optimizer", "reduce_order"]
-    names += ["qat", "qat_inputs"]
+    names += ["qat", "qat_inputs", "recipe"]
     names += config.options
     # The size decides whether tp or pp can split the model.
     if {"tp", "pp"} & set(config.strategies):

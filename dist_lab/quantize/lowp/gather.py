@@ -17,10 +17,10 @@ Blocks along rows may lie on two ranks, and are coded along both dims of W: weig
 blocks travel in full precision, and so do gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Axis
@@ -33,15 +33,15 @@ class CodedWeights:
 
     Args:
         codec: without blocks.
-        names: of the parameters.
+        layers: whose weights these are.
 
     Attributes:
         largest: name -> the largest magnitude of the weight that was gathered last.
     """
 
-    def __init__(self, codec: Codec, names: Sequence[str]) -> None:
+    def __init__(self, codec: Codec, layers: Iterable[nn.Module]) -> None:
         assert codec.block is None, codec
-        self.codec, self.names = codec, frozenset(names)
+        self.codec, self.layers = codec, frozenset(layers)
         self.largest: dict[str, Tensor] = {}
 
     def all_gather_of(self, names: Sequence[str], range_axis: Axis) -> AllGather:

@@ -19,6 +19,7 @@ All ranks must call the same layers equally often, in one order.
 import weakref
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dist_lab.comm import ops
@@ -102,14 +103,14 @@ class CodedProduct:
         return y if bias is None else y + bias
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        refuse_graph(self.layer.name, dy)
+        refuse_graph(self.layer.name, dy, weight)
         rows = as_rows(dy)
         a = self.codecs.dy(rows, self._range_of_gradient(rows))
         b = self.codecs.weight(weight.t(), self.weight_range)
         return multiply(a, b).to(dy.dtype).view(*dy.shape[:-1], weight.size(1))
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
-        refuse_graph(self.layer.name, dy)
+        refuse_graph(self.layer.name, dy, x)
         dy, x = as_rows(dy), as_rows(x)
         a = self.codecs.dy(dy.t(), self._range_of_gradient(dy))
         return multiply(a, self.codecs.x(x.t(), self.x_range)).to(dy.dtype)
@@ -148,9 +149,9 @@ def check_tokens(name: str, codec: Codec, tokens: int, axis: Axis | None) -> Non
         )
 
 
-def refuse_graph(name: str, dy: Tensor) -> None:
+def refuse_graph(name: str, *operands: Tensor) -> None:
     """Raise UserError if backward is to be differentiated: codes have no derivative."""
-    if dy.requires_grad:
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
         raise UserError(
             f"{name} multiplies coded operands, whose backward cannot be differentiated again "
             "(recipe=); leave create_graph out, or leave recipe out"

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dist_lab.errors import UserError, one_of, shown
-from dist_lab.quantize.formula import nearest_divisor
 from dist_lab.quantize.lowp.blocks import Codec
 from dist_lab.quantize.lowp.codecs import CODECS, Codecs
 from dist_lab.quantize.lowp.gather import CodedWeights
@@ -58,7 +57,7 @@ class CodedLinears:
     ) -> None:
         self.codecs, self.weights = codecs, weights
         whole = codecs.weight.block is None
-        self.coded = CodedWeights(codecs.weight, [*weights.values()]) if whole else None
+        self.coded = CodedWeights(codecs.weight, linears.values()) if whole else None
         self.ranges = Ranges(self.coded.largest if self.coded else {})
         for linear in linears.values():
             linear.forward = ProductForward(linear)  # type: ignore[method-assign]
@@ -83,11 +82,10 @@ class CodedOperand:
     def over(self, split: Split) -> tuple[str, ...]:
         size = 1 if self.codec.block is None else self.codec.block[1]
         if split.columns and split.shard % size:
-            near = nearest_divisor(split.width // size, max(1, split.width // split.shard))
             raise UserError(
                 f"{split.name} has {split.width} features, of which a rank of "
-                f"{' and '.join(split.columns)} has {split.shard}: blocks of {size} lie on two "
-                f"ranks (recipe={self.recipe}); make that a multiple of {size}, as with "
-                f"{' and '.join(split.columns)}={near}, or give recipe fp8, which has no blocks"
+                f"{' and '.join(split.columns)} has {split.shard}: blocks of {size} would lie on "
+                f"two ranks (recipe={self.recipe}); let a rank have a multiple of {size}, or give "
+                "recipe fp8, which has no blocks"
             )
         return (*split.rows, *split.columns)

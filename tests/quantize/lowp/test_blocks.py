@@ -10,12 +10,12 @@ from dist_lab.quantize.lowp.blocks import Codec, as_matrix, as_tiles
 from dist_lab.quantize.lowp.codecs import CODECS
 from dist_lab.quantize.lowp.formats import E2M1, E4M3, E5M2, decode_e8m0
 
-OPERANDS = {
-    f"{codecs.name} {operand}": getattr(codecs, operand)
+NAMES = {  # each codec once
+    getattr(codecs, operand): f"{codecs.name} {operand}"
     for codecs in CODECS.values()
-    for operand in ("x", "weight", "dy")
+    for operand in ("weight", "dy", "x")
 }
-EACH = pytest.mark.parametrize("codec", OPERANDS.values(), ids=OPERANDS)
+EACH = pytest.mark.parametrize("codec", NAMES, ids=NAMES.get)
 
 
 def matrix(rows: int = 48, columns: int = 160, seed: int = 0) -> Tensor:
@@ -114,6 +114,12 @@ def test_scales_that_are_powers_of_two_change_no_digit(name):
             scales = coded.outer if codec.outer is not None else coded.scale
             assert (torch.frexp(scales)[0] == 0.5).all()
             assert coded.values().dtype == x.dtype
+
+
+def test_a_power_of_two_is_the_smallest_with_which_all_values_fit():
+    codec = CODECS["fp8-pow2"].x
+    for largest, scale in ((448, 1), (448.1, 2), (447, 1), (224, 0.5), (225, 1)):
+        assert codec(torch.tensor([[1.0, largest]])).outer == scale
 
 
 @EACH

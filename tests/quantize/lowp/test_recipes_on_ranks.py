@@ -38,10 +38,11 @@ class Net(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block() for i in range(blocks)})
         generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
-            parameter.data = (
-                torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                * (2 / parameter.size(1)) ** 0.5
-            )
+            rows, columns = parameter.shape
+            w = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+            w[rows // 2 :] /= 4  # so that shards have different ranges
+            w[:, columns // 2 :] /= 4
+            parameter.data = w * (4 / columns) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
