@@ -17,15 +17,16 @@ import hashlib
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from dist_lab.checkpoint.pace import Pace
 from dist_lab.errors import MachineError
 
-PART = 8 * 2**20  # bytes of one write: a progress line and a fault can come in between
+PART = 8 * 2**20  # bytes of one write: a progress line, a fault and a rest can come in between
 
 
 class Files:
@@ -82,38 +83,52 @@ def _set_direct(file: BinaryIO, on: bool) -> bool:
 
 
 def write_file(
-    files: Files, path: Path, data: memoryview, wrote: Callable[[int], None] = lambda size: None
+    files: Files,
+    path: Path,
+    data: memoryview,
+    pace: Pace,
+    wrote: Callable[[int], None] = lambda size: None,
 ) -> dict[str, object]:
     """Write a new file and bring it to disk. Returns its `bytes` and `sha256`.
 
     Another thread computes the hash meanwhile: here most of the time is spent waiting for the disk.
 
     Args:
+        pace: of the work, which rests after each piece.
         wrote: called with the number of bytes after each write.
     """
     digest = hashlib.sha256()
-    hashing = threading.Thread(target=digest.update, args=(data,))
-    hashing.start()
-    try:
+    with ThreadPoolExecutor(1) as hashing:
         file = files.create(path)
         try:
             rest = data
             while len(rest):
                 written = files.write(file, rest[:PART])
+                hashed = hashing.submit(digest.update, rest[:written])
                 rest = rest[written:]
                 wrote(written)
+                if not pace.is_waited_for:
+                    hashed.result()  # the rest is for all of the work
+                    pace.rest()
             files.sync(file)
         finally:
             file.close()
-    finally:
-        hashing.join()
     return {"bytes": len(data), "sha256": digest.hexdigest()}
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, pace: Pace | None = None) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Args:
+        pace: of the work, which rests after each piece; None: it does not rest.
+    """
+    digest, memory = hashlib.sha256(), memoryview(bytearray(PART))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(memory):
+            digest.update(memory[:size])
+            if pace is not None:
+                pace.rest()
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 
 from dist_lab.checkpoint import table
 from dist_lab.checkpoint.files import sha256_of
+from dist_lab.checkpoint.pace import Pace
 from dist_lab.errors import MachineError, UserError
 
 FORMAT = 1
@@ -115,17 +116,17 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, pace: Pace | None = None) -> None:
     """Read every file of a checkpoint, and compare its hash. Raises Damaged."""
     about = read(folder)
     for name in about["files"]:
-        check_hash(folder, name, about["files"][name]["sha256"])
+        check_hash(folder, name, about["files"][name]["sha256"], pace)
 
 
-def check_hash(folder: Path, name: str, expected: str) -> None:
+def check_hash(folder: Path, name: str, expected: str, pace: Pace | None = None) -> None:
     """Raise Damaged if a file of a checkpoint is not what was saved."""
     with readable(folder / name):
-        actual = sha256_of(folder / name)
+        actual = sha256_of(folder / name, pace)
     if actual != expected:
         raise Damaged(
             f"{str(folder / name)!r} was changed: its SHA-256 is {actual[:16]}..., and was "

@@ -25,6 +25,7 @@ from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.entries import Entry
 from dist_lab.checkpoint.files import Files, as_machine_error, sha256_of, write_file
+from dist_lab.checkpoint.pace import Pace
 from dist_lab.checkpoint.shard import Buffer
 from dist_lab.comm.agree import first_says
 from dist_lab.errors import MachineError
@@ -38,7 +39,10 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Write:
-    """One rank's part of a save, copied and ready to be written. `run` is not collective."""
+    """One rank's part of a save, copied and ready to be written. `run` is not collective.
+
+    It rests between its pieces until `pace.hurry()` says that somebody waits.
+    """
 
     rank: int
     size: int
@@ -50,6 +54,7 @@ class Write:
     files: Files
     tell: Tell
     keep: int | None = None
+    pace: Pace = field(default_factory=Pace, init=False)
     error: Exception | None = field(default=None, init=False)
 
     def run(self) -> None:
@@ -69,7 +74,7 @@ class Write:
                 else:
                     self._wait(self.final.exists)
                 if self.rank == 0 and self.keep is not None and self.final.exists():
-                    manifest.verify(self.final)
+                    manifest.verify(self.final, self.pace)
                     folders.prune(self.final, self.keep, self.files)
         except Exception as error:
             self.error = error
@@ -80,10 +85,10 @@ class Write:
         """Write this rank's files."""
         shard, name = f"rank-{self.rank}.safetensors", f"rank-{self.rank}.json"
         path = self.temporary / shard
-        self.table["file"] = write_file(self.files, path, self.data, self._progress())
+        self.table["file"] = write_file(self.files, path, self.data, self.pace, self._progress())
         # Rank 0 reads the table as soon as it has its name.
         new = self.temporary / f"{name}.new"
-        write_file(self.files, new, memoryview(json.dumps(self.table).encode()))
+        write_file(self.files, new, memoryview(json.dumps(self.table).encode()), self.pace)
         self.files.rename(new, self.temporary / name)
 
     def commit(self) -> None:
@@ -96,7 +101,7 @@ class Write:
             about[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             about[f"{path.stem}.safetensors"] = json.loads(path.read_bytes())["file"]
         text = manifest.sealed({**self.about, "files": about})
-        write_file(self.files, self.temporary / manifest.NAME, memoryview(text))
+        write_file(self.files, self.temporary / manifest.NAME, memoryview(text), self.pace)
         self.files.sync_folder(self.temporary)
         self.files.rename(self.temporary, self.final)
         self.files.sync_folder(self.final.parent)
@@ -134,6 +139,7 @@ class Write:
                     f"checkpoint {str(self.final)!r}: ranks {late or [0]} have written nothing for "
                     f"{PATIENCE:g} s; all ranks must share the folder"
                 )
+            self.pace.rest()
             time.sleep(0.005)
         return True
 

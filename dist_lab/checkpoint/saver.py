@@ -5,8 +5,9 @@
     saver.finish()                               waits for the last one
 
 The copy is of what this rank is the first to hold: under fsdp=4 a quarter of the model and of the
-moments. It is kept and used again for the next save. A save waits for the one before it. An error
-of a save in the background is raised by the next save, or by `finish`, on every rank.
+moments. It is kept and used again for the next save. The thread rests most of the time, until
+somebody waits for it: see pace.py. A save waits for the one before it. An error of a save in the
+background is raised by the next save, or by `finish`, on every rank.
 """
 
 import os
@@ -113,6 +114,7 @@ class Saver:
             thread = threading.Thread(target=behind, args=[write], name="checkpoint", daemon=True)
             thread.start()
         else:
+            write.pace.hurry()
             write.run()
         self._writing = write, thread
         if thread is None:
@@ -125,6 +127,7 @@ class Saver:
             return
         (write, thread), self._writing = self._writing, None
         if thread is not None:
+            write.pace.hurry()
             thread.join()
         world = self.job.mesh.world
         with world.comm.label("save", unit=""), together(world):
@@ -137,8 +140,9 @@ class Saver:
 
         For an error that every rank raises, such as a loss that is NaN: the checkpoint is good.
         """
-        if self._writing is not None and self._writing[1] is not None:
-            self._writing[1].join()
+        if self._writing is not None and (thread := self._writing[1]) is not None:
+            self._writing[0].pace.hurry()
+            thread.join()
 
 
 def behind(write: Write) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 from functools import reduce
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import dist_lab
+from dist_lab.checkpoint import pace
 from dist_lab.checkpoint import save as saving
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.checkpoint.reader import Checkpoint
@@ -234,6 +236,26 @@ def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path):
     folder.write_text("a file")
     with pytest.raises(MachineError, match="cannot write a checkpoint to"):
         saver.save(optimizer, step=2)
+
+
+@pytest.mark.parametrize("who", ["finish", "wait", "the next save"])
+def test_a_save_in_the_background_ends_at_once_when_somebody_waits(tmp_path, monkeypatch, who):
+    """It rests most of the time, here for as long as nobody waits."""
+    monkeypatch.setattr(pace, "RESTS", 1e9)
+    monkeypatch.setattr(pace, "LONGEST", 60.0)
+    job, optimizer = job_of()
+    saver = job.saver(tmp_path)
+    path = saver.save(optimizer, step=1)
+    time.sleep(0.2)
+    assert not path.exists()
+    began = time.monotonic()
+    if who == "the next save":
+        saver.save(optimizer, step=2)
+    else:
+        getattr(saver, who)()
+    assert path.exists()
+    assert time.monotonic() - began < 10
+    saver.finish()
 
 
 def test_a_long_save_tells_how_far_it_is_and_when_it_is_whole(tmp_path, monkeypatch):
