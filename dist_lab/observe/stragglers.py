@@ -5,10 +5,11 @@
 All ranks take a step together, so all their steps are as long as the slowest rank's, and a step's
 duration does not tell who is slow. The own work does: a slow rank works longer, and the others wait
 longer. So it is compared between ranks that do the same work, which are all ranks, or under pp
-those of one stage. A rank is slow if in 5 of 6 steps its work takes 1.5 times the median of these
+those of one stage. A rank is slow if in 7 of 9 steps its work takes 1.5 times the median of these
 ranks, and the difference is a twentieth of the step or more. A few long steps are noise: on a
-laptop ranks share cores. Every 5 steps the ranks gather their numbers, 80 bytes of each. So a rank
-that needs twice the time is named after 5 to 9 steps.
+laptop ranks share cores. Every 2 steps the ranks gather their numbers, 32 bytes of each. So a rank
+that needs twice the time is named 6 or 7 steps after its first slow one, and after at most 9 if the
+noise hides two of its steps.
 
 [Note: an unbalanced pipeline] Stages do different work, so a longer stage is no slow rank. Its
 ranks have too many layers, or too expensive ones, and all stages wait for them. The summary says
@@ -28,10 +29,10 @@ from dist_lab.comm import ops
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.mesh.topology import ORDER, lines
 
-EVERY = 5  # steps between two comparisons
-WINDOW = 6  # steps that are compared
-AGREE = 5  # of these, to call a rank slow
-HISTORY = 4 * EVERY  # steps that are kept
+EVERY = 2  # steps between two comparisons
+WINDOW = 9  # steps that are compared
+AGREE = 7  # of these, to call a rank slow
+HISTORY = 20  # steps that are kept
 TIMES = 1.5  # a slow rank's work, relative to the median of the ranks with the same work
 COST = 0.05  # of the step: what a slow rank costs at least
 UNBALANCED = 1.25  # the longest stage of an unbalanced pipeline, relative to the mean
