@@ -27,6 +27,7 @@ def read(argv: Sequence[str] | None) -> Config:
 
 
 def place(config: Config) -> str:
+    data.check(**config.data_wanted())  # an earlier run is removed for one that can begin
     return run_dir.placed(config, "-".join(config.strategies))
 
 

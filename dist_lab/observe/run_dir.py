@@ -24,7 +24,7 @@ RUNS = Path("runs")
 FILES_OF_A_RUN = (  # globs
     "metrics.jsonl", "samples-rank*.jsonl", "summary.json", "events.out.tfevents.*",
     "faults.jsonl", "timeline.json", "memory.json", "profile/*.json",
-    "pipeline.json", "pipeline.svg", "report.html",
+    "pipeline.json", "pipeline.svg", "report.html", "memory_predicted.json", "explain.json",
     "compare.json", "compare.csv", "compare.png", "tensorboard/**/events.out.tfevents.*",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"

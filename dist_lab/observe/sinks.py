@@ -227,12 +227,15 @@ def closing_line(summary: Mapping[str, Any], first: int = 0) -> str:
     validated = ""
     if validation is not None:
         validated = f", validation {validation:.4f}{_accuracy(summary, 'final_val_accuracy')}"
+    step = f"{median['step_ms']:.0f} ms a step"
+    if not summary["about"]:  # a library waits where we do not see it
+        step = f"{median['comm_ms']:.0f} of {step} waiting for others"
     since = f" ({summary['steps'] - first} since it resumed)" if first else ""
     return (
         f"{summary['steps']} step{'s' * (summary['steps'] != 1)}{since}, "
         f"loss {summary['final_loss']:.4f}{validated}; "
         f"{_rate(median)}, MFU {in_percent(summary['mfu'])}, "
-        f"{median['comm_ms']:.0f} of {median['step_ms']:.0f} ms a step waiting for others; "
+        f"{step}; "
         f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}"
         f"{closing_words(summary)}; in {summary['out']}"
     )

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from dist_lab.errors import UserError
+from dist_lab.errors import MachineError, UserError
 from dist_lab.processes.failures import Failure, causes, ranks_in_words
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ def agreed_attempt(
         of_this, of_all: the store of this attempt, and the one that all attempts share.
     """
     if rank == 0:
-        again, problem = of_all.check([FOLDER]), ""
+        again, problem, by_user = of_all.check([FOLDER]), "", True
         try:
             out = of_all.get(FOLDER).decode() if again else place(config)
             of_all.set(FOLDER, out)
-        except UserError as error:  # the other ranks wait for this answer
-            out, problem = "", str(error)
-        of_this.set(ATTEMPT, json.dumps([out, again, problem]))
-    out, again, problem = json.loads(of_this.get(ATTEMPT))
+        except (UserError, MachineError) as error:  # the other ranks wait for this answer
+            out, problem, by_user = "", str(error), isinstance(error, UserError)
+        of_this.set(ATTEMPT, json.dumps([out, again, problem, by_user]))
+    out, again, problem, by_user = json.loads(of_this.get(ATTEMPT))
     if problem:
-        raise UserError(problem)
+        raise (UserError if by_user else MachineError)(problem)
     return config.attempt(out, again=again)

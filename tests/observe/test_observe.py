@@ -89,6 +89,19 @@ def test_the_last_line_of_a_run_begins_with_its_steps(steps, words):
     assert closing_line(summary_of(steps=steps)).startswith(words)
 
 
+def test_the_last_line_of_a_librarys_run_counts_no_waiting_that_it_cannot_see():
+    """Its ranks wait inside the library: ours are the waits for a loss."""
+    assert "of 200 ms a step waiting for others; " in closing_line(step_of("", 200))
+    line = closing_line(step_of("torch ddp", 200))
+    assert ", 200 ms a step; " in line
+    assert "waiting" not in line
+
+
+def step_of(about, ms):
+    summary = summary_of(about=about)
+    return summary | {"median": summary["median"] | {"step_ms": ms}}
+
+
 def test_rows_are_written_as_json_lines_and_tensorboard_scalars(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

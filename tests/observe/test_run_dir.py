@@ -1,11 +1,13 @@
 """The folder of a run: one run at a time uses it, and only files of a run are removed."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 
 import pytest
+from programs import ROOT
 
 from dist_lab.errors import UserError
 from dist_lab.observe.run_dir import claimed, look, make_folder, placed, process_with
@@ -65,6 +67,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
 
 def test_overwrite_removes_the_logs_of_a_run_and_nothing_else(tmp_path):
     logs = ["metrics.jsonl", "summary.json", "events.out.tfevents.1.host.2.0"]
+    logs += ["explain.json", "memory_predicted.json"]
     others = ["model.safetensors", "metrics.jsonl.bak", "notes.txt"]
     for name in logs + others:
         (tmp_path / name).write_text("old")
@@ -93,6 +96,18 @@ def test_an_attempt_that_ends_early_leaves_no_old_checkpoint_to_the_next(tmp_pat
     (tmp_path / "checkpoints/step-00000006").mkdir(parents=True)
     assert placed(Config(out=str(tmp_path), overwrite=True)) == str(tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_run_whose_data_is_refused_removes_no_earlier_run(tmp_path):
+    """Under torchrun with restarts the earlier run was gone before anyone looked at --data."""
+    old = tmp_path / "checkpoints/step-00000006"
+    old.mkdir(parents=True)
+    place = runpy.run_path(str(ROOT / "launch/train.py"))["place"]
+    with pytest.raises(UserError, match="nowhere"):
+        place(Config(out=str(tmp_path), overwrite=True, data="nowhere.txt"))
+    assert old.exists()
+    place(Config(out=str(tmp_path), overwrite=True))
+    assert not old.exists()
 
 
 def test_a_file_or_a_folder_that_cannot_be_written_is_refused(tmp_path):

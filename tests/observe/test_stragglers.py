@@ -152,7 +152,8 @@ def test_the_summary_has_the_work_and_waiting_of_each_rank(watched):
     json.dumps(summary, allow_nan=False)
     line = closing_line(
         summary | {
-            "steps": STEPS, "final_loss": 1, "final_val_loss": None, "mfu": 0.5, "out": "runs/1",
+            "about": "", "steps": STEPS, "final_loss": 1, "final_val_loss": None, "mfu": 0.5,
+            "out": "runs/1",
             "median": {"tokens_per_s": 1, "comm_ms": 1, "step_ms": 2},
             "peak_memory": {"at_peak": {"activations": 1}},
         }

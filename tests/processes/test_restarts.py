@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import toy
 
+from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import launcher
+from dist_lab.processes.attempts import agreed_attempt
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +96,19 @@ def test_a_rank_that_is_stopped_costs_one_restart_after_the_timeout(tmp_path, ca
 def test_debug_shows_the_traceback_of_a_failure_that_costs_a_restart(tmp_path, capsys):
     assert count(tmp_path, "1 2 1 exc", "restarts=1", "debug=1") == 0
     assert "in raise_key_error\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [UserError, MachineError])
+def test_every_rank_hears_why_rank_0_has_no_folder(kind):
+    """The others wait for its answer: a disk that cannot be read was one that never came."""
+    stores = dist.HashStore(), dist.HashStore()
+
+    def place(config):
+        raise kind("why")
+
+    for rank in range(2):
+        with pytest.raises(kind, match="why"):
+            agreed_attempt(None, place, rank, *stores)
 
 
 @pytest.mark.nightly
