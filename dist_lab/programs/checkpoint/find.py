@@ -1,11 +1,17 @@
-"""Which checkpoint a path on the command line means."""
+"""Which checkpoint a path on the command line means, and the settings of its run."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_lab.checkpoint import folder as folders
+from dist_lab.checkpoint.manifest import Damaged
 from dist_lab.checkpoint.reader import Checkpoint
-from dist_lab.errors import UserError
+from dist_lab.data.custom import is_custom
+from dist_lab.errors import UserError, shown
 from dist_lab.observe.run_dir import CHECKPOINTS
+from dist_lab.programs.cli.saved_settings import checked_settings
+from dist_lab.programs.cli.settings import as_typed
 
 
 def newest(path: str) -> Checkpoint:
@@ -47,3 +53,39 @@ def all_in(path: str) -> list[Path]:
             "another folder"
         )
     return found
+
+
+def settings_of(source: Checkpoint) -> dict[str, Any]:
+    """The settings of the run that has saved a checkpoint, each within the limits of its flag.
+
+    Raises:
+        UserError: a script has saved it, so that its model cannot be built here.
+    """
+    saved = source.manifest["settings"]
+    if saved is None:
+        raise UserError(
+            f"checkpoint {str(source.folder)!r} was saved by a script, whose model cannot be built "
+            "here; job.load reads it in any layout"
+        )
+    # A run with another batch may go on from these weights, so the batch need not divide here.
+    without_batch = {name: value for name, value in saved.items() if name != "batch"}
+    known = checked_settings(without_batch, source.folder)
+    if not known.get("model"):
+        raise Damaged(
+            f"the settings of {str(source.folder)!r} name no model; give another checkpoint"
+        )
+    return known
+
+
+def check_data(source: str, data: str, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if the data is code that the checkpoint names, and the user does not."""
+    spec = settings.get("data", "")
+    if data not in ("", spec):
+        raise UserError(
+            f"the run's data is {shown(spec)}, not {shown(data)} (--data); leave it out"
+        )
+    if is_custom(spec) and not data:
+        raise UserError(
+            f"{source!r} was trained on data {spec!r}, whose code would run here; if you "
+            f"trust it, give {as_typed('data', spec)}"
+        )

@@ -20,23 +20,18 @@ from torch.optim import Optimizer
 from dist_lab.checkpoint.entries import Entry, entry_of
 from dist_lab.checkpoint.exchange.ours import about_of, optimizer_of
 from dist_lab.checkpoint.load import load
-from dist_lab.checkpoint.manifest import Damaged
 from dist_lab.checkpoint.offline import OfflineWriter
 from dist_lab.checkpoint.optimizer_state import numbers_of, options_of
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.checkpoint.saver import entries_of
-from dist_lab.data.custom import is_custom
-from dist_lab.errors import UserError, shown
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.observe.console import watched
-from dist_lab.programs.checkpoint.find import check_target, newest
+from dist_lab.programs.checkpoint.find import check_data, check_target, newest, settings_of
 from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.cli.saved_settings import checked_settings
-from dist_lab.programs.cli.settings import as_typed
 from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop
 from dist_lab.randomness import generators
@@ -48,7 +43,7 @@ def reshard(config: Reshard) -> int:
     source = newest(config.source)
     source.verify()
     settings = settings_of(source)
-    check_data(config, settings)
+    check_data(config.source, config.data, settings)
     run = layout_of(config, **settings)
     size = math.prod((config.mesh or {}).values())
     run = run.fitted(size)
@@ -127,39 +122,3 @@ def _shadow(source: Checkpoint, job: Job) -> Iterator[Entry]:
             entry = entry_of(f"shadow/{name}", job.layouts[name], local, job.mesh)
             source.read_into(entry)
             yield entry
-
-
-def check_data(config: Reshard, settings: Mapping[str, Any]) -> None:
-    """Raise UserError if the data is code that the checkpoint names, and the user does not."""
-    spec = settings.get("data", "")
-    if config.data not in ("", spec):
-        raise UserError(
-            f"the run's data is {shown(spec)}, not {shown(config.data)} (--data); leave it out"
-        )
-    if is_custom(spec) and not config.data:
-        raise UserError(
-            f"{config.source!r} was trained on data {spec!r}, whose code would run here; if you "
-            f"trust it, give {as_typed('data', spec)}"
-        )
-
-
-def settings_of(source: Checkpoint) -> dict[str, Any]:
-    """The settings of the run that has saved a checkpoint, each within the limits of its flag.
-
-    Raises:
-        UserError: a script has saved it, so that its model cannot be built here.
-    """
-    saved = source.manifest["settings"]
-    if saved is None:
-        raise UserError(
-            f"checkpoint {str(source.folder)!r} was saved by a script, whose model cannot be built "
-            "here; job.load reads it in any layout"
-        )
-    # A run with another batch may go on from these weights, so the batch need not divide here.
-    without_batch = {name: value for name, value in saved.items() if name != "batch"}
-    known = checked_settings(without_batch, source.folder)
-    if not known.get("model"):
-        raise Damaged(
-            f"the settings of {str(source.folder)!r} name no model; give another checkpoint"
-        )
-    return known

@@ -1,0 +1,1 @@
+"""quantize.py: a checkpoint in few bits, and what that costs in loss."""

@@ -1,0 +1,99 @@
+"""The model that is quantised, its data, and its loss."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_lab.checkpoint.exchange.ours import weights_of
+from dist_lab.comm import ops
+from dist_lab.data import Data
+from dist_lab.errors import UserError
+from dist_lab.loss import cross_entropy_sum
+from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.programs.checkpoint.find import check_data, newest, settings_of
+from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.setup import draw_model, open_run
+from dist_lab.quantize.calibrate import Calibration
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model, on every rank in full.
+
+    checkpoint: its folder
+    settings: of its run
+    """
+
+    checkpoint: Path
+    settings: dict[str, Any]
+    config: Config
+    model: nn.Module
+    data: Data
+
+    @property
+    def unit(self) -> str:
+        """The unit of the loss. A token is a byte."""
+        return "nats/byte" if self.data.image is None else "nats/image"
+
+
+def open_source(path: str, data: str, mesh: Mesh) -> Source:
+    """Read a run's newest checkpoint, and open its data. Collective.
+
+    Args:
+        path: a run, or a checkpoint of one.
+        data: the value of --data.
+
+    Raises:
+        UserError: there is none, it is no run of train.py, or it has no validation data.
+        MachineError: it is damaged.
+    """
+    checkpoint = newest(path)
+    checkpoint.verify()
+    settings = settings_of(checkpoint)
+    check_data(path, data, settings)
+    # The mesh and the micro-batches are those of this program.
+    config = replace(Config(**settings), mesh=None, strategy=None, impl="hand", microbatches=1)
+    opened = open_run(config, mesh)
+    if not opened.validation_batches:
+        raise UserError(
+            f"the data of {path!r} has no validation split, so no loss can be compared; have "
+            "module:function return one"
+        )
+    model = draw_model(config, opened, "meta").to_empty(device=mesh.device)
+    weights = weights_of(checkpoint)
+    model.load_state_dict({name: weights.read(name) for name in weights.names()})
+    return Source(checkpoint.folder, settings, config, model.eval(), opened)
+
+
+def calibration_of(source: Source, samples: int, shards: int, axis: Axis) -> Calibration:
+    """This rank's part of the first samples of the training data, in virtual shards."""
+    rows = source.config.batch
+    own = shards // axis.size
+    parts = []
+    for shard in range(own * axis.index, own * (axis.index + 1)):
+        first, last = shard * samples // shards, (shard + 1) * samples // shards
+        parts.append(rows_of(source.data, range(first, last), rows))
+    return Calibration(parts, axis)
+
+
+def rows_of(data: Data, samples: range, batch: int) -> Tensor:
+    """The inputs of these samples, counted from the first batch on."""
+    parts = [data.batch(n // batch, slice(n % batch, n % batch + 1))[0] for n in samples]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, source: Source, axis: Axis) -> float:
+    """The mean loss over the validation data, in nats per token or image. Collective."""
+    total, count = torch.zeros(2, dtype=torch.float64)
+    data, batch = source.data, source.config.batch
+    for number in range(axis.index, data.validation_batches, axis.size):
+        inputs, targets = data.validation(number, slice(0, batch))
+        total += cross_entropy_sum(model(inputs), targets).double()
+        count += targets.numel()
+    with axis.comm.label("validation"):
+        total, count = ops.all_reduce(torch.stack([total, count]), axis)
+    return float(total / count)

@@ -1,0 +1,34 @@
+"""Rounding to nearest: every weight becomes the nearest code. The baseline of all methods.
+
+It reads no samples, and every rank computes the same: there is nothing to send.
+"""
+
+from torch import nn
+
+from dist_lab.quantize.calibrate import (
+    Calibration,
+    Result,
+    blocks_of,
+    linears_of,
+    precise,
+    set_weights,
+)
+from dist_lab.quantize.formula import Scheme, round_to_nearest
+
+
+def quantize(model: nn.Module, calibration: Calibration, scheme: Scheme) -> Result:
+    """Quantise the Linears of a model's blocks, in place.
+
+    Args:
+        calibration: not read.
+
+    Raises:
+        UserError: groups do not divide the columns of a weight, or a weight is not finite.
+    """
+    weights = {}
+    for block, module in blocks_of(model):
+        for name, linear in linears_of(module).items():
+            weight = linear.weight.detach()
+            weights[f"{block}.{name}"] = round_to_nearest(weight.to(precise(weight.dtype)), scheme)
+    set_weights(model, weights)
+    return Result(weights)
