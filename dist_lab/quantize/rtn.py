@@ -5,14 +5,8 @@ It reads no samples, and every rank computes the same: there is nothing to send.
 
 from torch import nn
 
-from dist_lab.quantize.calibrate import (
-    Calibration,
-    Result,
-    blocks_of,
-    linears_of,
-    precise,
-    set_weights,
-)
+from dist_lab.quantize.blocks import blocks_of, linears_of
+from dist_lab.quantize.calibrate import Calibration, Result, precise, set_weights
 from dist_lab.quantize.formula import Scheme, round_to_nearest
 
 

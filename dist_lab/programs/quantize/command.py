@@ -1,11 +1,8 @@
 """What each rank of quantize.py runs: quantise one model, compare its loss, and write it."""
 
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from dist_lab.checkpoint.exchange import gptq_files
 from dist_lab.comm.agree import together
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.cli.mesh_text import mesh_in_words
@@ -24,9 +21,7 @@ def run(config: Quantize, mesh: Mesh) -> int:
     calibration = calibration_of(source, config.calibration, config.shards, mesh["dp"])
     if mesh.rank == 0:
         print(heading(config, source, mesh), flush=True)
-    measured = measure(
-        source, calibration, config.method, scheme_of(config), config.method_options
-    )
+    measured = measure(source, calibration, config.method, scheme_of(config), config.method_options)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
             save(config, source, measured)
@@ -43,8 +38,7 @@ def scheme_of(config: Quantize) -> Scheme:
     return Scheme(config.bits, config.group, config.symmetric, torch.float16)
 
 
-def save(config: Quantize, source: Source, measured: Measured) -> None:
-    ...
+def save(config: Quantize, source: Source, measured: Measured) -> None: ...
 
 
 def heading(config: Quantize, source: Source, mesh: Mesh) -> str:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-import torch
 from torch import nn
 
-from dist_lab.mesh.mesh import Axis
 from dist_lab.programs.quantize.methods import METHODS
 from dist_lab.programs.quantize.source import Source, loss_of
 from dist_lab.quantize.calibrate import Calibration

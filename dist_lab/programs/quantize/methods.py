@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from dist_lab.errors import UserError
 
 ALL = (2, 3, 4, 8)
+QAT = "qat"  # in --table only: a run that was trained with rounded weights, and then rounded
+QAT_WIDTHS = (2, 3, 4)
 
 
 @dataclass(frozen=True)

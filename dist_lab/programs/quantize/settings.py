@@ -10,7 +10,7 @@ from dist_lab.programs.cli.mesh_text import mesh_in_words, read_mesh
 from dist_lab.programs.cli.ranks import RankSettings, check_nproc
 from dist_lab.programs.cli.settings import flag, setting, split_names
 from dist_lab.programs.cli.settings import read as read_settings
-from dist_lab.programs.quantize.methods import ALL, METHODS, check_width
+from dist_lab.programs.quantize.methods import METHODS, QAT, check_width
 from dist_lab.step.fixed_order.order import microbatches_of
 
 OPTIONS = tuple(name for row in METHODS.values() for name in row.options)
@@ -56,6 +56,13 @@ class Quantize(RankSettings):
         Raises:
             UserError: there are other axes, or the ranks cannot share the samples equally.
         """
+        if self.table:  # this process starts the ranks of each run
+            if size > 1 and not self.nproc:
+                raise UserError(
+                    f"a table starts its own ranks, {size} were started; type python "
+                    f"launch/quantize.py --table --nproc {size}"
+                )
+            return {}
         mesh = self.mesh or {"dp": size}
         others = [name for name, n in mesh.items() if name != "dp" and n > 1]
         if others:
@@ -79,6 +86,11 @@ class Quantize(RankSettings):
         return {"dp": size}
 
     @property
+    def method_list(self) -> list[str]:
+        """The methods of the table."""
+        return split_names(self.methods, (*METHODS, QAT), "--methods", "method") or [*METHODS, QAT]
+
+    @property
     def method_options(self) -> dict[str, Any]:
         """The options of the method."""
         return {name: getattr(self, name) for name in METHODS[self.method].options}
@@ -94,12 +106,13 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
             f"{config.shards} parts are no power of two ({where['shards']}); give "
             f"{1 << (config.shards.bit_length() - 1)}"
         )
-    if config.calibration < config.shards:
+    if config.calibration % config.shards:
+        near = -(-config.calibration // config.shards) * config.shards
         raise UserError(
-            f"{config.calibration} samples are fewer than {config.shards} parts "
-            f"({where['calibration']}); give --calibration {config.shards} or more"
+            f"{config.calibration} samples do not divide into {config.shards} equal parts "
+            f"({where['calibration']}); give --calibration {near}"
         )
-    split_names(config.methods, (*METHODS, "qat"), "--methods", "method")
+    split_names(config.methods, (*METHODS, QAT), "--methods", "method")
     if config.table:
         return config if config.out else replace(config, out="runs/quantize")
     if not config.checkpoint:
@@ -125,7 +138,3 @@ def check_options(config: Quantize) -> None:
                 f"{config.method} has no {name}={value} ({flag(name)}); leave it out, or give "
                 f"--method {' or '.join(takes)}"
             )
-
-
-def all_widths() -> tuple[int, ...]:
-    return ALL

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.comm import ops
@@ -16,7 +16,7 @@ from dist_lab.mesh.mesh import Axis, Mesh
 from dist_lab.programs.checkpoint.find import check_data, newest, settings_of
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.setup import draw_model, open_run
-from dist_lab.quantize.calibrate import Calibration
+from dist_lab.quantize.calibrate import Calibration, shards_of_rows
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,10 @@ def open_source(path: str, data: str, mesh: Mesh) -> Source:
 
 
 def calibration_of(source: Source, samples: int, shards: int, axis: Axis) -> Calibration:
-    """This rank's part of the first samples of the training data, in virtual shards."""
-    rows = source.config.batch
-    own = shards // axis.size
-    parts = []
-    for shard in range(own * axis.index, own * (axis.index + 1)):
-        first, last = shard * samples // shards, (shard + 1) * samples // shards
-        parts.append(rows_of(source.data, range(first, last), rows))
-    return Calibration(parts, axis)
-
-
-def rows_of(data: Data, samples: range, batch: int) -> Tensor:
-    """The inputs of these samples, counted from the first batch on."""
-    parts = [data.batch(n // batch, slice(n % batch, n % batch + 1))[0] for n in samples]
-    return torch.cat(parts)
+    """This rank's virtual shards of the first samples of the training data. Collective."""
+    batch = source.config.batch
+    batches = (source.data.batch(i, slice(0, batch))[0] for i in range(-(-samples // batch)))
+    return shards_of_rows(torch.cat(list(batches))[:samples], axis, shards)
 
 
 @torch.no_grad()

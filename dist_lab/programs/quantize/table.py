@@ -1,29 +1,120 @@
 """quantize.py --table: every method with every width, on several runs; loss against bytes.
 
-    1. without --checkpoint, train the README's model with three seeds, and for qat with rounded
-       weights again; a run that is there goes on, or stays
-    2. on each run's ranks: every method with every width (`cells_of_run`)
-    3. the table, quantize.json, .csv and .png
+1. without --checkpoint: train the README's model with three seeds; for qat again, with rounded
+   weights. A run that is there already goes on, or stays as it is.
+2. for each run start the ranks, which quantise it by every method with every width: `cells`
+3. print the table; write quantize.json, .csv and .png
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.table import Table
+import torch
 
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import export
-from dist_lab.observe.console import empty_table, wide_console
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.processes.launcher import on_new_ranks
 from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.quantize.measure import measure
-from dist_lab.programs.quantize.methods import METHODS
+from dist_lab.programs.quantize.methods import METHODS, QAT, QAT_WIDTHS
+from dist_lab.programs.quantize.report import report
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import calibration_of, loss_of, open_source
 from dist_lab.quantize.formula import Scheme
+
+SEEDS = 0, 1, 2
+RUN = "--nproc 4 --strategy fsdp --steps 200 --save-every 200 --keep 1 --resume auto"
+
+
+class Failed(Exception):
+    """Ranks that were started have ended with this exit status, and have said why."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+def table(config: Quantize) -> int:
+    """Make the table. Returns the exit status."""
+    folder = make_folder(config.out, "quantize.json")
+    try:
+        rows = list(all_rows(config, folder))
+    except Failed as failed:
+        return failed.status
+    report(rows, config, folder)
+    return 0
+
+
+def all_rows(config: Quantize, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of all runs. Raises Failed."""
+    methods = [method for method in config.method_list if method != QAT]
+    if config.checkpoint:
+        for path in config.checkpoint.split(","):
+            yield from on_ranks(config, Path(path.strip()), methods, None, folder)
+        return
+    for seed in SEEDS:
+        run = trained(config, folder, seed)
+        yield from on_ranks(config, run, methods, None, folder)
+        for bits in QAT_WIDTHS if QAT in config.method_list else ():
+            aware = trained(config, folder, seed, bits)
+            for row in on_ranks(config, aware, ["rtn"], bits, folder):
+                yield row | {"run": run.name, "method": QAT}
+
+
+def trained(config: Quantize, folder: Path, seed: int, bits: int | None = None) -> Path:
+    """Train a run, unless it is there, with weights rounded to `bits`. Returns its folder."""
+    name = f"seed-{seed}" if bits is None else f"seed-{seed}-qat-{bits}"
+    argv = [*RUN.split(), "--seed", str(seed), "--out", str(folder / name)]
+    argv += [] if bits is None else ["--qat", f"{bits}:{config.group}"]
+    settings = parse(argv)
+    body = "dist_lab.programs.train.command:train"
+    if status := on_new_ranks("train.py", settings, body, settings.nproc or 1, None):
+        raise Failed(status)
+    return folder / name
+
+
+def on_ranks(
+    config: Quantize, run: Path, methods: list[str], bits: int | None, folder: Path
+) -> list[dict[str, Any]]:
+    """Start ranks that run `cells`, and return the rows. Raises Failed."""
+    path = folder / f"{run.name}.json"
+    settings = replace(
+        config, checkpoint=str(run), methods=",".join(methods), bits=bits, out=str(path),
+        table=False,
+    )  # fmt: skip
+    body = "dist_lab.programs.quantize.table:cells"
+    if methods and (status := on_new_ranks("quantize.py", settings, body, config.nproc or 1, None)):
+        raise Failed(status)
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if methods else []
+    return rows
+
+
+def cells(config: Quantize, mesh: Mesh) -> int:
+    """Quantise one run by all methods, with all widths. Rank 0 writes the rows to `config.out`."""
+    source = open_source(config.checkpoint, config.data, mesh)
+    axis = mesh["dp"]
+    calibration = calibration_of(source, config.calibration, config.shards, axis)
+    before, rows = loss_of(source.model, source, axis), []
+    for method in config.method_list:
+        row = METHODS[method]
+        for bits in sorted(row.widths) if config.bits is None else (config.bits,):
+            scheme = Scheme(bits, config.group, config.symmetric, torch.float16)
+            options = {name: getattr(config, name) for name in row.options}
+            measured = measure(source, calibration, method, scheme, options, before=before)
+            rows.append({
+                "run": Path(config.checkpoint).name, "method": method, "bits": bits,
+                "unit": source.unit, "loss": measured.loss[1], "loss_before": before,
+                "bytes": measured.size[1], "bytes_before": measured.size[0],
+                "seconds": measured.seconds,
+            })  # fmt: skip
+            if mesh.rank == 0:
+                shown = (
+                    f"{method} {bits} bits: {source.unit} {before:.4f} -> {measured.loss[1]:.4f}"
+                )
+                print(f"{Path(config.checkpoint).name}: {shown}", flush=True)
+    if mesh.rank == 0:
+        export.write_json(Path(config.out), rows)
+    return 0
