@@ -1,9 +1,10 @@
 """What each rank of quantize.py runs: quantise one model, compare its loss, and write it."""
 
-
 import torch
 
+from dist_lab.checkpoint.exchange import gptq_files
 from dist_lab.comm.agree import together
+from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.quantize.measure import Measured, measure
@@ -11,6 +12,7 @@ from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import Source, calibration_of, open_source
 from dist_lab.programs.quantize.table import table
 from dist_lab.quantize.formula import Scheme
+from dist_lab.zoo import GPT
 
 
 def run(config: Quantize, mesh: Mesh) -> int:
@@ -18,6 +20,11 @@ def run(config: Quantize, mesh: Mesh) -> int:
     if config.table:
         return table(config)
     source = open_source(config.checkpoint, config.data, mesh)
+    if config.out and not isinstance(source.model, GPT):
+        raise UserError(
+            f"AutoGPTQ's format has no names for a {source.config.model} (--out); leave --out out "
+            "to compare the losses alone"
+        )
     calibration = calibration_of(source, config.calibration, config.shards, mesh["dp"])
     if mesh.rank == 0:
         print(heading(config, source, mesh), flush=True)
@@ -38,7 +45,23 @@ def scheme_of(config: Quantize) -> Scheme:
     return Scheme(config.bits, config.group, config.symmetric, torch.float16)
 
 
-def save(config: Quantize, source: Source, measured: Measured) -> None: ...
+def save(config: Quantize, source: Source, measured: Measured) -> None:
+    """Write the folder of AutoGPTQ's format, and what it comes from."""
+    about = {
+        "run": str(source.checkpoint), "settings": source.settings, "method": config.method,
+        "bits": config.bits, "group": config.group, "symmetric": config.symmetric,
+        "calibration": config.calibration, "shards": config.shards, **config.method_options,
+        "loss": {"unit": source.unit, "before": measured.loss[0], "after": measured.loss[1]},
+        "bytes": {"before": measured.size[0], "after": measured.size[1]},
+        "notes": measured.notes,
+    }  # fmt: skip
+    options = {
+        "desc_act": config.act_order, "damp_percent": config.damping, "true_sequential": False,
+        "model_name_or_path": str(source.checkpoint),
+    }  # fmt: skip
+    gptq_files.save(
+        measured.model, config.out, about=about, options=options, positions=source.config.seq
+    )
 
 
 def heading(config: Quantize, source: Source, mesh: Mesh) -> str:
@@ -52,11 +75,7 @@ def heading(config: Quantize, source: Source, mesh: Mesh) -> str:
 
 
 def closing_line(source: Source, measured: Measured) -> str:
-    """The last line.
-
-    >>> closing_line(SimpleNamespace(unit="nats/byte"), Measured(..., (1.6, 1.7), (4000, 1000), 1, []))
-    'nats/byte 1.6000 -> 1.7000, bytes 4,000 -> 1,000'
-    """
+    """The last line: `nats/byte 1.6000 -> 1.7000, bytes 4,000 -> 1,000`."""
     (loss, loss_after), (size, size_after) = measured.loss, measured.size
     losses = f"{source.unit} {loss:.4f} -> {loss_after:.4f}"
     return f"{losses}, bytes {size:,} -> {size_after:,}"

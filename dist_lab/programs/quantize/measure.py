@@ -14,6 +14,7 @@ from dist_lab.programs.quantize.source import Source, loss_of
 from dist_lab.quantize.calibrate import Calibration
 from dist_lab.quantize.formula import Scheme
 from dist_lab.quantize.linear import replace_linears
+from dist_lab.quantize.packing import as_stored
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def measure(
     with axis.comm.label("quantize"):
         result = resolve_name(METHODS[method].function)(model, calibration, scheme, **options)
     seconds = time.perf_counter() - began
-    replace_linears(model, result.weights)
-    after = loss_of(model, source, axis)
+    after = loss_of(model, source, axis)  # before its weights are packed: the same bits, sooner
+    replace_linears(model, {name: as_stored(q) for name, q in result.weights.items()})
     sizes = bytes_of(source.model), bytes_of(model)
     return Measured(model, (before, after), sizes, seconds, result.notes)
 

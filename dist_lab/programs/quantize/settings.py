@@ -27,8 +27,8 @@ class Quantize(RankSettings):
     method: str = setting("rtn", "; ".join(f"{name}: {row.about}" for name, row in METHODS.items()),
         choices=tuple(METHODS))
     bits: int | None = setting(None, "bits of a weight: 2, 3, 4 or 8; default: 4, or 8 with inputs "
-        "of 8 bits")
-    group: int = setting(32, "columns of a weight that share a scale; -1: all of a row")
+        "of 8 bits", low=1, high=64)
+    group: int = setting(32, "columns of a weight that share a scale; -1: all of a row", low=-1)
     symmetric: bool = setting(False, "signed codes, whose zero is 0")
     mesh: Mapping[str, int] | None = setting(None, "dp=N: N ranks share out the samples and the "
         "layers; default: all ranks", metavar="dp=N", read=read_mesh)
@@ -111,6 +111,10 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
         raise UserError(
             f"{config.calibration} samples do not divide into {config.shards} equal parts "
             f"({where['calibration']}); give --calibration {near}"
+        )
+    if not config.group:
+        raise UserError(
+            f"groups of 0 columns have no scale ({where['group']}); give 32, or -1: all of a row"
         )
     split_names(config.methods, (*METHODS, QAT), "--methods", "method")
     if config.table:

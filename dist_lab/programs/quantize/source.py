@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_lab.checkpoint.exchange.gptq_files import is_quantized
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.comm import ops
 from dist_lab.data import Data
@@ -50,6 +51,11 @@ def open_source(path: str, data: str, mesh: Mesh) -> Source:
         UserError: there is none, it is no run of train.py, or it has no validation data.
         MachineError: it is damaged.
     """
+    if is_quantized(Path(path).expanduser()):
+        raise UserError(
+            f"{path!r} is quantised already, and its codes cannot be rounded again (--checkpoint); "
+            "give the run that it comes from"
+        )
     checkpoint = newest(path)
     checkpoint.verify()
     settings = settings_of(checkpoint)

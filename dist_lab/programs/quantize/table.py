@@ -88,8 +88,7 @@ def on_ranks(
     body = "dist_lab.programs.quantize.table:cells"
     if methods and (status := on_new_ranks("quantize.py", settings, body, config.nproc or 1, None)):
         raise Failed(status)
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if methods else []
-    return rows
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if methods else []
 
 
 def cells(config: Quantize, mesh: Mesh) -> int:
@@ -116,5 +115,5 @@ def cells(config: Quantize, mesh: Mesh) -> int:
                 )
                 print(f"{Path(config.checkpoint).name}: {shown}", flush=True)
     if mesh.rank == 0:
-        export.write_json(Path(config.out), rows)
+        export.write_json(Path(config.out), {"rows": rows})
     return 0
