@@ -5,7 +5,6 @@ import re
 import shutil
 
 import pytest
-import torch
 from programs import refusal, run
 from short_run import trained
 
