@@ -1,17 +1,15 @@
 """What each rank of quantize.py runs: quantise one model, compare its loss, and write it."""
 
-import torch
-
 from dist_lab.checkpoint.exchange import gptq_files
 from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.cli.mesh_text import mesh_in_words
-from dist_lab.programs.quantize.measure import Measured, measure
+from dist_lab.programs.quantize.measure import Measured, measure, scheme_of
+from dist_lab.programs.quantize.methods import METHODS
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import Source, calibration_of, open_source
 from dist_lab.programs.quantize.table import table
-from dist_lab.quantize.formula import Scheme
 from dist_lab.zoo import GPT
 
 
@@ -28,7 +26,9 @@ def run(config: Quantize, mesh: Mesh) -> int:
     calibration = calibration_of(source, config.calibration, config.shards, mesh["dp"])
     if mesh.rank == 0:
         print(heading(config, source, mesh), flush=True)
-    measured = measure(source, calibration, config.method, scheme_of(config), config.method_options)
+    assert config.bits is not None
+    scheme = scheme_of(config, config.method, config.bits)
+    measured = measure(source, calibration, config.method, scheme, config.method_options)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
             save(config, source, measured)
@@ -39,17 +39,11 @@ def run(config: Quantize, mesh: Mesh) -> int:
     return 0
 
 
-def scheme_of(config: Quantize) -> Scheme:
-    """The scheme of the settings. Scales are those of the file, in 16 bits."""
-    assert config.bits is not None
-    return Scheme(config.bits, config.group, config.symmetric, torch.float16)
-
-
 def save(config: Quantize, source: Source, measured: Measured) -> None:
     """Write the folder of AutoGPTQ's format, and what it comes from."""
     about = {
         "run": str(source.checkpoint), "settings": source.settings, "method": config.method,
-        "bits": config.bits, "group": config.group, "symmetric": config.symmetric,
+        "bits": config.bits,
         "calibration": config.calibration, "shards": config.shards, **config.method_options,
         "loss": {"unit": source.unit, "before": measured.loss[0], "after": measured.loss[1]},
         "bytes": {"before": measured.size[0], "after": measured.size[1]},
@@ -66,12 +60,9 @@ def save(config: Quantize, source: Source, measured: Measured) -> None:
 
 def heading(config: Quantize, source: Source, mesh: Mesh) -> str:
     """One line before the work begins: it may take a while."""
-    groups = "one scale a row" if config.group == -1 else f"groups of {config.group}"
-    samples = f"{config.calibration} samples"
-    return (
-        f"{config.method}, {config.bits} bits, {groups}: {samples} on {mesh_in_words(mesh.axes)}, "
-        f"{source.checkpoint}"
-    )
+    samples = f"{config.calibration} samples" if METHODS[config.method].calibrates else "no samples"
+    where = f"{samples}, on {mesh_in_words(mesh.axes)}"
+    return f"{config.method}, {config.bits} bits, {where}: {source.checkpoint}"
 
 
 def closing_line(source: Source, measured: Measured) -> str:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_lab.programs.quantize.methods import METHODS
+from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import Source, loss_of
 from dist_lab.quantize.calibrate import Calibration
-from dist_lab.quantize.formula import Scheme
+from dist_lab.quantize.formula import WHOLE, Scheme
 from dist_lab.quantize.linear import replace_linears
 from dist_lab.quantize.packing import as_stored
 
@@ -51,10 +53,18 @@ def measure(
     with axis.comm.label("quantize"):
         result = resolve_name(METHODS[method].function)(model, calibration, scheme, **options)
     seconds = time.perf_counter() - began
-    after = loss_of(model, source, axis)  # before its weights are packed: the same bits, sooner
-    replace_linears(model, {name: as_stored(q) for name, q in result.weights.items()})
+    stored = {name: as_stored(quantized) for name, quantized in result.weights.items()}
+    replace_linears(model, stored, result.inputs)
+    after = loss_of(model, source, axis)
     sizes = bytes_of(source.model), bytes_of(model)
     return Measured(model, (before, after), sizes, seconds, result.notes)
+
+
+def scheme_of(config: Quantize, method: str, bits: int) -> Scheme:
+    """The scheme of a method's weights. Scales are those of the file, in 16 bits."""
+    if METHODS[method].activations:  # only then is there a product of integers
+        return Scheme(bits, WHOLE, symmetric=True, scale_dtype=torch.float16)
+    return Scheme(bits, config.columns, config.symmetric, torch.float16)
 
 
 def bytes_of(model: nn.Module) -> int:

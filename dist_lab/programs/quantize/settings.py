@@ -13,6 +13,7 @@ from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.quantize.methods import METHODS, QAT, check_width
 from dist_lab.step.fixed_order.order import microbatches_of
 
+GROUP = 32  # columns
 OPTIONS = tuple(name for row in METHODS.values() for name in row.options)
 
 
@@ -28,8 +29,9 @@ class Quantize(RankSettings):
         choices=tuple(METHODS))
     bits: int | None = setting(None, "bits of a weight: 2, 3, 4 or 8; default: 4, or 8 with inputs "
         "of 8 bits", low=1, high=64)
-    group: int = setting(32, "columns of a weight that share a scale; -1: all of a row", low=-1)
-    symmetric: bool = setting(False, "signed codes, whose zero is 0")
+    group: int | None = setting(None, "columns of a weight that share a scale; -1: all of a row; "
+        "default: 32, or -1 with inputs of 8 bits", low=-1)
+    symmetric: bool = setting(False, "signed codes, whose zero is 0; always with inputs of 8 bits")
     mesh: Mapping[str, int] | None = setting(None, "dp=N: N ranks share out the samples and the "
         "layers; default: all ranks", metavar="dp=N", read=read_mesh)
     out: str = setting("", "write the quantised model to this new folder, in AutoGPTQ's format; "
@@ -86,6 +88,11 @@ class Quantize(RankSettings):
         return {"dp": size}
 
     @property
+    def columns(self) -> int:
+        """The columns that share a scale, unless the method says so."""
+        return GROUP if self.group is None else self.group
+
+    @property
     def method_list(self) -> list[str]:
         """The methods of the table."""
         return split_names(self.methods, (*METHODS, QAT), "--methods", "method") or [*METHODS, QAT]
@@ -112,7 +119,7 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
             f"{config.calibration} samples do not divide into {config.shards} equal parts "
             f"({where['calibration']}); give --calibration {near}"
         )
-    if not config.group:
+    if config.group == 0:
         raise UserError(
             f"groups of 0 columns have no scale ({where['group']}); give 32, or -1: all of a row"
         )
@@ -133,10 +140,16 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
 
 def check_options(config: Quantize) -> None:
     """Raise UserError for an option of another method."""
+    row = METHODS[config.method]
+    if row.activations and config.group not in (None, -1):
+        raise UserError(
+            f"{config.method} multiplies integers, which needs one scale a row (--group "
+            f"{config.group}); leave --group out"
+        )
     defaults = {option.name: option.default for option in fields(Quantize)}
     for name in dict.fromkeys(OPTIONS):
         takes = [method for method, row in METHODS.items() if name in row.options]
-        if getattr(config, name) != defaults[name] and config.method not in takes:
+        if getattr(config, name) != defaults[name] and name not in row.options:
             value = shown(getattr(config, name))
             raise UserError(
                 f"{config.method} has no {name}={value} ({flag(name)}); leave it out, or give "

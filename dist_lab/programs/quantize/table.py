@@ -12,19 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import export
 from dist_lab.observe.run_dir import make_folder
 from dist_lab.processes.launcher import on_new_ranks
 from dist_lab.programs.cli.checks import parse
-from dist_lab.programs.quantize.measure import measure
+from dist_lab.programs.quantize.measure import measure, scheme_of
 from dist_lab.programs.quantize.methods import METHODS, QAT, QAT_WIDTHS
 from dist_lab.programs.quantize.report import report
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import calibration_of, loss_of, open_source
-from dist_lab.quantize.formula import Scheme
 
 SEEDS = 0, 1, 2
 RUN = "--nproc 4 --strategy fsdp --steps 200 --save-every 200 --keep 1 --resume auto"
@@ -68,7 +65,7 @@ def trained(config: Quantize, folder: Path, seed: int, bits: int | None = None) 
     """Train a run, unless it is there, with weights rounded to `bits`. Returns its folder."""
     name = f"seed-{seed}" if bits is None else f"seed-{seed}-qat-{bits}"
     argv = [*RUN.split(), "--seed", str(seed), "--out", str(folder / name)]
-    argv += [] if bits is None else ["--qat", f"{bits}:{config.group}"]
+    argv += [] if bits is None else ["--qat", f"{bits}:{config.columns}"]
     settings = parse(argv)
     body = "dist_lab.programs.train.command:train"
     if status := on_new_ranks("train.py", settings, body, settings.nproc or 1, None):
@@ -100,7 +97,7 @@ def cells(config: Quantize, mesh: Mesh) -> int:
     for method in config.method_list:
         row = METHODS[method]
         for bits in sorted(row.widths) if config.bits is None else (config.bits,):
-            scheme = Scheme(bits, config.group, config.symmetric, torch.float16)
+            scheme = scheme_of(config, method, bits)
             options = {name: getattr(config, name) for name in row.options}
             measured = measure(source, calibration, method, scheme, options, before=before)
             rows.append({

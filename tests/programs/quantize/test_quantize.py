@@ -80,6 +80,8 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(source, tmp_path):
         ("--checkpoint X --bits 5", "rtn has no codes of 5 bits (--bits); give 2 or 3 or 4 or 8"),
         ("--checkpoint X --method w8a8 --bits 4", "give 8, or --method rtn or gptq or awq"),
         ("--checkpoint X --group 0", "groups of 0 columns have no scale (--group)"),
+        ("--checkpoint X --method w8a8 --group 32", "w8a8 multiplies integers, which needs one "
+         "scale a row (--group 32)"),
         ("--checkpoint X --act-order", "rtn has no act_order=true (--act-order); leave it out, or "
          "give --method gptq"),
         ("--checkpoint X --shards 6", "6 parts are no power of two (--shards); give 4"),
