@@ -85,7 +85,7 @@ FREE_OF_TORCH = [
     "errors",
     "testing",
 ]
-EXCEPT = {"programs.cli.setup", "comm.board.join"}
+EXCEPT = {"programs.cli.setup", "programs.cli.find", "comm.board.join"}
 STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
 FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
 

@@ -14,8 +14,8 @@ from dist_lab.errors import printable, shown
 from dist_lab.layout.boxes import numel_of
 from dist_lab.layout.layout import Box
 from dist_lab.observe.console import empty_table, wide_console
-from dist_lab.programs.checkpoint.find import all_in
 from dist_lab.programs.checkpoint.settings import Inspect
+from dist_lab.programs.cli.find import all_in
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 
 FIRST = 12  # tensors that are listed without --tensors

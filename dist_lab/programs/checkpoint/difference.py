@@ -18,8 +18,8 @@ from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import shown
 from dist_lab.observe.console import empty_table, watched, wide_console
 from dist_lab.programs.checkpoint.contents import say
-from dist_lab.programs.checkpoint.find import newest
 from dist_lab.programs.checkpoint.settings import Diff
+from dist_lab.programs.cli.find import newest
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 
 FIRST = 12  # tensors that are listed without --tensors

@@ -8,8 +8,8 @@ from dist_lab.checkpoint.exchange import dcp, huggingface, llama, ours, torch_fi
 from dist_lab.checkpoint.exchange.tensors import Converted, Tensors, Under, prefixed
 from dist_lab.data.custom import is_custom
 from dist_lab.errors import UserError
-from dist_lab.programs.checkpoint.find import check_target, newest
 from dist_lab.programs.checkpoint.settings import Export, Import
+from dist_lab.programs.cli.find import check_target, newest
 from dist_lab.programs.cli.saved_settings import checked_settings
 from dist_lab.zoo.sizes import SIZES
 

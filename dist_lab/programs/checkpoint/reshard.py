@@ -28,9 +28,9 @@ from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.mesh.mesh import Mesh, dry_run
 from dist_lab.observe.console import watched
-from dist_lab.programs.checkpoint.find import check_data, check_target, newest, settings_of
 from dist_lab.programs.checkpoint.settings import Reshard, layout_of
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.find import check_data, check_target, newest, settings_of
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.cli.setup import build, open_run
 from dist_lab.programs.train import loop

@@ -10,8 +10,8 @@ from dist_lab.checkpoint.load import check_name
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import MachineError, UserError, shown
 from dist_lab.observe.console import watched
-from dist_lab.programs.checkpoint.find import all_in
 from dist_lab.programs.checkpoint.settings import Verify
+from dist_lab.programs.cli.find import all_in
 
 
 def verify(config: Verify) -> int:

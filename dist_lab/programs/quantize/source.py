@@ -14,8 +14,8 @@ from dist_lab.data import Data
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
-from dist_lab.programs.checkpoint.find import check_data, newest, settings_of
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.find import check_data, newest, settings_of
 from dist_lab.programs.cli.setup import draw_model, open_run
 from dist_lab.quantize.calibrate import Calibration, shards_of_rows
 
