@@ -13,6 +13,7 @@ from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.quantize.formula import Scheme, grid_between, round_to_nearest
 from dist_lab.quantize.qat import QAT, StraightThrough
+from dist_lab.transforms import operands
 from dist_lab.transforms.operands import Split
 from dist_lab.transforms.recipe import linears_of
 
@@ -250,6 +251,19 @@ def test_a_rank_without_rows_takes_part_in_a_range():
         units=UNITS["gpt"], steps=2,
     )  # fmt: skip
     assert report.equal, report.sentence()
+
+
+@pytest.mark.parametrize("axes", [{"dp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.ranks(2)
+def test_verify_sees_a_range_from_one_rank_only(axes):
+    """Each rank rounds with its own range, as with an observer that DDP does not synchronize."""
+    mesh = dist_lab.init_mesh(**axes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operands, "over_ranks", lambda limits, axis, what: limits)
+        report = dist_lab.verify(
+            gpt, batch, mesh, recipe=QAT(ROWS, PER_TENSOR), units=UNITS["gpt"], steps=1
+        )
+    assert not report.equal
 
 
 SENT = {

@@ -28,6 +28,9 @@ MIXES = {
         "mesh": FSDP_TP, "recipe": "fp8", "layers": 1,
     },
     "tp x fsdp, sequence": {"mesh": FSDP_TP, "sequence_parallel": True},
+    "tp x fsdp, quantised": {
+        "mesh": FSDP_TP, "qat": "4", "qat_inputs": "8:tensor", "recompute": 1,
+    },
     "tp x zero1": {"mesh": {"dp": 2, "tp": 2}, "strategy": "zero1"},
     "pp x tp": {"mesh": {"pp": 2, "tp": 2}},
     "pp x tp, sequence, zb": {
@@ -41,8 +44,8 @@ OF_EIGHT = {
 USUAL = ("pp x fsdp, gathered once, zb",)
 IN_SLOW = (
     *USUAL, "pp x zero1", "pp x zero2, a reduction each time", "pp x fsdp, a reduction each time",
-    "tp x fsdp, in bfloat16", "tp x fsdp, weights in 8-bit codes", "pp x tp, sequence, zb",
-    "pp x tp x fsdp",
+    "tp x fsdp, in bfloat16", "tp x fsdp, weights in 8-bit codes", "tp x fsdp, quantised",
+    "pp x tp, sequence, zb", "pp x tp x fsdp",
 )  # fmt: skip
 
 
