@@ -308,12 +308,8 @@ class LatestInput:
         x: Tensor = args[0] if args else kwargs["input"]
         version = None if x.is_inference() else x._version  # None: nothing would show a change
         how = version, torch.is_grad_enabled(), operand.axis, operand.split.columns
-        if (
-            self.source is None
-            or self.source[0] is not x
-            or self.source[1] != how
-            or version is None
-        ):
+        is_same = self.source is not None and self.source[0] is x and self.source[1] == how
+        if not is_same or version is None:
             self.source, self.rounded = (x, how), operand.rounded(x, "range of an input")
         if args:
             return (self.rounded, *args[1:]), kwargs
