@@ -19,8 +19,11 @@ activations in buffers. Data-parallel ranks see different rows, so their buffers
 broadcasts rank 0's: the ranges of the other ranks are lost, and a value outside of rank 0's range
 is clamped. Here a range is computed in every forward and taken over the ranks; there is no state.
 
-[Note: the numbers] In a forward in bfloat16 the weights that are rounded are those in bfloat16. The
-arithmetic is in float32, and the result is bfloat16.
+[Note: equal to one process] A number within rounding of the middle between two codes may get
+another code on another mesh. In float64 that is unlikely, with one exception. If a weight has one
+scale, and a token too, then each output is an integer times the two. The first token attends to
+itself only, so it is such a row of numbers that is rounded next, and their middles are hit exactly.
+In bfloat16 the weights that are rounded are those in bfloat16. The arithmetic is in float32.
 """
 
 from dataclasses import replace

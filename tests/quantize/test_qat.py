@@ -172,8 +172,9 @@ def test_globs_choose_the_linears():
     ] + ["lm_head"]
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.slow_unless(lambda axes: "tp" in axes)
 @pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.ranks(2)
 def test_the_head_can_be_quantised_too(axes):
     recipe = QAT(Scheme(4), linears=("model.layers.*.mlp.*", "lm_head"))
     report = dist_lab.verify(
@@ -182,6 +183,7 @@ def test_the_head_can_be_quantised_too(axes):
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_bfloat16_runs_and_rounds_the_weights_in_bfloat16(mesh):
     losses = []
@@ -253,6 +255,7 @@ def test_a_rank_without_rows_takes_part_in_a_range():
     assert report.equal, report.sentence()
 
 
+@pytest.mark.slow_unless(lambda axes: "dp" in axes)
 @pytest.mark.parametrize("axes", [{"dp": 2}, {"tp": 2}], ids=str)
 @pytest.mark.ranks(2)
 def test_verify_sees_a_range_from_one_rank_only(axes):
@@ -282,6 +285,7 @@ SENT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda case: case in ("weights, fsdp", "rows, tp", "tensors, tp"))
 @pytest.mark.parametrize("case", SENT)
 @pytest.mark.ranks(4)
 def test_what_ranges_send_is_small_and_labeled(case):
@@ -355,6 +359,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_unless(lambda case: case in ("a graph", "a unit by itself", "groups"))
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.ranks(2)
 def test_what_cannot_be_rounded_is_refused_in_one_line(case):
