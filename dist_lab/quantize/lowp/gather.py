@@ -10,8 +10,8 @@ front of its all-gather. (torchao sends one for the whole model, after each opti
 weights must not change otherwise. Here a forward codes the weights as they are.)
 
 The result has the same bits as a gather in full precision and a coding afterwards: the same numbers
-are divided by the same scale. The layer is told the largest value, so that it finds the same codes
-again in the gathered numbers: their own largest value may be another one, by the rounding.
+are divided by the same scale. The layer is told the largest value: it finds the same codes again in
+the gathered numbers, and under tp need not ask the other ranks for their part.
 
 Blocks along rows may lie on two ranks, and are coded along both dims of W: weights of recipes with
 blocks travel in full precision, and so do gradients.

@@ -68,6 +68,15 @@ def test_a_range_is_one_number_for_each_coded_weight_and_gather():
     assert ranges == 4 * [7 * 4]  # 7 weights in each of two layers, in forward and in backward
 
 
+@pytest.mark.ranks(4)
+def test_a_layer_does_not_ask_the_ranks_of_tp_for_a_range_that_came_with_the_weight():
+    for axes, asked in ((WITH_TP, 0), ({"dp": 2, "tp": 2}, 2 * 7)):
+        job = job_of(axes, "fp8")
+        with job.mesh.comm.ledger.recording() as calls:
+            step(job)
+        assert sum("range of the weight" in call.unit for call in calls) == asked
+
+
 @pytest.mark.slow_unless(lambda axes, dtype, recipe: dtype is None and recipe == "fp8")
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-pow2"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -77,7 +86,8 @@ def test_gathering_codes_has_the_bits_of_gathering_numbers(axes, dtype, recipe):
     loss, gradients = step(job_of(axes, recipe, param_dtype=dtype), microbatches=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CodedWeights, "all_gather_of", lambda *_: ops.all_gather_coalesced)
-        plain_loss, plain_gradients = step(job_of(axes, recipe, param_dtype=dtype), microbatches=2)
+        plain = job_of(axes, recipe, param_dtype=dtype)
+        plain_loss, plain_gradients = step(plain, microbatches=2)
     assert loss == plain_loss
     for name, gradient in plain_gradients.items():
         assert torch.equal(gradients[name], gradient), name
