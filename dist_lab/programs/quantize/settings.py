@@ -58,11 +58,11 @@ class Quantize(RankSettings):
         Raises:
             UserError: there are other axes, or the ranks cannot share the samples equally.
         """
-        if self.table:  # this process starts the ranks of each run
-            if size > 1 and not self.nproc:
+        if self.table:  # this process starts those that train and quantise
+            if size > 1:
                 raise UserError(
-                    f"a table starts its own ranks, {size} were started; type python "
-                    f"launch/quantize.py --table --nproc {size}"
+                    f"a table starts its own processes, {size} were started; type python "
+                    "launch/quantize.py --table"
                 )
             return {}
         mesh = self.mesh or {"dp": size}

@@ -50,14 +50,14 @@ def all_rows(config: Quantize, folder: Path) -> Iterator[dict[str, Any]]:
     methods = [method for method in config.method_list if method != QAT]
     if config.checkpoint:
         for path in config.checkpoint.split(","):
-            yield from on_ranks(config, Path(path.strip()), methods, None, folder)
+            yield from in_process(config, Path(path.strip()), methods, None, folder)
         return
     for seed in SEEDS:
         run = trained(config, folder, seed)
-        yield from on_ranks(config, run, methods, None, folder)
+        yield from in_process(config, run, methods, None, folder)
         for bits in QAT_WIDTHS if QAT in config.method_list else ():
             aware = trained(config, folder, seed, bits)
-            for row in on_ranks(config, aware, ["rtn"], bits, folder):
+            for row in in_process(config, aware, ["rtn"], bits, folder):
                 yield row | {"run": run.name, "method": QAT}
 
 
@@ -73,17 +73,17 @@ def trained(config: Quantize, folder: Path, seed: int, bits: int | None = None) 
     return folder / name
 
 
-def on_ranks(
+def in_process(
     config: Quantize, run: Path, methods: list[str], bits: int | None, folder: Path
 ) -> list[dict[str, Any]]:
-    """Start ranks that run `cells`, and return the rows. Raises Failed."""
+    """Start a process that runs `cells`, and return the rows. Raises Failed."""
     path = folder / f"{run.name}.json"
     settings = replace(
         config, checkpoint=str(run), methods=",".join(methods), bits=bits, out=str(path),
         table=False,
     )  # fmt: skip
     body = "dist_lab.programs.quantize.table:cells"
-    if methods and (status := on_new_ranks("quantize.py", settings, body, config.nproc or 1, None)):
+    if methods and (status := on_new_ranks("quantize.py", settings, body, 1, None)):
         raise Failed(status)
     return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if methods else []
 

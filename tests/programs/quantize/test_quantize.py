@@ -88,6 +88,7 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(source, tmp_path):
         ("--checkpoint X --calibration 20", "20 samples do not divide into 8 equal parts "
          "(--calibration); give --calibration 24"),
         ("--checkpoint X --nproc 2 --mesh tp=2", "mesh tp=2 has tp, but ranks share out samples"),
+        ("--table --nproc 2", "a table starts its own processes, 2 were started"),
         ("--checkpoint X --methods rtn", "--methods are those of --table"),
         ("--checkpoint nowhere", "nowhere"),
     ],
