@@ -52,6 +52,10 @@ class Quantize(RankSettings):
         "you give it", metavar="module:function")
     # fmt: on
 
+    def __post_init__(self) -> None:
+        if self.threads is None:
+            object.__setattr__(self, "threads", 1)  # their number changes the bits of a layer
+
     def axes(self, size: int, *, plain: bool = False) -> dict[str, int]:
         """The mesh: all ranks along dp.
 

@@ -55,7 +55,7 @@ def test_the_folder_loads_and_has_the_loss_that_was_printed(source, tmp_path):
 def test_two_ranks_write_the_bytes_of_one(source, tmp_path, method):
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}"
-        quantized(source, "--method", method, "--nproc", ranks, "--threads", 1, "--out", out)
+        quantized(source, "--method", method, "--nproc", ranks, "--out", out)
     one, two = (tmp_path / f"{n}" / "model.safetensors" for n in (1, 2))
     assert one.read_bytes() == two.read_bytes()
 
