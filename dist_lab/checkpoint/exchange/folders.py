@@ -26,9 +26,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         UserError: there is something at `path` that is not an empty folder.
         MachineError: a file or folder cannot be written.
     """
+    check_new(path)
     final = Path(path).expanduser()
-    if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
-        raise UserError(f"{str(path)!r} exists, and is not an empty folder; give a new one")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
@@ -45,6 +44,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise MachineError(
             f"cannot write {where!r}: {error.strerror or error}; make room or give another folder"
         ) from None
+
+
+def check_new(path: str | Path) -> None:
+    """Raise UserError if there is something at `path` that is not an empty folder."""
+    final = Path(path).expanduser()
+    if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
+        raise UserError(f"{str(path)!r} exists, and is not an empty folder; give a new one")
 
 
 def inside(folder: Path, name: Any, by: str) -> Path:

@@ -1,6 +1,9 @@
 """What each rank of quantize.py runs: quantise one model, compare its loss, and write it."""
 
+from torch import nn
+
 from dist_lab.checkpoint.exchange import gptq_files
+from dist_lab.checkpoint.exchange.folders import check_new
 from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Mesh
@@ -10,6 +13,7 @@ from dist_lab.programs.quantize.methods import METHODS
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import Source, calibration_of, open_source
 from dist_lab.programs.quantize.table import table
+from dist_lab.quantize.packing import check_storable
 from dist_lab.zoo import GPT
 
 
@@ -18,11 +22,9 @@ def run(config: Quantize, mesh: Mesh) -> int:
     if config.table:
         return table(config)
     source = open_source(config.checkpoint, config.data, mesh)
-    if config.out and not isinstance(source.model, GPT):
-        raise UserError(
-            f"AutoGPTQ's format has no names for a {source.config.model} (--out); leave --out out "
-            "to compare the losses alone"
-        )
+    with together(mesh.world):
+        if config.out:
+            check_output(config, source)
     calibration = calibration_of(source, config.calibration, config.shards, mesh["dp"])
     if mesh.rank == 0:
         print(heading(config, source, mesh), flush=True)
@@ -39,20 +41,32 @@ def run(config: Quantize, mesh: Mesh) -> int:
     return 0
 
 
+def check_output(config: Quantize, source: Source) -> None:
+    """Raise UserError, before the work, if its result could not be written."""
+    check_new(config.out)
+    if not isinstance(source.model, GPT):
+        raise UserError(
+            f"AutoGPTQ's format has no names for a {source.config.model} (--out); leave --out out "
+            "to compare the losses alone"
+        )
+    for name, linear in source.model.model.layers.named_modules():
+        if isinstance(linear, nn.Linear):
+            check_storable((linear.out_features, linear.in_features), name)
+
+
 def save(config: Quantize, source: Source, measured: Measured) -> None:
     """Write the folder of AutoGPTQ's format, and what it comes from."""
+    row = METHODS[config.method]
+    samples = {"calibration": config.calibration, "shards": config.shards}
     about = {
         "run": str(source.checkpoint), "settings": source.settings, "method": config.method,
-        "bits": config.bits,
-        "calibration": config.calibration, "shards": config.shards, **config.method_options,
+        "bits": config.bits, **(samples if row.calibrates else {}), **config.method_options,
         "loss": {"unit": source.unit, "before": measured.loss[0], "after": measured.loss[1]},
         "bytes": {"before": measured.size[0], "after": measured.size[1]},
         "notes": measured.notes,
     }  # fmt: skip
-    options = {
-        "desc_act": config.act_order, "damp_percent": config.damping, "true_sequential": False,
-        "model_name_or_path": str(source.checkpoint),
-    }  # fmt: skip
+    damping = {"damp_percent": config.damping} if "damping" in row.options else {}
+    options = {"desc_act": config.act_order, "model_name_or_path": str(source.checkpoint)} | damping
     gptq_files.save(
         measured.model, config.out, about=about, options=options, positions=source.config.seq
     )

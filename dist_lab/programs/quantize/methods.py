@@ -16,7 +16,8 @@ class Method:
 
     function: "module:function", called as function(model, calibration, scheme, **options)
     about: for --help
-    widths: the bits of a weight that it has, the default last
+    widths: the bits of a weight that it has
+    default: those that it takes if none are given
     options: its settings that other methods do not have
     activations: the inputs of each layer have 8 bits, too
     calibrates: it reads samples
@@ -24,7 +25,8 @@ class Method:
 
     function: str
     about: str
-    widths: tuple[int, ...] = (2, 3, 8, 4)
+    widths: tuple[int, ...] = ALL
+    default: int = 4
     options: tuple[str, ...] = ()
     activations: bool = False
     calibrates: bool = True
@@ -45,11 +47,11 @@ METHODS: Mapping[str, Method] = {
     ),
     "w8a8": Method(
         "dist_lab.quantize.w8a8:quantize", "8 bits for inputs, too: integer products",
-        widths=(8,), options=("inputs",), activations=True,
+        widths=(8,), default=8, options=("inputs",), activations=True,
     ),
     "smoothquant": Method(
         "dist_lab.quantize.smoothquant:quantize", "w8a8, after large inputs are scaled down and "
-        "their weights up", widths=(8,), options=("inputs",), activations=True,
+        "their weights up", widths=(8,), default=8, options=("inputs",), activations=True,
     ),
 }  # fmt: skip
 
@@ -62,9 +64,9 @@ def check_width(method: str, bits: int | None) -> int:
     """
     widths = METHODS[method].widths
     if bits is None:
-        return widths[-1]
+        return METHODS[method].default
     if bits not in widths:
-        known = " or ".join(map(str, sorted(widths)))
+        known = " or ".join(map(str, widths))
         others = [name for name, row in METHODS.items() if bits in row.widths]
         other = f", or --method {' or '.join(others)}" if others and bits in ALL else ""
         raise UserError(f"{method} has no codes of {bits} bits (--bits); give {known}{other}")

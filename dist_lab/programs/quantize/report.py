@@ -29,12 +29,11 @@ def report(rows: Rows, config: Quantize, folder: Path) -> None:
 
 def over_runs(rows: Rows) -> list[dict[str, Any]]:
     """One row for each method and width: means over the runs, and how the loss has changed."""
-    base = {row["run"]: row["loss_before"] for row in reversed(rows) if row["method"] != "qat"}
     keys = dict.fromkeys((row["method"], row["bits"]) for row in rows)
     means = []
     for method, bits in sorted(keys, key=lambda key: key[1]):  # stable: methods keep their order
         own = [row for row in rows if (row["method"], row["bits"]) == (method, bits)]
-        change = [row["loss"] - base.get(row["run"], row["loss_before"]) for row in own]
+        change = [row["loss"] - row["loss_before"] for row in own]
         means.append({
             "method": method, "bits": bits, "runs": len(own),
             "bytes": fmean(row["bytes"] for row in own),
@@ -49,7 +48,7 @@ def over_runs(rows: Rows) -> list[dict[str, Any]]:
 def table_of(means: Rows, rows: Rows) -> Table:
     """The table, with a section for each width."""
     unit, runs = rows[0]["unit"], len({row["run"] for row in rows})
-    before = fmean({row["run"]: row["loss_before"] for row in reversed(rows)}.values())
+    before = fmean({row["run"]: row["loss_before"] for row in rows}.values())
     result = empty_table(
         ["bits", "method"], ["bytes", "smaller", unit, "change (least - largest)", "seconds"],
         title=f"{runs} runs; before: {before:.4f} {unit}, {rows[0]['bytes_before']:,} bytes",
@@ -71,7 +70,7 @@ def picture(means: Rows, rows: Rows) -> Figure:
     """Loss against bytes: a line for each method, with the least and the largest over the runs."""
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    before = fmean({row["run"]: row["loss_before"] for row in reversed(rows)}.values())
+    before = fmean({row["run"]: row["loss_before"] for row in rows}.values())
     axes.axhline(before, color="black", linewidth=1, linestyle="--", label="float32")
     for color, method in zip(cycle(COLORS), dict.fromkeys(r["method"] for r in means)):
         line = [row for row in means if row["method"] == method]

@@ -10,7 +10,7 @@ from dist_lab.programs.cli.mesh_text import mesh_in_words, read_mesh
 from dist_lab.programs.cli.ranks import RankSettings, check_nproc
 from dist_lab.programs.cli.settings import flag, setting, split_names
 from dist_lab.programs.cli.settings import read as read_settings
-from dist_lab.programs.quantize.methods import METHODS, QAT, check_width
+from dist_lab.programs.quantize.methods import ALL, METHODS, QAT, check_width
 from dist_lab.step.fixed_order.order import microbatches_of
 
 GROUP = 32  # columns
@@ -28,7 +28,7 @@ class Quantize(RankSettings):
     method: str = setting("rtn", "; ".join(f"{name}: {row.about}" for name, row in METHODS.items()),
         choices=tuple(METHODS))
     bits: int | None = setting(None, "bits of a weight: 2, 3, 4 or 8; default: 4, or 8 with inputs "
-        "of 8 bits", low=1, high=64)
+        "of 8 bits; --table: all", low=1, high=64)
     group: int | None = setting(None, "columns of a weight that share a scale; -1: all of a row; "
         "default: 32, or -1 with inputs of 8 bits", low=-1)
     symmetric: bool = setting(False, "signed codes, whose zero is 0; always with inputs of 8 bits")
@@ -38,7 +38,8 @@ class Quantize(RankSettings):
         "with --table: the table and its runs, default runs/quantize", metavar="DIR")
     table: bool = setting(False, "every method with every width, on all runs")
     methods: str = setting("", "--table: these methods only, separated by commas; default: all, "
-        "and qat: trained with rounded weights", metavar="LIST", heading="the table")
+        "and without --checkpoint qat: trained with rounded weights", metavar="LIST",
+        heading="the table")
     calibration: int = setting(128, "samples of the training data that the method may read",
         low=1, high=10**6, heading="the method")
     shards: int = setting(8, "the samples are summed in so many parts, along one tree: the same "
@@ -127,8 +128,9 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
         raise UserError(
             f"groups of 0 columns have no scale ({where['group']}); give 32, or -1: all of a row"
         )
-    split_names(config.methods, (*METHODS, QAT), "--methods", "method")
+    named = split_names(config.methods, (*METHODS, QAT), "--methods", "method")
     if config.table:
+        check_table(config, named)
         return config if config.out else replace(config, out="runs/quantize")
     if not config.checkpoint:
         raise UserError(
@@ -140,6 +142,28 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
     config = replace(config, bits=check_width(config.method, config.bits))
     check_options(config)
     return config
+
+
+def check_table(config: Quantize, named: Sequence[str]) -> None:
+    """Raise UserError for a table that cannot be made.
+
+    Args:
+        named: the methods that the user has named.
+    """
+    if config.method != "rtn":
+        raise UserError(
+            f"--method {config.method} is that of one quantisation, and a table has several; give "
+            f"--methods {config.method}"
+        )
+    if config.bits not in (None, *ALL):
+        raise UserError(f"there are no codes of {config.bits} bits (--bits); give 2, 3, 4 or 8")
+    if config.checkpoint and QAT in named:
+        raise UserError(
+            "qat trains runs of its own, so it is in a table without --checkpoint only (--methods);"
+            " leave one of them out"
+        )
+    if len(set(config.checkpoint.split(","))) < len(config.checkpoint.split(",")):
+        raise UserError(f"{shown(config.checkpoint)} names a run twice (--checkpoint)")
 
 
 def check_options(config: Quantize) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dist_lab.errors import UserError, shown
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe import export
 from dist_lab.observe.run_dir import make_folder
@@ -24,6 +25,7 @@ from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import calibration_of, loss_of, open_source
 
 SEEDS = 0, 1, 2
+NONE = "none"  # as the methods of a run of which only the loss is wanted
 RUN = "--nproc 4 --strategy fsdp --steps 200 --save-every 200 --keep 1 --resume auto"
 
 
@@ -41,6 +43,11 @@ def table(config: Quantize) -> int:
         rows = list(all_rows(config, folder))
     except Failed as failed:
         return failed.status
+    if len({(row["unit"], row["bytes_before"]) for row in rows}) != 1:
+        raise UserError(
+            f"the runs {shown(config.checkpoint)} are not of one model, so a mean of their losses "
+            "says nothing (--checkpoint); give runs that differ in their seeds"
+        )
     report(rows, config, folder)
     return 0
 
@@ -49,21 +56,28 @@ def all_rows(config: Quantize, folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the rows of all runs. Raises Failed."""
     methods = [method for method in config.method_list if method != QAT]
     if config.checkpoint:
-        for path in config.checkpoint.split(","):
-            yield from in_process(config, Path(path.strip()), methods, None, folder)
+        for number, path in enumerate(config.checkpoint.split(",")):
+            run = Path(path.strip())
+            yield from in_process(config, run, methods, folder / f"{number}-{run.name}.json")[
+                "rows"
+            ]
         return
     for seed in SEEDS:
         run = trained(config, folder, seed)
-        yield from in_process(config, run, methods, None, folder)
+        plain = in_process(config, run, methods, folder / f"{run.name}.json")
+        yield from plain["rows"]
         for bits in QAT_WIDTHS if QAT in config.method_list else ():
-            aware = trained(config, folder, seed, bits)
-            for row in in_process(config, aware, ["rtn"], bits, folder):
-                yield row | {"run": run.name, "method": QAT}
+            if config.bits in (None, bits):
+                aware = trained(config, folder, seed, bits)
+                of_bits = replace(config, bits=bits, symmetric=False)  # as --qat rounds
+                found = in_process(of_bits, aware, ["rtn"], folder / f"{aware.name}.json")
+                for row in found["rows"]:
+                    yield row | {"run": str(run), "method": QAT, "loss_before": plain["loss"]}
 
 
 def trained(config: Quantize, folder: Path, seed: int, bits: int | None = None) -> Path:
     """Train a run, unless it is there, with weights rounded to `bits`. Returns its folder."""
-    name = f"seed-{seed}" if bits is None else f"seed-{seed}-qat-{bits}"
+    name = f"seed-{seed}" if bits is None else f"seed-{seed}-qat-{bits}-{config.columns}"
     argv = [*RUN.split(), "--seed", str(seed), "--out", str(folder / name)]
     argv += [] if bits is None else ["--qat", f"{bits}:{config.columns}"]
     settings = parse(argv)
@@ -73,19 +87,15 @@ def trained(config: Quantize, folder: Path, seed: int, bits: int | None = None) 
     return folder / name
 
 
-def in_process(
-    config: Quantize, run: Path, methods: list[str], bits: int | None, folder: Path
-) -> list[dict[str, Any]]:
-    """Start a process that runs `cells`, and return the rows. Raises Failed."""
-    path = folder / f"{run.name}.json"
+def in_process(config: Quantize, run: Path, methods: list[str], path: Path) -> dict[str, Any]:
+    """Start a process that runs `cells`, and return what it has written. Raises Failed."""
     settings = replace(
-        config, checkpoint=str(run), methods=",".join(methods), bits=bits, out=str(path),
-        table=False,
-    )  # fmt: skip
+        config, checkpoint=str(run), methods=",".join(methods) or NONE, out=str(path), table=False
+    )
     body = "dist_lab.programs.quantize.table:cells"
-    if methods and (status := on_new_ranks("quantize.py", settings, body, 1, None)):
+    if status := on_new_ranks("quantize.py", settings, body, 1, None):
         raise Failed(status)
-    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if methods else []
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def cells(config: Quantize, mesh: Mesh) -> int:
@@ -94,14 +104,15 @@ def cells(config: Quantize, mesh: Mesh) -> int:
     axis = mesh["dp"]
     calibration = calibration_of(source, config.calibration, config.shards, axis)
     before, rows = loss_of(source.model, source, axis), []
-    for method in config.method_list:
+    name = Path(config.checkpoint).name
+    for method in [] if config.methods == NONE else config.method_list:
         row = METHODS[method]
-        for bits in sorted(row.widths) if config.bits is None else (config.bits,):
+        for bits in row.widths if config.bits is None else {config.bits} & set(row.widths):
             scheme = scheme_of(config, method, bits)
             options = {name: getattr(config, name) for name in row.options}
             measured = measure(source, calibration, method, scheme, options, before=before)
             rows.append({
-                "run": Path(config.checkpoint).name, "method": method, "bits": bits,
+                "run": config.checkpoint, "method": method, "bits": bits,
                 "unit": source.unit, "loss": measured.loss[1], "loss_before": before,
                 "bytes": measured.size[1], "bytes_before": measured.size[0],
                 "seconds": measured.seconds,
@@ -110,7 +121,7 @@ def cells(config: Quantize, mesh: Mesh) -> int:
                 shown = (
                     f"{method} {bits} bits: {source.unit} {before:.4f} -> {measured.loss[1]:.4f}"
                 )
-                print(f"{Path(config.checkpoint).name}: {shown}", flush=True)
+                print(f"{name}: {shown}", flush=True)
     if mesh.rank == 0:
-        export.write_json(Path(config.out), {"rows": rows})
+        export.write_json(Path(config.out), {"loss": before, "rows": rows})
     return 0

@@ -88,6 +88,10 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(source, tmp_path):
         ("--checkpoint X --calibration 20", "20 samples do not divide into 8 equal parts "
          "(--calibration); give --calibration 24"),
         ("--checkpoint X --nproc 2 --mesh tp=2", "mesh tp=2 has tp, but ranks share out samples"),
+        ("--table --method gptq", "a table has several; give --methods gptq"),
+        ("--table --bits 5", "there are no codes of 5 bits (--bits)"),
+        ("--table --methods qat --checkpoint X", "qat trains runs of its own"),
+        ("--table --checkpoint X,X", "'X,X' names a run twice (--checkpoint)"),
         ("--table --nproc 2", "a table starts its own processes, 2 were started"),
         ("--checkpoint X --methods rtn", "--methods are those of --table"),
         ("--checkpoint nowhere", "nowhere"),
@@ -100,6 +104,24 @@ def test_bad_input_is_one_line(flags, part):
 def test_a_group_that_does_not_divide_is_named_with_its_layer(source):
     line = refusal("quantize.py", "--checkpoint", source, "--group", "100")
     assert "128 columns do not divide into groups of 100 (group=100); give 128" in line
+
+
+def test_a_table_has_the_mean_over_runs_and_their_files(source, tmp_path):
+    other = tmp_path / "other" / source.name  # two runs may have one name
+    shutil.copytree(source, other)
+    done = run(
+        "quantize.py", "--table", "--checkpoint", f"{source},{other}", *FEW, "--bits", "8",
+        "--methods", "rtn,w8a8", "--out", tmp_path / "table",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "table/quantize.json").read_text())
+    assert [(row["method"], row["bits"], row["runs"]) for row in found["means"]] == [
+        ("rtn", 8, 2), ("w8a8", 8, 2)
+    ]  # fmt: skip
+    first, second = (row for row in found["rows"] if row["method"] == "rtn")
+    assert (first["run"], second["run"]) == (str(source), str(other))
+    assert first["loss"] == second["loss"]
+    assert (tmp_path / "table/quantize.png").stat().st_size > 10_000
 
 
 def test_a_damaged_checkpoint_is_refused(source, tmp_path):
