@@ -94,6 +94,7 @@ def test_a_folder_has_the_same_bits_and_logits_when_it_is_loaded(
         assert same_bits(loaded(tokens(1, 3)), model(tokens(1, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, mesh={"dp": 2})
 def test_a_quantised_model_is_evaluated_over_ranks_like_any_other(mesh):
     rows = tokens(8)[mesh.world.index :: 2]

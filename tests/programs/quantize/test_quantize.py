@@ -51,6 +51,7 @@ def test_the_folder_loads_and_has_the_loss_that_was_printed(source, tmp_path):
     assert json.loads((folder / "quantize_config.json").read_text())["desc_act"] is True
 
 
+@pytest.mark.slow_unless(lambda method: method == "gptq")
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_two_ranks_write_the_bytes_of_one(source, tmp_path, method):
     for ranks in (1, 2):
@@ -106,6 +107,7 @@ def test_a_group_that_does_not_divide_is_named_with_its_layer(source):
     assert "128 columns do not divide into groups of 100 (group=100); give 128" in line
 
 
+@pytest.mark.slow
 def test_a_table_has_the_mean_over_runs_and_their_files(source, tmp_path):
     other = tmp_path / "other" / source.name  # two runs may have one name
     shutil.copytree(source, other)
