@@ -98,7 +98,8 @@ def parallelize(
             every layout. Each of V (8) parts of the batch is one micro-batch: step/fixed_order.
         dropout: "exact": every nn.Dropout has the masks that one process has, by `seed`, and other
             random numbers are refused. None: each rank draws its own.
-        recipe: what Linears multiply, such as quantised weights: transforms/operands.py.
+        recipe: what Linears multiply, such as quantised weights: transforms/recipe.py. With one
+            scale per matrix all ranks must call the same layers equally often, also in evaluation.
         options: the strategies' own options, the keyword arguments of their `apply`: ddp's
             bucket_mb.
 

@@ -62,7 +62,7 @@ class RecipeOnRanks:
         linears = linears_of(model, recipe, units)
         self.widths = {name: (m.in_features, m.out_features) for name, m in linears.items()}
         self.weights = names_of_weights(model, linears)
-        self.on_model = recipe.start(linears, self.weights)
+        self.on_model = recipe.begin(linears, self.weights)
         self.data: Axes = () if fixed_order else DATA_AXES
         self.splits_sequence = bool(options.get("sequence_parallel"))
 

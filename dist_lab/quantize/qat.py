@@ -26,13 +26,16 @@ itself only, so it is such a row of numbers that is rounded next, and their midd
 In bfloat16 the weights that are rounded are those in bfloat16. The arithmetic is in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_lab.errors import UserError, shown
 from dist_lab.quantize.formula import WHOLE, Grid, Scheme, extremes, grid_between
+from dist_lab.quantize.lowp.blocks import wide
 from dist_lab.transforms.operands import Split
 from dist_lab.transforms.recipe import Recipe, RoundedOperands, Start
 
@@ -44,11 +47,20 @@ class QAT(Recipe):
         weights: the scheme of each weight.
         inputs: that of each input; group -1 for one scale per token, None for one per tensor.
         linears: see Recipe.
+
+    Raises:
+        UserError: one is no scheme.
     """
 
     def __init__(
-        self, weights: Scheme, inputs: Scheme | None = None, linears: tuple[str, ...] = ()
+        self, weights: Scheme, inputs: Scheme | None = None, linears: Sequence[str] | str = ()
     ) -> None:
+        for name, scheme in (("weights", weights), ("inputs", inputs)):
+            if not isinstance(scheme, Scheme | None) or scheme is weights is None:
+                raise UserError(
+                    f"{shown(scheme)} is no scheme of codes ({name}=); give Scheme(bits, group), "
+                    "such as Scheme(4)"
+                )
         rounded = RoundedOperands(
             StraightThrough(weights), None if inputs is None else StraightThrough(inputs)
         )
@@ -80,7 +92,7 @@ class StraightThrough:
             first, rows = self._first(x, split), x.new_zeros(x.size(0), split.width)
             rows[:, first : first + x.size(1)] = x
             x = rows
-        low, high = extremes(_wide(x), self.scheme)
+        low, high = extremes(wide(x), self.scheme)
         return torch.stack([-low, high])
 
     def round(self, x: Tensor, limits: Tensor, split: Split) -> Tensor:
@@ -111,18 +123,13 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        wide = _wide(x)
+        widened = wide(x)
         ctx.grid, ctx.is_leaf = grid, x.is_leaf
-        ctx.save_for_backward(x if x.is_leaf else grid.contains(wide))
-        return grid.rounded(wide).to(x.dtype)
+        ctx.save_for_backward(x if x.is_leaf else grid.contains(widened))
+        return grid.rounded(widened).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (saved,) = ctx.saved_tensors
-        inside = ctx.grid.contains(_wide(saved)) if ctx.is_leaf else saved
+        inside = ctx.grid.contains(wide(saved)) if ctx.is_leaf else saved
         return dy * inside, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32, or in its own dtype if that is wider."""
-    return x if x.dtype.itemsize >= 4 else x.float()

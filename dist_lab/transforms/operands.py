@@ -1,11 +1,13 @@
-"""A recipe: what a Linear multiplies, instead of its weight, its input, and its output's gradient.
+"""The operands of a Linear, and hooks that round its weight and its input.
 
-    y  = x W^T                  ->    y  = X(x) W'(W)^T                       forward
-    dx = dy W,  dW = dy^T x     ->    dx = G(dy) W'(W),  dW = G(dy)^T X(x)    backward
+    y  = x W^T                  ->    y  = X(x) W'(W)^T                 forward
+    dx = dy W,  dW = dy^T x     ->    dx = dy W'(W),  dW = dy^T X(x)    backward
 
-X, W' and G are roundings to fewer numbers, which a `Rounding` computes. Each is differentiable, so
-dx and dW go on through its own backward. A training run that quantises its weights is such a
-recipe (quantize/qat.py), and so is one that multiplies in 8-bit floating point.
+X and W' are roundings to fewer numbers, which a `Rounding` computes. Each is differentiable, so dx
+and dW go on through its own backward. A training run that quantises its weights rounds them so
+(quantize/qat.py). One that multiplies in 8-bit floating point rounds dy as well, and the operands
+of each product differently: it computes the products itself (step/products.py), and shares with
+this file only the description of the operands, `Split` and `LinearOperands`.
 
 The parameters stay what they are. While the forward of a unit runs, each of its Linears has the
 rounded weight in its `__dict__`, where Python looks before `_parameters`: see [Note: master
@@ -38,9 +40,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
-from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.step.hooks import ModuleHook
+from dist_lab.step.products import as_rows
 from dist_lab.torch_private import of_plain_tensors
 from dist_lab.transforms.recompute import CheckpointedForward
 from dist_lab.transforms.saved_weights import Round, RoundAgain
@@ -92,7 +94,7 @@ class Operand:
 
     def rounded(self, x: Tensor, what: str) -> Tensor:
         """x (..., D), rounded as a matrix whose rows are all but the last dim."""
-        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        rows = as_rows(x)
         limits = self.rounding.limits_of(rows.detach(), self.split)
         if self.axis is not None:
             (limits,) = over_ranks([limits], self.axis, what)
@@ -147,9 +149,7 @@ def scopes_of(
     return scopes
 
 
-def show_operands(
-    weights: Rounding | None, inputs: Rounding | None, output_grads: Rounding | None, scopes: Scopes
-) -> None:
+def show_operands(weights: Rounding | None, inputs: Rounding | None, scopes: Scopes) -> None:
     """Register the hooks that round these operands; None: it stays as it is."""
     latest = LatestInput()
     for unit, linears in scopes.items():
@@ -160,14 +160,10 @@ def show_operands(
         if isinstance(unit.forward, CheckpointedForward):  # in backward it runs without hooks
             unit.forward.around.append(shown.in_recomputation)
         for linear in linears:
-            _, of_input, of_grad = linear.splits
             if inputs is not None:
-                operand = Operand(inputs, of_input, linear.input_axis)
+                operand = Operand(inputs, linear.splits[1], linear.input_axis)
                 hook = ModuleHook(partial(latest.round, operand))
                 linear.module.register_forward_pre_hook(hook, with_kwargs=True)
-            if output_grads is not None:
-                operand = Operand(output_grads, of_grad, linear.grad_axis)
-                linear.module.register_forward_hook(ModuleHook(partial(_round_gradient, operand)))
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -289,7 +285,7 @@ def over_ranks(limits: Sequence[Tensor], axis: Axis, what: str) -> list[Tensor]:
     return [part.view_as(each) for part, each in zip(parts, limits, strict=True)]
 
 
-# --- inputs and gradients -------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 class LatestInput:
@@ -317,25 +313,3 @@ class LatestInput:
 
     def forget(self) -> None:
         self.source = self.rounded = None
-
-
-def _round_gradient(operand: Operand, module: nn.Module, args: Any, output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise UserError(
-            f"{operand.split.name} returns a {type(output).__name__}, of which a recipe cannot "
-            "round the gradient (recipe=); leave it out of linears="
-        )
-    return _RoundedGradient.apply(output, operand)
-
-
-class _RoundedGradient(torch.autograd.Function):
-    """y -> y. Backward rounds dy."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, operand: Operand) -> Tensor:
-        ctx.operand = operand
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.operand.rounded(dy, "range of a gradient"), None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_lab.errors import UserError, shown
 from dist_lab.step.find_units import find_units
+from dist_lab.step.hooks import ModuleHook, do_nothing
 from dist_lab.step.setup import CodedGathers
 from dist_lab.transforms.operands import (
     LinearOperands,
@@ -50,29 +51,41 @@ class RoundedOperands:
 
     weights: Rounding | None
     inputs: Rounding | None = None
-    output_grads: Rounding | None = None
     coded: CodedGathers | None = None
 
     def show(self, scopes: Scopes) -> None:
-        show_operands(self.weights, self.inputs, self.output_grads, scopes)
+        show_operands(self.weights, self.inputs, scopes)
+
+
+class RecipeHook(ModuleHook):
+    """Marks a Linear that has a recipe.
+
+    As a hook it does nothing. But in evaluation nn.TransformerEncoderLayer computes with the
+    weights of its Linears, without calling them, unless one of its modules has a hook.
+    """
 
 
 class Recipe:
     """What the Linears of a model multiply.
+
+    If a range is taken over ranks, as with one scale per matrix, then all ranks must call the same
+    Linears equally often, also in evaluation.
 
     Args:
         weights, inputs, output_grads: the operands that are rounded; None: this one is not.
         start: applies the recipe.
         linears: globs on the names of modules, where a * is one name between dots. Default: all
             that are inside the model's `units`, or inside the units that `parallelize` is given.
+            A str is one glob.
     """
 
     def __init__(
         self, weights: Ranged | None, inputs: Ranged | None, output_grads: Ranged | None,
-        start: Start, linears: Sequence[str] = (),
+        start: Start, linears: Sequence[str] | str = (),
     ) -> None:  # fmt: skip
         self.weights, self.inputs, self.output_grads = weights, inputs, output_grads
-        self.start, self.linears = start, tuple(linears)
+        self.start = start
+        self.linears = (linears,) if isinstance(linears, str) else tuple(linears)
 
     @property
     def mixes_rows(self) -> bool:
@@ -89,15 +102,28 @@ class Recipe:
                 their activations, they must do so already.
 
         Raises:
-            UserError: there is no Linear in the units.
+            UserError: there is no Linear in the units, or one that has a recipe, or a weight that
+                is computed from other parameters.
         """
         named = find_units(model, units or getattr(model, "units", ()))
         linears = linears_of(model, self, named)
         alone = {name: LinearOperands(name, m, unsplit(name, m)) for name, m in linears.items()}
         self._check(alone.values())
-        on_model = self.start(linears, names_of_weights(model, linears))
+        on_model = self.begin(linears, names_of_weights(model, linears))
         on_model.show(scopes_of([model], named, alone))
         return model
+
+    def begin(self, linears: Mapping[str, nn.Linear], weights: Mapping[str, str]) -> OnModel:
+        """`start`, and mark the Linears. Raises UserError if one has a recipe already."""
+        for name, linear in linears.items():
+            if any(isinstance(hook, RecipeHook) for hook in linear._forward_pre_hooks.values()):
+                raise UserError(
+                    f"{name} has a recipe already (recipe=); apply one recipe to a fresh model"
+                )
+        on_model = self.start(linears, weights)
+        for linear in linears.values():
+            linear.register_forward_pre_hook(RecipeHook(do_nothing))
+        return on_model
 
     def _check(self, linears: Iterable[LinearOperands]) -> None:
         """Raise UserError if an operand cannot be rounded at all."""
@@ -142,8 +168,19 @@ def linears_of(
 
 
 def names_of_weights(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Name of a Linear -> the name of its weight. A tied weight has the first of its names."""
+    """Name of a Linear -> the name of its weight. A tied weight has the first of its names.
+
+    Raises:
+        UserError: a weight is no parameter.
+    """
     name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for name, linear in linears.items():
+        if linear.weight not in name_of:
+            raise UserError(
+                f"{name} computes its weight from other parameters, and the recipe rounds "
+                "parameters only (recipe=); leave it out: linears=(...), or remove its "
+                "parametrization"
+            )
     return {name: name_of[linear.weight] for name, linear in linears.items()}
 
 

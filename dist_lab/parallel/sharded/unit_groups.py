@@ -67,6 +67,10 @@ def gather_in_codes(groups: Sequence[ParamGroup], setup: Setup) -> None:
 
 
 def is_coded(setup: Setup, slots: Sequence[ParamSlot]) -> bool:
-    """Whether a parameter is a weight that all its readers code."""
+    """Whether a parameter is a weight that all its readers code.
+
+    Its readers are the layers that hold it. A module that reads the weight of a layer without
+    calling it is not known, and is given the numbers of the codes: see quantize/lowp/gather.py.
+    """
     layers = setup.coded.layers if setup.coded else frozenset()
     return all(module in layers and attribute == "weight" for module, attribute in slots)

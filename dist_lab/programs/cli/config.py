@@ -253,6 +253,8 @@ class Config(RunSettings):
         if "pp" in axes:
             run.check_pipeline(axes["pp"])
         run.check_batch(axes)
+        if MODELS[run.model].reads == "text" and not run.reduce_order:
+            run.check_tokens(run.fitted(size).batch, run.seq, data_ranks(axes), run.microbatches)
         if "tp" in axes:
             run.check_split(axes["tp"])
         self.faults(size)

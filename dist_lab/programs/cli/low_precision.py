@@ -1,5 +1,6 @@
 """The settings of a run whose Linears multiply fewer numbers. Does not import torch."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -9,9 +10,10 @@ from dist_lab.programs.cli.settings import setting
 
 BITS = (2, 3, 4, 8)  # of a code; the same as in quantize/formula.py, which imports torch
 WHOLE_ROW, WHOLE_MATRIX = -1, "tensor"
-RECIPES = (  # as in quantize/lowp/codecs.py
-    "fp8", "fp8-pow2", "fp8-block", "fp8-block-pow2", "mxfp8", "mxfp4", "nvfp4", "nvfp4-pow2",
-)  # fmt: skip
+RECIPES = {  # as in quantize/lowp/codecs.py; the tokens of a block, of which dW is a sum
+    "fp8": 1, "fp8-pow2": 1, "fp8-block": 128, "fp8-block-pow2": 128, "mxfp8": 32, "mxfp4": 32,
+    "nvfp4": 16, "nvfp4-pow2": 16,
+}  # fmt: skip
 
 
 def read_scheme(value: object, where: str) -> str:
@@ -53,5 +55,25 @@ class LowPrecision(RankSettings):
     recipe: str | None = setting(None, "the blocks' Linears multiply 8-bit or 4-bit floating-point "
         "numbers, emulated, in forward and backward: fp8 (one scale per matrix), fp8-block (per "
         "128 values), mxfp8, mxfp4 (per 32), nvfp4 (per 16); -pow2: scales are powers of two",
-        choices=RECIPES)
+        choices=tuple(RECIPES))
     # fmt: on
+
+    def check_tokens(self, batch: int, seq: int, ranks: int, microbatches: int) -> None:
+        """Raise UserError if a block of tokens would lie on two data-parallel ranks.
+
+        With --reduce-order it need not be called: each virtual shard is rounded by itself.
+
+        Args:
+            batch, seq: samples of a step, and tokens of each.
+        """
+        block = RECIPES[self.recipe] if self.recipe else 1
+        samples = block // math.gcd(block, seq)  # that fill blocks
+        parts = ranks * microbatches
+        if ranks > 1 and batch % (parts * samples) and samples > 1:
+            fitting = max(1, round(batch / parts / samples)) * parts * samples
+            raise UserError(
+                f"recipe {self.recipe} has blocks of {block} tokens, and batch {batch} x seq {seq} "
+                f"over {ranks} data-parallel ranks x {microbatches} micro-batches does not fill "
+                f"them (--recipe, --batch); give --batch {fitting}, a --seq that is a multiple of "
+                f"{block}, or --recipe fp8"
+            )

@@ -114,11 +114,12 @@ def open_weights(path: str, mesh: Mesh) -> tuple[Weights, int]:
                 f"checkpoint {str(checkpoint.folder)!r} is of the tokens of {shown(data)}, which "
                 "are no bytes of a text; call inference.generate with its tokenizer"
             )
-    if mesh.rank == 0 and (qat := settings.get("qat")):
-        tell(
-            f"note: the run rounds weights in its forward (qat {qat}), and the text is that of the "
-            "weights as they are saved, not rounded"
-        )
+    for name, what in (("qat", "weights"), ("recipe", "operands")):
+        if mesh.rank == 0 and (value := settings.get(name)):
+            tell(
+                f"note: the run rounds {what} in its forward ({name} {value}), and the text is "
+                "that of the weights as they are saved, not rounded"
+            )
     return weights, settings.get("seq", 0)
 
 

@@ -143,11 +143,10 @@ class Checkpoints:
             was = ", ".join(
                 f"{k} {shown(saved[k])} (now {shown(self._meaning[k])})" for k in different
             )
-            typed = " ".join(
-                f"no {flag(k)}" if saved[k] is None else as_typed(k, saved[k])
-                for k in different
-                if k in MEANING
-            )
+            settings = [k for k in different if k in MEANING]
+            given = " ".join(as_typed(k, saved[k]) for k in settings if saved[k] is not None)
+            left_out = " and ".join(f"no {flag(k)}" for k in settings if saved[k] is None)
+            typed = ", and ".join(filter(None, (given, left_out)))
             raise UserError(
                 f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give {typed}"
                 if typed

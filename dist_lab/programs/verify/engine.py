@@ -154,7 +154,7 @@ def verify(
     digest = sha256(weights) if shards else ""
     return VerifyReport(
         job.strategies, str(mesh), str(dtype).removeprefix("torch."), tolerance,
-        worst_over_ranks(comparisons, mesh), batchnorm, digest,
+        worst_over_ranks(comparisons, mesh), batchnorm, digest, recipe is not None,
     )  # fmt: skip
 
 

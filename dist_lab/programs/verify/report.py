@@ -9,6 +9,10 @@ from rich.table import Table
 from dist_lab.observe.console import empty_table
 
 NARROW = "; {0} rounds, so repeat in float64"
+BETWEEN_CODES = (
+    "; {0} rounds, and so a number in the middle between two codes of the recipe may become "
+    "either: repeat in float64, which decides"
+)
 QUANTITIES = ("loss", "gradient", "grad norm", "weight", "buffer")
 
 
@@ -36,6 +40,7 @@ class VerifyReport:
             loss, gradients in the order of backward, gradient norm, weights, buffers.
         batchnorm: the rows that BatchNorm normalizes together, in words: `batchnorm_in_words`.
         digest: the SHA-256 of the weights after the last step, if bits were compared; else "".
+        has_recipe: Linears multiply rounded numbers.
     """
 
     strategy: str
@@ -45,6 +50,7 @@ class VerifyReport:
     comparisons: list[Comparison] = field(repr=False)
     batchnorm: str = ""
     digest: str = ""
+    has_recipe: bool = False
 
     @property
     def first(self) -> Comparison | None:
@@ -73,11 +79,12 @@ class VerifyReport:
             return f"equal to one process within {self.tolerance:.0e} ({self.dtype}){clause}"
         c = self.first
         name = f" of {c.tensor}" if c.tensor else ""
+        narrow = BETWEEN_CODES if self.has_recipe else NARROW
         return (
             f"not equal: the first to diverge is the {c.quantity}{name} at step {c.step} on rank "
             f"{c.rank}, by {c.error:.1e} ("
             + ("bits are compared)" if self.digest else f"tolerance {self.tolerance:.0e})")
-            + ("" if self.dtype == "float64" or self.digest else NARROW.format(self.dtype))
+            + ("" if self.dtype == "float64" or self.digest else narrow.format(self.dtype))
         )
 
     def table(self) -> Table:

@@ -13,6 +13,10 @@ The result has the same bits as a gather in full precision and a coding afterwar
 are divided by the same scale. The layer is told the largest value: it finds the same codes again in
 the gathered numbers, and under tp need not ask the other ranks for their part.
 
+A module that reads the weight of such a layer, F.linear(x, self.up.weight), instead of calling the
+layer, cannot be seen here: it gets the numbers of the codes, while in one process it gets the
+weight. Leave such a layer out of the recipe (linears=).
+
 Blocks along rows may lie on two ranks, and are coded along both dims of W: weights of recipes with
 blocks travel in full precision, and so do gradients.
 """

@@ -13,14 +13,16 @@ of one number the largest of these. A maximum is exact, so all ranks code as one
 message for each x, one for each dy, and under tp one for each W. Blocks need no message if none
 lies on two ranks, which is checked: widths when the job is made, tokens in each forward.
 
-All ranks must call the same layers equally often, in one order.
+All ranks must call the same layers equally often, in one order, also in evaluation.
 """
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dist_lab.comm import ops
 from dist_lab.errors import UserError
@@ -79,19 +81,24 @@ class CodedProduct:
     """The products of one call of a Linear: see step/products.py.
 
     Attributes:
-        x_range, weight_range, dy_range: of each operand over all ranks; None: not known yet, or the
-            codec has no scale for the whole matrix.
+        x_range, weight_range: of each operand over all ranks; None: not known yet, or the codec
+            has no scale for the whole matrix.
+        latest: a gradient that was measured, and its range. The graph may be kept for a second
+            backward, which has another gradient.
+        is_trained: whether there will be a backward.
     """
 
     def __init__(self, linear: CodedLinear) -> None:
         self.linear, self.codecs, self.layer = linear, linear.codecs, linear.layer
         self.x_range: Tensor | None = None
         self.weight_range: Tensor | None = None
-        self.dy_range: Tensor | None = None
+        self.latest: tuple[Any, Tensor | None] | None = None
+        self.is_trained = torch.is_grad_enabled()  # off inside of an autograd.Function
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         codecs, layer, rows = self.codecs, self.layer, as_rows(x)
-        check_tokens(layer.name, codecs.x, rows.size(0), layer.input_axis)
+        if self.is_trained:
+            check_tokens(layer.name, codecs.x, rows.size(0), layer.input_axis)
         ranges = self.linear.ranges
         self.x_range = ranges.of_input(x, codecs.x, layer.input_axis, layer.name)
         self.weight_range = ranges.weights.get(self.linear.weight)
@@ -105,26 +112,34 @@ class CodedProduct:
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
         refuse_graph(self.layer.name, dy, weight)
         rows = as_rows(dy)
-        a = self.codecs.dy(rows, self._range_of_gradient(rows))
+        a = self.codecs.dy(rows, self._range_of_gradient(dy))
         b = self.codecs.weight(weight.t(), self.weight_range)
         return multiply(a, b).to(dy.dtype).view(*dy.shape[:-1], weight.size(1))
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
         refuse_graph(self.layer.name, dy, x)
-        dy, x = as_rows(dy), as_rows(x)
-        a = self.codecs.dy(dy.t(), self._range_of_gradient(dy))
-        return multiply(a, self.codecs.x(x.t(), self.x_range)).to(dy.dtype)
+        a = self.codecs.dy(as_rows(dy).t(), self._range_of_gradient(dy))
+        return multiply(a, self.codecs.x(as_rows(x).t(), self.x_range)).to(dy.dtype)
 
     def _range_of_gradient(self, dy: Tensor) -> Tensor | None:
-        if self.dy_range is None:
+        if self.latest is None or self.latest[0] != memory_of(dy):
             what = f"a gradient of {self.layer.name}"
-            self.dy_range = range_of(dy, self.codecs.dy, self.layer.grad_axis, what)
-        return self.dy_range
+            largest = range_of(dy, self.codecs.dy, self.layer.grad_axis, what)
+            self.latest = memory_of(dy), largest
+        return self.latest[1]
 
 
 def multiply(a: Coded, b: Coded) -> Tensor:
     """A (N, K), B (M, K) -> A B^T (N, M). The scales of whole matrices are applied to the sums."""
     return a.operand() @ b.operand().t() * (a.outer * b.outer)
+
+
+def memory_of(x: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors if both are the same numbers in memory. Does not keep them alive.
+
+    A weak reference, because an address may be used again, by the next gradient.
+    """
+    return StorageWeakRef(x.untyped_storage()), x.storage_offset(), x.stride(), x._version
 
 
 def range_of(x: Tensor, codec: Codec, axis: Axis | None, what: str) -> Tensor | None:
@@ -139,7 +154,10 @@ def range_of(x: Tensor, codec: Codec, axis: Axis | None, what: str) -> Tensor | 
 
 
 def check_tokens(name: str, codec: Codec, tokens: int, axis: Axis | None) -> None:
-    """Raise UserError if a block of tokens, of which dW is the sum, lies on two ranks."""
+    """Raise UserError if a block of tokens, of which dW is the sum, lies on two ranks.
+
+    Without a backward there is no dW.
+    """
     size = 1 if codec.block is None else codec.block[1]
     if axis is not None and axis.size > 1 and tokens % size:
         raise UserError(

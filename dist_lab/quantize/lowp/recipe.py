@@ -29,7 +29,7 @@ class LowPrecision(Recipe):
         UserError: there is no such recipe.
     """
 
-    def __init__(self, name: str, linears: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, linears: Sequence[str] | str = ()) -> None:
         if name not in CODECS:
             raise UserError(f"no recipe {shown(name)} (recipe=); give {one_of([*CODECS], name)}")
         codecs = CODECS[name]
@@ -50,6 +50,9 @@ class CodedLinears:
 
     Attributes:
         coded: the weights that fsdp may gather in codes; None: they have blocks.
+
+    Raises:
+        UserError: a Linear has another forward than nn.Linear, which would be lost.
     """
 
     def __init__(
@@ -59,6 +62,12 @@ class CodedLinears:
         whole = codecs.weight.block is None
         self.coded = CodedWeights(codecs.weight, linears.values()) if whole else None
         self.ranges = Ranges(self.coded.largest if self.coded else {})
+        for name, linear in linears.items():
+            if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
+                raise UserError(
+                    f"{name} computes its own forward, and the recipe multiplies for nn.Linear "
+                    "only (recipe=); leave it out: linears=(...)"
+                )
         for linear in linears.values():
             linear.forward = ProductForward(linear)  # type: ignore[method-assign]
 

@@ -121,13 +121,18 @@ def test_a_quantised_folder_continues_a_text(trained, tmp_path):
     assert "is not the file that was saved" in done.stderr
 
 
-def test_a_run_that_rounds_its_weights_is_told_apart(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "value", "what"), [("qat", "4:32", "weights"), ("recipe", "fp8", "operands")]
+)
+def test_a_run_that_rounds_is_told_apart(trained, tmp_path, flag, value, what):
     checkpoint = Checkpoint.open(trained / "checkpoints/step-00000002")
-    settings = checkpoint.manifest["settings"] | {"qat": "4:32"}
+    settings = checkpoint.manifest["settings"] | {flag: value}
     weights = InMemory({n: checkpoint.read(n) for n in checkpoint.names() if "model/" in n})
     copy = ours.write(weights, tmp_path, settings=settings)
     done = run("generate.py", f"--checkpoint={copy}", "--prompt=x", "--tokens=2")
-    assert done.stderr.startswith("note: the run rounds weights in its forward (qat 4:32), and")
+    assert done.stderr.startswith(
+        f"note: the run rounds {what} in its forward ({flag} {value}), and the text is that of"
+    )
 
 
 # --- refusals -------------------------------------------------------------------------------------

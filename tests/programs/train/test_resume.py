@@ -108,6 +108,8 @@ REFUSED = {
     "another model": ("--layers 3 --resume {out}", "with layers None (now 3)", 2),
     "quantised training": (
         "--qat 4 --resume {out}", "with qat None (now '4') (--resume); give no --qat", 2),
+    "two settings of another run": (
+        "--qat 4 --lr 0.001 --resume {out}", "give --lr 0.002, and no --qat", 2),
     "no such folder": ("--resume {out}/nowhere", "no such folder", 2),
     "an empty folder": ("--resume {empty} --out {empty}/new", "there is no checkpoint in", 2),
     "an older one in its own folder": (

@@ -84,6 +84,61 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad((model(x) * dy).sum(), x, create_graph=True)
 
 
+@ALL
+def test_a_second_backward_of_one_graph_measures_its_own_gradient(recipe):
+    x, dy = operands()
+    kept, fresh = on(recipe, Net()), on(recipe, Net())
+    y = kept(x)
+    y.backward(dy * 1e-6, retain_graph=True)
+    x.grad = kept.layer.weight.grad = None
+    y.backward(dy * 1e3)
+    other = x.detach().requires_grad_()
+    fresh(other).backward(dy * 1e3)
+    assert torch.equal(x.grad, other.grad)
+    assert torch.equal(kept.layer.weight.grad, fresh.layer.weight.grad)
+
+
+@pytest.mark.ranks(2)
+def test_the_gradient_of_a_layer_is_measured_once_in_each_backward():
+    job = parallelized(dist_lab.init_mesh(dp=2), "fp8")
+    x = batch(0)[0].chunk(2)[job.mesh.rank]
+    loss = job.model(x).sum()
+    with job.mesh.comm.ledger.recording() as calls:
+        loss.backward()
+    ranges = [call.unit for call in calls if "range of a gradient" in call.unit]
+    assert len(ranges) == len(set(ranges)) == 14
+
+
+def test_an_encoder_layer_calls_its_linears_in_evaluation_too():
+    """Without a hook in it, torch would compute with their weights."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(layer), torch.randn(2, 8, 32)
+    with torch.no_grad():
+        plain = model.eval()(x)
+        LowPrecision("mxfp4", linears="0.linear*").on(model)
+        evaluated, trained = model(x), model.train()(x)
+    assert not torch.allclose(evaluated, plain, atol=1e-3)
+    torch.testing.assert_close(evaluated, trained)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced():
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize("build", [lambda: Doubled(4, 4), replaced], ids=["subclass", "instance"])
+def test_a_linear_that_computes_its_own_forward_is_refused(build):
+    with pytest.raises(UserError, match=r"^0 computes its own forward, and the recipe multiplies"):
+        LowPrecision("fp8", linears="0").on(nn.Sequential(build()))
+
+
 def test_a_recipe_is_one_of_the_table():
     with pytest.raises(UserError, match="no recipe 'fp9' "):
         LowPrecision("fp9")
@@ -131,6 +186,16 @@ def test_tokens_that_would_lie_on_two_ranks_are_refused():
     job = parallelized(dist_lab.init_mesh(dp=2), "mxfp8")
     with pytest.raises(UserError, match="q_proj has 24 tokens on this rank, and blocks of 32 tok"):
         job.model(batch(0)[0].chunk(2)[job.mesh.rank])
+
+
+@pytest.mark.ranks(2)
+def test_without_a_backward_blocks_of_tokens_do_not_matter():
+    job = parallelized(dist_lab.init_mesh(dp=2), "mxfp8")
+    x = batch(0)[0]
+    with torch.no_grad():
+        y = job.model(x.chunk(2)[job.mesh.rank])
+        whole = LowPrecision("mxfp8").on(gpt(), UNITS["gpt"])(x)
+    torch.testing.assert_close(y, whole.chunk(2)[job.mesh.rank])
 
 
 @pytest.mark.ranks(2)
