@@ -46,7 +46,7 @@ class ActivationGrid:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., D) -> the nearest numbers of the grid."""
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.size(-1))
         return self.grid(rows).rounded(rows).view_as(x)
 
     def quantized(self, rows: Tensor) -> Quantized:

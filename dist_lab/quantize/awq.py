@@ -35,14 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.comm import ops
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
-from dist_lab.quantize.blocks import Block, linears_of
+from dist_lab.quantize.blocks import Block, check_linears, linears_of
 from dist_lab.quantize.calibrate import (
     Calibration,
     Result,
     broadcast_quantized,
     observe,
-    precise,
     set_weights,
     share_out,
     tree_sum,
@@ -55,9 +55,10 @@ from dist_lab.quantize.formula import (
     Scheme,
     bounds,
     grid_between,
+    precise,
     round_to_nearest,
 )
-from dist_lab.quantize.hessian import HessianObserver
+from dist_lab.quantize.hessian import HessianObserver, output_error
 from dist_lab.step.fixed_order.tree import SumTree
 
 ALPHAS = [step / 20 for step in range(20)]
@@ -81,14 +82,16 @@ def quantize(
         clip: narrow the range of a group if that helps.
 
     Raises:
-        UserError: there is no plan, it changes what the model computes, groups do not divide the
-            columns of a weight, or inputs are not finite.
+        UserError: there is no plan, it changes what the model computes, or inputs are not finite;
+            see also `check_linears`.
     """
+    check_linears(model, scheme)
     feds = read_plan(model, plan)
     axis, result = calibration.axis, Result()
     for block in walk(model, calibration):
         own = [fed for fed in feds if fed.linears[0].startswith(f"{block.name}.")]
-        rehearse(model, block, own)
+        with together(axis):  # hidden states may be not finite on one rank
+            rehearse(model, block, own)
         inputs = inputs_of(block, calibration)
         for name, known in inputs.items():
             if dead := int((known.magnitude == 0).sum()):
@@ -102,13 +105,14 @@ def quantize(
         found = {}
         for name, linear in linears.items():
             quantized = None
-            if owners[name] == axis.index:
-                weight = linear.weight.detach().to(precise(linear.weight.dtype))
-                quantized = (
-                    clipped(weight, inputs[name].hessian, scheme)
-                    if clip
-                    else round_to_nearest(weight, scheme)
-                )
+            with together(axis):  # a scale may be too large for the scheme
+                if owners[name] == axis.index:
+                    weight = linear.weight.detach().to(precise(linear.weight.dtype))
+                    quantized = (
+                        clipped(weight, inputs[name].hessian, scheme)
+                        if clip
+                        else round_to_nearest(weight, scheme)
+                    )
             found[name] = broadcast_quantized(quantized, linear, scheme, axis, owners[name])
         set_weights(model, found)
         result.weights.update(found)
@@ -181,8 +185,10 @@ def searched(
 ) -> list[tuple[Fed, Tensor]]:
     """The best scale (C,) of each source. Each rank searches some of them. Collective.
 
-    No search depends on another: a source that is itself a Linear, such as v_proj, has its rows
-    divided, and a row's codes do not change with its scale.
+    No search waits for another: all see the weights before any scale is folded. A source that is
+    itself a Linear, such as v_proj, has its rows divided afterwards. Codes of a row or a group do
+    not change with its scale, but for scales that are rounded to 16 bits. With one scale for the
+    matrix (group=None) they do change, and the scale of its own inputs is no longer quite the best.
     """
     axis = calibration.axis
     weights = {
@@ -195,8 +201,9 @@ def searched(
     for fed in feds:
         known = inputs[fed.linears[0]]
         scale = known.magnitude.new_empty(fed.channels)
-        if owners[fed.source] == axis.index:
-            scale = best_scale(weights[fed], known, fed, scheme)[0]
+        with together(axis):
+            if owners[fed.source] == axis.index:
+                scale = best_scale(weights[fed], known, fed, scheme)[0]
         scales.append((fed, ops.broadcast(scale, axis, owners[fed.source])))
     return scales
 
@@ -230,11 +237,6 @@ def scaled_error(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme)
     weight = weight.to(hessian.dtype)
     rounded = round_to_nearest(weight * scale, scheme).values() / scale
     return output_error(rounded - weight, hessian)
-
-
-def output_error(change: Tensor, hessian: Tensor) -> float:
-    """|X change^T|^2 for a change (F, D) of a weight: the sum over all tokens and outputs."""
-    return float(((change @ hessian) * change).sum() / 2)
 
 
 # --- the range ------------------------------------------------------------------------------------

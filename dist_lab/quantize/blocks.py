@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
+from dist_lab.quantize.formula import Scheme
 from dist_lab.step.find_units import find_units
 
 Others = tuple[tuple[Any, ...], dict[str, Any]]  # args after the first, kwargs
@@ -71,6 +72,40 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     """The Linears of a block by their names in the block, in order. These are quantised."""
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def check_linears(model: nn.Module, scheme: Scheme) -> None:
+    """Raise UserError unless all Linears of the blocks can be quantised, before any work is done.
+
+    There must be one, in float32 or wider, with columns that divide into groups. Its weight must
+    have one name only: other modules would go on with the weight that is not quantised.
+    """
+    linears = {
+        f"{block}.{name}": linear
+        for block, module in blocks_of(model)
+        for name, linear in linears_of(module).items()
+    }
+    if not linears:
+        raise UserError(
+            f"the blocks of {type(model).__name__} have no nn.Linear, so there is nothing to "
+            "quantise; give a model whose `units` have one, such as a transformer"
+        )
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for name, linear in linears.items():
+        dtype = linear.weight.dtype
+        if dtype.itemsize < 4:
+            raise UserError(f"{name} computes in {dtype}; quantise it in float32: model.float()")
+        if len(shared := names[linear.weight]) > 1:
+            raise UserError(
+                f"{' and '.join(shared)} are one weight, which cannot be quantised for one of them "
+                "alone; give each module a weight of its own"
+            )
+        try:
+            scheme.groups_of(linear.in_features)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
 from dist_lab.quantize.activations import ActivationGrid
 from dist_lab.quantize.blocks import Block, blocks_of, check_chain, first_call, linear_inputs
-from dist_lab.quantize.formula import Grid, Quantized, Scheme, round_to_nearest
+from dist_lab.quantize.formula import Grid, Quantized, Scheme, precise, round_to_nearest
 from dist_lab.step.fixed_order.order import SHARDS
 from dist_lab.step.fixed_order.totals import aligned
 
@@ -140,11 +140,6 @@ def set_weights(model: nn.Module, weights: Mapping[str, Quantized]) -> None:
     with torch.no_grad():
         for name, quantized in weights.items():
             model.get_parameter(f"{name}.weight").copy_(quantized.values())
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in for weights of a dtype: float32, or float64 if they are."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # --- the ranks ------------------------------------------------------------------------------------

@@ -132,9 +132,14 @@ def rehearse(model: nn.Module, block: Block, feds: Sequence[Fed]) -> None:
     """Fold powers of two into a block, and take them out again: see [Note: powers of two].
 
     Raises:
-        UserError: they change what the block computes.
+        UserError: they change what the block computes, or its outputs are not finite.
     """
     before = block.run_shard(0)
+    if not before.isfinite().all():
+        raise UserError(
+            f"the outputs of {block.name} are not finite on the calibration data; quantise a model "
+            "whose loss is finite"
+        )
     for fed in feds:
         exponents = torch.arange(fed.channels, device=before.device) % 5 - 2
         scale = 2.0**exponents

@@ -195,6 +195,9 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme, columns: int) -> Gri
     Args:
         low, high: (F, G).
         columns: D.
+
+    Raises:
+        UserError: a scale is too large for the scheme's dtype of scales.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.symmetric:
@@ -202,13 +205,40 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme, columns: int) -> Gri
         low = -high
     scale = (high - low) / scheme.steps
     if scheme.scale_dtype is not None:
-        scale = scale.to(scheme.scale_dtype).to(low.dtype)
+        scale = stored_scale(scale, scheme.scale_dtype)
     # Subnormal ranges, too: the inverse of their scale may be infinite.
     scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
     zero = torch.zeros_like(scale)
     if not scheme.symmetric:
         zero = (scheme.low - (low / scale).round()).clamp(scheme.low, scheme.high)
     return Grid(scheme, scale, zero, scheme.groups_of(columns))
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of a dtype to each scale, in the scale's own dtype.
+
+    Subnormal numbers have few digits, and half a scale would clamp half of a range. So a scale
+    below the smallest normal number becomes the next larger number, not the nearest: 2^-24 at least
+    in float16. Then no value is clamped, and each is off by half of that at most.
+
+    Raises:
+        UserError: a scale is too large for the dtype.
+    """
+    info = torch.finfo(dtype)
+    stored = scale.to(dtype).to(scale.dtype)
+    step = info.smallest_normal * info.eps  # between two subnormal numbers: a power of two
+    stored = torch.where(scale < info.smallest_normal, (scale / step).ceil() * step, stored)
+    if (scale.isfinite() & ~stored.isfinite()).any():
+        raise UserError(
+            f"the largest scale, {float(scale.max()):.1e}, is more than {dtype} holds, "
+            f"{info.max:.1e}; give a Scheme with scale_dtype={wider(dtype)}, or smaller weights"
+        )
+    return stored
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """A dtype with a wider range."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
 def grid_of(x: Tensor, scheme: Scheme) -> Grid:
@@ -237,6 +267,11 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> Quantized:
     """Quantise a matrix (F, D) by rounding each weight to the nearest code: the baseline."""
     grid = grid_of(weight, scheme)
     return Quantized(grid.codes(weight), grid)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for weights of a dtype: float32, or float64 if they are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

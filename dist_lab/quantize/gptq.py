@@ -28,20 +28,19 @@ from dist_lab.comm import ops
 from dist_lab.comm.agree import together
 from dist_lab.errors import UserError, shown
 from dist_lab.mesh.mesh import Axis
-from dist_lab.quantize.blocks import blocks_of, linears_of
+from dist_lab.quantize.blocks import check_linears, linears_of
 from dist_lab.quantize.calibrate import (
     Calibration,
     Result,
     broadcast_quantized,
     observe,
-    precise,
     set_weights,
     share_out,
     walk,
 )
-from dist_lab.quantize.formula import Quantized, Scheme, round_to_nearest
+from dist_lab.quantize.formula import Quantized, Scheme, precise, round_to_nearest
 from dist_lab.quantize.gptq_layer import Solution, by_blocks, solve
-from dist_lab.quantize.hessian import HessianObserver
+from dist_lab.quantize.hessian import HessianObserver, output_error
 
 
 def quantize(
@@ -55,9 +54,11 @@ def quantize(
         block: the number of columns between two products: speed, not codes, depends on it.
 
     Raises:
-        UserError: a Linear does not divide into groups; see also `walk`, `inverse_factor`.
+        UserError: see `check_linears`, `walk` and `inverse_factor`.
     """
-    check(model, scheme, block)
+    check_linears(model, scheme)
+    if type(block) is not int or block < 1:
+        raise UserError(f"block={shown(block)} is no number of columns; give 128")
     solver = partial(
         solve, scheme=scheme, act_order=act_order, static_groups=static_groups, damping=damping,
         method=partial(by_blocks, block=block),
@@ -143,7 +144,7 @@ def notes_on(
         notes.append(f"damped {damping:g} -> {solution.factor.damping:g}: singular")
     weight = torch.where(diagonal > 0, weight, 0)
     change = weight - round_to_nearest(weight, solution.quantized.grid.scheme).values()
-    nearest = float((change @ hessian).mul_(change).sum()) / 2
+    nearest = output_error(change, hessian)
     error = float(solution.errors.sum())
     if error > 1.001 * nearest:  # both have rounding errors
         notes.append(
@@ -164,12 +165,3 @@ def gathered(
 def precise_weight(linear: nn.Linear) -> Tensor:
     """W (F, D) in the dtype in which it is solved."""
     return linear.weight.detach().to(precise(linear.weight.dtype))
-
-
-def check(model: nn.Module, scheme: Scheme, block: int) -> None:
-    """Raise UserError if a Linear does not divide into groups, before any work is done."""
-    if type(block) is not int or block < 1:
-        raise UserError(f"block={shown(block)} is no number of columns; give 128")
-    for _, module in blocks_of(model):
-        for linear in linears_of(module).values():
-            scheme.groups_of(linear.in_features)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import Axis
-from dist_lab.quantize.calibrate import precise, tree_sum
+from dist_lab.quantize.calibrate import tree_sum
+from dist_lab.quantize.formula import precise
 from dist_lab.step.fixed_order.tree import SumTree
 
 
@@ -67,6 +68,11 @@ class Factor:
     damping: float
 
 
+def output_error(change: Tensor, hessian: Tensor) -> float:
+    """|X change^T|^2 for a change (F, D) of a weight: the sum over all tokens and outputs."""
+    return float((change @ hessian).mul_(change).sum()) / 2
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> Factor:
     """Damp H, and factor its inverse. If H is still singular, ten times the damping, and so on.
 
@@ -79,17 +85,23 @@ def inverse_factor(hessian: Tensor, damping: float) -> Factor:
         damping: the fraction of the mean diagonal to add, 0 or more.
 
     Raises:
-        UserError: H is not finite, or damping is negative.
+        UserError: H is not finite, damping is negative, or the damped H is too large for its dtype.
     """
     if not 0 <= damping < float("inf"):
         raise UserError(f"damping={damping} is no fraction of the diagonal; give 0.01")
     if not hessian.isfinite().all():
         raise UserError("an input of a Linear is not finite, so there is no Hessian")
     live = hessian.diagonal() > 0
-    mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
+    mean = float(hessian.diagonal()[live].double().mean()) if live.any() else 1.0
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     while True:
         damped = hessian + damping * mean * identity + torch.diag((~live).to(hessian.dtype))
+        if not damped.isfinite().all():
+            raise UserError(
+                f"a Hessian with a mean diagonal of {mean:.1e} cannot be factored: damping="
+                f"{damping:g} of that is too large for {hessian.dtype}; quantise in float64: "
+                "model.double()"
+            )
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             break

@@ -23,7 +23,8 @@ unpacking by tensor operations takes longer than reading eight times the bytes. 
 The layer has no parameters: codes are not trained. Gradients flow through it to its input.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ class QuantizedLinear(nn.Module):
     """x (..., D) -> (..., F), like nn.Linear, with a quantised weight.
 
     Created without values, as `nn.Linear` on the meta device is; `from_quantized` has values.
+
+    Its scales stay in the dtype in which a file has them: `module.to(dtype)` changes that of the
+    values alone, so going to 16 bits and back changes no weight.
 
     Args:
         scheme: of the weight.
@@ -89,7 +93,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, value)
         # Has no values. `module.to(float64)` changes its dtype, as that of a weight.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-        self._sorted: tuple[Tensor, int, SortedWeight] | None = None
+        self._sorted: tuple[list[Tensor], list[int], SortedWeight] | None = None
 
     @classmethod
     def from_quantized(
@@ -149,7 +153,9 @@ class QuantizedLinear(nn.Module):
         as_matrix = x.is_meta or (torch.is_grad_enabled() and x.requires_grad)
         if (inputs := self.inputs) is not None and not x.is_meta:
             if has_integer_product(self.scheme, inputs.scheme) and not as_matrix:
-                y = integer_linear(inputs.quantized(x.flatten(0, -2)), self.quantized())
+                y = integer_linear(
+                    inputs.quantized(x.reshape(-1, self.in_features)), self.quantized()
+                )
                 y = y.view(*x.shape[:-1], self.out_features)
                 return y if self.bias is None else y + self.bias
             x = inputs(x)
@@ -161,13 +167,27 @@ class QuantizedLinear(nn.Module):
 
     def sorted_weight(self) -> SortedWeight:
         """The words in the order of groups. With act-order they are kept, beside the others."""
+        parts = [self.qweight, self.qzeros, self.scales, self.g_idx]
+        versions = [part._version for part in parts]
         if self._sorted is not None:
-            words, version, weight = self._sorted
-            if words is self.qweight and version == words._version:
+            known, known_versions, weight = self._sorted
+            if versions == known_versions and all(map(operator.is_, parts, known)):
                 return weight
         weight = sorted_by_group(self.packed)
-        self._sorted = self.qweight, self.qweight._version, weight
+        self._sorted = parts, versions, weight
         return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        scales = [self.scales, self.input_scale, self.input_zero]
+
+        def without_dtype(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if new.dtype != tensor.dtype and any(tensor is scale for scale in scales):
+                return tensor.to(new.device)
+            return new
+
+        super()._apply(without_dtype, recurse)
+        return self
 
     def extra_repr(self) -> str:
         group = "a row" if self.scheme.group == WHOLE else f"{self.scheme.group} inputs"

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_lab.quantize.formula import precise
 from dist_lab.quantize.packing import BLOCK, Packed, pack_words, unpack_blocks
 
 TILE = 128  # inputs
@@ -93,21 +94,21 @@ def packed_matmul(x: Tensor, weight: SortedWeight) -> Tensor:
     if weight.order is not None:
         x = x[:, weight.order]
     rows, outputs = x.size(0), weight.words.size(1)
-    precise = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_zeros(rows, outputs, dtype=precise)
-    scales = weight.scales.to(precise)
+    dtype = precise(x.dtype)
+    y = x.new_zeros(rows, outputs, dtype=dtype)
+    scales = weight.scales.to(dtype)
     for tile in weight.tiles:
         part = x[:, tile.start : tile.stop]
         codes = _codes(weight.words, tile.start, tile.stop, weight.bits)  # (t, F)
         if tile.groups is not None:
             zeros = weight.zeros[tile.groups, None]  # (k, 1, F): k groups in this tile
             of_groups = codes.view(zeros.size(0), -1, outputs).sub_(zeros).to(x.dtype)
-            parts = part.reshape(rows, zeros.size(0), -1).transpose(0, 1)
-            products = torch.bmm(parts, of_groups).to(precise)  # (k, M, F)
+            parts = part.unflatten(1, of_groups.shape[:2]).transpose(0, 1)
+            products = torch.bmm(parts, of_groups).to(dtype)  # (k, M, F)
             y += products.mul_(scales[tile.groups, None]).sum(0)
         else:
             groups = weight.groups[tile.start : tile.stop]
-            y += part.to(precise) @ (codes.sub_(weight.zeros[groups]) * scales[groups])
+            y += part.to(dtype) @ (codes.sub_(weight.zeros[groups]) * scales[groups])
     return y.to(x.dtype)
 
 

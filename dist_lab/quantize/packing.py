@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from dist_lab.errors import UserError
-from dist_lab.quantize.formula import WHOLE, Grid, Quantized, Scheme
+from dist_lab.quantize.formula import WHOLE, Grid, Quantized, Scheme, wider
 
 BLOCK = 32  # codes that fill `bits` words
 SUBTRACTED = {"gptq": 1, "gptq_v2": 0}  # format -> from each zero: [Note: zero - 1]
@@ -127,8 +127,8 @@ def as_stored(quantized: Quantized, scale_dtype: torch.dtype = torch.float16) ->
     if bad:
         raise UserError(
             f"{bad} of {scale.numel()} scales, from {float(scale.min()):.1e} to "
-            f"{float(scale.max()):.1e}, have no nearest number in {scale_dtype}; give a Scheme "
-            f"with scale_dtype={scale_dtype}, or store scales in float32"
+            f"{float(scale.max()):.1e}, have no nearest number in {scale_dtype}; store them in "
+            f"{wider(scale_dtype)}, as as_stored(quantized, {wider(scale_dtype)}) does"
         )
     codes, zero = _without_zero_of_zero(quantized.codes, zero, grid.groups, scheme)
     group = WHOLE if scheme.group is None else scheme.group

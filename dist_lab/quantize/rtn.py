@@ -5,9 +5,9 @@ It reads no samples, and every rank computes the same: there is nothing to send.
 
 from torch import nn
 
-from dist_lab.quantize.blocks import blocks_of, linears_of
-from dist_lab.quantize.calibrate import Calibration, Result, precise, set_weights
-from dist_lab.quantize.formula import Scheme, round_to_nearest
+from dist_lab.quantize.blocks import blocks_of, check_linears, linears_of
+from dist_lab.quantize.calibrate import Calibration, Result, set_weights
+from dist_lab.quantize.formula import Scheme, precise, round_to_nearest
 
 
 def quantize(model: nn.Module, calibration: Calibration, scheme: Scheme) -> Result:
@@ -17,8 +17,9 @@ def quantize(model: nn.Module, calibration: Calibration, scheme: Scheme) -> Resu
         calibration: not read.
 
     Raises:
-        UserError: groups do not divide the columns of a weight, or a weight is not finite.
+        UserError: a weight is not finite; see also `check_linears`.
     """
+    check_linears(model, scheme)
     weights = {}
     for block, module in blocks_of(model):
         for name, linear in linears_of(module).items():

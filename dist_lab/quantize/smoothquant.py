@@ -20,11 +20,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dist_lab.comm.agree import together
 from dist_lab.errors import UserError
-from dist_lab.quantize.blocks import Block, linears_of
-from dist_lab.quantize.calibrate import Calibration, Result, observe, precise, walk
+from dist_lab.quantize.blocks import Block, check_linears, linears_of
+from dist_lab.quantize.calibrate import Calibration, Result, observe, walk
 from dist_lab.quantize.folding import Fed, Plan, fold, read_plan, rehearse
-from dist_lab.quantize.formula import Scheme
+from dist_lab.quantize.formula import Scheme, precise
 from dist_lab.quantize.observers import MinError, MinMax
 from dist_lab.quantize.w8a8 import MakeObserver, check, grids_of, round_block
 
@@ -37,7 +38,7 @@ def quantize(
     plan: Plan | None = None,
     alpha: float = 0.5,
     inputs: str = "dynamic",
-    observer: MakeObserver = lambda dtype: MinError(dtype),
+    observer: MakeObserver = MinError,
 ) -> Result:
     """Smooth the inputs of a model's blocks, and quantise as `w8a8.quantize` does. Collective.
 
@@ -51,6 +52,7 @@ def quantize(
             or what `w8a8.quantize` refuses.
     """
     check(scheme, inputs)
+    check_linears(model, scheme)
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha={alpha} is no share; give 0 to 1, such as 0.5")
     sources = read_plan(model, plan)
@@ -58,7 +60,8 @@ def quantize(
     result = Result()
     for block in walk(model, calibration):
         own = [fed for fed in feds if fed.linears[0].startswith(f"{block.name}.")]
-        rehearse(model, block, own)
+        with together(calibration.axis):  # hidden states may be not finite on one rank
+            rehearse(model, block, own)
         smooth(model, block, own, calibration, alpha)
         grids = grids_of(block, calibration.axis, inputs, observer)  # of the smoothed inputs
         round_block(model, block, scheme, grids, result)

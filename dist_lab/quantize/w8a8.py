@@ -23,9 +23,9 @@ from torch import nn
 from dist_lab.errors import UserError, one_of
 from dist_lab.mesh.mesh import Axis
 from dist_lab.quantize.activations import ActivationGrid, check_width, is_signed_rows
-from dist_lab.quantize.blocks import Block, linears_of
-from dist_lab.quantize.calibrate import Calibration, Result, observe, precise, set_weights, walk
-from dist_lab.quantize.formula import WHOLE, Scheme, grid_between, round_to_nearest
+from dist_lab.quantize.blocks import Block, check_linears, linears_of
+from dist_lab.quantize.calibrate import Calibration, Result, observe, set_weights, walk
+from dist_lab.quantize.formula import WHOLE, Scheme, grid_between, precise, round_to_nearest
 from dist_lab.quantize.observers import MinError, RangeObserver
 
 TOKEN = Scheme(8, WHOLE, symmetric=True)  # dynamic
@@ -41,7 +41,7 @@ def quantize(
     scheme: Scheme,
     *,
     inputs: str = "dynamic",
-    observer: MakeObserver = lambda dtype: MinError(dtype),
+    observer: MakeObserver = MinError,
 ) -> Result:
     """Quantise the Linears of a model's blocks and choose how inputs are rounded. Collective.
 
@@ -55,9 +55,10 @@ def quantize(
 
     Raises:
         UserError: the scheme has no integer product, a layer has too many inputs, or inputs are
-            not finite.
+            not finite; see also `check_linears`.
     """
     check(scheme, inputs)
+    check_linears(model, scheme)
     result = Result()
     for block in walk(model, calibration):
         grids = grids_of(block, calibration.axis, inputs, observer)

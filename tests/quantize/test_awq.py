@@ -17,7 +17,6 @@ from dist_lab.quantize.awq import (
     best_scale,
     clipped,
     inputs_of,
-    output_error,
     scale_of,
     scaled_error,
     searched,
@@ -26,6 +25,7 @@ from dist_lab.quantize.blocks import blocks_of, linears_of
 from dist_lab.quantize.calibrate import Calibration, shards_of_rows, walk
 from dist_lab.quantize.folding import Fed, fold, read_plan
 from dist_lab.quantize.formula import Scheme, bounds, grid_between, round_to_nearest
+from dist_lab.quantize.hessian import output_error
 
 PLAIN = Fed("norm", ("linear",), 32)
 SCHEMES = [

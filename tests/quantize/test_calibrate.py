@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import init_mesh
-from dist_lab.quantize.blocks import blocks_of, linears_of
+from dist_lab.quantize.blocks import blocks_of, check_linears, linears_of
 from dist_lab.quantize.calibrate import (
     broadcast_quantized,
     observe,
@@ -194,3 +194,20 @@ def test_work_is_shared_out_by_cost_and_results_reach_all_ranks(mesh):
         assert torch.equal(got.codes, expected.codes)
         assert got.codes.dtype == expected.codes.dtype
         assert torch.equal(got.values(), expected.values())
+
+
+def test_what_cannot_be_quantised_is_refused_by_name_before_any_work():
+    shared = Chain()
+    shared.get_submodule("1.0").weight = shared.get_submodule("0.0").weight
+    empty = Chain()
+    empty.units = (nn.Sequential,)
+    for i in range(3):
+        empty.set_submodule(str(i), nn.Sequential(nn.ReLU()))
+    for model, scheme, line in [
+        (shared, Scheme(4), "^0.0.weight and 1.0.weight are one weight, "),
+        (empty, Scheme(4), "^the blocks of Chain have no nn.Linear"),
+        (Chain().bfloat16(), Scheme(4), r"^0.0 computes in torch.bfloat16; .* model.float\(\)$"),
+        (Chain(), Scheme(4, 3), "^0.0: 4 columns do not divide into groups of 3 "),
+    ]:
+        with pytest.raises(UserError, match=line):
+            check_linears(model, scheme)

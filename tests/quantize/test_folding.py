@@ -120,6 +120,15 @@ def test_a_wrong_plan_is_found_before_it_does_harm(mesh, mistake) -> None:
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.ranks(1)
+def test_a_rehearsal_of_a_model_that_diverges_does_not_blame_the_plan(mesh) -> None:
+    model = mlp()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"^the outputs of .* are not finite on the calibration"):
+        rehearsed(model)
+
+
 @pytest.mark.parametrize(
     ("plan", "line"),
     [

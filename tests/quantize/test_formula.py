@@ -120,11 +120,21 @@ def test_zero_stays_zero_and_zeros_have_no_nan() -> None:
 
 def test_a_scale_that_is_stored_in_16_bits_is_rounded_before_the_codes_are_chosen() -> None:
     x = torch.randn(16, 32, generator=torch.Generator().manual_seed(5))
-    x[0] = 1e-9  # less than any float16: there is no scale for it, so its codes are 0
+    x[0] = 1e-9  # less than half of the smallest float16: its codes are 0
     grid = grid_of(x, Scheme(4, 8, scale_dtype=torch.float16))
     assert torch.equal(grid.scale.half().float(), grid.scale)
     assert not torch.equal(grid.scale[1:], grid_of(x, Scheme(4, 8)).scale[1:])
     assert torch.equal(grid.rounded(x)[0], torch.zeros(32))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-7, 1e-8])
+def test_small_weights_are_as_exact_as_scales_of_16_bits_allow(factor: float) -> None:
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(5)) * factor
+    grid = grid_of(x, Scheme(4, 8, scale_dtype=torch.float16))
+    assert torch.equal(grid.scale.half().float(), grid.scale)
+    assert (grid.scale < 1e-3).all()  # none became 1
+    within = grid.scale.repeat_interleave(8, 1) * (1 if factor == 1e-3 else 0.5001)
+    assert ((grid.rounded(x) - x).abs() <= within).all()
 
 
 def test_bounds_are_those_of_each_group() -> None:
@@ -156,6 +166,11 @@ def test_a_column_and_some_rows_have_the_grid_of_the_whole() -> None:
         (
             lambda: grid_of(torch.tensor([[1.0, float("nan")]]), Scheme(4)),
             "1 of 2 values are not finite, and have no codes",
+        ),
+        (
+            lambda: grid_of(torch.full((2, 4), 1e6), Scheme(4, scale_dtype=torch.float16)),
+            "the largest scale, 6.7e+04, is more than torch.float16 holds, 6.6e+04; give a Scheme "
+            "with scale_dtype=torch.float32",
         ),
     ],
 )

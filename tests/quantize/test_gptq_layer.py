@@ -226,3 +226,11 @@ def test_a_panel_of_rows_has_the_same_bits_whatever_rows_are_beside_it(dtype):
         part = solve(weight[rows], hessian, Scheme(3, 32), act_order=True).quantized
         assert torch.equal(part.codes, whole.codes[rows])
         assert torch.equal(part.grid.scale, whole.grid.scale[rows])
+
+
+def test_a_huge_hessian_is_factored_or_refused_and_never_damped_for_ever():
+    assert inverse_factor(torch.eye(8) * 1e38, 0.01).upper.isfinite().all()
+    indefinite = torch.tensor([[1.0, 3.0], [3.0, 1.0]]) * 1e38
+    for hessian in (indefinite, torch.eye(8) * 3.4e38):
+        with pytest.raises(UserError, match=r"cannot be factored: damping=.* model.double\(\)"):
+            inverse_factor(hessian, 0.01)

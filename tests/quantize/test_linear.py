@@ -203,3 +203,24 @@ def test_inputs_are_rounded_for_each_row_or_by_a_fixed_range(symmetric):
     assert {"input_scale", "input_zero"} <= static.state_dict().keys()
     expected = nn.functional.linear(grid.rounded(x), matrix.values())
     torch.testing.assert_close(static(x[None])[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_going_to_16_bits_and_back_changes_no_weight():
+    matrix = round_to_nearest(torch.randn(96, 128), Scheme(4, 32))  # scales of float32
+    linear, x = QuantizedLinear.from_quantized(matrix), inputs(1, dtype=torch.float32)
+    before = linear(x)
+    assert linear.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(linear.float().weight, matrix.values())
+    assert torch.equal(linear(x), before)
+    linear.scales.mul_(2)
+    assert torch.equal(linear(x), 2 * before)
+
+
+@pytest.mark.parametrize("rounded", [None, Scheme(8, -1, True)])
+def test_inputs_of_no_rows_or_of_one_dim_are_those_of_a_linear(rounded):
+    grid = rounded and ActivationGrid(rounded)
+    for bits in (4, 8):
+        matrix = quantized(bits, 32 if bits == 4 else -1, bits == 8, dtype=torch.float32)
+        linear = QuantizedLinear.from_quantized(matrix, torch.zeros(96), grid)
+        for shape in ((0, 128), (2, 0, 128), (128,)):
+            assert linear(torch.ones(shape)).shape == (*shape[:-1], 96)
