@@ -235,9 +235,8 @@ def test_groups_see_each_others_errors():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dead_channels_and_zero_weights_have_no_nan(dtype):
-    model = gpt(dtype)
+def test_dead_channels_and_zero_weights_have_no_nan():
+    model = gpt(torch.float32)
     layer = model.model.layers["0"]
     layer.input_layernorm.weight[::3] = 0  # inputs of q, k and v that are always 0
     layer.self_attn.v_proj.weight.zero_()  # so are all inputs of o

@@ -197,13 +197,3 @@ def test_two_ranks_have_about_equal_work_on_a_block_of_a_25m_gpt():
         owners = share_out(work, mesh["dp"])
     loads = [sum(work[name] for name in work if owners[name] == rank) for rank in range(2)]
     assert max(loads) < 0.6 * sum(loads)
-
-
-def test_a_bfloat16_model_is_solved_in_float32():
-    model = small_gpt(torch.bfloat16)
-    result = on_one_rank(model, Scheme(4))
-    for name, quantized in result.weights.items():
-        assert quantized.grid.scale.dtype == torch.float32
-        weight = model.get_parameter(f"{name}.weight")
-        assert weight.dtype == torch.bfloat16
-        assert torch.equal(weight, quantized.values().to(torch.bfloat16))
