@@ -50,7 +50,7 @@ def table_of(means: Rows, rows: Rows) -> Table:
     unit, runs = rows[0]["unit"], len({row["run"] for row in rows})
     before = fmean({row["run"]: row["loss_before"] for row in rows}.values())
     result = empty_table(
-        ["bits", "method"], ["bytes", "smaller", unit, "change (least - largest)", "seconds"],
+        ["bits", "method"], ["bytes", "smaller", unit, "change (least to largest)", "seconds"],
         title=f"{runs} runs; before: {before:.4f} {unit}, {rows[0]['bytes_before']:,} bytes",
     )  # fmt: skip
     last = None
@@ -58,7 +58,7 @@ def table_of(means: Rows, rows: Rows) -> Table:
         if last not in (None, row["bits"]):
             result.add_section()
         bits, last = "" if last == row["bits"] else str(row["bits"]), row["bits"]
-        between = f"({row['least_change']:+.4f} - {row['largest_change']:+.4f})"
+        between = f"({row['least_change']:+.4f} to {row['largest_change']:+.4f})"
         result.add_row(
             bits, row["method"], f"{row['bytes']:,.0f}", f"{row['smaller']:.2f} x",
             f"{row['loss']:.4f}", f"{row['change']:+.4f} {between}", f"{row['seconds']:.1f}",
@@ -72,7 +72,7 @@ def picture(means: Rows, rows: Rows) -> Figure:
     axes = figure.add_subplot()
     before = fmean({row["run"]: row["loss_before"] for row in rows}.values())
     axes.axhline(before, color="black", linewidth=1, linestyle="--", label="float32")
-    for color, method in zip(cycle(COLORS), dict.fromkeys(r["method"] for r in means)):
+    for color, method in zip(cycle(COLORS), dict.fromkeys(r["method"] for r in means), strict=False):
         line = [row for row in means if row["method"] == method]
         bars = [
             [row["change"] - row["least_change"] for row in line],
