@@ -72,7 +72,8 @@ def picture(means: Rows, rows: Rows) -> Figure:
     axes = figure.add_subplot()
     before = fmean({row["run"]: row["loss_before"] for row in rows}.values())
     axes.axhline(before, color="black", linewidth=1, linestyle="--", label="float32")
-    for color, method in zip(cycle(COLORS), dict.fromkeys(r["method"] for r in means), strict=False):
+    methods = dict.fromkeys(row["method"] for row in means)
+    for color, method in zip(cycle(COLORS), methods, strict=False):
         line = [row for row in means if row["method"] == method]
         bars = [
             [row["change"] - row["least_change"] for row in line],
