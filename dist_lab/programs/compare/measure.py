@@ -156,7 +156,7 @@ class Contender:
             self.optimizer = make_optimizer(self.job, config)
             rows = own_rows(config.batch, self.job)
             self.batches = cleanup.enter_context(closing(prefetch(data, rows, 0, self.steps)))
-            self.meter = Meter(self.job, self.optimizer)
+            self.meter = Meter(self.job, self.optimizer, watch=False)  # nothing but the step
 
     def step(self) -> None:
         """Take one complete step, as train.py does."""

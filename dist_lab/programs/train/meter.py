@@ -33,8 +33,14 @@ NOT_COMPARED: dict[str, Any] = {"ranks": None, "stage_work_ms": None, "slow_rank
 class Meter:
     """Times steps, and counts their bytes, memory and floating-point operations."""
 
-    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, first: int = 0) -> None:
-        """`first`: the number of steps that were taken before."""
+    def __init__(
+        self, job: Job, optimizer: torch.optim.Optimizer, first: int = 0, *, watch: bool = True
+    ) -> None:
+        """
+        Args:
+            first: the number of steps that were taken before.
+            watch: look for slow ranks, which takes a small all-gather every few steps.
+        """
         self.job, self.optimizer, self.first = job, optimizer, first
         self.steps: list[tuple[float, Tally]] = []  # (seconds, traffic) of every step
         self.traffic: dict[tuple[str, str, str], Tally] = {}  # of the last step, as in the ledger
@@ -42,7 +48,8 @@ class Meter:
         self.memory = memory.NOTHING  # the largest of the measured steps
         self.series: memory_series.Entry = {}  # that step's bytes over time
         self.flops_per_step = self.model_flops_per_step = 0.0  # summed over all ranks
-        self.stragglers = None if job.about else Stragglers(job.mesh)  # see [Note: libraries]
+        watch = watch and not job.about  # see [Note: libraries]
+        self.stragglers = Stragglers(job.mesh) if watch else None
         self.news: list[str] = []  # about the last step
 
     @contextmanager
