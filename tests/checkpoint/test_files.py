@@ -83,6 +83,7 @@ def test_pieces_of_a_packed_file_go_past_the_kernels_memory(tmp_path):
     assert files.direct == [True] * 4 + [False]
 
 
+@pytest.mark.slow
 def test_a_save_that_nobody_waits_for_works_a_tenth_of_the_time(tmp_path):
     """Where all cores compute, a thread that never rests makes one step a third longer."""
     data, pace, written = memoryview(bytes(3 * PART)), Pace(), []

@@ -201,7 +201,7 @@ def test_bfloat16_runs_and_rounds_the_weights_in_bfloat16(mesh):
 
 @pytest.mark.parametrize("inputs", [None, PER_TENSOR], ids=str)
 @pytest.mark.parametrize("axes", [{"dp": 4}, {"pp": 2, "fsdp": 2}], ids=str)
-@pytest.mark.slow_unless(lambda axes, inputs: inputs and "pp" in axes)
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_with_a_fixed_order_the_bits_are_those_of_one_process(axes, inputs):
     report = dist_lab.verify(

@@ -129,6 +129,7 @@ def logits(method: str, inputs: str, calibration: Calibration, build=gpt, **opti
     return model(tokens())
 
 
+@pytest.mark.slow_unless(lambda build: build is mlp)
 @pytest.mark.parametrize("build", [gpt, mlp])
 @pytest.mark.parametrize("inputs", w8a8.KINDS)
 @pytest.mark.parametrize("method", METHODS)

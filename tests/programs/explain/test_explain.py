@@ -210,6 +210,7 @@ def test_with_values_the_bytes_are_the_same(mix, printed, tmp_path):
     assert sizes == values
 
 
+@pytest.mark.slow
 def test_a_model_of_seven_billion_parameters_is_explained(printed):
     text = printed("--size", "7b", "--mesh", "tp=8", "--batch", "1", "--seq", "64")
     last = text.splitlines()[-1]

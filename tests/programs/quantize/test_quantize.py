@@ -31,6 +31,7 @@ def quantized(source, *flags):
     return match
 
 
+@pytest.mark.slow_unless(lambda method: method in ("rtn", "w8a8"))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_with_losses_and_bytes(source, method):
     line = quantized(source, "--method", method)

@@ -101,7 +101,7 @@ MIXES = {
 }
 DEFAULT = {
     "ddp": "mxfp4", "ddp x tp": "fp8-block-pow2", "zero2": "nvfp4-pow2", "fsdp": "fp8-pow2",
-    "hsdp": "fp8-pow2", "fsdp x tp": "fp8-pow2", "pp x tp": "mxfp8",
+    "fsdp x tp": "fp8-pow2", "pp x tp": "mxfp8",
 }  # fmt: skip
 
 
