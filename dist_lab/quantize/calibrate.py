@@ -34,7 +34,7 @@ from dist_lab.mesh.mesh import Axis
 from dist_lab.quantize.activations import ActivationGrid
 from dist_lab.quantize.blocks import Block, blocks_of, check_chain, first_call, linear_inputs
 from dist_lab.quantize.formula import Grid, Quantized, Scheme, precise, round_to_nearest
-from dist_lab.step.fixed_order.order import SHARDS
+from dist_lab.step.fixed_order.order import SHARDS, shards_of_each
 from dist_lab.step.fixed_order.totals import aligned
 
 
@@ -86,8 +86,8 @@ def shards_of_rows(rows: Tensor, axis: Axis, shards: int = SHARDS) -> Calibratio
         UserError: rows, shards and ranks do not divide, there are no rows, or ranks differ in them.
     """
     check_tensors_agree({"the calibration rows": rows}, axis)
-    check_division(len(rows), shards, axis.size)
-    own = shards // axis.size
+    check_rows(len(rows), shards)
+    own = shards_of_each(shards, axis.size, "shards=", f"shards={axis.size}")
     chunks = rows.to(axis.device).chunk(shards)[axis.index * own : (axis.index + 1) * own]
     return Calibration([aligned(chunk) for chunk in chunks], axis)
 
@@ -190,23 +190,12 @@ def broadcast_quantized(
     return Quantized(codes, Grid(scheme, scale, zero, groups))
 
 
-def check_division(rows: int, shards: int, ranks: int) -> None:
-    """Raise UserError unless rows divide into virtual shards, and these into ranks."""
+def check_rows(rows: int, shards: int) -> None:
+    """Raise UserError unless rows divide into a power of two of virtual shards."""
     if shards < 1 or shards & (shards - 1):
         below = 1 << (max(shards, 1).bit_length() - 1)
         raise UserError(
             f"{shards} virtual shards are no power of two (shards=); give {below} or {2 * below}"
-        )
-    if ranks & (ranks - 1):
-        below = 1 << (ranks.bit_length() - 1)
-        raise UserError(
-            f"{ranks} data-parallel ranks cannot share {shards} virtual shards equally; start "
-            f"{below} or {2 * below}"
-        )
-    if shards < ranks:
-        raise UserError(
-            f"{shards} virtual shards are fewer than {ranks} data-parallel ranks (shards=); give "
-            f"shards={ranks}"
         )
     if rows == 0:
         raise UserError("there are no calibration rows (rows=); give at least one row a shard")

@@ -2,15 +2,15 @@
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
+from quantized import stored_matrix
 from torch import nn
 
 from dist_lab.errors import UserError
 from dist_lab.observe.memory import LiveBytes
-from dist_lab.quantize.formula import WIDTHS, Quantized, Scheme, grid_of, round_to_nearest
+from dist_lab.quantize.formula import WIDTHS, Scheme, grid_of, round_to_nearest
 from dist_lab.quantize.linear import FEW_ROWS, ActivationGrid, QuantizedLinear, replace_linears
 from dist_lab.quantize.packed_matmul import dequantize, packed_matmul, sorted_by_group
 from dist_lab.quantize.packing import as_stored, pack
@@ -19,14 +19,8 @@ from dist_lab.zoo import build
 
 def quantized(bits=4, group=32, symmetric=False, act_order=False, shape=(96, 128),
               dtype=torch.float64):  # fmt: skip
-    generator = torch.Generator().manual_seed(bits)
-    weight = torch.randn(shape, dtype=dtype, generator=generator)
-    stored = as_stored(round_to_nearest(weight, Scheme(bits, group, symmetric)))
-    if not act_order:
-        return stored
-    order = torch.randperm(shape[1], generator=generator)
-    grid = replace(stored.grid, groups=stored.grid.groups[order])
-    return Quantized(stored.codes[:, order], grid)
+    scheme = Scheme(bits, group, symmetric)
+    return stored_matrix(scheme, shape, dtype, act_order=act_order)
 
 
 def inputs(rows, columns=128, dtype=torch.float64):

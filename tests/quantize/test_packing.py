@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quantized import stored_matrix
 
 from dist_lab.errors import UserError
 from dist_lab.quantize.formula import WIDTHS, Grid, Quantized, Scheme, round_to_nearest
@@ -20,15 +21,8 @@ from dist_lab.quantize.packing import (
 
 def quantized(bits, symmetric=False, group=8, act_order=False, dtype=torch.float32, shape=(96, 64)):
     """A random matrix as it is stored; `act_order`: its columns are shuffled, with their groups."""
-    generator = torch.Generator().manual_seed(bits)
-    weight = torch.randn(shape, dtype=dtype, generator=generator)
-    weight[:, :8] = 0  # dead inputs: groups of zeros
-    stored = as_stored(round_to_nearest(weight, Scheme(bits, group, symmetric)))
-    if not act_order:
-        return stored
-    order = torch.randperm(shape[1], generator=generator)
-    grid = replace(stored.grid, groups=stored.grid.groups[order])
-    return Quantized(stored.codes[:, order], grid)
+    scheme = Scheme(bits, group, symmetric)
+    return stored_matrix(scheme, shape, dtype, act_order=act_order, dead=8)
 
 
 def equal(a: Quantized, b: Quantized) -> bool:

@@ -2,7 +2,7 @@
 
 1. without --checkpoint: train the README's model with three seeds; for qat again, with rounded
    weights. A run that is there already goes on, or stays as it is.
-2. for each run start the ranks, which quantise it by every method with every width: `cells`
+2. for each run start a process, which quantises it by every method with every width: `cells`
 3. print the table; write quantize.json, .csv and .png
 """
 
@@ -58,9 +58,8 @@ def all_rows(config: Quantize, folder: Path) -> Iterator[dict[str, Any]]:
     if config.checkpoint:
         for number, path in enumerate(config.checkpoint.split(",")):
             run = Path(path.strip())
-            yield from in_process(config, run, methods, folder / f"{number}-{run.name}.json")[
-                "rows"
-            ]
+            file = folder / f"{number}-{run.name}.json"
+            yield from in_process(config, run, methods, file)["rows"]
         return
     for seed in SEEDS:
         run = trained(config, folder, seed)

@@ -39,16 +39,28 @@ def microbatches_of(shards: int, ranks: int) -> int:
     Raises:
         UserError: the ranks cannot have equal numbers of virtual shards.
     """
+    return shards_of_each(shards, ranks, "reduce_order=", f'reduce_order="fixed:{ranks}"')
+
+
+def shards_of_each(shards: int, ranks: int, where: str, enough: str) -> int:
+    """The number of virtual shards of each rank: a subtree of the binary tree over all of them.
+
+    Args:
+        where, enough: for messages: the setting, and its value with a shard for each rank.
+
+    Raises:
+        UserError: the ranks cannot have equal numbers of virtual shards.
+    """
     if ranks & (ranks - 1):
         below = 1 << (ranks.bit_length() - 1)
         raise UserError(
             f"{ranks} data-parallel ranks cannot share {shards} virtual shards equally "
-            f"(reduce_order=); start {below} or {2 * below}"
+            f"({where}); start {below} or {2 * below}"
         )
     if shards < ranks:
         raise UserError(
-            f"{shards} virtual shards are fewer than {ranks} data-parallel ranks (reduce_order=); "
-            f'give reduce_order="fixed:{ranks}"'
+            f"{shards} virtual shards are fewer than {ranks} data-parallel ranks ({where}); "
+            f"give {enough}"
         )
     return shards // ranks
 
