@@ -12,12 +12,12 @@ nn.Linear with this weight, bit for bit.
 of 32, on one core of an AMD EPYC, CPU time, the median of 11 rounds (tests/nightly/weight_only.py):
 
     rows               1     16     64    128    512
-    tiles           2025   2505   4667   8761  54613
-    whole           4774   4846   6569   7968  18761
-    float32          231    593   1940   3328  11921    nn.Linear
-    torch int4        55    227    882   1767   6694    one fused kernel, bfloat16 inputs
+    tiles           1232   1775   3184   5390  33261
+    whole           3591   4053   5018   6249  15341
+    float32          189    586   1540   2789  10341    nn.Linear
+    torch int4        43    222    817   1613   6344    one fused kernel, bfloat16 inputs
 
-The whole weight wins from 64 to 256 rows on, depending on the shape. Neither is as fast as float32:
+The whole weight wins from 128 or 256 rows on, depending on the shape. Neither is as fast as float32:
 unpacking by tensor operations takes longer than reading eight times the bytes. Tiles save memory.
 
 The layer has no parameters: codes are not trained. Gradients flow through it to its input.
@@ -41,7 +41,7 @@ from dist_lab.quantize.packed_matmul import (
 )
 from dist_lab.quantize.packing import BLOCK, Packed, pack, unpack
 
-FEW_ROWS = 64  # [Note: how many rows are few]
+FEW_ROWS = 128  # [Note: how many rows are few]
 
 
 class QuantizedLinear(nn.Module):
