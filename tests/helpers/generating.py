@@ -14,9 +14,11 @@ from dist_lab.checkpoint.exchange.tensors import state_dict
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import UserError
 from dist_lab.inference import generate as generation
-from dist_lab.inference.generate import Request, generate
+from dist_lab.inference import step as stepping
+from dist_lab.inference.generate import generate
 from dist_lab.inference.quantized import OfQuantizedFolder
 from dist_lab.inference.sampling import Sampling, choose
+from dist_lab.inference.sequence import Request
 from dist_lab.inference.stage import load_stage
 from dist_lab.inference.weights import OfCheckpoint, OfFolder, Weights
 from dist_lab.mesh.mesh import init_mesh
@@ -83,7 +85,7 @@ def on_rank(
         return choose(row, sampling, position)
 
     with pytest.MonkeyPatch.context() as patch, mesh.comm.ledger.recording() as calls:
-        patch.setattr(generation, "choose", choose_and_note)
+        patch.setattr(stepping, "choose", choose_and_note)
         patch.setattr(generation, "PREFILL", prefill)
         done = generate(stage, asked, tokenizer, lambda n, text: parts.append((n, text)))
     seen = [(call.op, call.axis, call.unit) for call in calls]

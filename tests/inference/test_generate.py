@@ -12,8 +12,9 @@ from generating import LAYERS, NEW, PROMPTS, STEP, Letters, requests, weights_in
 from dist_lab.checkpoint.exchange import huggingface, ours
 from dist_lab.checkpoint.exchange.tensors import InMemory
 from dist_lab.errors import UserError
-from dist_lab.inference.generate import Request, generate
+from dist_lab.inference.generate import generate
 from dist_lab.inference.sampling import Sampling
+from dist_lab.inference.sequence import Request
 from dist_lab.inference.stage import load_stage
 from dist_lab.mesh.mesh import init_mesh
 from dist_lab.mesh.topology import coordinates

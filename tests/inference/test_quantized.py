@@ -6,6 +6,7 @@ from math import prod
 import generating
 import numpy as np
 import pytest
+import serving
 import torch
 from generating import requests
 from torch import nn
@@ -76,3 +77,10 @@ def test_a_rank_of_tp_holds_half_of_the_codes(quantized, on_ranks):
         if isinstance(layer, QuantizedLinear)
     )
     assert on_ranks(2, generating.codes_on_rank, {"tp": 2}, quantized[0]) == [whole / 2] * 2
+
+
+def test_the_engine_serves_it_as_it_is(quantized, on_ranks):
+    folder, plain = quantized
+    tokens, _ = generating.continued(plain, requests())
+    for served in on_ranks(2, serving.on_rank, {"tp": 2}, folder, requests(), [], "vllm", True):
+        assert list(served.tokens.values()) == tokens

@@ -10,10 +10,10 @@ from dist_lab.checkpoint.load import open_newest
 from dist_lab.comm.agree import check_settings_agree, together
 from dist_lab.data.custom import is_custom
 from dist_lab.errors import MachineError, UserError, printable, shown
-from dist_lab.inference.generate import Request
 from dist_lab.inference.generate import generate as generate_texts
 from dist_lab.inference.quantized import OfQuantizedFolder
 from dist_lab.inference.sampling import Sampling
+from dist_lab.inference.sequence import Request
 from dist_lab.inference.stage import Stage, load_stage
 from dist_lab.inference.text import Bytes, Tokenizer
 from dist_lab.inference.weights import OfFolder, Weights, of_run

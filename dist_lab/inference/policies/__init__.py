@@ -1,0 +1,1 @@
+"""Policies of well-known servers: who runs in a step, with how many tokens."""
