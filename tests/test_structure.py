@@ -76,6 +76,8 @@ FREE_OF_TORCH = [
     "processes",
     "programs.cli",
     "programs.where",
+    "programs.serve",
+    "inference.line",
     "mesh.topology",
     "step.fixed_order.order",
     "faults.grammar",
@@ -85,7 +87,7 @@ FREE_OF_TORCH = [
     "errors",
     "testing",
 ]
-EXCEPT = {"programs.cli.setup", "programs.cli.find", "comm.board.join"}
+EXCEPT = {"programs.cli.setup", "programs.cli.find", "programs.serve.worker", "comm.board.join"}
 STRATEGIES = {"single", "dp", "ddp", "zero", "fsdp", "tp", "pp"}
 FAMILIES = {"replicated", "sharded", "tensor", "pipeline"}
 
@@ -178,6 +180,7 @@ def test_programs_share_only_the_command_line_and_the_training_loop():
         shared = {
             "cli": set(), "train": {"cli"},
             "bench": {"cli", "compare"}, "sweep": {"cli", "compare"}, "doctor": {"cli", "verify"},
+            "serve": {"cli", "generate"},
         }.get(program, {"cli", "train"})  # fmt: skip
         imported = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.programs.")}
         assert imported <= shared | {program}, (path, imported)
@@ -332,7 +335,7 @@ def test_private_names_of_torch_are_in_one_file():
     del trees[PACKAGE / "torch_private.py"]
     defined = set()  # names that this package defines
     for node in (node for tree in trees.values() for node in tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             defined.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             defined.add(node.attr)

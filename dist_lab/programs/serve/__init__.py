@@ -1,0 +1,1 @@
+"""Serves a model over HTTP, in the format of OpenAI's API."""

@@ -1,0 +1,265 @@
+"""launch/serve.py as a program, with ranks: its command line, its texts, and every way to end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import short_run
+from processes import all_gone, listening, with_mark
+from programs import ROOT, run
+from web_server import Server
+
+from dist_lab.programs.serve import command
+
+AT = re.compile(r"serve\.py: (\S+) is at http://127\.0\.0\.1:(\d+); Ctrl-C stops\n")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return short_run.trained(tmp_path_factory.getbasetemp())
+
+
+@contextmanager
+def started(checkpoint, *flags, ranks=2):
+    """A server in a new process, and what it prints. It must leave no process behind."""
+    mark = f"DIST_LAB_MARK=serve-{time.monotonic_ns()}"
+    name, _, value = mark.partition("=")
+    process = subprocess.Popen(
+        [sys.executable, "launch/serve.py", f"--checkpoint={checkpoint}", "--port=0",
+         f"--nproc={ranks}", *flags],
+        cwd=ROOT, env=os.environ | {name: value}, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        found = AT.fullmatch(line := process.stderr.readline())
+        assert found, line + process.stderr.read()
+        server = Server(int(found[2]))
+        yield server, process, mark
+        server.close()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        assert all_gone(mark)
+
+
+def ended(process, within=20.0):
+    """The exit status, and all that it has printed since its address."""
+    _, printed = process.communicate(timeout=within)
+    return process.returncode, printed
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+REFUSED = [
+    (["--port=99999"], 2, "port cannot be 99999 (--port); give a whole number, 65535 or less"),
+    (["--policy=vlm"], 2, "policy cannot be 'vlm' (--policy); give static, orca, tgi, vllm"),
+    (["--nproc=2", "--mesh=tp=4"], 2, "mesh tp=4 needs 4 processes, 2 were started (--mesh)"),
+    (["--nproc=2", "--mesh=dp=2"], 2, "mesh axis 'dp' does not split a model that generates text"),
+    (["--host=no.such.host.invalid"], 2, "host 'no.such.host.invalid' is no address of this"),
+    (["--checkpoint=/no/such"], 2, "there is no folder '/no/such' (--checkpoint)"),
+    (["--line=x"], 2, "no flag '--line=x'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "status", "words"), REFUSED)
+def test_a_mistake_is_one_line(trained, flags, status, words):
+    given = [] if flags[0].startswith("--checkpoint") else [f"--checkpoint={trained}"]
+    done = run("serve.py", *given, *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1)
+    assert words in done.stderr
+
+
+def test_a_port_in_use_is_one_line(trained):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = run("serve.py", f"--checkpoint={trained}", f"--port={port}")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"serve.py: error: cannot listen at port {port} of 127.0.0.1: Address already in use "
+        "(--port); give another --port, or 0 for any that is free\n"
+    )
+
+
+def test_without_its_packages_it_says_what_to_install(trained, monkeypatch):
+    find = command.importlib.util.find_spec
+    monkeypatch.setattr(
+        command.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name)
+    )
+    done = run("serve.py", f"--checkpoint={trained}")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "serve.py: error: serve.py needs uvicorn, which is not installed; type pip install "
+        "'dist_lab[serve]'\n"
+    )
+
+
+def test_ranks_that_cannot_load_the_model_end_the_server_with_their_line(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run("serve.py", f"--checkpoint={tmp_path / 'empty'}", "--port=0", "--nproc=2")
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("serve.py: error: ")
+    assert done.stderr.count("\n") == 1
+    done = run("serve.py", f"--checkpoint={trained}", "--port=0", "--nproc=3")
+    assert done.returncode == 2
+    assert "heads" in done.stderr
+
+
+# --- with ranks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
+def test_two_ranks_serve_the_texts_of_one_process_and_stop_gracefully(trained, mesh):
+    texts = [
+        run("generate.py", f"--checkpoint={trained}", f"--prompt={prompt}", "--tokens=9").stdout
+        for prompt in ("def ", "x")
+    ]
+    with started(trained, f"--mesh={mesh}", "--stop-seconds=60") as (server, process, mark):
+        replies = {}
+
+        def ask(prompt):
+            replies[prompt] = server.complete(prompt, 9, temperature=0).json["choices"][0]["text"]
+
+        threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in ("def ", "x")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [replies["def "], replies["x"]] == texts
+        assert server.stream("def ", 9, temperature=0).text() == texts[0]
+        assert server.metric("dist_lab_engine_used") == 0
+        addresses = {a.split(":")[0] for pid in with_mark(mark) for a in listening(pid)}
+        assert addresses <= {"0100007F", f"{'0' * 24}01000000"}
+        stream = server.stream("a", 200)
+        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        os.killpg(process.pid, signal.SIGTERM)  # the ranks too, as a service manager does
+        assert len(stream.text()) > 0
+        status, printed = ended(process)
+        assert status == 0
+        assert printed.count("\n") == 1
+        assert printed.startswith("serve.py: stopping; texts may go on for 60 s")
+
+
+@pytest.mark.slow
+def test_a_long_text_is_cut_by_a_stop_and_a_second_signal_ends_at_once(trained):
+    flags = "--blocks=8000", "--stop-seconds=0.5"
+    with started(trained, *flags) as (server, process, _):
+        stream = server.stream("a", 100_000)
+        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        process.send_signal(signal.SIGINT)
+        *_, last = stream
+        assert last["error"]["message"].startswith("the server is stopping")
+        assert ended(process)[0] == 0
+    with started(trained, "--blocks=8000", "--stop-seconds=60") as (server, process, _):
+        server.stream("a", 100_000)
+        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert ended(process, within=8)[0] == 143
+
+
+@pytest.mark.slow
+def test_a_client_that_goes_away_frees_its_blocks(trained):
+    with started(trained, "--blocks=2000", "--max-queue=2") as (server, _, _):
+        stream = server.stream("a" * 99, 20_000)
+        server.until(lambda: server.metric("dist_lab_engine_used") >= 7)
+        whole = server.raw("/v1/completions", b'{"prompt": "b", "max_tokens": 10000}')
+        server.until(lambda: server.metric("dist_lab_engine_running") == 2)
+        stream.close()
+        whole.close()
+        server.until(lambda: server.metric("dist_lab_engine_used") == 0, 2.0)
+        assert server.metric("dist_lab_open_texts") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_server_with_its_name_and_clients_get_an_error(trained, victim):
+    with started(trained, "--blocks=8000") as (server, process, mark):
+        stream = server.stream("a", 100_000)
+        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        os.kill(rank_processes(mark, process)[victim], signal.SIGKILL)
+        *_, last = stream
+        assert last["error"]["type"] == "server_error"
+        status, printed = ended(process)
+        assert status == 1
+        assert printed.splitlines()[-1] == (
+            f"serve.py: error: rank {victim} of 2: killed by SIGKILL, which the kernel sends when "
+            "memory runs out; the server has ended, and 1 open texts got an error"
+        )
+        assert "Traceback" not in printed
+
+
+def rank_processes(mark, process):
+    """The ids of the ranks: children of the forkserver, in the order of their start."""
+    ranks = [pid for pid in with_mark(mark) if pid != process.pid and is_rank(pid, process.pid)]
+    return sorted(ranks)
+
+
+def is_rank(pid, server):
+    """Whether its parent is the forkserver, which is a child of the server."""
+    parent = parent_of(pid)
+    return parent != server and parent_of(parent) == server
+
+
+def parent_of(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+HUGE = b'{"prompt": "' + b"x" * (2**20) + b'"}'
+HOSTILE = {
+    "huge": HUGE,
+    "long prompt": b'{"prompt": "' + b"x" * 500_000 + b'"}',
+    "many tokens": b'{"prompt": [' + b"1," * 200_000 + b"1]}",
+    "deep": b'{"prompt": ' + b"[" * 500_000,
+    "unknown token": b'{"prompt": [999999999]}',
+    "no json": b"\x00\xff\xfe",
+    "surrogate": b'{"prompt": "\\ud800"}',
+    "not finite": b'{"prompt": "a", "temperature": 1e999}',
+    "negative": b'{"prompt": "a", "max_tokens": -1}',
+    "unknown field": b'{"prompt": "a", "__class__": "os.system"}',
+    "nul": b'{"prompt": "\\u0000\\u0001", "max_tokens": 2}',
+    "many stops": json.dumps({"prompt": "a", "stop": ["b"] * 9999}).encode(),
+}
+
+
+@pytest.mark.slow
+def test_twenty_hostile_clients_have_no_effect_on_a_stream_beside_them(trained):
+    with started(trained, "--blocks=600", "--max-queue=8") as (server, _, _):
+        alone = server.stream("def ", 120, temperature=0).text()
+        good = server.stream("def ", 120, temperature=0)
+        held = [server.raw("/v1/completions", HOSTILE["no json"], length=99) for _ in range(2)]
+        cut = server.raw("/v1/completions", b'{"prompt": "a"', length=99)
+        cut.close()
+        slow = socket.create_connection(("127.0.0.1", server.port))
+        slow.sendall(b"POST /v1/comp")
+        leaves = server.stream("a", 5000)
+        next(iter(leaves))
+        leaves.close()
+        reads_nothing = server.stream("a", 200)
+        statuses = {
+            name: server.ask("/v1/completions", body).status for name, body in HOSTILE.items()
+        }
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"\x16\x03\x01 what is this\r\n\r\n")
+            assert connection.recv(99).startswith(b"HTTP/1.1 400")
+        assert server.ask("/v1/completions", method="DELETE").status == 405
+        assert statuses.pop("huge") == 413
+        assert statuses.pop("nul") == 200
+        assert set(statuses.values()) == {400}
+        assert good.text() == alone
+        for connection in (*held, slow, reads_nothing.connection):
+            connection.close()
+        server.until(lambda: server.metric("dist_lab_engine_used") == 0)
+        assert server.ask("/health").status == 200
