@@ -30,6 +30,7 @@ LAYERS = [
         "programs.cli.mesh_text",
         "programs.cli.steps",
         "programs.cli.resume",
+        "programs.cli.order",
     ],
     ["parallel.schedules", "zoo", "data", "loss"],
     ["programs.cli.registry", "programs.cli.mixes"],

@@ -3,6 +3,7 @@
     manifest.json            format, step, mesh, files with their bytes and SHA-256, optimizer, ...
     rank-0.json              the tensors in rank-0.safetensors, the boxes that they are, ...
     rank-0.safetensors
+    tokenizer.json           what the tokens of a text stand for, unless they are bytes
 
 The manifest has the hash of every other file, and of itself. So a checkpoint is one chain: whoever
 has changed a byte of it, also of the manifest, is found out before a tensor is used. All values are
@@ -27,7 +28,8 @@ FORMAT = 1
 NAME = "manifest.json"
 ANOTHER = "give an earlier checkpoint"
 LARGEST_JSON = 256 * 2**20  # bytes
-FILE = re.compile(r"rank-\d{1,6}\.(json|safetensors)")
+TOKENIZER = "tokenizer.json"
+FILE = re.compile(r"rank-\d{1,6}\.(json|safetensors)|tokenizer\.json")
 KEYS: Mapping[str, type | tuple[type, ...]] = {
     "format": int, "step": int, "mesh": dict, "strategies": str, "files": dict,
     "optimizer": (dict, type(None)), "settings": (dict, type(None)), "extra": (dict, type(None)),
@@ -99,6 +101,15 @@ def read(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of a checkpoint. Raises Damaged, or MachineError: see `readable`."""
+    text = read_text(path)
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{str(path)!r} is no JSON: it is cut off or changed; {ANOTHER}") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of a checkpoint. Raises Damaged, or MachineError: see `readable`."""
     with readable(path):
         size = path.stat().st_size
         if size > LARGEST_JSON:
@@ -107,8 +118,8 @@ def read_json(path: Path) -> Any:
             )
         data = path.read_bytes()
     try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return data.decode()
+    except ValueError as error:
         raise Damaged(f"{str(path)!r} is no JSON: it is cut off or changed; {ANOTHER}") from error
 
 

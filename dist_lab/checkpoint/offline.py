@@ -27,12 +27,13 @@ class OfflineWriter:
 
     def __init__(
         self, root: Path, step: int, axes: Mapping[str, int], about: Mapping[str, Any], *,
-        files: Files | None = None,
+        files: Files | None = None, tokenizer: str | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             root: the folder of checkpoints.
             about: what the manifest says besides: strategies, optimizer, settings, extra, versions.
+            tokenizer: the contents of tokenizer.json, if the checkpoint has one.
 
         Raises:
             UserError: there is a checkpoint of this step.
@@ -40,6 +41,7 @@ class OfflineWriter:
         self.final = root / folders.name_of(step)
         self._files, self._buffer, self._size = files or Files(), Buffer(), math.prod(axes.values())
         self.about = {"format": manifest.FORMAT, "step": step, "mesh": dict(axes), **about}
+        self._tokenizer = tokenizer
         self._temporary = folders.beside(self.final, "tmp")
         self._last: Write | None = None
 
@@ -59,6 +61,7 @@ class OfflineWriter:
         write = Write(
             rank, self._size, self._temporary, self.final, data,
             {"tensors": tensors, **table}, self.about, self._files, _say_nothing,
+            tokenizer=self._tokenizer,
         )  # fmt: skip
         with as_machine_error(self.final, len(data)):
             write.write_part()

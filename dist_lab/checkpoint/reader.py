@@ -10,6 +10,7 @@ collective, and no mesh is needed.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dist_lab.checkpoint import manifest
 from dist_lab.checkpoint.entries import Entry, Shape
-from dist_lab.checkpoint.manifest import ANOTHER, Damaged, check_hash
+from dist_lab.checkpoint.manifest import ANOTHER, TOKENIZER, Damaged, check_hash, read_text
 from dist_lab.checkpoint.shard import DTYPES
 from dist_lab.checkpoint.table import check, length, listed
 from dist_lab.layout.boxes import intersection, lengths, numel_of, overlap, relative
@@ -50,6 +51,7 @@ class Checkpoint:
 
     Attributes:
         folder, manifest: where it is, and what its manifest says.
+        tokenizer: the contents of its tokenizer.json, if it has one.
         tensors: name -> `Saved`.
         tables: of each rank: numbers of the optimizer, random generators and the like.
     """
@@ -96,6 +98,14 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
+
+    @cached_property
+    def tokenizer(self) -> str | None:
+        """The contents of tokenizer.json, whose hash is compared; None if there is none."""
+        if TOKENIZER not in self.manifest["files"]:
+            return None
+        check_hash(self.folder, TOKENIZER, self.manifest["files"][TOKENIZER]["sha256"])
+        return read_text(self.folder / TOKENIZER)
 
     def names(self) -> dict[str, tuple[Shape, torch.dtype]]:
         """Name -> shape and dtype of the full tensor."""

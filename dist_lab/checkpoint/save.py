@@ -2,8 +2,9 @@
 
     main thread, all ranks     copy the tensors; rank 0 makes step-00000120.tmp-...
     any thread, each rank      rank-K.safetensors, then rank-K.json, each brought to disk
-    any thread, rank 0         when all rank-K.json are there: manifest.json with the hash of every
-                               file, and then the folder's name becomes step-00000120
+    any thread, rank 0         when all rank-K.json are there: tokenizer.json, if there is one,
+                               manifest.json with the hash of every file, and then the folder's
+                               name becomes step-00000120
 
 The new name is the last operation, and the file system does it at once or not at all. So a folder
 with that name is a whole checkpoint, wherever the run was stopped. Only the first part is
@@ -54,6 +55,7 @@ class Write:
     files: Files
     tell: Tell
     keep: int | None = None
+    tokenizer: str | None = None  # the contents of tokenizer.json
     pace: Pace = field(default_factory=Pace, init=False)
     error: Exception | None = field(default=None, init=False)
 
@@ -100,6 +102,9 @@ class Write:
         for path in tables:
             about[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             about[f"{path.stem}.safetensors"] = json.loads(path.read_bytes())["file"]
+        if self.tokenizer is not None:
+            path, data = self.temporary / manifest.TOKENIZER, self.tokenizer.encode()
+            about[path.name] = write_file(self.files, path, memoryview(data), self.pace)
         text = manifest.sealed({**self.about, "files": about})
         write_file(self.files, self.temporary / manifest.NAME, memoryview(text), self.pace)
         self.files.sync_folder(self.temporary)
@@ -187,6 +192,7 @@ def prepare(
     files: Files,
     tell: Tell,
     keep: int | None,
+    tokenizer: str | None,
     is_first: bool,
 ) -> Write:
     """Copy the entries that this rank is the first to hold. Collective.
@@ -213,7 +219,7 @@ def prepare(
     return Write(
         mesh.rank, mesh.size, temporary, final, data, {"tensors": tensors, **table},
         {"format": manifest.FORMAT, "step": step, "mesh": dict(mesh.axes), **about}, files, tell,
-        keep,
+        keep, tokenizer,
     )  # fmt: skip
 
 

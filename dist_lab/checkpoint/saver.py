@@ -43,6 +43,7 @@ class Saver:
     def __init__(
         self, job: Trained, folder: str | Path, *, keep: int | None = None,
         in_background: bool = True, files: Files | None = None, tell: Tell = lambda line: None,
+        tokenizer: str | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -51,12 +52,13 @@ class Saver:
             in_background: write in a thread. If not, `save` returns when the checkpoint is whole.
             files: the file operations.
             tell: called with a line of progress now and then, on rank 0, from any thread.
+            tokenizer: the contents of a tokenizer.json, which each checkpoint then has.
         """
         if keep is not None and (type(keep) is not int or keep < 1):
             raise UserError(f"keep={shown(keep)} keeps no checkpoint; give 1 or more")
         self.job, self.folder = job, Path(folder).expanduser().absolute()
         self.keep, self.in_background = keep, in_background
-        self.files, self.tell = files or Files(), tell
+        self.files, self.tell, self.tokenizer = files or Files(), tell, tokenizer
         self.last: Path | None = None
         self._buffer = Buffer()
         self._writing: tuple[Write, threading.Thread | None] | None = None
@@ -107,7 +109,7 @@ class Saver:
             entries = [*entries_of(job, optimizer, shadow)]
         write = prepare(
             job.mesh, self.folder, step, entries, table, about, self._buffer, files=self.files,
-            tell=self.tell, keep=self.keep, is_first=self.last is None,
+            tell=self.tell, keep=self.keep, tokenizer=self.tokenizer, is_first=self.last is None,
         )  # fmt: skip
         thread = None
         if self.in_background:

@@ -4,7 +4,8 @@ Every rank can compute which samples are in the global batch, and loads only its
 sees the same samples in the same order on any mesh, and also after a resume.
 
     corpus.py    bytes from the standard library, a text file or a folder, cached as a memory map
-    text.py      windows of those bytes, each exactly once per epoch
+    tokenized.py the same in other tokens; bpe.py trains and encodes, tokenizer.py decodes
+    text.py      windows of those tokens, each exactly once per epoch
     glyphs.py    characters of Pillow's font, distorted at random
     datasets.py  MNIST and CIFAR-10: are the files on disk, and downloading them once
     images.py    the images of datasets, each exactly once per epoch; and noise
@@ -15,8 +16,8 @@ sees the same samples in the same order on any mesh, and also after a resume.
     prefetch.py  loads the next batch while the current one is used
     cast.py      images in the dtype of the model
 
-This file, corpus.py and datasets.py do not import torch, because the launcher calls `check` before
-it starts a rank.
+This file, datasets.py and all that makes a corpus do not import torch, because the launcher calls
+`check` before it starts a rank.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from dist_lab.data import corpus, custom, datasets
 from dist_lab.data.corpus import DEFAULT_CACHE
 from dist_lab.data.datasets import DATASETS, image_of
 from dist_lab.data.prefetch import prefetch
+from dist_lab.data.tokenized import tokenize
+from dist_lab.data.tokenizer import BYTES
 from dist_lab.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from dist_lab.data.order import Ids
+    from dist_lab.data.tokenizer import FileTokenizer
 
 __all__ = ["DEFAULT_CACHE", "Data", "check", "open_data", "prefetch"]
 
@@ -55,9 +59,10 @@ class Data(Protocol):
     They are pure functions: the same arguments give the same tensors in every process, and
     consecutive slices concatenate to the whole batch.
 
-    These may be missing, which is the same as None: `image`; `samples`, the number of samples per
-    epoch, each of which occurs once; the method `sample_ids(step, rows)`, which returns the numbers
-    of the samples in these rows of a training batch, an array (rows,).
+    These may be missing, which is the same as None: `image`; `tokenizer`, if a token of text is not
+    a byte, and it is known which bytes it stands for; `samples`, the number of samples per epoch,
+    each of which occurs once; the method `sample_ids(step, rows)`, which returns the numbers of the
+    samples in these rows of a training batch, an array (rows,).
     """
 
     name: str  # for the log
@@ -65,6 +70,9 @@ class Data(Protocol):
     image: Shape | None  # the shape of an image; None: text
     sha256: str  # hash of all samples, for the log; "" if there is none
     validation_batches: int  # number of validation batches; 0: no validation
+
+    @property
+    def tokenizer(self) -> FileTokenizer | None: ...
 
     @property
     def samples(self) -> int | None: ...
@@ -83,17 +91,20 @@ def check(
     spec: str,
     *,
     seq: int,
+    tokenizer: str = BYTES,
     cache_dir: Path = DEFAULT_CACHE,
     download: bool = False,
     fits: Callable[[Shape | None], None] = lambda image: None,
 ) -> corpus.Corpus | None:
     """Check `--data spec` before a rank starts: raises the errors of `open_data`, without torch.
 
-    This also builds the cached corpus and returns it, or downloads the dataset. For a
-    `module:function` it only checks that the module exists; `open_data` checks the data that the
-    function returns, because calling it usually needs torch.
+    This also builds the cached corpus and returns it, in tokens of the tokenizer, which is trained
+    first if need be; or it downloads the dataset. For a `module:function` it only checks that the
+    module exists; `open_data` checks the data that the function returns, because calling it usually
+    needs torch.
 
     Args:
+        tokenizer: of text: bytes or bpe:N.
         download: download a dataset that is not in the cache folder.
         fits: called with the shape of an image, or None for text; raises if the model cannot take
             such data.
@@ -102,6 +113,11 @@ def check(
         raise UserError(
             f"download=True is for data {' or '.join(DATASETS)}, and data={spec!r} is neither; "
             "leave it out"
+        )
+    if tokenizer != BYTES and (custom.is_custom(spec) or image_of(spec) is not None):
+        own = "its own tokens" if custom.is_custom(spec) else "images"
+        raise UserError(
+            f'tokenizer="{tokenizer}" is for text, and data={spec!r} has {own}; leave it out'
         )
     if custom.is_custom(spec):
         custom.locate(spec)
@@ -113,7 +129,11 @@ def check(
         return None
     text = corpus.find(spec, cache_dir)
     corpus.require(text, seq)
-    return text
+    if tokenizer == BYTES:
+        return text
+    tokens = tokenize(text, tokenizer)
+    corpus.require(tokens, seq)
+    return tokens
 
 
 def open_data(
@@ -122,6 +142,7 @@ def open_data(
     batch: int,
     seq: int,
     seed: int,
+    tokenizer: str = BYTES,
     cache_dir: Path = DEFAULT_CACHE,
     download: bool = False,
     fits: Callable[[Shape | None], None] = lambda image: None,
@@ -132,13 +153,15 @@ def open_data(
     `spec` is the name of an image dataset (`datasets.image_of`), a `module:function`, or else text
     (`corpus.ACCEPTED`), read in sequences of `seq` tokens. There are at most `validation_batches`
     validation batches, fewer if not enough data is held out; the Data of a `module:function`
-    decides for itself. `download` and `fits` are as in `check`.
+    decides for itself. `tokenizer`, `download` and `fits` are as in `check`.
 
-    Raises UserError when no data has that name, the text is shorter than one sequence, or the
-    function does not return a Data or a Dataset; MachineError when the cache folder cannot be
-    written, or a dataset cannot be downloaded.
+    Raises UserError when no data has that name, the text is shorter than one sequence or has too
+    few pairs for the tokenizer, or the function does not return a Data or a Dataset; MachineError
+    when the cache folder cannot be written, or a dataset cannot be downloaded.
     """
-    text = check(spec, seq=seq, cache_dir=cache_dir, download=download, fits=fits)
+    text = check(
+        spec, seq=seq, tokenizer=tokenizer, cache_dir=cache_dir, download=download, fits=fits
+    )
     order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
     if custom.is_custom(spec):
         data = custom.open_custom(spec, seq=seq, **order)

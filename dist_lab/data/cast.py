@@ -17,6 +17,7 @@ class Cast:
     def __init__(self, data: Data, dtype: torch.dtype) -> None:
         self.name, self.vocab, self.image = data.name, data.vocab, data.image
         self.sha256, self.validation_batches = data.sha256, data.validation_batches
+        self.tokenizer = data.tokenizer
         self.samples, self.sample_ids = data.samples, data.sample_ids
         self._data, self._dtype = data, dtype
 

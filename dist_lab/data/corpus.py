@@ -4,6 +4,7 @@ A byte-level model needs no tokenizer and no download: every Python comes with a
 the source of its standard library, which is the default. A text file or a folder of text files
 works as well. This file does not import torch, and numpy only when a cached file is opened or
 written: the launcher checks the data before it starts a rank, and reports a wrong path at once.
+`tokenized.py` makes other tokens of a corpus.
 
 [Note: what is held out]
 Validation data must be similar to training data and disjoint from it. If there are ten files or
@@ -12,30 +13,32 @@ so a tenth of each package is held out. If there are fewer files, the last tenth
 held out.
 
 [Note: one file, renamed into place]
-A cached corpus is a .npy file of bytes: the training bytes, the validation bytes, and FOOTER bytes
-with the length of the first part and the SHA-256 of both. It is written under a hidden name and
-renamed when complete, so a file with the final name is always complete: two ranks may build it at
-once, and a killed build is never opened. The name contains a hash of the source files (path, size,
-modification time), so a changed source is another corpus. Opening a corpus checks its length, not
-its bytes. All cached files may be deleted.
+A cached corpus is a .npy file of bytes: the training bytes, the validation bytes, where each source
+file ends in the two, and FOOTER bytes with two lengths and the SHA-256 of both splits. It is
+written under a hidden name and renamed when complete, so a file with the final name is always
+complete: two ranks may build it at once, and a killed build is never opened. The name contains a
+hash of the source files (path, size, modification time), so a changed source is another corpus.
+Opening a corpus checks its length, not its bytes. All cached files may be deleted.
 """
 
 import hashlib
 import os
 import secrets
 import sysconfig
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+Tokens: TypeAlias = "npt.NDArray[np.unsignedinteger]"
 
 ACCEPTED = {  # values of --data -> their meaning
     "stdlib": "the source of Python's standard library",
@@ -48,24 +51,34 @@ DEFAULT_CACHE = Path("~/.cache/dist_lab")
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 HELD_OUT = 10  # every tenth file, or the last tenth of the bytes, is for validation
 SUFFIX = ".corpus"
-FOOTER = 8 + 32  # bytes: the number of training bytes, little-endian, and the digest
-FORMAT = 2  # in the hash in a cached file's name: raise it when the format or the split changes
+FOOTER = 8 + 8 + 32  # bytes: the lengths of the two splits, little-endian, and the digest
+FORMAT = 3  # in the hash in a cached file's name: raise it when the format or the split changes
 HEAD = 1 << 20  # bytes at the start of a file that are searched for a NUL: then it is not text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation bytes, mapped read-only from the cached file at `path`.
+    """Training and validation tokens, mapped read-only from the cached file at `path`.
 
     `name` is the value of --data. `sha256` is the hash of the training bytes followed by the
-    validation bytes; it does not depend on the machine or on paths.
+    validation bytes; it does not depend on the machine, on paths or on the tokenizer.
     """
 
     name: str
     path: Path
-    train: Bytes  # (bytes,)
-    validation: Bytes  # (bytes,)
+    train: Tokens  # (tokens,), uint8 where a token is a byte
+    validation: Tokens  # (tokens,)
+    ends: tuple[int, ...]  # of source files, in the training bytes followed by the validation bytes
     sha256: str
+    tokenizer: FileTokenizer | None = None  # None: a token is a byte
+
+    def documents(self) -> tuple[list[bytes], list[bytes]]:
+        """The source files of the two splits, which may share one: each has a part of it then."""
+        border = len(self.train)
+        return (
+            split_at(self.train, (end for end in self.ends if end < border)),
+            split_at(self.validation, (end - border for end in self.ends if end > border)),
+        )
 
 
 def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
@@ -92,13 +105,14 @@ def find(spec: str, cache_dir: Path = DEFAULT_CACHE) -> Corpus:
 
 
 def require(corpus: Corpus, seq: int) -> None:
-    """Raise UserError unless both splits have at least one window of `seq` + 1 bytes."""
+    """Raise UserError unless both splits have at least one window of `seq` + 1 tokens."""
     train, validation = len(corpus.train), len(corpus.validation)
+    unit = "bytes" if corpus.tokenizer is None else "tokens"
     longest = min(train, validation) - 1
     if seq > longest:
         shorter = f"use seq={longest} or less, or " if longest > 0 else ""
         raise UserError(
-            f"data={corpus.name!r} has {train} training and {validation} validation bytes, and "
+            f"data={corpus.name!r} has {train} training and {validation} validation {unit}, and "
             f"seq={seq} needs {seq + 1} of each; {shorter}give more text"
         )
 
@@ -158,28 +172,39 @@ def load(name: str, path: Path) -> Corpus | None:
         whole = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    text, (size, digest) = whole[:-FOOTER], np.split(whole[-FOOTER:], [8])
-    train = int.from_bytes(size.tobytes(), "little")
-    return Corpus(name, path, text[:train], text[train:], digest.tobytes().hex())
+    body, (one, two, digest) = whole[:-FOOTER], np.split(whole[-FOOTER:], [8, 16])
+    train, validation = (int.from_bytes(size.tobytes(), "little") for size in (one, two))
+    ends = np.frombuffer(body[train + validation :].tobytes(), "<i8")
+    splits = body[:train], body[train : train + validation]
+    return Corpus(name, path, *splits, tuple(ends.tolist()), digest.tobytes().hex())
 
 
 def build(spec: str, texts: list[bytes], path: Path) -> None:
-    """Write the cached file: either it is complete, or there is none."""
-    from numpy.lib.format import write_array_header_1_0
-
+    """Write the cached file of source files."""
     held_out = texts[HELD_OUT - 1 :: HELD_OUT]  # see [Note: what is held out]
     kept = [text for number, text in enumerate(texts, start=1) if number % HELD_OUT]
-    whole = bytearray().join(kept + held_out)
+    whole = b"".join(kept + held_out)
     train = len(whole) - (sum(map(len, held_out)) or len(whole) // HELD_OUT)
-    whole += train.to_bytes(8, "little") + hashlib.sha256(whole).digest()
+    write(spec, path, whole, train, accumulate(map(len, kept + held_out)))
+
+
+def write(spec: str, path: Path, whole: bytes, train: int, ends: Iterable[int] = ()) -> None:
+    """Write a cached file, whose first `train` bytes are for training: complete, or not at all."""
+    from numpy.lib.format import write_array_header_1_0
+
+    digest = hashlib.sha256(whole).digest()
+    numbers = [*ends, train, len(whole) - train]
+    after = b"".join(number.to_bytes(8, "little") for number in numbers) + digest
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique for each builder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "xb") as file:
-                shape = {"descr": "|u1", "fortran_order": False, "shape": (len(whole),)}
+                length = len(whole) + len(after)
+                shape = {"descr": "|u1", "fortran_order": False, "shape": (length,)}
                 write_array_header_1_0(file, shape)
                 file.write(whole)  # np.save does not report why a write fails
+                file.write(after)
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
             os.replace(partial, path)
@@ -190,6 +215,12 @@ def build(spec: str, texts: list[bytes], path: Path) -> None:
             f"cannot write the cache of data={spec!r} in {str(path.parent)!r} "
             f"({error.strerror}); name a folder with room for it: cache=DIR"
         ) from error
+
+
+def split_at(text: Tokens, ends: Iterable[int]) -> list[bytes]:
+    """The parts of a text that end at these places, and the last one."""
+    edges = sorted({0, *ends, len(text)})
+    return [text[start:stop].tobytes() for start, stop in pairwise(edges)]
 
 
 def read_texts(spec: str, files: list[Path]) -> list[bytes]:

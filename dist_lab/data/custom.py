@@ -123,6 +123,7 @@ class Custom:
         self.image: Shape | None = getattr(data, "image", None)
         self.samples: int | None = getattr(data, "samples", None)
         self.sample_ids: Callable[[int, slice], Ids] | None = getattr(data, "sample_ids", None)
+        self.tokenizer = None  # one of yours need not be like ours
         self._data, self._folder = data, os.getcwd()
 
     def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class FromDataset:
 
     sha256 = ""  # hashing would read every sample
     validation_batches = 0
+    tokenizer = None
 
     def __init__(
         self, spec: str, dataset: Any, held_out: Any = None, *, batch: int, seq: int, seed: int,

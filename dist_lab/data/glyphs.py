@@ -47,6 +47,7 @@ class Glyphs:
     vocab = len(CLASSES)
     image: tuple[int, int, int] | None = GLYPHS
     samples = None
+    tokenizer = None
 
     def __init__(self, *, batch: int, seed: int, validation_batches: int) -> None:
         self.validation_batches = validation_batches

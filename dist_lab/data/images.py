@@ -29,6 +29,8 @@ class Stored:
     Raises UserError if the files are damaged.
     """
 
+    tokenizer = None
+
     def __init__(
         self, spec: str, cache_dir: Path, *, batch: int, seed: int, validation_batches: int
     ) -> None:
@@ -99,6 +101,7 @@ class Fake:
 
     vocab = 10
     sha256 = ""
+    tokenizer = None
     samples = 1000  # FakeData's default; those after these are for validation
 
     def __init__(self, spec: str, *, batch: int, seed: int, validation_batches: int) -> None:

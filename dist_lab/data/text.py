@@ -1,8 +1,8 @@
 """Windows of a corpus: order.py computes which window is row r of step s.
 
-Window i has bytes [i * seq, (i + 1) * seq) as inputs, and the same bytes shifted by one as targets.
-Inputs of different windows do not overlap. Together they cover the training split except for a rest
-that is shorter than one window.
+Window i has tokens [i * seq, (i + 1) * seq) as inputs, and the same tokens shifted by one as
+targets. Inputs of different windows do not overlap. Together they cover the training split except
+for a rest that is shorter than one window. A token is a byte, unless the corpus has a tokenizer.
 
 Letters: R rows, T = seq.
 """
@@ -10,24 +10,24 @@ Letters: R rows, T = seq.
 import numpy as np
 import torch
 
-from dist_lab.data.corpus import Bytes, Corpus
+from dist_lab.data.corpus import Corpus, Tokens
 from dist_lab.data.order import Ids, Order, positions
 
 
 class Text:
-    """The `Data` of a corpus: `batch` windows of `seq` bytes per step, over all ranks.
+    """The `Data` of a corpus: `batch` windows of `seq` tokens per step, over all ranks.
 
     The corpus must have at least one window in each split (`corpus.require`), and the seed must be
     0 or more.
     """
 
-    vocab = 256
     image: tuple[int, int, int] | None = None
 
     def __init__(
         self, corpus: Corpus, *, batch: int, seq: int, seed: int, validation_batches: int
     ) -> None:
-        self.name, self.sha256 = corpus.name, corpus.sha256
+        self.name, self.sha256, self.tokenizer = corpus.name, corpus.sha256, corpus.tokenizer
+        self.vocab = 256 if self.tokenizer is None else self.tokenizer.vocab
         self.windows = (len(corpus.train) - 1) // seq  # per epoch; -1: targets are one byte on
         self.samples = self.windows
         self._batch, self._seq = batch, seq
@@ -53,7 +53,7 @@ class Text:
         return self._order(step, rows)
 
 
-def windows_at(text: Bytes, starts: Ids, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows_at(text: Tokens, starts: Ids, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (R, T) int64, of the windows that start at `starts` (R,)."""
     window = text[starts[:, None] + np.arange(seq + 1)]  # (R, T+1)
     inputs, targets = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.checkpoint.entries import Entry
+from dist_lab.checkpoint.exchange import tokenizer_files
 from dist_lab.checkpoint.exchange.gptq_files import GptqFolder, read_linear
 from dist_lab.checkpoint.exchange.llama import EMBEDDING, LlamaShape
 from dist_lab.checkpoint.exchange.tensors import Kinds
 from dist_lab.comm.shared.scratch import Scratch
+from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.layout.layout import Layout, Shard, shard_bounds
 from dist_lab.quantize.linear import QuantizedLinear
 from dist_lab.quantize.slices import column_slice, row_slice
@@ -33,6 +35,9 @@ class OfQuantizedFolder:
     @property
     def shape(self) -> LlamaShape:
         return self.folder.shape
+
+    def tokenizer(self) -> FileTokenizer | None:
+        return tokenizer_files.read(self.folder.path)
 
     def kinds(self) -> Kinds:
         """Of the tensors that are not packed, and of the weights that packed ones stand for."""

@@ -18,8 +18,11 @@ from dist_lab.checkpoint.exchange.llama import (
     shape_in_settings,
 )
 from dist_lab.checkpoint.exchange.tensors import Kinds, Under
+from dist_lab.checkpoint.manifest import ANOTHER, TOKENIZER, Damaged
 from dist_lab.checkpoint.reader import Checkpoint
+from dist_lab.data.tokenizer import BYTES, FileTokenizer
 from dist_lab.errors import UserError
+from dist_lab.inference.text import Bytes, Tokenizer
 from dist_lab.quantize.linear import QuantizedLinear
 
 
@@ -28,6 +31,9 @@ class Weights(Protocol):
 
     @property
     def shape(self) -> LlamaShape: ...
+    def tokenizer(self) -> FileTokenizer | None:
+        """The tokenizer beside the weights; None: there is none, as where tokens are bytes."""
+
     def kinds(self) -> Kinds: ...
     def read_into(self, entry: Entry) -> None:
         """Fill an entry's local tensor, which has the dtype of the tensor on disk."""
@@ -42,6 +48,11 @@ class OfCheckpoint:
 
     checkpoint: Checkpoint
     shape: LlamaShape
+
+    def tokenizer(self) -> FileTokenizer | None:
+        file = self.checkpoint.tokenizer
+        where = repr(str(self.checkpoint.folder / TOKENIZER))
+        return None if file is None else FileTokenizer(file, where)
 
     def kinds(self) -> Kinds:
         return Under(self.checkpoint, "model/").names()
@@ -61,6 +72,7 @@ def of_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> OfCheckpoint:
 
     Raises:
         UserError: it is not of a gpt.
+        Damaged: it has no tokenizer, although its tokens are no bytes.
     """
     folder = str(checkpoint.folder)
     if not settings:
@@ -72,6 +84,12 @@ def of_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> OfCheckpoint:
         raise UserError(
             f"checkpoint {folder!r} is of model {settings.get('model')}, and only gpt "
             "generates text; give the run of a gpt"
+        )
+    spec = settings.get("tokenizer", BYTES)
+    if spec != BYTES and checkpoint.tokenizer is None:
+        raise Damaged(
+            f"checkpoint {folder!r} is of a run with tokenizer {spec}, and has no {TOKENIZER}; "
+            f"{ANOTHER}"
         )
     kinds = Under(checkpoint, "model/").names()
     shape = shape_in_settings(settings, kinds)
@@ -89,6 +107,9 @@ class OfFolder:
     def shape(self) -> LlamaShape:
         return self.folder.shape
 
+    def tokenizer(self) -> FileTokenizer | None:
+        return self.folder.tokenizer()
+
     def kinds(self) -> Kinds:
         return self.folder.once.names()
 
@@ -98,3 +119,26 @@ class OfFolder:
 
     def quantized(self, name: str, dtype: torch.dtype) -> None:
         return None
+
+
+def tokenizer_of(weights: Weights) -> Tokenizer:
+    """The tokenizer of a model: that beside its weights, or bytes.
+
+    Raises:
+        UserError: the model's tokens are not known, or not exactly bytes of a text.
+        MachineError: the file is damaged.
+    """
+    found, known = weights.tokenizer(), weights.shape.vocab
+    if found is None:
+        if known == Bytes.vocab:
+            return Bytes()
+        raise UserError(
+            f"the model has {known} tokens and no {TOKENIZER}, without which only bytes, 256, are "
+            "text; call inference.generate with its tokenizer"
+        )
+    if found.vocab > known:
+        raise UserError(
+            f"the {TOKENIZER} has {found.vocab} tokens, and the model {known}; it is of another "
+            "model, so give the folder with its own"
+        )
+    return found

@@ -184,9 +184,10 @@ class Screen(Sink):
     def row(self, row: Row) -> None:
         validation = ""
         if "val_loss" in row:
-            validation = f"  val {row['val_loss']:.4f}{_accuracy(row, 'val_accuracy')}"
+            more = _accuracy(row, "val_accuracy") + _per_byte(row, "val_nats_per_byte")
+            validation = f"  val {row['val_loss']:.4f}{more}"
             self.validation = validation
-        loss = f"loss {row['loss']:.4f}"
+        loss = f"loss {row['loss']:.4f}{_per_byte(row, 'nats_per_byte')}"
         self.progress.say(
             f"step {row['step']:>5}/{self.steps}  {loss}{validation}  norm "
             f"{row['grad_norm']:.3f}  {_rate(row)}  {row['step_ms']:.0f} ms "
@@ -226,14 +227,16 @@ def closing_line(summary: Mapping[str, Any], first: int = 0) -> str:
     median, validation = summary["median"], summary["final_val_loss"]
     validated = ""
     if validation is not None:
-        validated = f", validation {validation:.4f}{_accuracy(summary, 'final_val_accuracy')}"
+        more = _accuracy(summary, "final_val_accuracy")
+        more += _per_byte(summary, "final_val_nats_per_byte")
+        validated = f", validation {validation:.4f}{more}"
     step = f"{median['step_ms']:.0f} ms a step"
     if not summary["about"]:  # a library waits where we do not see it
         step = f"{median['comm_ms']:.0f} of {step} waiting for others"
     since = f" ({summary['steps'] - first} since it resumed)" if first else ""
     return (
         f"{summary['steps']} step{'s' * (summary['steps'] != 1)}{since}, "
-        f"loss {summary['final_loss']:.4f}{validated}; "
+        f"loss {summary['final_loss']:.4f}{_per_byte(summary, 'final_nats_per_byte')}{validated}; "
         f"{_rate(median)}, MFU {in_percent(summary['mfu'])}, "
         f"{step}; "
         f"peak memory {memory_in_words(summary['peak_memory']['at_peak'])}"
@@ -251,6 +254,11 @@ def memory_in_words(kinds: Mapping[str, int]) -> str:
 
 def _accuracy(row: Row, field: str) -> str:
     return f" ({row[field]:.1%} right)" if field in row else ""
+
+
+def _per_byte(row: Row, field: str) -> str:
+    """The loss per byte, if a token is no byte: losses per token of two tokenizers say nothing."""
+    return f" ({row[field]:.4f} a byte)" if field in row else ""
 
 
 def _rate(row: Row) -> str:

@@ -35,7 +35,7 @@ def report(program: str, failures: Sequence[Failure], size: int, debug: bool) ->
 # belongs to a call that the message quotes, and is not replaced.
 PARAMETER = re.compile(
     r"""(?<!, )\b(impl|schedule|chunks|microbatches|backend|data|seq|cache|download|strategy|"""
-    r"""threads|reduce_order|reduce_dtype|defer_reduce|sync_batchnorm|offload)="""
+    r"""threads|tokenizer|reduce_order|reduce_dtype|defer_reduce|sync_batchnorm|offload)="""
     r"""(?:True|"([^"]*)"|('[^']*'|\w+)|(?=[),;]))"""
 )
 

@@ -841,7 +841,7 @@ def test_with_no_validation_batches_validation_is_never_called(
 
 
 def test_the_checked_attributes_and_methods_are_those_of_the_protocol() -> None:
-    optional = {"image", "samples", "sample_ids"}  # without an image, data is text
+    optional = {"image", "samples", "sample_ids", "tokenizer"}  # without an image: text
     public = {name for name in [*vars(Data), *Data.__annotations__] if not name.startswith("_")}
     assert {*custom.ATTRIBUTES, *custom.METHODS} | optional == public
 

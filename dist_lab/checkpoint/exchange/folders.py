@@ -82,8 +82,8 @@ def inside(folder: Path, name: Any, by: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file with one JSON object. Raises MachineError if it is none, or too large."""
+def read_text(path: Path) -> str:
+    """Reads a text file. Raises MachineError if it is none, or too large."""
     try:
         size = path.stat().st_size
         if size > LARGEST_JSON:
@@ -91,9 +91,18 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{str(path)!r} has {size} bytes, more than the {LARGEST_JSON} of any file of "
                 "its kind; it is not one"
             )
-        value = json.loads(path.read_bytes())
+        return path.read_bytes().decode()
     except OSError as error:
         raise MachineError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise MachineError(f"{str(path)!r} is not JSON: {one_line(error)}; get it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file with one JSON object. Raises MachineError if it is none, or too large."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise MachineError(f"{str(path)!r} is not JSON: {one_line(error)}; get it again") from None
     if not isinstance(value, dict):

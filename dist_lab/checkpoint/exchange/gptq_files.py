@@ -4,6 +4,7 @@
     config.json             the shape of the model: see llama.py; and quantization_config
     quantize_config.json    the same settings, for AutoGPTQ: see gptq_config.py
     dist_lab.json           ours: the run that it comes from, the loss before and after, hashes
+    tokenizer.json          and its settings, unless ids are bytes
     README.md               how text becomes ids
 
     model = gptq_files.load(folder)      # an ordinary gpt, with QuantizedLinears
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dist_lab.checkpoint.exchange import tokenizer_files
 from dist_lab.checkpoint.exchange.folders import (
     inside,
     is_folder,
@@ -59,6 +61,7 @@ from dist_lab.checkpoint.exchange.llama import (
 )
 from dist_lab.checkpoint.exchange.tensors import InMemory
 from dist_lab.checkpoint.files import sha256_of
+from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.errors import MachineError, UserError, shown
 from dist_lab.quantize.formula import WHOLE
 from dist_lab.quantize.linear import QuantizedLinear
@@ -73,6 +76,7 @@ ABOUT, NOTE = "dist_lab.json", "README.md"
 def save(
     model: nn.Module, folder: str | Path, *, about: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None, positions: int = 2048,
+    tokenizer: FileTokenizer | None = None,
 ) -> GptqConfig:  # fmt: skip
     """Write a model whose layers' Linears are QuantizedLinears to a new folder.
 
@@ -81,6 +85,7 @@ def save(
         options: fields of AutoGPTQ's settings that only the method knows: desc_act, static_groups,
             true_sequential, damp_percent, model_name_or_path.
         positions: the longest text that the model was trained on.
+        tokenizer: of the model's ids, if they are no bytes.
 
     Returns:
         The settings that were written. With `format` "gptq_v2" a group has a zero of 0, and
@@ -108,11 +113,14 @@ def save(
         block = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(block, new / ONE, {"format": "pt"})
         table = config.to_json()
-        hf = to_config(shape, tensors[EMBEDDING].dtype, positions) | {TABLE: table}
+        end = tokenizer.end if tokenizer is not None else None
+        hf = to_config(shape, tensors[EMBEDDING].dtype, positions, end) | {TABLE: table}
         write_json(new / CONFIG, hf)
         write_json(new / QUANTIZE, table)
-        (new / NOTE).write_text(_note(config, shape), encoding="utf-8")
-        hashes = {name: sha256_of(new / name) for name in (ONE, CONFIG, QUANTIZE)}
+        if tokenizer is not None:
+            tokenizer_files.write(new, tokenizer, positions)
+        hashes = {path.name: sha256_of(path) for path in sorted(new.iterdir())}
+        (new / NOTE).write_text(_note(config, shape, tokenizer), encoding="utf-8")
         write_json(new / ABOUT, {**(about or {}), "sha256": hashes})
     return config
 
@@ -288,12 +296,13 @@ def _config_of(layers: Mapping[str, QuantizedLinear], options: Mapping[str, Any]
     )  # fmt: skip
 
 
-def _note(config: GptqConfig, shape: LlamaShape) -> str:
+def _note(config: GptqConfig, shape: LlamaShape, tokenizer: FileTokenizer | None) -> str:
     inputs = f", and its inputs to {config.inputs.bits}" if config.inputs is not None else ""
     ids = "Ids are the bytes of a text in UTF-8, 0 to 255, so there is no tokenizer file.\n"
+    own = "Ids are those of tokenizer.json.\n" if tokenizer is not None else ""
     return (
         f"A Llama that dist_lab has quantised to {config.bits} bits{inputs}, in AutoGPTQ's format "
         f"({config.format}).\n\n"
         "    from dist_lab.checkpoint.exchange import gptq_files\n\n"
-        '    model = gptq_files.load(".")\n\n' + ids * (shape.vocab == 256)
+        '    model = gptq_files.load(".")\n\n' + (ids if shape.vocab == 256 else own)
     )

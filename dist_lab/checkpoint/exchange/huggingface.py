@@ -4,6 +4,7 @@
     model.safetensors                    all weights, in one file if they fit
     model-00001-of-00002.safetensors     or in several files of at most `file_bytes`,
     model.safetensors.index.json         and this index: name of a tensor -> its file
+    tokenizer.json                       and its settings, unless ids are bytes
     README.md                            how text becomes ids
 
 Weights are read from safetensors files only. Older folders have pytorch_model.bin, a pickle; that
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dist_lab.checkpoint.exchange import tokenizer_files
 from dist_lab.checkpoint.exchange.folders import (
     inside,
     is_folder,
@@ -39,6 +41,7 @@ from dist_lab.checkpoint.exchange.llama import (
     to_config,
 )
 from dist_lab.checkpoint.exchange.tensors import Kind, Kinds, Renamed, Tensors, same_bits
+from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.errors import MachineError, UserError
 from dist_lab.layout.layout import Box
 
@@ -48,7 +51,7 @@ FILE_BYTES = 5_000_000_000  # what transformers writes by default
 
 def export(
     tensors: Tensors, shape: LlamaShape, folder: str | Path, *, positions: int = 2048,
-    file_bytes: int = FILE_BYTES, ids: str = "bytes",
+    file_bytes: int = FILE_BYTES, ids: str = "bytes", tokenizer: FileTokenizer | None = None,
 ) -> None:  # fmt: skip
     """Write the model to a new folder.
 
@@ -57,6 +60,7 @@ def export(
         positions: the longest text that the model was trained on.
         file_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
         ids: "bytes", or in words what the ids stand for.
+        tokenizer: that of the ids, if there is one; its files are written, too.
 
     Raises:
         UserError: these are not the tensors of such a model, or the folder is not new.
@@ -74,8 +78,11 @@ def export(
             where = {name: file for file, names in files.items() for name in names}
             write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         dtype = kinds[EMBEDDING][1]
-        write_json(new / CONFIG, to_config(shape, dtype, positions))
-        (new / "README.md").write_text(_note(shape, ids), encoding="utf-8")
+        end = tokenizer.end if tokenizer is not None else None
+        write_json(new / CONFIG, to_config(shape, dtype, positions, end))
+        if tokenizer is not None:
+            tokenizer_files.write(new, tokenizer, positions)
+        (new / "README.md").write_text(_note(shape, ids, tokenizer), encoding="utf-8")
 
 
 def split_over_files(kinds: Kinds, file_bytes: int) -> dict[str, list[str]]:
@@ -142,6 +149,7 @@ class LlamaFolder:
     The names are those of `model.state_dict()`. So a tied head has two, for one tensor.
     """
 
+    path: Path
     shape: LlamaShape
     tensors: Renamed
     files: SafetensorsFiles
@@ -149,6 +157,10 @@ class LlamaFolder:
     def read_box(self, name: str, box: Box) -> Tensor:
         """A box of a tensor, by its name in the model."""
         return self.files.read_box(self.tensors.sources[name], box)
+
+    def tokenizer(self) -> FileTokenizer | None:
+        """The folder's tokenizer, if it has one. Raises the errors of tokenizer_files.read."""
+        return tokenizer_files.read(self.path)
 
     @property
     def once(self) -> Renamed:
@@ -180,7 +192,7 @@ def open_folder(path: str | Path) -> LlamaFolder:
     sources = {name: name for name in kinds}
     if shape.tied:
         sources[HEAD] = EMBEDDING
-    return LlamaFolder(shape, Renamed(found, sources), found)
+    return LlamaFolder(folder, shape, Renamed(found, sources), found)
 
 
 def open_files(folder: Path) -> SafetensorsFiles:
@@ -282,8 +294,10 @@ marks a beginning, an end or padding.
 """
 
 
-def _note(shape: LlamaShape, ids: str) -> str:
+def _note(shape: LlamaShape, ids: str, tokenizer: FileTokenizer | None) -> str:
     meaning = BYTES if ids == "bytes" and shape.vocab == 256 else f"Ids: {ids}.\n"
+    if tokenizer is not None:
+        meaning = tokenizer_files.NOTE
     return (
         "A Llama that dist_lab has trained.\n\n"
         "    import torch\n"

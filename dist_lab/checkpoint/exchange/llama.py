@@ -142,8 +142,15 @@ def check_embedding(kinds: Kinds, shape: LlamaShape, what: str) -> None:
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def to_config(shape: LlamaShape, dtype: torch.dtype, positions: int) -> dict[str, Any]:
-    """The content of config.json. `positions`: the longest text that the model was trained on."""
+def to_config(
+    shape: LlamaShape, dtype: torch.dtype, positions: int, end: int | None = None
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        positions: the longest text that the model was trained on.
+        end: the id that ends a text, if there is one.
+    """
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -164,7 +171,7 @@ def to_config(shape: LlamaShape, dtype: torch.dtype, positions: int) -> dict[str
         "tie_word_embeddings": shape.tied,
         # Llama's defaults are 1 and 2, which are bytes of the text here.
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": end,
         "pad_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }

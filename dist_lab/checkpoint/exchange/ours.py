@@ -19,13 +19,14 @@ from dist_lab.checkpoint import table
 from dist_lab.checkpoint.entries import Entry
 from dist_lab.checkpoint.exchange.llama import EMBEDDING, HEAD
 from dist_lab.checkpoint.exchange.tensors import Kinds, Renamed, Tensors, Under
+from dist_lab.checkpoint.manifest import TOKENIZER
 from dist_lab.checkpoint.offline import OfflineWriter
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import UserError
 from dist_lab.randomness import generators
 
 ABOUT = "about.json"
-KEYS = ("step", "optimizer", "numbers", "modules", "settings", "extra", "tied")
+KEYS = ("step", "optimizer", "numbers", "modules", "settings", "extra", "tied", TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def about_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "settings": checkpoint.manifest["settings"],
         "extra": checkpoint.manifest["extra"],
         "tied": checkpoint.manifest["tied"],
+        TOKENIZER: checkpoint.tokenizer,
     }
 
 
@@ -90,12 +92,16 @@ def numbers_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: n for part in checkpoint.tables for name, n in part["numbers"].items()}
 
 
-def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | None = None) -> Path:
+def write(
+    tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+) -> Path:  # fmt: skip
     """Write tensors as a checkpoint of one rank, in a folder of checkpoints.
 
     Args:
         tensors: named model/FQN, optimizer/FQN/KEY or shadow/FQN, with "about.json" or without.
         settings: of the run, if there is no "about.json".
+        tokenizer: the contents of tokenizer.json, likewise.
 
     Returns:
         The new checkpoint.
@@ -109,6 +115,7 @@ def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | N
         "extra": None,
         "tied": None,
         "settings": dict(settings) if settings is not None else None,
+        TOKENIZER: tokenizer,
     }
     if ABOUT in tensors.names():
         about = _read_about(tensors.read(ABOUT))
@@ -118,7 +125,8 @@ def write(tensors: Tensors, root: str | Path, *, settings: Mapping[str, Any] | N
     manifest |= {"strategies": "single@hand", "versions": versions}
     own = {key: about[key] for key in ("optimizer", "numbers", "modules")}
     folder = Path(root).expanduser().absolute()
-    with OfflineWriter(folder, about["step"], {"dp": 1}, manifest) as writer:
+    one, tokenizer = {"dp": 1}, about[TOKENIZER]
+    with OfflineWriter(folder, about["step"], one, manifest, tokenizer=tokenizer) as writer:
         writer.write(0, entries, {**own, "random": generators.to_json()})
         return writer.commit()
 
@@ -134,8 +142,12 @@ def _read_about(tensor: Tensor) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         about = None
     try:
+        if isinstance(about, dict):
+            about = {TOKENIZER: None} | about  # exports had none before there were tokenizers
         table.keys(about, set(KEYS))
         assert isinstance(about, dict)
+        if not isinstance(about[TOKENIZER], str | None):
+            raise table.Odd(f"a {TOKENIZER} that is no text")
         table.length(about["step"])
         table.optimizer(about["optimizer"])
         table.mapping(about["numbers"], lambda numbers: table.mapping(numbers, table.number))

@@ -85,6 +85,9 @@ def numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[Content]]]:
     if summary["final_val_loss"] is not None:
         value = summary["final_val_loss"]
         yield "validation loss", shown(f"{value:.4f}", value, "final_val_loss")
+    if summary.get("final_val_nats_per_byte") is not None:
+        value = summary["final_val_nats_per_byte"]
+        yield "validation, nats a byte", shown(f"{value:.4f}", value, "final_val_nats_per_byte")
     if summary.get("final_val_accuracy") is not None:
         value = summary["final_val_accuracy"]
         yield "validation accuracy", shown(percent(value), value, "final_val_accuracy")

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dist_lab.checkpoint.manifest import TOKENIZER
 from dist_lab.checkpoint.reader import Checkpoint, Saved
 from dist_lab.comm.board.board import numbers_in_words
+from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.errors import printable, shown
 from dist_lab.layout.boxes import numel_of
 from dist_lab.layout.layout import Box
@@ -51,9 +53,17 @@ def heading(checkpoint: Checkpoint) -> list[str]:
         f"  settings: {in_words(about['settings'])}",
         f"  optimizer: {optimizer_in_words(about['optimizer'])}",
     ]
+    if checkpoint.tokenizer is not None:
+        lines.append(f"  tokenizer: {tokenizer_in_words(checkpoint)}")
     if about["extra"]:
         lines.append(f"  extra: {in_words(about['extra'])}")
     return lines
+
+
+def tokenizer_in_words(checkpoint: Checkpoint) -> str:
+    assert checkpoint.tokenizer is not None
+    found = FileTokenizer(checkpoint.tokenizer, repr(str(checkpoint.folder / TOKENIZER)))
+    return f"{found.vocab:,} tokens, sha256 {found.sha256[:12]}"
 
 
 def in_words(settings: Mapping[str, Any] | None) -> str:

@@ -1,7 +1,8 @@
 """checkpoint.py diff: where two checkpoints differ. Their layouts may be different ones.
 
-Two are equal if they have the same step, the same tensors with the same bits, and the same numbers
-of the optimizer. Layouts, settings and random generators are listed, and decide nothing.
+Two are equal if they have the same step, the same tensors with the same bits, the same numbers of
+the optimizer and the same tokenizer. Layouts, settings and random generators are listed, and decide
+nothing.
 """
 
 import math
@@ -129,6 +130,8 @@ def _other_numbers(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
         yield "the optimizers have different options"
     if numbers_of(a) != numbers_of(b):
         yield "the optimizers have different numbers"
+    if a.tokenizer != b.tokenizer:
+        yield "the tokenizers differ"
 
 
 def _of_the_runs(a: Checkpoint, b: Checkpoint) -> Iterator[str]:

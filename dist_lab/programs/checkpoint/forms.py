@@ -6,8 +6,11 @@ import torch
 
 from dist_lab.checkpoint.exchange import dcp, huggingface, llama, ours, torch_file
 from dist_lab.checkpoint.exchange.tensors import Converted, Tensors, Under, prefixed
+from dist_lab.checkpoint.manifest import TOKENIZER
+from dist_lab.data.bpe import spec_of
 from dist_lab.data.custom import is_custom
-from dist_lab.errors import UserError
+from dist_lab.data.tokenizer import FileTokenizer
+from dist_lab.errors import MachineError, UserError
 from dist_lab.programs.checkpoint.settings import Export, Import
 from dist_lab.programs.cli.find import check_target, newest
 from dist_lab.programs.cli.saved_settings import checked_settings
@@ -29,11 +32,13 @@ def export(config: Export) -> int:
             )
         settings = checked_settings(saved, checkpoint.folder)
         kinds = Under(checkpoint, "model/").names()
-        data = str(settings.get("data"))
+        data, file = str(settings.get("data")), checkpoint.tokenizer
+        where = repr(str(checkpoint.folder / TOKENIZER))
         huggingface.export(
             weights, llama.shape_in_settings(settings, kinds), config.target,
             positions=settings.get("seq", 2048), file_bytes=config.file_mb * 10**6,
             ids=f"of the data {data}" if is_custom(data) else "bytes",
+            tokenizer=None if file is None else FileTokenizer(file, where),
         )  # fmt: skip
     elif config.to == "dcp":
         dcp.export(ours.WithAbout(checkpoint), config.target)
@@ -48,33 +53,45 @@ def import_(config: Import) -> int:
     """Write a checkpoint of step-... from another form, which is told by its files. Returns 0."""
     check_target(config.target)
     source = Path(config.source).expanduser()
-    settings, left_out = None, tuple[str, ...]()
+    settings, left_out, tokenizer = None, tuple[str, ...](), None
     tensors: Tensors
     if (source / dcp.METADATA).exists():
         folder = dcp.open_folder(source)
         tensors, left_out = folder, tuple(folder.left_out)
     elif source.is_dir():
         read = huggingface.open_folder(source)
-        tensors, settings = prefixed(read.once, "model/"), settings_of(read.shape)
+        tensors = prefixed(read.once, "model/")
+        try:
+            tokenizer = read.tokenizer()
+        except (UserError, MachineError) as error:
+            print(f"left out its tokenizer: {error}")
+        settings = settings_of(read.shape, tokenizer)
     else:
         weights = torch_file.without_ties(torch_file.open_file(source))
         tensors = prefixed(weights, "model/")
     if config.dtype:
         tensors = Converted(tensors, getattr(torch, config.dtype))
-    path = ours.write(tensors, config.target, settings=settings)
+    file = None if tokenizer is None else tokenizer.text
+    path = ours.write(tensors, config.target, settings=settings, tokenizer=file)
     print(f"imported {config.source} as {path}")
     if left_out:
         print(f"left out, because they are no tensors of a model or optimizer: {_some(left_out)}")
     return 0
 
 
-def settings_of(shape: llama.LlamaShape) -> dict[str, object] | None:
+def settings_of(
+    shape: llama.LlamaShape, tokenizer: FileTokenizer | None
+) -> dict[str, object] | None:
     """The settings of a run of such a model; None if it has no size of the zoo's."""
     size = shape.size()
     if size is None:
         return None
     layers = None if shape.layers == SIZES["gpt"][size]["layers"] else shape.layers
-    return {"model": "gpt", "size": size, "layers": layers}
+    settings: dict[str, object] = {"model": "gpt", "size": size, "layers": layers}
+    if tokenizer is not None:  # a run that goes on from here must have the same
+        spec = spec_of(tokenizer.text)
+        settings |= {"tokenizer_sha256": tokenizer.sha256} | ({"tokenizer": spec} if spec else {})
+    return settings
 
 
 def _some(names: tuple[str, ...]) -> str:

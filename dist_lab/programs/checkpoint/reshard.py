@@ -50,7 +50,8 @@ def reshard(config: Reshard) -> int:
     axes, target = run.axes(size) or {"dp": 1}, Path(config.target).expanduser().absolute()
     about = {key: source.manifest[key] for key in ("settings", "extra", "tied", "versions")}
     about |= {"strategies": "", "optimizer": None}  # the first rank says
-    with OfflineWriter(target, source.step, axes, about) as writer:
+    tokenizer = source.tokenizer
+    with OfflineWriter(target, source.step, axes, about, tokenizer=tokenizer) as writer:
         for rank in watched(range(size), "ranks written"):
             write_part(writer, source, run, axes, rank)
             gc.collect()  # hooks and modules refer to each other: free them before the next rank

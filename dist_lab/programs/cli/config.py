@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_lab.comm.by_hand.costs import SETTINGS
+from dist_lab.data.tokenizer import BYTES, read_tokenizer
 from dist_lab.errors import UserError
 from dist_lab.faults.grammar import Fault, faults_of, read_spec
 from dist_lab.mesh.topology import DATA_AXES
@@ -21,6 +22,7 @@ from dist_lab.parallel.schedules.library import make
 from dist_lab.programs.cli.low_precision import LowPrecision
 from dist_lab.programs.cli.mesh_text import read_mesh
 from dist_lab.programs.cli.mixes import DATA, in_text, strategies_on
+from dist_lab.programs.cli.order import read_order
 from dist_lab.programs.cli.ranks import needs_ranks
 from dist_lab.programs.cli.registry import ALL_SIZES, MODELS, STRATEGIES
 from dist_lab.programs.cli.resume import is_auto, read_resume
@@ -30,14 +32,6 @@ from dist_lab.step.fixed_order.order import check_microbatches, microbatches_of,
 
 # Settings of training alone; the other programs have no flags for them.
 RESTARTS = ("save_every", "keep", "resume", "restarts", "fault", "timeline", "profile")
-
-
-def read_order(value: object, where: str) -> str:
-    """Read the value of --reduce-order. Raises UserError if it is none."""
-    try:
-        return f"fixed:{shards_of(value)}"
-    except UserError as error:
-        raise UserError(str(error).replace("(reduce_order=)", f"({where})")) from None
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,8 @@ class RunSettings(LowPrecision):
         "folder; images: glyphs (distorted characters), mnist, cifar10, fake (noise) or "
         "fake:3x64x64; your own: module:function; default: stdlib for text models, glyphs for "
         "image models", metavar="SPEC")
+    tokenizer: str = setting(BYTES, "tokens of text: bytes; or byte-level BPE with N tokens, "
+        "trained on the training text", metavar="bytes|bpe:N", read=read_tokenizer)
     steps: int = setting(200, "optimizer steps", low=1)
     batch: int = setting(AtLeast(32), "samples per step, over all ranks; the default is rounded up "
         "to a multiple of data-parallel ranks x micro-batches", low=1)
@@ -196,6 +192,7 @@ class RunSettings(LowPrecision):
         return {
             "spec": self.data,
             "seq": self.seq,
+            "tokenizer": self.tokenizer,
             "cache_dir": Path(self.cache),
             "download": self.download,
             "fits": self.check_fits,

@@ -102,9 +102,12 @@ def describe(config: Config, job: Job, data: Data) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": cores(),
         "parameters": sum(math.prod(layout.shape) for layout in job.layouts.values()),
-        "data": {"name": data.name, "sha256": data.sha256, "image": data.image},
+        "data": {
+            "name": data.name, "sha256": data.sha256, "image": data.image,
+            "tokenizer_sha256": data.tokenizer.sha256 if data.tokenizer is not None else "",
+        },
         "versions": versions(),
-    }
+    }  # fmt: skip
 
 
 def batch_in_words(config: Mapping[str, Any], image: Sequence[int] | None) -> str:

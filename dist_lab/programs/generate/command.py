@@ -15,8 +15,8 @@ from dist_lab.inference.quantized import OfQuantizedFolder
 from dist_lab.inference.sampling import Sampling
 from dist_lab.inference.sequence import Request
 from dist_lab.inference.stage import Stage, load_stage
-from dist_lab.inference.text import Bytes, Tokenizer
-from dist_lab.inference.weights import OfFolder, Weights, of_run
+from dist_lab.inference.text import Tokenizer
+from dist_lab.inference.weights import OfFolder, Weights, of_run, tokenizer_of
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.observe.run_dir import CHECKPOINTS
 from dist_lab.programs.cli.saved_settings import checked_settings
@@ -121,17 +121,6 @@ def open_weights(path: str, mesh: Mesh) -> tuple[Weights, int]:
                 "that of the weights as they are saved, not rounded"
             )
     return weights, settings.get("seq", 0)
-
-
-def tokenizer_of(weights: Weights) -> Tokenizer:
-    """Raises UserError if the model's tokens are not bytes."""
-    tokenizer = Bytes()
-    if weights.shape.vocab != tokenizer.vocab:
-        raise UserError(
-            f"the model has a vocabulary of {weights.shape.vocab} tokens (--checkpoint), and only "
-            "bytes, 256, can be turned into text; call inference.generate with its tokenizer"
-        )
-    return tokenizer
 
 
 def read_prompt(config: Generate, weights: Weights, tokenizer: Tokenizer, mesh: Mesh) -> list[int]:

@@ -68,8 +68,9 @@ def save(config: Quantize, source: Source, measured: Measured) -> None:
     damping = {"damp_percent": config.damping} if "damping" in row.options else {}
     options = {"desc_act": config.act_order, "model_name_or_path": str(source.checkpoint)} | damping
     gptq_files.save(
-        measured.model, config.out, about=about, options=options, positions=source.config.seq
-    )
+        measured.model, config.out, about=about, options=options, positions=source.config.seq,
+        tokenizer=source.data.tokenizer,
+    )  # fmt: skip
 
 
 def heading(config: Quantize, source: Source, mesh: Mesh) -> str:

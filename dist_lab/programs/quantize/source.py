@@ -11,6 +11,7 @@ from dist_lab.checkpoint.exchange.gptq_files import is_quantized
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.comm import ops
 from dist_lab.data import Data
+from dist_lab.data.custom import is_custom
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
@@ -36,8 +37,10 @@ class Source:
 
     @property
     def unit(self) -> str:
-        """The unit of the loss. A token is a byte."""
-        return "nats/byte" if self.data.image is None else "nats/image"
+        """The unit of the loss. Nobody knows how many bytes a token of your own data is."""
+        if self.data.image is not None:
+            return "nats/image"
+        return "nats/token" if is_custom(self.config.data) else "nats/byte"
 
 
 def open_source(path: str, data: str, mesh: Mesh) -> Source:
@@ -68,6 +71,13 @@ def open_source(path: str, data: str, mesh: Mesh) -> Source:
             f"the data of {path!r} has no validation split, so no loss can be compared; have "
             "module:function return one"
         )
+    own = opened.tokenizer.text if opened.tokenizer is not None else None
+    if own != checkpoint.tokenizer:
+        raise UserError(
+            f"the text of {path!r} gives another tokenizer today than when it was trained, so no "
+            "loss can be compared (--checkpoint); have the text as it was, and the same version of "
+            "the library tokenizers"
+        )
     model = draw_model(config, opened, "meta").to_empty(device=mesh.device)
     weights = weights_of(checkpoint)
     model.load_state_dict({name: weights.read(name) for name in weights.names()})
@@ -83,13 +93,17 @@ def calibration_of(source: Source, samples: int, shards: int, axis: Axis) -> Cal
 
 @torch.no_grad()
 def loss_of(model: nn.Module, source: Source, axis: Axis) -> float:
-    """The mean loss over the validation data, in nats per token or image. Collective."""
+    """The mean loss over the validation data, in the unit of the source. Collective."""
     total, count = torch.zeros(2, dtype=torch.float64)
-    data, batch = source.data, source.config.batch
+    data, batch, tokenizer = source.data, source.config.batch, source.data.tokenizer
     for number in range(axis.index, data.validation_batches, axis.size):
         inputs, targets = data.validation(number, slice(0, batch))
         total += cross_entropy_sum(model(inputs), targets).double()
-        count += targets.numel()
+        count += (
+            targets.numel()
+            if tokenizer is None
+            else tokenizer.length_of(targets.flatten().tolist())
+        )
     with axis.comm.label("validation"):
         total, count = ops.all_reduce(torch.stack([total, count]), axis)
     return float(total / count)

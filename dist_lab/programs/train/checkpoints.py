@@ -33,9 +33,9 @@ from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
 
 # Settings that may not change when a run goes on.
 MEANING = (
-    "model", "size", "layers", "dropout", "sync_batchnorm", "data", "seq", "batch", "seed", "dtype",
-    "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip", "qat", "qat_inputs",
-    "recipe",
+    "model", "size", "layers", "dropout", "sync_batchnorm", "data", "tokenizer", "seq", "batch",
+    "seed", "dtype", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "clip", "qat",
+    "qat_inputs", "recipe",
 )  # fmt: skip
 KEEP = 2  # checkpoints, by default
 
@@ -75,7 +75,10 @@ class Checkpoints:
         self._saver = None
         if config.save_every:
             keep = KEEP if config.keep is None else config.keep
-            self._saver = job.saver(self._folder, keep=keep, files=self._files, tell=tell)
+            file = data.tokenizer.text if data.tokenizer is not None else None
+            self._saver = job.saver(
+                self._folder, keep=keep, files=self._files, tell=tell, tokenizer=file
+            )
 
     def due(self, step: int) -> bool:
         """Whether it is time to save after this step, which is not the last."""
@@ -139,6 +142,8 @@ class Checkpoints:
             return  # saved by a script: only the model's tensors can be compared
         _ = checked_settings({k: saved[k] for k in MEANING if k in saved}, name)
         different = [k for k, value in self._meaning.items() if saved.get(k, value) != value]
+        if {"tokenizer", "data_sha256"} & {*different}:
+            different = [k for k in different if k != "tokenizer_sha256"]  # a consequence
         if different:
             was = ", ".join(
                 f"{k} {shown(saved[k])} (now {shown(self._meaning[k])})" for k in different
@@ -166,7 +171,9 @@ class Checkpoints:
 def meaning_of(config: Config, data: Data) -> dict[str, Any]:
     """The settings that decide what a run computes, as JSON."""
     settings = config.to_dict()
-    return {name: settings[name] for name in MEANING} | {"data_sha256": data.sha256}
+    tokenizer = data.tokenizer.sha256 if data.tokenizer is not None else ""
+    hashes = {"data_sha256": data.sha256, "tokenizer_sha256": tokenizer}
+    return {name: settings[name] for name in MEANING} | hashes
 
 
 def source_of(config: Config, folder: Path) -> str:

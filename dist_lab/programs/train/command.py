@@ -129,7 +129,7 @@ def next_line(config: Config, ranks: int) -> str:
         order = f" {as_typed('reduce_order', config.reduce_order)}" if config.reduce_order else ""
         return f"next: the same on 4 ranks: python launch/train.py --strategy ddp --nproc 4{order}"
     default = Config(strategy=config.strategy)
-    names = ["impl", "mesh", "model", "layers", "dropout", "optimizer", "reduce_order"]
+    names = ["impl", "mesh", "model", "layers", "tokenizer", "dropout", "optimizer", "reduce_order"]
     names += ["qat", "qat_inputs", "recipe"]
     names += config.options
     # The size decides whether tp or pp can split the model.
@@ -157,5 +157,10 @@ def opening_line(run_info: Mapping[str, Any]) -> str:
         f"({run_info['cores']} cores), {config['model']} "
         f"{run_info['parameters'] / 1e6:.1f}M in {config['dtype']}, {data['name']}"
         + (f" sha256 {data['sha256'][:12]}" if data["sha256"] else "")
+        + (
+            f" in {config['tokenizer']} sha256 {data['tokenizer_sha256'][:12]}"
+            if data["tokenizer_sha256"]
+            else ""
+        )
         + f", {batch_in_words(config, data['image'])} a step"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_lab import zoo
 from dist_lab.comm.context import LOOP
 from dist_lab.data import Data, prefetch
+from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.job import Job
 from dist_lab.layout.layout import shard_bounds
 from dist_lab.loss import LossFn, cross_entropy_sum
@@ -75,6 +76,9 @@ def train(
             if evaluation_due or step == first + 1 or step % config.log_every == 0:
                 lr = optimizer.param_groups[0]["lr"]
                 row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
+                if data.tokenizer is not None:
+                    everyone = data.batch(step - 1, slice(0, config.batch))[1]
+                    row["nats_per_byte"] = loss * tokens_per_byte(data.tokenizer, [everyone])
                 row |= validation if validate else {}
                 row |= meter.since_last_row(config.batch, tokens)
                 for sink in sinks:
@@ -90,6 +94,8 @@ def train(
         sink.memory(over_time)
     final: dict[str, Any] = {"final_loss": loss, "final_val_loss": None}
     final |= {f"final_{name}": value for name, value in validation.items()}
+    if "nats_per_byte" in row:
+        final["final_nats_per_byte"] = row["nats_per_byte"]
     if config.reduce_order:
         final["weights_sha256"] = hash_of_weights(job)
     return meter.summary(config, tokens) | final
@@ -134,7 +140,8 @@ def make_optimizer(job: Job, config: Config) -> torch.optim.Optimizer:
 def evaluate(job: Job, data: Data, config: Config, rows: slice) -> dict[str, float]:
     """Returns `val_loss`, the mean over all validation batches, the same on every rank.
 
-    For images also `val_accuracy`: the fraction whose most likely class is the right one.
+    For images also `val_accuracy`: the fraction whose most likely class is the right one. For text
+    whose tokens are no bytes also `val_nats_per_byte`, to compare runs with other tokenizers.
     """
     batches = [data.validation(i, rows) for i in range(data.validation_batches)]
     total = job.count(sum(targets.numel() for _, targets in batches))
@@ -142,7 +149,20 @@ def evaluate(job: Job, data: Data, config: Config, rows: slice) -> dict[str, flo
     values = {"val_loss": job.evaluate(pairs, mean_over(total))}
     if data.image is not None:  # a second pass, because a job evaluates one number at a time
         values["val_accuracy"] = job.evaluate(pairs, accuracy_over(total))
+    if data.tokenizer is not None:
+        everyone = slice(0, config.batch)
+        targets = [data.validation(i, everyone)[1] for i in range(data.validation_batches)]
+        values["val_nats_per_byte"] = values["val_loss"] * tokens_per_byte(data.tokenizer, targets)
     return values
+
+
+def tokens_per_byte(tokenizer: FileTokenizer, batches: Sequence[Tensor]) -> float:
+    """The tokens for a byte of text in these targets, which are those of all ranks.
+
+    A loss per token times this is one per byte. The end token has no bytes, and counts as a token.
+    """
+    length = sum(tokenizer.length_of(targets.flatten().tolist()) for targets in batches)
+    return sum(targets.numel() for targets in batches) / max(length, 1)
 
 
 def mean_over(total: int) -> LossFn:

@@ -63,7 +63,7 @@ def test_a_run_of_a_mix_names_its_strategies_first_and_how_to_verify_it_last():
     info = {
         "config": config.to_dict(), "strategies": "pp x zero1@hand", "mesh": {"pp": 2, "dp": 2},
         "world_size": 4, "threads": 1, "cores": 2, "parameters": 1e6,
-        "data": {"name": "stdlib", "sha256": "", "image": None},
+        "data": {"name": "stdlib", "sha256": "", "image": None, "tokenizer_sha256": ""},
     }  # fmt: skip
     assert commands.opening_line(info).startswith("pp x zero1@hand on pp=2,dp=2: 4 ranks x 1 thr")
     assert commands.next_line(config, 4).endswith(
