@@ -17,8 +17,9 @@ of 32, on one core of an AMD EPYC, CPU time, the median of 11 rounds (tests/nigh
     float32          189    586   1540   2789  10341    nn.Linear
     torch int4        43    222    817   1613   6344    one fused kernel, bfloat16 inputs
 
-The whole weight wins from 128 or 256 rows on, depending on the shape. Neither is as fast as float32:
-unpacking by tensor operations takes longer than reading eight times the bytes. Tiles save memory.
+The whole weight wins from 128 or 256 rows on, depending on the shape. Neither is as fast as
+float32: unpacking by tensor operations takes longer than reading eight times the bytes. Tiles save
+memory.
 
 The layer has no parameters: codes are not trained. Gradients flow through it to its input.
 """

@@ -9,8 +9,9 @@ from dist_lab.inference.line import Line
 from dist_lab.inference.policies.table import POLICIES
 from dist_lab.inference.serving import serve
 from dist_lab.inference.stage import load_stage
+from dist_lab.inference.weights import tokenizer_of
 from dist_lab.mesh.mesh import Mesh
-from dist_lab.programs.generate.command import open_weights, tokenizer_of
+from dist_lab.programs.generate.command import open_weights
 from dist_lab.programs.generate.memory import check_memory
 from dist_lab.programs.serve.settings import BLOCK, Serve
 
