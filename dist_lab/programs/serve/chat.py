@@ -18,24 +18,26 @@ turn of its own to the model; text in a prompt has no other kind.
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from dist_lab.programs.serve.fields import Fields
 
 NAMES = {"user": "User", "assistant": "Assistant"}
 STOPS = ["\nUser:"]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(Fields):
+    """A part of a message."""
+
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Fields):
     """One message; its text may come in parts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=1000)]
+    content: str | Annotated[list[TextPart], Field(max_length=1000, fail_fast=True)]
     name: str | None = None  # of a participant: the template has no place for it
 
     @property

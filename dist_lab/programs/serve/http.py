@@ -27,6 +27,7 @@ from dist_lab.programs.serve.router import Router
 from dist_lab.programs.serve.settings import Serve
 
 SILENT = 10.0  # seconds for a client to send the head of a request
+SWEEP = 1.0  # seconds between looks for them
 TO_READ = 3  # seconds for clients to take the end of their answers
 
 
@@ -112,7 +113,7 @@ async def close_silent(connections: set[Any]) -> None:
     """
     since: dict[Any, float] = {}
     while True:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(SWEEP)
         now = time.monotonic()
         silent = [
             connection

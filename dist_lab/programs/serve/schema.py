@@ -8,11 +8,12 @@ are accepted with the value that means "off", because many clients send all of t
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from dist_lab.errors import nearest_word, printable, shown
 from dist_lab.programs.serve.chat import Message
+from dist_lab.programs.serve.fields import Fields
 from dist_lab.programs.serve.refused import Refused
 from dist_lab.programs.serve.router import Asked
 
@@ -36,20 +37,20 @@ OFF = {  # field that we do not have -> its values that mean "off"
 }
 
 Short = Annotated[str, Field(min_length=1, max_length=256)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Few = Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)
 T = TypeVar("T", bound="Common")
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class StreamOptions(Fields):
+    """What to send at the end of a stream."""
+
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class Common(BaseModel):
+class Common(Fields):
     """The fields that both kinds of request have; `null` is as if the field were not there."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
@@ -58,11 +59,11 @@ class Common(BaseModel):
     top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None  # not of OpenAI
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = None
-    stop: Short | Annotated[list[Short], Field(max_length=MOST_TEXTS)] | None = None
+    stop: Short | Annotated[list[Short], Field(max_length=MOST_TEXTS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # who asks: for the server's owner, who does not ask here
-    metadata: dict[str, str] | None = None  # the same
+    metadata: Any = None  # the same
 
     DEFAULT_TOKENS: ClassVar[int] = 16
 
@@ -110,10 +111,8 @@ class CompletionRequest(Common):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | Tokens
-        | Annotated[
-            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_TEXTS)
-        ]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Few]
+        | Annotated[list[Tokens], Few]
     )
 
     @property
@@ -125,7 +124,7 @@ class CompletionRequest(Common):
 class ChatRequest(Common):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
 
     DEFAULT_TOKENS: ClassVar[int] = 256
@@ -183,6 +182,8 @@ def same(value: Any, other: Any) -> bool:
 
 def wrong_field(error: ErrorDetails, kind: type[BaseModel]) -> Refused:
     """The error of the first field that is wrong."""
+    if not error["loc"]:
+        return Refused(400, f"the request is wrong: {message_of(error)}")
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
         near = nearest_word(name, kind.model_fields)
@@ -191,9 +192,14 @@ def wrong_field(error: ErrorDetails, kind: type[BaseModel]) -> Refused:
     if error["type"] == "missing":
         return Refused(400, f"{where(error)} is missing; see {API}", where(error))
     last = where(error).rpartition(".")[2]
-    what = FORMS.get(last) or error["msg"][0].lower() + error["msg"][1:]
+    what = FORMS.get(last) or message_of(error)
     problem = f"{where(error)} cannot be {shown(error['input'])}: {what}"
     return Refused(400, problem, where(error))
+
+
+def message_of(error: ErrorDetails) -> str:
+    text = error["msg"].removeprefix("Value error, ")
+    return text[0].lower() + text[1:]
 
 
 API = "dist_lab/programs/serve/README.md"

@@ -27,8 +27,8 @@ class Serve(ModelRanks):
     policy: str = setting("vllm", "which texts share a step: see dist_lab/inference/README.md",
         choices=POLICIES, heading="scheduling")
     blocks: int = setting(1024, f"room for so many times {BLOCK} tokens in the cache", low=2)
-    prefix_cache: bool = setting(True, "keep the cache of prompts, for others that begin alike; "
-        "on by default")
+    prefix_cache: bool | None = setting(None, "keep the cache of prompts, for others that begin "
+        "alike; by default as the server whose policy it is")
     max_queue: int = setting(256, "so many texts may wait; others are told to come again", low=1)
     stop_seconds: float = setting(10.0, "when asked to stop, let texts go on for so long", low=0,
         high=3600)

@@ -25,8 +25,10 @@ def serve_model(config: Serve, mesh: Mesh) -> int:
         tokenizer = tokenizer_of(weights)
         check_memory(weights, mesh, 0, config.blocks * BLOCK)
     stage = load_stage(weights, mesh)
-    policy = POLICIES[config.policy].build(SEQUENCES, BUDGET)
-    engine = Engine(stage, tokenizer, policy, config.blocks, BLOCK, config.prefix_cache)
+    row = POLICIES[config.policy]
+    keeps = row.prefix_cache if config.prefix_cache is None else config.prefix_cache
+    policy = row.build(SEQUENCES, BUDGET)
+    engine = Engine(stage, tokenizer, policy, config.blocks, BLOCK, keeps)
     line = connect(config.line) if mesh.rank == 0 else None
     serve(engine, mesh.world, line, beat=min(1.0, config.timeout / 4))
     return 0

@@ -3,6 +3,7 @@
 An engine of letters answers (tests/helpers/serving.py): `a` is continued by `b`, `c`, `d`.
 """
 
+import contextlib
 import json
 import socket
 import threading
@@ -12,8 +13,9 @@ import pytest
 from web_server import Letters, Stream, server_of
 
 from dist_lab.errors import MachineError
-from dist_lab.programs.serve import receive
+from dist_lab.programs.serve import http, receive, respond
 from dist_lab.programs.serve.refused import Refused
+from dist_lab.programs.serve.schema import CompletionRequest, parse
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,22 @@ def test_a_body_that_is_no_json_object_is_refused(server, body):
     assert "JSON" in reply.error["message"] or reply.error["param"] == "n"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": [1] + ["a"] * 240_000}, {"prompt": [[]] * 300_000},
+     {"prompt": [[1.5] * 60_000] * 4},
+     {f"{i:x}": 1 for i in range(100_000)}, {"prompt": "a", "stop": [""] * 200_000}],
+    ids=["words", "empty", "floats", "fields", "stops"],
+)  # fmt: skip
+def test_a_hostile_body_does_not_keep_others_waiting(fields):
+    """An error for each of a hundred thousand items took a second, in which nobody was served."""
+    body = json.dumps(fields).encode()
+    start = time.thread_time()
+    with pytest.raises(Refused):
+        parse(body, CompletionRequest, "model")
+    assert time.thread_time() - start < 0.5
+
+
 def test_another_model_and_another_path_are_not_found(server):
     reply = server.complete(model="gpt-4")
     assert (reply.status, reply.error["code"]) == (404, "model_not_found")
@@ -275,6 +293,34 @@ def test_a_client_that_reads_nothing_holds_up_nobody(server):
     server.until(lambda: not server.engine.requests)
     assert server.metric("dist_lab_open_texts") == 0
     slow.close()
+
+
+def test_connections_without_a_request_are_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "SILENT", 0.1)
+    monkeypatch.setattr(http, "SWEEP", 0.05)
+    with server_of(tmp_path) as server:
+        stream = server.stream("a", 900)
+        for head in (
+            b"",
+            b"POST /v1/comp",
+            b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /",
+        ):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(head)
+                with contextlib.suppress(ConnectionResetError):
+                    while connection.recv(4096):
+                        pass
+        assert len(stream.text()) == 900
+
+
+def test_a_client_that_reads_nothing_for_long_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(respond, "SLOWEST_READER", 0.1)
+    monkeypatch.setattr(http, "SILENT", 0.1)
+    monkeypatch.setattr(http, "SWEEP", 0.05)
+    with server_of(tmp_path, Letters(capacity=10**7)) as server:
+        server.stream("a", 10**6, buffer=4096, n=4)
+        server.until(lambda: server.http._router.totals["cancelled"] == 4)
+        server.until(lambda: not server.engine.requests)
 
 
 def test_many_streams_at_once_are_whole(server):
