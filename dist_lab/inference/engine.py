@@ -98,12 +98,12 @@ class Engine:
         if name in self._live:
             raise UserError(f"a request {name!r} is there already; give another name")
         sequence = Sequence(request, self.tokenizer, name)
-        total, size = self.pool.total, self.pool.size
-        if request.longest > total * size:
+        if request.longest > self.capacity:
             raise UserError(
                 f"a prompt of {len(request.prompt):,} tokens and {request.new_tokens:,} new ones "
-                f"are {request.longest:,}, and the cache has room for {total * size:,} ({total:,} "
-                f"blocks of {size}); shorten the prompt, ask for fewer tokens, or give more blocks"
+                f"are {request.longest:,}, and the cache has room for {self.capacity:,} "
+                f"({self.pool.total:,} blocks of {self.pool.size}); shorten the prompt, ask for "
+                "fewer tokens, or give more blocks"
             )
         if sequence.reason:
             self._events.append(Event(name, None, "", sequence.reason))
@@ -121,6 +121,11 @@ class Engine:
             return
         self.queues.release(sequence)
         self.policy.ended(self.queues)
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that a text may grow to."""
+        return self.pool.total * self.pool.size
 
     @property
     def busy(self) -> bool:

@@ -1,1 +1,3 @@
-"""Policies of well-known servers: who runs in a step, with how many tokens."""
+"""Policies of well-known servers: who runs in a step, with how many tokens. See table.py."""
+
+NAMES = ("static", "orca", "tgi", "vllm", "splitfuse", "lmdeploy")

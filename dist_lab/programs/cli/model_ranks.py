@@ -39,14 +39,20 @@ class ModelRanks(RankSettings):
         return axes
 
 
-def check_model(config: ModelRanks, where: Mapping[str, str]) -> None:
-    """Raise UserError for a wrong mesh, and where there is no folder."""
+def check_model(config: ModelRanks, where: Mapping[str, str], *, needed: bool = True) -> None:
+    """Raise UserError for a wrong mesh, and where there is no folder.
+
+    Args:
+        needed: a folder has to be given.
+    """
     for axis in config.mesh or {}:
         if axis not in AXES:
             raise UserError(
                 f"mesh axis {shown(axis)} does not split a model that generates text "
                 f"({where['mesh']}); give {one_of(AXES, axis)}: --mesh pp=2,tp=2"
             )
+    if not config.checkpoint and not needed:
+        return
     if not config.checkpoint:
         raise UserError("no model is given; add --checkpoint DIR, such as runs/003-fsdp-gpt-tiny")
     if not Path(config.checkpoint).expanduser().is_dir():

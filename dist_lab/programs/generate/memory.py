@@ -25,6 +25,17 @@ def check_memory(weights: Weights, mesh: Mesh, prompt: int, new: int) -> None:
         )
 
 
+def check_blocks(weights: Weights, mesh: Mesh, blocks: int, size: int) -> None:
+    """Raise UserError if blocks of so many tokens are larger than the memory that is free."""
+    needed = blocks * size * cache_bytes(weights, mesh["tp"].size)
+    free = free_memory()
+    if needed > free:
+        raise UserError(
+            f"a cache of {blocks:,} blocks of {size} tokens takes {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB are free; give fewer --blocks"
+        )
+
+
 def cache_bytes(weights: Weights, tp: int) -> int:
     """Bytes of the keys and values of a token, on all ranks together.
 

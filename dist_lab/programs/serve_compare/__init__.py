@@ -1,0 +1,1 @@
+"""Races the policies of well-known servers on one trace of requests."""
