@@ -95,6 +95,7 @@ def check(
     cache_dir: Path = DEFAULT_CACHE,
     download: bool = False,
     fits: Callable[[Shape | None], None] = lambda image: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> corpus.Corpus | None:
     """Check `--data spec` before a rank starts: raises the errors of `open_data`, without torch.
 
@@ -108,6 +109,7 @@ def check(
         download: download a dataset that is not in the cache folder.
         fits: called with the shape of an image, or None for text; raises if the model cannot take
             such data.
+        tell: called with a line before work that takes a while.
     """
     if download and spec not in DATASETS:
         raise UserError(
@@ -131,7 +133,7 @@ def check(
     corpus.require(text, seq)
     if tokenizer == BYTES:
         return text
-    tokens = tokenize(text, tokenizer)
+    tokens = tokenize(text, tokenizer, tell)
     corpus.require(tokens, seq)
     return tokens
 
@@ -146,6 +148,7 @@ def open_data(
     cache_dir: Path = DEFAULT_CACHE,
     download: bool = False,
     fits: Callable[[Shape | None], None] = lambda image: None,
+    tell: Callable[[str], None] = lambda line: None,
     validation_batches: int = 8,
 ) -> Data:
     """Open the data that `--data` names. `batch` is the number of samples per step, over all ranks.
@@ -153,15 +156,16 @@ def open_data(
     `spec` is the name of an image dataset (`datasets.image_of`), a `module:function`, or else text
     (`corpus.ACCEPTED`), read in sequences of `seq` tokens. There are at most `validation_batches`
     validation batches, fewer if not enough data is held out; the Data of a `module:function`
-    decides for itself. `tokenizer`, `download` and `fits` are as in `check`.
+    decides for itself. `tokenizer`, `download`, `fits` and `tell` are as in `check`.
 
     Raises UserError when no data has that name, the text is shorter than one sequence or has too
     few pairs for the tokenizer, or the function does not return a Data or a Dataset; MachineError
     when the cache folder cannot be written, or a dataset cannot be downloaded.
     """
     text = check(
-        spec, seq=seq, tokenizer=tokenizer, cache_dir=cache_dir, download=download, fits=fits
-    )
+        spec, seq=seq, tokenizer=tokenizer, cache_dir=cache_dir, download=download, fits=fits,
+        tell=tell,
+    )  # fmt: skip
     order = {"batch": batch, "seed": seed, "validation_batches": validation_batches}
     if custom.is_custom(spec):
         data = custom.open_custom(spec, seq=seq, **order)

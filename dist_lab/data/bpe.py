@@ -59,7 +59,7 @@ def train(documents: Sequence[bytes], size: int, name: str) -> str:
         vocab_size=size - 1, min_frequency=RARE, show_progress=False, special_tokens=[],
         initial_alphabet=sorted(byte_characters()),
     )  # fmt: skip
-    texts = (piece for piece in pieces_of(documents, None) if isinstance(piece, str))
+    texts = (piece for piece in pieces_of(documents, []) if isinstance(piece, str))
     tokenizer.train_from_iterator(texts, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     text = file_of(merges)
@@ -118,7 +118,7 @@ def encoded(documents: Sequence[bytes], tokenizer: FileTokenizer) -> "Ids":
     encoder = type(tokenizer.library).from_str(tokenizer.text)
     encoder.encode_special_tokens = True  # the name of the end token in a text is text
     runs: list[Ids] = [np.zeros(0, dtype)]
-    stream = pieces_of(documents, tokenizer.end)
+    stream = pieces_of(documents, list(tokenizer.ends))
     while block := list(islice(stream, AT_A_TIME)):
         texts = [piece for piece in block if isinstance(piece, str)]
         found = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
@@ -127,11 +127,11 @@ def encoded(documents: Sequence[bytes], tokenizer: FileTokenizer) -> "Ids":
     return np.concatenate(runs)
 
 
-def pieces_of(documents: Sequence[bytes], end: int | None) -> Iterator[str | list[int]]:
+def pieces_of(documents: Sequence[bytes], between: list[int]) -> Iterator[str | list[int]]:
     """Pieces of documents: texts, and tokens where bytes are no UTF-8 and between documents."""
     for number, document in enumerate(documents):
-        if number and end is not None:
-            yield [end]
+        if number:
+            yield between
         yield from pieces_of_one(document)
 
 

@@ -13,7 +13,7 @@ needed, and other runs wait, too.
 """
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,16 @@ from dist_lab.data.corpus import SUFFIX, Corpus
 from dist_lab.data.tokenizer import FileTokenizer, size_of
 from dist_lab.errors import MachineError
 
+LARGE = 5_000_000  # bytes, which take a second or more
 
-def tokenize(text: Corpus, spec: str) -> Corpus:
+
+def tokenize(text: Corpus, spec: str, tell: Callable[[str], None]) -> Corpus:
     """Returns the corpus in tokens.
 
     Args:
         text: in bytes.
         spec: a value of --tokenizer, such as bpe:4096.
+        tell: called with a line before a tokenizer is trained on a large text.
 
     Raises:
         UserError: the training text is too short for so many tokens.
@@ -43,6 +46,9 @@ def tokenize(text: Corpus, spec: str) -> Corpus:
         with locked(path, text.name):  # see [Note: made once]
             found = load(text, size, path)
             if found is None:
+                if len(text.train) > LARGE:
+                    megabytes = f"{len(text.train) / 1e6:,.0f} MB"
+                    tell(f"training the tokenizer {spec} on {megabytes} of {text.name}, once ...")
                 build(text, size, path)
                 found = load(text, size, path)
     assert found is not None, f"{path} was just built and does not open"

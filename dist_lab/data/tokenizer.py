@@ -69,10 +69,10 @@ class FileTokenizer:
         sha256: of the file.
         vocab: the number of ids, those that have no token included.
         special: the special tokens, name -> id.
-        end: the token that ends a text; None: the file has none of ours, and none was given.
+        ends: the tokens that end a text; that of ours if none are given.
     """
 
-    def __init__(self, text: str, where: str, *, end: int | None = None) -> None:
+    def __init__(self, text: str, where: str, *, ends: tuple[int, ...] = ()) -> None:
         """
         Args:
             where: the file, for messages.
@@ -85,7 +85,7 @@ class FileTokenizer:
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self._bytes, self.special = pieces_of(text, where)
         self.vocab = max(self._bytes) + 1
-        self.end = self.special.get(END) if end is None else end
+        self.ends = ends or tuple(self.special[name] for name in (END,) if name in self.special)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. The name of a special token in it is that token.

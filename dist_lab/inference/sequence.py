@@ -53,7 +53,7 @@ class Sequence:
         self.tokens, self.seen, self.table = list(request.prompt), 0, Table()
         self.stream = TextStream(tokenizer, request.stops)
         self.reason = "" if request.new_tokens > 0 else "length"
-        self._end = tokenizer.end
+        self._ends = tokenizer.ends
 
     @property
     def missing(self) -> int:
@@ -67,8 +67,8 @@ class Sequence:
     def add(self, token: int) -> str:
         """Add a generated token. Returns the text that has become certain."""
         self.tokens.append(token)
-        shown = "" if token == self._end else self.stream.feed(token)
-        if token == self._end or self.stream.stopped:
+        shown = "" if token in self._ends else self.stream.feed(token)
+        if token in self._ends or self.stream.stopped:
             self.reason = "stop"
         elif len(self.tokens) == self.request.longest:
             self.reason = "length"

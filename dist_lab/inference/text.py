@@ -20,11 +20,11 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab: the number of tokens.
-        end: the token that ends a text, if there is one.
+        ends: the tokens that end a text, if there are any.
     """
 
     vocab: int
-    end: int | None
+    ends: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]: ...
     def bytes_of(self, token: int) -> bytes: ...
@@ -34,7 +34,7 @@ class Bytes:
     """The tokens of the zoo's text models: the bytes of the text in UTF-8. No token ends a text."""
 
     vocab = 256
-    end: int | None = None
+    ends: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -61,8 +61,8 @@ def test_no_byte_of_the_text_is_lost(base, folder, tokens, tokenizer):
 def test_the_bytes_keep_their_numbers_and_the_end_is_the_last_token(tokenizer):
     assert tokenizer.vocab == SIZE
     assert [tokenizer.bytes_of(byte) for byte in range(256)] == [bytes([b]) for b in range(256)]
-    assert tokenizer.end == SIZE - 1
-    assert tokenizer.bytes_of(tokenizer.end) == b""
+    assert tokenizer.ends == (SIZE - 1,)
+    assert tokenizer.bytes_of(SIZE - 1) == b""
     assert len({tokenizer.bytes_of(token) for token in range(SIZE)}) == SIZE
 
 
@@ -73,7 +73,7 @@ def test_the_end_token_is_between_two_files_and_nowhere_else(tokens, tokenizer, 
         tokens.validation, files[9::10],
     )  # fmt: skip
     for ids, documents in parts:
-        cuts = np.flatnonzero(np.asarray(ids) == tokenizer.end)
+        cuts = np.flatnonzero(np.asarray(ids) == SIZE - 1)
         assert [decoded(tokenizer, run) for run in np.split(ids, cuts)] == documents
 
 
@@ -252,57 +252,13 @@ def test_without_the_library_one_line_says_what_to_install(
 # --- files of others ------------------------------------------------------------------------------
 
 
-def llama_2(**changes):
-    """A file in the form of Llama 2's, with a few tokens."""
-    names = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "▁",
-        "a",
-        "b",
-        "▁a",
-    ]
-    names += ["▁ab", "▁▁"]
-    steps = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-        {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]  # fmt: skip
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            {"id": i, "content": names[i], "special": True, **added} for i in range(3)
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, text],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
-        "decoder": {"type": "Sequence", "decoders": steps},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
-            "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "byte_fallback": True, "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": ["▁ a", "▁a b", "▁ ▁"],
-        },
-        **changes,
-    }  # fmt: skip
-
-
 def test_a_file_in_the_form_of_llama_2_gives_the_bytes_that_the_library_gives():
-    found = FileTokenizer(json.dumps(llama_2()), "it", end=2)
+    found = FileTokenizer(json.dumps(written.llama_2()), "it", ends=(2,))
     ids = found.encode("ab  aé")
     assert ids[0] == 1  # as its file says, a text begins with <s>
     assert decoded(found, ids) == " ab  aé".encode()
     assert found.library.decode(ids) == "ab  aé"
-    assert (found.vocab, found.end) == (265, 2)
+    assert (found.vocab, found.ends) == (265, (2,))
     assert found.bytes_of(1) == b""
     assert found.bytes_of(4000) == b""
 
@@ -316,13 +272,17 @@ def test_a_file_in_the_form_of_llama_2_gives_the_bytes_that_the_library_gives():
 )  # fmt: skip
 def test_a_file_whose_tokens_have_no_bytes_of_their_own_is_refused(change, line):
     with pytest.raises(UserError) as refused:
-        FileTokenizer(json.dumps(llama_2(**change)), "'x/tokenizer.json'")
+        FileTokenizer(json.dumps(written.llama_2(**change)), "'x/tokenizer.json'")
     assert line in str(refused.value)
     assert str(refused.value).startswith("'x/tokenizer.json'")
 
 
+def of_file(**changes):
+    return json.dumps(written.llama_2(**changes))
+
+
 def of_model(**changes):
-    return json.dumps(llama_2(model=llama_2()["model"] | changes))
+    return of_file(model=written.llama_2()["model"] | changes)
 
 
 @pytest.mark.parametrize(
@@ -330,9 +290,8 @@ def of_model(**changes):
     ["", "[]", "{}", "null", "[" * 100_000, '{"model": 1}', of_model(vocab={}),
      of_model(vocab={"a": -1}), of_model(vocab={"a": True}), of_model(vocab={"a": 0, "b": 0}),
      of_model(vocab={"a": 2**40}), of_model(vocab=[1]), of_model(vocab={"a": "0"}),
-     json.dumps(llama_2(added_tokens=[{"id": 0}])), json.dumps(llama_2(added_tokens=7)),
-     json.dumps(llama_2(decoder={"type": "Sequence", "decoders": 3})),
-     json.dumps(llama_2(decoder={}))],
+     of_file(added_tokens=[{"id": 0}]), of_file(added_tokens=7), of_file(decoder={}),
+     of_file(decoder={"type": "Sequence", "decoders": 3})],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(text):
     with pytest.raises((MachineError, UserError)) as refused:

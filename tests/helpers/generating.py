@@ -37,7 +37,7 @@ class Letters:
     """A tokenizer of 61 tokens."""
 
     vocab = models.VOCAB
-    end: int | None = None
+    ends: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return [byte - 60 for byte in text.encode()]
@@ -78,7 +78,7 @@ def on_rank(
     mesh = init_mesh(**axes)
     stage = load_stage(weights_in(folder, model), mesh)
     tokenizer, parts, logits = Letters(), [], {}
-    tokenizer.end = end
+    tokenizer.ends = () if end is None else (end,)
 
     def choose_and_note(row, sampling, position):
         logits[sampling.seed, position] = row.tolist()

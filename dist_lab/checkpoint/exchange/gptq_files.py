@@ -113,8 +113,8 @@ def save(
         block = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(block, new / ONE, {"format": "pt"})
         table = config.to_json()
-        end = tokenizer.end if tokenizer is not None else None
-        hf = to_config(shape, tensors[EMBEDDING].dtype, positions, end) | {TABLE: table}
+        ends = tokenizer.ends if tokenizer is not None else ()
+        hf = to_config(shape, tensors[EMBEDDING].dtype, positions, ends) | {TABLE: table}
         write_json(new / CONFIG, hf)
         write_json(new / QUANTIZE, table)
         if tokenizer is not None:

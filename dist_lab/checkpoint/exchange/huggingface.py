@@ -78,8 +78,8 @@ def export(
             where = {name: file for file, names in files.items() for name in names}
             write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         dtype = kinds[EMBEDDING][1]
-        end = tokenizer.end if tokenizer is not None else None
-        write_json(new / CONFIG, to_config(shape, dtype, positions, end))
+        ends = tokenizer.ends if tokenizer is not None else ()
+        write_json(new / CONFIG, to_config(shape, dtype, positions, ends))
         if tokenizer is not None:
             tokenizer_files.write(new, tokenizer, positions)
         (new / "README.md").write_text(_note(shape, ids, tokenizer), encoding="utf-8")

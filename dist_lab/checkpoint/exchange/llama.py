@@ -5,7 +5,7 @@ rotary positions (x[i], x[i + Dh/2]); see zoo/gpt.py. So an export renames and p
 all that remains is the file that says how many heads the columns of q_proj are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,13 +143,13 @@ def check_embedding(kinds: Kinds, shape: LlamaShape, what: str) -> None:
 
 
 def to_config(
-    shape: LlamaShape, dtype: torch.dtype, positions: int, end: int | None = None
+    shape: LlamaShape, dtype: torch.dtype, positions: int, ends: Sequence[int] = ()
 ) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
         positions: the longest text that the model was trained on.
-        end: the id that ends a text, if there is one.
+        ends: the ids that end a text, if there are any.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -171,7 +171,7 @@ def to_config(
         "tie_word_embeddings": shape.tied,
         # Llama's defaults are 1 and 2, which are bytes of the text here.
         "bos_token_id": None,
-        "eos_token_id": end,
+        "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }

@@ -4,7 +4,7 @@
     tokenizer_config.json    which class loads it, and the name of the end token
 
 `AutoTokenizer.from_pretrained(folder)` reads both. A folder of others is read without its settings:
-they may name code. Its end token is the id that config.json says.
+they may name code. Its end tokens are the ids that config.json says.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ def write(folder: Path, tokenizer: FileTokenizer, positions: int) -> None:
         "model_max_length": positions,
     }
     names = {number: name for name, number in tokenizer.special.items()}
-    if tokenizer.end in names:
-        settings["eos_token"] = names[tokenizer.end]
+    if tokenizer.ends and tokenizer.ends[0] in names:
+        settings["eos_token"] = names[tokenizer.ends[0]]
     write_json(folder / SETTINGS, settings)
 
 
@@ -51,17 +51,17 @@ def read(folder: Path) -> FileTokenizer | None:
         return None
     text = read_text(inside(folder, FILE, "a Hugging Face folder"))
     config = read_json(inside(folder, CONFIG, "a Hugging Face folder"))
-    return FileTokenizer(text, repr(str(folder / FILE)), end=end_in(config))
+    return FileTokenizer(text, repr(str(folder / FILE)), ends=ends_in(config))
 
 
-def end_in(config: Mapping[str, Any]) -> int | None:
-    """The end token that config.json names, or the first of several.
+def ends_in(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The end tokens that config.json names.
 
-    >>> end_in({"eos_token_id": [128001, 128009]}), end_in({"eos_token_id": None})
-    (128001, None)
+    >>> ends_in({"eos_token_id": [128001, 128009]}), ends_in({"eos_token_id": 2}), ends_in({})
+    ((128001, 128009), (2,), ())
     """
     found = config.get("eos_token_id")
-    first = found[0] if isinstance(found, list) and found else found
-    if first is not None and (type(first) is not int or first < 0):
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(end) is not int or end < 0 for end in ends):
         raise UserError(f"{CONFIG} has eos_token_id {shown(found)}, which is no id; set it to null")
-    return first
+    return tuple(ends)

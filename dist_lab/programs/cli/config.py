@@ -7,8 +7,10 @@ against the number of processes.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -196,6 +198,7 @@ class RunSettings(LowPrecision):
             "cache_dir": Path(self.cache),
             "download": self.download,
             "fits": self.check_fits,
+            "tell": partial(print, file=sys.stderr, flush=True),
         }
 
     def check_fits(self, image: tuple[int, int, int] | None) -> None:
