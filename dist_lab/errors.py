@@ -76,13 +76,16 @@ def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.5) -> str | 
     return matches[0] if matches else None
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "") -> str:
     """Escape what is not printable: a text from a file must not steer the terminal.
+
+    Args:
+        keep: characters that stay, as line breaks of a text that is shown in full.
 
     >>> print(printable("red: " + chr(27) + "[31m"))
     red: \\x1b[31m
     """
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:

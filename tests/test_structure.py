@@ -182,6 +182,7 @@ def test_programs_share_only_the_command_line_and_the_training_loop():
             "cli": set(), "train": {"cli"},
             "bench": {"cli", "compare"}, "sweep": {"cli", "compare"}, "doctor": {"cli", "verify"},
             "serve": {"cli", "generate"}, "serve_compare": {"cli", "generate"},
+            "demo": {"serve"},
         }.get(program, {"cli", "train"})  # fmt: skip
         imported = {n.split(".")[2] for n in imports(path) if n.startswith("dist_lab.programs.")}
         assert imported <= shared | {program}, (path, imported)

@@ -75,7 +75,7 @@ def speed(prompt: int, times: list[float]) -> str:
 def show(text: str) -> None:
     """Write text to stdout now. A terminal gets no control characters but line breaks and tabs."""
     if sys.stdout.isatty():
-        text = "".join(c if c in "\n\t" else printable(c) for c in text)
+        text = printable(text, keep="\n\t")
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:

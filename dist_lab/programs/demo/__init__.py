@@ -1,0 +1,1 @@
+"""The program demo.py: train, serve, complete."""
