@@ -18,7 +18,7 @@ from dist_lab.checkpoint.files import Files
 from dist_lab.errors import MachineError, UserError
 
 WHOLE = re.compile(r"step-(\d{8,})")
-LEFT_OVER = re.compile(r"step-\d{8,}\.(tmp|del)-[0-9a-f]{8}")
+LEFT_OVER = re.compile(r"step-(\d{8,})\.(tmp|del)-[0-9a-f]{8}")
 
 
 def name_of(step: int) -> str:
@@ -95,8 +95,15 @@ def prune(newest: Path, keep: int, files: Files) -> None:
         files.remove_folder(leaving)
 
 
-def sweep(folder: Path, files: Files) -> None:
-    """Delete what a killed run has left. Only for the run that owns the folder."""
+def sweep(folder: Path, files: Files) -> list[int]:
+    """Delete what a killed run has left. Only for the run that owns the folder.
+
+    Returns:
+        The steps of the saves that were not whole.
+    """
+    lost = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if LEFT_OVER.fullmatch(path.name):
+        if match := LEFT_OVER.fullmatch(path.name):
             files.remove_folder(path)
+            lost += [int(match[1])] if match[2] == "tmp" else []
+    return sorted(lost)

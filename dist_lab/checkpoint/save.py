@@ -76,7 +76,7 @@ class Write:
                 else:
                     self._wait(self.final.exists)
                 if self.rank == 0 and self.keep is not None and self.final.exists():
-                    manifest.verify(self.final, self.pace)
+                    self._read_again()
                     folders.prune(self.final, self.keep, self.files)
         except Exception as error:
             self.error = error
@@ -110,6 +110,16 @@ class Write:
         self.files.sync_folder(self.temporary)
         self.files.rename(self.temporary, self.final)
         self.files.sync_folder(self.final.parent)
+
+    def _read_again(self) -> None:
+        """Compare what is on disk with what was written, before an older checkpoint is deleted."""
+        try:
+            manifest.verify(self.final, self.pace)
+        except manifest.Damaged as error:
+            raise manifest.Damaged(
+                f"{self.final.name} was read again after the save, and is damaged; no other "
+                f"checkpoint was deleted: {error}"
+            ) from error
 
     def _wait(self, arrived: Callable[[], bool]) -> bool:
         """Wait until something is there. False if another rank has failed: it says why.

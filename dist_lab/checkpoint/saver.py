@@ -8,6 +8,9 @@ The copy is of what this rank is the first to hold: under fsdp=4 a quarter of th
 moments. It is kept and used again for the next save. The thread rests most of the time, until
 somebody waits for it: see pace.py. A save waits for the one before it. An error of a save in the
 background is raised by the next save, or by `finish`, on every rank.
+
+A small checkpoint is written at once: that takes less than the rests would, and so it is whole
+before the next step, whatever happens in it.
 """
 
 import os
@@ -27,10 +30,13 @@ from dist_lab.checkpoint.files import Files
 from dist_lab.checkpoint.optimizer_state import numbers_of, optimizer_entries, options_of
 from dist_lab.checkpoint.save import Tell, Write, prepare
 from dist_lab.checkpoint.shard import Buffer
+from dist_lab.comm import ops
 from dist_lab.comm.agree import together
 from dist_lab.errors import UserError, shown
 from dist_lab.randomness import generators
 from dist_lab.step.shadow import Shadow
+
+AT_ONCE = 16 * 10**6  # bytes of a checkpoint that is not worth a thread
 
 
 class Saver:
@@ -49,7 +55,8 @@ class Saver:
         Args:
             folder: of the checkpoints, shared by all ranks.
             keep: delete all but the newest `keep`, after each save; None deletes none.
-            in_background: write in a thread. If not, `save` returns when the checkpoint is whole.
+            in_background: write in a thread if there are more than AT_ONCE bytes. If not, `save`
+                returns when the checkpoint is whole.
             files: the file operations.
             tell: called with a line of progress now and then, on rank 0, from any thread.
             tokenizer: the contents of a tokenizer.json, which each checkpoint then has.
@@ -107,12 +114,15 @@ class Saver:
             for name, value in {**about, **table}.items():
                 check_json(name, value)
             entries = [*entries_of(job, optimizer, shadow)]
+        own = sum(entry.local.nbytes for entry in entries if entry.is_first)
+        with world.comm.label("save", unit=""):
+            total = int(ops.all_reduce(torch.tensor(own, device=world.device), world))
         write = prepare(
             job.mesh, self.folder, step, entries, table, about, self._buffer, files=self.files,
             tell=self.tell, keep=self.keep, tokenizer=self.tokenizer, is_first=self.last is None,
         )  # fmt: skip
         thread = None
-        if self.in_background:
+        if self.in_background and total > AT_ONCE:
             thread = threading.Thread(target=behind, args=[write], name="checkpoint", daemon=True)
             thread.start()
         else:

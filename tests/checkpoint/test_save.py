@@ -13,6 +13,7 @@ from saved import LAYS, build, train
 import dist_lab
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint import save as saving
+from dist_lab.checkpoint import saver as in_background
 from dist_lab.checkpoint.files import Files
 from dist_lab.checkpoint.load import open_newest
 from dist_lab.errors import MachineError
@@ -185,6 +186,7 @@ def with_little_patience(rank, stops, root):
     """The ranks run other tests afterwards, so what is changed in them is changed back."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "PATIENCE", 0.2)
+        patch.setattr(in_background, "AT_ONCE", 0)
         patch.setattr(threading, "excepthook", lambda arguments: None)  # as a kill would end it
         return stop_at_each(rank, stops, root)
 

@@ -13,6 +13,7 @@ from torch import nn
 import dist_lab
 from dist_lab.checkpoint import pace
 from dist_lab.checkpoint import save as saving
+from dist_lab.checkpoint import saver as in_background
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import MachineError, UserError
@@ -225,7 +226,8 @@ def test_a_checkpoint_is_never_overwritten(tmp_path):
         job.saver(tmp_path, keep=0)
 
 
-def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path):
+def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(in_background, "AT_ONCE", 0)
     job, optimizer = job_of()
     folder = tmp_path / "made"
     saver = job.saver(folder)
@@ -238,9 +240,23 @@ def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path):
         saver.save(optimizer, step=2)
 
 
+@pytest.mark.ranks(2)
+def test_a_small_save_is_whole_before_the_next_step(tmp_path, mesh):
+    """It rested nine tenths of the time, so that a kill in the next step lost it."""
+    job = dist_lab.parallelize(torch.nn.Linear(3, 2), mesh, "ddp")
+    optimizer = job.optimizer(torch.optim.AdamW, lr=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "RESTS", 1e9)
+        patch.setattr(pace, "LONGEST", 60.0)
+        saver = job.saver(tmp_path)
+        assert saver.save(optimizer, step=1).is_dir()
+    assert saver.last == tmp_path / "step-00000001"
+
+
 @pytest.mark.parametrize("who", ["finish", "wait", "the next save"])
 def test_a_save_in_the_background_ends_at_once_when_somebody_waits(tmp_path, monkeypatch, who):
     """It rests most of the time, here for as long as nobody waits."""
+    monkeypatch.setattr(in_background, "AT_ONCE", 0)
     monkeypatch.setattr(pace, "RESTS", 1e9)
     monkeypatch.setattr(pace, "LONGEST", 60.0)
     job, optimizer = job_of()

@@ -263,14 +263,19 @@ def test_a_slow_rank_takes_about_twice_as_long_for_twenty_steps(tmp_path):
 
 @pytest.mark.ranks(2)
 def test_a_full_disk_and_a_torn_file_are_found(tmp_path):
-    faults = [Fault("diskfull", 1, 3, "save", 1), Fault("truncate", 0, 5, "save", 1)]
+    torn_at = [Fault("truncate", 0, step, "save", 1) for step in (5, 7)]
+    faults = [Fault("diskfull", 1, 3, "save", 1), *torn_at]
     run = Run("fsdp", "", tmp_path)
     with injected(faults, run.job, tmp_path) as injector:
         saver = run.job.saver(tmp_path / "saves", in_background=False, files=injector.files)
         with pytest.raises(MachineError, match="no space left for a checkpoint"):
             saver.save(run.optimizer, step=3)
         torn = saver.save(run.optimizer, step=5)
-    assert len(happened(tmp_path)) == 2
+        saver.keep = 1
+        with pytest.raises(MachineError, match="step-00000007 was read again after the save, and"):
+            saver.save(run.optimizer, step=7)
+    assert torn.is_dir(), "an older checkpoint was deleted for one that is damaged"
+    assert len(happened(tmp_path)) == 3
     with pytest.raises(MachineError, match=r"rank-0\.\w+' has [\d,]+ bytes, and had [\d,]+ when"):
         Checkpoint.open(torn).verify()
 

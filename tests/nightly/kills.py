@@ -38,7 +38,7 @@ from dist_lab.step.fixed_order.digest import sha256
 ROOT = Path(__file__).parents[2]
 MODES = {
     "dp": "--strategy dp",
-    "ddp": "--strategy ddp",
+    "ddp": "--strategy ddp --dtype float64",  # of so many bytes that it saves in the background
     "fsdp": "--strategy fsdp",
     "tp": "--strategy tp",
     "pp": "--strategy pp --microbatches 4",

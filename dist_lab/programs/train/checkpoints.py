@@ -70,7 +70,9 @@ class Checkpoints:
         with together(job.mesh.world):
             if job.mesh.rank == 0:
                 with as_machine_error(self._folder):
-                    folders.sweep(self._folder, Files())
+                    lost = folders.sweep(self._folder, Files())
+                for step in lost if config.resume else ():
+                    self._tell(f"the save of step {step} was not whole yet when the run ended")
         self.first, self.summary = self._resume() if config.resume else (0, {})
         self._saver = None
         if config.save_every:
@@ -99,6 +101,8 @@ class Checkpoints:
             steps, meaning = self._config.steps, self._meaning
             self._saver.save(self._optimizer, step=steps, settings=meaning, extra=extra)
             self._saver.finish()
+            if self._job.mesh.rank == 0:
+                self._tell(f"newest whole checkpoint: {self._saver.last}")
 
     def wait(self) -> None:
         """Wait for this rank's part of the last save: every rank is about to raise an error."""

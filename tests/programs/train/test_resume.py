@@ -77,6 +77,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_moved_aside(saved, tmp_path):
     assert names.count("step-00000006") == 2  # the new one, and the damaged one under another name
 
 
+def test_a_resumed_run_says_which_save_was_not_whole_yet(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000004.tmp-0123abcd").mkdir(parents=True)
+    flags = "--model mlp --size tiny --steps 1 --seq 8 --val-every 0 --resume auto".split()
+    done = run("train.py", *flags, "--out", tmp_path)
+    assert "the save of step 4 was not whole yet when the run ended" in done.stdout
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+
+
 @pytest.mark.slow
 def test_a_run_that_overwrites_another_resumes_its_own_checkpoints(saved, tmp_path):
     """An old run's checkpoint of step 6 was resumed, and the new ones of fewer steps deleted."""
