@@ -23,14 +23,18 @@ STEP = "checkpoints/step-00000003"
 
 
 class Place:
-    """A folder with a text, a cache and a run on pp=2 x fsdp=2."""
+    """A folder with a text, a cache and a run on fsdp=2 x tp=2."""
 
     def __init__(self, base: Path) -> None:
-        self.text, self.run, self.cache = written.folder(base), base / "run", base / "cache"
+        self.text, self.run, self.cache = (
+            written.folder(base),
+            base / "run",
+            base / ".cache/dist_lab",
+        )
         self.settings = [f"--data={self.text}", f"--cache={self.cache}", "--layers=2"]
         self.settings += ["--batch=32", "--seq=16", "--val-every=0"]
         self.bpe = [*self.settings, f"--tokenizer=bpe:{SIZE}"]
-        mix = ["--nproc=4", "--mesh=pp=2,fsdp=2", "--microbatches=2", "--steps=3", "--save-every=3"]
+        mix = ["--nproc=4", "--mesh=fsdp=2,tp=2", "--steps=3", "--save-every=3"]
         self.done = run("train.py", *self.bpe, *mix, f"--out={self.run}")
         assert self.done.returncode == 0, self.done.stderr
         self.summary = json.loads((self.run / "summary.json").read_text())
@@ -52,7 +56,11 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("tokens"))
+    """Programs that have no flag for the cache find it at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        base = tmp_path_factory.mktemp("tokens")
+        patch.setenv("HOME", str(base))
+        yield Place(base)
 
 
 def test_losses_are_also_shown_per_byte(place):
@@ -117,7 +125,8 @@ def generated(source, *flags):
     return run("generate.py", f"--checkpoint={source}", "--prompt=word é ", "--tokens=9", *flags)
 
 
-@pytest.mark.parametrize("flags", [[], ["--nproc=2"]], ids=["one", "tp=2"])
+@pytest.mark.slow_unless(lambda flags: not flags)
+@pytest.mark.parametrize("flags", [[], ["--nproc=2"], ["--nproc=2", "--mesh=pp=2"]], ids=" ".join)
 def test_generate_writes_text_in_the_tokens_of_the_run(place, flags):
     done = generated(place.run, *flags)
     assert done.returncode == 0, done.stderr
@@ -139,6 +148,7 @@ def test_a_run_does_not_go_on_in_other_tokens(place, tmp_path, size, line):
     assert "sha256" not in said
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_its_own_tokens(place, tmp_path):
     out = tmp_path / "new"
     more = [*place.bpe, "--steps=4", "--save-every=4", f"--resume={place.run}", f"--out={out}"]
@@ -164,6 +174,7 @@ def test_a_tokenizer_that_another_library_has_trained_is_refused_by_its_hash(pla
 # --- other forms ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resharding_keeps_the_tokenizer_and_diff_compares_it(place, tmp_path):
     done = run("checkpoint.py", "reshard", place.run, tmp_path / "tp", "--mesh=tp=2")
     assert done.returncode == 0, done.stderr
@@ -176,27 +187,27 @@ def test_resharding_keeps_the_tokenizer_and_diff_compares_it(place, tmp_path):
     assert (done.returncode, "they differ: the tokenizers differ" in done.stdout) == (1, True)
 
 
-def test_exports_and_imports_keep_the_tokenizer(place, tmp_path):
-    text = place.checkpoint().tokenizer
-    for form in ("hf", "dcp"):
-        there, back = tmp_path / form, tmp_path / f"{form}-back"
-        done = run("checkpoint.py", "export", place.run, there, f"--to={form}")
-        assert done.returncode == 0, done.stderr
-        done = run("checkpoint.py", "import", there, back)
-        assert done.returncode == 0, done.stderr
-        (path,) = back.iterdir()
-        assert Checkpoint.open(path).tokenizer == text
-        assert Checkpoint.open(path).manifest["settings"]["tokenizer"] == f"bpe:{SIZE}"
-        assert generated(path).stdout == continued(place, "word é ", 9)
-    hf = tmp_path / "hf"
-    assert json.loads((hf / "config.json").read_text())["eos_token_id"] == SIZE - 1
-    assert "AutoTokenizer" in (hf / "README.md").read_text()
-    assert generated(hf).stdout == continued(place, "word é ", 9)
-    more = [*place.settings, "--steps=4", f"--resume={tmp_path / 'hf-back'}"]
-    said = refusal("train.py", *more, f"--out={tmp_path / 'new'}")
-    assert f"tokenizer 'bpe:{SIZE}' (now 'bytes')" in said
+@pytest.mark.slow_unless(lambda form: form == "hf")
+@pytest.mark.parametrize("form", ["hf", "dcp"])
+def test_an_export_and_its_import_keep_the_tokenizer(place, tmp_path, form):
+    there, back = tmp_path / form, tmp_path / "back"
+    done = run("checkpoint.py", "export", place.run, there, f"--to={form}")
+    assert done.returncode == 0, done.stderr
+    done = run("checkpoint.py", "import", there, back)
+    assert done.returncode == 0, done.stderr
+    (path,) = back.iterdir()
+    assert Checkpoint.open(path).tokenizer == place.checkpoint().tokenizer
+    assert Checkpoint.open(path).manifest["settings"]["tokenizer"] == f"bpe:{SIZE}"
+    assert generated(path).stdout == continued(place, "word é ", 9)
+    more = [*place.settings, "--steps=4", f"--resume={back}", f"--out={tmp_path / 'new'}"]
+    assert f"tokenizer 'bpe:{SIZE}' (now 'bytes')" in refusal("train.py", *more)
+    if form == "hf":
+        assert json.loads((there / "config.json").read_text())["eos_token_id"] == SIZE - 1
+        assert "AutoTokenizer" in (there / "README.md").read_text()
+        assert generated(there).stdout == continued(place, "word é ", 9)
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_keeps_the_tokenizer_and_its_loss_is_per_byte(place, tmp_path):
     out = tmp_path / "q"
     done = run("quantize.py", f"--checkpoint={place.run}", "--bits=8", f"--out={out}")
@@ -312,6 +323,7 @@ def test_a_mistake_is_one_line(place, tmp_path, flags, line):
 # --- the other programs ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_explain_counts_the_model_of_these_tokens(place):
     done = run("explain.py", *place.bpe[:-4], f"--tokenizer=bpe:{SIZE}", "--strategy=fsdp",
                "--parameter=lm_head.weight")  # fmt: skip
