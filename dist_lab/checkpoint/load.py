@@ -19,10 +19,15 @@ from torch.optim import Optimizer
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint.entries import Entry, Trained, extra_state, model_entries
 from dist_lab.checkpoint.manifest import Damaged
-from dist_lab.checkpoint.optimizer_state import create_state, load_options, unwrapped
+from dist_lab.checkpoint.optimizer_state import (
+    create_state,
+    load_options,
+    options_of,
+    unwrapped,
+)
 from dist_lab.checkpoint.reader import Checkpoint, first_difference
 from dist_lab.checkpoint.saver import shadow_entries
-from dist_lab.checkpoint.state_check import check_groups, check_state
+from dist_lab.checkpoint.state_check import check_groups, check_imported, check_state
 from dist_lab.comm import ops
 from dist_lab.comm.agree import first_says, together
 from dist_lab.errors import UserError
@@ -120,17 +125,7 @@ def load(
                     " shadow="
                 )
             if optimizer is not None:
-                if tables[0]["optimizer"] is None:
-                    raise UserError(
-                        f"checkpoint {str(checkpoint.folder)!r} has no state of an optimizer; load "
-                        "it without one"
-                    )
-                options = [table["optimizer"] for table in tables]
-                shapes = {tensor: shape for tensor, (shape, _) in saved.items()}
-                kind, name = type(unwrapped(optimizer)), str(checkpoint.folder)
-                check_groups(name, options)
-                check_state(name, kind, options, shapes, numbers)
-                load_options(optimizer, job, name, options)
+                _check_optimizer(checkpoint, job, optimizer, numbers)
         with together(mesh.world):
             for entry in entries:
                 checkpoint.read_into(entry)
@@ -168,6 +163,29 @@ def _check_model(checkpoint: Checkpoint, job: Trained, entries: Sequence[Entry])
             f"checkpoint {str(checkpoint.folder)!r} is of another model: {differences[0]}"
             + (f", and {len(differences) - 1} more differences" if differences[1:] else "")
         )
+
+
+def _check_optimizer(
+    checkpoint: Checkpoint, job: Trained, optimizer: Optimizer, numbers: Mapping[str, Any]
+) -> None:
+    """Raise UserError unless the optimizer can go on from its state. Sets the groups' options.
+
+    Another library's file has moments, but no options as we know them: then the optimizer's stay.
+    """
+    name, kind = str(checkpoint.folder), type(unwrapped(optimizer))
+    shapes = {tensor: shape for tensor, (shape, _) in checkpoint.names().items()}
+    tables = [table["optimizer"] for table in checkpoint.tables]
+    if tables[0] is None:
+        has_moments = any(tensor.startswith("optimizer/") for tensor in shapes)
+        if not has_moments or checkpoint.manifest["optimizer"] is not None:
+            raise UserError(
+                f"checkpoint {name!r} has no state of an optimizer; load it without one"
+            )
+        tables = [options_of(optimizer, job)]
+        check_imported(name, kind, tables[0], shapes, job.layouts)
+    check_groups(name, tables)
+    check_state(name, kind, tables, shapes, numbers)
+    load_options(optimizer, job, name, tables)
 
 
 def other_ties(saved: Mapping[str, str], own: Mapping[str, str]) -> Iterator[str]:

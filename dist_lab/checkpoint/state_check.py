@@ -5,7 +5,7 @@ missing would be a KeyError in the next step, or begin at zero without a word. S
 are compared before any tensor is read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dist_lab.checkpoint.entries import Shape
 from dist_lab.checkpoint.manifest import ANOTHER, Damaged
-from dist_lab.errors import shown
+from dist_lab.errors import UserError, shown
 from dist_lab.optim.muon import Muon
 from dist_lab.optim.shampoo import Shampoo
 
@@ -78,6 +78,43 @@ def check_state(
                         f"checkpoint {name!r} has {key} of shape {found} for {parameter} of shape "
                         f"{shape}; {ANOTHER}"
                     )
+
+
+def check_imported(
+    name: str,
+    kind: type[Optimizer],
+    table: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    parameters: Container[str],
+) -> None:
+    """Compare what another library has saved, which does not say of what class the optimizer was.
+
+    Args:
+        table: of the optimizer that is to go on, as from `options_of`.
+        parameters: the names of the model's.
+
+    Raises:
+        UserError: it is of parameters that the model does not have, or of another optimizer.
+    """
+    keys = _keys(shapes, {})
+    if unknown := [parameter for parameter in keys if parameter not in parameters]:
+        raise UserError(
+            f"checkpoint {name!r} has moments of {shown(unknown[0])}, which is no parameter of "
+            "this model; save it again with the names of torch's get_state_dict(model, optimizer), "
+            "or load without an optimizer"
+        )
+    found, wanted = set().union(*keys.values()), set[str]()
+    if kind in ADAM:
+        amsgrad = any(group["options"].get("amsgrad") for group in table["groups"])
+        wanted = MOMENTS | ({"max_exp_avg_sq"} if amsgrad else set())
+    elif kind is torch.optim.SGD:
+        wanted = {"momentum_buffer"}
+    if wanted and found != wanted:
+        raise UserError(
+            f"checkpoint {name!r} has {', '.join(sorted(found))} of an optimizer, and "
+            f"{kind.__name__} keeps {', '.join(sorted(wanted))}; build the optimizer that it was "
+            "saved with, or load without one"
+        )
 
 
 def check_options(name: str, own: Mapping[str, Any], saved: Mapping[str, Any], number: int) -> None:

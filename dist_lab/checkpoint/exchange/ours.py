@@ -26,6 +26,7 @@ from dist_lab.errors import UserError
 from dist_lab.randomness import generators
 
 ABOUT = "about.json"
+IMPORTED = "imported"  # in place of strategies
 KEYS = ("step", "optimizer", "numbers", "modules", "settings", "extra", "tied", TOKENIZER)
 
 
@@ -122,7 +123,8 @@ def write(
     entries = [_whole(name, tensors.read(name)) for name in tensors.names() if name != ABOUT]
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     manifest = {key: about[key] for key in ("optimizer", "settings", "extra", "tied")}
-    manifest |= {"strategies": "single@hand", "versions": versions}
+    strategies = "single@hand" if ABOUT in tensors.names() else IMPORTED
+    manifest |= {"strategies": strategies, "versions": versions}
     own = {key: about[key] for key in ("optimizer", "numbers", "modules")}
     folder = Path(root).expanduser().absolute()
     one, tokenizer = {"dp": 1}, about[TOKENIZER]

@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from dist_lab.checkpoint.exchange.ours import IMPORTED
 from dist_lab.checkpoint.manifest import TOKENIZER
 from dist_lab.checkpoint.reader import Checkpoint, Saved
 from dist_lab.comm.board.board import numbers_in_words
@@ -50,8 +51,8 @@ def heading(checkpoint: Checkpoint) -> list[str]:
         f"{checkpoint.folder}: step {checkpoint.step:,}",
         f"  saved by {ranks} rank{'s' * (ranks > 1)}: {about['strategies']}{where}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()),
-        f"  settings: {in_words(about['settings'])}",
-        f"  optimizer: {optimizer_in_words(about['optimizer'])}",
+        f"  settings: {in_words(about['settings']) or f'none, {origin(checkpoint)}'}",
+        f"  optimizer: {optimizer_in_words(checkpoint)}",
     ]
     if checkpoint.tokenizer is not None:
         lines.append(f"  tokenizer: {tokenizer_in_words(checkpoint)}")
@@ -71,17 +72,38 @@ def in_words(settings: Mapping[str, Any] | None) -> str:
     >>> in_words({"model": "gpt", "layers": None, "lr": 0.1})
     "model='gpt', lr=0.1"
     """
-    if not settings:
-        return "none, a script has saved it"
-    return ", ".join(f"{k}={shown(value)}" for k, value in settings.items() if value is not None)
+    return ", ".join(
+        f"{k}={shown(value)}" for k, value in (settings or {}).items() if value is not None
+    )
 
 
-def optimizer_in_words(optimizer: Mapping[str, Any] | None) -> str:
+def origin(checkpoint: Checkpoint) -> str:
+    """How a checkpoint came about that has no settings of a run."""
+    imported = checkpoint.manifest["strategies"] == IMPORTED
+    return "it was imported" if imported else "a script has saved it"
+
+
+def optimizer_in_words(checkpoint: Checkpoint) -> str:
+    optimizer = checkpoint.manifest["optimizer"]
     if optimizer is None:
-        return "none"
+        moments = moments_in_words(checkpoint.names())
+        return f"{moments}; its options were not imported" if moments else "none"
     rates = dict.fromkeys(shown(group["options"].get("lr")) for group in optimizer["groups"])
     count = len(optimizer["groups"])
     return f"{optimizer['class']}, {count} group{'s' * (count > 1)}, lr {' and '.join(rates)}"
+
+
+def moments_in_words(names: Iterable[str]) -> str:
+    """
+    >>> moments_in_words(["model/w", "optimizer/w/step", "optimizer/w/exp_avg"])
+    'exp_avg, step of 1 parameters'
+    >>> moments_in_words(["model/w"])
+    ''
+    """
+    own = [name for name in names if name.startswith("optimizer/")]
+    ofs = [name.removeprefix("optimizer/").rpartition("/") for name in own]
+    keys, parameters = {key for _, _, key in ofs}, {parameter for parameter, _, _ in ofs}
+    return f"{', '.join(sorted(keys))} of {len(parameters)} parameters" if ofs else ""
 
 
 def kinds_table(checkpoint: Checkpoint) -> Any:

@@ -11,6 +11,7 @@ from dist_lab.data.bpe import spec_of
 from dist_lab.data.custom import is_custom
 from dist_lab.data.tokenizer import FileTokenizer
 from dist_lab.errors import MachineError, UserError
+from dist_lab.programs.checkpoint.contents import moments_in_words
 from dist_lab.programs.checkpoint.settings import Export, Import
 from dist_lab.programs.cli.find import check_target, newest
 from dist_lab.programs.cli.saved_settings import checked_settings
@@ -74,6 +75,12 @@ def import_(config: Import) -> int:
     file = None if tokenizer is None else tokenizer.text
     path = ours.write(tensors, config.target, settings=settings, tokenizer=file)
     print(f"imported {config.source} as {path}")
+    moments = moments_in_words(tensors.names())
+    if moments and ours.ABOUT not in tensors.names():
+        print(
+            f"with {moments}, and without the options of the optimizer, such as its learning rate: "
+            "whoever loads it goes on with the options of his own optimizer"
+        )
     if left_out:
         print(f"left out, because they are no tensors of a model or optimizer: {_some(left_out)}")
     return 0

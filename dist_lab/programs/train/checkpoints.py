@@ -128,10 +128,14 @@ class Checkpoints:
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
                     self._set_aside(checkpoint.step)
-        only_weights = checkpoint.step == 0 and checkpoint.tables[0]["optimizer"] is None
+        is_imported = checkpoint.step == 0 and checkpoint.tables[0]["optimizer"] is None
+        only_weights = is_imported and not any(
+            n.startswith("optimizer/") for n in checkpoint.names()
+        )
         extra = load(checkpoint, self._job, None if only_weights else self._optimizer)
         if mesh.rank == 0:
-            new = " with a new optimizer: it has only weights" if only_weights else ""
+            new = ", its moments with the options of this run" if is_imported else ""
+            new = " with a new optimizer: it has only weights" if only_weights else new
             self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}{new}")
         summary = extra.get("summary") or {}
         if not isinstance(summary, dict):

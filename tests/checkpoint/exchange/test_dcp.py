@@ -9,11 +9,15 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from programs import run
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
+import dist_lab
 from dist_lab.checkpoint.exchange import dcp
 from dist_lab.checkpoint.exchange.tensors import InMemory, same_bits
 from dist_lab.errors import MachineError, UserError
+from dist_lab.mesh.mesh import init_mesh
 from dist_lab.zoo import build
 
 STATE = {
@@ -219,3 +223,72 @@ def test_a_flipped_bit_of_the_metadata_is_one_line_or_changes_nothing_that_is_re
             read = dcp.open_folder(tmp_path / "dcp")
             for name in read.names():
                 read.read(name)
+
+
+# --- a folder of a model and its optimizer --------------------------------------------------------
+
+
+def trained(kind=torch.optim.AdamW, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = kind(model.parameters(), **options)
+    for _ in range(2):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def imported(folder, state):
+    """Import what torch has saved. Returns the folder of the checkpoint and what was printed."""
+    quietly(torch_dcp.save, state, checkpoint_id=folder / "dcp", no_dist=True)
+    done = run("checkpoint.py", "import", folder / "dcp", folder / "new")
+    assert done.returncode == 0, done.stderr
+    return folder / "new", done.stdout
+
+
+def job_of(kind=torch.optim.AdamW, **options):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    job = dist_lab.parallelize(model, init_mesh(), "single")
+    return job, job.optimizer(kind, **options)
+
+
+def test_the_moments_of_a_model_and_its_optimizer_go_on_with_the_options_of_the_new_one(tmp_path):
+    """They were imported, and job.load said that there is no state of an optimizer."""
+    model, optimizer = trained(lr=0.1, betas=(0.8, 0.9))
+    names, moments = quietly(get_state_dict, model, optimizer)
+    folder, told = imported(tmp_path, {"model": names, "optim": moments})
+    assert "with exp_avg, exp_avg_sq, step of 4 parameters, and without the options" in told
+    shown = run("checkpoint.py", "inspect", folder).stdout
+    assert "saved by 1 rank: imported" in shown
+    assert "settings: none, it was imported" in shown
+    assert "optimizer: exp_avg, exp_avg_sq, step of 4 parameters; its options were not" in shown
+    job, own = job_of(lr=0.1, betas=(0.8, 0.9))
+    job.load(folder, own)
+    step(model, optimizer)
+    job.model(torch.ones(2, 3)).square().sum().backward()
+    job.finish()
+    own.step()
+    job.after_step()
+    for name, tensor in job.full_state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_moments_of_another_optimizer_or_of_numbers_are_refused(tmp_path):
+    model, optimizer = trained(torch.optim.SGD, lr=0.1, momentum=0.9)
+    names, moments = quietly(get_state_dict, model, optimizer)
+    folder, _ = imported(tmp_path, {"model": names, "optim": moments})
+    job, own = job_of(lr=0.1)
+    with pytest.raises(UserError, match="momentum_buffer of an optimizer, and AdamW keeps exp_a"):
+        job.load(folder, own)
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    (tmp_path / "numbered").mkdir()
+    folder, _ = imported(tmp_path / "numbered", state)
+    job, own = job_of(torch.optim.SGD, lr=0.1, momentum=0.9)
+    with pytest.raises(UserError, match="has moments of '0', which is no parameter of this model"):
+        job.load(folder, own)
