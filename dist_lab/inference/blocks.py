@@ -18,7 +18,7 @@ bookkeeping is here; the numbers are in paged.py. Does not import torch.
   other way round.
 * A prompt that is known to its last token has nothing to compute, but its logits are needed. So its
   last token is computed again, into the last block. If others use that block too, it is copied
-  before (copy-on-write). If not, it loses its key until it is full again.
+  before (copy-on-write). If not, it gets the numbers that it has.
 """
 
 from array import array
@@ -32,7 +32,7 @@ class Table:
 
     Attributes:
         blocks: block i has tokens i x size to (i + 1) x size - 1.
-        keys: of the first blocks, which are full.
+        keys: of the first blocks, all those that are full.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -109,9 +109,6 @@ class Pool:
             self.copies.append((block, copy))
             table.blocks[first] = copy
             self._drop(block)
-        elif first < len(table.keys):
-            self._forget(table.blocks[first])
-        del table.keys[first:]
         table.blocks += [self._take() for _ in range(more)]
         return True
 
@@ -139,8 +136,7 @@ class Pool:
             block = self._blank.pop()
         else:
             block = next(iter(self._idle))
-            del self._idle[block]
-            self._forget(block)
+            del self._idle[block], self._block_of[self._key_of.pop(block)]
         self.counts[block] = 1
         return block
 
@@ -152,9 +148,3 @@ class Pool:
             self._idle[block] = None
         else:
             self._blank.append(block)
-
-    def _forget(self, block: int) -> None:
-        """Take the key from a block, if it has one: another may be known by it."""
-        key = self._key_of.pop(block, None)
-        if key is not None:
-            del self._block_of[key]

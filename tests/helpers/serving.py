@@ -108,7 +108,7 @@ def note(served, event):
 def check_engine(engine):
     kept = getattr(engine.policy, "kept", [])
     check_pool(engine.pool, [s.table for s in [*engine.queues.running, *kept]])
-    assert all(not s.table.blocks for s in engine.queues.waiting)
+    assert all(not s.table.blocks and not s.seen for s in engine.queues.waiting)
 
 
 def check_pool(pool, tables):

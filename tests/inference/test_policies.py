@@ -71,6 +71,13 @@ def test_static_reserves_the_longest_prompt_and_the_longest_text_for_each():
     assert engine.counts.empty == 40 - 9 - 2
 
 
+def test_static_takes_fewer_rows_where_the_rectangle_would_not_fit():
+    """Each of a and b fits. Of both, the longest prompt and the longest text do not."""
+    engine = dry_engine(Static(3), blocks=10, size=4)
+    add(engine, a=(30, 1), b=(1, 30), c=(2, 3))
+    assert [list(step) for step in steps(engine)][:2] == [["a"], ["b"]]
+
+
 def test_static_ends_a_batch_when_its_last_text_is_cancelled():
     engine = dry_engine(Static(2))
     add(engine, a=(3, 1), b=(2, 5))
@@ -139,6 +146,13 @@ def test_splitfuse_has_exactly_one_number_of_tokens_in_a_step_while_there_is_wor
     assert all("a" in step for step in seen[:4])  # a long prompt does not hold it up
 
 
+def test_splitfuse_goes_on_with_a_prompt_only_if_all_of_it_fits():
+    """In step 2 seven tokens of b would fit, and b would take the blocks that a needs."""
+    engine = dry_engine(SplitFuse(8, 9), blocks=5, size=4)
+    add(engine, a=(4, 3), b=(16, 1))
+    assert steps(engine) == [{"a": 4, "b": 4}, {"a": 1}, {"a": 1}, {"b": 8}, {"b": 4}]
+
+
 def test_splitfuse_resets_all_when_nobody_can_go_on():
     engine = dry_engine(SplitFuse(30, 9), blocks=4, size=4)
     add(engine, a=(8, 4), b=(8, 4))
@@ -158,6 +172,17 @@ def test_lmdeploy_computes_only_the_new_message_of_a_session_that_it_has():
     engine.step()
     assert [(s.name, count) for s, count in engine.parts] == [("turn 2", 3)]  # and the last token
     assert engine.counts.cached == 7
+
+
+def test_lmdeploy_computes_one_token_of_a_prompt_that_it_has_to_its_end():
+    engine = dry_engine(LMDeploy(4))
+    engine.add("first", Request([1, 2, 3, 4, 5], 3))
+    tokens = [1, 2, 3, 4, 5, *[engine.step()[0].token for _ in range(2)]]
+    engine.step()
+    engine.add("again", Request(tokens, 1))
+    (event,) = engine.step()
+    assert [count for _, count in engine.parts] == [1]
+    assert event.token == engine.policy.kept[0].tokens[7]
 
 
 def test_lmdeploy_evicts_the_session_of_the_longest_time_ago_as_a_whole():

@@ -30,6 +30,7 @@ def test_a_race_prints_a_row_for_each_policy_and_writes_its_files(raced):
     assert (folder / "serve_compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_same_times_on_the_virtual_clock(raced, tmp_path):
     done = run("serve_compare.py", *FAST, f"--out={tmp_path}", "--nproc=2", "--mesh=tp=2")
     assert done.returncode == 0, done.stderr
