@@ -398,3 +398,9 @@ def test_a_reading_path_is_within_its_budget(strategy, most_files, most_lines, f
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_no_file_is_longer_than_350_lines(path):
     assert len(path.read_text().splitlines()) <= 350
+
+
+def test_files_of_tests_have_different_names():
+    """pytest imports them by their names alone, because no folder of tests is a package."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
