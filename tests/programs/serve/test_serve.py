@@ -1,6 +1,7 @@
 """launch/serve.py as a program, with ranks: its command line, its texts, and every way to end."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import short_run
@@ -25,6 +26,43 @@ AT = re.compile(r"serve\.py: (\S+) is at http://127\.0\.0\.1:(\d+); Ctrl-C stops
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return short_run.trained(tmp_path_factory.getbasetemp())
+
+
+def played(client, checkpoint, *flags, ranks=2):
+    """Run serve.py in this process, whose forkserver is warm, and `client(server)` in a thread.
+
+    Returns:
+        What the program has returned and printed, and what the client has returned.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        server = Server(free.getsockname()[1])
+    returned, errors = [], []
+
+    def play():
+        try:
+            server.until(lambda: answers(server), 60)
+            returned.append(client(server))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            server.close()
+            if answers(server):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    flags = (f"--checkpoint={checkpoint}", f"--port={server.port}", f"--nproc={ranks}", *flags)
+    done = run("serve.py", *flags)
+    thread.join()
+    if errors:
+        raise AssertionError(done.stderr) from errors[0]
+    return done, returned[0]
+
+
+def answers(server):
+    with suppress(OSError):
+        return server.ask("/health").status == 200
+    return False
 
 
 @contextmanager
@@ -117,49 +155,93 @@ def test_ranks_that_cannot_load_the_model_end_the_server_with_their_line(trained
 # --- with ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
-def test_two_ranks_serve_the_texts_of_one_process_and_stop_gracefully(trained, mesh):
+@pytest.mark.parametrize("mesh", ["tp=2", pytest.param("pp=2", marks=pytest.mark.slow)])
+def test_two_ranks_serve_the_texts_of_one_process_and_stop_when_asked(trained, mesh):
     texts = [
         run("generate.py", f"--checkpoint={trained}", f"--prompt={prompt}", "--tokens=9").stdout
         for prompt in ("def ", "x")
     ]
-    with started(trained, f"--mesh={mesh}", "--stop-seconds=60") as (server, process, mark):
-        replies = {}
 
-        def ask(prompt):
-            replies[prompt] = server.complete(prompt, 9, temperature=0).json["choices"][0]["text"]
-
-        threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in ("def ", "x")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert [replies["def "], replies["x"]] == texts
+    def client(server):
+        both = server.complete(["def ", "x"], 9, temperature=0).json["choices"]
+        assert [choice["text"] for choice in both] == texts
         assert server.stream("def ", 9, temperature=0).text() == texts[0]
+        assert server.complete("a", 20_000).status == 400
         assert server.metric("dist_lab_engine_used") == 0
+
+    done, _ = played(client, trained, f"--mesh={mesh}")
+    assert done.returncode == 0
+    address, stop = done.stderr.splitlines()
+    assert address.startswith("serve.py: short-run is at http://127.0.0.1:")
+    assert stop == "serve.py: stopping; texts may go on for 10 s, and Ctrl-C ends them now"
+
+
+def test_a_client_that_goes_away_frees_its_blocks(trained):
+    def client(server):
+        stream = server.stream("a" * 99, 20_000)
+        server.until(lambda: server.metric("dist_lab_engine_used") >= 7)
+        whole = server.raw("/v1/completions", b'{"prompt": "b", "max_tokens": 10000}')
+        server.until(lambda: server.metric("dist_lab_engine_running") == 2)
+        stream.close()
+        whole.close()
+        server.until(lambda: server.metric("dist_lab_engine_used") == 0)
+        assert server.metric("dist_lab_open_texts") == 0
+
+    assert played(client, trained, "--blocks=2000")[0].returncode == 0
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_server_with_its_name_and_clients_get_an_error(trained, victim):
+    others = {child.pid for child in multiprocessing.active_children()}
+
+    def client(server):
+        stream = server.stream("a", 100_000)
+        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        for child in multiprocessing.active_children():
+            if child.pid not in others and child.name == f"rank {victim}":
+                child.kill()
+        *_, last = stream
+        return last
+
+    done, last = played(client, trained, "--blocks=8000")
+    assert last["error"]["type"] == "server_error"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == [
+        f"serve.py: error: rank {victim} of 2: killed by SIGKILL, which the kernel sends when "
+        "memory runs out; the server has ended, and 1 open texts got an error"
+    ]
+
+
+# --- in a new process -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_lets_texts_end_and_nobody_listens_elsewhere(trained):
+    with started(trained, "--stop-seconds=60") as (server, process, mark):
         addresses = {a.split(":")[0] for pid in with_mark(mark) for a in listening(pid)}
         assert addresses <= {"0100007F", f"{'0' * 24}01000000"}
-        stream = server.stream("a", 200)
+        stream = server.stream("a", 100)
         server.until(lambda: server.metric("dist_lab_engine_running") == 1)
         os.killpg(process.pid, signal.SIGTERM)  # the ranks too, as a service manager does
-        assert len(stream.text()) > 0
+        assert stream.text()
         status, printed = ended(process)
         assert status == 0
-        assert printed.count("\n") == 1
         assert printed.startswith("serve.py: stopping; texts may go on for 60 s")
+        assert printed.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_a_long_text_is_cut_by_a_stop_and_a_second_signal_ends_at_once(trained):
-    flags = "--blocks=8000", "--stop-seconds=0.5"
-    with started(trained, *flags) as (server, process, _):
+    def client(server):
         stream = server.stream("a", 100_000)
         server.until(lambda: server.metric("dist_lab_engine_running") == 1)
-        process.send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         *_, last = stream
-        assert last["error"]["message"].startswith("the server is stopping")
-        assert ended(process)[0] == 0
+        return last
+
+    done, last = played(client, trained, "--blocks=8000", "--stop-seconds=0.5")
+    assert last["error"]["message"].startswith("the server is stopping")
+    assert done.returncode == 0
     with started(trained, "--blocks=8000", "--stop-seconds=60") as (server, process, _):
         server.stream("a", 100_000)
         server.until(lambda: server.metric("dist_lab_engine_running") == 1)
@@ -169,53 +251,7 @@ def test_a_long_text_is_cut_by_a_stop_and_a_second_signal_ends_at_once(trained):
         assert ended(process, within=8)[0] == 143
 
 
-@pytest.mark.slow
-def test_a_client_that_goes_away_frees_its_blocks(trained):
-    with started(trained, "--blocks=2000", "--max-queue=2") as (server, _, _):
-        stream = server.stream("a" * 99, 20_000)
-        server.until(lambda: server.metric("dist_lab_engine_used") >= 7)
-        whole = server.raw("/v1/completions", b'{"prompt": "b", "max_tokens": 10000}')
-        server.until(lambda: server.metric("dist_lab_engine_running") == 2)
-        stream.close()
-        whole.close()
-        server.until(lambda: server.metric("dist_lab_engine_used") == 0, 2.0)
-        assert server.metric("dist_lab_open_texts") == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_server_with_its_name_and_clients_get_an_error(trained, victim):
-    with started(trained, "--blocks=8000") as (server, process, mark):
-        stream = server.stream("a", 100_000)
-        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
-        os.kill(rank_processes(mark, process)[victim], signal.SIGKILL)
-        *_, last = stream
-        assert last["error"]["type"] == "server_error"
-        status, printed = ended(process)
-        assert status == 1
-        assert printed.splitlines()[-1] == (
-            f"serve.py: error: rank {victim} of 2: killed by SIGKILL, which the kernel sends when "
-            "memory runs out; the server has ended, and 1 open texts got an error"
-        )
-        assert "Traceback" not in printed
-
-
-def rank_processes(mark, process):
-    """The ids of the ranks: children of the forkserver, in the order of their start."""
-    ranks = [pid for pid in with_mark(mark) if pid != process.pid and is_rank(pid, process.pid)]
-    return sorted(ranks)
-
-
-def is_rank(pid, server):
-    """Whether its parent is the forkserver, which is a child of the server."""
-    parent = parent_of(pid)
-    return parent != server and parent_of(parent) == server
-
-
-def parent_of(pid):
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[1])
-
+# --- hostile clients ------------------------------------------------------------------------------
 
 HUGE = b'{"prompt": "' + b"x" * (2**20) + b'"}'
 HOSTILE = {
@@ -236,18 +272,18 @@ HOSTILE = {
 
 @pytest.mark.slow
 def test_twenty_hostile_clients_have_no_effect_on_a_stream_beside_them(trained):
-    with started(trained, "--blocks=600", "--max-queue=8") as (server, _, _):
+    def client(server):
         alone = server.stream("def ", 120, temperature=0).text()
         good = server.stream("def ", 120, temperature=0)
-        held = [server.raw("/v1/completions", HOSTILE["no json"], length=99) for _ in range(2)]
-        cut = server.raw("/v1/completions", b'{"prompt": "a"', length=99)
-        cut.close()
+        for _ in range(2):  # slow bodies
+            server.raw("/v1/completions", b'{"prompt', length=99)
+        server.raw("/v1/completions", b'{"prompt": "a"', length=99).close()
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(b"POST /v1/comp")
         leaves = server.stream("a", 5000)
         next(iter(leaves))
         leaves.close()
-        reads_nothing = server.stream("a", 200)
+        server.stream("a", 200)  # reads nothing
         statuses = {
             name: server.ask("/v1/completions", body).status for name, body in HOSTILE.items()
         }
@@ -259,7 +295,8 @@ def test_twenty_hostile_clients_have_no_effect_on_a_stream_beside_them(trained):
         assert statuses.pop("nul") == 200
         assert set(statuses.values()) == {400}
         assert good.text() == alone
-        for connection in (*held, slow, reads_nothing.connection):
-            connection.close()
+        slow.close()
+        server.close()
         server.until(lambda: server.metric("dist_lab_engine_used") == 0)
-        assert server.ask("/health").status == 200
+
+    assert played(client, trained, "--blocks=600", "--max-queue=8")[0].returncode == 0
