@@ -60,6 +60,8 @@ class Letters:
                 f"the prompt has {len(request.prompt)} tokens and {request.new_tokens} are to be "
                 f"generated, and the cache has room for {self.capacity}"
             )
+        if not request.prompt:
+            raise UserError("the prompt is empty, and a model continues a text")
         if wrong := [token for token in request.prompt if token >= 256]:
             raise UserError(f"the prompt has token {wrong[0]}, and the vocabulary has 256")
         self.log.append(f"add {name}")
