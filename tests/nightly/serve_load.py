@@ -130,7 +130,7 @@ def main() -> int:
             seen = asyncio.run(load(port, options.clients, options.seconds))
             wall = time.monotonic() - start
             time.sleep(1.5)  # the last who left
-            left = {name: metric(port, name) for name in ("engine_used", "open_texts")}
+            left = {name: metric(port, name) for name in ("blocks_used", "open_texts")}
         finally:
             server.send_signal(signal.SIGTERM)
             status = server.wait(60)
@@ -141,7 +141,7 @@ def main() -> int:
         "lost": len(seen.lost), "tokens_per_s": round(seen.tokens / wall, 1),
         "first_token_ms_median": round(1000 * statistics.median(times)),
         "first_token_ms_p95": round(1000 * times[int(0.95 * (len(times) - 1))]),
-        "blocks_used_at_end": left["engine_used"], "open_texts_at_end": left["open_texts"],
+        "blocks_used_at_end": left["blocks_used"], "open_texts_at_end": left["open_texts"],
         "exit_status": status,
     }  # fmt: skip
     print(json.dumps(result))

@@ -13,7 +13,7 @@ See https://platform.openai.com/docs/api-reference for the format of requests an
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -38,13 +38,13 @@ POLICY = (
 )
 
 
-def build(router: Router, model: str, patience: float, only_loopback: bool) -> ASGIApp:
+def build(router: Router, model: str, patience: float, hosts: Collection[str]) -> ASGIApp:
     """Returns the ASGI application.
 
     Args:
         model: its name.
         patience: seconds without a word of rank 0 after which the server counts as ill.
-        only_loopback: requests must name this machine as 127.0.0.1 or localhost.
+        hosts: requests must have one of these names in the header Host; if empty, any.
     """
     started = int(time.time())
     answers: Counter[tuple[str, int]] = Counter()
@@ -100,7 +100,7 @@ def build(router: Router, model: str, patience: float, only_loopback: bool) -> A
         ],
         exception_handlers={Refused: refused, HTTPException: no_such_path},
     )
-    return Counted(app, answers, {route.path for route in app.routes}, only_loopback)  # type: ignore[attr-defined]
+    return Counted(app, answers, {route.path for route in app.routes}, hosts)  # type: ignore[attr-defined]
 
 
 def drawn_seed() -> int:
@@ -123,10 +123,10 @@ class Counted:
     """Counts the answers of an application, and keeps the wrong hosts away from it."""
 
     def __init__(
-        self, app: ASGIApp, answers: Counter[tuple[str, int]], paths: set[str], only_loopback: bool
-    ) -> None:
-        self.app, self.answers, self.paths = app, answers, paths
-        self.only_loopback = only_loopback
+        self, app: ASGIApp, answers: Counter[tuple[str, int]], paths: set[str],
+        hosts: Collection[str],
+    ) -> None:  # fmt: skip
+        self.app, self.answers, self.paths, self.hosts = app, answers, paths, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["path"] in self.paths else "other"
@@ -137,8 +137,8 @@ class Counted:
             await send(message)
 
         try:
-            if self.only_loopback:
-                check_host(Request(scope).headers.get("host"))
+            if self.hosts:
+                check_host(Request(scope).headers.get("host", ""), self.hosts)
         except Refused as error:
             await error_response(error)(scope, receive, counted_send)
             return

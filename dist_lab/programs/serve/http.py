@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
 
 from dist_lab.inference.line import LARGEST
 from dist_lab.programs.serve.api import build
-from dist_lab.programs.serve.receive import LOOPBACK
+from dist_lab.programs.serve.receive import LOCAL
 from dist_lab.programs.serve.refused import Refused
 from dist_lab.programs.serve.router import Router
 from dist_lab.programs.serve.settings import Serve
@@ -69,8 +70,7 @@ class HttpThread(threading.Thread):
         self._loop, self._router = asyncio.get_running_loop(), Router(self.config.max_queue)
         router, config = self._router, self.config
         for_rank_0 = await asyncio.start_unix_server(router.connected, self.path, limit=LARGEST)
-        only_loopback = config.host in LOOPBACK
-        app = build(router, config.model_name, config.timeout, only_loopback)
+        app = build(router, config.model_name, config.timeout, self._hosts())
         options = uvicorn.Config(
             app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None,
             log_level="error", access_log=False, server_header=False, proxy_headers=False,
@@ -94,13 +94,23 @@ class HttpThread(threading.Thread):
             task.cancel()
         for_rank_0.close()
 
+    @property
+    def _address(self) -> str:
+        """The address that is listened at, as it is in a URL."""
+        host = self.listener.getsockname()[0]
+        return f"[{host}]" if ":" in host else host
+
+    def _hosts(self) -> set[str]:
+        """The names under which clients may ask; empty: any."""
+        is_local = ip_address(self.listener.getsockname()[0]).is_loopback
+        return {*LOCAL, self._address} if is_local else set()
+
     async def _announce(self) -> None:
         await self._router.ready
         self.ready = True
-        host, port = self.listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{self._address}:{self.listener.getsockname()[1]}"
         print(
-            f"serve.py: {self.config.model_name} is at http://{shown}:{port}; Ctrl-C stops",
+            f"serve.py: {self.config.model_name} is at {url}; Ctrl-C stops",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 

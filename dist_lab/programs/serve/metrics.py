@@ -14,6 +14,16 @@ COUNTERS = {
     "ended_stop": "texts that have ended by a stop string or the end token",
     "cancelled": "texts that were cancelled, because their client had gone or the server stops",
 }
+ENGINE = {  # field of inference.engine.Counts -> name, kind, meaning
+    "waiting": ("texts_waiting", "gauge", "texts that wait in the engine, after the last step"),
+    "running": ("texts_running", "gauge", "texts that have blocks and grow"),
+    "free": ("blocks_free", "gauge", "blocks of the cache that are free"),
+    "used": ("blocks_used", "gauge", "blocks of the cache that texts have"),
+    "empty": ("empty_places", "gauge", "places for a token in used blocks that have none"),
+    "tokens": ("step_tokens", "gauge", "tokens of the last step"),
+    "preemptions": ("preemptions_total", "counter", "texts that lost their blocks for others"),
+    "cached": ("cached_prompt_tokens_total", "counter", "tokens of prompts found in the cache"),
+}
 
 
 def metrics(router: Router, answers: dict[tuple[str, int], int]) -> str:
@@ -43,6 +53,6 @@ def metrics(router: Router, answers: dict[tuple[str, int], int]) -> str:
         ("_count", router.totals["first_tokens"]),
     )  # fmt: skip
     add("open_texts", "gauge", "texts that wait or run", ("", router.open_texts))
-    for name, value in router.counts.items():
-        add(f"engine_{name}", "gauge", f"{name} after the last step", ("", value))
+    for count, (name, kind, help) in ENGINE.items():
+        add(name, kind, help, ("", router.counts.get(count, 0)))
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ the answer, but it cannot change the header Host.
 """
 
 import asyncio
+from collections.abc import Collection
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -20,7 +21,7 @@ from dist_lab.programs.serve.refused import Refused
 LARGEST_BODY = 2**20  # bytes
 MOST_READ = 2**24  # read, and forgotten: who is still sending when we close does not see our answer
 SLOWEST = 10.0  # seconds
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
 async def read_body(request: Request) -> bytes:
@@ -62,15 +63,12 @@ def too_large() -> Refused:
     return Refused(413, f"the body has more than {LARGEST_BODY:,} bytes; send a shorter prompt")
 
 
-def check_host(host: str | None) -> None:
-    """Raises Refused unless the header Host names this machine as itself."""
-    name = (host or "").rpartition(":")[0] if has_port(host or "") else host
-    if name not in LOOPBACK:
+def check_host(header: str, names: Collection[str]) -> None:
+    """Raises Refused unless the header Host, with or without a port, is one of these names."""
+    name, colon, port = header.rpartition(":")
+    host = name if colon and port.isdecimal() else header
+    if host not in names:
         raise Refused(
             421, f"host {shown(host)} is not this server, which is for its own machine alone; ask "
             "127.0.0.1, or start it with --host 0.0.0.0",
         )  # fmt: skip
-
-
-def has_port(host: str) -> bool:
-    return host.rpartition(":")[2].isdecimal() and not host.endswith("]")

@@ -103,6 +103,9 @@ def test_the_fields_of_a_request_reach_the_engine(held):
 def test_a_stop_string_ends_a_text(server):
     choice = server.complete("a", 20, stop="e").json["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("bcd", "stop")
+    part, done = server.stream("a", 20, stop="b")  # the part that ends it has no text
+    assert (part["choices"][0]["text"], part["choices"][0]["finish_reason"]) == ("", "stop")
+    assert done == "[DONE]"
 
 
 def test_fields_that_mean_off_are_accepted(server):
@@ -270,7 +273,7 @@ def test_a_client_that_waits_for_a_whole_answer_may_go_away_too(held):
     held.until(lambda: held.http._router.totals["cancelled"] == 1)
     held.engine.gate.set()
     held.until(lambda: not held.engine.requests)
-    assert held.metric("dist_lab_engine_used") == 0
+    assert held.metric("dist_lab_blocks_used") == 0
 
 
 def test_a_full_queue_is_429_with_retry_after_and_takes_more_when_it_is_shorter(held):

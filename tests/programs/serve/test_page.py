@@ -34,7 +34,7 @@ def opened(browser, server):
     problems, pages = [], []
 
     def note(message):  # a status of 400 is not the page's mistake
-        if not message.text.startswith("Failed to load resource"):
+        if message.type == "error" and "Failed to load resource" not in message.text:
             problems.append(message.text)
 
     def open_page(width=1280):

@@ -141,6 +141,15 @@ def test_without_its_packages_it_says_what_to_install(trained, monkeypatch):
     )
 
 
+def test_it_cannot_be_a_rank_of_torchrun(trained, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    done = run("serve.py", f"--checkpoint={trained}", "--port=0")
+    assert done.returncode == 2
+    assert "start it without torchrun, with --nproc" in done.stderr
+
+
 def test_ranks_that_cannot_load_the_model_end_the_server_with_their_line(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     done = run("serve.py", f"--checkpoint={tmp_path / 'empty'}", "--port=0", "--nproc=2")
@@ -167,7 +176,7 @@ def test_two_ranks_serve_the_texts_of_one_process_and_stop_when_asked(trained, m
         assert [choice["text"] for choice in both] == texts
         assert server.stream("def ", 9, temperature=0).text() == texts[0]
         assert server.complete("a", 20_000).status == 400
-        assert server.metric("dist_lab_engine_used") == 0
+        assert server.metric("dist_lab_blocks_used") == 0
 
     done, _ = played(client, trained, f"--mesh={mesh}")
     assert done.returncode == 0
@@ -179,12 +188,12 @@ def test_two_ranks_serve_the_texts_of_one_process_and_stop_when_asked(trained, m
 def test_a_client_that_goes_away_frees_its_blocks(trained):
     def client(server):
         stream = server.stream("a" * 99, 20_000)
-        server.until(lambda: server.metric("dist_lab_engine_used") >= 7)
+        server.until(lambda: server.metric("dist_lab_blocks_used") >= 7)
         whole = server.raw("/v1/completions", b'{"prompt": "b", "max_tokens": 10000}')
-        server.until(lambda: server.metric("dist_lab_engine_running") == 2)
+        server.until(lambda: server.metric("dist_lab_texts_running") == 2)
         stream.close()
         whole.close()
-        server.until(lambda: server.metric("dist_lab_engine_used") == 0)
+        server.until(lambda: server.metric("dist_lab_blocks_used") == 0)
         assert server.metric("dist_lab_open_texts") == 0
 
     assert played(client, trained, "--blocks=2000")[0].returncode == 0
@@ -196,7 +205,7 @@ def test_a_killed_rank_ends_the_server_with_its_name_and_clients_get_an_error(tr
 
     def client(server):
         stream = server.stream("a", 100_000)
-        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        server.until(lambda: server.metric("dist_lab_texts_running") == 1)
         for child in multiprocessing.active_children():
             if child.pid not in others and child.name == f"rank {victim}":
                 child.kill()
@@ -221,7 +230,7 @@ def test_sigterm_to_all_processes_lets_texts_end_and_nobody_listens_elsewhere(tr
         addresses = {a.split(":")[0] for pid in with_mark(mark) for a in listening(pid)}
         assert addresses <= {"0100007F", f"{'0' * 24}01000000"}
         stream = server.stream("a", 100)
-        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        server.until(lambda: server.metric("dist_lab_texts_running") == 1)
         os.killpg(process.pid, signal.SIGTERM)  # the ranks too, as a service manager does
         assert stream.text()
         status, printed = ended(process)
@@ -234,7 +243,7 @@ def test_sigterm_to_all_processes_lets_texts_end_and_nobody_listens_elsewhere(tr
 def test_a_long_text_is_cut_by_a_stop_and_a_second_signal_ends_at_once(trained):
     def client(server):
         stream = server.stream("a", 100_000)
-        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        server.until(lambda: server.metric("dist_lab_texts_running") == 1)
         os.kill(os.getpid(), signal.SIGINT)
         *_, last = stream
         return last
@@ -244,7 +253,7 @@ def test_a_long_text_is_cut_by_a_stop_and_a_second_signal_ends_at_once(trained):
     assert done.returncode == 0
     with started(trained, "--blocks=8000", "--stop-seconds=60") as (server, process, _):
         server.stream("a", 100_000)
-        server.until(lambda: server.metric("dist_lab_engine_running") == 1)
+        server.until(lambda: server.metric("dist_lab_texts_running") == 1)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
@@ -297,6 +306,6 @@ def test_twenty_hostile_clients_have_no_effect_on_a_stream_beside_them(trained):
         assert good.text() == alone
         slow.close()
         server.close()
-        server.until(lambda: server.metric("dist_lab_engine_used") == 0)
+        server.until(lambda: server.metric("dist_lab_blocks_used") == 0)
 
     assert played(client, trained, "--blocks=600", "--max-queue=8")[0].returncode == 0
