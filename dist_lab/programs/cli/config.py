@@ -69,7 +69,7 @@ class RunSettings(LowPrecision):
         low=1)
     dtype: str = setting("float32", "dtype of forward and backward; bfloat16 keeps float32 master "
         "weights", choices=("float32", "bfloat16", "float64"))
-    lr: float = setting(2e-3, "learning rate after warm-up", above=0)
+    lr: float = setting(2e-3, "learning rate after warm-up; falls to a tenth over --steps", above=0)
     config: str = setting("", "TOML file of these settings, with underscores in names: val_every = "
         "50; flags override it", metavar="FILE")
     out: str = setting("", "output folder; default: a new one in runs/ for train.py and "

@@ -30,6 +30,7 @@ from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.resume import is_auto
 from dist_lab.programs.cli.saved_settings import checked_settings
 from dist_lab.programs.cli.settings import AtLeast, as_typed, flag
+from dist_lab.programs.train.schedule import other_steps
 
 # Settings that may not change when a run goes on.
 MEANING = (
@@ -65,6 +66,7 @@ class Checkpoints:
         """
         self._job, self._optimizer, self._config = job, optimizer, config
         self._meaning = meaning_of(config, data)
+        self._settings = self._meaning | {"steps": config.steps}
         self._folder, self._tell = out.absolute() / CHECKPOINTS, tell
         self._files = files or Files()
         with together(job.mesh.world):
@@ -89,7 +91,7 @@ class Checkpoints:
     def after(self, step: int) -> None:
         """A step has ended, after which it is time to save. Collective."""
         if self._saver is not None:
-            self._saver.save(self._optimizer, step=step, settings=self._meaning)
+            self._saver.save(self._optimizer, step=step, settings=self._settings)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The last step has ended: save, together with the summary. Collective.
@@ -98,8 +100,8 @@ class Checkpoints:
         """
         if self._saver is not None:
             extra = {"summary": dict(summary)}
-            steps, meaning = self._config.steps, self._meaning
-            self._saver.save(self._optimizer, step=steps, settings=meaning, extra=extra)
+            steps, settings = self._config.steps, self._settings
+            self._saver.save(self._optimizer, step=steps, settings=settings, extra=extra)
             self._saver.finish()
             if self._job.mesh.rank == 0:
                 self._tell(f"newest whole checkpoint: {self._saver.last}")
@@ -137,6 +139,9 @@ class Checkpoints:
             new = ", its moments with the options of this run" if is_imported else ""
             new = " with a new optimizer: it has only weights" if only_weights else new
             self._tell(f"resumed after step {checkpoint.step} from {checkpoint.folder}{new}")
+            steps = (checkpoint.manifest["settings"] or {}).get("steps", self._config.steps)
+            if line := other_steps(checkpoint.step, steps, self._config):
+                self._tell(line)
         summary = extra.get("summary") or {}
         if not isinstance(summary, dict):
             raise Damaged(
@@ -148,7 +153,7 @@ class Checkpoints:
         """Raise UserError if the run would go on as another one."""
         if saved is None:
             return  # saved by a script: only the model's tensors can be compared
-        _ = checked_settings({k: saved[k] for k in MEANING if k in saved}, name)
+        _ = checked_settings({k: saved[k] for k in (*MEANING, "steps") if k in saved}, name)
         different = [k for k, value in self._meaning.items() if saved.get(k, value) != value]
         if {"tokenizer", "data_sha256"} & {*different}:
             different = [k for k in different if k != "tokenizer_sha256"]  # a consequence

@@ -1,6 +1,5 @@
 """The training loop, the same for every strategy: `train` and `take_step`, then their helpers."""
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -21,6 +20,7 @@ from dist_lab.optim.matrices import Groups
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.train.checkpoints import Checkpoints
 from dist_lab.programs.train.meter import Meter
+from dist_lab.programs.train.schedule import learning_rate
 from dist_lab.step.fixed_order.digest import sha256
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -193,14 +193,6 @@ def hash_of_weights(job: Job) -> str:
 def own_rows(batch: int, job: Job) -> slice:
     """The rows of the global batch that this rank trains on, by its data coordinate."""
     return slice(*shard_bounds(batch, job.mesh.data.size, job.mesh.data.index))
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then a cosine down to a tenth (Loshchilov & Hutter, arXiv:1608.03983)."""
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def matrix_groups(config: Config) -> Groups:

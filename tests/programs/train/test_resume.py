@@ -85,6 +85,17 @@ def test_a_resumed_run_says_which_save_was_not_whole_yet(tmp_path):
     assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
+def test_a_run_that_resumes_with_other_steps_says_what_that_makes_of_the_learning_rate(tmp_path):
+    flags = "--model mlp --size tiny --seq 8 --val-every 0 --warmup 0 --lr 0.1".split()
+    flags += ["--out", tmp_path]
+    assert run("train.py", *flags, "--steps", 2, "--save-every", 1).returncode == 0
+    told = run("train.py", *flags, "--steps", 4, "--resume", "auto").stdout
+    assert "the run had --steps 2 and goes on with 4: the learning rate falls with all" in told
+    assert "so step 3 has 0.0232 in place of 0.01" in told
+    (row,) = [row for row in metrics(tmp_path) if row["step"] == 3]
+    assert row["lr"] == pytest.approx(0.0232, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_a_run_that_overwrites_another_resumes_its_own_checkpoints(saved, tmp_path):
     """An old run's checkpoint of step 6 was resumed, and the new ones of fewer steps deleted."""
