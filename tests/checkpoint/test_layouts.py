@@ -52,7 +52,7 @@ def test_tied_frozen_and_batchnorm_models(library, on_ranks, model, source, targ
     check(library, on_ranks, source, target, model, "adamw")
 
 
-@pytest.mark.slow_unless(lambda name, source, target: (name, source) == ("muon", "tp4"))
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "target"), [(o, *p) for o, p in product(("muon", "shampoo"), OF_MATRICES)]
 )

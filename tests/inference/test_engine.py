@@ -94,6 +94,7 @@ def test_the_engine_gives_the_tokens_and_texts_of_generate(stage):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow_unless(lambda seed: seed == 0)
 def test_requests_that_come_and_go_at_random_leave_no_block_behind(stage, seed, policy):
     """Some are cancelled. Their blocks are free at once, and the others get their tokens."""
     draw = random.Random(seed)

@@ -167,6 +167,7 @@ def test_its_error_is_that_of_the_outputs_and_the_least_of_its_alphas(scheme):
     assert own == pytest.approx(errors[alpha])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ranges_are_chosen_for_the_inputs_after_folding():
     """Which are those of before, divided by the scale: the block does not run again."""
@@ -249,6 +250,7 @@ def test_dead_channels_and_zero_weights_have_no_nan():
     assert model(tokens()).isfinite().all()
 
 
+@pytest.mark.slow
 def test_one_row_is_enough():
     quantized(
         gpt(torch.float32), shards_of_rows(tokens(1), dist_lab.init_mesh()["dp"], 1), Scheme(4)
@@ -272,6 +274,7 @@ def test_inputs_that_are_not_finite_are_refused():
         awq.quantize(model, alone(), Scheme(4), plan={})
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_empty_plan_chooses_ranges_only():
     model = gpt(torch.float32)

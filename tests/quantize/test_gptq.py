@@ -32,6 +32,7 @@ def on_one_rank(model: nn.Module, scheme: Scheme, rows: Tensor | None = None, **
 
 
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
+@pytest.mark.slow_unless(lambda name: name == "gpt")
 def test_every_linear_of_every_block_is_quantised_and_nothing_else(name):
     model = build(name, "tiny", vocab=61, seed=0, layers=2)
     before = copy.deepcopy(model).state_dict()
@@ -49,6 +50,7 @@ def test_every_linear_of_every_block_is_quantised_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, 16), Scheme(4, None)], ids=str)
+@pytest.mark.slow_unless(lambda scheme: scheme.bits == 3)
 def test_each_block_is_solved_for_the_outputs_of_quantised_blocks(scheme):
     """Against a loop over single Linears, with inputs from whole forwards."""
     rows = tokens()

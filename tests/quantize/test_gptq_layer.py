@@ -87,6 +87,7 @@ def test_codes_are_those_of_the_published_algorithm(bits, group, act_order):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.slow_unless(lambda scheme: scheme.bits == 3)
 def test_three_ways_give_the_same_codes_and_errors(scheme):
     weight, x = example()
     methods = (by_blocks, partial(by_blocks, block=10), from_inverse)

@@ -172,6 +172,7 @@ def places(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("words", "line"), MISTAKES, ids=lambda v: v if type(v) is str else "")
+@pytest.mark.slow_unless(lambda words: "--nproc=3" not in words or "--mesh=pp=3" in words)
 def test_a_mistake_is_one_line(places, words, line):
     for name, path in places.items():
         words = [word.replace(f"={name}", f"={path}") for word in words]

@@ -23,6 +23,7 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # tests/observe/timeline has each part of it
 def test_a_run_writes_its_timeline_its_profile_and_its_memory(tmp_path):
     flags = "--strategy fsdp --nproc 2 --steps 5 --timeline 3:4 --profile 3:3 --recompute 1"
     printed = train(tmp_path, flags)
