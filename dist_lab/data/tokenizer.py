@@ -25,6 +25,7 @@ from dist_lab.errors import MachineError, UserError, shown
 
 BYTES = "bytes"
 END = "<|endoftext|>"  # the end token of the tokenizers that we train
+ENDS = (END, "</s>", "<|end_of_text|>", "<|eot_id|>")  # those of others, by their usual names
 FEWEST, MOST = 257, 2**20  # ids of a bpe tokenizer: 256 bytes and the end token, at least
 SPACE = "▁"  # in files with ByteFallback
 
@@ -69,7 +70,7 @@ class FileTokenizer:
         sha256: of the file.
         vocab: the number of ids, those that have no token included.
         special: the special tokens, name -> id.
-        ends: the tokens that end a text; that of ours if none are given.
+        ends: the tokens that end a text; if none are given, the special tokens named in ENDS.
     """
 
     def __init__(self, text: str, where: str, *, ends: tuple[int, ...] = ()) -> None:
@@ -85,7 +86,7 @@ class FileTokenizer:
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self._bytes, self.special = pieces_of(text, where)
         self.vocab = max(self._bytes) + 1
-        self.ends = ends or tuple(self.special[name] for name in (END,) if name in self.special)
+        self.ends = ends or tuple(self.special[name] for name in ENDS if name in self.special)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. The name of a special token in it is that token.

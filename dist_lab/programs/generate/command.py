@@ -109,7 +109,7 @@ def open_weights(path: str, mesh: Mesh) -> tuple[Weights, int]:
     with together(mesh.world):
         settings = checked_settings(checkpoint.manifest["settings"] or {}, checkpoint.folder)
         weights = of_run(checkpoint, settings)
-        if is_custom(data := str(settings.get("data"))):
+        if is_custom(data := str(settings.get("data"))) and checkpoint.tokenizer is None:
             raise UserError(
                 f"checkpoint {str(checkpoint.folder)!r} is of the tokens of {shown(data)}, which "
                 "are no bytes of a text; call inference.generate with its tokenizer"

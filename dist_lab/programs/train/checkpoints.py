@@ -22,6 +22,7 @@ from dist_lab.checkpoint.save import Tell
 from dist_lab.checkpoint.state_check import check_stepped
 from dist_lab.comm.agree import first_says, together
 from dist_lab.data import Data
+from dist_lab.data.custom import is_custom
 from dist_lab.errors import MachineError, UserError, shown
 from dist_lab.job import Job
 from dist_lab.mesh.mesh import Mesh
@@ -67,6 +68,7 @@ class Checkpoints:
         self._job, self._optimizer, self._config = job, optimizer, config
         self._meaning = meaning_of(config, data)
         self._settings = self._meaning | {"steps": config.steps}
+        self._tokenizer = data.tokenizer.text if data.tokenizer is not None else None
         self._folder, self._tell = out.absolute() / CHECKPOINTS, tell
         self._files = files or Files()
         with together(job.mesh.world):
@@ -79,9 +81,8 @@ class Checkpoints:
         self._saver = None
         if config.save_every:
             keep = KEEP if config.keep is None else config.keep
-            file = data.tokenizer.text if data.tokenizer is not None else None
             self._saver = job.saver(
-                self._folder, keep=keep, files=self._files, tell=tell, tokenizer=file
+                self._folder, keep=keep, files=self._files, tell=tell, tokenizer=self._tokenizer
             )
 
     def due(self, step: int) -> bool:
@@ -130,6 +131,8 @@ class Checkpoints:
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
                     self._set_aside(checkpoint.step)
+        if is_custom(self._config.data):  # which may be the tokens of an imported model
+            self._tokenizer = checkpoint.tokenizer
         is_imported = checkpoint.step == 0 and checkpoint.tables[0]["optimizer"] is None
         only_weights = is_imported and not any(
             n.startswith("optimizer/") for n in checkpoint.names()
@@ -154,7 +157,10 @@ class Checkpoints:
         if saved is None:
             return  # saved by a script: only the model's tensors can be compared
         _ = checked_settings({k: saved[k] for k in (*MEANING, "steps") if k in saved}, name)
-        different = [k for k, value in self._meaning.items() if saved.get(k, value) != value]
+        meaning = self._meaning
+        if is_custom(self._config.data):  # nobody knows whose tokens these are
+            meaning = {k: v for k, v in meaning.items() if not k.startswith("tokenizer")}
+        different = [k for k, value in meaning.items() if saved.get(k, value) != value]
         if {"tokenizer", "data_sha256"} & {*different}:
             different = [k for k in different if k != "tokenizer_sha256"]  # a consequence
         if different:
@@ -165,10 +171,11 @@ class Checkpoints:
             given = " ".join(as_typed(k, saved[k]) for k in settings if saved[k] is not None)
             left_out = " and ".join(f"no {flag(k)}" for k in settings if saved[k] is None)
             typed = ", and ".join(filter(None, (given, left_out)))
+            if different == ["tokenizer_sha256"]:
+                typed = "its text, and the library tokenizers in the version that trained on it"
             raise UserError(
-                f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give {typed}"
-                if typed
-                else f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give its data"
+                f"checkpoint {name!r} is of a run with {was} ({flag('resume')}); give "
+                f"{typed or 'its data'}"
             )
 
     def _set_aside(self, step: int) -> None:

@@ -168,7 +168,9 @@ def test_a_tokenizer_that_another_library_has_trained_is_refused_by_its_hash(pla
     (copy / "manifest.json").write_text(json.dumps(about))
     seal(copy)
     more = [*place.bpe, "--steps=4", f"--resume={copy}", f"--out={tmp_path / 'new'}"]
-    assert "is of a run with tokenizer_sha256 '000" in refusal("train.py", *more)
+    said = refusal("train.py", *more)
+    assert "is of a run with tokenizer_sha256 '000" in said
+    assert "give its text, and the library tokenizers in the version that trained on it" in said
 
 
 # --- other forms ----------------------------------------------------------------------------------
@@ -205,6 +207,23 @@ def test_an_export_and_its_import_keep_the_tokenizer(place, tmp_path, form):
         assert json.loads((there / "config.json").read_text())["eos_token_id"] == SIZE - 1
         assert "AutoTokenizer" in (there / "README.md").read_text()
         assert generated(there).stdout == continued(place, "word é ", 9)
+
+
+@pytest.mark.slow
+def test_an_imported_model_keeps_its_tokenizer_while_it_is_trained_on_tokens_of_your_own(
+    place, tmp_path
+):
+    """They may be those of that tokenizer: only you know. So this is no run in other tokens."""
+    run("checkpoint.py", "export", place.run, tmp_path / "hf", "--to=hf")
+    done = run("checkpoint.py", "import", tmp_path / "hf", tmp_path / "imported")
+    assert done.returncode == 0, done.stderr
+    more = ["--data=written:tokens", "--layers=2", "--batch=8", "--seq=16", "--steps=2"]
+    more += ["--save-every=2", f"--resume={tmp_path / 'imported'}", f"--out={tmp_path / 'tuned'}"]
+    done = run("train.py", *more)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "tuned/checkpoints/step-00000002"
+    assert Checkpoint.open(path).tokenizer == place.checkpoint().tokenizer
+    assert generated(path).returncode == 0
 
 
 @pytest.mark.slow
