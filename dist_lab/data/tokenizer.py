@@ -109,7 +109,10 @@ class FileTokenizer:
         """The file as a `tokenizers.Tokenizer`."""
         Library = import_library().Tokenizer
         try:
-            return Library.from_str(self.text)
+            library = Library.from_str(self.text)
+            library.no_truncation()  # some files would cut a long prompt off
+            library.no_padding()
+            return library
         except BaseException as error:  # a panic of its Rust code is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

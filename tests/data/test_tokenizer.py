@@ -263,6 +263,18 @@ def test_a_file_in_the_form_of_llama_2_gives_the_bytes_that_the_library_gives():
     assert found.bytes_of(4000) == b""
 
 
+def test_a_file_that_cuts_long_texts_off_does_not_do_so_here():
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+           "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+    whole, other = (
+        FileTokenizer(json.dumps(written.llama_2(**changes)), "it")
+        for changes in ({}, {"truncation": cut, "padding": pad})
+    )
+    for text in ("ab  aé", "a"):
+        assert other.encode(text) == whole.encode(text)
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [({"decoder": {"type": "Metaspace"}}, "turns tokens into text by Metaspace, so that"),
