@@ -124,6 +124,8 @@ class Checkpoints:
         checkpoint = open_newest(source, mesh, self._tell)
         with together(mesh.world):
             self._check_settings(str(checkpoint.folder), checkpoint.manifest["settings"])
+            if is_custom(self._config.data):  # which may be the tokens of an imported model
+                self._tokenizer = checkpoint.tokenizer
             if checkpoint.step and checkpoint.manifest["settings"]:  # of a run like this one
                 kind = type(unwrapped(self._optimizer))
                 check_stepped(str(checkpoint.folder), kind, checkpoint.tensors)
@@ -131,8 +133,6 @@ class Checkpoints:
             if mesh.rank == 0:
                 with as_machine_error(self._folder):
                     self._set_aside(checkpoint.step)
-        if is_custom(self._config.data):  # which may be the tokens of an imported model
-            self._tokenizer = checkpoint.tokenizer
         is_imported = checkpoint.step == 0 and checkpoint.tables[0]["optimizer"] is None
         only_weights = is_imported and not any(
             n.startswith("optimizer/") for n in checkpoint.names()
