@@ -1,7 +1,7 @@
 """Clocks for a trace: a virtual one, on which a step of n tokens takes a + b n, and the wall's.
 
 A step reads all weights once (a), and computes for each token (b). On the virtual clock a race of
-policies has no noise: the same trace gives the same numbers on each run, on a busy machine, too.
+policies has no noise: the same trace, a and b give the same numbers, on a busy machine, too.
 What it leaves out: attention to long texts, and the time of the policy itself.
 """
 

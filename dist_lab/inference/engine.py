@@ -5,7 +5,7 @@
             events: the new tokens, and texts that have ended
 
 A request joins at any step and leaves at its own end; nobody waits for the longest text of a batch
-(Yu et al. 2022, "Orca", OSDI, section 3.1: iteration-level scheduling). Its tokens do not depend on
+(Yu et al. 2022, "Orca", OSDI, section 3: iteration-level scheduling). Its tokens do not depend on
 who else runs, nor on preemptions: see sampling.py.
 
 Every rank has an engine, and makes the same calls in the same order. What an engine does depends on

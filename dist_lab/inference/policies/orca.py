@@ -4,7 +4,7 @@ Before Orca, servers chose a batch per request: it ran until its longest text wa
 Orca chooses at each iteration of the model. A sequence leaves when its text ends, and the first one
 that waits takes its place in the next step. Prompts and single tokens run in the same step: linear
 layers take all tokens in one row, and only attention knows sequences ("selective batching": Yu et
-al. 2022, OSDI, sections 3.1 and 3.2; in this project cache.py and paged.py).
+al. 2022, OSDI, section 3; in this project step.py and paged.py).
 
     admit    in order of arrival, while there is a place in the batch, and memory for
              prompt + new_tokens, which is taken now

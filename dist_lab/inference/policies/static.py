@@ -3,7 +3,7 @@
 The batch is a rectangle: a row for each sequence, as wide as the longest prompt and the longest
 continuation. All of it is reserved at the start. A row whose text has ended writes on, and what it
 writes is thrown away. Requests that come meanwhile wait for the whole batch. (NVIDIA,
-FasterTransformer, docs/gpt_guide.md; Yu et al. 2022, "Orca", OSDI, figure 3, shows the two costs.)
+FasterTransformer, docs/gpt_guide.md; Yu et al. 2022, "Orca", OSDI, section 3, on its two costs.)
 
     a   p p p p | 1 2 3 . . . . .     p: prompt, 1 2 3: tokens that someone reads
     b   p p     | 1 2 3 4 5 6 7 8     . : computed, and thrown away

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import short_run
 from programs import refusal, run
 
 FAST = ("--requests=3", "--cost=2,0.1", "--policy=static,vllm")
@@ -39,6 +40,13 @@ def test_two_ranks_have_the_same_times_on_the_virtual_clock(raced, tmp_path):
         for folder in (raced[0], tmp_path)
     )
     assert one == two
+
+
+def test_a_trained_model_serves(tmp_path_factory):
+    trained = short_run.trained(tmp_path_factory.getbasetemp())
+    done = run("serve_compare.py", *FAST[:2], "--policy=lmdeploy", f"--checkpoint={trained}")
+    assert done.returncode == 0, done.stderr
+    assert "\n  lmdeploy" in done.stdout
 
 
 @pytest.mark.slow
