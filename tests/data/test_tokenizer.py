@@ -192,6 +192,19 @@ def test_the_cache_keeps_tokens_and_tokenizer_together(folder, base, tokens, mon
     assert isinstance(again.train.base, np.memmap)  # mapped, not read
 
 
+def test_a_line_says_that_a_tokenizer_is_trained_if_that_takes_a_while(
+    folder, tmp_path, monkeypatch
+):
+    told = []
+    asked = {"seq": 8, "tokenizer": "bpe:290", "tell": told.append}
+    data.check(str(folder), cache_dir=tmp_path / "small", **asked)
+    assert told == []
+    monkeypatch.setattr(tokenized, "LARGE", 100)
+    for _ in range(2):
+        data.check(str(folder), cache_dir=tmp_path / "large", **asked)
+    assert told == [f"training the tokenizer bpe:290 on 0 MB of {folder}, once ..."]
+
+
 def test_a_cache_within_the_folder_is_not_read_as_text(tmp_path):
     folder = written.folder(tmp_path)
     one, two = (

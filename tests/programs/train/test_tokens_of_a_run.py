@@ -93,6 +93,7 @@ def test_the_run_says_which_tokenizer_it_has(place):
     sha256 = place.opened().tokenizer.sha256
     assert f" in bpe:{SIZE} sha256 {sha256[:12]}, 32 x 16 a step" in place.done.stdout
     assert place.summary["data"]["tokenizer_sha256"] == sha256
+    assert "validation, nats a byte" in (place.run / "report.html").read_text()
     assert f"--tokenizer bpe:{SIZE}" in place.done.stdout  # in the next command
 
 
