@@ -170,7 +170,7 @@ def load_stage(weights: Weights, mesh: Mesh, dtype: torch.dtype | None = None) -
 def forward_only(linear: nn.Linear, layout: Layout, scratch: Scratch, x: Tensor) -> Tensor:
     """A Linear of a layer, without what tp's own forward keeps for a backward.
 
-    That takes a third of the time of a step of one token.
+    That takes a quarter of the time of a step of one token (gpt small, one thread).
     """
     y = F.linear(x, linear.weight)  # x[D] . W[F_tp, D]^T -> y[F_tp], or x[D_tp] . W[F, D_tp]^T
     split = dict(layout.splits).get(scratch.axis.name)

@@ -53,12 +53,12 @@ class ServeCompare(ModelRanks):
         low=1)
     prefix_cache: str = setting("own", "find beginnings of prompts in the cache: own, where the "
         "policy's server does; on; off", choices=("own", "on", "off"))
-    cost: tuple[float, float] | None = setting(None, "milliseconds on the virtual clock: a step of "
-        "n tokens takes A + B n; default: measured", metavar="A,B", read=read_cost)
     requests: int = setting(48, "number of requests", low=1, heading="the trace")
     gap: float = setting(6.0, "mean time between two arrivals; 1 is the time of a step of one "
         "token; 0: all come at once", low=0)
     seed: int = setting(0, "another seed draws another trace", low=0)
+    cost: tuple[float, float] | None = setting(None, "milliseconds on the virtual clock: a step of "
+        "n tokens takes A + B n; default: measured", metavar="A,B", read=read_cost)
     # fmt: on
 
     def names(self) -> list[str]:
