@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lab.errors import UserError
-from dist_lab.quantize.formula import Scheme
+from dist_lab.quantize.formula import Scheme, check_groups, grid_of
 from dist_lab.step.find_units import find_units
 
 Others = tuple[tuple[Any, ...], dict[str, Any]]  # args after the first, kwargs
@@ -77,8 +77,9 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
 def check_linears(model: nn.Module, scheme: Scheme) -> None:
     """Raise UserError unless all Linears of the blocks can be quantised, before any work is done.
 
-    There must be one, in float32 or wider, with columns that divide into groups. Its weight must
-    have one name only: other modules would go on with the weight that is not quantised.
+    There must be one, in float32 or wider, with columns that divide into groups, and with scales
+    that the scheme can hold. All parameters of the model must be finite. A weight must have one
+    name only: other modules would go on with the weight that is not quantised.
     """
     linears = {
         f"{block}.{name}": linear
@@ -102,8 +103,16 @@ def check_linears(model: nn.Module, scheme: Scheme) -> None:
                 f"{' and '.join(shared)} are one weight, which cannot be quantised for one of them "
                 "alone; give each module a weight of its own"
             )
+    check_groups({name: linear.in_features for name, linear in linears.items()}, scheme)
+    for name, parameter in model.named_parameters():
+        if bad := int((~parameter.isfinite()).sum()):
+            raise UserError(
+                f"{name}: {bad} of {parameter.numel()} values are not finite, and have no codes; "
+                "give a model whose loss is finite, such as an earlier checkpoint"
+            )
+    for name, linear in linears.items():
         try:
-            scheme.groups_of(linear.in_features)
+            grid_of(linear.weight.detach(), scheme)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 

@@ -21,6 +21,8 @@ zero the results differ by one code. `fake_quantize_*` rounds first, and so do w
 Letters: F rows (outputs), D columns (inputs), G groups of columns.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,14 +79,35 @@ class Scheme:
         Raises:
             UserError: the columns do not divide into groups.
         """
-        size = columns if self.group in (None, WHOLE) else self.group
-        assert size is not None
+        size = self.size_of_group(columns)
         if columns and columns % size:
             raise UserError(
                 f"{columns} columns do not divide into groups of {size} (group={size}); give "
                 f"{nearest_divisor(columns, size)}, or -1 for one scale per row"
             )
         return torch.arange(columns, dtype=torch.int32) // max(size, 1)
+
+    def size_of_group(self, columns: int) -> int:
+        """The number of columns that share a scale, of so many."""
+        return columns if self.group is None or self.group == WHOLE else self.group
+
+
+def check_groups(columns: Mapping[str, int], scheme: Scheme) -> None:
+    """Raise UserError, with a group for all of them, unless the columns of all layers divide.
+
+    Args:
+        columns: the name of each layer -> its number of columns.
+    """
+    for name, number in columns.items():
+        size = scheme.size_of_group(number)
+        if number and number % size:
+            fits_all = nearest_divisor(math.gcd(*columns.values()), size)
+            widths = " and ".join(map(str, sorted(set(columns.values()))))
+            raise UserError(
+                f"{name}: {number} columns do not divide into groups of {size} (group={size}); "
+                f"give {fits_all}, which divides the {widths} columns of all layers, or -1 for one "
+                "scale per row"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,8 +187,14 @@ def bounds(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value in each group: x (F, D) -> two of (F, G).
 
     Raises:
-        UserError: x has a value that is not finite, or its columns do not divide into groups.
+        UserError: x is no matrix of floating-point numbers, has a value that is not finite, or its
+            columns do not divide into groups.
     """
+    if x.dim() != 2 or not x.is_floating_point():
+        raise UserError(
+            f"{x.dtype} numbers of shape {tuple(x.shape)} are no matrix of weights; give one of "
+            "floating-point numbers, (outputs, inputs), such as x.flatten(1) of a convolution"
+        )
     scheme.groups_of(x.size(1))
     if not x.isfinite().all():
         bad = int((~x.isfinite()).sum())
@@ -197,13 +226,14 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme, columns: int) -> Gri
         columns: D.
 
     Raises:
-        UserError: a scale is too large for the scheme's dtype of scales.
+        UserError: a scale is too large for the scheme's dtype of scales, or a value for float16.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale = (high - low) / scheme.steps
+    wide = precise(low.dtype)  # the range of float16 numbers may be more than float16 holds
+    scale = ((high.to(wide) - low.to(wide)) / scheme.steps).to(low.dtype)
     if scheme.scale_dtype is not None:
         scale = stored_scale(scale, scheme.scale_dtype)
     # Subnormal ranges, too: the inverse of their scale may be infinite.
@@ -211,6 +241,13 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme, columns: int) -> Gri
     zero = torch.zeros_like(scale)
     if not scheme.symmetric:
         zero = (scheme.low - (low / scale).round()).clamp(scheme.low, scheme.high)
+    if scale.dtype == torch.float16:
+        ends = torch.stack([(scheme.low - zero) * scale, (scheme.high - zero) * scale])
+        if not ends.isfinite().all():
+            raise UserError(
+                f"values from {float(low.min()):g} to {float(high.max()):g} have neighbors in "
+                f"{scheme.bits} bits that float16 does not hold; quantise in float32: x.float()"
+            )
     return Grid(scheme, scale, zero, scheme.groups_of(columns))
 
 
@@ -231,7 +268,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if (scale.isfinite() & ~stored.isfinite()).any():
         raise UserError(
             f"the largest scale, {float(scale.max()):.1e}, is more than {dtype} holds, "
-            f"{info.max:.1e}; give a Scheme with scale_dtype={wider(dtype)}, or smaller weights"
+            f"{info.max:.1e}; give smaller weights, or in Python scale_dtype={wider(dtype)}"
         )
     return stored
 

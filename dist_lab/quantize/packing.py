@@ -38,8 +38,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_lab.errors import UserError
-from dist_lab.quantize.formula import WHOLE, Grid, Quantized, Scheme, wider
+from dist_lab.errors import UserError, shown
+from dist_lab.quantize.formula import WHOLE, WIDTHS, Grid, Quantized, Scheme, wider
 
 BLOCK = 32  # codes that fill `bits` words
 SUBTRACTED = {"gptq": 1, "gptq_v2": 0}  # format -> from each zero: [Note: zero - 1]
@@ -153,7 +153,18 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack along the first dim: codes (L, N) from 0 to 2^b - 1 -> words (ceil(L/32) * b, N) int32.
 
     Code k of a block begins at bit b * k of its words.
+
+    Raises:
+        UserError: a code has more bits, or there are no codes of so many.
     """
+    if bits not in WIDTHS:
+        raise UserError(f"bits={shown(bits)} is no width of a code; give 2, 3, 4 or 8")
+    least, largest = (int(end) for end in codes.aminmax()) if codes.numel() else (0, 0)
+    if least < 0 or largest >= 2**bits:
+        raise UserError(
+            f"codes from {least} to {largest} do not fit into {bits} bits without a sign; give "
+            f"codes from 0 to {2**bits - 1}"
+        )
     blocks = math.ceil(codes.size(0) / BLOCK)
     padded = codes.new_zeros(blocks * BLOCK, codes.size(1), dtype=torch.int32)
     padded[: codes.size(0)] = codes

@@ -26,18 +26,18 @@ itself only, so it is such a row of numbers that is rounded next, and their midd
 In bfloat16 the weights that are rounded are those in bfloat16. The arithmetic is in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_lab.errors import UserError, shown
-from dist_lab.quantize.formula import WHOLE, Grid, Scheme, extremes, grid_between
+from dist_lab.quantize.formula import WHOLE, Grid, Scheme, check_groups, extremes, grid_between
 from dist_lab.quantize.lowp.blocks import wide
 from dist_lab.transforms.operands import Split
-from dist_lab.transforms.recipe import Recipe, RoundedOperands, Start
+from dist_lab.transforms.recipe import Recipe, RoundedOperands
 
 
 class QAT(Recipe):
@@ -64,7 +64,13 @@ class QAT(Recipe):
         rounded = RoundedOperands(
             StraightThrough(weights), None if inputs is None else StraightThrough(inputs)
         )
-        start: Start = lambda linears, weights: rounded  # noqa: E731
+
+        def start(linears: Mapping[str, nn.Linear], names: Mapping[str, str]) -> RoundedOperands:
+            columns = {name: linear.in_features for name, linear in linears.items()}
+            for scheme in filter(None, (weights, inputs)):
+                check_groups(columns, scheme)
+            return rounded
+
         super().__init__(rounded.weights, rounded.inputs, None, start, linears)
 
 
@@ -78,7 +84,6 @@ class StraightThrough:
         """A range is taken over ranks that have other elements of the row, or of a group of it."""
         if self.scheme.group is None:
             return (*split.rows, *split.columns)
-        self.scheme.groups_of(split.width)  # raises
         shared = self.scheme.group == WHOLE or self._shares_groups(split)
         return split.columns if shared else ()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dist_lab
 from dist_lab.errors import UserError
-from dist_lab.quantize import awq
+from dist_lab.quantize import awq, smoothquant
 from dist_lab.quantize.awq import (
     ALPHAS,
     Inputs,
@@ -269,9 +269,19 @@ def test_models_that_cannot_be_scaled_are_refused():
 @torch.no_grad()
 def test_inputs_that_are_not_finite_are_refused():
     model = gpt(torch.float32)
-    model.model.layers["0"].input_layernorm.weight[3] = torch.inf
+    model.model.layers["0"].input_layernorm.weight[3] = 3e38
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj are not finite on the cal"):
         awq.quantize(model, alone(), Scheme(4), plan={})
+
+
+@pytest.mark.parametrize("name", ["layers.0.input_layernorm", "layers.1.mlp.up_proj"])
+@pytest.mark.parametrize("method", [awq, smoothquant], ids=["awq", "smoothquant"])
+@torch.no_grad()
+def test_a_weight_that_is_not_finite_is_named_and_not_the_calibration_data(method, name):
+    model = gpt(torch.float32)
+    model.get_parameter(f"model.{name}.weight").view(-1)[3] = torch.nan
+    with pytest.raises(UserError, match=rf"^model\.{name}\.weight: 1 of \d+ values are not finite"):
+        method.quantize(model, alone(), Scheme(8, symmetric=True))
 
 
 @pytest.mark.slow

@@ -203,7 +203,13 @@ def test_what_cannot_be_quantised_is_refused_by_name_before_any_work():
     empty.units = (nn.Sequential,)
     for i in range(3):
         empty.set_submodule(str(i), nn.Sequential(nn.ReLU()))
+    diverged, large = Chain(), Chain()
+    with torch.no_grad():
+        diverged.get_parameter("1.0.weight")[0, 0] = float("nan")
+        large.get_parameter("1.0.weight")[0, 0] = 1e9
     for model, scheme, line in [
+        (diverged, Scheme(4), "^1.0.weight: 1 of 16 values are not finite, and have no codes; "),
+        (large, Scheme(4, scale_dtype=torch.float16), "^1.0: the largest scale, 6.*smaller weigh"),
         (shared, Scheme(4), "^0.0.weight and 1.0.weight are one weight, "),
         (empty, Scheme(4), "^the blocks of Chain have no nn.Linear"),
         (Chain().bfloat16(), Scheme(4), r"^0.0 computes in torch.bfloat16; .* model.float\(\)$"),

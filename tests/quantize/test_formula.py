@@ -7,7 +7,14 @@ import torch
 
 from dist_lab.errors import UserError
 from dist_lab.quantize import formula
-from dist_lab.quantize.formula import Grid, Scheme, bounds, grid_of, round_to_nearest
+from dist_lab.quantize.formula import (
+    Grid,
+    Scheme,
+    bounds,
+    check_groups,
+    grid_of,
+    round_to_nearest,
+)
 
 # torch is about to remove its quantised tensors; what they compute is still the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
@@ -144,6 +151,13 @@ def test_bounds_are_those_of_each_group() -> None:
     assert high.tolist() == [[2, 5], [8, 11]]
 
 
+def test_a_range_that_is_wider_than_float16_has_values() -> None:
+    x = torch.tensor([[4e4, -4e4, 1.0, 2.0]])
+    for scheme in (Scheme(4), Scheme(2), Scheme(8, symmetric=True)):
+        of_half = round_to_nearest(x.half(), scheme)
+        assert ((of_half.values().float() - x).abs() <= 0.51 * of_half.grid.scale.float()).all()
+
+
 def test_a_column_and_some_rows_have_the_grid_of_the_whole() -> None:
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
     for scheme in (Scheme(3, 4), Scheme(3), Scheme(3, None)):
@@ -169,8 +183,27 @@ def test_a_column_and_some_rows_have_the_grid_of_the_whole() -> None:
         ),
         (
             lambda: grid_of(torch.full((2, 4), 1e6), Scheme(4, scale_dtype=torch.float16)),
-            "the largest scale, 6.7e+04, is more than torch.float16 holds, 6.6e+04; give a Scheme "
-            "with scale_dtype=torch.float32",
+            "the largest scale, 6.7e+04, is more than torch.float16 holds, 6.6e+04; give smaller "
+            "weights, or in Python scale_dtype=torch.float32",
+        ),
+        (
+            lambda: round_to_nearest(torch.ones(2, 3, 4), Scheme(4)),
+            "torch.float32 numbers of shape (2, 3, 4) are no matrix of weights; give one",
+        ),
+        (lambda: round_to_nearest(torch.ones(8), Scheme(4, 4)), "of shape (8,) are no matrix"),
+        (
+            lambda: round_to_nearest(torch.arange(8).view(2, 4), Scheme(4)),
+            "torch.int64 numbers of shape (2, 4) are no matrix",
+        ),
+        (
+            lambda: round_to_nearest(torch.tensor([[65504.0, -65504.0]]).half(), Scheme(4)),
+            "values from -65504 to 65504 have neighbors in 4 bits that float16 does not hold; "
+            "quantise in float32: x.float()",
+        ),
+        (
+            lambda: check_groups({"a.q": 128, "a.down": 480}, Scheme(4, 64)),
+            "a.down: 480 columns do not divide into groups of 64 (group=64); give 32, which "
+            "divides the 128 and 480 columns of all layers, or -1",
         ),
     ],
 )

@@ -143,6 +143,12 @@ def test_a_group_of_zeros_needs_no_zero_of_0_and_one_of_positive_weights_does():
         ),
         (lambda: check_storable((33, 64), "q"), "q has 33 outputs, and AutoGPTQ's format packs 32"),
         (
+            lambda: pack_words(torch.full((32, 1), 9), 3),
+            "codes from 9 to 9 do not fit into 3 bits without a sign; give codes from 0 to 7",
+        ),
+        (lambda: pack_words(torch.full((32, 1), -1), 4), "codes from -1 to -1 do not fit into 4"),
+        (lambda: pack_words(torch.ones(32, 1), 9), "bits=9 is no width of a code; give 2, 3, 4"),
+        (
             lambda: pack(round_to_nearest(torch.randn(32, 32), Scheme(4, None))),
             "evaluate and pack as_stored(quantized)",
         ),

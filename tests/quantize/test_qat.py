@@ -346,7 +346,10 @@ REFUSED = {
         "dp", {"recipe": QAT(Scheme(4), linears=("layers.*",))}, gpt,
         r"^'layers.\*' names no nn.Linear .*; there are model.layers.0.self_attn.q_proj, ",
     ),
-    "groups": ("dp", {"recipe": QAT(Scheme(4, 12))}, gpt, "^32 columns do not divide into groups"),
+    "groups": (
+        "dp", {"recipe": QAT(Scheme(4, 12))}, gpt,
+        "^model.layers.0.self_attn.q_proj: 32 columns do not divide into groups of 12 ",
+    ),
     "torch": ("dp", {"impl": "torch"}, gpt, "^ddp@torch puts weights and gradients in tensors of"),
     "a graph": (
         "pp", {"example_inputs": torch.zeros(2, 4), "units": ("blocks.0",)}, Traced,

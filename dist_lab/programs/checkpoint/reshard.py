@@ -44,6 +44,8 @@ def reshard(config: Reshard) -> int:
     source.verify()
     settings = settings_of(source)
     check_data(config.source, config.data, settings)
+    # A run with another batch may go on from these weights, so the batch need not divide here.
+    settings.pop("batch", None)
     run = layout_of(config, **settings)
     size = math.prod((config.mesh or {}).values())
     run = run.fitted(size)

@@ -1,10 +1,12 @@
 """Read the settings of a program. Settings that contradict each other raise a one-line error."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_lab.errors import UserError, one_of, shown
+from dist_lab.errors import UserError, nearest_degree, one_of, shown
 from dist_lab.programs.cli.config import Config
+from dist_lab.programs.cli.low_precision import WHOLE_ROW, scheme_of
 from dist_lab.programs.cli.mixes import AXES, IllegalMix, check_impl
 from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.registry import MODELS, STRATEGIES
@@ -152,6 +154,18 @@ def check_quantised(config: Config, where: Mapping[str, str]) -> None:
             f"and --{name} rounds those of our strategies ({where[name]}); leave it out, or give "
             "--impl hand"
         )
+    bits, group = scheme_of(config.qat) if config.qat else (0, None)
+    columns = MODELS[config.model].columns(config.size)
+    for linear, number in columns.items():
+        if group is not None and group != WHOLE_ROW and number % group:
+            common = math.gcd(*columns.values())
+            fitting = nearest_degree([n for n in range(1, common + 1) if common % n == 0], group)
+            raise UserError(
+                f"the {number} columns of {linear} in {config.model} {config.size} do not divide "
+                f"into groups of {group} ({where['qat']} {config.qat}); give --qat "
+                f"{bits}:{fitting}, which divides those of all layers, or --qat {bits}: one scale "
+                "per row"
+            )
 
 
 def check_order(config: Config, where: Mapping[str, str]) -> None:

@@ -67,9 +67,7 @@ def settings_of(source: Checkpoint) -> dict[str, Any]:
             f"checkpoint {str(source.folder)!r} was saved by a script, whose model cannot be built "
             "here; job.load reads it in any layout"
         )
-    # A run with another batch may go on from these weights, so the batch need not divide here.
-    without_batch = {name: value for name, value in saved.items() if name != "batch"}
-    known = checked_settings(without_batch, source.folder)
+    known = checked_settings(saved, source.folder)
     if not known.get("model"):
         raise Damaged(
             f"the settings of {str(source.folder)!r} name no model; give another checkpoint"

@@ -6,7 +6,7 @@ compose.py reads it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_lab.errors import UserError, nearest_degree, one_of, shown
 from dist_lab.zoo.sizes import SIZES, numbers_of
@@ -119,6 +119,8 @@ class Model:
     smallest: int = 1  # height and width of an image, at least
     own_blocks: int = 0  # the number of blocks of a model without `layers`
     no_tp: str = ""  # the reason why tp cannot split it; "" if it can
+    # Linears of a block, one for each number of inputs that they have -> its name in zoo/sizes.py
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -128,6 +130,11 @@ class Model:
         """The number of blocks; a pipeline cuts the model between blocks."""
         blocks: int = numbers_of(self.name, size).get("layers", self.own_blocks)
         return blocks
+
+    def columns(self, size: str) -> dict[str, int]:
+        """Linears of a block -> the columns of their weights, one for each number of columns."""
+        shape = numbers_of(self.name, size)
+        return {linear: shape[name] for linear, name in self.inputs.items()}
 
     def heads(self, size: str) -> tuple[int, int] | None:
         """The number of query heads and of key and value heads; None without attention."""
@@ -194,9 +201,15 @@ class Model:
 
 
 MODELS = {
-    "gpt": Model("gpt", reads="text", data="stdlib"),
-    "mlp": Model("mlp", reads="text", data="stdlib"),
-    "vit": Model("vit", reads="images", data="glyphs", patch=4),
+    "gpt": Model(
+        "gpt", reads="text", data="stdlib",
+        inputs={"self_attn.q_proj": "width", "mlp.down_proj": "ffn"},
+    ),
+    "mlp": Model("mlp", reads="text", data="stdlib", inputs={"up": "width", "down": "ffn"}),
+    "vit": Model(
+        "vit", reads="images", data="glyphs", patch=4,
+        inputs={"self_attn.q_proj": "width", "mlp.down_proj": "ffn"},
+    ),
     "resnet18": Model(
         "resnet18",
         reads="images",
@@ -205,6 +218,6 @@ MODELS = {
         own_blocks=8,
         no_tp="tp splits matrices, and all but 17,442 of its parameters are convolutions and norms",
     ),
-}
+}  # fmt: skip
 ALL_SIZES = tuple(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))
 IMAGES = ("glyphs", "mnist", "cifar10", "fake", "module:function")  # values of --data

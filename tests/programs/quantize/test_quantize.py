@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from programs import refusal, run
-from short_run import trained
+from short_run import MODEL, trained
 
 from dist_lab.checkpoint.exchange import gptq_files
 from dist_lab.mesh.mesh import init_mesh
@@ -50,6 +50,14 @@ def test_the_folder_loads_and_has_the_loss_that_was_printed(source, tmp_path):
     assert about["loss"]["after"] == loss
     assert about["settings"]["model"] == "gpt"
     assert json.loads((folder / "quantize_config.json").read_text())["desc_act"] is True
+
+
+def test_the_loss_before_is_the_validation_loss_that_training_printed(source):
+    mesh = init_mesh()
+    opened = open_source(str(source), "", mesh)
+    trained_to = json.loads((source / "summary.json").read_text())["final_val_loss"]
+    assert opened.config.batch == MODEL["batch"]
+    assert loss_of(opened.model, opened, mesh["dp"]) == pytest.approx(trained_to, rel=1e-6)
 
 
 @pytest.mark.slow_unless(lambda method: method == "gptq")
@@ -105,7 +113,7 @@ def test_bad_input_is_one_line(flags, part):
 
 def test_a_group_that_does_not_divide_is_named_with_its_layer(source):
     line = refusal("quantize.py", "--checkpoint", source, "--group", "100")
-    assert "128 columns do not divide into groups of 100 (group=100); give 128" in line
+    assert "q_proj: 128 columns do not divide into groups of 100 (group=100); give 32" in line
 
 
 @pytest.mark.slow
