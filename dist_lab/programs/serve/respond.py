@@ -114,7 +114,7 @@ class Answer:
             reasons[part.number] = part.reason or None
         ended = zip(texts, reasons, strict=True)
         choices = [self.style.choice(n, text, why) for n, (text, why) in enumerate(ended)]
-        return self._object(self.style.whole, choices) | {"usage": self._usage()}
+        return self._envelope(self.style.whole, choices) | {"usage": self._usage()}
 
     async def _send_events(self, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
@@ -133,15 +133,15 @@ class Answer:
                     first = part.number not in begun
                     begun.add(part.number)
                     choice = self.style.part(part.number, part.text, part.reason or None, first)
-                    yield as_json(self._object(self.style.chunk, [choice]))
+                    yield as_json(self._envelope(self.style.chunk, [choice]))
         except Refused as refused:  # the status has been sent, so the error is an event
             yield as_json(refused.to_dict())
             return
         if self.include_usage:
-            yield as_json(self._object(self.style.chunk, []) | {"usage": self._usage()})
+            yield as_json(self._envelope(self.style.chunk, []) | {"usage": self._usage()})
         yield "[DONE]"
 
-    def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return self.head | {"object": kind, "created": int(time.time()), "choices": choices}
 
     def _usage(self) -> dict[str, int]:
