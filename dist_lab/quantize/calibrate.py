@@ -19,9 +19,9 @@ all of them (`tree_sum`), and who solves which Linear (`share_out`, `broadcast_q
 Letters: B rows in a shard, T tokens in each, D inputs of a Linear, F its outputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from dist_lab.quantize.formula import Grid, Quantized, Scheme, precise, round_to
 from dist_lab.step.fixed_order.order import SHARDS, shards_of_each
 from dist_lab.step.fixed_order.totals import aligned
 
+Watch = Callable[[Sequence[Any]], Iterable[Any]]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -44,10 +46,12 @@ class Calibration:
 
     shards: this rank's virtual shards, each (B, T) int64, or images for a model that reads those
     axis: the data axis; size 1 in one process
+    watch: yields the blocks one after another, and may show how far they are
     """
 
     shards: Sequence[Tensor]
     axis: Axis
+    watch: Watch = iter
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def walk(model: nn.Module, calibration: Calibration) -> Iterator[Block]:
     check_chain(model, blocks, calibration.shards[0][:1])
     calls = [first_call(model, blocks[0][1], shard) for shard in calibration.shards]
     inputs, others = [hidden for hidden, _ in calls], [others for _, others in calls]
-    for i, (name, module) in enumerate(blocks):
+    for i, (name, module) in enumerate(calibration.watch(blocks)):
         block = Block(name, module, inputs, others)
         yield block
         if i + 1 < len(blocks):

@@ -141,7 +141,8 @@ def notes_on(
     if tokens < columns:
         notes.append(f"{tokens} calibration tokens are fewer than {columns} columns: give more")
     if solution.factor.damping != damping:
-        notes.append(f"damped {damping:g} -> {solution.factor.damping:g}: singular")
+        more = solution.factor.damping
+        notes.append(f"its Hessian is singular with damping {damping:g}, so {more:g} was taken")
     weight = torch.where(diagonal > 0, weight, 0)
     change = weight - round_to_nearest(weight, solution.quantized.grid.scheme).values()
     nearest = output_error(change, hessian)

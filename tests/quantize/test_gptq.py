@@ -153,7 +153,7 @@ def test_notes_of_every_rank_reach_all_ranks(mesh):
 def test_damping_that_was_raised_is_named():
     model = build("mlp", "tiny", vocab=61, seed=0, layers=1, width=32, ffn=40)
     notes = on_one_rank(model, Scheme(4), tokens(8, 2), damping=0.0).notes
-    assert "blocks.0.up: damped 0 -> 0.01: singular" in notes
+    assert "blocks.0.up: its Hessian is singular with damping 0, so 0.01 was taken" in notes
 
 
 def test_an_error_larger_than_that_of_rounding_is_named():

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_lab.checkpoint.exchange.folders import inside, read_json
+from dist_lab.checkpoint.exchange.gptq_names import CONFIG, QUANTIZE, TABLE
 from dist_lab.errors import MachineError, UserError, one_of, shown
 from dist_lab.quantize.formula import WHOLE, WIDTHS, Scheme
 from dist_lab.quantize.packing import SUBTRACTED
 
-CONFIG, QUANTIZE = "config.json", "quantize_config.json"
 LARGEST_GROUP = 2**31 - 1
-TABLE = "quantization_config"  # of config.json
 MUST_AGREE = ("bits", "group_size", "sym", "checkpoint_format", "activations")
 
 
@@ -100,14 +99,6 @@ def read_config(folder: Path, config: Mapping[str, Any]) -> tuple[GptqConfig, Ma
                 )
     merged = {key: value for values in reversed(tables.values()) for key, value in values.items()}
     return _checked(merged, first), merged
-
-
-def is_quantized(folder: str | Path) -> bool:
-    """Whether a folder is of a quantised model, by any method."""
-    path = Path(folder).expanduser()
-    if (path / QUANTIZE).exists():
-        return True
-    return (path / CONFIG).is_file() and TABLE in read_json(inside(path, CONFIG, "the folder"))
 
 
 def _checked(table: Mapping[str, Any], file: str) -> GptqConfig:

@@ -34,14 +34,8 @@ from dist_lab.checkpoint.exchange.folders import (
     read_json,
     write_json,
 )
-from dist_lab.checkpoint.exchange.gptq_config import (
-    CONFIG,
-    QUANTIZE,
-    TABLE,
-    GptqConfig,
-    is_quantized,
-    read_config,
-)
+from dist_lab.checkpoint.exchange.gptq_config import GptqConfig, read_config
+from dist_lab.checkpoint.exchange.gptq_names import CONFIG, QUANTIZE, TABLE, is_quantized
 from dist_lab.checkpoint.exchange.gptq_tensors import check_kinds, check_values, linears_of
 from dist_lab.checkpoint.exchange.huggingface import (
     INDEX,

@@ -10,9 +10,11 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.quantize.measure import Measured, measure, scheme_of
 from dist_lab.programs.quantize.methods import METHODS
+from dist_lab.programs.quantize.rounded_run import notes_on
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import Source, calibration_of, open_source
 from dist_lab.programs.quantize.table import table
+from dist_lab.quantize.blocks import check_linears
 from dist_lab.quantize.packing import check_storable
 from dist_lab.zoo import GPT
 
@@ -21,15 +23,19 @@ def run(config: Quantize, mesh: Mesh) -> int:
     """Quantise one model, or make a table of many. Returns the exit status."""
     if config.table:
         return table(config)
-    source = open_source(config.checkpoint, config.data, mesh)
+    source = open_source(config.checkpoint, mesh, config.data)
+    assert config.bits is not None
+    scheme = scheme_of(config, config.method, config.bits)
     with together(mesh.world):
+        check_linears(source.model, scheme)
         if config.out:
             check_output(config, source)
     calibration = calibration_of(source, config.calibration, config.shards, mesh["dp"])
     if mesh.rank == 0:
         print(heading(config, source, mesh), flush=True)
-    assert config.bits is not None
-    scheme = scheme_of(config, config.method, config.bits)
+    for note in notes_on(source, scheme, mesh["dp"]):
+        if mesh.rank == 0:
+            print(note, flush=True)
     measured = measure(source, calibration, config.method, scheme, config.method_options)
     with together(mesh.world):
         if mesh.rank == 0 and config.out:
@@ -37,6 +43,7 @@ def run(config: Quantize, mesh: Mesh) -> int:
     if mesh.rank == 0:
         for note in measured.notes:
             print(note)
+        print(f"{config.method} took {measured.seconds:.1f} s")
         print(closing_line(source, measured))
     return 0
 
@@ -46,8 +53,8 @@ def check_output(config: Quantize, source: Source) -> None:
     check_new(config.out)
     if not isinstance(source.model, GPT):
         raise UserError(
-            f"AutoGPTQ's format has no names for a {source.config.model} (--out); leave --out out "
-            "to compare the losses alone"
+            f"AutoGPTQ's format has no names for model {source.config.model} (--out); without "
+            "--out the losses are compared, and nothing is written"
         )
     for name, linear in source.model.model.layers.named_modules():
         if isinstance(linear, nn.Linear):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, one_of, shown
 
 ALL = (2, 3, 4, 8)
 QAT = "qat"  # in --table only: a run that was trained with rounded weights, and then rounded
@@ -66,8 +66,15 @@ def check_width(method: str, bits: int | None) -> int:
     if bits is None:
         return METHODS[method].default
     if bits not in widths:
-        known = " or ".join(map(str, widths))
         others = [name for name, row in METHODS.items() if bits in row.widths]
-        other = f", or --method {' or '.join(others)}" if others and bits in ALL else ""
+        other = f", or --method {one_of(others, '')}" if others else ""
+        known = one_of([str(width) for width in widths], bits)
         raise UserError(f"{method} has no codes of {bits} bits (--bits); give {known}{other}")
     return bits
+
+
+def read_bits(value: object, where: str) -> int:
+    """The value of --bits. Raises UserError if no method has such codes."""
+    if str(value) not in map(str, ALL):
+        raise UserError(f"there are no codes of {shown(value)} bits ({where}); give 2, 3, 4 or 8")
+    return int(str(value))

@@ -49,9 +49,10 @@ def table_of(means: Rows, rows: Rows) -> Table:
     """The table, with a section for each width."""
     unit, runs = rows[0]["unit"], len({row["run"] for row in rows})
     before = fmean({row["run"]: row["loss_before"] for row in rows}.values())
+    loss, size = f"{before:.4f} {unit}", f"{rows[0]['bytes_before']:,} bytes"
     result = empty_table(
         ["bits", "method"], ["bytes", "smaller", unit, "change (least to largest)", "seconds"],
-        title=f"{runs} runs; before: {before:.4f} {unit}, {rows[0]['bytes_before']:,} bytes",
+        title=f"{runs} run{'s' * (runs > 1)}; before: {loss}, {size}",
     )  # fmt: skip
     last = None
     for row in means:

@@ -3,14 +3,17 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from dist_lab.checkpoint.exchange.folders import check_new
+from dist_lab.checkpoint.exchange.gptq_names import is_quantized
 from dist_lab.errors import UserError, shown
 from dist_lab.programs.cli.mesh_text import mesh_in_words, read_mesh
 from dist_lab.programs.cli.ranks import RankSettings, check_nproc
 from dist_lab.programs.cli.settings import flag, setting, split_names
 from dist_lab.programs.cli.settings import read as read_settings
-from dist_lab.programs.quantize.methods import ALL, METHODS, QAT, check_width
+from dist_lab.programs.quantize.methods import METHODS, QAT, check_width, read_bits
 from dist_lab.step.fixed_order.order import microbatches_of
 
 GROUP = 32  # columns
@@ -28,7 +31,7 @@ class Quantize(RankSettings):
     method: str = setting("rtn", "; ".join(f"{name}: {row.about}" for name, row in METHODS.items()),
         choices=tuple(METHODS))
     bits: int | None = setting(None, "bits of a weight: 2, 3, 4 or 8; default: 4, or 8 with inputs "
-        "of 8 bits; --table: all", low=1, high=64)
+        "of 8 bits; --table: all", read=read_bits)
     group: int | None = setting(None, "columns of a weight that share a scale; -1: all of a row; "
         "default: 32, or -1 with inputs of 8 bits", low=-1)
     symmetric: bool = setting(False, "signed codes, whose zero is 0; always with inputs of 8 bits")
@@ -141,7 +144,25 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
         raise UserError("--methods are those of --table; give --method, or --table as well")
     config = replace(config, bits=check_width(config.method, config.bits))
     check_options(config)
+    check_folders(config)
     return config
+
+
+def check_folders(config: Quantize) -> None:
+    """Raise UserError unless there is a run to read, and a place for the result."""
+    folder = Path(config.checkpoint).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {shown(config.checkpoint)} (--checkpoint); give that of a run, "
+            "such as runs/003-fsdp-gpt-tiny"
+        )
+    if is_quantized(folder):
+        raise UserError(
+            f"{shown(config.checkpoint)} is quantised already, and its codes cannot be rounded "
+            "again (--checkpoint); give the run that it comes from"
+        )
+    if config.out:
+        check_new(config.out)
 
 
 def check_table(config: Quantize, named: Sequence[str]) -> None:
@@ -155,8 +176,6 @@ def check_table(config: Quantize, named: Sequence[str]) -> None:
             f"--method {config.method} is that of one quantisation, and a table has several; give "
             f"--methods {config.method}"
         )
-    if config.bits not in (None, *ALL):
-        raise UserError(f"there are no codes of {config.bits} bits (--bits); give 2, 3, 4 or 8")
     if config.checkpoint and QAT in named:
         raise UserError(
             "qat trains runs of its own, so it is in a table without --checkpoint only (--methods);"

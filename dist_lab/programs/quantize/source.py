@@ -1,13 +1,13 @@
 """The model that is quantised, its data, and its loss."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_lab.checkpoint.exchange.gptq_files import is_quantized
 from dist_lab.checkpoint.exchange.ours import weights_of
 from dist_lab.comm import ops
 from dist_lab.data import Data
@@ -15,10 +15,11 @@ from dist_lab.data.custom import is_custom
 from dist_lab.errors import UserError
 from dist_lab.loss import cross_entropy_sum
 from dist_lab.mesh.mesh import Axis, Mesh
+from dist_lab.observe.console import watched
 from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.find import check_data, newest, settings_of
 from dist_lab.programs.cli.setup import draw_model, open_run
-from dist_lab.quantize.calibrate import Calibration, shards_of_rows
+from dist_lab.quantize.calibrate import Calibration, Watch, shards_of_rows
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,18 @@ class Source:
         return "nats/token" if is_custom(self.config.data) else "nats/byte"
 
 
-def open_source(path: str, data: str, mesh: Mesh) -> Source:
+def open_source(path: str | Path, mesh: Mesh, data: str = "") -> Source:
     """Read a run's newest checkpoint, and open its data. Collective.
 
     Args:
         path: a run, or a checkpoint of one.
-        data: the value of --data.
+        data: if the run's own data is code, "module:function": then that code runs.
 
     Raises:
         UserError: there is none, it is no run of train.py, or it has no validation data.
         MachineError: it is damaged.
     """
-    if is_quantized(Path(path).expanduser()):
-        raise UserError(
-            f"{path!r} is quantised already, and its codes cannot be rounded again (--checkpoint); "
-            "give the run that it comes from"
-        )
+    path = str(path)
     checkpoint = newest(path)
     checkpoint.verify()
     settings = settings_of(checkpoint)
@@ -88,15 +85,24 @@ def calibration_of(source: Source, samples: int, shards: int, axis: Axis) -> Cal
     """This rank's virtual shards of the first samples of the training data. Collective."""
     batch = source.config.batch
     batches = (source.data.batch(i, slice(0, batch))[0] for i in range(-(-samples // batch)))
-    return shards_of_rows(torch.cat(list(batches))[:samples], axis, shards)
+    calibration = shards_of_rows(torch.cat(list(batches))[:samples], axis, shards)
+    return replace(calibration, watch=progress("blocks quantised", axis))
 
 
 @torch.no_grad()
 def loss_of(model: nn.Module, source: Source, axis: Axis) -> float:
-    """The mean loss over the validation data, in the unit of the source. Collective."""
+    """The mean loss over the validation data, in the unit of the source. Collective.
+
+    The data is that of the run's own validation, batch for batch. Ranks share out the batches.
+
+    Args:
+        model: any with the vocabulary of the run, such as `gptq_files.load(folder)`.
+        axis: the data axis, such as `mesh["dp"]`.
+    """
     total, count = torch.zeros(2, dtype=torch.float64)
     data, batch, tokenizer = source.data, source.config.batch, source.data.tokenizer
-    for number in range(axis.index, data.validation_batches, axis.size):
+    numbers = range(axis.index, data.validation_batches, axis.size)
+    for number in progress("batches of the validation", axis)(numbers):
         inputs, targets = data.validation(number, slice(0, batch))
         total += cross_entropy_sum(model(inputs), targets).double()
         count += (
@@ -107,3 +113,8 @@ def loss_of(model: nn.Module, source: Source, axis: Axis) -> float:
     with axis.comm.label("validation"):
         total, count = ops.all_reduce(torch.stack([total, count]), axis)
     return float(total / count)
+
+
+def progress(noun: str, axis: Axis) -> Watch:
+    """Shows how far the first rank is: a bar, or lines in a log."""
+    return partial(watched, noun=noun) if axis.index == 0 else iter

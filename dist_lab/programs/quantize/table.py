@@ -99,7 +99,7 @@ def in_process(config: Quantize, run: Path, methods: list[str], path: Path) -> d
 
 def cells(config: Quantize, mesh: Mesh) -> int:
     """Quantise one run by all methods, with all widths. Rank 0 writes the rows to `config.out`."""
-    source = open_source(config.checkpoint, config.data, mesh)
+    source = open_source(config.checkpoint, mesh, config.data)
     axis = mesh["dp"]
     calibration = calibration_of(source, config.calibration, config.shards, axis)
     before, rows = loss_of(source.model, source, axis), []

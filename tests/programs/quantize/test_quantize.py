@@ -3,15 +3,23 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from programs import refusal, run
 from short_run import MODEL, trained
 
 from dist_lab.checkpoint.exchange import gptq_files
+from dist_lab.errors import UserError
 from dist_lab.mesh.mesh import init_mesh
+from dist_lab.observe import console
+from dist_lab.programs.quantize import settings
+from dist_lab.programs.quantize.measure import measure
 from dist_lab.programs.quantize.methods import METHODS
-from dist_lab.programs.quantize.source import loss_of, open_source
+from dist_lab.programs.quantize.rounded_run import notes_on
+from dist_lab.programs.quantize.source import calibration_of, loss_of, open_source
+from dist_lab.quantize.formula import Scheme
 
 FEW = ("--calibration", "8", "--shards", "2")
 LAST = re.compile(r"nats/byte (\d\.\d{4}) -> (\d\.\d{4}), bytes ([\d,]+) -> ([\d,]+)")
@@ -26,7 +34,9 @@ def quantized(source, *flags):
     """Returns the match of the last line."""
     done = run("quantize.py", "--checkpoint", source, *FEW, *flags)
     assert done.returncode == 0, done.stderr
-    match = LAST.fullmatch(done.stdout.splitlines()[-1])
+    *_, seconds, last = done.stdout.splitlines()
+    assert re.fullmatch(r"\w+ took \d+\.\d s", seconds)
+    match = LAST.fullmatch(last)
     assert match, done.stdout
     return match
 
@@ -43,7 +53,7 @@ def test_the_folder_loads_and_has_the_loss_that_was_printed(source, tmp_path):
     folder = tmp_path / "out"
     line = quantized(source, "--method", "gptq", "--bits", "3", "--act-order", "--out", folder)
     mesh = init_mesh()
-    opened = open_source(str(source), "", mesh)
+    opened = open_source(source, mesh)
     loss = loss_of(gptq_files.load(folder), opened, mesh["dp"])
     assert f"{loss:.4f}" == line[2]
     about = json.loads((folder / "dist_lab.json").read_text())
@@ -54,7 +64,7 @@ def test_the_folder_loads_and_has_the_loss_that_was_printed(source, tmp_path):
 
 def test_the_loss_before_is_the_validation_loss_that_training_printed(source):
     mesh = init_mesh()
-    opened = open_source(str(source), "", mesh)
+    opened = open_source(source, mesh)
     trained_to = json.loads((source / "summary.json").read_text())["final_val_loss"]
     assert opened.config.batch == MODEL["batch"]
     assert loss_of(opened.model, opened, mesh["dp"]) == pytest.approx(trained_to, rel=1e-6)
@@ -70,25 +80,64 @@ def test_two_ranks_write_the_bytes_of_one(source, tmp_path, method):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_what_is_quantised_already_is_refused(source, tmp_path):
-    quantized(source, "--out", tmp_path / "out")
-    line = refusal("quantize.py", "--checkpoint", tmp_path / "out")
-    assert "is quantised already" in line
-
-
-def test_an_output_folder_that_is_not_empty_is_left_alone(source, tmp_path):
+def test_wrong_folders_are_refused_before_a_rank_is_started(source, tmp_path):
     (tmp_path / "notes").write_text("mine")
-    line = refusal("quantize.py", "--checkpoint", source, *FEW, "--out", tmp_path)
-    assert "is not an empty folder" in line
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done/quantize_config.json").write_text("{}")
+    for flags, line in [
+        (["--checkpoint", str(tmp_path / "done")], "is quantised already"),
+        (["--checkpoint", str(source), "--out", str(tmp_path)], "is not an empty folder"),
+        (["--checkpoint", str(tmp_path / "none")], "there is no folder"),
+    ]:
+        with pytest.raises(UserError, match=line):
+            settings.read(flags, None)
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_run_that_rounds_has_a_loss_of_its_own_and_codes_it_was_trained_for(source):
+    axis = (mesh := init_mesh())["dp"]
+    plain = open_source(source, mesh)
+    assert notes_on(plain, Scheme(3, 32), axis) == []
+    aware = replace(plain, config=replace(plain.config, qat="3:32"))
+    (line,) = notes_on(aware, Scheme(3, 32, scale_dtype=torch.float16), axis)
+    found = measure(plain, calibration_of(plain, 8, 2, axis), "rtn", Scheme(3, 32), {})
+    own = re.match(r"the run rounds .*\(--qat 3:32\): its own loss is nats/byte ([\d.]+);", line)
+    assert float(own[1]) == pytest.approx(found.loss[1], abs=5e-4)  # whose scales have 16 bits
+    _, hint = notes_on(aware, Scheme(4, symmetric=True), axis)
+    assert hint == (
+        "it was not trained for 4 bits with one scale a row, symmetric, but for 3 bits in groups "
+        "of 32, so these codes may cost more; the same codes: --bits 3 --group 32 without "
+        "--symmetric (rtn, gptq, awq)"
+    )
+
+
+@pytest.mark.slow
+def test_the_own_loss_of_a_run_that_rounds_is_what_training_printed(tmp_path):
+    small = ("--layers", "2", "--batch", "4", "--seq", "16", "--steps", "2", "--save-every", "2")
+    done = run("train.py", *small, "--qat", "3:32", "--qat-inputs", "8:tensor", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained_to = json.loads((tmp_path / "summary.json").read_text())["final_val_loss"]
+    done = run("quantize.py", "--checkpoint", tmp_path, "--bits", "3")
+    assert f"its own loss is nats/byte {trained_to:.4f};" in done.stdout
+
+
+def test_a_log_tells_how_far_it_is_and_how_long_the_method_took(source, monkeypatch, capsys):
+    monkeypatch.setattr(console, "EVERY", -1.0)
+    axis = (mesh := init_mesh())["dp"]
+    opened = open_source(source, mesh)
+    measure(opened, calibration_of(opened, 8, 2, axis), "gptq", Scheme(4, 32), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert "blocks quantised 1/2" in lines
+    assert f"batches of the validation 1/{opened.data.validation_batches}" in lines
 
 
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
         ("", "a run to quantise is missing (--checkpoint)"),
-        ("--checkpoint X --bits 5", "rtn has no codes of 5 bits (--bits); give 2 or 3 or 4 or 8"),
-        ("--checkpoint X --method w8a8 --bits 4", "give 8, or --method rtn or gptq or awq"),
+        ("--checkpoint X --bits 5", "there are no codes of '5' bits (--bits); give 2, 3, 4 or 8"),
+        ("--checkpoint X --bits four", "there are no codes of 'four' bits (--bits); give 2, 3, 4"),
+        ("--checkpoint X --method w8a8 --bits 4", "give 8, or --method rtn, gptq or awq"),
         ("--checkpoint X --group 0", "groups of 0 columns have no scale (--group)"),
         ("--checkpoint X --method w8a8 --group 32", "w8a8 multiplies integers, which needs one "
          "scale a row (--group 32)"),
@@ -97,14 +146,14 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(source, tmp_path):
         ("--checkpoint X --shards 6", "6 parts are no power of two (--shards); give 4"),
         ("--checkpoint X --calibration 20", "20 samples do not divide into 8 equal parts "
          "(--calibration); give --calibration 24"),
-        ("--checkpoint X --nproc 2 --mesh tp=2", "mesh tp=2 has tp, but ranks share out samples"),
+        ("--checkpoint . --nproc 2 --mesh tp=2", "mesh tp=2 has tp, but ranks share out samples"),
         ("--table --method gptq", "a table has several; give --methods gptq"),
-        ("--table --bits 5", "there are no codes of 5 bits (--bits)"),
+        ("--table --bits 5", "there are no codes of '5' bits (--bits)"),
         ("--table --methods qat --checkpoint X", "qat trains runs of its own"),
         ("--table --checkpoint X,X", "'X,X' names a run twice (--checkpoint)"),
         ("--table --nproc 2", "a table starts its own processes, 2 were started"),
         ("--checkpoint X --methods rtn", "--methods are those of --table"),
-        ("--checkpoint nowhere", "nowhere"),
+        ("--checkpoint nowhere", "there is no folder 'nowhere' (--checkpoint)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(flags, part):
@@ -112,8 +161,11 @@ def test_bad_input_is_one_line(flags, part):
 
 
 def test_a_group_that_does_not_divide_is_named_with_its_layer(source):
-    line = refusal("quantize.py", "--checkpoint", source, "--group", "100")
-    assert "q_proj: 128 columns do not divide into groups of 100 (group=100); give 32" in line
+    done = run("quantize.py", "--checkpoint", source, "--group", "64")
+    assert done.returncode == 2
+    assert "layers.0.mlp.down_proj: 480 columns do not divide into groups of 64" in done.stderr
+    assert "give 32, which divides the 128 and 480 columns of all layers" in done.stderr
+    assert done.stdout == ""  # nothing was computed
 
 
 @pytest.mark.slow
