@@ -58,6 +58,7 @@ KINDS: Mapping[str, Kind] = {
     "diskfull": Kind(("save",), "the disk is full at a write"),
     "truncate": Kind(("save",), "a file loses its second half after it was written"),
 }  # fmt: skip
+FILE = "faults.jsonl"  # in the output folder: the faults that have happened
 LARGEST = 10_000  # faults of a `random` entry
 EXAMPLE = "kill:rank=2@step=7,phase=backward"
 

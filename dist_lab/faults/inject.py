@@ -39,7 +39,7 @@ from dist_lab.comm.context import SHARED_MEMORY
 from dist_lab.comm.ledger import Call
 from dist_lab.errors import UserError
 from dist_lab.faults.files import FilesWithFaults
-from dist_lab.faults.grammar import PHASES, Fault
+from dist_lab.faults.grammar import FILE, PHASES, Fault
 from dist_lab.job import Job
 from dist_lab.layout.gather import local_part
 from dist_lab.observe.sinks import Sink
@@ -48,7 +48,6 @@ from dist_lab.step.protocol import Phase, Sync
 OF_CALLS = {"finish": "reduce", "after_step": "optimizer"}  # the ledger's phase -> ours
 SLOW_STEPS = 20
 FOR_EVER = 7 * 86400.0  # seconds
-FILE = "faults.jsonl"
 
 
 @contextmanager

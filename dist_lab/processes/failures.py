@@ -120,11 +120,17 @@ def causes(failures: Sequence[Failure]) -> list[Failure]:
     return [failure for failure in by_cause(failures) if failure.distance == least]
 
 
-def describe(failures: Sequence[Failure], size: int) -> str:
-    """Returns the tracebacks, the cause first. Equal failures of several ranks are written once."""
+def describe(failures: Sequence[Failure], size: int, *, debug: bool = True) -> str:
+    """Returns the tracebacks, the cause first. Equal failures of several ranks are written once.
+
+    Without `debug`, a collective that failed has no traceback: what every rank was doing is more.
+    """
     ranks_by_text: dict[tuple[str, str], list[int]] = {}
     for failure in by_cause(failures):
-        ranks_by_text.setdefault((failure.summary, failure.details), []).append(failure.rank)
+        summary, details = failure.summary, failure.details
+        if failure.board and not debug:
+            summary, details = f"{summary} (--debug shows the traceback)", f"{failure.board}\n"
+        ranks_by_text.setdefault((summary, details), []).append(failure.rank)
     return "".join(
         heading(f"{ranks_in_words(numbers)} of {size}: {summary}") + details
         for (summary, details), numbers in ranks_by_text.items()

@@ -10,7 +10,8 @@ Such a program can be started in three ways:
 
 Every failure is reported once. A refusal (UserError, MachineError) is one line and an exit status.
 Any other exception is a defect. Its report has the tracebacks of the ranks that failed, the cause
-first, and one line for all ranks that only lost a peer. All other ranks are ended. The launcher
+first, and one line for all ranks that only lost a peer; of a collective that failed, not the
+traceback but what every rank was doing. All other ranks are ended. The launcher
 does not import torch before a rank does, so that wrong flags are reported at once.
 
 With `restarts`, a failed attempt is followed by another in the same output folder: see attempts.py.
@@ -24,6 +25,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pkgutil import resolve_name
 
@@ -33,6 +35,7 @@ from dist_lab.errors import MachineError, UserError
 from dist_lab.processes import ranks
 from dist_lab.processes.attempts import Launch, Place, agreed_attempt, can_restart, restart_line
 from dist_lab.processes.failures import Failure, causes, collect, exit_in_words, heading
+from dist_lab.processes.left import way_on, with_faults
 from dist_lab.processes.meeting_place import meeting_place
 from dist_lab.processes.ranks import cores
 from dist_lab.processes.report import report
@@ -58,14 +61,14 @@ def main(
         body: "module:function". Only ranks import the module. If the launcher starts the ranks,
             it is imported once, before the fork.
         place: chooses the output folder, for a program that can be restarted. Called once for all
-            attempts.
+            attempts. If the run is stopped or fails, a line says how it goes on there.
 
     Returns:
         The exit status: the body's own (the largest of all ranks), 2 for a mistake of the user, 1
         for a refusal by the machine or a defect, 130 and 143 after SIGINT and SIGTERM. If a rank
         under torchrun fails, we end the process: destroying a broken process group may hang.
     """
-    rank_and_size, debug = None, False
+    rank_and_size, debug, out, is_new = None, False, "", False
     try:
         rank_and_size = rank_in_environment()
         # torchrun's SIGTERM must end a rank that waits in a collective, where no handler can run.
@@ -75,9 +78,14 @@ def main(
             check_interface(config.backend)
             if rank_and_size is not None:
                 return on_this_rank(config, body, *rank_and_size, place)
+            axes = config.axes(config.nproc or 1, plain=config.nproc is None)  # raises on a mistake
+            if place is not None:
+                is_new = not config.out
+                if config.restarts or is_new:
+                    config = config.attempt(place(config), again=False)
+                out = config.out
             if config.nproc is not None:
-                return on_new_ranks(program, config, body, config.nproc, place)
-            axes = config.axes(1, plain=True)
+                return on_new_ranks(program, config, body, config.nproc, out)
             tell(f"{program}: importing torch ...")
             return work(config, body, axes, config.threads)
     except ranks.Interrupted as stopped:
@@ -85,15 +93,24 @@ def main(
         is_rank_0 = rank_and_size is None or rank_and_size[0] == 0
         if stopped.signal == signal.SIGINT and sys.stderr.isatty() and is_rank_0:
             print(file=sys.stderr)  # after ^C, so that the prompt starts on a new line
+        if out:
+            name = signal.Signals(stopped.signal).name
+            print(f"{program}: stopped by {name}, {way_on(out)}", file=sys.stderr)
     except Exception as error:
         rank, size = rank_and_size or (0, 1)
         failure = Failure.of(rank, error)
         if rank_and_size is None and not failure.refused:
+            if out:
+                print(f"{program}: {way_on(out)}", file=sys.stderr)
             raise
         waited = failure.distance and not failure.is_first
         if waited or (failure.refused and rank > 0):
             time.sleep(AFTER_TORCHRUN)  # a rank with a better report ends first; torchrun ends us
         status = report(program, [failure], size, debug)
+    finally:
+        if is_new:
+            with suppress(OSError):  # a run that was refused has left its new folder empty
+                os.rmdir(out)
     if rank_and_size is not None:
         ranks.end_process(status)
     return status
@@ -127,18 +144,18 @@ def tell(line: str) -> None:
 # --- ranks that the launcher starts ---------------------------------------------------------------
 
 
-def on_new_ranks(program: str, config: Launch, body: str, size: int, place: Place | None) -> int:
-    """Start the ranks until an attempt succeeds, or no restart is left. All have ended then."""
-    config.axes(size)  # raises on a mistake before a rank is started
+def on_new_ranks(program: str, config: Launch, body: str, size: int, out: str = "") -> int:
+    """Start the ranks until an attempt succeeds, or no restart is left. All have ended then.
+
+    `out`: the output folder of a program that can be restarted; else "".
+    """
     tell(f"{program}: starting {size} ranks, which import torch ...")
-    if config.restarts and place is not None:
-        config = config.attempt(place(config), again=False)
     status = None
     with meeting_place() as folder:
         for restart in range(1, config.restarts + 2):
             # Each attempt has its own store: in an old one are the addresses of dead ranks.
             rendezvous = f"{folder}/rendezvous-{restart}"
-            status = run_ranks(program, config, body, size, rendezvous, restart)
+            status = run_ranks(program, config, body, size, rendezvous, restart, out)
             if status is not None:
                 break
             config = config.attempt(config.out, again=True)
@@ -147,9 +164,10 @@ def on_new_ranks(program: str, config: Launch, body: str, size: int, place: Plac
 
 
 def run_ranks(
-    program: str, config: Launch, body: str, size: int, rendezvous: str, restart: int
+    program: str, config: Launch, body: str, size: int, rendezvous: str, restart: int, out: str
 ) -> int | None:
     """Run the body on new ranks, once. Returns the exit status; None if a restart is to follow."""
+    began = time.time()
     preload = [*ranks.PRELOAD, body.split(":")[0]]
     started: list[ranks.Rank] = []
     try:
@@ -158,6 +176,7 @@ def run_ranks(
             started.append(ranks.start(rank, new_rank, *arguments, preload=preload))
         soon = AFTER_CAUSE if config.restarts else math.inf
         statuses, failures, running = collect(started, after_cause=soon)
+        failures = with_faults(failures, out, began) if out else failures
         if failures and restart <= config.restarts and can_restart(failures):
             print(restart_line(program, failures, size, restart, config), file=sys.stderr)
             if config.debug:
@@ -169,6 +188,8 @@ def run_ranks(
             status = report(program, failures, size, config.debug)
             if not causes(failures)[0].refused:
                 show_stacks(running)
+                if out:
+                    print(f"{program}: {way_on(out)}", file=sys.stderr)
             return status
         ranks.join(started, AT_EXIT)
         show_stacks([r for r in started if r.process.is_alive()])

@@ -17,10 +17,12 @@ from dist_lab.processes.failures import (
 
 def report(program: str, failures: Sequence[Failure], size: int, debug: bool) -> int:
     """Print the failures to stderr, each once. Returns the exit status."""
-    nearest = one_of_many(causes(failures))
+    same_cause = causes(failures)
+    nearest = one_of_many(same_cause)
     refusals = [failure for failure in nearest if failure.refused]
-    text = describe([failure for failure in nearest if debug or not failure.refused], size)
-    others = [failure.rank for failure in failures if failure not in nearest]
+    described = [failure for failure in nearest if debug or not failure.refused]
+    text = describe(described, size, debug=debug)
+    others = [failure.rank for failure in failures if failure not in same_cause]
     if text and others:
         text += heading(f"{ranks_in_words(others)} of {size}: timed out, or lost the connection")
     if not any(failure.board or failure.details for failure in nearest):  # it died silently

@@ -152,6 +152,9 @@ def test_a_hung_rank_is_named_with_its_stack_and_all_end_soon_after_the_timeout(
     assert re.match(first + "rank 2 did not arrive: in no collective; last finished", output)
     assert re.search(r"  rank 2 \[dp=2\] .*; now at toy.py:\d+ in hang_on_last\n", output)
     assert output.count("what every rank was doing") == 1, "the same is said several times"
+    assert "Traceback" not in output, "45 lines before the table that matters"
+    assert "; find out where the late rank is" in output.splitlines()[0]
+    assert output.splitlines()[0].endswith("(--debug shows the traceback) ----")
     assert output.endswith("---- rank 2: still running ----\n")
     assert "in hang_on_last\n" in (tmp_path / "stderr").read_text()
 

@@ -81,7 +81,7 @@ def trained(config: Quantize, folder: Path, seed: int, bits: int | None = None) 
     argv += [] if bits is None else ["--qat", f"{bits}:{config.columns}"]
     settings = parse(argv)
     body = "dist_lab.programs.train.command:train"
-    if status := on_new_ranks("train.py", settings, body, settings.nproc or 1, None):
+    if status := on_new_ranks("train.py", settings, body, settings.nproc or 1):
         raise Failed(status)
     return folder / name
 
@@ -92,7 +92,7 @@ def in_process(config: Quantize, run: Path, methods: list[str], path: Path) -> d
         config, checkpoint=str(run), methods=",".join(methods) or NONE, out=str(path), table=False
     )
     body = "dist_lab.programs.quantize.table:cells"
-    if status := on_new_ranks("quantize.py", settings, body, 1, None):
+    if status := on_new_ranks("quantize.py", settings, body, 1):
         raise Failed(status)
     return dict(json.loads(path.read_text(encoding="utf-8")))
 

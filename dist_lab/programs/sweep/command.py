@@ -33,7 +33,7 @@ def run(sweep: Sweep, mesh: Mesh) -> int:
         if report_of_cell is None:
             settings = replace(cell.settings, out=str(path))
             body = "dist_lab.programs.sweep.cell:run"
-            if status := on_new_ranks("sweep.py", settings, body, cell.ranks, None):
+            if status := on_new_ranks("sweep.py", settings, body, cell.ranks):
                 return status
             report_of_cell = read(path, cell)
             assert report_of_cell is not None, path
