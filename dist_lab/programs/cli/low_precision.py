@@ -54,8 +54,8 @@ class LowPrecision(RankSettings):
         metavar="BITS[:tensor]", read=read_scheme)
     recipe: str | None = setting(None, "the blocks' Linears multiply 8-bit or 4-bit floating-point "
         "numbers, emulated, in forward and backward: fp8 (one scale per matrix), fp8-block (per "
-        "128 values), mxfp8, mxfp4 (per 32), nvfp4 (per 16); -pow2: scales are powers of two, as those "
-        "of mxfp8 and mxfp4; with others a run differs in its last digits between layouts",
+        "128 values), mxfp8, mxfp4 (per 32), nvfp4 (per 16); -pow2: scales are powers of two, as "
+        "those of mxfp8 and mxfp4; with others a run differs in its last digits between layouts",
         choices=tuple(RECIPES))
     # fmt: on
 
