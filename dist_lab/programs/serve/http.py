@@ -75,7 +75,7 @@ class HttpThread(threading.Thread):
             app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None,
             log_level="error", access_log=False, server_header=False, proxy_headers=False,
         )  # fmt: skip
-        web = uvicorn.Server(options)
+        web = self._web = uvicorn.Server(options)
         serving = asyncio.create_task(web.serve(sockets=[self.listener]))
         others = [
             asyncio.create_task(self._announce()),

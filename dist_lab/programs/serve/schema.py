@@ -18,6 +18,7 @@ from dist_lab.programs.serve.refused import Refused
 from dist_lab.programs.serve.router import Asked
 
 MOST_TEXTS = 16  # of one request
+MOST_STOPS = 4  # as OpenAI has it: each is looked for after every token
 OFF = {  # field that we do not have -> its values that mean "off"
     "best_of": (1,),
     "echo": (False,),
@@ -59,7 +60,7 @@ class Common(Fields):
     top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None  # not of OpenAI
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = None
-    stop: Short | Annotated[list[Short], Field(max_length=MOST_TEXTS, fail_fast=True)] | None = None
+    stop: Short | Annotated[list[Short], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # who asks: for the server's owner, who does not ask here
@@ -206,7 +207,7 @@ API = "dist_lab/programs/serve/README.md"
 FORMS = {  # of the fields that have several
     "prompt": f"give a text, a list of tokens, or a list of at most {MOST_TEXTS} of either, and "
     "none that is empty",
-    "stop": f"give a text of 1 to 256 characters, or a list of at most {MOST_TEXTS} of them",
+    "stop": f"give a text of 1 to 256 characters, or a list of at most {MOST_STOPS} of them",
     "content": 'give a text, or a list of {"type": "text", "text": ...}',
 }
 
