@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -100,13 +101,14 @@ def test_every_rank_makes_the_calls_that_rank_0_is_told(on_ranks):
     assert texts == [["1.1", "b", ""], ["1.1", "c", ""], ["1.1", "d", "length"]]
 
 
-def test_an_idle_line_is_answered_so_that_no_rank_waits_for_ever(ends):
+def test_an_idle_engine_says_so_once_in_a_beat_so_that_no_rank_waits_for_ever(ends):
     line, router = ends
-    world = SimpleNamespace(size=1)
-    served = threading.Thread(target=serve, args=(Letters(), world, line, 0.01))
+    world, start = SimpleNamespace(size=1), time.monotonic()
+    served = threading.Thread(target=serve, args=(Letters(), world, line, 0.05))
     served.start()
     with router.makefile("rb") as file:
         counts = [json.loads(next(file))["counts"]["running"] for _ in range(4)]
+    assert time.monotonic() - start > 0.1  # three beats, less the accuracy of a clock
     router.sendall(as_line({"do": "stop"}))
     served.join(10)
     assert counts == [0] * 4
