@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def run(config: Serve, listener: socket.socket, folder: str) -> int:
     preload = [*ranks.PRELOAD, BODY.partition(":")[0]]
     started: list[ranks.Rank] = []
     try:
-        with ignored(SIGTERM):
+        with blocked(SIGTERM):
             for rank in range(size):
                 arguments = size, f"{folder}/rendezvous", replace(config, line=path), BODY
                 started.append(ranks.start(rank, launcher.new_rank, *arguments, preload=preload))
@@ -97,17 +98,18 @@ def run(config: Serve, listener: socket.socket, folder: str) -> int:
 
 
 @contextmanager
-def ignored(number: signal.Signals) -> Iterator[None]:
-    """Ignore a signal inside the block. Processes that are started there ignore it for good.
+def blocked(number: signal.Signals) -> Iterator[None]:
+    """Block a signal inside the block. Processes that are started there block it for good.
 
     A service manager sends SIGTERM to all processes of a service. Ranks must not end by it, because
-    texts may go on.
+    texts may go on. This process gets the signal when the block ends.
     """
-    handler = signal.signal(number, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # its start would unblock SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:
         yield
     finally:
-        signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
 
 
 def tell_failures(failures: Sequence[Failure], size: int, http: "HttpThread", debug: bool) -> int:

@@ -28,8 +28,11 @@ def trained(tmp_path_factory):
     return short_run.trained(tmp_path_factory.getbasetemp())
 
 
-def played(client, checkpoint, *flags, ranks=2):
+def played(client, checkpoint, *flags, ranks=2, begins_at=200):
     """Run serve.py in this process, whose forkserver is warm, and `client(server)` in a thread.
+
+    Args:
+        begins_at: the status of /health at which the client begins.
 
     Returns:
         What the program has returned and printed, and what the client has returned.
@@ -40,13 +43,13 @@ def played(client, checkpoint, *flags, ranks=2):
 
     def play():
         try:
-            server.until(lambda: answers(server), 60)
+            server.until(lambda: health(server) == begins_at, 60)
             returned.append(client(server))
         except BaseException as error:
             errors.append(error)
         finally:
             server.close()
-            if answers(server):
+            if health(server) == 200:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=play)
@@ -59,10 +62,11 @@ def played(client, checkpoint, *flags, ranks=2):
     return done, returned[0]
 
 
-def answers(server):
+def health(server):
+    """The status of /health; None if nobody answers."""
     with suppress(OSError):
-        return server.ask("/health").status == 200
-    return False
+        return server.ask("/health").status
+    return None
 
 
 @contextmanager
@@ -183,6 +187,16 @@ def test_two_ranks_serve_the_texts_of_one_process_and_stop_when_asked(trained, m
     address, stop = done.stderr.splitlines()
     assert address.startswith("serve.py: short-run is at http://127.0.0.1:")
     assert stop == "serve.py: stopping; texts may go on for 10 s, and Ctrl-C ends them now"
+
+
+def test_a_signal_while_the_model_is_loaded_ends_the_server_at_once(trained):
+    def client(server):
+        assert server.ask("/health").json["status"] == "loading"
+        assert server.complete().status == 503
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    done, _ = played(client, trained, begins_at=503)
+    assert (done.returncode, done.stderr) == (143, "")
 
 
 def test_a_client_that_goes_away_frees_its_blocks(trained):
