@@ -10,7 +10,7 @@ from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.cli.mesh_text import mesh_in_words
 from dist_lab.programs.quantize.measure import Measured, measure, scheme_of
 from dist_lab.programs.quantize.methods import METHODS
-from dist_lab.programs.quantize.rounded_run import notes_on
+from dist_lab.programs.quantize.rounded_run import own_loss_note, scheme_note
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import Source, calibration_of, open_source
 from dist_lab.programs.quantize.table import table
@@ -33,8 +33,8 @@ def run(config: Quantize, mesh: Mesh) -> int:
     calibration = calibration_of(source, config.calibration, config.shards, mesh["dp"])
     if mesh.rank == 0:
         print(heading(config, source, mesh), flush=True)
-    for note in notes_on(source, scheme, mesh["dp"]):
-        if mesh.rank == 0:
+    for note in (own_loss_note(source, mesh["dp"]), scheme_note(source.config, scheme)):
+        if note and mesh.rank == 0:
             print(note, flush=True)
     measured = measure(source, calibration, config.method, scheme, config.method_options)
     with together(mesh.world):

@@ -8,36 +8,35 @@ from copy import deepcopy
 from dataclasses import replace
 
 from dist_lab.mesh.mesh import Axis
+from dist_lab.programs.cli.config import Config
 from dist_lab.programs.cli.low_precision import scheme_of
 from dist_lab.programs.cli.setup import recipe_of
 from dist_lab.programs.quantize.source import Source, loss_of
 from dist_lab.quantize.formula import Scheme
 
 
-def notes_on(source: Source, scheme: Scheme, axis: Axis) -> list[str]:
-    """Lines for the user: the run's own loss, and whether it was trained for this scheme.
-
-    None for a run whose Linears multiply what they are. Collective.
-
-    Args:
-        scheme: to which its weights will be rounded.
-    """
+def own_loss_note(source: Source, axis: Axis) -> str | None:
+    """A line with the run's own loss, if its Linears multiplied fewer numbers. Collective."""
     config, recipe = source.config, recipe_of(source.config)
     if recipe is None:
-        return []
+        return None
     loss = loss_of(recipe.on(deepcopy(source.model)), source, axis)
     flags = f"--qat {config.qat}" if config.qat else f"--recipe {config.recipe}"
-    notes = [
+    return (
         f"the run rounds in its forward ({flags}): its own loss is {source.unit} {loss:.4f}; the "
         "first one below is that of its weights before they are rounded"
-    ]
+    )
+
+
+def scheme_note(config: Config, scheme: Scheme) -> str | None:
+    """A line for a run of --qat whose weights will be rounded to another scheme."""
     trained = Scheme(*scheme_of(config.qat)) if config.qat else None
-    if trained is not None and trained != replace(scheme, scale_dtype=None):
-        notes.append(
-            f"it was not trained for {in_words(scheme)}, but for {in_words(trained)}, so these "
-            f"codes may cost more{'' if trained.group is None else typed(trained)}"
-        )
-    return notes
+    if trained is None or trained == replace(scheme, scale_dtype=None):
+        return None
+    return (
+        f"it was not trained for {in_words(scheme)}, but for {in_words(trained)}, so these codes "
+        f"may cost more{'' if trained.group is None else typed(trained)}"
+    )
 
 
 def in_words(scheme: Scheme) -> str:

@@ -144,25 +144,25 @@ def read(argv: Sequence[str] | None, description: str | None) -> Quantize:
         raise UserError("--methods are those of --table; give --method, or --table as well")
     config = replace(config, bits=check_width(config.method, config.bits))
     check_options(config)
-    check_folders(config)
+    check_run(config.checkpoint)
+    if config.out:
+        check_new(config.out)
     return config
 
 
-def check_folders(config: Quantize) -> None:
-    """Raise UserError unless there is a run to read, and a place for the result."""
-    folder = Path(config.checkpoint).expanduser()
+def check_run(path: str) -> None:
+    """Raise UserError unless there is a folder that may be of a run."""
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder {shown(config.checkpoint)} (--checkpoint); give that of a run, "
-            "such as runs/003-fsdp-gpt-tiny"
+            f"there is no folder {shown(path)} (--checkpoint); give that of a run, such as "
+            "runs/003-fsdp-gpt-tiny"
         )
     if is_quantized(folder):
         raise UserError(
-            f"{shown(config.checkpoint)} is quantised already, and its codes cannot be rounded "
-            "again (--checkpoint); give the run that it comes from"
+            f"{shown(path)} is quantised already, and its codes cannot be rounded again "
+            "(--checkpoint); give the run that it comes from"
         )
-    if config.out:
-        check_new(config.out)
 
 
 def check_table(config: Quantize, named: Sequence[str]) -> None:
@@ -183,6 +183,8 @@ def check_table(config: Quantize, named: Sequence[str]) -> None:
         )
     if len(set(config.checkpoint.split(","))) < len(config.checkpoint.split(",")):
         raise UserError(f"{shown(config.checkpoint)} names a run twice (--checkpoint)")
+    for path in config.checkpoint.split(",") if config.checkpoint else ():
+        check_run(path.strip())
 
 
 def check_options(config: Quantize) -> None:

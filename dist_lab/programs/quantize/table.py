@@ -21,6 +21,7 @@ from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.quantize.measure import measure, scheme_of
 from dist_lab.programs.quantize.methods import METHODS, QAT, QAT_WIDTHS
 from dist_lab.programs.quantize.report import report
+from dist_lab.programs.quantize.rounded_run import own_loss_note
 from dist_lab.programs.quantize.settings import Quantize
 from dist_lab.programs.quantize.source import calibration_of, loss_of, open_source
 
@@ -104,6 +105,9 @@ def cells(config: Quantize, mesh: Mesh) -> int:
     calibration = calibration_of(source, config.calibration, config.shards, axis)
     before, rows = loss_of(source.model, source, axis), []
     name = Path(config.checkpoint).name
+    note = own_loss_note(source, axis)
+    if note and mesh.rank == 0:
+        print(f"{name}: {note}", flush=True)
     for method in [] if config.methods == NONE else config.method_list:
         row = METHODS[method]
         for bits in row.widths if config.bits is None else {config.bits} & set(row.widths):

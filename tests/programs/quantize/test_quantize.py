@@ -17,7 +17,8 @@ from dist_lab.observe import console
 from dist_lab.programs.quantize import settings
 from dist_lab.programs.quantize.measure import measure
 from dist_lab.programs.quantize.methods import METHODS
-from dist_lab.programs.quantize.rounded_run import notes_on
+from dist_lab.programs.quantize.report import over_runs, table_of
+from dist_lab.programs.quantize.rounded_run import own_loss_note, scheme_note
 from dist_lab.programs.quantize.source import calibration_of, loss_of, open_source
 from dist_lab.quantize.formula import Scheme
 
@@ -86,6 +87,7 @@ def test_wrong_folders_are_refused_before_a_rank_is_started(source, tmp_path):
     (tmp_path / "done/quantize_config.json").write_text("{}")
     for flags, line in [
         (["--checkpoint", str(tmp_path / "done")], "is quantised already"),
+        (["--table", "--checkpoint", f"{source},{tmp_path / 'done'}"], "is quantised already"),
         (["--checkpoint", str(source), "--out", str(tmp_path)], "is not an empty folder"),
         (["--checkpoint", str(tmp_path / "none")], "there is no folder"),
     ]:
@@ -97,14 +99,15 @@ def test_wrong_folders_are_refused_before_a_rank_is_started(source, tmp_path):
 def test_a_run_that_rounds_has_a_loss_of_its_own_and_codes_it_was_trained_for(source):
     axis = (mesh := init_mesh())["dp"]
     plain = open_source(source, mesh)
-    assert notes_on(plain, Scheme(3, 32), axis) == []
+    assert own_loss_note(plain, axis) is None
+    assert scheme_note(plain.config, Scheme(3, 32)) is None
     aware = replace(plain, config=replace(plain.config, qat="3:32"))
-    (line,) = notes_on(aware, Scheme(3, 32, scale_dtype=torch.float16), axis)
+    line = own_loss_note(aware, axis)
+    assert scheme_note(aware.config, Scheme(3, 32, scale_dtype=torch.float16)) is None
     found = measure(plain, calibration_of(plain, 8, 2, axis), "rtn", Scheme(3, 32), {})
     own = re.match(r"the run rounds .*\(--qat 3:32\): its own loss is nats/byte ([\d.]+);", line)
     assert float(own[1]) == pytest.approx(found.loss[1], abs=5e-4)  # whose scales have 16 bits
-    _, hint = notes_on(aware, Scheme(4, symmetric=True), axis)
-    assert hint == (
+    assert scheme_note(aware.config, Scheme(4, symmetric=True)) == (
         "it was not trained for 4 bits with one scale a row, symmetric, but for 3 bits in groups "
         "of 32, so these codes may cost more; the same codes: --bits 3 --group 32 without "
         "--symmetric (rtn, gptq, awq)"
@@ -166,6 +169,13 @@ def test_a_group_that_does_not_divide_is_named_with_its_layer(source):
     assert "layers.0.mlp.down_proj: 480 columns do not divide into groups of 64" in done.stderr
     assert "give 32, which divides the 128 and 480 columns of all layers" in done.stderr
     assert done.stdout == ""  # nothing was computed
+
+
+def test_a_table_of_one_run_says_so():
+    row = {"run": "a", "method": "rtn", "bits": 4, "unit": "nats/byte", "seconds": 1.0}
+    rows = [row | {"loss": 2.0, "loss_before": 1.5, "bytes": 10, "bytes_before": 40}]
+    title = table_of(over_runs(rows), rows).title
+    assert title == "1 run; before: 1.5000 nats/byte, 40 bytes"
 
 
 @pytest.mark.slow
