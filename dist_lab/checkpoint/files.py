@@ -138,20 +138,21 @@ def as_machine_error(folder: Path, needed: int = 0) -> Iterator[None]:
     Args:
         needed: the bytes that the block writes, for the message.
     """
+    free = 0
     try:
+        free = shutil.disk_usage(_existing(folder)).free  # before the block takes some of it
         yield
     except OSError as error:
         where = error.filename or folder
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(_existing(folder)).free
             raise MachineError(
                 f"no space left for a checkpoint in {str(folder)!r}: this rank's part has "
-                f"{needed:,} bytes, {free:,} are free; make room, or give another folder. Earlier "
-                "checkpoints are whole"
+                f"{needed:,} bytes, {free:,} were free before; make room, or give another folder. "
+                "What was saved before is whole"
             ) from error
         raise MachineError(
-            f"cannot write a checkpoint to {str(where)!r}: {error.strerror}; earlier checkpoints "
-            "are whole"
+            f"cannot write a checkpoint to {str(where)!r}: {error.strerror}; what was saved before "
+            "is whole"
         ) from error
 
 

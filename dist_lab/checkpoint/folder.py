@@ -47,7 +47,11 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def check_free(path: Path) -> None:
-    """Raise UserError if there is something under the name of a new checkpoint."""
+    """Raise UserError if there is something under the name of a new checkpoint, or no folder."""
+    if path.parent.is_file():
+        raise UserError(
+            f"{str(path.parent)!r} is a file, and a checkpoint is a folder; give a folder"
+        )
     if path.exists():
         raise UserError(
             f"checkpoint {str(path)!r} is there already, and is never overwritten; give another "

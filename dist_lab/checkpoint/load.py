@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dist_lab.checkpoint import folder as folders
 from dist_lab.checkpoint.entries import Entry, Trained, extra_state, model_entries
-from dist_lab.checkpoint.manifest import Damaged
+from dist_lab.checkpoint.manifest import Damaged, of_others
 from dist_lab.checkpoint.optimizer_state import (
     create_state,
     load_options,
@@ -54,7 +54,7 @@ def open_newest(
         if path.is_dir() and not folders.is_checkpoint(path):
             found = [str(step) for _, step in folders.steps(path)]
             if not found:
-                raise UserError(f"there is no checkpoint in {str(path)!r}")
+                raise UserError(f"there is no checkpoint in {str(path)!r}{of_others(path)}")
             return json.dumps(found)
         return json.dumps([str(path)])
 

@@ -27,6 +27,7 @@ from dist_lab.errors import MachineError, UserError
 FORMAT = 1
 NAME = "manifest.json"
 ANOTHER = "give an earlier checkpoint"
+IMPORT = "python launch/checkpoint.py import SOURCE FOLDER"
 LARGEST_JSON = 256 * 2**20  # bytes
 TOKENIZER = "tokenizer.json"
 FILE = re.compile(r"rank-\d{1,6}\.(json|safetensors)|tokenizer\.json")
@@ -173,7 +174,12 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
         if not FILE.fullmatch(name):
             raise Damaged(f"manifest of {str(folder)!r} has a wrong name {name!r}; {ANOTHER}")
         path = folder / name
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink():
+            raise Damaged(
+                f"{str(path)!r} is a link, and links are not followed: put the file itself there, "
+                f"or {ANOTHER}"
+            )
+        if not path.is_file():
             raise Damaged(f"checkpoint {str(folder)!r} has no file {name}; {ANOTHER}")
         if (size := path.stat().st_size) != about["bytes"]:
             raise Damaged(
@@ -187,10 +193,21 @@ def _no_manifest(folder: Path) -> UserError | MachineError:
     if not folder.exists():
         return UserError(f"there is no checkpoint {str(folder)!r}: no such folder")
     if not folder.is_dir():
-        return UserError(f"{str(folder)!r} is a file, and a checkpoint is a folder")
+        return UserError(
+            f"{str(folder)!r} is a file, and a checkpoint is a folder; give a folder, or make one "
+            f"of a state_dict file: {IMPORT}"
+        )
     if any(folder.glob("rank-*.safetensors")):
         return Damaged(f"checkpoint {str(folder)!r} is not whole: it has no {NAME}; {ANOTHER}")
-    return UserError(f"{str(folder)!r} is no checkpoint: it has no {NAME}")
+    return UserError(f"{str(folder)!r} is no checkpoint: it has no {NAME}{of_others(folder)}")
+
+
+def of_others(folder: Path) -> str:
+    """The command to type if a folder has the files of another program; else ""."""
+    names = {path.name for path in folder.iterdir()}
+    by = "torch.distributed.checkpoint" if ".metadata" in names else ""
+    by = "Hugging Face" if "config.json" in names else by
+    return f", but files of {by}; make a checkpoint of them: {IMPORT}" if by else ""
 
 
 def _hash(manifest: Mapping[str, Any]) -> str:

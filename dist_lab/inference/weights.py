@@ -77,8 +77,8 @@ def of_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> OfCheckpoint:
     folder = str(checkpoint.folder)
     if not settings:
         raise UserError(
-            f"checkpoint {folder!r} was saved by a script, and does not say how many heads the "
-            "model has; call inference.weights.OfCheckpoint with its shape"
+            f"checkpoint {folder!r} was saved by a script, or imported, and does not say how many "
+            "heads the model has; call inference.weights.OfCheckpoint with its shape"
         )
     if settings.get("model") != "gpt":
         raise UserError(

@@ -121,7 +121,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_old_checkpoint(tmp_path, 
         with pytest.raises(MachineError, match=r"no space|cannot write") as raised:
             job.saver(tmp_path, in_background=False, files=failing).save(optimizer)
         assert "\n" not in str(raised.value)
-        assert "arlier checkpoints are whole" in str(raised.value)
+        assert "hat was saved before is whole" in str(raised.value)
         found = weights(tmp_path)
         if found[0] == 2:  # it failed after the checkpoint had its name
             assert files.names[k] == "sync_folder"

@@ -1,9 +1,13 @@
 """job.save and job.load in a loop of one's own: what they keep, and what they refuse."""
 
+import errno
+import os
 import random
 import re
+import shutil
 import time
 from functools import reduce
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from dist_lab.checkpoint import pace
 from dist_lab.checkpoint import save as saving
 from dist_lab.checkpoint import saver as in_background
 from dist_lab.checkpoint.exchange.ours import weights_of
+from dist_lab.checkpoint.files import Files
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.errors import MachineError, UserError
 from dist_lab.mesh.mesh import init_mesh
@@ -229,15 +234,45 @@ def test_a_checkpoint_is_never_overwritten(tmp_path):
 def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path, monkeypatch):
     monkeypatch.setattr(in_background, "AT_ONCE", 0)
     job, optimizer = job_of()
-    folder = tmp_path / "made"
-    saver = job.saver(folder)
+    files = OfOneSave()
+    saver = job.saver(tmp_path, files=files)
     first = saver.save(optimizer, step=1)
     saver.finish()
     assert saver.last == first
-    folder.rename(tmp_path / "moved")
-    folder.write_text("a file")
-    with pytest.raises(MachineError, match="cannot write a checkpoint to"):
-        saver.save(optimizer, step=2)
+    files.is_full = True
+    saver.save(optimizer, step=2)
+    with pytest.raises(MachineError, match=r"no space left for a .*step-00000002"):
+        saver.save(optimizer, step=3)
+
+
+class OfOneSave(Files):
+    """A disk that becomes full."""
+
+    is_full, n = False, 0
+
+    def sync(self, file):
+        self.n = 1
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().sync(file)
+
+
+def test_a_full_disk_is_told_with_the_space_before_the_save(tmp_path, monkeypatch):
+    """It was told with what its own files had left: no space, or too much once they were gone."""
+    job, optimizer = job_of()
+    files = OfOneSave()
+    files.is_full = True
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=[1005, 3][files.n]))
+    with pytest.raises(MachineError, match="1,005 were free before") as caught:
+        job.saver(tmp_path, in_background=False, files=files).save(optimizer, step=1)
+    assert "arlier checkpoints" not in str(caught.value), "there are none"
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
+    job, optimizer = job_of()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file' is a file, and a checkpoint is a folder"):
+        job.save(tmp_path / "file", optimizer)
 
 
 @pytest.mark.ranks(2)

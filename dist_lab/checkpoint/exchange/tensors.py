@@ -5,7 +5,7 @@ and each format's `open_...` returns one. So an export takes any of them, and ne
 one tensor, or of one output file. Names are those of the model, as in `model.state_dict()`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,9 +27,13 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """The tensors of a state dict, such as `job.full_state_dict()`."""
+    """The tensors of a state dict, such as `job.full_state_dict()`.
+
+    `left_out`: the names of what lay beside it in a file.
+    """
 
     tensors: Mapping[str, Tensor]
+    left_out: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, value in self.tensors.items():

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import re
 import secrets
 import zipfile
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import Tensor
 from dist_lab.checkpoint.exchange.folders import one_line
 from dist_lab.checkpoint.exchange.tensors import InMemory, Tensors, state_dict
 from dist_lab.errors import MachineError, UserError, shown
+
+GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: what is no tensor
 
 
 def export(tensors: Tensors, path: str | Path) -> None:
@@ -51,16 +54,17 @@ def open_file(path: str | Path) -> InMemory:
 
     Raises:
         UserError: there is no such file, or it holds something else than named tensors.
-        MachineError: it is damaged, or it would run code.
+        MachineError: it is damaged.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(f"{str(path)!r} {found}; give a file of torch.save")
-    value = load(file, repr(str(path)))
+    value, left_out = load(file, repr(str(path))), tuple[str, ...]()
     if isinstance(value, dict):
         for key in ("state_dict", "model"):  # as many training scripts wrap it
             if isinstance(value.get(key), dict):
+                left_out = tuple(str(other) for other in value if other != key)
                 value = value[key]
                 break
     if not isinstance(value, dict) or not value:
@@ -74,7 +78,7 @@ def open_file(path: str | Path) -> InMemory:
                 f"{str(path)!r} has {shown(name)}, a {type(tensor).__name__} and not a "
                 "tensor; save model.state_dict()"
             )
-    return InMemory({name: tensor.detach() for name, tensor in value.items()})
+    return InMemory({name: tensor.detach() for name, tensor in value.items()}, left_out)
 
 
 def without_ties(weights: InMemory) -> InMemory:
@@ -83,14 +87,16 @@ def without_ties(weights: InMemory) -> InMemory:
     for name, tensor in weights.tensors.items():
         key = tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride()
         firsts.setdefault(key, name)
-    return InMemory({name: weights.tensors[name] for name in firsts.values()})
+    own = {name: weights.tensors[name] for name in firsts.values()}
+    return InMemory(own, weights.left_out)
 
 
 def load(source: Path | bytes, what: str) -> Any:
     """What torch reads from a file, or from the bytes of one, with `weights_only`.
 
     Raises:
-        MachineError: it is damaged, is compressed, or would run code.
+        UserError: it would run code.
+        MachineError: it is damaged, or is compressed.
     """
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -110,9 +116,10 @@ def load(source: Path | bytes, what: str) -> Any:
             f"{what} is damaged, or not a file of torch.save since torch 1.6; get it again"
         ) from None
     except pickle.UnpicklingError as error:
-        raise MachineError(
-            f"{what} has more than tensors in it, and is not loaded because that could run code "
-            f"({one_line(error)[:80]}); save model.state_dict()"
+        found = GLOBAL.search(str(error))
+        raise UserError(
+            f"{what} has more than tensors in it{f', {found[1]}' if found else ''}, and is not "
+            "loaded because that could run code; save model.state_dict()"
         ) from None
     except MachineError:
         raise

@@ -63,7 +63,9 @@ def compare(config: Diff) -> int:
     for line in _of_the_runs(a, b):
         say(console, line)
     if reasons:
+        common = sum(b.names().get(name) == kind for name, kind in a.names().items())
         say(console, f"they differ: {'; '.join(reasons)}")
+        say(console, f"{common - len(different)} of {common} tensors that both have are equal")
         return 1
     say(console, f"they are equal: step {a.step}, {len(a.tensors)} tensors, to the bit")
     return 0

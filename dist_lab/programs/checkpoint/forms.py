@@ -27,9 +27,9 @@ def export(config: Export) -> int:
         saved = checkpoint.manifest["settings"]
         if saved is None:
             raise UserError(
-                f"checkpoint {config.source!r} was saved by a script, and does not say how many "
-                "heads the model has; call exchange.huggingface.export with its shape, or export "
-                "it to dcp or torch"
+                f"checkpoint {config.source!r} was saved by a script, or imported, and does not "
+                "say how many heads the model has; call exchange.huggingface.export with its "
+                "shape, or export it to dcp or torch"
             )
         settings = checked_settings(saved, checkpoint.folder)
         kinds = Under(checkpoint, "model/").names()
@@ -69,7 +69,7 @@ def import_(config: Import) -> int:
         settings = settings_of(read.shape, tokenizer)
     else:
         weights = torch_file.without_ties(torch_file.open_file(source))
-        tensors = prefixed(weights, "model/")
+        tensors, left_out = prefixed(weights, "model/"), tuple(weights.left_out)
     if config.dtype:
         tensors = Converted(tensors, getattr(torch, config.dtype))
     file = None if tokenizer is None else tokenizer.text
@@ -82,7 +82,7 @@ def import_(config: Import) -> int:
             "whoever loads it goes on with the options of his own optimizer"
         )
     if left_out:
-        print(f"left out, because they are no tensors of a model or optimizer: {_some(left_out)}")
+        print(f"left out, because only weights and moments are imported: {_some(left_out)}")
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lab.checkpoint import folder as folders
-from dist_lab.checkpoint.manifest import Damaged
+from dist_lab.checkpoint.manifest import Damaged, of_others
 from dist_lab.checkpoint.reader import Checkpoint
 from dist_lab.data.custom import is_custom
 from dist_lab.errors import UserError, shown
@@ -49,8 +49,8 @@ def all_in(path: str) -> list[Path]:
         if any(inner.glob("rank-*.safetensors")):
             return [inner]
         raise UserError(
-            f"there is no checkpoint in {path!r}: no folder step-... and no manifest.json; give "
-            "another folder"
+            f"there is no checkpoint in {path!r}: no folder step-... and no manifest.json"
+            f"{of_others(inner) or '; give another folder'}"
         )
     return found
 
@@ -59,13 +59,13 @@ def settings_of(source: Checkpoint) -> dict[str, Any]:
     """The settings of the run that has saved a checkpoint, each within the limits of its flag.
 
     Raises:
-        UserError: a script has saved it, so that its model cannot be built here.
+        UserError: a script has saved it, or it was imported: its model cannot be built here.
     """
     saved = source.manifest["settings"]
     if saved is None:
         raise UserError(
-            f"checkpoint {str(source.folder)!r} was saved by a script, whose model cannot be built "
-            "here; job.load reads it in any layout"
+            f"checkpoint {str(source.folder)!r} was saved by a script, or imported: its model "
+            "cannot be built here; job.load reads it in any layout"
         )
     known = checked_settings(saved, source.folder)
     if not known.get("model"):

@@ -137,7 +137,7 @@ def wanted(option: Field[Any], value: Any) -> str:
     """Describes the values that the field accepts, for an error message about `value`."""
     limits = option.metadata
     if "choices" in limits:
-        return one_of(limits["choices"], value)
+        return one_of([choice for choice in limits["choices"] if choice], value)
     noun = {
         int: "a whole number", float: "a finite number",
         bool: "true or false", str: "UTF-8 text without NUL",
@@ -200,7 +200,7 @@ def make_parser(
                 continue
             if defaults[name] not in (None, ""):
                 help_text += f" [{defaults[name]}]"
-            choices = "|".join(option.metadata.get("choices", ()))
+            choices = "|".join(filter(None, option.metadata.get("choices", ())))
             meta = choices or option.metadata.get("metavar", "X" if kind(option) is float else "N")
             group.add_argument(flag(name), action="append", metavar=meta, help=help_text)
     return parser

@@ -166,6 +166,7 @@ def test_diff_names_the_first_tensor_and_how_much_it_differs(tmp_path):
         "they differ: 2 of 3 tensors, first model/w: 1 of 6 elements, by 1.0e+00 at most, 2.5e-01 "
         "of the largest"
     ) in done.stdout
+    assert "1 of 3 tensors that both have are equal" in done.stdout
 
 
 def test_diff_names_tensors_of_one_side_and_other_shapes_and_dtypes(tmp_path):
@@ -174,6 +175,7 @@ def test_diff_names_tensors_of_one_side_and_other_shapes_and_dtypes(tmp_path):
     done = run("checkpoint.py", "diff", a, written(tmp_path / "b", other))
     assert done.returncode == 1
     assert "only the second has model/more" in done.stdout
+    assert "1 of 1 tensors that both have are equal" in done.stdout
     assert "model/w is float32[2, 3] in the first and float32[3, 2] in the second" in done.stdout
 
 
@@ -240,6 +242,25 @@ def test_a_run_starts_from_weights_that_were_imported(sharded, tmp_path):
     assert "with a new optimizer: it has only weights" in done.stdout
 
 
+def test_an_import_says_what_it_leaves_out_and_refuses_a_whole_module(tmp_path):
+    """The rest of the file was dropped silently, and a module was a text cut off in mid-word."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "nested.pt")
+    done = run("checkpoint.py", "import", tmp_path / "nested.pt", tmp_path / "new")
+    assert "left out, because only weights and moments are imported: epoch" in done.stdout
+    torch.save(model, tmp_path / "whole.pt")
+    line = refusal("checkpoint.py", "import", tmp_path / "whole.pt", tmp_path / "new2")
+    assert "in it, torch.nn.modules.container.Sequential, and is not loaded because" in line
+    assert line.endswith("save model.state_dict()\n")
+
+
+def test_other_programs_files_are_recognized_and_the_import_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for program, flags in (("checkpoint.py", ["inspect"]), ("train.py", ["--resume"])):
+        line = refusal(program, *flags, tmp_path)
+        assert "but files of Hugging Face; make a checkpoint of them: python launch/check" in line
+
+
 @pytest.mark.parametrize("form", ["hf", "torch"])
 def test_weights_come_back_from_other_files(sharded, tmp_path, form):
     out = tmp_path / "out"
@@ -271,7 +292,7 @@ def test_an_import_can_convert_and_a_tied_head_is_kept_once(tmp_path):
 def test_exports_that_cannot_be_are_one_line(sharded, tmp_path):
     path = written(tmp_path, STATE)
     line = refusal("checkpoint.py", "export", path, tmp_path / "hf", "--to=hf")
-    assert "was saved by a script, and does not say how many heads" in line
+    assert "was saved by a script, or imported, and does not say how many heads" in line
     mlp = written(tmp_path / "mlp", STATE, settings={"model": "mlp", "size": "tiny"})
     line = refusal("checkpoint.py", "export", mlp, tmp_path / "hf", "--to=hf")
     assert "is of model 'mlp', size 'tiny', and hf has a name for gpt only" in line

@@ -12,6 +12,7 @@ import pytest
 from dist_lab.errors import UserError, one_of
 from dist_lab.processes.ranks import cores
 from dist_lab.processes.report import in_flags
+from dist_lab.programs.checkpoint.settings import read as read_checkpoint_settings
 from dist_lab.programs.cli import registry
 from dist_lab.programs.cli.checks import parse
 from dist_lab.programs.cli.config import Config
@@ -125,6 +126,13 @@ def test_help_shows_the_defaults_of_this_program(capsys):
     help_text = capsys.readouterr().out
     assert help_text.startswith("usage: verify.py")
     assert "optimizer steps [3]" in help_text
+
+
+def test_a_choice_that_stands_for_none_is_not_shown(capsys):
+    """--help had --dtype |float32|float64."""
+    with pytest.raises(SystemExit):
+        read_checkpoint_settings(["import", "--help"], "")
+    assert "--dtype float32|float64\n" in capsys.readouterr().out
 
 
 def test_version_is_printed(capsys):
