@@ -62,6 +62,12 @@ def played(client, checkpoint, *flags, ranks=2, begins_at=200):
     return done, returned[0]
 
 
+def new_ranks(others):
+    """Name -> process of the ranks, without those of the pool of the tests."""
+    children = multiprocessing.active_children()
+    return {child.name: child for child in children if child.pid not in others}
+
+
 def health(server):
     """The status of /health; None if nobody answers."""
     with suppress(OSError):
@@ -190,9 +196,13 @@ def test_two_ranks_serve_the_texts_of_one_process_and_stop_when_asked(trained, m
 
 
 def test_a_signal_while_the_model_is_loaded_ends_the_server_at_once(trained):
+    others = {child.pid for child in multiprocessing.active_children()}
+
     def client(server):
         assert server.ask("/health").json["status"] == "loading"
         assert server.complete().status == 503
+        server.until(lambda: len(new_ranks(others)) == 2)
+        time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     done, _ = played(client, trained, begins_at=503)
@@ -220,9 +230,7 @@ def test_a_killed_rank_ends_the_server_with_its_name_and_clients_get_an_error(tr
     def client(server):
         stream = server.stream("a", 100_000)
         server.until(lambda: server.metric("dist_lab_texts_running") == 1)
-        for child in multiprocessing.active_children():
-            if child.pid not in others and child.name == f"rank {victim}":
-                child.kill()
+        new_ranks(others)[f"rank {victim}"].kill()
         *_, last = stream
         return last
 
