@@ -122,6 +122,7 @@ class Answer:
         async for data in self._events():
             body = f"data: {data}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": True})
+            await asyncio.sleep(0)  # the turn of others, and of the news that the client has gone
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[str]:

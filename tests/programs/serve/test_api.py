@@ -275,6 +275,15 @@ def test_a_client_that_goes_away_is_cancelled_before_the_next_step(held):
     assert held.engine.steps == 3  # the other's alone
 
 
+def test_to_a_client_that_has_gone_no_more_parts_are_written(server, caplog):
+    for _ in range(20):
+        stream = server.stream("a", 50, n=16)
+        next(iter(stream))
+        stream.close()
+    server.until(lambda: not server.engine.requests)
+    assert "socket.send() raised exception" not in caplog.text
+
+
 def test_a_client_that_waits_for_a_whole_answer_may_go_away_too(held):
     connection = held.raw("/v1/completions", b'{"prompt": "a", "max_tokens": 50}')
     held.until(lambda: held.engine.requests)
