@@ -11,7 +11,7 @@ The library `tokenizers` counts pairs and encodes. The file is written here, fro
     ids from 256 on    the merges, in order
     the last id        <|endoftext|>, between two files of the text
 
-So the same text and size give the same file, to the bit, also with another version of the library.
+So the same text and size give the same file, to the bit, with any number of threads.
 A model learns where files end, and can end a text by itself. A text of one file has no such place:
 the token is there, and is never seen. Any bytes can be encoded, also those that are no UTF-8: they
 stay single tokens.

@@ -28,6 +28,7 @@ END = "<|endoftext|>"  # the end token of the tokenizers that we train
 ENDS = (END, "</s>", "<|end_of_text|>", "<|eot_id|>")  # those of others, by their usual names
 FEWEST, MOST = 257, 2**20  # ids of a bpe tokenizer: 256 bytes and the end token, at least
 SPACE = "▁"  # in files with ByteFallback
+TRIAL = "  Def  é x\n\tY 12 \n"  # a text that lossy rules change
 
 
 def read_tokenizer(value: object, where: str) -> str:
@@ -89,9 +90,11 @@ class FileTokenizer:
         self.ends = ends or tuple(self.special[name] for name in ENDS if name in self.special)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text. The name of a special token in it is that token.
+        """The tokens of a text. The name of a special token in it is text like any other.
 
-        Raises MachineError without the library, or if the library cannot read the file.
+        Raises:
+            UserError: the file's rules lose a part of a text.
+            MachineError: there is no library, or the library cannot read the file.
         """
         ids: list[int] = self.library.encode(text).ids
         return ids
@@ -112,7 +115,9 @@ class FileTokenizer:
             library = Library.from_str(self.text)
             library.no_truncation()  # some files would cut a long prompt off
             library.no_padding()
-            return library
+            library.model.dropout = None  # each rank would draw other tokens
+            library.encode_special_tokens = True  # as text: whoever asks cannot end a prompt
+            tokens = library.encode(TRIAL).ids
         except BaseException as error:  # a panic of its Rust code is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -120,6 +125,13 @@ class FileTokenizer:
             raise MachineError(
                 f"the library tokenizers cannot read {self._where}: {why}; get the file again"
             ) from None
+        back = b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
+        if back not in (TRIAL, " " + TRIAL):  # many put a space before a text
+            raise UserError(
+                f"{self._where} makes {shown(back)} of {shown(TRIAL)}, and a text must come back; "
+                "give a model whose tokenizer keeps spaces, capitals and all bytes"
+            )
+        return library
 
 
 def import_library() -> Any:

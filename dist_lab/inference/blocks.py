@@ -68,7 +68,7 @@ class Pool:
 
     @property
     def used(self) -> int:
-        return sum(count > 0 for count in self.counts)
+        return self.total - self.free
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.size)

@@ -70,7 +70,8 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
         )
     if sampling.temperature == 0:
         return int(logits.argmax())  # of equal ones the first
-    scores = filtered(logits.double() / sampling.temperature, sampling)
+    below = logits.double() - logits.max()  # so that a tiny temperature makes -inf, and no inf
+    scores = filtered(below / sampling.temperature, sampling)
     return int((scores + noise(sampling.seed, position, len(logits)).to(scores.device)).argmax())
 
 

@@ -153,6 +153,14 @@ def test_splitfuse_goes_on_with_a_prompt_only_if_all_of_it_fits():
     assert steps(engine) == [{"a": 4, "b": 4}, {"a": 1}, {"a": 1}, {"b": 8}, {"b": 4}]
 
 
+def test_splitfuse_lets_nobody_overtake_a_prompt_that_waits_for_blocks():
+    engine = dry_engine(SplitFuse(8, 9), blocks=5, size=4)
+    add(engine, a=(4, 3), b=(16, 1))
+    engine.step()
+    add(engine, c=(1, 1))
+    assert steps(engine) == [{"a": 1}, {"a": 1}, {"b": 8}, {"b": 4, "c": 1}]
+
+
 def test_splitfuse_resets_all_when_nobody_can_go_on():
     engine = dry_engine(SplitFuse(30, 9), blocks=4, size=4)
     add(engine, a=(8, 4), b=(8, 4))

@@ -102,3 +102,11 @@ def test_numbers_out_of_range_are_refused(wrong):
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(MachineError, match="position 7 are not finite"):
         choose(torch.tensor([0.0, torch.nan]), Sampling(), 7)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature):
+    for sign in (1, -1):
+        logits = sign * torch.tensor([1.0, 2.0, 9.0, 3.0])
+        assert choose(logits, Sampling(temperature=temperature), 5) == int(logits.argmax())
+        assert choose(logits, Sampling(temperature, top_k=3, top_p=0.5), 5) == int(logits.argmax())

@@ -120,3 +120,32 @@ def test_an_import_keeps_a_tokenizer_of_others_or_says_why_it_does_not(folder, t
     assert "by Metaspace" in done.stdout
     (path,) = (tmp_path / "two").iterdir()
     assert Checkpoint.open(path).tokenizer is None
+
+
+def test_ranks_do_not_draw_other_tokens_each_where_the_file_drops_merges_at_random(folder):
+    put(folder, written.llama_2(model=written.llama_2()["model"] | {"dropout": 0.9}))
+    tokenizer = opened(folder)
+    assert len({tuple(tokenizer.encode("ab" * 20)) for _ in range(20)}) == 1
+
+
+def test_the_name_of_a_special_token_is_text_in_a_prompt(folder):
+    put(folder, written.llama_2())
+    tokenizer = opened(folder)
+    tokens = tokenizer.encode("a</s>b")
+    assert tokenizer.special["</s>"] not in tokens
+    assert b"".join(map(tokenizer.bytes_of, tokens)) == b" a</s>b"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"type": "Lowercase"},
+        {"type": "Strip", "strip_left": True, "strip_right": True},
+        {"type": "Replace", "pattern": {"String": " "}, "content": ""},
+    ],
+)
+def test_a_file_whose_rules_lose_a_part_of_a_text_is_refused(folder, rule):
+    steps = [rule, *written.llama_2()["normalizer"]["normalizers"]]
+    put(folder, written.llama_2(normalizer={"type": "Sequence", "normalizers": steps}))
+    with pytest.raises(UserError, match="and a text must come back"):
+        opened(folder).encode("a")

@@ -47,12 +47,13 @@ class SplitFuse:
                 parts.append((sequence, 1))
                 left -= 1
         for sequence in [s for s in queues.running if s.missing > 1]:
-            rest = pool.blocks_for(len(sequence.tokens)) - len(sequence.table.blocks)
-            if not left or rest > pool.free:  # a prompt goes on only if all of it fits
-                break
+            if not left:
+                return parts
             count = min(left, sequence.missing)
-            if not queues.grow(sequence, sequence.seen + count):
-                break
+            rest = pool.blocks_for(len(sequence.tokens)) - len(sequence.table.blocks)
+            # A prompt goes on only if all of it fits. While one cannot, nobody overtakes it.
+            if rest > pool.free or not queues.grow(sequence, sequence.seen + count):
+                return parts
             parts.append((sequence, count))
             left -= count
         while left and queues.waiting and len(queues.running) < self.sequences:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +70,8 @@ def demo(config: Demo) -> None:
     with program(config, serve) as server:
         address = f"http://127.0.0.1:{port}"
         wait_until_healthy(address, server)
-        body = {"prompt": config.prompt, "max_tokens": config.tokens, "stream": True}
-        sampling = {"temperature": 0.7, "top_p": 0.9, "seed": 0}
-        complete(address, body | sampling)
+        asked = {"prompt": config.prompt, "max_tokens": config.tokens, "stop": "\n\n"}
+        complete(address, asked | {"temperature": 0.5, "seed": 0, "stream": True})
 
 
 @contextmanager
@@ -124,10 +123,24 @@ def complete(address: str, body: dict[str, object]) -> None:
     )
     try:
         with urlopen(request, timeout=START) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    text = json.loads(line[6:])["choices"][0]["text"]
-                    print(printable(text, keep="\n\t"), end="", flush=True)
+            for text in parts(answer):
+                print(printable(text, keep="\n\t"), end="", flush=True)
     except HTTPError as error:
         raise MachineError(f"the server answers {error.code}: {error.read().decode()}") from None
+    except OSError as error:
+        raise MachineError(f"the server no longer answers: {error}") from None
     print("\n", flush=True)
+
+
+def parts(lines: Iterable[bytes]) -> Iterator[str]:
+    """The parts of a text from server-sent events. MachineError if its end does not come."""
+    for line in lines:
+        event = line.removeprefix(b"data: ").strip()
+        if event == b"[DONE]":
+            return
+        if event:
+            message = json.loads(event)
+            if "error" in message:
+                raise MachineError(f"the server has failed: {message['error']['message']}")
+            yield message["choices"][0]["text"]
+    raise MachineError("the server has ended in the middle of the text; its lines above say why")

@@ -9,7 +9,7 @@ from typing import NoReturn
 from dist_lab.errors import MachineError, UserError
 from dist_lab.programs.demo.command import Demo, demo
 
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def read_lines(path):\n    with open(path) as file:\n        "
 
 
 class Parser(argparse.ArgumentParser):

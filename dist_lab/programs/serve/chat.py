@@ -12,7 +12,7 @@ transcript of one, if it has learned anything like it:
 
 System messages stand alone, with an empty line after each. The answer ends where the model begins
 the user's next turn: "\\nUser:" is a stop string. A message that contains such a line looks like a
-turn of its own to the model; text in a prompt has no other kind.
+turn of its own to the model: the prompt is one text.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT, refusal
 
 from dist_lab.errors import MachineError
-from dist_lab.programs.demo.command import Demo, complete, program, wait_until_healthy
+from dist_lab.programs.demo.command import Demo, complete, parts, program, wait_until_healthy
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -61,6 +61,18 @@ def a_server_that_refuses():
 def test_a_refusal_of_the_server_is_one_error(a_server_that_refuses, capsys):
     with pytest.raises(MachineError, match="the server answers 400"):
         complete(a_server_that_refuses, {"prompt": "def ", "stream": True})
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [([b'data: {"choices": [{"text": "a"}]}', b""], "ended in the middle"),
+     ([b'data: {"error": {"message": "a rank died"}}'], "has failed: a rank died")],
+)  # fmt: skip
+def test_a_text_without_an_end_is_an_error(lines, why):
+    with pytest.raises(MachineError, match=why):
+        list(parts(lines))
+    with pytest.raises(MachineError, match="no longer answers"):
+        complete("http://127.0.0.1:9", {"prompt": "def "})
 
 
 @pytest.mark.slow

@@ -250,15 +250,13 @@ def test_transformers_loads_the_exported_tokenizer(place, tmp_path):
     transformers = pytest.importorskip("transformers")
     run("checkpoint.py", "export", place.run, tmp_path / "hf", "--to=hf")
     tokenizer = place.opened().tokenizer
-    text = "def add(self, first):\n        größer 😀\n\n  x<|endoftext|>y"
+    text = "def add(self, first):\n        größer 😀\n\n  x<|y"
     for loaded in (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"),
         transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "hf/tokenizer.json")),
     ):
         assert loaded(text).input_ids == tokenizer.encode(text)
-        assert loaded.decode(tokenizer.encode(text), skip_special_tokens=True) == text.replace(
-            "<|endoftext|>", ""
-        )
+        assert loaded.decode(tokenizer.encode(text), skip_special_tokens=True) == text
         assert len(loaded) == SIZE
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == SIZE - 1
 
