@@ -44,7 +44,9 @@ def way_on(out: str) -> str:
     steps = [row["step"] for row in rows(folder / "metrics.jsonl")]
     names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
     whole = sorted(filter(WHOLE.fullmatch, names), key=lambda name: (len(name), name))
-    logged = f"last logged step {steps[-1]}" if steps else "no step was logged"
+    if not steps and not whole:
+        return "it has logged no step and saved no checkpoint"
+    logged = f"last logged step {steps[-1]}" if steps else "no step was logged since"
     if not whole:
         return f"{logged}; no checkpoint is whole in {out}, --save-every N saves some"
     return (

@@ -307,13 +307,15 @@ def check_sockets_and_orphans(folder: Path, mark: str) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_reaches_every_rank_and_ends_all_silently(tmp_path):
+def test_ctrl_c_in_a_terminal_reaches_every_rank_and_ends_all_with_one_line(tmp_path):
     program = start("nproc=2", "do=wait", f"folder={tmp_path}")
     pids = ready(tmp_path, 2)
     for pid in [*pids, program.pid]:  # a terminal sends it to all, in any order
         os.kill(pid, signal.SIGINT)
         time.sleep(0.1)
-    assert program.communicate(timeout=5) == ("", "")
+    line = "toy.py: stopped by SIGINT, it has logged no step and saved no checkpoint\n"
+    assert program.communicate(timeout=5) == ("", line)
+    assert not [*tmp_path.glob("out-*")], "a run that has written nothing leaves no folder"
     assert program.returncode == 130
     assert not any(is_alive(pid) for pid in pids)
 

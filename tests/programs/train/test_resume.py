@@ -77,19 +77,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_moved_aside(saved, tmp_path):
     assert names.count("step-00000006") == 2  # the new one, and the damaged one under another name
 
 
-def test_a_resumed_run_says_which_save_was_not_whole_yet(tmp_path):
-    (tmp_path / "checkpoints" / "step-00000004.tmp-0123abcd").mkdir(parents=True)
-    flags = "--model mlp --size tiny --steps 1 --seq 8 --val-every 0 --resume auto".split()
-    done = run("train.py", *flags, "--out", tmp_path)
-    assert "the save of step 4 was not whole yet when the run ended" in done.stdout
-    assert not [*(tmp_path / "checkpoints").iterdir()]
-
-
-def test_a_run_that_resumes_with_other_steps_says_what_that_makes_of_the_learning_rate(tmp_path):
+def test_a_resumed_run_says_what_other_steps_change_and_which_save_is_lost(tmp_path):
     flags = "--model mlp --size tiny --seq 8 --val-every 0 --warmup 0 --lr 0.1".split()
     flags += ["--out", tmp_path]
     assert run("train.py", *flags, "--steps", 2, "--save-every", 1).returncode == 0
+    lost = tmp_path / "checkpoints" / "step-00000003.tmp-0123abcd"
+    lost.mkdir()
     told = run("train.py", *flags, "--steps", 4, "--resume", "auto").stdout
+    assert "the save of step 3 was not whole yet when the run ended" in told
+    assert not lost.exists()
     assert "the run had --steps 2 and goes on with 4: the learning rate falls with all" in told
     assert "so step 3 has 0.0232 in place of 0.01" in told
     (row,) = [row for row in metrics(tmp_path) if row["step"] == 3]
