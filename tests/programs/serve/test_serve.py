@@ -169,6 +169,9 @@ def test_ranks_that_cannot_load_the_model_end_the_server_with_their_line(trained
     done = run("serve.py", f"--checkpoint={trained}", "--port=0", "--nproc=3")
     assert done.returncode == 2
     assert "heads" in done.stderr
+    done = run("serve.py", f"--checkpoint={trained}", "--port=0", "--blocks=99000000")
+    assert done.returncode == 2
+    assert done.stderr.startswith("serve.py: error: 99,000,000 blocks of 16 tokens take ")
 
 
 # --- with ranks -----------------------------------------------------------------------------------
