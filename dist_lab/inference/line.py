@@ -1,6 +1,6 @@
 """The line between rank 0 and a router: JSON, one message a line, over a socket of this machine.
 
-    router -> rank 0    {"do": "add", "name": "7", "texts": [{"prompt": "def ", ...}]}
+    router -> rank 0    {"do": "add", "name": "7", "asked": [{"prompt": "def ", ...}]}
                         {"do": "cancel", "name": "7.0"}
                         {"do": "stop"}
     rank 0 -> router    {"accepted": {}, "refused": {}, "events": [], "counts": {"running": 0, ...}}
@@ -8,8 +8,9 @@
                         {"accepted": {"7": [4]}, "refused": {}, "events": [["7.0", "a", ""]],
                          "counts": {"running": 1, ...}}                        after every step
 
-JSON cannot make the reader run code, as pickle can, and a line that is longer than LARGEST is an
-error before it fills the memory. Does not import torch.
+A prompt comes once, with the seeds of all its texts. So a line is about as long as the body of its
+request, however many texts are asked for. JSON cannot make the reader run code, as pickle can, and
+a line that is longer than LARGEST is an error before it fills the memory. Does not import torch.
 """
 
 import json

@@ -3,7 +3,7 @@
 from collections import abc
 from dataclasses import dataclass, field
 
-from dist_lab.errors import UserError
+from dist_lab.errors import UserError, shown
 from dist_lab.inference.blocks import Table
 from dist_lab.inference.sampling import Sampling
 from dist_lab.inference.text import TextStream, Tokenizer
@@ -82,6 +82,6 @@ def check_prompt(prompt: abc.Sequence[int], vocab: int) -> None:
     wrong = [token for token in prompt if not 0 <= token < vocab]
     if wrong:
         raise UserError(
-            f"the prompt has token {wrong[0]}, and the vocabulary has {vocab}, from 0 to "
+            f"the prompt has token {shown(wrong[0])}, and the vocabulary has {vocab}, from 0 to "
             f"{vocab - 1}; use the model's own tokenizer"
         )

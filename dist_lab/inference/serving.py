@@ -90,22 +90,25 @@ def add(engine: Engine, longest: int, command: Mapping[str, Any]) -> list[int]:
     Args:
         longest: the bytes of the longest token.
     """
-    lengths = []
-    for number, asked in enumerate(command["texts"]):
-        try:
-            prompt = asked["prompt"]
+    lengths: list[int] = []
+    try:
+        for asked in command["asked"]:
+            prompt, new = asked["prompt"], asked["new_tokens"]
             if isinstance(prompt, str):
-                capacity = engine.pool.total * engine.pool.size
-                check_length(len(prompt.encode()), longest, asked["new_tokens"], capacity)
+                check_length(len(prompt.encode()), longest, new, engine.capacity)
                 prompt = engine.tokenizer.encode(prompt)
-            sampling = Sampling(**asked["sampling"])
-            request = Request(prompt, asked["new_tokens"], sampling, asked["stops"])
-            engine.add(f"{command['name']}.{number}", request)
-        except UserError:
-            for earlier in range(number):
-                engine.cancel(f"{command['name']}.{earlier}")
-            raise
-        lengths.append(len(prompt))
+            else:
+                check_length(len(prompt), 1, new, engine.capacity)
+            for seed in asked["seeds"]:
+                request = Request(
+                    prompt, new, Sampling(**asked["sampling"], seed=seed), asked["stops"]
+                )
+                engine.add(f"{command['name']}.{len(lengths)}", request)
+                lengths.append(len(prompt))
+    except UserError:
+        for number in range(len(lengths)):
+            engine.cancel(f"{command['name']}.{number}")
+        raise
     return lengths
 
 
@@ -113,7 +116,8 @@ def check_length(size: int, longest: int, new: int, capacity: int) -> None:
     """Raise UserError for a text that is too long in any case: to encode it would hold up others.
 
     Args:
-        size: of the prompt, in bytes.
+        size: of the prompt, in bytes, or in tokens.
+        longest: so many of these are a token at most.
     """
     if size > longest * capacity:
         raise UserError(

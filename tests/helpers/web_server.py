@@ -47,7 +47,6 @@ class Letters:
     def __post_init__(self):
         self.gate.set()
         self.streams, self.tokenizer = {}, Bytes()
-        self.pool = SimpleNamespace(total=self.capacity, size=1)
 
     @property
     def busy(self) -> bool:

@@ -61,9 +61,10 @@ def test_a_line_that_is_too_long_and_a_router_that_ends_are_errors(ends, monkeyp
 
 def play_router(router, seen):
     """Asks for two texts, cancels one of them, and stops when the other has ended."""
-    text = {"prompt": "a", "new_tokens": 3, "sampling": {"seed": 1}, "stops": []}
-    router.sendall(as_line({"do": "add", "name": "1", "texts": [text, text]}))
-    router.sendall(as_line({"do": "add", "name": "2", "texts": [text, text | {"prompt": ""}]}))
+    two = {"prompt": "a", "new_tokens": 3, "sampling": {}, "seeds": [1, 2], "stops": []}
+    one = two | {"seeds": [3]}
+    router.sendall(as_line({"do": "add", "name": "1", "asked": [two]}))
+    router.sendall(as_line({"do": "add", "name": "2", "asked": [one, one | {"prompt": ""}]}))
     router.sendall(as_line({"do": "cancel", "name": "1.0"}))
     with router.makefile("rb") as file:
         for one in map(json.loads, file):

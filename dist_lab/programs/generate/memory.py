@@ -32,7 +32,7 @@ def check_blocks(weights: Weights, mesh: Mesh, blocks: int, size: int) -> None:
     if needed > free:
         raise UserError(
             f"a cache of {blocks:,} blocks of {size} tokens takes {needed / 1e9:,.1f} GB, and "
-            f"{free / 1e9:,.1f} GB are free; give fewer --blocks"
+            f"{free / 1e9:,.1f} GB are free; give --blocks {int(blocks * free / needed)} or less"
         )
 
 

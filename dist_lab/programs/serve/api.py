@@ -51,13 +51,13 @@ def build(router: Router, model: str, patience: float, hosts: Collection[str]) -
 
     async def completions(request: Request) -> Answer:
         asked = parse(await read_body(request), CompletionRequest, model)
-        texts = [text for prompt in asked.prompts for text in asked.each(prompt, drawn_seed())]
+        texts = [asked.of(prompt, drawn_seed()) for prompt in asked.prompts]
         return answer(asked, texts, COMPLETION)
 
     async def chat(request: Request) -> Answer:
         asked = parse(await read_body(request), ChatRequest, model)
-        texts = asked.each(prompt_of(asked.messages), drawn_seed(), STOPS)
-        return answer(asked, texts, CHAT)
+        texts = asked.of(prompt_of(asked.messages), drawn_seed(), STOPS)
+        return answer(asked, [texts], CHAT)
 
     def answer(asked: Common, texts: Sequence[Asked], style: Style) -> Answer:
         opened = router.open(texts)

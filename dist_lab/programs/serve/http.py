@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 
 from dist_lab.inference.line import LARGEST
+from dist_lab.programs.serve import respond
 from dist_lab.programs.serve.api import build
 from dist_lab.programs.serve.receive import LOCAL
 from dist_lab.programs.serve.refused import Refused
@@ -116,23 +117,24 @@ class HttpThread(threading.Thread):
 
 
 async def close_silent(connections: set[Any]) -> None:
-    """Close connections on which no request comes: each of them takes a file descriptor.
+    """Close connections on which nothing moves: each of them takes a file descriptor.
 
     uvicorn itself waits for ever for the head of the first request, and for a client to take the
-    end of an answer.
+    end of an answer. We look at them now and then, so a connection counts as silent only if it has
+    had no other request since the last look (`cycle`), and its client has taken no bytes.
     """
     since: dict[Any, float] = {}
     while True:
         await asyncio.sleep(SWEEP)
         now = time.monotonic()
         silent = [
-            connection
+            (connection, connection.cycle, connection.transport.get_write_buffer_size())
             for connection in connections
             if connection.cycle is None
             or connection.cycle.response_complete
             or connection.transport.is_closing()
         ]
-        since = {connection: since.get(connection, now) for connection in silent}
-        for connection, start in since.items():
-            if now - start > SILENT:
+        since = {state: since.get(state, now) for state in silent}
+        for (connection, _, unsent), start in since.items():
+            if now - start > (respond.SLOWEST_READER if unsent else SILENT):
                 connection.transport.abort()

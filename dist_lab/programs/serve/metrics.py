@@ -38,7 +38,7 @@ def metrics(router: Router, answers: dict[tuple[str, int], int]) -> str:
         full = f"dist_lab_{name}"
         lines.append(f"# HELP {full} {help}")
         lines.append(f"# TYPE {full} {kind}")
-        lines.extend(f"{full}{suffix} {value:g}" for suffix, value in values)
+        lines.extend(f"{full}{suffix} {value}" for suffix, value in values)
 
     rows = [
         (f'{{path="{path}",status="{status}"}}', count)

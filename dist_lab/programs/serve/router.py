@@ -3,7 +3,7 @@
 It runs in a process of its own, in an event loop, and knows neither HTTP nor the model. To rank 0
 it sends what is asked, and from rank 0 it gets a line after every step (inference/line.py).
 
-    texts = router.open([Asked("def ", 16)])     429 if too many wait
+    texts = router.open([Asked("def ", 16)])     429 if too many wait, 400 if there never is room
     await texts.accepted                         400 if the prompt does not fit
     async for part in texts: ...                 as they come
     texts.close()                                in any case: cancels what is still open
@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_lab.inference.line import as_line
@@ -28,17 +28,19 @@ from dist_lab.programs.serve.refused import Refused
 
 @dataclass(frozen=True)
 class Asked:
-    """A text to be continued.
+    """A prompt to be continued by one or more texts.
 
     Args:
         prompt: text, or tokens.
         new_tokens: generate so many at most.
-        sampling: the arguments of inference.sampling.Sampling.
+        sampling: the arguments of inference.sampling.Sampling, but for the seed.
+        seeds: one for each text.
     """
 
     prompt: str | list[int]
     new_tokens: int
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
     stops: Sequence[str] = ()
 
 
@@ -124,22 +126,29 @@ class Router:
         """Send texts to rank 0.
 
         Raises:
-            Refused: too many wait, or the server is stopping.
+            Refused: too many wait, or are asked for, or the server is stopping.
         """
         if self._why is not None:
             raise self._why
         if not self.ready.done():
             raise Refused(503, "the model is still loading; ask again in a few seconds")
-        waiting = self.waiting
-        if waiting + len(asked) > self.most_waiting:
+        count, waiting = sum(len(one.seeds) for one in asked), self.waiting
+        if count > self.most_waiting:
+            raise Refused(
+                400, f"the request asks for {count} texts, and {self.most_waiting} may wait for "
+                "their turn; ask for fewer, or start the server with a higher --max-queue", "n",
+            )  # fmt: skip
+        if waiting + count > self.most_waiting:
             raise Refused(
                 429, f"{waiting} texts wait for their turn, and {self.most_waiting} may; ask again "
                 "in a second", code="queue_full",
             )  # fmt: skip
-        texts = Texts(self, str(next(self._names)), len(asked))
+        texts = Texts(self, str(next(self._names)), count)
+        # Not asdict, which copies each token, and nobody else is served meanwhile.
+        line = as_line({"do": "add", "name": texts.name, "asked": [vars(one) for one in asked]})
         self._requests[texts.name] = texts
         self._idle.clear()
-        self._send({"do": "add", "name": texts.name, "texts": [asdict(one) for one in asked]})
+        self._send(line)
         return texts
 
     @property
@@ -155,7 +164,7 @@ class Router:
         """Cancel the open texts of a request."""
         if self._requests.pop(texts.name, None) is not None:
             for number in texts.open:
-                self._send({"do": "cancel", "name": f"{texts.name}.{number}"})
+                self._send(as_line({"do": "cancel", "name": f"{texts.name}.{number}"}))
                 self.totals["cancelled"] += 1
         if not self._requests:
             self._idle.set()
@@ -204,13 +213,13 @@ class Router:
 
     async def stop_ranks(self) -> None:
         """Tell the ranks to stop, and wait until rank 0 has closed the line."""
-        self._send({"do": "stop"})
+        self._send(as_line({"do": "stop"}))
         if self._writer is not None:
             await self._gone.wait()
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, line: bytes) -> None:
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(as_line(message))
+            self._writer.write(line)
 
     def _hear(self, message: Mapping[str, Any]) -> None:
         """A step of the engine is over."""

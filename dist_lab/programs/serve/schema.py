@@ -38,7 +38,8 @@ OFF = {  # field that we do not have -> its values that mean "off"
 }
 
 Short = Annotated[str, Field(min_length=1, max_length=256)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Few = Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)
 T = TypeVar("T", bound="Common")
 
@@ -80,9 +81,7 @@ class Common(Fields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def each(
-        self, prompt: str | list[int], drawn_seed: int, stops: Sequence[str] = ()
-    ) -> list[Asked]:
+    def of(self, prompt: str | list[int], drawn_seed: int, stops: Sequence[str] = ()) -> Asked:
         """The `n` texts of a prompt, each with a seed of its own: seed, seed + 1, ...
 
         Args:
@@ -90,20 +89,13 @@ class Common(Fields):
             stops: besides its own.
         """
         first = drawn_seed if self.seed is None else self.seed
-        return [
-            Asked(
-                prompt,
-                self.new_tokens,
-                {
-                    "temperature": 1.0 if self.temperature is None else self.temperature,
-                    "top_k": self.top_k,
-                    "top_p": 1.0 if self.top_p is None else self.top_p,
-                    "seed": first + number,
-                },
-                [*self.stops, *stops],
-            )
-            for number in range(self.n or 1)
-        ]
+        sampling = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_k": self.top_k,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+        }
+        seeds = [first + number for number in range(self.n or 1)]
+        return Asked(prompt, self.new_tokens, sampling, seeds, [*self.stops, *stops])
 
 
 class CompletionRequest(Common):

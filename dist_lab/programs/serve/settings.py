@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_lab.inference.policies import NAMES
 from dist_lab.programs.cli.model_ranks import ModelRanks, check_model
 from dist_lab.programs.cli.ranks import check_nproc
 from dist_lab.programs.cli.settings import read as read_settings
 from dist_lab.programs.cli.settings import setting
 
-POLICIES = ("static", "orca", "tgi", "vllm", "splitfuse", "lmdeploy")
 BLOCK = 16  # tokens of a block of the cache
 LINE = "line"  # the setting without a flag
 
@@ -25,7 +25,7 @@ class Serve(ModelRanks):
     name: str = setting("", "call the model so in answers; default: the name of the folder",
         metavar="TEXT")
     policy: str = setting("vllm", "which texts share a step: see dist_lab/inference/README.md",
-        choices=POLICIES, heading="scheduling")
+        choices=NAMES, heading="scheduling")
     blocks: int = setting(1024, f"room for so many times {BLOCK} tokens in the cache", low=2)
     prefix_cache: bool | None = setting(None, "keep the cache of prompts, for others that begin "
         "alike; by default as the server whose policy it is")

@@ -3,16 +3,16 @@
 import socket
 
 from dist_lab.comm.agree import together
-from dist_lab.errors import MachineError, UserError
+from dist_lab.errors import MachineError
 from dist_lab.inference.engine import Engine
 from dist_lab.inference.line import Line
 from dist_lab.inference.policies.table import POLICIES
 from dist_lab.inference.serving import serve
 from dist_lab.inference.stage import load_stage
-from dist_lab.inference.weights import Weights, tokenizer_of
+from dist_lab.inference.weights import tokenizer_of
 from dist_lab.mesh.mesh import Mesh
 from dist_lab.programs.generate.command import open_weights
-from dist_lab.programs.generate.memory import cache_bytes, free_memory
+from dist_lab.programs.generate.memory import check_blocks
 from dist_lab.programs.serve.settings import BLOCK, Serve
 
 SEQUENCES, BUDGET = 64, 256  # that run at once, and tokens of a step
@@ -23,7 +23,8 @@ def serve_model(config: Serve, mesh: Mesh) -> int:
     weights, _ = open_weights(config.checkpoint, mesh)
     with together(mesh.world):
         tokenizer = tokenizer_of(weights)
-        check_memory(config.blocks, weights, mesh)
+        tokenizer.encode("a")  # it reads its file now, and not when the first text comes
+        check_blocks(weights, mesh, config.blocks, BLOCK)
     stage = load_stage(weights, mesh)
     row = POLICIES[config.policy]
     keeps = row.prefix_cache if config.prefix_cache is None else config.prefix_cache
@@ -32,17 +33,6 @@ def serve_model(config: Serve, mesh: Mesh) -> int:
     line = connect(config.line) if mesh.rank == 0 else None
     serve(engine, mesh.world, line, beat=min(1.0, config.timeout / 4))
     return 0
-
-
-def check_memory(blocks: int, weights: Weights, mesh: Mesh) -> None:
-    """Raise UserError if the cache is larger than the memory that is free."""
-    needed, free = blocks * BLOCK * cache_bytes(weights, mesh["tp"].size), free_memory()
-    if needed > free:
-        raise UserError(
-            f"{blocks:,} blocks of {BLOCK} tokens take {needed / 1e9:,.1f} GB, and "
-            f"{free / 1e9:,.1f} GB are free (--blocks); give --blocks {int(blocks * free / needed)}"
-            " or less"
-        )
 
 
 def connect(path: str) -> Line:

@@ -3,20 +3,25 @@
 An engine of letters answers (tests/helpers/serving.py): `a` is continued by `b`, `c`, `d`.
 """
 
+import asyncio
 import contextlib
 import json
 import socket
 import threading
 import time
+from collections import Counter
+from http.client import HTTPConnection
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 from web_server import Letters, Stream, server_of
 
 from dist_lab.errors import MachineError
-from dist_lab.programs.serve import http, receive, respond
+from dist_lab.programs.serve import http, metrics, receive, respond
 from dist_lab.programs.serve.refused import Refused
-from dist_lab.programs.serve.schema import CompletionRequest
+from dist_lab.programs.serve.router import Router
+from dist_lab.programs.serve.schema import CompletionRequest, parse
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +136,7 @@ WRONG = [
     ({"prompt": ""}, "prompt", "prompt cannot be '': give a text"),
     ({"prompt": ["a", 3]}, "prompt", "prompt cannot be a list: give a text"),
     ({"prompt": [-1]}, "prompt", "prompt cannot be"),
+    ({"prompt": [10**4000]}, "prompt", "prompt cannot be"),
     ({}, "prompt", "prompt is missing"),
     ({"prompt": "a", "temprature": 1}, "temprature", "did you mean temperature?"),
     ({"prompt": "a", "x" * 99: 1}, "x" * 80, "there is no field 'xxx"),
@@ -162,6 +168,7 @@ def test_a_wrong_field_is_named(server, body, param, words):
     assert reply.error["param"] == param
     assert words in reply.error["message"]
     assert reply.error["type"] == "invalid_request_error"
+    assert len(reply.error["message"]) < 250
 
 
 WRONG_CHATS = [
@@ -206,6 +213,28 @@ def test_a_hostile_body_does_not_keep_others_waiting(fields):
     with pytest.raises(ValidationError) as wrong:
         CompletionRequest.model_validate(fields)
     assert wrong.value.error_count() < 10
+
+
+def test_a_long_prompt_of_many_texts_is_sent_to_rank_0_once(server):
+    """Sixteen copies of it were a line that rank 0 takes for an attack."""
+    assert server.complete("x" * 600_000, n=16).status == 400
+    assert server.complete([1] * 300_000, n=16).status == 400
+    assert server.complete().status == 200
+
+
+def test_a_large_body_does_not_keep_others_waiting():
+    """From its bytes to the line to rank 0."""
+    body = json.dumps({"prompt": [1] * 340_000, "n": 16}).encode()
+
+    async def seconds():
+        router = Router(99)
+        router.ready.set_result(None)
+        start = time.process_time()
+        asked = parse(body, CompletionRequest, "m")
+        router.open([asked.of(prompt, 0) for prompt in asked.prompts])
+        return time.process_time() - start
+
+    assert asyncio.run(seconds()) < 0.7  # 0.1 as a rule; 5 with a copy for each text
 
 
 def test_another_model_and_another_path_are_not_found(server):
@@ -301,6 +330,9 @@ def test_a_full_queue_is_429_with_retry_after_and_takes_more_when_it_is_shorter(
     assert (reply.status, reply.headers["retry-after"]) == (429, "1")
     assert reply.error["code"] == "queue_full"
     assert reply.error["message"].startswith("3 texts wait for their turn, and 3 may;")
+    never = held.complete("a", n=4)  # no queue is ever so short
+    assert (never.status, never.error["param"]) == (400, "n")
+    assert "asks for 4 texts, and 3 may wait" in never.error["message"]
     held.engine.gate.set()
     assert [stream.text() for stream in streams] == ["bcd"] * 3
     assert held.complete("a").status == 200
@@ -332,6 +364,61 @@ def test_connections_without_a_request_are_closed(tmp_path, monkeypatch):
                     while connection.recv(4096):
                         pass
         assert len(stream.text()) == 900
+
+
+def test_a_connection_with_a_request_now_and_then_stays_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "SILENT", 0.3)
+    monkeypatch.setattr(http, "SWEEP", 0.02)
+    with server_of(tmp_path) as server:
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+        sockets = set()
+        for _ in range(20):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            sockets.add(connection.sock)
+            time.sleep(0.05)
+        assert len(sockets) == 1
+        silent = sockets.pop()
+        silent.settimeout(3)
+        assert silent.recv(99) == b""
+        connection.close()
+
+
+def test_a_client_may_take_long_for_the_end_of_an_answer_while_it_takes_bytes(monkeypatch):
+    monkeypatch.setattr(respond, "SLOWEST_READER", 0.3)
+    monkeypatch.setattr(http, "SILENT", 0.1)
+    monkeypatch.setattr(http, "SWEEP", 0.02)
+
+    class Connection:
+        """One whose answer has ended, and of which so many bytes are not sent yet."""
+
+        def __init__(self, unsent):
+            self.cycle, self.transport, self.unsent = self, self, unsent
+            self.response_complete, self.aborted = True, False
+
+        def is_closing(self):
+            return False
+
+        def get_write_buffer_size(self):
+            return self.unsent
+
+        def abort(self):
+            self.aborted = True
+
+    reads, stuck, silent = Connection(1000), Connection(1000), Connection(0)
+
+    async def seen():
+        sweeps = asyncio.create_task(http.close_silent({reads, stuck, silent}))
+        for _ in range(12):
+            await asyncio.sleep(0.05)
+            reads.unsent -= 1
+            if not stuck.aborted:
+                early = silent.aborted
+        sweeps.cancel()
+        return early
+
+    assert asyncio.run(seen())
+    assert (reads.aborted, stuck.aborted, silent.aborted) == (False, True, True)
 
 
 def test_a_client_that_reads_nothing_for_long_is_cut_off(tmp_path, monkeypatch):
@@ -427,6 +514,12 @@ def test_health_models_and_metrics(server):
         assert line.startswith(("# HELP dist_lab_", "# TYPE dist_lab_")) or (
             name.startswith("dist_lab_") and float(value) >= 0
         ), line
+
+
+def test_a_count_has_all_its_digits():
+    router = SimpleNamespace(totals=Counter(prompt_tokens=123_456_789), counts={}, open_texts=0)
+    lines = metrics.metrics(router, {}).splitlines()
+    assert "dist_lab_prompt_tokens_total 123456789" in lines
 
 
 def test_the_page_may_load_its_own_files_alone(server):
