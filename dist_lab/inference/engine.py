@@ -20,7 +20,7 @@ from dist_lab.inference.paged import Memory
 from dist_lab.inference.queues import Policy, Queues
 from dist_lab.inference.sequence import Request, Sequence
 from dist_lab.inference.stage import Stage
-from dist_lab.inference.step import Part, step
+from dist_lab.inference.step import FAILED, Part, step
 from dist_lab.inference.text import Tokenizer
 
 
@@ -30,9 +30,10 @@ class Event:
 
     Attributes:
         name: of the request.
-        token: the generated token; None if the request asked for none.
+        token: the generated token; None if the request asked for none, or has failed.
         text: the text that has become certain.
-        reason: why it has ended: "length" or "stop"; "" if it has not.
+        reason: why it has ended: "length" or "stop", or "failed": its logits are not finite; "" if
+            it has not.
     """
 
     name: str
@@ -137,9 +138,6 @@ class Engine:
 
         Returns:
             The events, the same on every rank.
-
-        Raises:
-            MachineError: logits are not finite.
         """
         events, self._events, self.parts = self._events, [], []
         if not self._live:
@@ -147,10 +145,14 @@ class Engine:
         self.parts = self.policy.schedule(self.queues)
         for sequence, token in step(self.stage, self.parts, self._memory.prepare(self.parts)):
             if sequence.reason:  # the policy lets it run on after its end, and nobody reads that
-                sequence.tokens.append(token)
+                sequence.tokens.append(max(token, 0))
                 continue
-            text = sequence.add(token)
-            events.append(Event(sequence.name, token, text, sequence.reason))
+            if token == FAILED:
+                sequence.fail()
+                events.append(Event(sequence.name, None, "", sequence.reason))
+            else:
+                text = sequence.add(token)
+                events.append(Event(sequence.name, token, text, sequence.reason))
             if sequence.reason:
                 del self._live[sequence.name]
         for sequence, _ in self.parts:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_lab.inference.cache import flattened
+from dist_lab.inference.sampling import not_finite
 from dist_lab.inference.sequence import Request, Sequence
 from dist_lab.inference.stage import Stage
-from dist_lab.inference.step import step
+from dist_lab.inference.step import FAILED, step
 from dist_lab.inference.text import Tokenizer
 
 PREFILL = 512  # tokens of a prompt in one step
@@ -51,7 +52,7 @@ def generate(
 
     Raises:
         UserError: a prompt is empty, or has a token that the model does not know.
-        MachineError: logits are not finite.
+        NotFinite: logits of one are not finite.
     """
     sequences = [Sequence(request, tokenizer, str(n)) for n, request in enumerate(requests)]
     live = {s.name: s for s in sequences if not s.reason}
@@ -60,6 +61,8 @@ def generate(
         parts = [(s, min(s.missing, PREFILL)) for s in live.values()]
         cache = flattened(list(caches.values()), [count for _, count in parts])
         for sequence, token in step(stage, parts, cache):
+            if token == FAILED:
+                raise not_finite(len(sequence.tokens))
             on_text(int(sequence.name), sequence.add(token))
             if sequence.reason:
                 del live[sequence.name], caches[sequence.name]

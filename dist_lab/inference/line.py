@@ -7,6 +7,7 @@
                                                     first, when the model is loaded
                         {"accepted": {"7": [4]}, "refused": {}, "events": [["7.0", "a", ""]],
                          "counts": {"running": 1, ...}}                        after every step
+                                                    "", "length", "stop" or "failed": engine.Event
 
 A prompt comes once, with the seeds of all its texts. So a line is about as long as the body of its
 request, however many texts are asked for. JSON cannot make the reader run code, as pickle can, and

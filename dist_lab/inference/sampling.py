@@ -53,6 +53,10 @@ class Sampling:
             raise UserError(f"top_p cannot be {self.top_p}; give a number above 0, and at most 1")
 
 
+class NotFinite(MachineError):
+    """The logits of a token are NaN or infinite."""
+
+
 def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
     """Choose a token.
 
@@ -61,18 +65,22 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
         position: of the token that is chosen: the number of tokens before it.
 
     Raises:
-        MachineError: a logit is NaN or infinite.
+        NotFinite: a logit is NaN or infinite.
     """
     if not bool(logits.isfinite().all()):
-        raise MachineError(
-            f"logits at position {position} are not finite; the weights are of a run that has "
-            "diverged, or of a dtype that is too small"
-        )
+        raise not_finite(position)
     if sampling.temperature == 0:
         return int(logits.argmax())  # of equal ones the first
     below = logits.double() - logits.max()  # so that a tiny temperature makes -inf, and no inf
     scores = filtered(below / sampling.temperature, sampling)
     return int((scores + noise(sampling.seed, position, len(logits)).to(scores.device)).argmax())
+
+
+def not_finite(position: int) -> NotFinite:
+    return NotFinite(
+        f"logits at position {position} are not finite; the weights are of a run that has "
+        "diverged, or of a dtype that is too small"
+    )
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -40,7 +40,7 @@ class Sequence:
     Attributes:
         tokens: of the prompt, and those generated so far.
         seen: the number of tokens whose keys and values are in the cache.
-        reason: why the text has ended: "length" or "stop"; "" if it has not.
+        reason: why the text has ended: "length", "stop" or "failed"; "" if it has not.
         table: its blocks, where the cache is paged.
 
     Raises:
@@ -73,6 +73,11 @@ class Sequence:
         elif len(self.tokens) == self.request.longest:
             self.reason = "length"
         return shown + self.stream.finish() if self.reason else shown
+
+    def fail(self) -> None:
+        """No token can be chosen. A policy may let it run on, so it gets one that exists."""
+        self.tokens.append(0)
+        self.reason = "failed"
 
 
 def check_prompt(prompt: abc.Sequence[int], vocab: int) -> None:

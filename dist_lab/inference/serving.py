@@ -40,7 +40,7 @@ def serve(engine: Engine, world: Axis, line: Line | None, beat: float = 1.0) -> 
             the time limit of a collective.
 
     Raises:
-        MachineError: the router has ended, or logits are not finite.
+        MachineError: the router has ended.
     """
     tokens = range(engine.tokenizer.vocab)
     longest = max(len(engine.tokenizer.bytes_of(token)) for token in tokens)

@@ -12,12 +12,14 @@ the caller's choice: all of them until the last is done (generate.py), or a poli
 from collections import abc
 
 import torch
+from torch import Tensor
 
-from dist_lab.inference.sampling import choose
+from dist_lab.inference.sampling import NotFinite, choose
 from dist_lab.inference.sequence import Sequence
 from dist_lab.inference.stage import Stage
 from dist_lab.zoo.gpt import Past
 
+FAILED = -1
 Part = tuple[Sequence, int]  # a sequence, and the number of its tokens that a step computes
 
 
@@ -31,10 +33,8 @@ def step(
         cache: of all these sequences, in this order; a Past for each layer of this stage.
 
     Returns:
-        The next token of each sequence that has no token missing now. The caller adds it.
-
-    Raises:
-        MachineError: logits are not finite.
+        The next token of each sequence that has no token missing now. The caller adds it. FAILED in
+        place of a token whose logits are not finite: the other sequences can go on.
     """
     assert parts, "a step without sequences"
     assert all(0 < count <= s.missing for s, count in parts), parts
@@ -53,8 +53,17 @@ def step(
         return []
     waiting, chosen = [parts[i][0] for i in ready], None
     if logits is not None:
-        chosen = [
-            choose(row, s.request.sampling, len(s.tokens))
-            for row, s in zip(logits, waiting, strict=True)
-        ]
+        chosen = [next_token(row, s) for row, s in zip(logits, waiting, strict=True)]
     return list(zip(waiting, stage.agree(chosen, len(ready)), strict=True))
+
+
+def next_token(logits: Tensor, sequence: Sequence) -> int:
+    """The token after a sequence, or FAILED, which the other stages get to know as they do tokens.
+
+    Args:
+        logits: (V,).
+    """
+    try:
+        return choose(logits, sequence.request.sampling, len(sequence.tokens))
+    except NotFinite:
+        return FAILED

@@ -13,7 +13,7 @@ from serving import BLOCKS, PREEMPTS, SIZE, Served, policy_of, second_turns, tra
 
 from dist_lab.checkpoint.exchange import ours
 from dist_lab.checkpoint.exchange.tensors import InMemory
-from dist_lab.errors import UserError
+from dist_lab.errors import MachineError, UserError
 from dist_lab.inference.engine import Engine
 from dist_lab.inference.generate import generate
 from dist_lab.inference.policies.table import POLICIES
@@ -141,6 +141,43 @@ def test_a_waste_is_less_than_a_block_for_each_sequence_with_blocks_on_demand(st
     served = serving.serve(Engine(stage, Letters(), VLLM(12, 5), BLOCKS, SIZE), traffic(), Served())
     assert max(c.empty for c in served.counts) > 0
     assert all(c.empty <= (SIZE - 1) * c.running for c in served.counts)
+
+
+def with_a_sick_token(rank, axes, folder, policy):
+    """A text with token 60, whose embedding is NaN, beside one without; each has 5 new tokens.
+
+    Returns:
+        The tokens and reasons of both, the tokens of the second alone, and what `generate` says.
+    """
+    mesh = init_mesh(**axes)
+    stage = load_stage(weights_in(folder), mesh)
+    well, sick = Request([1, 2, 3, 4], 5), Request([1, 2, 3, 60], 5)
+    (alone,) = generate(stage, [well], Letters())
+    if mesh["pp"].index == 0 and mesh["tp"].index == mesh["tp"].size - 1:  # it has this row
+        stage.model.get_parameter("model.embed_tokens.weight")[-1] = torch.nan
+    engine, served = Engine(stage, Letters(), policy_of(policy), BLOCKS, SIZE), Served()
+    for name, request in {"sick": sick, "well": well, "later": sick}.items():
+        engine.add(name, request)
+    while engine.busy:
+        for event in engine.step():
+            serving.note(served, event)
+        serving.check_engine(engine)
+    with pytest.raises(MachineError) as error:
+        generate(stage, [well, sick], Letters())
+    return served.tokens, served.reasons, alone.tokens, str(error.value)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("axes", [{"dp": 1}, {"pp": 2}, {"pp": 2, "tp": 2}], ids=str)
+@pytest.mark.slow_unless(lambda axes, policy: axes == {"dp": 1} or policy == "vllm")
+def test_a_text_whose_logits_are_not_finite_fails_alone_and_on_every_rank(
+    on_ranks, folder, axes, policy
+):
+    for seen in on_ranks(prod(axes.values()), with_a_sick_token, axes, folder, policy):
+        tokens, reasons, alone, line = seen
+        assert reasons == {"sick": "failed", "later": "failed", "well": "length"}
+        assert tokens == {"sick": [], "later": [], "well": alone}
+        assert line.startswith("logits at position 4 are not finite")
 
 
 # --- ends and refusals ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ COUNTERS = {
     "generated_tokens": "tokens that were generated",
     "ended_length": "texts that have reached their max_tokens",
     "ended_stop": "texts that have ended by a stop string or the end token",
+    "ended_failed": "texts that got an error, because their logits are not finite",
     "cancelled": "texts that were cancelled, because their client had gone or the server stops",
 }
 ENGINE = {  # field of inference.engine.Counts -> name, kind, meaning

@@ -25,6 +25,11 @@ from typing import Any
 from dist_lab.inference.line import as_line
 from dist_lab.programs.serve.refused import Refused
 
+NOT_FINITE = (
+    "the model's logits for this text are not finite: its weights are of a run that has diverged, "
+    "or of a dtype that is too small; ask for another text"
+)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -235,9 +240,20 @@ class Router:
                 self.forget(texts)
         for full_name, text, reason in message["events"]:
             name, _, number = full_name.partition(".")
+            if reason == "failed":
+                self._fail(name, int(number))
+                continue
             self.totals["generated_tokens"] += 1
             if (texts := self._requests.get(name)) is not None:
                 self._tell(texts, Part(int(number), text, reason))
+
+    def _fail(self, name: str, number: int) -> None:
+        """A text has failed: its request gets an error, and its other texts are cancelled."""
+        self.totals["ended_failed"] += 1
+        if (texts := self._requests.get(name)) is not None:
+            texts.open.discard(number)
+            texts.tell(Refused(500, NOT_FINITE, code="not_finite"))
+            self.forget(texts)
 
     def _tell(self, texts: Texts, part: Part) -> None:
         if not texts.has_begun:

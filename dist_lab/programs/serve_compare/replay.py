@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dist_lab.inference.clock import Clock
 from dist_lab.inference.engine import Counts, Engine, Event
+from dist_lab.inference.sampling import not_finite
 from dist_lab.inference.sequence import Request
 from dist_lab.inference.trace import Arrival
 
@@ -70,6 +71,7 @@ def replay(engine: Engine, trace: abc.Sequence[Arrival], tick: float, clock: Clo
 
 
 def note(served: Served, event: Event, now: float) -> None:
-    assert event.token is not None, event
+    if event.token is None:  # no request here asks for no token
+        raise not_finite(len(served.tokens))
     served.tokens.append(event.token)
     served.times.append(now)

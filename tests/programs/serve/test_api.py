@@ -497,6 +497,29 @@ def test_when_rank_0_ends_open_clients_get_an_error(tmp_path):
         assert "model has failed" in events[-1]["error"]["message"]
 
 
+def test_a_text_whose_logits_are_not_finite_is_an_error_for_its_request_alone(tmp_path):
+    class Sick(Letters):
+        def step(self):
+            before = dict(self.requests)
+            events = super().step()
+            for event in events:
+                if before[event.name].prompt == [ord("!")]:
+                    event.text, event.reason = "", "failed"
+                    self.cancel(event.name)
+            return events
+
+    with server_of(tmp_path, Sick(pace=0.01)) as server:
+        other = server.stream("a", 20)
+        *_, last = server.stream(["a", "!"], 900)
+        assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "not_finite")
+        reply = server.complete("!")
+        assert (reply.status, reply.error["code"]) == (500, "not_finite")
+        assert len(other.text()) == 20
+        server.until(lambda: not server.engine.requests)
+        assert server.metric("dist_lab_ended_failed_total") == 2
+        assert server.metric("dist_lab_open_texts") == 0
+
+
 # --- looking at it --------------------------------------------------------------------------------
 
 
