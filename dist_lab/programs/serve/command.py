@@ -115,11 +115,12 @@ def blocked(number: signal.Signals) -> Iterator[None]:
 def tell_failures(failures: Sequence[Failure], size: int, http: "HttpThread", debug: bool) -> int:
     """Print why the server has ended. Returns the exit status."""
     first = causes(failures)[0]
-    if first.refused or first.details or debug:
+    refused = first.refused and not http.ready  # it has never served, and no rank is to blame
+    if refused or debug or (first.details and not first.refused):
         status = report("serve.py", failures, size, debug)
     else:
         status = max(failure.status for failure in causes(failures))
-    if not first.refused:
+    if not refused:
         who = ranks_in_words([f.rank for f in causes(failures) if f.summary == first.summary])
         print(
             f"serve.py: error: {who} of {size}: {first.summary}; the server has ended, and "

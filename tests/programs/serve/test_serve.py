@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import short_run
@@ -18,6 +19,8 @@ from processes import all_gone, listening, with_mark
 from programs import ROOT, run
 from web_server import Server
 
+from dist_lab.errors import MachineError
+from dist_lab.processes.failures import Failure
 from dist_lab.programs.serve import command
 
 AT = re.compile(r"serve\.py: (\S+) is at http://127\.0\.0\.1:(\d+); Ctrl-C stops\n")
@@ -241,6 +244,19 @@ def test_a_killed_rank_ends_the_server_with_its_name_and_clients_get_an_error(tr
         f"serve.py: error: rank {victim} of 2: killed by SIGKILL, which the kernel sends when "
         "memory runs out; the server has ended, and 1 open texts got an error"
     ]
+
+
+@pytest.mark.parametrize(
+    ("ready", "words"),
+    [(True, "rank 0 of 2: disk full; the server has ended, and 3 open texts got an error"),
+     (False, "disk full")],
+)  # fmt: skip
+def test_an_error_of_a_rank_names_it_once_the_server_has_served(capsys, ready, words):
+    failure = Failure.of(0, MachineError("disk full"))
+    lost = Failure.of(1, RuntimeError("Connection closed by peer"))
+    http = SimpleNamespace(ready=ready, cut=3)
+    assert command.tell_failures([lost, failure], 2, http, debug=False) == 1
+    assert capsys.readouterr().err == f"serve.py: error: {words}\n"
 
 
 # --- in a new process -----------------------------------------------------------------------------
