@@ -209,6 +209,8 @@ def test_a_request_that_can_never_fit_is_refused_with_all_numbers(stage):
         engine.add("empty", Request([], 1))
     with pytest.raises(UserError, match="token 61, and the vocabulary has 61"):
         engine.add("unknown", Request([61], 1))
+    with pytest.raises(UserError, match="token so large a number, and"):
+        engine.add("unknown", Request([10**4000], 1))
     assert engine.counts.waiting == 1
     engine.cancel("unknown")
     engine.cancel("fits")

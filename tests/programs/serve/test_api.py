@@ -136,6 +136,7 @@ WRONG = [
     ({"prompt": ""}, "prompt", "prompt cannot be '': give a text"),
     ({"prompt": ["a", 3]}, "prompt", "prompt cannot be a list: give a text"),
     ({"prompt": [-1]}, "prompt", "prompt cannot be"),
+    ({"prompt": [2**31]}, "prompt", "prompt cannot be"),
     ({"prompt": [10**4000]}, "prompt", "prompt cannot be"),
     ({}, "prompt", "prompt is missing"),
     ({"prompt": "a", "temprature": 1}, "temprature", "did you mean temperature?"),
@@ -517,6 +518,7 @@ def test_a_text_whose_logits_are_not_finite_is_an_error_for_its_request_alone(tm
         assert len(other.text()) == 20
         server.until(lambda: not server.engine.requests)
         assert server.metric("dist_lab_ended_failed_total") == 2
+        assert server.metric("dist_lab_cancelled_total") == 1  # the "a" beside it
         assert server.metric("dist_lab_open_texts") == 0
 
 
