@@ -34,6 +34,7 @@ def add(engine, **lengths):
         engine.add(name, Request([first] * prompt, new))
 
 
+@pytest.mark.slow_unless(lambda prefix_cache: prefix_cache)
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_random_traffic_ends_with_all_texts_and_no_lost_block(policy, prefix_cache):

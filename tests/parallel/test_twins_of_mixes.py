@@ -15,6 +15,8 @@ from dist_lab import zoo
 from dist_lab.errors import UserError
 from dist_lab.programs.cli.mixes import UNMIXABLE, IllegalMix, check_impl
 
+pytestmark = pytest.mark.slow  # each twin alone has its own file
+
 FSDP_TP, HSDP_TP = {"fsdp": 2, "tp": 2}, {"dp": 2, "fsdp": 1, "tp": 2}
 PP_TP, PP_FSDP, PP_DP = {"pp": 2, "tp": 2}, {"pp": 2, "fsdp": 2}, {"pp": 2, "dp": 2}
 PP_HSDP, PP_FSDP_TP = {"pp": 2, "dp": 2, "fsdp": 2}, {"pp": 2, "fsdp": 2, "tp": 2}

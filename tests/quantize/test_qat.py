@@ -26,10 +26,10 @@ SEQUENCE = {"sequence_parallel": True}
 MIXES = {
     "fsdp x tp": ({"fsdp": 2, "tp": 2}, None, (GROUPS, PER_TOKEN), {}, False),
     "fsdp x tp, recomputed": (
-        {"fsdp": 2, "tp": 2}, None, (ROWS, PER_TENSOR), {"recompute": 1}, True,
+        {"fsdp": 2, "tp": 2}, None, (ROWS, PER_TENSOR), {"recompute": 1}, False,
     ),
     "pp x tp": ({"pp": 2, "tp": 2}, None, (ROWS, PER_TENSOR), {"schedule": "zb"}, True),
-    "ddp x tp, sequence": ({"dp": 2, "tp": 2}, None, (ROWS, PER_TENSOR), SEQUENCE, True),
+    "ddp x tp, sequence": ({"dp": 2, "tp": 2}, None, (ROWS, PER_TENSOR), SEQUENCE, False),
     "tp": ({"tp": 4}, None, (MATRIX, None), {}, False),
     "ddp x tp, groups on two ranks": (
         {"dp": 2, "tp": 2}, None, (GROUPS, IN_GROUPS), SEQUENCE, False,

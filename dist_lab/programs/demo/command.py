@@ -7,7 +7,6 @@ a client        POST /v1/completions, and the text as it comes
 
 import json
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def demo(config: Demo) -> None:
 
 @contextmanager
 def program(config: Demo, words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Show a command, and run it. What still runs at the end is stopped as by Ctrl-C."""
+    """Show a command, and run it. What still runs at the end is told to stop."""
     shown = ["python", str(config.launch / words[0]), *words[1:]]
     print(f"\n$ {shlex.join(shown)}", flush=True)
     running = subprocess.Popen([sys.executable, *shown[1:]])
@@ -84,11 +83,12 @@ def program(config: Demo, words: list[str]) -> Iterator[subprocess.Popen[bytes]]
         yield running
     finally:
         if running.poll() is None:
-            running.send_signal(signal.SIGINT)
+            running.terminate()
             try:
                 running.wait(STOP)
             except subprocess.TimeoutExpired:
                 running.kill()
+                running.wait()
 
 
 def free_port() -> int:

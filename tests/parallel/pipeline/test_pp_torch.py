@@ -24,6 +24,8 @@ from dist_lab.parallel.schedules.check import check
 from dist_lab.parallel.schedules.library import make
 from dist_lab.step.protocol import Sync
 
+pytestmark = pytest.mark.slow  # tests/programs/verify/test_parity.py has a quick row
+
 SCHEDULES = tuple(pp_torch.LIBRARY_NAMES)
 MICROBATCHES = {1: 2, 2: 4, 3: 6, 4: 4}  # ranks -> micro-batches
 

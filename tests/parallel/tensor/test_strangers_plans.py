@@ -12,6 +12,7 @@ from dist_lab.comm import ops
 from dist_lab.errors import UserError
 from dist_lab.parallel.tensor.plan import OLD_NAMES, read_plan
 
+pytestmark = pytest.mark.slow  # tests/parallel/tensor/test_plan_check.py has the usual plans
 ranks = pytest.mark.ranks(2, mesh={"tp": 2})
 
 

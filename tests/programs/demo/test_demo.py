@@ -27,10 +27,11 @@ def test_a_program_that_fails_ends_the_demo_with_its_status(tmp_path, capfd):
     assert f"$ python {tmp_path}/train.py" in capfd.readouterr().out
 
 
-def test_a_program_that_still_runs_is_stopped_as_by_ctrl_c(tmp_path, capfd):
+def test_a_program_that_still_runs_is_told_to_stop(tmp_path, capfd):
     (tmp_path / "serve.py").write_text(
-        "import time\ntry:\n    print('up', flush=True)\n    time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    print('stopped')"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped')))\n"
+        "print('up', flush=True)\ntime.sleep(60)"
     )
     config = Demo(tmp_path, tmp_path / "run", steps=1, prompt="def ", tokens=1)
     with program(config, ["serve.py"]) as server:

@@ -528,7 +528,7 @@ def test_the_text_of_a_report_fits_100_columns_and_merges_equal_lines():
     assert "the model and the training loop\n" in text
 
 
-@pytest.mark.slow_unless(lambda status: status == 0)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

@@ -27,7 +27,7 @@ def runs_of(**settings):
     return Runs(config, axes), config.pipeline(axes["pp"]) if "pp" in axes else None
 
 
-@pytest.mark.slow_unless(lambda mix: mix == "fsdp x tp")
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_rank_counts_what_its_class_says(mix):
     runs, schedule = runs_of(**MIXES[mix])

@@ -71,7 +71,7 @@ def test_the_loss_before_is_the_validation_loss_that_training_printed(source):
     assert loss_of(opened.model, opened, mesh["dp"]) == pytest.approx(trained_to, rel=1e-6)
 
 
-@pytest.mark.slow_unless(lambda method: method == "gptq")
+@pytest.mark.slow  # tests/quantize/test_gptq.py compares the codes
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_two_ranks_write_the_bytes_of_one(source, tmp_path, method):
     for ranks in (1, 2):

@@ -48,7 +48,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow_unless(lambda other: other == "--strategy single")
+@pytest.mark.slow  # test_a_resumed_run_... has a quick one
 @pytest.mark.nightly_unless(lambda other: other in (OTHERS[1], "--strategy single"))
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_run_goes_on_in_another_layout_with_the_losses_it_would_have_had(saved, tmp_path, other):

@@ -63,6 +63,7 @@ def place(tmp_path_factory):
         yield Place(base)
 
 
+@pytest.mark.slow
 def test_losses_are_also_shown_per_byte(place):
     """As of one process, by hand: nats of all tokens over the bytes that they stand for."""
     model, opened, summary = place.model(), place.opened(), place.summary

@@ -78,7 +78,7 @@ def test_a_layer_does_not_ask_the_ranks_of_tp_for_a_range_that_came_with_the_wei
 
 
 @pytest.mark.slow_unless(
-    lambda axes, dtype, recipe: dtype is None and recipe == "fp8" and axes is not HSDP
+    lambda axes, dtype, recipe: dtype is None and recipe == "fp8" and axes is FSDP
 )
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-pow2"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -102,6 +102,7 @@ def test_blocks_travel_in_full_precision():
     assert all("float32" in call.about for call in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_a_weight_that_changes_between_forwards_gets_a_new_scale():
     """Ranges that are taken once a step would be those of the weights before a write by hand."""

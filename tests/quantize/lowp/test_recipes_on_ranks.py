@@ -99,10 +99,7 @@ MIXES = {
     "pp x tp": ({"pp": 2, "tp": 2}, None, 4, {"schedule": "zb"}),
     "pp x fsdp": ({"pp": 2, "fsdp": 2}, None, 2, {"schedule": "zb"}),
 }
-DEFAULT = {
-    "ddp": "mxfp4", "ddp x tp": "fp8-block-pow2", "zero2": "nvfp4-pow2", "fsdp": "fp8-pow2",
-    "fsdp x tp": "fp8-pow2", "pp x tp": "mxfp8",
-}  # fmt: skip
+DEFAULT = {"ddp x tp": "fp8-block-pow2", "zero2": "nvfp4-pow2", "pp x tp": "mxfp8"}
 
 
 @pytest.mark.slow_unless(lambda mix, recipe: DEFAULT.get(mix) == recipe)
