@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -55,6 +56,7 @@ def start(number: int, body: Callable[..., None], *arguments: Any, preload: Sequ
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    start_forkserver()
     parent_end, child_end = context.Pipe()
     process = context.Process(
         target=_enter, args=(body, child_end, number, *arguments), name=f"rank {number}"
@@ -62,6 +64,19 @@ def start(number: int, body: Callable[..., None], *arguments: Any, preload: Sequ
     process.start()
     child_end.close()  # the child holds the only copy now: its death is an end of file for us
     return Rank(number, process, parent_end)
+
+
+def start_forkserver() -> None:
+    """Start it if it does not run. It blocks SIGINT, and so do the ranks, which inherit that.
+
+    A terminal sends Ctrl-C to it, too. It would print a traceback while it imports torch.
+    """
+    resource_tracker.ensure_running()  # its start would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ask_for_stack(rank: Rank) -> None:

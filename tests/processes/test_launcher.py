@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import toy
-from processes import all_gone, listening, with_mark
+from processes import all_gone, children, listening, with_mark
 
 from dist_lab.processes import failures, launcher
 from dist_lab.processes.ranks import cores
@@ -318,6 +318,23 @@ def test_ctrl_c_in_a_terminal_reaches_every_rank_and_ends_all_with_one_line(tmp_
     assert not [*tmp_path.glob("out-*")], "a run that has written nothing leaves no folder"
     assert program.returncode == 130
     assert not any(is_alive(pid) for pid in pids)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.3, 0.6, 1.0])
+def test_ctrl_c_while_the_forkserver_imports_torch_is_one_line(tmp_path, after):
+    program = start("nproc=2", "do=wait", f"folder={tmp_path}")
+    deadline = time.monotonic() + 10
+    while len(found := children(program.pid)) < 2:  # and the resource tracker
+        assert time.monotonic() < deadline
+    time.sleep(after)
+    os.killpg(program.pid, signal.SIGINT)
+    line = "toy.py: stopped by SIGINT, it has logged no step and saved no checkpoint\n"
+    assert program.communicate(timeout=10) == ("", line)
+    assert program.returncode == 130
+    while any(is_alive(pid) for pid in found):  # it ends when it has imported torch
+        assert time.monotonic() < deadline + 10
 
 
 @pytest.mark.slow
