@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
+from in_browser import browser  # noqa: F401  # a fixture
 from processes import descendants
 
 import dist_lab

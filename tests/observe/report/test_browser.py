@@ -1,30 +1,16 @@
 """Reports in a real browser, headless Chromium: Debian's, by `apt-get install chromium`."""
 
 import json
-import shutil
 
 import pytest
 from finished_run import write_comparison, write_run
+from in_browser import WIDTHS, in_browser
 from programs import run
 
 from dist_lab.observe.report.folder import read
 from dist_lab.observe.report.run import page_of_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WIDTHS = 1280, 390  # a laptop, a telephone
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+pytestmark = in_browser
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,10 @@
 """The page of the server in a real browser: Debian's Chromium, by `apt-get install chromium`."""
 
-import shutil
-
 import pytest
+from in_browser import WIDTHS, in_browser
 from web_server import Letters, server_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WIDTHS = 1280, 390  # a laptop, a telephone
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+pytestmark = in_browser
 
 
 @pytest.fixture(scope="module")
