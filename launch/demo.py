@@ -1,4 +1,4 @@
-"""From nothing to a model that completes a Python function, in about four minutes:
+"""From nothing to a model that completes a Python function, in about three minutes:
 
     python launch/demo.py
     python launch/demo.py --prompt "class Stack:" --steps 600

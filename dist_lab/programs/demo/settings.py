@@ -9,7 +9,8 @@ from typing import NoReturn
 from dist_lab.errors import MachineError, UserError
 from dist_lab.programs.demo.command import Demo, demo
 
-PROMPT = "def read_lines(path):\n    with open(path) as file:\n        "
+# A token has the space before its word, so the last line is one space short.
+PROMPT = "def read_lines(path):\n    with open(path) as file:\n       "
 
 
 class Parser(argparse.ArgumentParser):
