@@ -49,6 +49,7 @@ def test_messages_and_asserts_are_not_broken():
     assert not {m.line for m in mutants.mutants_of("x.py", SOURCE)} & {3, 7, 8}
 
 
+@pytest.mark.slow
 def test_the_sample_has_every_rule_and_most_files_and_is_the_same_each_time():
     chosen = mutants.sample(ALL, 200, seed=0)
     assert chosen == mutants.sample(ALL, 200, seed=0)

@@ -59,6 +59,7 @@ def test_a_rank_that_fails_costs_one_restart_and_no_step_is_lost_or_counted_twic
     assert [attempts(tmp_path, rank) for rank in range(3)] == [["False", "True"]] * 3
 
 
+@pytest.mark.slow
 def test_any_rank_may_fail_again_and_two_at_once(tmp_path, capsys):
     plan = "1 2 0 kill\n2 5 1 kill\n2 5 2 kill\n3 9 0 kill"
     assert count(tmp_path, plan, "restarts=3") == 0

@@ -117,6 +117,7 @@ def test_zbv_of_4_ranks_and_8_microbatches_idles_for_a_seventeenth():
     assert bubble(cached_make("zbv", 4, 8)) <= 0.06
 
 
+@pytest.mark.slow
 def test_the_microbatches_in_flight_are_those_of_the_table():
     for name, p, m, v in CASES:
         chunks = v or SCHEDULES[name].chunks

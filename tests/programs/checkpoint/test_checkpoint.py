@@ -232,6 +232,7 @@ def test_nothing_is_written_beside_the_checkpoints_of_a_run(sharded):
         )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights_that_were_imported(sharded, tmp_path):
     assert run("checkpoint.py", "export", sharded, tmp_path / "pt", "--to=torch").returncode == 0
     assert run("checkpoint.py", "import", tmp_path / "pt", tmp_path / "new").returncode == 0

@@ -204,8 +204,7 @@ NOTES = {
 
 
 USUAL_NOTES = (
-    "no units", "frozen and gathered", "unused", "BatchNorm", "a plan is found for tp",
-    "tied across stages",
+    "unused", "BatchNorm", "a plan is found for tp",
 )  # fmt: skip
 
 

@@ -49,8 +49,9 @@ def digest(arguments, folder):
     return hashlib.sha256((folder / "explain.json").read_bytes()).hexdigest()
 
 
-USUAL = "pp, 1f1b", "fsdp, backend"
+USUAL = ("fsdp, backend",)
 IN_SLOW = (
+    "pp, 1f1b",
     "ddp", "zero2", "fsdp, one reduction", "fsdp, in bfloat16", "hsdp", "tp, sequence",
     "pp, zbv", "10_less_memory", "13_resnet", "17_fsdp_tp", "19_pp_zero1", "22_all_axes",
 )  # fmt: skip

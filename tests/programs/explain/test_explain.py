@@ -218,6 +218,7 @@ def test_a_model_of_seven_billion_parameters_is_explained(printed):
     assert re.match(work + "and holds 1[0-9],", last), last
 
 
+@pytest.mark.slow
 def test_all_ranks_are_shown_by_classes(printed, tmp_path):
     few = "--mesh fsdp=3,tp=2 --batch 3 --seq 8 --layers 1 --all-ranks".split()
     text = printed(*few, "--out", str(tmp_path))
@@ -254,6 +255,7 @@ def test_another_rank_is_explained_with_its_own_stage(printed, tmp_path):
     assert json.loads((tmp_path / "explain.json").read_text())["rank"] == 3
 
 
+@pytest.mark.slow
 def test_a_parameter_is_shown_with_the_part_of_each_rank(printed, tmp_path):
     few = "--mesh fsdp=2,tp=2 --batch 2 --seq 8".split()
     path = tmp_path / "who.svg"

@@ -367,6 +367,7 @@ def test_connections_without_a_request_are_closed(tmp_path, monkeypatch):
         assert len(stream.text()) == 900
 
 
+@pytest.mark.slow
 def test_a_connection_with_a_request_now_and_then_stays_open(tmp_path, monkeypatch):
     monkeypatch.setattr(http, "SILENT", 0.3)
     monkeypatch.setattr(http, "SWEEP", 0.02)
@@ -422,6 +423,7 @@ def test_a_client_may_take_long_for_the_end_of_an_answer_while_it_takes_bytes(mo
     assert (reads.aborted, stuck.aborted, silent.aborted) == (False, True, True)
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_for_long_is_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(respond, "SLOWEST_READER", 0.1)
     monkeypatch.setattr(http, "SILENT", 0.1)

@@ -15,8 +15,8 @@ def train(out, *flags, steps=4):
     return run("train.py", *TINY, "--steps", steps, "--out", out, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [True, False])
-@pytest.mark.slow_unless(lambda saves: saves)
 def test_a_killed_run_names_the_fault_its_newest_checkpoint_and_how_to_go_on(tmp_path, saves):
     """The kill was said to be the kernel's, which was out of memory."""
     flags = ["--save-every", 2] if saves else []
