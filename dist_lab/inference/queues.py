@@ -62,6 +62,29 @@ class Queues:
         self.running.append(sequence)
         return count
 
+    def admit_in_turn(self, budget: int, most: int, *, whole: bool = False) -> list[Part]:
+        """Let those that wait run, in the order in which they wait, until one does not fit.
+
+        Args:
+            budget: compute so many tokens of them in this step at most.
+            most: sequences that run at once.
+            whole: there must be blocks for all tokens of a sequence, not only for this step's.
+
+        Returns:
+            The new ones, each with the number of tokens to compute in this step.
+        """
+        parts: list[Part] = []
+        while budget and self.waiting and len(self.running) < most:
+            first = self.waiting[0]
+            if whole and self.pool.blocks_for(len(first.tokens)) > self.pool.free:
+                break
+            count = self.admit(first, budget)
+            if not count:
+                break
+            parts.append((first, count))
+            budget -= count
+        return parts
+
     def grow(self, sequence: Sequence, room: int) -> bool:
         """Take blocks for `room` tokens in all. False, and no change: there are too few."""
         return self.pool.reserve(sequence.table, sequence.seen, room)

@@ -56,13 +56,4 @@ class SplitFuse:
                 return parts
             parts.append((sequence, count))
             left -= count
-        while left and queues.waiting and len(queues.running) < self.sequences:
-            sequence = queues.waiting[0]
-            if pool.blocks_for(len(sequence.tokens)) > pool.free:
-                break
-            count = queues.admit(sequence, left)
-            if not count:
-                break
-            parts.append((sequence, count))
-            left -= count
-        return parts
+        return parts + queues.admit_in_turn(left, self.sequences, whole=True)

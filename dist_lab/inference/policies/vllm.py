@@ -45,14 +45,7 @@ class VLLM:
                 left -= count
         if queues.preemptions > preemptions:
             return parts
-        while left and queues.waiting and len(queues.running) < self.sequences:
-            sequence = queues.waiting[0]
-            count = queues.admit(sequence, left)
-            if not count:
-                break
-            parts.append((sequence, count))
-            left -= count
-        return parts
+        return parts + queues.admit_in_turn(left, self.sequences)
 
     def ended(self, queues: Queues) -> None:
         queues.release_ended()
